@@ -1,0 +1,1 @@
+"""Songs in Postgres become an indexed pgvector table of embeddings, as a Dagster asset graph."""

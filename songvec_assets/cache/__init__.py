@@ -1,0 +1,1 @@
+"""What is already paid for: one Arrow IPC file a range and model."""

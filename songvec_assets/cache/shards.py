@@ -1,0 +1,345 @@
+"""One Arrow IPC file a range and model: every vector that was paid for, appended and synced before it counts.
+
+A shard is an append-only log of rows (song_id, text_hash, checksum, reason, embedding); a song's last row is the one that
+holds. A row has an embedding, or a reason (the song is set aside), or neither (the song is gone). Whole record
+batches survive a crash at any byte: what follows the last whole one was never acknowledged, and is cut off by the next
+writer. A checksum over each row finds what a disk changed. Dead rows beyond a fifth are compacted away.
+
+The format is an Arrow IPC stream without its end marker, so that appending a batch is appending bytes.
+Embeddings are float32, (n, dimensions).
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
+from songvec_assets.errors import StoreError
+from songvec_assets.files import replace_atomically, sync_folder
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.text import TEXT_HASH_BYTES
+
+_DEAD_SHARE = 0.2
+_COMPACTED_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class ShardIdentity:
+    """What every row of a shard has in common; written into the file, refused where it differs."""
+
+    model: str
+    dimensions: int
+    range: SongIdRange
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The file's Arrow schema, this identity in its metadata."""
+        return pa.schema(
+            [
+                pa.field("song_id", pa.int32(), nullable=False),
+                pa.field("text_hash", pa.binary(TEXT_HASH_BYTES), nullable=False),
+                pa.field("checksum", pa.uint64(), nullable=False),
+                pa.field("reason", pa.string()),
+                pa.field("embedding", pa.list_(pa.float32(), self.dimensions)),
+            ],
+            metadata={"model": self.model, "dimensions": str(self.dimensions), "range": self.range.key},
+        )
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """Rows as they are read back.
+
+    Attributes:
+        song_ids: int32, (n,).
+        checksums: uint64, (n,).
+        embeddings: float32, (n, dimensions).
+    """
+
+    song_ids: NDArray[np.int32]
+    checksums: NDArray[np.uint64]
+    embeddings: Float32Matrix
+
+
+@dataclass(frozen=True)
+class ModelCache:
+    """A model's shards: one folder.
+
+    Attributes:
+        folder: where they are; it may not exist yet.
+        model: its name, as in every shard.
+        dimensions: values a vector.
+    """
+
+    folder: Path
+    model: str
+    dimensions: int
+
+    def path_of(self, song_range: SongIdRange) -> Path:
+        """Where a range's shard is."""
+        return self.folder / f"{song_range.key}.arrow"
+
+    def ranges(self) -> list[SongIdRange]:
+        """The ranges that have a shard, in order."""
+        return sorted(SongIdRange.from_key(path.stem) for path in self.folder.glob("*.arrow"))
+
+
+class Shard:
+    """A range's shard. Many may read it; one writer at a time: hold the range's lock.
+
+    Args:
+        path: the file; it may not exist yet.
+        identity: what it must hold.
+
+    Raises:
+        StoreError: the file holds another model, size or range.
+    """
+
+    def __init__(self, path: Path, identity: ShardIdentity) -> None:
+        self.path = path
+        self.identity = identity
+        self._batches: list[pa.RecordBatch] = []
+        self._size = 0
+        self._stale = False
+        self._read()
+
+    @property
+    def n_bytes_damaged(self) -> int:
+        """Bytes after the last whole batch: a torn write, or damage. The next append cuts them off."""
+        return (self.path.stat().st_size if self.path.exists() else 0) - self._size
+
+    def live_rows(self) -> pl.DataFrame:
+        """Each song's last row, songs that are gone left out, ordered by song_id. Reads no vector.
+
+        Returns:
+            Columns song_id (Int32), text_hash (Binary), checksum (UInt64), reason (String; null: it has a vector) and
+            row (Int64, the row's place in the file).
+        """
+        batches = self.batches()
+        narrow = pa.Table.from_batches(
+            [batch.select(["song_id", "text_hash", "checksum", "reason"]) for batch in batches],
+            pa.schema([self.identity.schema.field(index) for index in range(4)]),
+        )
+        has_vector = [np.asarray(batch.column("embedding").is_valid()) for batch in batches]
+        return (
+            pl.DataFrame(narrow)
+            .with_columns(
+                pl.col("text_hash").cast(pl.Binary),
+                has_vector=pl.Series(np.concatenate(has_vector) if batches else [], dtype=pl.Boolean),
+                row=pl.int_range(pl.len()),
+            )
+            .unique("song_id", keep="last")
+            .filter(pl.col("has_vector") | pl.col("reason").is_not_null())
+            .drop("has_vector")
+            .sort("song_id")
+        )
+
+    def batches(self) -> list[pa.RecordBatch]:
+        """The stored batches, mapped, not read."""
+        if self._stale:
+            self._read()
+        return self._batches
+
+    def matrix(self, batch: pa.RecordBatch) -> Float32Matrix:
+        """A stored batch's vectors, mapped; rows without one are zero."""
+        values: Float32Matrix = batch.column("embedding").values.to_numpy(zero_copy_only=True)
+        return values.reshape(batch.num_rows, self.identity.dimensions)
+
+    def embeddings_at(self, rows: Sequence[int]) -> Float32Matrix:
+        """The vectors at a few of `live_rows`' places, in the order asked for."""
+        starts = np.cumsum([0, *(batch.num_rows for batch in self.batches())])
+        embeddings = np.empty((len(rows), self.identity.dimensions), dtype=np.float32)
+        for place, row in enumerate(rows):
+            batch = int(np.searchsorted(starts, row, side="right")) - 1
+            embeddings[place] = self.matrix(self._batches[batch])[row - starts[batch]]
+        return embeddings
+
+    def append_set_aside(self, song_ids: Sequence[int], text_hashes: Sequence[bytes], reason: str) -> None:
+        """Append songs that the provider refuses, with its reason."""
+        self.append(song_ids, text_hashes, reason, None)
+
+    def append_gone(self, song_ids: Sequence[int]) -> None:
+        """Append that songs are gone: their earlier rows no longer hold."""
+        self.append(song_ids, [bytes(TEXT_HASH_BYTES)] * len(song_ids), None, None)
+
+    def append(
+        self,
+        song_ids: Sequence[int],
+        text_hashes: Sequence[bytes],
+        reason: str | None,
+        embeddings: Float32Matrix | None,
+    ) -> None:
+        """Append rows of one kind as one batch; when this returns they are on disk. No rows are no write."""
+        if not len(song_ids):
+            return
+        reasons = [reason] * len(song_ids)
+        message = _build_batch(self.identity, song_ids, text_hashes, reasons, embeddings).serialize()
+        is_new = self._size == 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+            # what a crash left behind the last whole batch would hide all that follows
+            file.truncate(self._size)
+            file.seek(self._size)
+            if is_new:
+                file.write(self.identity.schema.serialize())
+            file.write(message)
+            file.flush()
+            os.fsync(file.fileno())
+            self._size = file.tell()
+        if is_new:
+            sync_folder(self.path.parent)
+        self._stale = True
+
+    def compact_if_worth_it(self) -> bool:
+        """Write the file anew, without dead rows and ordered by song_id, where those are over a fifth of it."""
+        live = self.live_rows()
+        n_rows = sum(batch.num_rows for batch in self._batches)
+        if n_rows - live.height <= _DEAD_SHARE * n_rows:
+            return False
+        write_shard(self.path, self.identity, [(self, live)])
+        self._stale = True
+        return True
+
+    def _read(self) -> None:
+        """Map the file and take its whole batches."""
+        self._batches, self._size, self._stale = [], 0, False
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            return
+        source = pa.memory_map(str(self.path))
+        try:
+            reader = pa.ipc.open_stream(source)
+        except (pa.ArrowInvalid, OSError):
+            return  # not even a whole schema: nothing in it was ever acknowledged
+        if not reader.schema.equals(self.identity.schema, check_metadata=True):
+            raise StoreError(
+                f"{self.path} holds {reader.schema.metadata}, expected {self.identity.schema.metadata}: something else "
+                "put it there; move it away, and the range is filled anew"
+            )
+        self._size = source.tell()
+        with contextlib.suppress(StopIteration, pa.ArrowInvalid, OSError):
+            while True:
+                self._batches.append(reader.read_next_batch())
+                self._size = source.tell()
+
+
+def load_embeddings_from_cache(cache: ModelCache, song_range: SongIdRange) -> tuple[Shard, pl.DataFrame]:
+    """Open a range's shard.
+
+    Returns:
+        The shard and its `live_rows`; a range without a file has none.
+    """
+    shard = Shard(cache.path_of(song_range), ShardIdentity(cache.model, cache.dimensions, song_range))
+    return shard, shard.live_rows()
+
+
+def write_embeddings_to_file(
+    shard: Shard, song_ids: Sequence[int], text_hashes: Sequence[bytes], embeddings: Float32Matrix
+) -> None:
+    """Append songs with their vectors to a shard; when this returns they are on disk.
+
+    Raises:
+        ValueError: a vector is zero, not finite, or of another size: nothing is written.
+    """
+    expected = (len(song_ids), shard.identity.dimensions)
+    if embeddings.shape != expected or find_bad_vectors(embeddings):
+        raise ValueError(f"expected finite vectors other than zero of shape {expected}, got shape {embeddings.shape}")
+    shard.append(song_ids, text_hashes, None, embeddings)
+
+
+def read_embeddings_from_file(shard: Shard, rows: pl.Series) -> Iterator[ShardRows]:
+    """Read vectors, a stored batch at a time and in the file's order.
+
+    Args:
+        shard: the shard.
+        rows: places as `live_rows` gives them, of rows that have a vector.
+    """
+    wanted = np.sort(rows.to_numpy())
+    first = 0
+    for batch in shard.batches():
+        here = wanted[(wanted >= first) & (wanted < first + batch.num_rows)] - first
+        first += batch.num_rows
+        if len(here) == 0:
+            continue
+        arrays = batch.column("song_id").to_numpy(), batch.column("checksum").to_numpy(), shard.matrix(batch)
+        # whole batches are handed on as they are mapped; picking rows copies
+        yield ShardRows(*(arrays if len(here) == batch.num_rows else (array[here] for array in arrays)))
+
+
+def checksum_rows(
+    song_ids: NDArray[np.int32], text_hashes: Sequence[bytes], embeddings: Float32Matrix
+) -> NDArray[np.uint64]:
+    """A 64-bit checksum (XXH3) a row, over song_id, text_hash and the vector's bytes."""
+    prefixes = (song_id.tobytes() + text_hash for song_id, text_hash in zip(song_ids, text_hashes, strict=True))
+    seeds = (xxhash.xxh3_64_intdigest(prefix) for prefix in prefixes)
+    return np.fromiter(
+        (xxhash.xxh3_64_intdigest(row, seed=seed) for row, seed in zip(embeddings, seeds, strict=True)),
+        dtype=np.uint64,
+        count=len(song_ids),
+    )
+
+
+def discard_damaged_rows(shard: Shard) -> list[int]:
+    """Mark rows whose checksum does not fit as gone, so that the next fill embeds those songs anew.
+
+    Reads every vector. Hold the range's lock.
+
+    Returns:
+        Their song_ids.
+    """
+    live = shard.live_rows()
+    text_hashes = dict(live.select("song_id", "text_hash").iter_rows())
+    damaged: list[int] = []
+    for rows in read_embeddings_from_file(shard, live.filter(pl.col("reason").is_null())["row"]):
+        hashes = [text_hashes[song_id] for song_id in rows.song_ids.tolist()]
+        wrong = checksum_rows(rows.song_ids, hashes, rows.embeddings) != rows.checksums
+        damaged.extend(rows.song_ids[wrong].tolist())
+    shard.append_gone(damaged)
+    return damaged
+
+
+def write_shard(path: Path, identity: ShardIdentity, sources: Sequence[tuple[Shard, pl.DataFrame]]) -> None:
+    """Write a new shard from live rows of others, in their order; it takes `path`'s place when it is whole."""
+    with replace_atomically(path) as file:
+        file.write(identity.schema.serialize())
+        for source, live in sources:
+            for piece in live.iter_slices(_COMPACTED_ROWS):
+                for rows in (piece.filter(pl.col("reason").is_null()), piece.filter(pl.col("reason").is_not_null())):
+                    if not rows.height:
+                        continue
+                    ids, hashes, reasons = (rows[name].to_list() for name in ("song_id", "text_hash", "reason"))
+                    embeddings = source.embeddings_at(rows["row"].to_list()) if reasons[0] is None else None
+                    file.write(_build_batch(identity, ids, hashes, reasons, embeddings).serialize())
+
+
+def _build_batch(
+    identity: ShardIdentity,
+    song_ids: Sequence[int],
+    text_hashes: Sequence[bytes],
+    reasons: Sequence[str | None],
+    embeddings: Float32Matrix | None,
+) -> pa.RecordBatch:
+    without_vector = np.full(len(song_ids), embeddings is None)
+    if embeddings is None:
+        embeddings = np.zeros((len(song_ids), identity.dimensions), dtype=np.float32)
+    ids = np.asarray(song_ids, dtype=np.int32)
+    embeddings = np.ascontiguousarray(embeddings, dtype="<f4")
+    return pa.record_batch(
+        [
+            pa.array(ids),
+            pa.array(text_hashes, pa.binary(TEXT_HASH_BYTES)),
+            pa.array(checksum_rows(ids, text_hashes, embeddings)),
+            pa.array(reasons, pa.string()),
+            pa.FixedSizeListArray.from_arrays(
+                pa.array(embeddings.reshape(-1)), identity.dimensions, mask=pa.array(without_vector)
+            ),
+        ],
+        schema=identity.schema,
+    )

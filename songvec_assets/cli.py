@@ -1,0 +1,259 @@
+"""`songvec`: demo, run, estimate, status, search, adopt, settings — a thin face over the same graph and core."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from dotenv import load_dotenv
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from songvec_assets.errors import SongvecError
+from songvec_assets.settings import settings_table, variables
+
+if TYPE_CHECKING:
+    from songvec_assets.deployment import Deployment
+    from songvec_assets.songs.ranges import SongIdRange
+
+app = typer.Typer(
+    help="Songs in Postgres become an indexed pgvector table of embeddings.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+DEMO_QUERIES = ("a lighthouse and a storm at sea", "my grandmother baking bread", "Züge durch die Nacht")
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+@app.callback()
+def read_dotenv(context: typer.Context) -> None:
+    """Read `.env`, as dagster does; the demo looks at neither it nor the environment."""
+    if context.invoked_subcommand == "demo":
+        for variable in variables():
+            os.environ.pop(variable, None)
+    else:
+        load_dotenv(Path.cwd() / ".env")
+
+
+@app.command()
+def demo(
+    songs: Annotated[int, typer.Option(min=0, help="Generated songs to have beyond the samples, for trying size.")] = 0,
+) -> None:
+    """Fill an embedded Postgres with sample songs, run the whole graph on it, and search."""
+    from songvec_assets.postgres.embedded import add_generated_songs
+
+    deployment = _deploy()
+    if songs:
+        add_generated_songs(deployment.database, songs)
+    _materialize(deployment, _span(deployment, None), "all", None)
+    for query in DEMO_QUERIES:
+        _print_hits(deployment, query, 3)
+    out.print('Next: [bold]make dev[/] shows this run in the Dagster UI; [bold]songvec search "…"[/] finds more.')
+
+
+@app.command()
+def run(
+    ranges: Annotated[str | None, typer.Option(help="FIRST...LAST range keys; default: all that hold songs.")] = None,
+    max_usd: Annotated[float | None, typer.Option(min=0, help="Budget in dollars; stops before exceeding it.")] = None,
+    append: Annotated[bool, typer.Option("--append", help="Export only above the highest song_id there.")] = False,
+) -> None:
+    """Run the whole graph: export, embed, load, index. Does what changed, and nothing else."""
+    deployment = _deploy()
+    _materialize(deployment, _span(deployment, ranges), "append" if append else "all", max_usd)
+
+
+@app.command()
+def estimate(
+    refresh: Annotated[bool, typer.Option(help="Bring the snapshots up to date first; costs time, no money.")] = True,
+) -> None:
+    """Say what a run would cost: songs, tokens, dollars, hours. Spends nothing."""
+    from songvec_assets.cache.fill import estimate_fills, plan_fill
+    from songvec_assets.defs.reports import describe_seconds
+    from songvec_assets.songs.export import cache_songs_to_parquet, snapshot_ranges
+
+    deployment = _deploy()
+    store, tiling = deployment.store, deployment.tiling
+    with _showing_progress() as show:
+        if refresh:
+            cache_songs_to_parquet(deployment.database, deployment.source, store.songs, tiling, progress=show)
+        plans = (
+            plan_fill(store.songs, deployment.cache, each, deployment.text_spec)
+            for each in sorted({*snapshot_ranges(store.songs), *deployment.cache.ranges()})
+        )
+        result = estimate_fills(plans, deployment.price, deployment.quota)
+    table = Table(show_header=False, box=box.SIMPLE_HEAD)
+    for name, value in {
+        "Songs in the snapshot": f"{result.n_songs:,}",
+        "Texts to embed": f"{result.n_texts:,}",
+        "Tokens, about": f"{result.n_tokens:,}",
+        "Price, about": f"${result.usd:,.2f}"
+        + (" (offline vectors cost nothing)" if deployment.settings.offline else ""),
+        "Time at full quota": "none" if deployment.settings.offline else describe_seconds(result.hours * 3600),
+    }.items():
+        table.add_row(name, value)
+    out.print(deployment.describe())
+    out.print(table)
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts; exit code 1 where songs are missing.")] = False,
+) -> None:
+    """Say per range what is exported, cached, loaded and indexed."""
+    from songvec_assets.status import measure_status
+
+    deployment = _deploy()
+    measured = measure_status(deployment)
+    if as_json:
+        print(json.dumps(asdict(measured) | {"total": asdict(measured.total), "missing": measured.total.n_missing}))
+        raise typer.Exit(EXIT_FAILED if measured.total.n_missing else 0)
+    out.print(deployment.describe())
+    table = Table("Songs by range", box=box.SIMPLE_HEAD)
+    for name in ("Songs", "Cached", "Set aside", "Loaded", "Missing"):
+        table.add_column(name, justify="right")
+    for each in (*measured.ranges, measured.total):
+        counts = (each.n_songs, each.n_cached, each.n_set_aside, each.n_loaded, each.n_missing)
+        table.add_row(each.key, *(f"{count:,}" for count in counts), style="bold" if each.key == "all" else None)
+    out.print(table)
+    index = measured.index
+    out.print(
+        f"Index: {index.lists:,} lists over {index.n_rows:,} rows, {index.n_bytes / 1e6:,.1f} MB, {index.probes} probes"
+        if index
+        else "Index: none yet"
+    )
+    for song_id, reason in measured.set_aside:
+        out.print(f"Set aside: song {song_id}: {reason}", markup=False)
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="What the songs are about.")],
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="Songs at most.")] = 10,
+) -> None:
+    """Find the songs nearest to a text."""
+    _print_hits(_deploy(), query, limit)
+
+
+@app.command()
+def adopt() -> None:
+    """Bind the storage folder to the database, after one of them was moved, copied or restored."""
+    from songvec_assets.cache.store import adopt_store, open_store
+
+    deployment = _deploy()
+    store = open_store(deployment.storage_root, deployment.tiling)
+    adopt_store(store, deployment.database)
+    out.print(f"{store.root} now belongs to {deployment.database.describe()}", markup=False)
+
+
+@app.command("settings")
+def print_settings() -> None:
+    """Print every setting as a Markdown table."""
+    print(settings_table())
+
+
+def main() -> None:
+    """Run the command; the package's errors are one line, not a traceback."""
+    try:
+        app()
+    except SongvecError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        err.print("Interrupted. What was done is kept: the same command goes on from there.", style="yellow")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _fail(message: str) -> NoReturn:
+    err.print(message, style="red", markup=False, highlight=False)
+    sys.exit(EXIT_FAILED)
+
+
+def _deploy() -> "Deployment":
+    from songvec_assets.defs.partitions import TILING
+    from songvec_assets.deployment import Deployment
+    from songvec_assets.settings import Settings
+
+    return Deployment(Settings.from_environment(), TILING)
+
+
+def _span(deployment: "Deployment", ranges: str | None) -> "tuple[SongIdRange, SongIdRange]":
+    """First and last range of a run: those asked for, else all that hold songs or cache."""
+    from songvec_assets.songs.ranges import SongIdRange
+    from songvec_assets.songs.source import count_ranges
+
+    if ranges is not None:
+        first, _, last = ranges.partition("...")
+        try:
+            span = SongIdRange.from_key(first), SongIdRange.from_key(last or first)
+        except ValueError as error:
+            raise typer.BadParameter(f"{error} for each end of --ranges FIRST...LAST") from error
+        if not {*span} <= {*deployment.tiling} or span[0] > span[1]:
+            raise typer.BadParameter("--ranges FIRST...LAST names no ranges of this graph, in their order")
+        return span
+    held = {*count_ranges(deployment.database, deployment.source, deployment.tiling), *deployment.cache.ranges()}
+    if not held:
+        _fail(f"table {deployment.source.table} holds no songs with an id from 0 on: nothing to do")
+    return min(held), max(held)
+
+
+def _materialize(
+    deployment: "Deployment",
+    span: "tuple[SongIdRange, SongIdRange]",
+    mode: Literal["all", "append"],
+    max_usd: float | None,
+) -> None:
+    """Run the refresh job over a span of ranges, in this process and the project's Dagster instance."""
+    from songvec_assets.defs.headless import run_refresh_job
+
+    out.print(deployment.describe())
+    with _showing_progress():
+        result = run_refresh_job(span, mode, max_usd)
+    table = Table("Asset", box=box.SIMPLE_HEAD)
+    for name in ("Rows", "Seconds", "Tokens", "Cost", "Skipped / new / changed / set aside"):
+        table.add_column(name, justify="right")
+    for row in result.rows:
+        table.add_row(row.asset, *row.cells())
+    out.print(table)
+    for warning in result.warnings:
+        out.print(warning, style="yellow", markup=False)
+    if result.failures:
+        _fail("\n".join(result.failures))
+
+
+def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:
+    from songvec_assets.vectors.search import embed_query, search_songs
+
+    vector = embed_query(deployment.embedder(), query)
+    hits = search_songs(deployment.database, deployment.source, deployment.table_spec, vector, limit)
+    table = Table("Similarity", "Song", "Artist", "First line", box=box.SIMPLE_HEAD)
+    for hit in hits:
+        first_line = (hit.lyrics or "").partition("\n")[0]
+        table.add_row(
+            f"{hit.similarity:.3f}", *(Text(each, overflow="ellipsis") for each in (hit.name, hit.artist, first_line))
+        )
+    out.print(Text(f"“{query}”", style="bold"))
+    out.print(table)
+
+
+@contextlib.contextmanager
+def _showing_progress() -> Iterator[Any]:
+    """Bars on a terminal, plain lines elsewhere."""
+    from songvec_assets.defs.steps import show_progress
+    from songvec_assets.defs.terminal import Bars, Lines
+
+    with Bars(err) if err.is_terminal else Lines(err) as shown:
+        token = show_progress.set(shown)
+        try:
+            yield shown
+        finally:
+            show_progress.reset(token)

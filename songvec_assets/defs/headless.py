@@ -1,0 +1,125 @@
+"""The refresh job without the UI: run in this process, in the project's own Dagster instance, summed up in a few rows."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from songvec_assets.songs.export import ExportMode
+from songvec_assets.songs.ranges import SongIdRange
+
+
+@dataclass
+class AssetRow:
+    """What a run did to one asset; None where a figure does not apply."""
+
+    asset: str
+    rows: int = 0
+    seconds: float = 0.0
+    tokens: int | None = None
+    usd: float | None = None
+    new: int | None = None
+    changed: int | None = None
+    unchanged: int | None = None
+    set_aside: int | None = None
+
+    def cells(self) -> Iterator[str]:
+        """The figures as text, in the table's order."""
+        yield f"{self.rows:,}"
+        yield f"{self.seconds:.2f}"
+        yield "" if self.tokens is None else f"{self.tokens:,}"
+        yield "" if self.usd is None else f"${self.usd:,.4f}"
+        counts = (self.unchanged, self.new, self.changed, self.set_aside)
+        yield "" if counts == (None,) * 4 else " / ".join(f"{count or 0:,}" for count in counts)
+
+
+@dataclass
+class RunResult:
+    """A run's end.
+
+    Attributes:
+        rows: one an asset, in the graph's order.
+        warnings: of checks that did not pass.
+        failures: in the words of what failed; none: the run succeeded.
+    """
+
+    rows: list[AssetRow] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def run_refresh_job(
+    span: tuple[SongIdRange, SongIdRange], mode: ExportMode = "all", max_usd: float | None = None
+) -> RunResult:
+    """Run all four assets over the ranges from the first to the last of `span`."""
+    from songvec_assets.definitions import defs
+
+    config: dict[str, Any] = {
+        "ops": {
+            "songs_parquet": {"config": {"mode": mode}},
+            "embedding_cache": {"config": {} if max_usd is None else {"max_usd": max_usd}},
+        },
+        "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+    }
+    tags = {"dagster/asset_partition_range_start": span[0].key, "dagster/asset_partition_range_end": span[1].key}
+    with project_instance() as instance:
+        result = defs.resolve_job_def("refresh").execute_in_process(
+            instance=instance, tags=tags, run_config=config, raise_on_error=False
+        )
+    return _summarize(result.all_events)
+
+
+@contextmanager
+def project_instance() -> Iterator[dg.DagsterInstance]:
+    """DAGSTER_HOME's instance; else that of the dagster.yaml in the working folder, as dagster's own commands do."""
+    if "DAGSTER_HOME" not in os.environ and not Path("dagster.yaml").exists():
+        with dg.DagsterInstance.ephemeral() as instance:
+            yield instance
+        return
+    os.environ.setdefault("DAGSTER_HOME", str(Path.cwd()))
+    with dg.DagsterInstance.get() as instance:
+        yield instance
+
+
+def _summarize(events: Sequence[dg.DagsterEvent]) -> RunResult:
+    result = RunResult()
+    rows: dict[str, AssetRow] = {}
+    seconds: dict[str, float] = {}
+    latest: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for event in events:
+        if event.is_step_success and event.step_key:
+            seconds[event.step_key] = event.step_success_data.duration_ms / 1000
+        elif event.is_step_materialization:
+            materialization = event.step_materialization_data.materialization
+            values = {name: value.value for name, value in materialization.metadata.items()}
+            latest[materialization.asset_key.to_user_string(), materialization.partition] = values
+        elif event.event_type is dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+            check = event.asset_check_evaluation_data
+            if not check.passed:
+                result.warnings.append(f"Check {check.check_name} did not pass: {check.description}")
+        elif event.is_step_failure:
+            result.failures.append(_describe_failure(event))
+    for (asset, _), metadata in latest.items():
+        _add(rows.setdefault(asset, AssetRow(asset, seconds=seconds.get(asset, 0.0))), metadata)
+    result.rows = list(rows.values())
+    return result
+
+
+def _add(row: AssetRow, metadata: dict[str, Any]) -> None:
+    row.rows += metadata.get("dagster/row_count", metadata.get("dagster/partition_row_count", 0))
+    for name, key in {
+        "tokens": "tokens", "usd": "usd", "new": "songs new", "changed": "songs changed",
+        "unchanged": "songs unchanged", "set_aside": "songs set aside",
+    }.items():  # fmt: skip
+        if key in metadata:
+            setattr(row, name, (getattr(row, name) or 0) + metadata[key])
+
+
+def _describe_failure(event: dg.DagsterEvent) -> str:
+    data = event.step_failure_data
+    words = data.user_failure_data.description if data.user_failure_data else None
+    return f"{event.step_key}: {words or (data.error.to_string() if data.error else 'failed')}"

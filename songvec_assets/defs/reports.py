@@ -1,0 +1,153 @@
+"""Core reports as Dagster metadata, and as the lines of a log. No decisions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from songvec_assets.cache.fill import FillReport
+from songvec_assets.progress import Progress
+from songvec_assets.songs.export import ExportReport
+from songvec_assets.vectors.ivfflat import IndexReport
+from songvec_assets.vectors.table import RangeLoad, TableSpec
+
+Metadata = dict[str, Any]
+_MAX_TABLE_ROWS = 50
+
+
+def describe_progress(progress: Progress, seconds: float, n_since: int) -> str:
+    """One line: done, total, rate, time left.
+
+    Args:
+        progress: as the core told it.
+        seconds: since the step began to tell.
+        n_since: units done in those seconds.
+    """
+    rate = n_since / seconds if seconds > 0 else 0.0
+    percent = progress.unit == "%"
+    line = f"{progress.step}: {progress.done:,}" + ("%" if percent else "")
+    if progress.total and not percent:
+        line += f" of {progress.total:,} {progress.unit}"
+    elif not percent:
+        line += f" {progress.unit}"
+    if rate and not percent:
+        line += f", {rate:,.0f}/s"
+    if rate and progress.total > progress.done:
+        line += f", {describe_seconds((progress.total - progress.done) / rate)} left"
+    return line + (f" ({progress.note})" if progress.note else "")
+
+
+def describe_seconds(seconds: float) -> str:
+    """`42 s`, `12 min`, `3.7 h`, `2.1 days`."""
+    for limit, divisor, unit in ((90, 1, "s"), (5400, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / divisor:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def describe_export(report: ExportReport) -> Metadata:
+    """Totals of an export, a row a changed range, reasons of songs set aside."""
+    written = [each for each in report.ranges if each.written]
+    return {
+        "dagster/row_count": report.total("n_songs"),
+        "ranges": len(report.ranges),
+        "ranges written": len(written),
+        "songs new": report.total("n_new"),
+        "songs changed": report.total("n_changed"),
+        "songs gone": report.total("n_gone"),
+        "songs set aside": sum(report.set_aside.values()),
+        **_table(
+            "set aside",
+            [{"reason": reason, "songs": count} for reason, count in report.set_aside.most_common(_MAX_TABLE_ROWS)],
+        ),
+        **_table(
+            "ranges changed",
+            [
+                {
+                    "range": each.range.key,
+                    "songs": each.n_songs,
+                    "new": each.n_new,
+                    "changed": each.n_changed,
+                    "gone": each.n_gone,
+                }
+                for each in written[:_MAX_TABLE_ROWS]
+            ],
+        ),
+    }
+
+
+def describe_fill(report: FillReport, path: str, embedder: str) -> Metadata:
+    """One range's fill, as numbers that the UI plots over ranges and time."""
+    return {
+        "dagster/partition_row_count": report.n_songs - report.n_set_aside,
+        "songs": report.n_songs,
+        "songs new": report.n_new,
+        "songs changed": report.n_changed,
+        "songs gone": report.n_gone,
+        "songs unchanged": report.n_unchanged,
+        "songs reused": report.n_reused,
+        "songs embedded": report.n_embedded,
+        "songs set aside": report.n_set_aside,
+        "songs truncated": report.n_truncated,
+        "tokens": report.n_tokens,
+        "usd": report.usd,
+        "seconds": round(report.seconds, 3),
+        "songs per second": round(report.n_embedded / report.seconds, 1) if report.seconds else 0.0,
+        "embedder": embedder,
+        "file": dg.MetadataValue.path(path),
+        **_table(
+            "set aside by the provider",
+            [{"song_id": song_id, "reason": reason} for song_id, reason in report.set_aside[:_MAX_TABLE_ROWS]],
+        ),
+    }
+
+
+def describe_loads(loads: list[RangeLoad], spec: TableSpec, where: str) -> Metadata:
+    """Totals of a load, a row a range that was written."""
+    written = [load for load in loads if load.n_written or load.n_deleted]
+    seconds = sum(load.seconds for load in written)
+    n_written = sum(load.n_written for load in written)
+    return {
+        "dagster/row_count": sum(load.n_rows for load in loads),
+        "model": spec.model,
+        "column": spec.column_type,
+        "database": where,
+        "ranges": len(loads),
+        "ranges written": len(written),
+        "rows written": n_written,
+        "rows deleted": sum(load.n_deleted for load in written),
+        "seconds": round(seconds, 3),
+        "rows per second": round(n_written / seconds, 1) if seconds else 0.0,
+        "dagster/column_schema": dg.TableSchema(
+            columns=[
+                dg.TableColumn("song_id", "integer", "The song's id in the source table."),
+                dg.TableColumn("embedding", spec.column_type, f"Vector by {spec.model}."),
+                dg.TableColumn("created_at", "timestamp", "When the row was written."),
+            ]
+        ),
+        **_table(
+            "ranges changed",
+            [
+                {"range": load.range.key, "rows": load.n_rows, "written": load.n_written, "deleted": load.n_deleted}
+                for load in written[:_MAX_TABLE_ROWS]
+            ],
+        ),
+    }
+
+
+def describe_index(report: IndexReport) -> Metadata:
+    """What was decided, and the index as it is."""
+    return {
+        "reason": report.reason,
+        "built": report.built,
+        "dagster/row_count": report.index.n_rows,
+        "lists": report.index.lists,
+        "probes": report.index.probes,
+        "bytes": report.index.n_bytes,
+        "seconds": round(report.seconds, 3),
+    }
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+    """A table of metadata, or nothing where it has no rows."""
+    return {name: dg.MetadataValue.table([dg.TableRecord(row) for row in rows])} if rows else {}

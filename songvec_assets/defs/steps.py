@@ -1,0 +1,135 @@
+"""Runs a core function as a Dagster step: off the main thread, with progress in the log, and errors people can read.
+
+An interrupt (Ctrl+C, SIGTERM, the UI's Terminate) reaches the main thread at once; the core is asked to end, keeps
+what it has, and the log says how to go on.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeVar
+
+import dagster as dg
+
+from songvec_assets.cache.fill import FillReport
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.defs.reports import describe_fill, describe_progress
+from songvec_assets.deployment import Deployment
+from songvec_assets.errors import SongvecError
+from songvec_assets.progress import Progress, run_in_worker
+
+Result = TypeVar("Result")
+
+Emit = Callable[[Any], None]
+
+LOG_EVERY_S = 5.0
+GRACE_S = 30.0
+
+show_progress: ContextVar[Callable[[Progress], None] | None] = ContextVar("show_progress", default=None)
+"""Where `songvec` shows progress instead of Dagster's log: a terminal has bars."""
+
+
+@contextlib.contextmanager
+def failing_clearly() -> Iterator[None]:
+    """Turn the core's errors into failures that show their words, and are not retried: a rerun alone rarely helps."""
+    try:
+        yield
+    except SongvecError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+
+
+class StepContext(Protocol):
+    """What a step needs of Dagster's context."""
+
+    @property
+    def log(self) -> Any:  # noqa: ANN401 - dagster's own logger type
+        """The run's log."""
+
+
+def run_step(
+    context: StepContext,
+    deployment: Deployment,
+    work: Callable[[Emit], Result],
+    on_report: Callable[[Any], None] | None = None,
+) -> Result:
+    """Run `work` with progress, interrupts and errors taken care of.
+
+    Args:
+        context: of the asset.
+        deployment: what the work uses; it is cancelled on an interrupt.
+        work: a core function's call; it gets the callback for progress and reports.
+        on_report: told, in the main thread, what the work emits beside Progress.
+
+    Raises:
+        Whatever the core raises; the interrupt, after the core had time to end.
+    """
+    listener = _ProgressLog(context)
+
+    def report(item: object) -> None:
+        if isinstance(item, Progress):
+            listener(item)
+        elif on_report is not None:
+            on_report(item)
+
+    try:
+        context.log.info(deployment.describe())
+        return run_in_worker(work, report=report, stop=deployment.cancel, grace_s=GRACE_S)
+    except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
+        context.log.warning("Interrupted. What was done is kept; start the same command again to go on from there.")
+        raise
+
+
+class _ProgressLog:
+    """Thins progress out to a line every few seconds, with rate and time left."""
+
+    def __init__(self, context: StepContext) -> None:
+        self._context = context
+        self._started: dict[str, tuple[float, int]] = {}
+        self._next = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        shown = show_progress.get()
+        if shown is not None:
+            shown(progress)
+            return
+        now = time.monotonic()
+        started, first = self._started.setdefault(progress.step, (now, progress.done))
+        if now >= self._next:
+            self._next = now + LOG_EVERY_S
+            self._context.log.info(describe_progress(progress, now - started, progress.done - first))
+
+
+class FillRecorder:
+    """Records each range of a run as it finishes: its event is durable at once, whatever becomes of the run."""
+
+    def __init__(self, context: dg.AssetExecutionContext, cache: ModelCache) -> None:
+        self._context = context
+        self._cache = cache
+        self._failed: dict[str, Exception] = {}
+        self._n_ranges = 0
+
+    def record(self, report: FillReport) -> None:
+        """Materialize a range that is complete; remember one that is not."""
+        self._n_ranges += 1
+        key = report.range.key
+        if report.error is not None:
+            self._failed[key] = report.error
+            self._context.log.error(f"{key} is not complete: {report.error}")
+            return
+        metadata = describe_fill(report, str(self._cache.path_of(report.range)), self._cache.model)
+        self._context.log_event(
+            dg.AssetMaterialization(asset_key=self._context.asset_key, partition=key, metadata=metadata)
+        )
+        # the end of the run writes an event of its own for each partition, which would hide the one above
+        self._context.add_asset_metadata(metadata, partition_key=key)
+
+    def fail_where_incomplete(self) -> None:
+        """End the step with a failure that names the ranges that are not complete."""
+        if self._failed:
+            named = "; ".join(f"{key}: {error}" for key, error in list(self._failed.items())[:5])
+            raise dg.Failure(
+                f"{len(self._failed)} of {self._n_ranges} ranges are not complete, the others are done and kept. Materialize "
+                f"the failed partitions again. {named}",
+                allow_retries=False,
+            )

@@ -1,0 +1,82 @@
+"""Progress as a person in a terminal sees it: bars; and plain lines where there is no terminal."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from songvec_assets.defs.reports import describe_progress
+from songvec_assets.progress import Progress
+
+
+class Bars:
+    """One bar a step."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = RichProgress(
+            TextColumn("{task.description:<14}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]} {task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("[dim]{task.fields[note]}[/]"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+
+    def __enter__(self) -> "Bars":
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show how far a step has come."""
+        step = progress.step
+        if step not in self._tasks:
+            self._started[step] = time.monotonic()
+            self._tasks[step] = self._bars.add_task(step, unit=progress.unit, rate="", note="")
+        seconds = time.monotonic() - self._started[step]
+        rate = f"{progress.done / seconds:,.0f}/s" if seconds > 0.5 and progress.unit != "%" else ""
+        self._bars.update(
+            self._tasks[step],
+            completed=progress.done,
+            total=progress.total or None,
+            unit=progress.unit,
+            rate=rate,
+            note=progress.note,
+        )
+
+
+class Lines:
+    """A line every few seconds, and one when a step has reached its total."""
+
+    EVERY_S = 5.0
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started: dict[str, tuple[float, int]] = {}
+        self._next = 0.0
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing is left open."""
+
+    def __call__(self, progress: Progress) -> None:
+        """Print how far a step has come."""
+        now = time.monotonic()
+        started, first = self._started.setdefault(progress.step, (now, progress.done))
+        if now >= self._next or progress.done == progress.total:
+            self._next = now + self.EVERY_S
+            line = describe_progress(progress, now - started, progress.done - first)
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)

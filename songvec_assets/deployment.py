@@ -1,0 +1,166 @@
+"""From settings to core objects: which database, which store, which embedder belong together in a run.
+
+The composition root below Dagster: the assets and the command line both start here. It decides nothing but that.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from songvec_assets.cache.fill import Filler
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.store import Store, bind_store, open_store
+from songvec_assets.embedding.client import Embedder, EmbeddingClient
+from songvec_assets.embedding.limits import RateLimiter
+from songvec_assets.embedding.offline import OfflineEmbedder
+from songvec_assets.embedding.pricing import Budget, Price, Quota, TokenEstimator
+from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import ensure_schema, hold_lock
+from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
+from songvec_assets.settings import Settings
+from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.source import SongsSource, SourceNames, find_source
+from songvec_assets.songs.text import TextSpec
+from songvec_assets.vectors.table import TableSpec, check_table
+
+
+@dataclass
+class Deployment:
+    """What a run works with. Everything is opened when it is first asked for.
+
+    Attributes:
+        settings: parsed.
+        tiling: how song_ids are cut.
+        stop: ends whatever of this deployment is running.
+    """
+
+    settings: Settings
+    tiling: Tiling
+    stop: StopSignal = field(default_factory=StopSignal)
+
+    @cached_property
+    def database(self) -> Database:
+        """The database given by URL, or the embedded one with the sample songs."""
+        if self.settings.postgres_url:
+            database = Database(self.settings.postgres_url)
+        else:
+            database = start_embedded_server(DEFAULT_FOLDER)
+            create_songs_table(database)
+        ensure_schema(database)
+        return database
+
+    @cached_property
+    def store(self) -> Store:
+        """The storage root, bound to the database."""
+        store = open_store(self.storage_root, self.tiling)
+        bind_store(store, self.database)
+        return store
+
+    @property
+    def storage_root(self) -> Path:
+        """The folder of the store, whether it is there or not."""
+        default = Path(".songvec") / ("main" if self.settings.postgres_url else "demo")
+        return Path(self.settings.storage) if self.settings.storage else default
+
+    @property
+    def cache(self) -> ModelCache:
+        """The configured model's shards."""
+        return self.store.embeddings(self.settings.model, self.settings.embedding_dimensions)
+
+    @property
+    def table_spec(self) -> TableSpec:
+        """What the table is to hold."""
+        return TableSpec(self.settings.model, self.settings.embedding_dimensions, self.settings.vector_type)
+
+    @cached_property
+    def source(self) -> SongsSource:
+        """The songs table, found and checked."""
+        names = (
+            "song_id_column", "name_column", "artist_column", "lyrics_column", "updated_at_column"
+        )  # fmt: skip
+        chosen = {name: getattr(self.settings, name) for name in names}
+        return find_source(self.database, SourceNames(self.settings.songs_table, **chosen))
+
+    @property
+    def text_spec(self) -> TextSpec:
+        """How a song becomes a text."""
+        return TextSpec(self.settings.text_template, self.settings.max_text_chars)
+
+    @property
+    def quota(self) -> Quota:
+        """What the provider allows."""
+        each = self.settings
+        return Quota(each.requests_per_minute, each.tokens_per_minute, each.max_request_texts, each.max_request_tokens)
+
+    @property
+    def price(self) -> Price:
+        """What tokens cost; offline vectors cost nothing."""
+        return Price(0.0 if self.settings.offline else self.settings.usd_per_million_tokens)
+
+    def embedder(self, estimator: TokenEstimator | None = None) -> Embedder:
+        """A new embedder; it belongs to one event loop."""
+        each = self.settings
+        if each.offline:
+            return OfflineEmbedder(each.embedding_dimensions)
+        limiter = RateLimiter(
+            self.database.get_engine("web"), each.fireworks_base_url, each.requests_per_minute, each.tokens_per_minute
+        )
+        return EmbeddingClient(
+            each.fireworks_base_url,
+            each.fireworks_api_key,
+            each.embedding_model,
+            each.embedding_dimensions,
+            limiter,
+            patience_s=each.patience_s,
+            stop=self.stop,
+            estimator=estimator,
+        )
+
+    def filler(self, max_usd: float | None = None, progress: ReportProgress = ignore_progress) -> Filler:
+        """What fills ranges of the cache, within a budget of its own or the configured one."""
+        estimator = TokenEstimator()
+        return Filler(
+            songs_folder=self.store.songs,
+            cache=self.cache,
+            spec=self.text_spec,
+            embedder_factory=lambda: self.embedder(estimator),
+            quota=self.quota,
+            budget=Budget(self.price, self.settings.max_usd if max_usd is None else max_usd),
+            estimator=estimator,
+            concurrency=self.settings.concurrency,
+            lock_range=self._range_lock(progress),
+            max_tail_songs=self.tiling.width,
+            before_payment=lambda: check_table(self.database, self.table_spec),
+            stop=self.stop,
+            progress=progress,
+        )
+
+    def cancel(self) -> None:
+        """Ask whatever is running to end early, keeping what it has. Callable from any thread."""
+        self.stop.set()
+        if "database" in self.__dict__:
+            self.database.cancel()
+
+    def describe(self) -> str:
+        """One line: where songs come from and where vectors are made."""
+        each = self.settings
+        if each.offline:
+            embedder = (
+                f"OFFLINE vectors ({each.model}: they know spelling, not meaning; set FIREWORKS_API_KEY for real ones)"
+            )
+        else:
+            embedder = f"{each.model} at {each.fireworks_base_url}"
+        where = self.database.describe() if each.postgres_url else "embedded Postgres (set POSTGRES_URL for your own)"
+        return f"{where}; {embedder}; {each.embedding_dimensions} dimensions"
+
+    def _range_lock(self, progress: ReportProgress) -> Callable[[SongIdRange], AbstractContextManager[None]]:
+        def lock(song_range: SongIdRange) -> AbstractContextManager[None]:
+            def tell() -> None:
+                progress(Progress("embed songs", 0, 0, note=f"another run fills {song_range.key}: waiting for it"))
+
+            return hold_lock(self.database, f"fill {song_range.key}", on_wait=tell, check=self.stop.check)
+
+        return lock

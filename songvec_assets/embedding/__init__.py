@@ -1,0 +1,1 @@
+"""How texts become vectors: the provider, its quota, its price."""

@@ -1,0 +1,260 @@
+"""The provider's client: requests, retries, what each answer means, and what the server can do.
+
+Owns the decision to try again. What a request holds is decided in `batching`, when it may go in `limits`.
+"""
+
+import asyncio
+import enum
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import openai
+
+from songvec_assets.embedding.limits import RateLimiter
+from songvec_assets.embedding.pricing import TokenEstimator
+from songvec_assets.embedding.wire import (
+    EmbeddingBatch,
+    MalformedResponseError,
+    decode_response,
+    truncate_vectors,
+)
+from songvec_assets.errors import ProviderError, ProviderUnavailableError, RequestRefusedError
+from songvec_assets.progress import StopSignal
+
+MAX_BACKOFF_S = 60.0
+_MATRYOSHKA_MODELS = ("qwen3-embedding",)
+
+
+class Embedder(Protocol):
+    """What turns texts into vectors: the provider's client, or the offline embedder."""
+
+    dimensions: int
+
+    async def generate_embeddings_batch(self, texts: Sequence[str]) -> EmbeddingBatch:
+        """Embed one request's texts."""
+        ...
+
+    async def close(self) -> None:
+        """Give its connections back."""
+        ...
+
+
+class Action(enum.Enum):
+    """What to do about an answer other than 200."""
+
+    RETRY = "try again, later and slower"
+    STOP = "end the run: no request would fare better"
+    ISOLATE = "this request's fault: divide it until the refused text stands alone"
+
+
+ACTIONS = {
+    400: Action.ISOLATE, 401: Action.STOP, 402: Action.STOP, 403: Action.STOP, 404: Action.STOP,
+    408: Action.RETRY, 409: Action.RETRY, 412: Action.STOP, 413: Action.ISOLATE, 422: Action.ISOLATE,
+    429: Action.RETRY, 500: Action.RETRY, 502: Action.RETRY, 503: Action.RETRY, 504: Action.RETRY,
+}  # fmt: skip
+
+_ADVICE = {
+    401: "the key is wrong or revoked: set FIREWORKS_API_KEY",
+    402: "billing: settle the provider's account",
+    403: "the key may not use this model: check the account's permissions",
+    404: "the model is not served: serverless models get retired; see the provider's list, set SONGVEC_EMBEDDING_MODEL",
+    412: "the account is suspended or over its monthly budget: see the provider's billing page",
+}
+
+
+def action_for(status: int) -> Action:
+    """The action for a status; one that is not in the table is tried again from 500 on, and else ends the run."""
+    return ACTIONS.get(status, Action.RETRY if status >= 500 else Action.STOP)
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """What the server was found to understand.
+
+    Attributes:
+        encoding_format: base64, or float where base64 is refused.
+        sends_dimensions: whether `dimensions` may be asked for.
+        n_values: values of a vector as it arrives, before it is cut to the wanted size.
+    """
+
+    encoding_format: Literal["base64", "float"]
+    sends_dimensions: bool
+    n_values: int = 0
+
+
+class EmbeddingClient:
+    """Embeds texts with an OpenAI-compatible server. One client a run, used within one event loop.
+
+    Args:
+        base_url: the API's root, with its version: `https://api.fireworks.ai/inference/v1`.
+        api_key: bearer key; None for servers that need none.
+        model: the model's name at the provider.
+        dimensions: values a vector.
+        limiter: the shared quota.
+        patience_s: seconds that one request is tried again before ProviderUnavailableError.
+        stop: once set, nothing more is sent or waited for; a request in flight is left to end.
+        estimator: tells the limiter a request's tokens, and learns from what is billed.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None,
+        model: str,
+        dimensions: int,
+        limiter: RateLimiter,
+        patience_s: float = 600.0,
+        stop: StopSignal | None = None,
+        estimator: TokenEstimator | None = None,
+    ) -> None:
+        self.model = model
+        self.dimensions = dimensions
+        self.base_url = base_url
+        self.n_retries = 0
+        self._limiter = limiter
+        self._patience_s = patience_s
+        self._stop = stop or StopSignal()
+        self._estimator = estimator or TokenEstimator()
+        # the limiter must see every try, so the library makes none of its own
+        self._api = openai.AsyncOpenAI(base_url=base_url, api_key=api_key or "none", max_retries=0)
+        self._dialect: _Dialect | None = None
+        self._probe_lock = asyncio.Lock()
+        self._probe_tokens = 0
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._api.close()
+
+    async def generate_embeddings_batch(self, texts: Sequence[str]) -> EmbeddingBatch:
+        """Embed the texts of one request, trying again as long as that can help.
+
+        Args:
+            texts: none empty; the caller keeps to the limits of a request.
+
+        Returns:
+            Float32 vectors, (n texts, dimensions), and the tokens billed, those of a first probe included.
+
+        Raises:
+            RequestRefusedError: the server refuses this request; its neighbours may fare better.
+            ProviderUnavailableError: no good answer within the patience.
+            ProviderError: no request can succeed: key, model, billing, sizes.
+            StoppedError: the stop signal was set before the request could go.
+        """
+        dialect = await self._learn_dialect()
+        probe_tokens, self._probe_tokens = self._probe_tokens, 0
+        batch = await self._request_patiently(texts, dialect)
+        if batch.embeddings.shape[1] != dialect.n_values:
+            raise ProviderError(f"expected vectors of {dialect.n_values} values, got {batch.embeddings.shape[1]}")
+        embeddings = batch.embeddings
+        if dialect.n_values > self.dimensions:
+            embeddings = truncate_vectors(embeddings, self.dimensions)
+        return EmbeddingBatch(embeddings, batch.n_tokens + probe_tokens)
+
+    async def _learn_dialect(self) -> _Dialect:
+        """Find out once, with a request of one short text, what the server understands."""
+        async with self._probe_lock:
+            if self._dialect is None:
+                self._dialect = await self._probe()
+            return self._dialect
+
+    async def _probe(self) -> _Dialect:
+        refusals = []
+        for dialect in (
+            _Dialect("base64", True), _Dialect("float", True), _Dialect("base64", False), _Dialect("float", False)
+        ):  # fmt: skip
+            try:
+                batch = await self._request_patiently(["probe"], dialect)
+            except RequestRefusedError as error:
+                refusals.append(str(error))
+                continue
+            self._probe_tokens = batch.n_tokens
+            n_values = batch.embeddings.shape[1]
+            self._check_size(n_values)
+            return _Dialect(dialect.encoding_format, dialect.sends_dimensions, n_values)
+        raise ProviderError(
+            f"{self.base_url} refuses even one short text for model {self.model!r}, with and without base64 and "
+            f"`dimensions`. Its words: {refusals[-1]}"
+        )
+
+    def _check_size(self, n_values: int) -> None:
+        if n_values == self.dimensions:
+            return
+        may_truncate = any(name in self.model.lower() for name in _MATRYOSHKA_MODELS)
+        if n_values < self.dimensions or not may_truncate:
+            raise ProviderError(
+                f"expected vectors of {self.dimensions} values, model {self.model!r} gives {n_values}"
+                + ("" if n_values < self.dimensions else " and is not known to be trained for truncation")
+                + f": set SONGVEC_EMBEDDING_DIMENSIONS={n_values}"
+            )
+
+    async def _request_patiently(self, texts: Sequence[str], dialect: _Dialect) -> EmbeddingBatch:
+        n_bytes = sum(len(text.encode()) for text in texts)
+        n_tokens = sum(self._estimator.estimate([n_bytes]))
+        deadline = time.monotonic() + self._patience_s
+        attempt = 0
+        while True:
+            await self._sleep(await asyncio.to_thread(self._limiter.reserve, n_tokens))
+            try:
+                body = await self._send(texts, dialect, timeout_s=60 + n_tokens / 200)
+                batch = decode_response(body, len(texts))
+                self._estimator.observe(n_bytes, batch.n_tokens)
+                return batch
+            except openai.APIStatusError as error:
+                action = action_for(error.status_code)
+                words = describe_refusal(error.status_code, error.response.text)
+                if action is Action.STOP:
+                    raise ProviderError(f"{self.base_url} {words}") from error
+                if action is Action.ISOLATE:
+                    raise RequestRefusedError(words) from error
+                pause_s = _retry_after_s(error)
+                if error.status_code == 429:
+                    pause_s = 1.0 if pause_s is None else pause_s
+                    await asyncio.to_thread(self._limiter.pause, pause_s)
+            except (openai.APIConnectionError, MalformedResponseError) as error:
+                words, pause_s = str(error.__cause__ or error) or type(error).__name__, None
+            # full jitter (Brooker 2015), so that many clients do not come back together
+            wait_s = max(pause_s or 0, random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2**attempt)))
+            attempt += 1
+            self.n_retries += 1
+            if time.monotonic() + wait_s > deadline:
+                raise ProviderUnavailableError(
+                    f"{self.base_url} gave no good answer for {self._patience_s:g} s (SONGVEC_PATIENCE_S), last: {words}. "
+                    "All that was paid for is kept: start the same command again later"
+                )
+            await self._sleep(wait_s)
+
+    async def _send(self, texts: Sequence[str], dialect: _Dialect, timeout_s: float) -> bytes:
+        asked: dict[str, Any] = {"dimensions": self.dimensions} if dialect.sends_dimensions else {}
+        response = await self._api.embeddings.with_raw_response.create(
+            model=self.model,
+            input=list(texts),
+            encoding_format=dialect.encoding_format,
+            timeout=timeout_s,
+            **asked,
+        )
+        return response.content
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, but not past the stop signal."""
+        end = time.monotonic() + seconds
+        self._stop.check()
+        while (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 0.2))
+            self._stop.check()
+
+
+def describe_refusal(status: int, body: str) -> str:
+    """The provider's words for a status, and what to do about it."""
+    advice = _ADVICE.get(status)
+    return f"answered {status}: {' '.join(body.split())[:300]}" + (f" ({advice})" if advice else "")
+
+
+def _retry_after_s(error: openai.APIStatusError) -> float | None:
+    value = error.response.headers.get("retry-after", "")
+    try:
+        return min(float(value), 600.0)
+    except ValueError:  # absent, or a date: the backoff decides
+        return None

@@ -1,0 +1,140 @@
+"""Tokens, dollars and time: what a run will cost, what it has cost, and where it must stop. Pure.
+
+Dollars are floats: the provider's invoice is exact, this is a limit and a forecast.
+"""
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from songvec_assets.errors import BudgetExceededError
+
+UTF8_BYTES_PER_TOKEN = 4.0
+"""About four bytes of UTF-8 make a token, over scripts: English 4 characters, Cyrillic 2, Chinese 1.3."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is left to do, and its price.
+
+    Attributes:
+        n_songs: songs in the snapshot.
+        n_texts: texts that must be sent.
+        n_tokens: their estimated tokens.
+        usd: their price in dollars.
+        hours: at the full quota.
+    """
+
+    n_songs: int
+    n_texts: int
+    n_tokens: int
+    usd: float
+    hours: float
+
+
+class TokenEstimator:
+    """Estimates tokens from UTF-8 bytes, corrected by what the provider bills. Thread-safe."""
+
+    def __init__(self, bytes_per_token: float = UTF8_BYTES_PER_TOKEN) -> None:
+        self._lock = threading.Lock()
+        # the prior weighs as much as one small request, so the first real ones decide
+        self._n_tokens = 1000.0
+        self._n_bytes = self._n_tokens * bytes_per_token
+
+    def estimate(self, n_bytes: Iterable[int]) -> list[int]:
+        """Estimated tokens of texts of so many UTF-8 bytes each; at least one a text."""
+        tokens_per_byte = self._n_tokens / self._n_bytes
+        return [max(1, round(each * tokens_per_byte)) for each in n_bytes]
+
+    def observe(self, n_bytes: int, n_tokens: int) -> None:
+        """Learn that texts of `n_bytes` were billed `n_tokens`; 0 tokens means that the provider did not say."""
+        if n_tokens > 0:
+            with self._lock:
+                self._n_bytes += n_bytes
+                self._n_tokens += n_tokens
+
+
+@dataclass(frozen=True)
+class Price:
+    """Dollars a million prompt tokens."""
+
+    usd_per_million_tokens: float
+
+    def usd(self, n_tokens: int) -> float:
+        """What so many tokens cost."""
+        return n_tokens * self.usd_per_million_tokens / 1e6
+
+    def estimate(self, n_songs: int, n_texts: int, n_tokens: int, quota: "Quota") -> Estimate:
+        """Price and time of sending so much at the full quota."""
+        minutes = max(
+            n_tokens / quota.tokens_per_minute,
+            quota.n_requests(n_texts, n_tokens) / quota.requests_per_minute,
+        )
+        return Estimate(n_songs, n_texts, n_tokens, self.usd(n_tokens), minutes / 60)
+
+
+@dataclass(frozen=True)
+class Quota:
+    """What the provider allows, and what one request may hold.
+
+    Attributes:
+        requests_per_minute, tokens_per_minute: over all processes of a deployment.
+        max_request_texts: texts a request at most.
+        max_request_tokens: the lesser of the setting and 1/50 of the token quota, so that no single request is a
+            large part of a minute.
+    """
+
+    requests_per_minute: int
+    tokens_per_minute: int
+    max_request_texts: int
+    max_request_tokens: int
+
+    def __post_init__(self) -> None:
+        lesser = max(1, min(self.max_request_tokens, self.tokens_per_minute // 50))
+        object.__setattr__(self, "max_request_tokens", lesser)
+
+    def n_requests(self, n_texts: int, n_tokens: int) -> float:
+        """About how many requests so much takes."""
+        return max(n_texts / self.max_request_texts, n_tokens / self.max_request_tokens)
+
+
+class Budget:
+    """A hard stop in dollars. Thread-safe.
+
+    A request reserves its estimate before it is sent and settles with what was billed: what is spent plus what is
+    reserved never exceeds the limit by more than the estimates' errors of the requests in flight.
+    """
+
+    def __init__(self, price: Price, max_usd: float | None = None) -> None:
+        self.price = price
+        self.max_usd = max_usd
+        self._lock = threading.Lock()
+        self._reserved_tokens = 0
+        self.n_tokens = 0
+
+    @property
+    def usd(self) -> float:
+        """Dollars spent so far."""
+        return self.price.usd(self.n_tokens)
+
+    def reserve(self, n_tokens: int) -> None:
+        """Set aside the price of a request.
+
+        Raises:
+            BudgetExceededError: with it, the budget would be exceeded; nothing is set aside.
+        """
+        with self._lock:
+            planned = self.price.usd(self.n_tokens + self._reserved_tokens + n_tokens)
+            if self.max_usd is not None and planned > self.max_usd:
+                raise BudgetExceededError(
+                    f"the budget of ${self.max_usd:,.4f} would be exceeded by the next request (${self.usd:,.4f} spent, "
+                    f"${planned:,.4f} with it). All that was paid for is kept: raise SONGVEC_MAX_USD or the run's budget "
+                    "and start the same command again"
+                )
+            self._reserved_tokens += n_tokens
+
+    def settle(self, reserved_tokens: int, billed_tokens: int) -> None:
+        """Replace a reservation by what was billed (0 for a request that failed)."""
+        with self._lock:
+            self._reserved_tokens -= reserved_tokens
+            self.n_tokens += billed_tokens

@@ -1,0 +1,52 @@
+"""Every error the package raises on purpose. Nothing else belongs here.
+
+A message says what was expected, what came and what to do. A class says whether a rerun helps.
+"""
+
+
+class SongvecError(Exception):
+    """Something expected did not hold."""
+
+
+class SettingsError(SongvecError):
+    """A setting is missing or does not parse. A rerun helps only after it is corrected."""
+
+
+class DatabaseError(SongvecError):
+    """The database refused or could not be reached. The message says which, and what to do."""
+
+
+class SourceError(SongvecError):
+    """The songs table, or a column of it, is not what the settings name. A rerun alone does not help."""
+
+
+class StoreError(SongvecError):
+    """The storage folder belongs to another database, or is cut otherwise. A rerun alone does not help."""
+
+
+class DamagedShardError(SongvecError):
+    """A cache file holds rows whose checksum does not fit. They are discarded; fill the range again."""
+
+
+class TableMismatchError(SongvecError):
+    """The table holds another model, size or type. Refused before any request is paid for."""
+
+
+class ProviderError(SongvecError):
+    """The provider's answer ends the run: key, model, billing, or a protocol it does not speak."""
+
+
+class ProviderUnavailableError(ProviderError):
+    """The provider did not answer well within the configured patience. A later rerun helps."""
+
+
+class RequestRefusedError(ProviderError):
+    """The provider refused this very request (400, 413 or 422): one of its texts, or its size."""
+
+
+class BudgetExceededError(SongvecError):
+    """The next request would exceed the budget. What was paid for is kept; raise the budget to go on."""
+
+
+class StoppedError(SongvecError):
+    """The run was interrupted. What was paid for is kept; the same command goes on."""

@@ -1,0 +1,34 @@
+"""Files that are whole or not there: temporary name, fsync, rename, fsync of the folder. Nothing else."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replace_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that takes `path`'s place, durably, when the block ends well; else nothing changes."""
+    # one name a process: a crash leaves at most one file behind, and the next writer overwrites none of another's
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a created, renamed or removed entry of a folder durable."""
+    if os.name == "nt":  # Windows opens no folders; its renames are journalled
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

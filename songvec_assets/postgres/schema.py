@@ -1,0 +1,135 @@
+"""Schema `songvec`: the small tables that the package keeps beside its data, and the locks taken on ranges.
+
+One row a fact in `songvec.settings`; JSON values. Nothing here knows what the facts mean.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import text
+
+from songvec_assets.errors import DatabaseError
+from songvec_assets.postgres.engine import Database
+
+MIN_PGVECTOR = (0, 7, 0)
+"""The first pgvector with the halfvec type (released 2024-04)."""
+
+_TABLES = """
+    CREATE SCHEMA IF NOT EXISTS songvec;
+    CREATE TABLE IF NOT EXISTS songvec.settings (
+        key text PRIMARY KEY,
+        value jsonb NOT NULL
+    );
+    CREATE TABLE IF NOT EXISTS songvec.rate_limits (
+        name text PRIMARY KEY,
+        requests_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        tokens_at timestamptz NOT NULL DEFAULT clock_timestamp()
+    );
+    CREATE TABLE IF NOT EXISTS songvec.loaded_ranges (
+        range_start bigint NOT NULL,
+        range_stop bigint NOT NULL,
+        model text NOT NULL,
+        dimensions integer NOT NULL,
+        n_songs integer NOT NULL,
+        digest bytea NOT NULL,
+        song_ids bytea NOT NULL,
+        checksums bytea NOT NULL,
+        loaded_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (range_start, range_stop)
+    );
+"""
+
+
+def ensure_schema(database: Database) -> None:
+    """Create the `vector` extension and our tables where they are missing.
+
+    Raises:
+        DatabaseError: the extension is not installed, not permitted or too old, or the user may not create a schema.
+    """
+    with database.get_connection() as connection:
+        if connection.scalar(text("SELECT to_regclass('songvec.loaded_ranges') IS NULL")):
+            # two first runs at once would collide in the catalogue
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key("schema")})
+            connection.execute(text(_TABLES))
+        _ensure_extension(connection)
+
+
+def _ensure_extension(connection: sa.Connection) -> None:
+    installed = connection.scalar(text("SELECT extversion FROM pg_extension WHERE extname = 'vector'"))
+    if installed is None:
+        available = connection.scalar(text("SELECT count(*) FROM pg_available_extensions WHERE name = 'vector'"))
+        if not available:
+            raise DatabaseError(
+                "pgvector is not installed on this Postgres server: install its package there "
+                "(see github.com/pgvector/pgvector), or use a server that has it"
+            )
+        try:
+            connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
+        except sa.exc.ProgrammingError as error:
+            raise DatabaseError(
+                "the extension `vector` is not in this database and this user may not create it: let a superuser run "
+                "CREATE EXTENSION vector; in this database once"
+            ) from error
+        installed = connection.scalar(text("SELECT extversion FROM pg_extension WHERE extname = 'vector'"))
+    check_pgvector_version(str(installed))
+
+
+def check_pgvector_version(installed: str) -> None:
+    """Raise DatabaseError where pgvector is older than MIN_PGVECTOR."""
+    if tuple(int(part) for part in installed.split(".")) < MIN_PGVECTOR:
+        wanted = ".".join(map(str, MIN_PGVECTOR))
+        raise DatabaseError(
+            f"expected pgvector {wanted} or newer, this database has {installed}: update the server's package, then run "
+            "ALTER EXTENSION vector UPDATE;"
+        )
+
+
+def read_fact(connection: sa.Connection, key: str) -> Any:
+    """A value of `songvec.settings`, or None."""
+    return connection.scalar(text("SELECT value FROM songvec.settings WHERE key = :key"), {"key": key})
+
+
+def write_fact(connection: sa.Connection, key: str, value: Any) -> None:
+    """Set a value of `songvec.settings` within the connection's transaction."""
+    connection.execute(
+        text("""
+            INSERT INTO songvec.settings (key, value) VALUES (:key, CAST(:value AS jsonb))
+            ON CONFLICT (key) DO UPDATE SET value = excluded.value
+        """),
+        {"key": key, "value": json.dumps(value)},
+    )
+
+
+def lock_key(name: str) -> int:
+    """The 64-bit key of a named advisory lock."""
+    return int.from_bytes(blake2b(f"songvec:{name}".encode(), digest_size=8).digest(), "big", signed=True)
+
+
+@contextlib.contextmanager
+def hold_lock(database: Database, name: str, on_wait: Callable[[], None], check: Callable[[], None]) -> Iterator[None]:
+    """Hold a session's advisory lock; it ends with the block, or with the process.
+
+    Args:
+        database: every run on it sees the same locks.
+        name: what is locked.
+        on_wait: called once where another session has the lock.
+        check: called while waiting; raises to give up.
+    """
+    with database.get_autocommit() as connection:
+        if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": lock_key(name)}):
+            on_wait()
+            while not connection.scalar(
+                text("SELECT pg_try_advisory_lock(:key) FROM pg_sleep(0.5)"), {"key": lock_key(name)}
+            ):
+                check()
+        try:
+            yield
+        finally:
+            # where the connection broke, the lock went with it
+            if not connection.invalidated and not connection.closed:
+                with contextlib.suppress(sa.exc.DBAPIError):
+                    connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": lock_key(name)})

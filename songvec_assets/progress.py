@@ -1,0 +1,122 @@
+"""What a long step tells while it runs, and how it is stopped. No Dagster, no terminal.
+
+A core function takes a `ReportProgress` and calls it as often as it likes; whoever shows it thins it out.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
+
+from songvec_assets.errors import StoppedError
+
+Report = TypeVar("Report")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a step has come.
+
+    Attributes:
+        step: what is being done, as an imperative: "embed songs".
+        done: units done so far in this step.
+        total: units in this step; 0 where it is not known.
+        unit: "songs", "rows", "%".
+        note: what else a person would want to know: dollars so far, the phase of an index build.
+    """
+
+    step: str
+    done: int
+    total: int
+    unit: str = "songs"
+    note: str = ""
+
+
+ReportProgress = Callable[[Progress], None]
+
+
+def ignore_progress(_progress: Progress) -> None:
+    """The listener of callers who do not care."""
+
+
+class StopSignal:
+    """Asks a step that runs in another thread to end early, keeping what it has."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        """Ask for the end."""
+        self._event.set()
+
+    def is_set(self) -> bool:
+        """Whether the end was asked for."""
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raise StoppedError where the end was asked for."""
+        if self._event.is_set():
+            raise StoppedError("interrupted; what was done so far is kept, and the same command goes on from there")
+
+
+@dataclass(frozen=True)
+class _End(Generic[Result]):
+    result: Result | None = None
+    error: BaseException | None = None
+
+
+def run_in_worker(
+    work: Callable[[Callable[[Report], None]], Result],
+    *,
+    report: Callable[[Report], None],
+    stop: Callable[[], None],
+    grace_s: float = 30.0,
+) -> Result:
+    """Run `work(emit)` in a daemon thread; what it emits reaches `report` in the calling thread.
+
+    The calling thread waits in Python, so a signal reaches it at once while the worker may be deep in C:
+    psycopg2 alone answers a SIGINT only after its statement. An interrupt, or an error of `report`, calls
+    `stop` and gives the worker `grace_s` seconds to end, still reporting; a second interrupt abandons it.
+
+    Args:
+        work: the long step; it reports by calling its argument.
+        report: told, in the calling thread, all that the step emits.
+        stop: asks the step to end early: cancels its statements, sends no further request.
+        grace_s: seconds the step may still take after `stop`.
+
+    Raises:
+        Whatever `work` raises; the interrupt itself, after the grace, where there was one.
+    """
+    reports: queue.SimpleQueue[Report | _End[Result]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            reports.put(_End(result=work(reports.put)))
+        except BaseException as caught:  # noqa: BLE001 - it is raised again in the calling thread
+            reports.put(_End(error=caught))
+
+    def follow(deadline: float | None) -> _End[Result] | None:
+        while deadline is None or time.monotonic() < deadline:
+            try:
+                item = reports.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return None
+            if isinstance(item, _End):
+                return item
+            report(item)
+        return None
+
+    threading.Thread(target=run, daemon=True, name="songvec-worker").start()
+    try:
+        end = follow(None)
+    except BaseException:
+        stop()
+        follow(time.monotonic() + grace_s)
+        raise
+    assert end is not None
+    if end.error is not None:
+        raise end.error
+    return cast(Result, end.result)

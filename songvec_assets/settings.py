@@ -1,0 +1,257 @@
+"""Every setting: its variable, default, meaning, when it is read, and whether the store is bound to it.
+
+The one place that knows the environment's names. Parsing only: what a setting does is decided where it is used.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from songvec_assets.errors import SettingsError
+
+FIREWORKS_BASE_URL = "https://api.fireworks.ai/inference/v1"
+FIREWORKS_MODEL = "fireworks/qwen3-embedding-8b"
+OFFLINE_MODEL = "offline-v1"
+DEFAULT_TEMPLATE = "{name} by {artist}\n{lyrics}"
+
+When = Literal["graph", "run"]
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _number(lowest: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        number = float(value)
+        if not lowest <= number < float("inf"):
+            raise ValueError
+        return number
+
+    parse.__doc__ = f"a number of at least {lowest:g}"
+    return parse
+
+
+def _whole(lowest: int, highest: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        number = int(value)
+        if not lowest <= number <= highest:
+            raise ValueError
+        return number
+
+    parse.__doc__ = f"a whole number from {lowest:,} to {highest:,}"
+    return parse
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in choices:
+            raise ValueError
+        return value
+
+    parse.__doc__ = " or ".join(choices)
+    return parse
+
+
+def _setting(
+    variable: str,
+    parse: Callable[[str], Any],
+    help: str,
+    *,
+    default: Any = None,
+    when: When = "run",
+    identity: bool = False,
+    secret: bool = False,
+) -> Any:
+    metadata = {"variable": variable, "parse": parse, "help": help, "when": when, "identity": identity}
+    return field(default=default, repr=not secret, metadata=metadata)
+
+
+_MANY = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run, parsed; secrets stay out of the repr."""
+
+    postgres_url: str | None = _setting(
+        "POSTGRES_URL",
+        _text,
+        "Database with the songs and the embeddings; unset: the embedded one",
+        secret=True,
+    )
+    fireworks_api_key: str | None = _setting(
+        "FIREWORKS_API_KEY", _text, "Key of the embeddings provider; unset: the offline embedder", secret=True
+    )
+    fireworks_base_url: str = _setting(
+        "FIREWORKS_BASE_URL", _text, "Any OpenAI-compatible server: vLLM, TEI, Ollama, Infinity, …",
+        default=FIREWORKS_BASE_URL,
+    )  # fmt: skip
+    storage: str | None = _setting(
+        "SONGVEC_STORAGE", _text,
+        "Folder of snapshots and cached embeddings; unset: `.songvec/demo` (embedded) or `.songvec/main`",
+    )  # fmt: skip
+    embedding_model: str = _setting(
+        "SONGVEC_EMBEDDING_MODEL", _text, f"Model name; `{OFFLINE_MODEL}` asks for the offline embedder by name",
+        default=FIREWORKS_MODEL, identity=True,
+    )  # fmt: skip
+    embedding_dimensions: int = _setting(
+        "SONGVEC_EMBEDDING_DIMENSIONS", _whole(2, 4000),
+        "Values a vector; over 2,000 needs `SONGVEC_VECTOR_TYPE=halfvec`", default=2000, identity=True,
+    )  # fmt: skip
+    requests_per_minute: int = _setting(
+        "SONGVEC_REQUESTS_PER_MINUTE", _whole(1, _MANY), "The provider's request quota, over all processes",
+        default=6000,
+    )  # fmt: skip
+    tokens_per_minute: int = _setting(
+        "SONGVEC_TOKENS_PER_MINUTE", _whole(1, _MANY), "The provider's token quota, over all processes",
+        default=900_000,
+    )  # fmt: skip
+    max_request_texts: int = _setting(
+        "SONGVEC_MAX_REQUEST_TEXTS", _whole(1, 2048), "Texts a request at most", default=2048
+    )
+    max_request_tokens: int = _setting(
+        "SONGVEC_MAX_REQUEST_TOKENS", _whole(1, _MANY),
+        "Tokens a request at most; never more than 1/50 of the token quota", default=100_000,
+    )  # fmt: skip
+    concurrency: int = _setting("SONGVEC_CONCURRENCY", _whole(1, 1000), "Requests in flight at most", default=32)
+    patience_s: float = _setting(
+        "SONGVEC_PATIENCE_S",
+        _number(0),
+        "Seconds a failing provider is retried before the run ends",
+        default=600.0,
+    )
+    max_usd: float | None = _setting("SONGVEC_MAX_USD", _number(0), "Budget of a run in dollars; unset: none")
+    usd_per_million_tokens: float = _setting(
+        "SONGVEC_USD_PER_MILLION_TOKENS", _number(0), "The provider's price", default=0.10
+    )
+    songs_table: str = _setting("SONGVEC_SONGS_TABLE", _text, "Source table, also as `schema.table`", default="songs")
+    song_id_column: str | None = _setting(
+        "SONGVEC_SONG_ID_COLUMN", _text, "Integer id column; unset: the table's single-column primary key"
+    )
+    name_column: str = _setting("SONGVEC_NAME_COLUMN", _text, "Column of the song's name", default="name")
+    artist_column: str = _setting("SONGVEC_ARTIST_COLUMN", _text, "Column of the artist", default="artist")
+    lyrics_column: str = _setting("SONGVEC_LYRICS_COLUMN", _text, "Column of the lyrics; may be NULL", default="lyrics")
+    updated_at_column: str | None = _setting(
+        "SONGVEC_UPDATED_AT_COLUMN", _text,
+        "Date or timestamp column that says when a song changed: exports then read only newer rows",
+    )  # fmt: skip
+    text_template: str = _setting(
+        "SONGVEC_TEXT_TEMPLATE", lambda value: value.replace("\\n", "\n"),
+        "What is embedded, of `{name}`, `{artist}`, `{lyrics}`; `\\n` is a line end; a change embeds anew",
+        default=DEFAULT_TEMPLATE,
+    )  # fmt: skip
+    max_text_chars: int = _setting(
+        "SONGVEC_MAX_TEXT_CHARS", _whole(1, 1_000_000), "Longer texts are cut here; a change embeds the cut ones anew",
+        default=24_000,
+    )  # fmt: skip
+    vector_type: str = _setting(
+        "SONGVEC_VECTOR_TYPE", _one_of("vector", "halfvec"), "Column type: `vector`, or `halfvec` at half the size",
+        default="vector", identity=True,
+    )  # fmt: skip
+    lists: int | None = _setting(
+        "SONGVEC_LISTS", _whole(1, 32_768), "Lists of the IVFFlat index; unset: the square root of the rows"
+    )
+    song_id_stop: int = _setting(
+        "SONGVEC_SONG_ID_STOP", _whole(1, _MANY), "Where the open tail range begins; may only grow",
+        default=16_000_000, when="graph", identity=True,
+    )  # fmt: skip
+    range_size: int = _setting(
+        "SONGVEC_RANGE_SIZE",
+        _whole(1, 1_000_000),
+        "song_ids a range",
+        default=50_000,
+        when="graph",
+        identity=True,
+    )
+    ranges_per_run: int | None = _setting(
+        "SONGVEC_RANGES_PER_RUN", _whole(1, 1_000_000), "Splits backfills into runs of so many ranges; unset: one run",
+        when="graph",
+    )  # fmt: skip
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None, **overrides: Any) -> "Settings":
+        """Read every setting; an override that is not None wins over its variable.
+
+        Args:
+            environment: names to values; None reads the process's own.
+            overrides: field names to parsed values.
+
+        Raises:
+            SettingsError: a value does not parse, or is set to nothing but white space.
+        """
+        source = os.environ if environment is None else environment
+        values = {each.name: read_setting(each, source) for each in fields(cls)}
+        values |= {name: value for name, value in overrides.items() if value is not None}
+        settings = cls(**values)
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise SettingsError where settings contradict each other."""
+        if self.embedding_dimensions > 2000 and self.vector_type == "vector":
+            raise SettingsError(
+                f"pgvector indexes `vector` columns up to 2,000 dimensions, SONGVEC_EMBEDDING_DIMENSIONS is "
+                f"{self.embedding_dimensions}: lower it, or set SONGVEC_VECTOR_TYPE=halfvec (up to 4,000)"
+            )
+        if self.offline:
+            return
+        if self.postgres_url and not self.fireworks_api_key and self.fireworks_base_url == FIREWORKS_BASE_URL:
+            raise SettingsError(
+                "POSTGRES_URL is set but FIREWORKS_API_KEY is not: put the key into the environment or into .env, "
+                "point FIREWORKS_BASE_URL at a server that needs none, or ask for offline vectors by name with "
+                f"SONGVEC_EMBEDDING_MODEL={OFFLINE_MODEL}"
+            )
+        if urlsplit(self.fireworks_base_url).scheme not in ("http", "https"):
+            raise SettingsError(
+                f"FIREWORKS_BASE_URL must begin with http:// or https://, got {self.fireworks_base_url!r}"
+            )
+
+    @property
+    def offline(self) -> bool:
+        """Whether vectors come from the offline embedder: asked for by name, or nothing else is configured."""
+        asked = self.embedding_model == OFFLINE_MODEL
+        real = self.fireworks_api_key or self.postgres_url or self.fireworks_base_url != FIREWORKS_BASE_URL
+        return asked or not real
+
+    @property
+    def model(self) -> str:
+        """The model's name in cache, ledger and table."""
+        return OFFLINE_MODEL if self.offline else self.embedding_model
+
+
+def read_setting(setting: "Field[Any]", environment: Mapping[str, str]) -> Any:
+    """One setting's value from the environment, or its default where it is unset or empty.
+
+    Raises:
+        SettingsError: it does not parse; the message names the variable and, unless it is a secret, the value.
+    """
+    variable, parse = setting.metadata["variable"], setting.metadata["parse"]
+    value = environment.get(variable, "").strip()
+    if not value:
+        return setting.default
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise SettingsError(f"{variable}: expected {parse.__doc__}, got {value!r}") from error
+
+
+def settings_table() -> str:
+    """All settings as the Markdown table that the README shows."""
+    lines = [
+        "| Variable | Default | Meaning | Read | Store identity |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for each in fields(Settings):
+        default = "" if each.default is None else f"`{each.default!s}`".replace("\n", "\\n")
+        read = "when the graph loads" if each.metadata["when"] == "graph" else "when a run starts"
+        identity = "yes" if each.metadata["identity"] else ""
+        lines.append(f"| `{each.metadata['variable']}` | {default} | {each.metadata['help']} | {read} | {identity} |")
+    return "\n".join(lines)
+
+
+def variables() -> list[str]:
+    """The names of all variables, in the table's order."""
+    return [each.metadata["variable"] for each in fields(Settings)]

@@ -1,0 +1,1 @@
+"""What a song is: its range, its text, its snapshot in Parquet."""

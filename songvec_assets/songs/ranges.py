@@ -1,0 +1,96 @@
+"""Half-open ranges of song_ids: the unit of partitions, files, transactions, resume and cost. Pure.
+
+A range is written `000050000-000100000`; the open tail above the last stop is `016000000-max`.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from songvec_assets.errors import SettingsError
+
+MAX_SONG_ID = 2**31 - 1
+"""The highest value of Postgres' INTEGER, the type of `song_embeddings.song_id`."""
+
+_TAIL = "max"
+
+
+@dataclass(frozen=True, order=True)
+class SongIdRange:
+    """The song_ids from `start` to `stop`, `stop` not included; the tail's stop is MAX_SONG_ID + 1."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= MAX_SONG_ID + 1:
+            raise ValueError(f"expected 0 <= start < stop <= {MAX_SONG_ID + 1}, got [{self.start}, {self.stop})")
+
+    def __contains__(self, song_id: int) -> bool:
+        return self.start <= song_id < self.stop
+
+    @property
+    def key(self) -> str:
+        """The zero-padded key, equal to its Dagster partition key; keys sort as the ranges do."""
+        return f"{self.start:09d}-{_TAIL if self.is_tail else format(self.stop, '09d')}"
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether the range is open above."""
+        return self.stop == MAX_SONG_ID + 1
+
+    @classmethod
+    def from_key(cls, key: str) -> "SongIdRange":
+        """The inverse of `key`.
+
+        Raises:
+            ValueError: the key is not of the form `000050000-000100000` or `016000000-max`.
+        """
+        start, dash, stop = key.partition("-")
+        digits = (start, "0" if stop == _TAIL else stop)
+        if not dash or not all(part.isdecimal() and part.isascii() for part in digits):
+            raise ValueError(f"expected a range key like 000050000-000100000, got {key!r}")
+        return cls(int(start), MAX_SONG_ID + 1 if stop == _TAIL else int(stop))
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How all song_ids are cut: ranges of `width` from 0 up to `stop`, then one open tail.
+
+    Attributes:
+        width: song_ids a range.
+        stop: where the tail begins; a multiple of `width`.
+    """
+
+    width: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if self.stop % self.width:
+            raise SettingsError(
+                f"SONGVEC_SONG_ID_STOP must be a multiple of SONGVEC_RANGE_SIZE: {self.stop} is not one of {self.width}"
+            )
+
+    def __iter__(self) -> Iterator[SongIdRange]:
+        for start in range(0, self.stop, self.width):
+            yield SongIdRange(start, start + self.width)
+        yield self.tail
+
+    def __len__(self) -> int:
+        return self.stop // self.width + 1
+
+    @property
+    def tail(self) -> SongIdRange:
+        """The open range above the last stop."""
+        return SongIdRange(self.stop, MAX_SONG_ID + 1)
+
+    def range_of(self, song_id: int) -> SongIdRange:
+        """The range that holds a song_id from 0 to MAX_SONG_ID."""
+        if song_id >= self.stop:
+            return self.tail
+        start = song_id - song_id % self.width
+        return SongIdRange(start, start + self.width)
+
+    def span(self, ranges: Iterable[SongIdRange]) -> list[SongIdRange]:
+        """All ranges from the first to the last of `ranges`, both included; none for none."""
+        given = sorted(ranges)
+        return [tile for tile in self if given[0] <= tile <= given[-1]] if given else []

@@ -1,0 +1,198 @@
+"""The songs table as it is found in the database: its names checked and quoted, its ids counted by range."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from psycopg2 import sql
+
+from songvec_assets.errors import SourceError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
+
+_ID_TYPES = ("smallint", "integer", "bigint")
+_TIME_TYPES = ("date", "timestamp without time zone", "timestamp with time zone")
+
+
+@dataclass(frozen=True)
+class SourceNames:
+    """The names as settings give them; None asks for the primary key, or for no updated_at column."""
+
+    table: str = "songs"
+    song_id_column: str | None = None
+    name_column: str = "name"
+    artist_column: str = "artist"
+    lyrics_column: str = "lyrics"
+    updated_at_column: str | None = None
+
+
+@dataclass(frozen=True)
+class SongsSource:
+    """A songs table that exists and has the columns.
+
+    Attributes:
+        table: its name, for people.
+        song_id_column: the id column's name, for people.
+        relation: the table, quoted for SQL.
+        song_id, name, artist, lyrics: columns, quoted for SQL.
+        updated_at: quoted column, or None.
+        updated_at_type: its type.
+    """
+
+    table: str
+    song_id_column: str
+    relation: str
+    song_id: str
+    name: str
+    artist: str
+    lyrics: str
+    updated_at: str | None = None
+    updated_at_type: str | None = None
+
+    def select_statement(self, lowest: int, stop: int, updated_since: str | None = None) -> str:
+        """SELECT of the songs with lowest <= song_id < stop, ordered by song_id."""
+        newer = ""
+        if updated_since is not None:
+            # rows that were committed late carry a time before the newest one seen: look back an hour
+            quoted = updated_since.replace("'", "''")
+            since = f"CAST('{quoted}' AS {self.updated_at_type}) - INTERVAL '1 hour'"
+            newer = f" AND ({self.updated_at} >= {since} OR {self.updated_at} IS NULL)"
+        return (
+            f"SELECT {self.song_id}::bigint AS song_id, {self.name}::text AS name, {self.artist}::text AS artist, "
+            f"{self.lyrics}::text AS lyrics FROM {self.relation} "
+            f"WHERE {self.song_id} >= {int(lowest)} AND {self.song_id} < {int(stop)}{newer} ORDER BY {self.song_id}"
+        )
+
+
+@dataclass(frozen=True)
+class RangeCount:
+    """What the source holds in a range: songs, and the newest updated_at as text (None without such a column)."""
+
+    n_songs: int
+    newest: str | None = None
+
+
+def find_source(database: Database, names: SourceNames) -> SongsSource:
+    """Find the songs table and its columns.
+
+    Raises:
+        SourceError: the table or a column is missing, or the id is no integer; says what is there and what to set.
+    """
+    with database.get_connection() as connection:
+        schema, table, columns = _find_table(connection, names.table)
+        primary_key = _find_primary_key(connection, schema, table)
+        raw = connection.connection.driver_connection
+        song_id_column = names.song_id_column or _choose_song_id(primary_key, columns, names.table)
+        wanted = {
+            "SONGVEC_SONG_ID_COLUMN": song_id_column,
+            "SONGVEC_NAME_COLUMN": names.name_column,
+            "SONGVEC_ARTIST_COLUMN": names.artist_column,
+            "SONGVEC_LYRICS_COLUMN": names.lyrics_column,
+        } | ({"SONGVEC_UPDATED_AT_COLUMN": names.updated_at_column} if names.updated_at_column else {})
+        for variable, column in wanted.items():
+            if column not in columns:
+                raise SourceError(
+                    f"table {names.table} has no column {column!r}; it has {', '.join(columns)}: set {variable}"
+                )
+        if columns[song_id_column] not in _ID_TYPES:
+            raise SourceError(
+                f"the id column {song_id_column!r} of {names.table} is {columns[song_id_column]}; song_embeddings.song_id "
+                "is INTEGER: name an integer column with SONGVEC_SONG_ID_COLUMN"
+            )
+        updated_at_type = columns[names.updated_at_column] if names.updated_at_column else None
+        if updated_at_type and updated_at_type not in _TIME_TYPES:
+            raise SourceError(
+                f"SONGVEC_UPDATED_AT_COLUMN {names.updated_at_column!r} is {updated_at_type}; expected a date or timestamp"
+            )
+
+        def quote(*parts: str) -> str:
+            return sql.Identifier(*parts).as_string(raw)  # type: ignore[no-any-return]
+
+        return SongsSource(
+            table=names.table,
+            song_id_column=song_id_column,
+            relation=quote(schema, table),
+            song_id=quote(song_id_column),
+            name=quote(names.name_column),
+            artist=quote(names.artist_column),
+            lyrics=quote(names.lyrics_column),
+            updated_at=quote(names.updated_at_column) if names.updated_at_column else None,
+            updated_at_type=updated_at_type,
+        )
+
+
+def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dict[SongIdRange, RangeCount]:
+    """Count the source's songs by range; ranges without songs are left out. Reads the id's index only, if it can."""
+    newest = f"max({source.updated_at})::text" if source.updated_at else "NULL"
+    with database.get_connection() as connection:
+        rows = connection.exec_driver_sql(
+            f"SELECT least({source.song_id}, {tiling.stop}) / {tiling.width} AS tile, count(*), {newest} "
+            f"FROM {source.relation} WHERE {source.song_id} BETWEEN 0 AND {MAX_SONG_ID} GROUP BY tile"
+        )
+        return {tiling.range_of(tile * tiling.width): RangeCount(n_songs, latest) for tile, n_songs, latest in rows}
+
+
+def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[str]:
+    """Count the songs whose id no range can hold, by reason."""
+    reasons = {
+        f"the id is above {MAX_SONG_ID}, the highest INTEGER": f"{source.song_id} > {MAX_SONG_ID}",
+        "the id is negative": f"{source.song_id} < 0",
+        "the id is NULL": f"{source.song_id} IS NULL",
+    }
+    with database.get_connection() as connection:
+        counts = {
+            reason: connection.exec_driver_sql(f"SELECT count(*) FROM {source.relation} WHERE {where}").scalar_one()
+            for reason, where in reasons.items()
+        }
+    return Counter({reason: count for reason, count in counts.items() if count})
+
+
+def _find_table(connection: sa.Connection, name: str) -> tuple[str, str, dict[str, str]]:
+    """Schema, table, and its columns with their types; the name is tried as written, then in lower case."""
+    for candidate in dict.fromkeys((name, name.lower())):
+        schema, _, table = candidate.rpartition(".")
+        row = connection.execute(
+            sa.text("""
+                SELECT n.nspname, c.relname, c.oid
+                FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                WHERE c.relname = :table AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+                  AND CASE WHEN :schema = '' THEN pg_table_is_visible(c.oid) ELSE n.nspname = :schema END
+            """),
+            {"schema": schema, "table": table},
+        ).one_or_none()
+        if row is not None:
+            columns = connection.execute(
+                sa.text("""
+                    SELECT attname, format_type(atttypid, NULL) FROM pg_attribute
+                    WHERE attrelid = :oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum
+                """),
+                {"oid": row.oid},
+            )
+            return row.nspname, row.relname, {column: kind for column, kind in columns}
+    raise SourceError(
+        f"this database has no table {name} (or this user may not see it): name the table of songs with "
+        "SONGVEC_SONGS_TABLE, also as schema.table"
+    )
+
+
+def _find_primary_key(connection: sa.Connection, schema: str, table: str) -> list[str]:
+    rows = connection.execute(
+        sa.text("""
+            SELECT a.attname
+            FROM pg_index i
+            JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = ANY (i.indkey)
+            WHERE i.indisprimary AND n.nspname = :schema AND c.relname = :table
+        """),
+        {"schema": schema, "table": table},
+    )
+    return [column for (column,) in rows]
+
+
+def _choose_song_id(primary_key: list[str], columns: dict[str, str], table: str) -> str:
+    if len(primary_key) == 1 and columns[primary_key[0]] in _ID_TYPES:
+        return primary_key[0]
+    found = f"its primary key is ({', '.join(primary_key)})" if primary_key else "it has no primary key"
+    raise SourceError(
+        f"table {table} has no single-column integer primary key ({found}): name its id with SONGVEC_SONG_ID_COLUMN"
+    )

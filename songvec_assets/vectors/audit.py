@@ -1,0 +1,114 @@
+"""What the table and the index are like in fact: samples and the ledger, never all of a large table."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+from sqlalchemy import text
+
+from songvec_assets.embedding.wire import find_bad_vectors
+from songvec_assets.postgres.engine import Database
+from songvec_assets.vectors.ivfflat import INDEX, find_valid_index
+from songvec_assets.vectors.table import TableSpec, define_table
+
+SAMPLE_ROWS = 1000
+_INDEX_WORTH_FROM_ROWS = 50_000
+
+
+@dataclass(frozen=True)
+class VectorAudit:
+    """A sample of the table's vectors.
+
+    Attributes:
+        n_sampled: rows looked at.
+        bad_song_ids: those zero, not finite, or of another size.
+        mean_norm: their mean length; 1 for models that normalise; 0 for an empty table.
+    """
+
+    n_sampled: int
+    bad_song_ids: list[int]
+    mean_norm: float
+
+
+@dataclass(frozen=True)
+class IndexAudit:
+    """What the planner makes of the index.
+
+    Attributes:
+        valid: whether it is there and whole.
+        used: whether a search of ten neighbours takes it.
+        n_rows: of the table, as the planner estimates them.
+    """
+
+    valid: bool
+    used: bool
+    n_rows: int
+
+    @property
+    def should_be_used(self) -> bool:
+        """Whether the table is large enough for an index to be the better plan."""
+        return self.n_rows >= _INDEX_WORTH_FROM_ROWS
+
+    def describe(self) -> str:
+        """One sentence."""
+        if not self.valid:
+            return "the index is missing or invalid: materialize ivfflat_index"
+        if self.used:
+            return f"the planner uses the index for {self.n_rows:,} rows"
+        if self.should_be_used:
+            return (
+                f"the planner passes the index by for {self.n_rows:,} rows: ANALYZE the table, check enable_indexscan"
+            )
+        return f"{self.n_rows:,} rows are few: the planner rightly scans them all"
+
+
+def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS) -> VectorAudit:
+    """Look at about `n_rows` rows, spread over the whole table."""
+    table = define_table(spec)
+    with database.get_connection() as connection:
+        total = int(connection.scalar(text("SELECT count(*) FROM song_embeddings")) or 0)
+        if not total:
+            return VectorAudit(0, [], 0.0)
+        rows = connection.execute(
+            text("""
+                SELECT song_id, embedding FROM song_embeddings
+                WHERE song_id IN (
+                    SELECT song_id FROM (SELECT song_id, row_number() OVER (ORDER BY song_id) AS place FROM song_embeddings) p
+                    WHERE place % :step = 0
+                )
+            """).columns(table.c.song_id, table.c.embedding),
+            {"step": max(1, total // n_rows)},
+        ).all()
+    song_ids = [song_id for song_id, _ in rows]
+    vectors = [np.asarray(getattr(vector, "to_numpy", lambda v=vector: v)(), dtype=np.float32) for _, vector in rows]
+    wrong_size = [song_id for song_id, vector in zip(song_ids, vectors, strict=True) if len(vector) != spec.dimensions]
+    if wrong_size:
+        return VectorAudit(len(rows), wrong_size, 0.0)
+    matrix = np.stack(vectors)
+    bad = [song_ids[row] for row in find_bad_vectors(matrix)]
+    return VectorAudit(len(rows), bad, float(np.linalg.norm(matrix, axis=1).mean()))
+
+
+def audit_models(database: Database) -> dict[str, int]:
+    """The models in the ledger of loaded ranges, as `name (dimensions)`, with their songs."""
+    with database.get_connection() as connection:
+        rows = connection.execute(
+            text("SELECT model, dimensions, sum(n_songs)::bigint FROM songvec.loaded_ranges GROUP BY model, dimensions")
+        )
+        return {f"{model} ({dimensions})": n_songs for model, dimensions, n_songs in rows}
+
+
+def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
+    """Ask the catalogue and the planner."""
+    vector = json.dumps([1.0] + [0.0] * (spec.dimensions - 1))
+    with database.get_connection() as connection:
+        valid = find_valid_index(connection) is not None
+        n_rows = int(connection.scalar(text("SELECT count(*) FROM song_embeddings")) or 0)
+        plan = connection.scalar(
+            text(
+                "EXPLAIN (FORMAT JSON) SELECT song_id FROM song_embeddings "
+                f"ORDER BY embedding <=> CAST(:vector AS {spec.vector_type}) LIMIT 10"
+            ),
+            {"vector": vector},
+        )
+    return IndexAudit(valid, INDEX in json.dumps(plan), n_rows)

@@ -1,0 +1,99 @@
+"""A provider of embeddings to test against: OpenAI-compatible, in its own process, misbehaving on request.
+
+Here is what tests use: `running_provider` starts one, `Provider` controls and audits it, and `vector_of`,
+`count_tokens` and `digest_of` say what it computes. The server itself is in the modules beside.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from .vectors import count_tokens, digest_of, vector_of
+
+__all__ = ["Provider", "count_tokens", "digest_of", "running_provider", "vector_of"]
+
+_ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A provider that runs.
+
+    Attributes:
+        base_url: what an OpenAI client takes, ending in `/v1`.
+        api_key: the key that it accepts.
+        pid: its process, for measurements.
+    """
+
+    base_url: str
+    api_key: str
+    pid: int
+
+    def control(self, **faults: Any) -> None:
+        """Replace all faults by these (fields of `faults.Faults`); none: behave well.
+
+        Counts, draws and the quota's window begin anew.
+
+        Raises:
+            ValueError: a fault is unknown or has a wrong value.
+        """
+        self._ask("PUT", "/control", json.dumps(faults))
+
+    def ledger(self) -> dict[str, Any]:
+        """What was asked and billed since the last reset; see `ledger.Ledger.figures`."""
+        figures: dict[str, Any] = self._ask("GET", "/ledger")
+        return figures
+
+    def texts(self) -> dict[str, int]:
+        """How often each text was billed."""
+        texts: dict[str, int] = self._ask("GET", "/ledger/texts")
+        return texts
+
+    def reset_ledger(self) -> None:
+        """Begin the ledger anew; a ledger file goes on."""
+        self._ask("DELETE", "/ledger")
+
+    def _ask(self, method: str, path: str, body: str | None = None) -> Any:
+        connection = HTTPConnection(urlsplit(self.base_url).netloc, timeout=60)
+        try:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            answer = json.load(response)
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise ValueError(f"{method} {path}: {answer['error']['message']}")
+        return answer
+
+
+@contextmanager
+def running_provider(*, ledger_file: Path | None = None, **control: Any) -> Iterator[Provider]:
+    """Start a provider with these faults, and end it with the block, or with this process however it ends.
+
+    Args:
+        ledger_file: gets one JSON line a billed request.
+        **control: fields of `faults.Faults`.
+    """
+    api_key = "test-key"
+    command = [sys.executable, "-m", __name__, "--exit-with-parent", "--api-key", api_key]
+    command += ["--control", json.dumps(control)]
+    if ledger_file:
+        command += ["--ledger", str(ledger_file.resolve())]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=_ROOT, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            assert process.stdout
+            announced = process.stdout.readline()
+            if not announced:
+                raise RuntimeError(f"the provider ended before it listened; its stderr says why: {command}")
+            yield Provider(announced.split()[-1], api_key, process.pid)
+        finally:
+            # Nothing is lost: the ledger file is written through at every line.
+            process.kill()

@@ -1,0 +1,173 @@
+"""`POST /v1/embeddings` as Fireworks AI answers it, from request bytes to an answer; no sockets here.
+
+The order of refusals: key, told statuses, form, texts, quota. What passes is computed and billed; latency is
+the computation's. Bodies of 404 and 429 as seen at Fireworks (facts read in November 2026).
+"""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+import pybase64
+from numpy.typing import NDArray
+
+from .faults import FaultPlan, Faults
+from .ledger import Ledger
+from .vectors import MIN_DIMENSIONS, count_tokens, digest_of, vector_of_digest
+
+MAX_TEXTS = 2048
+_INVALID = {"type": "invalid_request_error", "code": "invalid_request_error"}
+_LIMITED = {"object": "error", **_INVALID, "message": "rate limit exceeded, please try again later"}
+_MISSING = {"message": "Model not found, inaccessible, and/or not deployed", "code": "NOT_FOUND"}
+
+
+class Answer(NamedTuple):
+    """A response and how much of it reaches the client."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = {}
+    delivery: Literal["whole", "reset", "truncate", "stall"] = "whole"
+
+
+class RefusedError(Exception):
+    """The request is answered with an error: a message in OpenAI's envelope, or a whole body."""
+
+    def __init__(
+        self,
+        status: int,
+        body: str | dict[str, Any],
+        headers: Mapping[str, str] = {},
+        after_s: float | None = None,
+    ) -> None:
+        super().__init__(status, body)
+        body = {"error": {"message": body, **_INVALID}} if isinstance(body, str) else body
+        retry = {} if after_s is None else {"retry-after": f"{after_s:g}"}
+        self.answer = Answer(status, msgspec.json.encode(body), {**headers, **retry})
+
+
+class EmbeddingsRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """What a client may send."""
+
+    model: str
+    input: str | list[str]
+    dimensions: int | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+
+class Endpoint:
+    """The embeddings endpoint of one account: its key, its model, its faults and its bill."""
+
+    def __init__(self, api_key: str, model: str, faults: Faults, ledger: Ledger) -> None:
+        self._authorization = f"Bearer {api_key}"
+        self._models = {model, model.replace("fireworks/", "accounts/fireworks/models/", 1)}
+        self._decoder = msgspec.json.Decoder(EmbeddingsRequest)
+        self.plan = FaultPlan(faults)
+        self.ledger = ledger
+
+    async def embed(self, headers: Mapping[str, str], body: bytes) -> Answer:
+        """Answer one request.
+
+        Raises:
+            RefusedError: the request is not computed, and not billed.
+            msgspec.DecodeError: likewise, as it is not a request for embeddings.
+        """
+        plan, faults = self.plan, self.plan.faults
+        if faults.reset_when == "before" and plan.happens(faults.reset):
+            return Answer(0, b"", delivery="reset")
+        if headers.get("authorization") != self._authorization:
+            raise RefusedError(401, "The API key you provided is invalid.")
+        if told := plan.next_status():
+            raise RefusedError(told.status, told.body or "told to fail", after_s=told.retry_after_s)
+        request = self._decoder.decode(body)
+        dimensions = self._check_form(request, faults)
+        texts = [request.input] if isinstance(request.input, str) else request.input
+        n_tokens = sum(map(count_tokens, texts))
+        self.ledger.measure(len(texts), n_tokens)
+        _check_texts(texts, n_tokens, faults)
+        headroom: dict[str, str] = {}
+        if faults.quota:
+            admitted, headroom = plan.admit(faults.quota, n_tokens)
+            if not admitted:
+                raise RefusedError(429, _LIMITED, headroom, faults.quota.retry_after_s)
+
+        await asyncio.sleep(plan.latency_s())
+        digests = [digest_of(text) for text in texts]
+        items = _compute_items(digests, dimensions, request.encoding_format == "base64", plan)
+        self.ledger.bill(texts, digests, n_tokens, faults.keep_texts)
+        if faults.reset_when == "after" and plan.happens(faults.reset):
+            return Answer(0, b"", delivery="reset")
+        usage = b'{"prompt_tokens":%d,"total_tokens":%d}' % (n_tokens, n_tokens)
+        envelope = b'{"object":"list","data":[%b],"model":%b,"usage":%b}'
+        response = envelope % (b",".join(items), msgspec.json.encode(request.model), usage)
+        if plan.happens(faults.truncate):
+            return Answer(200, response, headroom, "truncate")
+        return Answer(200, response, headroom, "stall" if plan.happens(faults.stall) else "whole")
+
+    def _check_form(self, request: EmbeddingsRequest, faults: Faults) -> int:
+        """The number of dimensions to answer with."""
+        if request.model not in self._models:
+            raise RefusedError(404, {"error": _MISSING})
+        if faults.refuse_base64 and request.encoding_format == "base64":
+            raise RefusedError(400, "Extra inputs are not permitted, field: 'encoding_format'")
+        if faults.refuse_dimensions and request.dimensions is not None:
+            raise RefusedError(400, "Extra inputs are not permitted, field: 'dimensions'")
+        native = faults.native_dimensions
+        if request.dimensions is None or faults.ignore_dimensions:
+            return native
+        if not MIN_DIMENSIONS <= request.dimensions <= native:
+            raise RefusedError(400, f"dimensions must be between {MIN_DIMENSIONS} and {native}")
+        return request.dimensions
+
+
+def _check_texts(texts: list[str], n_tokens: int, faults: Faults) -> None:
+    if not 1 <= len(texts) <= MAX_TEXTS:
+        raise RefusedError(400, f"input must hold 1 to {MAX_TEXTS} texts, not {len(texts)}")
+    if not all(texts):
+        raise RefusedError(400, "input must not hold an empty text")
+    if n_tokens > faults.max_request_tokens:
+        raise RefusedError(413, f"{n_tokens} tokens in one request, at most {faults.max_request_tokens:.0f}")
+    if any(word in text for word in faults.poison for text in texts):
+        raise RefusedError(400, "text refused by the content filter")
+
+
+def _compute_items(digests: list[bytes], dimensions: int, as_base64: bool, plan: FaultPlan) -> list[bytes]:
+    """The JSON items of `data`, one of them spoilt where the faults say so."""
+    faults = plan.faults
+    spoil = faults.corrupt if faults.corrupt and plan.happens(faults.corrupt_share) else None
+    victim = plan.random.randrange(len(digests)) if spoil else 0
+    vectors = [vector_of_digest(digest, dimensions) for digest in digests]
+    if spoil == "wrong_size":
+        vectors[victim] = vectors[victim][:-1]
+    elif spoil == "nan":
+        vectors[victim][0] = np.nan
+    elif spoil == "zero":
+        vectors[victim][:] = 0
+    encode = _encode_base64 if as_base64 and not faults.ignore_base64 else _encode_floats
+    encoded = [encode(vector) for vector in vectors]
+    if spoil == "bad_base64":
+        encoded[victim] = b'"*not base64*"'
+    elif spoil == "not_json":
+        encoded[victim] = b"<html>"
+    indexes = list(range(len(encoded)))
+    if spoil == "duplicate_index":
+        indexes[victim] = indexes[victim - 1]
+    item = b'{"object":"embedding","index":%d,"embedding":%b}'
+    items = [item % pair for pair in zip(indexes, encoded, strict=True)]
+    if spoil == "drop_item":
+        del items[victim]
+    if faults.reorder:
+        plan.random.shuffle(items)
+    return items
+
+
+def _encode_base64(vector: NDArray[np.float32]) -> bytes:
+    return b'"%b"' % pybase64.b64encode(vector.data)
+
+
+def _encode_floats(vector: NDArray[np.float32]) -> bytes:
+    """JSON numbers; a NaN becomes `null`, as JSON has none."""
+    return msgspec.json.encode(vector.tolist())

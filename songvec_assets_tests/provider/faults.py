@@ -1,0 +1,118 @@
+"""How the provider can be told to misbehave: the vocabulary of `PUT /control`, and what was used up of it.
+
+Decides whether something goes wrong with a request; the endpoint and the server make it go wrong.
+Durations are in seconds, shares are probabilities of one request, drawn from `seed` in order of arrival.
+"""
+
+import math
+import time
+from collections import deque
+from random import Random
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from .vectors import MAX_DIMENSIONS, MIN_DIMENSIONS
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Corruption = Literal["drop_item", "duplicate_index", "wrong_size", "nan", "zero", "bad_base64", "not_json"]
+
+
+class StatusFault(Struct, frozen=True, forbid_unknown_fields=True):
+    """Answer `status` to the next `count` requests (None: all), or to a `share`, from the `after`-th on.
+
+    Requests are counted from `PUT /control`, without those that were reset before or had a wrong key.
+    """
+
+    status: int
+    count: int | None = None
+    share: Share = 1.0
+    after: int = 1
+    retry_after_s: float | None = None
+    body: str | dict[str, Any] | None = None
+
+
+class Quota(Struct, frozen=True, forbid_unknown_fields=True):
+    """Rates a minute, enforced over every stretch of `window_s`: in one second, a sixtieth of each passes."""
+
+    requests_per_minute: float = math.inf
+    tokens_per_minute: float = math.inf
+    window_s: Annotated[float, Meta(gt=0)] = 60.0
+    retry_after_s: float | None = None
+
+
+class Faults(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `PUT /control`; the defaults behave well."""
+
+    seed: int = 0
+    # Plain floats: msgspec 0.22.0 crashes in the garbage collector on constrained float | fixed tuple.
+    latency_s: float | tuple[float, float] = 0.0
+    refuse_base64: bool = False
+    ignore_base64: bool = False
+    refuse_dimensions: bool = False
+    ignore_dimensions: bool = False
+    native_dimensions: Annotated[int, Meta(ge=MIN_DIMENSIONS, le=MAX_DIMENSIONS)] = MAX_DIMENSIONS
+    statuses: list[StatusFault] = []
+    reset: Share = 0.0
+    reset_when: Literal["before", "after"] = "before"
+    truncate: Share = 0.0
+    stall: Share = 0.0
+    stall_s: float = 3600.0
+    reorder: bool = False
+    corrupt: Corruption | None = None
+    corrupt_share: Share = 1.0
+    poison: list[str] = []
+    max_request_tokens: float = math.inf
+    quota: Quota | None = None
+    keep_texts: bool = True
+
+
+class FaultPlan:
+    """Faults in force, and how much of them the requests since `PUT /control` have drawn and used up."""
+
+    def __init__(self, faults: Faults) -> None:
+        self.faults = faults
+        self.random = Random(faults.seed)
+        self._n_requests = 0
+        self._left = [math.inf if rule.count is None else rule.count for rule in faults.statuses]
+        self._admitted: deque[tuple[float, int]] = deque()
+
+    def happens(self, share: float) -> bool:
+        """Draw once; a share of 0 draws nothing, so that other faults keep their sequence."""
+        return share > 0 and self.random.random() < share
+
+    def next_status(self) -> StatusFault | None:
+        """Count one request; the first rule that applies to it, if any."""
+        self._n_requests += 1
+        for position, rule in enumerate(self.faults.statuses):
+            if self._n_requests >= rule.after and self._left[position] > 0 and self.happens(rule.share):
+                self._left[position] -= 1
+                return rule
+        return None
+
+    def latency_s(self) -> float:
+        """How long the computation of this request takes."""
+        latency = self.faults.latency_s
+        return self.random.uniform(*latency) if isinstance(latency, tuple) else latency
+
+    def admit(self, quota: Quota, n_tokens: int) -> tuple[bool, dict[str, str]]:
+        """Whether the quota lets a request through (only then it counts), and the headers that tell so.
+
+        Header names: docs.fireworks.ai/guides/quotas_usage/rate-limits, read in November 2026.
+        """
+        now = time.monotonic()
+        while self._admitted and self._admitted[0][0] <= now - quota.window_s:
+            self._admitted.popleft()
+        self._admitted.append((now, n_tokens))
+        rates = {"requests": quota.requests_per_minute, "tokens-prompt": quota.tokens_per_minute}
+        used = {"requests": len(self._admitted), "tokens-prompt": sum(n for _, n in self._admitted)}
+        left = {unit: rate * quota.window_s / 60 - used[unit] for unit, rate in rates.items()}
+        over = min(left.values()) < 0
+        if over:
+            self._admitted.pop()
+        headers = {"x-ratelimit-over-limit": "yes" if over else "no"}
+        for unit, rate in rates.items():
+            if rate < math.inf:
+                headers[f"x-ratelimit-limit-{unit}"] = f"{rate:.0f}"
+                headers[f"x-ratelimit-remaining-{unit}"] = f"{max(0.0, left[unit]):.0f}"
+        return not over, headers

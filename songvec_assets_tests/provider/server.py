@@ -1,0 +1,102 @@
+"""HTTP/1.1 on asyncio streams: the endpoint, the control, the ledger, and broken deliveries.
+
+By hand, because a server library would not reset, cut or stall a response. Requests need a Content-Length.
+"""
+
+import asyncio
+import socket
+import struct
+from contextlib import suppress
+from http.client import responses
+
+import msgspec
+
+from .endpoint import Answer, Endpoint, RefusedError
+from .faults import FaultPlan, Faults
+from .ledger import Ledger
+
+
+class Server:
+    """Speaks HTTP for one endpoint."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._n_in_flight = 0
+
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection until either side ends it (the callback of `asyncio.start_server`)."""
+        # Cancelled only at the end of the process, where asyncio would print a traceback a connection.
+        with suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            while await self._exchange(reader, writer):
+                pass
+        writer.close()
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """One request and its response; whether the connection stays open."""
+        request_line, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+        method, path, _ = request_line.split(" ")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        if path == "/v1/embeddings" and method == "POST":
+            answer = await self._embed(headers, body, writer)
+        else:
+            answer = self._serve_control(method, path, body)
+            await _send(writer, answer)
+        if answer.delivery == "stall":
+            # Reading ends when the client hangs up, so that abandoned connections do not pile up.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(reader.read(1), self._endpoint.plan.faults.stall_s)
+        return answer.delivery == "whole" and headers.get("connection") != "close"
+
+    async def _embed(self, headers: dict[str, str], body: bytes, writer: asyncio.StreamWriter) -> Answer:
+        self._n_in_flight += 1
+        self._endpoint.ledger.arrive(self._n_in_flight)
+        try:
+            try:
+                answer = await self._endpoint.embed(headers, body)
+            except RefusedError as refusal:
+                answer = refusal.answer
+            except msgspec.DecodeError as error:
+                answer = RefusedError(400, str(error)).answer
+            self._endpoint.ledger.answer(answer.status)
+            await _send(writer, answer)
+        finally:
+            self._n_in_flight -= 1
+        return answer
+
+    def _serve_control(self, method: str, path: str, body: bytes) -> Answer:
+        endpoint = self._endpoint
+        found: object = {"status": "ok"}
+        match method, path:
+            case "GET", "/health":
+                pass
+            case "PUT", "/control":
+                try:
+                    endpoint.plan = FaultPlan(msgspec.json.decode(body, type=Faults))
+                except msgspec.DecodeError as error:
+                    return RefusedError(400, str(error)).answer
+            case "GET", "/ledger":
+                found = endpoint.ledger.figures
+            case "GET", "/ledger/texts":
+                found = endpoint.ledger.texts()
+            case "DELETE", "/ledger":
+                endpoint.ledger = Ledger(endpoint.ledger.file)
+            case _:
+                return RefusedError(404, f"no {method} {path} here").answer
+        return Answer(200, msgspec.json.encode(found))
+
+
+async def _send(writer: asyncio.StreamWriter, answer: Answer) -> None:
+    """Send an answer, or as much of it as its delivery allows."""
+    if answer.delivery == "reset":
+        # A linger of zero seconds turns the close into a TCP RST.
+        linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.transport.abort()
+        return
+    head = [f"HTTP/1.1 {answer.status} {responses.get(answer.status, '')}", "content-type: application/json"]
+    head += [f"content-length: {len(answer.body)}", *(f"{k}: {v}" for k, v in answer.headers.items())]
+    writer.write("\r\n".join([*head, "\r\n"]).encode())
+    whole = answer.delivery == "whole"
+    writer.write(answer.body if whole else answer.body[: len(answer.body) // 2])
+    await writer.drain()
