@@ -32,7 +32,7 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-DEMO_QUERIES = ("a lighthouse and a storm at sea", "my grandmother baking bread", "Züge durch die Nacht")
+DEMO_QUERIES = ("a lighthouse and a storm at sea", "baking bread before dawn", "der Winter und der Schnee")
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
@@ -88,7 +88,7 @@ def estimate(
         if refresh:
             cache_songs_to_parquet(deployment.database, deployment.source, store.songs, tiling, progress=show)
         plans = (
-            plan_fill(store.songs, deployment.cache, each, deployment.text_spec)
+            plan_fill(store.songs, deployment.cache, each, deployment.text_spec)[1]
             for each in sorted({*snapshot_ranges(store.songs), *deployment.cache.ranges()})
         )
         result = estimate_fills(plans, deployment.price, deployment.quota)
@@ -213,17 +213,20 @@ def _materialize(
     max_usd: float | None,
 ) -> None:
     """Run the refresh job over a span of ranges, in this process and the project's Dagster instance."""
+    from songvec_assets.definitions import defs
     from songvec_assets.defs.headless import run_refresh_job
 
     out.print(deployment.describe())
     with _showing_progress():
-        result = run_refresh_job(span, mode, max_usd)
-    table = Table("Asset", box=box.SIMPLE_HEAD)
-    for name in ("Rows", "Seconds", "Tokens", "Cost", "Skipped / new / changed / set aside"):
+        result = run_refresh_job(defs.resolve_job_def("refresh"), span, mode, max_usd)
+    table = Table("Asset", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("Rows", "Seconds", "Tokens", "Cost", "Skipped", "New", "Changed"):
         table.add_column(name, justify="right")
     for row in result.rows:
         table.add_row(row.asset, *row.cells())
     out.print(table)
+    if result.n_set_aside:
+        out.print(f"{result.n_set_aside:,} songs are set aside; `songvec status` says why.", markup=False)
     for warning in result.warnings:
         out.print(warning, style="yellow", markup=False)
     if result.failures:

@@ -148,13 +148,10 @@ class Deployment:
         """One line: where songs come from and where vectors are made."""
         each = self.settings
         if each.offline:
-            embedder = (
-                f"OFFLINE vectors ({each.model}: they know spelling, not meaning; set FIREWORKS_API_KEY for real ones)"
-            )
+            embedder = f"OFFLINE vectors ({each.model}: spelling, not meaning; FIREWORKS_API_KEY makes real ones)"
         else:
             embedder = f"{each.model} at {each.fireworks_base_url}"
-        where = self.database.describe() if each.postgres_url else "embedded Postgres (set POSTGRES_URL for your own)"
-        return f"{where}; {embedder}; {each.embedding_dimensions} dimensions"
+        return f"{self.database.describe()}, {embedder}, {each.embedding_dimensions} dimensions"
 
     def _range_lock(self, progress: ReportProgress) -> Callable[[SongIdRange], AbstractContextManager[None]]:
         def lock(song_range: SongIdRange) -> AbstractContextManager[None]:

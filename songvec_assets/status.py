@@ -1,4 +1,4 @@
-"""What is exported, cached, loaded and indexed, by range: from footers, narrow columns and the ledger, not from vectors."""
+"""What is exported, cached, loaded and indexed, by range: from footers, narrow columns and the ledger."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -113,11 +113,11 @@ class FillReport:
     started: float = field(default_factory=time.monotonic)
 
 
-def plan_fill(songs_folder: Path, cache: ModelCache, song_range: SongIdRange, spec: TextSpec) -> FillPlan:
+def plan_fill(songs_folder: Path, cache: ModelCache, song_range: SongIdRange, spec: TextSpec) -> tuple[Shard, FillPlan]:
     """Compare a range's snapshot with its shard; writes nothing."""
     songs = load_songs_from_parquet(snapshot_path(songs_folder, song_range))
-    _, live = load_embeddings_from_cache(cache, song_range)
-    return compare_with_shard(song_range, songs, live, spec)
+    shard, live = load_embeddings_from_cache(cache, song_range)
+    return shard, compare_with_shard(song_range, songs, live, spec)
 
 
 def compare_with_shard(song_range: SongIdRange, songs: pl.DataFrame, live: pl.DataFrame, spec: TextSpec) -> FillPlan:
@@ -251,10 +251,8 @@ class Filler:
         return snapshot_path(self.songs_folder, song_range).exists() or self.cache.path_of(song_range).exists()
 
     async def _fill_range(self, report: FillReport) -> None:
-        songs = load_songs_from_parquet(snapshot_path(self.songs_folder, report.range))
-        shard, live = load_embeddings_from_cache(self.cache, report.range)
+        shard, plan = plan_fill(self.songs_folder, self.cache, report.range, self.spec)
         report.n_bytes_cut = shard.n_bytes_damaged
-        plan = compare_with_shard(report.range, songs, live, self.spec)
         report.n_songs, report.n_unchanged = plan.n_songs, plan.n_unchanged
         report.n_new, report.n_changed = plan.n_new, plan.n_changed
         report.n_truncated, report.n_set_aside = plan.n_truncated, plan.n_set_aside
@@ -272,8 +270,8 @@ class Filler:
         if plan.range.is_tail and plan.n_songs > self.max_tail_songs:
             raise StoreError(
                 f"the open tail from song_id {plan.range.start} on holds {plan.n_songs:,} songs, more than the "
-                f"{self.max_tail_songs:,} of one range: raise SONGVEC_SONG_ID_STOP above the highest song_id and start the "
-                "same command again; what the tail's cache holds is kept"
+                f"{self.max_tail_songs:,} of one range: raise SONGVEC_SONG_ID_STOP above the highest song_id and start "
+                "the same command again; what the tail's cache holds is kept"
             )
 
     def _store_what_is_free(self, shard: Shard, plan: FillPlan, report: FillReport) -> None:

@@ -1,7 +1,7 @@
 """One Arrow IPC file a range and model: every vector that was paid for, appended and synced before it counts.
 
-A shard is an append-only log of rows (song_id, text_hash, checksum, reason, embedding); a song's last row is the one that
-holds. A row has an embedding, or a reason (the song is set aside), or neither (the song is gone). Whole record
+A shard is an append-only log of rows (song_id, text_hash, checksum, reason, embedding); a song's last row is the one
+that holds. A row has an embedding, or a reason (the song is set aside), or neither (the song is gone). Whole record
 batches survive a crash at any byte: what follows the last whole one was never acknowledged, and is cut off by the next
 writer. A checksum over each row finds what a disk changed. Dead rows beyond a fifth are compacted away.
 

@@ -96,8 +96,8 @@ def bind_store(store: Store, database: Database) -> None:
         elif known != store.store_id:
             raise StoreError(
                 f"the storage folder {store.root} belongs to another database than {database.describe()}: set "
-                "SONGVEC_STORAGE or POSTGRES_URL to the pair that belongs together, or run `songvec adopt` to bind this "
-                "folder to this database"
+                "SONGVEC_STORAGE or POSTGRES_URL to the pair that belongs together, or run `songvec adopt` to bind "
+                "this folder to this database"
             )
 
 

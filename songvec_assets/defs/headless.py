@@ -1,4 +1,4 @@
-"""The refresh job without the UI: run in this process, in the project's own Dagster instance, summed up in a few rows."""
+"""The refresh job without the UI: run in this process and the project's Dagster instance, summed up in a few rows."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,6 @@ class AssetRow:
     new: int | None = None
     changed: int | None = None
     unchanged: int | None = None
-    set_aside: int | None = None
 
     def cells(self) -> Iterator[str]:
         """The figures as text, in the table's order."""
@@ -33,8 +32,8 @@ class AssetRow:
         yield f"{self.seconds:.2f}"
         yield "" if self.tokens is None else f"{self.tokens:,}"
         yield "" if self.usd is None else f"${self.usd:,.4f}"
-        counts = (self.unchanged, self.new, self.changed, self.set_aside)
-        yield "" if counts == (None,) * 4 else " / ".join(f"{count or 0:,}" for count in counts)
+        for count in (self.unchanged, self.new, self.changed):
+            yield "" if count is None else f"{count:,}"
 
 
 @dataclass
@@ -45,19 +44,22 @@ class RunResult:
         rows: one an asset, in the graph's order.
         warnings: of checks that did not pass.
         failures: in the words of what failed; none: the run succeeded.
+        n_set_aside: songs without a vector, for a named reason.
     """
 
     rows: list[AssetRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    n_set_aside: int = 0
 
 
 def run_refresh_job(
-    span: tuple[SongIdRange, SongIdRange], mode: ExportMode = "all", max_usd: float | None = None
+    job: dg.JobDefinition,
+    span: tuple[SongIdRange, SongIdRange],
+    mode: ExportMode = "all",
+    max_usd: float | None = None,
 ) -> RunResult:
-    """Run all four assets over the ranges from the first to the last of `span`."""
-    from songvec_assets.definitions import defs
-
+    """Run the job of all four assets over the ranges from the first to the last of `span`."""
     config: dict[str, Any] = {
         "ops": {
             "songs_parquet": {"config": {"mode": mode}},
@@ -67,9 +69,7 @@ def run_refresh_job(
     }
     tags = {"dagster/asset_partition_range_start": span[0].key, "dagster/asset_partition_range_end": span[1].key}
     with project_instance() as instance:
-        result = defs.resolve_job_def("refresh").execute_in_process(
-            instance=instance, tags=tags, run_config=config, raise_on_error=False
-        )
+        result = job.execute_in_process(instance=instance, tags=tags, run_config=config, raise_on_error=False)
     return _summarize(result.all_events)
 
 
@@ -104,6 +104,8 @@ def _summarize(events: Sequence[dg.DagsterEvent]) -> RunResult:
         elif event.is_step_failure:
             result.failures.append(_describe_failure(event))
     for (asset, _), metadata in latest.items():
+        if asset == "embedding_cache":
+            result.n_set_aside += metadata.get("songs set aside", 0)
         _add(rows.setdefault(asset, AssetRow(asset, seconds=seconds.get(asset, 0.0))), metadata)
     result.rows = list(rows.values())
     return result
@@ -113,7 +115,7 @@ def _add(row: AssetRow, metadata: dict[str, Any]) -> None:
     row.rows += metadata.get("dagster/row_count", metadata.get("dagster/partition_row_count", 0))
     for name, key in {
         "tokens": "tokens", "usd": "usd", "new": "songs new", "changed": "songs changed",
-        "unchanged": "songs unchanged", "set_aside": "songs set aside",
+        "unchanged": "songs unchanged",
     }.items():  # fmt: skip
         if key in metadata:
             setattr(row, name, (getattr(row, name) or 0) + metadata[key])

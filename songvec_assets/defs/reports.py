@@ -1,5 +1,6 @@
 """Core reports as Dagster metadata, and as the lines of a log. No decisions."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,15 +16,29 @@ Metadata = dict[str, Any]
 _MAX_TABLE_ROWS = 50
 
 
-def describe_progress(progress: Progress, seconds: float, n_since: int) -> str:
+class Pace:
+    """Units a second of each step, since it began; a step that begins again with less done begins anew."""
+
+    def __init__(self) -> None:
+        self._starts: dict[str, tuple[float, int, int]] = {}
+
+    def rate(self, progress: Progress) -> float:
+        """The pace so far; 0 at the start."""
+        now = time.monotonic()
+        started, first, before = self._starts.get(progress.step, (now, progress.done, progress.done))
+        if progress.done < before:
+            started, first = now, progress.done
+        self._starts[progress.step] = (started, first, progress.done)
+        return (progress.done - first) / (now - started) if now > started else 0.0
+
+
+def describe_progress(progress: Progress, rate: float) -> str:
     """One line: done, total, rate, time left.
 
     Args:
         progress: as the core told it.
-        seconds: since the step began to tell.
-        n_since: units done in those seconds.
+        rate: units a second.
     """
-    rate = n_since / seconds if seconds > 0 else 0.0
     percent = progress.unit == "%"
     line = f"{progress.step}: {progress.done:,}" + ("%" if percent else "")
     if progress.total and not percent:

@@ -14,7 +14,7 @@ import dagster as dg
 
 from songvec_assets.cache.fill import FillReport
 from songvec_assets.cache.shards import ModelCache
-from songvec_assets.defs.reports import describe_fill, describe_progress
+from songvec_assets.defs.reports import Pace, describe_fill, describe_progress
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SongvecError
 from songvec_assets.progress import Progress, run_in_worker
@@ -43,7 +43,7 @@ class StepContext(Protocol):
     """What a step needs of Dagster's context."""
 
     @property
-    def log(self) -> Any:  # noqa: ANN401 - dagster's own logger type
+    def log(self) -> Any:
         """The run's log."""
 
 
@@ -85,7 +85,7 @@ class _ProgressLog:
 
     def __init__(self, context: StepContext) -> None:
         self._context = context
-        self._started: dict[str, tuple[float, int]] = {}
+        self._pace = Pace()
         self._next = 0.0
 
     def __call__(self, progress: Progress) -> None:
@@ -94,10 +94,10 @@ class _ProgressLog:
             shown(progress)
             return
         now = time.monotonic()
-        started, first = self._started.setdefault(progress.step, (now, progress.done))
+        rate = self._pace.rate(progress)
         if now >= self._next:
             self._next = now + LOG_EVERY_S
-            self._context.log.info(describe_progress(progress, now - started, progress.done - first))
+            self._context.log.info(describe_progress(progress, rate))
 
 
 class FillRecorder:
@@ -129,7 +129,7 @@ class FillRecorder:
         if self._failed:
             named = "; ".join(f"{key}: {error}" for key, error in list(self._failed.items())[:5])
             raise dg.Failure(
-                f"{len(self._failed)} of {self._n_ranges} ranges are not complete, the others are done and kept. Materialize "
-                f"the failed partitions again. {named}",
+                f"{len(self._failed)} of {self._n_ranges} ranges are not complete, the others are done and kept. "
+                f"Materialize the failed partitions again. {named}",
                 allow_retries=False,
             )

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from songvec_assets.defs.reports import describe_progress
+from songvec_assets.defs.reports import Pace, describe_progress
 from songvec_assets.progress import Progress
 
 
@@ -25,7 +25,7 @@ class Bars:
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
+        self._pace = Pace()
 
     def __enter__(self) -> "Bars":
         self._bars.start()
@@ -40,10 +40,9 @@ class Bars:
         """Show how far a step has come."""
         step = progress.step
         if step not in self._tasks:
-            self._started[step] = time.monotonic()
             self._tasks[step] = self._bars.add_task(step, unit=progress.unit, rate="", note="")
-        seconds = time.monotonic() - self._started[step]
-        rate = f"{progress.done / seconds:,.0f}/s" if seconds > 0.5 and progress.unit != "%" else ""
+        pace = self._pace.rate(progress)
+        rate = f"{pace:,.0f}/s" if pace and progress.unit != "%" else ""
         self._bars.update(
             self._tasks[step],
             completed=progress.done,
@@ -61,7 +60,7 @@ class Lines:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._started: dict[str, tuple[float, int]] = {}
+        self._pace = Pace()
         self._next = 0.0
 
     def __enter__(self) -> "Lines":
@@ -75,8 +74,7 @@ class Lines:
     def __call__(self, progress: Progress) -> None:
         """Print how far a step has come."""
         now = time.monotonic()
-        started, first = self._started.setdefault(progress.step, (now, progress.done))
+        rate = self._pace.rate(progress)
         if now >= self._next or progress.done == progress.total:
             self._next = now + self.EVERY_S
-            line = describe_progress(progress, now - started, progress.done - first)
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(describe_progress(progress, rate), markup=False, highlight=False, soft_wrap=True)

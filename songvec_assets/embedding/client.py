@@ -221,8 +221,8 @@ class EmbeddingClient:
             self.n_retries += 1
             if time.monotonic() + wait_s > deadline:
                 raise ProviderUnavailableError(
-                    f"{self.base_url} gave no good answer for {self._patience_s:g} s (SONGVEC_PATIENCE_S), last: {words}. "
-                    "All that was paid for is kept: start the same command again later"
+                    f"{self.base_url} gave no good answer for {self._patience_s:g} s (SONGVEC_PATIENCE_S), last: "
+                    f"{words}. All that was paid for is kept: start the same command again later"
                 )
             await self._sleep(wait_s)
 

@@ -5,6 +5,9 @@ each, as in feature hashing (Weinberger et al. 2009). It knows spelling, not mea
 name `offline-v1` wherever they go, and cost nothing.
 """
 
+import functools
+import itertools
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -16,11 +19,12 @@ import xxhash
 from songvec_assets.embedding.wire import EmbeddingBatch, Float32Matrix
 
 _WORD = re.compile(r"\w+")
-_PLACES_A_FEATURE = 4
+_FIRST_UNSPACED = 0x0E00  # from Thai on, scripts put few spaces between words
 _STOP_WORDS = frozenset(
-    "a about all an and are as at be been but by for from had has have he her him his i if in into is it its just me my "
-    "no not of on or our out she so some song songs that the their them then there they this to too up us was we were "
-    "what when where which who will with you your".split()
+    "a about all an and are as at be been but by for from had has have he her him his i if in into is it its just me "
+    "my no not of on or our out she so some song songs that the their them then there they this to too up us was we "
+    "were what when where which who will with you your "
+    "der die das und im am den dem la le les el los las un una de du et y en".split()
 )
 
 
@@ -42,28 +46,37 @@ class OfflineEmbedder:
         """Nothing to close."""
 
     def _embed(self, text: str) -> Float32Matrix:
-        vector = np.zeros(self.dimensions, dtype=np.float32)
-        for feature, weight in _weigh_features(text):
-            digest = xxhash.xxh3_128_digest(feature.encode())
-            for place in np.frombuffer(digest, dtype="<u4")[:_PLACES_A_FEATURE].tolist():
-                vector[(place >> 1) % self.dimensions] += weight if place & 1 else -weight
+        places: list[int] = []
+        weights: list[float] = []
+        for feature, count in Counter(_features(text)).items():
+            weight = (0.1 if feature in _STOP_WORDS else 0.5 if feature.endswith("~") else 1.0) * (
+                1.0 + math.log(count)
+            )
+            for place in _places(feature):
+                places.append((place >> 1) % self.dimensions)
+                weights.append(weight if place & 1 else -weight)
+        vector = np.bincount(places, weights, minlength=self.dimensions) if places else np.zeros(self.dimensions)
         norm = float(np.linalg.norm(vector))
         if norm == 0:  # no word at all: punctuation still is a text, and opposite signs may meet
             vector[xxhash.xxh3_64_intdigest(text.encode()) % self.dimensions] = norm = 1.0
-        return vector / np.float32(norm)
+        return (vector / norm).astype(np.float32)
 
 
-def _weigh_features(text: str) -> Iterator[tuple[str, float]]:
-    counts = Counter(_features(text))
-    for feature, count in counts.items():
-        yield feature, (1.0 + float(np.log(count))) * (0.1 if feature in _STOP_WORDS else 1.0)
+@functools.lru_cache(maxsize=100_000)
+def _places(feature: str) -> tuple[int, ...]:
+    """Where a feature goes, and in the lowest bit with which sign."""
+    return tuple(np.frombuffer(xxhash.xxh3_128_digest(feature.encode()), dtype="<u4").tolist())
 
 
 def _features(text: str) -> Iterator[str]:
     plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
     for word in _WORD.findall(plain):
         yield word
-        if any(ord(c) >= 0x0E00 for c in word):  # Thai, Chinese, Japanese, Korean: few spaces between words
-            yield from (f"{a}{b}" for a, b in zip(word, word[1:], strict=False))
-        elif len(word) > 4 and word not in _STOP_WORDS:
-            yield f"{word[:4]}~"  # sail, sailing, sailor
+        if word in _STOP_WORDS:
+            continue
+        if ord(max(word)) >= _FIRST_UNSPACED:
+            yield from word
+            yield from map("".join, itertools.pairwise(word))
+        else:
+            # dog and dogs; sail, sailing and sailor
+            yield f"{word[: 3 if len(word) <= 4 else 4]}~"

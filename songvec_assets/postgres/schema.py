@@ -83,8 +83,8 @@ def check_pgvector_version(installed: str) -> None:
     if tuple(int(part) for part in installed.split(".")) < MIN_PGVECTOR:
         wanted = ".".join(map(str, MIN_PGVECTOR))
         raise DatabaseError(
-            f"expected pgvector {wanted} or newer, this database has {installed}: update the server's package, then run "
-            "ALTER EXTENSION vector UPDATE;"
+            f"expected pgvector {wanted} or newer, this database has {installed}: update the server's package, then "
+            "run ALTER EXTENSION vector UPDATE;"
         )
 
 

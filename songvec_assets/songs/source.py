@@ -96,13 +96,14 @@ def find_source(database: Database, names: SourceNames) -> SongsSource:
                 )
         if columns[song_id_column] not in _ID_TYPES:
             raise SourceError(
-                f"the id column {song_id_column!r} of {names.table} is {columns[song_id_column]}; song_embeddings.song_id "
-                "is INTEGER: name an integer column with SONGVEC_SONG_ID_COLUMN"
+                f"the id column {song_id_column!r} of {names.table} is {columns[song_id_column]}; "
+                "song_embeddings.song_id is INTEGER: name an integer column with SONGVEC_SONG_ID_COLUMN"
             )
         updated_at_type = columns[names.updated_at_column] if names.updated_at_column else None
         if updated_at_type and updated_at_type not in _TIME_TYPES:
             raise SourceError(
-                f"SONGVEC_UPDATED_AT_COLUMN {names.updated_at_column!r} is {updated_at_type}; expected a date or timestamp"
+                f"SONGVEC_UPDATED_AT_COLUMN {names.updated_at_column!r} is {updated_at_type}; expected a date or "
+                "timestamp column"
             )
 
         def quote(*parts: str) -> str:
@@ -168,7 +169,7 @@ def _find_table(connection: sa.Connection, name: str) -> tuple[str, str, dict[st
                 """),
                 {"oid": row.oid},
             )
-            return row.nspname, row.relname, {column: kind for column, kind in columns}
+            return row.nspname, row.relname, {column: kind for column, kind in columns}  # noqa: C416 - rows are no pairs to mypy
     raise SourceError(
         f"this database has no table {name} (or this user may not see it): name the table of songs with "
         "SONGVEC_SONGS_TABLE, also as schema.table"

@@ -73,8 +73,8 @@ def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS
             text("""
                 SELECT song_id, embedding FROM song_embeddings
                 WHERE song_id IN (
-                    SELECT song_id FROM (SELECT song_id, row_number() OVER (ORDER BY song_id) AS place FROM song_embeddings) p
-                    WHERE place % :step = 0
+                    SELECT song_id FROM (SELECT song_id, row_number() OVER (ORDER BY song_id) AS place FROM
+                    song_embeddings) p WHERE place % :step = 0
                 )
             """).columns(table.c.song_id, table.c.embedding),
             {"step": max(1, total // n_rows)},

@@ -24,6 +24,7 @@ _NEW_INDEX = f"{INDEX}_new"
 _FACT = "index"
 _LISTS_OFF_BY = 0.25
 _CHANGED_SHARE = 0.2
+_SMALL_TABLE_ROWS = 10_000
 _MIN_MAINTENANCE_BYTES = 64 << 20
 
 
@@ -66,9 +67,9 @@ def choose_lists(n_rows: int, lists: int | None = None) -> int:
     return lists or max(1, round(math.sqrt(n_rows)))
 
 
-def choose_probes(lists: int) -> int:
-    """Lists that a search visits unless a measurement says otherwise: the square root of all."""
-    return max(1, round(math.sqrt(lists)))
+def choose_probes(lists: int, n_rows: int) -> int:
+    """Lists that a search visits: the square root of all; all of a small table's, which costs nothing there."""
+    return lists if n_rows <= _SMALL_TABLE_ROWS else max(1, round(math.sqrt(lists)))
 
 
 def kmeans_bytes(lists: int, dimensions: int) -> int:
@@ -135,7 +136,7 @@ def build_index(
                 _swap(connection)
                 write_fact(connection, _FACT, {"n_rows": n_rows, "lists": wanted})
                 write_fact(connection, CHANGES_FACT, 0)
-                write_fact(connection, "probes", choose_probes(wanted))
+                write_fact(connection, "probes", choose_probes(wanted, n_rows))
         index = find_index(database)
         assert index is not None
         seconds = time.monotonic() - started if reason else 0.0
@@ -150,7 +151,7 @@ def find_index(database: Database) -> IndexFacts | None:
         if built is None:
             return None
         n_bytes = int(connection.scalar(text("SELECT pg_relation_size(to_regclass(:name))"), {"name": INDEX}) or 0)
-        probes = int(read_fact(connection, "probes") or choose_probes(built["lists"]))
+        probes = int(read_fact(connection, "probes") or choose_probes(built["lists"], built["n_rows"]))
         return IndexFacts(built["n_rows"], built["lists"], probes, n_bytes)
 
 
@@ -197,7 +198,7 @@ def _build(database: Database, spec: TableSpec, lists: int, progress: ReportProg
 
 
 def _drop_leftover(database: Database) -> None:
-    """Remove the invalid index that a failed CONCURRENTLY leaves; the server may be gone, the next build tries again."""
+    """Remove the invalid index that a failed CONCURRENTLY leaves; where the server is gone, the next build does it."""
     try:
         with database.get_autocommit() as connection:
             connection.execute(text("DROP INDEX CONCURRENTLY IF EXISTS embeddings_ivfflat_idx_new"))

@@ -82,7 +82,7 @@ def search_songs(
         probes = probes or read_fact(connection, "probes")
         if probes:
             connection.execute(text("SELECT set_config('ivfflat.probes', :probes, true)"), {"probes": str(probes)})
-        similarities: dict[int, float] = dict(connection.execute(nearest).tuples().all())
+        similarities: dict[int, float] = {song_id: similarity for song_id, similarity in connection.execute(nearest)}  # noqa: C416 - rows are no pairs to mypy
         songs = connection.exec_driver_sql(
             f"SELECT {source.song_id}, {source.name}, {source.artist}, {source.lyrics} FROM {source.relation} "
             f"WHERE {source.song_id} = ANY (%s)",

@@ -34,6 +34,7 @@ from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchEr
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.postgres.schema import ensure_schema, hold_lock, lock_key, read_fact, write_fact
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
+from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.vectors.copy import CopyStream, encode_rows
 
@@ -97,13 +98,11 @@ def define_table(spec: TableSpec) -> sa.Table:
 def check_table(database: Database, spec: TableSpec) -> None:
     """Refuse a table that holds something else than `spec`, before anything is paid for.
 
-    The embedded database's table is left out: it gives way when the embedder changes.
-
     Raises:
         TableMismatchError: another model, size or type; or the table has other columns than ours.
     """
-    if not database.embedded:
-        with database.get_connection() as connection:
+    with database.get_connection() as connection:
+        if not _gives_way(database, connection, spec):
             _check_table(connection, spec)
 
 
@@ -116,7 +115,7 @@ def ensure_table(database: Database, spec: TableSpec) -> None:
     ensure_schema(database)
     with database.get_connection() as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key("table")})
-        if database.embedded and _loaded_spec(connection) not in (None, spec):
+        if _gives_way(database, connection, spec):
             connection.execute(text("DROP TABLE IF EXISTS song_embeddings"))
             connection.execute(text("DELETE FROM songvec.loaded_ranges"))
         elif _check_table(connection, spec):
@@ -126,6 +125,12 @@ def ensure_table(database: Database, spec: TableSpec) -> None:
         connection.execute(text("ALTER TABLE song_embeddings ALTER COLUMN embedding SET STORAGE PLAIN"))
         connection.execute(text("DELETE FROM songvec.loaded_ranges"))
         write_fact(connection, _FACT, {"model": spec.model, "column_type": spec.column_type})
+
+
+def _gives_way(database: Database, connection: sa.Connection, spec: TableSpec) -> bool:
+    """Whether the table holds offline vectors of the embedded database, and something better comes."""
+    loaded = _loaded_spec(connection)
+    return database.embedded and loaded is not None and loaded.model == OFFLINE_MODEL and loaded != spec
 
 
 def _loaded_spec(connection: sa.Connection) -> TableSpec | None:
@@ -151,22 +156,22 @@ def _check_table(connection: sa.Connection, spec: TableSpec) -> bool:
         """),
         {"name": TABLE},
     )
-    columns: dict[str, str] = dict(rows.tuples().all())
+    columns: dict[str, str] = {name: kind for name, kind in rows}  # noqa: C416 - rows are no pairs to mypy
     if not columns:
         return False
     expected = {"song_id": "integer", "embedding": spec.column_type}
     wrong = {name: columns.get(name, "missing") for name, kind in expected.items() if columns.get(name) != kind}
     if wrong:
         raise TableMismatchError(
-            f"table {TABLE} has {wrong}, expected {expected}: set SONGVEC_EMBEDDING_DIMENSIONS and SONGVEC_VECTOR_TYPE to "
-            f"what it holds, or rename or drop it (ALTER TABLE {TABLE} RENAME TO …) to have a new one filled from the cache"
+            f"table {TABLE} has {wrong}, expected {expected}: set SONGVEC_EMBEDDING_DIMENSIONS and SONGVEC_VECTOR_TYPE "
+            f"to what it holds, or drop the table to have a new one filled from the cache"
         )
     loaded = _loaded_spec(connection)
     n_ranges = connection.scalar(text("SELECT count(*) FROM songvec.loaded_ranges"))
     if loaded is not None and loaded.model != spec.model and n_ranges:
         raise TableMismatchError(
-            f"table {TABLE} holds vectors of {loaded.model!r}, the configured model is {spec.model!r}: one table holds one "
-            f"model. Set SONGVEC_EMBEDDING_MODEL={loaded.model}, or rename or drop the table to have a new one filled"
+            f"table {TABLE} holds vectors of {loaded.model!r}, the configured model is {spec.model!r}: one table holds "
+            f"one model. Set SONGVEC_EMBEDDING_MODEL={loaded.model}, or drop the table to have a new one filled"
         )
     return True
 
@@ -237,7 +242,8 @@ def count_table_rows(database: Database, tiling: Tiling) -> dict[SongIdRange, in
             return {}
         rows = connection.execute(
             text(
-                "SELECT least(song_id, :stop) / :width AS tile, count(*) FROM song_embeddings WHERE song_id >= 0 GROUP BY tile"
+                "SELECT least(song_id, :stop) / :width AS tile, count(*) FROM song_embeddings "
+                "WHERE song_id >= 0 GROUP BY tile"
             ),
             {"stop": tiling.stop, "width": tiling.width},
         )

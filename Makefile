@@ -1,0 +1,42 @@
+# The commands of the README. Everything is installed into .venv; nothing outside the project's folder is touched.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo dev test check format clean
+
+help:  ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
+
+$(INSTALLED): pyproject.toml constraints.txt songvec_assets.pth
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python 3.11 or newer, got " + sys.version.split()[0] + ": make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(INSTALLED)
+
+install: $(INSTALLED)  ## Make .venv with pinned versions
+
+demo: $(INSTALLED)  ## Sample songs to a search result, with nothing configured
+	$(BIN)/songvec demo
+
+dev: $(INSTALLED)  ## The Dagster UI on http://127.0.0.1:3000
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dagster dev
+
+test: $(INSTALLED)  ## All tests, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+check: $(INSTALLED)  ## Format, lint, types, floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## Rewrite the code in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## Remove .venv and caches; the data in .songvec and .dagster stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

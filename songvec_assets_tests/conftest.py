@@ -1,0 +1,127 @@
+"""Real parts for tests: an embedded Postgres with a database a test, cloned from a template; a provider in its process."""
+
+import getpass
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg2
+import pytest
+import sqlalchemy as sa
+
+from songvec_assets.deployment import Deployment
+from songvec_assets.postgres.embedded import start_embedded_server
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import ensure_schema
+from songvec_assets.settings import Settings, variables
+from songvec_assets.songs.ranges import Tiling
+from songvec_assets_tests.provider import Provider, running_provider
+
+TEMPLATE = "songvec_template"
+TILING = Tiling(width=100, stop=1_000)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the person who runs the tests reaches a test."""
+    for variable in (*variables(), "DAGSTER_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[str]:
+    """An embedded server a test worker, with a template database that has the schema."""
+    # a short path: the server's socket lies in its folder, and socket paths end at 107 characters
+    with tempfile.TemporaryDirectory(prefix=f"songvec-{getpass.getuser()}-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        url = start_embedded_server(Path(folder) / "pg").url
+        _execute(url, f"CREATE DATABASE {TEMPLATE}")
+        template = Database(_with_database(url, TEMPLATE))
+        ensure_schema(template)
+        template.get_engine("batch").dispose()
+        template.get_engine("web").dispose()
+        yield url
+
+
+@pytest.fixture
+def database(server_url: str) -> Iterator[Database]:
+    """A fresh database with our schema, given by URL."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    _execute(server_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    database = Database(_with_database(server_url, name))
+    yield database
+    for profile in ("batch", "web", "parallel"):
+        database.get_engine(profile).dispose()
+    _execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def songs(database: Database) -> Callable[..., None]:
+    """Creates `songs` and puts rows into it: songs((1, "Name", "Artist", "lyrics"), …)."""
+
+    def insert(*rows: tuple[int, str | None, str | None, str | None]) -> None:
+        with database.get_connection() as connection:
+            connection.execute(
+                sa.text(
+                    "CREATE TABLE IF NOT EXISTS songs (id integer PRIMARY KEY, name text, artist text, lyrics text)"
+                )
+            )
+            for song_id, name, artist, lyrics in rows:
+                connection.execute(
+                    sa.text("""
+                        INSERT INTO songs VALUES (:id, :name, :artist, :lyrics) ON CONFLICT (id)
+                        DO UPDATE SET name = excluded.name, artist = excluded.artist, lyrics = excluded.lyrics
+                    """),
+                    {"id": song_id, "name": name, "artist": artist, "lyrics": lyrics},
+                )
+
+    return insert
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    """A well-behaved provider in a process of its own; `provider.control(…)` makes it misbehave."""
+    with running_provider() as running:
+        yield running
+
+
+@pytest.fixture
+def deployment(database: Database, provider: Provider, tmp_path: Path) -> Deployment:
+    """Database, provider and a storage folder of the test's own; 64 dimensions, ranges of 100 song_ids."""
+    return deploy(database, provider, tmp_path / "store")
+
+
+def deploy(database: Database, provider: Provider, storage: Path, **settings: object) -> Deployment:
+    """A deployment with some settings; a new one is a new run over the same database and store."""
+    given: dict[str, object] = {
+        "postgres_url": database.url,
+        "fireworks_api_key": provider.api_key,
+        "fireworks_base_url": provider.base_url,
+        "storage": str(storage),
+        "embedding_dimensions": 64,
+        "requests_per_minute": 1_000_000,
+        "tokens_per_minute": 1_000_000_000,
+    }
+    return Deployment(Settings.from_environment({}, **(given | settings)), TILING)
+
+
+def _with_database(url: str, name: str) -> str:
+    return str(sa.make_url(url).set(database=name).render_as_string(hide_password=False))
+
+
+def _execute(url: str, statement: str) -> None:
+    connection = psycopg2.connect(url)
+    connection.autocommit = True
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(statement)
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="session")
+def worker_id(request: pytest.FixtureRequest) -> str:
+    """xdist's name of this worker; "master" without xdist."""
+    return os.environ.get("PYTEST_XDIST_WORKER", "master")

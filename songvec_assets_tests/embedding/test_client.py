@@ -1,0 +1,605 @@
+"""The client against a real HTTP provider: what it accepts, tries again, refuses, and never does."""
+
+import asyncio
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import psycopg2
+import pytest
+import sqlalchemy as sa
+
+from songvec_assets.embedding import client as client_module
+from songvec_assets.embedding.client import ACTIONS, EmbeddingClient
+from songvec_assets.embedding.limits import RateLimiter
+from songvec_assets.embedding.pricing import TokenEstimator
+from songvec_assets.embedding.wire import EmbeddingBatch
+from songvec_assets.errors import ProviderError, ProviderUnavailableError, RequestRefusedError, StoppedError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import ensure_schema
+from songvec_assets.progress import StopSignal
+from songvec_assets_tests.provider import Provider, count_tokens, running_provider, vector_of
+
+MODEL = "fireworks/qwen3-embedding-8b"
+TEXTS = [f"{word} {number}" for number in range(5) for word in ("Meer", "海", "sea", "море")]
+DIMENSIONS = 64
+
+# what facts/provider.md says of each status, written down apart from the package's own table
+RETRIED = (408, 409, 429, 500, 502, 503, 504)
+REFUSED = (400, 413, 422)
+ADVICE = {
+    401: "FIREWORKS_API_KEY",
+    402: "billing",
+    403: "permissions",
+    404: "SONGVEC_EMBEDDING_MODEL",
+    412: "suspended or over its monthly budget",
+}
+
+Connect = Callable[..., EmbeddingClient]
+Result = TypeVar("Result")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Provider]:
+    with running_provider() as running:
+        yield running
+
+
+@pytest.fixture
+def provider(server: Provider) -> Provider:
+    """The module's provider, well-behaved and with an empty ledger."""
+    server.control()
+    server.reset_ledger()
+    return server
+
+
+@pytest.fixture(scope="module")
+def engine(server_url: str) -> Iterator[sa.Engine]:
+    """A database for the quotas of all tests here; each takes a quota of its own name."""
+    name = f"quotas_{uuid.uuid4().hex[:12]}"
+    admin = psycopg2.connect(server_url)
+    admin.autocommit = True
+    admin.cursor().execute(f"CREATE DATABASE {name}")
+    database = Database(sa.make_url(server_url).set(database=name).render_as_string(hide_password=False))
+    ensure_schema(database)
+    yield database.get_engine("web")
+    database.get_engine("web").dispose()
+    admin.cursor().execute(f"DROP DATABASE {name} WITH (FORCE)")
+    admin.close()
+
+
+@pytest.fixture(autouse=True)
+def _quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "MAX_BACKOFF_S", 0.02)
+
+
+@pytest.fixture
+def limiter(engine: sa.Engine) -> RateLimiter:
+    """A quota that never binds."""
+    return RateLimiter(engine, uuid.uuid4().hex, requests_per_minute=1e6, tokens_per_minute=1e9)
+
+
+@pytest.fixture
+def connect(provider: Provider, limiter: RateLimiter) -> Connect:
+    """Makes a client of the provider: connect(patience_s=1)."""
+
+    def make(**changes: object) -> EmbeddingClient:
+        given: dict[str, object] = {
+            "base_url": provider.base_url,
+            "api_key": provider.api_key,
+            "model": MODEL,
+            "dimensions": DIMENSIONS,
+            "limiter": limiter,
+            "patience_s": 20.0,
+        }
+        return EmbeddingClient(**(given | changes))  # type: ignore[arg-type]
+
+    return make
+
+
+@contextmanager
+def provider_of(model: str) -> Iterator[Provider]:
+    """A provider that serves another model."""
+    command = [sys.executable, "-m", "songvec_assets_tests.provider", "--exit-with-parent", "--model", model]
+    pipe, root = subprocess.PIPE, Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            assert process.stdout
+            yield Provider(process.stdout.readline().split()[-1], "test-key", process.pid)
+        finally:
+            process.kill()
+
+
+def use(client: EmbeddingClient, work: Callable[[], Awaitable[Result]]) -> Result:
+    """Run `work` in an event loop and close the client."""
+
+    async def run() -> Result:
+        try:
+            return await work()
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+def embed(client: EmbeddingClient, *requests: Sequence[str]) -> list[EmbeddingBatch]:
+    """Send requests one after another."""
+
+    async def send() -> list[EmbeddingBatch]:
+        return [await client.generate_embeddings_batch(texts) for texts in requests]
+
+    return use(client, send)
+
+
+def embed_together(client: EmbeddingClient, *requests: Sequence[str]) -> list[EmbeddingBatch | BaseException]:
+    """Send requests at once; what fails is returned as its error."""
+
+    async def send() -> list[EmbeddingBatch | BaseException]:
+        answers = (client.generate_embeddings_batch(texts) for texts in requests)
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    return use(client, send)
+
+
+def assert_vectors(batch: EmbeddingBatch, texts: Sequence[str] = TEXTS) -> None:
+    """Each text has its own vector, in the order of the texts."""
+    assert batch.embeddings.dtype == np.float32
+    assert batch.embeddings.shape == (len(texts), DIMENSIONS)
+    expected = np.array([vector_of(text, DIMENSIONS) for text in texts])
+    np.testing.assert_allclose(batch.embeddings, expected, rtol=0, atol=1e-6)
+
+
+def told(error: BaseException) -> str:
+    """The messages of an error and of all that led to it, as a log of the failure shows them."""
+    causes: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(f"{type(cause).__name__}: {cause}")
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return "\n".join(causes)
+
+
+def refused_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+# What arrives
+
+
+def test_vectors_arrive_in_the_order_of_the_texts_though_the_provider_reorders(
+    connect: Connect, provider: Provider
+) -> None:
+    provider.control(reorder=True)
+    (batch,) = embed(connect(), TEXTS)
+    assert_vectors(batch)
+
+
+def test_where_base64_is_refused_the_same_vectors_arrive_as_floats_for_the_life_of_the_client(
+    connect: Connect, provider: Provider
+) -> None:
+    (base64,) = embed(connect(), TEXTS)
+    provider.reset_ledger()
+    provider.control(refuse_base64=True)
+    first, second = embed(connect(), TEXTS, TEXTS)
+    np.testing.assert_array_equal(first.embeddings, base64.embeddings)
+    np.testing.assert_array_equal(second.embeddings, base64.embeddings)
+    assert_vectors(first)
+    assert provider.ledger()["requests_by_status"] == {"400": 1, "200": 3}, "one refused probe, one probe, two requests"
+
+
+def test_where_base64_is_ignored_the_floats_are_read(connect: Connect, provider: Provider) -> None:
+    provider.control(ignore_base64=True)
+    (batch,) = embed(connect(), TEXTS)
+    assert_vectors(batch)
+    assert provider.ledger()["requests"] == 2
+
+
+@pytest.mark.parametrize("model", [MODEL, "accounts/fireworks/models/qwen3-embedding-8b"])
+@pytest.mark.parametrize("fault", ["refuse_dimensions", "ignore_dimensions"])
+@pytest.mark.parametrize("other_fault", [{}, {"refuse_base64": True}, {"ignore_base64": True}])
+def test_where_dimensions_are_not_served_the_native_vectors_are_cut_and_normalised(
+    connect: Connect, provider: Provider, fault: str, other_fault: dict[str, bool], model: str
+) -> None:
+    provider.control(native_dimensions=256, **{fault: True}, **other_fault)
+    batch, again = embed(connect(model=model), TEXTS, TEXTS)
+    assert_vectors(batch)
+    assert_vectors(again)
+    np.testing.assert_allclose(np.linalg.norm(batch.embeddings, axis=1), 1, atol=1e-6)
+
+
+def test_a_model_not_known_as_matryoshka_is_not_cut(connect: Connect) -> None:
+    with provider_of("plain-embedder") as plain:
+        plain.control(ignore_dimensions=True, native_dimensions=128)
+        client = connect(base_url=plain.base_url, model="plain-embedder")
+        with pytest.raises(ProviderError, match=r"64.*128.*not known.*SONGVEC_EMBEDDING_DIMENSIONS=128"):
+            embed(client, TEXTS)
+        assert plain.ledger()["texts_billed"] == 1, "only the probe is paid for"
+        plain.control()
+        (batch,) = embed(connect(base_url=plain.base_url, model="plain-embedder"), TEXTS)
+        assert_vectors(batch)
+
+
+@pytest.mark.parametrize("faults", [{}, {"ignore_dimensions": True}, {"refuse_dimensions": True}])
+def test_a_native_size_that_is_too_small_is_refused(
+    connect: Connect, provider: Provider, faults: dict[str, bool]
+) -> None:
+    provider.control(native_dimensions=32, **faults)
+    with pytest.raises(ProviderError, match=r"expected vectors of 64 values.*32.*SONGVEC_EMBEDDING_DIMENSIONS=32"):
+        embed(connect(), TEXTS)
+    assert set(provider.texts()) == {"probe"}
+
+
+def test_a_model_that_changes_its_size_in_the_middle_ends_the_run(connect: Connect, provider: Provider) -> None:
+    client = connect()
+
+    async def work() -> None:
+        assert_vectors(await client.generate_embeddings_batch(TEXTS))
+        provider.control(ignore_dimensions=True, native_dimensions=128)
+        with pytest.raises(ProviderError, match=r"64.*128"):
+            await client.generate_embeddings_batch(TEXTS)
+
+    use(client, work)
+
+
+def test_the_probe_is_sent_once_a_client(connect: Connect, provider: Provider) -> None:
+    client = connect()
+
+    async def work() -> None:
+        answers = (client.generate_embeddings_batch([text]) for text in TEXTS[:8])
+        for text, batch in zip(TEXTS, await asyncio.gather(*answers), strict=False):
+            assert_vectors(batch, [text])
+        assert_vectors(await client.generate_embeddings_batch(TEXTS))
+
+    use(client, work)
+    assert provider.texts()["probe"] == 1
+    assert provider.ledger()["requests"] == 1 + 8 + 1
+
+
+def test_the_tokens_told_are_those_billed_the_probe_included(connect: Connect, provider: Provider) -> None:
+    batches = embed(connect(), TEXTS, TEXTS[:3], ["la " * 1000])
+    assert sum(batch.n_tokens for batch in batches) == provider.ledger()["tokens_billed"]
+    assert batches[1].n_tokens == sum(map(count_tokens, TEXTS[:3]))
+
+
+def test_the_probes_tokens_are_told_though_the_first_request_is_refused(connect: Connect, provider: Provider) -> None:
+    provider.control(poison=["POISON"])
+    client = connect()
+
+    async def work() -> int:
+        with pytest.raises(RequestRefusedError):
+            await client.generate_embeddings_batch(["POISON"])
+        return (await client.generate_embeddings_batch(TEXTS)).n_tokens
+
+    assert use(client, work) == provider.ledger()["tokens_billed"]
+
+
+def test_the_estimator_learns_from_what_is_billed(connect: Connect) -> None:
+    estimator = TokenEstimator()
+    before = estimator.estimate([12_000])
+    embed(connect(estimator=estimator), ["海" * 40_000])
+    assert before == [3000]
+    assert estimator.estimate([12_000])[0] == pytest.approx(1000, rel=0.1), "12 bytes a token here"
+
+
+# What each status means
+
+
+def test_every_status_of_the_table_is_tested_here() -> None:
+    assert {*RETRIED, *REFUSED, *ADVICE} == set(ACTIONS)
+
+
+@pytest.mark.parametrize("status", [*ACTIONS, 418, 520])
+def test_each_status_does_what_the_facts_say_of_it(connect: Connect, provider: Provider, status: int) -> None:
+    """Those that are tried again succeed afterwards; the others raise after the probe and one request."""
+    body = {"error": {"message": "told words", "code": "TOLD"}}
+    rule = {"status": status, "count": 2, "after": 2, "retry_after_s": 0, "body": body}
+    provider.control(statuses=[rule])
+    client = connect()
+    if status in RETRIED or status == 520:
+        (batch,) = embed(client, TEXTS)
+        assert_vectors(batch)
+        assert client.n_retries == 2
+        assert provider.ledger()["requests_by_status"] == {"200": 2, str(status): 2}
+        assert provider.ledger()["texts_billed_twice"] == 0
+        return
+    expected = RequestRefusedError if status in REFUSED else ProviderError
+    with pytest.raises(ProviderError) as caught:
+        embed(client, TEXTS)
+    assert type(caught.value) is expected
+    assert f"answered {status}" in str(caught.value)
+    assert "told words" in str(caught.value)
+    assert ADVICE.get(status, "") in str(caught.value)
+    assert provider.ledger()["requests_by_status"] == {"200": 1, str(status): 1}
+
+
+@pytest.mark.parametrize("status", ADVICE)
+def test_a_status_that_ends_the_run_ends_it_at_the_probe(connect: Connect, provider: Provider, status: int) -> None:
+    provider.control(statuses=[{"status": status, "body": {"error": {"message": "told words"}}}])
+    with pytest.raises(ProviderError, match="told words") as caught:
+        embed(connect(), TEXTS)
+    assert type(caught.value) is ProviderError
+    assert ADVICE[status] in str(caught.value)
+    assert provider.ledger()["requests"] == 1
+
+
+@pytest.mark.parametrize("status", RETRIED)
+def test_a_probe_that_fails_for_a_while_is_tried_again_as_it_was(
+    connect: Connect, provider: Provider, status: int
+) -> None:
+    provider.control(statuses=[{"status": status, "count": 1, "retry_after_s": 0}])
+    (batch,) = embed(connect(), TEXTS)
+    assert_vectors(batch)
+    assert provider.ledger()["requests_by_status"] == {str(status): 1, "200": 2}
+
+
+@pytest.mark.parametrize("status", REFUSED)
+def test_a_provider_that_refuses_even_the_probe_ends_the_run_with_its_words(
+    connect: Connect, provider: Provider, status: int
+) -> None:
+    provider.control(statuses=[{"status": status, "body": {"error": {"message": "told words"}}}])
+    with pytest.raises(ProviderError, match=r"refuses even one short text.*told words") as caught:
+        embed(connect(), TEXTS)
+    assert type(caught.value) is ProviderError
+    assert provider.ledger()["requests"] == 4, "with and without base64 and dimensions"
+
+
+def test_a_refused_request_leaves_the_next_one_alone(connect: Connect, provider: Provider) -> None:
+    provider.control(poison=["POISON"])
+    client = connect()
+
+    async def work() -> None:
+        with pytest.raises(RequestRefusedError, match="content filter"):
+            await client.generate_embeddings_batch([*TEXTS, "POISON"])
+        assert_vectors(await client.generate_embeddings_batch(TEXTS))
+
+    use(client, work)
+    assert client.n_retries == 0
+
+
+def test_a_retired_model_reads_as_such(connect: Connect, provider: Provider) -> None:
+    with pytest.raises(ProviderError, match=r"Model not found.*retired.*SONGVEC_EMBEDDING_MODEL"):
+        embed(connect(model="fireworks/retired"), TEXTS)
+
+
+def test_one_refusal_of_the_account_is_enough_for_all_requests_in_flight(connect: Connect, provider: Provider) -> None:
+    provider.control(statuses=[{"status": 412}])
+    answers = embed_together(connect(), *([text] for text in TEXTS[:8]))
+    assert {type(answer) for answer in answers} == {ProviderError}
+    assert provider.ledger()["requests"] == 1
+
+
+# Trying again
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_honoured(connect: Connect, provider: Provider, status: int) -> None:
+    provider.control(statuses=[{"status": status, "count": 1, "after": 2, "retry_after_s": 0.7}])
+    started = time.monotonic()
+    (batch,) = embed(connect(), TEXTS)
+    assert_vectors(batch)
+    assert 0.7 <= time.monotonic() - started < 2
+
+
+def test_a_429_holds_back_every_client_of_the_quota(connect: Connect, provider: Provider) -> None:
+    provider.control(statuses=[{"status": 429, "count": 1, "after": 2, "retry_after_s": 0.8}])
+    with pytest.raises(ProviderUnavailableError):
+        embed(connect(patience_s=0.1), TEXTS)
+    started = time.monotonic()
+    embed(connect(), TEXTS)
+    assert time.monotonic() - started > 0.6
+
+
+def test_a_429_without_retry_after_holds_back_for_a_second(connect: Connect, provider: Provider) -> None:
+    provider.control(statuses=[{"status": 429, "count": 1, "after": 2}])
+    started = time.monotonic()
+    embed(connect(), TEXTS)
+    assert time.monotonic() - started > 0.9
+
+
+def test_every_try_counts_against_the_quota(connect: Connect, provider: Provider, engine: sa.Engine) -> None:
+    provider.control(statuses=[{"status": 500, "count": 3, "after": 2}])
+    limiter = RateLimiter(engine, uuid.uuid4().hex, requests_per_minute=600, tokens_per_minute=1e9)
+    started = time.monotonic()
+    embed(connect(limiter=limiter), TEXTS)
+    assert time.monotonic() - started > 0.48, "five requests at a tenth of a second each"
+
+
+@pytest.mark.parametrize(
+    "fault", [{"reset": 0.5, "reset_when": "before"}, {"reset": 0.5, "reset_when": "after"}, {"truncate": 0.5}], ids=str
+)
+def test_a_broken_connection_is_tried_again(connect: Connect, provider: Provider, fault: dict[str, object]) -> None:
+    provider.control(seed=1, **fault)
+    client = connect()
+    for batch in embed(client, *[TEXTS] * 4):
+        assert_vectors(batch)
+    assert client.n_retries > 0
+
+
+@pytest.mark.parametrize(
+    "corruption", ["drop_item", "duplicate_index", "wrong_size", "nan", "zero", "bad_base64", "not_json"]
+)
+def test_a_corrupt_answer_is_tried_again_and_never_returned(
+    connect: Connect, provider: Provider, corruption: str
+) -> None:
+    client = connect()
+
+    async def work() -> None:
+        await client.generate_embeddings_batch(["first"])
+        provider.control(seed=3, corrupt=corruption, corrupt_share=0.5)
+        for _ in range(4):
+            assert_vectors(await client.generate_embeddings_batch(TEXTS))
+
+    use(client, work)
+    assert client.n_retries > 0
+
+
+def test_a_lone_vector_of_a_wrong_size_is_never_returned(connect: Connect, provider: Provider) -> None:
+    client = connect()
+
+    async def work() -> None:
+        await client.generate_embeddings_batch(["first"])
+        provider.control(corrupt="wrong_size")
+        with pytest.raises(ProviderError):
+            await client.generate_embeddings_batch(["alone"])
+
+    use(client, work)
+
+
+def test_the_waits_double_up_to_the_patience(
+    connect: Connect, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "MAX_BACKOFF_S", 60.0)
+    longest: list[float] = []
+
+    def draw(low: float, high: float) -> float:
+        assert low == 0
+        longest.append(high)
+        return high
+
+    monkeypatch.setattr(random, "uniform", draw)
+    provider.control(statuses=[{"status": 503}])
+    with pytest.raises(ProviderUnavailableError):
+        embed(connect(patience_s=0.7), TEXTS)
+    assert longest == [0.5, 1.0]
+    assert provider.ledger()["requests"] == 2
+
+
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [
+        ({"statuses": [{"status": 503, "body": {"error": {"message": "told words"}}}]}, r"503.*told words"),
+        ({"statuses": [{"status": 429, "retry_after_s": 0}]}, "429.*told to fail"),
+        ({"corrupt": "nan"}, "finite"),
+        ({"truncate": 1.0}, ""),
+        ({"reset": 1.0}, ""),
+    ],
+    ids=str,
+)
+def test_patience_ends_with_what_was_heard_last(
+    connect: Connect, provider: Provider, faults: dict[str, object], words: str
+) -> None:
+    provider.control(**faults)
+    started = time.monotonic()
+    with pytest.raises(ProviderUnavailableError, match=rf"for 0.4 s \(SONGVEC_PATIENCE_S\), last: .*{words}") as caught:
+        embed(connect(patience_s=0.4), TEXTS)
+    assert not str(caught.value).partition("last: ")[2].startswith("."), "it names what was heard"
+    assert time.monotonic() - started < 1.5
+    assert provider.ledger()["requests"] > 2
+
+
+def test_a_server_that_is_not_there_is_named_when_patience_ends(connect: Connect) -> None:
+    base_url = f"http://127.0.0.1:{refused_port()}/v1"
+    with pytest.raises(ProviderUnavailableError, match=base_url):
+        embed(connect(base_url=base_url, patience_s=0.2), TEXTS)
+
+
+def test_a_retry_after_beyond_the_patience_is_not_waited_for(connect: Connect, provider: Provider) -> None:
+    provider.control(statuses=[{"status": 503, "retry_after_s": 30}])
+    started = time.monotonic()
+    with pytest.raises(ProviderUnavailableError):
+        embed(connect(patience_s=5), TEXTS)
+    assert time.monotonic() - started < 1
+
+
+def test_the_patience_is_that_of_a_request_not_spent_again_by_each_that_waits(
+    connect: Connect, provider: Provider
+) -> None:
+    provider.control(statuses=[{"status": 503}])
+    started = time.monotonic()
+    answers = embed_together(connect(patience_s=0.4), *([text] for text in TEXTS[:8]))
+    assert {type(answer) for answer in answers} == {ProviderUnavailableError}
+    assert time.monotonic() - started < 1.2, "eight requests that begin together end together"
+
+
+def test_a_provider_that_was_down_is_probed_again_by_a_later_request(connect: Connect, provider: Provider) -> None:
+    client = connect(patience_s=0.2)
+
+    async def work() -> None:
+        provider.control(statuses=[{"status": 503}])
+        with pytest.raises(ProviderUnavailableError):
+            await client.generate_embeddings_batch(TEXTS)
+        provider.control()
+        assert_vectors(await client.generate_embeddings_batch(TEXTS))
+
+    use(client, work)
+
+
+# Stopping
+
+
+def test_the_stop_signal_ends_a_backoff_at_once(connect: Connect, provider: Provider) -> None:
+    provider.control(statuses=[{"status": 503, "retry_after_s": 30}])
+    stop = StopSignal()
+    threading.Timer(0.3, stop.set).start()
+    started = time.monotonic()
+    with pytest.raises(StoppedError):
+        embed(connect(stop=stop, patience_s=600), TEXTS)
+    assert time.monotonic() - started < 1
+    assert provider.ledger()["requests"] == 1
+
+
+def test_the_stop_signal_ends_waiting_for_the_quota_at_once(
+    connect: Connect, provider: Provider, engine: sa.Engine
+) -> None:
+    limiter = RateLimiter(engine, uuid.uuid4().hex, requests_per_minute=1, tokens_per_minute=1e9)
+    stop = StopSignal()
+    threading.Timer(0.3, stop.set).start()
+    started = time.monotonic()
+    answers = embed_together(connect(stop=stop, limiter=limiter), *([text] for text in TEXTS[:5]))
+    assert {type(answer) for answer in answers} == {StoppedError}
+    assert 0.2 < time.monotonic() - started < 1
+    assert provider.ledger()["requests"] == 0
+
+
+def test_a_request_in_flight_is_left_to_end_and_no_further_one_goes(connect: Connect, provider: Provider) -> None:
+    stop = StopSignal()
+    client = connect(stop=stop)
+
+    async def work() -> None:
+        await client.generate_embeddings_batch(["first"])
+        provider.control(latency_s=0.5)
+        threading.Timer(0.2, stop.set).start()
+        assert_vectors(await client.generate_embeddings_batch(TEXTS))
+        assert stop.is_set()
+        with pytest.raises(StoppedError):
+            await client.generate_embeddings_batch(["last"])
+
+    use(client, work)
+    assert set(provider.texts()) == {"probe", "first", *TEXTS}
+
+
+# The key
+
+
+def test_a_wrong_key_is_not_told(connect: Connect) -> None:
+    with pytest.raises(ProviderError, match="FIREWORKS_API_KEY") as caught:
+        embed(connect(api_key="fw_secret"), TEXTS)
+    assert "fw_secret" not in told(caught.value)
+
+
+def test_the_key_is_not_told_where_no_server_answers(connect: Connect) -> None:
+    with pytest.raises(ProviderUnavailableError) as caught:
+        embed(connect(api_key="fw_secret", base_url=f"http://127.0.0.1:{refused_port()}/v1", patience_s=0.1), TEXTS)
+    assert "fw_secret" not in told(caught.value)
+
+
+@pytest.mark.parametrize("status", [401, 422, 503])
+def test_the_key_is_not_told_though_the_server_repeats_it(connect: Connect, provider: Provider, status: int) -> None:
+    """A gateway in between may say which key it was given. Dagster keeps the whole chain of errors in its event log."""
+    words = {"error": {"message": f"no: {provider.api_key} is not welcome"}}
+    provider.control(statuses=[{"status": status, "after": 2, "body": words}])
+    with pytest.raises(ProviderError, match="is not welcome") as caught:
+        embed(connect(patience_s=0.2), TEXTS)
+    assert provider.api_key not in told(caught.value)

@@ -1,0 +1,321 @@
+"""Engines and their pools, URLs, and what a person reads when the database refuses."""
+
+import contextlib
+import socket
+import threading
+import time
+import traceback
+from urllib.parse import quote
+
+import pytest
+import sqlalchemy as sa
+
+from songvec_assets.errors import DatabaseError, SettingsError
+from songvec_assets.postgres.engine import Database, Profile, get_connection, get_engine, normalize_url, raw_cursor
+from songvec_assets.postgres.schema import ensure_schema
+from songvec_assets_tests.administration import as_role, dispose, execute, free_port, login_role, wait_until, with_parts
+from songvec_assets_tests.postgres.conftest import PASSWORD, TcpServer
+
+
+def read_sessions(database: Database) -> list[int]:
+    """The server's processes that serve the package in this database."""
+    statement = """
+        SELECT pid FROM pg_stat_activity
+        WHERE datname = current_database() AND application_name = 'songvec' ORDER BY pid
+    """
+    return [pid for (pid,) in execute(database.adbc_uri, statement)]
+
+
+def sleeping(database: Database) -> bool:
+    """Whether a pg_sleep of the package is running."""
+    statement = """
+        SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'
+    """
+    return bool(execute(database.adbc_uri, statement)[0][0])
+
+
+def error_of(url: str) -> DatabaseError:
+    """What `SELECT 1` ends with."""
+    with pytest.raises(DatabaseError) as caught, get_connection(url) as connection:
+        connection.execute(sa.text("SELECT 1"))
+    return caught.value
+
+
+class TestPools:
+    @pytest.mark.parametrize(("profile", "n_at_once", "n_kept"), [("web", 15, 5), ("parallel", 15, 15)])
+    def test_a_pool_lends_so_many_connections_and_keeps_so_many(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch, profile: Profile, n_at_once: int, n_kept: int
+    ) -> None:
+        monkeypatch.setattr(database.get_engine(profile).pool, "_timeout", 0.05)
+        with contextlib.ExitStack() as stack:
+            for _ in range(n_at_once):
+                stack.enter_context(database.get_connection(profile)).execute(sa.text("SELECT 1"))
+            assert len(read_sessions(database)) == n_at_once
+            with pytest.raises(DatabaseError, match="no database connection became free"):
+                stack.enter_context(database.get_connection(profile))
+        wait_until(lambda: len(read_sessions(database)) == n_kept)
+
+    def test_the_batch_profile_keeps_no_connection_and_has_no_limit_of_its_own(self, database: Database) -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                stack.enter_context(database.get_connection()).execute(sa.text("SELECT 1"))
+            assert len(read_sessions(database)) == 20
+        wait_until(lambda: read_sessions(database) == [])
+
+    @pytest.mark.parametrize("profile", ["web", "parallel"])
+    def test_a_kept_connection_that_broke_is_replaced_unseen(self, database: Database, profile: Profile) -> None:
+        with database.get_connection(profile) as connection:
+            kept = connection.scalar(sa.text("SELECT pg_backend_pid()"))
+        execute(database.adbc_uri, "SELECT pg_terminate_backend(%s, 5000)", (kept,))
+        with database.get_connection(profile) as connection:
+            assert connection.scalar(sa.text("SELECT pg_backend_pid()")) != kept
+
+    def test_a_process_has_one_engine_a_url_and_profile(self, database: Database) -> None:
+        assert database.get_engine("web") is get_engine(database.url, "web")
+        assert len({database.get_engine(profile) for profile in ("batch", "web", "parallel")}) == 3
+
+    def test_threads_that_ask_first_at_once_get_the_same_engine(self) -> None:
+        barrier, engines = threading.Barrier(8), []
+
+        def ask(url: str) -> None:
+            barrier.wait()
+            engines.append(get_engine(url, "web"))
+
+        for attempt in range(5):
+            engines.clear()
+            url = f"postgresql://nobody@127.0.0.1:1/race_{attempt}"
+            threads = [threading.Thread(target=ask, args=(url,)) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(set(engines)) == 1
+
+    def test_a_block_is_committed_at_its_end_and_rolled_back_on_an_error(self, database: Database) -> None:
+        with database.get_connection() as connection:
+            connection.execute(sa.text("CREATE TABLE kept (n integer)"))
+            connection.execute(sa.text("INSERT INTO kept VALUES (1)"))
+        with pytest.raises(ZeroDivisionError), database.get_connection() as connection:
+            connection.execute(sa.text("INSERT INTO kept VALUES (2)"))
+            raise ZeroDivisionError
+        assert execute(database.adbc_uri, "SELECT n FROM kept") == [(1,)]
+
+    def test_an_autocommit_connection_commits_each_statement(self, database: Database) -> None:
+        with pytest.raises(ZeroDivisionError), database.get_autocommit() as connection:
+            connection.execute(sa.text("CREATE TABLE kept (n integer)"))
+            connection.execute(sa.text("INSERT INTO kept VALUES (1)"))
+            connection.execute(sa.text("VACUUM kept"))
+            raise ZeroDivisionError
+        assert execute(database.adbc_uri, "SELECT n FROM kept") == [(1,)]
+
+
+class TestUrls:
+    @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
+    def test_every_usual_form_of_a_url_connects_through_psycopg2(self, database: Database, scheme: str) -> None:
+        url = f"{scheme}://{database.adbc_uri.partition('://')[2]}"
+        with get_connection(url) as connection:
+            assert connection.dialect.driver == "psycopg2"
+            assert connection.scalar(sa.text("SELECT current_database()")) == sa.make_url(database.url).database
+        assert Database(url).adbc_uri == database.adbc_uri
+        dispose(url)
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "mysql://ann:hunter2@host/songs",
+            "postgresql+asyncpg://ann:hunter2@host/songs",
+            "postgresql+psycopg://ann:hunter2@host/songs",
+            "https://ann:hunter2@host/songs",
+            "host=db password=hunter2 dbname=songs",
+            "ann:hunter2@host/songs",
+            "postgresql:ann:hunter2@host/songs",
+            "",
+        ],
+    )
+    def test_other_forms_are_refused_with_the_variable_and_without_the_password(self, url: str) -> None:
+        with pytest.raises(SettingsError, match="POSTGRES_URL") as caught:
+            normalize_url(url)
+        assert "hunter2" not in str(caught.value)
+        with pytest.raises(SettingsError, match="POSTGRES_URL"):
+            get_engine(url)
+
+    def test_a_port_that_is_no_number_is_refused_with_the_variable(self) -> None:
+        with pytest.raises(SettingsError, match="POSTGRES_URL"):
+            get_engine("postgresql://ann:hunter2@host:54x2/songs")
+
+    def test_an_at_sign_left_unencoded_in_the_password_is_refused_and_shown_nowhere(self) -> None:
+        url = "postgresql://ann:half@hunter2@127.0.0.1:1/songs"
+        shown = repr(Database(url))
+        with contextlib.suppress(SettingsError):
+            shown += Database(url).describe()
+        with pytest.raises((SettingsError, DatabaseError)) as caught, get_connection(url):
+            pass
+        shown += "".join(traceback.format_exception(caught.value))
+        assert "hunter2" not in shown
+        assert isinstance(caught.value, SettingsError)
+        assert "percent-encode" in str(caught.value)
+
+    def test_a_database_is_described_by_host_port_and_name(self) -> None:
+        assert Database("postgres://ann:hunter2@db.example:6543/songs").describe() == "db.example:6543/songs"
+        assert Database("postgresql://ann:hunter2@db.example/songs").describe() == "db.example:5432/songs"
+        assert Database("postgresql://ann@/songs?host=/run/pg").describe() == "/run/pg:5432/songs"
+        assert Database("postgresql://ann@/songs", embedded=True).describe() == "embedded Postgres"
+
+
+class TestRefusals:
+    def test_a_port_where_no_server_listens_is_named_with_what_to_check(self) -> None:
+        error = str(error_of(f"postgresql://ann:hunter2@127.0.0.1:{free_port()}/songs"))
+        assert "Connection refused" in error
+        assert "is it running, is the address in POSTGRES_URL right" in error
+
+    def test_a_socket_folder_without_a_server_is_named_with_what_to_check(self) -> None:
+        error = str(error_of("postgresql://ann@/songs?host=/nowhere/at/all"))
+        assert "/nowhere/at/all" in error
+        assert "is it running, is the address in POSTGRES_URL right" in error
+
+    def test_a_host_whose_name_does_not_resolve_is_named(self) -> None:
+        error = str(error_of("postgresql://ann@no-such-host.invalid/songs"))
+        assert "no-such-host.invalid" in error
+        assert "the host's name does not resolve: correct POSTGRES_URL" in error
+
+    def test_a_database_that_does_not_exist_is_named(self, server_url: str) -> None:
+        error = str(error_of(with_parts(server_url, database="nowhere")))
+        assert '"nowhere"' in error
+        assert "there is no such database: create it, or correct POSTGRES_URL" in error
+
+    def test_a_user_that_does_not_exist_is_named(self, server_url: str) -> None:
+        error = str(error_of(with_parts(server_url, username="nobody_here")))
+        assert '"nobody_here"' in error
+        assert "the server refuses this user from here" in error
+
+    def test_the_right_password_connects(self, tcp_server: TcpServer) -> None:
+        with get_connection(tcp_server.url("guarded", PASSWORD)) as connection:
+            assert connection.scalar(sa.text("SELECT current_user")) == "guarded"
+
+    @pytest.mark.parametrize("password", ["hunter2", None])
+    def test_a_wrong_or_missing_password_says_so(self, tcp_server: TcpServer, password: str | None) -> None:
+        assert "the password is wrong: correct POSTGRES_URL" in str(error_of(tcp_server.url("guarded", password)))
+
+    def test_a_role_that_may_not_create_is_told_about_the_right(self, bare_url: str) -> None:
+        with as_role(Database(bare_url)) as seen, pytest.raises(DatabaseError) as caught:
+            ensure_schema(seen)
+        assert "permission denied for database" in str(caught.value)
+        assert "this user lacks a right: let the owner grant it" in str(caught.value)
+
+    def test_a_statement_that_the_roles_timeout_ends_says_so(self, database: Database) -> None:
+        with as_role(database) as seen:
+            execute(database.adbc_uri, f"ALTER ROLE {sa.make_url(seen.url).username} SET statement_timeout = '50ms'")
+            started = time.monotonic()
+            with pytest.raises(DatabaseError) as caught, seen.get_connection() as connection:
+                connection.execute(sa.text("SELECT pg_sleep(20)"))
+        assert time.monotonic() - started < 10
+        assert "canceling statement due to statement timeout" in str(caught.value)
+        assert "a statement_timeout of the role" in str(caught.value)
+
+    def test_a_role_with_no_connection_left_is_told_so(self, server_url: str) -> None:
+        with login_role(server_url, "CONNECTION LIMIT 1") as role:
+            url = with_parts(server_url, username=role)
+            with get_connection(url):
+                error = str(error_of(url))
+        assert "too many connections" in error
+        assert "the server has no connection left" in error
+
+    def test_a_connection_that_the_server_ends_says_how_to_go_on(self, database: Database) -> None:
+        with pytest.raises(DatabaseError) as caught, database.get_connection() as connection:
+            pid = connection.scalar(sa.text("SELECT pg_backend_pid()"))
+            execute(database.adbc_uri, "SELECT pg_terminate_backend(%s, 5000)", (pid,))
+            connection.execute(sa.text("SELECT 1"))
+        assert "start the same command again" in str(caught.value)
+
+    def test_an_error_past_sqlalchemy_is_turned_too_and_is_one_line(self, database: Database) -> None:
+        with pytest.raises(DatabaseError) as caught, database.get_connection() as connection:
+            with raw_cursor(connection) as cursor:
+                cursor.execute("SELECT no_such_column")
+        assert 'column "no_such_column" does not exist' in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_what_is_no_error_of_the_database_passes_unchanged(self, database: Database) -> None:
+        with pytest.raises(KeyError, match="mine"), database.get_connection():
+            raise KeyError("mine")
+
+
+class TestSecrets:
+    @pytest.mark.parametrize("where", ["wrong password", "no database", "no server"])
+    def test_the_password_is_in_no_error_repr_or_description(self, tcp_server: TcpServer, where: str) -> None:
+        url = {
+            "wrong password": tcp_server.url("guarded", f"{PASSWORD}-wrong"),
+            "no database": tcp_server.url("guarded", PASSWORD, "nowhere"),
+            "no server": f"postgresql://guarded:{quote(PASSWORD)}@127.0.0.1:{free_port()}/songs",
+        }[where]
+        error = error_of(url)
+        shown = "".join(traceback.format_exception(error)) + repr(error)
+        shown += repr(Database(url)) + str(Database(url)) + Database(url).describe() + repr(get_engine(url))
+        assert PASSWORD not in shown
+        assert quote(PASSWORD) not in shown
+        assert "guarded" not in Database(url).describe()
+
+
+class TestKeepalive:
+    @pytest.mark.parametrize("profile", ["batch", "web", "parallel"])
+    def test_the_socket_of_every_profile_is_kept_alive(self, tcp_server: TcpServer, profile: Profile) -> None:
+        database = Database(tcp_server.url())
+        with database.get_connection(profile) as connection:
+            raw = connection.connection.driver_connection
+            parameters = raw.info.dsn_parameters
+            with socket.socket(fileno=socket.dup(raw.fileno())) as peer:
+                assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                if hasattr(socket, "TCP_KEEPIDLE"):
+                    assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+                    assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
+                    assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 6
+        assert parameters["connect_timeout"] == "10"
+        dispose(database.url)
+
+
+class TestCancel:
+    @pytest.mark.parametrize("handed_out", ["get_connection", "get_autocommit"])
+    def test_a_running_statement_of_another_thread_ends_at_once(self, database: Database, handed_out: str) -> None:
+        ends: list[tuple[float, BaseException]] = []
+
+        def sleep() -> None:
+            try:
+                with getattr(database, handed_out)() as connection:
+                    connection.execute(sa.text("SELECT pg_sleep(60)"))
+            except DatabaseError as error:
+                ends.append((time.monotonic(), error))
+
+        thread = threading.Thread(target=sleep, daemon=True)
+        thread.start()
+        wait_until(lambda: sleeping(database))
+        started = time.monotonic()
+        database.cancel()
+        thread.join(timeout=10)
+        assert ends[0][0] - started < 2
+        assert "the statement was cancelled" in str(ends[0][1])
+
+    def test_all_connections_handed_out_are_reached(self, database: Database) -> None:
+        ended: list[Profile] = []
+
+        def sleep(profile: Profile) -> None:
+            with contextlib.suppress(DatabaseError), database.get_connection(profile) as connection:
+                connection.execute(sa.text("SELECT pg_sleep(60)"))
+            ended.append(profile)
+
+        threads = [threading.Thread(target=sleep, args=(each,), daemon=True) for each in ("batch", "web", "parallel")]
+        for thread in threads:
+            thread.start()
+        count = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
+        wait_until(lambda: execute(database.adbc_uri, count) == [(3,)])
+        database.cancel()
+        for thread in threads:
+            thread.join(timeout=5)
+        assert sorted(ended) == ["batch", "parallel", "web"]
+
+    def test_where_nothing_runs_nothing_is_harmed(self, database: Database) -> None:
+        database.cancel()
+        with database.get_connection("web") as connection:
+            database.cancel()
+            assert connection.scalar(sa.text("SELECT 1")) == 1
+        database.cancel()
+        with database.get_connection("web") as connection:
+            assert connection.scalar(sa.text("SELECT 2")) == 2

@@ -1,0 +1,131 @@
+"""Ranges of song_ids: keys that round-trip and sort, tilings that hold every song_id exactly once."""
+
+from bisect import bisect_right
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from songvec_assets.errors import SettingsError
+from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
+
+settings.register_profile("ranges", deadline=None)
+PROFILE = settings.get_profile("ranges")
+
+
+@st.composite
+def ranges(draw, highest=MAX_SONG_ID + 1):
+    """Any range up to `highest`, the open tail often among them."""
+    start = draw(st.integers(0, highest - 1))
+    return SongIdRange(start, draw(st.integers(start + 1, highest) | st.just(MAX_SONG_ID + 1)))
+
+
+@st.composite
+def tilings(draw):
+    """Tilings of up to 40 ranges below the tail, of any width."""
+    n_ranges = draw(st.integers(0, 40))
+    width = draw(st.integers(1, MAX_SONG_ID // max(1, n_ranges)))
+    return Tiling(width, width * n_ranges)
+
+
+@PROFILE
+@given(ranges())
+def test_a_key_names_its_range_and_no_other(song_range):
+    assert SongIdRange.from_key(song_range.key) == song_range
+
+
+def test_keys_look_as_documented():
+    assert SongIdRange(50_000, 100_000).key == "000050000-000100000"
+    assert SongIdRange(16_000_000, MAX_SONG_ID + 1).key == "016000000-max"
+    assert SongIdRange.from_key("016000000-max").is_tail
+    assert not SongIdRange(0, MAX_SONG_ID).is_tail
+
+
+@PROFILE
+@given(ranges(highest=999_999_999), ranges(highest=999_999_999))
+def test_keys_sort_as_the_ranges_do(one, other):
+    assert (one.key < other.key) == (one < other)
+
+
+@PROFILE
+@given(ranges(), ranges())
+def test_keys_sort_as_the_ranges_do_up_to_the_highest_song_id(one, other):
+    assert (one.key < other.key) == (one < other)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "-", "000000000", "000000000-", "-000000100", "a-b", "000000000-MAX", "max-max", "000000100-000000000"]
+    + ["000000000-000000000", "000000000-000000100-000000200", "-00000001-000000100", "٠٠٠٠٠٠٠٠٠-٠٠٠٠٠٠١٠٠"]
+    + [" 000000000-000000100", "000000000-000000100\n", "000000000-0000_0100", "000000000-9999999999", "9" * 5000 + "-max"],
+)
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(ValueError, match="."):
+        SongIdRange.from_key(key)
+
+
+@PROFILE
+@given(st.from_regex(r"[0-9]{1,11}-([0-9]{1,11}|max)", fullmatch=True))
+def test_a_range_has_one_key_only(key):
+    """Two spellings would be two files of one range."""
+    try:
+        song_range = SongIdRange.from_key(key)
+    except ValueError:
+        return
+    assert song_range.key == key
+
+
+@PROFILE
+@given(ranges(), st.integers(-2, MAX_SONG_ID + 2))
+def test_a_range_holds_its_start_and_not_its_stop(song_range, song_id):
+    assert song_range.start in song_range
+    assert song_range.stop - 1 in song_range
+    assert song_range.stop not in song_range
+    assert song_range.start - 1 not in song_range
+    assert (song_id in song_range) == (song_id in range(song_range.start, song_range.stop))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 5), (5, 5), (6, 5), (0, 0), (0, MAX_SONG_ID + 2)])
+def test_an_empty_a_negative_and_a_too_high_range_are_refused(start, stop):
+    with pytest.raises(ValueError, match=rf"\[{start}, {stop}\)"):
+        SongIdRange(start, stop)
+
+
+@PROFILE
+@given(tilings())
+def test_a_tiling_covers_every_song_id_exactly_once(tiling):
+    tiles = list(tiling)
+    assert [tile.start for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
+    assert tiles[-1].stop == MAX_SONG_ID + 1
+    assert tiles[-1] == tiling.tail
+    assert tiles[-1].start == tiling.stop
+    assert all(tile.stop - tile.start == tiling.width for tile in tiles[:-1])
+    assert len(tiling) == len(tiles)
+
+
+@PROFILE
+@given(tilings(), st.data())
+def test_range_of_finds_the_tile_that_holds_a_song_id(tiling, data):
+    tiles = list(tiling)
+    edges = [tile.start for tile in tiles] + [tile.stop - 1 for tile in tiles]
+    song_id = data.draw(st.integers(0, MAX_SONG_ID) | st.sampled_from(edges))
+    assert tiling.range_of(song_id) == tiles[bisect_right([tile.start for tile in tiles], song_id) - 1]
+    assert song_id in tiling.range_of(song_id)
+
+
+@PROFILE
+@given(tilings(), st.data())
+def test_a_span_is_all_tiles_from_the_first_to_the_last(tiling, data):
+    tiles = list(tiling)
+    chosen = data.draw(st.lists(st.integers(0, len(tiles) - 1)))
+    expected = tiles[min(chosen) : max(chosen) + 1] if chosen else []
+    assert tiling.span(tiles[index] for index in chosen) == expected
+
+
+def test_the_default_tiling_is_320_ranges_and_the_tail():
+    assert len(Tiling(50_000, 16_000_000)) == 321
+
+
+def test_a_stop_that_no_range_ends_at_is_refused_by_the_names_of_both_settings():
+    with pytest.raises(SettingsError, match=r"SONGVEC_SONG_ID_STOP .* SONGVEC_RANGE_SIZE: 1050 .* 100"):
+        Tiling(100, 1050)
