@@ -219,7 +219,8 @@ def _materialize(
     out.print(deployment.describe())
     with _showing_progress():
         result = run_refresh_job(defs.resolve_job_def("refresh"), span, mode, max_usd)
-    table = Table("Asset", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column("Asset", no_wrap=True, min_width=21)
     for name in ("Rows", "Seconds", "Tokens", "Cost", "Skipped", "New", "Changed"):
         table.add_column(name, justify="right")
     for row in result.rows:
@@ -238,12 +239,13 @@ def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:
 
     vector = embed_query(deployment.embedder(), query)
     hits = search_songs(deployment.database, deployment.source, deployment.table_spec, vector, limit)
-    table = Table("Similarity", "Song", "Artist", "First line", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+    table.add_column("Near", width=5)
+    for name, ratio in {"Song": 3, "Artist": 2, "First line": 4}.items():
+        table.add_column(name, no_wrap=True, ratio=ratio)
     for hit in hits:
         first_line = (hit.lyrics or "").partition("\n")[0]
-        table.add_row(
-            f"{hit.similarity:.3f}", *(Text(each, overflow="ellipsis") for each in (hit.name, hit.artist, first_line))
-        )
+        table.add_row(f"{hit.similarity:.3f}", *map(Text, (hit.name, hit.artist, first_line)))
     out.print(Text(f"“{query}”", style="bold"))
     out.print(table)
 

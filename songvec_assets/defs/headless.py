@@ -59,7 +59,11 @@ def run_refresh_job(
     mode: ExportMode = "all",
     max_usd: float | None = None,
 ) -> RunResult:
-    """Run the job of all four assets over the ranges from the first to the last of `span`."""
+    """Run the job of all four assets over the ranges from the first to the last of `span`.
+
+    Raises:
+        KeyboardInterrupt: Ctrl+C or SIGTERM; what was done is kept.
+    """
     config: dict[str, Any] = {
         "ops": {
             "songs_parquet": {"config": {"mode": mode}},
@@ -69,7 +73,10 @@ def run_refresh_job(
     }
     tags = {"dagster/asset_partition_range_start": span[0].key, "dagster/asset_partition_range_end": span[1].key}
     with project_instance() as instance:
-        result = job.execute_in_process(instance=instance, tags=tags, run_config=config, raise_on_error=False)
+        try:
+            result = job.execute_in_process(instance=instance, tags=tags, run_config=config, raise_on_error=False)
+        except dg.DagsterExecutionInterruptedError as error:
+            raise KeyboardInterrupt from error
     return _summarize(result.all_events)
 
 

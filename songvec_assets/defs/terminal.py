@@ -4,8 +4,9 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 from songvec_assets.defs.reports import Pace, describe_progress
 from songvec_assets.progress import Progress
@@ -16,13 +17,14 @@ class Bars:
 
     def __init__(self, console: Console) -> None:
         self._bars = RichProgress(
-            TextColumn("{task.description:<14}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]} {task.fields[rate]}"),
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[count]}", justify="right"),
+            TextColumn("{task.fields[pace]}"),
             TimeRemainingColumn(compact=True),
-            TextColumn("[dim]{task.fields[note]}[/]"),
+            TextColumn("[dim]{task.fields[note]}[/]", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=console,
+            expand=True,
         )
         self._tasks: dict[str, TaskID] = {}
         self._pace = Pace()
@@ -40,15 +42,15 @@ class Bars:
         """Show how far a step has come."""
         step = progress.step
         if step not in self._tasks:
-            self._tasks[step] = self._bars.add_task(step, unit=progress.unit, rate="", note="")
-        pace = self._pace.rate(progress)
-        rate = f"{pace:,.0f}/s" if pace and progress.unit != "%" else ""
+            self._tasks[step] = self._bars.add_task(step, count="", pace="", note="")
+        percent = progress.unit == "%"
+        rate = self._pace.rate(progress)
         self._bars.update(
             self._tasks[step],
             completed=progress.done,
             total=progress.total or None,
-            unit=progress.unit,
-            rate=rate,
+            count=f"{progress.done:,}" + ("%" if percent else f"/{progress.total:,}" if progress.total else ""),
+            pace=f"{rate:,.0f}/s" if rate and not percent else "",
             note=progress.note,
         )
 

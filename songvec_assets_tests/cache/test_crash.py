@@ -1,0 +1,243 @@
+"""Runs killed and interrupted in the middle: processes of their own, a real provider that counts what it bills.
+
+Run as a module, this is the process: it fills all ranges of the deployment that its argument describes.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from songvec_assets.deployment import Deployment
+from songvec_assets.postgres.engine import Database
+from songvec_assets.progress import run_in_worker
+from songvec_assets.settings import Settings
+from songvec_assets_tests.cache.test_fill import assert_stored, billed, export, fill, plain_songs, plain_texts, stored
+from songvec_assets_tests.conftest import TILING, deploy
+from songvec_assets_tests.provider import Provider
+
+REQUEST_TEXTS, CONCURRENCY = 8, 4
+IN_FLIGHT = REQUEST_TEXTS * CONCURRENCY
+"""Texts that a kill may cost."""
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A process that fills all ranges once it is told to begin."""
+
+    process: subprocess.Popen[str]
+
+    def begin(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.write("begin\n")
+        self.process.stdin.flush()
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def assert_interrupted(self, within_s: float) -> None:
+        """It ends as a process does that Ctrl+C ended."""
+        started = time.monotonic()
+        _, errors = self.process.communicate(timeout=60)
+        assert self.process.returncode == -signal.SIGINT, errors
+        assert time.monotonic() - started < within_s
+
+
+@pytest.fixture
+def deployment(database: Database, provider: Provider, tmp_path: Path) -> Deployment:
+    return deploy(database, provider, tmp_path / "store")
+
+
+@pytest.fixture
+def start(deployment: Deployment, provider: Provider) -> Iterator[Callable[[int], list[Filling]]]:
+    """Starts processes over the test's database and store; they load their modules side by side and wait."""
+    settings = {
+        "postgres_url": deployment.database.url,
+        "fireworks_api_key": provider.api_key,
+        "fireworks_base_url": provider.base_url,
+        "storage": str(deployment.storage_root),
+        "embedding_dimensions": deployment.settings.embedding_dimensions,
+        "requests_per_minute": deployment.settings.requests_per_minute,
+        "tokens_per_minute": deployment.settings.tokens_per_minute,
+        "max_request_texts": REQUEST_TEXTS,
+        "concurrency": CONCURRENCY,
+    }
+    command, pipe = [sys.executable, "-m", __name__, json.dumps(settings)], subprocess.PIPE
+    root = Path(__file__).parents[2]
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(n_processes: int) -> list[Filling]:
+        fresh = [
+            subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+            for _ in range(n_processes)
+        ]
+        started.extend(fresh)
+        for process in fresh:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+        return [Filling(process) for process in fresh]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Ask until it holds."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        time.sleep(0.005)
+
+
+def n_billed_again(provider: Provider) -> int:
+    """Texts of songs that were billed and had been billed before."""
+    return sum(count - 1 for count in billed(provider).values())
+
+
+def test_runs_killed_at_any_moment_lose_no_more_than_what_was_in_flight(
+    songs: Callable[..., None],
+    deployment: Deployment,
+    provider: Provider,
+    start: Callable[[int], list[Filling]],
+) -> None:
+    song_ids = range(600)
+    songs(*plain_songs(song_ids))
+    export(deployment)
+    provider.control(latency_s=(0.02, 0.08))
+    # how much is billed when each is killed: within a range of 100 songs, at its end, and after several
+    moments = [1, 90, 202, 330, 480]
+    for filling, moment in zip(start(len(moments)), moments, strict=True):
+        filling.begin()
+        wait_for(lambda moment=moment: len(billed(provider)) >= moment)  # type: ignore[misc]
+        filling.process.kill()
+        assert filling.process.wait() == -signal.SIGKILL, "it was killed in the middle"
+        time.sleep(0.1)  # the provider bills what was in flight, though nobody waits for it
+        paid, kept = set(billed(provider)), set(plain_texts(list(stored(deployment))).values())
+        assert kept <= paid
+        assert len(paid - kept) <= IN_FLIGHT
+    fill(deployment)
+    assert_stored(deployment, plain_texts(song_ids))
+    assert set(billed(provider)) == set(plain_texts(song_ids).values())
+    assert n_billed_again(provider) <= IN_FLIGHT * len(moments)
+
+
+def test_a_run_that_waits_takes_over_when_the_other_is_killed(
+    songs: Callable[..., None],
+    deployment: Deployment,
+    provider: Provider,
+    start: Callable[[int], list[Filling]],
+) -> None:
+    song_ids = range(1, 90)
+    songs(*plain_songs(song_ids))
+    export(deployment)
+    provider.control(latency_s=0.3)
+    (filling,) = start(1)
+    filling.begin()
+    wait_for(lambda: len(billed(provider)) >= 1)
+    waiting = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        other = deployment.filler(progress=lambda told: waiting.set() if "another run" in told.note else None)
+        filled = pool.submit(other.fill_ranges, list(TILING), lambda _: None)
+        assert waiting.wait(10)
+        filling.process.kill()
+        assert filling.process.wait() == -signal.SIGKILL, "it was killed in the middle"
+        filled.result()
+    assert_stored(deployment, plain_texts(song_ids))
+    assert n_billed_again(provider) <= IN_FLIGHT
+
+
+def test_after_an_interrupt_no_request_starts_and_those_in_flight_are_stored(
+    songs: Callable[..., None],
+    deployment: Deployment,
+    provider: Provider,
+    start: Callable[[int], list[Filling]],
+) -> None:
+    song_ids = [*range(1, 81), 150]
+    songs(*plain_songs(song_ids))
+    export(deployment)
+    provider.control(latency_s=0.6)
+    (filling,) = start(1)
+    filling.begin()
+    wait_for(lambda: provider.ledger()["requests"] >= 1 + CONCURRENCY)
+    filling.interrupt()
+    filling.assert_interrupted(within_s=2)
+    assert provider.ledger()["requests"] == 1 + CONCURRENCY
+    assert len(stored(deployment)) == len(billed(provider)) == IN_FLIGHT
+    provider.control()
+    fill(deployment)
+    assert billed(provider) == dict.fromkeys(plain_texts(song_ids).values(), 1)
+    assert_stored(deployment, plain_texts(song_ids))
+
+
+def test_a_second_interrupt_ends_the_run_at_once(
+    songs: Callable[..., None],
+    deployment: Deployment,
+    provider: Provider,
+    start: Callable[[int], list[Filling]],
+) -> None:
+    song_ids = range(1, 81)
+    songs(*plain_songs(song_ids))
+    export(deployment)
+    provider.control(latency_s=0.2)
+    (filling,) = start(1)
+    filling.begin()
+    wait_for(lambda: len(billed(provider)) >= 1)
+    provider.control(latency_s=20)
+    wait_for(lambda: provider.ledger()["requests"] > 1 + CONCURRENCY)
+    filling.interrupt()
+    with pytest.raises(subprocess.TimeoutExpired):  # the first interrupt leaves what is in flight its time
+        filling.process.wait(1)
+    filling.interrupt()
+    filling.assert_interrupted(within_s=1)
+    provider.control()
+    kept = len(stored(deployment))
+    assert kept >= REQUEST_TEXTS
+    provider.reset_ledger()
+    fill(deployment)
+    assert_stored(deployment, plain_texts(song_ids))
+    assert len(billed(provider)) == len(song_ids) - kept
+
+
+def test_an_interrupt_does_not_wait_for_a_provider_that_is_down(
+    songs: Callable[..., None],
+    deployment: Deployment,
+    provider: Provider,
+    start: Callable[[int], list[Filling]],
+) -> None:
+    songs(*plain_songs(range(1, 81)))
+    export(deployment)
+    provider.control(statuses=[{"status": 503, "retry_after_s": 60, "after": 2}])
+    (filling,) = start(1)
+    filling.begin()
+    wait_for(lambda: provider.ledger()["requests"] >= 1 + CONCURRENCY)
+    filling.interrupt()
+    filling.assert_interrupted(within_s=1.5)
+    assert provider.ledger()["requests"] == 1 + CONCURRENCY
+
+
+def main() -> None:
+    """Say that it is ready, wait for a line, fill; an interrupt is taken as the assets take it."""
+    # a shell that starts the tests in its background would have it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    deployment = Deployment(Settings.from_environment({}, **json.loads(sys.argv[1])), TILING)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    run_in_worker(
+        lambda emit: deployment.filler(progress=emit).fill_ranges(list(TILING), emit),
+        report=lambda _: None,
+        stop=deployment.cancel,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,742 @@
+"""Filling ranges from a real database, with a real provider that misbehaves: what is sent, stored, paid and refused."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from songvec_assets.cache.fill import MAX_REFUSALS_IN_A_ROW, FillReport
+from songvec_assets.cache.shards import load_embeddings_from_cache
+from songvec_assets.deployment import Deployment
+from songvec_assets.embedding import client as client_module
+from songvec_assets.errors import (
+    BudgetExceededError,
+    ProviderError,
+    ProviderUnavailableError,
+    SongvecError,
+    StoppedError,
+    StoreError,
+    TableMismatchError,
+)
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.progress import Progress
+from songvec_assets.songs.export import cache_songs_to_parquet
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.vectors.table import upload_cached_embeddings_to_database
+from songvec_assets_tests.conftest import TILING, deploy
+from songvec_assets_tests.provider import Provider, running_provider, vector_of
+
+FIRST = SongIdRange(0, 100)
+
+Songs = Callable[..., None]
+Run = Callable[..., Deployment]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Provider]:
+    with running_provider() as running:
+        yield running
+
+
+@pytest.fixture
+def provider(server: Provider) -> Provider:
+    """The module's provider, well-behaved and with an empty ledger."""
+    server.control()
+    server.reset_ledger()
+    return server
+
+
+@pytest.fixture(autouse=True)
+def _quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "MAX_BACKOFF_S", 0.02)
+
+
+@pytest.fixture
+def run(database: Database, provider: Provider, tmp_path: Path) -> Run:
+    """Begins a run over the test's database and store, with some settings: a deployment of its own."""
+
+    def begin(**settings: object) -> Deployment:
+        return deploy(database, provider, tmp_path / "store", **settings)
+
+    return begin
+
+
+def export(deployment: Deployment) -> None:
+    """Bring the snapshots to the state of the songs table."""
+    cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, deployment.tiling)
+
+
+def fill(deployment: Deployment, max_usd: float | None = None) -> list[FillReport]:
+    """Export and fill all ranges; the reports of those that hold anything, none of them failed."""
+    reports, error = try_fill(deployment, max_usd)
+    assert error is None
+    assert [report.error for report in reports] == [None] * len(reports)
+    return reports
+
+
+def try_fill(
+    deployment: Deployment, max_usd: float | None = None, report: Callable[[FillReport], None] | None = None
+) -> tuple[list[FillReport], SongvecError | None]:
+    """Export and fill all ranges; the reports, and what ended the run."""
+    export(deployment)
+    reports: list[FillReport] = []
+
+    def keep(filled: FillReport) -> None:
+        reports.append(filled)
+        if report:
+            report(filled)
+
+    try:
+        deployment.filler(max_usd).fill_ranges(list(deployment.tiling), keep)
+    except SongvecError as error:
+        return reports, error
+    return reports, None
+
+
+def stored(deployment: Deployment) -> dict[int, np.ndarray | str]:
+    """What all shards answer for each song: its vector, or why there is none."""
+    found: dict[int, np.ndarray | str] = {}
+    for song_range in deployment.cache.ranges():
+        shard, live = load_embeddings_from_cache(deployment.cache, song_range)
+        for song_id, reason, row in live.select("song_id", "reason", "row").iter_rows():
+            found[song_id] = shard.embeddings_at([row])[0] if reason is None else reason
+    return found
+
+
+def assert_stored(deployment: Deployment, texts: dict[int, str]) -> None:
+    """The shards hold these songs with the vectors of these texts, and no others."""
+    found = stored(deployment)
+    assert set(found) == set(texts)
+    for song_id, text in texts.items():
+        answer = found[song_id]
+        assert isinstance(answer, np.ndarray), f"{song_id}: {answer}"
+        np.testing.assert_allclose(answer, vector_of(text, 64), rtol=0, atol=1e-6, err_msg=str(song_id))
+
+
+def plain_songs(song_ids: Sequence[int]) -> list[tuple[int, str, str, str]]:
+    """Songs with a text of 28 characters, 7 tokens, each its own."""
+    return [(song_id, f"Song {song_id:06d}", "Ann", "la la la!") for song_id in song_ids]
+
+
+def plain_texts(song_ids: Sequence[int]) -> dict[int, str]:
+    """The texts of `plain_songs`."""
+    return {song_id: f"Song {song_id:06d} by Ann\nla la la!" for song_id in song_ids}
+
+
+def billed(provider: Provider) -> dict[str, int]:
+    """How often each song's text was billed."""
+    texts = provider.texts()
+    texts.pop("probe", None)
+    return texts
+
+
+def down(count: int | None = None, after: int = 1) -> dict[str, object]:
+    """A provider that answers 503."""
+    return {"statuses": [{"status": 503, "count": count, "after": after}]}
+
+
+# What is sent, and what it costs
+
+
+def test_a_range_is_filled_and_its_report_counts_what_was_done(songs: Songs, run: Run, provider: Provider) -> None:
+    song_ids = [*range(1, 41), 250]
+    songs(*plain_songs(song_ids))
+    first = run(max_request_texts=8)
+    one, other = fill(first)
+    assert one.range == FIRST
+    assert (one.n_songs, one.n_new, one.n_embedded) == (40, 40, 40)
+    assert (one.n_changed, one.n_gone, one.n_reused, one.n_unchanged, one.n_set_aside, one.n_truncated) == (0,) * 6
+    assert (other.range.key, other.n_songs, other.n_embedded) == ("000000200-000000300", 1, 1)
+    assert one.seconds > 0
+    assert one.n_bytes_cut == 0
+    assert_stored(first, plain_texts(song_ids))
+    assert billed(provider) == dict.fromkeys(plain_texts(song_ids).values(), 1)
+    assert provider.ledger()["max_texts_in_request"] == 8
+
+
+def test_a_later_fill_reports_what_changed_came_and_went(
+    songs: Songs, database: Database, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs(range(1, 11)))
+    fill(run())
+    with database.get_connection() as connection:
+        connection.execute(sa.text("DELETE FROM songs WHERE id = 10"))
+    songs((1, "Song 000001", "Ann", "new words"), (2, "Song 000003", "Ann", "la la la!"), (20, "Hill", "Ben", None))
+    provider.reset_ledger()
+    later = run()
+    (report,) = fill(later)
+    assert (report.n_songs, report.n_unchanged, report.n_new, report.n_changed) == (10, 7, 1, 2)
+    assert (report.n_gone, report.n_reused, report.n_embedded) == (1, 1, 2)
+    assert billed(provider) == {"Song 000001 by Ann\nnew words": 1, "Hill by Ben": 1}
+    expected = plain_texts(range(1, 10))
+    expected |= {1: "Song 000001 by Ann\nnew words", 2: expected[3], 20: "Hill by Ben"}
+    assert_stored(later, expected)
+
+
+def test_the_tokens_and_dollars_reported_are_those_the_provider_billed(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs([*range(1, 60), *range(200, 230)]), (230, "POISON", "Ann", "x"))
+    provider.control(poison=["POISON"], statuses=[{"status": 503, "share": 0.2, "after": 2}])
+    reports = fill(run(max_request_texts=8, usd_per_million_tokens=50.0))
+    tokens_billed = provider.ledger()["tokens_billed"]
+    assert sum(report.n_tokens for report in reports) == tokens_billed
+    assert sum(report.usd for report in reports) == pytest.approx(tokens_billed * 50e-6)
+    assert all(report.usd > 0 for report in reports)
+
+
+def test_progress_tells_songs_up_to_all_and_dollars(songs: Songs, run: Run) -> None:
+    songs(*plain_songs(range(1, 41)))
+    told: list[Progress] = []
+    deployment = run(max_request_texts=8, concurrency=2, usd_per_million_tokens=1e6)
+    export(deployment)
+    deployment.filler(progress=told.append).fill_ranges([FIRST], lambda _: None)
+    assert (told[0].done, told[-1].done) == (0, 40)
+    assert {each.total for each in told} == {40}
+    assert [each.done for each in told] == sorted(each.done for each in told)
+    assert "$282.0000" in told[-1].note, "40 songs of 7 tokens and a probe of 2"
+
+
+def test_songs_of_one_text_are_sent_once_and_each_gets_the_vector(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*((song_id, "Sea", "Ann", "waves") for song_id in range(1, 30)))
+    deployment = run()
+    (report,) = fill(deployment)
+    assert report.n_embedded == 29
+    assert billed(provider) == {"Sea by Ann\nwaves": 1}
+    assert_stored(deployment, dict.fromkeys(range(1, 30), "Sea by Ann\nwaves"))
+
+
+def test_the_same_text_under_a_new_song_id_takes_the_vector_without_a_request(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs(range(1, 6)))
+    fill(run())
+    provider.reset_ledger()
+    songs((50, "Song 000003", "Ann", "la la la!"), (51, "Song 000003", "Ann", "la la la!"))
+    later = run()
+    (report,) = fill(later)
+    assert (report.n_new, report.n_reused, report.n_embedded, report.n_tokens) == (2, 2, 0, 0)
+    assert provider.ledger()["requests"] == 0
+    assert_stored(later, plain_texts(range(1, 6)) | dict.fromkeys((50, 51), plain_texts([3])[3]))
+
+
+def test_a_song_that_gets_another_song_id_is_not_paid_for_again(
+    songs: Songs, database: Database, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs(range(1, 6)))
+    fill(run())
+    provider.reset_ledger()
+    with database.get_connection() as connection:
+        connection.execute(sa.text("UPDATE songs SET id = 99 WHERE id = 2"))
+    later = run()
+    (report,) = fill(later)
+    assert (report.n_new, report.n_gone, report.n_reused) == (1, 1, 1)
+    assert provider.ledger()["requests"] == 0
+    texts = plain_texts(range(1, 6))
+    assert_stored(later, {99: texts.pop(2)} | texts)
+
+
+def test_a_lyric_that_is_changed_back_has_the_vector_of_its_old_text_again(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs(range(1, 21)))
+    fill(run())
+    songs((3, "Song 000003", "Ann", "other words"))
+    fill(run())
+    songs(*plain_songs([3]))
+    provider.reset_ledger()
+    last = run()
+    (report,) = fill(last)
+    assert (report.n_changed, report.n_unchanged) == (1, 19)
+    assert set(billed(provider)) <= {plain_texts([3])[3]}
+    assert_stored(last, plain_texts(range(1, 21)))
+    assert fill(run())[0].n_unchanged == 20
+
+
+def test_another_template_embeds_every_song_anew_and_leaves_nothing_of_the_old(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs(range(1, 6)))
+    fill(run())
+    provider.reset_ledger()
+    other = run(text_template="{artist}: {name}")
+    (report,) = fill(other)
+    assert (report.n_changed, report.n_embedded, report.n_unchanged) == (5, 5, 0)
+    expected = {song_id: f"Ann: Song {song_id:06d}" for song_id in range(1, 6)}
+    assert_stored(other, expected)
+    assert set(billed(provider)) == set(expected.values())
+
+
+def test_texts_above_the_limit_are_cut_and_counted_in_every_run(songs: Songs, run: Run, provider: Provider) -> None:
+    songs((1, "Long", "Ann", "x" * 100), (2, "Short", "Ann", "y"), (3, "Full", "Ann", "z" * 10))
+    deployment = run(max_text_chars=22)
+    (report,) = fill(deployment)
+    assert (report.n_truncated, report.n_embedded) == (1, 3)
+    cut = {1: "Long by Ann\n" + "x" * 10, 2: "Short by Ann\ny", 3: "Full by Ann\n" + "z" * 10}
+    assert set(billed(provider)) == set(cut.values())
+    assert_stored(deployment, cut)
+    (again,) = fill(run(max_text_chars=22))
+    assert (again.n_truncated, again.n_unchanged) == (1, 3)
+    provider.reset_ledger()
+    (longer,) = fill(run(max_text_chars=50))
+    assert (longer.n_truncated, longer.n_changed) == (1, 1)
+    assert set(billed(provider)) == {"Long by Ann\n" + "x" * 38}, "only the text that was cut is embedded anew"
+
+
+def test_a_song_that_the_export_set_aside_is_counted_and_its_neighbours_are_embedded(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs((1, None, "Ann", "la"), (2, "Sea", "  ", "la"), (3, "Hill", "Ben", "la"))
+    first = run()
+    (report,) = fill(first)
+    assert (report.n_songs, report.n_set_aside, report.n_embedded) == (3, 2, 1)
+    assert set(billed(provider)) == {"Hill by Ben\nla"}
+    assert_stored(first, {3: "Hill by Ben\nla"})
+    songs((1, "Moon", "Ann", "la"), (3, None, "Ben", "la"))
+    second = run()
+    (report,) = fill(second)
+    assert (report.n_songs, report.n_set_aside, report.n_new, report.n_gone) == (3, 2, 1, 1)
+    assert_stored(second, {1: "Moon by Ann\nla"})
+
+
+def test_a_run_with_nothing_to_do_sends_nothing_and_writes_nothing(
+    songs: Songs, run: Run, provider: Provider, tmp_path: Path
+) -> None:
+    songs(*plain_songs([*range(1, 20), 500]), (20, "POISON", "Ann", None), (21, None, "Ann", None))
+    provider.control(poison=["POISON"])
+    fill(run())
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    provider.reset_ledger()
+    reports = fill(run())
+    assert [(report.n_unchanged, report.n_set_aside) for report in reports] == [(20, 2), (1, 0)]
+    assert provider.ledger()["requests"] == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_what_a_crash_tore_off_the_shard_is_sent_again_and_nothing_else(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs(range(1, 25)))
+    first = run(max_request_texts=8, concurrency=1)
+    fill(first)
+    path = first.cache.path_of(FIRST)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    provider.reset_ledger()
+    second = run()
+    (report,) = fill(second)
+    assert (report.n_new, report.n_unchanged, report.n_embedded) == (8, 16, 8)
+    assert report.n_bytes_cut > 0
+    assert set(billed(provider)) == set(plain_texts(range(17, 25)).values())
+    assert_stored(second, plain_texts(range(1, 25)))
+    assert fill(run())[0].n_bytes_cut == 0
+
+
+def test_a_song_without_lyrics_and_one_with_empty_lyrics_share_a_text(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs((1, "Sea", "Ann", None), (2, "Sea", "Ann", ""))
+    deployment = run()
+    fill(deployment)
+    assert billed(provider) == {"Sea by Ann": 1}
+    assert_stored(deployment, {1: "Sea by Ann", 2: "Sea by Ann"})
+
+
+# Refused songs
+
+
+def test_a_poison_song_is_set_aside_with_its_reason_and_its_neighbours_are_paid_once(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs(range(1, 41)), (17, "POISON", "Ann", "x"), (18, "Two", "POISON", "x"), (40, "N", "A", "POISON"))
+    provider.control(poison=["POISON"])
+    deployment = run(max_request_texts=32)
+    (report,) = fill(deployment)
+    assert (report.n_songs, report.n_embedded, report.n_set_aside) == (40, 37, 3)
+    assert sorted(song_id for song_id, _ in report.set_aside) == [17, 18, 40]
+    assert all("400" in reason and "content filter" in reason for _, reason in report.set_aside)
+    found = stored(deployment)
+    assert {song_id for song_id, answer in found.items() if isinstance(answer, str)} == {17, 18, 40}
+    assert found[17] == dict(report.set_aside)[17]
+    neighbours = plain_texts(sorted(set(range(1, 40)) - {17, 18}))
+    assert billed(provider) == dict.fromkeys(neighbours.values(), 1)
+    for song_id, text in neighbours.items():
+        np.testing.assert_allclose(found[song_id], vector_of(text, 64), atol=1e-6)
+
+
+def test_a_refused_song_is_sent_again_only_when_its_text_changes(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs(range(1, 9)), (5, "POISON", "Ann", "x"))
+    provider.control(poison=["POISON"])
+    fill(run())
+    provider.reset_ledger()
+    (report,) = fill(run())
+    assert (report.n_unchanged, report.n_set_aside, report.set_aside) == (8, 1, [])
+    assert provider.ledger()["requests"] == 0
+    songs((5, "Cured", "Ann", "x"))
+    last = run()
+    (report,) = fill(last)
+    assert (report.n_changed, report.n_embedded, report.n_set_aside) == (1, 1, 0)
+    assert billed(provider) == {"Cured by Ann\nx": 1}
+    assert_stored(last, plain_texts(range(1, 9)) | {5: "Cured by Ann\nx"})
+
+
+def test_a_song_that_becomes_poison_loses_its_old_vector(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs(range(1, 9)))
+    provider.control(poison=["POISON"])
+    fill(run())
+    songs((5, "POISON", "Ann", "x"))
+    last = run()
+    (report,) = fill(last)
+    assert (report.n_changed, report.n_set_aside, report.n_embedded) == (1, 1, 0)
+    assert isinstance(stored(last)[5], str)
+
+
+def test_all_songs_of_a_refused_text_are_set_aside(songs: Songs, run: Run, provider: Provider) -> None:
+    songs((1, "POISON", "Ann", "x"), (2, "Sea", "Ann", "x"), (3, "POISON", "Ann", "x"))
+    provider.control(poison=["POISON"])
+    (report,) = fill(run())
+    assert report.n_set_aside == 2
+    assert sorted(song_id for song_id, _ in report.set_aside) == [1, 3]
+
+
+def test_a_request_that_is_too_large_is_halved_until_it_fits(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs(range(1, 41)))
+    provider.control(max_request_tokens=60)
+    deployment = run()
+    (report,) = fill(deployment)
+    assert (report.n_embedded, report.n_set_aside) == (40, 0)
+    assert provider.ledger()["texts_billed_twice"] == 0
+    assert_stored(deployment, plain_texts(range(1, 41)))
+
+
+def test_a_single_text_that_is_too_large_is_set_aside(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs(range(1, 9)), (4, "Epic", "Ann", "la " * 200))
+    provider.control(max_request_tokens=60)
+    (report,) = fill(run())
+    assert (report.n_embedded, report.n_set_aside) == (7, 1)
+    ((song_id, reason),) = report.set_aside
+    assert song_id == 4
+    assert "413" in reason
+
+
+def test_too_many_refusals_in_a_row_end_the_run(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs(range(1, 61)), *plain_songs(range(101, 103)))
+    provider.control(poison=["Song"])
+    reports, error = try_fill(run())
+    assert type(error) is ProviderError
+    assert "refused" in str(error)
+    assert "content filter" in str(error)
+    assert [report.range for report in reports] == [FIRST], "the next range is not tried"
+    assert reports[0].error is error
+    assert provider.ledger()["requests_by_status"]["400"] < 3 * MAX_REFUSALS_IN_A_ROW
+
+
+def test_songs_that_were_refused_for_no_fault_of_theirs_are_sent_again(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    """The run ended because the fault was found not to be the songs': none of them may stay set aside for it."""
+    songs(*plain_songs(range(1, 61)))
+    provider.control(poison=["Song"])
+    _, error = try_fill(run())
+    assert isinstance(error, ProviderError)
+    provider.control()
+    last = run()
+    fill(last)
+    assert_stored(last, plain_texts(range(1, 61)))
+
+
+def test_many_refused_songs_between_good_ones_do_not_end_the_run(songs: Songs, run: Run, provider: Provider) -> None:
+    n_poison = 2 * MAX_REFUSALS_IN_A_ROW // 2 + 10
+    bad = list(range(1, 2 * n_poison, 2))
+    songs(*plain_songs(range(1, 2 * n_poison)), *((song_id, f"POISON {song_id}", "Ann", "x") for song_id in bad))
+    provider.control(poison=["POISON"])
+    (report,) = fill(run(max_request_texts=16))
+    assert report.n_set_aside == n_poison > MAX_REFUSALS_IN_A_ROW
+    assert report.n_embedded == n_poison - 1
+
+
+# Limits and refusals before payment
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_the_budget_stops_before_it_is_exceeded_and_a_higher_one_pays_only_for_the_rest(
+    songs: Songs, run: Run, provider: Provider, concurrency: int
+) -> None:
+    song_ids = [*range(1, 41), *range(101, 141)]
+    songs(*plain_songs(song_ids))
+    provider.control(latency_s=0.02)
+    # a dollar a token: 7 a song, 28 a request, 2 for the probe
+    settings = {"max_request_texts": 4, "concurrency": concurrency, "usd_per_million_tokens": 1e6}
+    first = run(**settings)
+    reports, error = try_fill(first, max_usd=400)
+    assert isinstance(error, BudgetExceededError)
+    assert "SONGVEC_MAX_USD" in str(error)
+    assert [report.range.start for report in reports] == [0, 100]
+    assert (reports[0].error, reports[1].error) == (None, error)
+    paid = provider.ledger()["tokens_billed"]
+    assert 400 - 28 * 2 < paid <= 400
+    assert len(stored(first)) == len(billed(provider)) == (paid - 2) // 7, "all that is paid for is kept"
+    assert sum(report.n_tokens for report in reports) == paid
+    second = run(**settings)
+    fill(second, max_usd=400)
+    assert billed(provider) == dict.fromkeys(plain_texts(song_ids).values(), 1)
+    assert_stored(second, plain_texts(song_ids))
+
+
+def test_a_budget_of_nothing_sends_nothing(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs(range(1, 5)))
+    _, error = try_fill(run(), max_usd=0)
+    assert isinstance(error, BudgetExceededError)
+    assert provider.ledger()["requests"] == 0
+
+
+def test_the_budget_of_the_settings_holds_where_a_run_names_none(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs(range(1, 5)))
+    _, error = try_fill(run(max_usd=1e-9))
+    assert isinstance(error, BudgetExceededError)
+    assert provider.ledger()["requests"] == 0
+    assert try_fill(run(max_usd=1e-9), max_usd=1)[1] is None
+
+
+def test_a_tail_with_more_songs_than_a_range_is_refused_before_any_payment(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    ids = range(TILING.stop, TILING.stop + TILING.width)
+    songs(*plain_songs(ids))
+    fill(run())
+    provider.reset_ledger()
+    songs(*plain_songs([TILING.stop + 5_000_000]))
+    overfull = run()
+    reports, error = try_fill(overfull)
+    assert error is None
+    (report,) = reports
+    assert report.range.is_tail
+    assert isinstance(report.error, StoreError)
+    assert "SONGVEC_SONG_ID_STOP" in str(report.error)
+    assert "101" in str(report.error)
+    assert provider.ledger()["requests"] == 0
+    assert_stored(overfull, plain_texts(ids))
+
+
+def test_an_overfull_tail_does_not_keep_other_ranges_from_being_filled(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs([1, 2, *range(1000, 1101)]))
+    reports, error = try_fill(run())
+    assert error is None
+    assert [(report.range.start, report.n_embedded) for report in reports] == [(0, 2), (1000, 0)]
+    assert len(billed(provider)) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"embedding_dimensions": 32}, {"embedding_model": "accounts/fireworks/models/qwen3-embedding-8b"}],
+    ids=["size", "model"],
+)
+def test_a_table_of_another_model_or_size_is_refused_before_any_request(
+    songs: Songs, run: Run, provider: Provider, other: dict[str, object]
+) -> None:
+    songs(*plain_songs([*range(1, 5), 200]))
+    first = run()
+    fill(first)
+    upload_cached_embeddings_to_database(first.database, first.cache, first.table_spec, first.tiling)
+    provider.reset_ledger()
+    second = run(**other)
+    reports, error = try_fill(second)
+    assert isinstance(error, TableMismatchError)
+    assert [(report.range, report.error) for report in reports] == [(FIRST, error)]
+    assert provider.ledger()["requests"] == 0
+    assert second.cache.ranges() == []
+    assert fill(run())[0].n_unchanged == 4
+
+
+# Several runs at once
+
+
+def test_of_two_runs_on_a_range_one_pays_and_the_other_waits(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs(range(1, 41)))
+    provider.control(latency_s=0.1)
+    deployments = [run(max_request_texts=8, concurrency=1) for _ in range(2)]
+    export(deployments[0])
+    reports: list[list[FillReport]] = [[], []]
+    notes: list[list[str]] = [[], []]
+    begin = threading.Barrier(2)
+
+    def work(number: int) -> None:
+        filler = deployments[number].filler(progress=lambda each: notes[number].append(each.note))
+        begin.wait()
+        filler.fill_ranges([FIRST], reports[number].append)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ((one,), (other,)) = sorted(reports, key=lambda each: each[0].n_embedded, reverse=True)
+    assert (one.n_embedded, one.error) == (40, None)
+    assert (other.n_embedded, other.n_unchanged, other.n_tokens, other.error) == (0, 40, 0, None)
+    assert sum(any("another run fills 000000000-000000100" in note for note in told) for told in notes) == 1
+    assert provider.texts() == dict.fromkeys(["probe", *plain_texts(range(1, 41)).values()], 1)
+    assert provider.ledger()["max_in_flight"] == 1
+    assert_stored(deployments[0], plain_texts(range(1, 41)))
+
+
+def test_runs_on_different_ranges_do_not_wait_for_each_other(songs: Songs, run: Run, database: Database) -> None:
+    songs(*plain_songs([1, 150]))
+    deployment = run()
+    export(deployment)
+    with hold_lock(database, f"fill {FIRST.key}", on_wait=lambda: None, check=lambda: None):
+        reports: list[FillReport] = []
+        deployment.filler().fill_ranges([SongIdRange(100, 200)], reports.append)
+    assert [report.n_embedded for report in reports] == [1]
+
+
+def test_a_run_that_waits_for_another_can_be_stopped(
+    songs: Songs, run: Run, database: Database, provider: Provider
+) -> None:
+    songs(*plain_songs([1]))
+    deployment = run()
+    export(deployment)
+    threading.Timer(0.3, deployment.cancel).start()
+    started = time.monotonic()
+    with (
+        hold_lock(database, f"fill {FIRST.key}", on_wait=lambda: None, check=lambda: None),
+        pytest.raises(StoppedError),
+    ):
+        deployment.filler().fill_ranges([FIRST], lambda _: None)
+    assert time.monotonic() - started < 2
+    assert provider.ledger()["requests"] == 0
+
+
+# A provider that fails
+
+
+def test_a_range_whose_provider_is_down_fails_and_the_next_is_tried(songs: Songs, run: Run, provider: Provider) -> None:
+    song_ids = [1, 101, 201]
+    songs(*plain_songs(song_ids))
+
+    def react(report: FillReport) -> None:
+        provider.control(**(down() if report.range.start == 0 else {}))
+
+    deployment = run(patience_s=0.2)
+    reports, error = try_fill(deployment, report=react)
+    assert error is None
+    assert [type(report.error) for report in reports] == [type(None), ProviderUnavailableError, type(None)]
+    assert [report.n_embedded for report in reports] == [1, 0, 1]
+    assert set(stored(deployment)) == {1, 201}
+    fill(run())
+    assert billed(provider) == dict.fromkeys(plain_texts(song_ids).values(), 1)
+
+
+def test_two_ranges_in_a_row_without_the_provider_end_the_run(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs([1, 101, 201]))
+    provider.control(**down())
+    reports, error = try_fill(run(patience_s=0.2))
+    assert isinstance(error, ProviderUnavailableError)
+    assert [type(report.error) for report in reports] == [ProviderUnavailableError] * 2
+    assert reports[1].error is error
+
+
+def test_two_ranges_that_fail_with_a_good_one_between_do_not_end_the_run(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    song_ids = [1, 101, 201, 301]
+    songs(*plain_songs(song_ids))
+
+    def react(report: FillReport) -> None:
+        provider.control(**(down() if report.range.start == 100 else {}))
+
+    provider.control(**down())
+    reports, error = try_fill(run(patience_s=0.2), report=react)
+    assert error is None
+    assert [report.error is None for report in reports] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_answers_on_their_way_when_another_request_fails_are_stored(
+    songs: Songs, run: Run, provider: Provider, status: int
+) -> None:
+    songs(*plain_songs(range(1, 61)))
+    failing = {"status": status, "after": 4, "retry_after_s": 600}
+    provider.control(latency_s=0.4, statuses=[failing])
+    deployment = run(max_request_texts=8, concurrency=4, patience_s=5)
+    reports, error = try_fill(deployment)
+    assert reports[0].error is not None
+    assert isinstance(reports[0].error, ProviderError)
+    assert (error is None) == (status == 503)
+    assert set(billed(provider).values()) == {1}
+    assert len(billed(provider)) == 16, "the probe, two good requests, then failures"
+    assert set(stored(deployment)) == {
+        song_id for song_id, text in plain_texts(range(1, 61)).items() if text in billed(provider)
+    }
+    assert reports[0].n_embedded == 16
+    assert provider.ledger()["requests"] <= 1 + 4, "no further request starts"
+
+
+def test_a_key_that_is_wrong_ends_the_run_at_the_first_range(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs([1, 101]))
+    reports, error = try_fill(run(fireworks_api_key="wrong"))
+    assert type(error) is ProviderError
+    assert "FIREWORKS_API_KEY" in str(error)
+    assert [report.error for report in reports] == [error]
+    assert provider.ledger()["requests"] == 1
+
+
+def test_a_provider_that_does_everything_wrong_at_times_still_yields_every_vector(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    song_ids = [*range(1, 100), *range(200, 260)]
+    songs(*plain_songs(song_ids), (60, "POISON", "Ann", "x"))
+    provider.control(
+        seed=5,
+        latency_s=(0.0, 0.02),
+        refuse_base64=True,
+        refuse_dimensions=True,
+        native_dimensions=256,
+        statuses=[{"status": 429, "share": 0.1, "retry_after_s": 0.05}, {"status": 502, "share": 0.1}],
+        reset=0.1,
+        truncate=0.1,
+        reorder=True,
+        corrupt="duplicate_index",
+        corrupt_share=0.1,
+        poison=["POISON"],
+        max_request_tokens=60,
+    )
+    deployment = run(max_request_texts=16, concurrency=4)
+    reports = fill(deployment)
+    assert [report.set_aside[0][0] for report in reports if report.set_aside] == [60]
+    found = stored(deployment)
+    for song_id, text in plain_texts(song_ids).items():
+        if song_id != 60:
+            np.testing.assert_allclose(found[song_id], vector_of(text, 64), atol=1e-6, err_msg=text)
+    assert {"429", "502", "reset", "413", "400"} <= set(provider.ledger()["requests_by_status"])
+
+
+# Stopping
+
+
+def test_a_run_that_is_stopped_keeps_what_was_on_its_way_and_a_later_one_sends_the_rest(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    song_ids = [*range(1, 81), 150]
+    songs(*plain_songs(song_ids))
+    provider.control(latency_s=0.3)
+    first = run(max_request_texts=8, concurrency=2)
+    export(first)
+    threading.Timer(0.8, first.cancel).start()
+    reports: list[FillReport] = []
+    with pytest.raises(StoppedError):
+        first.filler().fill_ranges(list(first.tiling), reports.append)
+    assert [type(report.error) for report in reports] == [StoppedError]
+    assert 0 < reports[0].n_embedded < 80
+    assert len(stored(first)) == len(billed(provider)) == reports[0].n_embedded
+    provider.control()
+    second = run()
+    fill(second)
+    assert billed(provider) == dict.fromkeys(plain_texts(song_ids).values(), 1)
+    assert_stored(second, plain_texts(song_ids))

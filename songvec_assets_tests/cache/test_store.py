@@ -1,0 +1,273 @@
+"""The storage root: how it is cut, whose it is, and what becomes of the tail."""
+
+import json
+import os
+
+import numpy as np
+import polars as pl
+import pytest
+
+from songvec_assets.cache.shards import (
+    ModelCache,
+    discard_damaged_rows,
+    load_embeddings_from_cache,
+    read_embeddings_from_file,
+    write_embeddings_to_file,
+)
+from songvec_assets.cache.store import adopt_store, bind_store, open_store
+from songvec_assets.errors import SongvecError, StoreError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import read_fact
+from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.text import hash_text
+
+TILING = Tiling(100, 1_000)
+HIGHER = Tiling(100, 1_300)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "deep" / "store"
+
+
+def vector_of(song_id):
+    return np.float32([song_id + 1, -song_id, 0.5])
+
+
+def fill(cache: ModelCache, song_range: SongIdRange, song_ids):
+    """Store songs with a vector of their own."""
+    shard, _ = load_embeddings_from_cache(cache, song_range)
+    hashes = [hash_text(str(song_id)) for song_id in song_ids]
+    write_embeddings_to_file(shard, song_ids, hashes, np.stack([vector_of(song_id) for song_id in song_ids]))
+    return shard
+
+
+def read(cache: ModelCache, song_range: SongIdRange):
+    """What a range holds: song_id to (text_hash, reason), vectors checked against their songs."""
+    shard, live = load_embeddings_from_cache(cache, song_range)
+    for rows in read_embeddings_from_file(shard, live.filter(pl.col("reason").is_null())["row"]):
+        np.testing.assert_array_equal(rows.embeddings, [vector_of(song_id) for song_id in rows.song_ids.tolist()])
+    assert discard_damaged_rows(shard) == []
+    return {song_id: (text_hash, reason) for song_id, text_hash, _, reason, _ in live.iter_rows()}
+
+
+def embedded(*song_ids):
+    return {song_id: (hash_text(str(song_id)), None) for song_id in song_ids}
+
+
+def files_under(root):
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_new_store_is_the_same_store_when_it_is_opened_again(root):
+    store = open_store(root, TILING)
+    before = files_under(root)
+    assert open_store(root, TILING) == store
+    assert files_under(root) == before
+    assert (store.root, store.tiling) == (root, TILING)
+
+
+def test_two_stores_have_two_identities(tmp_path):
+    assert open_store(tmp_path / "1", TILING).store_id != open_store(tmp_path / "2", TILING).store_id
+
+
+def test_models_and_sizes_have_folders_of_their_own(root):
+    store = open_store(root, TILING)
+    assert store.songs == root / "songs"
+    cache = store.embeddings("fireworks/qwen3-embedding-8b", 2000)
+    assert cache.folder == root / "embeddings" / "fireworks--qwen3-embedding-8b-2000"
+    assert (cache.model, cache.dimensions) == ("fireworks/qwen3-embedding-8b", 2000)
+    assert store.embeddings("m", 2).folder != store.embeddings("m", 3).folder
+
+
+@pytest.mark.parametrize("width", [50, 200])
+def test_another_width_is_refused_by_the_name_of_its_setting(root, width):
+    store = open_store(root, TILING)
+    before = files_under(root)
+    with pytest.raises(StoreError, match=f"of 100 song_ids, SONGVEC_RANGE_SIZE is {width}"):
+        open_store(root, Tiling(width, 1_000))
+    assert files_under(root) == before
+    assert open_store(root, TILING) == store
+
+
+def test_a_lower_stop_is_refused_by_the_name_of_its_setting(root):
+    store = open_store(root, TILING)
+    with pytest.raises(StoreError, match="begins at 1000, SONGVEC_SONG_ID_STOP is 900"):
+        open_store(root, Tiling(100, 900))
+    assert open_store(root, TILING) == store
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "{}",
+        '{"store_id": "x", "range_size": 100}',
+        '{"store_id": "x", "range_size": "100", "song_id_stop": "1000"}',
+    ],
+)
+def test_a_store_file_that_does_not_parse_is_refused_and_kept(root, content):
+    open_store(root, TILING)
+    (root / "store.json").write_text(content)
+    with pytest.raises(StoreError, match=r"store\.json does not parse .*songvec adopt"):
+        open_store(root, TILING)
+    assert (root / "store.json").read_text() == content
+
+
+@pytest.mark.parametrize(("width", "stop"), [(0, 1000), (100, 1050), (-100, 1000)])
+def test_a_store_file_of_impossible_ranges_is_an_error_of_ours(root, width, stop):
+    open_store(root, TILING)
+    (root / "store.json").write_text(json.dumps({"store_id": "x", "range_size": width, "song_id_stop": stop}))
+    with pytest.raises(SongvecError):
+        open_store(root, TILING)
+
+
+def test_a_higher_stop_cuts_what_the_tail_held_into_the_new_ranges(root):
+    store = open_store(root, TILING)
+    cache = store.embeddings("a/model", 3)
+    below = SongIdRange(900, 1_000)
+    fill(cache, below, [900, 999])
+    tail = fill(cache, TILING.tail, [1_000, 1_099, 1_100, 1_299, 1_300, 2**31 - 1])
+    tail.append_set_aside([1_050], [hash_text("1050")], "too long")
+    tail.append_gone([1_099])
+    fill(cache, TILING.tail, [1_101])
+
+    higher = open_store(root, HIGHER)
+    assert (higher.store_id, higher.tiling) == (store.store_id, HIGHER)
+    cache = higher.embeddings("a/model", 3)
+    assert [song_range.key for song_range in cache.ranges()] == [
+        "000000900-000001000",
+        "000001000-000001100",
+        "000001100-000001200",
+        "000001200-000001300",
+        "000001300-max",
+    ]
+    assert read(cache, SongIdRange(1_000, 1_100)) == embedded(1_000) | {1_050: (hash_text("1050"), "too long")}
+    assert read(cache, SongIdRange(1_100, 1_200)) == embedded(1_100, 1_101)
+    assert read(cache, SongIdRange(1_200, 1_300)) == embedded(1_299)
+    assert read(cache, HIGHER.tail) == embedded(1_300, 2**31 - 1)
+    assert read(cache, below) == embedded(900, 999)
+    before = files_under(root)
+    assert open_store(root, HIGHER) == higher
+    assert files_under(root) == before
+
+
+def test_the_tails_of_all_models_are_cut(root):
+    store = open_store(root, TILING)
+    for model, dimensions in (("a/model", 3), ("offline-v1", 3)):
+        fill(store.embeddings(model, dimensions), TILING.tail, [1_005, 5_000])
+    higher = open_store(root, HIGHER)
+    for model in ("a/model", "offline-v1"):
+        cache = higher.embeddings(model, 3)
+        assert read(cache, SongIdRange(1_000, 1_100)) == embedded(1_005)
+        assert read(cache, HIGHER.tail) == embedded(5_000)
+
+
+def test_a_store_without_a_tail_only_learns_the_higher_stop(root):
+    cache = open_store(root, TILING).embeddings("m", 3)
+    fill(cache, SongIdRange(0, 100), [1, 2])
+    assert open_store(root, HIGHER).tiling == HIGHER
+    assert cache.ranges() == [SongIdRange(0, 100)]
+    with pytest.raises(StoreError):
+        open_store(root, TILING)
+
+
+def test_a_cut_that_was_interrupted_is_done_again(root):
+    """As a crash leaves it: one new range is written, the tail and the old stop are still there."""
+    store = open_store(root, TILING)
+    cache = store.embeddings("m", 3)
+    fill(cache, TILING.tail, [1_000, 1_100, 1_500])
+    kept, content = cache.path_of(TILING.tail).read_bytes(), (root / "store.json").read_bytes()
+    open_store(root, HIGHER)
+    cache.path_of(SongIdRange(1_100, 1_200)).unlink()
+    cache.path_of(HIGHER.tail).unlink()
+    cache.path_of(TILING.tail).write_bytes(kept)
+    (root / "store.json").write_bytes(content)
+    open_store(root, HIGHER)
+    assert read(cache, SongIdRange(1_000, 1_100)) == embedded(1_000)
+    assert read(cache, SongIdRange(1_100, 1_200)) == embedded(1_100)
+    assert read(cache, HIGHER.tail) == embedded(1_500)
+    assert not cache.path_of(TILING.tail).exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, -1])
+def test_a_tail_with_a_torn_end_is_cut_as_far_as_it_is_whole(root, size):
+    """Sizes below the schema's are a crash within the very first append."""
+    cache = open_store(root, TILING).embeddings("m", 3)
+    fill(cache, TILING.tail, [1_000])
+    path = cache.path_of(TILING.tail)
+    whole = path.stat().st_size
+    fill(cache, TILING.tail, [1_001])
+    os.truncate(path, size if size >= 0 else path.stat().st_size - 1)
+    assert path.stat().st_size > whole or size >= 0
+    open_store(root, HIGHER)
+    assert read(cache, SongIdRange(1_000, 1_100)) == (embedded(1_000) if size < 0 else {})
+    assert not path.exists()
+
+
+def test_cutting_the_tail_does_not_bless_what_a_disk_changed(root):
+    cache = open_store(root, TILING).embeddings("m", 3)
+    fill(cache, TILING.tail, [1_000, 1_001])
+    path = cache.path_of(TILING.tail)
+    content = bytearray(path.read_bytes())
+    content[content.index(vector_of(1_001).tobytes())] ^= 4
+    path.write_bytes(content)
+    open_store(root, HIGHER)
+    shard, _ = load_embeddings_from_cache(cache, SongIdRange(1_000, 1_100))
+    assert discard_damaged_rows(shard) == [1_001]
+
+
+def known_store(database):
+    with database.get_connection() as connection:
+        return read_fact(connection, "store_id")
+
+
+def test_a_new_database_and_a_new_store_belong_together_from_then_on(database, root):
+    store = open_store(root, TILING)
+    bind_store(store, database)
+    assert known_store(database) == store.store_id
+    bind_store(open_store(root, TILING), database)
+    bind_store(open_store(root, HIGHER), database)
+
+
+def test_another_store_is_refused_by_a_database_that_has_one(database, root, tmp_path):
+    store, other = open_store(root, TILING), open_store(tmp_path / "other", TILING)
+    bind_store(store, database)
+    with pytest.raises(StoreError, match="songvec adopt") as refusal:
+        bind_store(other, database)
+    assert str(other.root) in str(refusal.value)
+    assert known_store(database) == store.store_id
+
+
+def test_the_refusal_does_not_show_the_databases_password(database, root, tmp_path):
+    bind_store(open_store(root, TILING), database)
+    with_password = Database(database.url.replace("@", ":geheim@", 1))
+    with pytest.raises(StoreError) as refusal:
+        bind_store(open_store(tmp_path / "other", TILING), with_password)
+    assert "geheim" not in str(refusal.value)
+
+
+def test_adopting_binds_a_store_and_the_former_one_is_refused(database, root, tmp_path):
+    former, store = open_store(root, TILING), open_store(tmp_path / "other", TILING)
+    bind_store(former, database)
+    adopt_store(store, database)
+    bind_store(store, database)
+    with pytest.raises(StoreError):
+        bind_store(former, database)
+    adopt_store(former, database)
+    bind_store(former, database)
+
+
+def test_a_store_of_one_database_is_refused_by_a_new_one(database, root):
+    """Its default folder is the same for every URL: the songs of another database would count as gone, and what was
+    paid for be compacted away."""
+    store = open_store(root, TILING)
+    bind_store(store, database)
+    with database.get_connection() as connection:
+        # as a new database: it knows no store
+        connection.exec_driver_sql("TRUNCATE songvec.settings")
+    with pytest.raises(StoreError, match="songvec adopt"):
+        bind_store(open_store(root, TILING), database)

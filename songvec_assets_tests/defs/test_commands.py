@@ -1,0 +1,200 @@
+"""The commands of the README, typed in a fresh project folder: real processes, real database, real provider."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from songvec_assets.samples import read_sample_songs
+from songvec_assets.settings import variables
+from songvec_assets_tests.provider import Provider, running_provider
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+FIRST = "000000000-000050000"
+N_SAMPLES = read_sample_songs().height
+
+
+class Project:
+    """A folder as a clone has it, with its own instance, store and embedded database."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("pyproject.toml", "workspace.yaml", "dagster.yaml"):
+            shutil.copy(ROOT / name, folder / name)
+        (folder / "songvec_assets").symlink_to(ROOT / "songvec_assets")
+        dropped = {*variables(), "DAGSTER_HOME", "DAGSTER_CLI_ASSET_MATERIALIZE_MODULE_NAME"}
+        self.environment = {name: value for name, value in os.environ.items() if name not in dropped}
+        self.environment |= {"PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "200"}
+
+    def start(self, *command: str, **settings: str) -> subprocess.Popen[str]:
+        """Type a command; leave it running."""
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment | settings, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, *command: str, **settings: str) -> tuple[int, str]:
+        """Type a command and wait: exit code and output."""
+        process = self.start(*command, **settings)
+        output, _ = process.communicate(timeout=150)
+        return process.returncode, output
+
+    def materialized_partitions(self) -> set[str]:
+        """What the project's own instance remembers of the cache."""
+        with sqlite3.connect(self.folder / ".dagster" / "history" / "runs" / "index.db") as instance:
+            rows = instance.execute(
+                "SELECT DISTINCT partition FROM event_logs WHERE dagster_event_type = 'ASSET_MATERIALIZATION' "
+                "AND asset_key = '[\"embedding_cache\"]'"
+            )
+            return {partition for (partition,) in rows}
+
+
+@pytest.fixture
+def project() -> Iterator[Project]:
+    # not below pytest's folder: the embedded server's user must be able to reach it
+    with tempfile.TemporaryDirectory(prefix="songvec-project-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        yield Project(Path(folder))
+
+
+@pytest.fixture
+def slow_provider() -> Iterator[Provider]:
+    with running_provider(latency_s=1.0) as provider:
+        yield provider
+
+
+def provider_settings(provider: Provider) -> dict[str, str]:
+    """The environment of somebody with a key and a provider of their own."""
+    return {
+        "FIREWORKS_API_KEY": provider.api_key,
+        "FIREWORKS_BASE_URL": provider.base_url,
+        "SONGVEC_TOKENS_PER_MINUTE": "1000000000",
+        "SONGVEC_MAX_REQUEST_TEXTS": "4",
+        "SONGVEC_CONCURRENCY": "4",
+    }
+
+
+def wait_until(condition: object, timeout_s: float = 60.0) -> None:
+    """Wait for a condition without an event of its own."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.05)
+
+
+def test_materialize_and_dg_commands_work_with_no_flag_beyond_the_readme(project: Project) -> None:
+    code, output = project.run("dagster", "asset", "materialize", "--select", "song_embeddings_table")
+    assert code != 0
+    assert "fill the cache first, with `songvec run`" in output
+    code, output = project.run(
+        "dagster", "asset", "materialize", "--select", "*", "--partition-range", f"{FIRST}...000050000-000100000"
+    )
+    assert (code, "RUN_SUCCESS" in output) == (0, True), output
+    assert project.materialized_partitions() >= {FIRST}
+    code, output = project.run("dagster", "asset", "materialize", "--select", "song_embeddings_table")
+    assert (code, "RUN_SUCCESS" in output) == (0, True), output
+    code, output = project.run("dg", "launch", "--assets", "*", "--partition-range", f"{FIRST}...{FIRST}")
+    assert (code, "RUN_SUCCESS" in output) == (0, True), output
+    code, output = project.run("dg", "check", "defs")
+    assert code == 0, output
+
+
+def test_the_demo_ends_in_search_results_and_embeds_nothing_the_second_time(project: Project) -> None:
+    (project.folder / ".env").write_text("POSTGRES_URL=postgresql://nobody@localhost:1/none\n")
+    code, output = project.run("songvec", "demo", FIREWORKS_API_KEY="never-used")
+    assert code == 0, output
+    assert re.search(rf"embedding_cache\s+{N_SAMPLES}\s+\S+\s+0\s+\$0.0000\s+0\s+{N_SAMPLES}\s+0", output), output
+    assert "Keeper of Gull Rock Light" in output
+    code, output = project.run("songvec", "demo")
+    assert re.search(rf"embedding_cache\s+{N_SAMPLES}\s+\S+\s+0\s+\$0.0000\s+{N_SAMPLES}\s+0\s+0", output), output
+    (project.folder / ".env").unlink()
+    code, output = project.run("songvec", "status", "--json")
+    assert (code, json.loads(output)["total"]["n_loaded"]) == (0, N_SAMPLES)
+    code, output = project.run("songvec", "search", "chess", "-n", "1")
+    assert (code, "The Bishop's Long Diagonal" in output) == (0, True)
+
+
+def test_a_real_run_is_estimated_then_paid_once(project: Project, provider: Provider) -> None:
+    settings = provider_settings(provider)
+    code, output = project.run("songvec", "estimate", **settings)
+    assert (code, bool(re.search(rf"Texts to embed\s+{N_SAMPLES}", output))) == (0, True), output
+    assert provider.ledger()["requests"] == 0
+    code, output = project.run("songvec", "run", "--max-usd", "0.0002", **settings)
+    assert (code, "raise SONGVEC_MAX_USD" in output) == (1, True), output
+    assert 0 < provider.ledger()["tokens_billed"] <= 2000
+    code, output = project.run("songvec", "run", **settings)
+    assert code == 0, output
+    assert {count for text, count in provider.texts().items() if text != "probe"} == {1}
+    assert len(provider.texts()) == N_SAMPLES + 1
+    requests = provider.ledger()["requests"]
+    code, output = project.run("songvec", "run", **settings)
+    assert (code, provider.ledger()["requests"]) == (0, requests)
+    code, output = project.run("songvec", "run")
+    assert (code, "one table holds one model" in output) == (1, True), output
+
+
+@pytest.mark.parametrize(
+    ("command", "sent"),
+    [
+        (("songvec", "run"), signal.SIGINT),
+        (
+            ("dagster", "asset", "materialize", "--select", "*", "--partition-range", f"{FIRST}...{FIRST}"),
+            signal.SIGTERM,
+        ),
+    ],
+)
+def test_an_interrupt_keeps_the_answers_on_their_way_and_the_next_run_sends_the_rest(
+    project: Project, slow_provider: Provider, command: tuple[str, ...], sent: signal.Signals
+) -> None:
+    settings = provider_settings(slow_provider)
+    process = project.start(*command, **settings)
+    wait_until(lambda: slow_provider.ledger()["texts_billed"] >= 9)
+    requests = slow_provider.ledger()["requests"]
+    process.send_signal(sent)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "kept" in output, output
+    assert slow_provider.ledger()["requests"] <= requests + 4
+    slow_provider.control()
+    code, output = project.run("songvec", "run", **settings)
+    assert code == 0, output
+    assert {count for text, count in slow_provider.texts().items() if text != "probe"} == {1}
+
+
+def test_a_second_interrupt_ends_at_once(project: Project, slow_provider: Provider) -> None:
+    slow_provider.control(latency_s=25.0)
+    process = project.start("songvec", "run", **provider_settings(slow_provider))
+    wait_until(lambda: slow_provider.ledger()["max_in_flight"] >= 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode != 0
+
+
+def test_errors_are_one_line_that_says_what_to_do(project: Project) -> None:
+    for settings, words in (
+        (
+            {"POSTGRES_URL": "postgresql://u:secret@127.0.0.1:1/music", "FIREWORKS_API_KEY": "k"},
+            "no server answers there",
+        ),
+        ({"POSTGRES_URL": "postgresql://u:secret@127.0.0.1:1/music"}, "FIREWORKS_API_KEY is not"),
+        ({"SONGVEC_EMBEDDING_DIMENSIONS": "many"}, "SONGVEC_EMBEDDING_DIMENSIONS: expected a whole number"),
+        ({"SONGVEC_SONGS_TABLE": "tracks"}, "SONGVEC_SONGS_TABLE"),
+    ):
+        code, output = project.run("songvec", "run", **settings)
+        assert (code, words in output) == (1, True), output
+        assert "Traceback" not in output
+        assert "secret" not in output

@@ -1,0 +1,86 @@
+"""The graph as it is declared."""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from songvec_assets.definitions import defs
+from songvec_assets.defs.partitions import TILING
+from songvec_assets.defs.resources import FireworksResource, PostgresResource, StorageResource, overrides
+from songvec_assets.settings import Settings, variables
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_graph_is_a_line_of_four_assets() -> None:
+    graph = defs.resolve_asset_graph()
+    parents = {
+        key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
+        for key in graph.get_all_asset_keys()
+    }
+    assert parents == {
+        "songs_parquet": set(),
+        "embedding_cache": {"songs_parquet"},
+        "song_embeddings_table": {"embedding_cache"},
+        "ivfflat_index": {"song_embeddings_table"},
+    }
+
+
+def test_only_the_cache_is_partitioned_and_one_run_takes_any_number_of_ranges() -> None:
+    graph = defs.resolve_asset_graph()
+    partitioned = {key.to_user_string() for key in graph.get_all_asset_keys() if graph.get(key).is_partitioned}
+    assert partitioned == {"embedding_cache"}
+    policies = {graph.get(key).backfill_policy for key in graph.get_all_asset_keys()}
+    assert policies == {dg.BackfillPolicy.single_run()}
+    keys = graph.get(dg.AssetKey("embedding_cache")).partitions_def.get_partition_keys()
+    assert (keys[0], keys[-2], keys[-1], len(keys)) == (
+        "000000000-000050000", "015950000-016000000", "016000000-max", len(TILING),
+    )  # fmt: skip
+
+
+def test_wrong_vectors_and_mixed_models_block_what_is_downstream() -> None:
+    checks = {
+        spec.key.to_user_string(): spec.blocking
+        for check in defs.asset_checks or []
+        for spec in check.check_specs  # type: ignore[union-attr]
+    }
+    assert checks == {
+        "song_embeddings_table:coverage": False,
+        "song_embeddings_table:vectors_are_sound": True,
+        "song_embeddings_table:one_model": True,
+        "ivfflat_index:index_is_used": False,
+    }
+
+
+def test_every_setting_is_a_resource_field_shapes_the_graph_or_is_secret() -> None:
+    resources = (PostgresResource(), FireworksResource(), StorageResource())
+    of_resources = {name for resource in resources for name in overrides(resource)}
+    shaping = {each.name for each in fields(Settings) if each.metadata["when"] == "graph"}
+    secret = {each.name for each in fields(Settings) if not each.repr}
+    assert secret == {"postgres_url", "fireworks_api_key"}
+    assert of_resources | shaping | secret == {each.name for each in fields(Settings)}
+    assert not of_resources & (shaping | secret)
+
+
+def test_the_code_location_loads_with_an_empty_environment_and_without_warnings() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in variables()}
+    loaded = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import songvec_assets.definitions"],
+        cwd="/", env=environment, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (loaded.returncode, loaded.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("value", ["0", "many", "70000"])
+def test_a_bad_graph_setting_is_refused_by_name(value: str) -> None:
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import songvec_assets.definitions"],
+        cwd="/", env=os.environ | {"SONGVEC_RANGE_SIZE": value}, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert loaded.returncode != 0
+    assert "SONGVEC_RANGE_SIZE" in loaded.stderr.splitlines()[-1]

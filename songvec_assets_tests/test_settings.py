@@ -1,0 +1,225 @@
+"""Every setting by its variable: default, good and bad values; what contradicts; what stays secret."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from songvec_assets.errors import SettingsError
+from songvec_assets.settings import (
+    FIREWORKS_BASE_URL,
+    FIREWORKS_MODEL,
+    OFFLINE_MODEL,
+    Settings,
+    settings_table,
+    variables,
+)
+
+README = Path(__file__).parents[1] / "README.md"
+BASE = {"POSTGRES_URL": "postgresql://ann:geheim@db/songs", "FIREWORKS_API_KEY": "fw_secret"}
+
+# variable: field, default, good values and what they parse to
+GOOD = {
+    "POSTGRES_URL": ("postgres_url", None, {"postgresql://x@y/z": "postgresql://x@y/z"}),
+    "FIREWORKS_API_KEY": ("fireworks_api_key", None, {" fw_1 ": "fw_1"}),
+    "FIREWORKS_BASE_URL": ("fireworks_base_url", FIREWORKS_BASE_URL, {"http://localhost:8000/v1": "http://localhost:8000/v1"}),
+    "SONGVEC_STORAGE": ("storage", None, {"/data/songs": "/data/songs"}),
+    "SONGVEC_EMBEDDING_MODEL": ("embedding_model", FIREWORKS_MODEL, {"nomic": "nomic", OFFLINE_MODEL: OFFLINE_MODEL}),
+    "SONGVEC_EMBEDDING_DIMENSIONS": ("embedding_dimensions", 2000, {"2": 2, "2000": 2000}),
+    "SONGVEC_REQUESTS_PER_MINUTE": ("requests_per_minute", 6000, {"1": 1, " 10 ": 10}),
+    "SONGVEC_TOKENS_PER_MINUTE": ("tokens_per_minute", 900_000, {"5400000": 5_400_000}),
+    "SONGVEC_MAX_REQUEST_TEXTS": ("max_request_texts", 2048, {"1": 1, "2048": 2048}),
+    "SONGVEC_MAX_REQUEST_TOKENS": ("max_request_tokens", 100_000, {"1": 1}),
+    "SONGVEC_CONCURRENCY": ("concurrency", 32, {"1": 1, "1000": 1000}),
+    "SONGVEC_PATIENCE_S": ("patience_s", 600.0, {"0": 0.0, "1.5": 1.5}),
+    "SONGVEC_MAX_USD": ("max_usd", None, {"0": 0.0, "12.34": 12.34}),
+    "SONGVEC_USD_PER_MILLION_TOKENS": ("usd_per_million_tokens", 0.10, {"0": 0.0, "0.2": 0.2}),
+    "SONGVEC_SONGS_TABLE": ("songs_table", "songs", {"music.tracks": "music.tracks"}),
+    "SONGVEC_SONG_ID_COLUMN": ("song_id_column", None, {"track_id": "track_id"}),
+    "SONGVEC_NAME_COLUMN": ("name_column", "name", {"title": "title"}),
+    "SONGVEC_ARTIST_COLUMN": ("artist_column", "artist", {"band": "band"}),
+    "SONGVEC_LYRICS_COLUMN": ("lyrics_column", "lyrics", {"words": "words"}),
+    "SONGVEC_UPDATED_AT_COLUMN": ("updated_at_column", None, {"changed": "changed"}),
+    "SONGVEC_TEXT_TEMPLATE": ("text_template", "{name} by {artist}\n{lyrics}", {r"a\n{name}": "a\n{name}"}),
+    "SONGVEC_MAX_TEXT_CHARS": ("max_text_chars", 24_000, {"1": 1, "1000000": 1_000_000}),
+    "SONGVEC_VECTOR_TYPE": ("vector_type", "vector", {"vector": "vector", "halfvec": "halfvec"}),
+    "SONGVEC_LISTS": ("lists", None, {"1": 1, "32768": 32_768}),
+    "SONGVEC_SONG_ID_STOP": ("song_id_stop", 16_000_000, {"50000": 50_000}),
+    "SONGVEC_RANGE_SIZE": ("range_size", 50_000, {"1": 1, "1000000": 1_000_000}),
+    "SONGVEC_RANGES_PER_RUN": ("ranges_per_run", None, {"1": 1}),
+}  # fmt: skip
+
+NOT_WHOLE = ["0", "-1", "1.5", "many", "1e3", "inf", "nan"]
+NOT_A_NUMBER = ["-0.01", "many", "inf", "nan", "1,5"]
+TOO_HIGH = {
+    "SONGVEC_EMBEDDING_DIMENSIONS": "4001",
+    "SONGVEC_REQUESTS_PER_MINUTE": "2147483648",
+    "SONGVEC_TOKENS_PER_MINUTE": "2147483648",
+    "SONGVEC_MAX_REQUEST_TEXTS": "2049",
+    "SONGVEC_MAX_REQUEST_TOKENS": "2147483648",
+    "SONGVEC_CONCURRENCY": "1001",
+    "SONGVEC_MAX_TEXT_CHARS": "1000001",
+    "SONGVEC_LISTS": "32769",
+    "SONGVEC_SONG_ID_STOP": "2147483648",
+    "SONGVEC_RANGE_SIZE": "1000001",
+    "SONGVEC_RANGES_PER_RUN": "1000001",
+}
+BAD = (
+    [(variable, value) for variable, highest in TOO_HIGH.items() for value in [*NOT_WHOLE, highest]]
+    + [
+        (variable, value)
+        for variable in ("SONGVEC_PATIENCE_S", "SONGVEC_MAX_USD", "SONGVEC_USD_PER_MILLION_TOKENS")
+        for value in NOT_A_NUMBER
+    ]
+    + [("SONGVEC_VECTOR_TYPE", value) for value in ("bit", "Vector", "vector(3)")]
+    + [("SONGVEC_EMBEDDING_DIMENSIONS", value) for value in ("1", "2001")]
+    + [("FIREWORKS_BASE_URL", value) for value in ("ftp://x/v1", "localhost:8000", "api.fireworks.ai/inference/v1")]
+)
+
+
+def read(**environment):
+    return Settings.from_environment(environment)
+
+
+def test_every_variable_is_tested_here():
+    assert list(GOOD) == variables()
+    assert [field for field, _, _ in GOOD.values()] == [each.name for each in fields(Settings)]
+
+
+@pytest.mark.parametrize("variable", GOOD)
+def test_an_unset_variable_has_its_default(variable):
+    field, default, _ = GOOD[variable]
+    assert getattr(read(), field) == default
+    assert type(getattr(read(), field)) is type(default)
+    assert getattr(read(**{variable: ""}), field) == default
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "parsed"),
+    [(variable, value, parsed) for variable, (_, _, good) in GOOD.items() for value, parsed in good.items()],
+)
+def test_a_good_value_is_parsed(variable, value, parsed):
+    settings = Settings.from_environment({**BASE, variable: value})
+    field = GOOD[variable][0]
+    assert getattr(settings, field) == parsed
+    assert type(getattr(settings, field)) is type(parsed)
+    untouched = {each: getattr(settings, each) for each, _, _ in GOOD.values() if each != field}
+    assert untouched == {each: getattr(Settings.from_environment(BASE), each) for each in untouched}
+
+
+@pytest.mark.parametrize(("variable", "value"), BAD)
+def test_a_bad_value_is_refused_by_the_name_of_its_variable(variable, value):
+    with pytest.raises(SettingsError, match=variable) as refusal:
+        Settings.from_environment({**BASE, variable: value})
+    assert value in str(refusal.value)
+
+
+def test_a_refusal_says_what_was_expected():
+    with pytest.raises(SettingsError, match="expected a whole number from 1 to 2,048, got '2049'"):
+        read(SONGVEC_MAX_REQUEST_TEXTS="2049")
+    with pytest.raises(SettingsError, match="expected a number of at least 0, got '-1'"):
+        read(SONGVEC_MAX_USD="-1")
+    with pytest.raises(SettingsError, match="expected vector or halfvec, got 'bit'"):
+        read(SONGVEC_VECTOR_TYPE="bit")
+
+
+def test_over_2000_dimensions_need_halfvec():
+    assert read(SONGVEC_EMBEDDING_DIMENSIONS="4000", SONGVEC_VECTOR_TYPE="halfvec").embedding_dimensions == 4000
+    with pytest.raises(SettingsError, match="SONGVEC_VECTOR_TYPE=halfvec"):
+        read(SONGVEC_EMBEDDING_DIMENSIONS="2001")
+
+
+@pytest.mark.parametrize(
+    ("environment", "offline"),
+    [
+        ({}, True),
+        ({"FIREWORKS_API_KEY": "fw_1"}, False),
+        (BASE, False),
+        ({"FIREWORKS_BASE_URL": "http://localhost/v1"}, False),
+        ({"FIREWORKS_BASE_URL": "http://localhost/v1", "POSTGRES_URL": "postgresql://x/y"}, False),
+        ({**BASE, "SONGVEC_EMBEDDING_MODEL": OFFLINE_MODEL}, True),
+        ({"POSTGRES_URL": "postgresql://x/y", "SONGVEC_EMBEDDING_MODEL": OFFLINE_MODEL}, True),
+    ],
+)
+def test_vectors_are_offline_only_where_nothing_is_configured_or_asked_for_by_name(environment, offline):
+    settings = Settings.from_environment(environment)
+    assert settings.offline is offline
+    assert settings.model == (OFFLINE_MODEL if offline else FIREWORKS_MODEL)
+
+
+def test_a_url_without_a_key_is_refused_with_every_way_out():
+    with pytest.raises(SettingsError) as refusal:
+        read(POSTGRES_URL=BASE["POSTGRES_URL"])
+    for way_out in ("FIREWORKS_API_KEY", ".env", "FIREWORKS_BASE_URL", f"SONGVEC_EMBEDDING_MODEL={OFFLINE_MODEL}"):
+        assert way_out in str(refusal.value)
+
+
+def test_an_override_wins_over_its_variable_unless_it_is_none():
+    environment = {**BASE, "SONGVEC_CONCURRENCY": "8", "SONGVEC_MAX_USD": "3"}
+    settings = Settings.from_environment(environment, concurrency=2, max_usd=None)
+    assert (settings.concurrency, settings.max_usd) == (2, 3.0)
+
+
+def test_an_override_is_checked_like_a_variable():
+    with pytest.raises(SettingsError, match="SONGVEC_EMBEDDING_DIMENSIONS"):
+        Settings.from_environment({}, embedding_dimensions=3000)
+
+
+def test_the_processs_own_environment_is_read_where_none_is_given(monkeypatch):
+    assert Settings.from_environment().concurrency == 32
+    monkeypatch.setenv("SONGVEC_CONCURRENCY", "5")
+    assert Settings.from_environment().concurrency == 5
+    assert Settings.from_environment({}).concurrency == 32
+
+
+SECRETS = ("geheim", "fw_secret")
+
+
+def test_no_secret_is_in_the_repr():
+    settings = Settings.from_environment(BASE)
+    assert (settings.postgres_url, settings.fireworks_api_key) == tuple(BASE.values())
+    for text in (repr(settings), str(settings), f"{settings}"):
+        assert not [secret for secret in SECRETS if secret in text]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"FIREWORKS_API_KEY": ""},
+        {"FIREWORKS_BASE_URL": "ftp://x"},
+        {"SONGVEC_EMBEDDING_DIMENSIONS": "3000"},
+        {"SONGVEC_CONCURRENCY": "x"},
+    ],
+)
+def test_no_secret_is_in_a_refusal(environment):
+    with pytest.raises(SettingsError) as refusal:
+        Settings.from_environment({**BASE, **environment})
+    assert not [secret for secret in SECRETS if secret in str(refusal.value)]
+
+
+def test_the_table_has_a_row_for_every_variable():
+    header, rule, *rows = settings_table().splitlines()
+    assert header.startswith("| Variable | Default |")
+    assert set(rule) <= set("| -")
+    assert [row.split("`")[1] for row in rows] == variables()
+    # a newline or a bar within a cell would end it
+    assert {row.count("|") for row in rows} == {header.count("|")}
+    by_variable = {row.split("`")[1]: [cell.strip() for cell in row.split("|")[1:-1]] for row in rows}
+    assert by_variable["SONGVEC_TEXT_TEMPLATE"][1] == r"`{name} by {artist}\n{lyrics}`"
+    assert by_variable["SONGVEC_MAX_USD"][1] == ""
+    assert by_variable["SONGVEC_RANGE_SIZE"][1:2] + by_variable["SONGVEC_RANGE_SIZE"][3:] == [
+        "`50000`",
+        "when the graph loads",
+        "yes",
+    ]
+    assert by_variable["SONGVEC_CONCURRENCY"][3:] == ["when a run starts", ""]
+
+
+def test_the_readme_holds_the_table_of_all_settings():
+    assert settings_table() in README.read_text(encoding="utf-8"), "put the output of `songvec settings` into README.md"
+
+
+def test_the_readme_names_no_setting_that_is_none():
+    named = set(re.findall(r"\bSONGVEC_[A-Z_]+[A-Z]\b", README.read_text(encoding="utf-8")))
+    assert named - set(variables()) == set()

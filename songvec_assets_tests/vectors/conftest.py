@@ -1,0 +1,89 @@
+"""Shards of made-up vectors, and the table as an administrator sees it."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
+from songvec_assets.postgres.engine import Database
+from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.text import hash_text
+from songvec_assets.vectors.table import RangeLoad, TableSpec, upload_cached_embeddings_to_database
+from songvec_assets_tests.administration import execute
+
+DIMENSIONS = 8
+SPEC = TableSpec("model-a", DIMENSIONS)
+TILING = Tiling(width=100, stop=1_000)
+FIRST, SECOND, TAIL = SongIdRange(0, 100), SongIdRange(100, 200), TILING.tail
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ModelCache:
+    """An empty cache of SPEC's model."""
+    return ModelCache(tmp_path / "embeddings", SPEC.model, SPEC.dimensions)
+
+
+def make_vector(song_id: int, version: int = 0, dimensions: int = DIMENSIONS) -> NDArray[np.float32]:
+    """A unit vector that differs for each song and version."""
+    vector = np.random.default_rng((song_id, version)).standard_normal(dimensions, dtype=np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+def put(cache: ModelCache, song_ids: Iterable[int], version: int = 0, tiling: Tiling = TILING) -> None:
+    """Store songs' vectors of a version, each in its range's shard."""
+    by_range: dict[SongIdRange, list[int]] = {}
+    for song_id in song_ids:
+        by_range.setdefault(tiling.range_of(song_id), []).append(song_id)
+    for song_range, ids in by_range.items():
+        shard, _ = load_embeddings_from_cache(cache, song_range)
+        hashes = [hash_text(f"{song_id} {version}") for song_id in ids]
+        vectors = np.stack([make_vector(song_id, version, cache.dimensions) for song_id in ids])
+        write_embeddings_to_file(shard, ids, hashes, vectors)
+
+
+def forget(cache: ModelCache, song_ids: Iterable[int]) -> None:
+    """Record that songs are gone."""
+    for song_id in song_ids:
+        shard, _ = load_embeddings_from_cache(cache, TILING.range_of(song_id))
+        shard.append_gone([song_id])
+
+
+def load(database: Database, cache: ModelCache, spec: TableSpec = SPEC) -> dict[str, tuple[int, int, int]]:
+    """Load the cache; each range's rows, rows written and rows deleted."""
+    return told(upload_cached_embeddings_to_database(database, cache, spec, TILING))
+
+
+def told(loads: Iterable[RangeLoad]) -> dict[str, tuple[int, int, int]]:
+    """What loads report: rows, written and deleted, by range."""
+    return {each.range.key: (each.n_rows, each.n_written, each.n_deleted) for each in loads}
+
+
+def read_vectors(database: Database) -> dict[int, list[float]]:
+    """The table's vectors."""
+    rows = execute(database.adbc_uri, "SELECT song_id, embedding::text FROM song_embeddings")
+    return {song_id: np.array(text[1:-1].split(","), dtype=np.float32).tolist() for song_id, text in rows}
+
+
+def read_writers(database: Database) -> dict[int, str]:
+    """The transaction that wrote each row."""
+    return dict(execute(database.adbc_uri, "SELECT song_id, xmin::text FROM song_embeddings"))
+
+
+def vectors_of(versions: Mapping[int, int] | Iterable[int]) -> dict[int, list[float]]:
+    """The vectors that the table must hold: of songs in their version, or in the first one."""
+    if not isinstance(versions, Mapping):
+        versions = dict.fromkeys(versions, 0)
+    return {song_id: make_vector(song_id, version).tolist() for song_id, version in versions.items()}
+
+
+def assert_ledger_fits_table(database: Database) -> None:
+    """Every ledger row names just the song_ids that the table holds in its range."""
+    rows = execute(database.adbc_uri, "SELECT range_start, range_stop, n_songs, song_ids FROM songvec.loaded_ranges")
+    in_table = sorted(song_id for (song_id,) in execute(database.adbc_uri, "SELECT song_id FROM song_embeddings"))
+    for start, stop, n_songs, song_ids in rows:
+        held = [song_id for song_id in in_table if start <= song_id < stop]
+        assert sorted(np.frombuffer(song_ids, dtype="<i4").tolist()) == held
+        assert n_songs == len(held)

@@ -1,0 +1,158 @@
+"""The binary COPY format, decoded here by its documentation and by a real server."""
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from sqlalchemy import text
+
+from songvec_assets.postgres.engine import raw_cursor
+from songvec_assets.vectors.copy import CopyStream, encode_rows
+
+PROFILE = settings(deadline=None)
+INT32 = st.integers(-(2**31), 2**31 - 1)
+VALUES = {
+    "vector": st.floats(width=32, allow_nan=False, allow_infinity=False),
+    "halfvec": st.floats(-65504, 65504, width=32),
+}
+CODES = {"vector": "f", "halfvec": "e"}
+
+
+@st.composite
+def tables(draw, vector_type, max_rows=6):
+    """song_ids and embeddings, no rows among them."""
+    n_rows, dimensions = draw(st.integers(0, max_rows)), draw(st.integers(1, 20))
+    song_ids = np.array(draw(st.lists(INT32, min_size=n_rows, max_size=n_rows)), dtype=np.int32)
+    return song_ids, draw(hnp.arrays(np.float32, (n_rows, dimensions), elements=VALUES[vector_type]))
+
+
+def read_all(stream, size=-1):
+    pieces = []
+    while piece := stream.read(size):
+        assert size < 0 or len(piece) <= size
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def decode(stream, code):
+    """Rows by PostgreSQL's "Binary Format" and pgvector's vector_recv, halfvec_recv: each field read on its own."""
+    assert stream[:11] == b"PGCOPY\n\xff\r\n\0"
+    flags, extension = struct.unpack_from("!ii", stream, 11)
+    assert (flags, extension) == (0, 0)
+    at, rows = 19, []
+    while (n_fields := struct.unpack_from("!h", stream, at)[0]) != -1:
+        id_bytes, song_id, vector_bytes, dimensions, unused = struct.unpack_from("!iiihh", stream, at + 2)
+        assert (n_fields, id_bytes, unused) == (2, 4, 0)
+        values = struct.unpack_from(f"!{dimensions}{code}", stream, at + 18)
+        assert vector_bytes == 4 + struct.calcsize(f"!{dimensions}{code}")
+        rows.append((song_id, values))
+        at += 14 + vector_bytes
+    assert at + 2 == len(stream), "nothing follows the trailer"
+    return rows
+
+
+@pytest.mark.parametrize("vector_type", ["vector", "halfvec"])
+@PROFILE
+@given(data=st.data())
+def test_rows_decode_to_what_was_encoded(vector_type, data):
+    song_ids, embeddings = data.draw(tables(vector_type))
+    stream = read_all(CopyStream(encode_rows(song_ids, embeddings, vector_type)))
+    value_type = {"vector": np.float32, "halfvec": np.float16}[vector_type]
+    decoded = decode(stream, CODES[vector_type])
+    assert [song_id for song_id, _ in decoded] == song_ids.tolist()
+    for (_, values), embedding in zip(decoded, embeddings, strict=True):
+        assert np.array(values, dtype=value_type).tobytes() == embedding.astype(value_type).tobytes()
+
+
+def test_a_row_has_these_bytes():
+    """Written out by hand once, so that encoder and decoder cannot be wrong together."""
+    chunks = list(encode_rows(np.array([258], dtype=np.int32), np.array([[1.0, -2.0]], dtype=np.float32)))
+    assert b"".join(chunks).hex(" ", 2) == "0002 0000 0004 0000 0102 0000 000c 0002 0000 3f80 0000 c000 0000"
+
+
+def test_rows_of_many_chunks_keep_their_order_and_no_chunk_is_much_above_a_mebibyte():
+    song_ids = np.arange(700, dtype=np.int32)
+    embeddings = np.repeat(np.arange(700, dtype=np.float32)[:, None], 2000, axis=1)
+    chunks = list(encode_rows(song_ids, embeddings))
+    assert len(chunks) == 6
+    assert max(map(len, chunks)) <= 1 << 20
+    decoded = decode(read_all(CopyStream(chunks)), "f")
+    assert [(song_id, values[0], values[-1]) for song_id, values in decoded] == [(each,) * 3 for each in range(700)]
+
+
+@PROFILE
+@given(st.lists(st.binary(max_size=50), max_size=6), st.integers(1, 40))
+def test_a_stream_read_in_pieces_is_the_stream_read_whole(chunks, size):
+    """Also where a chunk is empty: that is not the stream's end."""
+    whole = read_all(CopyStream(chunks))
+    assert read_all(CopyStream(iter(chunks)), size) == whole
+    assert whole == b"PGCOPY\n\xff\r\n\0" + bytes(8) + b"".join(chunks) + b"\xff\xff"
+
+
+def test_no_chunk_is_made_before_it_is_read():
+    made = []
+
+    def chunks():
+        for number in range(3):
+            made.append(number)
+            yield b"x" * 10
+
+    stream = CopyStream(chunks())
+    assert stream.read(19)
+    assert made == []
+    assert stream.read(10)
+    assert made == [0]
+
+
+def test_after_its_end_a_stream_stays_at_its_end():
+    stream = CopyStream([])
+    read_all(stream)
+    assert stream.read(10) == stream.read() == b""
+
+
+HALF_STEPS = np.float32([1 + 2**-11, 1 + 3 * 2**-11, 2**-24, 1.5 * 2**-24, 65504, -65504, 6.1e-5, 1 / 3])
+EDGES = {
+    "vector": np.float32([0, -0.0, 1e-45, -1.1754944e-38, np.finfo(np.float32).max, -1 / 3, 16777217, 1]),
+    "halfvec": HALF_STEPS,
+}
+
+
+@pytest.mark.parametrize("vector_type", ["vector", "halfvec"])
+def test_the_server_stores_every_value_as_it_was_sent(database, vector_type):
+    random = np.random.default_rng(0)
+    n_rows, dimensions = 1200, 250  # more than one chunk
+    song_ids = random.choice(np.arange(-(2**31), 2**31 - 1, 997, dtype=np.int32), n_rows, replace=False)
+    embeddings = random.normal(size=(n_rows, dimensions)).astype(np.float32)
+    embeddings[:8, 0] = embeddings[7, :8] = EDGES[vector_type]
+    with database.get_connection() as connection:
+        connection.execute(text(f"CREATE TABLE copied (song_id integer, embedding {vector_type}({dimensions}))"))
+        with raw_cursor(connection) as cursor:
+            cursor.copy_expert(
+                "COPY copied FROM STDIN (FORMAT binary)", CopyStream(encode_rows(song_ids, embeddings, vector_type))
+            )
+        rows = connection.execute(text("SELECT song_id, embedding::real[] FROM copied")).all()
+    assert [song_id for song_id, _ in rows] == song_ids.tolist()
+    stored = np.array([values for _, values in rows], dtype=np.float32)
+    sent = embeddings if vector_type == "vector" else embeddings.astype(np.float16).astype(np.float32)
+    assert stored.tobytes() == sent.tobytes()
+
+
+def test_a_halfvec_is_rounded_as_the_server_itself_rounds(database):
+    random = np.random.default_rng(0)
+    embeddings = np.concatenate([HALF_STEPS[None], random.normal(size=(50, 8)).astype(np.float32)])
+    song_ids = np.arange(len(embeddings), dtype=np.int32)
+    with database.get_connection() as connection:
+        connection.execute(text("CREATE TABLE copied (song_id integer, embedding halfvec(8))"))
+        with raw_cursor(connection) as cursor:
+            cursor.copy_expert(
+                "COPY copied FROM STDIN (FORMAT binary)", CopyStream(encode_rows(song_ids, embeddings, "halfvec"))
+            )
+        for song_id, embedding in zip(song_ids.tolist(), embeddings.tolist(), strict=True):
+            found = connection.scalar(
+                text("SELECT embedding = CAST(CAST(:values AS real[]) AS halfvec) FROM copied WHERE song_id = :id"),
+                {"values": embedding, "id": song_id},
+            )
+            assert found is True, f"song_id {song_id}: {embedding}"
