@@ -71,7 +71,7 @@ def _places(feature: str) -> tuple[int, ...]:
 def _features(text: str) -> Iterator[str]:
     plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
     for word in _WORD.findall(plain):
-        yield word
+        yield word.removesuffix("s") if len(word) > 3 else word
         if word in _STOP_WORDS:
             continue
         if ord(max(word)) >= _FIRST_UNSPACED:

@@ -15,6 +15,7 @@ from songvec_assets.deployment import Deployment
 from songvec_assets.embedding import client as client_module
 from songvec_assets.errors import (
     BudgetExceededError,
+    DatabaseError,
     ProviderError,
     ProviderUnavailableError,
     SongvecError,
@@ -611,6 +612,35 @@ def test_a_run_that_waits_for_another_can_be_stopped(
         deployment.filler().fill_ranges([FIRST], lambda _: None)
     assert time.monotonic() - started < 2
     assert provider.ledger()["requests"] == 0
+
+
+def test_a_run_that_loses_its_hold_on_a_range_ends_instead_of_paying_beside_another(
+    songs: Songs, run: Run, database: Database, provider: Provider
+) -> None:
+    """A failover or a firewall breaks the session that holds the range: from then on another run may fill it."""
+    songs(*plain_songs(range(1, 81)))
+    provider.control(latency_s=0.1)
+    first, second = (run(max_request_texts=8, concurrency=1) for _ in range(2))
+    export(first)
+
+    def break_locks_once(told: Progress) -> None:
+        if told.done == 16:
+            with database.get_connection() as connection:
+                connection.execute(
+                    sa.text("""
+                        SELECT pg_terminate_backend(pid) FROM pg_locks
+                        WHERE locktype = 'advisory' AND pid <> pg_backend_pid()
+                          AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                    """)
+                )
+
+    with pytest.raises(DatabaseError):
+        first.filler(progress=break_locks_once).fill_ranges([FIRST], lambda _: None)
+    assert len(billed(provider)) < 40
+    assert len(stored(first)) == len(billed(provider)), "what is paid for is kept"
+    fill(second)
+    assert set(billed(provider).values()) == {1}
+    assert_stored(second, plain_texts(range(1, 81)))
 
 
 # A provider that fails

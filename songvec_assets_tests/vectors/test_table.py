@@ -25,6 +25,7 @@ from songvec_assets.errors import (
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock, read_fact
 from songvec_assets.progress import Progress, StopSignal
+from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.vectors.table import (
     CHANGES_FACT,
@@ -431,7 +432,7 @@ class TestDamage:
         def run() -> None:
             try:
                 load(database, cache)
-            except DamagedShardError as error:
+            except SongvecError as error:
                 errors.append(error)
 
         loader = threading.Thread(target=run, daemon=True)
@@ -446,7 +447,7 @@ class TestDamage:
             assert cache.path_of(FIRST).stat().st_size == size
             assert loader.is_alive()
         loader.join(timeout=10)
-        assert len(errors) == 1
+        assert [type(error) for error in errors] == [DamagedShardError]
         assert cache.path_of(FIRST).stat().st_size > size
 
 
@@ -513,19 +514,32 @@ class TestMismatch:
         assert loaded_spec(database) == other
         assert load(database, cache, other) == {FIRST.key: (2, 0, 0)}
 
-    def test_the_embedded_databases_table_gives_way_to_another_model(
-        self, database: Database, cache: ModelCache, tmp_path: Path
+    def test_an_offline_table_of_the_embedded_database_gives_way(
+        self, database: Database, tmp_path: Path
     ) -> None:
+        embedded, offline = Database(database.url, embedded=True), TableSpec(OFFLINE_MODEL, DIMENSIONS)
+        cache = ModelCache(tmp_path / "offline", offline.model, offline.dimensions)
+        put(cache, [1, 2])
+        load(embedded, cache, offline)
+        spec = TableSpec("model-b", 16, "halfvec")
+        better = ModelCache(tmp_path / "better", spec.model, spec.dimensions)
+        put(better, [1, 101])
+        check_table(embedded, spec)
+        with pytest.raises(TableMismatchError):
+            check_table(database, spec)
+        assert load(embedded, better, spec) == {FIRST.key: (1, 1, 0), SECOND.key: (1, 1, 0)}
+        assert set(read_vectors(embedded)) == {1, 101}
+        assert loaded_spec(embedded) == spec
+
+    def test_a_table_that_was_paid_for_gives_way_nowhere(self, database: Database, cache: ModelCache) -> None:
         embedded = Database(database.url, embedded=True)
         put(cache, [1, 2])
         load(embedded, cache)
-        spec = TableSpec("model-b", 16, "halfvec")
-        other = ModelCache(tmp_path / "other", spec.model, spec.dimensions)
-        put(other, [1, 101])
-        check_table(embedded, spec)
-        assert load(embedded, other, spec) == {FIRST.key: (1, 1, 0), SECOND.key: (1, 1, 0)}
-        assert set(read_vectors(embedded)) == {1, 101}
-        assert loaded_spec(embedded) == spec
+        for spec in (TableSpec(OFFLINE_MODEL, DIMENSIONS), TableSpec("model-b", DIMENSIONS), TableSpec("model-a", 16)):
+            for refuse in (check_table, ensure_table):
+                with pytest.raises(TableMismatchError):
+                    refuse(embedded, spec)
+        assert read_vectors(embedded) == vectors_of([1, 2])
 
 
 class TestColumn:

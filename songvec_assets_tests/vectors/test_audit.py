@@ -1,0 +1,117 @@
+"""What a look at table and index finds: bad vectors, models, and what the planner does."""
+
+import pytest
+import sqlalchemy as sa
+
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.postgres.engine import Database
+from songvec_assets.vectors.audit import IndexAudit, VectorAudit, audit_index, audit_models, audit_vectors
+from songvec_assets.vectors.ivfflat import build_index
+from songvec_assets.vectors.table import TableSpec, ensure_table
+from songvec_assets_tests.administration import execute
+from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, put
+
+HALF = TableSpec("model-a", DIMENSIONS, "halfvec")
+
+
+class TestVectors:
+    @pytest.mark.parametrize("spec", [SPEC, HALF])
+    def test_good_vectors_pass_and_their_mean_length_is_told(
+        self, database: Database, cache: ModelCache, spec: TableSpec
+    ) -> None:
+        put(cache, range(50))
+        load(database, cache, spec)
+        audit = audit_vectors(database, spec)
+        assert (audit.n_sampled, audit.bad_song_ids) == (50, [])
+        assert audit.mean_norm == pytest.approx(1.0, abs=1e-3)
+
+    def test_a_mean_length_other_than_one_shows(self, database: Database) -> None:
+        ensure_table(database, SPEC)
+        execute(database.adbc_uri, "INSERT INTO song_embeddings VALUES (1, '[3,4,0,0,0,0,0,0]'), (2, '[0,0,0,0,0,0,0,1]')")
+        assert audit_vectors(database, SPEC) == VectorAudit(2, [], 3.0)
+
+    @pytest.mark.parametrize("spec", [SPEC, HALF])
+    def test_zero_vectors_are_named(self, database: Database, cache: ModelCache, spec: TableSpec) -> None:
+        put(cache, range(50))
+        load(database, cache, spec)
+        zero = "UPDATE song_embeddings SET embedding = '[0,0,0,0,0,0,0,0]' WHERE song_id IN (7, 33)"
+        execute(database.adbc_uri, zero)
+        audit = audit_vectors(database, spec)
+        assert sorted(audit.bad_song_ids) == [7, 33]
+        assert audit.mean_norm == pytest.approx(48 / 50, abs=1e-3)
+
+    def test_a_table_of_another_size_is_all_bad(self, database: Database, cache: ModelCache) -> None:
+        put(cache, range(5))
+        load(database, cache)
+        audit = audit_vectors(database, TableSpec("model-a", 16))
+        assert sorted(audit.bad_song_ids) == [0, 1, 2, 3, 4]
+
+    def test_a_sample_is_spread_over_the_whole_table(self, database: Database, cache: ModelCache) -> None:
+        put(cache, range(1000))
+        load(database, cache)
+        zero = "UPDATE song_embeddings SET embedding = '[0,0,0,0,0,0,0,0]'"
+        execute(database.adbc_uri, zero)
+        audit = audit_vectors(database, SPEC, n_rows=20)
+        assert 20 <= audit.n_sampled <= 40
+        tenths = {song_id // 100 for song_id in audit.bad_song_ids}
+        assert tenths == set(range(10))
+
+    def test_an_empty_table_has_nothing_to_look_at(self, database: Database) -> None:
+        ensure_table(database, SPEC)
+        assert audit_vectors(database, SPEC) == VectorAudit(0, [], 0.0)
+
+
+class TestModels:
+    def test_the_ledgers_models_come_with_their_songs(self, database: Database, cache: ModelCache) -> None:
+        assert audit_models(database) == {}
+        put(cache, range(150))
+        load(database, cache)
+        assert audit_models(database) == {"model-a (8)": 150}
+        execute(database.adbc_uri, "UPDATE songvec.loaded_ranges SET model = 'model-b' WHERE range_start = 100")
+        assert audit_models(database) == {"model-a (8)": 100, "model-b (8)": 50}
+
+
+class TestIndex:
+    def test_without_an_index_it_says_what_to_materialize(self, database: Database, cache: ModelCache) -> None:
+        put(cache, range(100))
+        load(database, cache)
+        audit = audit_index(database, SPEC)
+        assert (audit.valid, audit.used, audit.n_rows) == (False, False, 100)
+        assert "materialize ivfflat_index" in audit.describe()
+
+    def test_few_rows_are_rightly_scanned(self, database: Database, cache: ModelCache) -> None:
+        put(cache, range(50))
+        load(database, cache)
+        build_index(database, SPEC)
+        execute(database.adbc_uri, f"ALTER DATABASE {sa.make_url(database.url).database} SET enable_indexscan = off")
+        audit = audit_index(database, SPEC)
+        assert (audit.valid, audit.used, audit.should_be_used) == (True, False, False)
+        assert audit.describe() == "50 rows are few: the planner rightly scans them all"
+
+    @pytest.mark.parametrize("spec", [SPEC, HALF])
+    def test_an_index_that_the_planner_takes_shows(
+        self, database: Database, cache: ModelCache, spec: TableSpec
+    ) -> None:
+        put(cache, range(1000))
+        load(database, cache, spec)
+        build_index(database, spec)
+        execute(database.adbc_uri, f"ALTER DATABASE {sa.make_url(database.url).database} SET enable_seqscan = off")
+        audit = audit_index(database, spec)
+        assert (audit.valid, audit.used) == (True, True)
+        assert audit.describe() == "the planner uses the index for 1,000 rows"
+
+    def test_an_index_that_is_not_valid_shows(self, database: Database, cache: ModelCache) -> None:
+        put(cache, range(100))
+        load(database, cache)
+        build_index(database, SPEC)
+        execute(
+            database.adbc_uri,
+            "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'embeddings_ivfflat_idx'::regclass",
+        )
+        assert not audit_index(database, SPEC).valid
+
+    @pytest.mark.parametrize(("n_rows", "words"), [(49_999, "rightly scans"), (50_000, "passes the index by")])
+    def test_a_large_table_whose_index_is_passed_by_is_a_finding(self, n_rows: int, words: str) -> None:
+        audit = IndexAudit(valid=True, used=False, n_rows=n_rows)
+        assert audit.should_be_used == (n_rows >= 50_000)
+        assert words in audit.describe()

@@ -1,0 +1,175 @@
+"""From a vector to the nearest songs, exactly and through the index."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.embedding.offline import OfflineEmbedder
+from songvec_assets.embedding.wire import EmbeddingBatch
+from songvec_assets.errors import ProviderError, TableMismatchError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import write_fact
+from songvec_assets.songs.source import SongsSource, SourceNames, find_source
+from songvec_assets.vectors.ivfflat import build_index
+from songvec_assets.vectors.search import TASK, Hit, embed_query, search_songs
+from songvec_assets.vectors.table import TableSpec
+from songvec_assets_tests.administration import dispose, execute
+from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, make_vector, put
+
+
+class RecordingEmbedder:
+    """Keeps the texts that it was given; the only fake here, in the place of a provider."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.texts: list[str] = []
+        self.closed = False
+        self._error = error
+
+    async def generate_embeddings_batch(self, texts: Sequence[str]) -> EmbeddingBatch:
+        """One vector of ones for each text."""
+        await asyncio.sleep(0)
+        self.texts += texts
+        if self._error:
+            raise self._error
+        return EmbeddingBatch(np.ones((len(texts), DIMENSIONS), dtype=np.float32), n_tokens=1)
+
+    async def close(self) -> None:
+        """Note that it was closed."""
+        self.closed = True
+
+
+@pytest.fixture
+def source(database: Database, songs: Callable[..., None], cache: ModelCache) -> SongsSource:
+    """A hundred songs, loaded."""
+    songs(*((song_id, f"Song {song_id}", "Ann", "la" if song_id % 2 else None) for song_id in range(1, 101)))
+    put(cache, range(1, 101))
+    load(database, cache)
+    return find_source(database, SourceNames())
+
+
+def nearest(query: np.ndarray, n_songs: int = 100) -> list[tuple[int, float]]:
+    """The songs and their cosine similarities by arithmetic of our own, nearest first."""
+    similarities = {song_id: float(make_vector(song_id) @ query) / float(np.linalg.norm(query))
+                    for song_id in range(1, n_songs + 1)}  # fmt: skip
+    return sorted(similarities.items(), key=lambda pair: -pair[1])
+
+
+def use_index(database: Database) -> None:
+    """Let the planner take the index though the table is small."""
+    execute(database.adbc_uri, f"ALTER DATABASE {sa.make_url(database.url).database} SET enable_seqscan = off")
+    dispose(database.url)
+
+
+def test_the_nearest_songs_come_first_with_their_similarity(database: Database, source: SongsSource) -> None:
+    query = 3 * make_vector(5, version=9)
+    hits = search_songs(database, source, SPEC, query, limit=7)
+    expected = nearest(query)[:7]
+    assert [hit.song_id for hit in hits] == [song_id for song_id, _ in expected]
+    assert [hit.similarity for hit in hits] == pytest.approx([similarity for _, similarity in expected], abs=1e-6)
+
+
+def test_a_hit_shows_the_song_as_the_source_has_it_now(database: Database, source: SongsSource) -> None:
+    execute(database.adbc_uri, "UPDATE songs SET name = 'Renamed' WHERE id = 8")
+    hits = search_songs(database, source, SPEC, make_vector(8), limit=1)
+    assert hits == [Hit(8, "Renamed", "Ann", None, pytest.approx(1.0, abs=1e-6))]
+
+
+def test_a_song_that_is_gone_from_the_source_is_left_out(database: Database, source: SongsSource) -> None:
+    first, second, third = [song_id for song_id, _ in nearest(make_vector(8))][:3]
+    execute(database.adbc_uri, "DELETE FROM songs WHERE id = %s", (second,))
+    hits = search_songs(database, source, SPEC, make_vector(8), limit=3)
+    assert [hit.song_id for hit in hits][:2] == [first, third]
+
+
+@pytest.mark.parametrize("limit", [1, 100, 1000])
+def test_no_more_songs_come_than_asked_for_or_there(database: Database, source: SongsSource, limit: int) -> None:
+    assert len(search_songs(database, source, SPEC, make_vector(8), limit=limit)) == min(limit, 100)
+
+
+def test_through_the_index_a_search_visits_as_many_lists_as_stored_or_asked_for(
+    database: Database, source: SongsSource
+) -> None:
+    build_index(database, SPEC)
+    use_index(database)
+    query = make_vector(8)
+    one_list = search_songs(database, source, SPEC, query, limit=100, probes=1)
+    assert 1 <= len(one_list) < 100
+    # all ten lists were stored with the index of so small a table
+    assert len(search_songs(database, source, SPEC, query, limit=100)) == 100
+    with database.get_connection() as connection:
+        write_fact(connection, "probes", 1)
+    assert search_songs(database, source, SPEC, query, limit=100) == one_list
+    everything = search_songs(database, source, SPEC, query, limit=100, probes=10)
+    assert [hit.song_id for hit in everything] == [song_id for song_id, _ in nearest(query)]
+
+
+def test_a_search_leaves_no_setting_behind_in_the_connection_it_used(database: Database, source: SongsSource) -> None:
+    search_songs(database, source, SPEC, make_vector(8), limit=1, probes=7)
+    with database.get_connection("web") as connection:
+        assert connection.scalar(sa.text("SHOW ivfflat.probes")) == "1"
+
+
+def test_halfvec_tables_are_searched_alike(
+    database: Database, songs: Callable[..., None], cache: ModelCache
+) -> None:
+    spec = TableSpec("model-a", DIMENSIONS, "halfvec")
+    songs(*((song_id, "Song", "Ann", None) for song_id in range(1, 101)))
+    put(cache, range(1, 101))
+    load(database, cache, spec)
+    hits = search_songs(database, find_source(database, SourceNames()), spec, make_vector(8), limit=3)
+    expected = nearest(make_vector(8))[:3]
+    assert [hit.song_id for hit in hits] == [song_id for song_id, _ in expected]
+    assert [hit.similarity for hit in hits] == pytest.approx([similarity for _, similarity in expected], abs=2e-3)
+
+
+@pytest.mark.parametrize("column", ["Naïve \"name\"", "100%", "%(name)s", ":name"])
+def test_a_source_with_odd_names_is_searched(database: Database, cache: ModelCache, column: str) -> None:
+    quoted = column.replace('"', '""')
+    execute(
+        database.adbc_uri,
+        f'CREATE TABLE "Songs" (id bigint PRIMARY KEY, "{quoted}" text, artist text, lyrics text);'
+        """INSERT INTO "Songs" VALUES (7, 'Sea', 'Ann', 'waves')""",
+    )
+    put(cache, [7])
+    load(database, cache)
+    source = find_source(database, SourceNames("Songs", name_column=column))
+    hits = search_songs(database, source, SPEC, make_vector(7))
+    assert [(hit.song_id, hit.name, hit.lyrics) for hit in hits] == [(7, "Sea", "waves")]
+
+
+def test_before_the_first_load_it_says_what_to_run(database: Database, songs: Callable[..., None]) -> None:
+    songs((1, "Sea", "Ann", None))
+    with pytest.raises(TableMismatchError, match="nothing is loaded yet.*`songvec run` first"):
+        search_songs(database, find_source(database, SourceNames()), SPEC, make_vector(1))
+
+
+@pytest.mark.parametrize("spec", [TableSpec("model-b", DIMENSIONS), TableSpec("model-a", 16)])
+def test_a_query_of_another_model_or_size_is_refused(
+    database: Database, source: SongsSource, spec: TableSpec
+) -> None:
+    with pytest.raises(TableMismatchError):
+        search_songs(database, source, spec, make_vector(1, dimensions=spec.dimensions))
+
+
+def test_a_query_carries_the_instruction_that_documents_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    embedder = RecordingEmbedder()
+    vector = embed_query(embedder, "a storm at sea")
+    assert embedder.texts == [f"Instruct: {TASK}\nQuery:a storm at sea"]
+    assert (vector.shape, vector.dtype, embedder.closed) == ((DIMENSIONS,), np.float32, True)
+
+
+def test_offline_a_query_is_its_words_alone() -> None:
+    offline = OfflineEmbedder(64)
+    expected = asyncio.run(offline.generate_embeddings_batch(["a storm at sea"])).embeddings[0]
+    np.testing.assert_array_equal(embed_query(offline, "a storm at sea"), expected)
+
+
+def test_an_embedder_that_fails_is_closed_too() -> None:
+    embedder = RecordingEmbedder(ProviderError("the key is wrong"))
+    with pytest.raises(ProviderError, match="the key is wrong"):
+        embed_query(embedder, "a storm at sea")
+    assert embedder.closed
