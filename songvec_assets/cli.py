@@ -120,10 +120,17 @@ def status(
         raise typer.Exit(EXIT_FAILED if measured.total.n_missing else 0)
     out.print(deployment.describe())
     table = Table("Songs by range", box=box.SIMPLE_HEAD)
-    for name in ("Songs", "Cached", "Set aside", "Loaded", "Missing"):
+    for name in ("Songs", "Cached", "Set aside", "Loaded", "Indexed", "Missing"):
         table.add_column(name, justify="right")
     for each in (*measured.ranges, measured.total):
-        counts = (each.n_songs, each.n_cached, each.n_set_aside, each.n_loaded, each.n_missing)
+        counts = (
+            each.n_songs,
+            each.n_cached,
+            each.n_set_aside,
+            each.n_loaded,
+            each.n_indexed,
+            each.n_missing,
+        )
         table.add_row(each.key, *(f"{count:,}" for count in counts), style="bold" if each.key == "all" else None)
     out.print(table)
     index = measured.index

@@ -24,6 +24,7 @@ class RangeStatus:
         n_cached: with a vector in the cache.
         n_set_aside: that cannot be embedded, for a named reason.
         n_loaded: in the table, as its ledger says.
+        n_indexed: loaded and covered by a valid index.
     """
 
     key: str
@@ -31,6 +32,7 @@ class RangeStatus:
     n_cached: int
     n_set_aside: int
     n_loaded: int
+    n_indexed: int
 
     @property
     def n_missing(self) -> int:
@@ -66,6 +68,7 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
         max_set_aside: songs set aside to name.
     """
     songs, cache, loaded = deployment.store.songs, deployment.cache, loaded_ranges(deployment.database)
+    index = find_index(deployment.database)
     set_aside: list[tuple[int, str]] = []
     ranges = []
     for song_range in sorted({*snapshot_ranges(songs), *cache.ranges(), *loaded}):
@@ -84,9 +87,10 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
                 live.height - n_refused,
                 by_export.height + n_refused,
                 loaded.get(song_range, 0),
+                loaded.get(song_range, 0) if index else 0,
             )
         )
-    return Status(ranges, find_index(deployment.database), set_aside)
+    return Status(ranges, index, set_aside)
 
 
 def _read_set_aside(deployment: Deployment, song_range: SongIdRange) -> pl.DataFrame:
@@ -96,5 +100,5 @@ def _read_set_aside(deployment: Deployment, song_range: SongIdRange) -> pl.DataF
 
 def _sum(ranges: Iterable[RangeStatus]) -> RangeStatus:
     each = list(ranges)
-    names = ("n_songs", "n_cached", "n_set_aside", "n_loaded")
+    names = ("n_songs", "n_cached", "n_set_aside", "n_loaded", "n_indexed")
     return RangeStatus("all", *(sum(getattr(status, name) for status in each) for name in names))

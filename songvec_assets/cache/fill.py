@@ -4,6 +4,7 @@ What is stored is decided by (model, dimensions, text_hash) alone. Nothing count
 """
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -29,8 +30,9 @@ from songvec_assets.errors import (
     StoppedError,
     StoreError,
 )
+from songvec_assets.files import replace_atomically
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
-from songvec_assets.songs.export import load_songs_from_parquet, snapshot_path
+from songvec_assets.songs.export import load_songs_from_parquet, snapshot_digest, snapshot_path
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TextSpec, render_texts
 
@@ -54,7 +56,7 @@ class FillPlan:
     Attributes:
         range: which.
         n_songs: songs of the snapshot, those set aside by the export included.
-        n_unchanged: songs whose text is answered for already: by a vector, or by the provider's refusal.
+        n_unchanged: songs whose text has its vector already.
         gone: song_ids in the shard but no longer in the snapshot.
         reused: songs (song_id, text_hash, row) whose text has a vector in the shard under another or an older song.
         texts: what must be sent.
@@ -71,11 +73,6 @@ class FillPlan:
     n_changed: int
     n_truncated: int
     n_set_aside: int
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing is left to do."""
-        return not (self.gone or self.texts or self.reused.height)
 
 
 @dataclass
@@ -145,7 +142,7 @@ def compare_with_shard(song_range: SongIdRange, songs: pl.DataFrame, live: pl.Da
     return FillPlan(
         range=song_range,
         n_songs=songs.height,
-        n_unchanged=unchanged.height,
+        n_unchanged=unchanged.height - int(unchanged["refused"].sum()),
         gone=live.join(embeddable, on="song_id", how="anti")["song_id"].to_list(),
         reused=reused.select("song_id", "text_hash", "row"),
         texts=[
@@ -251,20 +248,45 @@ class Filler:
         return snapshot_path(self.songs_folder, song_range).exists() or self.cache.path_of(song_range).exists()
 
     async def _fill_range(self, report: FillReport) -> None:
+        done = self._read_mark(report.range)
+        if done is not None:
+            report.n_songs, report.n_unchanged, report.n_set_aside, report.n_truncated = done
+            return
         shard, plan = plan_fill(self.songs_folder, self.cache, report.range, self.spec)
         report.n_bytes_cut = shard.n_bytes_damaged
         report.n_songs, report.n_unchanged = plan.n_songs, plan.n_unchanged
         report.n_new, report.n_changed = plan.n_new, plan.n_changed
         report.n_truncated, report.n_set_aside = plan.n_truncated, plan.n_set_aside
-        if plan.is_done:
-            return
         if plan.texts:
             self._check_tail(plan)
             self.before_payment()
             self._embedder = self._embedder or self.embedder_factory()
         self._store_what_is_free(shard, plan, report)
-        await self._send_all(shard, plan, report)
+        if plan.texts:
+            await self._send_all(shard, plan, report)
         shard.compact_if_worth_it()
+        self._write_mark(report)
+
+    def _identity(self, song_range: SongIdRange) -> list[object]:
+        """What a completed fill depends on; it is told without reading a song or a vector."""
+        path = self.cache.path_of(song_range)
+        snapshot = snapshot_digest(snapshot_path(self.songs_folder, song_range))
+        return [snapshot, self.spec.identity, path.stat().st_size if path.exists() else 0]
+
+    def _read_mark(self, song_range: SongIdRange) -> list[int] | None:
+        """The counts of the last complete fill, where nothing it depends on has changed since."""
+        try:
+            mark = json.loads(self.cache.mark_of(song_range).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # a mark only saves time: without one, all is compared again
+            return None
+        return list(mark["counts"]) if mark["of"] == self._identity(song_range) else None
+
+    def _write_mark(self, report: FillReport) -> None:
+        n_answered = report.n_songs - report.n_set_aside
+        counts = [report.n_songs, n_answered, report.n_set_aside, report.n_truncated]
+        self.cache.folder.mkdir(parents=True, exist_ok=True)
+        with replace_atomically(self.cache.mark_of(report.range)) as file:
+            file.write(json.dumps({"of": self._identity(report.range), "counts": counts}).encode())
 
     def _check_tail(self, plan: FillPlan) -> None:
         if plan.range.is_tail and plan.n_songs > self.max_tail_songs:

@@ -87,6 +87,10 @@ class ModelCache:
         """Where a range's shard is."""
         return self.folder / f"{song_range.key}.arrow"
 
+    def mark_of(self, song_range: SongIdRange) -> Path:
+        """Where a complete fill of a range is marked: it saves the next one the comparison."""
+        return self.folder / f"{song_range.key}.json"
+
     def ranges(self) -> list[SongIdRange]:
         """The ranges that have a shard, in order."""
         return sorted(SongIdRange.from_key(path.stem) for path in self.folder.glob("*.arrow"))

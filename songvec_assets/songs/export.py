@@ -88,6 +88,13 @@ def load_songs_from_parquet(path: Path, columns: list[str] | None = None) -> pl.
     return pl.read_parquet(path, columns=columns)
 
 
+def snapshot_digest(path: Path) -> str | None:
+    """The identity of a snapshot's rows, from its footer; None where there is no file."""
+    if not path.exists():
+        return None
+    return str((pq.read_schema(path).metadata or {}).get(_DIGEST, b"").decode()) or None
+
+
 def get_max_cached_song_id(folder: Path) -> int | None:
     """The highest song_id of all snapshots, or None where there are none."""
     for song_range in reversed(snapshot_ranges(folder)):

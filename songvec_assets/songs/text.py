@@ -5,6 +5,7 @@ with an estimate, since a text that moved would be paid for again.
 """
 
 import string
+import unicodedata
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -30,6 +31,11 @@ class TextSpec:
     template: str = DEFAULT_TEMPLATE
     max_chars: int = 24_000
 
+    @property
+    def identity(self) -> str:
+        """What tells this way of rendering from every other."""
+        return hash_text(f"{self.max_chars}:{self.template}").hex()
+
     def __post_init__(self) -> None:
         try:
             fields = [field for _, field, _, _ in string.Formatter().parse(self.template) if field is not None]
@@ -54,14 +60,14 @@ def render_texts(songs: pl.DataFrame, spec: TextSpec) -> pl.DataFrame:
         Columns song_id (Int32), text (String, NFC, without surrounding white space), text_hash (Binary,
         16 bytes) and truncated (Boolean), in the order of `songs`.
     """
-    rendered = pl.concat_str(_pieces(spec.template)).str.normalize("NFC").str.strip_chars()
-    texts = songs.select("song_id", rendered.alias("text")).with_columns(
-        pl.col("text").str.head(spec.max_chars),
-        truncated=pl.col("text").str.len_chars() > spec.max_chars,
-    )
-    hashes = [hash_text(text) for text in texts["text"].to_list()]
-    return texts.with_columns(text_hash=pl.Series(hashes, dtype=pl.Binary)).select(
-        "song_id", "text", "text_hash", "truncated"
+    rendered = songs.select(pl.concat_str(_pieces(spec.template))).to_series().to_list()
+    # Python's NFC looks before it copies: 50,000 songs take 10 ms, polars' own takes a second
+    whole = [unicodedata.normalize("NFC", text).strip() for text in rendered]
+    texts = [text[: spec.max_chars] for text in whole]
+    return songs.select("song_id").with_columns(
+        text=pl.Series(texts, dtype=pl.String),
+        text_hash=pl.Series([hash_text(text) for text in texts], dtype=pl.Binary),
+        truncated=pl.Series([len(text) > spec.max_chars for text in whole], dtype=pl.Boolean),
     )
 
 

@@ -1,0 +1,40 @@
+"""The names kept from the system this grew from: importable where the README says, and the core's own."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+KEPT = {
+    "get_engine": "songvec_assets.postgres.engine",
+    "get_connection": "songvec_assets.postgres.engine",
+    "read_songs_from_postgres": "songvec_assets.songs.export",
+    "cache_songs_to_parquet": "songvec_assets.songs.export",
+    "load_songs_from_parquet": "songvec_assets.songs.export",
+    "get_max_cached_song_id": "songvec_assets.songs.export",
+    "EmbeddingClient": "songvec_assets.embedding.client",
+    "RateLimiter": "songvec_assets.embedding.limits",
+    "write_embeddings_to_file": "songvec_assets.cache.shards",
+    "read_embeddings_from_file": "songvec_assets.cache.shards",
+    "load_embeddings_from_cache": "songvec_assets.cache.shards",
+    "upload_cached_embeddings_to_database": "songvec_assets.vectors.table",
+    "store_embeddings_copy_bulk": "songvec_assets.vectors.table",
+    "store_embeddings_batch": "songvec_assets.vectors.table",
+}
+
+
+@pytest.mark.parametrize(("name", "module"), KEPT.items())
+def test_a_kept_name_is_where_the_readme_says(name: str, module: str) -> None:
+    found = getattr(importlib.import_module(module), name)
+    assert found.__module__ == module
+    rows = [
+        line for line in (Path(__file__).parents[1] / "README.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    row = next(line for line in rows if re.search(rf"`{name}[.`]", line))
+    assert f"`{module}`" in row
+
+
+def test_the_client_embeds_batches_under_its_kept_name() -> None:
+    client = importlib.import_module("songvec_assets.embedding.client").EmbeddingClient
+    assert callable(client.generate_embeddings_batch)
