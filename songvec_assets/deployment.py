@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from songvec_assets.cache.fill import Filler
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, open_store
 from songvec_assets.embedding.client import Embedder, EmbeddingClient
 from songvec_assets.embedding.limits import RateLimiter
@@ -158,6 +158,6 @@ class Deployment:
             def tell() -> None:
                 progress(Progress("embed songs", 0, 0, note=f"another run fills {song_range.key}: waiting for it"))
 
-            return hold_lock(self.database, f"fill {song_range.key}", on_wait=tell, check=self.stop.check)
+            return hold_lock(self.database, lock_name(song_range), on_wait=tell, check=self.stop.check)
 
         return lock

@@ -39,15 +39,20 @@ def ignore(_item):
 
 
 class Listener:
-    """Keeps what it is told; `heard` is set as soon as the caller surely waits for the step."""
+    """Keeps what it is told."""
 
     def __init__(self):
         self.items = []
-        self.heard = threading.Event()
+        self._heard = threading.Event()
 
     def __call__(self, item):
         self.items.append(item)
-        self.heard.set()
+        self._heard.set()
+
+    def wait(self):
+        """Let the worker go on when the caller waits for what it says next."""
+        assert self._heard.wait(LONG_S)
+        time.sleep(0.05)
 
 
 def never():
@@ -109,7 +114,7 @@ def test_an_interrupt_asks_the_step_to_stop_and_waits_while_it_still_reports():
 
     def work(emit):
         emit("started")
-        listener.heard.wait(LONG_S)
+        listener.wait()
         interrupt()
         stopping.wait(LONG_S)
         emit("stopping")
@@ -155,12 +160,42 @@ def test_an_interrupt_reaches_a_main_thread_that_waits_for_a_silent_step(release
     assert time.monotonic() - began < LONG_S / 4
 
 
+def test_an_interrupt_that_does_not_wake_the_caller_is_noticed_soon():
+    """A signal just before the caller falls asleep wakes nobody; one of another thread does so every time."""
+    stopping, listener, stopped_in_time = threading.Event(), Listener(), []
+
+    def work(emit):
+        emit("started")
+        listener.wait()
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        stopped_in_time.append(stopping.wait(3))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_worker(work, report=listener, stop=stopping.set)
+    assert stopped_in_time == [True]
+
+
+def test_an_interrupt_just_as_the_step_ends_does_not_wait_for_what_has_ended():
+    """It may fall between the end's arrival and its being looked at."""
+    listener = Listener()
+
+    def work(emit):
+        emit("started")
+        listener.wait()
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_in_worker(work, report=listener, stop=lambda: None, grace_s=4)
+    assert time.monotonic() - began < 3
+
+
 def test_an_interrupt_is_raised_even_where_the_step_still_ends_well():
     stopping, listener = threading.Event(), Listener()
 
     def work(emit):
         emit("started")
-        listener.heard.wait(LONG_S)
+        listener.wait()
         interrupt()
         stopping.wait(LONG_S)
         return "done after all"
@@ -175,7 +210,7 @@ def test_a_second_interrupt_abandons_the_step(release):
 
     def work(emit):
         emit("started")
-        listener.heard.wait(LONG_S)
+        listener.wait()
         interrupt()
         stopping.wait(LONG_S)
         time.sleep(0.3)  # the caller is in its grace by now
@@ -198,7 +233,7 @@ def test_a_step_that_does_not_stop_is_abandoned_after_its_grace(release):
 
     def work(emit):
         emit("started")
-        listener.heard.wait(LONG_S)
+        listener.wait()
         interrupt()
         release.wait(LONG_S)
 
@@ -213,7 +248,7 @@ def test_a_step_that_never_ceases_to_report_is_abandoned_after_its_grace_too(rel
 
     def work(emit):
         emit("started")
-        listener.heard.wait(LONG_S)
+        listener.wait()
         interrupt()
         while not release.wait(0.001):
             emit("still here")

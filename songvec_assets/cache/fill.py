@@ -16,6 +16,7 @@ import polars as pl
 from songvec_assets.cache.shards import (
     ModelCache,
     Shard,
+    discard_damaged_rows,
     load_embeddings_from_cache,
     write_embeddings_to_file,
 )
@@ -252,7 +253,11 @@ class Filler:
         if done is not None:
             report.n_songs, report.n_unchanged, report.n_set_aside, report.n_truncated = done
             return
+        # taken before the songs are read: an export that comes in between leaves a mark that does not fit
+        snapshot = self._snapshot(report.range)
         shard, plan = plan_fill(self.songs_folder, self.cache, report.range, self.spec)
+        if plan.reused.height and discard_damaged_rows(shard):
+            shard, plan = plan_fill(self.songs_folder, self.cache, report.range, self.spec)
         report.n_bytes_cut = shard.n_bytes_damaged
         report.n_songs, report.n_unchanged = plan.n_songs, plan.n_unchanged
         report.n_new, report.n_changed = plan.n_new, plan.n_changed
@@ -265,12 +270,14 @@ class Filler:
         if plan.texts:
             await self._send_all(shard, plan, report)
         shard.compact_if_worth_it()
-        self._write_mark(report)
+        self._write_mark(report, snapshot)
 
-    def _identity(self, song_range: SongIdRange) -> list[object]:
+    def _snapshot(self, song_range: SongIdRange) -> str | None:
+        return snapshot_digest(snapshot_path(self.songs_folder, song_range))
+
+    def _identity(self, song_range: SongIdRange, snapshot: str | None) -> list[object]:
         """What a completed fill depends on; it is told without reading a song or a vector."""
         path = self.cache.path_of(song_range)
-        snapshot = snapshot_digest(snapshot_path(self.songs_folder, song_range))
         return [snapshot, self.spec.identity, path.stat().st_size if path.exists() else 0]
 
     def _read_mark(self, song_range: SongIdRange) -> list[int] | None:
@@ -279,14 +286,14 @@ class Filler:
             mark = json.loads(self.cache.mark_of(song_range).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):  # a mark only saves time: without one, all is compared again
             return None
-        return list(mark["counts"]) if mark["of"] == self._identity(song_range) else None
+        return list(mark["counts"]) if mark["of"] == self._identity(song_range, self._snapshot(song_range)) else None
 
-    def _write_mark(self, report: FillReport) -> None:
+    def _write_mark(self, report: FillReport, snapshot: str | None) -> None:
         n_answered = report.n_songs - report.n_set_aside
         counts = [report.n_songs, n_answered, report.n_set_aside, report.n_truncated]
         self.cache.folder.mkdir(parents=True, exist_ok=True)
         with replace_atomically(self.cache.mark_of(report.range)) as file:
-            file.write(json.dumps({"of": self._identity(report.range), "counts": counts}).encode())
+            file.write(json.dumps({"of": self._identity(report.range, snapshot), "counts": counts}).encode())
 
     def _check_tail(self, plan: FillPlan) -> None:
         if plan.range.is_tail and plan.n_songs > self.max_tail_songs:

@@ -9,7 +9,6 @@ The format is an Arrow IPC stream without its end marker, so that appending a ba
 Embeddings are float32, (n, dimensions).
 """
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,8 @@ from songvec_assets.songs.text import TEXT_HASH_BYTES
 
 _DEAD_SHARE = 0.2
 _COMPACTED_ROWS = 2048
+_CONTINUATION = b"\xff\xff\xff\xff"
+_SCAN_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,16 @@ class Shard:
         self.path = path
         self.identity = identity
         self._batches: list[pa.RecordBatch] = []
-        self._size = 0
+        self._size = self._n_skipped = 0
         self._stale = False
         self._read()
 
     @property
     def n_bytes_damaged(self) -> int:
-        """Bytes after the last whole batch: a torn write, or damage. The next append cuts them off."""
-        return (self.path.stat().st_size if self.path.exists() else 0) - self._size
+        """Bytes that are no sound batch: a torn write at the end, which the next append cuts off, or damage between."""
+        if self._stale:
+            self._read()
+        return self._n_skipped + (self.path.stat().st_size if self.path.exists() else 0) - self._size
 
     def live_rows(self) -> pl.DataFrame:
         """Each song's last row, songs that are gone left out, ordered by song_id. Reads no vector.
@@ -208,30 +211,61 @@ class Shard:
         n_rows = sum(batch.num_rows for batch in self._batches)
         if n_rows - live.height <= _DEAD_SHARE * n_rows:
             return False
-        write_shard(self.path, self.identity, [(self, live)])
-        self._stale = True
+        write_shard(self.path, self.identity, self, live)
+        self._read()
         return True
 
     def _read(self) -> None:
-        """Map the file and take its whole batches."""
-        self._batches, self._size, self._stale = [], 0, False
+        """Map the file and take its whole batches; damaged stretches between them are passed over."""
+        self._batches, self._size, self._n_skipped, self._stale = [], 0, 0, False
+        header = self.identity.schema.serialize().to_pybytes()
         if not self.path.exists() or self.path.stat().st_size == 0:
             return
-        source = pa.memory_map(str(self.path))
-        try:
-            reader = pa.ipc.open_stream(source)
-        except (pa.ArrowInvalid, OSError):
-            return  # not even a whole schema: nothing in it was ever acknowledged
-        if not reader.schema.equals(self.identity.schema, check_metadata=True):
+        content = pa.memory_map(str(self.path)).read_buffer()
+        beginning = bytes(memoryview(content)[: len(header)])
+        if not header.startswith(beginning):
+            found = read_identity(self.path, self.identity.range)
             raise StoreError(
-                f"{self.path} holds {reader.schema.metadata}, expected {self.identity.schema.metadata}: something else "
-                "put it there; move it away, and the range is filled anew"
+                f"{self.path} holds {found or 'something damaged or foreign'}, expected {self.identity}: restore it from a "
+                "backup; or move it away, and its songs are embedded anew"
             )
-        self._size = source.tell()
-        with contextlib.suppress(StopIteration, pa.ArrowInvalid, OSError):
-            while True:
-                self._batches.append(reader.read_next_batch())
-                self._size = source.tell()
+        if len(beginning) < len(header):
+            return  # not even a whole schema: nothing in it was ever acknowledged
+        self._size = position = len(header)
+        while position < content.size:
+            found = self._read_batch(content, position)
+            if found is not None:
+                batch, end = found
+                self._batches.append(batch)
+                self._n_skipped += position - self._size
+                self._size = position = end
+            else:
+                position = _find_message(content, position + 8)
+
+    def _read_batch(self, content: pa.Buffer, position: int) -> tuple[pa.RecordBatch, int] | None:
+        """The batch whose message begins at `position`, and where it ends; None where there is no sound one."""
+        stream = pa.BufferReader(content.slice(position))
+        try:
+            batch = pa.ipc.read_record_batch(pa.ipc.read_message(stream), self.identity.schema)
+            # a flipped bit in a length or an offset would otherwise read outside of the file
+            batch.validate(full=True)
+        except (pa.ArrowInvalid, EOFError, OSError):
+            return None
+        return batch, position + stream.tell()
+
+
+def _find_message(content: pa.Buffer, position: int) -> int:
+    """Where the next message may begin: at a continuation marker, aligned to 8 bytes; the end where there is none."""
+    view = memoryview(content)
+    while position < content.size:
+        offset = bytes(view[position : position + _SCAN_BYTES]).find(_CONTINUATION)
+        if offset < 0:
+            position += _SCAN_BYTES - len(_CONTINUATION) + 1
+        elif (position + offset) % 8:
+            position += offset + 1
+        else:
+            return position + offset
+    return int(content.size)
 
 
 def load_embeddings_from_cache(cache: ModelCache, song_range: SongIdRange) -> tuple[Shard, pl.DataFrame]:
@@ -309,18 +343,36 @@ def discard_damaged_rows(shard: Shard) -> list[int]:
     return damaged
 
 
-def write_shard(path: Path, identity: ShardIdentity, sources: Sequence[tuple[Shard, pl.DataFrame]]) -> None:
-    """Write a new shard from live rows of others, in their order; it takes `path`'s place when it is whole."""
+def read_identity(path: Path, song_range: SongIdRange) -> ShardIdentity | None:
+    """What a range's shard says it holds; None where its beginning is not whole."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            metadata = pa.ipc.open_stream(source).schema.metadata
+        return ShardIdentity(metadata[b"model"].decode(), int(metadata[b"dimensions"]), song_range)
+    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def lock_name(song_range: SongIdRange) -> str:
+    """The lock that whoever writes a range's shard holds."""
+    return f"fill {song_range.key}"
+
+
+def write_shard(path: Path, identity: ShardIdentity, source: Shard, live: pl.DataFrame) -> None:
+    """Write a new shard from live rows of another, in their order; it takes `path`'s place when it is whole.
+
+    Rows keep their checksums: what a disk changed stays to be found.
+    """
     with replace_atomically(path) as file:
         file.write(identity.schema.serialize())
-        for source, live in sources:
-            for piece in live.iter_slices(_COMPACTED_ROWS):
-                for rows in (piece.filter(pl.col("reason").is_null()), piece.filter(pl.col("reason").is_not_null())):
-                    if not rows.height:
-                        continue
-                    ids, hashes, reasons = (rows[name].to_list() for name in ("song_id", "text_hash", "reason"))
-                    embeddings = source.embeddings_at(rows["row"].to_list()) if reasons[0] is None else None
-                    file.write(_build_batch(identity, ids, hashes, reasons, embeddings).serialize())
+        for piece in live.iter_slices(_COMPACTED_ROWS):
+            for rows in (piece.filter(pl.col("reason").is_null()), piece.filter(pl.col("reason").is_not_null())):
+                if not rows.height:
+                    continue
+                ids, hashes, reasons = (rows[name].to_list() for name in ("song_id", "text_hash", "reason"))
+                embeddings = source.embeddings_at(rows["row"].to_list()) if reasons[0] is None else None
+                checksums = rows["checksum"].to_numpy()
+                file.write(_build_batch(identity, ids, hashes, reasons, embeddings, checksums).serialize())
 
 
 def _build_batch(
@@ -329,6 +381,7 @@ def _build_batch(
     text_hashes: Sequence[bytes],
     reasons: Sequence[str | None],
     embeddings: Float32Matrix | None,
+    checksums: NDArray[np.uint64] | None = None,
 ) -> pa.RecordBatch:
     without_vector = np.full(len(song_ids), embeddings is None)
     if embeddings is None:
@@ -339,7 +392,7 @@ def _build_batch(
         [
             pa.array(ids),
             pa.array(text_hashes, pa.binary(TEXT_HASH_BYTES)),
-            pa.array(checksum_rows(ids, text_hashes, embeddings)),
+            pa.array(checksum_rows(ids, text_hashes, embeddings) if checksums is None else checksums),
             pa.array(reasons, pa.string()),
             pa.FixedSizeListArray.from_arrays(
                 pa.array(embeddings.reshape(-1)), identity.dimensions, mask=pa.array(without_vector)

@@ -7,20 +7,20 @@ embeddings/<model>-<dimensions>/<key>.arrow    shards
 
 import json
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
 
-from songvec_assets.cache.shards import ModelCache, Shard, ShardIdentity, write_shard
-from songvec_assets.errors import StoreError
+from songvec_assets.cache.shards import ModelCache, Shard, read_identity, write_shard
+from songvec_assets.errors import SettingsError, StoreError
 from songvec_assets.files import replace_atomically
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
 from songvec_assets.songs.ranges import Tiling
 
 _FACT = "store_id"
+_SCHEMA_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,13 @@ class Store:
         root: its folder.
         store_id: what the database knows it by.
         tiling: how it cuts song_ids.
+        bound: whether a database knows it.
     """
 
     root: Path
     store_id: str
     tiling: Tiling
+    bound: bool = False
 
     @property
     def songs(self) -> Path:
@@ -62,8 +64,8 @@ def open_store(root: Path, tiling: Tiling) -> Store:
         return store
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        store = Store(root, found["store_id"], Tiling(found["range_size"], found["song_id_stop"]))
-    except (ValueError, KeyError, TypeError) as error:
+        store = Store(root, found["store_id"], Tiling(found["range_size"], found["song_id_stop"]), found["bound"])
+    except (ValueError, KeyError, TypeError, SettingsError) as error:
         raise StoreError(
             f"{path} does not parse ({error}): restore it, or remove it and run `songvec adopt` to bind the store anew"
         ) from error
@@ -78,7 +80,7 @@ def open_store(root: Path, tiling: Tiling) -> Store:
         )
     if store.tiling.stop < tiling.stop:
         _cut_tails(store, tiling)
-        store = Store(root, store.store_id, tiling)
+        store = replace(store, tiling=tiling)
         _write(store)
     return store
 
@@ -87,11 +89,11 @@ def bind_store(store: Store, database: Database) -> None:
     """Let a new database and store know each other; refuse a pair that does not belong together.
 
     Raises:
-        StoreError: the database knows another store.
+        StoreError: the database knows another store, or none while the store is another database's.
     """
     with database.get_connection() as connection:
         known = read_fact(connection, _FACT)
-        if known is None:
+        if known is None and not store.bound:
             write_fact(connection, _FACT, store.store_id)
         elif known != store.store_id:
             raise StoreError(
@@ -99,12 +101,15 @@ def bind_store(store: Store, database: Database) -> None:
                 "SONGVEC_STORAGE or POSTGRES_URL to the pair that belongs together, or run `songvec adopt` to bind "
                 "this folder to this database"
             )
+    if not store.bound:
+        _write(replace(store, bound=True))
 
 
 def adopt_store(store: Store, database: Database) -> None:
     """Bind a store to a database, whatever that knew before."""
     with database.get_connection() as connection:
         write_fact(connection, _FACT, store.store_id)
+    _write(replace(store, bound=True))
 
 
 def _write(store: Store) -> None:
@@ -112,6 +117,7 @@ def _write(store: Store) -> None:
         "store_id": store.store_id,
         "range_size": store.tiling.width,
         "song_id_stop": store.tiling.stop,
+        "bound": store.bound,
     }
     with replace_atomically(store.root / "store.json") as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
@@ -119,15 +125,23 @@ def _write(store: Store) -> None:
 
 def _cut_tails(store: Store, tiling: Tiling) -> None:
     """Divide every model's tail shard into the new ranges. A crash leaves the old tail, and this is done again."""
-    for tail in sorted(store.root.glob(f"embeddings/*/{store.tiling.tail.key}.arrow")):
-        with pa.memory_map(str(tail)) as source:
-            metadata = pa.ipc.open_stream(source).schema.metadata
-        model, dimensions = metadata[b"model"].decode(), int(metadata[b"dimensions"])
-        shard = Shard(tail, ShardIdentity(model, dimensions, store.tiling.tail))
-        cache = store.embeddings(model, dimensions)
-        live = shard.live_rows()
+    for path in sorted(store.root.glob(f"embeddings/*/{store.tiling.tail.key}.arrow")):
+        identity = read_identity(path, store.tiling.tail)
+        if identity is None:
+            _remove_torn(path)
+            continue
+        shard = Shard(path, identity)
+        live, cache = shard.live_rows(), store.embeddings(identity.model, identity.dimensions)
         for song_range in (tile for tile in tiling if tile.start >= store.tiling.stop):
             rows = live.filter(pl.col("song_id").is_between(song_range.start, song_range.stop - 1))
             if rows.height:
-                write_shard(cache.path_of(song_range), ShardIdentity(model, dimensions, song_range), [(shard, rows)])
-        tail.unlink()
+                write_shard(cache.path_of(song_range), replace(identity, range=song_range), shard, rows)
+        cache.mark_of(identity.range).unlink(missing_ok=True)
+        path.unlink()
+
+
+def _remove_torn(path: Path) -> None:
+    """Remove a shard that a crash cut before its schema was whole; one row of any real model is longer than that."""
+    if path.stat().st_size > _SCHEMA_BYTES:
+        raise StoreError(f"{path} is damaged at its beginning: restore it from a backup, or move it away")
+    path.unlink()

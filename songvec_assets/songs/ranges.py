@@ -65,6 +65,8 @@ class Tiling:
     stop: int
 
     def __post_init__(self) -> None:
+        if self.width < 1 or self.stop < 1:
+            raise SettingsError(f"expected a range width and a stop of 1 or more, got {self.width} and {self.stop}")
         if self.stop % self.width:
             raise SettingsError(
                 f"SONGVEC_SONG_ID_STOP must be a multiple of SONGVEC_RANGE_SIZE: {self.stop} is not one of {self.width}"

@@ -27,6 +27,7 @@ from songvec_assets.cache.shards import (
     checksum_rows,
     discard_damaged_rows,
     load_embeddings_from_cache,
+    lock_name,
     read_embeddings_from_file,
 )
 from songvec_assets.embedding.wire import find_bad_vectors
@@ -119,11 +120,17 @@ def ensure_table(database: Database, spec: TableSpec) -> None:
             connection.execute(text("DROP TABLE IF EXISTS song_embeddings"))
             connection.execute(text("DELETE FROM songvec.loaded_ranges"))
         elif _check_table(connection, spec):
+            _record_spec(connection, spec)
             return
         define_table(spec).create(connection)
         # a vector of 2,000 values then stays in its row's page: no TOAST look-ups, and parallel index builds
         connection.execute(text("ALTER TABLE song_embeddings ALTER COLUMN embedding SET STORAGE PLAIN"))
         connection.execute(text("DELETE FROM songvec.loaded_ranges"))
+        _record_spec(connection, spec)
+
+
+def _record_spec(connection: sa.Connection, spec: TableSpec) -> None:
+    if _loaded_spec(connection) != spec:
         write_fact(connection, _FACT, {"model": spec.model, "column_type": spec.column_type})
 
 
@@ -225,8 +232,9 @@ def upload_cached_embeddings_to_database(
                 loads.append(_load_range(database, shard, vectors, spec, stop))
             except DamagedShardError as error:
                 damaged.append(str(error))
-                with hold_lock(database, song_range.key, on_wait=stop.check, check=stop.check):
-                    discard_damaged_rows(shard)
+                with hold_lock(database, lock_name(song_range), on_wait=stop.check, check=stop.check):
+                    # opened anew under the lock: a fill may have appended since
+                    discard_damaged_rows(load_embeddings_from_cache(cache, song_range)[0])
         done += vectors.height
         progress(Progress("load rows", done, 0, unit="rows", note=song_range.key))
     _vacuum_if_worth_it(database, sum(load.n_written + load.n_deleted for load in loads), done)

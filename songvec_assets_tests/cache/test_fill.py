@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.cache.fill import MAX_REFUSALS_IN_A_ROW, FillReport
-from songvec_assets.cache.shards import load_embeddings_from_cache
+from songvec_assets.cache.shards import discard_damaged_rows, load_embeddings_from_cache
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding import client as client_module
 from songvec_assets.errors import (
@@ -314,7 +314,7 @@ def test_a_run_with_nothing_to_do_sends_nothing_and_writes_nothing(
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     provider.reset_ledger()
     reports = fill(run())
-    assert [(report.n_unchanged, report.n_set_aside) for report in reports] == [(20, 2), (1, 0)]
+    assert [(report.n_unchanged, report.n_set_aside) for report in reports] == [(19, 2), (1, 0)]
     assert provider.ledger()["requests"] == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
 
@@ -336,6 +336,38 @@ def test_what_a_crash_tore_off_the_shard_is_sent_again_and_nothing_else(
     assert set(billed(provider)) == set(plain_texts(range(17, 25)).values())
     assert_stored(second, plain_texts(range(1, 25)))
     assert fill(run())[0].n_bytes_cut == 0
+
+
+def test_a_shard_that_is_gone_is_filled_anew_though_its_range_was_complete(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs(range(1, 9)))
+    first = run()
+    fill(first)
+    fill(run())
+    first.cache.path_of(FIRST).unlink()
+    second = run()
+    (report,) = fill(second)
+    assert (report.n_new, report.n_embedded) == (8, 8)
+    assert_stored(second, plain_texts(range(1, 9)))
+
+
+def test_rows_that_were_found_damaged_are_sent_again_and_no_others(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs(range(1, 25)))
+    first = run(max_request_texts=8, concurrency=1)
+    fill(first)
+    path = first.cache.path_of(FIRST)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1  # in the last vector
+    path.write_bytes(content)
+    shard, _ = load_embeddings_from_cache(first.cache, FIRST)
+    assert discard_damaged_rows(shard) == [24]
+    provider.reset_ledger()
+    second = run()
+    (report,) = fill(second)
+    assert (report.n_unchanged, report.n_embedded) == (23, 1)
+    assert billed(provider) == {plain_texts([24])[24]: 1}
+    assert_stored(second, plain_texts(range(1, 25)))
 
 
 def test_a_song_without_lyrics_and_one_with_empty_lyrics_share_a_text(
@@ -376,7 +408,7 @@ def test_a_refused_song_is_sent_again_only_when_its_text_changes(songs: Songs, r
     fill(run())
     provider.reset_ledger()
     (report,) = fill(run())
-    assert (report.n_unchanged, report.n_set_aside, report.set_aside) == (8, 1, [])
+    assert (report.n_unchanged, report.n_set_aside, report.set_aside) == (7, 1, [])
     assert provider.ledger()["requests"] == 0
     songs((5, "Cured", "Ann", "x"))
     last = run()

@@ -491,12 +491,3 @@ def test_a_model_cache_knows_its_ranges_in_their_order(tmp_path):
     _, live = load_embeddings_from_cache(cache, ranges[2])
     assert live["song_id"].to_list() == [1000]
     assert cache.path_of(ranges[2]).name == "000001000-max.arrow"
-
-
-def test_a_shard_written_from_two_others_holds_the_rows_chosen_of_each(tmp_path):
-    first, _ = write_log(tmp_path / "1.arrow", [Append("vectors", [1, 2], 1)])
-    second, _ = write_log(tmp_path / "2.arrow", [Append("vectors", [2, 3], 2), Append("set aside", [4], 3)])
-    chosen = [(first, first.live_rows().filter(pl.col("song_id") == 1)), (second, second.live_rows())]
-    write_shard(tmp_path / "both.arrow", IDENTITY, chosen)
-    expected = {1: content_of(first)[1], **content_of(second)}
-    assert content_of(open_shard(tmp_path / "both.arrow")) == expected

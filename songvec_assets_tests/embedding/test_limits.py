@@ -47,7 +47,9 @@ def make_limiter(database: Database) -> Iterator[LimiterMaker]:
 
 def forget(database: Database, hours: int) -> None:
     """Let it be so many hours since anything was granted."""
-    statement = "UPDATE songvec.rate_limits SET requests_at = requests_at - %s::interval, tokens_at = tokens_at - %s::interval"
+    statement = (
+        "UPDATE songvec.rate_limits SET requests_at = requests_at - %s::interval, tokens_at = tokens_at - %s::interval"
+    )
     execute(database.adbc_uri, statement, (f"{hours} hours", f"{hours} hours"))
 
 

@@ -73,7 +73,8 @@ class TestServer:
         configuration = (folder / "postgresql.conf").read_text()
         assert start_embedded_server(folder) == database
         other = start_elsewhere(
-            folder, 'print(database.url, execute(database.adbc_uri, "SELECT pg_postmaster_start_time()")[0][0], sep="|")'
+            folder,
+            'print(database.url, execute(database.adbc_uri, "SELECT pg_postmaster_start_time()")[0][0], sep="|")',
         )
         output, errors = other.communicate(timeout=60)
         assert output.strip() == f"{database.url}|{started_at(database)}", errors

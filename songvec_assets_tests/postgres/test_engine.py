@@ -234,9 +234,12 @@ class TestRefusals:
         assert "start the same command again" in str(caught.value)
 
     def test_an_error_past_sqlalchemy_is_turned_too_and_is_one_line(self, database: Database) -> None:
-        with pytest.raises(DatabaseError) as caught, database.get_connection() as connection:
-            with raw_cursor(connection) as cursor:
-                cursor.execute("SELECT no_such_column")
+        with (
+            pytest.raises(DatabaseError) as caught,
+            database.get_connection() as connection,
+            raw_cursor(connection) as cursor,
+        ):
+            cursor.execute("SELECT no_such_column")
         assert 'column "no_such_column" does not exist' in str(caught.value)
         assert "\n" not in str(caught.value)
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 import pytest
-import sqlalchemy as sa
 
 from songvec_assets.errors import DatabaseError, StoppedError
 from songvec_assets.postgres.engine import Database
@@ -77,7 +76,8 @@ class TestEnsureSchema:
         # rows that are written anew, were it only by an update, have a new xmin
         catalogue = """
             SELECT oid, xmin::text FROM pg_class WHERE relnamespace = 'songvec'::regnamespace
-            UNION ALL SELECT oid, xmin::text FROM pg_extension UNION ALL SELECT oid, xmin::text FROM pg_namespace ORDER BY 1
+            UNION ALL SELECT oid, xmin::text FROM pg_extension
+            UNION ALL SELECT oid, xmin::text FROM pg_namespace ORDER BY 1
         """
         before = execute(bare_url, catalogue)
         ensure_schema(database)
@@ -99,7 +99,9 @@ class TestEnsureSchema:
 
     def test_a_user_who_may_not_create_the_extension_is_told_who_may(self, bare_url: str) -> None:
         with as_role(Database(bare_url), database_right="CREATE, CONNECT") as seen:
-            with pytest.raises(DatabaseError, match="let a superuser run CREATE EXTENSION vector; in this database once"):
+            with pytest.raises(
+                DatabaseError, match="let a superuser run CREATE EXTENSION vector; in this database once"
+            ):
                 ensure_schema(seen)
             assert read_tables(bare_url) == set()
             execute(bare_url, "CREATE EXTENSION vector")

@@ -146,9 +146,7 @@ class TestContent:
         assert load_songs_from_parquet(snapshot_path(tmp_path, FIRST), ["song_id"]).columns == ["song_id"]
         assert get_max_cached_song_id(tmp_path) is None
 
-    def test_an_empty_table_gives_no_file(
-        self, database: Database, songs: Callable[..., None], tmp_path: Path
-    ) -> None:
+    def test_an_empty_table_gives_no_file(self, database: Database, songs: Callable[..., None], tmp_path: Path) -> None:
         songs()
         assert run(database, tmp_path).ranges == []
         assert list(tmp_path.iterdir()) == []
@@ -229,13 +227,14 @@ class TestUnchanged:
         assert counts_of(report)[SECOND.key] == (0, 0, 0, 2, True)
         assert [path.name for path in tmp_path.iterdir()] == [snapshot_path(tmp_path, FIRST).name]
 
+    @pytest.mark.parametrize("mode", ["all", "append"])
     def test_a_raised_stop_gives_the_tails_songs_files_of_their_own(
-        self, database: Database, songs: Callable[..., None], tmp_path: Path
+        self, database: Database, songs: Callable[..., None], tmp_path: Path, mode: export_module.ExportMode
     ) -> None:
         songs((1, "Sea", "Ann", None), (1001, "Hill", "Ben", None), (5000, "Moon", "Cy", None))
         run(database, tmp_path)
         source = find_source(database, SourceNames())
-        cache_songs_to_parquet(database, source, tmp_path, Tiling(width=100, stop=2_000))
+        cache_songs_to_parquet(database, source, tmp_path, Tiling(width=100, stop=2_000), mode)
         assert [each.key for each in snapshot_ranges(tmp_path)] == [
             "000000000-000000100", "000001000-000001100", "000002000-max"
         ]  # fmt: skip
@@ -272,7 +271,9 @@ class TestBadInput:
             INSERT INTO songs SELECT n, 'Sea', 'Ann', NULL FROM unnest(ARRAY[1, 2, 150, 151, 151]) n
             """,
         )
-        with pytest.raises(SourceError, match="column 'id' of songs must be unique, 151 is there more than once") as caught:
+        with pytest.raises(
+            SourceError, match="column 'id' of songs must be unique, 151 is there more than once"
+        ) as caught:
             run(database, tmp_path, SourceNames(song_id_column="id"))
         assert "SONGVEC_SONG_ID_COLUMN" in str(caught.value)
         assert [song_id for song_id, *_ in read(tmp_path)] == [1, 2]
@@ -296,9 +297,7 @@ class TestBadInput:
         songs((1, "Sea", "Ann", None), (150, "Hill", "Ben", None))
         stop, source = StopSignal(), find_source(database, SourceNames())
         with pytest.raises(StoppedError):
-            cache_songs_to_parquet(
-                database, source, tmp_path, TILING, progress=lambda _progress: stop.set(), stop=stop
-            )
+            cache_songs_to_parquet(database, source, tmp_path, TILING, progress=lambda _progress: stop.set(), stop=stop)
         assert names_of(tmp_path) == {1: "Sea"}
         run(database, tmp_path)
         assert names_of(tmp_path) == {1: "Sea", 150: "Hill"}
@@ -335,9 +334,7 @@ class TestAppend:
 
 class TestUpdatedAt:
     @pytest.mark.parametrize("kind", ["timestamp", "timestamptz", "date"])
-    def test_only_rows_newer_than_the_last_export_are_read(
-        self, database: Database, tmp_path: Path, kind: str
-    ) -> None:
+    def test_only_rows_newer_than_the_last_export_are_read(self, database: Database, tmp_path: Path, kind: str) -> None:
         change(
             database,
             f"""
@@ -391,9 +388,7 @@ class TestUpdatedAt:
         run(dated, tmp_path, DATED)
         assert names_of(tmp_path)[2] == "in the evening"
 
-    def test_rows_without_a_time_are_read_every_time_something_is_newer(
-        self, dated: Database, tmp_path: Path
-    ) -> None:
+    def test_rows_without_a_time_are_read_every_time_something_is_newer(self, dated: Database, tmp_path: Path) -> None:
         change(dated, "UPDATE songs SET at = NULL WHERE id = 2")
         run(dated, tmp_path, DATED)
         change(dated, "UPDATE songs SET name = 'untimed' WHERE id = 2")

@@ -27,7 +27,9 @@ class TestVectors:
 
     def test_a_mean_length_other_than_one_shows(self, database: Database) -> None:
         ensure_table(database, SPEC)
-        execute(database.adbc_uri, "INSERT INTO song_embeddings VALUES (1, '[3,4,0,0,0,0,0,0]'), (2, '[0,0,0,0,0,0,0,1]')")
+        execute(
+            database.adbc_uri, "INSERT INTO song_embeddings VALUES (1, '[3,4,0,0,0,0,0,0]'), (2, '[0,0,0,0,0,0,0,1]')"
+        )
         assert audit_vectors(database, SPEC) == VectorAudit(2, [], 3.0)
 
     @pytest.mark.parametrize("spec", [SPEC, HALF])

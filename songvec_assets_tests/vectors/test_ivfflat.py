@@ -43,9 +43,8 @@ def fill(database: Database, first: int, last: int, spec: TableSpec = SPEC) -> N
     execute(
         database.adbc_uri,
         f"""
-        INSERT INTO song_embeddings SELECT n, made.vector::vector::{spec.vector_type}
-        FROM generate_series({first}, {last}) n,
-             LATERAL (SELECT array_agg(random() - 0.5) AS vector FROM generate_series(1, {spec.dimensions} + 0 * n)) made
+        INSERT INTO song_embeddings SELECT n, array_agg(random() - 0.5)::vector::{spec.vector_type}
+        FROM generate_series({first}, {last}) n, generate_series(1, {spec.dimensions}) GROUP BY n
         """,
     )
     count_changes(database, last - first + 1)
@@ -71,9 +70,9 @@ def read_indexes(database: Database) -> dict[str, tuple[bool, str]]:
 
 def read_identity(database: Database) -> tuple:
     """Object and file of the index: both change when it is built anew."""
-    return execute(
-        database.adbc_uri, "SELECT oid, relfilenode FROM pg_class WHERE relname = 'embeddings_ivfflat_idx'"
-    )[0]
+    return execute(database.adbc_uri, "SELECT oid, relfilenode FROM pg_class WHERE relname = 'embeddings_ivfflat_idx'")[
+        0
+    ]
 
 
 def definition(lists: int, opclass: str = "vector_cosine_ops") -> str:
@@ -278,7 +277,7 @@ class TestBuild:
         with pytest.raises(TableMismatchError, match="materialize song_embeddings_table first"):
             build_index(database, SPEC)
         ensure_table(database, SPEC)
-        with pytest.raises(TableMismatchError, match="empty: .* load it first"):
+        with pytest.raises(TableMismatchError, match=r"empty: .* load it first"):
             build_index(database, SPEC)
         assert read_indexes(database) == {}
 

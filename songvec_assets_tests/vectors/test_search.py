@@ -113,9 +113,7 @@ def test_a_search_leaves_no_setting_behind_in_the_connection_it_used(database: D
         assert connection.scalar(sa.text("SHOW ivfflat.probes")) == "1"
 
 
-def test_halfvec_tables_are_searched_alike(
-    database: Database, songs: Callable[..., None], cache: ModelCache
-) -> None:
+def test_halfvec_tables_are_searched_alike(database: Database, songs: Callable[..., None], cache: ModelCache) -> None:
     spec = TableSpec("model-a", DIMENSIONS, "halfvec")
     songs(*((song_id, "Song", "Ann", None) for song_id in range(1, 101)))
     put(cache, range(1, 101))
@@ -126,7 +124,7 @@ def test_halfvec_tables_are_searched_alike(
     assert [hit.similarity for hit in hits] == pytest.approx([similarity for _, similarity in expected], abs=2e-3)
 
 
-@pytest.mark.parametrize("column", ["Naïve \"name\"", "100%", "%(name)s", ":name"])
+@pytest.mark.parametrize("column", ['Naïve "name"', "100%", "%(name)s", ":name"])
 def test_a_source_with_odd_names_is_searched(database: Database, cache: ModelCache, column: str) -> None:
     quoted = column.replace('"', '""')
     execute(
@@ -143,19 +141,17 @@ def test_a_source_with_odd_names_is_searched(database: Database, cache: ModelCac
 
 def test_before_the_first_load_it_says_what_to_run(database: Database, songs: Callable[..., None]) -> None:
     songs((1, "Sea", "Ann", None))
-    with pytest.raises(TableMismatchError, match="nothing is loaded yet.*`songvec run` first"):
+    with pytest.raises(TableMismatchError, match=r"nothing is loaded yet.*`songvec run` first"):
         search_songs(database, find_source(database, SourceNames()), SPEC, make_vector(1))
 
 
 @pytest.mark.parametrize("spec", [TableSpec("model-b", DIMENSIONS), TableSpec("model-a", 16)])
-def test_a_query_of_another_model_or_size_is_refused(
-    database: Database, source: SongsSource, spec: TableSpec
-) -> None:
+def test_a_query_of_another_model_or_size_is_refused(database: Database, source: SongsSource, spec: TableSpec) -> None:
     with pytest.raises(TableMismatchError):
         search_songs(database, source, spec, make_vector(1, dimensions=spec.dimensions))
 
 
-def test_a_query_carries_the_instruction_that_documents_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_query_carries_the_instruction_that_documents_do_not() -> None:
     embedder = RecordingEmbedder()
     vector = embed_query(embedder, "a storm at sea")
     assert embedder.texts == [f"Instruct: {TASK}\nQuery:a storm at sea"]

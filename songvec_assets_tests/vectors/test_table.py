@@ -371,7 +371,9 @@ class TestDamage:
     ) -> None:
         put(cache, [*range(20), *range(100, 120), *range(200, 220)])
         damage(cache, 107)
-        with pytest.raises(DamagedShardError, match=r"song_id 107,.*materialize embedding_cache for 000000100") as caught:
+        with pytest.raises(
+            DamagedShardError, match=r"song_id 107,.*materialize embedding_cache for 000000100"
+        ) as caught:
             load(database, cache)
         assert str(cache.path_of(SECOND)) in str(caught.value)
         assert read_vectors(database) == vectors_of([*range(20), *range(200, 220)])
@@ -514,9 +516,7 @@ class TestMismatch:
         assert loaded_spec(database) == other
         assert load(database, cache, other) == {FIRST.key: (2, 0, 0)}
 
-    def test_an_offline_table_of_the_embedded_database_gives_way(
-        self, database: Database, tmp_path: Path
-    ) -> None:
+    def test_an_offline_table_of_the_embedded_database_gives_way(self, database: Database, tmp_path: Path) -> None:
         embedded, offline = Database(database.url, embedded=True), TableSpec(OFFLINE_MODEL, DIMENSIONS)
         cache = ModelCache(tmp_path / "offline", offline.model, offline.dimensions)
         put(cache, [1, 2])
