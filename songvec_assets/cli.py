@@ -78,7 +78,7 @@ def estimate(
     refresh: Annotated[bool, typer.Option(help="Bring the snapshots up to date first; costs time, no money.")] = True,
 ) -> None:
     """Say what a run would cost: songs, tokens, dollars, hours. Spends nothing."""
-    from songvec_assets.cache.fill import estimate_fills, plan_fill
+    from songvec_assets.cache.plan import estimate_fills, plan_fill
     from songvec_assets.defs.reports import describe_seconds
     from songvec_assets.songs.export import cache_songs_to_parquet, snapshot_ranges
 

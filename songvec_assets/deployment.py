@@ -132,7 +132,7 @@ class Deployment:
             estimator=estimator,
             concurrency=self.settings.concurrency,
             lock_range=self._range_lock(progress),
-            max_tail_songs=self.tiling.width,
+            tiling=self.tiling,
             before_payment=lambda: check_table(self.database, self.table_spec),
             stop=self.stop,
             progress=progress,

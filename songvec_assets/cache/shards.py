@@ -5,8 +5,7 @@ that holds. A row has an embedding, or a reason (the song is set aside), or neit
 batches survive a crash at any byte: what follows the last whole one was never acknowledged, and is cut off by the next
 writer. A checksum over each row finds what a disk changed. Dead rows beyond a fifth are compacted away.
 
-The format is an Arrow IPC stream without its end marker, so that appending a batch is appending bytes.
-Embeddings are float32, (n, dimensions).
+Embeddings are float32, (n, dimensions). `format` has the bytes.
 """
 
 import os
@@ -17,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import xxhash
 from numpy.typing import NDArray
 
+from songvec_assets.cache.format import ShardIdentity, build_batch, checksum_rows, find_message, read_batch
 from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.errors import StoreError
 from songvec_assets.files import replace_atomically, sync_folder
@@ -27,32 +26,7 @@ from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TEXT_HASH_BYTES
 
 _DEAD_SHARE = 0.2
-_COMPACTED_ROWS = 2048
-_CONTINUATION = b"\xff\xff\xff\xff"
-_SCAN_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class ShardIdentity:
-    """What every row of a shard has in common; written into the file, refused where it differs."""
-
-    model: str
-    dimensions: int
-    range: SongIdRange
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The file's Arrow schema, this identity in its metadata."""
-        return pa.schema(
-            [
-                pa.field("song_id", pa.int32(), nullable=False),
-                pa.field("text_hash", pa.binary(TEXT_HASH_BYTES), nullable=False),
-                pa.field("checksum", pa.uint64(), nullable=False),
-                pa.field("reason", pa.string()),
-                pa.field("embedding", pa.list_(pa.float32(), self.dimensions)),
-            ],
-            metadata={"model": self.model, "dimensions": str(self.dimensions), "range": self.range.key},
-        )
+_PIECE_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -112,7 +86,7 @@ class Shard:
         self.path = path
         self.identity = identity
         self._batches: list[pa.RecordBatch] = []
-        self._size = self._n_skipped = 0
+        self._size = self._size_on_disk = self._n_skipped = 0
         self._stale = False
         self._read()
 
@@ -121,33 +95,42 @@ class Shard:
         """Bytes that are no sound batch: a torn write at the end, which the next append cuts off, or damage between."""
         if self._stale:
             self._read()
-        return self._n_skipped + (self.path.stat().st_size if self.path.exists() else 0) - self._size
+        return self._n_skipped + self._size_on_disk - self._size
+
+    def all_rows(self) -> pl.DataFrame:
+        """Every row ever appended, in the file's order. Reads no vector.
+
+        Returns:
+            Columns song_id (Int32), text_hash (Binary), checksum (UInt64), reason (String), has_vector (Boolean) and
+            row (Int64, the row's place in the file).
+        """
+        batches = self.batches()
+        schema = pa.schema([self.identity.schema.field(index) for index in range(4)])
+        narrow = pa.Table.from_batches([batch.select(schema.names) for batch in batches], schema)
+        has_vector = [np.asarray(batch.column("embedding").is_valid()) for batch in batches]
+        return pl.DataFrame(narrow).with_columns(
+            pl.col("text_hash").cast(pl.Binary),
+            has_vector=pl.Series(np.concatenate(has_vector) if batches else [], dtype=pl.Boolean),
+            row=pl.int_range(pl.len()),
+        )
 
     def live_rows(self) -> pl.DataFrame:
         """Each song's last row, songs that are gone left out, ordered by song_id. Reads no vector.
 
         Returns:
-            Columns song_id (Int32), text_hash (Binary), checksum (UInt64), reason (String; null: it has a vector) and
-            row (Int64, the row's place in the file).
+            The columns of `all_rows` but has_vector: a row without a reason has one.
         """
-        batches = self.batches()
-        narrow = pa.Table.from_batches(
-            [batch.select(["song_id", "text_hash", "checksum", "reason"]) for batch in batches],
-            pa.schema([self.identity.schema.field(index) for index in range(4)]),
-        )
-        has_vector = [np.asarray(batch.column("embedding").is_valid()) for batch in batches]
-        return (
-            pl.DataFrame(narrow)
-            .with_columns(
-                pl.col("text_hash").cast(pl.Binary),
-                has_vector=pl.Series(np.concatenate(has_vector) if batches else [], dtype=pl.Boolean),
-                row=pl.int_range(pl.len()),
-            )
-            .unique("song_id", keep="last")
-            .filter(pl.col("has_vector") | pl.col("reason").is_not_null())
-            .drop("has_vector")
-            .sort("song_id")
-        )
+        last = self.all_rows().unique("song_id", keep="last")
+        return last.filter(pl.col("has_vector") | pl.col("reason").is_not_null()).drop("has_vector").sort("song_id")
+
+    def find_sound(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """Those of some rows with a vector whose checksum fits what is stored. Reads their vectors."""
+        sound = [pl.Series([], dtype=pl.Boolean)]
+        for piece in rows.iter_slices(_PIECE_ROWS):
+            song_ids, text_hashes = piece["song_id"].to_numpy(), piece["text_hash"].to_list()
+            checksums = checksum_rows(song_ids, text_hashes, self.embeddings_at(piece["row"].to_list()))
+            sound.append(pl.Series(checksums == piece["checksum"].to_numpy()))
+        return rows.filter(pl.concat(sound))
 
     def batches(self) -> list[pa.RecordBatch]:
         """The stored batches, mapped, not read."""
@@ -156,7 +139,7 @@ class Shard:
         return self._batches
 
     def matrix(self, batch: pa.RecordBatch) -> Float32Matrix:
-        """A stored batch's vectors, mapped; rows without one are zero."""
+        """The vectors, mapped, of a stored batch that has them."""
         values: Float32Matrix = batch.column("embedding").values.to_numpy(zero_copy_only=True)
         return values.reshape(batch.num_rows, self.identity.dimensions)
 
@@ -184,14 +167,23 @@ class Shard:
         reason: str | None,
         embeddings: Float32Matrix | None,
     ) -> None:
-        """Append rows of one kind as one batch; when this returns they are on disk. No rows are no write."""
+        """Append rows of one kind as one batch; when this returns they are on disk. No rows are no write.
+
+        Raises:
+            StoreError: somebody else wrote the file since: the lock was lost. Nothing is written.
+        """
         if not len(song_ids):
             return
         reasons = [reason] * len(song_ids)
-        message = _build_batch(self.identity, song_ids, text_hashes, reasons, embeddings).serialize()
+        message = build_batch(self.identity, song_ids, text_hashes, reasons, embeddings).serialize()
         is_new = self._size == 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+            if os.fstat(file.fileno()).st_size != self._size_on_disk:
+                raise StoreError(
+                    f"{self.path} was changed by another process while this one filled it: its lock was lost, as when "
+                    "the database restarts. Start the same command again; what both have stored is kept"
+                )
             # what a crash left behind the last whole batch would hide all that follows
             file.truncate(self._size)
             file.seek(self._size)
@@ -200,7 +192,7 @@ class Shard:
             file.write(message)
             file.flush()
             os.fsync(file.fileno())
-            self._size = file.tell()
+            self._size = self._size_on_disk = file.tell()
         if is_new:
             sync_folder(self.path.parent)
         self._stale = True
@@ -217,55 +209,31 @@ class Shard:
 
     def _read(self) -> None:
         """Map the file and take its whole batches; damaged stretches between them are passed over."""
-        self._batches, self._size, self._n_skipped, self._stale = [], 0, 0, False
+        self._batches, self._stale = [], False
+        self._size = self._size_on_disk = self._n_skipped = 0
         header = self.identity.schema.serialize().to_pybytes()
         if not self.path.exists() or self.path.stat().st_size == 0:
             return
         content = pa.memory_map(str(self.path)).read_buffer()
+        self._size_on_disk = int(content.size)
         beginning = bytes(memoryview(content)[: len(header)])
         if not header.startswith(beginning):
-            found = read_identity(self.path, self.identity.range)
+            found = read_identity(self.path)
             raise StoreError(
-                f"{self.path} holds {found or 'something damaged or foreign'}, expected {self.identity}: restore it from a "
-                "backup; or move it away, and its songs are embedded anew"
+                f"{self.path} holds {found or 'something damaged or foreign'}, expected {self.identity}: restore it "
+                "from a backup; or move it away, and its songs are embedded anew"
             )
         if len(beginning) < len(header):
             return  # not even a whole schema: nothing in it was ever acknowledged
         self._size = position = len(header)
         while position < content.size:
-            found = self._read_batch(content, position)
-            if found is not None:
-                batch, end = found
-                self._batches.append(batch)
-                self._n_skipped += position - self._size
-                self._size = position = end
+            found_batch = read_batch(content, position, self.identity)
+            if found_batch is None:
+                position = find_message(content, position + 8)
             else:
-                position = _find_message(content, position + 8)
-
-    def _read_batch(self, content: pa.Buffer, position: int) -> tuple[pa.RecordBatch, int] | None:
-        """The batch whose message begins at `position`, and where it ends; None where there is no sound one."""
-        stream = pa.BufferReader(content.slice(position))
-        try:
-            batch = pa.ipc.read_record_batch(pa.ipc.read_message(stream), self.identity.schema)
-            # a flipped bit in a length or an offset would otherwise read outside of the file
-            batch.validate(full=True)
-        except (pa.ArrowInvalid, EOFError, OSError):
-            return None
-        return batch, position + stream.tell()
-
-
-def _find_message(content: pa.Buffer, position: int) -> int:
-    """Where the next message may begin: at a continuation marker, aligned to 8 bytes; the end where there is none."""
-    view = memoryview(content)
-    while position < content.size:
-        offset = bytes(view[position : position + _SCAN_BYTES]).find(_CONTINUATION)
-        if offset < 0:
-            position += _SCAN_BYTES - len(_CONTINUATION) + 1
-        elif (position + offset) % 8:
-            position += offset + 1
-        else:
-            return position + offset
-    return int(content.size)
+                self._batches.append(found_batch[0])
+                self._n_skipped += position - self._size
+                self._size = position = found_batch[1]
 
 
 def load_embeddings_from_cache(cache: ModelCache, song_range: SongIdRange) -> tuple[Shard, pl.DataFrame]:
@@ -311,19 +279,6 @@ def read_embeddings_from_file(shard: Shard, rows: pl.Series) -> Iterator[ShardRo
         yield ShardRows(*(arrays if len(here) == batch.num_rows else (array[here] for array in arrays)))
 
 
-def checksum_rows(
-    song_ids: NDArray[np.int32], text_hashes: Sequence[bytes], embeddings: Float32Matrix
-) -> NDArray[np.uint64]:
-    """A 64-bit checksum (XXH3) a row, over song_id, text_hash and the vector's bytes."""
-    prefixes = (song_id.tobytes() + text_hash for song_id, text_hash in zip(song_ids, text_hashes, strict=True))
-    seeds = (xxhash.xxh3_64_intdigest(prefix) for prefix in prefixes)
-    return np.fromiter(
-        (xxhash.xxh3_64_intdigest(row, seed=seed) for row, seed in zip(embeddings, seeds, strict=True)),
-        dtype=np.uint64,
-        count=len(song_ids),
-    )
-
-
 def discard_damaged_rows(shard: Shard) -> list[int]:
     """Mark rows whose checksum does not fit as gone, so that the next fill embeds those songs anew.
 
@@ -332,23 +287,17 @@ def discard_damaged_rows(shard: Shard) -> list[int]:
     Returns:
         Their song_ids.
     """
-    live = shard.live_rows()
-    text_hashes = dict(live.select("song_id", "text_hash").iter_rows())
-    damaged: list[int] = []
-    for rows in read_embeddings_from_file(shard, live.filter(pl.col("reason").is_null())["row"]):
-        hashes = [text_hashes[song_id] for song_id in rows.song_ids.tolist()]
-        wrong = checksum_rows(rows.song_ids, hashes, rows.embeddings) != rows.checksums
-        damaged.extend(rows.song_ids[wrong].tolist())
+    vectors = shard.live_rows().filter(pl.col("reason").is_null())
+    damaged = vectors.join(shard.find_sound(vectors), on="song_id", how="anti")["song_id"].to_list()
     shard.append_gone(damaged)
     return damaged
 
 
-def read_identity(path: Path, song_range: SongIdRange) -> ShardIdentity | None:
-    """What a range's shard says it holds; None where its beginning is not whole."""
+def read_identity(path: Path) -> ShardIdentity | None:
+    """What a shard says it holds; None where its beginning is not whole."""
     try:
         with pa.memory_map(str(path)) as source:
-            metadata = pa.ipc.open_stream(source).schema.metadata
-        return ShardIdentity(metadata[b"model"].decode(), int(metadata[b"dimensions"]), song_range)
+            return ShardIdentity.from_schema(pa.ipc.open_stream(source).schema)
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
         return None
 
@@ -365,38 +314,11 @@ def write_shard(path: Path, identity: ShardIdentity, source: Shard, live: pl.Dat
     """
     with replace_atomically(path) as file:
         file.write(identity.schema.serialize())
-        for piece in live.iter_slices(_COMPACTED_ROWS):
+        for piece in live.iter_slices(_PIECE_ROWS):
             for rows in (piece.filter(pl.col("reason").is_null()), piece.filter(pl.col("reason").is_not_null())):
                 if not rows.height:
                     continue
                 ids, hashes, reasons = (rows[name].to_list() for name in ("song_id", "text_hash", "reason"))
                 embeddings = source.embeddings_at(rows["row"].to_list()) if reasons[0] is None else None
                 checksums = rows["checksum"].to_numpy()
-                file.write(_build_batch(identity, ids, hashes, reasons, embeddings, checksums).serialize())
-
-
-def _build_batch(
-    identity: ShardIdentity,
-    song_ids: Sequence[int],
-    text_hashes: Sequence[bytes],
-    reasons: Sequence[str | None],
-    embeddings: Float32Matrix | None,
-    checksums: NDArray[np.uint64] | None = None,
-) -> pa.RecordBatch:
-    without_vector = np.full(len(song_ids), embeddings is None)
-    if embeddings is None:
-        embeddings = np.zeros((len(song_ids), identity.dimensions), dtype=np.float32)
-    ids = np.asarray(song_ids, dtype=np.int32)
-    embeddings = np.ascontiguousarray(embeddings, dtype="<f4")
-    return pa.record_batch(
-        [
-            pa.array(ids),
-            pa.array(text_hashes, pa.binary(TEXT_HASH_BYTES)),
-            pa.array(checksum_rows(ids, text_hashes, embeddings) if checksums is None else checksums),
-            pa.array(reasons, pa.string()),
-            pa.FixedSizeListArray.from_arrays(
-                pa.array(embeddings.reshape(-1)), identity.dimensions, mask=pa.array(without_vector)
-            ),
-        ],
-        schema=identity.schema,
-    )
+                file.write(build_batch(identity, ids, hashes, reasons, embeddings, checksums).serialize())

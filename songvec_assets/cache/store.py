@@ -126,7 +126,7 @@ def _write(store: Store) -> None:
 def _cut_tails(store: Store, tiling: Tiling) -> None:
     """Divide every model's tail shard into the new ranges. A crash leaves the old tail, and this is done again."""
     for path in sorted(store.root.glob(f"embeddings/*/{store.tiling.tail.key}.arrow")):
-        identity = read_identity(path, store.tiling.tail)
+        identity = read_identity(path)
         if identity is None:
             _remove_torn(path)
             continue

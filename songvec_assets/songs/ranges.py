@@ -3,7 +3,7 @@
 A range is written `000050000-000100000`; the open tail above the last stop is `016000000-max`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from songvec_assets.errors import SettingsError
@@ -85,14 +85,22 @@ class Tiling:
         """The open range above the last stop."""
         return SongIdRange(self.stop, MAX_SONG_ID + 1)
 
+    def check_tail(self, song_range: SongIdRange, n_songs: int) -> None:
+        """Refuse a tail with more songs than one range may hold.
+
+        Raises:
+            SettingsError: names the setting to raise.
+        """
+        if song_range == self.tail and n_songs > self.width:
+            raise SettingsError(
+                f"the open tail from song_id {self.stop} on holds {n_songs:,} songs, more than the {self.width:,} of one "
+                "range: raise SONGVEC_SONG_ID_STOP above the highest song_id and start the same command again; what the "
+                "tail's cache holds is kept"
+            )
+
     def range_of(self, song_id: int) -> SongIdRange:
         """The range that holds a song_id from 0 to MAX_SONG_ID."""
         if song_id >= self.stop:
             return self.tail
         start = song_id - song_id % self.width
         return SongIdRange(start, start + self.width)
-
-    def span(self, ranges: Iterable[SongIdRange]) -> list[SongIdRange]:
-        """All ranges from the first to the last of `ranges`, both included; none for none."""
-        given = sorted(ranges)
-        return [tile for tile in self if given[0] <= tile <= given[-1]] if given else []

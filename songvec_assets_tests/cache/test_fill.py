@@ -619,14 +619,26 @@ def test_of_two_runs_on_a_range_one_pays_and_the_other_waits(songs: Songs, run: 
     assert_stored(deployments[0], plain_texts(range(1, 41)))
 
 
-def test_runs_on_different_ranges_do_not_wait_for_each_other(songs: Songs, run: Run, database: Database) -> None:
+def test_runs_on_different_ranges_do_not_wait_for_each_other(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*plain_songs([1, 150]))
-    deployment = run()
-    export(deployment)
-    with hold_lock(database, f"fill {FIRST.key}", on_wait=lambda: None, check=lambda: None):
-        reports: list[FillReport] = []
-        deployment.filler().fill_ranges([SongIdRange(100, 200)], reports.append)
-    assert [report.n_embedded for report in reports] == [1]
+    provider.control(latency_s=0.3)
+    deployments = [run(), run()]
+    export(deployments[0])
+    notes: list[str] = []
+    reports: list[FillReport] = []
+
+    def work(deployment: Deployment, song_range: SongIdRange) -> None:
+        deployment.filler(progress=lambda told: notes.append(told.note)).fill_ranges([song_range], reports.append)
+
+    ranges = [FIRST, SongIdRange(100, 200)]
+    threads = [threading.Thread(target=work, args=each) for each in zip(deployments, ranges, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [report.n_embedded for report in reports] == [1, 1]
+    assert not any("another run" in note for note in notes)
+    assert provider.ledger()["max_in_flight"] == 2
 
 
 def test_a_run_that_waits_for_another_can_be_stopped(

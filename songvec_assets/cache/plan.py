@@ -1,0 +1,106 @@
+"""What a range's shard lacks against its snapshot, and what that will cost. Writes nothing."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from songvec_assets.cache.shards import ModelCache, Shard, load_embeddings_from_cache
+from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
+from songvec_assets.errors import StoreError
+from songvec_assets.songs.export import load_songs_from_parquet, snapshot_path
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.text import TextSpec, render_texts
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to send, and the songs that it stands for."""
+
+    text: str
+    text_hash: bytes
+    song_ids: list[int]
+
+
+@dataclass(frozen=True)
+class FillPlan:
+    """What a range lacks.
+
+    Attributes:
+        range: which.
+        n_songs: songs of the snapshot, those set aside by the export included.
+        n_unchanged: songs whose text has its vector already.
+        gone: song_ids in the shard but no longer in the snapshot.
+        reused: songs (song_id, text_hash, row) whose text has a vector in the shard, under another song or an older text.
+        texts: what must be sent.
+        n_new, n_changed, n_truncated, n_set_aside: songs; set aside by the export, or by the provider before.
+    """
+
+    range: SongIdRange
+    n_songs: int
+    n_unchanged: int
+    gone: list[int]
+    reused: pl.DataFrame
+    texts: list[Text]
+    n_new: int
+    n_changed: int
+    n_truncated: int
+    n_set_aside: int
+
+
+def plan_fill(songs_folder: Path, cache: ModelCache, song_range: SongIdRange, spec: TextSpec) -> tuple[Shard, FillPlan]:
+    """Compare a range's snapshot with its shard.
+
+    Raises:
+        StoreError: there is no snapshot: a shard alone does not say that its songs are gone.
+    """
+    path = snapshot_path(songs_folder, song_range)
+    if not path.exists():
+        raise StoreError(
+            f"range {song_range.key} has cached embeddings but no snapshot of its songs: materialize songs_parquet first"
+        )
+    songs = load_songs_from_parquet(path)
+    shard, live = load_embeddings_from_cache(cache, song_range)
+    embeddable = songs.filter(pl.col("set_aside").is_null())
+    texts = render_texts(embeddable, spec)
+    known = live.select("song_id", before=pl.col("text_hash"), refused=pl.col("reason").is_not_null())
+    compared = texts.join(known, on="song_id", how="left", maintain_order="left")
+    unchanged = compared.filter(pl.col("before") == pl.col("text_hash"))
+    missing = compared.filter(pl.col("before").ne_missing(pl.col("text_hash")))
+    # whatever was paid for serves again: another song's vector, and one that no longer holds (a lyric changed back)
+    stored = shard.all_rows().filter(pl.col("has_vector")).join(missing, on="text_hash", how="semi")
+    vectors = shard.find_sound(stored.unique("text_hash", keep="last")).select("text_hash", "row")
+    reused = missing.join(vectors, on="text_hash", how="inner", maintain_order="left")
+    to_send = (
+        missing.join(vectors, on="text_hash", how="anti", maintain_order="left")
+        .group_by("text_hash", maintain_order=True)
+        .agg(pl.col("text").first(), pl.col("song_id"))
+    )
+    n_refused = int(unchanged["refused"].sum())
+    return shard, FillPlan(
+        range=song_range,
+        n_songs=songs.height,
+        n_unchanged=unchanged.height - n_refused,
+        gone=live.join(embeddable, on="song_id", how="anti")["song_id"].to_list(),
+        reused=reused.select("song_id", "text_hash", "row"),
+        texts=[
+            Text(text, text_hash, song_ids)
+            for text_hash, text, song_ids in to_send.select("text_hash", "text", "song_id").iter_rows()
+        ],
+        n_new=missing["before"].null_count(),
+        n_changed=missing["before"].count(),
+        n_truncated=int(texts["truncated"].sum()),
+        n_set_aside=songs["set_aside"].count() + n_refused,
+    )
+
+
+def estimate_fills(plans: Iterable[FillPlan], price: Price, quota: Quota) -> Estimate:
+    """Tokens, dollars and hours of some plans together."""
+    estimator = TokenEstimator()
+    n_songs = n_texts = n_tokens = 0
+    for plan in plans:
+        n_songs += plan.n_songs
+        n_texts += len(plan.texts)
+        n_tokens += sum(estimator.estimate(len(each.text.encode()) for each in plan.texts))
+    return price.estimate(n_songs, n_texts, n_tokens, quota)
