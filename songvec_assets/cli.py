@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -17,10 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from songvec_assets.errors import SongvecError
+from songvec_assets.progress import Progress, run_in_worker
 from songvec_assets.settings import settings_table, variables
 
 if TYPE_CHECKING:
     from songvec_assets.deployment import Deployment
+    from songvec_assets.embedding.pricing import Estimate
     from songvec_assets.songs.ranges import SongIdRange
 
 app = typer.Typer(
@@ -52,8 +54,15 @@ def demo(
 ) -> None:
     """Fill an embedded Postgres with sample songs, run the whole graph on it, and search."""
     from songvec_assets.postgres.embedded import add_generated_songs
+    from songvec_assets.vectors.table import loaded_spec
 
     deployment = _deploy()
+    held = loaded_spec(deployment.database)
+    if held is not None and held.model != deployment.settings.model:
+        _fail(
+            f"the embedded database holds vectors of {held.model}, made with a key: the demo would put offline ones in "
+            "their place. Search them with `songvec search` and the key, or remove .songvec to begin anew"
+        )
     if songs:
         add_generated_songs(deployment.database, songs)
     _materialize(deployment, _span(deployment, None), "all", None)
@@ -84,14 +93,26 @@ def estimate(
 
     deployment = _deploy()
     store, tiling = deployment.store, deployment.tiling
-    with _showing_progress() as show:
+
+    def measure(show: Callable[[Progress], None]) -> "Estimate":
         if refresh:
-            cache_songs_to_parquet(deployment.database, deployment.source, store.songs, tiling, progress=show)
+            cache_songs_to_parquet(
+                deployment.database,
+                deployment.source,
+                store.songs,
+                tiling,
+                also=deployment.cache.ranges(),
+                progress=show,
+                stop=deployment.stop,
+            )
         plans = (
             plan_fill(store.songs, deployment.cache, each, deployment.text_spec)[1]
-            for each in sorted({*snapshot_ranges(store.songs), *deployment.cache.ranges()})
+            for each in snapshot_ranges(store.songs)
         )
-        result = estimate_fills(plans, deployment.price, deployment.quota)
+        return estimate_fills(plans, deployment.price, deployment.quota)
+
+    with _showing_progress() as show, _interruptible():
+        result = run_in_worker(measure, report=show, stop=deployment.cancel)
     table = Table(show_header=False, box=box.SIMPLE_HEAD)
     for name, value in {
         "Songs in the snapshot": f"{result.n_songs:,}",
@@ -175,9 +196,6 @@ def main() -> None:
         app()
     except SongvecError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        err.print("Interrupted. What was done is kept: the same command goes on from there.", style="yellow")
-        sys.exit(EXIT_INTERRUPTED)
 
 
 def _fail(message: str) -> NoReturn:
@@ -224,7 +242,7 @@ def _materialize(
     from songvec_assets.defs.headless import run_refresh_job
 
     out.print(deployment.describe())
-    with _showing_progress():
+    with _showing_progress(), _interruptible():
         result = run_refresh_job(defs.resolve_job_def("refresh"), span, mode, max_usd)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("Asset", no_wrap=True, min_width=21)
@@ -242,8 +260,9 @@ def _materialize(
 
 
 def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:
-    from songvec_assets.vectors.search import embed_query, search_songs
+    from songvec_assets.vectors.search import check_searchable, embed_query, search_songs
 
+    check_searchable(deployment.database, deployment.table_spec)
     vector = embed_query(deployment.embedder(), query)
     hits = search_songs(deployment.database, deployment.source, deployment.table_spec, vector, limit)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
@@ -255,6 +274,16 @@ def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:
         table.add_row(f"{hit.similarity:.3f}", *map(Text, (hit.name, hit.artist, first_line)))
     out.print(Text(f"“{query}”", style="bold"))
     out.print(table)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """End on Ctrl+C with a word about what is kept, before the command line's own silent exit."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("Interrupted. What was done is kept: the same command goes on from there.", style="yellow")
+        sys.exit(EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 The composition root below Dagster: the assets and the command line both start here. It decides nothing but that.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -55,9 +56,15 @@ class Deployment:
     @cached_property
     def store(self) -> Store:
         """The storage root, bound to the database."""
-        store = open_store(self.storage_root, self.tiling)
+        store = open_store(self.storage_root, self.tiling, guard=self._tail_lock)
         bind_store(store, self.database)
         return store
+
+    @contextlib.contextmanager
+    def _tail_lock(self, store: Store) -> Iterator[None]:
+        bind_store(store, self.database)
+        with self.lock_range(store.tiling.tail):
+            yield
 
     @property
     def storage_root(self) -> Path:
@@ -131,7 +138,7 @@ class Deployment:
             budget=Budget(self.price, self.settings.max_usd if max_usd is None else max_usd),
             estimator=estimator,
             concurrency=self.settings.concurrency,
-            lock_range=self._range_lock(progress),
+            lock_range=lambda song_range: self.lock_range(song_range, progress),
             tiling=self.tiling,
             before_payment=lambda: check_table(self.database, self.table_spec),
             stop=self.stop,
@@ -153,11 +160,12 @@ class Deployment:
             embedder = f"{each.model} at {each.fireworks_base_url}"
         return f"{self.database.describe()}, {embedder}, {each.embedding_dimensions} dimensions"
 
-    def _range_lock(self, progress: ReportProgress) -> Callable[[SongIdRange], AbstractContextManager[None]]:
-        def lock(song_range: SongIdRange) -> AbstractContextManager[None]:
-            def tell() -> None:
-                progress(Progress("embed songs", 0, 0, note=f"another run fills {song_range.key}: waiting for it"))
+    def lock_range(
+        self, song_range: SongIdRange, progress: ReportProgress = ignore_progress
+    ) -> AbstractContextManager[None]:
+        """Hold a range against every other run on this database."""
 
-            return hold_lock(self.database, lock_name(song_range), on_wait=tell, check=self.stop.check)
+        def tell() -> None:
+            progress(Progress("embed songs", 0, 0, note=f"another run fills {song_range.key}: waiting for it"))
 
-        return lock
+        return hold_lock(self.database, lock_name(song_range), on_wait=tell, check=self.stop.check)

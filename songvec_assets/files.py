@@ -2,16 +2,23 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+_LEFTOVER_S = 3600.0
+"""A temporary file that nobody wrote to for so long is of a process that was killed."""
 
 
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[BinaryIO]:
     """Write a file that takes `path`'s place, durably, when the block ends well; else nothing changes."""
-    # one name a process: a crash leaves at most one file behind, and the next writer overwrites none of another's
+    # one name a process, so that two writers never share a file
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        if time.time() - leftover.stat().st_mtime > _LEFTOVER_S:
+            leftover.unlink(missing_ok=True)
     try:
         with temporary.open("wb") as file:
             yield file

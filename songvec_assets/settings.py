@@ -70,6 +70,7 @@ def _setting(
 
 
 _MANY = 2**31 - 1
+_KEY_CHARACTERS = {chr(code) for code in range(0x21, 0x7F)}
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,9 @@ class Settings:
         """
         source = os.environ if environment is None else environment
         values = {each.name: read_setting(each, source) for each in fields(cls)}
-        values |= {name: value for name, value in overrides.items() if value is not None}
+        for name, value in overrides.items():
+            if value is not None:
+                values[name] = _parse(cls.__dataclass_fields__[name], str(value))
         settings = cls(**values)
         settings.check()
         return settings
@@ -196,6 +199,10 @@ class Settings:
                 f"pgvector indexes `vector` columns up to 2,000 dimensions, SONGVEC_EMBEDDING_DIMENSIONS is "
                 f"{self.embedding_dimensions}: lower it, or set SONGVEC_VECTOR_TYPE=halfvec (up to 4,000)"
             )
+        if not set(self.fireworks_api_key or "") <= _KEY_CHARACTERS:
+            raise SettingsError(
+                "FIREWORKS_API_KEY holds a space, a line end or a character that no key has: copy it again"
+            )
         if self.offline:
             return
         if self.postgres_url and not self.fireworks_api_key and self.fireworks_base_url == FIREWORKS_BASE_URL:
@@ -203,6 +210,10 @@ class Settings:
                 "POSTGRES_URL is set but FIREWORKS_API_KEY is not: put the key into the environment or into .env, "
                 "point FIREWORKS_BASE_URL at a server that needs none, or ask for offline vectors by name with "
                 f"SONGVEC_EMBEDDING_MODEL={OFFLINE_MODEL}"
+            )
+        if "@" in urlsplit(self.fireworks_base_url).netloc:
+            raise SettingsError(
+                "FIREWORKS_BASE_URL holds a user or password, which logs would show: use FIREWORKS_API_KEY"
             )
         if urlsplit(self.fireworks_base_url).scheme not in ("http", "https"):
             raise SettingsError(
@@ -228,14 +239,16 @@ def read_setting(setting: "Field[Any]", environment: Mapping[str, str]) -> Any:
     Raises:
         SettingsError: it does not parse; the message names the variable and, unless it is a secret, the value.
     """
-    variable, parse = setting.metadata["variable"], setting.metadata["parse"]
-    value = environment.get(variable, "").strip()
-    if not value:
-        return setting.default
+    value = environment.get(setting.metadata["variable"], "").strip()
+    return _parse(setting, value) if value else setting.default
+
+
+def _parse(setting: "Field[Any]", value: str) -> Any:
+    parse = setting.metadata["parse"]
     try:
         return parse(value)
     except ValueError as error:
-        raise SettingsError(f"{variable}: expected {parse.__doc__}, got {value!r}") from error
+        raise SettingsError(f"{setting.metadata['variable']}: expected {parse.__doc__}, got {value!r}") from error
 
 
 def settings_table() -> str:

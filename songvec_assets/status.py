@@ -1,17 +1,14 @@
 """What is exported, cached, loaded and indexed, by range: from footers, narrow columns and the ledger."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import polars as pl
-import pyarrow.parquet as pq
 
 from songvec_assets.cache.shards import load_embeddings_from_cache
 from songvec_assets.deployment import Deployment
 from songvec_assets.songs.export import load_songs_from_parquet, snapshot_path, snapshot_ranges
-from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.ivfflat import IndexFacts, find_index
-from songvec_assets.vectors.table import loaded_ranges
+from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,7 @@ class RangeStatus:
         n_set_aside: that cannot be embedded, for a named reason.
         n_loaded: in the table, as its ledger says.
         n_indexed: loaded and covered by a valid index.
+        n_missing: with neither a row in the table nor a reason.
     """
 
     key: str
@@ -33,11 +31,7 @@ class RangeStatus:
     n_set_aside: int
     n_loaded: int
     n_indexed: int
-
-    @property
-    def n_missing(self) -> int:
-        """Songs with neither a row in the table nor a reason."""
-        return max(0, self.n_songs - self.n_set_aside - self.n_loaded)
+    n_missing: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,8 @@ class Status:
     @property
     def total(self) -> RangeStatus:
         """The sum over all ranges."""
-        return _sum(self.ranges)
+        counts = [field.name for field in fields(RangeStatus) if field.name != "key"]
+        return RangeStatus("all", **{name: sum(getattr(each, name) for each in self.ranges) for name in counts})
 
 
 def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
@@ -67,38 +62,33 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
         deployment: whose.
         max_set_aside: songs set aside to name.
     """
-    songs, cache, loaded = deployment.store.songs, deployment.cache, loaded_ranges(deployment.database)
+    songs, cache = deployment.store.songs, deployment.cache
     index = find_index(deployment.database)
     set_aside: list[tuple[int, str]] = []
     ranges = []
-    for song_range in sorted({*snapshot_ranges(songs), *cache.ranges(), *loaded}):
-        by_export = _read_set_aside(deployment, song_range)
-        path = snapshot_path(songs, song_range)
-        n_songs = pq.read_metadata(path).num_rows if path.exists() else 0
-        _, live = load_embeddings_from_cache(cache, song_range)
-        by_provider = live.filter(pl.col("reason").is_not_null()).select("song_id", "reason")
-        for reasons in (by_export, by_provider):
-            set_aside.extend(reasons.head(max_set_aside - len(set_aside)).rows())
-        n_refused = by_provider.height
+    for song_range in sorted({*snapshot_ranges(songs), *cache.ranges(), *read_ledger(deployment.database)}):
+        snapshot = load_songs_from_parquet(snapshot_path(songs, song_range), ["song_id", "set_aside"])
+        live = load_embeddings_from_cache(cache, song_range)[1]
+        with deployment.database.get_connection("web") as connection:
+            rows = read_loaded_rows(connection, song_range)
+        loaded = pl.Series(dtype=pl.Int32) if rows is None else rows["song_id"]
+        refused = pl.concat(
+            [
+                snapshot.filter(pl.col("set_aside").is_not_null()).rename({"set_aside": "reason"}),
+                live.filter(pl.col("reason").is_not_null()).select("song_id", "reason"),
+            ]
+        )
+        answered = pl.concat([refused["song_id"], loaded])
+        set_aside.extend(refused.head(max_set_aside - len(set_aside)).rows())
         ranges.append(
             RangeStatus(
-                song_range.key,
-                n_songs,
-                live.height - n_refused,
-                by_export.height + n_refused,
-                loaded.get(song_range, 0),
-                loaded.get(song_range, 0) if index else 0,
+                key=song_range.key,
+                n_songs=snapshot.height,
+                n_cached=live["reason"].null_count(),
+                n_set_aside=refused.height,
+                n_loaded=len(loaded),
+                n_indexed=len(loaded) if index else 0,
+                n_missing=snapshot.filter(~pl.col("song_id").is_in(answered.to_list())).height,
             )
         )
     return Status(ranges, index, set_aside)
-
-
-def _read_set_aside(deployment: Deployment, song_range: SongIdRange) -> pl.DataFrame:
-    songs = load_songs_from_parquet(snapshot_path(deployment.store.songs, song_range), ["song_id", "set_aside"])
-    return songs.filter(pl.col("set_aside").is_not_null()).rename({"set_aside": "reason"})
-
-
-def _sum(ranges: Iterable[RangeStatus]) -> RangeStatus:
-    each = list(ranges)
-    names = ("n_songs", "n_cached", "n_set_aside", "n_loaded", "n_indexed")
-    return RangeStatus("all", *(sum(getattr(status, name) for status in each) for name in names))

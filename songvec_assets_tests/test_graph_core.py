@@ -12,8 +12,8 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.status import measure_status
 from songvec_assets.vectors.ivfflat import build_index
+from songvec_assets.vectors.load import RangeLoad, upload_cached_embeddings_to_database
 from songvec_assets.vectors.search import embed_query, search_songs
-from songvec_assets.vectors.table import RangeLoad, upload_cached_embeddings_to_database
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.provider import Provider, vector_of
 

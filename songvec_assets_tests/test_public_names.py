@@ -18,9 +18,9 @@ KEPT = {
     "write_embeddings_to_file": "songvec_assets.cache.shards",
     "read_embeddings_from_file": "songvec_assets.cache.shards",
     "load_embeddings_from_cache": "songvec_assets.cache.shards",
-    "upload_cached_embeddings_to_database": "songvec_assets.vectors.table",
-    "store_embeddings_copy_bulk": "songvec_assets.vectors.table",
-    "store_embeddings_batch": "songvec_assets.vectors.table",
+    "upload_cached_embeddings_to_database": "songvec_assets.vectors.load",
+    "store_embeddings_copy_bulk": "songvec_assets.vectors.load",
+    "store_embeddings_batch": "songvec_assets.vectors.load",
 }
 
 

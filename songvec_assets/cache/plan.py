@@ -32,8 +32,8 @@ class FillPlan:
         n_songs: songs of the snapshot, those set aside by the export included.
         n_unchanged: songs whose text has its vector already.
         gone: song_ids in the shard but no longer in the snapshot.
-        reused: songs (song_id, text_hash, row) whose text has a vector in the shard, under another song or an older text.
-        texts: what must be sent.
+        reused: songs (song_id, text_hash, row) whose text has a vector in the shard, under another song or an older
+        text. texts: what must be sent.
         n_new, n_changed, n_truncated, n_set_aside: songs; set aside by the export, or by the provider before.
     """
 
@@ -58,7 +58,7 @@ def plan_fill(songs_folder: Path, cache: ModelCache, song_range: SongIdRange, sp
     path = snapshot_path(songs_folder, song_range)
     if not path.exists():
         raise StoreError(
-            f"range {song_range.key} has cached embeddings but no snapshot of its songs: materialize songs_parquet first"
+            f"range {song_range.key} has cached embeddings but no snapshot: materialize songs_parquet first"
         )
     songs = load_songs_from_parquet(path)
     shard, live = load_embeddings_from_cache(cache, song_range)

@@ -7,6 +7,8 @@ embeddings/<model>-<dimensions>/<key>.arrow    shards
 
 import json
 import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,8 +52,15 @@ class Store:
         return ModelCache(folder, model, dimensions)
 
 
-def open_store(root: Path, tiling: Tiling) -> Store:
+def open_store(
+    root: Path, tiling: Tiling, guard: Callable[[Store], AbstractContextManager[object]] = nullcontext
+) -> Store:
     """Open a storage root, or make one; cut its tail anew where the stop was raised.
+
+    Args:
+        root: its folder.
+        tiling: how song_ids are to be cut.
+        guard: held while the tail is cut; keeps others from filling it.
 
     Raises:
         StoreError: it is cut into ranges of another width, or its stop is higher.
@@ -79,9 +88,10 @@ def open_store(root: Path, tiling: Tiling) -> Store:
             f"the tail of {root} begins at {store.tiling.stop}, SONGVEC_SONG_ID_STOP is {tiling.stop}: it may only grow"
         )
     if store.tiling.stop < tiling.stop:
-        _cut_tails(store, tiling)
-        store = replace(store, tiling=tiling)
-        _write(store)
+        with guard(store):
+            _cut_tails(store, tiling)
+            store = replace(store, tiling=tiling)
+            _write(store)
     return store
 
 

@@ -3,13 +3,13 @@
 import dagster as dg
 
 from songvec_assets.defs import reports
-from songvec_assets.defs.partitions import TILING, backfill_policy, song_id_ranges
+from songvec_assets.defs.partitions import TILING, one_run, ranges_policy, song_id_ranges
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, StorageResource, open_deployment
 from songvec_assets.defs.steps import Emit, FillRecorder, failing_clearly, run_step
 from songvec_assets.songs.export import ExportMode, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.ivfflat import build_index
-from songvec_assets.vectors.table import upload_cached_embeddings_to_database
+from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 
 GROUP = "songvec"
 
@@ -26,7 +26,7 @@ class FillConfig(dg.Config):
     max_usd: float | None = None
 
 
-@dg.asset(group_name=GROUP, kinds={"postgres", "parquet"}, backfill_policy=backfill_policy, code_version="1")
+@dg.asset(group_name=GROUP, kinds={"postgres", "parquet"}, backfill_policy=one_run, code_version="1")
 def songs_parquet(
     context: dg.AssetExecutionContext,
     config: ExportConfig,
@@ -46,8 +46,9 @@ def songs_parquet(
                 deployment.store.songs,
                 TILING,
                 config.mode,
-                emit,
-                deployment.stop,
+                also=deployment.cache.ranges(),
+                progress=emit,
+                stop=deployment.stop,
             ),
         )
         return dg.MaterializeResult(metadata=reports.describe_export(report))
@@ -57,7 +58,7 @@ def songs_parquet(
     group_name=GROUP,
     kinds={"fireworks", "arrow"},
     partitions_def=song_id_ranges,
-    backfill_policy=backfill_policy,
+    backfill_policy=ranges_policy,
     deps=[songs_parquet],
     code_version="1",
 )
@@ -84,7 +85,7 @@ def embedding_cache(
 @dg.asset(
     group_name=GROUP,
     kinds={"postgres", "pgvector"},
-    backfill_policy=backfill_policy,
+    backfill_policy=one_run,
     deps=[embedding_cache],
     code_version="1",
 )
@@ -111,7 +112,7 @@ def song_embeddings_table(
 @dg.asset(
     group_name=GROUP,
     kinds={"postgres", "pgvector"},
-    backfill_policy=backfill_policy,
+    backfill_policy=one_run,
     deps=[song_embeddings_table],
     code_version="1",
 )

@@ -14,9 +14,6 @@ TILING = Tiling(width=_SHAPE["range_size"], stop=_SHAPE["song_id_stop"])
 
 song_id_ranges = dg.StaticPartitionsDefinition([song_range.key for song_range in TILING])
 
-# one run takes any number of ranges; a deployment with many workers may want several runs
-backfill_policy = (
-    dg.BackfillPolicy.multi_run(_SHAPE["ranges_per_run"])
-    if _SHAPE["ranges_per_run"]
-    else dg.BackfillPolicy.single_run()
-)
+# one run takes any number of ranges; a deployment with many workers may want several runs of the partitioned asset
+one_run = dg.BackfillPolicy.single_run()
+ranges_policy = dg.BackfillPolicy.multi_run(_SHAPE["ranges_per_run"]) if _SHAPE["ranges_per_run"] else one_run

@@ -10,7 +10,8 @@ from songvec_assets.cache.fill import FillReport
 from songvec_assets.progress import Progress
 from songvec_assets.songs.export import ExportReport
 from songvec_assets.vectors.ivfflat import IndexReport
-from songvec_assets.vectors.table import RangeLoad, TableSpec
+from songvec_assets.vectors.load import RangeLoad
+from songvec_assets.vectors.table import TableSpec
 
 Metadata = dict[str, Any]
 _MAX_TABLE_ROWS = 50

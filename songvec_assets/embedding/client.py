@@ -8,7 +8,7 @@ import enum
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import openai
@@ -193,7 +193,7 @@ class EmbeddingClient:
     async def _request_patiently(self, texts: Sequence[str], dialect: _Dialect) -> EmbeddingBatch:
         n_bytes = sum(len(text.encode()) for text in texts)
         n_tokens = sum(self._estimator.estimate([n_bytes]))
-        deadline = time.monotonic() + self._patience_s
+        deadline = 0.0
         attempt = 0
         while True:
             await self._sleep(await asyncio.to_thread(self._limiter.reserve, n_tokens))
@@ -201,7 +201,8 @@ class EmbeddingClient:
                 body = await self._send(texts, dialect, timeout_s=60 + n_tokens / 200)
                 batch = decode_response(body, len(texts))
                 self._estimator.observe(n_bytes, batch.n_tokens)
-                return batch
+                # a server that does not say what it bills is held to the estimate, or no budget would ever bind
+                return batch if batch.n_tokens else replace(batch, n_tokens=n_tokens)
             except openai.APIStatusError as error:
                 action = action_for(error.status_code)
                 words = describe_refusal(error.status_code, error.response.text)
@@ -216,6 +217,8 @@ class EmbeddingClient:
             except (openai.APIConnectionError, MalformedResponseError) as error:
                 words, pause_s = str(error.__cause__ or error) or type(error).__name__, None
             # full jitter (Brooker 2015), so that many clients do not come back together
+            # waiting for the quota is no failure: patience begins with the first bad answer
+            deadline = deadline or time.monotonic() + self._patience_s
             wait_s = max(pause_s or 0, random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2**attempt)))
             attempt += 1
             self.n_retries += 1

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import quote, urlencode
 
 import psycopg2
 import sqlalchemy as sa
@@ -60,6 +61,8 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
         parsed = sa.make_url(normalize_url(url))
     except sa.exc.ArgumentError as error:
         raise SettingsError("POSTGRES_URL does not parse: percent-encode special characters in its password") from error
+    if "@" in (parsed.host or ""):
+        raise SettingsError("POSTGRES_URL has an @ in its password: percent-encode it as %40")
     pool = _POOLS[profile]
     return sa.create_engine(parsed, pool_pre_ping=profile != "batch", connect_args=_CONNECT_ARGS, **pool)
 
@@ -136,9 +139,14 @@ class Database:
 
     @property
     def adbc_uri(self) -> str:
-        """The URL as libpq reads it."""
-        url = sa.make_url(normalize_url(self.url)).set(drivername="postgresql")
-        return url.render_as_string(hide_password=False)
+        """The URL as libpq reads it: every part percent-encoded, which SQLAlchemy leaves undone for spaces."""
+        url = sa.make_url(normalize_url(self.url))
+        login = ":".join(quote(part, safe="") for part in (url.username, url.password) if part is not None)
+        host = f"[{url.host}]" if ":" in (url.host or "") else url.host or ""
+        query = urlencode(url.query, doseq=True, quote_via=quote)
+        port = f":{url.port}" if url.port else ""
+        database = quote(url.database or "", safe="")
+        return f"postgresql://{login}{'@' if login else ''}{host}{port}/{database}{'?' if query else ''}{query}"
 
     def describe(self) -> str:
         """Host, port and name without user and password, for logs and metadata."""

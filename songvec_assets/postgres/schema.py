@@ -120,6 +120,10 @@ def hold_lock(database: Database, name: str, on_wait: Callable[[], None], check:
         check: called while waiting; raises to give up.
     """
     with database.get_autocommit() as connection:
+        # the session is silent while the lock is held, for hours: a server that ends silent ones would end the lock
+        connection.execute(
+            text("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'")
+        )
         if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": lock_key(name)}):
             on_wait()
             while not connection.scalar(

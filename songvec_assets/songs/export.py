@@ -36,7 +36,7 @@ SNAPSHOT_SCHEMA = pa.schema(
         pa.field("set_aside", pa.string()),
     ]
 )
-_DIGEST, _WATERMARK = b"songvec.digest", b"songvec.updated_at"
+_DIGEST, _SOURCE, _WATERMARK = b"songvec.digest", b"songvec.source", b"songvec.updated_at"
 _BATCH_BYTES = 64 << 20
 
 
@@ -115,6 +115,7 @@ def cache_songs_to_parquet(
     folder: Path,
     tiling: Tiling,
     mode: ExportMode = "all",
+    also: Iterable[SongIdRange] = (),
     progress: ReportProgress = ignore_progress,
     stop: StopSignal | None = None,
 ) -> ExportReport:
@@ -126,27 +127,31 @@ def cache_songs_to_parquet(
         folder: of the snapshot files.
         tiling: how song_ids are cut into ranges.
         mode: `all` compares every range; `append` reads only above the highest song_id already there.
+        also: ranges that get a snapshot even where they hold no song: an empty one says that their songs are gone.
         progress: told the songs read so far.
         stop: ends the export between two ranges; those done stay.
 
     Raises:
         SourceError, DatabaseError: a range could not be read; those before it are done.
+        SettingsError: the open tail holds more songs than a range may.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _remove_foreign_cuts(folder, tiling)
     counts = count_ranges(database, source, tiling)
+    tiling.check_tail(tiling.tail, counts[tiling.tail].n_songs if tiling.tail in counts else 0)
     above = get_max_cached_song_id(folder) if mode == "append" else None
     report = ExportReport()
     if mode == "all":
         report.set_aside.update(count_unreachable_ids(database, source))
-    wanted = sorted({*counts, *(snapshot_ranges(folder) if mode == "all" else ())})
+    wanted = sorted({*counts, *(() if mode == "append" else (*snapshot_ranges(folder), *also))})
     wanted = [each for each in wanted if above is None or each.stop > above + 1]
     total, done = sum(counts[each].n_songs for each in wanted if each in counts), 0
     with _connect(database) as connection:
         for song_range in wanted:
             if stop:
                 stop.check()
-            exported = _export_range(connection, source, folder, song_range, counts.get(song_range), above)
+            count = counts.get(song_range, RangeCount(0))
+            exported = _export_range(connection, source, folder, song_range, count, above)
             report.ranges.append(exported)
             report.set_aside.update(_count_set_aside(folder, song_range) if exported.n_set_aside else {})
             done += exported.n_songs
@@ -185,30 +190,31 @@ def _export_range(
     source: SongsSource,
     folder: Path,
     song_range: SongIdRange,
-    count: RangeCount | None,
+    count: RangeCount,
     above: int | None,
 ) -> RangeExport:
     path = snapshot_path(folder, song_range)
-    if count is None:
-        before = load_songs_from_parquet(path, ["song_id"])
-        path.unlink(missing_ok=True)
-        return RangeExport(song_range, 0, n_gone=before.height, written=True)
     metadata = (pq.read_schema(path).metadata or {}) if path.exists() else {}
+    same_source = metadata.get(_SOURCE) == source.identity.encode()
     watermark = metadata.get(_WATERMARK, b"").decode() or None
-    songs = None
-    if watermark and source.updated_at and above is None:
-        if count.newest == watermark and pq.read_metadata(path).num_rows == count.n_songs:
+    songs, newest = None, count.newest
+    if above is not None and path.exists():
+        songs = _merge(path, _to_snapshot(read_songs_from_postgres(connection, source, song_range, above), source))
+        newest = watermark  # of the songs below nothing was read
+    elif watermark and same_source:
+        if count.newest == watermark and count.settled and pq.read_metadata(path).num_rows == count.n_songs:
             reasons = load_songs_from_parquet(path, ["set_aside"])["set_aside"]
             return RangeExport(song_range, len(reasons), n_set_aside=reasons.count())
         newer = read_songs_from_postgres(connection, source, song_range, updated_since=watermark)
         songs = _merge(path, _to_snapshot(newer, source))
         if songs.num_rows != count.n_songs:  # songs went, or a transaction came late: look at all of them
             songs = None
-    elif above is not None and path.exists():
-        songs = _merge(path, _to_snapshot(read_songs_from_postgres(connection, source, song_range, above), source))
     if songs is None:
         songs = _to_snapshot(read_songs_from_postgres(connection, source, song_range), source)
-    return _write_snapshot(path, song_range, songs, metadata, count.newest)
+    footer = {_DIGEST: _digest(songs), _SOURCE: source.identity.encode()}
+    return _write_snapshot(
+        path, song_range, songs, metadata, footer | ({_WATERMARK: newest.encode()} if newest else {})
+    )
 
 
 def _to_snapshot(table: pa.Table, source: SongsSource) -> pa.Table:
@@ -240,16 +246,15 @@ def _merge(path: Path, newer: pa.Table) -> pa.Table:
 
 
 def _write_snapshot(
-    path: Path, song_range: SongIdRange, songs: pa.Table, before: dict[bytes, bytes], newest: str | None
+    path: Path, song_range: SongIdRange, songs: pa.Table, before: dict[bytes, bytes], footer: dict[bytes, bytes]
 ) -> RangeExport:
-    digest = _digest(songs)
     n_set_aside = songs.num_rows - songs["set_aside"].null_count
-    if digest == before.get(_DIGEST) and (newest is None or _WATERMARK in before):
+    unchanged = footer[_DIGEST] == before.get(_DIGEST)
+    if unchanged and (_WATERMARK not in footer or (_WATERMARK in before and footer[_SOURCE] == before.get(_SOURCE))):
         return RangeExport(song_range, songs.num_rows, n_set_aside=n_set_aside)
     changes = compare_snapshots(load_songs_from_parquet(path), pl.DataFrame(songs))
-    metadata = {_DIGEST: digest, **({_WATERMARK: newest.encode()} if newest else {})}
     with replace_atomically(path) as file:
-        pq.write_table(songs.replace_schema_metadata(metadata), file, compression="zstd", compression_level=1)
+        pq.write_table(songs.replace_schema_metadata(footer), file, compression="zstd", compression_level=1)
     return RangeExport(song_range, songs.num_rows, **changes, n_set_aside=n_set_aside, written=True)
 
 
@@ -296,9 +301,3 @@ def _connect(database: Database) -> Iterator[adbc.Connection]:
             yield connection
     except adbc.Error as error:
         raise DatabaseError(describe_database_error(error)) from error
-
-
-def iter_snapshots(folder: Path, ranges: Iterable[SongIdRange]) -> Iterator[pl.DataFrame]:
-    """The snapshots of some ranges, one at a time."""
-    for song_range in ranges:
-        yield load_songs_from_parquet(snapshot_path(folder, song_range))

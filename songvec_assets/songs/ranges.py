@@ -93,9 +93,9 @@ class Tiling:
         """
         if song_range == self.tail and n_songs > self.width:
             raise SettingsError(
-                f"the open tail from song_id {self.stop} on holds {n_songs:,} songs, more than the {self.width:,} of one "
-                "range: raise SONGVEC_SONG_ID_STOP above the highest song_id and start the same command again; what the "
-                "tail's cache holds is kept"
+                f"the open tail from song_id {self.stop} on holds {n_songs:,} songs, more than the {self.width:,} of "
+                "one range: raise SONGVEC_SONG_ID_STOP above the highest song_id and start the same command again; "
+                "what the tail's cache holds is kept"
             )
 
     def range_of(self, song_id: int) -> SongIdRange:

@@ -7,8 +7,11 @@ import sqlalchemy as sa
 from psycopg2 import sql
 
 from songvec_assets.errors import SourceError
-from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
+
+OVERLAP = "1 hour"
+"""How long a transaction may be open and still be seen: its rows carry times before the newest one seen."""
 
 _ID_TYPES = ("smallint", "integer", "bigint")
 _TIME_TYPES = ("date", "timestamp without time zone", "timestamp with time zone")
@@ -49,13 +52,19 @@ class SongsSource:
     updated_at: str | None = None
     updated_at_type: str | None = None
 
+    @property
+    def identity(self) -> str:
+        """What tells this table and these columns from others."""
+        columns = (self.song_id, self.name, self.artist, self.lyrics, self.updated_at)
+        return " ".join((self.relation, *map(str, columns)))
+
     def select_statement(self, lowest: int, stop: int, updated_since: str | None = None) -> str:
         """SELECT of the songs with lowest <= song_id < stop, ordered by song_id."""
         newer = ""
         if updated_since is not None:
             # rows that were committed late carry a time before the newest one seen: look back an hour
             quoted = updated_since.replace("'", "''")
-            since = f"CAST('{quoted}' AS {self.updated_at_type}) - INTERVAL '1 hour'"
+            since = f"CAST('{quoted}' AS {self.updated_at_type}) - INTERVAL '{OVERLAP}'"
             newer = f" AND ({self.updated_at} >= {since} OR {self.updated_at} IS NULL)"
         return (
             f"SELECT {self.song_id}::bigint AS song_id, {self.name}::text AS name, {self.artist}::text AS artist, "
@@ -66,10 +75,17 @@ class SongsSource:
 
 @dataclass(frozen=True)
 class RangeCount:
-    """What the source holds in a range: songs, and the newest updated_at as text (None without such a column)."""
+    """What the source holds in a range.
+
+    Attributes:
+        n_songs: rows.
+        newest: the latest updated_at as text; None without such a column.
+        settled: whether that is over an hour old and no row lacks one: nothing older can still arrive.
+    """
 
     n_songs: int
     newest: str | None = None
+    settled: bool = False
 
 
 def find_source(database: Database, names: SourceNames) -> SongsSource:
@@ -124,13 +140,18 @@ def find_source(database: Database, names: SourceNames) -> SongsSource:
 
 def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dict[SongIdRange, RangeCount]:
     """Count the source's songs by range; ranges without songs are left out. Reads the id's index only, if it can."""
-    newest = f"max({source.updated_at})::text" if source.updated_at else "NULL"
-    with database.get_connection() as connection:
-        rows = connection.exec_driver_sql(
+    column = source.updated_at
+    newest = (
+        f"max({column})::text, max({column}) < now() - INTERVAL '{OVERLAP}' AND count(*) = count({column})"
+        if column
+        else "NULL, false"
+    )
+    with database.get_connection() as connection, raw_cursor(connection) as cursor:
+        cursor.execute(
             f"SELECT least({source.song_id}, {tiling.stop}) / {tiling.width} AS tile, count(*), {newest} "
             f"FROM {source.relation} WHERE {source.song_id} BETWEEN 0 AND {MAX_SONG_ID} GROUP BY tile"
         )
-        return {tiling.range_of(tile * tiling.width): RangeCount(n_songs, latest) for tile, n_songs, latest in rows}
+        return {tiling.range_of(tile * tiling.width): RangeCount(*counts) for tile, *counts in cursor}
 
 
 def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[str]:
@@ -140,12 +161,12 @@ def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[st
         "the id is negative": f"{source.song_id} < 0",
         "the id is NULL": f"{source.song_id} IS NULL",
     }
-    with database.get_connection() as connection:
-        counts = {
-            reason: connection.exec_driver_sql(f"SELECT count(*) FROM {source.relation} WHERE {where}").scalar_one()
-            for reason, where in reasons.items()
-        }
-    return Counter({reason: count for reason, count in counts.items() if count})
+    counts: Counter[str] = Counter()
+    with database.get_connection() as connection, raw_cursor(connection) as cursor:
+        for reason, where in reasons.items():
+            cursor.execute(f"SELECT count(*) FROM {source.relation} WHERE {where}")
+            counts[reason] = cursor.fetchone()[0]
+    return +counts
 
 
 def _find_table(connection: sa.Connection, name: str) -> tuple[str, str, dict[str, str]]:
@@ -182,7 +203,7 @@ def _find_primary_key(connection: sa.Connection, schema: str, table: str) -> lis
             SELECT a.attname
             FROM pg_index i
             JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = ANY (i.indkey)
+            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])
             WHERE i.indisprimary AND n.nspname = :schema AND c.relname = :table
         """),
         {"schema": schema, "table": table},

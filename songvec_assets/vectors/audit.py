@@ -8,7 +8,7 @@ from sqlalchemy import text
 
 from songvec_assets.embedding.wire import find_bad_vectors
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.ivfflat import INDEX, find_valid_index
+from songvec_assets.vectors.ivfflat import INDEX, find_valid_index, read_probes, set_probes
 from songvec_assets.vectors.table import TableSpec, define_table
 
 SAMPLE_ROWS = 1000
@@ -104,6 +104,7 @@ def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
     with database.get_connection() as connection:
         valid = find_valid_index(connection) is not None
         n_rows = int(connection.scalar(text("SELECT count(*) FROM song_embeddings")) or 0)
+        set_probes(connection, read_probes(connection))
         plan = connection.scalar(
             text(
                 "EXPLAIN (FORMAT JSON) SELECT song_id FROM song_embeddings "

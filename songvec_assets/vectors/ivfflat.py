@@ -79,7 +79,9 @@ def kmeans_bytes(lists: int, dimensions: int) -> int:
     return samples * vector + 3 * lists * vector + 4 * samples * lists + 4 * lists**2 + 8 * samples
 
 
-def reason_to_build(n_rows: int, lists: int, built: dict[str, int] | None, n_changed: int) -> str | None:
+def reason_to_build(
+    n_rows: int, lists: int, built: dict[str, int] | None, n_changed: int, exact: bool = False
+) -> str | None:
     """Why the index should be built now, or None.
 
     Args:
@@ -87,10 +89,11 @@ def reason_to_build(n_rows: int, lists: int, built: dict[str, int] | None, n_cha
         lists: that fit them.
         built: n_rows and lists of the valid index that is there, or None.
         n_changed: rows written or deleted since it was built.
+        exact: whether a person set the number of lists; then no other fits.
     """
     if built is None:
         return "there is none"
-    if abs(lists - built["lists"]) > _LISTS_OFF_BY * built["lists"]:
+    if abs(lists - built["lists"]) > (0 if exact else _LISTS_OFF_BY * built["lists"]):
         return f"{n_rows:,} rows want {lists:,} lists, it has {built['lists']:,}"
     if n_changed > _CHANGED_SHARE * n_rows:
         return f"{n_changed:,} rows changed since it was built, over a fifth of {n_rows:,}"
@@ -128,7 +131,7 @@ def build_index(
                 f"table {TABLE} is empty: an index built now would find nothing later; load it first"
             )
         wanted = choose_lists(n_rows, lists)
-        reason = reason_to_build(n_rows, wanted, built, n_changed)
+        reason = reason_to_build(n_rows, wanted, built, n_changed, exact=lists is not None)
         started = time.monotonic()
         if reason is not None:
             _build(database, spec, wanted, progress)
@@ -151,8 +154,20 @@ def find_index(database: Database) -> IndexFacts | None:
         if built is None:
             return None
         n_bytes = int(connection.scalar(text("SELECT pg_relation_size(to_regclass(:name))"), {"name": INDEX}) or 0)
-        probes = int(read_fact(connection, "probes") or choose_probes(built["lists"], built["n_rows"]))
+        probes = read_probes(connection) or choose_probes(built["lists"], built["n_rows"])
         return IndexFacts(built["n_rows"], built["lists"], probes, n_bytes)
+
+
+def read_probes(connection: sa.Connection) -> int | None:
+    """The lists that searches visit, as stored with the index; None before there is one."""
+    probes = read_fact(connection, "probes")
+    return None if probes is None else int(probes)
+
+
+def set_probes(connection: sa.Connection, probes: int | None) -> None:
+    """Let this transaction's searches visit so many lists; None leaves the server's default."""
+    if probes is not None:
+        connection.execute(text("SELECT set_config('ivfflat.probes', :probes, true)"), {"probes": str(probes)})
 
 
 def find_valid_index(connection: sa.Connection) -> dict[str, int] | None:

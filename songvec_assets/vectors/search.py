@@ -7,15 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
-from sqlalchemy import text
 
 from songvec_assets.embedding.client import Embedder
 from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.errors import TableMismatchError
-from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import read_fact
+from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs.source import SongsSource
-from songvec_assets.vectors.table import TableSpec, check_table, define_table, loaded_spec
+from songvec_assets.vectors.ivfflat import read_probes, set_probes
+from songvec_assets.vectors.table import TableSpec, define_table, loaded_spec
 
 TASK = "Given a description of a theme, a mood or a story, retrieve songs whose lyrics match it"
 
@@ -72,24 +71,41 @@ def search_songs(
     Raises:
         TableMismatchError: nothing is loaded yet, or the table holds another model.
     """
-    if loaded_spec(database) is None:
-        raise TableMismatchError("nothing is loaded yet, so nothing can be found: `songvec run` first")
-    check_table(database, spec)
+    check_searchable(database, spec)
     table = define_table(spec)
     distance = table.c.embedding.cosine_distance(embedding)
     nearest = sa.select(table.c.song_id, (1 - distance).label("similarity")).order_by(distance).limit(limit)
     with database.get_connection("web") as connection:
-        probes = probes or read_fact(connection, "probes")
-        if probes:
-            connection.execute(text("SELECT set_config('ivfflat.probes', :probes, true)"), {"probes": str(probes)})
+        set_probes(connection, probes or read_probes(connection))
         similarities: dict[int, float] = {song_id: similarity for song_id, similarity in connection.execute(nearest)}  # noqa: C416 - rows are no pairs to mypy
-        songs = connection.exec_driver_sql(
-            f"SELECT {source.song_id}, {source.name}, {source.artist}, {source.lyrics} FROM {source.relation} "
-            f"WHERE {source.song_id} = ANY (%s)",
-            (list(similarities),),
-        )
-        found = {
-            song_id: Hit(song_id, name, artist, lyrics, similarities[song_id])
-            for song_id, name, artist, lyrics in songs
-        }
+        songs = _read_songs(connection, source, list(similarities)) if similarities else {}
+    found = {song_id: Hit(song_id, *songs[song_id], similarities[song_id]) for song_id in songs}
     return [found[song_id] for song_id in similarities if song_id in found]
+
+
+def check_searchable(database: Database, spec: TableSpec) -> None:
+    """Refuse to search what is not there, or by vectors of another model; before a query is paid for.
+
+    Raises:
+        TableMismatchError: nothing is loaded yet, or the table holds another model, size or type.
+    """
+    loaded = loaded_spec(database)
+    if loaded is None:
+        raise TableMismatchError("nothing is loaded yet, so nothing can be found: `songvec run` first")
+    if loaded != spec:
+        raise TableMismatchError(
+            f"the table holds {loaded.column_type} by {loaded.model!r}, the configured embedder makes {spec.column_type} "
+            f"by {spec.model!r}: `songvec run` with it first, or set back the model (or the key) that filled the table"
+        )
+
+
+def _read_songs(
+    connection: sa.Connection, source: SongsSource, song_ids: list[int]
+) -> dict[int, tuple[str, str, str | None]]:
+    """Name, artist and lyrics of some songs; those that are gone are left out."""
+    with raw_cursor(connection) as cursor:
+        cursor.execute(
+            f"SELECT {source.song_id}, {source.name}, {source.artist}, {source.lyrics} FROM {source.relation} "
+            f"WHERE {source.song_id} IN ({', '.join(map(str, song_ids))})"
+        )
+        return {song_id: (name, artist, lyrics) for song_id, name, artist, lyrics in cursor}

@@ -170,7 +170,7 @@ def test_after_an_interrupt_no_request_starts_and_those_in_flight_are_stored(
     filling.begin()
     wait_for(lambda: provider.ledger()["requests"] >= 1 + CONCURRENCY)
     filling.interrupt()
-    filling.assert_interrupted(within_s=2)
+    filling.assert_interrupted(within_s=10)
     assert provider.ledger()["requests"] == 1 + CONCURRENCY
     assert len(stored(deployment)) == len(billed(provider)) == IN_FLIGHT
     provider.control()
@@ -192,13 +192,13 @@ def test_a_second_interrupt_ends_the_run_at_once(
     (filling,) = start(1)
     filling.begin()
     wait_for(lambda: len(billed(provider)) >= 1)
-    provider.control(latency_s=20)
+    provider.control(latency_s=60)
     wait_for(lambda: provider.ledger()["requests"] > 1 + CONCURRENCY)
     filling.interrupt()
     with pytest.raises(subprocess.TimeoutExpired):  # the first interrupt leaves what is in flight its time
         filling.process.wait(1)
     filling.interrupt()
-    filling.assert_interrupted(within_s=1)
+    filling.assert_interrupted(within_s=10)
     provider.control()
     kept = len(stored(deployment))
     assert kept >= REQUEST_TEXTS
@@ -221,7 +221,7 @@ def test_an_interrupt_does_not_wait_for_a_provider_that_is_down(
     filling.begin()
     wait_for(lambda: provider.ledger()["requests"] >= 1 + CONCURRENCY)
     filling.interrupt()
-    filling.assert_interrupted(within_s=1.5)
+    filling.assert_interrupted(within_s=10)
     assert provider.ledger()["requests"] == 1 + CONCURRENCY
 
 

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.cache.fill import MAX_REFUSALS_IN_A_ROW, FillReport
-from songvec_assets.cache.shards import discard_damaged_rows, load_embeddings_from_cache
+from songvec_assets.cache.shards import discard_damaged_rows, load_embeddings_from_cache, lock_name
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding import client as client_module
 from songvec_assets.errors import (
@@ -27,8 +27,8 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import Progress
 from songvec_assets.songs.export import cache_songs_to_parquet
-from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.vectors.table import upload_cached_embeddings_to_database
+from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets_tests.conftest import TILING, deploy
 from songvec_assets_tests.provider import Provider, running_provider, vector_of
 
@@ -253,8 +253,8 @@ def test_a_lyric_that_is_changed_back_has_the_vector_of_its_old_text_again(
     provider.reset_ledger()
     last = run()
     (report,) = fill(last)
-    assert (report.n_changed, report.n_unchanged) == (1, 19)
-    assert set(billed(provider)) <= {plain_texts([3])[3]}
+    assert (report.n_changed, report.n_unchanged, report.n_reused, report.n_embedded) == (1, 19, 1, 0)
+    assert provider.ledger()["requests"] == 0, "the old text was paid for"
     assert_stored(last, plain_texts(range(1, 21)))
     assert fill(run())[0].n_unchanged == 20
 
@@ -350,6 +350,19 @@ def test_a_shard_that_is_gone_is_filled_anew_though_its_range_was_complete(
     (report,) = fill(second)
     assert (report.n_new, report.n_embedded) == (8, 8)
     assert_stored(second, plain_texts(range(1, 9)))
+
+
+def test_a_shard_without_a_snapshot_is_left_as_it_is(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs(range(1, 9)))
+    first = run()
+    fill(first)
+    for snapshot in first.store.songs.glob("*.parquet"):
+        snapshot.unlink()
+    reports: list[FillReport] = []
+    run().filler().fill_ranges(list(TILING), reports.append)
+    assert [type(report.error) for report in reports] == [StoreError]
+    assert "songs_parquet" in str(reports[0].error)
+    assert_stored(first, plain_texts(range(1, 9)))
 
 
 def test_rows_that_were_found_damaged_are_sent_again_and_no_others(songs: Songs, run: Run, provider: Provider) -> None:
@@ -545,25 +558,24 @@ def test_a_tail_with_more_songs_than_a_range_is_refused_before_any_payment(
     provider.reset_ledger()
     songs(*plain_songs([TILING.stop + 5_000_000]))
     overfull = run()
-    reports, error = try_fill(overfull)
-    assert error is None
-    (report,) = reports
-    assert report.range.is_tail
-    assert isinstance(report.error, StoreError)
-    assert "SONGVEC_SONG_ID_STOP" in str(report.error)
-    assert "101" in str(report.error)
+    with pytest.raises(SongvecError, match=r"101 songs.*SONGVEC_SONG_ID_STOP"):
+        fill(overfull)
     assert provider.ledger()["requests"] == 0
     assert_stored(overfull, plain_texts(ids))
 
 
-def test_an_overfull_tail_does_not_keep_other_ranges_from_being_filled(
+def test_an_overfull_tail_that_was_exported_all_the_same_is_not_paid_for(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
     songs(*plain_songs([1, 2, *range(1000, 1101)]))
-    reports, error = try_fill(run())
-    assert error is None
-    assert [(report.range.start, report.n_embedded) for report in reports] == [(0, 2), (1000, 0)]
-    assert len(billed(provider)) == 2
+    deployment = run()
+    wider = Tiling(width=1000, stop=TILING.stop)
+    cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, wider)
+    reports: list[FillReport] = []
+    with pytest.raises(SongvecError, match=r"101 songs.*SONGVEC_SONG_ID_STOP") as caught:
+        deployment.filler().fill_ranges([TILING.tail], reports.append)
+    assert [(report.range, report.error) for report in reports] == [(TILING.tail, caught.value)]
+    assert provider.ledger()["requests"] == 0
 
 
 @pytest.mark.parametrize(
@@ -621,14 +633,17 @@ def test_of_two_runs_on_a_range_one_pays_and_the_other_waits(songs: Songs, run: 
 
 def test_runs_on_different_ranges_do_not_wait_for_each_other(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*plain_songs([1, 150]))
-    provider.control(latency_s=0.3)
+    provider.control(latency_s=0.5)
     deployments = [run(), run()]
     export(deployments[0])
+    begin = threading.Barrier(2)
     notes: list[str] = []
     reports: list[FillReport] = []
 
     def work(deployment: Deployment, song_range: SongIdRange) -> None:
-        deployment.filler(progress=lambda told: notes.append(told.note)).fill_ranges([song_range], reports.append)
+        filler = deployment.filler(progress=lambda told: notes.append(told.note))
+        begin.wait()
+        filler.fill_ranges([song_range], reports.append)
 
     ranges = [FIRST, SongIdRange(100, 200)]
     threads = [threading.Thread(target=work, args=each) for each in zip(deployments, ranges, strict=True)]
@@ -650,11 +665,11 @@ def test_a_run_that_waits_for_another_can_be_stopped(
     threading.Timer(0.3, deployment.cancel).start()
     started = time.monotonic()
     with (
-        hold_lock(database, f"fill {FIRST.key}", on_wait=lambda: None, check=lambda: None),
+        hold_lock(database, lock_name(FIRST), on_wait=lambda: None, check=lambda: None),
         pytest.raises(StoppedError),
     ):
         deployment.filler().fill_ranges([FIRST], lambda _: None)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     assert provider.ledger()["requests"] == 0
 
 

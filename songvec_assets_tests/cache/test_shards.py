@@ -13,16 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from songvec_assets.cache.format import ShardIdentity, checksum_rows
 from songvec_assets.cache.shards import (
     ModelCache,
     Shard,
-    ShardIdentity,
-    checksum_rows,
     discard_damaged_rows,
     load_embeddings_from_cache,
     read_embeddings_from_file,
     write_embeddings_to_file,
-    write_shard,
 )
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
@@ -247,7 +245,8 @@ FLIP_EVERY_BYTE = """
 import sys
 from pathlib import Path
 import polars as pl
-from songvec_assets.cache.shards import Shard, ShardIdentity, read_embeddings_from_file
+from songvec_assets.cache.shards import (Shard, read_embeddings_from_file)
+from songvec_assets.cache.format import (ShardIdentity)
 from songvec_assets.errors import SongvecError
 from songvec_assets.songs.ranges import SongIdRange
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import sqlalchemy as sa
 
 from songvec_assets.errors import DatabaseError, StoppedError
 from songvec_assets.postgres.engine import Database
@@ -192,6 +193,15 @@ class TestHoldLock:
             pid = "SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE locktype = 'advisory'"
             execute(database.adbc_uri, pid)
             raise KeyError("mine")
+
+    def test_the_roles_timeout_for_idle_sessions_does_not_end_it(self, database: Database) -> None:
+        with as_role(database) as seen:
+            role = sa.make_url(seen.url).username
+            execute(database.adbc_uri, f"ALTER ROLE {role} SET idle_session_timeout = '300ms'")
+            with hold_lock(seen, "range", on_wait=nothing, check=nothing):
+                time.sleep(0.8)
+                free = execute(database.adbc_uri, "SELECT pg_try_advisory_lock(%s)", (lock_key("range"),))
+                assert free == [(False,)]
 
     def test_a_lock_ends_with_its_process_even_one_that_was_killed(self, database: Database) -> None:
         waiting = threading.Event()

@@ -11,7 +11,8 @@ from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, 
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import hash_text
-from songvec_assets.vectors.table import RangeLoad, TableSpec, upload_cached_embeddings_to_database
+from songvec_assets.vectors.load import RangeLoad, upload_cached_embeddings_to_database
+from songvec_assets.vectors.table import TableSpec
 from songvec_assets_tests.administration import execute
 
 DIMENSIONS = 8

@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache.shards import (
-    ModelCache,
-    ShardRows,
-    load_embeddings_from_cache,
-    read_embeddings_from_file,
-)
+from songvec_assets.cache.shards import ModelCache, ShardRows, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.errors import (
     DamagedShardError,
     DatabaseError,
@@ -27,18 +22,13 @@ from songvec_assets.postgres.schema import hold_lock, read_fact
 from songvec_assets.progress import Progress, StopSignal
 from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets.songs.ranges import Tiling
-from songvec_assets.vectors.table import (
-    CHANGES_FACT,
-    TableSpec,
-    check_table,
-    count_table_rows,
-    ensure_table,
-    loaded_ranges,
-    loaded_spec,
+from songvec_assets.vectors.ledger import count_table_rows
+from songvec_assets.vectors.load import (
     store_embeddings_batch,
     store_embeddings_copy_bulk,
     upload_cached_embeddings_to_database,
 )
+from songvec_assets.vectors.table import CHANGES_FACT, TableSpec, check_table, ensure_table, loaded_ranges, loaded_spec
 from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.vectors.conftest import (
     DIMENSIONS,
