@@ -4,7 +4,7 @@ The composition root below Dagster: the assets and the command line both start h
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -162,7 +162,7 @@ class Deployment:
 
     def lock_range(
         self, song_range: SongIdRange, progress: ReportProgress = ignore_progress
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[Callable[[], None]]:
         """Hold a range against every other run on this database."""
 
         def tell() -> None:

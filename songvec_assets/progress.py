@@ -3,6 +3,8 @@
 A core function takes a `ReportProgress` and calls it as often as it likes; whoever shows it thins it out.
 """
 
+import contextlib
+import math
 import queue
 import threading
 import time
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 from songvec_assets.errors import StoppedError
+
+_POLL_S = 0.2
 
 Report = TypeVar("Report")
 Result = TypeVar("Result")
@@ -98,23 +102,34 @@ def run_in_worker(
         except BaseException as caught:  # noqa: BLE001 - it is raised again in the calling thread
             reports.put(_End(error=caught))
 
-    def follow(deadline: float | None) -> _End[Result] | None:
-        while deadline is None or time.monotonic() < deadline:
+    worker = threading.Thread(target=run, daemon=True, name="songvec-worker")
+
+    def follow(tell: Callable[[Report], None], deadline: float = math.inf) -> _End[Result] | None:
+        while time.monotonic() < deadline:
+            alive = worker.is_alive()
             try:
-                item = reports.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+                # short waits: a signal that another thread took wakes nobody here
+                item = reports.get(timeout=_POLL_S)
             except queue.Empty:
-                return None
+                if not alive:
+                    return None
+                continue
             if isinstance(item, _End):
                 return item
-            report(item)
+            tell(item)
         return None
 
-    threading.Thread(target=run, daemon=True, name="songvec-worker").start()
+    def tell_if_possible(item: Report) -> None:
+        # the listener may be what failed; the step still gets its grace, and the first error is the one raised
+        with contextlib.suppress(Exception):
+            report(item)
+
     try:
-        end = follow(None)
+        worker.start()
+        end = follow(report)
     except BaseException:
         stop()
-        follow(time.monotonic() + grace_s)
+        follow(tell_if_possible, time.monotonic() + grace_s)
         raise
     assert end is not None
     if end.error is not None:

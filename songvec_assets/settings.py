@@ -156,7 +156,7 @@ class Settings:
         "SONGVEC_LISTS", _whole(1, 32_768), "Lists of the IVFFlat index; unset: the square root of the rows"
     )
     song_id_stop: int = _setting(
-        "SONGVEC_SONG_ID_STOP", _whole(1, _MANY), "Where the open tail range begins; may only grow",
+        "SONGVEC_SONG_ID_STOP", _whole(1, 999_999_999), "Where the open tail range begins; may only grow",
         default=16_000_000, when="graph", identity=True,
     )  # fmt: skip
     range_size: int = _setting(

@@ -1,4 +1,4 @@
-"""Real parts for tests: an embedded Postgres with a database a test, cloned from a template; a provider in its process."""
+"""Real parts for tests: an embedded Postgres a database a test, cloned from a template; a provider in its process."""
 
 import getpass
 import os

@@ -171,7 +171,7 @@ def test_an_interrupt_that_does_not_wake_the_caller_is_noticed_soon():
         stopped_in_time.append(stopping.wait(3))
 
     with pytest.raises(KeyboardInterrupt):
-        run_in_worker(work, report=listener, stop=stopping.set)
+        run_in_worker(work, report=listener, stop=stopping.set, grace_s=1)
     assert stopped_in_time == [True]
 
 

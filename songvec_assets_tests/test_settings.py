@@ -164,6 +164,8 @@ def test_an_override_wins_over_its_variable_unless_it_is_none():
 def test_an_override_is_checked_like_a_variable():
     with pytest.raises(SettingsError, match="SONGVEC_EMBEDDING_DIMENSIONS"):
         Settings.from_environment({}, embedding_dimensions=3000)
+    with pytest.raises(SettingsError, match="SONGVEC_CONCURRENCY"):
+        Settings.from_environment({}, concurrency=0)
 
 
 def test_the_processs_own_environment_is_read_where_none_is_given(monkeypatch):
@@ -187,7 +189,10 @@ def test_no_secret_is_in_the_repr():
     "environment",
     [
         {"FIREWORKS_API_KEY": ""},
+        {"FIREWORKS_API_KEY": "fw_secret fw_secret"},
+        {"FIREWORKS_API_KEY": "“fw_secret”"},
         {"FIREWORKS_BASE_URL": "ftp://x"},
+        {"FIREWORKS_BASE_URL": "https://ann:geheim@host/v1"},
         {"SONGVEC_EMBEDDING_DIMENSIONS": "3000"},
         {"SONGVEC_CONCURRENCY": "x"},
     ],

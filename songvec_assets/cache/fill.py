@@ -82,7 +82,7 @@ class Filler:
         budget: stops before the request that would exceed it.
         estimator: of tokens; the embedder corrects it.
         concurrency: requests in flight at most.
-        lock_range: holds a range against other runs.
+        lock_range: holds a range against other runs; gives what raises when that hold was lost.
         tiling: how song_ids are cut.
         before_payment: called before a range's first request; raises to refuse.
         stop: once set, no further request starts.
@@ -97,7 +97,7 @@ class Filler:
     budget: Budget
     estimator: TokenEstimator
     concurrency: int
-    lock_range: Callable[[SongIdRange], AbstractContextManager[None]]
+    lock_range: Callable[[SongIdRange], AbstractContextManager[Callable[[], None]]]
     tiling: Tiling
     before_payment: Callable[[], None]
     stop: StopSignal
@@ -126,8 +126,8 @@ class Filler:
                     continue
                 filled = FillReport(song_range)
                 try:
-                    with self.lock_range(song_range):
-                        await self._fill_range(filled)
+                    with self.lock_range(song_range) as check_held:
+                        await self._fill_range(filled, check_held)
                     unavailable_before = unavailable_before and not filled.n_embedded
                 except (StoreError, ProviderUnavailableError) as error:
                     filled.error = error
@@ -150,7 +150,7 @@ class Filler:
     def _holds_anything(self, song_range: SongIdRange) -> bool:
         return snapshot_path(self.songs_folder, song_range).exists() or self.cache.path_of(song_range).exists()
 
-    async def _fill_range(self, report: FillReport) -> None:
+    async def _fill_range(self, report: FillReport, check_held: Callable[[], None]) -> None:
         done = self._read_mark(report.range)
         if done is not None:
             report.n_songs, report.n_unchanged, report.n_set_aside, report.n_truncated = done
@@ -168,7 +168,7 @@ class Filler:
             self._embedder = self._embedder or self.embedder_factory()
         self._store_what_is_free(shard, plan, report)
         if plan.texts:
-            await self._send_all(shard, plan, report)
+            await self._send_all(shard, plan, report, check_held)
         shard.compact_if_worth_it()
         self._write_mark(report, snapshot)
 
@@ -203,7 +203,7 @@ class Filler:
             write_embeddings_to_file(shard, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
         report.n_reused = plan.reused.height
 
-    async def _send_all(self, shard: Shard, plan: FillPlan, report: FillReport) -> None:
+    async def _send_all(self, shard: Shard, plan: FillPlan, report: FillReport, check_held: Callable[[], None]) -> None:
         tokens = self.estimator.estimate(len(each.text.encode()) for each in plan.texts)
         requests = [
             (plan.texts[piece], sum(tokens[piece]))
@@ -219,6 +219,7 @@ class Filler:
                 if failed or self.stop.is_set():
                     return
                 try:
+                    await asyncio.to_thread(check_held)
                     await self._send(shard, texts, n_tokens, report, writing)
                 except Exception as error:  # noqa: BLE001 - raised below, when the others have ended
                     failed.append(error)

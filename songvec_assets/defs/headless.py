@@ -77,6 +77,8 @@ def run_refresh_job(
             result = job.execute_in_process(instance=instance, tags=tags, run_config=config, raise_on_error=False)
         except dg.DagsterExecutionInterruptedError as error:
             raise KeyboardInterrupt from error
+    if any(_is_interrupt(event) for event in result.all_events):
+        raise KeyboardInterrupt
     return _summarize(result.all_events)
 
 
@@ -116,6 +118,11 @@ def _summarize(events: Sequence[dg.DagsterEvent]) -> RunResult:
         _add(rows.setdefault(asset, AssetRow(asset, seconds=seconds.get(asset, 0.0))), metadata)
     result.rows = list(rows.values())
     return result
+
+
+def _is_interrupt(event: dg.DagsterEvent) -> bool:
+    error = event.step_failure_data.error if event.is_step_failure else None
+    return error is not None and error.cls_name == dg.DagsterExecutionInterruptedError.__name__
 
 
 def _add(row: AssetRow, metadata: dict[str, Any]) -> None:

@@ -120,8 +120,8 @@ class EmbeddingClient:
         self._estimator = estimator or TokenEstimator()
         # the limiter must see every try, so the library makes none of its own
         self._api = openai.AsyncOpenAI(base_url=base_url, api_key=api_key or "none", max_retries=0)
-        self._dialect: _Dialect | None = None
-        self._probe_lock = asyncio.Lock()
+        self._api_key = api_key
+        self._probing: asyncio.Future[_Dialect] | None = None
         self._probe_tokens = 0
 
     async def close(self) -> None:
@@ -144,8 +144,8 @@ class EmbeddingClient:
             StoppedError: the stop signal was set before the request could go.
         """
         dialect = await self._learn_dialect()
-        probe_tokens, self._probe_tokens = self._probe_tokens, 0
         batch = await self._request_patiently(texts, dialect)
+        probe_tokens, self._probe_tokens = self._probe_tokens, 0
         if batch.embeddings.shape[1] != dialect.n_values:
             raise ProviderError(f"expected vectors of {dialect.n_values} values, got {batch.embeddings.shape[1]}")
         embeddings = batch.embeddings
@@ -154,11 +154,14 @@ class EmbeddingClient:
         return EmbeddingBatch(embeddings, batch.n_tokens + probe_tokens)
 
     async def _learn_dialect(self) -> _Dialect:
-        """Find out once, with a request of one short text, what the server understands."""
-        async with self._probe_lock:
-            if self._dialect is None:
-                self._dialect = await self._probe()
-            return self._dialect
+        """Find out once, with a request of one short text, what the server understands; all who wait share it."""
+        probing = self._probing = self._probing or asyncio.ensure_future(self._probe())
+        try:
+            return await asyncio.shield(probing)
+        except Exception:
+            if self._probing is probing:
+                self._probing = None
+            raise
 
     async def _probe(self) -> _Dialect:
         refusals = []
@@ -205,17 +208,18 @@ class EmbeddingClient:
                 return batch if batch.n_tokens else replace(batch, n_tokens=n_tokens)
             except openai.APIStatusError as error:
                 action = action_for(error.status_code)
-                words = describe_refusal(error.status_code, error.response.text)
+                # no cause is chained to what is raised below: the library's error holds the provider's words unredacted
+                words = describe_refusal(error.status_code, self._redact(error.response.text))
                 if action is Action.STOP:
-                    raise ProviderError(f"{self.base_url} {words}") from error
+                    raise ProviderError(f"{self.base_url} {words}") from None
                 if action is Action.ISOLATE:
-                    raise RequestRefusedError(words) from error
+                    raise RequestRefusedError(words) from None
                 pause_s = _retry_after_s(error)
                 if error.status_code == 429:
                     pause_s = 1.0 if pause_s is None else pause_s
                     await asyncio.to_thread(self._limiter.pause, pause_s)
             except (openai.APIConnectionError, MalformedResponseError) as error:
-                words, pause_s = str(error.__cause__ or error) or type(error).__name__, None
+                words, pause_s = self._redact(str(error.__cause__ or error) or type(error).__name__), None
             # full jitter (Brooker 2015), so that many clients do not come back together
             # waiting for the quota is no failure: patience begins with the first bad answer
             deadline = deadline or time.monotonic() + self._patience_s
@@ -228,6 +232,10 @@ class EmbeddingClient:
                     f"{words}. All that was paid for is kept: start the same command again later"
                 )
             await self._sleep(wait_s)
+
+    def _redact(self, words: str) -> str:
+        """A server's words without the key, which some repeat."""
+        return words.replace(self._api_key, "[key]") if self._api_key else words
 
     async def _send(self, texts: Sequence[str], dialect: _Dialect, timeout_s: float) -> bytes:
         asked: dict[str, Any] = {"dimensions": self.dimensions} if dialect.sends_dimensions else {}

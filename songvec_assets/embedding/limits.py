@@ -7,6 +7,8 @@ reached. Nothing is granted before it has accrued, so no sliding minute holds mo
 
 from sqlalchemy import Engine, text
 
+from songvec_assets.postgres.engine import error_border
+
 _CREATE = text("""
     INSERT INTO songvec.rate_limits (name) VALUES (:name) ON CONFLICT (name) DO NOTHING
 """)
@@ -41,7 +43,7 @@ class RateLimiter:
         self._name = name
         self._seconds_per_request = 60 / requests_per_minute
         self._seconds_per_token = 60 / tokens_per_minute
-        with self._engine.connect() as connection:
+        with error_border(), self._engine.connect() as connection:
             connection.execute(_CREATE, {"name": name})
 
     def reserve(self, n_tokens: int) -> float:
@@ -51,10 +53,10 @@ class RateLimiter:
             Seconds to wait before it may be sent; 0 or less: at once. The place is taken in either case.
         """
         costs = {"request_s": self._seconds_per_request, "tokens_s": self._seconds_per_token * n_tokens}
-        with self._engine.connect() as connection:
+        with error_border(), self._engine.connect() as connection:
             return float(connection.execute(_RESERVE, {"name": self._name, **costs}).scalar_one())
 
     def pause(self, seconds: float) -> None:
         """Let no process start a request for so many seconds: the provider said that it is too much."""
-        with self._engine.connect() as connection:
+        with error_border(), self._engine.connect() as connection:
             connection.execute(_PAUSE, {"name": self._name, "pause_s": seconds})

@@ -39,7 +39,7 @@ class _Item(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
+    prompt_tokens: int | None = 0
 
 
 class _Response(msgspec.Struct):
@@ -78,7 +78,8 @@ def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
         raise MalformedResponseError(f"expected an embeddings response, got {body[:80]!r}: {error}") from error
     if bad := find_bad_vectors(embeddings):
         raise MalformedResponseError(f"expected finite vectors other than zero, got bad ones at {_shorten(bad)}")
-    return EmbeddingBatch(embeddings, response.usage.prompt_tokens if response.usage else 0)
+    n_tokens = response.usage.prompt_tokens if response.usage else 0
+    return EmbeddingBatch(embeddings, n_tokens or 0)
 
 
 def find_bad_vectors(embeddings: Float32Matrix) -> list[int]:
@@ -99,9 +100,10 @@ def truncate_vectors(embeddings: Float32Matrix, dimensions: int) -> Float32Matri
 def _decode_vector(raw: msgspec.Raw) -> NDArray[np.float32]:
     value = bytes(raw)
     if not value.startswith(b'"'):
-        return np.array(_decode_floats(value), dtype=np.float32)
-    # some serialisers write "\/" for the slash
-    encoded = value[1:-1].replace(b"\\/", b"/") if b"\\" in value else value[1:-1]
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+            return np.array(_decode_floats(value), dtype=np.float32)
+    # some serialisers escape the slash
+    encoded = msgspec.json.decode(value, type=str).encode() if b"\\" in value else value[1:-1]
     return np.frombuffer(pybase64.b64decode(encoded, validate=True), dtype="<f4")
 
 

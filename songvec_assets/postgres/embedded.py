@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
+import psutil
 import psycopg2
 import sqlalchemy as sa
 from psycopg2.extras import execute_values
@@ -43,6 +44,7 @@ def start_embedded_server(folder: Path) -> Database:
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
+        _remove_stale_pid_file(folder)
         server = get_server(folder, start=False)
         _write_configuration(server, folder)
         server.start()
@@ -54,6 +56,19 @@ def start_embedded_server(folder: Path) -> Database:
             f"the embedded Postgres in {folder} does not start: {error}. Its log is {folder / 'log'}; a stale "
             f"postmaster.pid there may be removed when no postgres process uses the folder; or set POSTGRES_URL"
         ) from error
+
+
+def _remove_stale_pid_file(folder: Path) -> None:
+    """Remove a postmaster.pid whose process number another program has by now: the library would take it for the
+    server, and end it on exit."""
+    path = folder / "postmaster.pid"
+    try:
+        pid = int(path.read_text(encoding="utf-8").split("\n", 1)[0])
+        name = psutil.Process(pid).name()
+    except (FileNotFoundError, ValueError, psutil.Error):
+        return  # no file, or no such process: the server itself replaces the file
+    if not name.startswith("postgres"):
+        path.unlink(missing_ok=True)
 
 
 def _write_configuration(server: object, folder: Path) -> None:

@@ -4,7 +4,6 @@ Timeouts and intervals are seconds.
 """
 
 import contextlib
-import functools
 import re
 import threading
 from collections.abc import Iterator
@@ -25,6 +24,9 @@ _POOLS: dict[Profile, dict[str, Any]] = {
     "web": {"pool_size": 5, "max_overflow": 10},
     "parallel": {"pool_size": 15, "max_overflow": 0},
 }
+
+_engines: dict[tuple[str, Profile], sa.Engine] = {}
+_engines_lock = threading.Lock()
 
 _CONNECT_ARGS = {
     "connect_timeout": 10,
@@ -49,7 +51,6 @@ def normalize_url(url: str) -> str:
     return f"postgresql+psycopg2://{rest}"
 
 
-@functools.cache
 def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
     """The process's engine for a URL and profile.
 
@@ -57,14 +58,31 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
         url: a Postgres URL, with or without a driver.
         profile: `batch`, a connection a use, for long jobs; `web`, 5 kept and 10 more; `parallel`, 15 for 8 workers.
     """
+    with _engines_lock:
+        if (url, profile) not in _engines:
+            pool = _POOLS[profile]
+            _engines[url, profile] = sa.create_engine(
+                parse_url(url), pool_pre_ping=profile != "batch", connect_args=_CONNECT_ARGS, **pool
+            )
+        return _engines[url, profile]
+
+
+def parse_url(url: str) -> sa.URL:
+    """A Postgres URL with its driver named.
+
+    Raises:
+        SettingsError: it does not parse. The message leaves it out: it may hold a password.
+    """
     try:
         parsed = sa.make_url(normalize_url(url))
-    except sa.exc.ArgumentError as error:
-        raise SettingsError("POSTGRES_URL does not parse: percent-encode special characters in its password") from error
+    except (sa.exc.ArgumentError, ValueError):
+        raise SettingsError(
+            "POSTGRES_URL does not parse: expected postgresql://user:password@host:5432/database, with special "
+            "characters of the password percent-encoded"
+        ) from None
     if "@" in (parsed.host or ""):
         raise SettingsError("POSTGRES_URL has an @ in its password: percent-encode it as %40")
-    pool = _POOLS[profile]
-    return sa.create_engine(parsed, pool_pre_ping=profile != "batch", connect_args=_CONNECT_ARGS, **pool)
+    return parsed
 
 
 @contextlib.contextmanager
@@ -140,7 +158,7 @@ class Database:
     @property
     def adbc_uri(self) -> str:
         """The URL as libpq reads it: every part percent-encoded, which SQLAlchemy leaves undone for spaces."""
-        url = sa.make_url(normalize_url(self.url))
+        url = parse_url(self.url)
         login = ":".join(quote(part, safe="") for part in (url.username, url.password) if part is not None)
         host = f"[{url.host}]" if ":" in (url.host or "") else url.host or ""
         query = urlencode(url.query, doseq=True, quote_via=quote)
@@ -150,7 +168,7 @@ class Database:
 
     def describe(self) -> str:
         """Host, port and name without user and password, for logs and metadata."""
-        url = sa.make_url(normalize_url(self.url))
+        url = parse_url(self.url)
         if self.embedded:
             return "embedded Postgres"
         return f"{url.host or url.query.get('host', 'localhost')}:{url.port or 5432}/{url.database}"
@@ -189,7 +207,7 @@ _ADVICE_BY_WORDS = (
     (r"password authentication failed|no password supplied", _ADVICE_BY_CODE["28P01"]),
     (r"database \".*\" does not exist", _ADVICE_BY_CODE["3D000"]),
     (r"role \".*\" does not exist|no pg_hba.conf entry", _ADVICE_BY_CODE["28000"]),
-    (r"too many clients|remaining connection slots", _ADVICE_BY_CODE["53300"]),
+    (r"too many clients|too many connections|remaining connection slots", _ADVICE_BY_CODE["53300"]),
     (r"could not translate host name", "the host's name does not resolve: correct POSTGRES_URL"),
     (
         r"could not connect|Connection refused|timeout expired|No such file or directory|Network is unreachable",

@@ -5,6 +5,7 @@ One row a fact in `songvec.settings`; JSON values. Nothing here knows what the f
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any
@@ -13,10 +14,12 @@ import sqlalchemy as sa
 from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError
-from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.engine import Database, error_border
 
 MIN_PGVECTOR = (0, 7, 0)
 """The first pgvector with the halfvec type (released 2024-04)."""
+
+_LOCK_POLL_S = 0.5
 
 _TABLES = """
     CREATE SCHEMA IF NOT EXISTS songvec;
@@ -51,9 +54,9 @@ def ensure_schema(database: Database) -> None:
         DatabaseError: the extension is not installed, not permitted or too old, or the user may not create a schema.
     """
     with database.get_connection() as connection:
+        # two first runs at once would collide in the catalogue
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key("schema")})
         if connection.scalar(text("SELECT to_regclass('songvec.loaded_ranges') IS NULL")):
-            # two first runs at once would collide in the catalogue
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key("schema")})
             connection.execute(text(_TABLES))
         _ensure_extension(connection)
 
@@ -110,7 +113,9 @@ def lock_key(name: str) -> int:
 
 
 @contextlib.contextmanager
-def hold_lock(database: Database, name: str, on_wait: Callable[[], None], check: Callable[[], None]) -> Iterator[None]:
+def hold_lock(
+    database: Database, name: str, on_wait: Callable[[], None], check: Callable[[], None]
+) -> Iterator[Callable[[], None]]:
     """Hold a session's advisory lock; it ends with the block, or with the process.
 
     Args:
@@ -118,20 +123,29 @@ def hold_lock(database: Database, name: str, on_wait: Callable[[], None], check:
         name: what is locked.
         on_wait: called once where another session has the lock.
         check: called while waiting; raises to give up.
+
+    Yields:
+        A function that raises DatabaseError where the session, and the lock with it, was lost.
     """
     with database.get_autocommit() as connection:
         # the session is silent while the lock is held, for hours: a server that ends silent ones would end the lock
         connection.execute(
             text("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'")
         )
-        if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": lock_key(name)}):
-            on_wait()
-            while not connection.scalar(
-                text("SELECT pg_try_advisory_lock(:key) FROM pg_sleep(0.5)"), {"key": lock_key(name)}
-            ):
-                check()
+        waiting = False
+        while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": lock_key(name)}):
+            if not waiting:
+                on_wait()
+            waiting = True
+            time.sleep(_LOCK_POLL_S)
+            check()
+
+        def check_held() -> None:
+            with error_border():
+                connection.execute(text("SELECT 1"))
+
         try:
-            yield
+            yield check_held
         finally:
             # where the connection broke, the lock went with it
             if not connection.invalidated and not connection.closed:

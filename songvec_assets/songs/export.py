@@ -140,10 +140,10 @@ def cache_songs_to_parquet(
     counts = count_ranges(database, source, tiling)
     tiling.check_tail(tiling.tail, counts[tiling.tail].n_songs if tiling.tail in counts else 0)
     above = get_max_cached_song_id(folder) if mode == "append" else None
-    report = ExportReport()
+    report, kept = ExportReport(), set(also)
     if mode == "all":
         report.set_aside.update(count_unreachable_ids(database, source))
-    wanted = sorted({*counts, *(() if mode == "append" else (*snapshot_ranges(folder), *also))})
+    wanted = sorted({*counts, *(() if mode == "append" else (*snapshot_ranges(folder), *kept))})
     wanted = [each for each in wanted if above is None or each.stop > above + 1]
     total, done = sum(counts[each].n_songs for each in wanted if each in counts), 0
     with _connect(database) as connection:
@@ -151,7 +151,10 @@ def cache_songs_to_parquet(
             if stop:
                 stop.check()
             count = counts.get(song_range, RangeCount(0))
-            exported = _export_range(connection, source, folder, song_range, count, above)
+            if not count.n_songs and song_range not in kept:
+                exported = _remove_snapshot(folder, song_range)
+            else:
+                exported = _export_range(connection, source, folder, song_range, count, above)
             report.ranges.append(exported)
             report.set_aside.update(_count_set_aside(folder, song_range) if exported.n_set_aside else {})
             done += exported.n_songs
@@ -202,9 +205,6 @@ def _export_range(
         songs = _merge(path, _to_snapshot(read_songs_from_postgres(connection, source, song_range, above), source))
         newest = watermark  # of the songs below nothing was read
     elif watermark and same_source:
-        if count.newest == watermark and count.settled and pq.read_metadata(path).num_rows == count.n_songs:
-            reasons = load_songs_from_parquet(path, ["set_aside"])["set_aside"]
-            return RangeExport(song_range, len(reasons), n_set_aside=reasons.count())
         newer = read_songs_from_postgres(connection, source, song_range, updated_since=watermark)
         songs = _merge(path, _to_snapshot(newer, source))
         if songs.num_rows != count.n_songs:  # songs went, or a transaction came late: look at all of them
@@ -215,6 +215,13 @@ def _export_range(
     return _write_snapshot(
         path, song_range, songs, metadata, footer | ({_WATERMARK: newest.encode()} if newest else {})
     )
+
+
+def _remove_snapshot(folder: Path, song_range: SongIdRange) -> RangeExport:
+    path = snapshot_path(folder, song_range)
+    n_gone = load_songs_from_parquet(path, ["song_id"]).height
+    path.unlink(missing_ok=True)
+    return RangeExport(song_range, 0, n_gone=n_gone, written=True)
 
 
 def _to_snapshot(table: pa.Table, source: SongsSource) -> pa.Table:

@@ -12,6 +12,7 @@ MAX_SONG_ID = 2**31 - 1
 """The highest value of Postgres' INTEGER, the type of `song_embeddings.song_id`."""
 
 _TAIL = "max"
+_MAX_STOP = 999_999_999
 
 
 @dataclass(frozen=True, order=True)
@@ -47,9 +48,12 @@ class SongIdRange:
         """
         start, dash, stop = key.partition("-")
         digits = (start, "0" if stop == _TAIL else stop)
-        if not dash or not all(part.isdecimal() and part.isascii() for part in digits):
+        if not dash or len(key) > 21 or not all(part.isdecimal() and part.isascii() for part in digits):
             raise ValueError(f"expected a range key like 000050000-000100000, got {key!r}")
-        return cls(int(start), MAX_SONG_ID + 1 if stop == _TAIL else int(stop))
+        song_range = cls(int(start), MAX_SONG_ID + 1 if stop == _TAIL else int(stop))
+        if song_range.key != key:
+            raise ValueError(f"expected the range key {song_range.key}, got {key!r}")
+        return song_range
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ class Tiling:
     def __post_init__(self) -> None:
         if self.width < 1 or self.stop < 1:
             raise SettingsError(f"expected a range width and a stop of 1 or more, got {self.width} and {self.stop}")
+        if self.stop > _MAX_STOP:
+            raise SettingsError(
+                f"SONGVEC_SONG_ID_STOP: keys have nine digits, so at most {_MAX_STOP:,}, got {self.stop:,}"
+            )
         if self.stop % self.width:
             raise SettingsError(
                 f"SONGVEC_SONG_ID_STOP must be a multiple of SONGVEC_RANGE_SIZE: {self.stop} is not one of {self.width}"

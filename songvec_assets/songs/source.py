@@ -80,12 +80,10 @@ class RangeCount:
     Attributes:
         n_songs: rows.
         newest: the latest updated_at as text; None without such a column.
-        settled: whether that is over an hour old and no row lacks one: nothing older can still arrive.
     """
 
     n_songs: int
     newest: str | None = None
-    settled: bool = False
 
 
 def find_source(database: Database, names: SourceNames) -> SongsSource:
@@ -140,12 +138,7 @@ def find_source(database: Database, names: SourceNames) -> SongsSource:
 
 def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dict[SongIdRange, RangeCount]:
     """Count the source's songs by range; ranges without songs are left out. Reads the id's index only, if it can."""
-    column = source.updated_at
-    newest = (
-        f"max({column})::text, max({column}) < now() - INTERVAL '{OVERLAP}' AND count(*) = count({column})"
-        if column
-        else "NULL, false"
-    )
+    newest = f"max({source.updated_at})::text" if source.updated_at else "NULL"
     with database.get_connection() as connection, raw_cursor(connection) as cursor:
         cursor.execute(
             f"SELECT least({source.song_id}, {tiling.stop}) / {tiling.width} AS tile, count(*), {newest} "

@@ -174,8 +174,13 @@ def find_valid_index(connection: sa.Connection) -> dict[str, int] | None:
     """Lists and rows at the build of the index that is there, whole and ours; else None."""
     row = connection.execute(
         text("""
-            SELECT c.reloptions FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+            SELECT c.reloptions
+            FROM pg_index i
+            JOIN pg_class c ON c.oid = i.indexrelid
+            JOIN pg_am a ON a.oid = c.relam
+            JOIN pg_opclass o ON o.oid = i.indclass[0]
             WHERE i.indexrelid = to_regclass(:index) AND i.indrelid = to_regclass(:table) AND i.indisvalid
+              AND a.amname = 'ivfflat' AND o.opcname IN ('vector_cosine_ops', 'halfvec_cosine_ops')
         """),
         {"index": INDEX, "table": TABLE},
     ).one_or_none()

@@ -94,8 +94,9 @@ def check_searchable(database: Database, spec: TableSpec) -> None:
         raise TableMismatchError("nothing is loaded yet, so nothing can be found: `songvec run` first")
     if loaded != spec:
         raise TableMismatchError(
-            f"the table holds {loaded.column_type} by {loaded.model!r}, the configured embedder makes {spec.column_type} "
-            f"by {spec.model!r}: `songvec run` with it first, or set back the model (or the key) that filled the table"
+            f"the table holds {loaded.column_type} by {loaded.model!r}, the configured embedder makes "
+            f"{spec.column_type} by {spec.model!r}: `songvec run` with it first, or set back the model (or the key) that "
+            "filled the table"
         )
 
 

@@ -20,7 +20,9 @@ from songvec_assets.cache.shards import (
     discard_damaged_rows,
     load_embeddings_from_cache,
     read_embeddings_from_file,
+    read_identity,
     write_embeddings_to_file,
+    write_shard,
 )
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
@@ -245,43 +247,114 @@ FLIP_EVERY_BYTE = """
 import sys
 from pathlib import Path
 import polars as pl
-from songvec_assets.cache.shards import (Shard, read_embeddings_from_file)
-from songvec_assets.cache.format import (ShardIdentity)
+from songvec_assets.cache.format import ShardIdentity
+from songvec_assets.cache.shards import Shard
 from songvec_assets.errors import SongvecError
 from songvec_assets.songs.ranges import SongIdRange
 
-whole, start = Path(sys.argv[1]).read_bytes(), int(sys.argv[2])
-flipped = Path(sys.argv[1]).with_name("flipped.arrow")
-for position in range(start, len(whole)):
+def content_of(path):
+    shard = Shard(path, ShardIdentity("a/model", 3, SongIdRange(0, 100)))
+    sound = shard.find_sound(shard.live_rows().filter(pl.col("reason").is_null()))
+    vectors = (vector.tobytes() for vector in shard.embeddings_at(sound["row"].to_list()))
+    return set(zip(sound["song_id"], sound["text_hash"], vectors))
+
+path = Path(sys.argv[1])
+whole, stored = path.read_bytes(), content_of(path)
+stops = [int(stop) for stop in sys.argv[2:]]
+flipped = path.with_name("flipped.arrow")
+for position in range(stops[-2]):
     content = bytearray(whole)
     content[position] ^= 1 << position % 8
     flipped.unlink(missing_ok=True)
     flipped.write_bytes(content)
     print(position, end=" ", flush=True)
+    # songs 10 and 11 are of the first batch, 20 and 21 of the second, and so on
+    damaged = sum(position >= stop for stop in stops)
     try:
-        shard = Shard(flipped, ShardIdentity("a/model", 3, SongIdRange(0, 100)))
-        rows = shard.live_rows().filter(pl.col("reason").is_null())["row"]
-        for each in read_embeddings_from_file(shard, rows):
-            each.embeddings.sum(), each.checksums.sum()
+        found = content_of(flipped)
     except SongvecError:
-        pass
+        print("refused" if damaged == 0 else "refused: but only a batch is damaged")
     except BaseException as error:
         print(type(error).__name__, error)
     else:
-        print("rows")
+        untouched = {row for row in stored if row[0] // 10 != damaged}
+        print("well" if untouched <= found <= stored else "something else was found")
 """
 
 
-def test_a_flipped_bit_anywhere_in_a_stored_batch_ends_in_rows_or_in_an_error_of_ours(path):
-    """Never in a dead process or a library's panic: the range could not even be filled anew."""
-    write_log(path, [Append("vectors", [1, 2], 1), Append("set aside", [3], 2)])
-    start = len(IDENTITY.schema.serialize())
-    command = [sys.executable, "-W", "ignore", "-c", FLIP_EVERY_BYTE, str(path), str(start)]
+def test_a_flipped_bit_anywhere_costs_at_most_its_own_batch_or_is_refused(path):
+    """Never a dead process, a library's panic, or a vector that nobody stored."""
+    log = [Append("vectors", [10, 11], 1), Append("set aside", [50], 2), Append("vectors", [30, 31], 3)]
+    _, states = write_log(path, log)
+    stops = [len(IDENTITY.schema.serialize()), *(size for size, _ in states[1:])]
+    command = [sys.executable, "-W", "ignore", "-c", FLIP_EVERY_BYTE, str(path), *map(str, stops)]
     reader = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     lines = reader.stdout.splitlines()
     assert reader.returncode == 0, f"ended with {reader.returncode} after byte {lines[-1]} was flipped"
-    assert [line for line in lines if not line.endswith("rows")] == []
-    assert len(lines) == path.stat().st_size - start
+    assert [line for line in lines if not line.endswith((" well", " refused"))] == []
+    assert len(lines) == stops[-2]
+
+
+def test_damage_between_sound_batches_is_passed_over_told_and_kept(path):
+    log = [Append("vectors", [1, 2], 1), Append("vectors", [3], 2), Append("vectors", [4, 5], 3)]
+    _, states = write_log(path, log)
+    (first, _), (second, _) = states[1:3]
+    content = bytearray(path.read_bytes())
+    content[first : first + 64] = bytes(64)
+    path.write_bytes(content)
+    expected = {song_id: row for song_id, row in states[-1][1].items() if song_id != 3}
+    shard = open_shard(path)
+    assert content_of(shard) == expected
+    assert shard.n_bytes_damaged == second - first
+    Append("vectors", [6], 4).apply(shard, expected)
+    assert path.read_bytes().startswith(content)
+    for each in (shard, open_shard(path)):
+        assert content_of(each) == expected
+        assert each.n_bytes_damaged == second - first
+
+
+def test_a_shard_that_somebody_else_wrote_since_is_not_written_over(path):
+    """As when the database that holds the lock restarts: two runs fill one range."""
+    _, states = write_log(path, [Append("vectors", [1], 1)])
+    one, other = open_shard(path), open_shard(path)
+    content = dict(states[-1][1])
+    Append("vectors", [2], 2).apply(one, content)
+    with pytest.raises(StoreError, match="changed by another process"):
+        Append("vectors", [3], 3).apply(other, {})
+    assert content_of(open_shard(path)) == content
+
+
+def test_all_rows_are_told_those_that_no_longer_hold_among_them(path):
+    """Whatever was paid for can serve again: a text may come back."""
+    log = [Append("vectors", [1, 2], 1), Append("gone", [1], 2), Append("set aside", [2], 3), Append("vectors", [1], 4)]
+    shard, _ = write_log(path, log)
+    rows = shard.all_rows()
+    assert rows.select("song_id", "has_vector", "row").rows() == [
+        (1, True, 0),
+        (2, True, 1),
+        (1, False, 2),
+        (2, False, 3),
+        (1, True, 4),
+    ]
+    vectors = rows.filter("has_vector")
+    np.testing.assert_array_equal(
+        shard.embeddings_at(vectors["row"].to_list()), np.concatenate([log[0].vectors(), log[3].vectors()])
+    )
+    assert shard.find_sound(vectors).equals(vectors)
+
+
+def test_only_sound_rows_are_found_sound(path):
+    _, states = write_log(path, [Append("vectors", [1, 2, 3], 1)])
+    flip_bit(path, states[-1][1][2][2], 3)
+    shard = open_shard(path)
+    assert shard.find_sound(shard.live_rows())["song_id"].to_list() == [1, 3]
+    assert shard.find_sound(shard.live_rows().head(0)).is_empty()
+
+
+def test_a_song_without_a_vector_takes_no_room_for_one(path):
+    identity = ShardIdentity("m", 2000, SongIdRange(0, 100))
+    Shard(path, identity).append_set_aside(list(range(100)), [bytes(16)] * 100, "why")
+    assert path.stat().st_size < 100 * 100
 
 
 MANY = [
@@ -490,3 +563,21 @@ def test_a_model_cache_knows_its_ranges_in_their_order(tmp_path):
     _, live = load_embeddings_from_cache(cache, ranges[2])
     assert live["song_id"].to_list() == [1000]
     assert cache.path_of(ranges[2]).name == "000001000-max.arrow"
+
+
+def test_a_shard_says_what_it_holds(path):
+    assert read_identity(path) is None
+    write_log(path, [Append("gone", [1], 1)])
+    assert read_identity(path) == IDENTITY
+    os.truncate(path, 50)
+    assert read_identity(path) is None
+    path.write_bytes(b"no shard at all, but a few words of somebody else")
+    assert read_identity(path) is None
+
+
+def test_a_shard_written_from_another_holds_the_rows_chosen_of_it(tmp_path):
+    source, states = write_log(tmp_path / "1.arrow", MANY)
+    chosen = source.live_rows().filter(pl.col("song_id").is_between(3, 7))
+    write_shard(tmp_path / "2.arrow", IDENTITY, source, chosen)
+    expected = {song_id: row for song_id, row in states[-1][1].items() if 3 <= song_id <= 7}
+    assert content_of(open_shard(tmp_path / "2.arrow")) == expected

@@ -1,5 +1,6 @@
 """The storage root: how it is cut, whose it is, and what becomes of the tail."""
 
+import contextlib
 import json
 import os
 
@@ -15,7 +16,7 @@ from songvec_assets.cache.shards import (
     write_embeddings_to_file,
 )
 from songvec_assets.cache.store import adopt_store, bind_store, open_store
-from songvec_assets.errors import SongvecError, StoreError
+from songvec_assets.errors import StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
 from songvec_assets.songs.ranges import SongIdRange, Tiling
@@ -97,18 +98,7 @@ def test_a_lower_stop_is_refused_by_the_name_of_its_setting(root):
     assert open_store(root, TILING) == store
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        "null",
-        "[]",
-        "{}",
-        '{"store_id": "x", "range_size": 100}',
-        '{"store_id": "x", "range_size": "100", "song_id_stop": "1000"}',
-    ],
-)
+@pytest.mark.parametrize("content", ["", "{", "null", "[]", "{}", '"text"'])
 def test_a_store_file_that_does_not_parse_is_refused_and_kept(root, content):
     open_store(root, TILING)
     (root / "store.json").write_text(content)
@@ -117,11 +107,30 @@ def test_a_store_file_that_does_not_parse_is_refused_and_kept(root, content):
     assert (root / "store.json").read_text() == content
 
 
-@pytest.mark.parametrize(("width", "stop"), [(0, 1000), (100, 1050), (-100, 1000)])
-def test_a_store_file_of_impossible_ranges_is_an_error_of_ours(root, width, stop):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"range_size": 0},
+        {"range_size": -100},
+        {"range_size": "100"},
+        {"song_id_stop": 1_050},
+        {"song_id_stop": None},
+    ],
+)
+def test_a_store_file_of_impossible_ranges_is_refused(root, changes):
     open_store(root, TILING)
-    (root / "store.json").write_text(json.dumps({"store_id": "x", "range_size": width, "song_id_stop": stop}))
-    with pytest.raises(SongvecError):
+    path = root / "store.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(StoreError, match="does not parse"):
+        open_store(root, TILING)
+
+
+@pytest.mark.parametrize("missing", ["store_id", "range_size", "song_id_stop"])
+def test_a_store_file_without_one_of_its_facts_is_refused(root, missing):
+    open_store(root, TILING)
+    path = root / "store.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != missing}))
+    with pytest.raises(StoreError, match=missing):
         open_store(root, TILING)
 
 
@@ -264,10 +273,60 @@ def test_adopting_binds_a_store_and_the_former_one_is_refused(database, root, tm
 def test_a_store_of_one_database_is_refused_by_a_new_one(database, root):
     """Its default folder is the same for every URL: the songs of another database would count as gone, and what was
     paid for be compacted away."""
-    store = open_store(root, TILING)
-    bind_store(store, database)
-    with database.get_connection() as connection:
-        # as a new database: it knows no store
-        connection.exec_driver_sql("TRUNCATE songvec.settings")
+    bind_store(open_store(root, TILING), database)
+    forget_store(database)
     with pytest.raises(StoreError, match="songvec adopt"):
         bind_store(open_store(root, TILING), database)
+    assert known_store(database) is None
+    adopt_store(open_store(root, TILING), database)
+    bind_store(open_store(root, TILING), database)
+
+
+@pytest.mark.parametrize("bind", [bind_store, adopt_store])
+def test_a_store_remembers_that_it_has_a_database_also_after_its_tail_was_cut(database, root, bind):
+    bind(open_store(root, TILING), database)
+    open_store(root, HIGHER)
+    forget_store(database)
+    with pytest.raises(StoreError, match="songvec adopt"):
+        bind_store(open_store(root, HIGHER), database)
+
+
+def forget_store(database):
+    """Make it as a new database is: it knows no store."""
+    with database.get_connection() as connection:
+        connection.exec_driver_sql("TRUNCATE songvec.settings")
+
+
+def test_the_cut_of_the_tail_is_guarded_and_nothing_else_is(root):
+    guarded = []
+
+    @contextlib.contextmanager
+    def guard(store):
+        guarded.append(store)
+        before = cache.ranges()
+        yield
+        assert cache.ranges() != before
+
+    store = open_store(root, TILING, guard)
+    cache = store.embeddings("m", 3)
+    fill(cache, TILING.tail, [1_000])
+    open_store(root, TILING, guard)
+    assert guarded == []
+    open_store(root, HIGHER, guard)
+    assert guarded == [store]
+    open_store(root, HIGHER, guard)
+    assert len(guarded) == 1
+
+
+def test_a_guard_that_is_refused_leaves_everything_as_it_was(root):
+    @contextlib.contextmanager
+    def refuse(_store):
+        raise StoreError("another run fills the tail")
+        yield
+
+    cache = open_store(root, TILING).embeddings("m", 3)
+    fill(cache, TILING.tail, [1_000])
+    before = files_under(root)
+    with pytest.raises(StoreError, match="another run"):
+        open_store(root, HIGHER, refuse)
+    assert files_under(root) == before

@@ -80,7 +80,7 @@ def test_the_code_location_loads_with_an_empty_environment_and_without_warnings(
 def test_a_bad_graph_setting_is_refused_by_name(value: str) -> None:
     loaded = subprocess.run(
         [sys.executable, "-c", "import songvec_assets.definitions"],
-        cwd="/", env=os.environ | {"SONGVEC_RANGE_SIZE": value}, capture_output=True, text=True, check=False, timeout=60,
+        cwd="/", env=os.environ | {"SONGVEC_RANGE_SIZE": value}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert loaded.returncode != 0
     assert "SONGVEC_RANGE_SIZE" in loaded.stderr.splitlines()[-1]

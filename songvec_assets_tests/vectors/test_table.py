@@ -22,13 +22,13 @@ from songvec_assets.postgres.schema import hold_lock, read_fact
 from songvec_assets.progress import Progress, StopSignal
 from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets.songs.ranges import Tiling
-from songvec_assets.vectors.ledger import count_table_rows
+from songvec_assets.vectors.ledger import count_table_rows, read_ledger
 from songvec_assets.vectors.load import (
     store_embeddings_batch,
     store_embeddings_copy_bulk,
     upload_cached_embeddings_to_database,
 )
-from songvec_assets.vectors.table import CHANGES_FACT, TableSpec, check_table, ensure_table, loaded_ranges, loaded_spec
+from songvec_assets.vectors.table import CHANGES_FACT, TableSpec, check_table, ensure_table, loaded_spec
 from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.vectors.conftest import (
     DIMENSIONS,
@@ -49,6 +49,11 @@ from songvec_assets_tests.vectors.conftest import (
 )
 
 HALF = TableSpec("model-a", DIMENSIONS, "halfvec")
+
+
+def loaded_ranges(database: Database) -> dict[SongIdRange, int]:
+    """Songs by range, as the ledger has them."""
+    return {song_range: entry.n_songs for song_range, entry in read_ledger(database).items()}
 
 
 class CallingStop(StopSignal):
