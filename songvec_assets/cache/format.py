@@ -111,8 +111,10 @@ def read_batch(content: pa.Buffer, position: int, identity: ShardIdentity) -> tu
         batch = pa.ipc.read_record_batch(pa.ipc.read_message(stream), identity.schema)
         # a flipped bit in a length or an offset would otherwise read outside of the file
         batch.validate(full=True)
-    except (pa.ArrowInvalid, EOFError, OSError):
+    except (pa.ArrowException, EOFError, OSError):
         return None
+    if pa.ipc.get_record_batch_size(batch) != stream.tell():
+        return None  # a flipped bit in its length, too: it would swallow the batches that follow
     vectors = batch.column("embedding")
     n_vectors = batch.num_rows - vectors.null_count
     offsets = vectors.offsets.to_numpy()

@@ -124,12 +124,14 @@ class Shard:
         return last.filter(pl.col("has_vector") | pl.col("reason").is_not_null()).drop("has_vector").sort("song_id")
 
     def find_sound(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """Those of some rows with a vector whose checksum fits what is stored. Reads their vectors."""
+        """Those of some rows with a vector that is good, and whose checksum fits. Reads their vectors."""
         sound = [pl.Series([], dtype=pl.Boolean)]
         for piece in rows.iter_slices(_PIECE_ROWS):
             song_ids, text_hashes = piece["song_id"].to_numpy(), piece["text_hash"].to_list()
-            checksums = checksum_rows(song_ids, text_hashes, self.embeddings_at(piece["row"].to_list()))
-            sound.append(pl.Series(checksums == piece["checksum"].to_numpy()))
+            embeddings = self.embeddings_at(piece["row"].to_list())
+            fits = checksum_rows(song_ids, text_hashes, embeddings) == piece["checksum"].to_numpy()
+            fits[find_bad_vectors(embeddings)] = False
+            sound.append(pl.Series(fits))
         return rows.filter(pl.concat(sound))
 
     def batches(self) -> list[pa.RecordBatch]:
@@ -298,7 +300,7 @@ def read_identity(path: Path) -> ShardIdentity | None:
     try:
         with pa.memory_map(str(path)) as source:
             return ShardIdentity.from_schema(pa.ipc.open_stream(source).schema)
-    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return None
 
 

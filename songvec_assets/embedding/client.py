@@ -122,7 +122,7 @@ class EmbeddingClient:
         self._api = openai.AsyncOpenAI(base_url=base_url, api_key=api_key or "none", max_retries=0)
         self._api_key = api_key
         self._probing: asyncio.Future[_Dialect] | None = None
-        self._probe_tokens = 0
+        self._untold_tokens = 0
 
     async def close(self) -> None:
         """Close the connections."""
@@ -135,7 +135,7 @@ class EmbeddingClient:
             texts: none empty; the caller keeps to the limits of a request.
 
         Returns:
-            Float32 vectors, (n texts, dimensions), and the tokens billed, those of a first probe included.
+            Float32 vectors, (n texts, dimensions), and the tokens billed, those of a probe and of spoilt answers included.
 
         Raises:
             RequestRefusedError: the server refuses this request; its neighbours may fare better.
@@ -145,13 +145,13 @@ class EmbeddingClient:
         """
         dialect = await self._learn_dialect()
         batch = await self._request_patiently(texts, dialect)
-        probe_tokens, self._probe_tokens = self._probe_tokens, 0
+        untold_tokens, self._untold_tokens = self._untold_tokens, 0
         if batch.embeddings.shape[1] != dialect.n_values:
             raise ProviderError(f"expected vectors of {dialect.n_values} values, got {batch.embeddings.shape[1]}")
         embeddings = batch.embeddings
         if dialect.n_values > self.dimensions:
             embeddings = truncate_vectors(embeddings, self.dimensions)
-        return EmbeddingBatch(embeddings, batch.n_tokens + probe_tokens)
+        return EmbeddingBatch(embeddings, batch.n_tokens + untold_tokens)
 
     async def _learn_dialect(self) -> _Dialect:
         """Find out once, with a request of one short text, what the server understands; all who wait share it."""
@@ -173,7 +173,7 @@ class EmbeddingClient:
             except RequestRefusedError as error:
                 refusals.append(str(error))
                 continue
-            self._probe_tokens = batch.n_tokens
+            self._untold_tokens += batch.n_tokens
             n_values = batch.embeddings.shape[1]
             self._check_size(n_values)
             return _Dialect(dialect.encoding_format, dialect.sends_dimensions, n_values)
@@ -219,6 +219,8 @@ class EmbeddingClient:
                     pause_s = 1.0 if pause_s is None else pause_s
                     await asyncio.to_thread(self._limiter.pause, pause_s)
             except (openai.APIConnectionError, MalformedResponseError) as error:
+                if isinstance(error, MalformedResponseError):
+                    self._untold_tokens += n_tokens  # a 200 is billed, whatever came of it
                 words, pause_s = self._redact(str(error.__cause__ or error) or type(error).__name__), None
             # full jitter (Brooker 2015), so that many clients do not come back together
             # waiting for the quota is no failure: patience begins with the first bad answer

@@ -60,11 +60,16 @@ class CopyStream:
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._parts = itertools.chain((HEADER,), chunks, (TRAILER,))
         self._buffer = memoryview(b"")
+        self.error: Exception | None = None
 
     def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes; empty at the end."""
+        """Up to `size` bytes; empty at the end. What the chunks raise is kept in `error`: psycopg2 hides it."""
         while not self._buffer:
-            part = next(self._parts, None)
+            try:
+                part = next(self._parts, None)
+            except Exception as error:
+                self.error = error
+                raise
             if part is None:
                 return b""
             self._buffer = memoryview(part)

@@ -163,10 +163,12 @@ def _find_stale_rows(connection: sa.Connection, song_range: SongIdRange, vectors
     if loaded is None or loaded.height != count:
         return None
     kept = loaded.join(vectors, on=["song_id", "checksum"], how="semi")
-    n_changed = loaded.height - kept.height + vectors.height - kept.height
-    if n_changed > _WHOLE_RANGE_SHARE * max(loaded.height, vectors.height):
+    n_rows = max(loaded.height, vectors.height)
+    if n_rows - kept.height > _WHOLE_RANGE_SHARE * n_rows:
         return None
-    return _StaleRows(kept["song_id"].to_list(), loaded.join(kept, on="song_id", how="anti")["song_id"].to_list())
+    # the new songs' ids too: a foreign row may be in their place
+    changed = pl.concat([loaded["song_id"], vectors["song_id"]]).unique()
+    return _StaleRows(kept["song_id"].to_list(), changed.filter(~changed.is_in(kept["song_id"].to_list())).to_list())
 
 
 def _check_rows(shard: Shard, wanted: pl.DataFrame, stop: StopSignal) -> Iterator[ShardRows]:
@@ -210,8 +212,14 @@ def store_embeddings_copy_bulk(connection: sa.Connection, batches: Iterator[Shar
         spec: what the table holds.
     """
     chunks = (chunk for rows in batches for chunk in encode_rows(rows.song_ids, rows.embeddings, spec.vector_type))
+    stream = CopyStream(chunks)
     with raw_cursor(connection) as cursor:
-        cursor.copy_expert(_COPY, CopyStream(chunks), size=1 << 18)
+        try:
+            cursor.copy_expert(_COPY, stream, size=1 << 18)
+        except psycopg2.Error:
+            if stream.error is not None:
+                raise stream.error from None
+            raise
 
 
 def store_embeddings_batch(

@@ -21,7 +21,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock, read_fact
 from songvec_assets.progress import Progress, StopSignal
 from songvec_assets.settings import OFFLINE_MODEL
-from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.vectors.ledger import count_table_rows, read_ledger
 from songvec_assets.vectors.load import (
     store_embeddings_batch,
@@ -56,19 +56,28 @@ def loaded_ranges(database: Database) -> dict[SongIdRange, int]:
     return {song_range: entry.n_songs for song_range, entry in read_ledger(database).items()}
 
 
-class CallingStop(StopSignal):
-    """Calls something at the n-th time a load asks whether to stop."""
+class StopDuringCopy(StopSignal):
+    """Calls something at the second time a load asks, in the middle of a COPY, whether to stop."""
 
-    def __init__(self, at: int, call: Callable[[], None] | None = None) -> None:
+    def __init__(self, database: Database, call: Callable[[], None] | None = None) -> None:
         super().__init__()
-        self._left, self._call = at, call or self.set
+        self._database, self._call, self._asked = database, call or self.set, 0
 
     def check(self) -> None:
-        """Count, call, then check as usual."""
-        self._left -= 1
-        if self._left == 0:
+        """Look whether a COPY is running, call, then check as usual."""
+        self._asked += bool(find_copies(self._database))
+        if self._asked == 2:
             self._call()
         super().check()
+
+
+def find_copies(database: Database) -> list[int]:
+    """The server's processes that are in the middle of a COPY into the table."""
+    statement = """
+        SELECT pid FROM pg_stat_activity
+        WHERE datname = current_database() AND state = 'active' AND query LIKE 'COPY song_embeddings%'
+    """
+    return [pid for (pid,) in execute(database.adbc_uri, statement)]
 
 
 def damage(cache: ModelCache, song_id: int) -> None:
@@ -83,14 +92,8 @@ def damage(cache: ModelCache, song_id: int) -> None:
 
 def kill_copy(database: Database) -> None:
     """End the connection of the COPY that is running, as an administrator may."""
-    running = execute(
-        database.adbc_uri,
-        """
-        SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
-        WHERE datname = current_database() AND state = 'active' AND query LIKE 'COPY song_embeddings%'
-        """,
-    )
-    assert running == [(True,)]
+    (pid,) = find_copies(database)
+    execute(database.adbc_uri, "SELECT pg_terminate_backend(%s, 5000)", (pid,))
 
 
 class TestLoad:
@@ -180,12 +183,17 @@ class TestLoad:
         with database.get_connection() as connection:
             assert read_fact(connection, CHANGES_FACT) == 150 + 2 + 1
 
-    def test_progress_counts_rows_compared_or_loaded(self, database: Database, cache: ModelCache) -> None:
+    def test_progress_counts_the_rows_of_ranges_that_differ(self, database: Database, cache: ModelCache) -> None:
         put(cache, [1, 2, 150])
         seen: list[Progress] = []
-        for _ in range(2):
-            upload_cached_embeddings_to_database(database, cache, SPEC, TILING, progress=seen.append)
-        assert [(each.done, each.note) for each in seen] == [(2, FIRST.key), (3, SECOND.key)] * 2
+        upload_cached_embeddings_to_database(database, cache, SPEC, TILING, progress=seen.append)
+        assert [(each.done, each.total, each.note) for each in seen] == [
+            (0, 3, FIRST.key), (2, 3, SECOND.key), (3, 3, "")
+        ]  # fmt: skip
+        seen.clear()
+        put(cache, [3])
+        upload_cached_embeddings_to_database(database, cache, SPEC, TILING, progress=seen.append)
+        assert [(each.done, each.total, each.note) for each in seen] == [(0, 3, FIRST.key), (3, 3, "")]
 
     def test_a_bulk_load_is_vacuumed_and_a_small_one_not(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(1000))
@@ -313,8 +321,7 @@ class TestErrorsInTheMiddle:
     ) -> None:
         before = self.prepare(database, cache)
         with pytest.raises(StoppedError, match="the same command goes on from there"):
-            # asked before the range, then before each stored batch
-            upload_cached_embeddings_to_database(database, cache, SPEC, TILING, stop=CallingStop(3))
+            upload_cached_embeddings_to_database(database, cache, SPEC, TILING, stop=StopDuringCopy(database))
         assert read_vectors(database) == before
         assert_ledger_fits_table(database)
         self.finish(database, cache)
@@ -322,9 +329,14 @@ class TestErrorsInTheMiddle:
     def test_a_stop_between_two_ranges_keeps_the_first(self, database: Database, cache: ModelCache) -> None:
         self.prepare(database, cache)
         stop = StopSignal()
+
+        def stop_after_the_first(progress: Progress) -> None:
+            if progress.note == SECOND.key:
+                stop.set()
+
         with pytest.raises(StoppedError):
             upload_cached_embeddings_to_database(
-                database, cache, SPEC, TILING, progress=lambda _progress: stop.set(), stop=stop
+                database, cache, SPEC, TILING, progress=stop_after_the_first, stop=stop
             )
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(90), 1) | {101: 0})
         assert_ledger_fits_table(database)
@@ -336,7 +348,7 @@ class TestErrorsInTheMiddle:
         before = self.prepare(database, cache)
         with pytest.raises(DatabaseError, match="start the same command again"):
             upload_cached_embeddings_to_database(
-                database, cache, SPEC, TILING, stop=CallingStop(3, lambda: kill_copy(database))
+                database, cache, SPEC, TILING, stop=StopDuringCopy(database, lambda: kill_copy(database))
             )
         assert read_vectors(database) == before
         assert_ledger_fits_table(database)
@@ -345,7 +357,9 @@ class TestErrorsInTheMiddle:
     def test_a_cancelled_copy_leaves_the_range_as_it_was(self, database: Database, cache: ModelCache) -> None:
         before = self.prepare(database, cache)
         with pytest.raises(SongvecError):
-            upload_cached_embeddings_to_database(database, cache, SPEC, TILING, stop=CallingStop(3, database.cancel))
+            upload_cached_embeddings_to_database(
+                database, cache, SPEC, TILING, stop=StopDuringCopy(database, database.cancel)
+            )
         assert read_vectors(database) == before
         assert_ledger_fits_table(database)
         self.finish(database, cache)
