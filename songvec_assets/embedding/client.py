@@ -135,7 +135,7 @@ class EmbeddingClient:
             texts: none empty; the caller keeps to the limits of a request.
 
         Returns:
-            Float32 vectors, (n texts, dimensions), and the tokens billed, those of a probe and of spoilt answers included.
+            Float32 vectors, (n texts, dimensions), and the tokens billed, spoilt answers included.
 
         Raises:
             RequestRefusedError: the server refuses this request; its neighbours may fare better.
