@@ -34,7 +34,7 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-DEMO_QUERIES = ("a lighthouse and a storm at sea", "baking bread before dawn", "der Winter und der Schnee")
+DEMO_QUERIES = ("a lighthouse and a storm at sea", "whales singing in the deep", "der Winter und der Schnee")
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 

@@ -181,7 +181,7 @@ class Settings:
             overrides: field names to parsed values.
 
         Raises:
-            SettingsError: a value does not parse, or is set to nothing but white space.
+            SettingsError: a value does not parse, or settings contradict each other.
         """
         source = os.environ if environment is None else environment
         values = {each.name: read_setting(each, source) for each in fields(cls)}
