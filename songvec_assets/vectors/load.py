@@ -77,7 +77,8 @@ def upload_cached_embeddings_to_database(
         StoreError: the cache is empty: nothing was ever filled.
         DamagedShardError: rows of a shard do not fit their checksum; the other ranges are loaded.
     """
-    ranges = [song_range for song_range in cache.ranges() if song_range in set(tiling)]
+    tiles = set(tiling)
+    ranges = [song_range for song_range in cache.ranges() if song_range in tiles]
     if not ranges:
         raise StoreError(
             f"no embeddings are cached for model {cache.model!r} in {cache.folder}: fill the cache first, with "
@@ -100,9 +101,8 @@ def upload_cached_embeddings_to_database(
     for song_range, n_rows in changed:
         stop.check()
         progress(Progress("load rows", done, total, unit="rows", note=song_range.key))
-        shard, vectors = _read_vectors(cache, song_range)
         try:
-            loads.append(_load_range(database, shard, vectors, spec, stop))
+            loads.append(_load_range(database, cache, song_range, spec, stop))
         except DamagedShardError as error:
             damaged.append(str(error))
             with hold_lock(database, lock_name(song_range), on_wait=stop.check, check=stop.check):
@@ -122,12 +122,13 @@ def _read_vectors(cache: ModelCache, song_range: SongIdRange) -> tuple[Shard, pl
 
 
 def _load_range(
-    database: Database, shard: Shard, vectors: pl.DataFrame, spec: TableSpec, stop: StopSignal
+    database: Database, cache: ModelCache, song_range: SongIdRange, spec: TableSpec, stop: StopSignal
 ) -> RangeLoad:
     started = time.monotonic()
-    song_range = shard.identity.range
     with database.get_connection() as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key(f"load {song_range.key}")})
+        # read under the lock: what an earlier load wrote meanwhile may be newer than what was compared
+        shard, vectors = _read_vectors(cache, song_range)
         stale = _find_stale_rows(connection, song_range, vectors)
         bounds = {"start": song_range.start, "stop": song_range.stop}
         if stale is None:
