@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -118,7 +118,7 @@ def estimate(
         "Songs in the snapshot": f"{result.n_songs:,}",
         "Texts to embed": f"{result.n_texts:,}",
         "Tokens, about": f"{result.n_tokens:,}",
-        "Price, about": f"${result.usd:,.2f}"
+        "Price, about": f"${result.usd:,.{2 if result.usd >= 1 else 4}f}"
         + (" (offline vectors cost nothing)" if deployment.settings.offline else ""),
         "Time at full quota": "none" if deployment.settings.offline else describe_seconds(result.hours * 3600),
     }.items():
@@ -140,19 +140,13 @@ def status(
         print(json.dumps(asdict(measured) | {"total": asdict(measured.total), "missing": measured.total.n_missing}))
         raise typer.Exit(EXIT_FAILED if measured.total.n_missing else 0)
     out.print(deployment.describe())
-    table = Table("Songs by range", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("Songs by range", no_wrap=True, min_width=21)
     for name in ("Songs", "Cached", "Set aside", "Loaded", "Indexed", "Missing"):
         table.add_column(name, justify="right")
     for each in (*measured.ranges, measured.total):
-        counts = (
-            each.n_songs,
-            each.n_cached,
-            each.n_set_aside,
-            each.n_loaded,
-            each.n_indexed,
-            each.n_missing,
-        )
-        table.add_row(each.key, *(f"{count:,}" for count in counts), style="bold" if each.key == "all" else None)
+        key, *counts = astuple(each)
+        table.add_row(key, *(f"{count:,}" for count in counts), style="bold" if key == "all" else None)
     out.print(table)
     index = measured.index
     out.print(
@@ -162,6 +156,8 @@ def status(
     )
     for song_id, reason in measured.set_aside:
         out.print(f"Set aside: song {song_id}: {reason}", markup=False)
+    for reason, n_songs in measured.unreachable.items():
+        out.print(f"Set aside: {n_songs:,} × {reason}", markup=False)
 
 
 @app.command()
@@ -252,7 +248,7 @@ def _materialize(
         table.add_row(row.asset, *row.cells())
     out.print(table)
     if result.n_set_aside:
-        out.print(f"{result.n_set_aside:,} songs are set aside; `songvec status` says why.", markup=False)
+        out.print(f"Set aside: {result.n_set_aside:,}; `songvec status` says which and why.", markup=False)
     for warning in result.warnings:
         out.print(warning, style="yellow", markup=False)
     if result.failures:

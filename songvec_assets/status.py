@@ -7,6 +7,7 @@ import polars as pl
 from songvec_assets.cache.shards import load_embeddings_from_cache
 from songvec_assets.deployment import Deployment
 from songvec_assets.songs.export import load_songs_from_parquet, snapshot_path, snapshot_ranges
+from songvec_assets.songs.source import count_unreachable_ids
 from songvec_assets.vectors.ivfflat import IndexFacts, find_index
 from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
 
@@ -42,11 +43,13 @@ class Status:
         ranges: in order.
         index: the index as it is, or None.
         set_aside: (song_id, reason), a few.
+        unreachable: reason to number of songs whose id is outside every range.
     """
 
     ranges: list[RangeStatus]
     index: IndexFacts | None
     set_aside: list[tuple[int, str]]
+    unreachable: dict[str, int]
 
     @property
     def total(self) -> RangeStatus:
@@ -91,4 +94,5 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
                 n_missing=snapshot.filter(~pl.col("song_id").is_in(answered.to_list())).height,
             )
         )
-    return Status(ranges, index, set_aside)
+    unreachable = count_unreachable_ids(deployment.database, deployment.source)
+    return Status(ranges, index, set_aside, dict(unreachable))

@@ -1,4 +1,4 @@
-"""What an administrator does to a server, past the package: statements, roles, URLs. No fixtures."""
+"""What an administrator does to a server, past the package: statements, roles, URLs, databases. No fixtures."""
 
 import contextlib
 import socket
@@ -46,6 +46,72 @@ def as_role(database: Database, attributes: str = "", database_right: str = "CON
         finally:
             dispose(seen.url)
             execute(database.adbc_uri, f"DROP OWNED BY {role}")
+
+
+_idle_databases: dict[str, list[tuple[str, str]]] = {}
+
+_CLEAN = """
+    SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid();
+    DO $$
+    DECLARE made record;
+    BEGIN
+        EXECUTE format('ALTER DATABASE %I RESET ALL', current_database());
+        FOR made IN
+            SELECT nspname FROM pg_namespace
+            WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'public', 'songvec')
+        LOOP
+            EXECUTE format('DROP SCHEMA %I CASCADE', made.nspname);
+        END LOOP;
+        FOR made IN
+            SELECT relname, CASE relkind WHEN 'v' THEN 'VIEW' WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'TABLE' END AS kind
+            FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v', 'm')
+        LOOP
+            EXECUTE format('DROP %s IF EXISTS public.%I CASCADE', made.kind, made.relname);
+        END LOOP;
+    END $$;
+    DELETE FROM songvec.settings;
+    DELETE FROM songvec.rate_limits;
+    DELETE FROM songvec.loaded_ranges;
+"""
+
+_CATALOGUE = """
+    SELECT md5(string_agg(object, ';' ORDER BY object)) FROM (
+        SELECT concat_ws(' ', 'class', oid, relname, relnatts, relowner, relacl) AS object FROM pg_class
+        UNION ALL SELECT concat_ws(' ', 'schema', oid, nspname, nspowner, nspacl) FROM pg_namespace
+        UNION ALL SELECT concat_ws(' ', 'extension', oid, extname, extversion) FROM pg_extension
+        UNION ALL SELECT concat_ws(' ', 'index', indexrelid, indisvalid) FROM pg_index
+        UNION ALL SELECT concat_ws(' ', 'constraint', oid, conname) FROM pg_constraint
+        UNION ALL SELECT concat_ws(' ', 'database', oid, datacl) FROM pg_database WHERE datname = current_database()
+    ) AS objects
+"""
+
+
+@contextlib.contextmanager
+def borrow_database(server_url: str, template: str) -> Iterator[Database]:
+    """A database like a fresh clone of the template.
+
+    Cloning takes most of a short test's time: what a test made is dropped after it, and where the catalogue is then
+    what it was when the database was made, another test gets it.
+    """
+    idle = _idle_databases.setdefault(server_url, [])
+    if idle:
+        url, catalogue = idle.pop()
+    else:
+        name = f"test_{uuid.uuid4().hex[:12]}"
+        execute(server_url, f"CREATE DATABASE {name} TEMPLATE {template}")
+        url = with_parts(server_url, database=name)
+        catalogue = execute(url, _CATALOGUE)[0][0]
+    try:
+        yield Database(url)
+    finally:
+        dispose(url)
+        with contextlib.suppress(psycopg2.Error):
+            execute(url, _CLEAN)
+        if execute(url, _CATALOGUE)[0][0] == catalogue:
+            idle.append((url, catalogue))
+        else:
+            execute(server_url, f"DROP DATABASE {sa.make_url(url).database} WITH (FORCE)")
 
 
 def with_parts(url: str, **parts: object) -> str:

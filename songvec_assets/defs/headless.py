@@ -113,8 +113,8 @@ def _summarize(events: Sequence[dg.DagsterEvent]) -> RunResult:
         elif event.is_step_failure:
             result.failures.append(_describe_failure(event))
     for (asset, _), metadata in latest.items():
-        if asset == "embedding_cache":
-            result.n_set_aside += metadata.get("songs set aside", 0)
+        counted = {"embedding_cache": "songs set aside", "songs_parquet": "songs out of reach"}.get(asset)
+        result.n_set_aside += metadata.get(counted, 0) if counted else 0
         _add(rows.setdefault(asset, AssetRow(asset, seconds=seconds.get(asset, 0.0))), metadata)
     result.rows = list(rows.values())
     return result

@@ -72,9 +72,13 @@ def describe_export(report: ExportReport) -> Metadata:
         "songs changed": report.total("n_changed"),
         "songs gone": report.total("n_gone"),
         "songs set aside": sum(report.set_aside.values()),
+        "songs out of reach": sum(report.unreachable.values()),
         **_table(
             "set aside",
-            [{"reason": reason, "songs": count} for reason, count in report.set_aside.most_common(_MAX_TABLE_ROWS)],
+            [
+                {"reason": reason, "songs": count}
+                for reason, count in (report.set_aside + report.unreachable).most_common(_MAX_TABLE_ROWS)
+            ],
         ),
         **_table(
             "ranges changed",

@@ -59,11 +59,13 @@ class ExportReport:
 
     Attributes:
         ranges: every range that holds songs now or did before.
-        set_aside: reason to number of songs, those with an id outside INTEGER's range included.
+        set_aside: reason to number of songs, of those with an id that a range can hold.
+        unreachable: the same of those with an id that none can hold.
     """
 
     ranges: list[RangeExport] = field(default_factory=list)
     set_aside: Counter[str] = field(default_factory=Counter)
+    unreachable: Counter[str] = field(default_factory=Counter)
 
     def total(self, name: str) -> int:
         """The sum of a count over all ranges."""
@@ -142,7 +144,7 @@ def cache_songs_to_parquet(
     above = get_max_cached_song_id(folder) if mode == "append" else None
     report, kept = ExportReport(), set(also)
     if mode == "all":
-        report.set_aside.update(count_unreachable_ids(database, source))
+        report.unreachable.update(count_unreachable_ids(database, source))
     wanted = sorted({*counts, *(() if mode == "append" else (*snapshot_ranges(folder), *kept))})
     wanted = [each for each in wanted if above is None or each.stop > above + 1]
     total, done = sum(counts[each].n_songs for each in wanted if each in counts), 0

@@ -136,7 +136,7 @@ class TestContent:
         )
         report = run(database, tmp_path)
         assert [song_id for song_id, *_ in read(tmp_path)] == [5, MAX_SONG_ID]
-        assert report.set_aside == Counter(
+        assert report.unreachable == Counter(
             {"the id is negative": 1, "the id is above 2147483647, the highest INTEGER": 1}
         )
 
