@@ -46,6 +46,7 @@ class FillReport:
         n_tokens: billed.
         usd: their price.
         seconds: of this range.
+        n_bytes_damaged: of the shard, as it was found: cut off by a crash, or damaged.
         set_aside: (song_id, reason) of songs set aside by this fill.
         error: why the range is not complete, if it is not.
     """
@@ -63,7 +64,7 @@ class FillReport:
     n_tokens: int = 0
     usd: float = 0.0
     seconds: float = 0.0
-    n_bytes_cut: int = 0
+    n_bytes_damaged: int = 0
     set_aside: list[tuple[int, str]] = field(default_factory=list)
     error: Exception | None = None
     started: float = field(default_factory=time.monotonic)
@@ -158,7 +159,7 @@ class Filler:
         # taken before the songs are read: an export that comes in between leaves a mark that does not fit
         snapshot = self._snapshot(report.range)
         shard, plan = plan_fill(self.songs_folder, self.cache, report.range, self.spec)
-        report.n_bytes_cut = shard.n_bytes_damaged
+        report.n_bytes_damaged = shard.n_bytes_damaged
         report.n_songs, report.n_unchanged = plan.n_songs, plan.n_unchanged
         report.n_new, report.n_changed = plan.n_new, plan.n_changed
         report.n_truncated, report.n_set_aside = plan.n_truncated, plan.n_set_aside

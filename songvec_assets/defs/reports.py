@@ -109,6 +109,7 @@ def describe_fill(report: FillReport, path: str, embedder: str) -> Metadata:
         "songs embedded": report.n_embedded,
         "songs set aside": report.n_set_aside,
         "songs truncated": report.n_truncated,
+        "bytes damaged": report.n_bytes_damaged,
         "tokens": report.n_tokens,
         "usd": report.usd,
         "seconds": round(report.seconds, 3),

@@ -154,7 +154,7 @@ def test_a_range_is_filled_and_its_report_counts_what_was_done(songs: Songs, run
     assert (one.n_changed, one.n_gone, one.n_reused, one.n_unchanged, one.n_set_aside, one.n_truncated) == (0,) * 6
     assert (other.range.key, other.n_songs, other.n_embedded) == ("000000200-000000300", 1, 1)
     assert one.seconds > 0
-    assert one.n_bytes_cut == 0
+    assert one.n_bytes_damaged == 0
     assert_stored(first, plain_texts(song_ids))
     assert billed(provider) == dict.fromkeys(plain_texts(song_ids).values(), 1)
     assert provider.ledger()["max_texts_in_request"] == 8
@@ -332,10 +332,10 @@ def test_what_a_crash_tore_off_the_shard_is_sent_again_and_nothing_else(
     second = run()
     (report,) = fill(second)
     assert (report.n_new, report.n_unchanged, report.n_embedded) == (8, 16, 8)
-    assert report.n_bytes_cut > 0
+    assert report.n_bytes_damaged > 0
     assert set(billed(provider)) == set(plain_texts(range(17, 25)).values())
     assert_stored(second, plain_texts(range(1, 25)))
-    assert fill(run())[0].n_bytes_cut == 0
+    assert fill(run())[0].n_bytes_damaged == 0
 
 
 def test_a_shard_that_is_gone_is_filled_anew_though_its_range_was_complete(
