@@ -126,6 +126,7 @@ def _load_range(
 ) -> RangeLoad:
     started = time.monotonic()
     with database.get_connection() as connection:
+        _lift_timeout(connection, for_transaction=True)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key(f"load {song_range.key}")})
         # read under the lock: what an earlier load wrote meanwhile may be newer than what was compared
         shard, vectors = _read_vectors(cache, song_range)
@@ -248,9 +249,15 @@ def store_embeddings_batch(
         )
 
 
+def _lift_timeout(connection: sa.Connection, for_transaction: bool) -> None:
+    """A role's statement_timeout is made for queries: it would end the load of a range every time."""
+    connection.execute(text("SELECT set_config('statement_timeout', '0', :local)"), {"local": for_transaction})
+
+
 def _vacuum_if_worth_it(database: Database, loads: list[RangeLoad]) -> None:
     """After a bulk load the first scan would rewrite every page, and the planner would know nothing."""
     n_changed = sum(load.n_written + load.n_deleted for load in loads)
     if n_changed > _VACUUM_SHARE * max(1, sum(load.n_rows for load in loads)):
         with database.get_autocommit() as connection:
+            _lift_timeout(connection, for_transaction=False)
             connection.execute(text("VACUUM (ANALYZE) song_embeddings"))

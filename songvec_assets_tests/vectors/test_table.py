@@ -316,6 +316,27 @@ class TestErrorsInTheMiddle:
         assert read_vectors(database) == vectors_of(dict.fromkeys([*range(90), *range(101, 160)], 1))
         assert_ledger_fits_table(database)
 
+    def test_a_statement_timeout_made_for_queries_does_not_end_a_load(
+        self, database: Database, cache: ModelCache
+    ) -> None:
+        put(cache, [1])
+        load(database, cache)
+        execute(
+            database.adbc_uri,
+            """
+            CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.6); RETURN NULL; END';
+            CREATE TRIGGER slow BEFORE INSERT ON song_embeddings FOR EACH STATEMENT EXECUTE FUNCTION wait();
+            """,
+        )
+        name = sa.make_url(database.url).database
+        execute(database.adbc_uri, f"ALTER ROLE CURRENT_USER IN DATABASE {name} SET statement_timeout = '400ms'")
+        try:
+            put(cache, [2])
+            load(database, cache)
+        finally:
+            execute(database.adbc_uri, f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET statement_timeout")
+        assert read_vectors(database) == vectors_of([1, 2])
+
     def test_a_stop_in_the_middle_of_a_range_leaves_that_range_as_it_was(
         self, database: Database, cache: ModelCache
     ) -> None:
