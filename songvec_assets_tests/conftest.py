@@ -1,13 +1,10 @@
 """Real parts for tests: an embedded Postgres a database a test, cloned from a template; a provider in its process."""
 
 import getpass
-import os
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psycopg2
 import pytest
 import sqlalchemy as sa
 
@@ -17,6 +14,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.settings import Settings, variables
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets_tests.administration import borrow_database, dispose, execute, with_parts
 from songvec_assets_tests.provider import Provider, running_provider
 
 TEMPLATE = "songvec_template"
@@ -31,30 +29,24 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def server_url(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[str]:
+def server_url() -> Iterator[str]:
     """An embedded server a test worker, with a template database that has the schema."""
     # a short path: the server's socket lies in its folder, and socket paths end at 107 characters
     with tempfile.TemporaryDirectory(prefix=f"songvec-{getpass.getuser()}-", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o755)
         url = start_embedded_server(Path(folder) / "pg").url
-        _execute(url, f"CREATE DATABASE {TEMPLATE}")
-        template = Database(_with_database(url, TEMPLATE))
+        execute(url, f"CREATE DATABASE {TEMPLATE}")
+        template = Database(with_parts(url, database=TEMPLATE))
         ensure_schema(template)
-        template.get_engine("batch").dispose()
-        template.get_engine("web").dispose()
+        dispose(template.url)
         yield url
 
 
 @pytest.fixture
 def database(server_url: str) -> Iterator[Database]:
-    """A fresh database with our schema, given by URL."""
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    _execute(server_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
-    database = Database(_with_database(server_url, name))
-    yield database
-    for profile in ("batch", "web", "parallel"):
-        database.get_engine(profile).dispose()
-    _execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+    """A database with our schema and nothing else in it."""
+    with borrow_database(server_url, TEMPLATE) as database:
+        yield database
 
 
 @pytest.fixture
@@ -105,23 +97,3 @@ def deploy(database: Database, provider: Provider, storage: Path, **settings: ob
         "tokens_per_minute": 1_000_000_000,
     }
     return Deployment(Settings.from_environment({}, **(given | settings)), TILING)
-
-
-def _with_database(url: str, name: str) -> str:
-    return str(sa.make_url(url).set(database=name).render_as_string(hide_password=False))
-
-
-def _execute(url: str, statement: str) -> None:
-    connection = psycopg2.connect(url)
-    connection.autocommit = True
-    try:
-        with connection.cursor() as cursor:
-            cursor.execute(statement)
-    finally:
-        connection.close()
-
-
-@pytest.fixture(scope="session")
-def worker_id(request: pytest.FixtureRequest) -> str:
-    """xdist's name of this worker; "master" without xdist."""
-    return os.environ.get("PYTEST_XDIST_WORKER", "master")

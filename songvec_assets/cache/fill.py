@@ -67,7 +67,6 @@ class FillReport:
     n_bytes_damaged: int = 0
     set_aside: list[tuple[int, str]] = field(default_factory=list)
     error: Exception | None = None
-    started: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -125,7 +124,7 @@ class Filler:
                 self.stop.check()
                 if not self._holds_anything(song_range):
                     continue
-                filled = FillReport(song_range)
+                filled, started = FillReport(song_range), time.monotonic()
                 try:
                     with self.lock_range(song_range) as check_held:
                         await self._fill_range(filled, check_held)
@@ -141,7 +140,7 @@ class Filler:
                     filled.error = error
                     raise
                 finally:
-                    filled.seconds = time.monotonic() - filled.started
+                    filled.seconds = time.monotonic() - started
                     filled.usd = self.budget.price.usd(filled.n_tokens)
                     report(filled)
         finally:
@@ -210,7 +209,7 @@ class Filler:
             (plan.texts[piece], sum(tokens[piece]))
             for piece in pack_requests(tokens, self.quota.max_request_texts, self.quota.max_request_tokens)
         ]
-        todo = iter(requests)
+        todo, n_songs = iter(requests), sum(len(each.song_ids) for each in plan.texts)
         writing = asyncio.Lock()
         failed: list[Exception] = []
 
@@ -224,10 +223,10 @@ class Filler:
                     await self._send(shard, texts, n_tokens, report, writing)
                 except Exception as error:  # noqa: BLE001 - raised below, when the others have ended
                     failed.append(error)
-                self._tell(plan, report)
+                self._tell(report, n_songs)
 
         self._refused.clear()
-        self._tell(plan, report)
+        self._tell(report, n_songs)
         await asyncio.gather(*(work() for _ in range(min(self.concurrency, len(requests)))))
         if failed:
             raise next((error for error in failed if not isinstance(error, StoppedError)), failed[0])
@@ -276,12 +275,11 @@ class Filler:
             report.set_aside.extend((song_id, reason) for song_id in text.song_ids)
             report.n_set_aside += len(text.song_ids)
 
-    def _tell(self, plan: FillPlan, report: FillReport) -> None:
-        total = sum(len(each.song_ids) for each in plan.texts)
-        note = f"{plan.range.key}, ${self.budget.usd:,.4f} so far"
+    def _tell(self, report: FillReport, n_songs: int) -> None:
+        note = f"{report.range.key}, ${self.budget.usd:,.4f} so far"
         if self.stop.is_set():
             note += "; stopping: answers on their way are still stored"
-        self.progress(Progress("embed songs", report.n_embedded + len(report.set_aside), total, note=note))
+        self.progress(Progress("embed songs", report.n_embedded + len(report.set_aside), n_songs, note=note))
 
 
 def _store(shard: Shard, texts: Sequence[Text], embeddings: Float32Matrix) -> None:

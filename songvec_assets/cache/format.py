@@ -12,7 +12,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from songvec_assets.embedding.wire import Float32Matrix
+from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TEXT_HASH_BYTES
 
@@ -102,6 +102,18 @@ def checksum_rows(
         dtype=np.uint64,
         count=len(song_ids),
     )
+
+
+def find_sound_rows(
+    song_ids: NDArray[np.int32],
+    text_hashes: Sequence[bytes],
+    checksums: NDArray[np.uint64],
+    embeddings: Float32Matrix,
+) -> NDArray[np.bool_]:
+    """Which rows have a good vector, and a checksum that fits; (n,)."""
+    sound: NDArray[np.bool_] = checksum_rows(song_ids, text_hashes, embeddings) == checksums
+    sound[find_bad_vectors(embeddings)] = False
+    return sound
 
 
 def read_batch(content: pa.Buffer, position: int, identity: ShardIdentity) -> tuple[pa.RecordBatch, int] | None:

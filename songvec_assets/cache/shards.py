@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from songvec_assets.cache.format import ShardIdentity, build_batch, checksum_rows, find_message, read_batch
+from songvec_assets.cache.format import ShardIdentity, build_batch, find_message, find_sound_rows, read_batch
 from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.errors import StoreError
 from songvec_assets.files import replace_atomically, sync_folder
@@ -93,8 +93,6 @@ class Shard:
     @property
     def n_bytes_damaged(self) -> int:
         """Bytes that are no sound batch: a torn write at the end, which the next append cuts off, or damage between."""
-        if self._stale:
-            self._read()
         return self._n_skipped + self._size_on_disk - self._size
 
     def all_rows(self) -> pl.DataFrame:
@@ -127,11 +125,9 @@ class Shard:
         """Those of some rows with a vector that is good, and whose checksum fits. Reads their vectors."""
         sound = [pl.Series([], dtype=pl.Boolean)]
         for piece in rows.iter_slices(_PIECE_ROWS):
-            song_ids, text_hashes = piece["song_id"].to_numpy(), piece["text_hash"].to_list()
+            song_ids, checksums = piece["song_id"].to_numpy(), piece["checksum"].to_numpy()
             embeddings = self.embeddings_at(piece["row"].to_list())
-            fits = checksum_rows(song_ids, text_hashes, embeddings) == piece["checksum"].to_numpy()
-            fits[find_bad_vectors(embeddings)] = False
-            sound.append(pl.Series(fits))
+            sound.append(pl.Series(find_sound_rows(song_ids, piece["text_hash"].to_list(), checksums, embeddings)))
         return rows.filter(pl.concat(sound))
 
     def batches(self) -> list[pa.RecordBatch]:

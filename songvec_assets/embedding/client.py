@@ -195,7 +195,7 @@ class EmbeddingClient:
 
     async def _request_patiently(self, texts: Sequence[str], dialect: _Dialect) -> EmbeddingBatch:
         n_bytes = sum(len(text.encode()) for text in texts)
-        n_tokens = sum(self._estimator.estimate([n_bytes]))
+        [n_tokens] = self._estimator.estimate([n_bytes])
         deadline = 0.0
         attempt = 0
         while True:
@@ -222,9 +222,9 @@ class EmbeddingClient:
                 if isinstance(error, MalformedResponseError):
                     self._untold_tokens += n_tokens  # a 200 is billed, whatever came of it
                 words, pause_s = self._redact(str(error.__cause__ or error) or type(error).__name__), None
-            # full jitter (Brooker 2015), so that many clients do not come back together
             # waiting for the quota is no failure: patience begins with the first bad answer
             deadline = deadline or time.monotonic() + self._patience_s
+            # full jitter (Brooker 2015), so that many clients do not come back together
             wait_s = max(pause_s or 0, random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2**attempt)))
             attempt += 1
             self.n_retries += 1

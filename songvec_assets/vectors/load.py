@@ -16,7 +16,7 @@ from pgvector import Vector
 from psycopg2.extras import execute_values
 from sqlalchemy import text
 
-from songvec_assets.cache.format import checksum_rows
+from songvec_assets.cache.format import find_sound_rows
 from songvec_assets.cache.shards import (
     ModelCache,
     Shard,
@@ -26,7 +26,6 @@ from songvec_assets.cache.shards import (
     lock_name,
     read_embeddings_from_file,
 )
-from songvec_assets.embedding.wire import find_bad_vectors
 from songvec_assets.errors import DamagedShardError, StoreError
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.postgres.schema import hold_lock, lock_key, read_fact, write_fact
@@ -179,8 +178,7 @@ def _check_rows(shard: Shard, wanted: pl.DataFrame, stop: StopSignal) -> Iterato
     for rows in read_embeddings_from_file(shard, wanted["row"]):
         stop.check()
         hashes = [text_hashes[song_id] for song_id in rows.song_ids.tolist()]
-        wrong = checksum_rows(rows.song_ids, hashes, rows.embeddings) != rows.checksums
-        wrong[find_bad_vectors(rows.embeddings)] = True
+        wrong = ~find_sound_rows(rows.song_ids, hashes, rows.checksums, rows.embeddings)
         if wrong.any():
             named = ", ".join(map(str, rows.song_ids[wrong][:5].tolist()))
             raise DamagedShardError(

@@ -70,7 +70,6 @@ def ensure_table(database: Database, spec: TableSpec) -> None:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key("table")})
         if _gives_way(database, connection, spec):
             connection.execute(text("DROP TABLE IF EXISTS song_embeddings"))
-            connection.execute(text("DELETE FROM songvec.loaded_ranges"))
         elif _check_table(connection, spec):
             _record_spec(connection, spec)
             return

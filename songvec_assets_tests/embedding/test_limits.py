@@ -16,8 +16,7 @@ from sqlalchemy.pool import NullPool
 from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database, get_engine
-from songvec_assets_tests.administration import borrow_database, execute, free_port
-from songvec_assets_tests.conftest import TEMPLATE
+from songvec_assets_tests.administration import execute, free_port
 
 MANY = 10**9
 
@@ -30,13 +29,6 @@ print(*(limiter.reserve(1) for _ in range(10)))
 """
 
 LimiterMaker = Callable[..., RateLimiter]
-
-
-@pytest.fixture
-def database(server_url: str) -> Iterator[Database]:
-    """A database with our schema and nothing else in it."""
-    with borrow_database(server_url, TEMPLATE) as database:
-        yield database
 
 
 @pytest.fixture

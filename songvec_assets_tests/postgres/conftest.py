@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.postgres.engine import Database
-from songvec_assets_tests.administration import borrow_database, dispose, execute, free_port, with_parts
-from songvec_assets_tests.conftest import TEMPLATE
+from songvec_assets_tests.administration import dispose, execute, free_port, with_parts
 
 PASSWORD = "open%sesame@7"
 """Of the role `guarded`; with characters that a URL must encode."""
@@ -57,13 +55,6 @@ def tcp_server() -> Iterator[TcpServer]:
         finally:
             stop = ("-w", "-m", "immediate", "-D", str(folder), "stop")
             pgexec("pg_ctl", stop, bin_path=server.bin_path, user=server.system_user)
-
-
-@pytest.fixture
-def database(server_url: str) -> Iterator[Database]:
-    """A database with our schema and nothing else in it."""
-    with borrow_database(server_url, TEMPLATE) as database:
-        yield database
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Shards of made-up vectors, and the table as an administrator sees it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +13,12 @@ from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import hash_text
 from songvec_assets.vectors.load import RangeLoad, upload_cached_embeddings_to_database
 from songvec_assets.vectors.table import TableSpec
-from songvec_assets_tests.administration import borrow_database, execute
-from songvec_assets_tests.conftest import TEMPLATE
+from songvec_assets_tests.administration import execute
 
 DIMENSIONS = 8
 SPEC = TableSpec("model-a", DIMENSIONS)
 TILING = Tiling(width=100, stop=1_000)
 FIRST, SECOND, TAIL = SongIdRange(0, 100), SongIdRange(100, 200), TILING.tail
-
-
-@pytest.fixture
-def database(server_url: str) -> Iterator[Database]:
-    """A database with our schema and nothing else in it."""
-    with borrow_database(server_url, TEMPLATE) as database:
-        yield database
 
 
 @pytest.fixture

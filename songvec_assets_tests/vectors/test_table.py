@@ -324,8 +324,10 @@ class TestErrorsInTheMiddle:
         execute(
             database.adbc_uri,
             """
-            CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.6); RETURN NULL; END';
-            CREATE TRIGGER slow BEFORE INSERT ON song_embeddings FOR EACH STATEMENT EXECUTE FUNCTION wait();
+            CREATE SCHEMA slow;
+            CREATE FUNCTION slow.wait() RETURNS trigger LANGUAGE plpgsql
+            AS 'BEGIN PERFORM pg_sleep(0.6); RETURN NULL; END';
+            CREATE TRIGGER slow BEFORE INSERT ON song_embeddings FOR EACH STATEMENT EXECUTE FUNCTION slow.wait();
             """,
         )
         name = sa.make_url(database.url).database
