@@ -787,8 +787,11 @@ def test_a_provider_that_does_everything_wrong_at_times_still_yields_every_vecto
         refuse_base64=True,
         refuse_dimensions=True,
         native_dimensions=256,
-        statuses=[{"status": 429, "share": 0.1, "retry_after_s": 0.05}, {"status": 502, "share": 0.1}],
-        reset=0.1,
+        statuses=[
+            {"status": 429, "count": 4, "after": 8, "retry_after_s": 0.05},
+            {"status": 502, "count": 4, "after": 16},
+        ],
+        reset=0.3,
         truncate=0.1,
         reorder=True,
         corrupt="duplicate_index",
