@@ -9,14 +9,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from uuid import uuid4
 
 from songvec_assets.cache.fill import Filler
 from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, open_store
+from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.client import Embedder, EmbeddingClient
 from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.embedding.offline import OfflineEmbedder
-from songvec_assets.embedding.pricing import Budget, Price, Quota, TokenEstimator
+from songvec_assets.embedding.pricing import Price, Quota, TokenEstimator
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, hold_lock
@@ -107,7 +109,9 @@ class Deployment:
         """What tokens cost; offline vectors cost nothing."""
         return Price(0.0 if self.settings.offline else self.settings.usd_per_million_tokens)
 
-    def embedder(self, estimator: TokenEstimator | None = None) -> Embedder:
+    def embedder(
+        self, estimator: TokenEstimator | None = None, on_trouble: Callable[[str], None] = lambda _: None
+    ) -> Embedder:
         """A new embedder; it belongs to one event loop."""
         each = self.settings
         if each.offline:
@@ -124,18 +128,28 @@ class Deployment:
             patience_s=each.patience_s,
             stop=self.stop,
             estimator=estimator,
+            on_trouble=on_trouble,
         )
 
-    def filler(self, max_usd: float | None = None, progress: ReportProgress = ignore_progress) -> Filler:
-        """What fills ranges of the cache, within a budget of its own or the configured one."""
+    def filler(
+        self, max_usd: float | None = None, progress: ReportProgress = ignore_progress, run: str | None = None
+    ) -> Filler:
+        """What fills ranges of the cache.
+
+        Args:
+            max_usd: a budget; None: the configured one.
+            progress: told as it goes.
+            run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
+        """
         estimator = TokenEstimator()
+        limit = self.settings.max_usd if max_usd is None else max_usd
         return Filler(
             songs_folder=self.store.songs,
             cache=self.cache,
             spec=self.text_spec,
-            embedder_factory=lambda: self.embedder(estimator),
+            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble),
             quota=self.quota,
-            budget=Budget(self.price, self.settings.max_usd if max_usd is None else max_usd),
+            budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, limit),
             estimator=estimator,
             concurrency=self.settings.concurrency,
             lock_range=lambda song_range: self.lock_range(song_range, progress),

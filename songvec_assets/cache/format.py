@@ -28,6 +28,9 @@ class ShardIdentity:
     dimensions: int
     range: SongIdRange
 
+    def __str__(self) -> str:
+        return f"{self.model}, {self.dimensions} dimensions, range {self.range.key}"
+
     @property
     def schema(self) -> pa.Schema:
         """The file's Arrow schema, this identity in its metadata."""
@@ -132,7 +135,13 @@ def read_batch(content: pa.Buffer, position: int, identity: ShardIdentity) -> tu
     offsets = vectors.offsets.to_numpy()
     if n_vectors not in (0, batch.num_rows) or (n_vectors and set(np.diff(offsets)) != {identity.dimensions}):
         return None
+    if not n_vectors and not np.array_equal(_checksum_without_vectors(batch), batch.column("checksum").to_numpy()):
+        return None  # no vector is read later to hold it against: a song must not be gone because of a flipped bit
     return batch, position + stream.tell()
+
+
+def _checksum_without_vectors(batch: pa.RecordBatch) -> NDArray[np.uint64]:
+    return checksum_rows(batch.column("song_id").to_numpy(), batch.column("text_hash").to_pylist(), None)
 
 
 def find_message(content: pa.Buffer, position: int) -> int:

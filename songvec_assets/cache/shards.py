@@ -86,14 +86,20 @@ class Shard:
         self.path = path
         self.identity = identity
         self._batches: list[pa.RecordBatch] = []
-        self._size = self._size_on_disk = self._n_skipped = 0
+        self.n_bytes_skipped = 0
+        self._size = self._size_on_disk = 0
         self._stale = False
         self._read()
 
     @property
+    def n_bytes(self) -> int:
+        """Size of the file, as it was last read or written."""
+        return self._size_on_disk
+
+    @property
     def n_bytes_damaged(self) -> int:
         """Bytes that are no sound batch: a torn write at the end, which the next append cuts off, or damage between."""
-        return self._n_skipped + self._size_on_disk - self._size
+        return self.n_bytes_skipped + self._size_on_disk - self._size
 
     def all_rows(self) -> pl.DataFrame:
         """Every row ever appended, in the file's order. Reads no vector.
@@ -196,10 +202,10 @@ class Shard:
         self._stale = True
 
     def compact_if_worth_it(self) -> bool:
-        """Write the file anew, without dead rows and ordered by song_id, where those are over a fifth of it."""
+        """Write the file anew, ordered by song_id, where over a fifth of its rows are dead, or stretches damaged."""
         live = self.live_rows()
         n_rows = sum(batch.num_rows for batch in self._batches)
-        if n_rows - live.height <= _DEAD_SHARE * n_rows:
+        if n_rows - live.height <= _DEAD_SHARE * n_rows and not self.n_bytes_skipped:
             return False
         write_shard(self.path, self.identity, self, live)
         self._read()
@@ -208,7 +214,7 @@ class Shard:
     def _read(self) -> None:
         """Map the file and take its whole batches; damaged stretches between them are passed over."""
         self._batches, self._stale = [], False
-        self._size = self._size_on_disk = self._n_skipped = 0
+        self._size = self._size_on_disk = self.n_bytes_skipped = 0
         header = self.identity.schema.serialize().to_pybytes()
         if not self.path.exists() or self.path.stat().st_size == 0:
             return
@@ -217,21 +223,29 @@ class Shard:
         beginning = bytes(memoryview(content)[: len(header)])
         if not header.startswith(beginning):
             found = read_identity(self.path)
-            raise StoreError(
-                f"{self.path} holds {found or 'something damaged or foreign'}, expected {self.identity}: restore it "
-                "from a backup; or move it away, and its songs are embedded anew"
-            )
-        if len(beginning) < len(header):
+            if found is not None and found != self.identity:
+                raise StoreError(
+                    f"{self.path} holds {found}, expected {self.identity}: restore it from a backup; or move it away, "
+                    "and its songs are embedded anew"
+                )
+        elif len(beginning) < len(header):
             return  # not even a whole schema: nothing in it was ever acknowledged
-        self._size = position = len(header)
+        else:
+            self._size = len(header)
+        position = self._size
         while position < content.size:
             found_batch = read_batch(content, position, self.identity)
             if found_batch is None:
                 position = find_message(content, position + 8)
             else:
                 self._batches.append(found_batch[0])
-                self._n_skipped += position - self._size
+                self.n_bytes_skipped += position - self._size
                 self._size = position = found_batch[1]
+        if not self._size:
+            raise StoreError(
+                f"{self.path} holds something damaged or foreign, and not one sound row of {self.identity}: restore it "
+                "from a backup; or move it away, and its songs are embedded anew"
+            )
 
 
 def load_embeddings_from_cache(cache: ModelCache, song_range: SongIdRange) -> tuple[Shard, pl.DataFrame]:

@@ -5,7 +5,7 @@ import dagster as dg
 from songvec_assets.defs import reports
 from songvec_assets.defs.partitions import TILING, one_run, ranges_policy, song_id_ranges
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, StorageResource, open_deployment
-from songvec_assets.defs.steps import Emit, FillRecorder, failing_clearly, run_step
+from songvec_assets.defs.steps import Emit, FillRecorder, budget_of, failing_clearly, run_step
 from songvec_assets.songs.export import ExportMode, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.ivfflat import build_index
@@ -76,7 +76,8 @@ def embedding_cache(
         recorder = FillRecorder(context, deployment.cache)
 
         def fill(emit: Emit) -> None:
-            deployment.filler(config.max_usd, progress=emit).fill_ranges(ranges, report=emit)
+            filler = deployment.filler(config.max_usd, progress=emit, run=budget_of(context.run))
+            filler.fill_ranges(ranges, report=emit)
 
         run_step(context, deployment, fill, on_report=recorder.record)
         recorder.fail_where_incomplete()

@@ -110,6 +110,8 @@ def describe_fill(report: FillReport, path: str, embedder: str) -> Metadata:
         "songs set aside": report.n_set_aside,
         "songs truncated": report.n_truncated,
         "bytes damaged": report.n_bytes_damaged,
+        "retries": report.n_retries,
+        "429s": report.n_limited,
         "tokens": report.n_tokens,
         "usd": report.usd,
         "seconds": round(report.seconds, 3),

@@ -80,6 +80,11 @@ def run_step(
         raise
 
 
+def budget_of(run: dg.DagsterRun) -> str:
+    """Whose budget a run spends: its backfill's, where it is one of many, or its own."""
+    return run.tags.get("dagster/backfill", run.run_id)
+
+
 class _ProgressLog:
     """Thins progress out to a line every few seconds, with rate and time left."""
 

@@ -1,33 +1,36 @@
-"""Texts to requests within limits of count and tokens; halving a refused request. Pure.
+"""Texts to requests within limits of count and size; halving a refused request. Pure.
 
-A token here is an estimate: it shapes requests and quota, never what text is sent.
+Sizes are UTF-8 bytes: how many of them make a token is an estimate that gets better while requests are answered.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def pack_requests(n_tokens: Sequence[int], max_texts: int, max_tokens: int) -> Iterator[slice]:
-    """Cut texts, in their order, into requests.
+def pack_requests(n_bytes: Sequence[int], max_texts: int, max_bytes: Callable[[], float]) -> Iterator[slice]:
+    """Cut texts, in their order, into requests: as few as there must be, about equally full.
 
     Args:
-        n_tokens: estimated tokens of each text.
+        n_bytes: of each text.
         max_texts: texts a request at most.
-        max_tokens: tokens a request at most; a text above that goes alone.
+        max_bytes: says, when a request is cut, how much it may hold at most; a text above that goes alone.
 
     Yields:
         Slices that cover all texts, none empty.
     """
-    start, total = 0, 0
-    for position, tokens in enumerate(n_tokens):
-        if position > start and (total + tokens > max_tokens or position - start == max_texts):
-            yield slice(start, position)
-            start, total = position, 0
-        total += tokens
-    if start < len(n_tokens):
-        yield slice(start, len(n_tokens))
+    start, left = 0, sum(n_bytes)
+    while start < len(n_bytes):
+        limit = max_bytes()
+        even = left / max(math.ceil(left / limit), math.ceil((len(n_bytes) - start) / max_texts))
+        stop, size = start + 1, n_bytes[start]
+        while stop < min(start + max_texts, len(n_bytes)) and size < even and size + n_bytes[stop] <= limit:
+            size += n_bytes[stop]
+            stop += 1
+        yield slice(start, stop)
+        start, left = stop, left - size
 
 
 def bisect(items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:

@@ -7,24 +7,32 @@ import asyncio
 import enum
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
+import httpx2
 import openai
 
-from songvec_assets.embedding.limits import RateLimiter
+from songvec_assets.embedding.limits import Grant, RateLimiter
 from songvec_assets.embedding.pricing import TokenEstimator
 from songvec_assets.embedding.wire import (
     EmbeddingBatch,
     MalformedResponseError,
     decode_response,
+    encode_request,
     truncate_vectors,
 )
 from songvec_assets.errors import ProviderError, ProviderUnavailableError, RequestRefusedError
 from songvec_assets.progress import StopSignal
 
 MAX_BACKOFF_S = 60.0
+MAX_PAUSE_S = 5.0
+"""All requests pause after a 429 that names no time: 1 s, then 2, 4, and at most so long."""
+MAX_TEXTS_IN_LOOP = 512
+"""So many base64 vectors of 2,000 values are decoded in 4 ms (2 cores, 2026-11): less than the event loop's other users
+would wait for the interpreter's lock while a thread did it. Larger answers, and floats, are decoded in a thread."""
 _MATRYOSHKA_MODELS = ("qwen3-embedding",)
 
 
@@ -97,6 +105,7 @@ class EmbeddingClient:
         patience_s: seconds that one request is tried again before ProviderUnavailableError.
         stop: once set, nothing more is sent or waited for; a request in flight is left to end.
         estimator: tells the limiter a request's tokens, and learns from what is billed.
+        on_trouble: told, at every bad answer, what it was and what is done about it.
     """
 
     def __init__(
@@ -109,24 +118,36 @@ class EmbeddingClient:
         patience_s: float = 600.0,
         stop: StopSignal | None = None,
         estimator: TokenEstimator | None = None,
+        on_trouble: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model = model
         self.dimensions = dimensions
         self.base_url = base_url
-        self.n_retries = 0
         self._limiter = limiter
         self._patience_s = patience_s
         self._stop = stop or StopSignal()
         self._estimator = estimator or TokenEstimator()
-        # the limiter must see every try, so the library makes none of its own
-        self._api = openai.AsyncOpenAI(base_url=base_url, api_key=api_key or "none", max_retries=0)
+        self._on_trouble = on_trouble
+        self._api = openai.AsyncOpenAI(
+            base_url=base_url,
+            api_key=api_key or "none",
+            max_retries=0,  # the limiter must see every try
+            http_client=openai.DefaultAioHttpClient(),  # its parser is C: half the time per vector
+        )
+        # one answer at a time: several are no faster, and hold all their vectors
+        self._decoder = ThreadPoolExecutor(1, "songvec-decode")
         self._api_key = api_key
         self._probing: asyncio.Future[_Dialect] | None = None
+        # one request waits for the quota at a time: places are granted no further ahead than the next one
+        self._gate = asyncio.Lock()
+        self._newest_grant_at = self._limited_until = 0.0
+        self._n_limited_in_a_row = 0
         self._untold_tokens = 0
 
     async def close(self) -> None:
         """Close the connections."""
         await self._api.close()
+        self._decoder.shutdown(wait=False)
 
     async def generate_embeddings_batch(self, texts: Sequence[str]) -> EmbeddingBatch:
         """Embed the texts of one request, trying again as long as that can help.
@@ -135,7 +156,7 @@ class EmbeddingClient:
             texts: none empty; the caller keeps to the limits of a request.
 
         Returns:
-            Float32 vectors, (n texts, dimensions), and the tokens billed, spoilt answers included.
+            Float32 vectors, (n texts, dimensions), the tokens billed, spoilt answers included, and the tries it took.
 
         Raises:
             RequestRefusedError: the server refuses this request; its neighbours may fare better.
@@ -151,7 +172,7 @@ class EmbeddingClient:
         embeddings = batch.embeddings
         if dialect.n_values > self.dimensions:
             embeddings = truncate_vectors(embeddings, self.dimensions)
-        return EmbeddingBatch(embeddings, batch.n_tokens + untold_tokens)
+        return replace(batch, embeddings=embeddings, n_tokens=batch.n_tokens + untold_tokens)
 
     async def _learn_dialect(self) -> _Dialect:
         """Find out once, with a request of one short text, what the server understands; all who wait share it."""
@@ -194,61 +215,95 @@ class EmbeddingClient:
             )
 
     async def _request_patiently(self, texts: Sequence[str], dialect: _Dialect) -> EmbeddingBatch:
+        body = encode_request(
+            self.model, texts, dialect.encoding_format, self.dimensions if dialect.sends_dimensions else None
+        )
         n_bytes = sum(len(text.encode()) for text in texts)
         [n_tokens] = self._estimator.estimate([n_bytes])
-        deadline = 0.0
-        attempt = 0
+        started, n_retries, n_limited = 0.0, 0, 0
         while True:
-            await self._sleep(await asyncio.to_thread(self._limiter.reserve, n_tokens))
+            grant = await self._next_grant(n_tokens)
+            wait_s = random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2**n_retries))  # full jitter (Brooker 2015)
             try:
-                body = await self._send(texts, dialect, timeout_s=60 + n_tokens / 200)
-                batch = decode_response(body, len(texts))
-                self._estimator.observe(n_bytes, batch.n_tokens)
-                # a server that does not say what it bills is held to the estimate, or no budget would ever bind
-                return batch if batch.n_tokens else replace(batch, n_tokens=n_tokens)
+                answer = await self._send(body, timeout_s=60 + n_tokens / 200)
+                batch = await self._decode(answer, len(texts), dialect)
             except openai.APIStatusError as error:
-                action = action_for(error.status_code)
                 # no cause is chained to what is raised below: the library's error holds the provider's words unredacted
                 words = describe_refusal(error.status_code, self._redact(error.response.text))
+                action = action_for(error.status_code)
                 if action is Action.STOP:
                     raise ProviderError(f"{self.base_url} {words}") from None
                 if action is Action.ISOLATE:
                     raise RequestRefusedError(words) from None
-                pause_s = _retry_after_s(error)
+                retry_after_s = _retry_after_s(error)
                 if error.status_code == 429:
-                    pause_s = 1.0 if pause_s is None else pause_s
-                    await asyncio.to_thread(self._limiter.pause, pause_s)
-            except (openai.APIConnectionError, MalformedResponseError) as error:
+                    n_limited += 1
+                    wait_s = await self._slow_down(grant, retry_after_s)
+                else:
+                    wait_s = max(retry_after_s or 0.0, wait_s)
+            except (openai.APIConnectionError, TimeoutError, MalformedResponseError) as error:
                 if isinstance(error, MalformedResponseError):
                     self._untold_tokens += n_tokens  # a 200 is billed, whatever came of it
-                words, pause_s = self._redact(str(error.__cause__ or error) or type(error).__name__), None
+                words = self._redact(str(error.__cause__ or error) or type(error).__name__)
+            else:
+                self._n_limited_in_a_row = 0
+                if not batch.n_tokens:
+                    # a server that does not say what it bills is held to the estimate, or no budget would ever bind
+                    return replace(batch, n_tokens=n_tokens, n_retries=n_retries, n_limited=n_limited)
+                self._estimator.observe(n_bytes, batch.n_tokens)
+                self._limiter.settle(grant, batch.n_tokens)
+                return replace(batch, n_retries=n_retries, n_limited=n_limited)
             # waiting for the quota is no failure: patience begins with the first bad answer
-            deadline = deadline or time.monotonic() + self._patience_s
-            # full jitter (Brooker 2015), so that many clients do not come back together
-            wait_s = max(pause_s or 0, random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2**attempt)))
-            attempt += 1
-            self.n_retries += 1
-            if time.monotonic() + wait_s > deadline:
+            started = started or time.monotonic()
+            failing_s = time.monotonic() - started
+            n_retries += 1
+            if failing_s + wait_s > self._patience_s:
                 raise ProviderUnavailableError(
                     f"{self.base_url} gave no good answer for {self._patience_s:g} s (SONGVEC_PATIENCE_S), last: "
                     f"{words}. All that was paid for is kept: start the same command again later"
                 )
+            self._on_trouble(f"{words}; next try in {wait_s:.0f} s, for {self._patience_s - failing_s:.0f} s at most")
             await self._sleep(wait_s)
+
+    async def _decode(self, answer: bytes, n_texts: int, dialect: _Dialect) -> EmbeddingBatch:
+        if dialect.encoding_format == "base64" and n_texts <= MAX_TEXTS_IN_LOOP:
+            return decode_response(answer, n_texts)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoder, decode_response, answer, n_texts)
+
+    async def _next_grant(self, n_tokens: int) -> Grant:
+        """Wait for a place in the quota."""
+        async with self._gate:
+            self._stop.check()
+            grant = await asyncio.to_thread(self._limiter.reserve, n_tokens)
+            self._newest_grant_at = grant.at
+            await self._sleep(grant.wait_s)
+            return grant
+
+    async def _slow_down(self, grant: Grant, retry_after_s: float | None) -> float:
+        """Hold back every request of the deployment after a 429; for how many seconds."""
+        if grant.at > self._limited_until:
+            self._n_limited_in_a_row += 1
+            # what was granted until now is limited for the same reason: it does not make the pause longer
+            self._limited_until = self._newest_grant_at
+        pause_s = min(MAX_PAUSE_S, 2.0 ** (self._n_limited_in_a_row - 1)) if retry_after_s is None else retry_after_s
+        await asyncio.to_thread(self._limiter.slow_down, grant, pause_s)
+        return pause_s
 
     def _redact(self, words: str) -> str:
         """A server's words without the key, which some repeat."""
         return words.replace(self._api_key, "[key]") if self._api_key else words
 
-    async def _send(self, texts: Sequence[str], dialect: _Dialect, timeout_s: float) -> bytes:
-        asked: dict[str, Any] = {"dimensions": self.dimensions} if dialect.sends_dimensions else {}
-        response = await self._api.embeddings.with_raw_response.create(
-            model=self.model,
-            input=list(texts),
-            encoding_format=dialect.encoding_format,
-            timeout=timeout_s,
-            **asked,
-        )
-        return response.content
+    async def _send(self, body: bytes, timeout_s: float) -> bytes:
+        # the library's own timeout is one of each read, which a server that drips never exceeds
+        async with asyncio.timeout(timeout_s):
+            response = await self._api.post(
+                "/embeddings",
+                cast_to=httpx2.Response,
+                content=body,
+                options={"headers": {"content-type": "application/json"}, "timeout": timeout_s},
+            )
+            return response.content
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep, but not past the stop signal."""

@@ -1,13 +1,12 @@
-"""Tokens, dollars and time: what a run will cost, what it has cost, and where it must stop. Pure.
+"""Tokens, dollars and time: what a run will cost at the provider's price and quota. Pure.
 
 Dollars are floats: the provider's invoice is exact, this is a limit and a forecast.
 """
 
+import math
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-from songvec_assets.errors import BudgetExceededError
 
 UTF8_BYTES_PER_TOKEN = 4.0
 """About four bytes of UTF-8 make a token, over scripts: English 4 characters, Cyrillic 2, Chinese 1.3."""
@@ -46,6 +45,10 @@ class TokenEstimator:
         tokens_per_byte = self._n_tokens / self._n_bytes
         return [max(1, round(each * tokens_per_byte)) for each in n_bytes]
 
+    def n_bytes(self, n_tokens: int) -> float:
+        """The inverse: UTF-8 bytes that make about so many tokens."""
+        return n_tokens * self._n_bytes / self._n_tokens
+
     def observe(self, n_bytes: int, n_tokens: int) -> None:
         """Learn that texts of `n_bytes` were billed `n_tokens`; 0 tokens means that the provider did not say."""
         if n_tokens > 0:
@@ -63,6 +66,13 @@ class Price:
     def usd(self, n_tokens: int) -> float:
         """What so many tokens cost."""
         return n_tokens * self.usd_per_million_tokens / 1e6
+
+    def n_tokens(self, usd: float) -> int | None:
+        """Whole tokens that so much buys; None: any number, they are free."""
+        if not self.usd_per_million_tokens:
+            return None
+        # a price such as 0.1 has no exact binary form: what divides evenly must not lose its last token
+        return math.floor(usd / self.usd_per_million_tokens * 1e6 * (1 + 1e-12))
 
     def estimate(self, n_songs: int, n_texts: int, n_tokens: int, quota: "Quota") -> Estimate:
         """Price and time of sending so much at the full quota."""
@@ -96,45 +106,3 @@ class Quota:
     def n_requests(self, n_texts: int, n_tokens: int) -> float:
         """About how many requests so much takes."""
         return max(n_texts / self.max_request_texts, n_tokens / self.max_request_tokens)
-
-
-class Budget:
-    """A hard stop in dollars. Thread-safe.
-
-    A request reserves its estimate before it is sent and settles with what was billed: what is spent plus what is
-    reserved never exceeds the limit by more than the estimates' errors of the requests in flight.
-    """
-
-    def __init__(self, price: Price, max_usd: float | None = None) -> None:
-        self.price = price
-        self.max_usd = max_usd
-        self._lock = threading.Lock()
-        self._reserved_tokens = 0
-        self.n_tokens = 0
-
-    @property
-    def usd(self) -> float:
-        """Dollars spent so far."""
-        return self.price.usd(self.n_tokens)
-
-    def reserve(self, n_tokens: int) -> None:
-        """Set aside the price of a request.
-
-        Raises:
-            BudgetExceededError: with it, the budget would be exceeded; nothing is set aside.
-        """
-        with self._lock:
-            planned = self.price.usd(self.n_tokens + self._reserved_tokens + n_tokens)
-            if self.max_usd is not None and planned > self.max_usd:
-                raise BudgetExceededError(
-                    f"the budget of ${self.max_usd:,.4f} would be exceeded by the next request (${self.usd:,.4f} "
-                    f"spent, ${planned:,.4f} with it). All that was paid for is kept: raise SONGVEC_MAX_USD or the "
-                    "run's budget and start the same command again"
-                )
-            self._reserved_tokens += n_tokens
-
-    def settle(self, reserved_tokens: int, billed_tokens: int) -> None:
-        """Replace a reservation by what was billed (0 for a request that failed)."""
-        with self._lock:
-            self._reserved_tokens -= reserved_tokens
-            self.n_tokens += billed_tokens

@@ -1,13 +1,19 @@
-"""Response bytes of an OpenAI-compatible embeddings endpoint to a float32 matrix. Pure.
+"""Requests and responses of an OpenAI-compatible embeddings endpoint: texts to bytes, bytes to a float32 matrix. Pure.
 
 Protocol as documented by OpenAI and Fireworks (read 2026-11): `data` is a list of {index, embedding}; an embedding
-is base64 of little-endian float32, or a JSON array of numbers where the server knows no base64.
+is base64 of little-endian float32, or a JSON array of numbers where the server knows no base64. On neither way does a
+value become a Python float.
 """
 
+import binascii
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pybase64
 from numpy.typing import NDArray
 
@@ -27,10 +33,21 @@ class EmbeddingBatch:
     Attributes:
         embeddings: float32, (n texts, dimensions), in the order of the texts.
         n_tokens: prompt tokens the provider says it billed; 0 where it does not say.
+        n_retries: bad answers before this one.
+        n_limited: those of them that were 429.
     """
 
     embeddings: Float32Matrix
     n_tokens: int
+    n_retries: int = 0
+    n_limited: int = 0
+
+
+class _Request(msgspec.Struct, omit_defaults=True):
+    model: str
+    input: Sequence[str]
+    encoding_format: str
+    dimensions: int | None = None
 
 
 class _Item(msgspec.Struct):
@@ -48,7 +65,14 @@ class _Response(msgspec.Struct):
 
 
 _decode_response = msgspec.json.Decoder(_Response).decode
-_decode_floats = msgspec.json.Decoder(list[float]).decode
+_encode_request = msgspec.json.Encoder().encode
+
+
+def encode_request(
+    model: str, texts: Sequence[str], encoding_format: Literal["base64", "float"], dimensions: int | None
+) -> bytes:
+    """One request's JSON; without `dimensions` the server answers with the model's native size."""
+    return _encode_request(_Request(model, texts, encoding_format, dimensions))
 
 
 def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
@@ -67,14 +91,12 @@ def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
         order = [item.index for item in response.data]
         if not order or sorted(order) != list(range(n_texts)):
             raise MalformedResponseError(f"expected each index from 0 to {n_texts - 1} once, got {_shorten(order)}")
-        # each vector goes straight into its row: a second copy of them all would double what a request holds
-        embeddings = np.empty((n_texts, len(_decode_vector(response.data[0].embedding))), dtype=np.float32)
-        for item in response.data:
-            vector = _decode_vector(item.embedding)
-            if len(vector) != embeddings.shape[1]:
-                raise MalformedResponseError(f"expected {embeddings.shape[1]} values, got {len(vector)}")
-            embeddings[item.index] = vector
-    except (msgspec.DecodeError, ValueError) as error:
+        values = [memoryview(item.embedding) for item in response.data]
+        kinds = {bytes(value[:1]) for value in values}
+        if kinds not in ({b'"'}, {b"["}):
+            raise MalformedResponseError(f"expected all vectors as base64 or all as arrays, got {sorted(kinds)}")
+        embeddings = _decode_strings(values, order) if kinds == {b'"'} else _decode_arrays(values, order)
+    except (msgspec.DecodeError, pa.ArrowInvalid, ValueError) as error:
         raise MalformedResponseError(f"expected an embeddings response, got {body[:80]!r}: {error}") from error
     if bad := find_bad_vectors(embeddings):
         raise MalformedResponseError(f"expected finite vectors other than zero, got bad ones at {_shorten(bad)}")
@@ -97,14 +119,35 @@ def truncate_vectors(embeddings: Float32Matrix, dimensions: int) -> Float32Matri
     return np.ascontiguousarray(cut / norms, dtype=np.float32)
 
 
-def _decode_vector(raw: msgspec.Raw) -> NDArray[np.float32]:
-    value = bytes(raw)
-    if not value.startswith(b'"'):
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
-            return np.array(_decode_floats(value), dtype=np.float32)
-    # some serialisers escape the slash
-    encoded = msgspec.json.decode(value, type=str).encode() if b"\\" in value else value[1:-1]
-    return np.frombuffer(pybase64.b64decode(encoded, validate=True), dtype="<f4")
+def _decode_strings(values: list[memoryview], order: list[int]) -> Float32Matrix:
+    n_values = len(_decode_base64(values[0]))
+    embeddings = np.empty((len(values), n_values), dtype=np.float32)
+    for index, value in zip(order, values, strict=True):
+        vector = _decode_base64(value)
+        if len(vector) != n_values:
+            raise MalformedResponseError(f"expected {n_values} values, got {len(vector)}")
+        # each vector goes straight into its row: a second copy of them all would double what a request holds
+        embeddings[index] = vector
+    return embeddings
+
+
+def _decode_base64(value: memoryview) -> NDArray[np.float32]:
+    try:
+        decoded = pybase64.b64decode(value[1:-1], validate=True)
+    except binascii.Error:  # some serialisers escape the slash
+        decoded = pybase64.b64decode(msgspec.json.decode(value, type=str), validate=True)
+    return np.frombuffer(decoded, dtype="<f4")
+
+
+def _decode_arrays(values: list[memoryview], order: list[int]) -> Float32Matrix:
+    texts = [bytes(value[1:-1]).translate(None, b" \t\r\n") for value in values]
+    vectors = pc.split_pattern(pa.array(texts, pa.binary()).cast(pa.string()), ",")
+    sizes = np.diff(vectors.offsets.to_numpy())
+    if np.any(sizes != sizes[0]):
+        raise MalformedResponseError(f"expected {sizes[0]} values in each vector, got {_shorten(sizes.tolist())}")
+    embeddings = np.empty((len(values), sizes[0]), dtype=np.float32)
+    embeddings[order] = vectors.values.cast(pa.float32()).to_numpy().reshape(embeddings.shape)
+    return embeddings
 
 
 def _shorten(values: list[int]) -> str:

@@ -28,9 +28,22 @@ _TABLES = """
         value jsonb NOT NULL
     );
     CREATE TABLE IF NOT EXISTS songvec.rate_limits (
-        name text PRIMARY KEY,
-        requests_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-        tokens_at timestamptz NOT NULL DEFAULT clock_timestamp()
+        name text PRIMARY KEY
+    );
+    ALTER TABLE songvec.rate_limits
+        ADD COLUMN IF NOT EXISTS requests_at timestamptz NOT NULL DEFAULT 'epoch',
+        ADD COLUMN IF NOT EXISTS tokens_at timestamptz NOT NULL DEFAULT 'epoch',
+        ADD COLUMN IF NOT EXISTS paused_until timestamptz NOT NULL DEFAULT 'epoch',
+        ADD COLUMN IF NOT EXISTS busy_since timestamptz NOT NULL DEFAULT 'epoch',
+        ADD COLUMN IF NOT EXISTS slowed_at timestamptz NOT NULL DEFAULT 'epoch',
+        ADD COLUMN IF NOT EXISTS share double precision NOT NULL DEFAULT 1;
+    CREATE TABLE IF NOT EXISTS songvec.rate_seconds (
+        name text,
+        slot smallint,
+        second bigint NOT NULL,
+        n_requests bigint NOT NULL,
+        n_tokens bigint NOT NULL,
+        PRIMARY KEY (name, slot)
     );
     CREATE TABLE IF NOT EXISTS songvec.loaded_ranges (
         range_start bigint NOT NULL,
@@ -44,7 +57,13 @@ _TABLES = """
         loaded_at timestamptz NOT NULL DEFAULT now(),
         PRIMARY KEY (range_start, range_stop)
     );
+    CREATE TABLE IF NOT EXISTS songvec.budgets (
+        name text PRIMARY KEY,
+        n_tokens bigint NOT NULL,
+        updated_at timestamptz NOT NULL DEFAULT now()
+    );
 """
+_NEWEST_TABLE = "songvec.budgets"
 
 
 def ensure_schema(database: Database) -> None:
@@ -56,7 +75,7 @@ def ensure_schema(database: Database) -> None:
     with database.get_connection() as connection:
         # two first runs at once would collide in the catalogue
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key("schema")})
-        if connection.scalar(text("SELECT to_regclass('songvec.loaded_ranges') IS NULL")):
+        if connection.scalar(text(f"SELECT to_regclass('{_NEWEST_TABLE}') IS NULL")):
             connection.execute(text(_TABLES))
         _ensure_extension(connection)
 

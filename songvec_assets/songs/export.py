@@ -97,6 +97,12 @@ def snapshot_digest(path: Path) -> str | None:
     return str((pq.read_schema(path).metadata or {}).get(_DIGEST, b"").decode()) or None
 
 
+def count_songs(folder: Path, song_range: SongIdRange) -> int:
+    """Songs of a snapshot, from its footer; 0 where there is none."""
+    path = snapshot_path(folder, song_range)
+    return int(pq.read_metadata(path).num_rows) if path.exists() else 0
+
+
 def get_max_cached_song_id(folder: Path) -> int | None:
     """The highest song_id of all snapshots, or None where there are none."""
     for song_range in reversed(snapshot_ranges(folder)):

@@ -17,6 +17,7 @@ from psycopg2.extras import execute_values
 from sqlalchemy import text
 
 from songvec_assets.cache.format import find_sound_rows
+from songvec_assets.cache.marks import Mark, read_mark
 from songvec_assets.cache.shards import (
     ModelCache,
     Shard,
@@ -91,7 +92,12 @@ def upload_cached_embeddings_to_database(
     changed: list[tuple[SongIdRange, int]] = []
     for song_range in ranges:
         stop.check()
-        vectors = _read_vectors(cache, song_range)[1]
+        try:
+            vectors = _read_vectors(cache, song_range)[1]
+        except StoreError as error:
+            damaged.append(str(error))
+            cache.mark_of(song_range).unlink(missing_ok=True)
+            continue
         if ledger.get(song_range) == LedgerEntry.of(vectors) and counts.get(song_range, 0) == vectors.height:
             loads.append(RangeLoad(song_range, vectors.height, 0, 0, 0.0))
         else:
@@ -107,6 +113,7 @@ def upload_cached_embeddings_to_database(
             with hold_lock(database, lock_name(song_range), on_wait=stop.check, check=stop.check):
                 # opened anew under the lock: a fill may have appended since
                 discard_damaged_rows(load_embeddings_from_cache(cache, song_range)[0])
+                cache.mark_of(song_range).unlink(missing_ok=True)
         done += n_rows
     progress(Progress("load rows", done, total, unit="rows"))
     _vacuum_if_worth_it(database, loads)
@@ -129,6 +136,7 @@ def _load_range(
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key(f"load {song_range.key}")})
         # read under the lock: what an earlier load wrote meanwhile may be newer than what was compared
         shard, vectors = _read_vectors(cache, song_range)
+        _check_whole(connection, shard, read_mark(cache.mark_of(song_range)))
         stale = _find_stale_rows(connection, song_range, vectors)
         bounds = {"start": song_range.start, "stop": song_range.stop}
         if stale is None:
@@ -146,6 +154,28 @@ def _load_range(
         changed = read_fact(connection, CHANGES_FACT) or 0
         write_fact(connection, CHANGES_FACT, changed + wanted.height + deleted.rowcount)
     return RangeLoad(song_range, vectors.height, wanted.height, deleted.rowcount, time.monotonic() - started)
+
+
+def _check_whole(connection: sa.Connection, shard: Shard, mark: Mark | None) -> None:
+    """Refuse a shard that lost rows: that a song is not in it does not say that the song is gone.
+
+    Where a complete fill left its mark, the file must be as it was then. Where a fill is on its way, it may end in a
+    torn write, but each loaded song must be in it, if only to be told gone.
+    """
+    song_range = shard.identity.range
+    lost: list[int] = []
+    if not (mark and mark.n_bytes == shard.n_bytes and not shard.n_bytes_damaged):
+        loaded = read_loaded_rows(connection, song_range)
+        if loaded is not None:
+            lost = loaded.join(shard.all_rows(), on="song_id", how="anti")["song_id"].to_list()
+    n_missing = mark.n_bytes - shard.n_bytes if mark else 0
+    complete_but_torn = mark is not None and mark.n_bytes == shard.n_bytes and shard.n_bytes_damaged > 0
+    if lost or n_missing > 0 or complete_but_torn or shard.n_bytes_skipped:
+        raise DamagedShardError(
+            f"{shard.path} was changed on disk: {shard.n_bytes_damaged:,} bytes are damaged, {max(0, n_missing):,} are "
+            f"missing, and {len(lost):,} loaded songs are no longer in it. The range was not loaded: materialize "
+            f"embedding_cache for {song_range.key}, which embeds what is lost anew, then load again"
+        )
 
 
 @dataclass(frozen=True)

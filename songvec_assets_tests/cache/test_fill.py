@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache.fill import MAX_REFUSALS_IN_A_ROW, FillReport
+from songvec_assets.cache import fill as fill_module
+from songvec_assets.cache.fill import MAX_OPEN_RANGES, FillReport
+from songvec_assets.cache.send import MAX_REFUSALS_IN_A_ROW
 from songvec_assets.cache.shards import discard_damaged_rows, load_embeddings_from_cache, lock_name
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding import client as client_module
@@ -65,6 +67,12 @@ def run(database: Database, provider: Provider, tmp_path: Path) -> Run:
         return deploy(database, provider, tmp_path / "store", **settings)
 
     return begin
+
+
+@pytest.fixture
+def one_range_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No range begins before the one before it has all its answers: what is done in between has its place."""
+    monkeypatch.setattr(fill_module, "MAX_OPEN_RANGES", 1)
 
 
 def export(deployment: Deployment) -> None:
@@ -144,6 +152,34 @@ def down(count: int | None = None, after: int = 1) -> dict[str, object]:
 # What is sent, and what it costs
 
 
+def test_the_next_ranges_begin_while_the_last_answers_of_one_are_awaited(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    song_ids = [1, *range(101, 800, 100)]
+    songs(*plain_songs(song_ids))
+    provider.control(latency_s=1.0)
+    deployment = run()
+    assert sorted(report.range.start for report in fill(deployment)) == list(range(0, 800, 100))
+    assert provider.ledger()["max_in_flight"] == MAX_OPEN_RANGES
+    assert_stored(deployment, plain_texts(song_ids))
+
+
+def test_all_ranges_together_keep_to_the_requests_in_flight(songs: Songs, run: Run, provider: Provider) -> None:
+    song_ids = [*range(1, 25), *range(101, 125), *range(201, 225)]
+    songs(*plain_songs(song_ids))
+    provider.control(latency_s=0.1)
+    fill(run(max_request_texts=4, concurrency=3))
+    assert provider.ledger()["max_in_flight"] == 3
+
+
+def test_one_range_finds_out_whether_the_provider_answers_at_all(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs([1, 101, 201]))
+    provider.control(statuses=[{"status": 402, "after": 2}], latency_s=0.3)
+    reports, error = try_fill(run())
+    assert [report.error for report in reports] == [error]
+    assert provider.ledger()["requests"] == 2, "the probe and one range's request"
+
+
 def test_a_range_is_filled_and_its_report_counts_what_was_done(songs: Songs, run: Run, provider: Provider) -> None:
     song_ids = [*range(1, 41), 250]
     songs(*plain_songs(song_ids))
@@ -201,6 +237,35 @@ def test_progress_tells_songs_up_to_all_and_dollars(songs: Songs, run: Run) -> N
     assert {each.total for each in told} == {40}
     assert [each.done for each in told] == sorted(each.done for each in told)
     assert "$282.0000" in told[-1].note, "40 songs of 7 tokens and a probe of 2"
+
+
+def test_progress_counts_the_songs_of_all_ranges_and_those_that_need_nothing(songs: Songs, run: Run) -> None:
+    songs(*plain_songs([*range(1, 11), *range(201, 206)]))
+    fill(run())
+    songs(*plain_songs([300, 301]), (5, "Another", "Ann", "song"))
+    told: list[Progress] = []
+    deployment = run()
+    export(deployment)
+    deployment.filler(progress=told.append).fill_ranges(list(TILING), lambda _: None)
+    assert {each.total for each in told} == {17}
+    assert (told[0].done, told[-1].done) == (9, 17)
+
+
+def test_what_the_provider_answers_wrong_is_told_while_it_is_tried_again_and_counted(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs(range(1, 5)))
+    failing = [{"status": 503, "count": 2, "after": 2}, {"status": 429, "count": 1, "after": 4, "retry_after_s": 0.1}]
+    provider.control(statuses=failing)
+    notes: list[str] = []
+    deployment = run()
+    export(deployment)
+    reports: list[FillReport] = []
+    deployment.filler(progress=lambda told: notes.append(told.note)).fill_ranges([FIRST], reports.append)
+    assert ["answered 503" in note for note in notes[-4:]] == [True, True, False, False]
+    assert "answered 429" in notes[-2]
+    assert "next try in" in notes[-2]
+    assert (reports[0].n_retries, reports[0].n_limited) == (3, 1)
 
 
 def test_songs_of_one_text_are_sent_once_and_each_gets_the_vector(songs: Songs, run: Run, provider: Provider) -> None:
@@ -336,6 +401,45 @@ def test_what_a_crash_tore_off_the_shard_is_sent_again_and_nothing_else(
     assert set(billed(provider)) == set(plain_texts(range(17, 25)).values())
     assert_stored(second, plain_texts(range(1, 25)))
     assert fill(run())[0].n_bytes_damaged == 0
+
+
+@pytest.mark.parametrize("mark", ["", "5", "{}", '{"counts": [1]}', "\x00", '{"n_bytes": "many"}'])
+def test_a_mark_that_says_nothing_costs_a_comparison_and_no_request(
+    songs: Songs, run: Run, provider: Provider, mark: str
+) -> None:
+    songs(*plain_songs(range(1, 9)))
+    first = run()
+    fill(first)
+    path = first.cache.mark_of(FIRST)
+    good = path.read_text()
+    path.write_text(mark)
+    provider.reset_ledger()
+    (report,) = fill(run())
+    assert report.n_unchanged == 8
+    assert provider.ledger()["requests"] == 0
+    assert path.read_text() == good
+
+
+def test_a_shard_damaged_between_its_batches_is_written_anew_with_what_is_sound(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs(range(1, 25)))
+    first = run(max_request_texts=8, concurrency=1)
+    fill(first)
+    path = first.cache.path_of(FIRST)
+    damaged = bytearray(path.read_bytes())
+    # the header of the second batch of three
+    second = damaged.index(b"\xff\xff\xff\xff", damaged.index(b"\xff\xff\xff\xff", 8) + 8)
+    damaged[second + 5] ^= 4
+    path.write_bytes(damaged)
+    first.cache.mark_of(FIRST).unlink()
+    provider.reset_ledger()
+    (report,) = fill(run())
+    assert report.n_bytes_damaged > 0
+    assert 0 < report.n_embedded <= 8
+    assert len(billed(provider)) == report.n_embedded
+    assert load_embeddings_from_cache(first.cache, FIRST)[0].n_bytes_damaged == 0
+    assert_stored(first, plain_texts(range(1, 25)))
 
 
 def test_a_shard_that_is_gone_is_filled_anew_though_its_range_was_complete(
@@ -522,8 +626,7 @@ def test_the_budget_stops_before_it_is_exceeded_and_a_higher_one_pays_only_for_t
     reports, error = try_fill(first, max_usd=400)
     assert isinstance(error, BudgetExceededError)
     assert "SONGVEC_MAX_USD" in str(error)
-    assert [report.range.start for report in reports] == [0, 100]
-    assert (reports[0].error, reports[1].error) == (None, error)
+    assert {report.range.start: report.error for report in reports} == {0: None, 100: error}
     paid = provider.ledger()["tokens_billed"]
     assert 400 - 28 * 2 < paid <= 400
     assert len(stored(first)) == len(billed(provider)) == (paid - 2) // 7, "all that is paid for is kept"
@@ -532,6 +635,25 @@ def test_the_budget_stops_before_it_is_exceeded_and_a_higher_one_pays_only_for_t
     fill(second, max_usd=400)
     assert billed(provider) == dict.fromkeys(plain_texts(song_ids).values(), 1)
     assert_stored(second, plain_texts(song_ids))
+
+
+def test_all_processes_of_a_run_share_its_budget_and_another_run_has_its_own(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs([*range(1, 9), *range(101, 109), *range(201, 209)]))
+    settings = {"max_request_texts": 4, "usd_per_million_tokens": 1e6}
+    export(run(**settings))
+
+    def spend(start: int, name: str) -> None:
+        filler = run(**settings).filler(max_usd=100, run=name)
+        filler.fill_ranges([SongIdRange(start, start + 100)], lambda _: None)
+
+    # 28 a request and 2 for the probe: 58 a range
+    spend(0, "one")
+    with pytest.raises(BudgetExceededError, match=r"\$86\.0000 spent or on its way"):
+        spend(100, "one")
+    assert provider.ledger()["tokens_billed"] <= 100
+    spend(200, "other")
 
 
 def test_a_budget_of_nothing_sends_nothing(songs: Songs, run: Run, provider: Provider) -> None:
@@ -705,6 +827,7 @@ def test_a_run_that_loses_its_hold_on_a_range_ends_instead_of_paying_beside_anot
 # A provider that fails
 
 
+@pytest.mark.usefixtures("one_range_at_a_time")
 def test_a_range_whose_provider_is_down_fails_and_the_next_is_tried(songs: Songs, run: Run, provider: Provider) -> None:
     song_ids = [1, 101, 201]
     songs(*plain_songs(song_ids))
@@ -731,6 +854,7 @@ def test_two_ranges_in_a_row_without_the_provider_end_the_run(songs: Songs, run:
     assert reports[1].error is error
 
 
+@pytest.mark.usefixtures("one_range_at_a_time")
 def test_two_ranges_that_fail_with_a_good_one_between_do_not_end_the_run(
     songs: Songs, run: Run, provider: Provider
 ) -> None:

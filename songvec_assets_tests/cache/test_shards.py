@@ -226,6 +226,46 @@ def flip_bit(path, stored, bit):
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("column", ["song_id", "text_hash", "checksum"])
+@pytest.mark.parametrize("kind", ["set_aside", "gone"])
+def test_a_flipped_bit_makes_no_song_gone_or_set_aside(path, kind, column):
+    shard, states = write_log(path, [Append("vectors", [1, 2, 3, 32, 33], 1)])
+    content = dict(states[-1][1])
+    before = path.stat().st_size
+    if kind == "gone":
+        shard.append_gone([33])
+    else:
+        shard.append_set_aside([33], [bytes(range(16))], "refused")
+    row = shard.all_rows().row(-1, named=True)
+    stored = {
+        "song_id": (33).to_bytes(8, "little"),
+        "text_hash": row["text_hash"],
+        "checksum": row["checksum"].to_bytes(8, "little"),
+    }[column]
+    whole = bytearray(path.read_bytes())
+    whole[whole.rindex(stored)] ^= 1
+    assert whole.rindex(stored[1:]) > before
+    path.write_bytes(whole)
+    shard = open_shard(path)
+    assert content_of(shard) == content
+    assert shard.n_bytes_damaged > 0
+
+
+def test_a_damaged_schema_costs_no_row_and_is_written_anew(path):
+    _, states = write_log(path, [Append("vectors", [1, 2, 3], 1), Append("vectors", [4, 5], 2)])
+    whole = path.read_bytes()
+    for position in (4, 9, 40):
+        damaged = bytearray(whole)
+        damaged[position] ^= 16
+        path.write_bytes(damaged)
+        shard = open_shard(path)
+        assert content_of(shard) == states[-1][1]
+        assert shard.n_bytes_damaged > 0
+        assert shard.compact_if_worth_it()
+        assert open_shard(path).n_bytes_damaged == 0
+        assert content_of(open_shard(path)) == states[-1][1]
+
+
 def test_a_song_that_was_dropped_can_be_stored_again(path):
     shard, states = write_log(path, [Append("vectors", [1, 2, 3], 1)])
     flip_bit(path, states[-1][1][2][2], 5)

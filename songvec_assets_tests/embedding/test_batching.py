@@ -1,5 +1,7 @@
 """Texts to requests within limits; halving a refused one."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,54 +9,105 @@ from hypothesis import strategies as st
 from songvec_assets.embedding.batching import bisect, pack_requests
 
 PROFILE = settings(deadline=None)
-TOKENS = st.lists(st.integers(1, 60), max_size=80)
+N_BYTES = st.lists(st.integers(1, 60), max_size=80)
 MAX_TEXTS = st.integers(1, 12)
-MAX_TOKENS = st.integers(1, 100)
+MAX_BYTES = st.integers(1, 100)
+
+
+def pack(n_bytes: list[int], max_texts: int, max_bytes: float) -> list[list[int]]:
+    """The sizes in each request."""
+    return [n_bytes[request] for request in pack_requests(n_bytes, max_texts, lambda: max_bytes)]
 
 
 @PROFILE
-@given(TOKENS, MAX_TEXTS, MAX_TOKENS)
-def test_requests_cover_all_texts_once_and_in_their_order(n_tokens, max_texts, max_tokens):
-    requests = list(pack_requests(n_tokens, max_texts, max_tokens))
-    positions = range(len(n_tokens))
+@given(N_BYTES, MAX_TEXTS, MAX_BYTES)
+def test_requests_cover_all_texts_once_and_in_their_order(n_bytes, max_texts, max_bytes):
+    requests = list(pack_requests(n_bytes, max_texts, lambda: max_bytes))
+    positions = range(len(n_bytes))
     assert [position for request in requests for position in positions[request]] == list(positions)
     assert all(len(positions[request]) > 0 for request in requests)
 
 
 @PROFILE
-@given(TOKENS, MAX_TEXTS, MAX_TOKENS)
-def test_only_a_lone_text_is_ever_above_a_limit(n_tokens, max_texts, max_tokens):
-    for request in pack_requests(n_tokens, max_texts, max_tokens):
-        texts = n_tokens[request]
+@given(N_BYTES, MAX_TEXTS, MAX_BYTES)
+def test_only_a_lone_text_is_ever_above_a_limit(n_bytes, max_texts, max_bytes):
+    for texts in pack(n_bytes, max_texts, max_bytes):
         assert len(texts) <= max_texts
-        assert sum(texts) <= max_tokens or len(texts) == 1
+        assert sum(texts) <= max_bytes or len(texts) == 1
 
 
 @PROFILE
-@given(TOKENS, MAX_TEXTS, MAX_TOKENS)
-def test_a_request_ends_only_where_the_next_text_would_break_a_limit(n_tokens, max_texts, max_tokens):
-    """Else a large catalogue would be sent in more requests than it needs."""
-    requests = list(pack_requests(n_tokens, max_texts, max_tokens))
-    for request in requests[:-1]:
-        longer = n_tokens[request.start : request.stop + 1]
-        assert len(longer) > max_texts or sum(longer) > max_tokens
+@given(st.integers(1, 300), st.integers(1, 20), MAX_TEXTS, MAX_BYTES)
+def test_texts_of_one_size_go_in_as_few_requests_as_there_must_be_equally_full(n_texts, size, max_texts, max_bytes):
+    requests = pack([size] * n_texts, max_texts, max_bytes)
+    most = max(1, min(max_texts, max_bytes // size))
+    assert len(requests) == math.ceil(n_texts / most)
+    lengths = sorted(map(len, requests))
+    if most == max_texts or max_bytes % size == 0:
+        assert lengths[-1] - lengths[0] <= 1
+
+
+@PROFILE
+@given(st.lists(st.integers(1, 10), min_size=1, max_size=300), st.integers(100, 1000))
+def test_small_texts_go_in_as_few_requests_as_there_must_be_about_equally_full(n_bytes, max_bytes):
+    """To within one text: where the last request would be nearly full, one more may be needed."""
+    requests = pack(n_bytes, 300, max_bytes)
+    assert len(requests) <= math.ceil(sum(n_bytes) / (max_bytes - 10))
+    sizes = [sum(request) for request in requests]
+    if len(requests) == math.ceil(sum(n_bytes) / max_bytes):
+        assert max(sizes) - min(sizes) <= 10 * 2
+
+
+@pytest.mark.xfail(strict=True, reason="a request ends at an equal share of the bytes, though places then run out")
+@pytest.mark.parametrize(("n_bytes", "max_texts"), [([10, 1, 1, 1], 2), ([60, 1, 1, 1, 1, 1], 3)])
+def test_where_the_number_of_texts_binds_there_are_no_more_requests_than_there_must_be(n_bytes, max_texts):
+    assert len(pack(n_bytes, max_texts, 10_000)) == math.ceil(len(n_bytes) / max_texts)
+
+
+@PROFILE
+@given(N_BYTES, MAX_TEXTS, MAX_BYTES)
+def test_a_request_ends_where_the_next_text_would_break_a_limit_or_at_its_equal_share(n_bytes, max_texts, max_bytes):
+    """Else a large catalogue would be sent in many more requests than it needs."""
+    left, n_left = sum(n_bytes), len(n_bytes)
+    for request in pack_requests(n_bytes, max_texts, lambda: max_bytes):
+        texts, after = n_bytes[request], n_bytes[request.stop : request.stop + 1]
+        n_requests = max(math.ceil(left / max_bytes), math.ceil(n_left / max_texts))
+        full = len(texts) == max_texts or sum(texts + after) > max_bytes
+        assert not after or full or sum(texts) * n_requests >= left
+        left, n_left = left - sum(texts), n_left - len(texts)
+
+
+def test_the_limit_is_asked_for_anew_before_each_request():
+    """What a token is in bytes is learnt while requests are answered."""
+    asked = []
+
+    def max_bytes():
+        asked.append(len(asked))
+        return 10 if len(asked) < 3 else 20
+
+    assert [request.stop - request.start for request in pack_requests([5] * 12, 100, max_bytes)] == [2, 2, 4, 4]
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize(
-    ("n_tokens", "max_texts", "max_tokens", "expected"),
+    ("n_bytes", "max_texts", "max_bytes", "expected"),
     [
         ([], 3, 10, []),
         ([99], 3, 10, [[99]]),
-        ([1, 1, 1, 1], 3, 10, [[1, 1, 1], [1]]),
+        ([1, 1, 1, 1], 3, 10, [[1, 1], [1, 1]]),
         ([5, 5, 5], 3, 10, [[5, 5], [5]]),
         ([5, 6, 5], 3, 10, [[5], [6], [5]]),
         ([4, 99, 4, 4], 3, 10, [[4], [99], [4, 4]]),
         ([10, 10], 3, 10, [[10], [10]]),
         ([2, 2, 2], 1, 10, [[2], [2], [2]]),
+        ([1] * 11, 100, 10, [[1] * 6, [1] * 5]),
+        ([1] * 10, 100, 10.0, [[1] * 10]),
+        ([1] * 10, 100, 9.99, [[1] * 5, [1] * 5]),
+        ([1] * 9, 4, 100, [[1] * 3] * 3),
     ],
 )
-def test_cases(n_tokens, max_texts, max_tokens, expected):
-    assert [n_tokens[request] for request in pack_requests(n_tokens, max_texts, max_tokens)] == expected
+def test_cases(n_bytes, max_texts, max_bytes, expected):
+    assert pack(n_bytes, max_texts, max_bytes) == expected
 
 
 @PROFILE

@@ -2,14 +2,16 @@
 
 import asyncio
 import random
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,9 +22,9 @@ import sqlalchemy as sa
 
 from songvec_assets.embedding import client as client_module
 from songvec_assets.embedding.client import ACTIONS, EmbeddingClient
-from songvec_assets.embedding.limits import RateLimiter
+from songvec_assets.embedding.limits import Grant, RateLimiter
 from songvec_assets.embedding.pricing import TokenEstimator
-from songvec_assets.embedding.wire import EmbeddingBatch
+from songvec_assets.embedding.wire import EmbeddingBatch, encode_request
 from songvec_assets.errors import ProviderError, ProviderUnavailableError, RequestRefusedError, StoppedError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
@@ -92,7 +94,7 @@ def limiter(engine: sa.Engine) -> RateLimiter:
 def connect(provider: Provider, limiter: RateLimiter) -> Connect:
     """Makes a client of the provider: connect(patience_s=1)."""
 
-    def make(**changes: object) -> EmbeddingClient:
+    def make(of: type[EmbeddingClient] = EmbeddingClient, **changes: object) -> EmbeddingClient:
         given: dict[str, object] = {
             "base_url": provider.base_url,
             "api_key": provider.api_key,
@@ -101,9 +103,96 @@ def connect(provider: Provider, limiter: RateLimiter) -> Connect:
             "limiter": limiter,
             "patience_s": 20.0,
         }
-        return EmbeddingClient(**(given | changes))  # type: ignore[arg-type]
+        return of(**(given | changes))  # type: ignore[arg-type]
 
     return make
+
+
+class TellingLimiter(RateLimiter):
+    """Tells what it was asked for.
+
+    Attributes:
+        grants: in their order.
+        settled: granted and billed tokens of each answer.
+        pauses: the pauses after each 429, with its grant.
+        waits: where set, no grant may be used for so many seconds.
+    """
+
+    def __init__(self, engine: sa.Engine, requests_per_minute: float = 1e6, tokens_per_minute: float = 1e9) -> None:
+        super().__init__(engine, uuid.uuid4().hex, requests_per_minute, tokens_per_minute)
+        self.grants: list[Grant] = []
+        self.settled: list[tuple[int, int]] = []
+        self.pauses: list[tuple[Grant, float]] = []
+        self.wait_s: float | None = None
+
+    def reserve(self, n_tokens: int) -> Grant:
+        grant = super().reserve(n_tokens)
+        self.grants.append(grant if self.wait_s is None else replace(grant, wait_s=self.wait_s))
+        return self.grants[-1]
+
+    def settle(self, grant: Grant, billed_tokens: int) -> None:
+        self.settled.append((grant.n_tokens, billed_tokens))
+        super().settle(grant, billed_tokens)
+
+    def slow_down(self, grant: Grant, pause_s: float) -> None:
+        self.pauses.append((grant, pause_s))
+        super().slow_down(grant, pause_s)
+
+
+class UnwaitingClient(EmbeddingClient):
+    """Tells how long it would wait, and does not. Where `together` is set, requests leave in groups of so many."""
+
+    together: asyncio.Barrier | None = None
+
+    def __init__(self, **given: object) -> None:
+        super().__init__(**given)  # type: ignore[arg-type]
+        self.waits: list[float] = []
+
+    async def _sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+
+    async def _send(self, body: bytes, timeout_s: float) -> bytes:
+        if self.together:
+            await self.together.wait()
+        return await super()._send(body, timeout_s)
+
+
+class HastyClient(EmbeddingClient):
+    """Gives a request half a second. Tells how much it would have given."""
+
+    def __init__(self, **given: object) -> None:
+        super().__init__(**given)  # type: ignore[arg-type]
+        self.timeouts: list[float] = []
+
+    async def _send(self, body: bytes, timeout_s: float) -> bytes:
+        self.timeouts.append(timeout_s)
+        return await super()._send(body, timeout_s=0.5)
+
+
+@asynccontextmanager
+async def dripping_server() -> AsyncIterator[tuple[str, list[str]]]:
+    """A server that never ends an answer: a byte every 50 ms. Its URL, and what becomes of its connections."""
+    seen: list[str] = []
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        seen.append("asked")
+        try:
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100000\r\n\r\n")
+            while not writer.is_closing():
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        except ConnectionError:
+            pass
+        seen.append("hung up")
+        writer.close()
+
+    server = await asyncio.start_server(drip, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", seen
+    finally:
+        server.close()
 
 
 @contextmanager
@@ -318,7 +407,8 @@ def test_each_status_does_what_the_facts_say_of_it(connect: Connect, provider: P
     if status in RETRIED or status == 520:
         (batch,) = embed(client, TEXTS)
         assert_vectors(batch)
-        assert client.n_retries == 2
+        assert batch.n_retries == 2
+        assert batch.n_limited == (2 if status == 429 else 0)
         assert provider.ledger()["requests_by_status"] == {"200": 2, str(status): 2}
         assert provider.ledger()["texts_billed_twice"] == 0
         return
@@ -370,10 +460,11 @@ def test_a_refused_request_leaves_the_next_one_alone(connect: Connect, provider:
     async def work() -> None:
         with pytest.raises(RequestRefusedError, match="content filter"):
             await client.generate_embeddings_batch([*TEXTS, "POISON"])
-        assert_vectors(await client.generate_embeddings_batch(TEXTS))
+        batch = await client.generate_embeddings_batch(TEXTS)
+        assert_vectors(batch)
+        assert (batch.n_retries, batch.n_limited) == (0, 0)
 
     use(client, work)
-    assert client.n_retries == 0
 
 
 def test_a_retired_model_reads_as_such(connect: Connect, provider: Provider) -> None:
@@ -406,7 +497,7 @@ def test_a_429_holds_back_every_client_of_the_quota(connect: Connect, provider: 
     provider.control(statuses=[{"status": 429, "after": 2, "retry_after_s": 60}])
     with pytest.raises(ProviderUnavailableError):
         embed(connect(limiter=one, patience_s=10), TEXTS)
-    assert 40 < other.reserve(1) <= 61
+    assert 40 < other.reserve(1).wait_s <= 61
 
 
 def test_a_429_without_retry_after_holds_back_for_a_second(connect: Connect, provider: Provider) -> None:
@@ -416,12 +507,244 @@ def test_a_429_without_retry_after_holds_back_for_a_second(connect: Connect, pro
     assert time.monotonic() - started > 0.9
 
 
+def test_a_429_that_names_no_time_pauses_all_for_a_second_then_two_then_four_then_five(
+    connect: Connect, provider: Provider, engine: sa.Engine
+) -> None:
+    provider.control(statuses=[{"status": 429, "count": 5, "after": 2}])
+    limiter, heard = TellingLimiter(engine), list[str]()
+    client = connect(UnwaitingClient, limiter=limiter, on_trouble=heard.append)
+
+    async def work() -> None:
+        batch = await client.generate_embeddings_batch(TEXTS)
+        assert_vectors(batch)
+        assert (batch.n_retries, batch.n_limited) == (5, 5)
+        provider.control(statuses=[{"status": 429, "count": 1}])
+        assert (await client.generate_embeddings_batch(TEXTS)).n_limited == 1
+
+    use(client, work)
+    assert [pause_s for _, pause_s in limiter.pauses] == [1, 2, 4, 5, 5, 1], "a good answer ends the row"
+    assert [grant for grant, _ in limiter.pauses] == [*limiter.grants[1:6], limiter.grants[7]]
+    assert isinstance(client, UnwaitingClient)
+    assert [wait_s for wait_s in client.waits if wait_s in (1, 2, 4, 5)] == [1, 2, 4, 5, 5, 1], "its own wait as well"
+    assert [note.partition("next try in ")[2].partition(" s")[0] for note in heard] == list("124551")
+
+
+def test_several_429s_of_requests_that_were_granted_before_count_once(
+    connect: Connect, provider: Provider, engine: sa.Engine
+) -> None:
+    limiter = TellingLimiter(engine)
+    client = connect(UnwaitingClient, limiter=limiter)
+    assert isinstance(client, UnwaitingClient)
+
+    async def work() -> None:
+        await client.generate_embeddings_batch(["first"])
+        provider.control(statuses=[{"status": 429, "count": 12}])
+        client.together = asyncio.Barrier(4)
+        batches = await asyncio.gather(*(client.generate_embeddings_batch([text]) for text in TEXTS[:4]))
+        assert [batch.n_limited for batch in batches] == [3] * 4
+
+    use(client, work)
+    assert [pause_s for _, pause_s in limiter.pauses] == [1] * 4 + [2] * 4 + [4] * 4
+
+
+@pytest.mark.parametrize("retry_after_s", [0.2, 30.0])
+def test_a_429_that_names_a_time_pauses_all_for_that_long(
+    connect: Connect, provider: Provider, engine: sa.Engine, retry_after_s: float
+) -> None:
+    provider.control(statuses=[{"status": 429, "count": 3, "after": 2, "retry_after_s": retry_after_s}])
+    limiter = TellingLimiter(engine)
+    client = connect(UnwaitingClient, limiter=limiter, patience_s=100)
+    assert_vectors(embed(client, TEXTS)[0])
+    assert [pause_s for _, pause_s in limiter.pauses] == [retry_after_s] * 3
+
+
+@pytest.mark.xfail(strict=True, reason="a 429 with Retry-After: 0 is tried again without any backoff")
+def test_a_429_that_allows_the_next_try_at_once_is_not_answered_by_a_flood(
+    connect: Connect, provider: Provider, engine: sa.Engine
+) -> None:
+    """Such a server would hear from each request as often as it answers."""
+    provider.control(statuses=[{"status": 429, "count": 8, "after": 2, "retry_after_s": 0}])
+    client = connect(UnwaitingClient, limiter=TellingLimiter(engine))
+    embed(client, TEXTS)
+    assert isinstance(client, UnwaitingClient)
+    assert sum(wait_s > 0 for wait_s in client.waits) >= 4
+
+
+@pytest.mark.xfail(strict=True, reason="the speed has no lower bound: after 38 halvings Postgres has no such time")
+def test_a_provider_that_only_answers_429_ends_the_patience_and_not_the_database(
+    connect: Connect, provider: Provider, engine: sa.Engine
+) -> None:
+    """Ten minutes of it are some 120 pauses of five seconds."""
+    provider.control(statuses=[{"status": 429, "count": 120}])
+    (batch,) = embed(connect(UnwaitingClient, limiter=TellingLimiter(engine)), TEXTS)
+    assert_vectors(batch)
+
+
+def test_other_trouble_than_a_429_does_not_slow_the_quota_down(
+    connect: Connect, provider: Provider, engine: sa.Engine
+) -> None:
+    limiter = TellingLimiter(engine)
+    provider.control(statuses=[{"status": status, "count": 1, "after": 2} for status in (500, 503, 408)], seed=1)
+    (batch,) = embed(connect(limiter=limiter), TEXTS)
+    assert (batch.n_retries, limiter.pauses) == (3, [])
+
+
+def test_each_bad_answer_is_told_with_what_is_done_about_it(connect: Connect, provider: Provider) -> None:
+    body = {"error": {"message": f"told words to {provider.api_key}"}}
+    statuses = [
+        {"status": 503, "count": 2, "after": 2, "body": body, "retry_after_s": 0.01},
+        {"status": 429, "count": 1, "after": 2, "retry_after_s": 0.01},
+    ]
+    provider.control(statuses=statuses)
+    heard: list[str] = []
+    first, _ = embed(connect(on_trouble=heard.append), TEXTS, TEXTS)
+    assert first.n_retries == len(heard) == 3
+    assert all("answered 503: " in note and "told words to [key]" in note for note in heard[:2])
+    assert "answered 429: " in heard[2]
+    assert all(re.search(r"; next try in 0 s, for (1\d|20) s at most$", note) for note in heard)
+
+
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [({"corrupt": "zero"}, "finite vectors other than zero"), ({"truncate": 1.0}, ""), ({"reset": 1.0}, "")],
+    ids=str,
+)
+def test_a_bad_answer_without_a_status_is_told_too(
+    connect: Connect, provider: Provider, faults: dict[str, object], words: str
+) -> None:
+    provider.control(**faults)
+    heard: list[str] = []
+    with pytest.raises(ProviderUnavailableError):
+        embed(connect(on_trouble=heard.append, patience_s=0.1), TEXTS)
+    assert heard
+    assert all(words in note and not note.startswith(";") for note in heard)
+
+
+def test_where_all_is_well_no_trouble_is_told(connect: Connect, provider: Provider) -> None:
+    provider.control(poison=["POISON"])
+    heard: list[str] = []
+    embed_together(connect(on_trouble=heard.append), TEXTS, ["POISON"])
+    assert heard == []
+
+
+def test_a_server_that_drips_is_hung_up_on_and_asked_again(connect: Connect) -> None:
+    """A byte now and then ends no timeout of reading."""
+    heard: list[str] = []
+
+    async def run() -> None:
+        async with dripping_server() as (base_url, seen):
+            client = connect(HastyClient, base_url=base_url, patience_s=0.7, on_trouble=heard.append)
+            with pytest.raises(ProviderUnavailableError, match=r"last: .*Timeout"):
+                await client.generate_embeddings_batch(TEXTS)
+            await client.close()
+            async with asyncio.timeout(10):
+                while seen.count("hung up") < seen.count("asked"):
+                    await asyncio.sleep(0.01)
+            assert seen.count("asked") == len(heard) + 1 >= 2
+
+    asyncio.run(run())
+
+
+def test_a_server_that_stalls_is_asked_again(connect: Connect, provider: Provider) -> None:
+    client = connect(HastyClient)
+
+    async def work() -> None:
+        await client.generate_embeddings_batch(["first"])
+        provider.control(stall=0.5, seed=2)
+        batches = [await client.generate_embeddings_batch([text]) for text in TEXTS[:4]]
+        assert sum(batch.n_retries for batch in batches) > 0
+        for text, batch in zip(TEXTS, batches, strict=False):
+            assert_vectors(batch, [text])
+
+    use(client, work)
+
+
+def test_a_larger_request_has_more_time(connect: Connect) -> None:
+    client = connect(HastyClient)
+    embed(client, ["x" * 40_000])
+    assert isinstance(client, HastyClient)
+    [probe_s, large_s] = client.timeouts
+    assert probe_s == pytest.approx(60, abs=0.1)
+    assert large_s == pytest.approx(60 + 10_000 / 200, rel=0.1)
+
+
 def test_every_try_counts_against_the_quota(connect: Connect, provider: Provider, engine: sa.Engine) -> None:
     provider.control(statuses=[{"status": 500, "count": 3, "after": 2}])
-    limiter = RateLimiter(engine, uuid.uuid4().hex, requests_per_minute=600, tokens_per_minute=1e9)
-    started = time.monotonic()
+    limiter = TellingLimiter(engine)
     embed(connect(limiter=limiter), TEXTS)
-    assert time.monotonic() - started > 0.48, "five requests at a tenth of a second each"
+    assert len(limiter.grants) == provider.ledger()["requests"] == 1 + 3 + 1
+    assert len(set(limiter.grants)) == 5, "each a place of its own"
+    assert len({grant.n_tokens for grant in limiter.grants[1:]}) == 1
+
+
+def test_requests_keep_to_the_quota(connect: Connect, engine: sa.Engine) -> None:
+    """A full bucket lets ten go at once; the others go as it fills."""
+    limiter = RateLimiter(engine, uuid.uuid4().hex, requests_per_minute=500, tokens_per_minute=1e9)
+    started = time.monotonic()
+    batches = embed_together(connect(limiter=limiter), *([text] for text in TEXTS[:14]))
+    assert {type(batch) for batch in batches} == {EmbeddingBatch}
+    assert time.monotonic() - started > 4.9 * 60 / 490
+
+
+def test_one_request_at_a_time_waits_for_the_quota(connect: Connect, provider: Provider, engine: sa.Engine) -> None:
+    """Places are granted no further ahead, so that a pause reaches all the others."""
+    limiter, stop = TellingLimiter(engine), StopSignal()
+    client = connect(limiter=limiter, stop=stop)
+
+    async def work() -> list[EmbeddingBatch | BaseException]:
+        await client.generate_embeddings_batch(["first"])
+        limiter.wait_s = 60
+        answers = [asyncio.ensure_future(client.generate_embeddings_batch([text])) for text in TEXTS[:5]]
+        while len(limiter.grants) < 3:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        stop.set()
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    assert {type(answer) for answer in use(client, work)} == {StoppedError}
+    assert len(limiter.grants) == 2 + 1
+    assert provider.ledger()["requests"] == 2
+
+
+def test_requests_in_flight_do_not_keep_others_from_the_quota(
+    connect: Connect, provider: Provider, limiter: RateLimiter
+) -> None:
+    client = connect()
+
+    async def work() -> None:
+        await client.generate_embeddings_batch(["first"])
+        provider.control(latency_s=0.3)
+        await asyncio.gather(*(client.generate_embeddings_batch([text]) for text in TEXTS[:8]))
+
+    use(client, work)
+    assert provider.ledger()["max_in_flight"] >= 4
+
+
+def test_what_is_billed_corrects_the_grant(connect: Connect, provider: Provider, engine: sa.Engine) -> None:
+    limiter = TellingLimiter(engine)
+    _, batch = embed(connect(limiter=limiter), ["first"], ["海" * 40_000])
+    granted = [grant.n_tokens for grant in limiter.grants]
+    assert granted[2] > 2 * batch.n_tokens, "12 bytes a token here, 4 until that is known"
+    assert [each for each, _ in limiter.settled] == granted
+    assert sum(billed for _, billed in limiter.settled) == provider.ledger()["tokens_billed"]
+    assert limiter.settled[2] == (granted[2], batch.n_tokens)
+
+
+def test_the_bytes_of_a_request_are_made_once(
+    connect: Connect, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Sequence[str]] = []
+
+    def encode(model: str, texts: Sequence[str], *rest: object) -> bytes:
+        made.append(texts)
+        return encode_request(model, texts, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(client_module, "encode_request", encode)
+    provider.control(statuses=[{"status": 503, "count": 3, "after": 2}])
+    (batch,) = embed(connect(), TEXTS)
+    assert_vectors(batch)
+    assert batch.n_retries == 3
+    assert made == [["probe"], TEXTS]
 
 
 @pytest.mark.parametrize(
@@ -429,10 +752,11 @@ def test_every_try_counts_against_the_quota(connect: Connect, provider: Provider
 )
 def test_a_broken_connection_is_tried_again(connect: Connect, provider: Provider, fault: dict[str, object]) -> None:
     provider.control(seed=1, **fault)
-    client = connect()
-    for batch in embed(client, *[TEXTS] * 4):
+    batches = embed(connect(), *[TEXTS] * 4)
+    for batch in batches:
         assert_vectors(batch)
-    assert client.n_retries > 0
+    assert sum(batch.n_retries for batch in batches) > 0
+    assert sum(batch.n_limited for batch in batches) == 0
 
 
 @pytest.mark.parametrize(
@@ -446,11 +770,12 @@ def test_a_corrupt_answer_is_tried_again_and_never_returned(
     async def work() -> None:
         await client.generate_embeddings_batch(["first"])
         provider.control(seed=3, corrupt=corruption, corrupt_share=0.5)
-        for _ in range(4):
-            assert_vectors(await client.generate_embeddings_batch(TEXTS))
+        batches = [await client.generate_embeddings_batch(TEXTS) for _ in range(4)]
+        for batch in batches:
+            assert_vectors(batch)
+        assert sum(batch.n_retries for batch in batches) > 0
 
     use(client, work)
-    assert client.n_retries > 0
 
 
 def test_a_lone_vector_of_a_wrong_size_is_never_returned(connect: Connect, provider: Provider) -> None:
@@ -562,6 +887,7 @@ def test_the_stop_signal_ends_waiting_for_the_quota_at_once(
     connect: Connect, provider: Provider, engine: sa.Engine
 ) -> None:
     limiter = RateLimiter(engine, uuid.uuid4().hex, requests_per_minute=1, tokens_per_minute=1e9)
+    limiter.reserve(1)
     stop = StopSignal()
     threading.Timer(0.3, stop.set).start()
     started = time.monotonic()

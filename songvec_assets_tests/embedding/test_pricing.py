@@ -1,17 +1,12 @@
-"""Tokens, dollars and time: estimates that learn, a budget that holds."""
-
-import sys
-import threading
+"""Tokens, dollars and time: estimates that learn, and what money buys."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from songvec_assets.embedding.pricing import Budget, Price, Quota, TokenEstimator
-from songvec_assets.errors import BudgetExceededError
+from songvec_assets.embedding.pricing import Price, Quota, TokenEstimator
 
 PROFILE = settings(deadline=None)
-DOLLAR_A_TOKEN = Price(1e6)
 
 
 @PROFILE
@@ -41,10 +36,65 @@ def test_an_answer_that_names_no_tokens_teaches_nothing():
     assert estimator.estimate([4_000]) == [1_000]
 
 
+@PROFILE
+@given(st.integers(1, 100_000), st.integers(0, 10**9), st.integers(0, 10**9))
+def test_bytes_are_the_inverse_of_tokens(n_tokens, n_bytes_seen, n_tokens_seen):
+    estimator = TokenEstimator()
+    estimator.observe(n_bytes_seen, n_tokens_seen)
+    assert estimator.n_bytes(n_tokens) * n_tokens_seen >= 0
+    [estimate] = estimator.estimate([round(estimator.n_bytes(n_tokens))])
+    assert estimate == pytest.approx(n_tokens, rel=0.01, abs=1 + 0.5 * estimator.n_bytes(1) ** -1)
+
+
+def test_before_any_answer_four_bytes_make_a_token_and_then_what_was_billed():
+    estimator = TokenEstimator()
+    assert estimator.n_bytes(1_000) == 4_000
+    estimator.observe(n_bytes=10_000_000, n_tokens=5_000_000)
+    assert estimator.n_bytes(1_000) == pytest.approx(2_000, rel=0.001)
+
+
 def test_a_million_tokens_cost_the_price():
     assert Price(0.10).usd(1_000_000) == pytest.approx(0.10)
     assert Price(0.10).usd(4_800_000_000) == pytest.approx(480)
     assert Price(0.0).usd(10**12) == 0
+
+
+@pytest.mark.parametrize(
+    ("price", "usd", "n_tokens"),
+    [
+        (0.10, 0.0, 0),
+        (0.10, 0.30, 3_000_000),
+        (0.10, 0.70, 7_000_000),
+        (0.10, 480.0, 4_800_000_000),
+        (0.10, 0.000_000_19, 1),
+        (0.008, 0.000_000_001, 0),
+        (1e6, 10.0, 10),
+        (1e6, 10.999_999, 10),
+        (3e-7, 1.0, 3_333_333_333_333),
+    ],
+)
+def test_money_buys_whole_tokens_down_to_the_last_one(price, usd, n_tokens):
+    assert Price(price).n_tokens(usd) == pytest.approx(n_tokens, rel=1e-11)
+    assert type(Price(price).n_tokens(usd)) is int
+
+
+@PROFILE
+@given(st.floats(0.001, 100), st.integers(0, 10**11))
+def test_the_price_of_some_tokens_buys_so_many(price, n_tokens):
+    assert Price(price).n_tokens(Price(price).usd(n_tokens)) == n_tokens
+
+
+@PROFILE
+@given(st.floats(0.001, 100), st.floats(0, 1_000))
+def test_what_money_buys_costs_no_more_than_that_and_one_token_more_would(price, usd):
+    n_tokens = Price(price).n_tokens(usd)
+    assert Price(price).usd(n_tokens) <= usd * (1 + 1e-11)
+    assert Price(price).usd(n_tokens + 1) > usd * (1 - 1e-11)
+
+
+def test_what_is_free_is_bought_without_end():
+    assert Price(0.0).n_tokens(0.0) is None
+    assert Price(0.0).n_tokens(10.0) is None
 
 
 def test_twelve_million_songs_take_days_at_the_starting_quota():
@@ -73,104 +123,3 @@ def test_requests_are_counted_by_the_limit_that_binds():
     quota = Quota(6_000, 10**9, max_request_texts=100, max_request_tokens=1_000)
     assert quota.n_requests(n_texts=1_000, n_tokens=1_000) == 10
     assert quota.n_requests(n_texts=1_000, n_tokens=50_000) == 50
-
-
-@PROFILE
-@given(
-    st.integers(0, 200),
-    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50), st.booleans()), max_size=40),
-)
-def test_no_order_of_reserving_and_settling_exceeds_the_budget(max_usd, requests):
-    """Where nothing is billed above its reservation."""
-    budget = Budget(DOLLAR_A_TOKEN, max_usd)
-    in_flight, spent = [], 0
-    for reserved, billed, settle_one in requests:
-        planned = spent + sum(each for each, _ in in_flight) + reserved
-        if planned <= max_usd:
-            budget.reserve(reserved)
-            in_flight.append((reserved, min(billed, reserved)))
-        else:
-            with pytest.raises(BudgetExceededError):
-                budget.reserve(reserved)
-        if settle_one and in_flight:
-            settled, billed_tokens = in_flight.pop(0)
-            budget.settle(settled, billed_tokens)
-            spent += billed_tokens
-        assert budget.usd == spent <= max_usd
-    for reserved, billed_tokens in in_flight:
-        budget.settle(reserved, billed_tokens)
-        spent += billed_tokens
-    assert budget.n_tokens == spent <= max_usd
-
-
-def test_what_a_refused_request_would_have_taken_is_not_set_aside():
-    budget = Budget(DOLLAR_A_TOKEN, 10)
-    with pytest.raises(BudgetExceededError):
-        budget.reserve(11)
-    budget.reserve(10)
-
-
-def test_a_failed_request_gives_its_reservation_back():
-    budget = Budget(DOLLAR_A_TOKEN, 10)
-    budget.reserve(10)
-    budget.settle(10, 0)
-    assert budget.n_tokens == 0
-    budget.reserve(10)
-
-
-def test_more_billed_than_reserved_counts_in_full():
-    budget = Budget(DOLLAR_A_TOKEN, 10)
-    budget.reserve(1)
-    budget.settle(1, 8)
-    with pytest.raises(BudgetExceededError):
-        budget.reserve(3)
-    budget.reserve(2)
-
-
-def test_the_refusal_says_what_was_spent_and_how_to_go_on():
-    budget = Budget(DOLLAR_A_TOKEN, 10)
-    budget.reserve(8)
-    budget.settle(8, 7)
-    with pytest.raises(BudgetExceededError, match=r"\$10\.0000 .*\$7\.0000 spent, \$11\.0000 .*SONGVEC_MAX_USD"):
-        budget.reserve(4)
-
-
-def test_without_a_budget_and_at_no_price_nothing_is_refused():
-    Budget(DOLLAR_A_TOKEN).reserve(10**15)
-    Budget(Price(0.0), 0.0).reserve(10**15)
-
-
-def test_a_budget_of_nothing_refuses_the_first_token():
-    with pytest.raises(BudgetExceededError):
-        Budget(Price(0.10), 0.0).reserve(1)
-
-
-def test_threads_together_stay_within_one_budget():
-    budget = Budget(DOLLAR_A_TOKEN, 1_000)
-    granted = []
-    start = threading.Barrier(4)
-
-    def spend():
-        start.wait()
-        for _ in range(600):
-            try:
-                budget.reserve(2)
-            except BudgetExceededError:
-                continue
-            budget.settle(2, 1)
-            granted.append(1)
-
-    threads = [threading.Thread(target=spend) for _ in range(4)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    # at most four reservations of 2 stand at once, so the last tokens may stay unspent
-    assert budget.n_tokens == len(granted)
-    assert 992 <= budget.n_tokens <= 1_000
-    assert budget.usd == budget.n_tokens

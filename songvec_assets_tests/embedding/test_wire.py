@@ -1,22 +1,23 @@
-"""Response bytes to a float32 matrix: what is right comes through bit for bit, what is wrong never comes through."""
+"""Texts to bytes, and response bytes to a float32 matrix: what is right comes bit for bit, what is wrong never."""
 
 import base64
 import json
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from songvec_assets.embedding.wire import (
     MalformedResponseError,
     decode_response,
+    encode_request,
     find_bad_vectors,
     truncate_vectors,
 )
 
-PROFILE = settings(deadline=None)
+PROFILE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 ANY = st.floats(width=32)
 
@@ -44,6 +45,21 @@ def body_of(items, **fields):
     return json.dumps({"object": "list", "model": "m", "data": data, **fields}).encode()
 
 
+@PROFILE
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))), st.sampled_from([None, 8, 4096]))
+def test_a_request_is_json_of_exactly_what_was_asked(texts, dimensions):
+    asked = json.loads(encode_request("fireworks/qwen", texts, "base64", dimensions))
+    expected = {"model": "fireworks/qwen", "input": texts, "encoding_format": "base64"}
+    assert asked == (expected if dimensions is None else {**expected, "dimensions": dimensions})
+
+
+def test_a_request_takes_any_sequence_of_texts_and_either_format():
+    assert json.loads(encode_request("m", ("a", "海"), "float", 1)) == {
+        "model": "m", "input": ["a", "海"], "encoding_format": "float", "dimensions": 1,
+    }  # fmt: skip
+    assert "海".encode() in encode_request("m", ["海"], "float", None), "not as an escape of twice the size"
+
+
 @pytest.mark.parametrize("encode", [in_base64, in_floats])
 @PROFILE
 @given(matrix=good_matrices(), data=st.data())
@@ -58,9 +74,63 @@ def test_every_vector_comes_back_bit_for_bit_at_its_texts_place(encode, matrix, 
 
 @PROFILE
 @given(good_matrices())
-def test_servers_that_mix_both_encodings_are_read(matrix):
+def test_an_answer_that_mixes_both_encodings_is_refused(matrix):
+    assume(len(matrix) > 1)
     encoded = [(in_floats if index % 2 else in_base64)(vector) for index, vector in enumerate(matrix)]
-    np.testing.assert_array_equal(decode_response(body_of(enumerate(encoded)), len(matrix)).embeddings, matrix)
+    with pytest.raises(MalformedResponseError, match="all vectors as base64 or all as arrays"):
+        decode_response(body_of(enumerate(encoded)), len(matrix))
+
+
+@pytest.mark.parametrize("first", [in_base64, in_floats])
+def test_one_vector_of_another_kind_is_enough_to_refuse_an_answer(first):
+    other = in_floats if first is in_base64 else in_base64
+    values = [first([1.0, 2.0]), first([1.0, 2.0]), other([1.0, 2.0])]
+    with pytest.raises(MalformedResponseError, match="all vectors as base64 or all as arrays"):
+        decode_response(body_of(enumerate(values)), 3)
+
+
+SPACES = st.text(" \t\r\n", max_size=3)
+
+
+@PROFILE
+@given(good_matrices(), st.data())
+def test_numbers_are_read_in_every_spelling_that_json_allows(matrix, data):
+    """Any white space around them, and any of the ways to write an exponent."""
+
+    def spell(value):
+        exact = float(value)
+        spelling = data.draw(st.sampled_from([repr, "{:.17e}".format, "{:.17E}".format, "{:.20g}".format]))
+        return data.draw(SPACES) + spelling(exact) + data.draw(SPACES)
+
+    items = ", ".join(
+        f'{{"index": {index}, "embedding":{data.draw(SPACES)}[{",".join(map(spell, vector))}]{data.draw(SPACES)}}}'
+        for index, vector in enumerate(matrix)
+    )
+    body = f'{{"data": [{items}]}}'.encode()
+    np.testing.assert_array_equal(decode_response(body, len(matrix)).embeddings, matrix)
+
+
+@pytest.mark.parametrize(
+    ("array", "vector"),
+    [
+        ("[1e2, -2.5E+1, 3e-2]", [100, -25, 0.03]),
+        ("[1, 0, -3]", [1, 0, -3]),
+        ("[123456789012345678901234567890, 1]", [1.2345679e29, 1]),
+        ("[0.1000000000000000055511151231257827, 1]", [0.1, 1]),
+        ("[1e-60, 1]", [0, 1]),
+        ("[-1e-45, 3.4028234663852886e38]", [-1e-45, 3.4028234663852886e38]),
+    ],
+)
+def test_numbers_become_the_nearest_float32(array, vector):
+    body = f'{{"data": [{{"index": 0, "embedding": {array}}}]}}'.encode()
+    np.testing.assert_array_equal(decode_response(body, 1).embeddings, np.array([vector], np.float32))
+
+
+@PROFILE
+@given(st.floats(-1, 1).filter(lambda value: np.float32(value) != 0))
+def test_a_number_of_twice_the_precision_becomes_the_nearest_float32(value):
+    """A model's own float64 output, or one of a server that renormalises, is not a float32 written out."""
+    assert decode_response(body_of([(0, [value])]), 1).embeddings[0, 0] == np.float32(value)
 
 
 @PROFILE
@@ -121,9 +191,17 @@ def test_bad_vectors_are_found_even_where_a_sum_of_squares_would_over_or_underfl
     assert find_bad_vectors(matrix) == expected
 
 
-def test_vectors_of_unequal_size_are_refused():
+@pytest.mark.parametrize("encode", [in_base64, in_floats])
+def test_vectors_of_unequal_size_are_refused(encode):
     with pytest.raises(MalformedResponseError, match=r"\b2\b.*\b3\b"):
-        decode_response(body_of([(0, [1.0, 2.0]), (1, [1.0, 2.0, 3.0])]), 2)
+        decode_response(body_of([(0, encode([1.0, 2.0])), (1, encode([1.0, 2.0, 3.0]))]), 2)
+
+
+@pytest.mark.parametrize("encode", [in_base64, in_floats])
+def test_vectors_of_unequal_size_are_refused_though_the_sum_of_their_sizes_fits(encode):
+    sizes = [[1.0, 2.0], [1.0, 2.0, 3.0], [1.0]]
+    with pytest.raises(MalformedResponseError, match="values"):
+        decode_response(body_of(enumerate(map(encode, sizes))), 3)
 
 
 @pytest.mark.parametrize("number", ["1e300", "-1e39", "1e999", "NaN", "Infinity"])
@@ -151,6 +229,21 @@ def test_a_number_that_float32_does_not_hold_is_refused(number):
         b'{"data": [{"index": 0, "embedding": {}}]}',
         b'{"data": [{"index": 0, "embedding": [[1.0]]}]}',
         b'{"data": [{"index": 0, "embedding": ["1.0"]}]}',
+        b'{"data": [{"index": 0, "embedding": ["1.0", "2.0"]}]}',
+        b'{"data": [{"index": 0, "embedding": ["1.0,2.0"]}]}',
+        b'{"data": [{"index": 0, "embedding": [null, 1.0]}]}',
+        b'{"data": [{"index": 0, "embedding": [1.0, null]}]}',
+        b'{"data": [{"index": 0, "embedding": [true, 1.0]}]}',
+        b'{"data": [{"index": 0, "embedding": [1.0, [2.0]]}]}',
+        b'{"data": [{"index": 0, "embedding": [{"a": 1.0}]}]}',
+        b'{"data": [{"index": 0, "embedding": [1.0, 2.0,]}]}',
+        b'{"data": [{"index": 0, "embedding": [1.0,, 2.0]}]}',
+        b'{"data": [{"index": 0, "embedding": [1.0 2.0]}]}',
+        b'{"data": [{"index": 0, "embedding": [1 0]}]}',
+        b'{"data": [{"index": 0, "embedding": [0x10]}]}',
+        b'{"data": [{"index": 0, "embedding": [ ]}]}',
+        b'{"data": [{"index": 0, "embedding": 1.0}]}',
+        b'{"data": [{"index": 0, "embedding": true}]}',
         b'{"data": [{"index": 0, "embedding": []}]}',
         b'{"data": [{"index": 0, "embedding": ""}]}',
         b'{"data": [{"index": 0, "embedding": "AACAP"}]}',
@@ -165,10 +258,11 @@ def test_what_is_no_embeddings_response_is_refused(body):
         decode_response(body, 1)
 
 
+@pytest.mark.parametrize("encode", [in_base64, in_floats])
 @PROFILE
-@given(good_matrices(), st.data())
-def test_a_response_that_breaks_off_is_refused(matrix, data):
-    body = body_of(enumerate(map(in_base64, matrix)))
+@given(matrix=good_matrices(), data=st.data())
+def test_a_response_that_breaks_off_is_refused(encode, matrix, data):
+    body = body_of(enumerate(map(encode, matrix)))
     with pytest.raises(MalformedResponseError):
         decode_response(body[: data.draw(st.integers(0, len(body) - 1))], len(matrix))
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import sqlalchemy as sa
 
+from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.errors import DatabaseError, StoppedError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import (
@@ -20,9 +21,41 @@ from songvec_assets.postgres.schema import (
     write_fact,
 )
 from songvec_assets.progress import StopSignal
-from songvec_assets_tests.administration import as_role, execute, wait_until
+from songvec_assets_tests.administration import as_role, execute, wait_until, with_parts
+from songvec_assets_tests.conftest import TEMPLATE
 
-TABLES = {("songvec", "settings"), ("songvec", "rate_limits"), ("songvec", "loaded_ranges")}
+TABLES = {("songvec", name) for name in ("settings", "rate_limits", "rate_seconds", "loaded_ranges", "budgets")}
+
+EARLIER_TABLES = """
+    CREATE SCHEMA songvec;
+    CREATE TABLE songvec.settings (key text PRIMARY KEY, value jsonb NOT NULL);
+    CREATE TABLE songvec.rate_limits (
+        name text PRIMARY KEY,
+        requests_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        tokens_at timestamptz NOT NULL DEFAULT clock_timestamp()
+    );
+    CREATE TABLE songvec.loaded_ranges (
+        range_start bigint NOT NULL,
+        range_stop bigint NOT NULL,
+        model text NOT NULL,
+        dimensions integer NOT NULL,
+        n_songs integer NOT NULL,
+        digest bytea NOT NULL,
+        song_ids bytea NOT NULL,
+        checksums bytea NOT NULL,
+        loaded_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (range_start, range_stop)
+    );
+    INSERT INTO songvec.settings VALUES ('mine', '1');
+    INSERT INTO songvec.rate_limits (name) VALUES ('provider');
+    INSERT INTO songvec.loaded_ranges VALUES (0, 100, 'model', 64, 1, '', '', '');
+"""
+"""Of the first version, with a row each."""
+
+READ_COLUMNS = """
+    SELECT table_name, column_name, data_type, is_nullable
+    FROM information_schema.columns WHERE table_schema = 'songvec' ORDER BY 1, 2
+"""
 
 HOLDER = """
 import sys, time
@@ -85,6 +118,29 @@ class TestEnsureSchema:
         assert execute(bare_url, catalogue) == before
         with database.get_connection() as connection:
             assert read_fact(connection, "mine") == 1
+
+    def test_the_tables_of_an_earlier_version_get_what_is_new_and_keep_what_they_hold(
+        self, bare_url: str, server_url: str
+    ) -> None:
+        execute(bare_url, EARLIER_TABLES)
+        database = Database(bare_url)
+        ensure_schema(database)
+        assert read_tables(bare_url) == TABLES
+        assert execute(bare_url, READ_COLUMNS) == execute(with_parts(server_url, database=TEMPLATE), READ_COLUMNS)
+        with database.get_connection() as connection:
+            assert read_fact(connection, "mine") == 1
+        assert execute(bare_url, "SELECT range_stop, model FROM songvec.loaded_ranges") == [(100, "model")]
+        assert execute(bare_url, "SELECT name, share, slowed_at < now() FROM songvec.rate_limits") == [
+            ("provider", 1.0, True)
+        ]
+        limiter = RateLimiter(database.get_engine("web"), "provider", 1, 1)
+        limiter.slow_down(limiter.reserve(1), 100)
+        assert limiter.reserve(0).wait_s > 50
+
+    def test_first_uses_at_once_over_an_earlier_version_do_not_collide(self, bare_url: str) -> None:
+        execute(bare_url, EARLIER_TABLES)
+        assert run_at_once(lambda: ensure_schema(Database(bare_url)), 6) == []
+        assert read_tables(bare_url) == TABLES
 
     def test_first_uses_at_once_do_not_collide(self, bare_url: str) -> None:
         for _ in range(3):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
+from songvec_assets.cache.marks import Mark, write_mark
 from songvec_assets.cache.shards import ModelCache, ShardRows, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.errors import (
     DamagedShardError,
@@ -442,6 +443,61 @@ class TestDamage:
         assert read_vectors(database) == vectors_of(range(20))
         load(database, cache)
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(20), 0) | {30: 1})
+
+    @pytest.mark.parametrize("complete", [True, False])
+    def test_songs_that_a_damaged_shard_lost_are_not_taken_for_gone(
+        self, database: Database, cache: ModelCache, complete: bool
+    ) -> None:
+        put(cache, range(10))
+        put(cache, range(10, 20))
+        put(cache, range(100, 110))
+        load(database, cache)
+        path = cache.path_of(FIRST)
+        whole = path.read_bytes()
+        mark = Mark(None, "", len(whole), 20, 0, 0)
+        message = bytearray(whole)
+        # the header of the first batch: nothing but the schema lies before its marker
+        message[whole.index(b"\xff\xff\xff\xff", 8) + 5] ^= 4
+        for spoilt in (message, whole[:-100], whole[: len(whole) // 2]):
+            if complete:
+                write_mark(cache.mark_of(FIRST), mark)
+            path.write_bytes(spoilt)
+            put(cache, [105], version=len(spoilt))
+            with pytest.raises(DamagedShardError, match=r"materialize embedding_cache for 000000000-000000100"):
+                load(database, cache)
+            assert {song_id for song_id in read_vectors(database) if song_id < 100} == {*range(20)}
+            assert not cache.mark_of(FIRST).exists(), "the next fill compares"
+
+    def test_what_a_fill_on_its_way_has_torn_off_is_no_damage(self, database: Database, cache: ModelCache) -> None:
+        put(cache, range(10))
+        load(database, cache)
+        put(cache, range(10, 20))
+        forget(cache, [3])
+        with cache.path_of(FIRST).open("ab") as file:
+            file.write(b"\xff\xff\xff\xff\x00\x01")
+        load(database, cache)
+        assert read_vectors(database) == vectors_of({*range(20)} - {3})
+
+    def test_a_complete_shard_that_was_compacted_says_which_songs_are_gone(
+        self, database: Database, cache: ModelCache
+    ) -> None:
+        put(cache, range(10))
+        load(database, cache)
+        forget(cache, range(5))
+        shard, _ = load_embeddings_from_cache(cache, FIRST)
+        assert shard.compact_if_worth_it()
+        write_mark(cache.mark_of(FIRST), Mark(None, "", shard.n_bytes, 5, 0, 0))
+        load(database, cache)
+        assert read_vectors(database) == vectors_of(range(5, 10))
+
+    def test_a_foreign_shard_is_named_and_the_other_ranges_are_loaded(
+        self, database: Database, cache: ModelCache
+    ) -> None:
+        put(cache, [*range(10), *range(100, 110)])
+        cache.path_of(FIRST).write_bytes(cache.path_of(SECOND).read_bytes())
+        with pytest.raises(DamagedShardError, match=r"000000000-000000100\.arrow holds model-a, 8 dimensions, range 000000100-000000200"):
+            load(database, cache)
+        assert read_vectors(database) == vectors_of(range(100, 110))
 
     @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
     def test_a_vector_that_is_zero_or_not_finite_is_discarded_though_its_checksum_fits(
