@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev test check format clean
+.PHONY: help install demo dev test check format clean bench-client bench-quota chaos
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -33,6 +33,17 @@ check: $(INSTALLED)  ## Format, lint, types, floors
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-client: $(INSTALLED)  ## This client beside its peers, and songs a second into the cache: 6 min
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks.embedding_client
+	$(BIN)/python -m benchmarks.cache_fill
+
+bench-quota: $(INSTALLED)  ## How much of a quota is used, and how often it is exceeded: 4 min
+	$(BIN)/python -m benchmarks.quota
+
+chaos: $(INSTALLED)  ## Fills killed 25 times in a row, and shards damaged, held against the provider's ledger: 4 min
+	$(BIN)/python -m benchmarks.chaos
 
 format: $(INSTALLED)  ## Rewrite the code in the house's format
 	$(BIN)/ruff format .

@@ -180,8 +180,8 @@ CONTESTANTS = {
 RATIOS = {
     ("this", "AsyncOpenAI"): " (to reach: >= 5)",
     ("this", "Baseten"): "",
-    ("this", "Baseten, base64"): "",
-    ("this, floats", "AsyncOpenAI, floats"): "",
+    ("this", "Baseten, base64"): " (to reach: >= 1.5)",
+    ("this, floats", "AsyncOpenAI, floats"): " (to reach: >= 15)",
 }
 
 
@@ -223,7 +223,7 @@ async def send(load: Load, embed: Embed) -> Measure:
 
 
 def measure(load: Load) -> Measure:
-    """Connect a client and send; to be called in a process of its own."""
+    """Connect a client and send; in a process of its own, where its memory is to be measured."""
 
     async def connect_and_send() -> Measure:
         async with CONTESTANTS[load.client].connect(load) as embed:

@@ -74,7 +74,7 @@ class Result:
     max_in_flight: int
 
 
-def run_scenario(scenario: Scenario, server_url: str, folder: Path, seconds: float) -> Result:
+def run_scenario(scenario: Scenario, server_url: str, folder: Path, seconds: float, n_songs: int = N_SONGS) -> Result:
     """Run one scenario in a database and a folder of its own."""
     database = f"quota_{SCENARIOS.index(scenario)}"
     execute(server_url, f"CREATE DATABASE {database}")
@@ -90,18 +90,18 @@ def run_scenario(scenario: Scenario, server_url: str, folder: Path, seconds: flo
             "tokens_per_minute": round(TOKENS_PER_MINUTE * scenario.configured),
             "requests_per_minute": round(REQUESTS_PER_MINUTE * scenario.configured),
         }
-        _export(Deployment(Settings.from_environment({}, **settings), TILING))
+        _export(Deployment(Settings.from_environment({}, **settings), TILING), n_songs)
         with _filling(settings, scenario.n_processes):
             return _watch(scenario, provider, folder / "ledger", seconds)
 
 
-def _export(deployment: Deployment) -> None:
+def _export(deployment: Deployment, n_songs: int) -> None:
     """Songs of 1,400 to 1,800 characters: at four characters a token, about 400 tokens each."""
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(2_000)]
     songs = [
         {"id": song_id, "lyrics": " ".join(draw.choices(words, k=400))[: draw.randint(1_400, 1_800)]}
-        for song_id in range(N_SONGS)
+        for song_id in range(n_songs)
     ]
     with deployment.database.get_connection() as connection:
         connection.execute(sa.text("CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)"))

@@ -12,9 +12,8 @@ from typing import Literal
 
 import msgspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pybase64
+import simdjson
 from numpy.typing import NDArray
 
 from songvec_assets.errors import ProviderUnavailableError
@@ -75,6 +74,7 @@ def encode_request(
     return _encode_request(_Request(model, texts, encoding_format, dimensions))
 
 
+@np.errstate(over="ignore")  # what float32 cannot hold becomes infinite, and is refused as such
 def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
     """Decode and check one response.
 
@@ -95,8 +95,15 @@ def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
         kinds = {bytes(value[:1]) for value in values}
         if kinds not in ({b'"'}, {b"["}):
             raise MalformedResponseError(f"expected all vectors as base64 or all as arrays, got {sorted(kinds)}")
-        embeddings = _decode_strings(values, order) if kinds == {b'"'} else _decode_arrays(values, order)
-    except (msgspec.DecodeError, pa.ArrowInvalid, ValueError) as error:
+        decode = _decode_base64 if kinds == {b'"'} else _decode_array
+        embeddings = np.empty((n_texts, len(decode(values[0]))), dtype=np.float32)
+        for index, value in zip(order, values, strict=True):
+            vector = decode(value)
+            if len(vector) != embeddings.shape[1]:
+                raise MalformedResponseError(f"expected {embeddings.shape[1]} values, got {len(vector)}")
+            embeddings[index] = vector
+    # simdjson tells what is no number by a TypeError, and a whole number of over 64 bits by a RuntimeError
+    except (msgspec.DecodeError, TypeError, ValueError, RuntimeError) as error:
         raise MalformedResponseError(f"expected an embeddings response, got {body[:80]!r}: {error}") from error
     if bad := find_bad_vectors(embeddings):
         raise MalformedResponseError(f"expected finite vectors other than zero, got bad ones at {_shorten(bad)}")
@@ -119,18 +126,6 @@ def truncate_vectors(embeddings: Float32Matrix, dimensions: int) -> Float32Matri
     return np.ascontiguousarray(cut / norms, dtype=np.float32)
 
 
-def _decode_strings(values: list[memoryview], order: list[int]) -> Float32Matrix:
-    n_values = len(_decode_base64(values[0]))
-    embeddings = np.empty((len(values), n_values), dtype=np.float32)
-    for index, value in zip(order, values, strict=True):
-        vector = _decode_base64(value)
-        if len(vector) != n_values:
-            raise MalformedResponseError(f"expected {n_values} values, got {len(vector)}")
-        # each vector goes straight into its row: a second copy of them all would double what a request holds
-        embeddings[index] = vector
-    return embeddings
-
-
 def _decode_base64(value: memoryview) -> NDArray[np.float32]:
     try:
         decoded = pybase64.b64decode(value[1:-1], validate=True)
@@ -139,15 +134,12 @@ def _decode_base64(value: memoryview) -> NDArray[np.float32]:
     return np.frombuffer(decoded, dtype="<f4")
 
 
-def _decode_arrays(values: list[memoryview], order: list[int]) -> Float32Matrix:
-    texts = [bytes(value[1:-1]).translate(None, b" \t\r\n") for value in values]
-    vectors = pc.split_pattern(pa.array(texts, pa.binary()).cast(pa.string()), ",")
-    sizes = np.diff(vectors.offsets.to_numpy())
-    if np.any(sizes != sizes[0]):
-        raise MalformedResponseError(f"expected {sizes[0]} values in each vector, got {_shorten(sizes.tolist())}")
-    embeddings = np.empty((len(values), sizes[0]), dtype=np.float32)
-    embeddings[order] = vectors.values.cast(pa.float32()).to_numpy().reshape(embeddings.shape)
-    return embeddings
+def _decode_array(value: memoryview) -> NDArray[np.float64]:
+    content = bytes(value)
+    numbers = simdjson.Parser().parse(content)
+    if not isinstance(numbers, simdjson.Array) or b"[" in content[1:]:
+        raise MalformedResponseError(f"expected an array of numbers, got {content[:80]!r}")
+    return np.frombuffer(numbers.as_buffer(of_type="d"), dtype=np.float64)
 
 
 def _shorten(values: list[int]) -> str:

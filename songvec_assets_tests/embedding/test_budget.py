@@ -113,7 +113,9 @@ def test_the_refusal_says_what_was_spent_and_how_to_go_on(engine: sa.Engine, run
     budget = Budget(DOLLAR_A_TOKEN, engine, run, 10)
     budget.reserve(6)
     budget.settle(6, 5)
-    with pytest.raises(BudgetExceededError, match=r"\$10\.0000 .*\$7\.0000 spent, \$11\.0000 .*SONGVEC_MAX_USD"):
+    with pytest.raises(
+        BudgetExceededError, match=r"\$10\.0000 .*\$7\.0000 spent or on its way, \$11\.0000 .*SONGVEC_MAX_USD"
+    ):
         budget.reserve(4)
 
 

@@ -495,6 +495,16 @@ def test_a_speed_that_came_back_falls_from_where_it_is(database: Database, make_
     assert speed_of(limiter) == pytest.approx(0.625, rel=0.02), "the minutes count from the last fall"
 
 
+def test_what_another_name_let_through_does_not_count(database: Database, make_limiter: LimiterMaker) -> None:
+    one, other = make_limiter(tokens_per_minute=10_000), make_limiter(tokens_per_minute=10_000, name="another")
+    one.reserve(200)
+    forget(database, seconds=30)
+    one.reserve(200)
+    spend_two_minutes(database, other, 9_000)
+    one.slow_down(one.reserve(0), 0)
+    assert speed_of(one) == pytest.approx(0.5, rel=0.02)
+
+
 def test_another_name_keeps_its_speed(make_limiter: LimiterMaker) -> None:
     one, other = make_limiter(tokens_per_minute=10_000), make_limiter(tokens_per_minute=10_000, name="another")
     one.slow_down(one.reserve(0), 0)

@@ -495,7 +495,7 @@ class TestDamage:
     ) -> None:
         put(cache, [*range(10), *range(100, 110)])
         cache.path_of(FIRST).write_bytes(cache.path_of(SECOND).read_bytes())
-        with pytest.raises(DamagedShardError, match=r"000000000-000000100\.arrow holds model-a, 8 dimensions, range 000000100-000000200"):
+        with pytest.raises(DamagedShardError, match=r"000000000-000000100\.arrow holds model-a.*range 000000100-0"):
             load(database, cache)
         assert read_vectors(database) == vectors_of(range(100, 110))
 
