@@ -109,7 +109,7 @@ def estimate(
             plan_fill(store.songs, deployment.cache, each, deployment.text_spec)[1]
             for each in snapshot_ranges(store.songs)
         )
-        return estimate_fills(plans, deployment.price, deployment.quota)
+        return estimate_fills(plans, deployment.token_estimator(), deployment.price, deployment.quota)
 
     with _showing_progress() as show, _interruptible():
         result = run_in_worker(measure, report=show, stop=deployment.cancel)

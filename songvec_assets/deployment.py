@@ -21,7 +21,7 @@ from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.pricing import Price, Quota, TokenEstimator
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import ensure_schema, hold_lock
+from songvec_assets.postgres.schema import ensure_schema, hold_lock, read_fact, write_fact
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
 from songvec_assets.settings import Settings
 from songvec_assets.songs.ranges import SongIdRange, Tiling
@@ -109,6 +109,20 @@ class Deployment:
         """What tokens cost; offline vectors cost nothing."""
         return Price(0.0 if self.settings.offline else self.settings.usd_per_million_tokens)
 
+    def token_estimator(self) -> TokenEstimator:
+        """An estimator that knows what earlier runs learned about the model."""
+        with self.database.get_connection() as connection:
+            learned = read_fact(connection, self._bytes_per_token_fact)
+        return TokenEstimator(learned) if learned else TokenEstimator()
+
+    def _keep_bytes_per_token(self, learned: float) -> None:
+        with self.database.get_connection() as connection:
+            write_fact(connection, self._bytes_per_token_fact, round(learned, 3))
+
+    @property
+    def _bytes_per_token_fact(self) -> str:
+        return f"bytes per token of {self.settings.model}"
+
     def embedder(
         self, estimator: TokenEstimator | None = None, on_trouble: Callable[[str], None] = lambda _: None
     ) -> Embedder:
@@ -141,7 +155,7 @@ class Deployment:
             progress: told as it goes.
             run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
         """
-        estimator = TokenEstimator()
+        estimator = self.token_estimator()
         limit = self.settings.max_usd if max_usd is None else max_usd
         return Filler(
             songs_folder=self.store.songs,
@@ -155,6 +169,7 @@ class Deployment:
             lock_range=lambda song_range: self.lock_range(song_range, progress),
             tiling=self.tiling,
             before_payment=lambda: check_table(self.database, self.table_spec),
+            keep_bytes_per_token=self._keep_bytes_per_token,
             stop=self.stop,
             progress=progress,
         )

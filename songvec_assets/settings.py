@@ -117,14 +117,19 @@ class Settings:
         "SONGVEC_MAX_REQUEST_TOKENS", _whole(1, _MANY),
         "Tokens a request at most; never more than 1/50 of the token quota", default=100_000,
     )  # fmt: skip
-    concurrency: int = _setting("SONGVEC_CONCURRENCY", _whole(1, 1000), "Requests in flight at most", default=32)
+    concurrency: int = _setting(
+        "SONGVEC_CONCURRENCY", _whole(1, 1000),
+        "Requests in flight at most; how many there are follows from the quota and the latency", default=32,
+    )  # fmt: skip
     patience_s: float = _setting(
         "SONGVEC_PATIENCE_S",
         _number(0),
         "Seconds a failing provider is retried before the run ends",
         default=600.0,
     )
-    max_usd: float | None = _setting("SONGVEC_MAX_USD", _number(0), "Budget of a run in dollars; unset: none")
+    max_usd: float | None = _setting(
+        "SONGVEC_MAX_USD", _number(0), "Budget of a run in dollars, over all its processes; unset: none"
+    )
     usd_per_million_tokens: float = _setting(
         "SONGVEC_USD_PER_MILLION_TOKENS", _number(0), "The provider's price", default=0.10
     )

@@ -72,6 +72,8 @@ _CLEAN = """
     END $$;
     DELETE FROM songvec.settings;
     DELETE FROM songvec.rate_limits;
+    DELETE FROM songvec.rate_seconds;
+    DELETE FROM songvec.budgets;
     DELETE FROM songvec.loaded_ranges;
 """
 

@@ -85,6 +85,7 @@ class Filler:
         lock_range: holds a range against other runs; gives what raises when that hold was lost.
         tiling: how song_ids are cut.
         before_payment: called before a range's first request; raises to refuse.
+        keep_bytes_per_token: told at the end what the estimator has learned.
         stop: once set, no further request starts.
         progress: told songs, rate and dollars.
         proven: whether the provider has answered well in this run.
@@ -101,6 +102,7 @@ class Filler:
     lock_range: Callable[[SongIdRange], AbstractContextManager[Callable[[], None]]]
     tiling: Tiling
     before_payment: Callable[[], None]
+    keep_bytes_per_token: Callable[[float], None]
     stop: StopSignal
     progress: ReportProgress = ignore_progress
     proven: bool = False
@@ -123,6 +125,7 @@ class Filler:
 
     async def _fill_ranges(self, ranges: Sequence[SongIdRange], report: Callable[[FillReport], None]) -> None:
         places, filling = asyncio.Semaphore(MAX_OPEN_RANGES), []
+        bytes_per_token = self.estimator.bytes_per_token
         try:
             self._n_songs = sum(count_songs(self.songs_folder, song_range) for song_range in ranges)
             for song_range in filter(self._holds_anything, ranges):
@@ -137,6 +140,8 @@ class Filler:
         finally:
             if "_embedder" in self.__dict__:
                 await self._embedder.close()
+        if self.estimator.bytes_per_token != bytes_per_token:
+            self.keep_bytes_per_token(self.estimator.bytes_per_token)
         self._check_halted()
 
     @cached_property

@@ -95,9 +95,8 @@ def plan_fill(songs_folder: Path, cache: ModelCache, song_range: SongIdRange, sp
     )
 
 
-def estimate_fills(plans: Iterable[FillPlan], price: Price, quota: Quota) -> Estimate:
+def estimate_fills(plans: Iterable[FillPlan], estimator: TokenEstimator, price: Price, quota: Quota) -> Estimate:
     """Tokens, dollars and hours of some plans together."""
-    estimator = TokenEstimator()
     n_songs = n_texts = n_tokens = 0
     for plan in plans:
         n_songs += plan.n_songs

@@ -79,7 +79,10 @@ def embedding_cache(
             filler = deployment.filler(config.max_usd, progress=emit, run=budget_of(context.run))
             filler.fill_ranges(ranges, report=emit)
 
-        run_step(context, deployment, fill, on_report=recorder.record)
+        try:
+            run_step(context, deployment, fill, on_report=recorder.record)
+        finally:
+            recorder.log_total()
         recorder.fail_where_incomplete()
 
 

@@ -112,11 +112,11 @@ class FillRecorder:
         self._context = context
         self._cache = cache
         self._failed: dict[str, Exception] = {}
-        self._n_ranges = 0
+        self._reports: list[FillReport] = []
 
     def record(self, report: FillReport) -> None:
         """Materialize a range that is complete; remember one that is not."""
-        self._n_ranges += 1
+        self._reports.append(report)
         key = report.range.key
         if report.error is not None:
             self._failed[key] = report.error
@@ -129,12 +129,22 @@ class FillRecorder:
         # the end of the run writes an event of its own for each partition, which would hide the one above
         self._context.add_asset_metadata(metadata, partition_key=key)
 
+    def log_total(self) -> None:
+        """Say what the run came to, whatever became of it: each answer that is counted here is kept."""
+        done = self._reports
+        self._context.log.info(
+            f"{sum(each.n_embedded for each in done):,} songs embedded in {len(done):,} ranges, "
+            f"{sum(each.n_set_aside for each in done):,} set aside; {sum(each.n_tokens for each in done):,} tokens, "
+            f"${sum(each.usd for each in done):,.4f} as billed; {sum(each.n_retries for each in done):,} retries, "
+            f"{sum(each.n_limited for each in done):,} of them after 429"
+        )
+
     def fail_where_incomplete(self) -> None:
         """End the step with a failure that names the ranges that are not complete."""
         if self._failed:
             named = "; ".join(f"{key}: {error}" for key, error in list(self._failed.items())[:5])
             raise dg.Failure(
-                f"{len(self._failed)} of {self._n_ranges} ranges are not complete, the others are done and kept. "
+                f"{len(self._failed)} of {len(self._reports)} ranges are not complete, the others are done and kept. "
                 f"Materialize the failed partitions again. {named}",
                 allow_retries=False,
             )

@@ -24,9 +24,14 @@ def pack_requests(n_bytes: Sequence[int], max_texts: int, max_bytes: Callable[[]
     start, left = 0, sum(n_bytes)
     while start < len(n_bytes):
         limit = max_bytes()
-        even = left / max(math.ceil(left / limit), math.ceil((len(n_bytes) - start) / max_texts))
+        n_requests = max(math.ceil(left / limit), math.ceil((len(n_bytes) - start) / max_texts))
+        even, others_hold = left / n_requests, (n_requests - 1) * max_texts
         stop, size = start + 1, n_bytes[start]
-        while stop < min(start + max_texts, len(n_bytes)) and size < even and size + n_bytes[stop] <= limit:
+        while (
+            stop < min(start + max_texts, len(n_bytes))
+            and size + n_bytes[stop] <= limit
+            and (size < even or len(n_bytes) - stop > others_hold)
+        ):
             size += n_bytes[stop]
             stop += 1
         yield slice(start, stop)

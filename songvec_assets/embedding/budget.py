@@ -10,7 +10,7 @@ import threading
 from sqlalchemy import Engine, text
 
 from songvec_assets.embedding.pricing import Price
-from songvec_assets.errors import BudgetExceededError
+from songvec_assets.errors import BudgetExceededError, SettingsError
 from songvec_assets.postgres.engine import error_border
 
 _CREATE = text("""
@@ -41,6 +41,8 @@ class Budget:
     """
 
     def __init__(self, price: Price, engine: Engine, run: str, max_usd: float | None = None) -> None:
+        if max_usd is not None and not max_usd >= 0:
+            raise SettingsError(f"expected a budget of 0 dollars or more, got {max_usd}")
         self.price = price
         self.n_tokens = 0
         self._max_usd = max_usd

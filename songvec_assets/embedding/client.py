@@ -5,6 +5,7 @@ Owns the decision to try again. What a request holds is decided in `batching`, w
 
 import asyncio
 import enum
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from songvec_assets.embedding.wire import (
 from songvec_assets.errors import ProviderError, ProviderUnavailableError, RequestRefusedError
 from songvec_assets.progress import StopSignal
 
-MAX_BACKOFF_S = 60.0
+MAX_BACKOFF_S = 120.0
 MAX_PAUSE_S = 5.0
 """All requests pause after a 429 that names no time: 1 s, then 2, 4, and at most so long."""
 MAX_TEXTS_IN_LOOP = 512
@@ -220,12 +221,13 @@ class EmbeddingClient:
         )
         n_bytes = sum(len(text.encode()) for text in texts)
         [n_tokens] = self._estimator.estimate([n_bytes])
+        timeout_s = 60 + n_tokens / 200
         started, n_retries, n_limited = 0.0, 0, 0
         while True:
             grant = await self._next_grant(n_tokens)
             wait_s = random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2**n_retries))  # full jitter (Brooker 2015)
             try:
-                answer = await self._send(body, timeout_s=60 + n_tokens / 200)
+                answer = await self._send(body, timeout_s)
                 batch = await self._decode(answer, len(texts), dialect)
             except openai.APIStatusError as error:
                 # no cause is chained to what is raised below: the library's error holds the provider's words unredacted
@@ -238,10 +240,12 @@ class EmbeddingClient:
                 retry_after_s = _retry_after_s(error)
                 if error.status_code == 429:
                     n_limited += 1
-                    wait_s = await self._slow_down(grant, retry_after_s)
+                    wait_s = max(await self._slow_down(grant, retry_after_s), min(MAX_PAUSE_S, wait_s))
                 else:
                     wait_s = max(retry_after_s or 0.0, wait_s)
-            except (openai.APIConnectionError, TimeoutError, MalformedResponseError) as error:
+            except TimeoutError:
+                words = f"no whole answer within {timeout_s:.0f} s"
+            except (openai.APIConnectionError, MalformedResponseError) as error:
                 if isinstance(error, MalformedResponseError):
                     self._untold_tokens += n_tokens  # a 200 is billed, whatever came of it
                 words = self._redact(str(error.__cause__ or error) or type(error).__name__)
@@ -321,8 +325,8 @@ def describe_refusal(status: int, body: str) -> str:
 
 
 def _retry_after_s(error: openai.APIStatusError) -> float | None:
-    value = error.response.headers.get("retry-after", "")
     try:
-        return min(float(value), 600.0)
+        seconds = float(error.response.headers.get("retry-after", ""))
     except ValueError:  # absent, or a date: the backoff decides
         return None
+    return min(max(seconds, 0.0), 600.0) if math.isfinite(seconds) else None

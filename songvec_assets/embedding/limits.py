@@ -20,40 +20,56 @@ DEPTH_SHARE = 1 / 50
 """Depth of a bucket as a share of the quota; the largest request is as large."""
 KEPT_SHARE = 0.96
 """Kept of what a provider was seen to allow; the rest is room for the next request, and for what arrives unevenly."""
-PROBING = 0.01
-"""Growth in the first minute without a 429; after n minutes it is n² times as much."""
+MIN_SHARE = 0.02
+"""However long a provider answers nothing but 429, so much is tried again."""
+PROBING = 0.005
+"""Share of the quota by which the speed has grown a minute after a 429; after n minutes it is n² times as much."""
 
 _CREATE = text("""
     INSERT INTO songvec.rate_limits (name) VALUES (:name) ON CONFLICT (name) DO NOTHING
 """)
 
-_SPEED = """least(1, share * (1 + :probing * (extract(epoch FROM clock_timestamp() - slowed_at) / 60) ^ 2))"""
+_STATE = """
+    SELECT *, clock_timestamp() AS now,
+           least(1, share + :probing * (extract(epoch FROM clock_timestamp() - slowed_at) / 60) ^ 2) AS speed
+    FROM songvec.rate_limits WHERE name = :name FOR UPDATE
+"""
 
-# the seconds of the last two minutes are kept in a ring, so that the log never grows; a crash of the server may forget
-# the last grants, which costs less than a sync of its disk for each
+# `over` is what a request costs beyond a full bucket, `under` what it leaves in one. A bucket is charged when the
+# request goes, which the other bucket or a pause may put off. The seconds of the last two minutes are kept in a ring,
+# so that the log never grows. A crash of the server may forget the last grants: cheaper than a sync for each.
 _RESERVE = text(f"""
-    WITH granted AS (
-        UPDATE songvec.rate_limits
-        SET requests_at = greatest(requests_at, clock_timestamp()) + make_interval(secs => :request_s / {_SPEED}),
-            tokens_at = greatest(tokens_at, clock_timestamp()) + make_interval(secs => :tokens_s / {_SPEED}),
-            busy_since = CASE WHEN tokens_at < clock_timestamp() - interval '1 minute' THEN clock_timestamp()
-                              ELSE busy_since END
-        WHERE name = :name
-        RETURNING extract(epoch FROM greatest(
-            requests_at - make_interval(secs => :requests_depth_s / {_SPEED}),
-            tokens_at - make_interval(secs => :tokens_depth_s / {_SPEED}),
-            paused_until,
-            clock_timestamp()
-        )) AS at
+    WITH state AS ({_STATE}), costs AS (
+        SELECT state.*, make_interval(secs => :request_s / speed) AS request,
+               make_interval(secs => greatest(0, :request_s - :requests_depth_s) / speed) AS requests_over,
+               make_interval(secs => greatest(0, :requests_depth_s - :request_s) / speed) AS requests_under,
+               make_interval(secs => :tokens_s / speed) AS tokens,
+               make_interval(secs => greatest(0, :tokens_s - :tokens_depth_s) / speed) AS tokens_over,
+               make_interval(secs => greatest(0, :tokens_depth_s - :tokens_s) / speed) AS tokens_under
+        FROM state
+    ), granted AS (
+        SELECT costs.*, greatest(
+            greatest(now, requests_at - requests_under) + requests_over,
+            greatest(now, tokens_at - tokens_under) + tokens_over,
+            paused_until
+        ) AS at
+        FROM costs
+    ), charged AS (
+        UPDATE songvec.rate_limits AS kept
+        SET requests_at = greatest(granted.requests_at, at - requests_over) + request,
+            tokens_at = greatest(granted.tokens_at, at - tokens_over) + tokens,
+            busy_since = CASE WHEN granted.tokens_at < now - interval '1 minute' THEN now ELSE granted.busy_since END
+        FROM granted WHERE kept.name = granted.name
+        RETURNING extract(epoch FROM at) AS at, extract(epoch FROM at - now) AS wait_s
     ), logged AS (
         INSERT INTO songvec.rate_seconds AS kept (name, slot, second, n_requests, n_tokens)
-        SELECT :name, floor(at)::bigint % 120, floor(at)::bigint, 1, :n_tokens FROM granted
+        SELECT :name, floor(at)::bigint % 120, floor(at)::bigint, 1, :n_tokens FROM charged
         ON CONFLICT (name, slot) DO UPDATE
         SET second = excluded.second,
             n_requests = CASE kept.second WHEN excluded.second THEN kept.n_requests ELSE 0 END + 1,
             n_tokens = CASE kept.second WHEN excluded.second THEN kept.n_tokens ELSE 0 END + excluded.n_tokens
     )
-    SELECT at, at - extract(epoch FROM clock_timestamp()), set_config('synchronous_commit', 'off', true) FROM granted
+    SELECT at, wait_s, set_config('synchronous_commit', 'off', true) FROM charged
 """)
 
 _TAKE_BACK = text("""
@@ -62,22 +78,22 @@ _TAKE_BACK = text("""
 """)
 
 _SLOW_DOWN = text(f"""
-    WITH used AS (
+    WITH state AS ({_STATE}), used AS (
         SELECT greatest(sum(n_requests) / :requests_per_minute, sum(n_tokens) / :tokens_per_minute) AS share
         FROM songvec.rate_seconds
         WHERE name = :name AND second > extract(epoch FROM clock_timestamp()) - 60
-    ), before AS (
-        SELECT :at <= extract(epoch FROM slowed_at) AS known, {_SPEED} AS speed,
-               least(1, extract(epoch FROM clock_timestamp() - busy_since) / 60) AS minutes
-        FROM songvec.rate_limits WHERE name = :name
+            AND second <= extract(epoch FROM clock_timestamp())
+    ), seen AS (
+        SELECT state.*, :granted_at <= extract(epoch FROM slowed_at) AS known,
+               coalesce(used.share, 0) / least(1, extract(epoch FROM now - busy_since) / 60) AS used
+        FROM state, used
     )
-    UPDATE songvec.rate_limits
-    SET paused_until = greatest(paused_until, clock_timestamp() + make_interval(secs => :pause_s)),
-        share = CASE WHEN known THEN rate_limits.share
-                     ELSE least(speed, greatest(:kept * used.share / minutes, speed / 2)) END,
-        slowed_at = CASE WHEN known THEN slowed_at ELSE clock_timestamp() END
-    FROM used, before
-    WHERE name = :name
+    UPDATE songvec.rate_limits AS kept
+    SET paused_until = greatest(seen.paused_until, now + make_interval(secs => :pause_s)),
+        share = CASE WHEN known THEN seen.share
+                     ELSE least(speed, greatest(:kept_share * used, speed / 2, :min_share)) END,
+        slowed_at = CASE WHEN known THEN seen.slowed_at ELSE now END
+    FROM seen WHERE kept.name = seen.name
 """)
 
 
@@ -140,7 +156,8 @@ class RateLimiter:
         requests that were granted before it fell.
         """
         self._execute(_TAKE_BACK, n_tokens=grant.n_tokens, at=grant.at)
-        self._execute(_SLOW_DOWN, at=grant.at, pause_s=pause_s, probing=PROBING, kept=KEPT_SHARE, **self._quota)
+        shares = {"probing": PROBING, "kept_share": KEPT_SHARE, "min_share": MIN_SHARE}
+        self._execute(_SLOW_DOWN, granted_at=grant.at - grant.wait_s, pause_s=pause_s, **shares, **self._quota)
 
     def _execute(self, statement: TextClause, **values: float) -> None:
         with error_border(), self._engine.connect() as connection:

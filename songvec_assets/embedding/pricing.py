@@ -45,9 +45,14 @@ class TokenEstimator:
         tokens_per_byte = self._n_tokens / self._n_bytes
         return [max(1, round(each * tokens_per_byte)) for each in n_bytes]
 
+    @property
+    def bytes_per_token(self) -> float:
+        """As it is known so far."""
+        return self._n_bytes / self._n_tokens
+
     def n_bytes(self, n_tokens: int) -> float:
         """The inverse: UTF-8 bytes that make about so many tokens."""
-        return n_tokens * self._n_bytes / self._n_tokens
+        return n_tokens * self.bytes_per_token
 
     def observe(self, n_bytes: int, n_tokens: int) -> None:
         """Learn that texts of `n_bytes` were billed `n_tokens`; 0 tokens means that the provider did not say."""
@@ -68,8 +73,8 @@ class Price:
         return n_tokens * self.usd_per_million_tokens / 1e6
 
     def n_tokens(self, usd: float) -> int | None:
-        """Whole tokens that so much buys; None: any number, they are free."""
-        if not self.usd_per_million_tokens:
+        """Whole tokens that so much buys; None: any number."""
+        if not self.usd_per_million_tokens or usd == math.inf:
             return None
         # a price such as 0.1 has no exact binary form: what divides evenly must not lose its last token
         return math.floor(usd / self.usd_per_million_tokens * 1e6 * (1 + 1e-12))

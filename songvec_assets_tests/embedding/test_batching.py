@@ -58,7 +58,6 @@ def test_small_texts_go_in_as_few_requests_as_there_must_be_about_equally_full(n
         assert max(sizes) - min(sizes) <= 10 * 2
 
 
-@pytest.mark.xfail(strict=True, reason="a request ends at an equal share of the bytes, though places then run out")
 @pytest.mark.parametrize(("n_bytes", "max_texts"), [([10, 1, 1, 1], 2), ([60, 1, 1, 1, 1, 1], 3)])
 def test_where_the_number_of_texts_binds_there_are_no_more_requests_than_there_must_be(n_bytes, max_texts):
     assert len(pack(n_bytes, max_texts, 10_000)) == math.ceil(len(n_bytes) / max_texts)

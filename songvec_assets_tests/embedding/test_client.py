@@ -558,7 +558,6 @@ def test_a_429_that_names_a_time_pauses_all_for_that_long(
     assert [pause_s for _, pause_s in limiter.pauses] == [retry_after_s] * 3
 
 
-@pytest.mark.xfail(strict=True, reason="a 429 with Retry-After: 0 is tried again without any backoff")
 def test_a_429_that_allows_the_next_try_at_once_is_not_answered_by_a_flood(
     connect: Connect, provider: Provider, engine: sa.Engine
 ) -> None:
@@ -570,7 +569,6 @@ def test_a_429_that_allows_the_next_try_at_once_is_not_answered_by_a_flood(
     assert sum(wait_s > 0 for wait_s in client.waits) >= 4
 
 
-@pytest.mark.xfail(strict=True, reason="the speed has no lower bound: after 38 halvings Postgres has no such time")
 def test_a_provider_that_only_answers_429_ends_the_patience_and_not_the_database(
     connect: Connect, provider: Provider, engine: sa.Engine
 ) -> None:
@@ -634,7 +632,7 @@ def test_a_server_that_drips_is_hung_up_on_and_asked_again(connect: Connect) -> 
     async def run() -> None:
         async with dripping_server() as (base_url, seen):
             client = connect(HastyClient, base_url=base_url, patience_s=0.7, on_trouble=heard.append)
-            with pytest.raises(ProviderUnavailableError, match=r"last: .*Timeout"):
+            with pytest.raises(ProviderUnavailableError, match=r"last: no whole answer within"):
                 await client.generate_embeddings_batch(TEXTS)
             await client.close()
             async with asyncio.timeout(10):
