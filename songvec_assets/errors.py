@@ -41,7 +41,11 @@ class ProviderUnavailableError(ProviderError):
 
 
 class RequestRefusedError(ProviderError):
-    """The provider refused this very request (400, 413 or 422): one of its texts, or its size."""
+    """The provider refused this very request (400 or 422): one of its texts, most likely."""
+
+
+class RequestTooLargeError(RequestRefusedError):
+    """The provider refused this very request for its size (413). Smaller ones may pass."""
 
 
 class BudgetExceededError(SongvecError):

@@ -4,6 +4,7 @@ What goes wrong with a request is decided in `embedding.client`; here, what beco
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,7 +16,7 @@ from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.client import Embedder
 from songvec_assets.embedding.pricing import Quota, TokenEstimator
 from songvec_assets.embedding.wire import EmbeddingBatch, Float32Matrix
-from songvec_assets.errors import ProviderError, RequestRefusedError, StoppedError
+from songvec_assets.errors import ProviderError, RequestRefusedError, RequestTooLargeError, StoppedError
 
 MAX_REFUSALS_IN_A_ROW = 25
 """So many texts refused one after another, and none accepted between them, are not the songs' fault."""
@@ -34,7 +35,7 @@ class Tally(Protocol):
         """These songs are set aside."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Postage:
     """What all requests of a run share.
 
@@ -45,6 +46,7 @@ class Postage:
         estimator: of tokens; the embedder corrects it.
         slots: requests in flight at most, over all ranges.
         halted: raises where no further request may start.
+        max_bytes: of a request; smaller, once the provider has found one too large.
     """
 
     embedder: Embedder
@@ -53,6 +55,11 @@ class Postage:
     estimator: TokenEstimator
     slots: asyncio.Semaphore
     halted: Callable[[], None]
+    max_bytes: float = math.inf
+
+    def n_bytes_allowed(self) -> float:
+        """What a request may hold now, as far as tokens and the provider's limit are known."""
+        return min(self.estimator.n_bytes(self.quota.max_request_tokens), self.max_bytes)
 
 
 @dataclass
@@ -80,14 +87,14 @@ class RangeSender:
         Raises:
             SongvecError: the first thing that went wrong, when nothing is on its way any more.
         """
-        quota, estimator = self.postage.quota, self.postage.estimator
         n_bytes = [len(each.text.encode()) for each in texts]
-        sending = []
-        for piece in pack_requests(
-            n_bytes, quota.max_request_texts, lambda: estimator.n_bytes(quota.max_request_tokens)
-        ):
+        pieces = pack_requests(n_bytes, self.postage.quota.max_request_texts, self.postage.n_bytes_allowed)
+        sending: list[asyncio.Task[None]] = []
+        while True:
             await self.postage.slots.acquire()
-            if not self._may_go_on():
+            # cut now, not before: answers that came meanwhile may have taught what a request may hold
+            piece = next(pieces, None) if self._may_go_on() else None
+            if piece is None:
                 self.postage.slots.release()
                 break
             sending.append(asyncio.create_task(self._send_one(texts[piece])))
@@ -117,9 +124,12 @@ class RangeSender:
         try:
             batch = await self._send_paid([each.text for each in texts])
         except RequestRefusedError as error:
+            if isinstance(error, RequestTooLargeError) and len(texts) > 1:
+                half = sum(len(each.text.encode()) for each in texts) / 2
+                self.postage.max_bytes = min(self.postage.max_bytes, half)
             if len(texts) > 1:
-                for half in bisect(texts):
-                    await self._send_divided(half)
+                for part in bisect(texts):
+                    await self._send_divided(part)
                 return
             self._refused.append((texts[0], str(error)))
             self._check_refusals()

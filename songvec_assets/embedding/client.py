@@ -1,11 +1,10 @@
-"""The provider's client: requests, retries, what each answer means, and what the server can do.
+"""The provider's client: requests, tries, and what the server can do.
 
-Owns the decision to try again. What a request holds is decided in `batching`, when it may go in `limits`.
+Owns the decision to try again. What an answer means is in `answers`; what a request holds is decided in `batching`,
+when it may go in `limits`.
 """
 
 import asyncio
-import enum
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Literal, Protocol
 import httpx2
 import openai
 
+from songvec_assets.embedding.answers import Action, action_for, describe_answer, parse_retry_after
 from songvec_assets.embedding.limits import Grant, RateLimiter
 from songvec_assets.embedding.pricing import TokenEstimator
 from songvec_assets.embedding.wire import (
@@ -25,7 +25,12 @@ from songvec_assets.embedding.wire import (
     encode_request,
     truncate_vectors,
 )
-from songvec_assets.errors import ProviderError, ProviderUnavailableError, RequestRefusedError
+from songvec_assets.errors import (
+    ProviderError,
+    ProviderUnavailableError,
+    RequestRefusedError,
+    RequestTooLargeError,
+)
 from songvec_assets.progress import StopSignal
 
 MAX_BACKOFF_S = 120.0
@@ -35,6 +40,7 @@ MAX_TEXTS_IN_LOOP = 512
 """So many base64 vectors of 2,000 values are decoded in 4 ms (2 cores, 2026-11): less than the event loop's other users
 would wait for the interpreter's lock while a thread did it. Larger answers, and floats, are decoded in a thread."""
 _MATRYOSHKA_MODELS = ("qwen3-embedding",)
+_REFUSALS = {Action.SHRINK: RequestTooLargeError, Action.ISOLATE: RequestRefusedError}
 
 
 class Embedder(Protocol):
@@ -49,34 +55,6 @@ class Embedder(Protocol):
     async def close(self) -> None:
         """Give its connections back."""
         ...
-
-
-class Action(enum.Enum):
-    """What to do about an answer other than 200."""
-
-    RETRY = "try again, later and slower"
-    STOP = "end the run: no request would fare better"
-    ISOLATE = "this request's fault: divide it until the refused text stands alone"
-
-
-ACTIONS = {
-    400: Action.ISOLATE, 401: Action.STOP, 402: Action.STOP, 403: Action.STOP, 404: Action.STOP,
-    408: Action.RETRY, 409: Action.RETRY, 412: Action.STOP, 413: Action.ISOLATE, 422: Action.ISOLATE,
-    429: Action.RETRY, 500: Action.RETRY, 502: Action.RETRY, 503: Action.RETRY, 504: Action.RETRY,
-}  # fmt: skip
-
-_ADVICE = {
-    401: "the key is wrong or revoked: set FIREWORKS_API_KEY",
-    402: "billing: settle the provider's account",
-    403: "the key may not use this model: check the account's permissions",
-    404: "the model is not served: serverless models get retired; see the provider's list, set SONGVEC_EMBEDDING_MODEL",
-    412: "the account is suspended or over its monthly budget: see the provider's billing page",
-}
-
-
-def action_for(status: int) -> Action:
-    """The action for a status; one that is not in the table is tried again from 500 on, and else ends the run."""
-    return ACTIONS.get(status, Action.RETRY if status >= 500 else Action.STOP)
 
 
 @dataclass(frozen=True)
@@ -161,6 +139,7 @@ class EmbeddingClient:
 
         Raises:
             RequestRefusedError: the server refuses this request; its neighbours may fare better.
+            RequestTooLargeError: it is one of those, for its size.
             ProviderUnavailableError: no good answer within the patience.
             ProviderError: no request can succeed: key, model, billing, sizes.
             StoppedError: the stop signal was set before the request could go.
@@ -231,13 +210,13 @@ class EmbeddingClient:
                 batch = await self._decode(answer, len(texts), dialect)
             except openai.APIStatusError as error:
                 # no cause is chained to what is raised below: the library's error holds the provider's words unredacted
-                words = describe_refusal(error.status_code, self._redact(error.response.text))
+                words = describe_answer(error.status_code, self._redact(error.response.text))
                 action = action_for(error.status_code)
                 if action is Action.STOP:
                     raise ProviderError(f"{self.base_url} {words}") from None
-                if action is Action.ISOLATE:
-                    raise RequestRefusedError(words) from None
-                retry_after_s = _retry_after_s(error)
+                if action in _REFUSALS:
+                    raise _REFUSALS[action](words) from None
+                retry_after_s = parse_retry_after(error.response.headers.get("retry-after", ""))
                 if error.status_code == 429:
                     n_limited += 1
                     wait_s = max(await self._slow_down(grant, retry_after_s), min(MAX_PAUSE_S, wait_s))
@@ -316,17 +295,3 @@ class EmbeddingClient:
         while (left := end - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.2))
             self._stop.check()
-
-
-def describe_refusal(status: int, body: str) -> str:
-    """The provider's words for a status, and what to do about it."""
-    advice = _ADVICE.get(status)
-    return f"answered {status}: {' '.join(body.split())[:300]}" + (f" ({advice})" if advice else "")
-
-
-def _retry_after_s(error: openai.APIStatusError) -> float | None:
-    try:
-        seconds = float(error.response.headers.get("retry-after", ""))
-    except ValueError:  # absent, or a date: the backoff decides
-        return None
-    return min(max(seconds, 0.0), 600.0) if math.isfinite(seconds) else None

@@ -564,6 +564,18 @@ def test_a_request_that_is_too_large_is_halved_until_it_fits(songs: Songs, run: 
     assert_stored(deployment, plain_texts(range(1, 41)))
 
 
+def test_after_a_request_that_was_too_large_the_next_ones_are_smaller(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs([*range(1, 81), *range(101, 181)]))
+    provider.control(max_request_tokens=60)
+    deployment = run(concurrency=1, max_request_texts=32)
+    fill(deployment)
+    # 32 texts of 7 tokens are halved to 8; all others begin with 8
+    assert provider.ledger()["requests_by_status"]["413"] == 3
+    assert_stored(deployment, plain_texts([*range(1, 81), *range(101, 181)]))
+
+
 def test_a_single_text_that_is_too_large_is_set_aside(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*plain_songs(range(1, 9)), (4, "Epic", "Ann", "la " * 200))
     provider.control(max_request_tokens=60)

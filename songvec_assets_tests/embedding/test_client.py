@@ -21,11 +21,18 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.embedding import client as client_module
-from songvec_assets.embedding.client import ACTIONS, EmbeddingClient
+from songvec_assets.embedding.answers import ACTIONS
+from songvec_assets.embedding.client import EmbeddingClient
 from songvec_assets.embedding.limits import Grant, RateLimiter
 from songvec_assets.embedding.pricing import TokenEstimator
 from songvec_assets.embedding.wire import EmbeddingBatch, encode_request
-from songvec_assets.errors import ProviderError, ProviderUnavailableError, RequestRefusedError, StoppedError
+from songvec_assets.errors import (
+    ProviderError,
+    ProviderUnavailableError,
+    RequestRefusedError,
+    RequestTooLargeError,
+    StoppedError,
+)
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.progress import StopSignal
@@ -412,7 +419,7 @@ def test_each_status_does_what_the_facts_say_of_it(connect: Connect, provider: P
         assert provider.ledger()["requests_by_status"] == {"200": 2, str(status): 2}
         assert provider.ledger()["texts_billed_twice"] == 0
         return
-    expected = RequestRefusedError if status in REFUSED else ProviderError
+    expected = RequestTooLargeError if status == 413 else RequestRefusedError if status in REFUSED else ProviderError
     with pytest.raises(ProviderError) as caught:
         embed(client, TEXTS)
     assert type(caught.value) is expected

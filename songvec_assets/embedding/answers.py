@@ -1,0 +1,52 @@
+"""What an answer other than 200 means: one table from status to action, and the words for it. Pure.
+
+Sources: the provider's documentation and issue threads, read in November 2026.
+"""
+
+import enum
+import math
+
+
+class Action(enum.Enum):
+    """What to do about an answer other than 200."""
+
+    RETRY = "try again, later and slower"
+    STOP = "end the run: no request would fare better"
+    SHRINK = "divide this request, and make those that follow smaller"
+    ISOLATE = "divide this request until the text that is refused stands alone"
+
+
+ACTIONS = {
+    400: Action.ISOLATE, 401: Action.STOP, 402: Action.STOP, 403: Action.STOP, 404: Action.STOP,
+    408: Action.RETRY, 409: Action.RETRY, 412: Action.STOP, 413: Action.SHRINK, 422: Action.ISOLATE,
+    429: Action.RETRY, 500: Action.RETRY, 502: Action.RETRY, 503: Action.RETRY, 504: Action.RETRY,
+}  # fmt: skip
+
+_ADVICE = {
+    401: "the key is wrong or revoked: set FIREWORKS_API_KEY",
+    402: "billing: settle the provider's account",
+    403: "the key may not use this model: check the account's permissions",
+    404: "the model is not served: serverless models get retired; see the provider's list, set SONGVEC_EMBEDDING_MODEL",
+    412: "the account is suspended or over its monthly budget: see the provider's billing page",
+}
+_MAX_RETRY_AFTER_S = 600.0
+
+
+def action_for(status: int) -> Action:
+    """The action for a status; one that is not in the table is tried again from 500 on, and else ends the run."""
+    return ACTIONS.get(status, Action.RETRY if status >= 500 else Action.STOP)
+
+
+def describe_answer(status: int, body: str) -> str:
+    """The provider's words for a status, and what to do about it."""
+    advice = _ADVICE.get(status)
+    return f"answered {status}: {' '.join(body.split())[:300]}" + (f" ({advice})" if advice else "")
+
+
+def parse_retry_after(value: str) -> float | None:
+    """Seconds of a Retry-After header; None where it is absent, a date, or no number."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        return None
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S) if math.isfinite(seconds) else None
