@@ -22,7 +22,7 @@ from songvec_assets.embedding.pricing import Price, Quota, TokenEstimator
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, hold_lock, read_fact, write_fact
-from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
+from songvec_assets.progress import ReportProgress, StopSignal, ignore_progress
 from songvec_assets.settings import Settings
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
@@ -65,7 +65,7 @@ class Deployment:
     @contextlib.contextmanager
     def _tail_lock(self, store: Store) -> Iterator[None]:
         bind_store(store, self.database)
-        with self.lock_range(store.tiling.tail):
+        with self.lock_range(store.tiling.tail, self.stop.check, self.stop.check):
             yield
 
     @property
@@ -166,7 +166,7 @@ class Deployment:
             budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, limit),
             estimator=estimator,
             concurrency=self.settings.concurrency,
-            lock_range=lambda song_range: self.lock_range(song_range, progress),
+            lock_range=self.lock_range,
             tiling=self.tiling,
             before_payment=lambda: check_table(self.database, self.table_spec),
             keep_bytes_per_token=self._keep_bytes_per_token,
@@ -190,11 +190,7 @@ class Deployment:
         return f"{self.database.describe()}, {embedder}, {each.embedding_dimensions} dimensions"
 
     def lock_range(
-        self, song_range: SongIdRange, progress: ReportProgress = ignore_progress
+        self, song_range: SongIdRange, on_wait: Callable[[], None], check: Callable[[], None]
     ) -> AbstractContextManager[Callable[[], None]]:
-        """Hold a range against every other run on this database."""
-
-        def tell() -> None:
-            progress(Progress("embed songs", 0, 0, note=f"another run fills {song_range.key}: waiting for it"))
-
-        return hold_lock(self.database, lock_name(song_range), on_wait=tell, check=self.stop.check)
+        """Hold a range against every other run on this database; see `hold_lock`."""
+        return hold_lock(self.database, lock_name(song_range), on_wait=on_wait, check=check)

@@ -25,7 +25,7 @@ class StoreError(SongvecError):
 
 
 class DamagedShardError(SongvecError):
-    """A cache file holds rows whose checksum does not fit. They are discarded; fill the range again."""
+    """A cache file is not as it was written. Its range is not loaded; fill it again, then load."""
 
 
 class TableMismatchError(SongvecError):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from songvec_assets.cache.marks import Mark, read_mark, write_mark
@@ -39,8 +39,8 @@ class FillReport:
         n_embedded: songs that got a vector from the provider.
         n_set_aside: songs without a vector, for a reason: the export's and the provider's.
         n_truncated: songs whose text was cut.
-        n_retries, n_limited: bad answers, and those of them that were 429.
-        n_tokens: billed.
+        n_retries, n_limited: bad answers before good ones, and those of them that were 429.
+        n_tokens: billed; estimated where the provider does not say, or spoilt the answer.
         usd: their price.
         seconds: of this range.
         n_bytes_damaged: of the shard, as it was found: cut off by a crash, or damaged.
@@ -82,7 +82,8 @@ class Filler:
         budget: stops before the request that would exceed it.
         estimator: of tokens; the embedder corrects it.
         concurrency: requests in flight at most; how many there are follows from the quota and the latency.
-        lock_range: holds a range against other runs; gives what raises when that hold was lost.
+        lock_range: holds a range against other runs; gives what raises when that hold was lost. Its callbacks: called
+            when it has to wait, and while it does.
         tiling: how song_ids are cut.
         before_payment: called before a range's first request; raises to refuse.
         keep_bytes_per_token: told at the end what the estimator has learned.
@@ -99,7 +100,9 @@ class Filler:
     budget: Budget
     estimator: TokenEstimator
     concurrency: int
-    lock_range: Callable[[SongIdRange], AbstractContextManager[Callable[[], None]]]
+    lock_range: Callable[
+        [SongIdRange, Callable[[], None], Callable[[], None]], AbstractContextManager[Callable[[], None]]
+    ]
     tiling: Tiling
     before_payment: Callable[[], None]
     keep_bytes_per_token: Callable[[float], None]
@@ -140,9 +143,11 @@ class Filler:
         finally:
             if "_embedder" in self.__dict__:
                 await self._embedder.close()
-        if self.estimator.bytes_per_token != bytes_per_token:
-            self.keep_bytes_per_token(self.estimator.bytes_per_token)
-        self._check_halted()
+        try:
+            if self.estimator.bytes_per_token != bytes_per_token:
+                self.keep_bytes_per_token(self.estimator.bytes_per_token)
+        finally:
+            self._check_halted()
 
     @cached_property
     def _embedder(self) -> Embedder:
@@ -151,7 +156,13 @@ class Filler:
     @cached_property
     def _postage(self) -> Postage:
         slots = asyncio.Semaphore(self.concurrency)
-        return Postage(self._embedder, self.quota, self.budget, self.estimator, slots, self._check_halted)
+        shared = self._embedder, self.quota, self.budget, self.estimator, slots
+        return Postage(*shared, check_halted=self._check_halted, on_error=self._note_error)
+
+    def _note_error(self, error: Exception) -> None:
+        """Let no further request start where going on is pointless: one range may fail for what is in it."""
+        if not isinstance(error, (StoreError, ProviderUnavailableError)):
+            self._fatal = self._fatal or error
 
     def _check_halted(self) -> None:
         if self._fatal:
@@ -169,19 +180,18 @@ class Filler:
         try:
             with contextlib.ExitStack() as held:
                 # another run may hold it for hours, while answers for earlier ranges come in
-                check_held = await asyncio.to_thread(held.enter_context, self.lock_range(song_range))
+                waiting = partial(self._tell, f"another run fills {song_range.key}: waiting for it")
+                lock = self.lock_range(song_range, waiting, self._check_halted)
+                check_held = await asyncio.to_thread(held.enter_context, lock)
                 await self._fill_range(filled, check_held, let_next_begin)
             self._unavailable_before = self._unavailable_before and not filled.n_embedded
-        except StoreError as error:
-            filled.error = error
-        except ProviderUnavailableError as error:
-            filled.error = error
-            # one range may hold what makes a server stumble; two in a row are the server
-            self._fatal = self._fatal or (error if self._unavailable_before else None)
-            self._unavailable_before = True
         except Exception as error:  # noqa: BLE001 - raised when the other ranges' answers are stored
             filled.error = error
-            self._fatal = self._fatal or error
+            self._note_error(error)
+            if isinstance(error, ProviderUnavailableError):
+                # one range may hold what makes a server stumble; two in a row are the server
+                self._fatal = self._fatal or (error if self._unavailable_before else None)
+                self._unavailable_before = True
         finally:
             let_next_begin()
             filled.seconds = time.monotonic() - started
@@ -215,7 +225,7 @@ class Filler:
             tally = _Tally(report, self, let_next_begin)
             await RangeSender(self._postage, shard, check_held, tally).send(plan.texts)
         await asyncio.to_thread(shard.compact_if_worth_it)
-        write_mark(mark_path, self._mark(report.range, snapshot, report))
+        await asyncio.to_thread(write_mark, mark_path, self._mark(report.range, snapshot, report))
 
     def _mark(self, song_range: SongIdRange, snapshot: str | None, counts: FillReport | Mark) -> Mark:
         """The mark of a range that is complete as its files are now, with these counts."""
@@ -256,9 +266,11 @@ class _Tally:
         self._all_started = True
         self._pass_on()
 
+    def count_tokens(self, n_tokens: int) -> None:
+        self.report.n_tokens += n_tokens
+
     def count_answer(self, n_songs: int, batch: EmbeddingBatch) -> None:
         self.report.n_embedded += n_songs
-        self.report.n_tokens += batch.n_tokens
         self.report.n_retries += batch.n_retries
         self.report.n_limited += batch.n_limited
         self.filler.advance(n_songs, self.report.range)

@@ -25,6 +25,9 @@ from songvec_assets.files import replace_atomically, sync_folder
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TEXT_HASH_BYTES
 
+DAMAGED = b"\xff" * TEXT_HASH_BYTES
+"""Stands for the text_hash of a song whose row was found damaged: it is missing, not gone."""
+_GONE = bytes(TEXT_HASH_BYTES)
 _DEAD_SHARE = 0.2
 _PIECE_ROWS = 2048
 
@@ -162,7 +165,15 @@ class Shard:
 
     def append_gone(self, song_ids: Sequence[int]) -> None:
         """Append that songs are gone: their earlier rows no longer hold."""
-        self.append(song_ids, [bytes(TEXT_HASH_BYTES)] * len(song_ids), None, None)
+        self.append(song_ids, [_GONE] * len(song_ids), None, None)
+
+    def append_damaged(self, song_ids: Sequence[int]) -> None:
+        """Append that songs' rows were found damaged: the next fill embeds those songs anew."""
+        self.append(song_ids, [DAMAGED] * len(song_ids), None, None)
+
+    def told_song_ids(self) -> pl.Series:
+        """The songs of which the shard says anything but that it was damaged: also those that are gone."""
+        return self.all_rows().unique("song_id", keep="last").filter(pl.col("text_hash") != DAMAGED)["song_id"]
 
     def append(
         self,
@@ -174,7 +185,7 @@ class Shard:
         """Append rows of one kind as one batch; when this returns they are on disk. No rows are no write.
 
         Raises:
-            StoreError: somebody else wrote the file since: the lock was lost. Nothing is written.
+            StoreError: somebody else wrote the file since: the lock was lost. Nothing is written. Or the disk refused.
         """
         if not len(song_ids):
             return
@@ -182,6 +193,20 @@ class Shard:
         message = build_batch(self.identity, song_ids, text_hashes, reasons, embeddings).serialize()
         is_new = self._size == 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._write(message, is_new)
+        except OSError as error:
+            # what was half written is no other process's: the next append cuts it off
+            self._size_on_disk = self.path.stat().st_size if self.path.exists() else 0
+            raise StoreError(
+                f"could not write {self.path}: {error}. What was stored before is kept: make room, or give access, and "
+                "start the same command again"
+            ) from error
+        if is_new:
+            sync_folder(self.path.parent)
+        self._stale = True
+
+    def _write(self, message: pa.Buffer, is_new: bool) -> None:
         with os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
             if os.fstat(file.fileno()).st_size != self._size_on_disk:
                 raise StoreError(
@@ -197,9 +222,6 @@ class Shard:
             file.flush()
             os.fsync(file.fileno())
             self._size = self._size_on_disk = file.tell()
-        if is_new:
-            sync_folder(self.path.parent)
-        self._stale = True
 
     def compact_if_worth_it(self) -> bool:
         """Write the file anew, ordered by song_id, where over a fifth of its rows are dead, or stretches damaged."""
@@ -228,6 +250,8 @@ class Shard:
                     f"{self.path} holds {found}, expected {self.identity}: restore it from a backup; or move it away, "
                     "and its songs are embedded anew"
                 )
+            # the same identity in other bytes: written by another version of Arrow
+            self._size = find_message(content, 8) if found else 0
         elif len(beginning) < len(header):
             return  # not even a whole schema: nothing in it was ever acknowledged
         else:
@@ -292,7 +316,7 @@ def read_embeddings_from_file(shard: Shard, rows: pl.Series) -> Iterator[ShardRo
 
 
 def discard_damaged_rows(shard: Shard) -> list[int]:
-    """Mark rows whose checksum does not fit as gone, so that the next fill embeds those songs anew.
+    """Mark rows whose checksum does not fit as damaged, so that the next fill embeds those songs anew.
 
     Reads every vector. Hold the range's lock.
 
@@ -301,7 +325,7 @@ def discard_damaged_rows(shard: Shard) -> list[int]:
     """
     vectors = shard.live_rows().filter(pl.col("reason").is_null())
     damaged = vectors.join(shard.find_sound(vectors), on="song_id", how="anti")["song_id"].to_list()
-    shard.append_gone(damaged)
+    shard.append_damaged(damaged)
     return damaged
 
 

@@ -43,13 +43,27 @@ _MATRYOSHKA_MODELS = ("qwen3-embedding",)
 _REFUSALS = {Action.SHRINK: RequestTooLargeError, Action.ISOLATE: RequestRefusedError}
 
 
+class Watch:
+    """What a caller wants to be asked and told about the tries of one request; this one wants nothing."""
+
+    async def before_try(self) -> None:
+        """Asked when nothing but this is between a try and its sending; raises to call it off."""
+
+    def count_spoilt(self, n_tokens: int) -> None:
+        """Told that a try was billed about so many tokens, and that its answer cannot be used."""
+
+
 class Embedder(Protocol):
     """What turns texts into vectors: the provider's client, or the offline embedder."""
 
     dimensions: int
 
-    async def generate_embeddings_batch(self, texts: Sequence[str]) -> EmbeddingBatch:
+    async def generate_embeddings_batch(self, texts: Sequence[str], watch: Watch = ...) -> EmbeddingBatch:
         """Embed one request's texts."""
+        ...
+
+    async def probe(self) -> int:
+        """The tokens billed for a short plain text; raises RequestRefusedError where even that is refused."""
         ...
 
     async def close(self) -> None:
@@ -70,6 +84,9 @@ class _Dialect:
     encoding_format: Literal["base64", "float"]
     sends_dimensions: bool
     n_values: int = 0
+
+
+_NO_WATCH = Watch()
 
 
 class EmbeddingClient:
@@ -128,14 +145,16 @@ class EmbeddingClient:
         await self._api.close()
         self._decoder.shutdown(wait=False)
 
-    async def generate_embeddings_batch(self, texts: Sequence[str]) -> EmbeddingBatch:
+    async def generate_embeddings_batch(self, texts: Sequence[str], watch: Watch = _NO_WATCH) -> EmbeddingBatch:
         """Embed the texts of one request, trying again as long as that can help.
 
         Args:
             texts: none empty; the caller keeps to the limits of a request.
+            watch: asked before each try, told of each that was billed for nothing.
 
         Returns:
-            Float32 vectors, (n texts, dimensions), the tokens billed, spoilt answers included, and the tries it took.
+            Float32 vectors, (n texts, dimensions), the tokens billed for them, and the tries it took. The tokens of the
+            probe are in the first one's.
 
         Raises:
             RequestRefusedError: the server refuses this request; its neighbours may fare better.
@@ -145,7 +164,7 @@ class EmbeddingClient:
             StoppedError: the stop signal was set before the request could go.
         """
         dialect = await self._learn_dialect()
-        batch = await self._request_patiently(texts, dialect)
+        batch = await self._request_patiently(texts, dialect, watch)
         untold_tokens, self._untold_tokens = self._untold_tokens, 0
         if batch.embeddings.shape[1] != dialect.n_values:
             raise ProviderError(f"expected vectors of {dialect.n_values} values, got {batch.embeddings.shape[1]}")
@@ -153,6 +172,14 @@ class EmbeddingClient:
         if dialect.n_values > self.dimensions:
             embeddings = truncate_vectors(embeddings, self.dimensions)
         return replace(batch, embeddings=embeddings, n_tokens=batch.n_tokens + untold_tokens)
+
+    async def probe(self) -> int:
+        """Send the probe's text once more; the tokens billed for it.
+
+        Raises:
+            RequestRefusedError: the server now refuses even that; and what `generate_embeddings_batch` raises.
+        """
+        return (await self._request_patiently(["probe"], await self._learn_dialect(), _NO_WATCH)).n_tokens
 
     async def _learn_dialect(self) -> _Dialect:
         """Find out once, with a request of one short text, what the server understands; all who wait share it."""
@@ -170,7 +197,7 @@ class EmbeddingClient:
             _Dialect("base64", True), _Dialect("float", True), _Dialect("base64", False), _Dialect("float", False)
         ):  # fmt: skip
             try:
-                batch = await self._request_patiently(["probe"], dialect)
+                batch = await self._request_patiently(["probe"], dialect, _NO_WATCH)
             except RequestRefusedError as error:
                 refusals.append(str(error))
                 continue
@@ -194,17 +221,20 @@ class EmbeddingClient:
                 + f": set SONGVEC_EMBEDDING_DIMENSIONS={n_values}"
             )
 
-    async def _request_patiently(self, texts: Sequence[str], dialect: _Dialect) -> EmbeddingBatch:
+    async def _request_patiently(self, texts: Sequence[str], dialect: _Dialect, watch: Watch) -> EmbeddingBatch:
         body = encode_request(
             self.model, texts, dialect.encoding_format, self.dimensions if dialect.sends_dimensions else None
         )
         n_bytes = sum(len(text.encode()) for text in texts)
         [n_tokens] = self._estimator.estimate([n_bytes])
         timeout_s = 60 + n_tokens / 200
-        started, n_retries, n_limited = 0.0, 0, 0
+        failing_since, n_retries, n_limited = 0.0, 0, 0
         while True:
+            asked_at = time.monotonic()
             grant = await self._next_grant(n_tokens)
-            wait_s = random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2**n_retries))  # full jitter (Brooker 2015)
+            failing_since += time.monotonic() - asked_at  # waiting for the quota does not wear the patience out
+            await watch.before_try()
+            wait_s = random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2 ** min(n_retries, 20)))  # full jitter (Brooker 2015)
             try:
                 answer = await self._send(body, timeout_s)
                 batch = await self._decode(answer, len(texts), dialect)
@@ -225,8 +255,8 @@ class EmbeddingClient:
             except TimeoutError:
                 words = f"no whole answer within {timeout_s:.0f} s"
             except (openai.APIConnectionError, MalformedResponseError) as error:
-                if isinstance(error, MalformedResponseError):
-                    self._untold_tokens += n_tokens  # a 200 is billed, whatever came of it
+                if isinstance(error, MalformedResponseError) or isinstance(error.__cause__, httpx2.ReadError):
+                    watch.count_spoilt(n_tokens)  # what is answered was billed, whatever of it came
                 words = self._redact(str(error.__cause__ or error) or type(error).__name__)
             else:
                 self._n_limited_in_a_row = 0
@@ -236,10 +266,10 @@ class EmbeddingClient:
                 self._estimator.observe(n_bytes, batch.n_tokens)
                 self._limiter.settle(grant, batch.n_tokens)
                 return replace(batch, n_retries=n_retries, n_limited=n_limited)
-            # waiting for the quota is no failure: patience begins with the first bad answer
-            started = started or time.monotonic()
-            failing_s = time.monotonic() - started
+            # patience begins with the first bad answer
+            failing_since = failing_since if n_retries else time.monotonic()
             n_retries += 1
+            failing_s = time.monotonic() - failing_since
             if failing_s + wait_s > self._patience_s:
                 raise ProviderUnavailableError(
                     f"{self.base_url} gave no good answer for {self._patience_s:g} s (SONGVEC_PATIENCE_S), last: "
@@ -249,7 +279,9 @@ class EmbeddingClient:
             await self._sleep(wait_s)
 
     async def _decode(self, answer: bytes, n_texts: int, dialect: _Dialect) -> EmbeddingBatch:
-        if dialect.encoding_format == "base64" and n_texts <= MAX_TEXTS_IN_LOOP:
+        # base64 takes 5.3 bytes a value, numbers take 10 and more, whichever of them was asked for
+        as_base64 = len(answer) < n_texts * (6 * dialect.n_values + 200)
+        if as_base64 and n_texts <= MAX_TEXTS_IN_LOOP:
             return decode_response(answer, n_texts)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._decoder, decode_response, answer, n_texts)
@@ -269,7 +301,9 @@ class EmbeddingClient:
             self._n_limited_in_a_row += 1
             # what was granted until now is limited for the same reason: it does not make the pause longer
             self._limited_until = self._newest_grant_at
-        pause_s = min(MAX_PAUSE_S, 2.0 ** (self._n_limited_in_a_row - 1)) if retry_after_s is None else retry_after_s
+        pause_s = (
+            min(MAX_PAUSE_S, 2.0 ** min(self._n_limited_in_a_row - 1, 20)) if retry_after_s is None else retry_after_s
+        )
         await asyncio.to_thread(self._limiter.slow_down, grant, pause_s)
         return pause_s
 

@@ -85,8 +85,8 @@ _SLOW_DOWN = text(f"""
             AND second <= extract(epoch FROM clock_timestamp())
     ), seen AS (
         SELECT state.*, :granted_at <= extract(epoch FROM slowed_at) AS known,
-               coalesce(used.share, 0) / least(1, extract(epoch FROM now - busy_since) / 60) AS used
-        FROM state, used
+               greatest(0, coalesce(used.share, 0) - :depth_share * (1 - minutes)) / minutes AS used
+        FROM state, used, LATERAL (SELECT least(1, extract(epoch FROM now - busy_since) / 60) AS minutes) AS busy
     )
     UPDATE songvec.rate_limits AS kept
     SET paused_until = greatest(seen.paused_until, now + make_interval(secs => :pause_s)),
@@ -156,7 +156,7 @@ class RateLimiter:
         requests that were granted before it fell.
         """
         self._execute(_TAKE_BACK, n_tokens=grant.n_tokens, at=grant.at)
-        shares = {"probing": PROBING, "kept_share": KEPT_SHARE, "min_share": MIN_SHARE}
+        shares = {"probing": PROBING, "kept_share": KEPT_SHARE, "min_share": MIN_SHARE, "depth_share": DEPTH_SHARE}
         self._execute(_SLOW_DOWN, granted_at=grant.at - grant.wait_s, pause_s=pause_s, **shares, **self._quota)
 
     def _execute(self, statement: TextClause, **values: float) -> None:

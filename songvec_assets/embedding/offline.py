@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import xxhash
 
+from songvec_assets.embedding.client import Watch
 from songvec_assets.embedding.wire import EmbeddingBatch, Float32Matrix
 
 _WORD = re.compile(r"\w+")
@@ -34,12 +35,18 @@ class OfflineEmbedder:
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
 
-    async def generate_embeddings_batch(self, texts: Sequence[str]) -> EmbeddingBatch:
+    async def probe(self) -> int:
+        """It refuses nothing, for no tokens."""
+        return 0
+
+    async def generate_embeddings_batch(self, texts: Sequence[str], watch: Watch | None = None) -> EmbeddingBatch:
         """Embed texts.
 
         Returns:
             Unit vectors, float32, (n texts, dimensions); no tokens, since nothing is billed.
         """
+        if watch:
+            await watch.before_try()
         return EmbeddingBatch(np.stack([self._embed(text) for text in texts]), n_tokens=0)
 
     async def close(self) -> None:

@@ -108,7 +108,7 @@ def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
     if bad := find_bad_vectors(embeddings):
         raise MalformedResponseError(f"expected finite vectors other than zero, got bad ones at {_shorten(bad)}")
     n_tokens = response.usage.prompt_tokens if response.usage else 0
-    return EmbeddingBatch(embeddings, n_tokens or 0)
+    return EmbeddingBatch(embeddings, max(0, n_tokens or 0))
 
 
 def find_bad_vectors(embeddings: Float32Matrix) -> list[int]:

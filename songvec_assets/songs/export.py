@@ -98,9 +98,11 @@ def snapshot_digest(path: Path) -> str | None:
 
 
 def count_songs(folder: Path, song_range: SongIdRange) -> int:
-    """Songs of a snapshot, from its footer; 0 where there is none."""
-    path = snapshot_path(folder, song_range)
-    return int(pq.read_metadata(path).num_rows) if path.exists() else 0
+    """Songs of a snapshot, from its footer; 0 where there is none that can be read: reading it says what is wrong."""
+    try:
+        return int(pq.read_metadata(snapshot_path(folder, song_range)).num_rows)
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return 0
 
 
 def get_max_cached_song_id(folder: Path) -> int | None:

@@ -3,6 +3,7 @@
 A range whose count in the table differs from the ledger's was changed by somebody else, and is loaded anew as a whole.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ def upload_cached_embeddings_to_database(
 
     Raises:
         StoreError: the cache is empty: nothing was ever filled.
-        DamagedShardError: rows of a shard do not fit their checksum; the other ranges are loaded.
+        DamagedShardError: shards lost rows, hold rows that do not fit their checksum, or are another's; the other
+            ranges are loaded.
     """
     tiles = set(tiling)
     ranges = [song_range for song_range in cache.ranges() if song_range in tiles]
@@ -107,19 +109,35 @@ def upload_cached_embeddings_to_database(
         stop.check()
         progress(Progress("load rows", done, total, unit="rows", note=song_range.key))
         try:
-            loads.append(_load_range(database, cache, song_range, spec, stop))
-        except DamagedShardError as error:
+            loads.append(_load_or_discard(database, cache, song_range, spec, stop))
+        except (DamagedShardError, StoreError) as error:
             damaged.append(str(error))
-            with hold_lock(database, lock_name(song_range), on_wait=stop.check, check=stop.check):
-                # opened anew under the lock: a fill may have appended since
-                discard_damaged_rows(load_embeddings_from_cache(cache, song_range)[0])
-                cache.mark_of(song_range).unlink(missing_ok=True)
         done += n_rows
     progress(Progress("load rows", done, total, unit="rows"))
     _vacuum_if_worth_it(database, loads)
     if damaged:
         raise DamagedShardError("; ".join(damaged))
     return loads
+
+
+def _load_or_discard(
+    database: Database, cache: ModelCache, song_range: SongIdRange, spec: TableSpec, stop: StopSignal
+) -> RangeLoad:
+    """Load a range; damage is discarded, so that the next fill embeds those songs anew.
+
+    Raises:
+        DamagedShardError: the range was not loaded.
+    """
+    with contextlib.suppress(DamagedShardError):
+        return _load_range(database, cache, song_range, spec, stop)
+    with hold_lock(database, lock_name(song_range), on_wait=stop.check, check=stop.check):
+        try:
+            # a fill that was just ending may have changed shard and mark while they were read
+            return _load_range(database, cache, song_range, spec, stop)
+        except DamagedShardError:
+            cache.mark_of(song_range).unlink(missing_ok=True)
+            discard_damaged_rows(load_embeddings_from_cache(cache, song_range)[0])
+            raise
 
 
 def _read_vectors(cache: ModelCache, song_range: SongIdRange) -> tuple[Shard, pl.DataFrame]:
@@ -136,7 +154,7 @@ def _load_range(
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key(f"load {song_range.key}")})
         # read under the lock: what an earlier load wrote meanwhile may be newer than what was compared
         shard, vectors = _read_vectors(cache, song_range)
-        _check_whole(connection, shard, read_mark(cache.mark_of(song_range)))
+        _check_whole(connection, shard, vectors.height, read_mark(cache.mark_of(song_range)))
         stale = _find_stale_rows(connection, song_range, vectors)
         bounds = {"start": song_range.start, "stop": song_range.stop}
         if stale is None:
@@ -156,24 +174,27 @@ def _load_range(
     return RangeLoad(song_range, vectors.height, wanted.height, deleted.rowcount, time.monotonic() - started)
 
 
-def _check_whole(connection: sa.Connection, shard: Shard, mark: Mark | None) -> None:
+def _check_whole(connection: sa.Connection, shard: Shard, n_vectors: int, mark: Mark | None) -> None:
     """Refuse a shard that lost rows: that a song is not in it does not say that the song is gone.
 
     Where a complete fill left its mark, the file must be as it was then. Where a fill is on its way, it may end in a
     torn write, but each loaded song must be in it, if only to be told gone.
     """
     song_range = shard.identity.range
-    lost: list[int] = []
-    if not (mark and mark.n_bytes == shard.n_bytes and not shard.n_bytes_damaged):
+    n_missing_bytes = max(0, mark.n_bytes - shard.n_bytes) if mark else 0
+    n_lost = 0
+    if mark and mark.n_bytes == shard.n_bytes:
+        n_lost = max(0, mark.n_songs - mark.n_set_aside - n_vectors)
+        is_damaged = n_lost > 0 or shard.n_bytes_damaged > 0
+    else:
         loaded = read_loaded_rows(connection, song_range)
         if loaded is not None:
-            lost = loaded.join(shard.all_rows(), on="song_id", how="anti")["song_id"].to_list()
-    n_missing = mark.n_bytes - shard.n_bytes if mark else 0
-    complete_but_torn = mark is not None and mark.n_bytes == shard.n_bytes and shard.n_bytes_damaged > 0
-    if lost or n_missing > 0 or complete_but_torn or shard.n_bytes_skipped:
+            n_lost = int((~loaded["song_id"].is_in(shard.told_song_ids().to_list())).sum())
+        is_damaged = n_lost > 0 or n_missing_bytes > 0 or shard.n_bytes_skipped > 0
+    if is_damaged:
         raise DamagedShardError(
-            f"{shard.path} was changed on disk: {shard.n_bytes_damaged:,} bytes are damaged, {max(0, n_missing):,} are "
-            f"missing, and {len(lost):,} loaded songs are no longer in it. The range was not loaded: materialize "
+            f"{shard.path} was changed on disk: {shard.n_bytes_damaged:,} bytes are damaged, {n_missing_bytes:,} are "
+            f"missing, and {n_lost:,} songs are no longer in it. The range was not loaded: materialize "
             f"embedding_cache for {song_range.key}, which embeds what is lost anew, then load again"
         )
 

@@ -576,6 +576,16 @@ def test_after_a_request_that_was_too_large_the_next_ones_are_smaller(
     assert_stored(deployment, plain_texts([*range(1, 81), *range(101, 181)]))
 
 
+def test_one_text_that_is_too_large_does_not_make_the_other_requests_small(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs((1, "Epic", "Ann", "la " * 200), *plain_songs(range(101, 200)))
+    provider.control(max_request_tokens=140)
+    (_, report) = fill(run(concurrency=1, max_request_texts=20))
+    assert report.n_embedded == 99
+    assert provider.ledger()["max_texts_in_request"] == 20
+
+
 def test_a_single_text_that_is_too_large_is_set_aside(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*plain_songs(range(1, 9)), (4, "Epic", "Ann", "la " * 200))
     provider.control(max_request_tokens=60)
@@ -596,6 +606,32 @@ def test_too_many_refusals_in_a_row_end_the_run(songs: Songs, run: Run, provider
     assert [report.range for report in reports] == [FIRST], "the next range is not tried"
     assert reports[0].error is error
     assert provider.ledger()["requests_by_status"]["400"] < 3 * MAX_REFUSALS_IN_A_ROW
+
+
+def test_a_provider_that_refuses_all_songs_and_a_plain_text_too_sets_no_song_aside(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    song_ids = [*range(1, 6), *range(101, 106)]
+    songs(*plain_songs(song_ids))
+    provider.control(statuses=[{"status": 400, "after": 2}])
+    _, error = try_fill(run())
+    assert type(error) is ProviderError
+    assert "so is a plain one" in str(error)
+    assert stored(run()) == {}
+    provider.control()
+    deployment = run()
+    fill(deployment)
+    assert_stored(deployment, plain_texts(song_ids))
+
+
+def test_refusals_are_counted_over_ranges(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs([start + song_id for start in range(0, 600, 100) for song_id in range(10)]))
+    provider.control(poison=["Song"])
+    reports, error = try_fill(run())
+    assert type(error) is ProviderError
+    assert f"{MAX_REFUSALS_IN_A_ROW} texts in a row" in str(error)
+    assert len(stored(run())) <= MAX_REFUSALS_IN_A_ROW
+    assert len(reports) < 6
 
 
 def test_songs_that_were_refused_for_no_fault_of_theirs_are_sent_again(
@@ -666,6 +702,18 @@ def test_all_processes_of_a_run_share_its_budget_and_another_run_has_its_own(
         spend(100, "one")
     assert provider.ledger()["tokens_billed"] <= 100
     spend(200, "other")
+
+
+def test_answers_that_were_spoilt_after_billing_count_against_the_budget_and_are_told(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs(range(1, 81)))
+    provider.control(corrupt="nan", corrupt_share=0.8, seed=3)
+    reports, error = try_fill(run(max_request_texts=4, concurrency=2, usd_per_million_tokens=1e6), max_usd=400)
+    assert isinstance(error, BudgetExceededError)
+    billed_tokens, probe_tokens = provider.ledger()["tokens_billed"], 2 * provider.texts()["probe"]
+    assert 400 - 2 * 28 < billed_tokens <= 400 + probe_tokens
+    assert sum(report.n_tokens for report in reports) == pytest.approx(billed_tokens, abs=probe_tokens)
 
 
 def test_a_budget_of_nothing_sends_nothing(songs: Songs, run: Run, provider: Provider) -> None:
@@ -901,6 +949,17 @@ def test_answers_on_their_way_when_another_request_fails_are_stored(
     }
     assert reports[0].n_embedded == 16
     assert provider.ledger()["requests"] <= 1 + 4, "no further request starts"
+
+
+def test_an_answer_that_ends_the_run_ends_it_for_the_requests_that_wait_too(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs(*plain_songs(range(1, 91)))
+    provider.control(statuses=[{"status": 402, "after": 3}])
+    _, error = try_fill(run(max_request_texts=4, concurrency=32, requests_per_minute=240))
+    assert type(error) is ProviderError
+    # the bucket is four requests deep: those may be on their way when the first 402 comes
+    assert provider.ledger()["requests_by_status"]["402"] <= 4
 
 
 def test_a_key_that_is_wrong_ends_the_run_at_the_first_range(songs: Songs, run: Run, provider: Provider) -> None:

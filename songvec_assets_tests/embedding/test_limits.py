@@ -409,7 +409,7 @@ def test_where_the_work_began_less_than_a_minute_ago_that_time_decides(
         limiter.reserve(1_000)
         forget(database, seconds=10)
     limiter.slow_down(limiter.reserve(0), 0)
-    assert speed_of(limiter) == pytest.approx(0.96 * 0.2 * 3, rel=0.05)
+    assert speed_of(limiter) == pytest.approx(0.96 * (0.2 - 0.02 * 2 / 3) * 3, rel=0.05)
 
 
 def test_several_429s_of_requests_that_were_under_way_lower_the_speed_once(

@@ -468,6 +468,39 @@ class TestDamage:
             assert {song_id for song_id in read_vectors(database) if song_id < 100} == {*range(20)}
             assert not cache.mark_of(FIRST).exists(), "the next fill compares"
 
+    def test_a_song_whose_id_was_changed_on_disk_is_missing_and_not_gone(
+        self, database: Database, cache: ModelCache
+    ) -> None:
+        put(cache, [44, 47])
+        put(cache, [45, 46])
+        load(database, cache)
+        path = cache.path_of(FIRST)
+        content = bytearray(path.read_bytes())
+        at = content.index(np.array([44, 47], dtype="<i4").tobytes())
+        content[at] ^= 1  # 44 becomes 45, which has a later row
+        path.write_bytes(content)
+        write_mark(cache.mark_of(FIRST), Mark(None, "", len(content), 4, 0, 0))
+        # a count that differs from the ledger's has the range loaded anew
+        execute(database.adbc_uri, "DELETE FROM song_embeddings WHERE song_id = 47")
+        with pytest.raises(DamagedShardError, match="1 songs are no longer in it"):
+            load(database, cache)
+        assert set(read_vectors(database)) == {44, 45, 46}
+        assert not cache.mark_of(FIRST).exists(), "the next fill compares, and embeds song 44 anew"
+
+    def test_what_was_discarded_is_not_deleted_by_the_next_load(self, database: Database, cache: ModelCache) -> None:
+        put(cache, range(10))
+        load(database, cache)
+        put(cache, [30])
+        damage(cache, 3)
+        damage(cache, 30)
+        for _ in range(2):
+            with pytest.raises(DamagedShardError):
+                load(database, cache)
+            assert read_vectors(database) == vectors_of(range(10))
+        put(cache, [3, 30], version=1)
+        load(database, cache)
+        assert read_vectors(database) == vectors_of(dict.fromkeys(range(10), 0) | {3: 1, 30: 1})
+
     def test_what_a_fill_on_its_way_has_torn_off_is_no_damage(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(10))
         load(database, cache)
