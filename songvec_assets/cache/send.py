@@ -150,33 +150,39 @@ class RangeSender:
             Whether all texts were accepted.
         """
         payment = _Payment(self, sum(self.postage.estimator.estimate(len(each.text.encode()) for each in texts)))
+        refusal: RequestRefusedError | None = None
         try:
             # before anything goes, the provider's probe included
             await payment.before_try()
             batch = await self.postage.embedder.generate_embeddings_batch([each.text for each in texts], payment)
             payment.n_billed += batch.n_tokens
-            self.postage.n_refused_in_a_row = 0
             async with self._writing:
                 n_songs = await asyncio.to_thread(_store, self.shard, texts, batch.embeddings)
         except RequestRefusedError as error:
-            if len(texts) == 1:
-                self._refused.append((texts[0], str(error)))
-                self.postage.n_refused_in_a_row += 1
-                self._check_refusals()
-                return False
-            first, second = [await self._send_divided(half) for half in bisect(texts)]
-            if isinstance(error, RequestTooLargeError) and first and second:
-                # it was the size, and not one long text
-                half_bytes = sum(len(each.text.encode()) for each in texts) / 2
-                self.postage.max_bytes = min(self.postage.max_bytes, half_bytes)
-            return first and second
+            refusal = error
         finally:
             # after the answer is stored: what goes wrong here must not cost it
             self.tally.count_tokens(payment.n_billed)
             await asyncio.to_thread(self.postage.budget.settle, payment.n_reserved, payment.n_billed)
+        if refusal:
+            return await self._divide(texts, refusal)
+        self.postage.n_refused_in_a_row = 0
         self.tally.count_answer(n_songs, batch)
         await self._set_refused_aside()
         return True
+
+    async def _divide(self, texts: Sequence[Text], refusal: RequestRefusedError) -> bool:
+        if len(texts) == 1:
+            self._refused.append((texts[0], str(refusal)))
+            self.postage.n_refused_in_a_row += 1
+            self._check_refusals()
+            return False
+        first, second = [await self._send_divided(half) for half in bisect(texts)]
+        if isinstance(refusal, RequestTooLargeError) and first and second:
+            # it was the size, and not one long text
+            half_bytes = sum(len(each.text.encode()) for each in texts) / 2
+            self.postage.max_bytes = min(self.postage.max_bytes, half_bytes)
+        return first and second
 
     async def check_sendable(self) -> None:
         """Raise where a request must not go now."""
@@ -188,8 +194,8 @@ class RangeSender:
         if self.postage.n_refused_in_a_row > MAX_REFUSALS_IN_A_ROW:
             raise ProviderError(
                 f"{MAX_REFUSALS_IN_A_ROW} texts in a row were refused, so the fault is not the songs'. The provider "
-                f"{self._refused[-1][1]}. None of them is set aside. Check the model, its dimensions and the account, "
-                "then start the same command again"
+                f"{self._refused[-1][1]}. None of this range's is set aside. Check the model, its dimensions and the "
+                "account, then start the same command again"
             )
 
     async def _check_that_something_is_accepted(self) -> None:
