@@ -70,7 +70,7 @@ def plan_fill(songs_folder: Path, cache: ModelCache, song_range: SongIdRange, sp
     missing = compared.filter(pl.col("before").ne_missing(pl.col("text_hash")))
     # whatever was paid for serves again: another song's vector, and one that no longer holds (a lyric changed back)
     stored = shard.all_rows().filter(pl.col("has_vector")).join(missing, on="text_hash", how="semi")
-    vectors = shard.find_sound(stored.unique("text_hash", keep="last")).select("text_hash", "row")
+    vectors = shard.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
     reused = missing.join(vectors, on="text_hash", how="inner", maintain_order="left")
     to_send = (
         missing.join(vectors, on="text_hash", how="anti", maintain_order="left")

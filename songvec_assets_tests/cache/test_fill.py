@@ -487,6 +487,26 @@ def test_rows_that_were_found_damaged_are_sent_again_and_no_others(songs: Songs,
     assert_stored(second, plain_texts(range(1, 25)))
 
 
+def test_a_damaged_row_takes_the_sound_vector_that_another_song_of_its_text_has(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs((1, "Same", "Ann", "words"), (2, "Same", "Ann", "words"))
+    first = run()
+    fill(first)
+    path = first.cache.path_of(FIRST)
+    content = bytearray(path.read_bytes())
+    vector = load_embeddings_from_cache(first.cache, FIRST)[0].embeddings_at([1])[0].tobytes()
+    assert content.count(vector) == 2
+    content[content.rindex(vector)] ^= 1
+    path.write_bytes(content)
+    assert discard_damaged_rows(load_embeddings_from_cache(first.cache, FIRST)[0]) == [2]
+    provider.reset_ledger()
+    (report,) = fill(run())
+    assert (report.n_reused, report.n_embedded) == (1, 0)
+    assert provider.ledger()["requests"] == 0
+    assert_stored(first, dict.fromkeys([1, 2], "Same by Ann\nwords"))
+
+
 def test_a_song_without_lyrics_and_one_with_empty_lyrics_share_a_text(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
