@@ -5,11 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo dev test check format clean bench-client bench-quota chaos
+.PHONY: help install demo dev test check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
+.NOTPARALLEL:
 
 help:  ## This list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
 
 $(INSTALLED): pyproject.toml constraints.txt songvec_assets.pth
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python 3.11 or newer, got " + sys.version.split()[0] + ": make PYTHON=python3.11")'
@@ -34,16 +37,35 @@ check: $(INSTALLED)  ## Format, lint, types, floors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench-client: $(INSTALLED)  ## This client beside its peers, and songs a second into the cache: 6 min
+bench-installed: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+
+bench: $(BENCHMARKS)  ## All benchmarks, one after the other; docs/benchmarks.md has the last results
+
+bench-client: bench-installed  ## This client beside its peers, and songs a second into the cache: 6 min
 	$(BIN)/python -m benchmarks.embedding_client
 	$(BIN)/python -m benchmarks.cache_fill
 
 bench-quota: $(INSTALLED)  ## How much of a quota is used, and how often it is exceeded: 4 min
 	$(BIN)/python -m benchmarks.quota
 
+bench-load: bench-installed  ## This loader beside its peers and the server's own COPY; a million rows: 10 min
+	$(BIN)/python -m benchmarks.load
+
+bench-export: bench-installed  ## This export beside its peers, a million songs: 6 min
+	$(BIN)/python -m benchmarks.export
+
+bench-index: $(INSTALLED)  ## Index builds beside pgvector's defaults, recall, halfvec: 5 min
+	$(BIN)/python -m benchmarks.index
+
+bench-serving: $(INSTALLED)  ## Searches while a table is loaded, rebuilt and swapped: 5 min
+	$(BIN)/python -m benchmarks.serving
+
 chaos: $(INSTALLED)  ## Fills killed 25 times in a row, and shards damaged, held against the provider's ledger: 4 min
 	$(BIN)/python -m benchmarks.chaos
+
+chaos-db: $(INSTALLED)  ## Servers killed, disks filled, connections cut during loads, builds and swaps: 5 min
+	$(BIN)/python -m benchmarks.chaos_db
 
 format: $(INSTALLED)  ## Rewrite the code in the house's format
 	$(BIN)/ruff format .

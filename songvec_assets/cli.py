@@ -1,19 +1,17 @@
-"""`songvec`: demo, run, estimate, status, search, adopt, settings — a thin face over the same graph and core."""
+"""`songvec`: demo, run, estimate, status, search, swap, adopt, settings — a thin face over the same graph and core."""
 
 import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, astuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from dotenv import load_dotenv
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from songvec_assets.errors import SongvecError
@@ -88,8 +86,9 @@ def estimate(
 ) -> None:
     """Say what a run would cost: songs, tokens, dollars, hours. Spends nothing."""
     from songvec_assets.cache.plan import estimate_fills, plan_fill
-    from songvec_assets.defs.reports import describe_seconds
-    from songvec_assets.songs.export import cache_songs_to_parquet, snapshot_ranges
+    from songvec_assets.defs.tables import estimate_table
+    from songvec_assets.songs.export import cache_songs_to_parquet
+    from songvec_assets.songs.snapshots import snapshot_ranges
 
     deployment = _deploy()
     store, tiling = deployment.store, deployment.tiling
@@ -113,18 +112,8 @@ def estimate(
 
     with _showing_progress() as show, _interruptible():
         result = run_in_worker(measure, report=show, stop=deployment.cancel)
-    table = Table(show_header=False, box=box.SIMPLE_HEAD)
-    for name, value in {
-        "Songs in the snapshot": f"{result.n_songs:,}",
-        "Texts to embed": f"{result.n_texts:,}",
-        "Tokens, about": f"{result.n_tokens:,}",
-        "Price, about": f"${result.usd:,.{2 if result.usd >= 1 else 4}f}"
-        + (" (offline vectors cost nothing)" if deployment.settings.offline else ""),
-        "Time at full quota": "none" if deployment.settings.offline else describe_seconds(result.hours * 3600),
-    }.items():
-        table.add_row(name, value)
     out.print(deployment.describe())
-    out.print(table)
+    out.print(estimate_table(result, deployment.settings.offline))
 
 
 @app.command()
@@ -132,6 +121,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For scripts; exit code 1 where songs are missing.")] = False,
 ) -> None:
     """Say per range what is exported, cached, loaded and indexed."""
+    from songvec_assets.defs.tables import status_table
     from songvec_assets.status import measure_status
 
     deployment = _deploy()
@@ -140,14 +130,9 @@ def status(
         print(json.dumps(asdict(measured) | {"total": asdict(measured.total), "missing": measured.total.n_missing}))
         raise typer.Exit(EXIT_FAILED if measured.total.n_missing else 0)
     out.print(deployment.describe())
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
-    table.add_column("Songs by range", no_wrap=True, min_width=21)
-    for name in ("Songs", "Cached", "Set aside", "Loaded", "Indexed", "Missing"):
-        table.add_column(name, justify="right")
-    for each in (*measured.ranges, measured.total):
-        key, *counts = astuple(each)
-        table.add_row(key, *(f"{count:,}" for count in counts), style="bold" if key == "all" else None)
-    out.print(table)
+    out.print(status_table(measured))
+    for name, held in measured.tables.items():
+        out.print(f"Table {name}: {held}", markup=False)
     index = measured.index
     out.print(
         f"Index: {index.lists:,} lists over {index.n_rows:,} rows, {index.n_bytes / 1e6:,.1f} MB, {index.probes} probes"
@@ -166,7 +151,58 @@ def search(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="Songs at most.")] = 10,
 ) -> None:
     """Find the songs nearest to a text."""
-    _print_hits(_deploy(), query, limit)
+    _print_hits(_deploy().as_loaded(), query, limit)
+
+
+@app.command()
+def swap(
+    model: Annotated[str | None, typer.Option(help="Model to have; default: that of the settings.")] = None,
+    dimensions: Annotated[int | None, typer.Option(help="Values a vector; default: those of the settings.")] = None,
+    vector_type: Annotated[str | None, typer.Option(help="vector or halfvec; default: that of the settings.")] = None,
+    max_usd: Annotated[float | None, typer.Option(min=0, help="Budget in dollars; stops before exceeding it.")] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Let the table before serve again.")] = False,
+    drop_old: Annotated[bool, typer.Option("--drop-old", help="Drop what earlier swaps kept.")] = False,
+) -> None:
+    """Build another model, size or type beside the serving table, compare, and put it in its place."""
+    from songvec_assets.vectors.table import KEPT, loaded_spec
+
+    if rollback or drop_old:
+        _undo_swap(rollback)
+        return
+    given: dict[str, dict[str, Any]] = {
+        "postgres": {"swap": True, "vector_type": vector_type},
+        "fireworks": {"embedding_model": model, "embedding_dimensions": dimensions},
+    }
+    resources = {name: {key: value for key, value in each.items() if value is not None} for name, each in given.items()}
+    deployment = _deploy(**resources["postgres"], **resources["fireworks"])
+    if loaded_spec(deployment.database) == deployment.table_spec:
+        _fail(f"searches find {deployment.table_spec} already: name another --model, --dimensions or --vector-type")
+    _materialize(deployment, _span(deployment, None), "all", max_usd, resources)
+    each = deployment.settings
+    out.print(
+        f"Searches now find {deployment.table_spec}. Keep it so: SONGVEC_EMBEDDING_MODEL={each.embedding_model} "
+        f"SONGVEC_EMBEDDING_DIMENSIONS={each.embedding_dimensions} SONGVEC_VECTOR_TYPE={each.vector_type}\n"
+        f"The table before is kept as {KEPT}: `songvec swap --rollback` lets it serve again, `songvec swap --drop-old` "
+        "drops it.",
+        markup=False,
+    )
+
+
+def _undo_swap(rollback: bool) -> None:
+    from songvec_assets.postgres.schema import hold_lock
+    from songvec_assets.vectors.swap import LOCK, drop_others, roll_back
+
+    deployment = _deploy()
+
+    def tell_waiting() -> None:
+        err.print("Waiting for a load or swap to end.", style="yellow")
+
+    with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=deployment.stop.check):
+        if rollback:
+            out.print(f"Searches now find {roll_back(deployment.database)}; set the settings back to it.", markup=False)
+        else:
+            dropped = drop_others(deployment.database)
+            out.print(f"Dropped: {', '.join(dropped) or 'nothing, there was no other table'}", markup=False)
 
 
 @app.command()
@@ -199,12 +235,12 @@ def _fail(message: str) -> NoReturn:
     sys.exit(EXIT_FAILED)
 
 
-def _deploy() -> "Deployment":
+def _deploy(**overrides: Any) -> "Deployment":
     from songvec_assets.defs.partitions import TILING
     from songvec_assets.deployment import Deployment
     from songvec_assets.settings import Settings
 
-    return Deployment(Settings.from_environment(), TILING)
+    return Deployment(Settings.from_environment(**overrides), TILING)
 
 
 def _span(deployment: "Deployment", ranges: str | None) -> "tuple[SongIdRange, SongIdRange]":
@@ -232,21 +268,17 @@ def _materialize(
     span: "tuple[SongIdRange, SongIdRange]",
     mode: Literal["all", "append"],
     max_usd: float | None,
+    swap: "Mapping[str, Mapping[str, Any]] | None" = None,
 ) -> None:
-    """Run the refresh job over a span of ranges, in this process and the project's Dagster instance."""
+    """Run the refresh or swap job over a span of ranges, in this process and the project's Dagster instance."""
     from songvec_assets.definitions import defs
     from songvec_assets.defs.headless import run_refresh_job
+    from songvec_assets.defs.tables import run_table
 
     out.print(deployment.describe())
     with _showing_progress(), _interruptible():
-        result = run_refresh_job(defs.resolve_job_def("refresh"), span, mode, max_usd)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.add_column("Asset", no_wrap=True, min_width=21)
-    for name in ("Rows", "Seconds", "Tokens", "Cost", "Skipped", "New", "Changed"):
-        table.add_column(name, justify="right")
-    for row in result.rows:
-        table.add_row(row.asset, *row.cells())
-    out.print(table)
+        result = run_refresh_job(defs.resolve_job_def("swap" if swap else "refresh"), span, mode, max_usd, swap)
+    out.print(run_table(result))
     if result.n_set_aside:
         out.print(f"Set aside: {result.n_set_aside:,}; `songvec status` says which and why.", markup=False)
     for warning in result.warnings:
@@ -256,20 +288,14 @@ def _materialize(
 
 
 def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:
+    from songvec_assets.defs.tables import hits_table
     from songvec_assets.vectors.search import check_searchable, embed_query, search_songs
 
     check_searchable(deployment.database, deployment.table_spec)
     vector = embed_query(deployment.embedder(), query)
     hits = search_songs(deployment.database, deployment.source, deployment.table_spec, vector, limit)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
-    table.add_column("Near", width=5)
-    for name, ratio in {"Song": 3, "Artist": 2, "First line": 4}.items():
-        table.add_column(name, no_wrap=True, ratio=ratio)
-    for hit in hits:
-        first_line = (hit.lyrics or "").partition("\n")[0]
-        table.add_row(f"{hit.similarity:.3f}", *map(Text, (hit.name, hit.artist, first_line)))
     out.print(Text(f"“{query}”", style="bold"))
-    out.print(table)
+    out.print(hits_table(hits))
 
 
 @contextlib.contextmanager

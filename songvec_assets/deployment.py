@@ -6,7 +6,7 @@ The composition root below Dagster: the assets and the command line both start h
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
@@ -23,11 +23,13 @@ from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table,
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, hold_lock, read_fact, write_fact
 from songvec_assets.progress import ReportProgress, StopSignal, ignore_progress
-from songvec_assets.settings import Settings
+from songvec_assets.settings import OFFLINE_MODEL, Settings
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
-from songvec_assets.vectors.table import TableSpec, check_table
+from songvec_assets.vectors.ivfflat import IndexSettings
+from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
+from songvec_assets.vectors.table import TableSpec, loaded_spec
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Deployment:
     def database(self) -> Database:
         """The database given by URL, or the embedded one with the sample songs."""
         if self.settings.postgres_url:
-            database = Database(self.settings.postgres_url)
+            database = Database(self.settings.postgres_url, direct_url=self.settings.direct_url)
         else:
             database = start_embedded_server(DEFAULT_FOLDER)
             create_songs_table(database)
@@ -83,6 +85,13 @@ class Deployment:
     def table_spec(self) -> TableSpec:
         """What the table is to hold."""
         return TableSpec(self.settings.model, self.settings.embedding_dimensions, self.settings.vector_type)
+
+    @property
+    def index_settings(self) -> IndexSettings:
+        """How the table is to be indexed."""
+        each = self.settings
+        memory = each.index_memory_mb * (1 << 20) if each.index_memory_mb else None
+        return IndexSettings(each.lists, each.target_recall, memory)
 
     @cached_property
     def source(self) -> SongsSource:
@@ -168,11 +177,38 @@ class Deployment:
             concurrency=self.settings.concurrency,
             lock_range=self.lock_range,
             tiling=self.tiling,
-            before_payment=lambda: check_table(self.database, self.table_spec),
+            before_payment=lambda: check_publishable(self.database, self.table_spec, self.settings.swap),
             keep_bytes_per_token=self._keep_bytes_per_token,
             stop=self.stop,
             progress=progress,
         )
+
+    def publish(self, progress: ReportProgress = ignore_progress) -> PublishReport:
+        """Make what searches find equal the cache; see `publish_embeddings`."""
+        return publish_embeddings(
+            self.database,
+            self.cache,
+            self.table_spec,
+            self.tiling,
+            self.store.songs,
+            self.index_settings,
+            swap=self.settings.swap,
+            progress=progress,
+            stop=self.stop,
+        )
+
+    def as_loaded(self) -> "Deployment":
+        """This deployment with the model, size and type that searches find: after a swap they need no new settings."""
+        loaded = loaded_spec(self.database)
+        if loaded is None or OFFLINE_MODEL in (loaded.model, self.settings.model):
+            return self
+        settings = replace(
+            self.settings,
+            embedding_model=loaded.model,
+            embedding_dimensions=loaded.dimensions,
+            vector_type=loaded.vector_type,
+        )
+        return replace(self, settings=settings)
 
     def cancel(self) -> None:
         """Ask whatever is running to end early, keeping what it has. Callable from any thread."""

@@ -45,6 +45,21 @@ def _whole(lowest: int, highest: int) -> Callable[[str], int]:
     return parse
 
 
+def _share(value: str) -> float:
+    """a share over 0, and 1 at most"""
+    share = float(value)
+    if not 0 < share <= 1:
+        raise ValueError
+    return share
+
+
+def _yes_or_no(value: str) -> bool:
+    """yes or no"""
+    if value.lower() not in ("yes", "true", "no", "false"):
+        raise ValueError
+    return value.lower() in ("yes", "true")
+
+
 def _one_of(*choices: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         if value not in choices:
@@ -83,6 +98,11 @@ class Settings:
         "Database with the songs and the embeddings; unset: the embedded one",
         secret=True,
     )
+    direct_url: str | None = _setting(
+        "SONGVEC_DIRECT_URL", _text,
+        "The same database past a pooler in transaction mode, for index builds and VACUUM; unset: `POSTGRES_URL`",
+        secret=True,
+    )  # fmt: skip
     fireworks_api_key: str | None = _setting(
         "FIREWORKS_API_KEY", _text, "Key of the embeddings provider; unset: the offline embedder", secret=True
     )
@@ -160,6 +180,19 @@ class Settings:
     lists: int | None = _setting(
         "SONGVEC_LISTS", _whole(1, 32_768), "Lists of the IVFFlat index; unset: the square root of the rows"
     )
+    target_recall: float = _setting(
+        "SONGVEC_TARGET_RECALL", _share, "Share of the true ten nearest songs that a search must find, measured",
+        default=0.95,
+    )  # fmt: skip
+    index_memory_mb: int | None = _setting(
+        "SONGVEC_INDEX_MEMORY_MB", _whole(64, _MANY),
+        "Memory an index build may take on the server; unset: half of what is available there, as far as it shows",
+    )  # fmt: skip
+    swap: bool = _setting(
+        "SONGVEC_SWAP", _yes_or_no,
+        "Whether another model, size or type is built beside the serving table and takes its place, or is refused",
+        default=False,
+    )  # fmt: skip
     song_id_stop: int = _setting(
         "SONGVEC_SONG_ID_STOP", _whole(1, 999_999_999), "Where the open tail range begins; may only grow",
         default=16_000_000, when="graph", identity=True,
@@ -204,6 +237,8 @@ class Settings:
                 f"pgvector indexes `vector` columns up to 2,000 dimensions, SONGVEC_EMBEDDING_DIMENSIONS is "
                 f"{self.embedding_dimensions}: lower it, or set SONGVEC_VECTOR_TYPE=halfvec (up to 4,000)"
             )
+        if self.direct_url and not self.postgres_url:
+            raise SettingsError("SONGVEC_DIRECT_URL is set but POSTGRES_URL is not: set both, to the same database")
         if not set(self.fireworks_api_key or "") <= _KEY_CHARACTERS:
             raise SettingsError(
                 "FIREWORKS_API_KEY holds a space, a line end or a character that no key has: copy it again"

@@ -6,10 +6,11 @@ import polars as pl
 
 from songvec_assets.cache.shards import load_embeddings_from_cache
 from songvec_assets.deployment import Deployment
-from songvec_assets.songs.export import load_songs_from_parquet, snapshot_path, snapshot_ranges
+from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import count_unreachable_ids
 from songvec_assets.vectors.ivfflat import IndexFacts, find_index
 from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
+from songvec_assets.vectors.table import describe_tables
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Status:
 
     Attributes:
         ranges: in order.
+        tables: what each table that is there holds, by its name.
         index: the index as it is, or None.
         set_aside: (song_id, reason), a few.
         unreachable: reason to number of songs whose id is outside every range.
     """
 
     ranges: list[RangeStatus]
+    tables: dict[str, str]
     index: IndexFacts | None
     set_aside: list[tuple[int, str]]
     unreachable: dict[str, int]
@@ -95,4 +98,4 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
             )
         )
     unreachable = count_unreachable_ids(deployment.database, deployment.source)
-    return Status(ranges, index, set_aside, dict(unreachable))
+    return Status(ranges, describe_tables(deployment.database), index, set_aside, dict(unreachable))

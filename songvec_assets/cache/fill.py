@@ -16,14 +16,15 @@ from songvec_assets.cache.marks import Mark, read_mark, write_mark
 from songvec_assets.cache.plan import FillPlan, plan_fill
 from songvec_assets.cache.send import Postage, RangeSender
 from songvec_assets.cache.shards import ModelCache, Shard, write_embeddings_to_file
+from songvec_assets.cache.upkeep import compact_if_worth_it
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.client import Embedder
 from songvec_assets.embedding.pricing import Quota, TokenEstimator
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import ProviderUnavailableError, StoreError
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
-from songvec_assets.songs.export import count_songs, snapshot_digest, snapshot_path
 from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path
 from songvec_assets.songs.text import TextSpec
 
 MAX_OPEN_RANGES = 4
@@ -224,7 +225,7 @@ class Filler:
         if plan.texts:
             tally = _Tally(report, self, let_next_begin)
             await RangeSender(self._postage, shard, check_held, tally).send(plan.texts)
-        await asyncio.to_thread(shard.compact_if_worth_it)
+        await asyncio.to_thread(compact_if_worth_it, shard)
         await asyncio.to_thread(write_mark, mark_path, self._mark(report.range, snapshot, report))
 
     def _mark(self, song_range: SongIdRange, snapshot: str | None, counts: FillReport | Mark) -> Mark:

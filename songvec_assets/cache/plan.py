@@ -9,8 +9,8 @@ import polars as pl
 from songvec_assets.cache.shards import ModelCache, Shard, load_embeddings_from_cache
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
 from songvec_assets.errors import StoreError
-from songvec_assets.songs.export import load_songs_from_parquet, snapshot_path
 from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path
 from songvec_assets.songs.text import TextSpec, render_texts
 
 

@@ -3,9 +3,9 @@
 A shard is an append-only log of rows (song_id, text_hash, checksum, reason, embedding); a song's last row is the one
 that holds. A row has an embedding, or a reason (the song is set aside), or neither (the song is gone). Whole record
 batches survive a crash at any byte: what follows the last whole one was never acknowledged, and is cut off by the next
-writer. A checksum over each row finds what a disk changed. Dead rows beyond a fifth are compacted away.
+writer. A checksum over each row finds what a disk changed.
 
-Embeddings are float32, (n, dimensions). `format` has the bytes.
+Embeddings are float32, (n, dimensions). `format` has the bytes, `upkeep` compacts.
 """
 
 import os
@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from songvec_assets.cache.format import ShardIdentity, build_batch, find_message, find_sound_rows, read_batch
 from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.errors import StoreError
-from songvec_assets.files import replace_atomically, sync_folder
+from songvec_assets.files import sync_folder
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TEXT_HASH_BYTES
 
 DAMAGED = b"\xff" * TEXT_HASH_BYTES
 """Stands for the text_hash of a song whose row was found damaged: it is missing, not gone."""
 _GONE = bytes(TEXT_HASH_BYTES)
-_DEAD_SHARE = 0.2
-_PIECE_ROWS = 2048
+PIECE_ROWS = 2048
+"""Rows read or written at a time where a shard is gone through."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Shard:
         self.n_bytes_skipped = 0
         self._size = self._size_on_disk = 0
         self._stale = False
-        self._read()
+        self.read()
 
     @property
     def n_bytes(self) -> int:
@@ -133,7 +133,7 @@ class Shard:
     def find_sound(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Those of some rows with a vector that is good, and whose checksum fits. Reads their vectors."""
         sound = [pl.Series([], dtype=pl.Boolean)]
-        for piece in rows.iter_slices(_PIECE_ROWS):
+        for piece in rows.iter_slices(PIECE_ROWS):
             song_ids, checksums = piece["song_id"].to_numpy(), piece["checksum"].to_numpy()
             embeddings = self.embeddings_at(piece["row"].to_list())
             sound.append(pl.Series(find_sound_rows(song_ids, piece["text_hash"].to_list(), checksums, embeddings)))
@@ -142,7 +142,7 @@ class Shard:
     def batches(self) -> list[pa.RecordBatch]:
         """The stored batches, mapped, not read."""
         if self._stale:
-            self._read()
+            self.read()
         return self._batches
 
     def matrix(self, batch: pa.RecordBatch) -> Float32Matrix:
@@ -223,17 +223,7 @@ class Shard:
             os.fsync(file.fileno())
             self._size = self._size_on_disk = file.tell()
 
-    def compact_if_worth_it(self) -> bool:
-        """Write the file anew, ordered by song_id, where over a fifth of its rows are dead, or stretches damaged."""
-        live = self.live_rows()
-        n_rows = sum(batch.num_rows for batch in self._batches)
-        if n_rows - live.height <= _DEAD_SHARE * n_rows and not self.n_bytes_skipped:
-            return False
-        write_shard(self.path, self.identity, self, live)
-        self._read()
-        return True
-
-    def _read(self) -> None:
+    def read(self) -> None:
         """Map the file and take its whole batches; damaged stretches between them are passed over."""
         self._batches, self._stale = [], False
         self._size = self._size_on_disk = self.n_bytes_skipped = 0
@@ -315,20 +305,6 @@ def read_embeddings_from_file(shard: Shard, rows: pl.Series) -> Iterator[ShardRo
         yield ShardRows(*(arrays if len(here) == batch.num_rows else (array[here] for array in arrays)))
 
 
-def discard_damaged_rows(shard: Shard) -> list[int]:
-    """Mark rows whose checksum does not fit as damaged, so that the next fill embeds those songs anew.
-
-    Reads every vector. Hold the range's lock.
-
-    Returns:
-        Their song_ids.
-    """
-    vectors = shard.live_rows().filter(pl.col("reason").is_null())
-    damaged = vectors.join(shard.find_sound(vectors), on="song_id", how="anti")["song_id"].to_list()
-    shard.append_damaged(damaged)
-    return damaged
-
-
 def read_identity(path: Path) -> ShardIdentity | None:
     """What a shard says it holds; None where its beginning is not whole."""
     try:
@@ -341,20 +317,3 @@ def read_identity(path: Path) -> ShardIdentity | None:
 def lock_name(song_range: SongIdRange) -> str:
     """The lock that whoever writes a range's shard holds."""
     return f"fill {song_range.key}"
-
-
-def write_shard(path: Path, identity: ShardIdentity, source: Shard, live: pl.DataFrame) -> None:
-    """Write a new shard from live rows of another, in their order; it takes `path`'s place when it is whole.
-
-    Rows keep their checksums: what a disk changed stays to be found.
-    """
-    with replace_atomically(path) as file:
-        file.write(identity.schema.serialize())
-        for piece in live.iter_slices(_PIECE_ROWS):
-            for rows in (piece.filter(pl.col("reason").is_null()), piece.filter(pl.col("reason").is_not_null())):
-                if not rows.height:
-                    continue
-                ids, hashes, reasons = (rows[name].to_list() for name in ("song_id", "text_hash", "reason"))
-                embeddings = source.embeddings_at(rows["row"].to_list()) if reasons[0] is None else None
-                checksums = rows["checksum"].to_numpy()
-                file.write(build_batch(identity, ids, hashes, reasons, embeddings, checksums).serialize())

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import polars as pl
 
-from songvec_assets.cache.shards import ModelCache, Shard, read_identity, write_shard
+from songvec_assets.cache.shards import ModelCache, Shard, read_identity
+from songvec_assets.cache.upkeep import write_shard
 from songvec_assets.errors import SettingsError, StoreError
 from songvec_assets.files import replace_atomically
 from songvec_assets.postgres.engine import Database

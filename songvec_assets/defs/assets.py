@@ -8,8 +8,7 @@ from songvec_assets.defs.resources import FireworksResource, PostgresResource, S
 from songvec_assets.defs.steps import Emit, FillRecorder, budget_of, failing_clearly, run_step
 from songvec_assets.songs.export import ExportMode, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.vectors.ivfflat import build_index
-from songvec_assets.vectors.load import upload_cached_embeddings_to_database
+from songvec_assets.vectors.ivfflat import bring_index_up_to_date
 
 GROUP = "songvec"
 
@@ -102,15 +101,10 @@ def song_embeddings_table(
     """Table `song_embeddings`, a row a song: equal to the cache for every loaded range, one transaction a range."""
     with failing_clearly():
         deployment = open_deployment(postgres, fireworks, storage)
-        spec = deployment.table_spec
-        loads = run_step(
-            context,
-            deployment,
-            lambda emit: upload_cached_embeddings_to_database(
-                deployment.database, deployment.cache, spec, TILING, progress=emit, stop=deployment.stop
-            ),
-        )
-        return dg.MaterializeResult(metadata=reports.describe_loads(loads, spec, deployment.database.describe()))
+        report = run_step(context, deployment, deployment.publish)
+        context.log.info(report.place.reason)
+        described = reports.describe_publish(report, deployment.table_spec, deployment.database.describe())
+        return dg.MaterializeResult(metadata=described)
 
 
 @dg.asset(
@@ -132,6 +126,14 @@ def ivfflat_index(
         report = run_step(
             context,
             deployment,
-            lambda emit: build_index(deployment.database, deployment.table_spec, deployment.settings.lists, emit),
+            lambda emit: bring_index_up_to_date(
+                deployment.database,
+                deployment.cache,
+                deployment.table_spec,
+                deployment.index_settings,
+                progress=emit,
+                stop=deployment.stop,
+            ),
         )
+        context.log.info(report.reason)
         return dg.MaterializeResult(metadata=reports.describe_index(report))

@@ -6,7 +6,7 @@ from songvec_assets.defs.assets import ivfflat_index, song_embeddings_table
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, StorageResource, open_deployment
 from songvec_assets.defs.steps import failing_clearly
 from songvec_assets.status import measure_status
-from songvec_assets.vectors.audit import audit_index, audit_models, audit_vectors
+from songvec_assets.vectors.audit import audit_index, audit_models, audit_recall, audit_vectors
 
 
 @dg.asset_check(
@@ -75,4 +75,21 @@ def index_is_used(
         passed=audit.valid and (audit.used or not audit.should_be_used),
         description=audit.describe(),
         metadata={"valid": audit.valid, "used by the planner": audit.used, "rows": audit.n_rows},
+    )
+
+
+@dg.asset_check(asset=ivfflat_index, description="Searches find the target share of the true ten nearest songs.")
+def recall_reaches_target(
+    postgres: PostgresResource, fireworks: FireworksResource, storage: StorageResource
+) -> dg.AssetCheckResult:
+    """Takes what was measured after the build; measures anew where over a hundredth of the rows changed since."""
+    with failing_clearly():
+        deployment = open_deployment(postgres, fireworks, storage)
+        target = deployment.settings.target_recall
+        audit = audit_recall(deployment.database, deployment.cache, deployment.table_spec, target)
+    measured: dict[str, float] = {}
+    if audit.point is not None:
+        measured = {"recall": audit.point.recall, "probes": audit.point.probes, "median ms": audit.point.ms_median}
+    return dg.AssetCheckResult(
+        passed=audit.reached, description=audit.describe(), metadata={**measured, "target": audit.target}
     )

@@ -1,7 +1,7 @@
 """The refresh job without the UI: run in this process and the project's Dagster instance, summed up in a few rows."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +58,16 @@ def run_refresh_job(
     span: tuple[SongIdRange, SongIdRange],
     mode: ExportMode = "all",
     max_usd: float | None = None,
+    resources: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> RunResult:
-    """Run the job of all four assets over the ranges from the first to the last of `span`.
+    """Run a job of all four assets over the ranges from the first to the last of `span`.
+
+    Args:
+        job: refresh or swap.
+        span: first and last range.
+        mode: of the export.
+        max_usd: budget; None: the configured one.
+        resources: fields that win over the settings, by resource.
 
     Raises:
         KeyboardInterrupt: Ctrl+C or SIGTERM; what was done is kept.
@@ -69,6 +77,7 @@ def run_refresh_job(
             "songs_parquet": {"config": {"mode": mode}},
             "embedding_cache": {"config": {} if max_usd is None else {"max_usd": max_usd}},
         },
+        "resources": {name: {"config": dict(given)} for name, given in (resources or {}).items()},
         "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
     }
     tags = {"dagster/asset_partition_range_start": span[0].key, "dagster/asset_partition_range_end": span[1].key}

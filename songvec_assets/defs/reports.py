@@ -7,10 +7,11 @@ from typing import Any
 import dagster as dg
 
 from songvec_assets.cache.fill import FillReport
+from songvec_assets.defs.pictures import draw_recall, show_picture
 from songvec_assets.progress import Progress
 from songvec_assets.songs.export import ExportReport
 from songvec_assets.vectors.ivfflat import IndexReport
-from songvec_assets.vectors.load import RangeLoad
+from songvec_assets.vectors.publish import PublishReport
 from songvec_assets.vectors.table import TableSpec
 
 Metadata = dict[str, Any]
@@ -125,8 +126,15 @@ def describe_fill(report: FillReport, path: str, embedder: str) -> Metadata:
     }
 
 
-def describe_loads(loads: list[RangeLoad], spec: TableSpec, where: str) -> Metadata:
-    """Totals of a load, a row a range that was written."""
+def describe_publish(report: PublishReport, spec: TableSpec, where: str) -> Metadata:
+    """Totals of a load, what was swapped in, a row a range that was written."""
+    loads, compared = report.loads, report.comparison
+    swapped = {}
+    if compared is not None:
+        swapped = {
+            "rows before": compared.n_serving,
+            "neighbours shared with the table before": round(compared.overlap, 3),
+        }
     written = [load for load in loads if load.n_written or load.n_deleted]
     seconds = sum(load.seconds for load in written)
     n_written = sum(load.n_written for load in written)
@@ -135,6 +143,9 @@ def describe_loads(loads: list[RangeLoad], spec: TableSpec, where: str) -> Metad
         "model": spec.model,
         "column": spec.column_type,
         "database": where,
+        "reason": report.place.reason,
+        "swapped": compared is not None,
+        **swapped,
         "ranges": len(loads),
         "ranges written": len(written),
         "rows written": n_written,
@@ -159,7 +170,31 @@ def describe_loads(loads: list[RangeLoad], spec: TableSpec, where: str) -> Metad
 
 
 def describe_index(report: IndexReport) -> Metadata:
-    """What was decided, and the index as it is."""
+    """What was decided, the index as it is, what a build takes, and recall: a table and a picture."""
+    estimate, recall = report.estimate, report.recall
+    measured: Metadata = {}
+    if recall is not None:
+        measured = {
+            "recall": round(recall.recall, 4),
+            "target recall": recall.target,
+            "median ms of a search": round(recall.chosen.ms_median, 3),
+            "recall by probes": show_picture(draw_recall(recall), "recall@10 against milliseconds, by probes"),
+            **_table(
+                "recall and latency by probes",
+                [
+                    {
+                        "probes": point.probes,
+                        "chosen": point.probes == recall.probes,
+                        "recall": round(point.recall, 4),
+                        "recall of rows": round(point.recall_of_rows, 4),
+                        "recall of made-up queries": round(point.recall_of_synthetic, 4),
+                        "median ms": round(point.ms_median, 3),
+                        "p99 ms": round(point.ms_p99, 3),
+                    }
+                    for point in recall.points
+                ],
+            ),
+        }
     return {
         "reason": report.reason,
         "built": report.built,
@@ -168,6 +203,10 @@ def describe_index(report: IndexReport) -> Metadata:
         "probes": report.index.probes,
         "bytes": report.index.n_bytes,
         "seconds": round(report.seconds, 3),
+        "estimated seconds of a build": round(estimate.total_seconds, 1),
+        "estimated bytes of memory": estimate.memory_bytes,
+        "estimated bytes while it sorts": estimate.temporary_bytes,
+        **measured,
     }
 
 

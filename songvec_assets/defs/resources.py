@@ -32,6 +32,9 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     updated_at_column: str | None = _setting("SONGVEC_UPDATED_AT_COLUMN")
     vector_type: str | None = _setting("SONGVEC_VECTOR_TYPE")
     lists: int | None = _setting("SONGVEC_LISTS")
+    target_recall: float | None = _setting("SONGVEC_TARGET_RECALL")
+    index_memory_mb: int | None = _setting("SONGVEC_INDEX_MEMORY_MB")
+    swap: bool | None = _setting("SONGVEC_SWAP")
 
     def get_engine(self, profile: Profile = "batch") -> sa.Engine:
         """An SQLAlchemy engine with one of three pools: batch, web, parallel."""

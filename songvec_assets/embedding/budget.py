@@ -7,27 +7,27 @@ had reserved stays counted, as the provider bills what it was sent.
 
 import threading
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError, SettingsError
-from songvec_assets.postgres.engine import error_border
+from songvec_assets.postgres.engine import atomic, error_border
 
-_CREATE = text("""
+_CREATE = atomic("""
     INSERT INTO songvec.budgets (name, n_tokens) VALUES (:name, 0) ON CONFLICT (name) DO NOTHING
 """)
 
-_RESERVE = text("""
+_RESERVE = atomic("""
     UPDATE songvec.budgets SET n_tokens = n_tokens + :n_tokens, updated_at = now()
     WHERE name = :name AND n_tokens + :n_tokens <= :max_tokens
     RETURNING n_tokens
 """)
 
-_SETTLE = text("""
+_SETTLE = atomic("""
     UPDATE songvec.budgets SET n_tokens = n_tokens + :n_tokens, updated_at = now() WHERE name = :name
 """)
 
-_SPENT = text("SELECT n_tokens FROM songvec.budgets WHERE name = :name")
+_SPENT = atomic("SELECT n_tokens FROM songvec.budgets WHERE name = :name")
 
 
 class Budget:

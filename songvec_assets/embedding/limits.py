@@ -5,6 +5,9 @@ time at which all that was granted will have accrued; one atomic statement moves
 the request may go once that time is no further ahead than the bucket is deep. Depth and rate together make the quota,
 so no sliding minute holds more than the provider allows.
 
+Times are the row's: the database's clock, but where that steps back, or a standby with a slower one takes over, they go
+on from the last that was seen.
+
 A provider that answers 429 all the same allows less than the settings say. How much, the last minute tells: what was
 granted and not refused. All processes slow down to a little less, then probe upward, slowly at first.
 """
@@ -12,9 +15,9 @@ granted and not refused. All processes slow down to a little less, then probe up
 import threading
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, TextClause, text
+from sqlalchemy import Engine, TextClause
 
-from songvec_assets.postgres.engine import error_border
+from songvec_assets.postgres.engine import atomic, error_border
 
 DEPTH_SHARE = 1 / 50
 """Depth of a bucket as a share of the quota; the largest request is as large."""
@@ -25,20 +28,22 @@ MIN_SHARE = 0.02
 PROBING = 0.005
 """Share of the quota by which the speed has grown a minute after a 429; after n minutes it is n² times as much."""
 
-_CREATE = text("""
+_CREATE = atomic("""
     INSERT INTO songvec.rate_limits (name) VALUES (:name) ON CONFLICT (name) DO NOTHING
 """)
 
 _STATE = """
-    SELECT *, clock_timestamp() AS now,
-           least(1, share + :probing * (extract(epoch FROM clock_timestamp() - slowed_at) / 60) ^ 2) AS speed
-    FROM songvec.rate_limits WHERE name = :name FOR UPDATE
+    SELECT *, least(1, share + :probing * (extract(epoch FROM now - slowed_at) / 60) ^ 2) AS speed
+    FROM (
+        SELECT *, greatest(clock_timestamp() + make_interval(secs => ahead_s), seen_at) AS now
+        FROM songvec.rate_limits WHERE name = :name FOR UPDATE
+    ) AS locked
 """
 
 # `over` is what a request costs beyond a full bucket, `under` what it leaves in one. A bucket is charged when the
 # request goes, which the other bucket or a pause may put off. The seconds of the last two minutes are kept in a ring,
 # so that the log never grows. A crash of the server may forget the last grants: cheaper than a sync for each.
-_RESERVE = text(f"""
+_RESERVE = atomic(f"""
     WITH state AS ({_STATE}), costs AS (
         SELECT state.*, make_interval(secs => :request_s / speed) AS request,
                make_interval(secs => greatest(0, :request_s - :requests_depth_s) / speed) AS requests_over,
@@ -56,7 +61,8 @@ _RESERVE = text(f"""
         FROM costs
     ), charged AS (
         UPDATE songvec.rate_limits AS kept
-        SET requests_at = greatest(granted.requests_at, at - requests_over) + request,
+        SET seen_at = now, ahead_s = greatest(granted.ahead_s, extract(epoch FROM now - clock_timestamp())),
+            requests_at = greatest(granted.requests_at, at - requests_over) + request,
             tokens_at = greatest(granted.tokens_at, at - tokens_over) + tokens,
             busy_since = CASE WHEN granted.tokens_at < now - interval '1 minute' THEN now ELSE granted.busy_since END
         FROM granted WHERE kept.name = granted.name
@@ -72,17 +78,16 @@ _RESERVE = text(f"""
     SELECT at, wait_s, set_config('synchronous_commit', 'off', true) FROM charged
 """)
 
-_TAKE_BACK = text("""
+_TAKE_BACK = atomic("""
     UPDATE songvec.rate_seconds SET n_requests = n_requests - 1, n_tokens = n_tokens - :n_tokens
     WHERE name = :name AND second = floor(:at)::bigint
 """)
 
-_SLOW_DOWN = text(f"""
+_SLOW_DOWN = atomic(f"""
     WITH state AS ({_STATE}), used AS (
         SELECT greatest(sum(n_requests) / :requests_per_minute, sum(n_tokens) / :tokens_per_minute) AS share
-        FROM songvec.rate_seconds
-        WHERE name = :name AND second > extract(epoch FROM clock_timestamp()) - 60
-            AND second <= extract(epoch FROM clock_timestamp())
+        FROM songvec.rate_seconds AS logged, state
+        WHERE logged.name = :name AND second > extract(epoch FROM now) - 60 AND second <= extract(epoch FROM now)
     ), seen AS (
         SELECT state.*, :granted_at <= extract(epoch FROM slowed_at) AS known,
                greatest(0, coalesce(used.share, 0) - :depth_share * (1 - minutes)) / minutes AS used
@@ -103,7 +108,7 @@ class Grant:
 
     Attributes:
         n_tokens: granted.
-        at: when the request may go, in seconds since the epoch by the database's clock.
+        at: when the request may go, in seconds since the epoch by the row's clock.
         wait_s: seconds until then, when it was granted.
     """
 

@@ -1,21 +1,30 @@
 """How the database is reached: engines in three pooling profiles, and the border where the driver's errors become ours.
 
-Timeouts and intervals are seconds.
+A pooler in transaction mode may stand before the server, so all that is set is set for a transaction; what needs a
+session of the server's own takes `Database.get_autocommit`.
 """
 
 import contextlib
-import re
+import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import quote, urlencode
 
 import psycopg2
 import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
-from songvec_assets.errors import DatabaseError, SettingsError
+from songvec_assets.errors import DatabaseError
+from songvec_assets.postgres.sessions import (
+    CONNECT_ARGS,
+    Backend,
+    cancel_statements,
+    configure_session,
+    keeps_sessions,
+)
+from songvec_assets.postgres.urls import libpq_uri, parse_url
+from songvec_assets.postgres.words import describe_database_error
 
 Profile = Literal["batch", "web", "parallel"]
 
@@ -28,27 +37,15 @@ _POOLS: dict[Profile, dict[str, Any]] = {
 _engines: dict[tuple[str, Profile], sa.Engine] = {}
 _engines_lock = threading.Lock()
 
-_CONNECT_ARGS = {
-    "connect_timeout": 10,
-    "application_name": "songvec",
-    # a load or an index build is silent for hours: firewalls forget such connections, and dead peers go unnoticed
-    "keepalives": 1,
-    "keepalives_idle": 30,
-    "keepalives_interval": 10,
-    "keepalives_count": 6,
-}
-
-
-def normalize_url(url: str) -> str:
-    """Name the driver in a `postgres://` or `postgresql://` URL.
-
-    Raises:
-        SettingsError: not a Postgres URL. The message leaves the URL out: it may hold a password.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in ("postgres", "postgresql", "postgresql+psycopg2"):
-        raise SettingsError("POSTGRES_URL: expected postgresql://user:password@host:5432/database, got another form")
-    return f"postgresql+psycopg2://{rest}"
+# `cancel` knows a transaction again by its process and its beginning
+_BEGIN = "SELECT pg_backend_pid(), now()"
+# a role's timeouts are made for queries, not for loads and locks of hours; PostgreSQL before 17 has three of them
+_BEGIN_LONG = """
+    SELECT pg_backend_pid(), now(), set_config('statement_timeout', '0', true),
+           set_config('idle_in_transaction_session_timeout', '0', true), set_config('lock_timeout', '60s', true),
+           CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
+           THEN set_config('transaction_timeout', '0', true) END
+"""
 
 
 def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
@@ -60,29 +57,36 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
     """
     with _engines_lock:
         if (url, profile) not in _engines:
-            pool = _POOLS[profile]
-            _engines[url, profile] = sa.create_engine(
-                parse_url(url), pool_pre_ping=profile != "batch", connect_args=_CONNECT_ARGS, **pool
+            engine = sa.create_engine(
+                parse_url(url),
+                # stated by each BEGIN; in the stricter ones a statement that waited for a row fails
+                isolation_level="READ COMMITTED",
+                pool_pre_ping=profile != "batch",
+                connect_args=CONNECT_ARGS,
+                **_POOLS[profile],
             )
+            begin = _BEGIN if profile == "web" else _BEGIN_LONG
+            sa.event.listen(engine, "begin", functools.partial(_begin, statement=begin))
+            _engines[url, profile] = engine
         return _engines[url, profile]
 
 
-def parse_url(url: str) -> sa.URL:
-    """A Postgres URL with its driver named.
+def _begin(connection: sa.Connection, statement: str) -> None:
+    raw = connection.connection.driver_connection
+    if raw is None or raw.autocommit:
+        return
+    with raw.cursor() as cursor:
+        try:
+            cursor.execute(statement)
+        except psycopg2.Error:
+            connection.invalidate()
+            raise
+        connection.info["backend"] = cursor.fetchone()[:2]
 
-    Raises:
-        SettingsError: it does not parse. The message leaves it out: it may hold a password.
-    """
-    try:
-        parsed = sa.make_url(normalize_url(url))
-    except (sa.exc.ArgumentError, ValueError):
-        raise SettingsError(
-            "POSTGRES_URL does not parse: expected postgresql://user:password@host:5432/database, with special "
-            "characters of the password percent-encoded"
-        ) from None
-    if "@" in (parsed.host or ""):
-        raise SettingsError("POSTGRES_URL has an @ in its password: percent-encode it as %40")
-    return parsed
+
+def atomic(statement: str) -> sa.TextClause:
+    """A statement for AUTOCOMMIT that is READ COMMITTED whatever the role's default, in one round trip."""
+    return sa.text(f"SET TRANSACTION ISOLATION LEVEL READ COMMITTED; {statement}")
 
 
 @contextlib.contextmanager
@@ -92,8 +96,20 @@ def get_connection(url: str, profile: Profile = "batch") -> Iterator[sa.Connecti
     Raises:
         DatabaseError: unreachable, refused, or a statement the server would not take; says what to do.
     """
-    with error_border(), get_engine(url, profile).begin() as connection:
+    with error_border(), get_engine(url, profile).connect() as connection, _ended(connection):
+        connection.begin()
         yield connection
+        connection.commit()
+
+
+@contextlib.contextmanager
+def _ended(connection: sa.Connection) -> Iterator[None]:
+    """Roll back what is open after the block; where the connection broke, the block's own error is the one raised."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(sa.exc.DBAPIError):
+            connection.rollback()
 
 
 @contextlib.contextmanager
@@ -113,12 +129,15 @@ class Database:
     Attributes:
         url: where it is.
         embedded: whether it is the server that this package brings along.
+        direct_url: where it is past a pooler in transaction mode; None: `url` says it.
     """
 
     url: str = field(repr=False)
     embedded: bool = False
-    _active: set[Any] = field(default_factory=set, repr=False, compare=False)
-    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
+    direct_url: str | None = field(default=None, repr=False)
+    _active: set[Backend] = field(default_factory=set, repr=False, compare=False)
+    # a signal handler may cancel in the thread that holds it
+    _lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def get_engine(self, profile: Profile = "batch") -> sa.Engine:
         """See the function of that name."""
@@ -127,44 +146,70 @@ class Database:
     @contextlib.contextmanager
     def get_connection(self, profile: Profile = "batch") -> Iterator[sa.Connection]:
         """See the function of that name; `cancel` reaches this connection's statements."""
-        with get_connection(self.url, profile) as connection, self._cancellable(connection):
+        with get_connection(self.url, profile) as connection, self._cancellable(connection.info["backend"]):
+            yield connection
+
+    @property
+    def has_sessions(self) -> bool:
+        """Whether connections without a transaction can be had; found out once a process and URL.
+
+        Raises:
+            DatabaseError: unreachable.
+        """
+        with error_border():
+            return keeps_sessions(self.direct_url or self.url)
+
+    @contextlib.contextmanager
+    def get_autocommit(self, **settings: str) -> Iterator[sa.Connection]:
+        """A session without a transaction, for VACUUM and CREATE INDEX CONCURRENTLY; without the role's timeouts.
+
+        Args:
+            settings: of the server, for this session: `maintenance_work_mem="1GB"`.
+
+        Raises:
+            DatabaseError: a pooler in transaction mode stands before the server, or the server refused.
+        """
+        if not self.has_sessions:
+            raise DatabaseError(
+                "expected a session of the server's own, got a pooler in transaction mode: set SONGVEC_DIRECT_URL to "
+                "a URL that reaches the same database past it"
+            )
+        engine = get_engine(self.direct_url or self.url).execution_options(isolation_level="AUTOCOMMIT")
+        with (
+            error_border(),
+            engine.connect() as connection,
+            _ended(connection),
+            raw_cursor(connection) as cursor,
+            configure_session(cursor, settings) as backend,
+            self._cancellable(backend),
+        ):
             yield connection
 
     @contextlib.contextmanager
-    def get_autocommit(self) -> Iterator[sa.Connection]:
-        """A connection without a transaction, for VACUUM, CREATE INDEX CONCURRENTLY and session locks."""
-        engine = self.get_engine("batch").execution_options(isolation_level="AUTOCOMMIT")
-        with error_border(), engine.connect() as connection, self._cancellable(connection):
-            yield connection
-
-    @contextlib.contextmanager
-    def _cancellable(self, connection: sa.Connection) -> Iterator[None]:
-        raw = connection.connection.driver_connection
+    def _cancellable(self, backend: Backend) -> Iterator[None]:
         with self._lock:
-            self._active.add(raw)
+            self._active.add(backend)
         try:
             yield
         finally:
             with self._lock:
-                self._active.discard(raw)
+                self._active.discard(backend)
 
     def cancel(self) -> None:
-        """Cancel the running statement of every connection handed out. Callable from any thread."""
+        """Cancel the running statement of every connection handed out. Callable from any thread; waits for nothing.
+
+        Done by a connection of its own: psycopg2's `cancel` stops the whole process while a host does not answer.
+        """
         with self._lock:
-            for connection in self._active:
-                with contextlib.suppress(psycopg2.Error):
-                    connection.cancel()
+            backends = list(self._active)
+        if backends:
+            arguments = (self.direct_url or self.url, backends)
+            threading.Thread(target=cancel_statements, args=arguments, daemon=True, name="songvec-cancel").start()
 
     @property
     def adbc_uri(self) -> str:
         """The URL as libpq reads it: every part percent-encoded, which SQLAlchemy leaves undone for spaces."""
-        url = parse_url(self.url)
-        login = ":".join(quote(part, safe="") for part in (url.username, url.password) if part is not None)
-        host = f"[{url.host}]" if ":" in (url.host or "") else url.host or ""
-        query = urlencode(url.query, doseq=True, quote_via=quote)
-        port = f":{url.port}" if url.port else ""
-        database = quote(url.database or "", safe="")
-        return f"postgresql://{login}{'@' if login else ''}{host}{port}/{database}{'?' if query else ''}{query}"
+        return libpq_uri(self.url)
 
     def describe(self) -> str:
         """Host, port and name without user and password, for logs and metadata."""
@@ -186,43 +231,3 @@ def error_border() -> Iterator[None]:
         raise DatabaseError(
             "no database connection became free within 30 s: fewer workers, or a larger pool"
         ) from error
-
-
-_ADVICE_BY_CODE = {
-    "28P01": "the password is wrong: correct POSTGRES_URL",
-    "28000": "the server refuses this user from here: check POSTGRES_URL and pg_hba.conf",
-    "3D000": "there is no such database: create it, or correct POSTGRES_URL",
-    "42501": "this user lacks a right: let the owner grant it, or use another user in POSTGRES_URL",
-    "53300": "the server has no connection left: raise max_connections or stop other clients",
-    "53100": "the server's disk is full: free space, then start the same command again; nothing is half-loaded",
-    "53200": "the server ran out of memory: lower maintenance_work_mem or SONGVEC_LISTS",
-    "57014": "the statement was cancelled, by a person or the role's statement_timeout; start the same command again",
-    "55P03": "another session holds a lock on the table: wait for it, then start the same command again",
-    "25006": "this server is a read-only standby: put the primary's address into POSTGRES_URL",
-    "57P01": "the server was shut down; start the same command again when it is back",
-    "57P03": "the server is starting or shutting down; start the same command again when it is up",
-}
-
-_ADVICE_BY_WORDS = (
-    (r"password authentication failed|no password supplied", _ADVICE_BY_CODE["28P01"]),
-    (r"database \".*\" does not exist", _ADVICE_BY_CODE["3D000"]),
-    (r"role \".*\" does not exist|no pg_hba.conf entry", _ADVICE_BY_CODE["28000"]),
-    (r"too many clients|too many connections|remaining connection slots", _ADVICE_BY_CODE["53300"]),
-    (r"could not translate host name", "the host's name does not resolve: correct POSTGRES_URL"),
-    (
-        r"could not connect|Connection refused|timeout expired|No such file or directory|Network is unreachable",
-        "no server answers there: is it running, is the address in POSTGRES_URL right, does a firewall stand between?",
-    ),
-    (
-        r"server closed the connection|SSL connection has been closed|connection already closed|could not receive",
-        "the connection broke: what was committed is kept, start the same command again",
-    ),
-)
-
-
-def describe_database_error(error: BaseException | None) -> str:
-    """The server's own words, on one line, and what to do about them."""
-    words = " ".join(str(error).split())
-    advice = _ADVICE_BY_CODE.get(getattr(error, "pgcode", None) or "")
-    advice = advice or next((each for pattern, each in _ADVICE_BY_WORDS if re.search(pattern, words)), None)
-    return f"Postgres: {words}" + (f" ({advice})" if advice else "")

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError
-from songvec_assets.postgres.engine import Database, error_border
+from songvec_assets.postgres.engine import Database, error_border, raw_cursor
 
 MIN_PGVECTOR = (0, 7, 0)
 """The first pgvector with the halfvec type (released 2024-04)."""
@@ -36,7 +36,9 @@ _TABLES = """
         ADD COLUMN IF NOT EXISTS paused_until timestamptz NOT NULL DEFAULT 'epoch',
         ADD COLUMN IF NOT EXISTS busy_since timestamptz NOT NULL DEFAULT 'epoch',
         ADD COLUMN IF NOT EXISTS slowed_at timestamptz NOT NULL DEFAULT 'epoch',
-        ADD COLUMN IF NOT EXISTS share double precision NOT NULL DEFAULT 1;
+        ADD COLUMN IF NOT EXISTS share double precision NOT NULL DEFAULT 1,
+        ADD COLUMN IF NOT EXISTS seen_at timestamptz NOT NULL DEFAULT 'epoch',
+        ADD COLUMN IF NOT EXISTS ahead_s double precision NOT NULL DEFAULT 0;
     CREATE TABLE IF NOT EXISTS songvec.rate_seconds (
         name text,
         slot smallint,
@@ -54,16 +56,24 @@ _TABLES = """
         digest bytea NOT NULL,
         song_ids bytea NOT NULL,
         checksums bytea NOT NULL,
-        loaded_at timestamptz NOT NULL DEFAULT now(),
-        PRIMARY KEY (range_start, range_stop)
+        loaded_at timestamptz NOT NULL DEFAULT now()
     );
+    ALTER TABLE songvec.loaded_ranges
+        ADD COLUMN IF NOT EXISTS table_name text NOT NULL DEFAULT 'song_embeddings',
+        DROP CONSTRAINT IF EXISTS loaded_ranges_pkey,
+        ADD PRIMARY KEY (table_name, range_start, range_stop);
     CREATE TABLE IF NOT EXISTS songvec.budgets (
         name text PRIMARY KEY,
         n_tokens bigint NOT NULL,
         updated_at timestamptz NOT NULL DEFAULT now()
     );
 """
-_NEWEST_TABLE = "songvec.budgets"
+# all of it is made in one transaction: where the newest part is there, so is the rest
+_HAS_NEWEST = """
+    SELECT EXISTS (
+        SELECT FROM pg_attribute WHERE attrelid = to_regclass('songvec.rate_limits') AND attname = 'ahead_s'
+    )
+"""
 
 
 def ensure_schema(database: Database) -> None:
@@ -75,7 +85,7 @@ def ensure_schema(database: Database) -> None:
     with database.get_connection() as connection:
         # two first runs at once would collide in the catalogue
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key("schema")})
-        if connection.scalar(text(f"SELECT to_regclass('{_NEWEST_TABLE}') IS NULL")):
+        if not connection.scalar(text(_HAS_NEWEST)):
             connection.execute(text(_TABLES))
         _ensure_extension(connection)
 
@@ -135,24 +145,23 @@ def lock_key(name: str) -> int:
 def hold_lock(
     database: Database, name: str, on_wait: Callable[[], None], check: Callable[[], None]
 ) -> Iterator[Callable[[], None]]:
-    """Hold a session's advisory lock; it ends with the block, or with the process.
+    """Hold a transaction's advisory lock; it ends with the block, or with the process.
+
+    Behind a pooler in transaction mode a session's lock would be lost, or never end; a transaction's holds. It is idle
+    and has no snapshot: neither VACUUM nor an index build waits for it.
 
     Args:
         database: every run on it sees the same locks.
         name: what is locked.
-        on_wait: called once where another session has the lock.
+        on_wait: called once where another one has the lock.
         check: called while waiting; raises to give up.
 
     Yields:
-        A function that raises DatabaseError where the session, and the lock with it, was lost.
+        A function that raises DatabaseError where the transaction, and the lock with it, was lost.
     """
-    with database.get_autocommit() as connection:
-        # the session is silent while the lock is held, for hours: a server that ends silent ones would end the lock
-        connection.execute(
-            text("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'")
-        )
+    with error_border(), database.get_engine().connect() as connection:
         waiting = False
-        while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": lock_key(name)}):
+        while not connection.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": lock_key(name)}):
             if not waiting:
                 on_wait()
             waiting = True
@@ -160,13 +169,12 @@ def hold_lock(
             check()
 
         def check_held() -> None:
-            with error_border():
-                connection.execute(text("SELECT 1"))
+            with error_border(), raw_cursor(connection) as cursor:
+                cursor.execute("SELECT 1")
 
         try:
             yield check_held
         finally:
             # where the connection broke, the lock went with it
-            if not connection.invalidated and not connection.closed:
-                with contextlib.suppress(sa.exc.DBAPIError):
-                    connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": lock_key(name)})
+            with contextlib.suppress(sa.exc.DBAPIError):
+                connection.rollback()

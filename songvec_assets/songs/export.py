@@ -1,56 +1,74 @@
-"""Postgres to Parquet: one snapshot file a range, rewritten only where its content changed.
+"""Postgres to Parquet: each range's songs are read, some ranges side by side, and written where their content changed.
 
-A snapshot has the columns song_id (int32), name, artist, lyrics and set_aside (strings); set_aside is null, or says why
-the song cannot be embedded. Memory is bounded by one range.
+What a snapshot file is, `snapshots.py` says. Memory is bounded by the ranges being read.
 """
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import adbc_driver_postgresql.dbapi as adbc
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 
-from songvec_assets.errors import DatabaseError, SourceError
-from songvec_assets.files import replace_atomically
-from songvec_assets.postgres.engine import Database, describe_database_error
+from songvec_assets.errors import DatabaseError, SongvecError, SourceError
+from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.readers import Reader, Readers, is_server_gone
+from songvec_assets.songs.snapshots import (
+    SNAPSHOT_SCHEMA,
+    Footer,
+    compare_snapshot,
+    count_songs,
+    digest_songs,
+    get_max_cached_song_id,
+    merge_songs,
+    read_footer,
+    remove_foreign_cuts,
+    snapshot_path,
+    snapshot_ranges,
+    write_snapshot,
+)
 from songvec_assets.songs.source import RangeCount, SongsSource, count_ranges, count_unreachable_ids
 
 ExportMode = Literal["all", "append"]
 
-SNAPSHOT_SCHEMA = pa.schema(
-    [
-        pa.field("song_id", pa.int32(), nullable=False),
-        pa.field("name", pa.string()),
-        pa.field("artist", pa.string()),
-        pa.field("lyrics", pa.string()),
-        pa.field("set_aside", pa.string()),
-    ]
-)
-_DIGEST, _SOURCE, _WATERMARK = b"songvec.digest", b"songvec.source", b"songvec.updated_at"
-_BATCH_BYTES = 64 << 20
+N_READERS = 2
+"""Connections that read side by side: one leaves the server idle while a file is written, a third gained nothing."""
+
+_BATCH_BYTES = 4 << 20
+_MAX_GONE = 3
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
 class RangeExport:
-    """What happened to one range's snapshot: counts of songs against the snapshot before."""
+    """What happened to one range's snapshot: counts of songs against the snapshot before.
+
+    Attributes:
+        set_aside: reason to number of songs.
+        written: whether the file was.
+        error: why the range was not exported, if it was not: its snapshot is as it was before.
+    """
 
     range: SongIdRange
-    n_songs: int
+    n_songs: int = 0
     n_new: int = 0
     n_changed: int = 0
     n_gone: int = 0
-    n_set_aside: int = 0
+    set_aside: Counter[str] = field(default_factory=Counter)
     written: bool = False
+    error: SongvecError | None = None
+
+    @property
+    def n_set_aside(self) -> int:
+        """Songs that cannot be embedded."""
+        return self.set_aside.total()
 
 
 @dataclass(frozen=True)
@@ -67,56 +85,50 @@ class ExportReport:
     set_aside: Counter[str] = field(default_factory=Counter)
     unreachable: Counter[str] = field(default_factory=Counter)
 
+    def add(self, exported: RangeExport) -> None:
+        """Add a range."""
+        self.ranges.append(exported)
+        self.set_aside.update(exported.set_aside)
+
     def total(self, name: str) -> int:
         """The sum of a count over all ranges."""
         return sum(getattr(each, name) for each in self.ranges)
 
+    @property
+    def failed(self) -> list[RangeExport]:
+        """The ranges that were not exported."""
+        return [each for each in self.ranges if each.error]
 
-def snapshot_path(folder: Path, song_range: SongIdRange) -> Path:
-    """Where a range's snapshot is."""
-    return folder / f"{song_range.key}.parquet"
-
-
-def snapshot_ranges(folder: Path) -> list[SongIdRange]:
-    """The ranges that have a snapshot, in order."""
-    return sorted(SongIdRange.from_key(path.stem) for path in folder.glob("*.parquet"))
-
-
-def load_songs_from_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
-    """One range's snapshot; see the module for its columns. No file is a range without songs."""
-    if not path.exists():
-        empty = pl.DataFrame(pa.Table.from_batches([], SNAPSHOT_SCHEMA))
-        return empty.select(columns) if columns else empty
-    return pl.read_parquet(path, columns=columns)
+    @property
+    def found_no_server(self) -> bool:
+        """Whether the last ranges failed, one after the other, for want of a connection."""
+        last = self.ranges[-_MAX_GONE:]
+        return len(last) == _MAX_GONE and all(each.error and is_server_gone(each.error.__cause__) for each in last)
 
 
-def snapshot_digest(path: Path) -> str | None:
-    """The identity of a snapshot's rows, from its footer; None where there is no file."""
-    if not path.exists():
-        return None
-    return str((pq.read_schema(path).metadata or {}).get(_DIGEST, b"").decode()) or None
+class IncompleteExportError(DatabaseError):
+    """Some ranges were not exported; the others were.
+
+    Attributes:
+        report: of all ranges.
+    """
+
+    def __init__(self, report: ExportReport) -> None:
+        keys: dict[str, list[str]] = {}
+        for each in report.failed:
+            keys.setdefault(str(each.error), []).append(each.range.key)
+        reasons = (f"{_name_some(ranges)}: {error}" for error, ranges in keys.items())
+        super().__init__(
+            f"{len(report.failed)} of {len(report.ranges)} ranges were not exported; the others are done and kept, the "
+            f"same command again tries them anew. {_name_some(reasons, '; ')}"
+        )
+        self.report = report
 
 
-def count_songs(folder: Path, song_range: SongIdRange) -> int:
-    """Songs of a snapshot, from its footer; 0 where there is none that can be read: reading it says what is wrong."""
-    try:
-        return int(pq.read_metadata(snapshot_path(folder, song_range)).num_rows)
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return 0
-
-
-def get_max_cached_song_id(folder: Path) -> int | None:
-    """The highest song_id of all snapshots, or None where there are none."""
-    for song_range in reversed(snapshot_ranges(folder)):
-        statistics = pq.read_metadata(snapshot_path(folder, song_range))
-        highest = [
-            statistics.row_group(group).column(0).statistics.max
-            for group in range(statistics.num_row_groups)
-            if statistics.row_group(group).num_rows
-        ]
-        if highest:
-            return int(max(highest))
-    return None
+def _name_some(names: Iterable[str], separator: str = ", ") -> str:
+    known = list(names)
+    rest = len(known) - _MAX_NAMED
+    return separator.join(known[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def cache_songs_to_parquet(
@@ -128,6 +140,7 @@ def cache_songs_to_parquet(
     also: Iterable[SongIdRange] = (),
     progress: ReportProgress = ignore_progress,
     stop: StopSignal | None = None,
+    n_readers: int = N_READERS,
 ) -> ExportReport:
     """Bring the snapshots to the state of the source table.
 
@@ -136,39 +149,49 @@ def cache_songs_to_parquet(
         source: which table and columns.
         folder: of the snapshot files.
         tiling: how song_ids are cut into ranges.
-        mode: `all` compares every range; `append` reads only above the highest song_id already there.
+        mode: `all` compares every range; `append` reads only above the highest song_id already there, and ranges that
+            have no snapshot.
         also: ranges that get a snapshot even where they hold no song: an empty one says that their songs are gone.
-        progress: told the songs read so far.
-        stop: ends the export between two ranges; those done stay.
+        progress: told the songs exported so far.
+        stop: ends the export; ranges that are done stay.
+        n_readers: ranges read side by side.
 
     Raises:
-        SourceError, DatabaseError: a range could not be read; those before it are done.
+        IncompleteExportError: some ranges could not be read; all others are done. Only where three in a row found no
+            server are the rest not tried.
+        DatabaseError: the songs could not be counted.
         SettingsError: the open tail holds more songs than a range may.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_foreign_cuts(folder, tiling)
+    remove_foreign_cuts(folder, tiling)
     counts = count_ranges(database, source, tiling)
     tiling.check_tail(tiling.tail, counts[tiling.tail].n_songs if tiling.tail in counts else 0)
-    above = get_max_cached_song_id(folder) if mode == "append" else None
-    report, kept = ExportReport(), set(also)
-    if mode == "all":
+    report, known = ExportReport(), set(snapshot_ranges(folder))
+    if mode == "append":
+        export = _Export(source, folder, counts, above=get_max_cached_song_id(folder))
+        # first and alone: were a later range written and this one not, the next append would begin above its songs
+        first = [each for each in sorted(counts) if export.holds_highest(each)]
+        others = [each for each in sorted(counts) if export.is_above(each) or each not in known]
+    else:
         report.unreachable.update(count_unreachable_ids(database, source))
-    wanted = sorted({*counts, *(() if mode == "append" else (*snapshot_ranges(folder), *kept))})
-    wanted = [each for each in wanted if above is None or each.stop > above + 1]
-    total, done = sum(counts[each].n_songs for each in wanted if each in counts), 0
-    with _connect(database) as connection:
-        for song_range in wanted:
-            if stop:
-                stop.check()
-            count = counts.get(song_range, RangeCount(0))
-            if not count.n_songs and song_range not in kept:
-                exported = _remove_snapshot(folder, song_range)
-            else:
-                exported = _export_range(connection, source, folder, song_range, count, above)
-            report.ranges.append(exported)
-            report.set_aside.update(_count_set_aside(folder, song_range) if exported.n_set_aside else {})
-            done += exported.n_songs
-            progress(Progress("export songs", done, total))
+        export = _Export(source, folder, counts, frozenset(also))
+        first, others = [], sorted({*counts, *known, *export.kept})
+    wanted = [*first, *others]
+    total = sum(counts[each].n_songs for each in wanted if each in counts)
+    with Readers(database, n_readers) as readers:
+        for part in (first, others):
+            for exported in readers.map(export.export_range, part, check=stop.check if stop else lambda: None):
+                report.add(exported)
+                note = f"not exported: {_name_some(each.range.key for each in report.failed)}" if report.failed else ""
+                progress(Progress("export songs", report.total("n_songs"), total, note=note))
+                if report.found_no_server:
+                    break
+            if report.failed:
+                break
+    if report.failed:
+        for each in wanted[len(report.ranges) :]:
+            report.add(RangeExport(each, error=report.failed[-1].error))
+        raise IncompleteExportError(report) from report.failed[0].error
     return report
 
 
@@ -189,7 +212,7 @@ def read_songs_from_postgres(
         updated_since: only rows whose updated_at column is not before this time, or null.
 
     Returns:
-        Columns song_id (int64), name, artist, lyrics.
+        Columns song_id (int32), name, artist, lyrics.
     """
     lowest = song_range.start if above is None else max(song_range.start, above + 1)
     with connection.cursor() as cursor:
@@ -198,123 +221,86 @@ def read_songs_from_postgres(
         return cursor.fetch_arrow_table()
 
 
-def _export_range(
-    connection: adbc.Connection,
-    source: SongsSource,
-    folder: Path,
-    song_range: SongIdRange,
-    count: RangeCount,
-    above: int | None,
-) -> RangeExport:
-    path = snapshot_path(folder, song_range)
-    metadata = (pq.read_schema(path).metadata or {}) if path.exists() else {}
-    same_source = metadata.get(_SOURCE) == source.identity.encode()
-    watermark = metadata.get(_WATERMARK, b"").decode() or None
-    songs, newest = None, count.newest
-    if above is not None and path.exists():
-        songs = _merge(path, _to_snapshot(read_songs_from_postgres(connection, source, song_range, above), source))
-        newest = watermark  # of the songs below nothing was read
-    elif watermark and same_source:
-        newer = read_songs_from_postgres(connection, source, song_range, updated_since=watermark)
-        songs = _merge(path, _to_snapshot(newer, source))
-        if songs.num_rows != count.n_songs:  # songs went, or a transaction came late: look at all of them
-            songs = None
-    if songs is None:
-        songs = _to_snapshot(read_songs_from_postgres(connection, source, song_range), source)
-    footer = {_DIGEST: _digest(songs), _SOURCE: source.identity.encode()}
-    return _write_snapshot(
-        path, song_range, songs, metadata, footer | ({_WATERMARK: newest.encode()} if newest else {})
-    )
+@dataclass(frozen=True)
+class _Export:
+    """What all ranges of an export share; its methods may be called from any thread."""
 
+    source: SongsSource
+    folder: Path
+    counts: dict[SongIdRange, RangeCount]
+    kept: frozenset[SongIdRange] = frozenset()
+    above: int | None = None
 
-def _remove_snapshot(folder: Path, song_range: SongIdRange) -> RangeExport:
-    path = snapshot_path(folder, song_range)
-    n_gone = load_songs_from_parquet(path, ["song_id"]).height
-    path.unlink(missing_ok=True)
-    return RangeExport(song_range, 0, n_gone=n_gone, written=True)
+    def is_above(self, song_range: SongIdRange) -> bool:
+        """Whether an append reads the range from its start."""
+        return self.above is None or song_range.start > self.above
 
+    def holds_highest(self, song_range: SongIdRange) -> bool:
+        """Whether an append reads only a part of the range."""
+        return self.above is not None and song_range.start <= self.above < song_range.stop - 1
 
-def _to_snapshot(table: pa.Table, source: SongsSource) -> pa.Table:
-    """Check a range's rows and name what cannot be embedded."""
-    songs = pl.DataFrame(table)
-    if songs["song_id"].n_unique() != songs.height:
-        twice = songs["song_id"].filter(songs["song_id"].is_duplicated())[0]
-        raise SourceError(
-            f"column {source.song_id_column!r} of {source.table} must be unique, {twice} is there more than once: name "
-            "another with SONGVEC_SONG_ID_COLUMN"
+    def export_range(self, reader: Reader, song_range: SongIdRange) -> RangeExport:
+        """Bring one range's snapshot to the state of its songs, or say why not."""
+        count = self.counts.get(song_range, RangeCount(0))
+        if not count.n_songs and song_range not in self.kept:
+            n_gone = count_songs(self.folder, song_range)
+            snapshot_path(self.folder, song_range).unlink()
+            return RangeExport(song_range, n_gone=n_gone, written=True)
+        try:
+            return self._write(song_range, *self._read(reader, song_range, count))
+        except (DatabaseError, SourceError) as error:
+            return RangeExport(song_range, error=error)
+
+    def _read(self, reader: Reader, song_range: SongIdRange, count: RangeCount) -> tuple[pa.Table, str | None]:
+        """The range's rows, and the newest time among those that were looked at."""
+        path = snapshot_path(self.folder, song_range)
+        before = read_footer(path)
+        if before and self.holds_highest(song_range):
+            return merge_songs(path, self._select(reader, song_range, above=self.above)), before.newest
+        if before and self._knows_times(before):
+            songs = merge_songs(path, self._select(reader, song_range, updated_since=before.newest))
+            # else songs went, or a transaction came late: look at all of them
+            if songs.num_rows == count.n_songs:
+                return songs, count.newest
+        return self._select(reader, song_range), count.newest
+
+    def _knows_times(self, before: Footer) -> bool:
+        return before.newest is not None and before.source == self.source.identity
+
+    def _select(self, reader: Reader, song_range: SongIdRange, **newer: Any) -> pa.Table:
+        return _to_snapshot(
+            reader.read(partial(read_songs_from_postgres, source=self.source, song_range=song_range, **newer)),
+            self.source,
         )
-    blank = {column: pl.col(column).fill_null("").str.strip_chars() == "" for column in ("name", "artist")}
-    songs = songs.with_columns(
-        pl.col("song_id").cast(pl.Int32),
-        set_aside=pl.when(blank["name"])
-        .then(pl.lit("the song has no name"))
-        .when(blank["artist"])
-        .then(pl.lit("the song has no artist"))
-        .otherwise(pl.lit(None, dtype=pl.String)),
-    )
-    return songs.to_arrow().cast(SNAPSHOT_SCHEMA)
+
+    def _write(self, song_range: SongIdRange, songs: pa.Table, newest: str | None) -> RangeExport:
+        path = snapshot_path(self.folder, song_range)
+        before, footer = read_footer(path), Footer(digest_songs(songs), self.source.identity, newest)
+        exported = partial(RangeExport, song_range, songs.num_rows, set_aside=_count_reasons(songs))
+        if before and before.digest == footer.digest and (newest is None or self._knows_times(before)):
+            return exported()
+        changes = compare_snapshot(path, songs)
+        write_snapshot(path, songs, footer)
+        return exported(*changes, written=True)
 
 
-def _merge(path: Path, newer: pa.Table) -> pa.Table:
-    """The snapshot on disk with newer rows in place of those of the same song_id."""
-    before, after = load_songs_from_parquet(path), pl.DataFrame(newer)
-    kept = before.join(after, on="song_id", how="anti")
-    return pl.concat([kept, after]).sort("song_id").to_arrow().cast(SNAPSHOT_SCHEMA)
+def _to_snapshot(songs: pa.Table, source: SongsSource) -> pa.Table:
+    """Check a range's rows and name what cannot be embedded."""
+    song_ids = songs["song_id"].to_numpy()
+    twice = song_ids[1:][np.diff(song_ids) == 0]
+    if len(twice):
+        raise SourceError(
+            f"column {source.song_id_column!r} of {source.table} must be unique, {twice[0]} is there more than once: "
+            "name another with SONGVEC_SONG_ID_COLUMN"
+        )
+    # texts stay where they are: lyrics are most of a song, and nothing here looks at them
+    blank = [pl.Series(songs[column]).fill_null("").str.strip_chars() == "" for column in ("name", "artist")]
+    reasons = pl.select(
+        pl.when(blank[0]).then(pl.lit("the song has no name")).when(blank[1]).then(pl.lit("the song has no artist"))
+    ).to_series()
+    # built anew: polars leaves words under its nulls, and the digest would see them
+    return pa.table([*songs.columns, pa.array(reasons.to_list(), pa.string())], schema=SNAPSHOT_SCHEMA)
 
 
-def _write_snapshot(
-    path: Path, song_range: SongIdRange, songs: pa.Table, before: dict[bytes, bytes], footer: dict[bytes, bytes]
-) -> RangeExport:
-    n_set_aside = songs.num_rows - songs["set_aside"].null_count
-    unchanged = footer[_DIGEST] == before.get(_DIGEST)
-    if unchanged and (_WATERMARK not in footer or (_WATERMARK in before and footer[_SOURCE] == before.get(_SOURCE))):
-        return RangeExport(song_range, songs.num_rows, n_set_aside=n_set_aside)
-    changes = compare_snapshots(load_songs_from_parquet(path), pl.DataFrame(songs))
-    with replace_atomically(path) as file:
-        pq.write_table(songs.replace_schema_metadata(footer), file, compression="zstd", compression_level=1)
-    return RangeExport(song_range, songs.num_rows, **changes, n_set_aside=n_set_aside, written=True)
-
-
-def compare_snapshots(before: pl.DataFrame, after: pl.DataFrame) -> dict[str, int]:
-    """Count what is new, changed and gone between two snapshots of a range."""
-    columns = [column for column in after.columns if column != "song_id"]
-    both = after.join(before, on="song_id", how="inner", suffix="_before")
-    differs = pl.any_horizontal(pl.col(column).ne_missing(pl.col(f"{column}_before")) for column in columns)
-    return {
-        "n_new": after.height - both.height,
-        "n_changed": both.filter(differs).height,
-        "n_gone": before.height - both.height,
-    }
-
-
-def _digest(songs: pa.Table) -> bytes:
-    """An identity of the rows: the same rows give the same digest, whatever their chunks."""
-    state = xxhash.xxh3_128()
-    for column in songs.combine_chunks().columns:
-        array = column.combine_chunks()
-        state.update(np.asarray(array.is_null()).tobytes())
-        for buffer in array.buffers()[1:]:
-            state.update(b"" if buffer is None else buffer)
-    return state.hexdigest().encode()
-
-
-def _count_set_aside(folder: Path, song_range: SongIdRange) -> dict[str, int]:
-    reasons = load_songs_from_parquet(snapshot_path(folder, song_range), ["set_aside"])["set_aside"].drop_nulls()
-    return dict(reasons.value_counts().rows())
-
-
-def _remove_foreign_cuts(folder: Path, tiling: Tiling) -> None:
-    """Remove snapshots of ranges that the present tiling does not have: the tail before its stop was raised."""
-    tiles = set(tiling)
-    for song_range in snapshot_ranges(folder):
-        if song_range not in tiles:
-            snapshot_path(folder, song_range).unlink()
-
-
-@contextlib.contextmanager
-def _connect(database: Database) -> Iterator[adbc.Connection]:
-    try:
-        with adbc.connect(database.adbc_uri) as connection:
-            yield connection
-    except adbc.Error as error:
-        raise DatabaseError(describe_database_error(error)) from error
+def _count_reasons(songs: pa.Table) -> Counter[str]:
+    return Counter(songs["set_aside"].drop_null().to_pylist())

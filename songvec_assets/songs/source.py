@@ -67,9 +67,11 @@ class SongsSource:
             since = f"CAST('{quoted}' AS {self.updated_at_type}) - INTERVAL '{OVERLAP}'"
             newer = f" AND ({self.updated_at} >= {since} OR {self.updated_at} IS NULL)"
         return (
-            f"SELECT {self.song_id}::bigint AS song_id, {self.name}::text AS name, {self.artist}::text AS artist, "
-            f"{self.lyrics}::text AS lyrics FROM {self.relation} "
-            f"WHERE {self.song_id} >= {int(lowest)} AND {self.song_id} < {int(stop)}{newer} ORDER BY {self.song_id}"
+            f"SELECT {self.song_id}::integer AS song_id, {self.name}::text AS name, {self.artist}::text AS artist, "
+            f"{self.lyrics}::text AS lyrics FROM {self.relation} AS source "
+            f"WHERE {self.song_id} >= {int(lowest)} AND {self.song_id} < {int(stop)}{newer} "
+            # a bare song_id would be the column of the result, which no index gives in order
+            f"ORDER BY source.{self.song_id}"
         )
 
 

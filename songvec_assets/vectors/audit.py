@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from sqlalchemy import text
 
+from songvec_assets.cache.shards import ModelCache
 from songvec_assets.embedding.wire import find_bad_vectors
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.ivfflat import INDEX, find_valid_index, read_probes, set_probes
-from songvec_assets.vectors.table import TableSpec, define_table
+from songvec_assets.vectors.catalogue import find_index, find_lists, read_probes, set_probes
+from songvec_assets.vectors.recall import RecallPoint, measure_recall_at, read_recall
+from songvec_assets.vectors.table import TABLE, TableSpec, define_table, index_name, read_changes
 
 SAMPLE_ROWS = 1000
 _INDEX_WORTH_FROM_ROWS = 50_000
@@ -62,6 +64,36 @@ class IndexAudit:
         return f"{self.n_rows:,} rows are few: the planner rightly scans them all"
 
 
+@dataclass(frozen=True)
+class RecallAudit:
+    """What searches find of the true ten nearest.
+
+    Attributes:
+        point: recall and latency at the probes that searches visit; None where there is no index.
+        target: the recall wanted.
+        n_changed: rows changed since the index was built.
+    """
+
+    point: RecallPoint | None
+    target: float
+    n_changed: int
+
+    @property
+    def reached(self) -> bool:
+        """Whether the target is."""
+        return self.point is not None and self.point.recall >= self.target
+
+    def describe(self) -> str:
+        """One sentence."""
+        if self.point is None:
+            return "there is no valid index to measure: materialize ivfflat_index"
+        told = (
+            f"recall@10 is {self.point.recall:.1%} at {self.point.probes:,} probes, the target {self.target:.0%}; "
+            f"{self.n_changed:,} rows changed since the index was built"
+        )
+        return told if self.reached else f"{told}: materialize ivfflat_index, which takes more probes or builds anew"
+
+
 def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS) -> VectorAudit:
     """Look at about `n_rows` rows, spread over the whole table."""
     table = define_table(spec)
@@ -90,10 +122,14 @@ def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS
 
 
 def audit_models(database: Database) -> dict[str, int]:
-    """The models in the ledger of loaded ranges, as `name (dimensions)`, with their songs."""
+    """The models in the serving table's ledger, as `name (dimensions)`, with their songs."""
     with database.get_connection() as connection:
         rows = connection.execute(
-            text("SELECT model, dimensions, sum(n_songs)::bigint FROM songvec.loaded_ranges GROUP BY model, dimensions")
+            text("""
+                SELECT model, dimensions, sum(n_songs)::bigint FROM songvec.loaded_ranges
+                WHERE table_name = :table GROUP BY model, dimensions
+            """),
+            {"table": TABLE},
         )
         return {f"{model} ({dimensions})": n_songs for model, dimensions, n_songs in rows}
 
@@ -102,7 +138,7 @@ def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
     """Ask the catalogue and the planner."""
     vector = json.dumps([1.0] + [0.0] * (spec.dimensions - 1))
     with database.get_connection() as connection:
-        valid = find_valid_index(connection) is not None
+        valid = find_lists(connection) is not None
         n_rows = int(connection.scalar(text("SELECT count(*) FROM song_embeddings")) or 0)
         set_probes(connection, read_probes(connection))
         plan = connection.scalar(
@@ -112,4 +148,26 @@ def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
             ),
             {"vector": vector},
         )
-    return IndexAudit(valid, INDEX in json.dumps(plan), n_rows)
+    return IndexAudit(valid, f'"{index_name()}"' in json.dumps(plan), n_rows)
+
+
+def audit_recall(database: Database, cache: ModelCache, spec: TableSpec, target: float) -> RecallAudit:
+    """Take what was measured last of the index, or measure anew where rows changed since.
+
+    Args:
+        database: where the table is.
+        cache: the shards that it was loaded from.
+        spec: what it holds.
+        target: the recall wanted.
+
+    Raises:
+        StoreError: the cache does not hold what is loaded.
+    """
+    index = find_index(database)
+    if index is None:
+        return RecallAudit(None, target, 0)
+    with database.get_connection() as connection:
+        last, n_changed = read_recall(connection), read_changes(connection)
+    if last is not None and last.holds(n_changed):
+        return RecallAudit(last.chosen, target, n_changed)
+    return RecallAudit(measure_recall_at(database, cache, spec, index.probes), target, n_changed)

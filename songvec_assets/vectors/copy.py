@@ -1,12 +1,16 @@
-"""Float32 matrices to Postgres' binary COPY format. Pure.
+"""Float32 matrices to Postgres' binary COPY format, encoded while they are sent. Pure.
 
 Layout of a row, big-endian (PostgreSQL documentation, COPY, "Binary Format"; pgvector's vector_send and halfvec_send;
 read 2026-11): int16 number of fields; for each field int32 length and its bytes; a vector is int16 dimensions, int16
 unused, then its values. Every row has the same size, so one numpy record lays out a whole chunk.
 """
 
+import contextlib
 import itertools
+import queue
+import threading
 from collections.abc import Iterable, Iterator
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +20,8 @@ from songvec_assets.embedding.wire import Float32Matrix
 HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
 _VALUE_TYPES = {"vector": ">f4", "halfvec": ">f2"}
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
+_CHUNKS_AHEAD = 4
 
 
 def row_dtype(dimensions: int, vector_type: str = "vector") -> "np.dtype[np.void]":
@@ -35,7 +40,7 @@ def row_dtype(dimensions: int, vector_type: str = "vector") -> "np.dtype[np.void
 
 
 def encode_rows(song_ids: NDArray[np.int32], embeddings: Float32Matrix, vector_type: str = "vector") -> Iterator[bytes]:
-    """Encode rows, without header and trailer, in chunks of about a mebibyte.
+    """Encode rows, without header and trailer, in chunks of about a quarter of a mebibyte.
 
     Args:
         song_ids: (n,).
@@ -43,36 +48,77 @@ def encode_rows(song_ids: NDArray[np.int32], embeddings: Float32Matrix, vector_t
         vector_type: the column's type.
     """
     dtype = row_dtype(embeddings.shape[1], vector_type)
+    native = dtype["embedding"].base.newbyteorder("=")
     n_rows = max(1, _CHUNK_BYTES // dtype.itemsize)
+    buffer = np.zeros(min(n_rows, len(song_ids)), dtype=dtype)
+    buffer["fields"], buffer["id_len"] = 2, 4
+    buffer["vec_len"] = dtype["embedding"].itemsize + 4
+    buffer["dim"] = embeddings.shape[1]
     for start in range(0, len(song_ids), n_rows):
         piece = slice(start, start + n_rows)
-        rows = np.zeros(len(song_ids[piece]), dtype=dtype)
-        rows["fields"], rows["id_len"] = 2, 4
-        rows["song_id"], rows["embedding"] = song_ids[piece], embeddings[piece]
-        rows["vec_len"] = dtype["embedding"].itemsize + 4
-        rows["dim"] = embeddings.shape[1]
+        rows = buffer[: len(song_ids[piece])]
+        # rounding and byte order in two passes: numpy does both at once value by value, at half the speed
+        rows["song_id"], rows["embedding"] = song_ids[piece], embeddings[piece].astype(native, copy=False)
         yield rows.tobytes()
 
 
 class CopyStream:
-    """A file that psycopg2's `copy_expert` reads: header, chunks, trailer, without holding more than a chunk."""
+    """A file that psycopg2's `copy_expert` reads: header, chunks, trailer.
+
+    A thread makes the chunks, a few ahead of what is read: psycopg2 lets it run while it sends, and waits for nothing
+    while there are any. To be used in a `with` block, whose end stops the thread.
+
+    Attributes:
+        error: what the chunks raised, or None. psycopg2 hides it.
+    """
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._parts = itertools.chain((HEADER,), chunks, (TRAILER,))
-        self._buffer = memoryview(b"")
-        self.error: Exception | None = None
+        self._ready: queue.Queue[bytes] = queue.Queue(_CHUNKS_AHEAD)
+        self._closed = threading.Event()
+        self._encoder = threading.Thread(target=self._encode, daemon=True, name="songvec-encode")
+        self.error: BaseException | None = None
 
-    def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes; empty at the end. What the chunks raise is kept in `error`: psycopg2 hides it."""
-        while not self._buffer:
-            try:
-                part = next(self._parts, None)
-            except Exception as error:
-                self.error = error
-                raise
-            if part is None:
-                return b""
-            self._buffer = memoryview(part)
-        piece = self._buffer if size < 0 else self._buffer[:size]
-        self._buffer = self._buffer[len(piece) :]
-        return bytes(piece)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self, _size: int = -1) -> bytes:
+        """The next chunk, of whatever size: psycopg2 takes more than it asks for. Empty at the end.
+
+        Raises:
+            ValueError: the stream is closed.
+            Whatever the chunks raise.
+        """
+        if self._closed.is_set():
+            raise ValueError("expected an open stream: this one was closed")
+        if self._encoder.ident is None:
+            self._encoder.start()
+        part = self._ready.get()
+        if not part:
+            self._ready.put(part)  # it stays at its end
+            if self.error is not None:
+                raise self.error
+        return part
+
+    def close(self) -> None:
+        """End the thread and wait for it; it finishes the chunk that it is making."""
+        self._closed.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._ready.get_nowait()
+        if self._encoder.ident is not None:
+            self._encoder.join()
+
+    def _encode(self) -> None:
+        try:
+            for part in filter(None, self._parts):
+                self._ready.put(part)
+                if self._closed.is_set():
+                    break
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that reads
+            self.error = error
+        finally:
+            self._ready.put(b"")

@@ -1,48 +1,64 @@
-"""The IVFFlat index: how many lists, how much memory, when to build, and the build itself.
+"""The IVFFlat index: whether it is to be built, and bringing it up to date.
 
-Sizes are bytes. Formulas: pgvector 0.8.5's ivfbuild.c, k-means with Elkan's bounds (read and measured 2026-11).
+`sizes` has the arithmetic, `capacity` what the server can give, `build` the build, `recall` the measurement, and
+`catalogue` the index as it is.
 """
 
-import math
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy import text
 
-from songvec_assets.errors import DatabaseError, TableMismatchError
-from songvec_assets.postgres.engine import Database, error_border
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.errors import SettingsError, StoreError, TableMismatchError
+from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock, read_fact, write_fact
-from songvec_assets.progress import Progress, ReportProgress, ignore_progress
-from songvec_assets.vectors.table import CHANGES_FACT, TABLE, TableSpec
+from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
+from songvec_assets.vectors.build import (
+    building_name,
+    create_index,
+    lets_writers_in,
+    remove_leftovers,
+    swap_names,
+)
+from songvec_assets.vectors.capacity import Capacity, read_capacity
+from songvec_assets.vectors.catalogue import IndexFacts, find_index, find_lists, read_probes, set_probes
+from songvec_assets.vectors.recall import DEFAULT_TARGET, RecallReport, measure_recall, read_recall
+from songvec_assets.vectors.sizes import BuildEstimate, choose_lists, choose_probes, estimate_build
+from songvec_assets.vectors.table import TABLE, TableSpec, count_changes, fact_key, read_changes, table_exists
+from songvec_assets.vectors.watch import STEP
 
-INDEX = "embeddings_ivfflat_idx"
-_NEW_INDEX = f"{INDEX}_new"
-_FACT = "index"
+__all__ = [
+    "IndexFacts",
+    "IndexReport",
+    "IndexSettings",
+    "bring_index_up_to_date",
+    "find_index",
+    "plan_lists",
+    "read_probes",
+    "reason_to_build",
+    "set_probes",
+]
+
 _LISTS_OFF_BY = 0.25
 _CHANGED_SHARE = 0.2
-_SMALL_TABLE_ROWS = 10_000
-_MIN_MAINTENANCE_BYTES = 64 << 20
+_PROBES_GROWN = 1.5
 
 
 @dataclass(frozen=True)
-class IndexFacts:
-    """The index as the server has it.
+class IndexSettings:
+    """What a person may say about the index.
 
     Attributes:
-        n_rows: of the table when it was built.
-        lists: of the index.
-        probes: lists that a search visits.
-        n_bytes: its size.
+        lists: how many; None: the square root of the rows.
+        target_recall: the share of the true ten nearest that searches must find.
+        memory_bytes: that a build may take on the server; None: half of what is available, as far as it shows.
     """
 
-    n_rows: int
-    lists: int
-    probes: int
-    n_bytes: int
+    lists: int | None = None
+    target_recall: float = DEFAULT_TARGET
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,217 +66,225 @@ class IndexReport:
     """What was decided and done.
 
     Attributes:
-        reason: why it was built, or why not.
+        reason: why it was built, or why not; and what else a person should know.
         built: whether it was.
         index: as it now is.
         seconds: of the build; 0 where there was none.
+        recall: as measured last; None where the cache does not hold what is loaded.
+        estimate: what a build takes.
     """
 
     reason: str
     built: bool
     index: IndexFacts
     seconds: float
+    recall: RecallReport | None
+    estimate: BuildEstimate
 
 
-def choose_lists(n_rows: int, lists: int | None = None) -> int:
-    """The setting, or the square root of the rows: at equal recall it beat rows/1000 on clustered data."""
-    return lists or max(1, round(math.sqrt(n_rows)))
-
-
-def choose_probes(lists: int, n_rows: int) -> int:
-    """Lists that a search visits: the square root of all; all of a small table's, which costs nothing there."""
-    return lists if n_rows <= _SMALL_TABLE_ROWS else max(1, round(math.sqrt(lists)))
-
-
-def kmeans_bytes(lists: int, dimensions: int) -> int:
-    """Memory that a build needs in maintenance_work_mem; less is a hard error of the server."""
-    samples = max(10_000, 50 * lists)
-    vector = 4 * dimensions + 8
-    return samples * vector + 3 * lists * vector + 4 * samples * lists + 4 * lists**2 + 8 * samples
-
-
-def reason_to_build(
-    n_rows: int, lists: int, built: dict[str, int] | None, n_changed: int, exact: bool = False
-) -> str | None:
+def reason_to_build(n_rows: int, lists: int, lists_now: int | None, n_changed: int, exact: bool = False) -> str | None:
     """Why the index should be built now, or None.
 
     Args:
         n_rows: in the table.
         lists: that fit them.
-        built: n_rows and lists of the valid index that is there, or None.
+        lists_now: of the valid index that is there, or None.
         n_changed: rows written or deleted since it was built.
         exact: whether a person set the number of lists; then no other fits.
     """
-    if built is None:
+    if lists_now is None:
         return "there is none"
-    if abs(lists - built["lists"]) > (0 if exact else _LISTS_OFF_BY * built["lists"]):
-        return f"{n_rows:,} rows want {lists:,} lists, it has {built['lists']:,}"
+    if abs(lists - lists_now) > (0 if exact else _LISTS_OFF_BY * lists_now):
+        return f"{n_rows:,} rows want {lists:,} lists, it has {lists_now:,}"
     if n_changed > _CHANGED_SHARE * n_rows:
         return f"{n_changed:,} rows changed since it was built, over a fifth of {n_rows:,}"
     return None
 
 
-def build_index(
-    database: Database, spec: TableSpec, lists: int | None = None, progress: ReportProgress = ignore_progress
+def plan_lists(
+    n_rows: int, wanted: IndexSettings, lists_now: int | None, capacity: Capacity, spec: TableSpec
+) -> tuple[int, str]:
+    """How many lists the index is to have, and why not as many as the rows want, if so.
+
+    Raises:
+        SettingsError: a person set more than fit into memory.
+        DatabaseError: not even one fits.
+    """
+    lists = wanted.lists or choose_lists(n_rows)
+    if lists == lists_now:
+        return lists, ""
+    fitting, told = capacity.fit_lists(lists, spec.dimensions, spec.vector_type)
+    if not told:
+        return lists, ""
+    if wanted.lists:
+        raise SettingsError(
+            f"SONGVEC_LISTS: {told}: set {fitting:,} or fewer, or none, or raise SONGVEC_INDEX_MEMORY_MB"
+        )
+    # memory that was there when it was built, and is not now, makes it no worse
+    if lists_now is not None and fitting <= lists_now <= lists:
+        return lists_now, ""
+    return fitting, f"{told}, so it gets {fitting:,}"
+
+
+def bring_index_up_to_date(
+    database: Database,
+    cache: ModelCache,
+    spec: TableSpec,
+    wanted: IndexSettings = IndexSettings(),
+    *,
+    table: str = TABLE,
+    progress: ReportProgress = ignore_progress,
+    stop: StopSignal | None = None,
 ) -> IndexReport:
-    """Build the index where that is worth it; searches use the old one until the new one takes its place.
+    """Build the index where that is worth it, and measure recall where it was built, or rows changed since.
+
+    Searches use the old index until the new one takes its place, and as many probes as reach the target.
 
     Args:
         database: where the table is.
-        spec: what the table holds.
-        lists: the setting, or None for the square root of the rows.
-        progress: told the server's own figures, in percent.
+        cache: the shards that it was loaded from.
+        spec: what it holds.
+        wanted: what a person said.
+        table: its name.
+        progress: told percents of the build, then rows and searches of the measurement.
+        stop: ends it, the server's work included.
 
     Raises:
         TableMismatchError: the table is missing or empty: an index built on nothing finds nothing later.
-        DatabaseError: the server refused or the statement was cancelled; no leftovers stay.
+        SettingsError: the lists that were set do not fit into memory.
+        DatabaseError: the build does not fit, the server refused, or the statement was cancelled.
+        StoppedError: `stop` was set.
     """
+    stop = stop or StopSignal()
 
-    def nothing() -> None:
-        return None
+    def tell_waiting() -> None:
+        progress(Progress(STEP, 0, 100, unit="%", note="waiting for another run that sees to it"))
 
-    with hold_lock(database, "index", on_wait=nothing, check=nothing):
-        with database.get_connection() as connection:
-            if connection.scalar(text("SELECT to_regclass(:name) IS NULL"), {"name": TABLE}):
-                raise TableMismatchError(f"there is no table {TABLE} yet: materialize song_embeddings_table first")
-            n_rows = int(connection.scalar(text("SELECT count(*) FROM song_embeddings")) or 0)
-            n_changed = int(read_fact(connection, CHANGES_FACT) or 0)
-            built = find_valid_index(connection)
-        if not n_rows:
-            raise TableMismatchError(
-                f"table {TABLE} is empty: an index built now would find nothing later; load it first"
-            )
-        wanted = choose_lists(n_rows, lists)
-        reason = reason_to_build(n_rows, wanted, built, n_changed, exact=lists is not None)
-        started = time.monotonic()
+    with hold_lock(database, fact_key("index", table), on_wait=tell_waiting, check=stop.check):
+        return _Upkeep(database, cache, spec, wanted, table, progress, stop).run()
+
+
+@dataclass
+class _Upkeep:
+    """One call of `bring_index_up_to_date`, under its lock."""
+
+    database: Database
+    cache: ModelCache
+    spec: TableSpec
+    wanted: IndexSettings
+    table: str
+    progress: ReportProgress
+    stop: StopSignal
+    n_rows: int = 0
+    n_changed: int = 0
+
+    def run(self) -> IndexReport:
+        """Decide, build, measure."""
+        lists_now = self._read_table()
+        capacity = read_capacity(self.database, self.wanted.memory_bytes)
+        lists, told = plan_lists(self.n_rows, self.wanted, lists_now, capacity, self.spec)
+        concurrently = lets_writers_in(self.database, self.table)
+        spec = self.spec
+        estimate = estimate_build(
+            self.n_rows, lists, spec.dimensions, spec.vector_type, capacity.workers, capacity.cores, concurrently
+        )
+        reason = reason_to_build(self.n_rows, lists, lists_now, self.n_changed, exact=self.wanted.lists is not None)
+        if reason is None:
+            remove_leftovers(self.database, self.table, self.progress, self.stop)
+            recall, words, reason = self._look_at_recall(lists)
+        seconds = 0.0
         if reason is not None:
-            _build(database, spec, wanted, progress)
-            with database.get_connection() as connection:
-                _swap(connection)
-                write_fact(connection, _FACT, {"n_rows": n_rows, "lists": wanted})
-                write_fact(connection, CHANGES_FACT, 0)
-                write_fact(connection, "probes", choose_probes(wanted, n_rows))
-        index = find_index(database)
+            started = time.monotonic()
+            words = [reason, told, self._build(estimate, capacity)]
+            seconds = time.monotonic() - started
+            recall, measured = self._measure(lists)
+            words.append(measured)
+        index = find_index(self.database, self.table)
         assert index is not None
-        seconds = time.monotonic() - started if reason else 0.0
-        kept = f"{index.lists:,} lists fit {n_rows:,} rows, {n_changed:,} rows changed since it was built"
-        return IndexReport(reason or kept, reason is not None, index, seconds)
+        return IndexReport("; ".join(filter(None, words)), reason is not None, index, seconds, recall, estimate)
 
-
-def find_index(database: Database) -> IndexFacts | None:
-    """The valid index, or None."""
-    with database.get_connection() as connection:
-        built = find_valid_index(connection)
-        if built is None:
-            return None
-        n_bytes = int(connection.scalar(text("SELECT pg_relation_size(to_regclass(:name))"), {"name": INDEX}) or 0)
-        probes = read_probes(connection) or choose_probes(built["lists"], built["n_rows"])
-        return IndexFacts(built["n_rows"], built["lists"], probes, n_bytes)
-
-
-def read_probes(connection: sa.Connection) -> int | None:
-    """The lists that searches visit, as stored with the index; None before there is one."""
-    probes = read_fact(connection, "probes")
-    return None if probes is None else int(probes)
-
-
-def set_probes(connection: sa.Connection, probes: int | None) -> None:
-    """Let this transaction's searches visit so many lists; None leaves the server's default."""
-    if probes is not None:
-        connection.execute(text("SELECT set_config('ivfflat.probes', :probes, true)"), {"probes": str(probes)})
-
-
-def find_valid_index(connection: sa.Connection) -> dict[str, int] | None:
-    """Lists and rows at the build of the index that is there, whole and ours; else None."""
-    row = connection.execute(
-        text("""
-            SELECT c.reloptions
-            FROM pg_index i
-            JOIN pg_class c ON c.oid = i.indexrelid
-            JOIN pg_am a ON a.oid = c.relam
-            JOIN pg_opclass o ON o.oid = i.indclass[0]
-            WHERE i.indexrelid = to_regclass(:index) AND i.indrelid = to_regclass(:table) AND i.indisvalid
-              AND a.amname = 'ivfflat' AND o.opcname IN ('vector_cosine_ops', 'halfvec_cosine_ops')
-        """),
-        {"index": INDEX, "table": TABLE},
-    ).one_or_none()
-    if row is None:
-        return None
-    options = dict(option.split("=") for option in row.reloptions or [])
-    fact = read_fact(connection, _FACT) or {}
-    return {"lists": int(options.get("lists", 100)), "n_rows": int(fact.get("n_rows", 0))}
-
-
-def _build(database: Database, spec: TableSpec, lists: int, progress: ReportProgress) -> None:
-    needed = max(_MIN_MAINTENANCE_BYTES, math.ceil(1.05 * kmeans_bytes(lists, spec.dimensions)))
-    with database.get_autocommit() as connection:
-        connection.execute(text("DROP INDEX CONCURRENTLY IF EXISTS embeddings_ivfflat_idx_new"))
-        for name, value in {
-            "maintenance_work_mem": f"{math.ceil(needed / 1024)}kB",
-            # the role's own timeouts are made for queries, not for hours of building
-            "statement_timeout": "0",
-            "lock_timeout": "0",
-            "idle_in_transaction_session_timeout": "0",
-        }.items():
-            connection.execute(text("SELECT set_config(:name, :value, false)"), {"name": name, "value": value})
-        pid = int(connection.scalar(text("SELECT pg_backend_pid()")) or 0)
-        try:
-            with _watched(database, pid, progress):
-                connection.execute(
-                    text(
-                        f"CREATE INDEX CONCURRENTLY {_NEW_INDEX} ON {TABLE} "
-                        f"USING ivfflat (embedding {spec.vector_type}_cosine_ops) WITH (lists = {lists:d})"
-                    )
+    def _read_table(self) -> int | None:
+        """Count rows and changes; returns the lists of the valid index, or None."""
+        with self.database.get_connection() as connection:
+            if not table_exists(connection, self.table):
+                raise TableMismatchError(f"there is no table {self.table} yet: materialize song_embeddings_table first")
+            self.n_rows = int(connection.scalar(text(f"SELECT count(*) FROM {self.table}")) or 0)
+            self.n_changed = read_changes(connection, self.table)
+            if not self.n_rows:
+                raise TableMismatchError(
+                    f"table {self.table} is empty: an index built now would find nothing later; load it first"
                 )
-        except sa.exc.DBAPIError:
-            _drop_leftover(database)
-            raise
+            return find_lists(connection, self.table)
 
+    def _build(self, estimate: BuildEstimate, capacity: Capacity) -> str:
+        """Build and swap, or only swap where a killed run came no further; returns what else is to be told."""
+        database, table, lists = self.database, self.table, estimate.lists
+        with database.get_connection() as connection:
+            begun = read_fact(connection, fact_key("building", table))
+            whole = find_lists(connection, table, building_name(table)) == lists
+        n_counted = self.n_changed
+        taken_over = bool(whole and begun) and n_counted - begun["n_changed"] <= _CHANGED_SHARE * self.n_rows
+        remove_leftovers(database, table, self.progress, self.stop, keep_whole=taken_over)
+        if taken_over:
+            n_counted = begun["n_changed"]
+        else:
+            capacity.check_disk(estimate)
+            with database.get_connection() as connection:
+                write_fact(connection, fact_key("building", table), {"n_changed": n_counted})
+            create_index(database, self.spec, table, estimate, capacity.workers, self.progress, self.stop)
 
-def _drop_leftover(database: Database) -> None:
-    """Remove the invalid index that a failed CONCURRENTLY leaves; where the server is gone, the next build does it."""
-    try:
-        with database.get_autocommit() as connection:
-            connection.execute(text("DROP INDEX CONCURRENTLY IF EXISTS embeddings_ivfflat_idx_new"))
-    except DatabaseError:
-        return
+        def record(connection: sa.Connection) -> None:
+            # of what was measured of the old index, only that its searches needed so many is worth keeping till then
+            probes = max(choose_probes(lists, self.n_rows), min(read_probes(connection, table) or 1, lists))
+            facts = {"index": {"n_rows": self.n_rows}, "probes": probes, "recall": None, "building": None}
+            for name, value in facts.items():
+                write_fact(connection, fact_key(name, table), value)
+            # rows that changed while it was built stay counted; others wait for this row, so it is the last
+            count_changes(connection, -n_counted, table)
 
+        swap_names(database, table, record, self.stop.check)
+        if taken_over:
+            return "a killed run had built it, and it was put in its place"
+        if table == TABLE and not lets_writers_in(database, table):
+            return "loads waited meanwhile: a pooler in transaction mode takes no build that lets them go on"
+        return ""
 
-def _swap(connection: sa.Connection) -> None:
-    valid = connection.scalar(
-        text("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:name)"), {"name": _NEW_INDEX}
-    )
-    if not valid:
-        raise DatabaseError(f"the build of {_NEW_INDEX} ended without a valid index: materialize ivfflat_index again")
-    connection.execute(text("DROP INDEX IF EXISTS embeddings_ivfflat_idx"))
-    connection.execute(text("ALTER INDEX embeddings_ivfflat_idx_new RENAME TO embeddings_ivfflat_idx"))
+    def _look_at_recall(self, lists: int) -> tuple[RecallReport | None, list[str], str | None]:
+        """The recall of the index that is there, measured where that is due; and why it is to be built, if so."""
+        kept = f"{lists:,} lists fit {self.n_rows:,} rows, {self.n_changed:,} rows changed since it was built"
+        target = self.wanted.target_recall
+        with self.database.get_connection() as connection:
+            at_build = read_fact(connection, fact_key("index", self.table)) or {}
+            last = read_recall(connection, self.table)
+        if last is not None and last.target == target and last.holds(self.n_changed):
+            return last, [kept, last.describe()], None
+        report, told = self._measure(lists, last.probes if last is not None and last.target == target else None)
+        if report is None or at_build.get("target") != target or not self.n_changed:
+            return report, [kept, told], None
+        if report.probes > _PROBES_GROWN * at_build["probes"] + 1:
+            return (
+                report,
+                [],
+                f"a recall of {target:.0%} takes {report.probes:,} probes, {at_build['probes']:,} when it was built; "
+                f"{self.n_changed:,} rows changed since",
+            )
+        return report, [kept, told], None
 
-
-@contextmanager
-def _watched(database: Database, pid: int, progress: ReportProgress) -> Iterator[None]:
-    """Tell the server's progress, every two seconds, while the block runs."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        with error_border(), database.get_engine("web").connect() as connection:
-            while not ended.wait(2.0):
-                _tell_progress(connection, pid, progress)
-
-    watcher = threading.Thread(target=watch, daemon=True, name="songvec-index-progress")
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join(timeout=5)
-
-
-def _tell_progress(connection: sa.Connection, pid: int, progress: ReportProgress) -> None:
-    row = connection.execute(
-        text("SELECT phase, tuples_done, tuples_total FROM pg_stat_progress_create_index WHERE pid = :pid"),
-        {"pid": pid},
-    ).one_or_none()
-    connection.rollback()
-    if row is not None:
-        percent = round(100 * row.tuples_done / row.tuples_total) if row.tuples_total else 0
-        progress(Progress("build index", percent, 100, unit="%", note=row.phase))
+    def _measure(self, lists: int, kept: int | None = None) -> tuple[RecallReport | None, str]:
+        """Measure and record; returns what is to be told. A cache that is not at hand costs nobody the index."""
+        database, table, target = self.database, self.table, self.wanted.target_recall
+        try:
+            report = measure_recall(
+                database, self.cache, self.spec, lists, target, table=table, kept=kept, progress=self.progress,
+                stop=self.stop,
+            )  # fmt: skip
+        except StoreError as error:
+            return None, f"recall was not measured: {error}"
+        with database.get_connection() as connection:
+            write_fact(connection, fact_key("recall", table), report.to_fact())
+            write_fact(connection, fact_key("probes", table), report.probes)
+            at_build = read_fact(connection, fact_key("index", table)) or {}
+            # what decay is held against later
+            first = {"target": target, "probes": report.probes} | at_build
+            write_fact(connection, fact_key("index", table), first)
+        return report, report.describe()

@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.vectors.table import TABLE, TableSpec
+from songvec_assets.vectors.table import TABLE, TableSpec, table_exists
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,26 @@ class LedgerEntry:
         return cls(vectors.height, state.digest())
 
 
-def read_ledger(database: Database) -> dict[SongIdRange, LedgerEntry]:
-    """What is loaded, by range."""
+def read_ledger(database: Database, table: str = TABLE) -> dict[SongIdRange, LedgerEntry]:
+    """What is loaded into a table, by range."""
     with database.get_connection() as connection:
-        rows = connection.execute(text("SELECT range_start, range_stop, n_songs, digest FROM songvec.loaded_ranges"))
+        rows = connection.execute(
+            text(
+                "SELECT range_start, range_stop, n_songs, digest FROM songvec.loaded_ranges WHERE table_name = :table"
+            ),
+            {"table": table},
+        )
         return {SongIdRange(start, stop): LedgerEntry(n_songs, bytes(digest)) for start, stop, n_songs, digest in rows}
 
 
-def read_loaded_rows(connection: sa.Connection, song_range: SongIdRange) -> pl.DataFrame | None:
+def read_loaded_rows(connection: sa.Connection, song_range: SongIdRange, table: str = TABLE) -> pl.DataFrame | None:
     """The rows (song_id Int32, checksum UInt64) loaded of a range; None for none."""
     row = connection.execute(
         text("""
             SELECT song_ids, checksums FROM songvec.loaded_ranges
-            WHERE range_start = :start AND range_stop = :stop
+            WHERE table_name = :table AND range_start = :start AND range_stop = :stop
         """),
-        {"start": song_range.start, "stop": song_range.stop},
+        {"table": table, "start": song_range.start, "stop": song_range.stop},
     ).one_or_none()
     if row is None:
         return None
@@ -54,36 +59,41 @@ def read_loaded_rows(connection: sa.Connection, song_range: SongIdRange) -> pl.D
     return pl.DataFrame({"song_id": song_ids, "checksum": checksums})
 
 
-def count_table_rows(database: Database, tiling: Tiling) -> dict[SongIdRange, int]:
-    """The table's rows by range, from its primary key; empty where there is no table."""
+def count_table_rows(database: Database, tiling: Tiling, table: str = TABLE) -> dict[SongIdRange, int]:
+    """A table's rows by range, from its primary key; empty where there is no table."""
     with database.get_connection() as connection:
-        if connection.scalar(text("SELECT to_regclass(:name) IS NULL"), {"name": TABLE}):
+        if not table_exists(connection, table):
             return {}
         rows = connection.execute(
             text(
-                "SELECT least(song_id, :stop) / :width AS tile, count(*) FROM song_embeddings "
-                "WHERE song_id >= 0 GROUP BY tile"
+                f"SELECT least(song_id, :stop) / :width AS tile, count(*) FROM {table} WHERE song_id >= 0 GROUP BY tile"
             ),
             {"stop": tiling.stop, "width": tiling.width},
         )
         return {tiling.range_of(tile * tiling.width): count for tile, count in rows}
 
 
-def write_ledger(connection: sa.Connection, song_range: SongIdRange, vectors: pl.DataFrame, spec: TableSpec) -> None:
+def write_ledger(
+    connection: sa.Connection, song_range: SongIdRange, vectors: pl.DataFrame, spec: TableSpec, table: str = TABLE
+) -> None:
     """Record a range as loaded with these rows (song_id, checksum), within the transaction that loads them."""
     entry = LedgerEntry.of(vectors)
     # a raised stop leaves the old tail's row behind, which overlaps the new ranges
     connection.execute(
-        text("DELETE FROM songvec.loaded_ranges WHERE range_start < :stop AND range_stop > :start"),
-        {"start": song_range.start, "stop": song_range.stop},
+        text(
+            "DELETE FROM songvec.loaded_ranges "
+            "WHERE table_name = :table AND range_start < :stop AND range_stop > :start"
+        ),
+        {"table": table, "start": song_range.start, "stop": song_range.stop},
     )
     connection.execute(
         text("""
             INSERT INTO songvec.loaded_ranges
-                (range_start, range_stop, model, dimensions, n_songs, digest, song_ids, checksums)
-            VALUES (:start, :stop, :model, :dimensions, :n_songs, :digest, :song_ids, :checksums)
+                (table_name, range_start, range_stop, model, dimensions, n_songs, digest, song_ids, checksums)
+            VALUES (:table, :start, :stop, :model, :dimensions, :n_songs, :digest, :song_ids, :checksums)
         """),
         {
+            "table": table,
             "start": song_range.start,
             "stop": song_range.stop,
             "model": spec.model,

@@ -14,7 +14,7 @@ from songvec_assets.errors import TableMismatchError
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs.source import SongsSource
 from songvec_assets.vectors.ivfflat import read_probes, set_probes
-from songvec_assets.vectors.table import TableSpec, define_table, loaded_spec
+from songvec_assets.vectors.table import TableSpec, define_table, loaded_spec, read_spec
 
 TASK = "Given a description of a theme, a mood or a story, retrieve songs whose lyrics match it"
 
@@ -78,6 +78,8 @@ def search_songs(
     with database.get_connection("web") as connection:
         set_probes(connection, probes or read_probes(connection))
         similarities: dict[int, float] = {song_id: similarity for song_id, similarity in connection.execute(nearest)}  # noqa: C416 - rows are no pairs to mypy
+        if read_spec(connection) != spec:  # the query holds the table: what is recorded now is what it read
+            raise TableMismatchError("another table took the searched one's place just now: search again")
         songs = _read_songs(connection, source, list(similarities)) if similarities else {}
     found = {song_id: Hit(song_id, *songs[song_id], similarities[song_id]) for song_id in songs}
     return [found[song_id] for song_id in similarities if song_id in found]

@@ -12,7 +12,8 @@ import sqlalchemy as sa
 from songvec_assets.cache import fill as fill_module
 from songvec_assets.cache.fill import MAX_OPEN_RANGES, FillReport
 from songvec_assets.cache.send import MAX_REFUSALS_IN_A_ROW
-from songvec_assets.cache.shards import discard_damaged_rows, load_embeddings_from_cache, lock_name
+from songvec_assets.cache.shards import load_embeddings_from_cache, lock_name
+from songvec_assets.cache.upkeep import discard_damaged_rows
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding import client as client_module
 from songvec_assets.errors import (

@@ -17,13 +17,12 @@ from songvec_assets.cache.format import ShardIdentity, checksum_rows
 from songvec_assets.cache.shards import (
     ModelCache,
     Shard,
-    discard_damaged_rows,
     load_embeddings_from_cache,
     read_embeddings_from_file,
     read_identity,
     write_embeddings_to_file,
-    write_shard,
 )
+from songvec_assets.cache.upkeep import compact_if_worth_it, discard_damaged_rows, write_shard
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import hash_text
@@ -274,7 +273,7 @@ def test_a_damaged_schema_costs_no_row_and_is_written_anew(path):
         assert content_of(shard) == states[-1][1]
         # what can still be read of it may be enough to know the shard by
         is_damaged = shard.n_bytes_damaged > 0
-        assert shard.compact_if_worth_it() == is_damaged
+        assert compact_if_worth_it(shard) == is_damaged
         assert open_shard(path).n_bytes_damaged == 0
         assert content_of(open_shard(path)) == states[-1][1]
 
@@ -427,7 +426,7 @@ def test_compaction_keeps_what_is_live_and_drops_what_is_dead(folder, log, follo
     n_rows = sum(len(append.song_ids) for append in log)
     before = path.read_bytes()
     worth_it = n_rows - len(content) > 0.2 * n_rows
-    assert shard.compact_if_worth_it() == worth_it
+    assert compact_if_worth_it(shard) == worth_it
     if worth_it:
         assert sum(batch.num_rows for batch in open_shard(path).batches()) == len(content)
     else:
@@ -441,23 +440,23 @@ def test_compaction_keeps_what_is_live_and_drops_what_is_dead(folder, log, follo
 def test_live_rows_are_identical_after_compaction(path):
     shard, _ = write_log(path, MANY)
     before, size = shard.live_rows().drop("row"), path.stat().st_size
-    assert shard.compact_if_worth_it()
+    assert compact_if_worth_it(shard)
     assert open_shard(path).live_rows().drop("row").equals(before)
     assert path.stat().st_size < size
-    assert not open_shard(path).compact_if_worth_it()
+    assert not compact_if_worth_it(open_shard(path))
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("n_dead", [2, 3])
 def test_compaction_waits_until_over_a_fifth_is_dead(path, n_dead):
     shard, _ = write_log(path, [Append("vectors", list(range(8)), 1), Append("vectors", [0, 1, 2][:n_dead], 2)])
-    assert shard.compact_if_worth_it() == (n_dead == 3)
+    assert compact_if_worth_it(shard) == (n_dead == 3)
 
 
 def test_a_shard_takes_appends_right_after_it_was_compacted(path):
     shard, states = write_log(path, MANY)
     content = dict(states[-1][1])
-    assert shard.compact_if_worth_it()
+    assert compact_if_worth_it(shard)
     Append("vectors", [50, 51], 5).apply(shard, content)
     assert content_of(open_shard(path)) == content
     assert content_of(shard) == content
@@ -465,7 +464,7 @@ def test_a_shard_takes_appends_right_after_it_was_compacted(path):
 
 def test_a_shard_knows_right_after_it_was_compacted_that_nothing_is_damaged(path):
     shard, _ = write_log(path, MANY)
-    assert shard.compact_if_worth_it()
+    assert compact_if_worth_it(shard)
     assert shard.n_bytes_damaged == 0
 
 
@@ -473,7 +472,7 @@ def test_compaction_does_not_bless_what_a_disk_changed(path):
     """A checksum made anew over a damaged vector would never find it."""
     _, states = write_log(path, MANY)
     flip_bit(path, states[-1][1][2][2], 9)
-    assert open_shard(path).compact_if_worth_it()
+    assert compact_if_worth_it(open_shard(path))
     assert discard_damaged_rows(open_shard(path)) == [2]
 
 
@@ -481,7 +480,7 @@ def test_a_reader_keeps_its_rows_while_the_file_is_compacted_and_appended_to(pat
     _, states = write_log(path, MANY)
     reader, writer = open_shard(path), open_shard(path)
     live = reader.live_rows()
-    assert writer.compact_if_worth_it()
+    assert compact_if_worth_it(writer)
     Append("vectors", [60], 6).apply(open_shard(path), {})
     assert reader.live_rows().equals(live)
     assert content_of(reader) == states[-1][1]
@@ -498,7 +497,7 @@ def test_compaction_of_many_pieces_keeps_every_vector_with_its_song(path):
         write_embeddings_to_file(shard, song_ids[piece].tolist(), hashes[piece], embeddings[piece])
     shard.append_gone([song_id for song_id in range(5_000) if song_id % 4 == 0])
     shard.append_set_aside([5_001, 17], [bytes(16)] * 2, "too long")
-    assert shard.compact_if_worth_it()
+    assert compact_if_worth_it(shard)
     shard = Shard(path, identity)
     live = shard.live_rows()
     expected = sorted({song_id for song_id in range(5_000) if song_id % 4} | {5_001})
@@ -599,7 +598,7 @@ def test_a_range_without_a_file_holds_nothing(tmp_path):
     assert live.is_empty()
     assert live.columns == ["song_id", "text_hash", "checksum", "reason", "row"]
     assert shard.n_bytes_damaged == 0
-    assert not shard.compact_if_worth_it()
+    assert not compact_if_worth_it(shard)
     assert discard_damaged_rows(shard) == []
     assert cache.ranges() == []
     assert not cache.folder.exists()

@@ -10,12 +10,12 @@ import pytest
 
 from songvec_assets.cache.shards import (
     ModelCache,
-    discard_damaged_rows,
     load_embeddings_from_cache,
     read_embeddings_from_file,
     write_embeddings_to_file,
 )
 from songvec_assets.cache.store import adopt_store, bind_store, open_store
+from songvec_assets.cache.upkeep import discard_damaged_rows
 from songvec_assets.errors import StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
@@ -15,7 +16,7 @@ from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError, DatabaseError
 from songvec_assets.postgres.engine import Database, get_engine
-from songvec_assets_tests.administration import execute, free_port
+from songvec_assets_tests.administration import as_role, execute, free_port
 
 DOLLAR_A_TOKEN = Price(1e6)
 
@@ -199,6 +200,21 @@ def test_threads_together_stay_within_one_budget(engine: sa.Engine, run: str) ->
     # at most four reservations of 2 stand at once, so the last tokens may stay unspent
     assert sum(budget.n_tokens for budget in budgets) == sum(n_granted)
     assert 92 <= sum(n_granted) <= 100
+
+
+def test_a_roles_stricter_isolation_fails_nobody(database: Database, run: str) -> None:
+    with as_role(database, "SUPERUSER") as seen:
+        role = sa.make_url(seen.url).username
+        execute(database.adbc_uri, f"ALTER ROLE {role} SET default_transaction_isolation = 'serializable'")
+        budgets = [Budget(DOLLAR_A_TOKEN, seen.get_engine("web"), run, 1_000) for _ in range(2)]
+
+        def spend(place: int) -> None:
+            budgets[place % 2].reserve(3)
+            budgets[place % 2].settle(3, 2)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(spend, range(100)))
+        assert sum(budget.n_tokens for budget in budgets) == 200
 
 
 def test_processes_together_stay_within_one_budget(database: Database, run: str) -> None:

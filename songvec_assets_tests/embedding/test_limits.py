@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
@@ -20,7 +21,7 @@ from sqlalchemy.pool import NullPool
 from songvec_assets.embedding.limits import KEPT_SHARE, PROBING, Grant, RateLimiter
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database, get_engine
-from songvec_assets_tests.administration import execute, free_port
+from songvec_assets_tests.administration import as_role, execute, free_port
 
 MANY = 10**9
 
@@ -51,9 +52,12 @@ def make_limiter(database: Database) -> Iterator[LimiterMaker]:
 
 
 def forget(database: Database, **interval: float) -> None:
-    """Let it be so long since anything that happened: forget(database, hours=10); whole seconds."""
+    """Let it be so long since anything that happened: forget(database, hours=10); whole seconds.
+
+    With a negative interval it is as if the database's clock had stepped back by it.
+    """
     seconds = round(timedelta(**interval).total_seconds())
-    columns = ("requests_at", "tokens_at", "paused_until", "busy_since", "slowed_at")
+    columns = ("requests_at", "tokens_at", "paused_until", "busy_since", "slowed_at", "seen_at")
     moved = ", ".join(f"{column} = {column} - {seconds} * interval '1 second'" for column in columns)
     execute(database.adbc_uri, f"UPDATE songvec.rate_limits SET {moved}")
     # a second's slot goes with it; past the slots in between, as no two may be the same for a moment
@@ -558,6 +562,61 @@ def test_a_429_of_a_request_granted_before_the_fall_is_known_though_it_went_afte
 
 
 # The database
+
+
+@pytest.mark.parametrize("steps", [(10,), (90,), (36_000,), (36_000, 7), (36_000, -36_000, 50_000)], ids=str)
+def test_a_clock_that_steps_back_makes_nobody_wait_longer_and_lets_nothing_more_through(
+    database: Database, make_limiter: LimiterMaker, steps: tuple[int, ...]
+) -> None:
+    one, other = (make_limiter(tokens_per_minute=10_000) for _ in range(2))
+    grants = [one.reserve(200)]
+    for step in steps:
+        forget(database, seconds=-step)
+        grants = [earlier(grant, -step) for grant in grants]
+        grants += [limiter.reserve(200) for limiter in (one, other) for _ in range(40)]
+    n_granted = len(grants)
+    assert grants[-1].wait_s <= accruing_s(200 * n_granted, 10_000) + 5
+    if all(step > 0 for step in steps):
+        assert most_in_a_minute([(grant.at, 200) for grant in grants]) <= 10_000
+        assert grants[-1].wait_s >= accruing_s(200 * n_granted, 10_000) - 5
+
+
+def test_a_pause_is_as_long_after_a_clock_that_stepped_back(database: Database, make_limiter: LimiterMaker) -> None:
+    limiter = make_limiter(tokens_per_minute=10_000)
+    limiter.slow_down(limiter.reserve(200), 300)
+    forget(database, hours=-10)
+    assert limiter.reserve(200).wait_s == pytest.approx(300, abs=5)
+    forget(database, seconds=200)
+    assert limiter.reserve(200).wait_s == pytest.approx(100, abs=5)
+
+
+def test_the_last_minute_is_the_same_after_a_clock_that_stepped_back(
+    database: Database, make_limiter: LimiterMaker
+) -> None:
+    limiter = make_limiter(tokens_per_minute=10_000)
+    spend_two_minutes(database, limiter, 6_000)
+    limiter.reserve(0)
+    forget(database, hours=-10)
+    limiter.slow_down(limiter.reserve(0), 0)
+    assert speed_of(limiter) == pytest.approx(0.96 * 0.6, rel=0.02)
+    forget(database, minutes=3)
+    assert speed_of(limiter) == pytest.approx(0.96 * 0.6 + 0.045, rel=0.02)
+
+
+def test_a_roles_stricter_isolation_fails_nobody(database: Database) -> None:
+    with as_role(database, "SUPERUSER") as seen:
+        role = sa.make_url(seen.url).username
+        execute(database.adbc_uri, f"ALTER ROLE {role} SET default_transaction_isolation = 'serializable'")
+        limiter = RateLimiter(seen.get_engine("web"), "provider", 1, MANY)
+
+        def spend(place: int) -> float:
+            grant = limiter.reserve(1)
+            if place % 10 == 0:
+                limiter.slow_down(grant, 0)
+            return grant.wait_s
+
+        with ThreadPoolExecutor(8) as pool:
+            assert len(set(pool.map(spend, range(80)))) == 80
 
 
 def test_the_log_of_seconds_does_not_grow(database: Database, make_limiter: LimiterMaker) -> None:

@@ -1,19 +1,24 @@
 """Engines and their pools, URLs, and what a person reads when the database refuses."""
 
 import contextlib
+import io
 import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from datetime import timedelta
 from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
 
 from songvec_assets.errors import DatabaseError, SettingsError
-from songvec_assets.postgres.engine import Database, Profile, get_connection, get_engine, normalize_url, raw_cursor
+from songvec_assets.postgres.engine import Database, Profile, atomic, get_connection, get_engine, raw_cursor
 from songvec_assets.postgres.schema import ensure_schema
+from songvec_assets.postgres.sessions import Backend, cancel_statements
+from songvec_assets.postgres.urls import normalize_url
 from songvec_assets_tests.administration import as_role, dispose, execute, free_port, login_role, wait_until, with_parts
 from songvec_assets_tests.postgres.conftest import PASSWORD, TcpServer
 
@@ -35,11 +40,39 @@ def sleeping(database: Database) -> bool:
     return bool(execute(database.adbc_uri, statement)[0][0])
 
 
+def set_for_role(database: Database, seen: Database, **settings: str) -> None:
+    """Set what the role's sessions begin with."""
+    for name, value in settings.items():
+        execute(database.adbc_uri, f"ALTER ROLE {sa.make_url(seen.url).username} SET {name} = '{value}'")
+
+
+def show(database: Database, profile: Profile, name: str) -> str:
+    """A setting of the server as a transaction sees it."""
+    with database.get_connection(profile) as connection:
+        return str(connection.scalar(sa.text(f"SHOW {name}")))
+
+
 def error_of(url: str) -> DatabaseError:
     """What `SELECT 1` ends with."""
     with pytest.raises(DatabaseError) as caught, get_connection(url) as connection:
         connection.execute(sa.text("SELECT 1"))
     return caught.value
+
+
+def cancelling() -> bool:
+    """Whether a cancellation is on its way."""
+    return "songvec-cancel" in {thread.name for thread in threading.enumerate()}
+
+
+class Stream:
+    """A file for COPY, of pieces."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+
+    def read(self, _size: int) -> bytes:
+        """The next one."""
+        return next(self._pieces, b"")
 
 
 class TestPools:
@@ -113,6 +146,114 @@ class TestPools:
             connection.execute(sa.text("VACUUM kept"))
             raise ZeroDivisionError
         assert execute(database.adbc_uri, "SELECT n FROM kept") == [(1,)]
+
+
+class TestTransactions:
+    @pytest.mark.parametrize("profile", ["batch", "web", "parallel"])
+    @pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+    def test_each_is_read_committed_whatever_the_roles_default(
+        self, database: Database, profile: Profile, isolation: str
+    ) -> None:
+        with as_role(database) as seen:
+            set_for_role(database, seen, default_transaction_isolation=isolation)
+            for _ in range(2):
+                assert show(seen, profile, "transaction_isolation") == "read committed"
+
+    @pytest.mark.parametrize(
+        ("profile", "lasting"),
+        [("batch", ["0", "0", "0", "1min"]), ("parallel", ["0", "0", "0", "1min"]), ("web", ["7s", "8s", "9s", "6s"])],
+    )
+    def test_those_for_long_jobs_have_timeouts_of_their_own_and_those_for_queries_the_roles(
+        self, database: Database, profile: Profile, lasting: list[str]
+    ) -> None:
+        with as_role(database) as seen:
+            set_for_role(
+                database,
+                seen,
+                statement_timeout="7s",
+                idle_in_transaction_session_timeout="8s",
+                transaction_timeout="9s",
+                lock_timeout="6s",
+            )
+            names = "statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout", "lock_timeout"
+            for _ in range(2):
+                assert [show(seen, profile, name) for name in names] == lasting
+
+    def test_a_long_one_outlasts_the_roles_timeouts(self, database: Database) -> None:
+        with as_role(database) as seen:
+            timeouts = "statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"
+            set_for_role(database, seen, **dict.fromkeys(timeouts, "200ms"))
+            with seen.get_connection() as connection:
+                connection.execute(sa.text("SELECT pg_sleep(0.4)"))
+                time.sleep(0.4)
+                connection.execute(sa.text("SELECT 1"))
+
+    def test_what_it_sets_ends_with_it(self, database: Database) -> None:
+        with database.get_engine("parallel").connect() as connection:
+            connection.execute(sa.text("SELECT 1"))
+            connection.rollback()
+            raw = connection.connection.driver_connection
+            assert raw is not None
+            raw.autocommit = True
+            with raw.cursor() as cursor:
+                cursor.execute("SHOW lock_timeout")
+                assert cursor.fetchone() == ("0",)
+            raw.autocommit = False
+
+    def test_a_statement_by_itself_is_read_committed_too(self, database: Database) -> None:
+        with as_role(database) as seen:
+            set_for_role(database, seen, default_transaction_isolation="serializable")
+            engine = seen.get_engine("web").execution_options(isolation_level="AUTOCOMMIT")
+            with engine.connect() as connection:
+                assert connection.scalar(atomic("SHOW transaction_isolation")) == "read committed"
+                assert connection.scalar(sa.text("SHOW transaction_isolation")) == "serializable"
+                raw = connection.connection.driver_connection
+                assert raw is not None
+                assert raw.notices == []
+
+
+class TestSessions:
+    def test_a_server_reached_directly_has_them(self, database: Database) -> None:
+        assert database.has_sessions
+
+    def test_a_server_that_is_gone_is_an_error_of_ours(self) -> None:
+        with pytest.raises(DatabaseError, match="is it running"):
+            _ = Database(f"postgresql://ann@127.0.0.1:{free_port()}/songs").has_sessions
+
+    def test_one_has_none_of_the_roles_timeouts_and_what_was_asked_for(self, database: Database) -> None:
+        with as_role(database) as seen:
+            timeouts = {
+                "statement_timeout": "7s",
+                "lock_timeout": "7s",
+                "idle_in_transaction_session_timeout": "7s",
+                "idle_session_timeout": "7s",
+                "transaction_timeout": "7s",
+            }
+            set_for_role(database, seen, default_transaction_isolation="serializable", **timeouts)
+            with seen.get_autocommit(maintenance_work_mem="77MB") as connection:
+                for name in timeouts:
+                    assert connection.scalar(sa.text(f"SHOW {name}")) == "0"
+                assert connection.scalar(sa.text("SHOW transaction_isolation")) == "read committed"
+                assert connection.scalar(sa.text("SHOW maintenance_work_mem")) == "77MB"
+            with seen.get_autocommit(statement_timeout="8s", idle_session_timeout="9s") as connection:
+                assert connection.scalar(sa.text("SHOW statement_timeout")) == "8s"
+                assert connection.scalar(sa.text("SHOW idle_session_timeout")) == "9s"
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="the server does not notice killed clients there")
+    def test_the_server_looks_whether_the_client_is_still_there(self, database: Database) -> None:
+        with database.get_autocommit() as connection:
+            assert connection.scalar(sa.text("SHOW client_connection_check_interval")) == "10s"
+
+    def test_a_setting_that_the_server_does_not_know_or_take_is_refused(self, database: Database) -> None:
+        for settings in ({"no_such_setting": "1"}, {"maintenance_work_mem": "much"}):
+            with pytest.raises(DatabaseError, match=next(iter(settings))), database.get_autocommit(**settings):
+                pass
+
+    def test_an_error_in_the_block_passes_even_where_the_connection_broke(self, database: Database) -> None:
+        with pytest.raises(KeyError, match="mine"), database.get_autocommit() as connection:
+            pid = connection.scalar(sa.text("SELECT pg_backend_pid()"))
+            execute(database.adbc_uri, "SELECT pg_terminate_backend(%s, 5000)", (pid,))
+            raise KeyError("mine")
 
 
 class TestUrls:
@@ -210,10 +351,11 @@ class TestRefusals:
 
     def test_a_statement_that_the_roles_timeout_ends_says_so(self, database: Database) -> None:
         with as_role(database) as seen:
-            execute(database.adbc_uri, f"ALTER ROLE {sa.make_url(seen.url).username} SET statement_timeout = '400ms'")
+            set_for_role(database, seen, statement_timeout="400ms")
             started = time.monotonic()
-            with pytest.raises(DatabaseError) as caught, seen.get_connection() as connection:
+            with pytest.raises(DatabaseError) as caught, seen.get_connection("web") as connection:
                 connection.execute(sa.text("SELECT pg_sleep(20)"))
+            seen.get_engine("web").dispose()
         assert time.monotonic() - started < 10
         assert "canceling statement due to statement timeout" in str(caught.value)
         assert "statement_timeout; start the same command again" in str(caught.value)
@@ -231,7 +373,23 @@ class TestRefusals:
             pid = connection.scalar(sa.text("SELECT pg_backend_pid()"))
             execute(database.adbc_uri, "SELECT pg_terminate_backend(%s, 5000)", (pid,))
             connection.execute(sa.text("SELECT 1"))
-        assert "start the same command again" in str(caught.value)
+        assert "terminating connection due to administrator command" in str(caught.value)
+        assert "the server was shut down; start the same command again" in str(caught.value)
+
+    def test_a_copy_whose_connection_the_server_ends_says_why(self, database: Database) -> None:
+        execute(database.adbc_uri, "CREATE TABLE rows (n integer)")
+
+        def rows() -> Iterator[bytes]:
+            execute(database.adbc_uri, "SELECT pg_terminate_backend(%s, 5000)", (pid,))
+            yield b"1\n"
+
+        with (
+            pytest.raises(DatabaseError, match="terminating connection due to administrator command"),
+            database.get_connection() as connection,
+            raw_cursor(connection) as cursor,
+        ):
+            pid = connection.scalar(sa.text("SELECT pg_backend_pid()"))
+            cursor.copy_expert("COPY rows FROM STDIN", Stream(rows()))
 
     def test_an_error_past_sqlalchemy_is_turned_too_and_is_one_line(self, database: Database) -> None:
         with (
@@ -320,11 +478,109 @@ class TestCancel:
             thread.join(timeout=5)
         assert sorted(ended) == ["batch", "parallel", "web"]
 
-    def test_where_nothing_runs_nothing_is_harmed(self, database: Database) -> None:
-        database.cancel()
-        with database.get_connection("web") as connection:
+    @pytest.mark.parametrize(
+        ("handed_out", "statement", "waits"),
+        [
+            ("get_connection", "SELECT * FROM rows WHERE n = 1 FOR UPDATE", "Lock"),
+            ("get_connection", "SELECT pg_advisory_xact_lock(1)", "Lock"),
+            ("get_autocommit", "CREATE INDEX CONCURRENTLY ON rows (n)", "Lock"),
+            ("get_connection", "COPY (SELECT pg_sleep(60)) TO STDOUT", "Timeout"),
+        ],
+    )
+    def test_whatever_a_statement_waits_for_it_ends(
+        self, database: Database, handed_out: str, statement: str, waits: str
+    ) -> None:
+        execute(database.adbc_uri, "CREATE TABLE rows (n integer); INSERT INTO rows VALUES (1)")
+        errors: list[DatabaseError] = []
+
+        def run() -> None:
+            with (
+                pytest.raises(DatabaseError) as caught,
+                getattr(database, handed_out)() as connection,
+                raw_cursor(connection) as cursor,
+            ):
+                cursor.copy_expert(statement, io.BytesIO()) if "COPY" in statement else cursor.execute(statement)
+            errors.append(caught.value)
+
+        with database.get_connection("web") as holder:
+            holder.execute(sa.text("UPDATE rows SET n = 1"))
+            holder.execute(sa.text("SELECT pg_advisory_xact_lock(1)"))
+            thread = threading.Thread(target=run, daemon=True)
+            thread.start()
+            waiting = """
+                SELECT count(*) FROM pg_stat_activity
+                WHERE datname = current_database() AND state = 'active' AND wait_event_type = %s
+            """
+            wait_until(lambda: execute(database.adbc_uri, waiting, (waits,)) == [(1,)])
             database.cancel()
+            thread.join(timeout=10)
+        [error] = errors
+        assert "canceling statement due to user request" in str(error)
+
+    def test_a_load_that_goes_on_sending_ends(self, database: Database) -> None:
+        execute(database.adbc_uri, "CREATE TABLE rows (n integer)")
+
+        def rows() -> Iterator[bytes]:
+            yield b"1\n"
+            database.cancel()
+            while cancelling():
+                yield b"1\n" * 1000
+
+        with (
+            pytest.raises(DatabaseError, match="the statement was cancelled"),
+            database.get_connection() as connection,
+            raw_cursor(connection) as cursor,
+        ):
+            cursor.copy_expert("COPY rows FROM STDIN", Stream(rows()))
+
+    def test_nobody_waits_for_a_host_that_does_not_answer(self, database: Database) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            direct_url = f"postgresql://ann@127.0.0.1:{silent.getsockname()[1]}/songs"
+            seen = Database(database.url, direct_url=direct_url)
+            with seen.get_connection():
+                seen.cancel()
+                asked, _ = silent.accept()
+                with asked:
+                    assert asked.recv(100)
+                    asked.settimeout(0.2)
+                    with pytest.raises(TimeoutError):
+                        asked.recv(1)
+
+    def test_a_host_that_is_gone_harms_nothing(self, database: Database) -> None:
+        seen = Database(database.url, direct_url=f"postgresql://ann@127.0.0.1:{free_port()}/songs")
+        with seen.get_connection() as connection:
+            seen.cancel()
+            wait_until(lambda: not cancelling())
             assert connection.scalar(sa.text("SELECT 1")) == 1
-        database.cancel()
+
+    def test_what_began_later_in_the_same_process_of_the_server_is_spared(self, database: Database) -> None:
+        """A pooler may have given it to another client meanwhile."""
+        ended = threading.Event()
+        begun: list[Backend] = []
+
+        def sleep() -> None:
+            with contextlib.suppress(DatabaseError), database.get_connection() as connection:
+                begun.append(connection.info["backend"])
+                connection.execute(sa.text("SELECT pg_sleep(60)"))
+            ended.set()
+
+        threading.Thread(target=sleep, daemon=True).start()
+        wait_until(lambda: sleeping(database))
+        [(pid, start)] = begun
+        cancel_statements(database.url, [(pid, start - timedelta(microseconds=1))])
+        assert not ended.wait(0.3)
+        cancel_statements(database.url, [(pid, start)])
+        assert ended.wait(10)
+
+    def test_where_nothing_runs_nothing_is_harmed(self, database: Database) -> None:
+        def cancel() -> None:
+            database.cancel()
+            wait_until(lambda: not cancelling())
+
+        cancel()
+        with database.get_connection("web") as connection:
+            cancel()
+            assert connection.scalar(sa.text("SELECT 1")) == 1
+        cancel()
         with database.get_connection("web") as connection:
             assert connection.scalar(sa.text("SELECT 2")) == 2

@@ -52,9 +52,36 @@ EARLIER_TABLES = """
 """
 """Of the first version, with a row each."""
 
+LATER_TABLES = (
+    EARLIER_TABLES
+    + """
+    ALTER TABLE songvec.rate_limits
+        ADD paused_until timestamptz NOT NULL DEFAULT 'epoch', ADD busy_since timestamptz NOT NULL DEFAULT 'epoch',
+        ADD slowed_at timestamptz NOT NULL DEFAULT 'epoch', ADD share double precision NOT NULL DEFAULT 1;
+    CREATE TABLE songvec.rate_seconds (
+        name text, slot smallint, second bigint NOT NULL, n_requests bigint NOT NULL, n_tokens bigint NOT NULL,
+        PRIMARY KEY (name, slot)
+    );
+    CREATE TABLE songvec.budgets (
+        name text PRIMARY KEY, n_tokens bigint NOT NULL, updated_at timestamptz NOT NULL DEFAULT now()
+    );
+"""
+)
+"""Of the version before this one."""
+
 READ_COLUMNS = """
     SELECT table_name, column_name, data_type, is_nullable
     FROM information_schema.columns WHERE table_schema = 'songvec' ORDER BY 1, 2
+"""
+
+READ_KEYS = """
+    SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint
+    WHERE connamespace = 'songvec'::regnamespace AND contype = 'p' ORDER BY 1
+"""
+
+END_HOLDERS = """
+    SELECT pg_terminate_backend(pid, 5000) FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE locktype = 'advisory' AND datname = current_database()
 """
 
 HOLDER = """
@@ -119,17 +146,21 @@ class TestEnsureSchema:
         with database.get_connection() as connection:
             assert read_fact(connection, "mine") == 1
 
+    @pytest.mark.parametrize("tables", [EARLIER_TABLES, LATER_TABLES], ids=["the first", "the one before"])
     def test_the_tables_of_an_earlier_version_get_what_is_new_and_keep_what_they_hold(
-        self, bare_url: str, server_url: str
+        self, bare_url: str, server_url: str, tables: str
     ) -> None:
-        execute(bare_url, EARLIER_TABLES)
+        execute(bare_url, tables)
         database = Database(bare_url)
         ensure_schema(database)
         assert read_tables(bare_url) == TABLES
         assert execute(bare_url, READ_COLUMNS) == execute(with_parts(server_url, database=TEMPLATE), READ_COLUMNS)
         with database.get_connection() as connection:
             assert read_fact(connection, "mine") == 1
-        assert execute(bare_url, "SELECT range_stop, model FROM songvec.loaded_ranges") == [(100, "model")]
+        assert execute(bare_url, "SELECT table_name, range_start, range_stop, model FROM songvec.loaded_ranges") == [
+            ("song_embeddings", 0, 100, "model")
+        ]
+        assert execute(bare_url, READ_KEYS) == execute(with_parts(server_url, database=TEMPLATE), READ_KEYS)
         assert execute(bare_url, "SELECT name, share, slowed_at < now() FROM songvec.rate_limits") == [
             ("provider", 1.0, True)
         ]
@@ -246,18 +277,43 @@ class TestHoldLock:
 
     def test_the_error_of_a_block_whose_connection_broke_is_the_blocks_own(self, database: Database) -> None:
         with pytest.raises(KeyError, match="mine"), hold_lock(database, "range", on_wait=nothing, check=nothing):
-            pid = "SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE locktype = 'advisory'"
-            execute(database.adbc_uri, pid)
+            execute(database.adbc_uri, END_HOLDERS)
             raise KeyError("mine")
 
-    def test_the_roles_timeout_for_idle_sessions_does_not_end_it(self, database: Database) -> None:
+    def test_a_lock_that_was_lost_is_told_to_those_who_ask(self, database: Database) -> None:
+        with hold_lock(database, "range", on_wait=nothing, check=nothing) as check_held:
+            check_held()
+            execute(database.adbc_uri, END_HOLDERS)
+            for _ in range(2):
+                with pytest.raises(DatabaseError, match="start the same command again"):
+                    check_held()
+
+    def test_the_roles_timeouts_do_not_end_it(self, database: Database) -> None:
         with as_role(database) as seen:
             role = sa.make_url(seen.url).username
-            execute(database.adbc_uri, f"ALTER ROLE {role} SET idle_session_timeout = '300ms'")
+            for timeout in ("idle_session_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"):
+                execute(database.adbc_uri, f"ALTER ROLE {role} SET {timeout} = '300ms'")
             with hold_lock(seen, "range", on_wait=nothing, check=nothing):
                 time.sleep(0.8)
                 free = execute(database.adbc_uri, "SELECT pg_try_advisory_lock(%s)", (lock_key("range"),))
                 assert free == [(False,)]
+
+    def test_neither_vacuum_nor_an_index_build_waits_for_it(self, database: Database) -> None:
+        execute(database.adbc_uri, "CREATE TABLE rows (n integer); INSERT INTO rows VALUES (1)")
+        held_back = """
+            SELECT count(*) FROM pg_stat_activity
+            WHERE datname = current_database() AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)
+                AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+        """
+        with hold_lock(database, "range", on_wait=nothing, check=nothing) as check_held:
+            check_held()
+            assert execute(database.adbc_uri, held_back) == [(0,)]
+            with database.get_autocommit(statement_timeout="20s") as connection:
+                connection.execute(sa.text("DELETE FROM rows"))
+                connection.execute(sa.text("VACUUM rows"))
+                connection.execute(sa.text("CREATE INDEX CONCURRENTLY ON rows (n)"))
+            assert execute(database.adbc_uri, "SELECT pg_relation_size('rows')") == [(0,)]
+            check_held()
 
     def test_a_lock_ends_with_its_process_even_one_that_was_killed(self, database: Database) -> None:
         waiting = threading.Event()

@@ -11,16 +11,15 @@ from songvec_assets.errors import DatabaseError, SourceError, StoppedError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, StopSignal
 from songvec_assets.songs import export as export_module
-from songvec_assets.songs.export import (
+from songvec_assets.songs.export import ExportReport, IncompleteExportError, cache_songs_to_parquet
+from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
+from songvec_assets.songs.snapshots import (
     SNAPSHOT_SCHEMA,
-    ExportReport,
-    cache_songs_to_parquet,
     get_max_cached_song_id,
     load_songs_from_parquet,
     snapshot_path,
     snapshot_ranges,
 )
-from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets_tests.administration import execute
 

@@ -7,8 +7,9 @@ import pytest
 
 from songvec_assets.errors import DatabaseError, SourceError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.songs.export import cache_songs_to_parquet, load_songs_from_parquet, snapshot_path, snapshot_ranges
+from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
+from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import RangeCount, SourceNames, count_ranges, count_unreachable_ids, find_source
 from songvec_assets_tests.administration import as_role, execute
 

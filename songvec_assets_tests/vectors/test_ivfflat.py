@@ -1,349 +1,285 @@
-"""The IVFFlat index: its size and memory, when it is built, and that a build that fails costs nobody anything."""
+"""When the index is built and why not, how many lists it visits, and what decay does."""
 
-import re
-import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-
-import psycopg2
 import pytest
-import sqlalchemy as sa
 
-from songvec_assets.errors import DatabaseError, TableMismatchError
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.errors import TableMismatchError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
-from songvec_assets.progress import Progress
-from songvec_assets.vectors import ivfflat
+from songvec_assets.vectors.audit import audit_recall
 from songvec_assets.vectors.ivfflat import (
     IndexReport,
-    build_index,
-    choose_lists,
-    choose_probes,
+    IndexSettings,
+    bring_index_up_to_date,
     find_index,
-    kmeans_bytes,
     reason_to_build,
 )
-from songvec_assets.vectors.table import CHANGES_FACT, TableSpec, ensure_table
-from songvec_assets_tests.administration import dispose, execute, login_role, wait_until, with_parts
-from songvec_assets_tests.vectors.conftest import SPEC
+from songvec_assets.vectors.recall import read_recall
+from songvec_assets.vectors.table import BESIDE, TableSpec, ensure_table, read_changes
+from songvec_assets_tests.administration import execute
+from songvec_assets_tests.vectors.conftest import SPEC, load
+from songvec_assets_tests.vectors.indexes import (
+    INDEX,
+    change,
+    definition,
+    fill,
+    put_clusters,
+    read_identity,
+    read_indexes,
+)
 
-MEBIBYTE = 2**20
+UNMEASURED = "recall was not measured: the cache in"
 
 
 @pytest.fixture
 def table(database: Database) -> Database:
-    """A database whose table has 400 rows, song_ids 1 to 400."""
+    """A database whose table has 400 rows, song_ids 1 to 400, that no cache knows."""
     ensure_table(database, SPEC)
     fill(database, 1, 400)
     return database
 
 
-def fill(database: Database, first: int, last: int, spec: TableSpec = SPEC) -> None:
-    """Insert random rows and count them as changes, as a load does."""
-    execute(
-        database.adbc_uri,
-        f"""
-        INSERT INTO song_embeddings SELECT n, array_agg(random() - 0.5)::vector::{spec.vector_type}
-        FROM generate_series({first}, {last}) n, generate_series(1, {spec.dimensions}) GROUP BY n
-        """,
-    )
-    count_changes(database, last - first + 1)
+def bring(database: Database, cache: ModelCache, **wanted: object) -> IndexReport:
+    """Bring the index of SPEC's table up to date."""
+    return bring_index_up_to_date(database, cache, SPEC, IndexSettings(**wanted))  # type: ignore[arg-type]
 
 
-def count_changes(database: Database, n_rows: int) -> None:
-    """Count rows as changed since the index was built."""
-    with database.get_connection() as connection:
-        write_fact(connection, CHANGES_FACT, (read_fact(connection, CHANGES_FACT) or 0) + n_rows)
-
-
-def read_indexes(database: Database) -> dict[str, tuple[bool, str]]:
-    """Every index of the table but its key: name to validity and definition."""
-    rows = execute(
-        database.adbc_uri,
-        """
-        SELECT c.relname, i.indisvalid, pg_get_indexdef(c.oid) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-        WHERE i.indrelid = 'song_embeddings'::regclass AND NOT i.indisprimary
-        """,
-    )
-    return {name: (valid, definition) for name, valid, definition in rows}
-
-
-def read_identity(database: Database) -> tuple:
-    """Object and file of the index: both change when it is built anew."""
-    return execute(database.adbc_uri, "SELECT oid, relfilenode FROM pg_class WHERE relname = 'embeddings_ivfflat_idx'")[
-        0
-    ]
-
-
-def definition(lists: int, opclass: str = "vector_cosine_ops") -> str:
-    """The index as Postgres spells it; for vector columns the operator class is not the default one, so it is shown."""
-    return (
-        "CREATE INDEX embeddings_ivfflat_idx ON public.song_embeddings USING ivfflat "
-        f"(embedding {opclass}) WITH (lists='{lists}')"
-    )
-
-
-@contextmanager
-def writer(database: Database) -> Iterator[None]:
-    """Another program's open transaction that wrote to the table: CREATE INDEX CONCURRENTLY waits for its end."""
-    with closing(psycopg2.connect(database.adbc_uri, application_name="writer")) as connection:
-        with connection.cursor() as cursor:
-            cursor.execute("INSERT INTO song_embeddings SELECT -1, embedding FROM song_embeddings LIMIT 1")
-        yield
-        connection.rollback()
-
-
-class Builder(threading.Thread):
-    """A build in a thread of its own."""
-
-    def __init__(self, database: Database, lists: int | None = None) -> None:
-        super().__init__(daemon=True)
-        self._database, self._lists = database, lists
-        self.told: list[Progress] = []
-        self.report: IndexReport | None = None
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        """Build; keep what it returns or raises."""
-        try:
-            self.report = build_index(self._database, SPEC, self._lists, self.told.append)
-        except Exception as error:  # noqa: BLE001 - looked at by the test
-            self.error = error
-
-    def wait_for_new_index(self) -> None:
-        """Until the index that is being built is in the catalogue, not valid yet."""
-        wait_until(lambda: "embeddings_ivfflat_idx_new" in read_indexes(self._database))
-
-
-class TestArithmetic:
+class TestReason:
     @pytest.mark.parametrize(
-        ("n_rows", "lists"), [(0, 1), (1, 1), (10, 3), (400, 20), (10_000, 100), (1_000_000, 1000), (12_425_000, 3525)]
-    )
-    def test_lists_are_the_square_root_of_the_rows(self, n_rows: int, lists: int) -> None:
-        assert choose_lists(n_rows) == lists
-
-    def test_a_setting_decides_the_lists(self) -> None:
-        assert choose_lists(1_000_000, 77) == 77
-
-    @pytest.mark.parametrize(
-        ("lists", "n_rows", "probes"),
-        [(1, 1, 1), (20, 400, 20), (100, 10_000, 100), (100, 10_001, 10), (1000, 1_000_000, 32), (1, 20_000, 1)],
-    )
-    def test_probes_are_all_lists_of_a_small_table_and_the_square_root_of_a_large_ones(
-        self, lists: int, n_rows: int, probes: int
-    ) -> None:
-        assert choose_probes(lists, n_rows) == probes
-
-    @pytest.mark.parametrize(("lists", "mebibytes"), [(316, 148), (1000, 600), (3525, 3846)])
-    def test_memory_is_what_was_measured_at_2000_dimensions(self, lists: int, mebibytes: int) -> None:
-        assert kmeans_bytes(lists, 2000) / MEBIBYTE == pytest.approx(mebibytes, abs=1)
-
-    @pytest.mark.parametrize(("lists", "n_rows"), [(150, 10_000), (400, 20_000)])
-    def test_memory_is_what_the_server_itself_asks_for(self, database: Database, lists: int, n_rows: int) -> None:
-        ensure_table(database, SPEC)
-        fill(database, 1, n_rows)
-        expected = kmeans_bytes(lists, SPEC.dimensions)
-        with pytest.raises(DatabaseError) as caught, database.get_connection() as connection:
-            connection.execute(sa.text(f"SET maintenance_work_mem = '{expected * 9 // 10 // 1024}kB'"))
-            connection.execute(
-                sa.text(
-                    "CREATE INDEX ON song_embeddings USING ivfflat (embedding vector_cosine_ops) "
-                    f"WITH (lists = {lists})"
-                )
-            )
-        asked = re.search(r"memory required is (\d+) MB", str(caught.value))
-        assert asked is not None
-        assert int(asked[1]) == pytest.approx(expected / MEBIBYTE, abs=1)
-
-    @pytest.mark.parametrize(
-        ("n_rows", "lists", "built", "n_changed", "reason"),
+        ("n_rows", "lists", "lists_now", "n_changed", "reason"),
         [
             (400, 20, None, 0, "there is none"),
-            (400, 20, {"lists": 20, "n_rows": 400}, 0, None),
-            (400, 20, {"lists": 20, "n_rows": 400}, 80, None),
-            (400, 20, {"lists": 20, "n_rows": 400}, 81, "81 rows changed since it was built, over a fifth of 400"),
-            (625, 25, {"lists": 20, "n_rows": 400}, 100, None),
-            (676, 26, {"lists": 20, "n_rows": 400}, 100, "676 rows want 26 lists, it has 20"),
-            (225, 15, {"lists": 20, "n_rows": 400}, 10, None),
-            (196, 14, {"lists": 20, "n_rows": 400}, 10, "196 rows want 14 lists, it has 20"),
-            (12_000_000, 3464, {"lists": 3464, "n_rows": 12_000_000}, 2_500_000,
+            (400, 20, 20, 0, None),
+            (400, 20, 20, 80, None),
+            (400, 20, 20, 81, "81 rows changed since it was built, over a fifth of 400"),
+            (625, 25, 20, 100, None),
+            (676, 26, 20, 100, "676 rows want 26 lists, it has 20"),
+            (225, 15, 20, 10, None),
+            (196, 14, 20, 10, "196 rows want 14 lists, it has 20"),
+            (12_000_000, 3464, 3464, 2_500_000,
              "2,500,000 rows changed since it was built, over a fifth of 12,000,000"),
         ],
     )  # fmt: skip
     def test_it_is_built_when_there_is_none_or_lists_or_changes_are_far_off(
-        self, n_rows: int, lists: int, built: dict[str, int] | None, n_changed: int, reason: str | None
+        self, n_rows: int, lists: int, lists_now: int | None, n_changed: int, reason: str | None
     ) -> None:
-        assert reason_to_build(n_rows, lists, built, n_changed) == reason
+        assert reason_to_build(n_rows, lists, lists_now, n_changed) == reason
+
+    def test_lists_that_a_person_set_are_to_be_just_those(self) -> None:
+        assert reason_to_build(400, 21, 20, 0) is None
+        assert reason_to_build(400, 21, 20, 0, exact=True) == "400 rows want 21 lists, it has 20"
 
 
 class TestBuild:
-    def test_the_first_build_makes_the_index_that_the_design_names(self, table: Database) -> None:
+    def test_the_first_build_makes_the_index_that_the_design_names(self, table: Database, cache: ModelCache) -> None:
         assert find_index(table) is None
-        report = build_index(table, SPEC)
-        assert read_indexes(table) == {"embeddings_ivfflat_idx": (True, definition(20))}
-        assert (report.built, report.reason) == (True, "there is none")
+        report = bring(table, cache)
+        assert read_indexes(table) == {INDEX: (True, definition(20))}
+        assert report.built
+        assert report.reason.startswith(f"there is none; {UNMEASURED}")
         assert (report.index.lists, report.index.n_rows, report.index.probes) == (20, 400, 20)
-        size = execute(table.adbc_uri, "SELECT pg_relation_size('embeddings_ivfflat_idx')")
+        size = execute(table.adbc_uri, f"SELECT pg_relation_size('{INDEX}')")
         assert [(report.index.n_bytes,)] == size
         assert report.index == find_index(table)
         assert report.seconds > 0
+        assert report.estimate.lists == 20
 
-    def test_a_second_build_is_skipped_and_says_why(self, table: Database) -> None:
-        build_index(table, SPEC)
+    def test_a_second_build_is_skipped_and_says_why(self, table: Database, cache: ModelCache) -> None:
+        bring(table, cache)
         before = read_identity(table)
-        report = build_index(table, SPEC)
+        report = bring(table, cache)
         assert read_identity(table) == before
         assert (report.built, report.seconds) == (False, 0.0)
-        assert report.reason == "20 lists fit 400 rows, 0 rows changed since it was built"
+        assert report.reason.startswith("20 lists fit 400 rows, 0 rows changed since it was built; ")
 
-    def test_a_fifth_of_changed_rows_builds_it_anew_and_begins_to_count_again(self, table: Database) -> None:
-        build_index(table, SPEC)
-        before = read_identity(table)
-        count_changes(table, 80)
-        assert not build_index(table, SPEC).built
-        count_changes(table, 1)
-        assert build_index(table, SPEC).reason == "81 rows changed since it was built, over a fifth of 400"
-        assert read_identity(table) != before
-        assert not build_index(table, SPEC).built
-        assert read_indexes(table) == {"embeddings_ivfflat_idx": (True, definition(20))}
-
-    def test_more_rows_build_it_anew_with_the_lists_that_fit(self, table: Database) -> None:
-        build_index(table, SPEC)
-        fill(table, 401, 900)
-        report = build_index(table, SPEC)
-        assert (report.reason, report.index.lists) == ("900 rows want 30 lists, it has 20", 30)
-        assert report.index.n_rows == 900
-        assert read_indexes(table) == {"embeddings_ivfflat_idx": (True, definition(30))}
-
-    def test_a_setting_of_lists_builds_it_anew_and_then_holds(self, table: Database) -> None:
-        build_index(table, SPEC)
-        assert build_index(table, SPEC, lists=50).reason == "400 rows want 50 lists, it has 20"
-        assert not build_index(table, SPEC, lists=50).built
-        assert read_indexes(table) == {"embeddings_ivfflat_idx": (True, definition(50))}
-
-    def test_the_memory_that_k_means_needs_is_set_before_the_build(
-        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    def test_a_fifth_of_changed_rows_builds_it_anew_and_begins_to_count_again(
+        self, table: Database, cache: ModelCache
     ) -> None:
-        # so that a table of test size needs more than is set at least
-        monkeypatch.setattr(ivfflat, "_MIN_MAINTENANCE_BYTES", 64 << 10)
-        name = sa.make_url(database.url).database
-        execute(database.adbc_uri, f"ALTER DATABASE {name} SET maintenance_work_mem = '64kB'")
-        ensure_table(database, SPEC)
-        fill(database, 1, 10_000)
-        assert build_index(database, SPEC, lists=150).index.lists == 150
+        bring(table, cache)
+        before = read_identity(table)
+        change(table, 80)
+        assert not bring(table, cache).built
+        change(table, 1)
+        assert bring(table, cache).reason.startswith("81 rows changed since it was built, over a fifth of 400")
+        assert read_identity(table) != before
+        assert not bring(table, cache).built
+        assert read_indexes(table) == {INDEX: (True, definition(20))}
 
-    def test_halfvec_gets_its_own_operator_class(self, database: Database) -> None:
+    def test_more_rows_build_it_anew_with_the_lists_that_fit(self, table: Database, cache: ModelCache) -> None:
+        bring(table, cache)
+        fill(table, 401, 900)
+        report = bring(table, cache)
+        assert report.reason.startswith("900 rows want 30 lists, it has 20")
+        assert (report.index.lists, report.index.n_rows) == (30, 900)
+        assert read_indexes(table) == {INDEX: (True, definition(30))}
+
+    def test_a_setting_of_lists_builds_it_anew_and_then_holds(self, table: Database, cache: ModelCache) -> None:
+        bring(table, cache)
+        assert bring(table, cache, lists=50).reason.startswith("400 rows want 50 lists, it has 20")
+        assert not bring(table, cache, lists=50).built
+        assert read_indexes(table) == {INDEX: (True, definition(50))}
+
+    def test_halfvec_gets_its_own_operator_class(self, database: Database, cache: ModelCache) -> None:
         spec = TableSpec("model-a", 8, "halfvec")
         ensure_table(database, spec)
         fill(database, 1, 400, spec)
-        build_index(database, spec)
-        assert read_indexes(database) == {"embeddings_ivfflat_idx": (True, definition(20, "halfvec_cosine_ops"))}
+        bring_index_up_to_date(database, cache, spec)
+        assert read_indexes(database) == {INDEX: (True, definition(20, "halfvec_cosine_ops"))}
 
-    def test_an_index_of_another_operator_class_in_its_place_is_built_anew(self, table: Database) -> None:
+    @pytest.mark.parametrize("opclass", ["vector_l2_ops", "vector_cosine_ops"])
+    def test_an_index_that_is_not_ours_or_not_valid_counts_as_none(
+        self, table: Database, cache: ModelCache, opclass: str
+    ) -> None:
         execute(
             table.adbc_uri,
-            "CREATE INDEX embeddings_ivfflat_idx ON song_embeddings USING ivfflat (embedding vector_l2_ops)"
-            "WITH (lists = 20)",
-        )
-        with table.get_connection() as connection:
-            write_fact(connection, CHANGES_FACT, 0)
-        build_index(table, SPEC)
-        assert read_indexes(table) == {"embeddings_ivfflat_idx": (True, definition(20))}
-
-    def test_an_index_that_is_not_valid_counts_as_none(self, table: Database) -> None:
-        build_index(table, SPEC)
-        execute(
-            table.adbc_uri,
-            "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'embeddings_ivfflat_idx'::regclass",
+            f"CREATE INDEX {INDEX} ON song_embeddings USING ivfflat (embedding {opclass}) WITH (lists = 20);"
+            f"UPDATE pg_index SET indisvalid = {opclass == 'vector_l2_ops'} WHERE indexrelid = '{INDEX}'::regclass",
         )
         assert find_index(table) is None
-        assert build_index(table, SPEC).reason == "there is none"
-        assert read_indexes(table) == {"embeddings_ivfflat_idx": (True, definition(20))}
+        assert bring(table, cache).reason.startswith("there is none")
+        assert read_indexes(table) == {INDEX: (True, definition(20))}
 
-    def test_the_leftover_of_a_crash_is_removed(self, table: Database) -> None:
-        build_index(table, SPEC)
-        execute(
-            table.adbc_uri,
-            "CREATE INDEX embeddings_ivfflat_idx_new ON song_embeddings USING ivfflat (embedding vector_cosine_ops)"
-            "WITH (lists = 7); UPDATE pg_index SET indisvalid = false "
-            "WHERE indexrelid = 'embeddings_ivfflat_idx_new'::regclass",
-        )
-        assert set(read_indexes(table)) == {"embeddings_ivfflat_idx", "embeddings_ivfflat_idx_new"}
-        count_changes(table, 400)
-        build_index(table, SPEC)
-        assert read_indexes(table) == {"embeddings_ivfflat_idx": (True, definition(20))}
+    def test_the_table_beside_gets_an_index_and_records_of_its_own(self, table: Database, cache: ModelCache) -> None:
+        serving = bring(table, cache)
+        ensure_table(table, SPEC, BESIDE)
+        fill(table, 1, 900, table=BESIDE)
+        report = bring_index_up_to_date(table, cache, SPEC, table=BESIDE)
+        index = "embeddings_ivfflat_idx_new"
+        assert read_indexes(table, BESIDE) == {index: (True, definition(30, index=index, table=BESIDE))}
+        assert (report.index.lists, report.index.n_rows) == (30, 900)
+        assert find_index(table, BESIDE) == report.index
+        assert find_index(table) == serving.index
+        assert read_indexes(table) == {INDEX: (True, definition(20))}
+        assert not bring_index_up_to_date(table, cache, SPEC, table=BESIDE).built
 
-    def test_without_a_table_or_rows_it_is_refused(self, database: Database) -> None:
+    def test_without_a_table_or_rows_it_is_refused(self, database: Database, cache: ModelCache) -> None:
         with pytest.raises(TableMismatchError, match="materialize song_embeddings_table first"):
-            build_index(database, SPEC)
+            bring(database, cache)
         ensure_table(database, SPEC)
         with pytest.raises(TableMismatchError, match=r"empty: .* load it first"):
-            build_index(database, SPEC)
+            bring(database, cache)
         assert read_indexes(database) == {}
 
 
-class TestBuildUnderWay:
-    def test_a_cancelled_build_leaves_no_leftover_and_keeps_the_old_index(self, table: Database) -> None:
-        build_index(table, SPEC)
-        before = read_identity(table)
-        fill(table, 401, 900)
-        builder = Builder(table)
-        with writer(table):
-            builder.start()
-            builder.wait_for_new_index()
-            assert read_indexes(table)["embeddings_ivfflat_idx"] == (True, definition(20))
-            table.cancel()
-        builder.join(timeout=20)
-        assert isinstance(builder.error, DatabaseError)
-        assert "the statement was cancelled" in str(builder.error)
-        assert read_indexes(table) == {"embeddings_ivfflat_idx": (True, definition(20))}
-        assert read_identity(table) == before
-        assert build_index(table, SPEC).reason == "900 rows want 30 lists, it has 20"
+@pytest.fixture
+def clustered(database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> Database:
+    """A database whose table has 1,200 clustered rows, loaded from the cache, and counts as no small one."""
+    monkeypatch.setattr("songvec_assets.vectors.recall.SMALL_TABLE_ROWS", 1_000)
+    monkeypatch.setattr("songvec_assets.vectors.sizes.SMALL_TABLE_ROWS", 1_000)
+    put_clusters(cache, 0, 1_200, n_clusters=35)
+    load(database, cache)
+    return database
 
-    def test_a_build_whose_connection_breaks_keeps_the_old_index_and_can_be_done_again(self, table: Database) -> None:
-        build_index(table, SPEC)
-        fill(table, 401, 900)
-        builder = Builder(table)
-        with writer(table):
-            builder.start()
-            builder.wait_for_new_index()
-            kill = """
-                SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
-                WHERE datname = current_database() AND state = 'active' AND query LIKE 'CREATE INDEX CONCURRENTLY%'
-            """
-            assert execute(table.adbc_uri, kill) == [(True,)]
-        builder.join(timeout=20)
-        assert isinstance(builder.error, DatabaseError)
-        assert read_indexes(table)["embeddings_ivfflat_idx"] == (True, definition(20))
-        assert build_index(table, SPEC).built
-        assert read_indexes(table) == {"embeddings_ivfflat_idx": (True, definition(30))}
 
-    def test_the_roles_timeouts_do_not_end_it_and_its_progress_is_told(self, table: Database) -> None:
-        with login_role(table.adbc_uri, "SUPERUSER") as role:
-            for timeout in ("statement_timeout", "lock_timeout"):
-                execute(table.adbc_uri, f"ALTER ROLE {role} SET {timeout} = '1s'")
-            seen = Database(with_parts(table.url, username=role))
-            builder = Builder(seen)
-            with writer(table):
-                builder.start()
-                wait_until(lambda: builder.told or not builder.is_alive())
-            builder.join(timeout=20)
-            dispose(seen.url)
-            assert builder.error is None
-            assert read_indexes(table) == {"embeddings_ivfflat_idx": (True, definition(20))}
-            told = builder.told[0]
-            assert (told.step, told.total, told.unit) == ("build index", 100, "%")
-            assert told.note == "waiting for writers before build"
-            execute(table.adbc_uri, f"REASSIGN OWNED BY {role} TO postgres")
+def put_aside(database: Database, key: str, value: object) -> None:
+    """Write a fact past the package."""
+    with database.get_connection() as connection:
+        write_fact(connection, key, value)
 
-    def test_of_two_builds_at_once_the_second_waits_and_finds_it_done(self, table: Database) -> None:
-        builders = [Builder(table), Builder(table)]
-        with writer(table):
-            for builder in builders:
-                builder.start()
-            builders[0].wait_for_new_index()
-        for builder in builders:
-            builder.join(timeout=20)
-        assert [builder.error for builder in builders] == [None, None]
-        assert sorted(builder.report.built for builder in builders if builder.report) == [False, True]
-        assert read_indexes(table) == {"embeddings_ivfflat_idx": (True, definition(20))}
+
+def read(database: Database, key: str) -> object:
+    """Read a fact past the package."""
+    with database.get_connection() as connection:
+        return read_fact(connection, key)
+
+
+class TestRecall:
+    def test_a_build_stores_the_smallest_probes_that_reach_the_target(
+        self, clustered: Database, cache: ModelCache
+    ) -> None:
+        report = bring(clustered, cache)
+        assert report.recall is not None
+        by_probes = {point.probes: point.recall for point in report.recall.points}
+        assert 1 <= report.recall.probes < report.index.lists == 35
+        assert report.recall.recall >= 0.95
+        below = [recall for probes, recall in by_probes.items() if probes < report.recall.probes]
+        assert all(recall < 0.95 for recall in below)
+        assert report.recall.probes - 1 in {0, *by_probes}, "the next smaller was tried"
+        assert report.index.probes == read(clustered, "probes") == report.recall.probes
+        with clustered.get_connection() as connection:
+            assert read_recall(connection) == report.recall
+        assert report.reason == f"there is none; {report.recall.describe()}"
+
+    def test_a_rerun_with_nothing_changed_searches_nothing(
+        self, clustered: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = bring(clustered, cache)
+        put_clusters(cache, 1_200, 1_212, n_clusters=35)
+        load(clustered, cache)  # a hundredth: too few to move it
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError
+
+        monkeypatch.setattr("songvec_assets.vectors.ivfflat.measure_recall", refuse)
+        again = bring(clustered, cache)
+        assert (again.built, again.recall) == (False, first.recall)
+        assert again.reason.startswith("35 lists fit 1,212 rows, 12 rows changed since it was built; recall ")
+
+    def test_a_higher_target_takes_more_probes_of_the_same_index(self, clustered: Database, cache: ModelCache) -> None:
+        low = bring(clustered, cache, target_recall=0.6)
+        before = read_identity(clustered)
+        high = bring(clustered, cache, target_recall=0.999)
+        assert read_identity(clustered) == before
+        assert low.recall is not None
+        assert high.recall is not None
+        assert high.recall.probes > low.recall.probes
+        assert not high.built
+        assert high.recall.recall >= 0.999
+        back = bring(clustered, cache, target_recall=0.6)
+        assert back.recall is not None
+        assert back.recall.probes == low.recall.probes
+
+    def test_an_index_built_over_few_rows_and_filled_later_fails_the_check_and_is_built_anew(
+        self, clustered: Database, cache: ModelCache
+    ) -> None:
+        good = bring(clustered, cache)
+        assert good.recall is not None
+        assert audit_recall(clustered, cache, SPEC, 0.95).reached
+        identity = read_identity(clustered)
+        # the worst that can be: its centres know 12 rows, all of another kind
+        execute(clustered.adbc_uri, f"DROP INDEX {INDEX}; CREATE TABLE kept AS TABLE song_embeddings; "
+                "DELETE FROM song_embeddings WHERE song_id >= 12; "
+                f"CREATE INDEX {INDEX} ON song_embeddings USING ivfflat (embedding vector_cosine_ops) "
+                "WITH (lists = 35); INSERT INTO song_embeddings SELECT * FROM kept WHERE song_id >= 12; "
+                "DROP TABLE kept")  # fmt: skip
+        change(clustered, 100)  # under a fifth: only recall can tell
+        put_aside(clustered, "probes", 1)
+        audit = audit_recall(clustered, cache, SPEC, 0.95)
+        assert not audit.reached
+        assert audit.point is not None
+        assert audit.point.probes == 1
+        assert "materialize ivfflat_index" in audit.describe()
+        put_aside(clustered, "index", {"n_rows": 1_200, "target": 0.95, "probes": 1})
+        report = bring(clustered, cache)
+        assert report.built
+        assert report.reason.startswith("a recall of 95% takes ")
+        assert "1 when it was built; 100 rows changed since; recall " in report.reason
+        assert read_identity(clustered) != identity
+        assert audit_recall(clustered, cache, SPEC, 0.95).reached
+        assert not bring(clustered, cache).built
+
+    def test_rows_that_changed_while_it_was_built_stay_counted(
+        self, clustered: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        build = bring_index_up_to_date.__globals__["create_index"]
+
+        def build_while_rows_change(*arguments: object) -> None:
+            build(*arguments)
+            change(clustered, 7)
+
+        monkeypatch.setattr("songvec_assets.vectors.ivfflat.create_index", build_while_rows_change)
+        bring(clustered, cache)
+        with clustered.get_connection() as connection:
+            assert read_changes(connection) == 7
+
+    def test_a_small_table_visits_all_lists_and_records_what_fewer_would_find(
+        self, database: Database, cache: ModelCache
+    ) -> None:
+        put_clusters(cache, 0, 200, n_clusters=14)
+        load(database, cache)
+        report = bring(database, cache)
+        assert report.recall is not None
+        assert report.index.probes == report.recall.probes == report.index.lists == 14
+        assert report.recall.recall == 1.0
+        assert report.recall.points[0].probes == 1
+        assert report.recall.points[0].recall < 1.0

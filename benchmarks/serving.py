@@ -1,0 +1,371 @@
+"""Searches while a table is loaded, indexed anew and swapped: errors, songs not found, and how much slower they are.
+
+    python -m benchmarks.serving              all phases, five minutes
+    python -m benchmarks.serving --steps      also what the searches met in each step of a phase
+
+A searcher in a process of its own, on one connection, sends searches at fixed times, whether or not the one before has
+been answered; its latency counts from then, so that a stall counts for every search that it held up. Statements and
+transactions are those of `songvec search`. It looks for songs that never change, by their own vectors: one that is not
+among the ten found is missing. What the cache is given before each publication is no part of a phase.
+Exit code 1 where a search failed or a song was missing, or a phase's p99 is not below three times the quiet one.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+
+from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
+from songvec_assets.cache.upkeep import compact_if_worth_it
+from songvec_assets.postgres.embedded import start_embedded_server
+from songvec_assets.postgres.engine import Database
+from songvec_assets.progress import Progress
+from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.text import hash_text
+from songvec_assets.vectors.ivfflat import IndexSettings, bring_index_up_to_date, find_index, read_probes, set_probes
+from songvec_assets.vectors.publish import BESIDE_FROM_ROWS, publish_embeddings
+from songvec_assets.vectors.swap import drop_others, roll_back
+from songvec_assets.vectors.table import TableSpec, define_table, read_spec
+
+MODEL = "made-up"
+SLOWER_AT_MOST = 3.0
+QUIET = "quiet"
+_N_CLUSTERS, _N_FACTORS, _SPREAD = 300, 64, 0.7
+_BATCH = 2_000
+_SETTLE_S = 2.0
+"""Searches after a swap that are counted with it: they read pages that no search has read before."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the world is.
+
+    Attributes:
+        n_songs, dimensions: of the table.
+        n_ranges: of the cache.
+        n_known: songs that are searched for and never change.
+        searches_per_s: sent, however long they take.
+        quiet_s: seconds without anything else.
+        small_s: seconds for which small changes are published one after the other.
+        beside_from_rows: as `publish_embeddings` takes it.
+    """
+
+    n_songs: int = 80_000
+    dimensions: int = 2_000
+    n_ranges: int = 5
+    n_known: int = 200
+    searches_per_s: float = 20.0
+    quiet_s: float = 25.0
+    small_s: float = 12.0
+    beside_from_rows: int = BESIDE_FROM_ROWS
+
+    @property
+    def tiling(self) -> Tiling:
+        """How song_ids are cut."""
+        return Tiling(self.n_songs // self.n_ranges, self.n_songs)
+
+
+SHORT = Size(
+    n_songs=2_000, dimensions=16, n_known=20, searches_per_s=50, quiet_s=0.2, small_s=0.0, beside_from_rows=500
+)
+
+
+class Sample(NamedTuple):
+    """A search: when it was to begin, its seconds, and what came of it: nothing to say, `missing`, or an error."""
+
+    at: float
+    seconds: float
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """When something was going on."""
+
+    name: str
+    start: float
+    stop: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What searches met in all windows of a name; times are milliseconds."""
+
+    name: str
+    seconds: float
+    outcomes: Counter[str]
+    n: int
+    p50: float
+    p99: float
+    slowest: float
+
+    @classmethod
+    def of(cls, name: str, windows: list[Window], samples: list[Sample]) -> "Figures":
+        """The searches that were to begin within the windows."""
+        met = [each for each in samples if any(window.start <= each.at < window.stop for window in windows)]
+        ms = np.sort([1e3 * each.seconds for each in met] or [math.nan])
+        p50, p99 = (float(ms[math.ceil(share * len(ms)) - 1]) for share in (0.5, 0.99))
+        outcomes = Counter(each.outcome for each in met if each.outcome)
+        return cls(name, sum(each.stop - each.start for each in windows), outcomes, len(met), p50, p99, float(ms[-1]))
+
+
+@dataclass
+class Log:
+    """What went on, and when, by the monotonic clock that all processes share."""
+
+    phases: list[Window] = field(default_factory=list)
+    steps: list[Window] = field(default_factory=list)
+    swaps: list[Window] = field(default_factory=list)
+    _step: tuple[str, float] = ("", 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What goes on in the block; each of its steps too."""
+        start = time.monotonic()
+        self._step = ("begin", start)
+        yield
+        self.tell(Progress("end", 0, 0))
+        self.phases.append(Window(name, start, time.monotonic()))
+        self.steps = [replace(step, name=step.name.replace("…", name)) for step in self.steps]
+
+    def tell(self, progress: Progress) -> None:
+        """Listen to a step of the package."""
+        # a load's notes are ranges, an index build's are its phases
+        name = f"{progress.step} {progress.note if progress.unit == '%' else ''}".strip()
+        if name != self._step[0]:
+            now = time.monotonic()
+            self.steps.append(Window(f"…: {self._step[0]}", self._step[1], now))
+            self._step = (name, now)
+
+    def swapped(self, name: str) -> None:
+        """A swap has just ended."""
+        now = time.monotonic()
+        self.swaps.append(Window(name, now - 1, now + 1))
+
+
+@dataclass
+class World:
+    """A cache of made-up vectors, what publishes it, and the log of it all."""
+
+    database: Database
+    folder: Path
+    size: Size
+    log: Log = field(default_factory=Log)
+
+    def __post_init__(self) -> None:
+        self.cache = ModelCache(self.folder / "embeddings", MODEL, self.size.dimensions)
+        self.spec = TableSpec(MODEL, self.size.dimensions)
+        draw = np.random.default_rng(0)
+        self._clusters = draw.standard_normal((_N_CLUSTERS, _N_FACTORS), dtype=np.float32)
+        self._factors = draw.standard_normal((_N_FACTORS, self.size.dimensions), dtype=np.float32)
+        known = draw.choice(self.size.n_songs, self.size.n_known, replace=False)
+        self.known = {int(song_id): self.make(np.array([song_id]))[0] for song_id in known}
+
+    def make(self, song_ids: NDArray[np.int64], version: int = 0) -> NDArray[np.float32]:
+        """Vectors in clusters, (n, dimensions); another version's are others."""
+        latent = np.stack([self._make_latent(song_id, version) for song_id in song_ids.tolist()])
+        return latent @ self._factors
+
+    def _make_latent(self, song_id: int, version: int) -> NDArray[np.float32]:
+        draw = np.random.default_rng((song_id, version))
+        noise = draw.standard_normal(_N_FACTORS, dtype=np.float32)
+        return self._clusters[draw.integers(_N_CLUSTERS)] + _SPREAD * noise
+
+    def change(self, version: int, share: float = 1.0) -> None:
+        """Give a share of each range's songs vectors of a version, as a fill does; known songs keep theirs."""
+        for song_range in itertools.islice(self.size.tiling, self.size.n_ranges):
+            draw = np.random.default_rng((version, song_range.start))
+            n_changed = round(share * self.size.tiling.width)
+            song_ids = song_range.start + np.sort(draw.choice(self.size.tiling.width, n_changed, replace=False))
+            if version:
+                song_ids = song_ids[~np.isin(song_ids, list(self.known))]
+            shard, _ = load_embeddings_from_cache(self.cache, song_range)
+            for start in range(0, len(song_ids), _BATCH):
+                piece = song_ids[start : start + _BATCH]
+                hashes = [hash_text(f"{song_id} {version}") for song_id in piece.tolist()]
+                write_embeddings_to_file(shard, piece.tolist(), hashes, self.make(piece, version))
+            compact_if_worth_it(shard)
+
+    def publish(self, *, swap: bool = False) -> str:
+        """Make the table equal the cache; the name of the table that was loaded."""
+        report = publish_embeddings(
+            self.database,
+            self.cache,
+            self.spec,
+            self.size.tiling,
+            self.folder / "songs",
+            IndexSettings(),
+            swap=swap,
+            beside_from_rows=self.size.beside_from_rows,
+            progress=self.log.tell,
+        )
+        return report.place.table
+
+    def index(self, more_lists: int = 0) -> None:
+        """Build the index; also where there is one, if it is to have more lists."""
+        index = find_index(self.database)
+        wanted = IndexSettings(lists=index.lists + more_lists if index else None)
+        bring_index_up_to_date(self.database, self.cache, self.spec, wanted, progress=self.log.tell)
+
+
+def search(url: str, known: dict[int, NDArray[np.float32]], per_s: float, stop: Event, to: Connection) -> None:
+    """Search until told to stop, then send all samples. Runs in a process of its own."""
+    database = Database(url)
+    samples: list[Sample] = []
+    _search(database, *next(iter(known.items())))  # connects
+    to.send(None)
+    at = time.monotonic()
+    for song_id, vector in itertools.cycle(known.items()):
+        at += 1 / per_s
+        if stop.is_set():
+            break
+        time.sleep(max(0.0, at - time.monotonic()))
+        try:
+            outcome = _search(database, song_id, vector)
+        except Exception as error:  # noqa: BLE001 - whatever a search meets is counted
+            outcome = f"{type(error).__name__}: {error}"
+        samples.append(Sample(at, time.monotonic() - at, outcome))
+    to.send(samples)
+
+
+def _search(database: Database, song_id: int, vector: NDArray[np.float32]) -> str:
+    """A search, as `search_songs` does it: `missing` where the song is not among the ten."""
+    table = define_table(TableSpec(MODEL, len(vector)))
+    distance = table.c.embedding.cosine_distance(vector)
+    nearest = sa.select(table.c.song_id, (1 - distance).label("similarity")).order_by(distance).limit(10)
+    with database.get_connection("web") as connection:
+        set_probes(connection, read_probes(connection))
+        found = connection.execute(nearest).all()
+        read_spec(connection)
+    return "" if song_id in {row.song_id for row in found} else "missing"
+
+
+@contextmanager
+def searching(world: World) -> Iterator[list[Sample]]:
+    """Searches while the block runs; the list has them after it."""
+    samples: list[Sample] = []
+    context = get_context("spawn")
+    stop, (ours, theirs) = context.Event(), context.Pipe()
+    arguments = (world.database.url, world.known, world.size.searches_per_s, stop, theirs)
+    process = context.Process(target=search, args=arguments, name="searcher")
+    process.start()
+    theirs.close()  # so that its end is ours too
+    try:
+        ours.recv()
+        yield samples
+        stop.set()
+        samples.extend(ours.recv())
+    finally:
+        process.terminate()
+        process.join()
+
+
+def run(database: Database, folder: Path, size: Size) -> tuple[Log, list[Sample]]:
+    """Let everything happen to a table that serves."""
+    world = World(database, folder, size)
+    log, versions = world.log, itertools.count(1)
+    world.change(0)
+    world.publish()
+    world.index()
+    with searching(world) as samples:
+        with log.phase(QUIET):
+            time.sleep(size.quiet_s)
+        for share in (0.01, 0.05):
+            _publish_small_changes(world, versions, share)
+        with log.phase("index built anew"):
+            world.index(more_lists=1)
+        world.change(next(versions))
+        with log.phase("all changed, built beside and swapped in"):
+            world.publish()
+            log.swapped("swap")
+            time.sleep(_SETTLE_S)
+        world.spec = replace(world.spec, vector_type="halfvec")
+        with log.phase("another type, built beside and swapped in"):
+            world.publish(swap=True)
+            log.swapped("swap of another type")
+            time.sleep(_SETTLE_S)
+        with log.phase("rolled back, and the other dropped"):
+            roll_back(database)
+            log.swapped("rollback")
+            time.sleep(_SETTLE_S)
+            drop_others(database)
+            time.sleep(_SETTLE_S)
+    return log, samples
+
+
+def _publish_small_changes(world: World, versions: Iterator[int], share: float) -> None:
+    """One after the other, until the phase has lasted long enough to have a 99th percentile."""
+    name, seconds = f"{share:.0%} changed, in place, again and again", 0.0
+    while not seconds or seconds < world.size.small_s:
+        world.change(next(versions), share)
+        with world.log.phase(name):
+            world.publish()
+        seconds += world.log.phases[-1].stop - world.log.phases[-1].start
+
+
+def collect(windows: list[Window], samples: list[Sample]) -> list[Figures]:
+    """Figures by name, in the order of what went on."""
+    names = dict.fromkeys(window.name for window in windows)
+    return [Figures.of(name, [window for window in windows if window.name == name], samples) for name in names]
+
+
+def is_reached(figures: Figures, quiet: Figures) -> bool:
+    """Whether searches met neither errors nor missing songs, and were not three times as slow."""
+    return not figures.outcomes and (figures is quiet or figures.p99 < SLOWER_AT_MOST * quiet.p99)
+
+
+def render(figures: list[Figures], quiet: Figures, title: str) -> str:
+    """Figures as a Markdown table."""
+    rows = [
+        f"| {title} | seconds | searches | errors | missing | p50 ms | p99 ms | slowest ms | p99 / quiet p99 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for each in figures:
+        n_missing = each.outcomes["missing"]
+        rows.append(
+            f"| {each.name} | {each.seconds:.1f} | {each.n} | {each.outcomes.total() - n_missing} | {n_missing} "
+            f"| {each.p50:.1f} | {each.p99:.1f} | {each.slowest:.1f} | {each.p99 / quiet.p99:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Print the table, and what went wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving")
+    parser.add_argument("--songs", type=int, default=Size.n_songs)
+    parser.add_argument("--steps", action="store_true", help="also by step")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="serving-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)  # the embedded server may run as another user
+        database = start_embedded_server(Path(folder) / "pg")
+        log, samples = run(database, Path(folder), Size(n_songs=asked.songs))
+    figures = collect(log.phases, samples)
+    quiet = figures[0]
+    print(render(figures, quiet, "phase (to reach: no error, none missing, p99 / quiet p99 < 3)"))
+    print()
+    print(render(collect(log.swaps, samples), quiet, "a second around"))
+    if asked.steps:
+        print()
+        print(render(collect(log.steps, samples), quiet, "step"))
+    for outcome, n in sum((each.outcomes for each in figures), Counter[str]()).items():
+        print(f"\n{n} × {outcome}")
+    sys.exit(0 if all(is_reached(each, quiet) for each in figures) else 1)
+
+
+if __name__ == "__main__":
+    main()

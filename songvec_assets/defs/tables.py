@@ -1,0 +1,64 @@
+"""What `songvec` prints as tables."""
+
+from collections.abc import Sequence
+from dataclasses import astuple
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from songvec_assets.defs.headless import RunResult
+from songvec_assets.defs.reports import describe_seconds
+from songvec_assets.embedding.pricing import Estimate
+from songvec_assets.status import Status
+from songvec_assets.vectors.search import Hit
+
+
+def run_table(result: RunResult) -> Table:
+    """A row an asset."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column("Asset", no_wrap=True, min_width=21)
+    for name in ("Rows", "Seconds", "Tokens", "Cost", "Skipped", "New", "Changed"):
+        table.add_column(name, justify="right")
+    for row in result.rows:
+        table.add_row(row.asset, *row.cells())
+    return table
+
+
+def estimate_table(estimate: Estimate, offline: bool) -> Table:
+    """What a run would cost."""
+    table = Table(show_header=False, box=box.SIMPLE_HEAD)
+    for name, value in {
+        "Songs in the snapshot": f"{estimate.n_songs:,}",
+        "Texts to embed": f"{estimate.n_texts:,}",
+        "Tokens, about": f"{estimate.n_tokens:,}",
+        "Price, about": f"${estimate.usd:,.{2 if estimate.usd >= 1 else 4}f}"
+        + (" (offline vectors cost nothing)" if offline else ""),
+        "Time at full quota": "none" if offline else describe_seconds(estimate.hours * 3600),
+    }.items():
+        table.add_row(name, value)
+    return table
+
+
+def status_table(status: Status) -> Table:
+    """A row a range, and their sum."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("Songs by range", no_wrap=True, min_width=21)
+    for name in ("Songs", "Cached", "Set aside", "Loaded", "Indexed", "Missing"):
+        table.add_column(name, justify="right")
+    for each in (*status.ranges, status.total):
+        key, *counts = astuple(each)
+        table.add_row(key, *(f"{count:,}" for count in counts), style="bold" if key == "all" else None)
+    return table
+
+
+def hits_table(hits: Sequence[Hit]) -> Table:
+    """The songs found, nearest first."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+    table.add_column("Near", width=5)
+    for name, ratio in {"Song": 3, "Artist": 2, "First line": 4}.items():
+        table.add_column(name, no_wrap=True, ratio=ratio)
+    for hit in hits:
+        first_line = (hit.lyrics or "").partition("\n")[0]
+        table.add_row(f"{hit.similarity:.3f}", *map(Text, (hit.name, hit.artist, first_line)))
+    return table

@@ -1,0 +1,95 @@
+"""What a person reads when the database refuses: the server's, the driver's or a pooler's words, and what to do."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg2
+import psycopg2.extensions
+
+_GO_ON = "start the same command again"
+
+_ADVICE_BY_CODE = {
+    "28P01": "the password is wrong: correct POSTGRES_URL",
+    "28000": "the server refuses this user from here: check POSTGRES_URL and pg_hba.conf",
+    "3D000": "there is no such database: create it, or correct POSTGRES_URL",
+    "42501": "this user lacks a right: let the owner grant it, or use another user in POSTGRES_URL",
+    "53300": "the server has no connection left: raise max_connections or stop other clients",
+    "53100": f"the server's disk is full: free space, then {_GO_ON}; nothing is half-loaded",
+    "53200": "the server ran out of memory: lower maintenance_work_mem or SONGVEC_LISTS",
+    "57014": f"the statement was cancelled, by a person or the role's statement_timeout; {_GO_ON}",
+    "55P03": f"another session holds a lock on the table: wait for it, then {_GO_ON}",
+    "25006": "this server takes no writes: put the primary's address into POSTGRES_URL if it is a standby; else see "
+    "default_transaction_read_only, which some hosts set when the disk is nearly full",
+    "57P01": f"the server was shut down; {_GO_ON} when it is back",
+    "57P02": f"the server lost a process, often for want of memory, and starts anew: see its log, then {_GO_ON}",
+    "57P03": f"the server is starting or shutting down; {_GO_ON} when it is up",
+}
+
+_ADVICE_BY_WORDS = (
+    (r"password authentication failed|no password supplied", _ADVICE_BY_CODE["28P01"]),
+    (r"database \".*\" does not exist", _ADVICE_BY_CODE["3D000"]),
+    (r"role \".*\" does not exist|no pg_hba.conf entry", _ADVICE_BY_CODE["28000"]),
+    (r"too many clients|too many connections|remaining connection slots", _ADVICE_BY_CODE["53300"]),
+    (r"administrator command|unexpected postmaster exit", _ADVICE_BY_CODE["57P01"]),
+    (r"crash of another server process", _ADVICE_BY_CODE["57P02"]),
+    (r"is (starting up|shutting down|in recovery mode|not accepting|not yet accepting)", _ADVICE_BY_CODE["57P03"]),
+    (r"due to \S+ timeout", f"a timeout that the server or the role sets ended it: raise that, then {_GO_ON}"),
+    # PgBouncer's own, which have no code of theirs
+    (r"query_wait_timeout", f"no session of the pooler became free: raise its default_pool_size, then {_GO_ON}"),
+    (r"no more connections allowed", "the pooler takes no more clients: raise its max_client_conn, or stop others"),
+    (
+        r"server_login_retry|server login (has been )?fail|cannot connect to server|client_login_timeout",
+        "the pooler does not get into the server: is it running, is what the pooler knows of it right? See its log",
+    ),
+    (r"no such (database|user)", "the pooler does not know it: correct POSTGRES_URL, or the pooler's configuration"),
+    (r"unsupported startup parameter", "the pooler refuses a parameter at the end of POSTGRES_URL: leave it out"),
+    (r"idle.transaction.timeout", f"the pooler ends transactions that hold a lock: let it not, then {_GO_ON}"),
+    (r"query.timeout", f"the pooler ends statements that take long: let it not, then {_GO_ON}"),
+    (r"could not translate host name", "the host's name does not resolve: correct POSTGRES_URL"),
+    (
+        r"could not connect|Connection refused|timeout expired|No such file or directory|Network is unreachable",
+        "no server answers there: is it running, is the address in POSTGRES_URL right, does a firewall stand between?",
+    ),
+    (
+        r"server (closed the connection|conn crashed)|SSL connection has been closed|connection already closed"
+        r"|could not receive",
+        f"the connection broke: what was committed is kept, {_GO_ON}",
+    ),
+)
+
+
+def describe_database_error(error: BaseException | None) -> str:
+    """The server's own words, on one line, and what to do about them."""
+    words = " ".join(str(error).split())
+    code = getattr(error, "pgcode", None) or getattr(error, "sqlstate", None)  # psycopg2's, or ADBC's
+    advice = _ADVICE_BY_CODE.get(code or "")
+    advice = advice or next((each for pattern, each in _ADVICE_BY_WORDS if re.search(pattern, words)), None)
+    return f"Postgres: {words}" + (f" ({advice})" if advice else "")
+
+
+class TellingCursor(psycopg2.extensions.cursor):  # type: ignore[misc]
+    """psycopg2's, whose errors repeat why the server ended a connection: psycopg2's own only say that it did."""
+
+    def execute(self, query: Any, parameters: Any = None) -> None:
+        """As psycopg2's."""
+        with _last_words(self.connection):
+            super().execute(query, parameters)
+
+    def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
+        """As psycopg2's."""
+        with _last_words(self.connection):
+            super().copy_expert(sql, file, size)
+
+
+@contextlib.contextmanager
+def _last_words(connection: Any) -> Iterator[None]:
+    try:
+        yield
+    except psycopg2.OperationalError as error:
+        if not connection.closed:
+            raise
+        # a crash is told by a notice, all else as the connection's error
+        notices = [notice.partition("\n")[0] for notice in connection.notices if "terminating connection" in notice]
+        raise psycopg2.OperationalError("\n".join([*notices, connection.info.error_message or str(error)])) from error

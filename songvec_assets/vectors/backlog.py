@@ -1,0 +1,139 @@
+"""What a table lacks against the cache: from the ledger, the table's own counts and the shards' narrow columns."""
+
+from dataclasses import dataclass, field, replace
+
+import polars as pl
+import sqlalchemy as sa
+from sqlalchemy import text
+
+from songvec_assets.cache.marks import Mark
+from songvec_assets.cache.shards import ModelCache, Shard, load_embeddings_from_cache
+from songvec_assets.errors import DamagedShardError, StoreError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.progress import StopSignal
+from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.vectors.ledger import LedgerEntry, count_table_rows, read_ledger, read_loaded_rows
+from songvec_assets.vectors.table import TABLE
+
+_WHOLE_RANGE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What a table lacks against the cache.
+
+    Attributes:
+        unchanged: rows of each range with nothing to do.
+        changed: rows of each range that differs.
+        n_changed: rows of all ranges that differ.
+        damaged: what is wrong with the shards that cannot be read.
+    """
+
+    unchanged: dict[SongIdRange, int] = field(default_factory=dict)
+    changed: dict[SongIdRange, int] = field(default_factory=dict)
+    n_changed: int = 0
+    damaged: list[str] = field(default_factory=list)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all ranges."""
+        return sum(self.unchanged.values()) + sum(self.changed.values())
+
+
+def compare_with_cache(
+    database: Database, cache: ModelCache, tiling: Tiling, stop: StopSignal, table: str = TABLE
+) -> Backlog:
+    """Hold the cache against the ledger and the table's own counts. Reads no vector.
+
+    Raises:
+        StoreError: the cache is empty: nothing was ever filled.
+    """
+    tiles = set(tiling)
+    ranges = [song_range for song_range in cache.ranges() if song_range in tiles]
+    if not ranges:
+        raise StoreError(
+            f"no embeddings are cached for model {cache.model!r} in {cache.folder}: fill the cache first, with "
+            "`songvec run`, or with `dagster asset materialize --select '*' --partition-range FIRST...LAST`"
+        )
+    ledger, counts = read_ledger(database, table), count_table_rows(database, tiling, table)
+    backlog, n_changed = Backlog(), 0
+    for song_range in ranges:
+        stop.check()
+        try:
+            vectors = read_vectors(cache, song_range)[1]
+        except StoreError as error:
+            backlog.damaged.append(str(error))
+            cache.mark_of(song_range).unlink(missing_ok=True)
+            continue
+        entry = ledger.get(song_range)
+        if entry == LedgerEntry.of(vectors) and counts.get(song_range, 0) == vectors.height:
+            backlog.unchanged[song_range] = vectors.height
+            continue
+        backlog.changed[song_range] = vectors.height
+        is_known = entry is not None and song_range in counts
+        n_changed += _count_changed(database, song_range, vectors, table) if is_known else vectors.height
+    return replace(backlog, n_changed=n_changed)
+
+
+def _count_changed(database: Database, song_range: SongIdRange, vectors: pl.DataFrame, table: str) -> int:
+    with database.get_connection() as connection:
+        stale = find_stale_rows(connection, song_range, vectors, table)
+    return vectors.height if stale is None else len(stale.written_anew)
+
+
+def read_vectors(cache: ModelCache, song_range: SongIdRange) -> tuple[Shard, pl.DataFrame]:
+    """A range's shard, and those of its `live_rows` that have a vector."""
+    shard, live = load_embeddings_from_cache(cache, song_range)
+    return shard, live.filter(pl.col("reason").is_null())
+
+
+def check_whole(shard: Shard, n_vectors: int, loaded: pl.DataFrame | None, mark: Mark | None) -> None:
+    """Refuse a shard that lost rows: that a song is not in it does not say that the song is gone.
+
+    Where a complete fill left its mark, the file must be as it was then. Where a fill is on its way, it may end in a
+    torn write, but each loaded song must be in it, if only to be told gone.
+    """
+    song_range = shard.identity.range
+    n_missing_bytes = max(0, mark.n_bytes - shard.n_bytes) if mark else 0
+    n_lost = 0
+    if mark and mark.n_bytes == shard.n_bytes:
+        n_lost = max(0, mark.n_songs - mark.n_set_aside - n_vectors)
+        is_damaged = n_lost > 0 or shard.n_bytes_damaged > 0
+    else:
+        if loaded is not None:
+            n_lost = int((~loaded["song_id"].is_in(shard.told_song_ids().to_list())).sum())
+        is_damaged = n_lost > 0 or n_missing_bytes > 0 or shard.n_bytes_skipped > 0
+    if is_damaged:
+        raise DamagedShardError(
+            f"{shard.path} was changed on disk: {shard.n_bytes_damaged:,} bytes are damaged, {n_missing_bytes:,} are "
+            f"missing, and {n_lost:,} songs are no longer in it. The range was not loaded: materialize "
+            f"embedding_cache for {song_range.key}, which embeds what is lost anew, then load again"
+        )
+
+
+@dataclass(frozen=True)
+class StaleRows:
+    """What changed of a range: song_ids whose rows stay, and of those that go or are written anew."""
+
+    kept: list[int]
+    written_anew: list[int]
+
+
+def find_stale_rows(
+    connection: sa.Connection, song_range: SongIdRange, vectors: pl.DataFrame, table: str
+) -> StaleRows | None:
+    """Hold what the ledger says is loaded of a range against the cache; None: write the whole range."""
+    loaded = read_loaded_rows(connection, song_range, table)
+    count = connection.scalar(
+        text(f"SELECT count(*) FROM {table} WHERE song_id >= :start AND song_id < :stop"),
+        {"start": song_range.start, "stop": song_range.stop},
+    )
+    if loaded is None or loaded.height != count:
+        return None
+    kept = loaded.join(vectors, on=["song_id", "checksum"], how="semi")["song_id"]
+    n_rows = max(loaded.height, vectors.height)
+    if n_rows - len(kept) > _WHOLE_RANGE_SHARE * n_rows:
+        return None
+    # the new songs' ids too: a foreign row may be in their place
+    songs = pl.concat([loaded["song_id"], vectors["song_id"]]).unique()
+    return StaleRows(kept.to_list(), songs.filter(~songs.is_in(kept.implode())).to_list())

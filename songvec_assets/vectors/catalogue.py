@@ -1,0 +1,79 @@
+"""An index as the server's catalogue and our facts have it, and the probes that searches visit."""
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy import text
+
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import read_fact
+from songvec_assets.vectors.sizes import choose_probes
+from songvec_assets.vectors.table import TABLE, fact_key, index_name
+
+
+@dataclass(frozen=True)
+class IndexFacts:
+    """The index as the server has it.
+
+    Attributes:
+        n_rows: of the table when it was built.
+        lists: of the index.
+        probes: lists that a search visits.
+        n_bytes: its size.
+    """
+
+    n_rows: int
+    lists: int
+    probes: int
+    n_bytes: int
+
+
+def find_index(database: Database, table: str = TABLE) -> IndexFacts | None:
+    """The valid index of a table, or None."""
+    with database.get_connection() as connection:
+        lists = find_lists(connection, table)
+        if lists is None:
+            return None
+        fact = read_fact(connection, fact_key("index", table)) or {}
+        n_rows = int(fact.get("n_rows", 0))
+        name = index_name(table)
+        n_bytes = int(connection.scalar(text("SELECT pg_relation_size(to_regclass(:name))"), {"name": name}) or 0)
+        return IndexFacts(n_rows, lists, read_probes(connection, table) or choose_probes(lists, n_rows), n_bytes)
+
+
+def find_lists(connection: sa.Connection, table: str = TABLE, index: str | None = None) -> int | None:
+    """The lists of a table's index, or of another one that is named: where it is there, whole and ours."""
+    row = connection.execute(
+        text("""
+            SELECT c.reloptions
+            FROM pg_index i
+            JOIN pg_class c ON c.oid = i.indexrelid
+            JOIN pg_am a ON a.oid = c.relam
+            JOIN pg_opclass o ON o.oid = i.indclass[0]
+            WHERE i.indexrelid = to_regclass(:index) AND i.indrelid = to_regclass(:table) AND i.indisvalid
+              AND a.amname = 'ivfflat' AND o.opcname IN ('vector_cosine_ops', 'halfvec_cosine_ops')
+        """),
+        {"index": index or index_name(table), "table": table},
+    ).one_or_none()
+    if row is None:
+        return None
+    return int(dict(option.split("=") for option in row.reloptions or []).get("lists", 100))
+
+
+def read_probes(connection: sa.Connection, table: str = TABLE) -> int | None:
+    """The lists that searches visit, as stored with the index; None before there is one."""
+    probes = read_fact(connection, fact_key("probes", table))
+    return None if probes is None else int(probes)
+
+
+def set_probes(connection: sa.Connection, probes: int | None) -> None:
+    """Let this transaction's searches visit so many lists; None leaves the server's default.
+
+    Without just-in-time compilation: it costs a large table's searches a tenth of a second each, and they have nothing
+    that it makes faster.
+    """
+    if probes is not None:
+        connection.execute(
+            text("SELECT set_config('ivfflat.probes', :probes, true), set_config('jit', 'off', true)"),
+            {"probes": str(probes)},
+        )

@@ -1,0 +1,191 @@
+"""Queries like those that people make, and their exact nearest neighbours: from the cache that filled the table.
+
+The table equals the cache, and the ledger says which of its rows are loaded: one pass of matrix products over the
+mapped shards answers all queries at once, where the server would read the whole table for each. Vectors are float32, so
+what a `halfvec` table loses shows. Memory is bounded by a stored batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from songvec_assets.cache.format import ShardIdentity
+from songvec_assets.cache.shards import ModelCache, Shard, read_embeddings_from_file
+from songvec_assets.embedding.wire import Float32Matrix
+from songvec_assets.postgres.engine import Database
+from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
+from songvec_assets.vectors.table import TABLE
+
+NEIGHBOURS = 10
+TIE = 1e-6
+"""Similarities this near are equal: songs with the same text, summed in another order."""
+
+_KEPT = 50
+_MOST_QUERIES = 100
+_NOISE = 0.2
+
+
+@dataclass(frozen=True)
+class LoadedRows:
+    """The rows of the cache that a table holds.
+
+    Attributes:
+        database, cache, table: where they are.
+        ranges: that are loaded, with their number of rows.
+    """
+
+    database: Database
+    cache: ModelCache
+    table: str
+    ranges: dict[SongIdRange, int]
+
+    @classmethod
+    def of(cls, database: Database, cache: ModelCache, table: str = TABLE) -> "LoadedRows":
+        """By the ledger."""
+        ledger = read_ledger(database, table)
+        return cls(database, cache, table, {each: ledger[each].n_songs for each in sorted(ledger)})
+
+    @property
+    def n_rows(self) -> int:
+        """Of all ranges, as the ledger counts them."""
+        return sum(self.ranges.values())
+
+    def read(self, song_range: SongIdRange) -> tuple[Shard, pl.DataFrame]:
+        """A range's shard, and its rows (song_id, row) that are loaded, also where a newer one waits for a load."""
+        identity = ShardIdentity(self.cache.model, self.cache.dimensions, song_range)
+        shard = Shard(self.cache.path_of(song_range), identity)
+        with self.database.get_connection() as connection:
+            loaded = read_loaded_rows(connection, song_range, self.table)
+        stored = shard.all_rows().filter("has_vector").unique(["song_id", "checksum"], keep="last")
+        if loaded is None:
+            return shard, stored.select("song_id", "row").clear()
+        return shard, stored.join(loaded, on=["song_id", "checksum"], how="semi").select("song_id", "row").sort("row")
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What is searched for.
+
+    Attributes:
+        vectors: unit vectors, (n, dimensions): rows of the table first, then made-up ones.
+        n_rows: how many are rows.
+    """
+
+    vectors: Float32Matrix
+    n_rows: int
+
+
+def sample_queries(rows: LoadedRows, seed: int = 0) -> Queries:
+    """Draw rows, and mix as many queries of them: a tenth of the table's rows, ten at least and a hundred at most.
+
+    A row is one of its own ten neighbours, as a song is the first answer to its own words. A made-up query lies between
+    two rows, nearer to one, with noise of a fifth of its length: nothing in the table is like it.
+    """
+    draw = np.random.default_rng(seed)
+    counts = np.array(list(rows.ranges.values()), dtype=np.int64)
+    n_queries = min(rows.n_rows, _MOST_QUERIES, max(NEIGHBOURS, rows.n_rows // 10))
+    picked = [np.empty((0, rows.cache.dimensions), dtype=np.float32)]
+    shares = draw.multivariate_hypergeometric(counts, n_queries, method="marginals") if len(counts) else counts
+    for song_range, n_picked in zip(rows.ranges, shares.tolist(), strict=True):
+        if n_picked:
+            shard, loaded = rows.read(song_range)
+            places = draw.choice(loaded["row"].to_numpy(), min(n_picked, loaded.height), replace=False)
+            picked.append(shard.embeddings_at(places.tolist()))
+    sampled = _normalise(np.concatenate(picked))
+    weights = draw.uniform(0.5, 0.9, (len(sampled), 1)).astype(np.float32)
+    noise = _normalise(draw.standard_normal(sampled.shape, dtype=np.float32))
+    mixed = weights * sampled + (1 - weights) * np.roll(sampled, 1, axis=0) + _NOISE * noise
+    return Queries(np.concatenate([sampled, _normalise(mixed)]), len(sampled))
+
+
+@dataclass
+class ExactNeighbours:
+    """The nearest rows of each query, by exact arithmetic.
+
+    Attributes:
+        rows: among which.
+        queries: unit vectors, (n, dimensions).
+        song_ids: int32, (n, 50), nearest first; -1 where there are fewer rows.
+        similarities: float32, (n, 50); -inf where there are fewer rows.
+        n_found: rows that the cache held.
+    """
+
+    rows: LoadedRows
+    queries: Float32Matrix
+    song_ids: NDArray[np.int32]
+    similarities: Float32Matrix
+    n_found: int = 0
+    _looked_up: dict[tuple[int, int], bool] = field(default_factory=dict)
+
+    @property
+    def n_wanted(self) -> int:
+        """Neighbours of each query: ten, or all rows of a table that has fewer."""
+        return min(NEIGHBOURS, self.n_found)
+
+    def count_hits(self, query: int, found: Sequence[int]) -> int:
+        """How many of the song_ids that a search found are as near as the tenth nearest, ties included."""
+        floor = self.similarities[query, max(0, self.n_wanted - 1)] - TIE
+        near = set(self.song_ids[query][self.similarities[query] >= floor].tolist())
+        hits = near.intersection(found)
+        if self.similarities[query, -1] >= floor:
+            # more rows tie than were kept: look at the others one by one
+            hits |= {song_id for song_id in set(found) - near if self._is_near(query, song_id, floor)}
+        return len(hits)
+
+    def _is_near(self, query: int, song_id: int, floor: np.float32) -> bool:
+        if (query, song_id) not in self._looked_up:
+            song_range = next(each for each in self.rows.ranges if each.start <= song_id < each.stop)
+            shard, loaded = self.rows.read(song_range)
+            vectors = shard.embeddings_at(loaded.filter(pl.col("song_id") == song_id)["row"].to_list())
+            self._looked_up[query, song_id] = bool((_normalise(vectors) @ self.queries[query] >= floor).any())
+        return self._looked_up[query, song_id]
+
+
+def find_exact_neighbours(
+    rows: LoadedRows,
+    queries: Float32Matrix,
+    progress: ReportProgress = ignore_progress,
+    stop: StopSignal | None = None,
+) -> ExactNeighbours:
+    """Hold every loaded row against every query, in one pass over the cache.
+
+    Args:
+        rows: the table's.
+        queries: unit vectors, (n, dimensions).
+        progress: told the rows.
+        stop: ends it between two batches.
+    """
+    shape = (len(queries), _KEPT)
+    best = ExactNeighbours(rows, queries, np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32))
+    for song_range in rows.ranges:
+        shard, loaded = rows.read(song_range)
+        for batch in read_embeddings_from_file(shard, loaded["row"]):
+            if stop is not None:
+                stop.check()
+            lengths = np.sqrt(np.einsum("ij,ij->i", batch.embeddings, batch.embeddings))
+            _keep_best(best, batch.song_ids, (queries @ batch.embeddings.T) / lengths)
+            best.n_found += len(batch.song_ids)
+            progress(Progress("find exact neighbours", best.n_found, rows.n_rows, unit="rows"))
+    order = np.argsort(-best.similarities, axis=1, kind="stable")
+    best.song_ids = np.take_along_axis(best.song_ids, order, axis=1)
+    best.similarities = np.take_along_axis(best.similarities, order, axis=1)
+    return best
+
+
+def _keep_best(best: ExactNeighbours, song_ids: NDArray[np.int32], similarities: Float32Matrix) -> None:
+    """Take the better ones of a batch, (n queries, n rows), in the places of the worst that are kept."""
+    for query in np.flatnonzero((similarities > best.similarities.min(axis=1, keepdims=True)).any(axis=1)):
+        values = np.concatenate([best.similarities[query], similarities[query]])
+        ids = np.concatenate([best.song_ids[query], song_ids])
+        top = np.argpartition(-values, _KEPT - 1)[:_KEPT]
+        best.similarities[query], best.song_ids[query] = values[top], ids[top]
+
+
+def _normalise(vectors: Float32Matrix) -> Float32Matrix:
+    unit: Float32Matrix = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
