@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -47,8 +47,6 @@ SLOWER_AT_MOST = 3.0
 QUIET = "quiet"
 _N_CLUSTERS, _N_FACTORS, _SPREAD = 300, 64, 0.7
 _BATCH = 2_000
-_SETTLE_S = 2.0
-"""Searches after a swap that are counted with it: they read pages that no search has read before."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ class Size:
         searches_per_s: sent, however long they take.
         quiet_s: seconds without anything else.
         small_s: seconds for which small changes are published one after the other.
+        settle_s: seconds after a swap that are counted with it: searches then read what none has read before.
         beside_from_rows: as `publish_embeddings` takes it.
     """
 
@@ -72,6 +71,7 @@ class Size:
     searches_per_s: float = 20.0
     quiet_s: float = 25.0
     small_s: float = 12.0
+    settle_s: float = 2.0
     beside_from_rows: int = BESIDE_FROM_ROWS
 
     @property
@@ -81,7 +81,14 @@ class Size:
 
 
 SHORT = Size(
-    n_songs=2_000, dimensions=16, n_known=20, searches_per_s=50, quiet_s=0.2, small_s=0.0, beside_from_rows=500
+    n_songs=500,
+    dimensions=16,
+    n_known=20,
+    searches_per_s=20,
+    quiet_s=0.1,
+    small_s=0.0,
+    settle_s=0.1,
+    beside_from_rows=100,
 )
 
 
@@ -131,26 +138,30 @@ class Log:
     phases: list[Window] = field(default_factory=list)
     steps: list[Window] = field(default_factory=list)
     swaps: list[Window] = field(default_factory=list)
-    _step: tuple[str, float] = ("", 0.0)
+    _step: Window = Window("", 0.0, 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What goes on in the block; each of its steps too."""
+        """What goes on in the block, which tells its steps."""
         start = time.monotonic()
-        self._step = ("begin", start)
+        self._step = Window(f"{name}: begin", start, start)
         yield
-        self.tell(Progress("end", 0, 0))
+        self._begin("")
         self.phases.append(Window(name, start, time.monotonic()))
-        self.steps = [replace(step, name=step.name.replace("…", name)) for step in self.steps]
 
     def tell(self, progress: Progress) -> None:
-        """Listen to a step of the package."""
-        # a load's notes are ranges, an index build's are its phases
-        name = f"{progress.step} {progress.note if progress.unit == '%' else ''}".strip()
-        if name != self._step[0]:
+        """Listen to the package: an index build's notes are its phases."""
+        name = progress.step
+        if progress.unit == "%" and not progress.note.startswith("estimated"):
+            name = f"{name}, {progress.note.rpartition(': ')[2]}"
+        self._begin(name)
+
+    def _begin(self, step: str) -> None:
+        phase, _, last = self._step.name.partition(": ")
+        if phase and step != last:
             now = time.monotonic()
-            self.steps.append(Window(f"…: {self._step[0]}", self._step[1], now))
-            self._step = (name, now)
+            self.steps.append(replace(self._step, stop=now))
+            self._step = Window(f"{phase}: {step}" if step else "", now, now)
 
     def swapped(self, name: str) -> None:
         """A swap has just ended."""
@@ -229,10 +240,10 @@ def search(url: str, known: dict[int, NDArray[np.float32]], per_s: float, stop: 
     samples: list[Sample] = []
     _search(database, *next(iter(known.items())))  # connects
     to.send(None)
-    at = time.monotonic()
+    at, parent = time.monotonic(), parent_process()
     for song_id, vector in itertools.cycle(known.items()):
         at += 1 / per_s
-        if stop.is_set():
+        if stop.is_set() or parent is None or not parent.is_alive():
             break
         time.sleep(max(0.0, at - time.monotonic()))
         try:
@@ -293,18 +304,18 @@ def run(database: Database, folder: Path, size: Size) -> tuple[Log, list[Sample]
         with log.phase("all changed, built beside and swapped in"):
             world.publish()
             log.swapped("swap")
-            time.sleep(_SETTLE_S)
+            time.sleep(size.settle_s)
         world.spec = replace(world.spec, vector_type="halfvec")
         with log.phase("another type, built beside and swapped in"):
             world.publish(swap=True)
             log.swapped("swap of another type")
-            time.sleep(_SETTLE_S)
+            time.sleep(size.settle_s)
         with log.phase("rolled back, and the other dropped"):
             roll_back(database)
             log.swapped("rollback")
-            time.sleep(_SETTLE_S)
+            time.sleep(size.settle_s)
             drop_others(database)
-            time.sleep(_SETTLE_S)
+            time.sleep(size.settle_s)
     return log, samples
 
 

@@ -180,7 +180,7 @@ def swap(
     _materialize(deployment, _span(deployment, None), "all", max_usd, resources)
     each = deployment.settings
     out.print(
-        f"Searches now find {deployment.table_spec}. Keep it so: SONGVEC_EMBEDDING_MODEL={each.embedding_model} "
+        f"Searches now find {deployment.table_spec}. Keep it so: SONGVEC_EMBEDDING_MODEL={each.model} "
         f"SONGVEC_EMBEDDING_DIMENSIONS={each.embedding_dimensions} SONGVEC_VECTOR_TYPE={each.vector_type}\n"
         f"The table before is kept as {KEPT}: `songvec swap --rollback` lets it serve again, `songvec swap --drop-old` "
         "drops it.",

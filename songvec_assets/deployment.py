@@ -200,7 +200,7 @@ class Deployment:
     def as_loaded(self) -> "Deployment":
         """This deployment with the model, size and type that searches find: after a swap they need no new settings."""
         loaded = loaded_spec(self.database)
-        if loaded is None or OFFLINE_MODEL in (loaded.model, self.settings.model):
+        if loaded is None or (loaded.model == OFFLINE_MODEL) != self.settings.offline:
             return self
         settings = replace(
             self.settings,

@@ -55,16 +55,15 @@ _CANCEL = """
 def keeps_sessions(url: str) -> bool:
     """Whether a connection to a URL keeps its session of the server; asked once a process and URL.
 
-    A pooler in transaction mode gives whichever session is free: of two connections that take turns, both then meet
-    the same, or one meets several.
+    A pooler in transaction mode gives whichever session is free: two connections then meet the same, or one of them
+    meets several. One asks twice in a row: of two sessions that take turns, each would else meet its own.
     """
     ones: set[int] = set()
     others: set[int] = set()
     with _connect(url) as one, _connect(url) as other:
-        for _ in range(_N_TRIES):
-            for cursor, pids in ((one, ones), (other, others)):
-                cursor.execute("SELECT pg_backend_pid()")
-                pids.add(cursor.fetchone()[0])
+        for cursor, pids in ((one, ones), (other, others), (other, others)) * _N_TRIES:
+            cursor.execute("SELECT pg_backend_pid()")
+            pids.add(cursor.fetchone()[0])
     return len(ones) == len(others) == 1 and ones != others
 
 

@@ -22,6 +22,7 @@ from songvec_assets.vectors.watch import STEP, BuildProgress, watched
 _POLL_S = 1.0
 _DROP_LOCK_TIMEOUT = "5s"
 _DROP_PATIENCE_S = 600.0
+_REPLACED_PATIENCE_S = 30.0
 _LOCK_NOT_AVAILABLE = "55P03"
 
 
@@ -131,7 +132,7 @@ def swap_names(
 
     run_briefly(database, swap, check)
     try:
-        drop_index(database, table, replaced, check)
+        drop_index(database, table, replaced, check, _REPLACED_PATIENCE_S)
     except DatabaseError as error:
         if not _is_lock_timeout(error):
             raise

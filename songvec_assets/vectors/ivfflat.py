@@ -189,9 +189,9 @@ class _Upkeep:
             self.n_rows, lists, spec.dimensions, spec.vector_type, capacity.workers, capacity.cores, concurrently
         )
         reason = reason_to_build(self.n_rows, lists, lists_now, self.n_changed, exact=self.wanted.lists is not None)
-        if reason is None:
+        if reason is None and lists_now is not None:
             remove_leftovers(self.database, self.table, self.progress, self.stop)
-            recall, words, reason = self._look_at_recall(lists)
+            recall, words, reason = self._look_at_recall(lists_now)
         seconds = 0.0
         if reason is not None:
             started = time.monotonic()

@@ -120,30 +120,40 @@ class ExactNeighbours:
     song_ids: NDArray[np.int32]
     similarities: Float32Matrix
     n_found: int = 0
-    _looked_up: dict[tuple[int, int], bool] = field(default_factory=dict)
+    _looked_up: dict[tuple[int, int], float] = field(default_factory=dict)
 
     @property
     def n_wanted(self) -> int:
         """Neighbours of each query: ten, or all rows of a table that has fewer."""
         return min(NEIGHBOURS, self.n_found)
 
-    def count_hits(self, query: int, found: Sequence[int]) -> int:
-        """How many of the song_ids that a search found are as near as the tenth nearest, ties included."""
-        floor = self.similarities[query, max(0, self.n_wanted - 1)] - TIE
-        near = set(self.song_ids[query][self.similarities[query] >= floor].tolist())
-        hits = near.intersection(found)
-        if self.similarities[query, -1] >= floor:
-            # more rows tie than were kept: look at the others one by one
-            hits |= {song_id for song_id in set(found) - near if self._is_near(query, song_id, floor)}
-        return len(hits)
+    def count_hits(self, found: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        """How many song_ids of each query's search are as near as its tenth nearest, ties included; (n,)."""
+        floors = self.similarities[:, max(0, self.n_wanted - 1)] - TIE
+        hits, unsure = np.zeros(len(found), dtype=np.int64), []
+        for query, ids in enumerate(found):
+            near = set(self.song_ids[query][self.similarities[query] >= floors[query]].tolist())
+            hits[query] = len(near.intersection(ids))
+            if self.similarities[query, -1] >= floors[query]:  # more rows tie than were kept
+                unsure += [(query, song_id) for song_id in set(ids) - near]
+        self._look_up([pair for pair in unsure if pair not in self._looked_up])
+        for query, song_id in unsure:
+            hits[query] += self._looked_up[query, song_id] >= floors[query]
+        return hits
 
-    def _is_near(self, query: int, song_id: int, floor: np.float32) -> bool:
-        if (query, song_id) not in self._looked_up:
-            song_range = next(each for each in self.rows.ranges if each.start <= song_id < each.stop)
+    def _look_up(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Work out the similarities of (query, song_id), a shard at a time."""
+        for song_range in self.rows.ranges:
+            here = [(query, song_id) for query, song_id in pairs if song_id in song_range]
+            if not here:
+                continue
             shard, loaded = self.rows.read(song_range)
-            vectors = shard.embeddings_at(loaded.filter(pl.col("song_id") == song_id)["row"].to_list())
-            self._looked_up[query, song_id] = bool((_normalise(vectors) @ self.queries[query] >= floor).any())
-        return self._looked_up[query, song_id]
+            wanted = loaded.filter(pl.col("song_id").is_in({song_id for _, song_id in here}))
+            vectors = _normalise(shard.embeddings_at(wanted["row"].to_list()))
+            places = {song_id: place for place, song_id in enumerate(wanted["song_id"].to_list())}
+            for query, song_id in here:
+                near = float(vectors[places[song_id]] @ self.queries[query]) if song_id in places else -np.inf
+                self._looked_up[query, song_id] = near
 
 
 def find_exact_neighbours(

@@ -24,6 +24,7 @@ from songvec_assets.vectors.table import (
     TableSpec,
     check_table,
     drop_table,
+    loaded_spec,
     read_spec,
     table_exists,
 )
@@ -158,6 +159,8 @@ def _choose_place(database: Database, spec: TableSpec, backlog: Backlog, swap: b
 
 def _holds(database: Database, spec: TableSpec, swap: bool) -> bool:
     """Whether the serving table is for `spec`; raises where it is not, and no other may take its place."""
+    if swap and loaded_spec(database) not in (None, spec):
+        return False  # even where it would give way
     try:
         check_table(database, spec)
     except TableMismatchError:

@@ -162,7 +162,7 @@ def measure_recall(
     elif kept is not None and sweep.measure(min(kept, lists)).recall >= target:
         chosen = min(kept, lists)
     else:
-        chosen = _find_smallest(lambda probes: sweep.measure(probes).recall >= target, sweep.points, lists)
+        chosen = find_smallest(lambda probes: sweep.measure(probes).recall >= target, set(sweep.points), lists)
     points = tuple(sweep.points[probes] for probes in sorted(sweep.points))
     return RecallReport(len(sweep.queries.vectors), sweep.exact.n_found, target, points, chosen, n_changed)
 
@@ -181,12 +181,18 @@ def measure_recall_at(
     return _Sweep.over(database, cache, spec, table, progress, stop).measure(probes)
 
 
-def _find_smallest(reaches: Callable[[int], bool], points: dict[int, RecallPoint], lists: int) -> int:
-    """Halve the gap between the most probes that fail and the fewest that do not; recall grows with probes."""
-    high = min((probes for probes in points if reaches(probes)), default=None)
+def find_smallest(reaches: Callable[[int], bool], tried: set[int], lists: int) -> int:
+    """Halve the gap between the most probes that fail and the fewest that do not; recall grows with probes.
+
+    Args:
+        reaches: whether so many probes reach the target.
+        tried: that were measured; all lists among them where none reaches it.
+        lists: of the index.
+    """
+    high = min((probes for probes in tried if reaches(probes)), default=None)
     if high is None:
         return lists
-    low = max((probes for probes in points if probes < high), default=0)
+    low = max((probes for probes in tried if probes < high), default=0)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if reaches(middle) else (middle, high)
@@ -244,8 +250,7 @@ class _Sweep:
                 self._check_plan(connection)
                 self._search_all(connection, probes)
                 found, times = self._search_all(connection, probes)
-            hits = np.array([self.exact.count_hits(query, ids) for query, ids in enumerate(found)])
-            shares = hits / max(1, self.exact.n_wanted)
+            shares = self.exact.count_hits(found) / max(1, self.exact.n_wanted)
             of_rows, of_synthetic = (
                 float(part.mean()) for part in (shares[: self.queries.n_rows], shares[self.queries.n_rows :])
             )

@@ -44,16 +44,15 @@ class TestHasSessions:
     def test_a_pooler_in_transaction_mode_has_none(self, pooled: Database) -> None:
         assert not pooled.has_sessions
 
-    @pytest.mark.parametrize("settings", [{"pool_size": 1}, {"pool_size": 5, "server_round_robin": 1}], ids=str)
-    def test_nor_has_one_of_one_session_or_that_takes_the_longest_idle_one(
-        self, database: Database, settings: dict[str, int]
-    ) -> None:
-        with running_pgbouncer(database.url, **settings) as url:
+    @pytest.mark.parametrize("pool_size", [1, 2, 3, 4])
+    @pytest.mark.parametrize("in_turn", [0, 1], ids=["the last used first", "in turn"])
+    def test_whatever_its_size_and_order(self, database: Database, pool_size: int, in_turn: int) -> None:
+        with running_pgbouncer(database.url, pool_size, server_round_robin=in_turn) as url:
             with ThreadPoolExecutor() as pool:  # so that all its sessions are there
-                list(pool.map(lambda _: execute(url, "SELECT pg_sleep(0.1)"), range(5)))
+                list(pool.map(lambda _: execute(url, "SELECT pg_sleep(0.05)"), range(pool_size)))
             assert not Database(url).has_sessions
 
-    def test_nor_has_one_that_others_use(self, database: Database) -> None:
+    def test_a_pooler_that_others_use_has_none_either(self, database: Database) -> None:
         with running_pgbouncer(database.url, pool_size=3) as url:
             ended = threading.Event()
 

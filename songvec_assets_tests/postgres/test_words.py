@@ -73,7 +73,7 @@ def test_a_transaction_that_may_not_write_says_so(database: Database) -> None:
 
 
 class TestPgBouncer:
-    def test_no_session_that_became_free_in_time(self, database: Database) -> None:
+    def test_no_session_that_became_free_in_time(self, database: Database, caplog: pytest.LogCaptureFixture) -> None:
         with (
             running_pgbouncer(database.url, pool_size=1, query_wait_timeout=1) as url,
             get_connection(url),
@@ -81,6 +81,7 @@ class TestPgBouncer:
             get_connection(url),
         ):
             pass
+        assert caplog.records == []
 
     def test_a_client_too_many(self, database: Database) -> None:
         with (

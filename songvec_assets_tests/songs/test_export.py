@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from songvec_assets.errors import DatabaseError, SourceError, StoppedError
+from songvec_assets.errors import SourceError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.progress import Progress, StopSignal
+from songvec_assets.progress import Progress
 from songvec_assets.songs import export as export_module
 from songvec_assets.songs.export import ExportReport, IncompleteExportError, cache_songs_to_parquet
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
@@ -260,46 +260,63 @@ class TestBadInput:
         again = run(database, tmp_path)
         assert (again.set_aside, again.total("n_set_aside")) == (report.set_aside, 7)
 
-    def test_an_id_that_is_there_twice_is_refused_by_name_and_the_ranges_before_it_are_done(
+    def test_an_id_that_is_there_twice_is_refused_by_name_and_the_other_ranges_are_done(
         self, database: Database, tmp_path: Path
     ) -> None:
         change(
             database,
             """
             CREATE TABLE songs (id integer, name text, artist text, lyrics text);
-            INSERT INTO songs SELECT n, 'Sea', 'Ann', NULL FROM unnest(ARRAY[1, 2, 150, 151, 151]) n
+            INSERT INTO songs SELECT n, 'Sea', 'Ann', NULL FROM unnest(ARRAY[1, 2, 150, 151, 151, 250]) n
             """,
         )
         with pytest.raises(
-            SourceError, match="column 'id' of songs must be unique, 151 is there more than once"
+            IncompleteExportError, match="column 'id' of songs must be unique, 151 is there more than once"
         ) as caught:
             run(database, tmp_path, SourceNames(song_id_column="id"))
         assert "SONGVEC_SONG_ID_COLUMN" in str(caught.value)
-        assert [song_id for song_id, *_ in read(tmp_path)] == [1, 2]
+        assert isinstance(caught.value.__cause__, SourceError)
+        assert [song_id for song_id, *_ in read(tmp_path)] == [1, 2, 250]
 
     def test_a_range_that_cannot_be_read_ends_in_the_servers_words_and_leaves_its_file(
         self, database: Database, songs: Callable[..., None], tmp_path: Path
     ) -> None:
-        songs((1, "Sea", "Ann", None), (150, "Hill", "Ben", None))
+        songs((1, "Sea", "Ann", None), (150, "Hill", "Ben", None), (250, "Moon", "Cy", None))
         change(database, "CREATE VIEW fragile AS SELECT id, name, artist, (1 / (id - 151))::text AS lyrics FROM songs")
         names = SourceNames("fragile", song_id_column="id")
         run(database, tmp_path, names)
         before = files_of(tmp_path)
-        songs((151, "Moon", "Cy", None))
-        with pytest.raises(DatabaseError, match="division by zero"):
+        songs((1, "New", "Ann", None), (151, "Moon", "Cy", None), (250, "New", "Cy", None))
+        with pytest.raises(IncompleteExportError, match="division by zero") as caught:
             run(database, tmp_path, names)
-        assert files_of(tmp_path) == before
+        after = files_of(tmp_path)
+        assert [name for name in after if after[name] == before[name]] == [snapshot_path(tmp_path, SECOND).name]
+        assert names_of(tmp_path) == {1: "New", 150: "Hill", 250: "New"}
+        assert caught.value.report.total("n_changed") == 2
 
-    def test_a_stop_ends_it_between_two_ranges_and_keeps_those_done(
+    @pytest.mark.parametrize("damage", [slice(None, -1), slice(None, 1000), slice(0, 0)])
+    def test_a_damaged_snapshot_is_written_anew(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path, damage: slice
+    ) -> None:
+        songs((1, "Sea", "Ann", None), (150, "Hill", "Ben", None), (160, "Moon", "Cy", None))
+        run(database, tmp_path)
+        path = snapshot_path(tmp_path, SECOND)
+        whole = path.read_bytes()
+        path.write_bytes(whole[damage])
+        report = run(database, tmp_path)
+        assert counts_of(report) == {FIRST.key: (1, 0, 0, 0, False), SECOND.key: (2, 2, 0, 0, True)}
+        assert path.read_bytes() == whole
+
+    def test_a_snapshot_whose_rows_are_damaged_is_written_anew_once_its_songs_change(
         self, database: Database, songs: Callable[..., None], tmp_path: Path
     ) -> None:
-        songs((1, "Sea", "Ann", None), (150, "Hill", "Ben", None))
-        stop, source = StopSignal(), find_source(database, SourceNames())
-        with pytest.raises(StoppedError):
-            cache_songs_to_parquet(database, source, tmp_path, TILING, progress=lambda _progress: stop.set(), stop=stop)
-        assert names_of(tmp_path) == {1: "Sea"}
+        songs((1, "Sea" * 50, "Ann", "la " * 500))
         run(database, tmp_path)
-        assert names_of(tmp_path) == {1: "Sea", 150: "Hill"}
+        path = snapshot_path(tmp_path, FIRST)
+        path.write_bytes(b"PAR1" + bytes(200) + path.read_bytes()[204:])
+        songs((2, "Hill", "Ben", None))
+        assert counts_of(run(database, tmp_path)) == {FIRST.key: (2, 2, 0, 0, True)}
+        assert sorted(names_of(tmp_path)) == [1, 2]
 
 
 class TestAppend:

@@ -16,7 +16,7 @@ from songvec_assets.songs.export import IncompleteExportError, cache_songs_to_pa
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import SourceNames, find_source
-from songvec_assets_tests.administration import execute, wait_until, with_parts
+from songvec_assets_tests.administration import execute, wait_until
 from songvec_assets_tests.pooler import running_pgbouncer
 
 TILING = Tiling(width=100, stop=4_000)
@@ -271,7 +271,8 @@ class TestStop:
         stop, source = StopSignal(), find_source(database, FRAGILE)
 
         def stop_at_first(progress: Progress) -> None:
-            time.sleep(0.3)  # long enough to read them all
+            wait_until(lambda: len(snapshot_ranges(tmp_path)) == 4)
+            time.sleep(0.2)  # long enough to read another
             stop.set()
 
         with pytest.raises(StoppedError):
@@ -300,7 +301,7 @@ class TestSideBySide:
         run(database, tmp_path, n_readers=4)
         assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
-    def test_connections_are_kept_alive_and_named_for_who_looks_at_the_server(
+    def test_connections_are_named_for_who_looks_at_the_server_and_closed_at_the_end(
         self, database: Database, misbehave: Callable[..., None], tmp_path: Path
     ) -> None:
         misbehave("1")
@@ -313,7 +314,7 @@ class TestSideBySide:
         cache_songs_to_parquet(database, source, tmp_path, TILING, n_readers=2)
         songs = [load_songs_from_parquet(snapshot_path(tmp_path, each)) for each in snapshot_ranges(tmp_path)]
         assert {name for each in songs for name in each["artist"]} == {"songvec"}
-        assert len({pid for each in songs for pid in each["lyrics"]}) == 2
+        assert len({pid for each in songs for pid in each["lyrics"]}) <= 2
         wait_until(
             lambda: (
                 execute(

@@ -59,6 +59,32 @@ class TestNames:
         assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves")]
         assert count_unreachable_ids(database, find_source(database, names)) == Counter()
 
+    @pytest.mark.parametrize(
+        "odd", ['My "Songs";--', "100% %s %(name)s", "a:b :name ::text", "it's $1 \\ {x}", "Ünï çødé"]
+    )
+    def test_schema_table_and_columns_may_have_any_name(self, database: Database, tmp_path: Path, odd: str) -> None:
+        quoted = [f'"{each}"' for each in (odd.replace('"', '""') + suffix for suffix in ("", "1", "2", "3", "4", "5"))]
+        schema, song_id, name, artist, lyrics, changed = quoted
+        run(
+            database,
+            f"CREATE SCHEMA {schema}",
+            f"CREATE TABLE {schema}.{schema} ({song_id} integer PRIMARY KEY, {name} text, {artist} text, "
+            f"{lyrics} text, {changed} timestamp)",
+            f"INSERT INTO {schema}.{schema} VALUES (7, 'Sea', 'Ann', 'waves', '2026-01-01')",
+        )
+        columns = {
+            f"{column}_column": f"{odd}{place}"
+            for place, column in enumerate(("song_id", "name", "artist", "lyrics", "updated_at"), start=1)
+        }
+        names = SourceNames(f"{odd}.{odd}", **columns)
+        assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves")]
+        run(database, f"INSERT INTO {schema}.{schema} VALUES (8, 'Hill', 'Ben', NULL, '2026-01-02')")
+        assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves"), (8, "Hill", "Ben", None)]
+        run(database, f"INSERT INTO {schema}.{schema} VALUES (9, 'Moon', 'Cy', NULL, '2026-01-03')")
+        cache_songs_to_parquet(database, find_source(database, names), tmp_path, TILING, "append")
+        assert load_songs_from_parquet(snapshot_path(tmp_path, SongIdRange(0, 100)))["song_id"].to_list() == [7, 8, 9]
+        assert count_unreachable_ids(database, find_source(database, names)) == Counter()
+
     def test_a_table_is_looked_for_as_written_then_in_lower_case(self, database: Database) -> None:
         run(database, "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)")
         assert find_source(database, SourceNames("Songs")).relation == '"public"."songs"'
@@ -174,6 +200,22 @@ class TestIds:
         )
         rows = export(database, SourceNames(), tmp_path)
         assert [song_id for song_id, *_ in rows] == [0, 99, 100, 999, 1000, 32767]
+
+    @pytest.mark.parametrize("column", ["id", "song_id", "name"])
+    @pytest.mark.parametrize("kind", ["integer", "bigint"])
+    def test_rows_come_from_the_ids_index_in_order_whatever_the_column_is_called(
+        self, database: Database, column: str, kind: str
+    ) -> None:
+        run(
+            database,
+            f"CREATE TABLE songs ({column} {kind} PRIMARY KEY, title text, artist text, lyrics text)",
+            "INSERT INTO songs SELECT n, 'Sea', 'Ann', repeat('la ', 100) FROM generate_series(0, 9999) n",
+            "VACUUM ANALYZE songs",
+        )
+        statement = find_source(database, SourceNames(name_column="title")).select_statement(5_000, 5_100)
+        plan = [line for (line,) in execute(database.adbc_uri, f"EXPLAIN {statement}")]
+        assert any("Index Scan using songs_pkey" in line for line in plan)
+        assert not any("Sort" in line for line in plan)
 
     def test_songs_are_counted_by_range_up_to_the_highest_integer(self, database: Database) -> None:
         run(

@@ -87,8 +87,6 @@ def transaction(database: Database, statement: str) -> Iterator[None]:
 
 WRITE = "INSERT INTO song_embeddings SELECT -1, embedding FROM song_embeddings LIMIT 1"
 """Until such a transaction ends, CREATE INDEX CONCURRENTLY waits."""
-READ = "SELECT count(*) FROM song_embeddings"
-"""Until such a transaction ends, the table cannot be locked for oneself."""
 
 
 class Builder(threading.Thread):

@@ -5,8 +5,16 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.audit import IndexAudit, VectorAudit, audit_index, audit_models, audit_vectors
-from songvec_assets.vectors.ivfflat import build_index
+from songvec_assets.postgres.schema import read_fact, write_fact
+from songvec_assets.vectors.audit import (
+    IndexAudit,
+    VectorAudit,
+    audit_index,
+    audit_models,
+    audit_recall,
+    audit_vectors,
+)
+from songvec_assets.vectors.ivfflat import bring_index_up_to_date
 from songvec_assets.vectors.table import TableSpec, ensure_table
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, put
@@ -84,7 +92,7 @@ class TestIndex:
     def test_few_rows_are_rightly_scanned(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(50))
         load(database, cache)
-        build_index(database, SPEC)
+        bring_index_up_to_date(database, cache, SPEC)
         execute(database.adbc_uri, f"ALTER DATABASE {sa.make_url(database.url).database} SET enable_indexscan = off")
         audit = audit_index(database, SPEC)
         assert (audit.valid, audit.used, audit.should_be_used) == (True, False, False)
@@ -96,7 +104,7 @@ class TestIndex:
     ) -> None:
         put(cache, range(1000))
         load(database, cache, spec)
-        build_index(database, spec)
+        bring_index_up_to_date(database, cache, spec)
         execute(database.adbc_uri, f"ALTER DATABASE {sa.make_url(database.url).database} SET enable_seqscan = off")
         audit = audit_index(database, spec)
         assert (audit.valid, audit.used) == (True, True)
@@ -105,7 +113,7 @@ class TestIndex:
     def test_an_index_that_is_not_valid_shows(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(100))
         load(database, cache)
-        build_index(database, SPEC)
+        bring_index_up_to_date(database, cache, SPEC)
         execute(
             database.adbc_uri,
             "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'embeddings_ivfflat_idx'::regclass",
@@ -117,3 +125,45 @@ class TestIndex:
         audit = IndexAudit(valid=True, used=False, n_rows=n_rows)
         assert audit.should_be_used == (n_rows >= 50_000)
         assert words in audit.describe()
+
+
+class TestRecall:
+    def test_without_an_index_it_says_what_to_materialize(self, database: Database, cache: ModelCache) -> None:
+        put(cache, range(100))
+        load(database, cache)
+        audit = audit_recall(database, cache, SPEC, 0.95)
+        assert not audit.reached
+        assert "materialize ivfflat_index" in audit.describe()
+
+    def test_what_was_measured_after_the_build_is_taken_and_held_against_the_target_of_now(
+        self, database: Database, cache: ModelCache
+    ) -> None:
+        put(cache, range(100))
+        load(database, cache)
+        report = bring_index_up_to_date(database, cache, SPEC)
+        assert report.recall is not None
+        audit = audit_recall(database, cache, SPEC, 0.95)
+        assert audit.point == report.recall.chosen, "to the last digit of its times"
+        assert audit.reached
+        assert audit.describe() == (
+            "recall@10 is 100.0% at 10 probes, the target 95%; 0 rows changed since the index was built"
+        )
+        with database.get_connection() as connection:
+            fact = read_fact(connection, "recall")
+            for point in fact["points"]:
+                point["recall"] = 0.9
+            write_fact(connection, "recall", fact)
+        assert not audit_recall(database, cache, SPEC, 0.95).reached
+        assert audit_recall(database, cache, SPEC, 0.9).reached
+
+    def test_rows_that_changed_since_are_reason_to_measure_anew(self, database: Database, cache: ModelCache) -> None:
+        put(cache, range(100))
+        load(database, cache)
+        report = bring_index_up_to_date(database, cache, SPEC)
+        put(cache, range(5), version=1)
+        load(database, cache)
+        audit = audit_recall(database, cache, SPEC, 0.95)
+        assert report.recall is not None
+        assert audit.point != report.recall.chosen
+        assert audit.reached
+        assert "10 rows changed since the index was built" in audit.describe()

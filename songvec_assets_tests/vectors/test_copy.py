@@ -1,16 +1,22 @@
 """The binary COPY format, decoded here by its documentation and by a real server."""
 
+import itertools
 import struct
+import threading
+import time
 
 import numpy as np
+import psycopg2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sqlalchemy import text
 
+from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import raw_cursor
-from songvec_assets.vectors.copy import CopyStream, encode_rows
+from songvec_assets.vectors.copy import HEADER, TRAILER, CopyStream, encode_rows
+from songvec_assets_tests.administration import execute, wait_until
 
 PROFILE = settings(deadline=None)
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -29,12 +35,13 @@ def tables(draw, vector_type, max_rows=6):
     return song_ids, draw(hnp.arrays(np.float32, (n_rows, dimensions), elements=VALUES[vector_type]))
 
 
-def read_all(stream, size=-1):
-    pieces = []
-    while piece := stream.read(size):
-        assert size < 0 or len(piece) <= size
-        pieces.append(piece)
-    return b"".join(pieces)
+def read_all(chunks):
+    with CopyStream(chunks) as stream:
+        return b"".join(iter(stream.read, b""))
+
+
+def encoders():
+    return [thread for thread in threading.enumerate() if thread.name == "songvec-encode"]
 
 
 def decode(stream, code):
@@ -59,7 +66,7 @@ def decode(stream, code):
 @given(data=st.data())
 def test_rows_decode_to_what_was_encoded(vector_type, data):
     song_ids, embeddings = data.draw(tables(vector_type))
-    stream = read_all(CopyStream(encode_rows(song_ids, embeddings, vector_type)))
+    stream = read_all(encode_rows(song_ids, embeddings, vector_type))
     value_type = {"vector": np.float32, "halfvec": np.float16}[vector_type]
     decoded = decode(stream, CODES[vector_type])
     assert [song_id for song_id, _ in decoded] == song_ids.tolist()
@@ -73,44 +80,93 @@ def test_a_row_has_these_bytes():
     assert b"".join(chunks).hex(" ", 2) == "0002 0000 0004 0000 0102 0000 000c 0002 0000 3f80 0000 c000 0000"
 
 
-def test_rows_of_many_chunks_keep_their_order_and_no_chunk_is_much_above_a_mebibyte():
+def test_rows_of_many_chunks_keep_their_order_and_no_chunk_is_above_64_kib():
     song_ids = np.arange(700, dtype=np.int32)
     embeddings = np.repeat(np.arange(700, dtype=np.float32)[:, None], 2000, axis=1)
     chunks = list(encode_rows(song_ids, embeddings))
-    assert len(chunks) == 6
-    assert max(map(len, chunks)) <= 1 << 20
-    decoded = decode(read_all(CopyStream(chunks)), "f")
+    assert len(chunks) == 88
+    assert max(map(len, chunks)) <= 1 << 16
+    decoded = decode(read_all(chunks), "f")
     assert [(song_id, values[0], values[-1]) for song_id, values in decoded] == [(each,) * 3 for each in range(700)]
 
 
+@pytest.mark.parametrize("vector_type", ["vector", "halfvec"])
+def test_a_chunk_that_was_handed_out_does_not_change_when_the_next_is_made(vector_type):
+    song_ids, embeddings = np.arange(100, dtype=np.int32), np.ones((100, 2000), dtype=np.float32)
+    chunks = encode_rows(song_ids, embeddings, vector_type)
+    first = next(chunks)
+    kept = bytes(memoryview(first))
+    assert next(chunks) != first == kept
+
+
 @PROFILE
-@given(st.lists(st.binary(max_size=50), max_size=6), st.integers(1, 40))
-def test_a_stream_read_in_pieces_is_the_stream_read_whole(chunks, size):
+@given(st.lists(st.binary(max_size=50), max_size=40))
+def test_a_stream_is_header_chunks_and_trailer(chunks):
     """Also where a chunk is empty: that is not the stream's end."""
-    whole = read_all(CopyStream(chunks))
-    assert read_all(CopyStream(iter(chunks)), size) == whole
-    assert whole == b"PGCOPY\n\xff\r\n\0" + bytes(8) + b"".join(chunks) + b"\xff\xff"
+    assert read_all(chunks) == b"PGCOPY\n\xff\r\n\0" + bytes(8) + b"".join(chunks) + b"\xff\xff"
 
 
-def test_no_chunk_is_made_before_it_is_read():
+def test_a_stream_stays_at_its_end():
+    with CopyStream([]) as stream:
+        assert list(iter(stream.read, b"")) == [HEADER, TRAILER]
+        assert stream.read(10) == stream.read() == b""
+
+
+def test_chunks_are_made_ahead_but_never_more_than_two_mebibytes():
     made = []
 
     def chunks():
-        for number in range(3):
-            made.append(number)
-            yield b"x" * 10
+        for row in itertools.count():
+            made.append(row)
+            yield b"x" * (1 << 16)
 
-    stream = CopyStream(chunks())
-    assert stream.read(19)
-    assert made == []
-    assert stream.read(10)
-    assert made == [0]
+    with CopyStream(chunks()) as stream:
+        time.sleep(0.05)
+        assert made == [], "nothing is made for a COPY that the server refuses"
+        assert stream.read() == HEADER
+        wait_until(lambda: len(made) > 8)
+        time.sleep(0.05)
+        assert len(made) <= 32
+        n_ahead = len(made)
+        for _ in range(5):
+            stream.read()
+        wait_until(lambda: len(made) == n_ahead + 5)
 
 
-def test_after_its_end_a_stream_stays_at_its_end():
-    stream = CopyStream([])
-    read_all(stream)
-    assert stream.read(10) == stream.read() == b""
+@pytest.mark.parametrize("n_read", [0, 1, 5])
+def test_leaving_early_ends_the_thread_however_full_the_queue_is(n_read):
+    closed = threading.Event()
+
+    def chunks():
+        try:
+            while True:
+                yield b"x"
+        finally:
+            closed.set()
+
+    with CopyStream(chunks()) as stream:
+        for _ in range(n_read):
+            stream.read()
+        time.sleep(0.02)
+    assert not encoders()
+    with pytest.raises(ValueError, match="closed"):
+        stream.read()
+    del stream
+    assert closed.is_set() == (n_read > 0), "what the chunks hold open is let go"
+
+
+def test_what_the_chunks_raise_comes_after_the_chunks_before_it():
+    def chunks():
+        yield b"row"
+        raise KeyError("damaged")
+
+    with CopyStream(chunks()) as stream:
+        assert [stream.read(), stream.read()] == [HEADER, b"row"]
+        for _ in range(2):
+            with pytest.raises(KeyError, match="damaged"):
+                stream.read()
+        assert isinstance(stream.error, KeyError)
+    assert not encoders()
 
 
 HALF_STEPS = np.float32([1 + 2**-11, 1 + 3 * 2**-11, 2**-24, 1.5 * 2**-24, 65504, -65504, 6.1e-5, 1 / 3])
@@ -118,6 +174,11 @@ EDGES = {
     "vector": np.float32([0, -0.0, 1e-45, -1.1754944e-38, np.finfo(np.float32).max, -1 / 3, 16777217, 1]),
     "halfvec": HALF_STEPS,
 }
+
+
+def copy(cursor, chunks):
+    with CopyStream(chunks) as stream:
+        cursor.copy_expert("COPY copied FROM STDIN (FORMAT binary)", stream)
 
 
 @pytest.mark.parametrize("vector_type", ["vector", "halfvec"])
@@ -130,9 +191,7 @@ def test_the_server_stores_every_value_as_it_was_sent(database, vector_type):
     with database.get_connection() as connection:
         connection.execute(text(f"CREATE TABLE copied (song_id integer, embedding {vector_type}({dimensions}))"))
         with raw_cursor(connection) as cursor:
-            cursor.copy_expert(
-                "COPY copied FROM STDIN (FORMAT binary)", CopyStream(encode_rows(song_ids, embeddings, vector_type))
-            )
+            copy(cursor, encode_rows(song_ids, embeddings, vector_type))
         rows = connection.execute(text("SELECT song_id, embedding::real[] FROM copied")).all()
     assert [song_id for song_id, _ in rows] == song_ids.tolist()
     stored = np.array([values for _, values in rows], dtype=np.float32)
@@ -147,12 +206,55 @@ def test_a_halfvec_is_rounded_as_the_server_itself_rounds(database):
     with database.get_connection() as connection:
         connection.execute(text("CREATE TABLE copied (song_id integer, embedding halfvec(8))"))
         with raw_cursor(connection) as cursor:
-            cursor.copy_expert(
-                "COPY copied FROM STDIN (FORMAT binary)", CopyStream(encode_rows(song_ids, embeddings, "halfvec"))
-            )
+            copy(cursor, encode_rows(song_ids, embeddings, "halfvec"))
         for song_id, embedding in zip(song_ids.tolist(), embeddings.tolist(), strict=True):
             found = connection.scalar(
                 text("SELECT embedding = CAST(CAST(:values AS real[]) AS halfvec) FROM copied WHERE song_id = :id"),
                 {"values": embedding, "id": song_id},
             )
             assert found is True, f"song_id {song_id}: {embedding}"
+
+
+def make_rows(n_rows, dimensions=2000):
+    return np.arange(n_rows, dtype=np.int32), np.ones((n_rows, dimensions), dtype=np.float32)
+
+
+def test_what_the_chunks_raise_ends_the_copy_and_stores_nothing(database):
+    def chunks():
+        yield from encode_rows(*make_rows(100))
+        raise KeyError("damaged")
+
+    with database.get_connection() as connection:
+        connection.execute(text("CREATE TABLE copied (song_id integer PRIMARY KEY, embedding vector(2000))"))
+        with raw_cursor(connection) as cursor:
+            cursor.execute("SAVEPOINT before_copy")
+            with CopyStream(chunks()) as stream, pytest.raises(psycopg2.Error):
+                cursor.copy_expert("COPY copied FROM STDIN (FORMAT binary)", stream)
+            assert isinstance(stream.error, KeyError)
+            cursor.execute("ROLLBACK TO SAVEPOINT before_copy")
+        assert connection.scalar(text("SELECT count(*) FROM copied")) == 0
+    assert not encoders()
+
+
+@pytest.mark.parametrize("failure", ["another size", "no table", "the connection breaks"])
+def test_a_copy_that_the_server_ends_ends_the_thread(database, failure):
+    n_made = itertools.count()
+
+    def chunks():
+        for number in n_made:
+            if failure == "the connection breaks" and number == 50:
+                execute(database.adbc_uri, "SELECT pg_terminate_backend(%s, 5000)", (pid,))
+            if failure == "another size" and number == 50:
+                return
+            yield from encode_rows(*make_rows(8, 3))
+
+    with pytest.raises(DatabaseError), database.get_connection() as connection:
+        if failure != "no table":
+            dimensions = 4 if failure == "another size" else 3
+            connection.execute(text(f"CREATE TABLE copied (song_id integer, embedding vector({dimensions}))"))
+        pid = connection.connection.driver_connection.info.backend_pid
+        with raw_cursor(connection) as cursor:
+            copy(cursor, chunks())
+    assert not encoders()
+    if failure == "no table":
+        assert next(n_made) == 0

@@ -163,10 +163,10 @@ class TestBuild:
 
 @pytest.fixture
 def clustered(database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> Database:
-    """A database whose table has 1,200 clustered rows, loaded from the cache, and counts as no small one."""
-    monkeypatch.setattr("songvec_assets.vectors.recall.SMALL_TABLE_ROWS", 1_000)
-    monkeypatch.setattr("songvec_assets.vectors.sizes.SMALL_TABLE_ROWS", 1_000)
-    put_clusters(cache, 0, 1_200, n_clusters=35)
+    """A database whose table has 600 clustered rows, loaded from the cache, and counts as no small one."""
+    monkeypatch.setattr("songvec_assets.vectors.recall.SMALL_TABLE_ROWS", 500)
+    monkeypatch.setattr("songvec_assets.vectors.sizes.SMALL_TABLE_ROWS", 500)
+    put_clusters(cache, 0, 600, n_clusters=24)
     load(database, cache)
     return database
 
@@ -190,7 +190,7 @@ class TestRecall:
         report = bring(clustered, cache)
         assert report.recall is not None
         by_probes = {point.probes: point.recall for point in report.recall.points}
-        assert 1 <= report.recall.probes < report.index.lists == 35
+        assert 1 <= report.recall.probes < report.index.lists == 24
         assert report.recall.recall >= 0.95
         below = [recall for probes, recall in by_probes.items() if probes < report.recall.probes]
         assert all(recall < 0.95 for recall in below)
@@ -204,7 +204,7 @@ class TestRecall:
         self, clustered: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first = bring(clustered, cache)
-        put_clusters(cache, 1_200, 1_212, n_clusters=35)
+        put_clusters(cache, 600, 606, n_clusters=24)
         load(clustered, cache)  # a hundredth: too few to move it
 
         def refuse(*_: object, **__: object) -> None:
@@ -213,7 +213,7 @@ class TestRecall:
         monkeypatch.setattr("songvec_assets.vectors.ivfflat.measure_recall", refuse)
         again = bring(clustered, cache)
         assert (again.built, again.recall) == (False, first.recall)
-        assert again.reason.startswith("35 lists fit 1,212 rows, 12 rows changed since it was built; recall ")
+        assert again.reason.startswith("24 lists fit 606 rows, 6 rows changed since it was built; recall ")
 
     def test_a_higher_target_takes_more_probes_of_the_same_index(self, clustered: Database, cache: ModelCache) -> None:
         low = bring(clustered, cache, target_recall=0.6)
@@ -240,7 +240,7 @@ class TestRecall:
         execute(clustered.adbc_uri, f"DROP INDEX {INDEX}; CREATE TABLE kept AS TABLE song_embeddings; "
                 "DELETE FROM song_embeddings WHERE song_id >= 12; "
                 f"CREATE INDEX {INDEX} ON song_embeddings USING ivfflat (embedding vector_cosine_ops) "
-                "WITH (lists = 35); INSERT INTO song_embeddings SELECT * FROM kept WHERE song_id >= 12; "
+                "WITH (lists = 24); INSERT INTO song_embeddings SELECT * FROM kept WHERE song_id >= 12; "
                 "DROP TABLE kept")  # fmt: skip
         change(clustered, 100)  # under a fifth: only recall can tell
         put_aside(clustered, "probes", 1)
@@ -249,7 +249,7 @@ class TestRecall:
         assert audit.point is not None
         assert audit.point.probes == 1
         assert "materialize ivfflat_index" in audit.describe()
-        put_aside(clustered, "index", {"n_rows": 1_200, "target": 0.95, "probes": 1})
+        put_aside(clustered, "index", {"n_rows": 600, "target": 0.95, "probes": 1})
         report = bring(clustered, cache)
         assert report.built
         assert report.reason.startswith("a recall of 95% takes ")

@@ -1,5 +1,6 @@
 """What searches find equals the cache, whether rows went in under the index or a table was built beside and swapped."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache
+from songvec_assets.cache.shards import ModelCache, ShardRows, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.errors import DatabaseError, StoppedError, TableMismatchError
 from songvec_assets.postgres.brief import run_briefly
 from songvec_assets.postgres.engine import Database
@@ -19,8 +20,10 @@ from songvec_assets.songs.snapshots import SNAPSHOT_SCHEMA, snapshot_path
 from songvec_assets.vectors.ivfflat import IndexSettings, bring_index_up_to_date, find_index, read_probes
 from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
 from songvec_assets.vectors.swap import drop_others, find_attachments, put_in_place, roll_back
-from songvec_assets.vectors.table import BESIDE, KEPT, TABLE, TableSpec, loaded_spec, read_changes
-from songvec_assets_tests.administration import as_role, execute
+from songvec_assets.vectors.table import BESIDE, KEPT, TABLE, TableSpec, ensure_table, loaded_spec, read_changes
+from songvec_assets.vectors.write import store_embeddings_batch, store_embeddings_copy_bulk
+from songvec_assets_tests.administration import as_role, dispose, execute
+from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.vectors.conftest import (
     DIMENSIONS,
     FIRST,
@@ -430,3 +433,50 @@ def write_snapshot(folder: Path, song_ids: list[int], set_aside: list[int]) -> N
         "set_aside": ["the song has no name" if song_id in set_aside else None for song_id in song_ids],
     }
     pq.write_table(pa.table(rows, SNAPSHOT_SCHEMA), snapshot_path(folder, FIRST))
+
+
+class TestThroughAPooler:
+    """PgBouncer in transaction mode: the same tables, by COPY or by row batches, with or without a way past it."""
+
+    @pytest.mark.parametrize("past", [False, True])
+    def test_loads_builds_and_swaps_leave_the_same_tables(
+        self, database: Database, cache: ModelCache, songs_folder: Path, past: bool
+    ) -> None:
+        with running_pgbouncer(database.url, pool_size=6) as url:
+            pooled = Database(url, direct_url=database.url if past else None)
+            try:
+                put(cache, range(150))
+                assert publish(pooled, cache, songs_folder).place.table == TABLE
+                put(cache, range(80), version=1)
+                assert publish(pooled, cache, songs_folder).place.table == BESIDE
+                publish(pooled, cache, songs_folder, HALF, swap=True)
+                roll_back(pooled)
+                assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
+                assert_ledger_fits_table(database)
+                assert find_index(database) is not None
+                assert execute(database.adbc_uri, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(0,)]
+            finally:
+                dispose(url)
+
+    @pytest.mark.parametrize("pooled", [False, True])
+    def test_row_batches_and_copy_store_the_same_rows(
+        self, database: Database, cache: ModelCache, pooled: bool
+    ) -> None:
+        put(cache, range(90))
+        shard, live = load_embeddings_from_cache(cache, FIRST)
+        ensure_table(database, SPEC)
+        with running_pgbouncer(database.url) if pooled else contextlib.nullcontext(database.url) as url:
+            stored = []
+            for store in (store_embeddings_copy_bulk, store_each_batch):
+                with Database(url).get_connection() as connection:
+                    store(connection, read_embeddings_from_file(shard, live["row"]), SPEC)
+                stored.append(read_vectors(database))
+                execute(database.adbc_uri, "TRUNCATE song_embeddings")
+            dispose(url)
+        assert stored == [vectors_of(range(90))] * 2
+
+
+def store_each_batch(connection: sa.Connection, batches: Iterator[ShardRows], spec: TableSpec) -> None:
+    """What happens where COPY is not allowed."""
+    for rows in batches:
+        store_embeddings_batch(connection, rows.song_ids, rows.embeddings, spec)

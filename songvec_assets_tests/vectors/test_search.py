@@ -14,7 +14,7 @@ from songvec_assets.errors import ProviderError, TableMismatchError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import write_fact
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
-from songvec_assets.vectors.ivfflat import build_index
+from songvec_assets.vectors.ivfflat import bring_index_up_to_date
 from songvec_assets.vectors.search import TASK, Hit, embed_query, search_songs
 from songvec_assets.vectors.table import TableSpec
 from songvec_assets_tests.administration import dispose, execute
@@ -91,9 +91,9 @@ def test_no_more_songs_come_than_asked_for_or_there(database: Database, source: 
 
 
 def test_through_the_index_a_search_visits_as_many_lists_as_stored_or_asked_for(
-    database: Database, source: SongsSource
+    database: Database, source: SongsSource, cache: ModelCache
 ) -> None:
-    build_index(database, SPEC)
+    bring_index_up_to_date(database, cache, SPEC)
     use_index(database)
     query = make_vector(8)
     one_list = search_songs(database, source, SPEC, query, limit=100, probes=1)
