@@ -107,18 +107,15 @@ def prepare_load(world: World, draw: Random) -> None:
     """A first load; or one of changed rows, into the table or beside it."""
     kind = draw.choice(["first load", "a third changed", "all changed", "built beside"])
     if kind != "first load":
-        load(world)
-        world.before = world.read_cache()
-        if kind == "built beside":
-            prepare_swap(world)
-        else:
-            world.change(1, 0.3 if kind == "a third changed" else 1.0)
+        world.run()
+        world.change(1, 0.3 if kind == "a third changed" else 1.0)
+        world.beside_from_rows = 1 if kind == "built beside" else 20_000
     world.moment = kind
 
 
 def prepare_swap(world: World, other_model: bool = False) -> None:
     """All rows changed, or another model: built beside, and put in place of the table that serves."""
-    world.finish()
+    world.run()
     world.beside_from_rows = 1
     if other_model:
         world.use_model(TableSpec("model-b", world.spec.dimensions // 2))
@@ -137,7 +134,7 @@ def wait_in_copy(world: World, running: Attempt, proxy: Proxy) -> None:
             time.sleep(0.05)  # what passed is on its way
             rows = world.admin("SELECT bytes_processed FROM pg_stat_progress_copy WHERE datname = current_database()")
             if rows:
-                world.moment += f", {sum(n_bytes for (n_bytes,) in rows) >> 10} KiB into COPY"
+                world.note(f"{sum(n_bytes for (n_bytes,) in rows) >> 10} KiB into COPY")
                 return
             proxy.hold_after(50_000)
             proxy.release()
@@ -149,7 +146,7 @@ def wait_in_build(world: World, running: Attempt, phase: str) -> None:
     """Until an index build is in a phase."""
     statement = "SELECT phase FROM pg_stat_progress_create_index WHERE datname = current_database() AND phase LIKE %s"
     world.wait_for(running, statement, (f"%{phase}%",))
-    world.moment += f", {phase}"
+    world.note(f"{phase}")
 
 
 def wait_for_lock(world: World, running: Attempt, query: str = "") -> None:
@@ -160,7 +157,7 @@ def wait_for_lock(world: World, running: Attempt, query: str = "") -> None:
         "AND datname = current_database() AND application_name LIKE 'songvec%%' AND query LIKE %s",
         (f"%{query}%",),
     )
-    world.moment += f", waiting for {mode}"
+    world.note(f"waiting for {mode}")
 
 
 # The server is killed
@@ -208,7 +205,7 @@ def prepare_some_swap(world: World, draw: Random) -> tuple[Step, str]:
     """One of the three kinds; returns what swaps, and its statement that waits for readers."""
     kind = draw.choice(["table", "model", "index"])
     if kind == "index":
-        world.finish()
+        world.run()
         world.lists, world.moment = 12, "other lists"
         return build_index, "DROP INDEX"
     prepare_swap(world, other_model=kind == "model")
@@ -218,7 +215,7 @@ def prepare_some_swap(world: World, draw: Random) -> tuple[Step, str]:
 def kill_and_restart(world: World, running: Attempt, draw: Random) -> None:
     """kill -9 of the postmaster, or of all its processes; a call meanwhile; the server back; what is in the table."""
     everything = draw.random() < 0.3
-    world.moment += ", all processes" if everything else ", the postmaster"
+    world.note("all processes" if everything else "the postmaster")
     world.server.kill(everything)
     world.expect_clear(error_of(world, load), "is it running")
     world.expect_clear(running.wait(), AGAIN)
@@ -324,12 +321,13 @@ def drop_anywhere(world: World, draw: Random) -> None:
         load(world)
     direction: Direction = draw.choice(["sent", "answered"])
     n_bytes = int(10 ** draw.uniform(1.0, 4.3))
-    world.moment += f", {step.__name__}, {n_bytes:,} bytes {direction}"
+    world.note(f"{step.__name__}, {n_bytes:,} bytes {direction}")
     with world.proxied() as (proxy, database):
         proxy.drop_after(n_bytes, direction)
         if error := error_of(world, step, database):
             world.expect_clear(error, AGAIN)
-        world.moment += "" if proxy.n_dropped else ", which it does not come to"
+        if not proxy.n_dropped:
+            world.note("which it does not come to")
     world.expect_whole()
     world.finish()
 
@@ -337,9 +335,9 @@ def drop_anywhere(world: World, draw: Random) -> None:
 # Other sessions
 
 
-def lock_released(world: World, draw: Random) -> None:
+def lock_released(world: World, _: Random) -> None:
     """Load, build and swap wait for it, then complete."""
-    world.finish()
+    world.run()
     world.change(1)
     expect_completed(world, load, WRITE_LOCK)
     expect_completed(world, build_index, WRITE_LOCK)
@@ -349,9 +347,9 @@ def lock_released(world: World, draw: Random) -> None:
     world.finish()
 
 
-def lock_kept(world: World, draw: Random) -> None:
+def lock_kept(world: World, _: Random) -> None:
     """Load, build and swap give up; the timeouts of 60 s and ten minutes are made short here."""
-    world.finish()
+    world.run()
     world.change(1)
     short = engine._BEGIN_LONG.replace("'60s'", "'300ms'")
     hurried = SimpleNamespace(monotonic=lambda: 1000 * time.monotonic(), sleep=time.sleep)
@@ -387,7 +385,7 @@ def foreign_row(statement: str) -> Fault:
     """Another program writes to the loaded table; {mine} is one of our song_ids, {free} one of nobody's."""
 
     def fault(world: World, draw: Random) -> None:
-        world.finish()
+        world.run()
         mine = draw.choice(world.song_ids)
         values = {"mine": mine, "free": mine - mine % 10 + 9, "above": world.tiling.stop + 7, "vector": zeros(world)}
         world.moment = statement.format(**values)
@@ -399,7 +397,7 @@ def foreign_row(statement: str) -> Fault:
 
 def foreign_row_in_the_way(world: World, draw: Random) -> None:
     """Its transaction is open when our COPY comes to its song_id, then committed."""
-    world.finish()
+    world.run()
     world.change(1)
     world.admin("DELETE FROM song_embeddings")
     mine = draw.choice(world.song_ids)
@@ -430,7 +428,7 @@ FOREIGN_ROWS = {
 # What the database is like
 
 
-def other_size(world: World, draw: Random) -> None:
+def other_size(world: World, _: Random) -> None:
     """A table of ours that somebody made, with half the size."""
     world.moment = f"vector({world.spec.dimensions // 2})"
     columns = f"song_id integer PRIMARY KEY, embedding {world.moment} NOT NULL, created_at timestamp DEFAULT now()"
@@ -443,7 +441,7 @@ def other_size(world: World, draw: Random) -> None:
     world.finish()
 
 
-def no_create(world: World, draw: Random) -> None:
+def no_create(world: World, _: Random) -> None:
     """First none on the database, then none on the schema."""
     world.admin(f"ALTER DATABASE {world.name} OWNER TO postgres")
     for what in (f"DATABASE {world.name}", "SCHEMA public"):
@@ -454,13 +452,13 @@ def no_create(world: World, draw: Random) -> None:
     world.finish()
 
 
-def read_only_standby(world: World, draw: Random) -> None:
+def read_only_standby(world: World, _: Random) -> None:
     """Load, build and swap there; then on the primary."""
     with running_standby(world.server) as standby:
         there = world.reach(standby.port)
         world.moment = "first load"
         world.expect_clear(error_of(world, load, there), "put the primary's address into POSTGRES_URL")
-        world.finish()
+        world.run()
         world.change(1, 0.3)
         [(position,)] = world.admin("SELECT pg_current_wal_lsn()")
         replayed = "SELECT pg_last_wal_replay_lsn() >= %s"
@@ -494,7 +492,7 @@ def statement_timeout(world: World, draw: Random) -> None:
     world.finish()
 
 
-def names(world: World, draw: Random) -> None:
+def names(world: World, _: Random) -> None:
     """From the songs table to a search."""
     schema, table = 'My "Schema"', 'The "Songs"'
     columns = {"song_id": "Song ID", "name": 'Na"me', "artist": "ARTIST", "lyrics": "Lyrics; -- 'x' %s :y"}
@@ -598,12 +596,13 @@ def find_usual_relations(server: Server, folder: Path, n_songs: int = SONGS) -> 
 def prepared_server() -> Iterator[tuple[Server, Path]]:
     """A server, and a folder for the worlds' caches."""
     # fsync guards against a loss of power, which no kill is
-    settings = {"fsync": "off", "shared_buffers": "64MB", "max_prepared_transactions": 4, "scram_iterations": 1}
+    settings = {"fsync": "off", "shared_buffers": "32MB", "max_prepared_transactions": 4, "scram_iterations": 1}
     with (
         tempfile.TemporaryDirectory(prefix="songvec-chaos-db-", ignore_cleanup_errors=True) as folder,
         running_server(**settings) as server,
         mock.patch.object(recall, "sample_queries", sample_few_queries),
     ):
+        execute(server.url("template1"), "CREATE EXTENSION vector")
         yield server, Path(folder)
 
 

@@ -1,122 +1,237 @@
 """What 12 and 100 million songs take, worked out from what was measured at smaller sizes: the tables of docs/scale.md.
 
-    python -m benchmarks.scale            print them
+    python -m benchmarks.scale            print the page with its tables worked out anew
     python -m benchmarks.scale --write    put them into the page
 
-An input stands once, in `INPUTS`, with the size it was measured at and the command that measures it anew. A figure is a
-formula over inputs, n (songs), L (lists) and b (bytes a value of the column's type); the formula printed beside it is
-the one that computes it. Sizes are bytes, G is 10⁹; times are hours.
+An input stands once, with the size at which it was measured and the command that measures it anew. A figure is what the
+formula printed beside it gives: the text is the code. Sizes are bytes, times seconds; GB are 10⁹ bytes.
 """
 
 import argparse
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from songvec_assets.vectors.sizes import build_bytes, choose_lists, choose_probes, estimate_build, index_bytes
+from songvec_assets.vectors.sizes import choose_lists, choose_probes
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 DIMENSIONS = 2_000
-CORES = 2
-_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Input:
-    """Something measured or given.
+    """Something measured, given or assumed.
 
     Attributes:
         symbol: in formulas.
         meaning: in words.
-        value, unit: the figure.
+        value: the figure.
         size: at which it was measured.
-        command: measures it anew.
+        command: measures or sets it.
     """
 
     symbol: str
     meaning: str
     value: float
-    unit: str
     size: str
     command: str
 
 
-INPUTS = {
-    each.symbol: each
-    for each in (
-        Input("tokens", "tokens a song", 400, "", "assumed: 1,600 characters", "`songvec estimate` tells yours"),
-        Input("price", "dollars a million tokens", 0.10, "", "given", "`SONGVEC_USD_PER_MILLION_TOKENS`"),
-        Input("quota", "tokens a minute", 900_000, "", "given", "`SONGVEC_TOKENS_PER_MINUTE`"),
-        Input("used", "share of the quota used", 0.984, "", "180 s", "`make bench-quota`"),
-        Input("fill", "songs into the cache, without latency and quota", 10_770, "/s", "50,000", "`make bench-client`"),
-        Input("shard", "cache, a song", 8_037, "B", "20,480", "`make bench-client`"),
-        Input("snapshot", "Parquet snapshot, a song", 188, "B", "1,000,000 generated", "`make bench-export`"),
-        Input("export", "songs exported", 100_000, "/s", "1,000,000", "`make bench-export`"),
-        Input("load", "rows loaded, no index", 20_000, "/s", "1,000,000", "`make bench-load`"),
-        Input("update", "rows changed, in place under the index", 2_000, "/s", "80,000", "`make bench-serving`"),
-        Input("exact", "rows held against 200 queries", 50_000, "/s", "80,000", "`make bench-index`"),
-        Input("compare", "cache and ledger compared, a song", 1e-6, "s", "1,000,000", "`make bench-load`"),
-        Input("wal", "WAL of a load, a row", 8_100, "B", "80,000", "`make bench-load`"),
-        Input("index_wal", "WAL of an index, a byte of it", 1.0, "B", "80,000", "`make bench-index`"),
-    )
-}
+_CLIENT, _LOAD, _INDEX = "`make bench-client`", "`make bench-load`", "`make bench-index`"
+INPUTS = (
+    Input("tokens", "tokens a song", 400, "assumed: 1,600 characters", "`songvec estimate` tells yours"),
+    Input("price", "dollars a million tokens", 0.10, "given", "`SONGVEC_USD_PER_MILLION_TOKENS`"),
+    Input("quota", "tokens a minute", 900_000, "given", "`SONGVEC_TOKENS_PER_MINUTE`"),
+    Input("cores", "of the server, for index builds", 2, "given", ""),
+    Input("used", "share of the quota that is used", 0.984, "three minutes", "`make bench-quota`"),
+    Input("fill", "songs a second into the cache, without quota and latency", 10_770, "50,000 songs", _CLIENT),
+    Input("shard", "bytes a song in the cache", 8_037, "50,000 songs", _CLIENT),
+    Input("parquet", "bytes a song in the snapshots", 188, "1,000,000 generated songs", "`make bench-export`"),
+    Input("export", "songs a second from Postgres to snapshots", 100_000, "1,000,000 songs", "`make bench-export`"),
+    Input("load", "rows a second into a table without an index", 20_000, "1,000,000 rows", _LOAD),
+    Input("change", "changed rows a second, under the index", 2_000, "80,000 rows", "`make bench-serving`"),
+    Input("compare", "songs a second compared, nothing changed", 1_000_000, "1,000,000 rows", _LOAD),
+    Input("wal", "bytes of WAL, a row loaded", 8_100, "1,000,000 rows", _LOAD),
+    Input("kmeans", "seconds of k-means, a squared list", 62e-6, "300,000 rows, 548 lists", _INDEX),
+    Input("assign", "seconds of assigning, a row and list, one core", 0.26e-6, "300,000 rows, 548 lists", _INDEX),
+    Input("exact", "rows a second held against 200 queries", 50_000, "300,000 rows", _INDEX),
+    Input("visit", "rows a second that a search visits, in memory", 400_000, "80,000 rows", "`make bench-serving`"),
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A catalogue of n songs."""
+    """A catalogue of so many songs in a column of a type, with so many lists; None: as the package chooses."""
 
     n: int
     vector_type: str = "vector"
-
-    @property
-    def value_bytes(self) -> int:
-        """b."""
-        return 2 if self.vector_type == "halfvec" else 4
-
-    @property
-    def lists(self) -> int:
-        """L."""
-        return choose_lists(self.n)
+    lists: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.n // 1_000_000} M {self.vector_type}"
+        return f"{self.n // 1_000_000} M, {self.vector_type}" + (f", L = {self.lists:,}" if self.lists else "")
 
-
-CASES = [Case(n, vector_type) for n in (12_000_000, 100_000_000) for vector_type in ("vector", "halfvec")]
+    def names(self) -> dict[str, float]:
+        """What formulas start from."""
+        lists, value_bytes = self.lists or choose_lists(self.n), {"vector": 4, "halfvec": 2}[self.vector_type]
+        probes = choose_probes(lists, self.n)
+        return {"n": self.n, "L": lists, "p": probes, "d": DIMENSIONS, "b": value_bytes}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A quantity: its name, its formula in words, and the formula."""
+    """A quantity.
+
+    Attributes:
+        name: in words.
+        symbol: in later formulas; may be empty.
+        formula: of names of the case, inputs and earlier figures: Python.
+        show: the number as it is read.
+    """
 
     name: str
+    symbol: str
     formula: str
-    compute: Callable[[Case], float]
-    unit: str
+    show: Callable[[float], str]
 
 
-def of(symbol: str) -> float:
-    """An input's value."""
-    return INPUTS[symbol].value
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
 
 
-def _rows_a_page(case: Case) -> int:
-    return 8_168 // (case.value_bytes * DIMENSIONS + 8 + 44)
+def _disk(value: float) -> str:
+    return f"{value / 1e9:,.1f} GB" if value < 10e9 else f"{value / 1e9:,.0f} GB"
 
 
-def _table_bytes(case: Case) -> float:
-    return 8_192 * math.ceil(case.n / _rows_a_page(case))
+def _usd(value: float) -> str:
+    return f"${value:,.0f}"
 
 
-def _index_bytes(case: Case) -> float:
-    return index_bytes(case.n, case.lists, DIMENSIONS, case.vector_type)
+def _time(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}" if seconds < 20 * length else f"{seconds / length:,.0f} {unit}"
+    return f"{1e3 * seconds:,.0f} ms"
 
 
-def _build(case: Case) -> dict[str, float]:
-    estimate = estimate_build(
-        case.n, case.lists, DIMENSIONS, case.vector_type, workers=CORES - 1, cores=CORES, concurrently=False
+FIGURES = {
+    "provider": (
+        Figure("tokens", "T", "n * tokens", _count),
+        Figure("price of a first run", "", "T / 1e6 * price", _usd),
+        Figure("at the full quota", "", "T / (quota * used) * 60", _time),
+        Figure("with no quota and no latency, one process", "", "n / fill", _time),
+    ),
+    "disk": (
+        Figure("snapshots", "", "n * parquet", _disk),
+        Figure("cache", "", "n * shard", _disk),
+        Figure("rows a page of 8 KiB", "k", "(8192 - 24) // (b * d + 52)", _count),
+        Figure("table", "table", "n / k * 8192", _disk),
+        Figure("its primary key", "key", "n * 22.5", _disk),
+        Figure("index", "index", "n / k * 8192", _disk),
+        Figure("ledger of what is loaded", "ledger", "n * 12", _disk),
+        Figure("serving", "serving", "table + key + index + ledger", _disk),
+        Figure("temporary files of a build", "temporary", "n * (b * d + 48)", _disk),
+        Figure("while a table is built beside", "", "2 * serving + temporary", _disk),
+        Figure("WAL of a load and a build", "", "n * wal * b / 4 + index", _disk),
+    ),
+    "memory": (
+        Figure("lists", "", "L", _count),
+        Figure("rows that k-means samples", "S", "max(10000, 50 * L)", _count),
+        Figure("bytes a vector", "v", "b * d + 8", _count),
+        Figure(
+            "memory of a build, on the server",
+            "memory",
+            "S * v + 2 * L * v + 4 * L * d + 4 * S * L + 4 * L ** 2 + 8 * S",
+            _disk,
+        ),
+    ),
+    "time": (
+        Figure("export", "", "n / export", _time),
+        Figure("load without an index", "", "n / load", _time),
+        Figure("k-means", "", "kmeans * L ** 2", _time),
+        Figure("assigning rows to lists", "", "assign * n * L / cores", _time),
+        Figure("exact neighbours of the recall's queries", "", "n / exact", _time),
+        Figure("1 % of the rows changed, under the index", "", "0.01 * n / change", _time),
+        Figure("nothing changed", "", "n / compare", _time),
+    ),
+    "search": (
+        Figure("lists visited, until recall is measured", "", "p", _count),
+        Figure("rows visited", "visited", "p * n / L", _count),
+        Figure("bytes visited", "", "visited * v", _disk),
+        Figure("time, all in memory", "", "visited / visit", _time),
+    ),
+}
+CASES = tuple(Case(n, vector_type) for n in (12_000_000, 100_000_000) for vector_type in ("vector", "halfvec"))
+OF_LISTS = ("memory", "time", "search")
+BY_LISTS = tuple(Case(100_000_000, "vector", lists) for lists in (2_000, 4_000, 10_000))
+
+
+def work_out(case: Case) -> dict[str, float]:
+    """All figures of a case by name, those with a symbol also by that, its own names and the inputs."""
+    values = case.names() | {each.symbol: each.value for each in INPUTS}
+    for figure in (figure for figures in FIGURES.values() for figure in figures):
+        value = float(eval(figure.formula, {"max": max}, values))
+        values |= {figure.name: value} | ({figure.symbol: value} if figure.symbol else {})
+    return values
+
+
+def render_inputs() -> str:
+    """The table of inputs."""
+    rows = ["| symbol | | figure | at | measured or set by |", "| --- | --- | ---: | --- | --- |"]
+    rows += [f"| {each.symbol} | {each.meaning} | {each.value:,} | {each.size} | {each.command} |" for each in INPUTS]
+    return "\n".join(rows)
+
+
+def render(figures: Iterator[Figure] | tuple[Figure, ...], cases: tuple[Case, ...] = CASES) -> str:
+    """Figures as a Markdown table, a column a case."""
+    worked_out = [work_out(case) for case in cases]
+    rows = [
+        f"| | formula | {' | '.join(map(str, cases))} |",
+        f"| --- | --- |{' ---: |' * len(cases)}",
+    ]
+    for figure in figures:
+        values = " | ".join(figure.show(values[figure.name]) for values in worked_out)
+        rows.append(f"| {figure.name} | {_name(figure)} | {values} |")
+    return "\n".join(rows)
+
+
+def _name(figure: Figure) -> str:
+    formula = figure.formula
+    for code, words in (("1e6", "10⁶"), (" ** 2", "²"), (" * ", " · "), ("//", "÷"), ("10000", "10,000")):
+        formula = formula.replace(code, words)
+    return f"{figure.symbol} = {formula}" if figure.symbol else formula
+
+
+def render_tables() -> dict[str, str]:
+    """All tables by the name that the page gives them."""
+    tables = {name: render(figures) for name, figures in FIGURES.items()}
+    changed = {"memory of a build, on the server", "k-means", "assigning rows to lists"}
+    of_lists = tuple(
+        figure
+        for name in ("memory", "time", "search")
+        for figure in FIGURES[name]
+        if name == "search" or figure.name in changed
     )
-    return {"temporary": estimate.temporary_bytes} | estimate.seconds
+    return tables | {"inputs": render_inputs(), "lists": render(of_lists, BY_LISTS)}
+
+
+def update(page: str) -> str:
+    """The page with its tables worked out anew."""
+    tables = render_tables()
+    return _TABLE.sub(lambda found: f"<!-- table: {found[1]} -->\n{tables[found[1]]}\n<!-- end -->", page)
+
+
+def main() -> None:
+    """Print or write the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale")
+    parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
+    page = update(PAGE.read_text(encoding="utf-8"))
+    if parser.parse_args().write:
+        PAGE.write_text(page, encoding="utf-8")
+    else:
+        print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -45,7 +45,7 @@ from songvec_assets.vectors.table import TableSpec, define_table, read_spec
 MODEL = "made-up"
 SLOWER_AT_MOST = 3.0
 QUIET = "quiet"
-_N_CLUSTERS, _N_FACTORS, _SPREAD = 300, 64, 0.7
+_N_CLUSTERS, _N_FACTORS, _SPREAD = 300, 64, 1.15
 _BATCH = 2_000
 
 

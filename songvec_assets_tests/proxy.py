@@ -86,7 +86,8 @@ class Proxy:
     def _reset_all(self) -> None:
         for writer in self._writers:
             # an answer of the kernel as after a crash or a firewall's timeout, instead of an orderly end
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            with contextlib.suppress(OSError):  # where it was closed meanwhile
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             writer.transport.abort()
             self.n_dropped += 1
 

@@ -11,7 +11,7 @@ from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.status import measure_status
-from songvec_assets.vectors.ivfflat import build_index
+from songvec_assets.vectors.ivfflat import bring_index_up_to_date
 from songvec_assets.vectors.load import RangeLoad, upload_cached_embeddings_to_database
 from songvec_assets.vectors.search import embed_query, search_songs
 from songvec_assets_tests.conftest import deploy
@@ -49,7 +49,7 @@ def test_songs_become_a_table_that_a_search_finds(
     table = read_table(deployment.database)
     np.testing.assert_allclose(table[1], vector_of("Sea by Ann\nwaves and salt", 64), atol=1e-6)
     np.testing.assert_allclose(table[2], vector_of("Hill by Ben", 64), atol=1e-6)
-    build_index(deployment.database, deployment.table_spec)
+    bring_index_up_to_date(deployment.database, deployment.cache, deployment.table_spec)
     hits = search_songs(deployment.database, deployment.source, deployment.table_spec, table[150], limit=2)
     assert (hits[0].song_id, hits[0].name, round(hits[0].similarity, 3)) == (150, "Moon", 1.0)
     assert embed_query(deployment.embedder(), "moonlight").shape == (64,)

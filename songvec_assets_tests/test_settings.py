@@ -22,6 +22,7 @@ BASE = {"POSTGRES_URL": "postgresql://ann:geheim@db/songs", "FIREWORKS_API_KEY":
 # variable: field, default, good values and what they parse to
 GOOD = {
     "POSTGRES_URL": ("postgres_url", None, {"postgresql://x@y/z": "postgresql://x@y/z"}),
+    "SONGVEC_DIRECT_URL": ("direct_url", None, {"postgresql://x@y/z": "postgresql://x@y/z"}),
     "FIREWORKS_API_KEY": ("fireworks_api_key", None, {" fw_1 ": "fw_1"}),
     "FIREWORKS_BASE_URL": ("fireworks_base_url", FIREWORKS_BASE_URL, {"http://localhost:8000/v1": "http://localhost:8000/v1"}),
     "SONGVEC_STORAGE": ("storage", None, {"/data/songs": "/data/songs"}),
@@ -45,6 +46,9 @@ GOOD = {
     "SONGVEC_MAX_TEXT_CHARS": ("max_text_chars", 24_000, {"1": 1, "1000000": 1_000_000}),
     "SONGVEC_VECTOR_TYPE": ("vector_type", "vector", {"vector": "vector", "halfvec": "halfvec"}),
     "SONGVEC_LISTS": ("lists", None, {"1": 1, "32768": 32_768}),
+    "SONGVEC_TARGET_RECALL": ("target_recall", 0.95, {"1": 1.0, "0.9": 0.9}),
+    "SONGVEC_INDEX_MEMORY_MB": ("index_memory_mb", None, {"64": 64}),
+    "SONGVEC_SWAP": ("swap", False, {"yes": True, "True": True, "no": False, "false": False}),
     "SONGVEC_SONG_ID_STOP": ("song_id_stop", 16_000_000, {"50000": 50_000}),
     "SONGVEC_RANGE_SIZE": ("range_size", 50_000, {"1": 1, "1000000": 1_000_000}),
     "SONGVEC_RANGES_PER_RUN": ("ranges_per_run", None, {"1": 1}),
@@ -61,6 +65,7 @@ TOO_HIGH = {
     "SONGVEC_CONCURRENCY": "1001",
     "SONGVEC_MAX_TEXT_CHARS": "1000001",
     "SONGVEC_LISTS": "32769",
+    "SONGVEC_INDEX_MEMORY_MB": "2147483648",
     "SONGVEC_SONG_ID_STOP": "2147483648",
     "SONGVEC_RANGE_SIZE": "1000001",
     "SONGVEC_RANGES_PER_RUN": "1000001",
@@ -73,6 +78,8 @@ BAD = (
         for value in NOT_A_NUMBER
     ]
     + [("SONGVEC_VECTOR_TYPE", value) for value in ("bit", "Vector", "vector(3)")]
+    + [("SONGVEC_TARGET_RECALL", value) for value in ("0", "1.01", "95", "nan", "most")]
+    + [("SONGVEC_SWAP", value) for value in ("1", "perhaps")]
     + [("SONGVEC_EMBEDDING_DIMENSIONS", value) for value in ("1", "2001")]
     + [("FIREWORKS_BASE_URL", value) for value in ("ftp://x/v1", "localhost:8000", "api.fireworks.ai/inference/v1")]
 )

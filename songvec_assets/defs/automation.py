@@ -43,7 +43,7 @@ def put_back_table_before(
             context.log.info(f"searches now find {roll_back(deployment.database)}")
 
 
-@dg.job(description="Undo the last swap: the table before serves again.")
+@dg.job(name="rollback", description="Undo the last swap: the table before serves again.")
 def rollback_job() -> None:
     """One op."""
     put_back_table_before()

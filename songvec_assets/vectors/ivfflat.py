@@ -5,6 +5,7 @@
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -160,8 +161,8 @@ def bring_index_up_to_date(
     def tell_waiting() -> None:
         progress(Progress(STEP, 0, 100, unit="%", note="waiting for another run that sees to it"))
 
-    with hold_lock(database, fact_key("index", table), on_wait=tell_waiting, check=stop.check):
-        return _Upkeep(database, cache, spec, wanted, table, progress, stop).run()
+    with hold_lock(database, fact_key("index", table), on_wait=tell_waiting, check=stop.check) as check_held:
+        return _Upkeep(database, cache, spec, wanted, table, progress, stop, check_held).run()
 
 
 @dataclass
@@ -175,6 +176,7 @@ class _Upkeep:
     table: str
     progress: ReportProgress
     stop: StopSignal
+    check_held: Callable[[], None]
     n_rows: int = 0
     n_changed: int = 0
 
@@ -182,19 +184,17 @@ class _Upkeep:
         """Decide, build, measure."""
         lists_now = self._read_table()
         capacity = read_capacity(self.database, self.wanted.memory_bytes)
-        lists, told = plan_lists(self.n_rows, self.wanted, lists_now, capacity, self.spec)
-        concurrently = lets_writers_in(self.database, self.table)
-        spec = self.spec
-        estimate = estimate_build(
-            self.n_rows, lists, spec.dimensions, spec.vector_type, capacity.workers, capacity.cores, concurrently
-        )
+        lists, _ = plan_lists(self.n_rows, self.wanted, lists_now, capacity, self.spec)
         reason = reason_to_build(self.n_rows, lists, lists_now, self.n_changed, exact=self.wanted.lists is not None)
         if reason is None and lists_now is not None:
             remove_leftovers(self.database, self.table, self.progress, self.stop)
             recall, words, reason = self._look_at_recall(lists_now)
-        seconds = 0.0
+        seconds, estimate = 0.0, self._estimate(lists, capacity)
         if reason is not None:
             started = time.monotonic()
+            # what it has now may have fitted into memory once
+            lists, told = plan_lists(self.n_rows, self.wanted, None, capacity, self.spec)
+            estimate = self._estimate(lists, capacity)
             words = [reason, told, self._build(estimate, capacity)]
             seconds = time.monotonic() - started
             recall, measured = self._measure(lists)
@@ -202,6 +202,17 @@ class _Upkeep:
         index = find_index(self.database, self.table)
         assert index is not None
         return IndexReport("; ".join(filter(None, words)), reason is not None, index, seconds, recall, estimate)
+
+    def _estimate(self, lists: int, capacity: Capacity) -> BuildEstimate:
+        return estimate_build(
+            self.n_rows,
+            lists,
+            self.spec.dimensions,
+            self.spec.vector_type,
+            capacity.workers,
+            capacity.cores,
+            concurrently=lets_writers_in(self.database, self.table),
+        )
 
     def _read_table(self) -> int | None:
         """Count rows and changes; returns the lists of the valid index, or None."""
@@ -242,6 +253,7 @@ class _Upkeep:
             # rows that changed while it was built stay counted; others wait for this row, so it is the last
             count_changes(connection, -n_counted, table)
 
+        self.check_held()
         swap_names(database, table, record, self.stop.check)
         if taken_over:
             return "a killed run had built it, and it was put in its place"
@@ -262,12 +274,8 @@ class _Upkeep:
         if report is None or at_build.get("target") != target or not self.n_changed:
             return report, [kept, told], None
         if report.probes > _PROBES_GROWN * at_build["probes"] + 1:
-            return (
-                report,
-                [],
-                f"a recall of {target:.0%} takes {report.probes:,} probes, {at_build['probes']:,} when it was built; "
-                f"{self.n_changed:,} rows changed since",
-            )
+            then = f"{at_build['probes']:,} when it was built; {self.n_changed:,} rows changed since"
+            return report, [], f"a recall of {target:.0%} takes {report.probes:,} probes, {then}"
         return report, [kept, told], None
 
     def _measure(self, lists: int, kept: int | None = None) -> tuple[RecallReport | None, str]:
@@ -283,8 +291,7 @@ class _Upkeep:
         with database.get_connection() as connection:
             write_fact(connection, fact_key("recall", table), report.to_fact())
             write_fact(connection, fact_key("probes", table), report.probes)
-            at_build = read_fact(connection, fact_key("index", table)) or {}
-            # what decay is held against later
-            first = {"target": target, "probes": report.probes} | at_build
-            write_fact(connection, fact_key("index", table), first)
+            fact = read_fact(connection, fact_key("index", table)) or {}
+            if fact.get("target") != target:  # the first since the build: decay is held against it
+                write_fact(connection, fact_key("index", table), fact | {"target": target, "probes": report.probes})
         return report, report.describe()

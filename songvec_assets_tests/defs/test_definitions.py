@@ -9,10 +9,17 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from songvec_assets.cache.shards import ModelCache
 from songvec_assets.definitions import defs
 from songvec_assets.defs.partitions import TILING
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, StorageResource, overrides
+from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import Settings, variables
+from songvec_assets.vectors.ivfflat import IndexSettings
+from songvec_assets.vectors.publish import publish_embeddings
+from songvec_assets.vectors.table import TableSpec, loaded_spec
+from songvec_assets_tests.vectors.conftest import SPEC, put
+from songvec_assets_tests.vectors.conftest import TILING as SMALL_TILING
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +61,7 @@ def test_wrong_vectors_and_mixed_models_block_what_is_downstream() -> None:
         "song_embeddings_table:vectors_are_sound": True,
         "song_embeddings_table:one_model": True,
         "ivfflat_index:index_is_used": False,
+        "ivfflat_index:recall_reaches_target": False,
     }
 
 
@@ -62,7 +70,7 @@ def test_every_setting_is_a_resource_field_shapes_the_graph_or_is_secret() -> No
     of_resources = {name for resource in resources for name in overrides(resource)}
     shaping = {each.name for each in fields(Settings) if each.metadata["when"] == "graph"}
     secret = {each.name for each in fields(Settings) if not each.repr}
-    assert secret == {"postgres_url", "fireworks_api_key"}
+    assert secret == {"postgres_url", "direct_url", "fireworks_api_key"}
     assert of_resources | shaping | secret == {each.name for each in fields(Settings)}
     assert not of_resources & (shaping | secret)
 
@@ -84,3 +92,21 @@ def test_a_bad_graph_setting_is_refused_by_name(value: str) -> None:
     )  # fmt: skip
     assert loaded.returncode != 0
     assert "SONGVEC_RANGE_SIZE" in loaded.stderr.splitlines()[-1]
+
+
+def test_the_rollback_job_lets_the_table_before_serve_again(
+    database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache = ModelCache(tmp_path / "embeddings", SPEC.model, SPEC.dimensions)
+    put(cache, range(30))
+    for spec in (SPEC, TableSpec(SPEC.model, SPEC.dimensions, "halfvec")):
+        publish_embeddings(database, cache, spec, SMALL_TILING, tmp_path, IndexSettings(), swap=True)
+    monkeypatch.setenv("POSTGRES_URL", database.url)
+    monkeypatch.setenv("FIREWORKS_API_KEY", "never-used")
+    with dg.DagsterInstance.ephemeral() as instance:
+        job = defs.resolve_job_def("rollback")
+        assert job.execute_in_process(instance=instance).success
+        assert loaded_spec(database) == SPEC
+        failed = job.execute_in_process(instance=instance, raise_on_error=False)
+    (failure,) = [event for event in failed.all_events if event.is_step_failure]
+    assert "there is no table song_embeddings_old" in str(failure.step_failure_data.user_failure_data)

@@ -160,7 +160,9 @@ class TestEnsureSchema:
         assert execute(bare_url, "SELECT table_name, range_start, range_stop, model FROM songvec.loaded_ranges") == [
             ("song_embeddings", 0, 100, "model")
         ]
-        assert execute(bare_url, READ_KEYS) == execute(with_parts(server_url, database=TEMPLATE), READ_KEYS)
+        keys = execute(bare_url, READ_KEYS)
+        assert keys == execute(with_parts(server_url, database=TEMPLATE), READ_KEYS)
+        assert ("loaded_ranges_pkey", "PRIMARY KEY (table_name, range_start, range_stop)") in keys
         assert execute(bare_url, "SELECT name, share, slowed_at < now() FROM songvec.rate_limits") == [
             ("provider", 1.0, True)
         ]

@@ -16,7 +16,7 @@ from songvec_assets.vectors.sizes import build_bytes, estimate_build
 from songvec_assets.vectors.table import TableSpec, ensure_table
 from songvec_assets_tests.administration import as_role, dispose, execute
 from songvec_assets_tests.vectors.conftest import SPEC
-from songvec_assets_tests.vectors.indexes import fill, read_indexes
+from songvec_assets_tests.vectors.indexes import change, fill, read_indexes
 
 MEBIBYTE = 2**20
 SONGS = TableSpec("model-a", 2000)
@@ -144,7 +144,13 @@ class TestBuild:
         report = bring_index_up_to_date(database, cache, SPEC, IndexSettings(memory_bytes=100 * MEBIBYTE))
         assert report.index.lists == 703
         assert "100 MiB may be taken (SONGVEC_INDEX_MEMORY_MB), so it gets 703" in report.reason
+        # memory that is less later is no reason to build, but what is built then must fit into it
         assert not bring_index_up_to_date(database, cache, SPEC, IndexSettings(memory_bytes=90 * MEBIBYTE)).built
+        change(database, 100)
+        report = bring_index_up_to_date(database, cache, SPEC, IndexSettings(memory_bytes=90 * MEBIBYTE))
+        assert report.index.lists < 703
+        assert "100 rows changed since it was built" in report.reason
+        assert "90 MiB may be taken" in report.reason
 
     def test_memory_for_no_list_at_all_is_an_error(self, database: Database, cache: ModelCache) -> None:
         ensure_table(database, SPEC)

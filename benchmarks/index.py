@@ -1,0 +1,329 @@
+"""Index builds beside pgvector's defaults on the same rows, the recall and latency of both, and what halfvec saves.
+
+    python -m benchmarks.index                     100,000 and 300,000 rows of 2,000 dimensions
+    python -m benchmarks.index --rows 20000        another size
+
+Rows are made up: the square root of n clusters, of sizes that follow a Pareto distribution; a row is its cluster's
+centre plus noise of 0.7 of its length in 64 dimensions, turned into 2,000 by a random matrix, plus a little noise in
+all of them, on the unit sphere. Stock is the table as CREATE TABLE makes it (vectors in TOAST) and the server's default
+settings, but for the least maintenance_work_mem that the build accepts; with the default it is an error, which is
+shown. Ours is this package's table and session settings. Both have the same lists, and are built in a transaction; of
+the first size also while writers go on, and as halfvec. Latency is a search's round trip, in the second of two rounds
+of 200; recall that of the lower of two kinds of queries, against an exact scan.
+Exit code 1 where ours is not 1.2 times as fast as stock, or its recall is over 0.01 lower at equal probes.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+
+from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
+from songvec_assets.errors import DatabaseError
+from songvec_assets.postgres.embedded import start_embedded_server
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import ensure_schema
+from songvec_assets.progress import StopSignal, ignore_progress
+from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.text import hash_text
+from songvec_assets.vectors.build import building_name, create_index, swap_names
+from songvec_assets.vectors.capacity import read_capacity
+from songvec_assets.vectors.load import upload_cached_embeddings_to_database
+from songvec_assets.vectors.recall import RecallPoint, RecallReport, measure_recall
+from songvec_assets.vectors.sizes import (
+    BuildEstimate,
+    choose_lists,
+    estimate_build,
+    format_bytes,
+    kmeans_bytes,
+)
+from songvec_assets.vectors.table import BESIDE, TABLE, TableSpec, drop_table, ensure_table, index_name
+
+FASTER, WITHIN = 1.2, 0.01
+DIMENSIONS = 2_000
+STOCK, HALF = f"{TABLE}_stock", f"{TABLE}_half"
+_LATENT, _SPREAD, _EVERYWHERE = 64, 0.7, 0.02
+_BATCH = 2_000
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build: seconds and bytes; what was estimated, where it was."""
+
+    name: str
+    seconds: float
+    index_bytes: int
+    table_bytes: int
+    temporary_bytes: int
+    estimate: BuildEstimate | None = None
+
+
+@dataclass
+class Result:
+    """What was measured over so many rows."""
+
+    n_rows: int
+    lists: int
+    default_error: str = ""
+    builds: dict[str, Build] = field(default_factory=dict)
+    recalls: dict[str, RecallReport] = field(default_factory=dict)
+
+    @property
+    def faster(self) -> float:
+        """Stock's seconds over ours, both in a transaction."""
+        return self.builds["stock"].seconds / self.builds["ours"].seconds
+
+    @property
+    def shared(self) -> list[int]:
+        """The probes that stock and ours were both measured at."""
+        stock, ours = ({point.probes for point in self.recalls[name].points} for name in ("stock", "ours"))
+        return sorted(stock & ours)
+
+    @property
+    def compared(self) -> int:
+        """Of those, the ones nearest to the square root of the lists."""
+        return min(self.shared, key=lambda probes: abs(math.log(probes / math.sqrt(self.lists))))
+
+    @property
+    def differs(self) -> float:
+        """Stock's recall less ours, at the compared probes."""
+        stock, ours = self.at("stock", self.compared), self.at("ours", self.compared)
+        return stock.recall - ours.recall if stock and ours else math.nan
+
+    @property
+    def reached(self) -> bool:
+        """Whether it is what was wanted."""
+        return self.faster >= FASTER and self.differs <= WITHIN
+
+    def at(self, name: str, probes: int) -> RecallPoint | None:
+        """A point of an index, where it was measured."""
+        return next((point for point in self.recalls[name].points if point.probes == probes), None)
+
+
+def make_rows(n_rows: int, dimensions: int, seed: int = 1) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+    """Clustered unit vectors, a batch at a time: song_ids and (n, dimensions)."""
+    draw = np.random.default_rng(seed)
+    n_clusters = choose_lists(n_rows)
+    turn = draw.standard_normal((_LATENT, dimensions), dtype=np.float32) / np.float32(math.sqrt(dimensions))
+    centres = draw.standard_normal((n_clusters, _LATENT), dtype=np.float32)
+    sizes = draw.pareto(1.2, n_clusters) + 0.1
+    for start in range(0, n_rows, _BATCH):
+        n_here = min(_BATCH, n_rows - start)
+        latent = centres[draw.choice(n_clusters, n_here, p=sizes / sizes.sum())]
+        latent += np.float32(_SPREAD) * draw.standard_normal(latent.shape, dtype=np.float32)
+        vectors = latent @ turn
+        vectors += np.float32(_EVERYWHERE) * draw.standard_normal(vectors.shape, dtype=np.float32)
+        yield list(range(start, start + n_here)), vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def measure(database: Database, cache: ModelCache, n_rows: int, with_others: bool) -> Result:
+    """Load, build and search so many rows.
+
+    Args:
+        database: with our schema, and no table; of a server on this machine.
+        cache: empty.
+        n_rows: to make up.
+        with_others: whether also while writers go on, and as halfvec.
+    """
+    spec = TableSpec(cache.model, cache.dimensions)
+    tiling = Tiling(50_000, 50_000 * math.ceil(n_rows / 50_000))
+    for song_ids, vectors in make_rows(n_rows, cache.dimensions):
+        shard, _ = load_embeddings_from_cache(cache, tiling.range_of(song_ids[0]))
+        write_embeddings_to_file(shard, song_ids, [hash_text(str(each)) for each in song_ids], vectors)
+    upload_cached_embeddings_to_database(database, cache, spec, tiling, table=BESIDE)
+    result = Result(n_rows, choose_lists(n_rows))
+    with database.get_connection() as connection:
+        data_folder = Path(str(connection.scalar(sa.text("SHOW data_directory"))))
+    run = _Run(database, data_folder, cache, result)
+    _copy_table(database, STOCK, spec, "EXTERNAL")
+    run.build_stock(spec)
+    run.search("stock", STOCK, spec)
+    _drop(database, STOCK)
+    run.build_ours("ours", BESIDE, spec)
+    run.search("ours", BESIDE, spec)
+    if with_others:
+        upload_cached_embeddings_to_database(database, cache, spec, tiling)
+        run.build_ours("ours, while writers go on", TABLE, spec)
+        _drop(database, TABLE)
+        half = TableSpec(cache.model, cache.dimensions, "halfvec")
+        _copy_table(database, HALF, half, "PLAIN")
+        run.build_ours("ours, halfvec", HALF, half)
+        run.search("ours, halfvec", HALF, half)
+        _drop(database, HALF)
+    _drop(database, BESIDE)
+    return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    database: Database
+    data_folder: Path
+    cache: ModelCache
+    result: Result
+
+    def build_stock(self, spec: TableSpec) -> None:
+        """With the server's defaults; where that is an error, with the least memory that it accepts."""
+        build = sa.text(
+            f"CREATE INDEX {index_name(STOCK)} ON {STOCK} USING ivfflat (embedding {spec.vector_type}_cosine_ops) "
+            f"WITH (lists = {self.result.lists})"
+        )
+        needed = kmeans_bytes(self.result.lists, spec.dimensions, spec.vector_type) * 1001 // 1000
+        for kilobytes in (64 << 10, needed // 1024 + 1):
+            try:
+                with self._timed("stock", STOCK), self.database.get_connection() as connection:
+                    connection.execute(sa.text(f"SET LOCAL maintenance_work_mem = '{kilobytes}kB'"))
+                    connection.execute(build)
+                return
+            except DatabaseError as error:
+                self.result.default_error = str(error)
+
+    def build_ours(self, name: str, table: str, spec: TableSpec) -> None:
+        """As the package builds: CONCURRENTLY where the table serves, else in a transaction."""
+        capacity, result = read_capacity(self.database), self.result
+        estimate = estimate_build(
+            result.n_rows, result.lists, spec.dimensions, spec.vector_type, capacity.workers, capacity.cores,
+            concurrently=table == TABLE,
+        )  # fmt: skip
+        with self._timed(name, table, estimate):
+            create_index(self.database, spec, table, estimate, capacity.workers, ignore_progress, StopSignal())
+        swap_names(self.database, table, lambda _: None, lambda: None)
+
+    def search(self, name: str, table: str, spec: TableSpec) -> None:
+        """The sweep of probes."""
+        self.result.recalls[name] = measure_recall(self.database, self.cache, spec, self.result.lists, table=table)
+
+    @contextmanager
+    def _timed(self, name: str, table: str, estimate: BuildEstimate | None = None) -> Iterator[None]:
+        peak, ended = [0], threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.1):
+                peak[0] = max(peak[0], _folder_bytes(self.data_folder / "base" / "pgsql_tmp"))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        with self.database.get_autocommit() as connection:
+            connection.execute(sa.text("CHECKPOINT"))  # what was written before is not this build's to sync
+        watcher.start()
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        ended.set()
+        watcher.join()
+        with self.database.get_connection() as connection:
+            sizes = sa.text("SELECT pg_table_size(:table), coalesce(pg_relation_size(to_regclass(:building)), "
+                            "pg_relation_size(to_regclass(:index)))")  # fmt: skip
+            names = {"table": table, "building": building_name(table), "index": index_name(table)}
+            table_bytes, index_bytes = connection.execute(sizes, names).one()
+        self.result.builds[name] = Build(name, seconds, index_bytes, table_bytes, peak[0], estimate)
+
+
+def _copy_table(database: Database, table: str, spec: TableSpec, storage: str) -> None:
+    """The rows of BESIDE in another table, with the ledger of what is loaded."""
+    ensure_table(database, spec, table)
+    columns = "range_start, range_stop, model, dimensions, n_songs, digest, song_ids, checksums"
+    with database.get_connection() as connection:
+        connection.execute(sa.text(f"ALTER TABLE {table} ALTER COLUMN embedding SET STORAGE {storage}"))
+        connection.execute(
+            sa.text(
+                f"INSERT INTO {table} (song_id, embedding) "
+                f"SELECT song_id, embedding::{spec.column_type} FROM {BESIDE} ORDER BY song_id"
+            )
+        )
+        connection.execute(
+            sa.text(
+                f"INSERT INTO songvec.loaded_ranges (table_name, {columns}) "
+                f"SELECT :table, {columns} FROM songvec.loaded_ranges WHERE table_name = '{BESIDE}'"
+            ),
+            {"table": table},
+        )
+    with database.get_autocommit() as connection:
+        connection.execute(sa.text(f"VACUUM (ANALYZE) {table}"))
+
+
+def _drop(database: Database, table: str) -> None:
+    with database.get_connection() as connection:
+        drop_table(connection, table)
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:
+            continue  # it was removed meanwhile
+    return total
+
+
+def render(results: list[Result]) -> str:
+    """The results as Markdown tables."""
+    builds = [
+        "| rows | lists | build | seconds | estimated | index | table | peak temporary files | stock / this |",
+        "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    recalls = [
+        "| rows | probes | index | recall@10 | rows | made-up queries | median ms | p99 ms |",
+        "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    summary = [
+        f"| rows | faster than stock (to reach: >= {FASTER}) | at probes | recall, stock less ours (<= {WITHIN}) "
+        "| probes for 95 %, stock / ours |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for each in results:
+        stock = each.builds["stock"].seconds
+        for build in each.builds.values():
+            estimated = f"{build.estimate.total_seconds:.0f}" if build.estimate else ""
+            builds.append(
+                f"| {each.n_rows:,} | {each.lists:,} | {build.name} | {build.seconds:.1f} | {estimated} "
+                f"| {format_bytes(build.index_bytes)} | {format_bytes(build.table_bytes)} "
+                f"| {format_bytes(build.temporary_bytes)} | {stock / build.seconds:.2f} |"
+            )
+        for probes in each.shared:
+            for name in each.recalls:
+                point = each.at(name, probes)
+                if point:
+                    recalls.append(
+                        f"| {each.n_rows:,} | {probes} | {name} | {point.recall:.4f} | {point.recall_of_rows:.4f} "
+                        f"| {point.recall_of_synthetic:.4f} | {point.ms_median:.2f} | {point.ms_p99:.2f} |"
+                    )
+        summary.append(
+            f"| {each.n_rows:,} | {each.faster:.2f} | {each.compared} | {each.differs:+.4f} "
+            f"| {each.recalls['stock'].probes} / {each.recalls['ours'].probes} |"
+        )
+    errors = [f"With the default memory, {each.n_rows:,} rows: {each.default_error}" for each in results]
+    return "\n".join([*summary, "", *errors, "", *builds, "", *recalls])
+
+
+def main() -> None:
+    """One size after the other, in a database of its own each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 300_000])
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="index-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        database = start_embedded_server(folder / "pg")
+        ensure_schema(database)
+        results = []
+        for place, n_rows in enumerate(asked.rows):
+            cache = ModelCache(folder / f"cache_{place}", "made-up", DIMENSIONS)
+            results.append(measure(database, cache, n_rows, with_others=place == 0))
+            shutil.rmtree(cache.folder)
+    print(render(results))
+    sys.exit(0 if all(result.reached for result in results) else 1)
+
+
+if __name__ == "__main__":
+    main()

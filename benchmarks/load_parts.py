@@ -1,0 +1,250 @@
+"""What `benchmarks.load` does to a server and measures there: rounds of all clients, and the long load."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.loaders import CLIENTS, SERVER, THIS, THIS_TWO, Job, Outcome, run_client, write_ready_files
+from benchmarks.vectors import MODEL, change_songs, fill_shards, make_vectors
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import ensure_schema
+from songvec_assets.songs.ranges import Tiling
+from songvec_assets.vectors.load import N_CONNECTIONS, upload_cached_embeddings_to_database
+from songvec_assets.vectors.table import TABLE, TableSpec, define_table, drop_table
+from songvec_assets_tests.administration import execute
+
+_STORAGES = {"p": "PLAIN", "e": "EXTERNAL", "x": "EXTENDED"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is loaded.
+
+    Attributes:
+        dimensions: values a vector.
+        range_rows: rows a range.
+        n_ranges, n_ranges_long: of the rounds and of the long part.
+        n_rounds: of all clients.
+        n_changes: how often 1 % of the songs change.
+    """
+
+    dimensions: int = 2_000
+    range_rows: int = 50_000
+    n_ranges: int = 2
+    n_ranges_long: int = 20
+    n_rounds: int = 3
+    n_changes: int = 10
+
+
+class Figure(NamedTuple):
+    """A measure that has to be at least, or at most, so much."""
+
+    name: str
+    value: float
+    bound: float
+    at_least: bool = True
+    unit: str = ""
+    spread: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is what it has to be."""
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def row(self) -> list[str]:
+        """For a table."""
+        bound = f"{'>=' if self.at_least else '<='} {self.bound:g}{self.unit}"
+        return [self.name, f"{self.value:.2f}{self.unit}", self.spread, bound, "yes" if self.holds else "NO"]
+
+
+class Search(NamedTuple):
+    """The first search of a loaded table and the next one, both of all rows; pages are those the first wrote to."""
+
+    first_ms: float
+    next_ms: float
+    n_dirtied: int
+
+
+class Change(NamedTuple):
+    """A load of 1 % changed songs, and a VACUUM after it.
+
+    Attributes:
+        n_written: rows.
+        cache_bytes, wal_bytes: written to the shards by the change, and to the WAL by the load.
+        seconds: of the load.
+        n_dead: rows that it left dead.
+        n_pages: of the table, after VACUUM.
+        n_dead_kept: dead rows that VACUUM left.
+    """
+
+    n_written: int
+    cache_bytes: int
+    wal_bytes: int
+    seconds: float
+    n_dead: int
+    n_pages: int
+    n_dead_kept: int
+
+
+@dataclass
+class Result:
+    """All that was measured."""
+
+    settings: str = ""
+    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    storages: dict[str, str] = field(default_factory=dict)
+    searches: dict[str, list[Search]] = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+
+
+class Bench:
+    """A server, a folder, and the table as the server's administrator sees it."""
+
+    def __init__(self, url: str, folder: Path, size: Size, vector_type: str) -> None:
+        self.url, self.folder, self.size = url, folder, size
+        self.database = Database(url)
+        self.spec = TableSpec(MODEL, size.dimensions, vector_type)
+        self.tiling = Tiling(size.range_rows, size.range_rows * max(size.n_ranges, size.n_ranges_long))
+        ensure_schema(self.database)
+
+    def ask(self, statement: str) -> Any:
+        """One value."""
+        return execute(self.database.adbc_uri, statement)[0][0]
+
+    def cache(self, name: str) -> ModelCache:
+        """A cache of that name."""
+        return ModelCache(self.folder / name, MODEL, self.size.dimensions)
+
+    def reset(self, plain: bool | None) -> None:
+        """Drop the table, and what is recorded of it; make it anew where a storage is given. Then CHECKPOINT."""
+        with self.database.get_connection() as connection:
+            drop_table(connection, TABLE)
+            if plain is not None:
+                define_table(self.spec).create(connection)
+        if plain:
+            execute(self.database.adbc_uri, f"ALTER TABLE {TABLE} ALTER COLUMN embedding SET STORAGE PLAIN")
+        execute(self.database.adbc_uri, "CHECKPOINT")
+
+    def check_rows(self, n_rows: int) -> None:
+        """Raise where the table does not hold just the first rows, or not the vectors of some of them."""
+        if (found := self.ask(f"SELECT count(*) FROM {TABLE}")) != n_rows:
+            raise RuntimeError(f"expected {n_rows:,} rows in the table, got {found:,}")
+        for song_id in (0, n_rows // 2, n_rows - 1):
+            values = self.ask(f"SELECT embedding::real[]::text FROM {TABLE} WHERE song_id = {song_id}")
+            stored = np.array(values.strip("{}").split(","), dtype=np.float32)
+            expected = make_vectors(np.array([song_id], dtype=np.int32), self.size.dimensions)[0]
+            if not np.allclose(stored, expected, rtol=0 if self.spec.vector_type == "vector" else 1e-3):
+                raise RuntimeError(f"the vector of song_id {song_id} is not the one that was loaded")
+
+    def search(self) -> Search:
+        """Find the ten nearest rows by reading all, twice."""
+        vector = json.dumps(make_vectors(np.array([7], dtype=np.int32), self.size.dimensions)[0].tolist())
+        statement = (
+            "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) "
+            f"SELECT song_id FROM {TABLE} ORDER BY embedding <=> '{vector}'::{self.spec.vector_type} LIMIT 10"
+        )
+        [first], [following] = self.ask(statement), self.ask(statement)
+        return Search(first["Execution Time"], following["Execution Time"], first["Plan"]["Shared Dirtied Blocks"])
+
+    @property
+    def n_pages(self) -> int:
+        """Of the table, of 8 KiB."""
+        return int(self.ask(f"SELECT pg_relation_size('{TABLE}') / 8192"))
+
+    @property
+    def n_dead(self) -> int:
+        """Dead rows of the table, as the server counts them."""
+        return int(self.ask(f"SELECT n_dead_tup FROM pg_stat_user_tables WHERE relid = '{TABLE}'::regclass"))
+
+    @contextmanager
+    def count_wal(self) -> Iterator[list[int]]:
+        """Bytes of WAL that the block made the server write, in the list after its end."""
+        counted: list[int] = []
+        before = self.ask("SELECT pg_current_wal_insert_lsn()")
+        yield counted
+        counted.append(int(self.ask(f"SELECT pg_current_wal_insert_lsn() - '{before}'::pg_lsn")))
+
+
+def run_rounds(bench: Bench, clients: list[str], result: Result) -> None:
+    """All clients, round by round, on the same rows."""
+    size, cache = bench.size, bench.cache("rounds")
+    n_rows = size.n_ranges * size.range_rows
+    fill_shards(cache, bench.tiling, n_rows)
+    job = Job(bench.url, cache, bench.tiling, bench.spec, bench.folder / "ready", n_rows)
+    write_ready_files(job)
+    bench.reset(plain=True)
+    run_client(SERVER, job)  # the first load of a server makes its WAL files
+    for _ in range(size.n_rounds):
+        for name in clients:
+            client = CLIENTS[name]
+            bench.reset(plain=None if client.makes_table else client.plain)
+            outcome = run_client(name, job._replace(n_rows=max(1, round(n_rows * client.share))))
+            result.outcomes.setdefault(name, []).append(outcome)
+            storage = bench.ask(
+                f"SELECT attstorage FROM pg_attribute WHERE attrelid = '{TABLE}'::regclass AND attname = 'embedding'"
+            )
+            result.storages[name] = _STORAGES[storage]
+            if name in (THIS, SERVER):
+                result.searches.setdefault(name, []).append(bench.search())
+            bench.check_rows(outcome.n_rows)
+
+
+def run_long(bench: Bench, result: Result) -> None:
+    """A million rows by the defaults, then what 1 % changed songs cost."""
+    size, cache = bench.size, bench.cache("long")
+    n_rows = size.n_ranges_long * size.range_rows
+    n_bytes = fill_shards(cache, bench.tiling, n_rows)
+    bench.reset(plain=None)
+    name, job = (
+        THIS_TWO if N_CONNECTIONS == 2 else THIS,
+        Job(bench.url, cache, bench.tiling, bench.spec, Path(), n_rows),
+    )
+    with bench.count_wal() as wal:
+        outcome = run_client(name, job)
+    full_wal = wal[0]
+    bench.check_rows(n_rows)
+    first, last = outcome.marks[25] - outcome.marks[0], outcome.marks[100] - outcome.marks[75]
+    n_pages = bench.n_pages
+    result.facts += [
+        (f"{n_rows:,} rows", f"{n_rows / outcome.seconds:,.0f} rows/s, {outcome.seconds:.1f} s"),
+        ("first quarter", f"{n_rows / 4 / first:,.0f} rows/s"),
+        ("last quarter", f"{n_rows / 4 / last:,.0f} rows/s"),
+        ("VACUUM (ANALYZE) afterwards", f"{outcome.upkeep_s:.1f} s"),
+        ("WAL, cache, table", f"{full_wal / 1e9:.2f}, {n_bytes / 1e9:.2f}, {n_pages * 8192 / 1e9:.2f} GB"),
+    ]
+    for version in range(1, size.n_changes + 1):
+        result.changes.append(_change(bench, cache, n_rows, version))
+    worst = {name: max(getattr(each, name) for each in result.changes) for name in Change._fields}
+    result.figures += [
+        Figure(f"peak RssAnon of {n_rows:,} rows", outcome.peak_anon_mb, 300, False, " MB"),
+        Figure("last quarter's rate / first quarter's", first / last, 0.9),
+        Figure("1 % changed: rows written / all", 100 * worst["n_written"] / n_rows, 3, False, " %"),
+        Figure("1 % changed: WAL / full load's", 100 * worst["wal_bytes"] / full_wal, 3, False, " %"),
+        Figure("1 % changed: cache bytes written / full", 100 * worst["cache_bytes"] / n_bytes, 3, False, " %"),
+        Figure(
+            f"{size.n_changes} changes: pages of the table / first", result.changes[-1].n_pages / n_pages, 1.02, False
+        ),
+        Figure(f"{size.n_changes} changes: dead rows left by VACUUM", worst["n_dead_kept"], 0, False),
+    ]
+
+
+def _change(bench: Bench, cache: ModelCache, n_rows: int, version: int) -> Change:
+    cache_bytes = change_songs(cache, bench.tiling, n_rows, 0.01, version)
+    execute(bench.database.adbc_uri, "CHECKPOINT")
+    started = time.perf_counter()
+    with bench.count_wal() as wal:
+        loads = upload_cached_embeddings_to_database(bench.database, cache, bench.spec, bench.tiling)
+    seconds = time.perf_counter() - started
+    n_dead = bench.n_dead
+    execute(bench.database.adbc_uri, f"VACUUM {TABLE}")
+    n_written = sum(each.n_written for each in loads)
+    return Change(n_written, cache_bytes, wal[0], seconds, n_dead, bench.n_pages, bench.n_dead)

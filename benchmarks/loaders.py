@@ -1,0 +1,328 @@
+"""Ways to get rows into `song_embeddings`: this package's, the server's own, and peers' as their documentation shows.
+
+Each is prepared (imports, connections, rows at hand) before the clock starts, and is timed to its commit. All read the
+vectors from the same memory-mapped shards, only this package holds them against their checksums. Peers, read 2026-11:
+
+- psycopg 3 loop: pgvector-python's examples/loading/example.py.
+- SQLAlchemy: pgvector-python's README and SQLAlchemy 2.1's "ORM bulk inserts" and "INSERT" tutorials.
+- execute_values: psycopg2's "Fast execution helpers", with pgvector-python's register_vector.
+- ADBC: `adbc_ingest` of Arrow lists as real[] into a temporary table, then a cast: it knows no vector type.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from songvec_assets.cache.shards import ModelCache, Shard, load_embeddings_from_cache
+from songvec_assets.embedding.wire import Float32Matrix
+from songvec_assets.postgres.engine import Database
+from songvec_assets.progress import Progress
+from songvec_assets.songs.ranges import Tiling
+from songvec_assets.vectors.copy import HEADER, TRAILER, encode_rows
+from songvec_assets.vectors.load import upload_cached_embeddings_to_database
+from songvec_assets.vectors.table import TableSpec
+
+_SAMPLE_S = 0.02
+
+
+class Job(NamedTuple):
+    """What one client is to load, and where to.
+
+    Attributes:
+        url: of the database; the table is there and empty, except for this package, which makes it.
+        cache, tiling, spec: the shards and what they hold.
+        ready: folder of the same rows as files for a server-side COPY, one a range.
+        n_rows: the first so many.
+    """
+
+    url: str
+    cache: ModelCache
+    tiling: Tiling
+    spec: TableSpec
+    ready: Path
+    n_rows: int
+
+    @property
+    def uri(self) -> str:
+        """The URL as libpq reads it."""
+        return Database(self.url).adbc_uri
+
+    def shards(self) -> Iterator[Shard]:
+        """Those that hold the rows, in order."""
+        for song_range in self.cache.ranges():
+            if song_range.start < self.n_rows:
+                yield load_embeddings_from_cache(self.cache, song_range)[0]
+
+    def rows(self) -> Iterator[tuple[NDArray[np.int32], Float32Matrix]]:
+        """song_ids and mapped vectors, a stored batch at a time."""
+        n_left = self.n_rows
+        for shard in self.shards():
+            for batch in shard.batches():
+                n_rows = min(n_left, batch.num_rows)
+                if n_rows:
+                    yield batch.column("song_id").to_numpy()[:n_rows], shard.matrix(batch)[:n_rows]
+                n_left -= n_rows
+
+
+class Outcome(NamedTuple):
+    """One load by one client.
+
+    Attributes:
+        n_rows: loaded.
+        seconds: to the commit.
+        upkeep_s: from there to the call's end: this package's VACUUM (ANALYZE).
+        cpu_s: of the client, all threads.
+        marks: seconds until each hundredth of the rows was handed on, where the client tells.
+        peak_anon_mb: the client's peak of memory that is not mapped files.
+    """
+
+    n_rows: int
+    seconds: float
+    upkeep_s: float
+    cpu_s: float
+    marks: list[float]
+    peak_anon_mb: float = 0.0
+
+
+class Loading(NamedTuple):
+    """A load that has ended: when it had committed, and when it had handed on each hundredth of its rows."""
+
+    committed_at: float
+    marks_at: list[float]
+
+
+Load = Callable[[], Loading | None]
+
+
+def prepare_this(job: Job, n_connections: int) -> Load:
+    """The whole path: compare, read and check shards, COPY, ledger, commit a range; then VACUUM (ANALYZE)."""
+
+    def load() -> Loading:
+        told: list[float] = []
+
+        def tell(progress: Progress) -> None:
+            while progress.total and len(told) <= 100 * progress.done // progress.total:
+                told.append(time.perf_counter())
+            told[-1] = time.perf_counter()
+
+        options = {"n_connections": n_connections}
+        upload_cached_embeddings_to_database(Database(job.url), job.cache, job.spec, job.tiling, tell, **options)
+        # its last word comes after the last commit, and before VACUUM
+        return Loading(told[-1], told)
+
+    return load
+
+
+def write_ready_files(job: Job) -> None:
+    """Write what a server-side COPY reads, a file a range."""
+    job.ready.mkdir(exist_ok=True)
+    for shard in job.shards():
+        with (job.ready / shard.path.name).open("wb") as file:
+            file.write(HEADER)
+            for batch in shard.batches():
+                song_ids = batch.column("song_id").to_numpy()
+                file.writelines(encode_rows(song_ids, shard.matrix(batch), job.spec.vector_type))
+            file.write(TRAILER)
+
+
+def prepare_server(job: Job, n_connections: int) -> Load:
+    """The limit: the server reads ready files, each in one transaction."""
+    import psycopg2
+
+    files = sorted(job.ready.iterdir())
+    connections = [psycopg2.connect(job.uri) for _ in range(n_connections)]
+
+    def copy(number: int) -> None:
+        with connections[number].cursor() as cursor:
+            for file in files[number::n_connections]:
+                cursor.execute(f"COPY song_embeddings (song_id, embedding) FROM '{file}' (FORMAT binary)")
+                connections[number].commit()
+
+    def load() -> None:
+        with ThreadPoolExecutor(n_connections) as pool:
+            list(pool.map(copy, range(n_connections)))
+
+    return load
+
+
+def prepare_psycopg3(job: Job) -> Load:
+    """pgvector-python's documented loop: a row at a time, binary."""
+    import psycopg
+    from pgvector import Vector
+    from pgvector.psycopg import register_vector
+
+    connection = psycopg.connect(job.uri, autocommit=True)
+    register_vector(connection)
+    rows = list(job.rows())
+
+    def load() -> None:
+        statement = "COPY song_embeddings (song_id, embedding) FROM STDIN WITH (FORMAT BINARY)"
+        with connection.cursor().copy(statement) as copy:
+            copy.set_types(["int4", "vector"])
+            for song_ids, embeddings in rows:
+                for song_id, embedding in zip(song_ids.tolist(), embeddings, strict=True):
+                    copy.write_row([song_id, Vector(embedding)])
+
+    return load
+
+
+def prepare_sqlalchemy_orm(job: Job) -> Load:
+    """`Session.add_all` of mapped objects."""
+    import sqlalchemy as sa
+    from pgvector.sqlalchemy import VECTOR
+    from sqlalchemy.orm import DeclarativeBase, Session, mapped_column
+
+    class Base(DeclarativeBase):
+        pass
+
+    class SongEmbedding(Base):
+        __tablename__ = "song_embeddings"
+        song_id = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+        embedding = mapped_column(VECTOR(job.spec.dimensions))
+
+    rows = [pair for ids, vectors in job.rows() for pair in zip(ids.tolist(), vectors, strict=True)]
+    session = Session(sa.create_engine(job.uri))
+    session.connection()
+
+    def load() -> None:
+        session.add_all(SongEmbedding(song_id=song_id, embedding=embedding) for song_id, embedding in rows)
+        session.commit()
+
+    return load
+
+
+def prepare_sqlalchemy_core(job: Job) -> Load:
+    """One `insert` with a list of dictionaries."""
+    import sqlalchemy as sa
+
+    from songvec_assets.vectors.table import define_table
+
+    rows = [
+        {"song_id": song_id, "embedding": embedding}
+        for ids, vectors in job.rows()
+        for song_id, embedding in zip(ids.tolist(), vectors, strict=True)
+    ]
+    connection = sa.create_engine(job.uri).connect()
+
+    def load() -> None:
+        connection.execute(sa.insert(define_table(job.spec)), rows)
+        connection.commit()
+
+    return load
+
+
+def prepare_execute_values(job: Job) -> Load:
+    """psycopg2's multi-row INSERT."""
+    import psycopg2
+    from pgvector.psycopg2 import register_vector
+    from psycopg2.extras import execute_values
+
+    connection = psycopg2.connect(job.uri)
+    register_vector(connection)
+    rows = [pair for ids, vectors in job.rows() for pair in zip(ids.tolist(), vectors, strict=True)]
+
+    def load() -> None:
+        with connection.cursor() as cursor:
+            execute_values(cursor, "INSERT INTO song_embeddings (song_id, embedding) VALUES %s", rows)
+        connection.commit()
+
+    return load
+
+
+def prepare_adbc(job: Job) -> Load:
+    """Arrow to a temporary table of real[], then INSERT … SELECT with a cast."""
+    import adbc_driver_postgresql.dbapi
+
+    connection = adbc_driver_postgresql.dbapi.connect(job.uri)
+    batches = [batch.select(["song_id", "embedding"]) for shard in job.shards() for batch in shard.batches()]
+    rows = pa.Table.from_batches(batches).slice(0, job.n_rows)
+
+    def load() -> None:
+        with closing(connection.cursor()) as cursor:
+            cursor.adbc_ingest("staged", rows, mode="create", temporary=True)
+            cast = f"embedding::{job.spec.column_type}"
+            cursor.execute(f"INSERT INTO song_embeddings (song_id, embedding) SELECT song_id, {cast} FROM staged")
+        connection.commit()
+
+    return load
+
+
+class Client(NamedTuple):
+    """A way to load.
+
+    Attributes:
+        prepare: gets it ready; the result is timed.
+        plain: whether vectors are stored in their row (PLAIN), or where pgvector puts them by default (EXTERNAL).
+        share: of the rows that it loads: slow ones get fewer, at the same rate.
+        makes_table: whether it makes the table itself.
+    """
+
+    prepare: Callable[[Job], Load]
+    plain: bool = False
+    share: float = 1.0
+    makes_table: bool = False
+
+
+THIS, THIS_TWO = "this, one connection", "this, two connections"
+SERVER, SERVER_TWO = "limit: server-side COPY", "limit, two connections"
+PSYCOPG3, PSYCOPG3_PLAIN = "psycopg 3 COPY loop", "psycopg 3 COPY loop, PLAIN"
+ORM, CORE = "SQLAlchemy ORM", "SQLAlchemy insert"
+CLIENTS = {
+    SERVER: Client(partial(prepare_server, n_connections=1), plain=True),
+    THIS: Client(partial(prepare_this, n_connections=1), plain=True, makes_table=True),
+    THIS_TWO: Client(partial(prepare_this, n_connections=2), plain=True, makes_table=True),
+    SERVER_TWO: Client(partial(prepare_server, n_connections=2), plain=True),
+    PSYCOPG3: Client(prepare_psycopg3),
+    PSYCOPG3_PLAIN: Client(prepare_psycopg3, plain=True),
+    "ADBC, cast": Client(prepare_adbc, share=0.1),
+    "execute_values": Client(prepare_execute_values, share=0.01),
+    CORE: Client(prepare_sqlalchemy_core, share=0.01),
+    ORM: Client(prepare_sqlalchemy_orm, share=0.01),
+}
+
+
+def run_client(name: str, job: Job) -> Outcome:
+    """Load in a process of its own, whose memory is sampled from outside."""
+    receiver, sender = get_context("spawn").Pipe(duplex=False)
+    process = get_context("spawn").Process(target=_load, args=(name, job, sender))
+    process.start()
+    sender.close()
+    peak_kib = 0
+    while not receiver.poll(_SAMPLE_S):
+        peak_kib = max(peak_kib, _read_anon_kib(process.pid))
+    try:
+        outcome: Outcome = receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{name} did not load its rows: its error is printed above") from None
+    finally:
+        process.join()
+    return outcome._replace(peak_anon_mb=peak_kib * 1024 / 1e6)
+
+
+def _load(name: str, job: Job, to: Connection) -> None:
+    load = CLIENTS[name].prepare(job)
+    cpu_s, started = time.process_time(), time.perf_counter()
+    loading = load()
+    ended = time.perf_counter()
+    committed_at, marks_at = loading or Loading(ended, [])
+    marks = [at - started for at in marks_at]
+    to.send(Outcome(job.n_rows, committed_at - started, ended - committed_at, time.process_time() - cpu_s, marks))
+
+
+def _read_anon_kib(pid: int | None) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    _, _, rest = status.partition("RssAnon:")
+    return int(rest.split()[0]) if rest else 0

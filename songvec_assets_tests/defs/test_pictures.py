@@ -1,0 +1,83 @@
+"""What the UI shows of an index: numbers, a table, and a picture that is a picture."""
+
+import base64
+import io
+import re
+from dataclasses import replace
+
+import dagster as dg
+import numpy as np
+import pytest
+from PIL import Image
+
+from songvec_assets.defs.pictures import draw_recall, show_picture
+from songvec_assets.defs.reports import describe_index
+from songvec_assets.vectors.ivfflat import IndexFacts, IndexReport
+from songvec_assets.vectors.recall import RecallPoint, RecallReport
+from songvec_assets.vectors.sizes import estimate_build
+
+POINTS = tuple(
+    RecallPoint(probes, min(rows, made_up), rows, made_up, ms, 3 * ms)
+    for probes, rows, made_up, ms in ((1, 0.6, 0.5, 1.1), (2, 0.8, 0.7, 1.5), (3, 0.97, 0.96, 2.0), (4, 1, 0.99, 2.9))
+)
+RECALL = RecallReport(200, 20_000, 0.95, POINTS, 3, 0)
+REPORT = IndexReport(
+    "there is none", True, IndexFacts(20_000, 141, 3, 10_000_000), 12.3456, RECALL, estimate_build(20_000, 141, 2000)
+)
+
+
+def open_picture(png: bytes) -> Image.Image:
+    """The picture, decoded."""
+    picture = Image.open(io.BytesIO(png))
+    picture.load()
+    return picture.convert("RGB")
+
+
+class TestPicture:
+    def test_it_is_a_png_that_is_wide_enough_to_read(self) -> None:
+        picture = open_picture(draw_recall(RECALL))
+        assert picture.width >= 700
+        assert picture.height >= 400
+
+    def test_target_and_chosen_point_are_marked_where_they_are(self) -> None:
+        def rows_of_red(report: RecallReport) -> list[int]:
+            picture = open_picture(draw_recall(report))
+            pixels = np.asarray(picture)[:, -40].astype(int)  # right of all points, where only the line is
+            return np.flatnonzero(pixels[:, 0] > pixels[:, 1] + 60).tolist()
+
+        high, low = rows_of_red(RECALL), rows_of_red(replace(RECALL, target=0.6))
+        assert high
+        assert low
+        assert min(high) < min(low), "a higher target is a higher line"
+
+    @pytest.mark.parametrize("n_points", [1, 2])
+    def test_few_points_are_enough(self, n_points: int) -> None:
+        report = replace(RECALL, points=POINTS[:n_points], probes=POINTS[n_points - 1].probes)
+        open_picture(draw_recall(report))
+
+    def test_in_metadata_it_is_the_picture_itself(self) -> None:
+        shown = show_picture(b"any bytes", "recall")
+        assert isinstance(shown, dg.MarkdownMetadataValue)
+        assert shown.md_str == "![recall](data:image/png;base64,YW55IGJ5dGVz)"
+
+
+class TestMetadata:
+    def test_an_index_is_told_in_numbers_a_table_and_a_picture(self) -> None:
+        told = describe_index(REPORT)
+        expected = {"built": True, "lists": 141, "probes": 3, "bytes": 10_000_000, "seconds": 12.346, "recall": 0.96,
+                    "target recall": 0.95, "median ms of a search": 2.0, "dagster/row_count": 20_000}  # fmt: skip
+        assert {name: told[name] for name in expected} == expected
+        assert told["estimated bytes of memory"] == REPORT.estimate.memory_bytes
+        records = [record.data for record in told["recall and latency by probes"].records]
+        assert [record["probes"] for record in records] == [1, 2, 3, 4]
+        assert [record["chosen"] for record in records] == [False, False, True, False]
+        assert records[2]["recall of rows"] == 0.97
+        assert records[2]["p99 ms"] == 6.0
+        encoded = re.fullmatch(r"!\[.+\]\(data:image/png;base64,(.+)\)", told["recall by probes"].md_str)
+        assert encoded is not None
+        open_picture(base64.b64decode(encoded[1]))
+
+    def test_where_nothing_was_measured_there_is_no_picture(self) -> None:
+        told = describe_index(replace(REPORT, recall=None))
+        assert told["reason"] == "there is none"
+        assert not [name for name in told if "recall" in name]

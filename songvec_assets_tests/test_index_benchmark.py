@@ -1,0 +1,22 @@
+"""The short form of `make bench-index`: no figures of time, only what must hold."""
+
+from pathlib import Path
+
+from benchmarks import index
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.postgres.engine import Database
+from songvec_assets_tests.administration import execute
+
+
+def test_stock_and_ours_are_built_over_the_same_rows_and_find_the_same(database: Database, tmp_path: Path) -> None:
+    result = index.measure(database, ModelCache(tmp_path / "cache", "made-up", 32), 600, with_others=True)
+    assert list(result.builds) == ["stock", "ours", "ours, while writers go on", "ours, halfvec"]
+    assert all(build.seconds > 0 and build.index_bytes > 600 * 32 * 2 for build in result.builds.values())
+    assert result.builds["ours, halfvec"].table_bytes < 0.9 * result.builds["ours"].table_bytes
+    assert result.default_error == "", "so few dimensions fit into the default memory"
+    for report in result.recalls.values():
+        assert report.n_rows == 600
+        assert report.points[-1].probes == result.lists
+        assert report.points[-1].recall > 0.99
+    assert "| 600 | 24 | ours, halfvec |" in index.render([result])
+    assert execute(database.adbc_uri, "SELECT relname FROM pg_class WHERE relname LIKE 'song_embeddings%'") == []
