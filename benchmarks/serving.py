@@ -12,7 +12,6 @@ Exit code 1 where a search failed or a song was missing, or a phase's p99 is not
 
 import argparse
 import itertools
-import math
 import sys
 import tempfile
 import time
@@ -20,16 +19,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import sqlalchemy as sa
 from numpy.typing import NDArray
 
+from benchmarks.searcher import Sample, Window, collect, render, searching
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.cache.upkeep import compact_if_worth_it
 from songvec_assets.postgres.embedded import start_embedded_server
@@ -37,13 +32,12 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.text import hash_text
-from songvec_assets.vectors.ivfflat import IndexSettings, bring_index_up_to_date, find_index, read_probes, set_probes
+from songvec_assets.vectors.ivfflat import IndexSettings, bring_index_up_to_date, find_index
 from songvec_assets.vectors.publish import BESIDE_FROM_ROWS, publish_embeddings
 from songvec_assets.vectors.swap import drop_others, roll_back
-from songvec_assets.vectors.table import TableSpec, define_table, read_spec
+from songvec_assets.vectors.table import BESIDE, TABLE, TableSpec
 
 MODEL = "made-up"
-SLOWER_AT_MOST = 3.0
 QUIET = "quiet"
 _N_CLUSTERS, _N_FACTORS, _SPREAD = 300, 64, 1.15
 _BATCH = 2_000
@@ -92,45 +86,6 @@ SHORT = Size(
 )
 
 
-class Sample(NamedTuple):
-    """A search: when it was to begin, its seconds, and what came of it: nothing to say, `missing`, or an error."""
-
-    at: float
-    seconds: float
-    outcome: str
-
-
-@dataclass(frozen=True)
-class Window:
-    """When something was going on."""
-
-    name: str
-    start: float
-    stop: float
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What searches met in all windows of a name; times are milliseconds."""
-
-    name: str
-    seconds: float
-    outcomes: Counter[str]
-    n: int
-    p50: float
-    p99: float
-    slowest: float
-
-    @classmethod
-    def of(cls, name: str, windows: list[Window], samples: list[Sample]) -> "Figures":
-        """The searches that were to begin within the windows."""
-        met = [each for each in samples if any(window.start <= each.at < window.stop for window in windows)]
-        ms = np.sort([1e3 * each.seconds for each in met] or [math.nan])
-        p50, p99 = (float(ms[math.ceil(share * len(ms)) - 1]) for share in (0.5, 0.99))
-        outcomes = Counter(each.outcome for each in met if each.outcome)
-        return cls(name, sum(each.stop - each.start for each in windows), outcomes, len(met), p50, p99, float(ms[-1]))
-
-
 @dataclass
 class Log:
     """What went on, and when, by the monotonic clock that all processes share."""
@@ -138,7 +93,8 @@ class Log:
     phases: list[Window] = field(default_factory=list)
     steps: list[Window] = field(default_factory=list)
     swaps: list[Window] = field(default_factory=list)
-    _step: Window = Window("", 0.0, 0.0)
+    n_written: Counter[str] = field(default_factory=Counter)
+    _step: Window | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -149,19 +105,24 @@ class Log:
         self._begin("")
         self.phases.append(Window(name, start, time.monotonic()))
 
+    def rows_a_second(self, name: str) -> float:
+        """Rows written in a phase, over its seconds."""
+        return self.n_written[name] / sum(each.stop - each.start for each in self.phases if each.name == name)
+
     def tell(self, progress: Progress) -> None:
         """Listen to the package: an index build's notes are its phases."""
         name = progress.step
-        if progress.unit == "%" and not progress.note.startswith("estimated"):
+        if progress.unit == "%" and progress.note and not progress.note.startswith("estimated"):
             name = f"{name}, {progress.note.rpartition(': ')[2]}"
         self._begin(name)
 
     def _begin(self, step: str) -> None:
-        phase, _, last = self._step.name.partition(": ")
-        if phase and step != last:
-            now = time.monotonic()
-            self.steps.append(replace(self._step, stop=now))
-            self._step = Window(f"{phase}: {step}" if step else "", now, now)
+        if self._step is None or self._step.name.endswith(f": {step}"):
+            return
+        now = time.monotonic()
+        self.steps.append(replace(self._step, stop=now))
+        phase = self._step.name.partition(":")[0]
+        self._step = Window(f"{phase}: {step}", now, now) if step else None
 
     def swapped(self, name: str) -> None:
         """A swap has just ended."""
@@ -212,8 +173,8 @@ class World:
                 write_embeddings_to_file(shard, piece.tolist(), hashes, self.make(piece, version))
             compact_if_worth_it(shard)
 
-    def publish(self, *, swap: bool = False) -> str:
-        """Make the table equal the cache; the name of the table that was loaded."""
+    def publish(self, place: str = TABLE, *, swap: bool = False) -> int:
+        """Make the table equal the cache, in this place; rows written."""
         report = publish_embeddings(
             self.database,
             self.cache,
@@ -225,65 +186,14 @@ class World:
             beside_from_rows=self.size.beside_from_rows,
             progress=self.log.tell,
         )
-        return report.place.table
+        assert report.place.table == place, report.place
+        return sum(load.n_written for load in report.loads)
 
     def index(self, more_lists: int = 0) -> None:
         """Build the index; also where there is one, if it is to have more lists."""
         index = find_index(self.database)
         wanted = IndexSettings(lists=index.lists + more_lists if index else None)
         bring_index_up_to_date(self.database, self.cache, self.spec, wanted, progress=self.log.tell)
-
-
-def search(url: str, known: dict[int, NDArray[np.float32]], per_s: float, stop: Event, to: Connection) -> None:
-    """Search until told to stop, then send all samples. Runs in a process of its own."""
-    database = Database(url)
-    samples: list[Sample] = []
-    _search(database, *next(iter(known.items())))  # connects
-    to.send(None)
-    at, parent = time.monotonic(), parent_process()
-    for song_id, vector in itertools.cycle(known.items()):
-        at += 1 / per_s
-        if stop.is_set() or parent is None or not parent.is_alive():
-            break
-        time.sleep(max(0.0, at - time.monotonic()))
-        try:
-            outcome = _search(database, song_id, vector)
-        except Exception as error:  # noqa: BLE001 - whatever a search meets is counted
-            outcome = f"{type(error).__name__}: {error}"
-        samples.append(Sample(at, time.monotonic() - at, outcome))
-    to.send(samples)
-
-
-def _search(database: Database, song_id: int, vector: NDArray[np.float32]) -> str:
-    """A search, as `search_songs` does it: `missing` where the song is not among the ten."""
-    table = define_table(TableSpec(MODEL, len(vector)))
-    distance = table.c.embedding.cosine_distance(vector)
-    nearest = sa.select(table.c.song_id, (1 - distance).label("similarity")).order_by(distance).limit(10)
-    with database.get_connection("web") as connection:
-        set_probes(connection, read_probes(connection))
-        found = connection.execute(nearest).all()
-        read_spec(connection)
-    return "" if song_id in {row.song_id for row in found} else "missing"
-
-
-@contextmanager
-def searching(world: World) -> Iterator[list[Sample]]:
-    """Searches while the block runs; the list has them after it."""
-    samples: list[Sample] = []
-    context = get_context("spawn")
-    stop, (ours, theirs) = context.Event(), context.Pipe()
-    arguments = (world.database.url, world.known, world.size.searches_per_s, stop, theirs)
-    process = context.Process(target=search, args=arguments, name="searcher")
-    process.start()
-    theirs.close()  # so that its end is ours too
-    try:
-        ours.recv()
-        yield samples
-        stop.set()
-        samples.extend(ours.recv())
-    finally:
-        process.terminate()
-        process.join()
 
 
 def run(database: Database, folder: Path, size: Size) -> tuple[Log, list[Sample]]:
@@ -293,7 +203,8 @@ def run(database: Database, folder: Path, size: Size) -> tuple[Log, list[Sample]
     world.change(0)
     world.publish()
     world.index()
-    with searching(world) as samples:
+    with searching(database.url, world.known, size.searches_per_s) as samples:
+        time.sleep(size.settle_s)
         with log.phase(QUIET):
             time.sleep(size.quiet_s)
         for share in (0.01, 0.05):
@@ -302,12 +213,12 @@ def run(database: Database, folder: Path, size: Size) -> tuple[Log, list[Sample]
             world.index(more_lists=1)
         world.change(next(versions))
         with log.phase("all changed, built beside and swapped in"):
-            world.publish()
+            world.publish(BESIDE)
             log.swapped("swap")
             time.sleep(size.settle_s)
         world.spec = replace(world.spec, vector_type="halfvec")
         with log.phase("another type, built beside and swapped in"):
-            world.publish(swap=True)
+            world.publish(BESIDE, swap=True)
             log.swapped("swap of another type")
             time.sleep(size.settle_s)
         with log.phase("rolled back, and the other dropped"):
@@ -325,34 +236,8 @@ def _publish_small_changes(world: World, versions: Iterator[int], share: float) 
     while not seconds or seconds < world.size.small_s:
         world.change(next(versions), share)
         with world.log.phase(name):
-            world.publish()
+            world.log.n_written[name] += world.publish()
         seconds += world.log.phases[-1].stop - world.log.phases[-1].start
-
-
-def collect(windows: list[Window], samples: list[Sample]) -> list[Figures]:
-    """Figures by name, in the order of what went on."""
-    names = dict.fromkeys(window.name for window in windows)
-    return [Figures.of(name, [window for window in windows if window.name == name], samples) for name in names]
-
-
-def is_reached(figures: Figures, quiet: Figures) -> bool:
-    """Whether searches met neither errors nor missing songs, and were not three times as slow."""
-    return not figures.outcomes and (figures is quiet or figures.p99 < SLOWER_AT_MOST * quiet.p99)
-
-
-def render(figures: list[Figures], quiet: Figures, title: str) -> str:
-    """Figures as a Markdown table."""
-    rows = [
-        f"| {title} | seconds | searches | errors | missing | p50 ms | p99 ms | slowest ms | p99 / quiet p99 |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for each in figures:
-        n_missing = each.outcomes["missing"]
-        rows.append(
-            f"| {each.name} | {each.seconds:.1f} | {each.n} | {each.outcomes.total() - n_missing} | {n_missing} "
-            f"| {each.p50:.1f} | {each.p99:.1f} | {each.slowest:.1f} | {each.p99 / quiet.p99:.2f} |"
-        )
-    return "\n".join(rows)
 
 
 def main() -> None:
@@ -373,9 +258,13 @@ def main() -> None:
     if asked.steps:
         print()
         print(render(collect(log.steps, samples), quiet, "step"))
-    for outcome, n in sum((each.outcomes for each in figures), Counter[str]()).items():
-        print(f"\n{n} × {outcome}")
-    sys.exit(0 if all(is_reached(each, quiet) for each in figures) else 1)
+    print()
+    for name in log.n_written:
+        print(f"{name}: {log.rows_a_second(name):,.0f} rows a second")
+    outcomes = Counter(sample.outcome for sample in samples)
+    print(f"all the while: {outcomes.total():,} searches, {dict(outcomes - Counter({'': len(samples)})) or 'all well'}")
+    reached = all(each.is_reached(quiet) for each in figures) and set(outcomes) == {""}
+    sys.exit(0 if reached else 1)
 
 
 if __name__ == "__main__":

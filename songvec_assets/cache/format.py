@@ -96,15 +96,13 @@ def checksum_rows(
     song_ids: NDArray[np.int32], text_hashes: Sequence[bytes], embeddings: Float32Matrix | None
 ) -> NDArray[np.uint64]:
     """A 64-bit checksum (XXH3) a row, over song_id, text_hash and the vector's bytes."""
-    prefixes = (song_id.tobytes() + text_hash for song_id, text_hash in zip(song_ids, text_hashes, strict=True))
-    seeds = (xxhash.xxh3_64_intdigest(prefix) for prefix in prefixes)
-    if embeddings is None:
-        return np.fromiter(seeds, dtype=np.uint64, count=len(song_ids))
-    return np.fromiter(
-        (xxhash.xxh3_64_intdigest(row, seed=seed) for row, seed in zip(embeddings, seeds, strict=True)),
-        dtype=np.uint64,
-        count=len(song_ids),
-    )
+    digest = xxhash.xxh3_64_intdigest
+    prefixes = np.empty(len(song_ids), dtype=[("song_id", "<i4"), ("text_hash", f"V{TEXT_HASH_BYTES}")])
+    prefixes["song_id"] = song_ids
+    prefixes["text_hash"] = np.frombuffer(b"".join(text_hashes), dtype=f"V{TEXT_HASH_BYTES}")
+    seeds = map(digest, prefixes.view(f"V{prefixes.itemsize}").tolist())
+    checksums = seeds if embeddings is None else map(digest, embeddings, seeds)
+    return np.fromiter(checksums, dtype=np.uint64, count=len(song_ids))
 
 
 def find_sound_rows(
@@ -114,8 +112,10 @@ def find_sound_rows(
     embeddings: Float32Matrix,
 ) -> NDArray[np.bool_]:
     """Which rows have a good vector, and a checksum that fits; (n,)."""
+    # first, as it reads a cold file without holding the interpreter, which the checksums do
+    bad = find_bad_vectors(embeddings)
     sound: NDArray[np.bool_] = checksum_rows(song_ids, text_hashes, embeddings) == checksums
-    sound[find_bad_vectors(embeddings)] = False
+    sound[bad] = False
     return sound
 
 

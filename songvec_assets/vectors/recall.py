@@ -33,6 +33,7 @@ from songvec_assets.vectors.neighbours import (
 from songvec_assets.vectors.sizes import SMALL_TABLE_ROWS
 from songvec_assets.vectors.table import TABLE, TableSpec, fact_key, index_name, read_changes
 
+STEP = "measure recall"
 DEFAULT_TARGET = 0.95
 _ENOUGH = 0.99
 _MOST_UNSEEN = _UNMEASURED_SHARE = 0.01
@@ -164,7 +165,9 @@ def measure_recall(
     else:
         chosen = find_smallest(lambda probes: sweep.measure(probes).recall >= target, set(sweep.points), lists)
     points = tuple(sweep.points[probes] for probes in sorted(sweep.points))
-    return RecallReport(len(sweep.queries.vectors), sweep.exact.n_found, target, points, chosen, n_changed)
+    report = RecallReport(len(sweep.queries.vectors), sweep.exact.n_found, target, points, chosen, n_changed)
+    progress(Progress(STEP, sweep.n_searches, sweep.n_searches, unit="searches", note=report.describe()))
+    return report
 
 
 def measure_recall_at(
@@ -269,9 +272,7 @@ class _Sweep:
                 found.append([song_id for (song_id,) in cursor])
                 times.append(1000 * (time.perf_counter() - started))
                 self.n_searches += 1
-                self.progress(
-                    Progress("measure recall", self.n_searches, 0, unit="searches", note=f"{probes:,} probes")
-                )
+                self.progress(Progress(STEP, self.n_searches, 0, unit="searches", note=f"{probes:,} probes"))
         return found, times
 
     def _check_plan(self, connection: sa.Connection) -> None:

@@ -42,7 +42,7 @@ class TestPicture:
     def test_target_and_chosen_point_are_marked_where_they_are(self) -> None:
         def rows_of_red(report: RecallReport) -> list[int]:
             picture = open_picture(draw_recall(report))
-            pixels = np.asarray(picture)[:, -40].astype(int)  # right of all points, where only the line is
+            pixels = np.asarray(picture)[:, 95].astype(int)  # left of all points, where only the line is
             return np.flatnonzero(pixels[:, 0] > pixels[:, 1] + 60).tolist()
 
         high, low = rows_of_red(RECALL), rows_of_red(replace(RECALL, target=0.6))
