@@ -10,6 +10,7 @@ ids from 0 to 2.1 billion. Exit code 1 where something to reach is missed.
 """
 
 import argparse
+import contextlib
 import getpass
 import importlib
 import sys
@@ -23,6 +24,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import psutil
+import psycopg2
 
 from benchmarks.export_ways import COLUMNS, N_RANGES, READERS, WAYS, Job
 
@@ -71,9 +73,8 @@ def measure(name: str, job: Job) -> Measure:
 
 def server_cpu_s(url: str) -> float:
     """CPU seconds of all the server's processes so far, those that ended included."""
-    from songvec_assets_tests.administration import execute
-
-    server = psutil.Process(execute(url, "SELECT pg_backend_pid()")[0][0]).parent()
+    with contextlib.closing(psycopg2.connect(url)) as connection:
+        server = psutil.Process(connection.info.backend_pid).parent()
     assert server is not None
     ended = server.cpu_times()
     return ended.children_user + ended.children_system + sum(sum(each.cpu_times()[:2]) for each in server.children())

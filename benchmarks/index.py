@@ -8,8 +8,8 @@ centre plus noise of 0.7 of its length in 64 dimensions, turned into 2,000 by a 
 all of them, on the unit sphere. Stock is the table as CREATE TABLE makes it (vectors in TOAST) and the server's default
 settings, but for the least maintenance_work_mem that the build accepts; with the default it is an error, which is
 shown. Ours is this package's table and session settings. Both have the same lists, and are built in a transaction; of
-the first size also while writers go on, and as halfvec. Latency is a search's round trip, in the second of two rounds
-of 200; recall that of the lower of two kinds of queries, against an exact scan.
+the first size also while writers go on, and as halfvec. Latency is a search's round trip, of 100 made for
+the second time; recall that of the lower of two kinds of queries, 100 each, against an exact scan.
 Exit code 1 where ours is not 1.2 times as fast as stock, or its recall is over 0.01 lower at equal probes.
 """
 

@@ -5,10 +5,10 @@
     python -m benchmarks.load --vector-type halfvec --parts rounds    this package and the limit, on halfvec
 
 A client gets a fresh table and a process of its own, in every round, after a CHECKPOINT; slow ones get fewer of the
-same rows, and are taken to go on at that rate. Rates count from the call to the last commit, and ratios are taken within a
-round. This package's call is the whole path of a first load: it compares, reads mapped shards, checks every row, and
-keeps its ledger; its VACUUM (ANALYZE) follows the last commit and has a column of its own. Memory is the client's
-RssAnon: mapped files are the kernel's. `loaders` has the clients, `load_parts` what is done with them.
+same rows, and are taken to go on at that rate. Rates count from the call to the last commit, and ratios are taken
+within a round. This package's call is the whole path of a first load: it compares, reads mapped shards, checks every
+row, and keeps its ledger; its VACUUM (ANALYZE) follows the last commit and has a column of its own. Memory is the
+client's RssAnon: mapped files are the kernel's. `loaders` has the clients.
 
 The long part loads a million rows with the package's defaults, then changes 1 % of the songs, scattered over all
 ranges, and loads again, ten times: each time after a CHECKPOINT, when changes cost most WAL, and with a VACUUM after it
@@ -25,7 +25,8 @@ from statistics import median
 
 from benchmarks.embedding_client import print_table
 from benchmarks.load_parts import Bench, Figure, Result, Size, run_long, run_rounds
-from benchmarks.loaders import CLIENTS, CORE, ORM, PSYCOPG3, SERVER, SERVER_TWO, THIS, THIS_TWO, Outcome
+from benchmarks.load_process import Outcome
+from benchmarks.loaders import CLIENTS, CORE, ORM, PSYCOPG3, SERVER, SERVER_TWO, THIS, THIS_TWO
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets_tests.administration import dispose, execute, with_parts
 
@@ -141,13 +142,12 @@ def print_result(result: Result, markdown: bool) -> None:
             f"{each.cache_bytes / 1e6:,.0f}",
             f"{each.wal_bytes / 1e6:,.0f}",
             f"{each.seconds:.1f}",
-            f"{each.n_dead:,}",
-            f"{each.n_dead_kept:,}",
             f"{each.n_pages:,}",
+            f"{each.n_dead_kept:,}",
         ]
         for number, each in enumerate(result.changes, 1)
     ]
-    columns = "1 % changed, time | rows written | cache MB | WAL MB | s | dead rows | after VACUUM | pages then"
+    columns = "1 % changed, no. | rows written | cache MB | WAL MB | s | pages after VACUUM | dead rows"
     print_table(columns, rows, markdown)
     print_table("figure | value | min–max | to reach | reached", [each.row() for each in result.figures], markdown)
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +29,6 @@ from songvec_assets.songs.ranges import Tiling
 from songvec_assets.vectors.copy import HEADER, TRAILER, encode_rows
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets.vectors.table import TableSpec
-
-_SAMPLE_S = 0.02
 
 
 class Job(NamedTuple):
@@ -74,26 +70,6 @@ class Job(NamedTuple):
                 n_left -= n_rows
 
 
-class Outcome(NamedTuple):
-    """One load by one client.
-
-    Attributes:
-        n_rows: loaded.
-        seconds: to the commit.
-        upkeep_s: from there to the call's end: this package's VACUUM (ANALYZE).
-        cpu_s: of the client, all threads.
-        marks: seconds until each hundredth of the rows was handed on, where the client tells.
-        peak_anon_mb: the client's peak of memory that is not mapped files.
-    """
-
-    n_rows: int
-    seconds: float
-    upkeep_s: float
-    cpu_s: float
-    marks: list[float]
-    peak_anon_mb: float = 0.0
-
-
 class Loading(NamedTuple):
     """A load that has ended: when it had committed, and when it had handed on each hundredth of its rows."""
 
@@ -108,17 +84,19 @@ def prepare_this(job: Job, n_connections: int) -> Load:
     """The whole path: compare, read and check shards, COPY, ledger, commit a range; then VACUUM (ANALYZE)."""
 
     def load() -> Loading:
-        told: list[float] = []
+        marks: list[float] = []
+        told_at = 0.0
 
         def tell(progress: Progress) -> None:
-            while progress.total and len(told) <= 100 * progress.done // progress.total:
-                told.append(time.perf_counter())
-            told[-1] = time.perf_counter()
+            nonlocal told_at
+            told_at = time.perf_counter()
+            while progress.total and len(marks) <= 100 * progress.done // progress.total:
+                marks.append(told_at)
 
         options = {"n_connections": n_connections}
         upload_cached_embeddings_to_database(Database(job.url), job.cache, job.spec, job.tiling, tell, **options)
         # its last word comes after the last commit, and before VACUUM
-        return Loading(told[-1], told)
+        return Loading(told_at, [*marks[:100], told_at])
 
     return load
 
@@ -289,40 +267,3 @@ CLIENTS = {
     CORE: Client(prepare_sqlalchemy_core, share=0.01),
     ORM: Client(prepare_sqlalchemy_orm, share=0.01),
 }
-
-
-def run_client(name: str, job: Job) -> Outcome:
-    """Load in a process of its own, whose memory is sampled from outside."""
-    receiver, sender = get_context("spawn").Pipe(duplex=False)
-    process = get_context("spawn").Process(target=_load, args=(name, job, sender))
-    process.start()
-    sender.close()
-    peak_kib = 0
-    while not receiver.poll(_SAMPLE_S):
-        peak_kib = max(peak_kib, _read_anon_kib(process.pid))
-    try:
-        outcome: Outcome = receiver.recv()
-    except EOFError:
-        raise RuntimeError(f"{name} did not load its rows: its error is printed above") from None
-    finally:
-        process.join()
-    return outcome._replace(peak_anon_mb=peak_kib * 1024 / 1e6)
-
-
-def _load(name: str, job: Job, to: Connection) -> None:
-    load = CLIENTS[name].prepare(job)
-    cpu_s, started = time.process_time(), time.perf_counter()
-    loading = load()
-    ended = time.perf_counter()
-    committed_at, marks_at = loading or Loading(ended, [])
-    marks = [at - started for at in marks_at]
-    to.send(Outcome(job.n_rows, committed_at - started, ended - committed_at, time.process_time() - cpu_s, marks))
-
-
-def _read_anon_kib(pid: int | None) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    _, _, rest = status.partition("RssAnon:")
-    return int(rest.split()[0]) if rest else 0

@@ -66,9 +66,8 @@ def snapshot_ranges(folder: Path) -> list[SongIdRange]:
 
 def remove_foreign_cuts(folder: Path, tiling: Tiling) -> None:
     """Remove snapshots of ranges that the present tiling does not have: the tail before its stop was raised."""
-    tiles = set(tiling)
     for song_range in snapshot_ranges(folder):
-        if song_range not in tiles:
+        if tiling.range_of(song_range.start) != song_range:
             snapshot_path(folder, song_range).unlink()
 
 

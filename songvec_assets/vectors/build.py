@@ -189,7 +189,8 @@ def remove_leftovers(
                 SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
                 WHERE i.indrelid = to_regclass(:table) AND starts_with(c.relname, :index) AND c.relname <> :index
                   AND (NOT i.indisvalid OR c.relname = :replaced OR c.relname = :building AND NOT :keep_whole)
-                  AND i.indexrelid NOT IN (SELECT index_relid FROM pg_stat_progress_create_index)
+                  AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index p
+                                  WHERE p.datname = current_database() AND p.index_relid = i.indexrelid)
             """),
             {
                 "table": table,

@@ -135,6 +135,13 @@ class TestProgress:
         share = estimate.seconds["k-means"] / estimate.total_seconds
         assert by_phase["building index: performing k-means"] <= 100 * share
 
+    def test_counters_that_go_back_do_not_show(self) -> None:
+        told: list[Progress] = []
+        progress = BuildProgress(estimate_build(100_000, 316, 2000), told.append)
+        for done in (10, 90, 20):
+            progress.tell(ServerProgress("building index: assigning tuples", done, 100, 0, 0), 0.0)
+        assert told[0].done < told[1].done == told[2].done
+
     def test_k_means_that_takes_longer_than_expected_waits_at_its_end(self) -> None:
         estimate = estimate_build(100_000, 316, 2000, concurrently=False)
         told: list[Progress] = []
