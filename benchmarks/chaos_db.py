@@ -43,6 +43,7 @@ from songvec_assets_tests.servers import (
     small_disk,
 )
 from songvec_assets_tests.vectors.world import (
+    CLEAR,
     MEANT,
     RERUN,
     TABLE,
@@ -390,6 +391,10 @@ def foreign_row(statement: str) -> Fault:
         values = {"mine": mine, "free": mine - mine % 10 + 9, "above": world.tiling.stop + 7, "vector": zeros(world)}
         world.moment = statement.format(**values)
         world.admin(world.moment)
+        if "{mine}" not in statement and "{free}" not in statement:
+            n_foreign = load(world).n_foreign
+            world.expect(CLEAR, n_foreign == 1, f"{n_foreign} rows of somebody else were told, not 1")
+            world.admin(f"DELETE FROM song_embeddings WHERE song_id < 0 OR song_id > {world.tiling.stop}")
         world.finish()
 
     return fault
@@ -421,7 +426,6 @@ FOREIGN_ROWS = {
     "a foreign row where no shard is": "INSERT INTO song_embeddings VALUES ({above}, {vector})",
     "a foreign row with a negative song_id": "INSERT INTO song_embeddings VALUES (-7, {vector})",
     "a foreign row in the place of one of ours": "UPDATE song_embeddings SET song_id = {free} WHERE song_id = {mine}",
-    "a foreign vector in one of our rows": "UPDATE song_embeddings SET embedding = {vector} WHERE song_id = {mine}",
 }
 
 

@@ -103,6 +103,11 @@ def song_embeddings_table(
         deployment = open_deployment(postgres, fireworks, storage)
         report = run_step(context, deployment, deployment.publish)
         context.log.info(report.place.reason)
+        if report.n_foreign:
+            context.log.warning(
+                f"{report.n_foreign:,} rows of song_embeddings are somebody else's: nothing was ever loaded of their "
+                "ranges. Searches find them; delete them if they should not"
+            )
         described = reports.describe_publish(report, deployment.table_spec, deployment.database.describe())
         return dg.MaterializeResult(metadata=described)
 

@@ -145,6 +145,7 @@ def describe_publish(report: PublishReport, spec: TableSpec, where: str) -> Meta
         "database": where,
         "reason": report.place.reason,
         "swapped": compared is not None,
+        "rows of somebody else": report.n_foreign,
         **swapped,
         "ranges": len(loads),
         "ranges written": len(written),

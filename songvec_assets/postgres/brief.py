@@ -44,8 +44,12 @@ def run_briefly(
                 work(connection)
                 return
         except DatabaseError as error:
-            cause = error.__cause__
-            code = getattr(cause.orig, "pgcode", None) if isinstance(cause, sa.exc.DBAPIError) else None
-            if code != _LOCK_NOT_AVAILABLE or time.monotonic() > deadline:
+            if not is_lock_timeout(error) or time.monotonic() > deadline:
                 raise
         time.sleep(_PAUSE_S)
+
+
+def is_lock_timeout(error: DatabaseError) -> bool:
+    """Whether a statement gave up waiting for a lock."""
+    cause = error.__cause__
+    return isinstance(cause, sa.exc.DBAPIError) and getattr(cause.orig, "pgcode", None) == _LOCK_NOT_AVAILABLE

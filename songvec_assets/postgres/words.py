@@ -11,6 +11,7 @@ import psycopg2.extensions
 _GO_ON = "start the same command again"
 
 _ADVICE_BY_CODE = {
+    "23505": "another session wrote the same row meanwhile: start the same command again",
     "28P01": "the password is wrong: correct POSTGRES_URL",
     "28000": "the server refuses this user from here: check POSTGRES_URL and pg_hba.conf",
     "3D000": "there is no such database: create it, or correct POSTGRES_URL",

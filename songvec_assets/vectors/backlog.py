@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 import sqlalchemy as sa
-from sqlalchemy import text
 
 from songvec_assets.cache.marks import Mark
 from songvec_assets.cache.shards import ModelCache, Shard, load_embeddings_from_cache
@@ -12,7 +11,14 @@ from songvec_assets.errors import DamagedShardError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import StopSignal
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.vectors.ledger import LedgerEntry, count_table_rows, read_ledger, read_loaded_rows
+from songvec_assets.vectors.ledger import (
+    LedgerEntry,
+    TableRows,
+    read_ledger,
+    read_loaded_rows,
+    read_range_rows,
+    read_table_rows,
+)
 from songvec_assets.vectors.table import TABLE
 
 _WHOLE_RANGE_SHARE = 0.5
@@ -27,12 +33,14 @@ class Backlog:
         changed: rows of each range that differs.
         n_changed: rows of all ranges that differ.
         damaged: what is wrong with the shards that cannot be read.
+        n_foreign: rows of ranges that nothing was ever loaded of: somebody else's, and left alone.
     """
 
     unchanged: dict[SongIdRange, int] = field(default_factory=dict)
     changed: dict[SongIdRange, int] = field(default_factory=dict)
     n_changed: int = 0
     damaged: list[str] = field(default_factory=list)
+    n_foreign: int = 0
 
     @property
     def n_rows(self) -> int:
@@ -55,8 +63,10 @@ def compare_with_cache(
             f"no embeddings are cached for model {cache.model!r} in {cache.folder}: fill the cache first, with "
             "`songvec run`, or with `dagster asset materialize --select '*' --partition-range FIRST...LAST`"
         )
-    ledger, counts = read_ledger(database, table), count_table_rows(database, tiling, table)
-    backlog, n_changed = Backlog(), 0
+    ledger = read_ledger(database, table)
+    rows, below = read_table_rows(database, tiling, table)
+    n_foreign = below.n_rows + sum(rows[each].n_rows for each in rows if each not in ledger and each not in ranges)
+    backlog, n_changed = Backlog(n_foreign=n_foreign), 0
     for song_range in ranges:
         stop.check()
         try:
@@ -66,11 +76,12 @@ def compare_with_cache(
             cache.mark_of(song_range).unlink(missing_ok=True)
             continue
         entry = ledger.get(song_range)
-        if entry == LedgerEntry.of(vectors) and counts.get(song_range, 0) == vectors.height:
+        there = rows.get(song_range, TableRows())
+        if entry == LedgerEntry.of(vectors) and there == TableRows.of(vectors["song_id"]):
             backlog.unchanged[song_range] = vectors.height
             continue
         backlog.changed[song_range] = vectors.height
-        is_known = entry is not None and song_range in counts
+        is_known = entry is not None and there.n_rows > 0
         n_changed += _count_changed(database, song_range, vectors, table) if is_known else vectors.height
     return replace(backlog, n_changed=n_changed)
 
@@ -124,11 +135,7 @@ def find_stale_rows(
 ) -> StaleRows | None:
     """Hold what the ledger says is loaded of a range against the cache; None: write the whole range."""
     loaded = read_loaded_rows(connection, song_range, table)
-    count = connection.scalar(
-        text(f"SELECT count(*) FROM {table} WHERE song_id >= :start AND song_id < :stop"),
-        {"start": song_range.start, "stop": song_range.stop},
-    )
-    if loaded is None or loaded.height != count:
+    if loaded is None or TableRows.of(loaded["song_id"]) != read_range_rows(connection, song_range, table):
         return None
     kept = loaded.join(vectors, on=["song_id", "checksum"], how="semi")["song_id"]
     n_rows = max(loaded.height, vectors.height)

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError
-from songvec_assets.postgres.brief import run_briefly
+from songvec_assets.postgres.brief import is_lock_timeout, run_briefly
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, ReportProgress, StopSignal
 from songvec_assets.vectors.sizes import BuildEstimate
@@ -23,7 +23,6 @@ _POLL_S = 1.0
 _DROP_LOCK_TIMEOUT = "5s"
 _DROP_PATIENCE_S = 600.0
 _REPLACED_PATIENCE_S = 30.0
-_LOCK_NOT_AVAILABLE = "55P03"
 
 
 def building_name(table: str) -> str:
@@ -134,7 +133,7 @@ def swap_names(
     try:
         drop_index(database, table, replaced, check, _REPLACED_PATIENCE_S)
     except DatabaseError as error:
-        if not _is_lock_timeout(error):
+        if not is_lock_timeout(error):
             raise
         # no search takes it any more; a transaction that once did goes on, and the next run drops it
 
@@ -166,7 +165,7 @@ def drop_index(
                 connection.execute(text(f"DROP INDEX CONCURRENTLY IF EXISTS {name}"))
                 return
         except DatabaseError as error:
-            if not _is_lock_timeout(error) or time.monotonic() > deadline:
+            if not is_lock_timeout(error) or time.monotonic() > deadline:
                 raise
 
 
@@ -223,8 +222,3 @@ def _end_orphans(database: Database, table: str, progress: ReportProgress, stop:
         progress(Progress(STEP, 0, 100, unit="%", note="ending a build whose run was killed"))
         stop.check()
         time.sleep(_POLL_S)
-
-
-def _is_lock_timeout(error: DatabaseError) -> bool:
-    cause = error.__cause__
-    return isinstance(cause, sa.exc.DBAPIError) and getattr(cause.orig, "pgcode", None) == _LOCK_NOT_AVAILABLE

@@ -1,10 +1,11 @@
-"""The ledger of what is loaded, in `songvec.loaded_ranges`, and the table's own counts to hold it against.
+"""The ledger of what is loaded, in `songvec.loaded_ranges`, and the table's own song_ids to hold it against.
 
 A range's row names every song_id and checksum that the table holds for it, and is written in the transaction that
 loads them: 12 bytes a song beside 8,008.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -59,18 +60,50 @@ def read_loaded_rows(connection: sa.Connection, song_range: SongIdRange, table: 
     return pl.DataFrame({"song_id": song_ids, "checksum": checksums})
 
 
-def count_table_rows(database: Database, tiling: Tiling, table: str = TABLE) -> dict[SongIdRange, int]:
-    """A table's rows by range, from its primary key; empty where there is no table."""
+class TableRows(NamedTuple):
+    """Which rows a table has of a range, by its primary key: equal for the same song_ids, and hardly for others."""
+
+    n_rows: int = 0
+    sum_of_ids: int = 0
+    sum_of_squares: int = 0
+
+    @classmethod
+    def of(cls, song_ids: pl.Series) -> "TableRows":
+        """What a table that has just these rows says."""
+        ids = song_ids.to_numpy().astype(np.int64)
+        return cls(len(ids), int(ids.sum()), int((ids * ids % _PRIME).sum()))
+
+
+_PRIME = 2**31 - 1
+_ROWS = f"count(*), sum(song_id::bigint)::bigint, sum(song_id::bigint * song_id % {_PRIME})::bigint"
+
+
+def read_table_rows(
+    database: Database, tiling: Tiling, table: str = TABLE
+) -> tuple[dict[SongIdRange, TableRows], TableRows]:
+    """A table's rows by range, and those with a negative song_id; reads its primary key. No table has none."""
     with database.get_connection() as connection:
         if not table_exists(connection, table):
-            return {}
+            return {}, TableRows()
         rows = connection.execute(
-            text(
-                f"SELECT least(song_id, :stop) / :width AS tile, count(*) FROM {table} WHERE song_id >= 0 GROUP BY tile"
-            ),
+            text(f"""
+                SELECT CASE WHEN song_id < 0 THEN -1 ELSE least(song_id, :stop) / :width END AS tile, {_ROWS}
+                FROM {table} GROUP BY tile
+            """),
             {"stop": tiling.stop, "width": tiling.width},
         )
-        return {tiling.range_of(tile * tiling.width): count for tile, count in rows}
+        found = {tile: TableRows(*counts) for tile, *counts in rows}
+    below = found.pop(-1, TableRows())
+    return {tiling.range_of(tile * tiling.width): counts for tile, counts in found.items()}, below
+
+
+def read_range_rows(connection: sa.Connection, song_range: SongIdRange, table: str = TABLE) -> TableRows:
+    """A table's rows of one range."""
+    n_rows, *sums = connection.execute(
+        text(f"SELECT {_ROWS} FROM {table} WHERE song_id >= :start AND song_id < :stop"),
+        {"start": song_range.start, "stop": song_range.stop},
+    ).one()
+    return TableRows(n_rows, *(each or 0 for each in sums))
 
 
 def write_ledger(

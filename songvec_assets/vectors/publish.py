@@ -59,12 +59,14 @@ class PublishReport:
         loads: a row a range.
         index: of the table that was swapped in; None where none was.
         comparison: of the two tables; None where none was swapped in.
+        n_foreign: rows of the serving table that somebody else put where nothing was ever loaded.
     """
 
     place: Place
     loads: list[RangeLoad]
     index: IndexReport | None = None
     comparison: Comparison | None = None
+    n_foreign: int = 0
 
 
 def check_publishable(database: Database, spec: TableSpec, swap: bool) -> None:
@@ -124,7 +126,7 @@ def publish_embeddings(
             database, cache, spec, tiling, progress, stop, table=place.table, backlog=backlog
         )
         if place.table == TABLE:
-            return PublishReport(place, loads)
+            return PublishReport(place, loads, n_foreign=backlog.n_foreign)
         report = bring_index_up_to_date(database, cache, spec, index, table=BESIDE, progress=progress, stop=stop)
         comparison = compare_tables(database, cache, songs_folder, stop)
         if comparison.n_missing:

@@ -37,7 +37,7 @@ _ATTACHMENTS = """
       AND attname NOT IN ('song_id', 'embedding', 'created_at')
     UNION SELECT 'index ' || indexrelid::regclass::text FROM pg_index
     WHERE indrelid = to_regclass(:table) AND NOT indisprimary
-      AND indexrelid IS DISTINCT FROM to_regclass(:index) AND indisvalid
+      AND indisvalid AND NOT starts_with(indexrelid::regclass::text, :index)
     UNION SELECT 'row security' FROM pg_class WHERE oid = to_regclass(:table) AND relrowsecurity
     UNION SELECT 'publication ' || p.pubname FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
     WHERE r.prrelid = to_regclass(:table)
