@@ -7,7 +7,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import polars as pl
@@ -26,7 +25,7 @@ from songvec_assets.cache.shards import (
 from songvec_assets.cache.upkeep import discard_damaged_rows
 from songvec_assets.errors import DamagedShardError, StoreError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import hold_lock, lock_key
+from songvec_assets.postgres.schema import ensure_schema, hold_lock, lock_key
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.vectors.backlog import Backlog, check_whole, compare_with_cache, find_stale_rows, read_vectors
@@ -85,34 +84,14 @@ def upload_cached_embeddings_to_database(
             ranges are loaded.
     """
     stop = stop or StopSignal()
+    ensure_schema(database)
     backlog = backlog or compare_with_cache(database, cache, tiling, stop, table)
     ensure_table(database, spec, table)
     meter = _Meter(backlog.n_changed, progress)
-    loads = [RangeLoad(song_range, n_rows) for song_range, n_rows in backlog.unchanged.items()]
-    damaged = backlog.damaged.copy()
-
-    futures: list[Future[RangeLoad]] = []
-
-    def load(song_range: SongIdRange) -> RangeLoad:
-        try:
-            stop.check()
-            return _load_or_discard(database, cache, song_range, _Target(spec, table, stop, meter))
-        except (DamagedShardError, StoreError):
-            raise  # the others are still worth it
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-
-    with ThreadPoolExecutor(n_connections, thread_name_prefix="songvec-load") as pool:
-        futures.extend(pool.submit(load, song_range) for song_range in backlog.changed)
-    for future in futures:
-        try:
-            loads.append(future.result())
-        except (DamagedShardError, StoreError) as error:
-            damaged.append(str(error))
-        except CancelledError:
-            continue  # the one that failed is among them, and is raised
+    target = _Target(database, cache, spec, table, stop, meter)
+    loads, damaged = _load_side_by_side(target, list(backlog.changed), n_connections)
+    loads += [RangeLoad(song_range, n_rows) for song_range, n_rows in backlog.unchanged.items()]
+    damaged = [*backlog.damaged, *damaged]
     meter.add(backlog.n_changed, "")
     _vacuum_if_worth_it(database, loads, table)
     if damaged:
@@ -139,33 +118,65 @@ class _Meter:
 class _Target:
     """What all ranges of a load have in common."""
 
+    database: Database
+    cache: ModelCache
     spec: TableSpec
     table: str
     stop: StopSignal
     meter: _Meter
 
 
-def _load_or_discard(database: Database, cache: ModelCache, song_range: SongIdRange, target: _Target) -> RangeLoad:
+def _load_side_by_side(
+    target: _Target, ranges: list[SongIdRange], n_connections: int
+) -> tuple[list[RangeLoad], list[str]]:
+    """Load ranges in some threads; what was loaded, and what is damaged. Any other error ends all of them."""
+    waiting = iter(ranges)
+    loads: list[RangeLoad] = []
+    damaged: list[str] = []
+    failures: list[BaseException] = []
+
+    def serve() -> None:
+        while not failures and (song_range := next(waiting, None)) is not None:
+            try:
+                target.stop.check()
+                loads.append(_load_or_discard(song_range, target))
+            except (DamagedShardError, StoreError) as error:
+                damaged.append(str(error))
+            except BaseException as error:  # noqa: BLE001 - it is raised again below
+                failures.append(error)
+
+    # daemons: where a server no longer answers, an interrupted process must be able to end
+    threads = [threading.Thread(target=serve, daemon=True, name="songvec-load") for _ in range(n_connections)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return loads, damaged
+
+
+def _load_or_discard(song_range: SongIdRange, target: _Target) -> RangeLoad:
     """Load a range; damage is discarded, so that the next fill embeds those songs anew.
 
     Raises:
         DamagedShardError: the range was not loaded.
     """
     with contextlib.suppress(DamagedShardError):
-        return _load_range(database, cache, song_range, target)
-    with hold_lock(database, lock_name(song_range), on_wait=target.stop.check, check=target.stop.check):
+        return _load_range(song_range, target)
+    with hold_lock(target.database, lock_name(song_range), on_wait=target.stop.check, check=target.stop.check):
         try:
             # a fill that was just ending may have changed shard and mark while they were read
-            return _load_range(database, cache, song_range, target)
+            return _load_range(song_range, target)
         except DamagedShardError:
-            cache.mark_of(song_range).unlink(missing_ok=True)
-            discard_damaged_rows(load_embeddings_from_cache(cache, song_range)[0])
+            target.cache.mark_of(song_range).unlink(missing_ok=True)
+            discard_damaged_rows(load_embeddings_from_cache(target.cache, song_range)[0])
             raise
 
 
-def _load_range(database: Database, cache: ModelCache, song_range: SongIdRange, target: _Target) -> RangeLoad:
-    started, table = time.monotonic(), target.table
-    with database.get_connection("parallel") as connection:
+def _load_range(song_range: SongIdRange, target: _Target) -> RangeLoad:
+    started, cache, table = time.monotonic(), target.cache, target.table
+    with target.database.get_connection("parallel") as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key(f"load {song_range.key}")})
         # read under the lock: what an earlier load wrote meanwhile may be newer than what was compared
         shard, vectors = read_vectors(cache, song_range)
@@ -185,7 +196,8 @@ def _load_range(database: Database, cache: ModelCache, song_range: SongIdRange, 
             )
         store_rows(connection, _check_rows(shard, wanted, target), target.spec, table)
         write_ledger(connection, song_range, vectors, target.spec, table)
-        count_changes(connection, wanted.height + deleted.rowcount, table)
+        # a changed row is deleted and written
+        count_changes(connection, max(wanted.height, deleted.rowcount), table)
     return RangeLoad(song_range, vectors.height, wanted.height, deleted.rowcount, time.monotonic() - started)
 
 

@@ -191,7 +191,7 @@ class TestLoad:
         forget(cache, [120])
         load(database, cache)
         with database.get_connection() as connection:
-            assert read_changes(connection) == 150 + 2 + 1
+            assert read_changes(connection) == 150 + 1 + 1
 
     def test_progress_counts_the_rows_of_ranges_that_differ(self, database: Database, cache: ModelCache) -> None:
         put(cache, [1, 2, 150])
