@@ -166,4 +166,4 @@ class TestRecall:
         assert report.recall is not None
         assert audit.point != report.recall.chosen
         assert audit.reached
-        assert "10 rows changed since the index was built" in audit.describe()
+        assert "5 rows changed since the index was built" in audit.describe()
