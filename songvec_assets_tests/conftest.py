@@ -35,6 +35,9 @@ def server_url() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix=f"songvec-{getpass.getuser()}-", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o755)
         url = start_embedded_server(Path(folder) / "pg").url
+        # most tests would wait for the disk, and none takes the machine's power away
+        execute(url, "ALTER SYSTEM SET fsync = off")
+        execute(url, "SELECT pg_reload_conf()")
         execute(url, f"CREATE DATABASE {TEMPLATE}")
         template = Database(with_parts(url, database=TEMPLATE))
         ensure_schema(template)
