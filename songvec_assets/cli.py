@@ -1,4 +1,5 @@
-"""`songvec`: demo, run, estimate, status, search, swap, adopt, settings — a thin face over the same graph and core."""
+"""`songvec`: a thin face over the same graph and core. Exit codes: 0 done, 1 failed, 2 wrong words, 3 songs are missing
+(`status`) or a check did not pass (`verify`), 130 interrupted."""
 
 import contextlib
 import json
@@ -7,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from dotenv import load_dotenv
@@ -19,6 +20,7 @@ from songvec_assets.progress import Progress, run_in_worker
 from songvec_assets.settings import settings_table, variables
 
 if TYPE_CHECKING:
+    from songvec_assets.defs.headless import RunResult
     from songvec_assets.deployment import Deployment
     from songvec_assets.embedding.pricing import Estimate
     from songvec_assets.songs.ranges import SongIdRange
@@ -33,7 +35,12 @@ out = Console()
 err = Console(stderr=True)
 
 DEMO_QUERIES = ("a lighthouse and a storm at sea", "whales singing in the deep", "der Winter und der Schnee")
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+EXIT_FAILED, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
+
+Ranges = Annotated[str, typer.Option(help="FIRST...LAST range keys; default: all that hold songs.")]
+MaxUsd = Annotated[float | None, typer.Option(min=0, help="Budget in dollars; stops before exceeding it.")]
+Append = Annotated[bool, typer.Option("--append", help="Export only above the highest song_id there.")]
+Anew = Annotated[bool, typer.Option("--anew", help="Embed, and pay for, all songs of the ranges again.")]
 
 
 @app.callback()
@@ -63,7 +70,7 @@ def demo(
         )
     if songs:
         add_generated_songs(deployment.database, songs)
-    _materialize(deployment, _span(deployment, None), "all", None)
+    _run_job("refresh", deployment, _span(deployment, ""))
     for query in DEMO_QUERIES:
         _print_hits(deployment, query, 3)
     out.print('Next: [bold]make dev[/] shows this run in the Dagster UI; [bold]songvec search "…"[/] finds more.')
@@ -71,13 +78,45 @@ def demo(
 
 @app.command()
 def run(
-    ranges: Annotated[str | None, typer.Option(help="FIRST...LAST range keys; default: all that hold songs.")] = None,
-    max_usd: Annotated[float | None, typer.Option(min=0, help="Budget in dollars; stops before exceeding it.")] = None,
-    append: Annotated[bool, typer.Option("--append", help="Export only above the highest song_id there.")] = False,
+    ranges: Ranges = "",
+    max_usd: MaxUsd = None,
+    append: Append = False,
+    anew: Anew = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a run would do and cost; do nothing.")] = False,
 ) -> None:
     """Run the whole graph: export, embed, load, index. Does what changed, and nothing else."""
-    deployment = _deploy()
-    _materialize(deployment, _span(deployment, ranges), "append" if append else "all", max_usd)
+    if dry_run:
+        _print_plan(ranges, anew)
+        return
+    _embed("refresh", ranges, max_usd, append, anew)
+
+
+@app.command()
+def embed(ranges: Ranges = "", max_usd: MaxUsd = None, append: Append = False, anew: Anew = False) -> None:
+    """Export and embed: pays for what is missing; the table stays as it is."""
+    _embed("embed", ranges, max_usd, append, anew)
+
+
+@app.command()
+def load() -> None:
+    """Make the table equal the cache. Sends nothing to the provider."""
+    _run_job("load", _deploy())
+
+
+@app.command()
+def index() -> None:
+    """Build the index anew beside the one that serves, and measure its recall."""
+    _run_job("rebuild_index", _deploy(), run={"rebuild_index": True})
+
+
+@app.command()
+def verify() -> None:
+    """Ask all checks of table and index; changes nothing. Exit code 3 where one does not pass."""
+    result = _run_job("verify", _deploy())
+    for answer in result.answers:
+        out.print(answer, markup=False, highlight=False)
+    if result.warnings:
+        raise typer.Exit(EXIT_INCOMPLETE)
 
 
 @app.command()
@@ -85,30 +124,14 @@ def estimate(
     refresh: Annotated[bool, typer.Option(help="Bring the snapshots up to date first; costs time, no money.")] = True,
 ) -> None:
     """Say what a run would cost: songs, tokens, dollars, hours. Spends nothing."""
-    from songvec_assets.cache.plan import estimate_fills, plan_fill
     from songvec_assets.defs.tables import estimate_table
-    from songvec_assets.songs.export import cache_songs_to_parquet
-    from songvec_assets.songs.snapshots import snapshot_ranges
 
     deployment = _deploy()
-    store, tiling = deployment.store, deployment.tiling
 
     def measure(show: Callable[[Progress], None]) -> "Estimate":
         if refresh:
-            cache_songs_to_parquet(
-                deployment.database,
-                deployment.source,
-                store.songs,
-                tiling,
-                also=deployment.cache.ranges(),
-                progress=show,
-                stop=deployment.stop,
-            )
-        plans = (
-            plan_fill(store.songs, deployment.cache, each, deployment.text_spec)[1]
-            for each in snapshot_ranges(store.songs)
-        )
-        return estimate_fills(plans, deployment.token_estimator(), deployment.price, deployment.quota)
+            deployment.export(progress=show)
+        return deployment.estimate()
 
     with _showing_progress() as show, _interruptible():
         result = run_in_worker(measure, report=show, stop=deployment.cancel)
@@ -118,9 +141,9 @@ def estimate(
 
 @app.command()
 def status(
-    as_json: Annotated[bool, typer.Option("--json", help="For scripts; exit code 1 where songs are missing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same for scripts.")] = False,
 ) -> None:
-    """Say per range what is exported, cached, loaded and indexed."""
+    """Say per range what is exported, cached, loaded and indexed. Exit code 3 where songs are missing."""
     from songvec_assets.defs.tables import status_table
     from songvec_assets.status import measure_status
 
@@ -128,21 +151,12 @@ def status(
     measured = measure_status(deployment)
     if as_json:
         print(json.dumps(asdict(measured) | {"total": asdict(measured.total), "missing": measured.total.n_missing}))
-        raise typer.Exit(EXIT_FAILED if measured.total.n_missing else 0)
-    out.print(deployment.describe())
-    out.print(status_table(measured))
-    for name, held in measured.tables.items():
-        out.print(f"Table {name}: {held}", markup=False)
-    index = measured.index
-    out.print(
-        f"Index: {index.lists:,} lists over {index.n_rows:,} rows, {index.n_bytes / 1e6:,.1f} MB, {index.probes} probes"
-        if index
-        else "Index: none yet"
-    )
-    for song_id, reason in measured.set_aside:
-        out.print(f"Set aside: song {song_id}: {reason}", markup=False)
-    for reason, n_songs in measured.unreachable.items():
-        out.print(f"Set aside: {n_songs:,} × {reason}", markup=False)
+    else:
+        out.print(deployment.describe())
+        out.print(status_table(measured))
+        for line in measured.describe():
+            out.print(line, markup=False, highlight=False)
+    raise typer.Exit(EXIT_INCOMPLETE if measured.total.n_missing else 0)
 
 
 @app.command()
@@ -169,15 +183,16 @@ def swap(
     if rollback or drop_old:
         _undo_swap(rollback)
         return
-    given: dict[str, dict[str, Any]] = {
-        "postgres": {"swap": True, "vector_type": vector_type},
+    given = {
+        "postgres": {"vector_type": vector_type},
         "fireworks": {"embedding_model": model, "embedding_dimensions": dimensions},
+        "run": {"swap": True, "max_usd": max_usd},
     }
     resources = {name: {key: value for key, value in each.items() if value is not None} for name, each in given.items()}
-    deployment = _deploy(**resources["postgres"], **resources["fireworks"])
+    deployment = _deploy(**resources["postgres"], **resources["fireworks"], **resources["run"])
     if loaded_spec(deployment.database) == deployment.table_spec:
         _fail(f"searches find {deployment.table_spec} already: name another --model, --dimensions or --vector-type")
-    _materialize(deployment, _span(deployment, None), "all", max_usd, resources)
+    _run_job("swap", deployment, _span(deployment, ""), **resources)
     each = deployment.settings
     out.print(
         f"Searches now find {deployment.table_spec}. Keep it so: SONGVEC_EMBEDDING_MODEL={each.model} "
@@ -243,48 +258,61 @@ def _deploy(**overrides: Any) -> "Deployment":
     return Deployment(Settings.from_environment(**overrides), TILING)
 
 
-def _span(deployment: "Deployment", ranges: str | None) -> "tuple[SongIdRange, SongIdRange]":
+def _span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRange]":
     """First and last range of a run: those asked for, else all that hold songs or cache."""
-    from songvec_assets.songs.ranges import SongIdRange
-    from songvec_assets.songs.source import count_ranges
+    from songvec_assets.defs.resources import parse_span
 
-    if ranges is not None:
-        first, _, last = ranges.partition("...")
-        try:
-            span = SongIdRange.from_key(first), SongIdRange.from_key(last or first)
-        except ValueError as error:
-            raise typer.BadParameter(f"{error} for each end of --ranges FIRST...LAST") from error
-        if not {*span} <= {*deployment.tiling} or span[0] > span[1]:
-            raise typer.BadParameter("--ranges FIRST...LAST names no ranges of this graph, in their order")
-        return span
-    held = {*count_ranges(deployment.database, deployment.source, deployment.tiling), *deployment.cache.ranges()}
+    if ranges:
+        return parse_span(ranges, deployment.tiling)
+    held = deployment.held_ranges()
     if not held:
         _fail(f"table {deployment.source.table} holds no songs with an id from 0 on: nothing to do")
-    return min(held), max(held)
+    return held[0], held[-1]
 
 
-def _materialize(
+def _embed(job: str, ranges: str, max_usd: float | None, append: bool, anew: bool) -> None:
+    deployment = _deploy()
+    options = {"export_mode": "append" if append else "all", "embed_anew": anew}
+    if max_usd is not None:
+        options["max_usd"] = max_usd
+    _run_job(job, deployment, _span(deployment, ranges), run=options)
+
+
+def _run_job(
+    job: str,
     deployment: "Deployment",
-    span: "tuple[SongIdRange, SongIdRange]",
-    mode: Literal["all", "append"],
-    max_usd: float | None,
-    swap: "Mapping[str, Mapping[str, Any]] | None" = None,
-) -> None:
-    """Run the refresh or swap job over a span of ranges, in this process and the project's Dagster instance."""
+    span: "tuple[SongIdRange, SongIdRange] | None" = None,
+    **resources: "Mapping[str, Any]",
+) -> "RunResult":
+    """Run a job, in this process and the project's Dagster instance, and sum it up."""
     from songvec_assets.definitions import defs
-    from songvec_assets.defs.headless import run_refresh_job
+    from songvec_assets.defs.headless import run_job
     from songvec_assets.defs.tables import run_table
 
     out.print(deployment.describe())
     with _showing_progress(), _interruptible():
-        result = run_refresh_job(defs.resolve_job_def("swap" if swap else "refresh"), span, mode, max_usd, swap)
-    out.print(run_table(result))
+        result = run_job(defs.resolve_job_def(job), span, resources)
+    if result.rows:
+        out.print(run_table(result))
     if result.n_set_aside:
         out.print(f"Set aside: {result.n_set_aside:,}; `songvec status` says which and why.", markup=False)
     for warning in result.warnings:
         out.print(warning, style="yellow", markup=False)
     if result.failures:
         _fail("\n".join(result.failures))
+    return result
+
+
+def _print_plan(ranges: str, anew: bool) -> None:
+    from songvec_assets.defs.pace import describe_seconds
+    from songvec_assets.dry_run import plan_run
+
+    deployment = _deploy()
+    first, last = _span(deployment, ranges)
+    out.print(deployment.describe())
+    planned = plan_run(deployment, [each for each in deployment.tiling if first <= each <= last], anew)
+    for line in planned.describe(describe_seconds):
+        out.print(line, markup=False, highlight=False)
 
 
 def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:

@@ -2,20 +2,28 @@
 
 import dagster as dg
 
-from songvec_assets.defs.assets import embedding_cache, ivfflat_index, song_embeddings_table, songs_parquet
-from songvec_assets.defs.automation import refresh_job, rollback_job, swap_job
-from songvec_assets.defs.checks import coverage, index_is_used, one_model, recall_reaches_target, vectors_are_sound
-from songvec_assets.defs.resources import FireworksResource, PostgresResource, StorageResource
+from songvec_assets.defs.assets import embedding_cache, ivfflat_index, song_embeddings_table, songs, songs_parquet
+from songvec_assets.defs.automation import automation_sensor, failed_runs_sensor, nightly_schedule, songs_source_sensor
+from songvec_assets.defs.checks import index_checks, table_checks
+from songvec_assets.defs.jobs import (
+    dry_run_job,
+    embed_job,
+    load_job,
+    rebuild_index_job,
+    refresh_job,
+    rollback_job,
+    swap_job,
+    verify_job,
+)
+from songvec_assets.defs.resources import RESOURCES
 
 defs = dg.Definitions(
-    assets=[songs_parquet, embedding_cache, song_embeddings_table, ivfflat_index],
-    asset_checks=[coverage, vectors_are_sound, one_model, index_is_used, recall_reaches_target],
-    jobs=[refresh_job, swap_job, rollback_job],
-    resources={
-        "postgres": PostgresResource(),
-        "fireworks": FireworksResource(),
-        "storage": StorageResource(),
-    },
+    assets=[songs, songs_parquet, embedding_cache, song_embeddings_table, ivfflat_index],
+    asset_checks=[table_checks, index_checks],
+    jobs=[refresh_job, embed_job, load_job, rebuild_index_job, swap_job, rollback_job, verify_job, dry_run_job],
+    sensors=[automation_sensor, songs_source_sensor, failed_runs_sensor],
+    schedules=[nightly_schedule],
+    resources=RESOURCES,
     # the graph is a line and every step is parallel inside; a process a step costs 10 s and halves the memory bound
     executor=dg.in_process_executor,
 )

@@ -6,30 +6,39 @@ The composition root below Dagster: the assets and the command line both start h
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
-from songvec_assets.cache.fill import Filler
+from songvec_assets.cache.fill import Filler, Spending
+from songvec_assets.cache.marks import read_mark
+from songvec_assets.cache.plan import estimate_fills, plan_fill
 from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, open_store
-from songvec_assets.embedding.budget import Budget
+from songvec_assets.embedding.budget import Budget, read_month_usd
 from songvec_assets.embedding.client import Embedder, EmbeddingClient
 from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.embedding.offline import OfflineEmbedder
-from songvec_assets.embedding.pricing import Price, Quota, TokenEstimator
+from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
+from songvec_assets.errors import StoreError
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, hold_lock, read_fact, write_fact
 from songvec_assets.progress import ReportProgress, StopSignal, ignore_progress
 from songvec_assets.settings import OFFLINE_MODEL, Settings
+from songvec_assets.songs.export import ExportMode, ExportReport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.source import SongsSource, SourceNames, find_source
+from songvec_assets.songs.snapshots import snapshot_digest, snapshot_path, snapshot_ranges
+from songvec_assets.songs.source import SongsSource, SourceNames, count_ranges, find_source
 from songvec_assets.songs.text import TextSpec
-from songvec_assets.vectors.ivfflat import IndexSettings
+from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.neighbours import LoadedRows
+from songvec_assets.vectors.preview import Preview, preview_table
 from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec, loaded_spec
+
+SPENDING = "spending of the last run"
 
 
 @dataclass
@@ -102,6 +111,64 @@ class Deployment:
         chosen = {name: getattr(self.settings, name) for name in names}
         return find_source(self.database, SourceNames(self.settings.songs_table, **chosen))
 
+    def held_ranges(self) -> list[SongIdRange]:
+        """The ranges that hold songs or cache, in order."""
+        return sorted({*count_ranges(self.database, self.source, self.tiling), *self.cache.ranges()})
+
+    def ranges_behind(self) -> list[SongIdRange]:
+        """The ranges whose snapshot is not answered in full by the cache, in order; from footers and marks."""
+        songs, cache, behind = self.store.songs, self.cache, []
+        for song_range in snapshot_ranges(songs):
+            mark, digest = read_mark(cache.mark_of(song_range)), snapshot_digest(snapshot_path(songs, song_range))
+            if mark is None or not mark.fits(digest, self.text_spec.identity, cache.path_of(song_range)):
+                behind.append(song_range)
+        return behind
+
+    def month_usd(self) -> float:
+        """Dollars spent this month, over all runs on this database."""
+        with self.database.get_connection() as connection:
+            return read_month_usd(connection)
+
+    def export(self, mode: ExportMode = "all", progress: ReportProgress = ignore_progress) -> ExportReport:
+        """Bring the snapshots to the state of the source; see `cache_songs_to_parquet`."""
+        return cache_songs_to_parquet(
+            self.database,
+            self.source,
+            self.store.songs,
+            self.tiling,
+            mode,
+            also=self.cache.ranges(),
+            progress=progress,
+            stop=self.stop,
+        )
+
+    def estimate(self) -> Estimate:
+        """What a run over all snapshots would send, and its price."""
+        plans = (
+            plan_fill(self.store.songs, self.cache, each, self.text_spec)[1]
+            for each in snapshot_ranges(self.store.songs)
+        )
+        return estimate_fills(plans, self.token_estimator(), self.price, self.quota)
+
+    def index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
+        """Build the index where that is worth it; see `bring_index_up_to_date`."""
+        return bring_index_up_to_date(
+            self.database,
+            self.cache,
+            self.table_spec,
+            replace(self.index_settings, rebuild=rebuild),
+            progress=progress,
+            stop=self.stop,
+        )
+
+    def preview(self) -> Preview | None:
+        """What a person looks at to see that the vectors mean something; None where the cache is not at hand."""
+        rows = LoadedRows.of(self.database, self.cache)
+        try:
+            return preview_table(self.database, rows, self.source, self.table_spec) if rows.n_rows else None
+        except StoreError:
+            return None
+
     @property
     def text_spec(self) -> TextSpec:
         """How a song becomes a text."""
@@ -124,9 +191,16 @@ class Deployment:
             learned = read_fact(connection, self._bytes_per_token_fact)
         return TokenEstimator(learned) if learned else TokenEstimator()
 
-    def _keep_bytes_per_token(self, learned: float) -> None:
+    def _keep_spending(self, spending: Spending) -> None:
         with self.database.get_connection() as connection:
-            write_fact(connection, self._bytes_per_token_fact, round(learned, 3))
+            write_fact(connection, self._bytes_per_token_fact, round(spending.bytes_per_token, 3))
+            write_fact(connection, SPENDING, asdict(spending))
+
+    def read_spending(self) -> Spending | None:
+        """What the last run sent that sent anything."""
+        with self.database.get_connection() as connection:
+            fact = read_fact(connection, SPENDING)
+        return Spending(**fact) if fact else None
 
     @property
     def _bytes_per_token_fact(self) -> str:
@@ -155,30 +229,31 @@ class Deployment:
         )
 
     def filler(
-        self, max_usd: float | None = None, progress: ReportProgress = ignore_progress, run: str | None = None
+        self, progress: ReportProgress = ignore_progress, run: str | None = None, anew: str | None = None
     ) -> Filler:
         """What fills ranges of the cache.
 
         Args:
-            max_usd: a budget; None: the configured one.
             progress: told as it goes.
             run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
+            anew: who asks that songs be embedded again; see `Filler`.
         """
-        estimator = self.token_estimator()
-        limit = self.settings.max_usd if max_usd is None else max_usd
+        estimator, each = self.token_estimator(), self.settings
+        limits = each.max_usd, each.max_usd_a_month
         return Filler(
             songs_folder=self.store.songs,
             cache=self.cache,
             spec=self.text_spec,
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble),
             quota=self.quota,
-            budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, limit),
+            budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
             estimator=estimator,
-            concurrency=self.settings.concurrency,
+            concurrency=each.concurrency,
             lock_range=self.lock_range,
             tiling=self.tiling,
-            before_payment=lambda: check_publishable(self.database, self.table_spec, self.settings.swap),
-            keep_bytes_per_token=self._keep_bytes_per_token,
+            before_payment=lambda: check_publishable(self.database, self.table_spec, each.swap),
+            keep_spending=self._keep_spending,
+            anew=anew,
             stop=self.stop,
             progress=progress,
         )

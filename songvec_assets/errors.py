@@ -52,5 +52,9 @@ class BudgetExceededError(SongvecError):
     """The next request would exceed the budget. What was paid for is kept; raise the budget to go on."""
 
 
+class AlertError(SongvecError):
+    """Nobody could be told of a failed run. The run itself is not touched."""
+
+
 class StoppedError(SongvecError):
     """The run was interrupted. What was paid for is kept; the same command goes on."""

@@ -150,6 +150,9 @@ class Settings:
     max_usd: float | None = _setting(
         "SONGVEC_MAX_USD", _number(0), "Budget of a run in dollars, over all its processes; unset: none"
     )
+    max_usd_a_month: float | None = _setting(
+        "SONGVEC_MAX_USD_A_MONTH", _number(0), "Budget of a calendar month (UTC) over all runs; unset: none"
+    )
     usd_per_million_tokens: float = _setting(
         "SONGVEC_USD_PER_MILLION_TOKENS", _number(0), "The provider's price", default=0.10
     )
@@ -192,6 +195,10 @@ class Settings:
         "SONGVEC_SWAP", _yes_or_no,
         "Whether another model, size or type is built beside the serving table and takes its place, or is refused",
         default=False,
+    )  # fmt: skip
+    webhook_url: str | None = _setting(
+        "SONGVEC_WEBHOOK_URL", _text,
+        "Where failed runs are told, as JSON with a `text` (Slack, Mattermost, Teams, …); unset: nowhere", secret=True,
     )  # fmt: skip
     song_id_stop: int = _setting(
         "SONGVEC_SONG_ID_STOP", _whole(1, 999_999_999), "Where the open tail range begins; may only grow",

@@ -4,12 +4,15 @@ from dataclasses import dataclass, fields
 
 import polars as pl
 
+from songvec_assets.cache.marks import read_mark
 from songvec_assets.cache.shards import load_embeddings_from_cache
 from songvec_assets.deployment import Deployment
-from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.snapshots import count_songs, load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import count_unreachable_ids
 from songvec_assets.vectors.ivfflat import IndexFacts, find_index
 from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
+from songvec_assets.vectors.recall import read_recall
 from songvec_assets.vectors.table import describe_tables
 
 
@@ -25,6 +28,7 @@ class RangeStatus:
         n_loaded: in the table, as its ledger says.
         n_indexed: loaded and covered by a valid index.
         n_missing: with neither a row in the table nor a reason.
+        n_orphans: rows in the table, as its ledger says, whose song is not in the snapshot.
     """
 
     key: str
@@ -34,6 +38,30 @@ class RangeStatus:
     n_loaded: int
     n_indexed: int
     n_missing: int
+    n_orphans: int
+
+
+@dataclass(frozen=True)
+class RangeCoverage:
+    """What became of a range's songs, as far as footers, marks and the ledger tell: each song counts once.
+
+    Attributes:
+        n_loaded: in the table.
+        n_waiting: in the cache, and not in the table.
+        n_set_aside: without a vector, for a named reason.
+        n_missing: the others.
+    """
+
+    range: SongIdRange
+    n_loaded: int
+    n_waiting: int
+    n_set_aside: int
+    n_missing: int
+
+    @property
+    def n_songs(self) -> int:
+        """All of them."""
+        return self.n_loaded + self.n_waiting + self.n_set_aside + self.n_missing
 
 
 @dataclass(frozen=True)
@@ -46,6 +74,8 @@ class Status:
         index: the index as it is, or None.
         set_aside: (song_id, reason), a few.
         unreachable: reason to number of songs whose id is outside every range.
+        recall: as measured last, in words; empty before.
+        month_usd: spent this month, over all runs.
     """
 
     ranges: list[RangeStatus]
@@ -53,12 +83,47 @@ class Status:
     index: IndexFacts | None
     set_aside: list[tuple[int, str]]
     unreachable: dict[str, int]
+    recall: str
+    month_usd: float
+
+    def describe(self) -> list[str]:
+        """What there is beyond the ranges, a line each."""
+        index = self.index
+        return [
+            *(f"Table {name}: {held}" for name, held in self.tables.items()),
+            "Index: none yet" if index is None else
+            f"Index: {index.lists:,} lists over {index.n_rows:,} rows, {index.n_bytes / 1e6:,.1f} MB, {index.probes} "
+            f"probes, {self.recall or 'recall not measured'}; {index.n_changed:,} rows changed since",
+            f"Spent this month: ${self.month_usd:,.4f}",
+            *(f"Set aside: song {song_id}: {reason}" for song_id, reason in self.set_aside),
+            *(f"Set aside: {n_songs:,} × {reason}" for reason, n_songs in self.unreachable.items()),
+        ]  # fmt: skip
 
     @property
     def total(self) -> RangeStatus:
         """The sum over all ranges."""
         counts = [field.name for field in fields(RangeStatus) if field.name != "key"]
         return RangeStatus("all", **{name: sum(getattr(each, name) for each in self.ranges) for name in counts})
+
+
+def measure_coverage(deployment: Deployment) -> list[RangeCoverage]:
+    """Every range that holds songs, in order. Reads no column of a file whose range is complete."""
+    songs, cache, ledger = deployment.store.songs, deployment.cache, read_ledger(deployment.database)
+    ranges = []
+    for song_range in snapshot_ranges(songs):
+        n_songs, mark = count_songs(songs, song_range), read_mark(cache.mark_of(song_range))
+        if mark is not None:
+            n_cached, n_set_aside = mark.n_songs - mark.n_set_aside, mark.n_set_aside
+        else:
+            refused = load_embeddings_from_cache(cache, song_range)[1]["reason"]
+            n_cached, n_set_aside = refused.null_count(), refused.count()
+        n_loaded = min(ledger[song_range].n_songs if song_range in ledger else 0, n_songs)
+        n_set_aside = min(n_set_aside, n_songs - n_loaded)
+        n_waiting = min(max(0, n_cached - n_loaded), n_songs - n_loaded - n_set_aside)
+        n_missing = n_songs - n_loaded - n_set_aside - n_waiting
+        if n_songs:
+            ranges.append(RangeCoverage(song_range, n_loaded, n_waiting, n_set_aside, n_missing))
+    return ranges
 
 
 def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
@@ -95,7 +160,12 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
                 n_loaded=len(loaded),
                 n_indexed=len(loaded) if index else 0,
                 n_missing=snapshot.filter(~pl.col("song_id").is_in(answered.to_list())).height,
+                n_orphans=len(loaded) - int(loaded.is_in(snapshot["song_id"].implode()).sum()),
             )
         )
     unreachable = count_unreachable_ids(deployment.database, deployment.source)
-    return Status(ranges, describe_tables(deployment.database), index, set_aside, dict(unreachable))
+    with deployment.database.get_connection() as connection:
+        recall = read_recall(connection)
+    tables, month_usd = describe_tables(deployment.database), deployment.month_usd()
+    words = recall.describe() if recall else ""
+    return Status(ranges, tables, index, set_aside, dict(unreachable), words, month_usd)

@@ -15,7 +15,7 @@ from pathlib import Path
 from songvec_assets.cache.marks import Mark, read_mark, write_mark
 from songvec_assets.cache.plan import FillPlan, plan_fill
 from songvec_assets.cache.send import Postage, RangeSender
-from songvec_assets.cache.shards import ModelCache, Shard, write_embeddings_to_file
+from songvec_assets.cache.shards import ModelCache, Shard, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.cache.upkeep import compact_if_worth_it
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.client import Embedder
@@ -42,6 +42,7 @@ class FillReport:
         n_truncated: songs whose text was cut.
         n_retries, n_limited: bad answers before good ones, and those of them that were 429.
         n_tokens: billed; estimated where the provider does not say, or spoilt the answer.
+        n_tokens_expected: as estimated before the first request.
         usd: their price.
         seconds: of this range.
         n_bytes_damaged: of the shard, as it was found: cut off by a crash, or damaged.
@@ -62,11 +63,27 @@ class FillReport:
     n_retries: int = 0
     n_limited: int = 0
     n_tokens: int = 0
+    n_tokens_expected: int = 0
     usd: float = 0.0
     seconds: float = 0.0
     n_bytes_damaged: int = 0
     set_aside: list[tuple[int, str]] = field(default_factory=list)
     error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a run sent.
+
+    Attributes:
+        n_tokens_expected: as estimated before the first request of each range.
+        n_tokens: billed.
+        bytes_per_token: of the model's tokens, as far as they are known now.
+    """
+
+    n_tokens_expected: int
+    n_tokens: int
+    bytes_per_token: float
 
 
 @dataclass
@@ -87,7 +104,9 @@ class Filler:
             when it has to wait, and while it does.
         tiling: how song_ids are cut.
         before_payment: called before a range's first request; raises to refuse.
-        keep_bytes_per_token: told at the end what the estimator has learned.
+        keep_spending: told at the end what was sent.
+        anew: who asks that songs which have their vectors are embedded, and paid for, again; None: nobody. Whoever asks
+            twice is served once.
         stop: once set, no further request starts.
         progress: told songs, rate and dollars.
         proven: whether the provider has answered well in this run.
@@ -106,14 +125,18 @@ class Filler:
     ]
     tiling: Tiling
     before_payment: Callable[[], None]
-    keep_bytes_per_token: Callable[[float], None]
+    keep_spending: Callable[["Spending"], None]
     stop: StopSignal
+    anew: str | None = None
     progress: ReportProgress = ignore_progress
     proven: bool = False
     _fatal: Exception | None = None
     _unavailable_before: bool = False
     _n_songs: int = 0
     _n_done: int = 0
+    _n_retries: int = 0
+    _n_limited: int = 0
+    _n_expected: int = 0
 
     def fill_ranges(self, ranges: Sequence[SongIdRange], report: Callable[[FillReport], None]) -> None:
         """Fill ranges in their order; a failed one does not keep the next from being tried.
@@ -129,7 +152,6 @@ class Filler:
 
     async def _fill_ranges(self, ranges: Sequence[SongIdRange], report: Callable[[FillReport], None]) -> None:
         places, filling = asyncio.Semaphore(MAX_OPEN_RANGES), []
-        bytes_per_token = self.estimator.bytes_per_token
         try:
             self._n_songs = sum(count_songs(self.songs_folder, song_range) for song_range in ranges)
             for song_range in filter(self._holds_anything, ranges):
@@ -145,8 +167,8 @@ class Filler:
             if "_embedder" in self.__dict__:
                 await self._embedder.close()
         try:
-            if self.estimator.bytes_per_token != bytes_per_token:
-                self.keep_bytes_per_token(self.estimator.bytes_per_token)
+            if self.budget.n_tokens:
+                self.keep_spending(Spending(self._n_expected, self.budget.n_tokens, self.estimator.bytes_per_token))
         finally:
             self._check_halted()
 
@@ -206,18 +228,24 @@ class Filler:
         # taken before the songs are read: an export that comes in between leaves a mark that does not fit
         snapshot = snapshot_digest(snapshot_path(self.songs_folder, report.range))
         done = read_mark(mark_path)
-        if done and snapshot and done == self._mark(report.range, snapshot, done):
+        anew = self.anew if self.anew and not (done and done.anew == self.anew) else None
+        if done and not anew and done.fits(snapshot, self.spec.identity, self.cache.path_of(report.range)):
             report.n_songs, report.n_set_aside, report.n_truncated = done.n_songs, done.n_set_aside, done.n_truncated
             report.n_unchanged = done.n_songs - done.n_set_aside
             self.advance(report.n_songs, report.range)
             return
         mark_path.unlink(missing_ok=True)
+        if anew:
+            # first of all: a run that is killed afterwards goes on as any other does
+            await asyncio.to_thread(self._spend_what_is_stored, report.range, anew)
         shard, plan = await asyncio.to_thread(plan_fill, self.songs_folder, self.cache, report.range, self.spec)
         report.n_bytes_damaged = shard.n_bytes_damaged
         report.n_songs, report.n_unchanged = plan.n_songs, plan.n_unchanged
         report.n_new, report.n_changed = plan.n_new, plan.n_changed
         report.n_truncated, report.n_set_aside = plan.n_truncated, plan.n_set_aside
         if plan.texts:
+            report.n_tokens_expected = plan.estimate_tokens(self.estimator)
+            self._n_expected += report.n_tokens_expected
             self.tiling.check_tail(plan.range, plan.n_songs)
             await asyncio.to_thread(self.before_payment)
         await asyncio.to_thread(self._store_what_is_free, shard, plan, report)
@@ -226,13 +254,17 @@ class Filler:
             tally = _Tally(report, self, let_next_begin)
             await RangeSender(self._postage, shard, check_held, tally).send(plan.texts)
         await asyncio.to_thread(compact_if_worth_it, shard)
-        await asyncio.to_thread(write_mark, mark_path, self._mark(report.range, snapshot, report))
-
-    def _mark(self, song_range: SongIdRange, snapshot: str | None, counts: FillReport | Mark) -> Mark:
-        """The mark of a range that is complete as its files are now, with these counts."""
-        path = self.cache.path_of(song_range)
+        path = self.cache.path_of(report.range)
         n_bytes = path.stat().st_size if path.exists() else 0
-        return Mark(snapshot, self.spec.identity, n_bytes, counts.n_songs, counts.n_set_aside, counts.n_truncated)
+        counts = report.n_songs, report.n_set_aside, report.n_truncated
+        mark = Mark(snapshot, self.spec.identity, n_bytes, *counts, self.anew or (done.anew if done else None))
+        await asyncio.to_thread(write_mark, mark_path, mark)
+
+    def _spend_what_is_stored(self, song_range: SongIdRange, asked_by: str) -> None:
+        shard, live = load_embeddings_from_cache(self.cache, song_range)
+        if live.height:
+            self.before_payment()
+            shard.append_anew(asked_by)
 
     def _store_what_is_free(self, shard: Shard, plan: FillPlan, report: FillReport) -> None:
         shard.append_gone(plan.gone)
@@ -242,6 +274,12 @@ class Filler:
             write_embeddings_to_file(shard, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
         report.n_reused = plan.reused.height
 
+    def count_answer(self, batch: EmbeddingBatch) -> None:
+        """Take in that the provider answered well, and after how many bad answers."""
+        self._n_retries += batch.n_retries
+        self._n_limited += batch.n_limited
+        self.proven = True
+
     def advance(self, n_songs: int, song_range: SongIdRange) -> None:
         """Tell that so many songs more need nothing from the provider."""
         self._n_done += n_songs
@@ -249,6 +287,11 @@ class Filler:
 
     def _tell(self, what: str) -> None:
         note = f"{what}, ${self.budget.usd:,.4f} so far"
+        used = self._embedder.quota_used if "_embedder" in self.__dict__ else None
+        if used is not None:
+            note += (
+                f", {used:.0%} of the quota used, {self._n_retries:,} retries, {self._n_limited:,} of them after 429"
+            )
         if self.stop.is_set():
             note += "; stopping: answers on their way are still stored"
         self.progress(Progress("embed songs", self._n_done, self._n_songs, note=note))
@@ -274,8 +317,8 @@ class _Tally:
         self.report.n_embedded += n_songs
         self.report.n_retries += batch.n_retries
         self.report.n_limited += batch.n_limited
+        self.filler.count_answer(batch)
         self.filler.advance(n_songs, self.report.range)
-        self.filler.proven = True
         self._pass_on()
 
     def count_set_aside(self, song_ids: list[int], reason: str) -> None:

@@ -7,7 +7,9 @@ one, or with one that does not fit, all is compared again.
 from pathlib import Path
 
 import msgspec
+import xxhash
 
+from songvec_assets.cache.shards import ModelCache
 from songvec_assets.files import replace_atomically
 
 
@@ -19,6 +21,7 @@ class Mark(msgspec.Struct, frozen=True):
         text: identity of how songs become texts.
         n_bytes: of the shard.
         n_songs, n_set_aside, n_truncated: of the range.
+        anew: who asked last that all its songs be embedded anew; None: nobody yet.
     """
 
     snapshot: str | None
@@ -27,6 +30,12 @@ class Mark(msgspec.Struct, frozen=True):
     n_songs: int
     n_set_aside: int
     n_truncated: int
+    anew: str | None = None
+
+    def fits(self, snapshot: str | None, text: str, shard: Path) -> bool:
+        """Whether the fill it tells of is complete still: of the same songs, rendered the same way, in this file."""
+        n_bytes = shard.stat().st_size if shard.exists() else 0
+        return snapshot is not None and (self.snapshot, self.text, self.n_bytes) == (snapshot, text, n_bytes)
 
 
 def read_mark(path: Path) -> Mark | None:
@@ -35,6 +44,16 @@ def read_mark(path: Path) -> Mark | None:
         return msgspec.json.decode(path.read_bytes(), type=Mark)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
+
+
+def digest_cache(cache: ModelCache) -> str:
+    """An identity of all that is cached of a model: of each shard its size, and what a complete fill left."""
+    state = xxhash.xxh3_128(f"{cache.model} {cache.dimensions}")
+    for song_range in cache.ranges():
+        mark = read_mark(cache.mark_of(song_range))
+        told = mark.snapshot if mark else "incomplete"
+        state.update(f"{song_range.key} {cache.path_of(song_range).stat().st_size} {told}\n")
+    return state.hexdigest()
 
 
 def write_mark(path: Path, mark: Mark) -> None:

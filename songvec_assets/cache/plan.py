@@ -16,11 +16,12 @@ from songvec_assets.songs.text import TextSpec, render_texts
 
 @dataclass(frozen=True)
 class Text:
-    """A text to send, and the songs that it stands for."""
+    """A text to send, the songs that it stands for, and its size in UTF-8."""
 
     text: str
     text_hash: bytes
     song_ids: list[int]
+    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,22 @@ class FillPlan:
     n_truncated: int
     n_set_aside: int
 
+    def estimate_tokens(self, estimator: TokenEstimator) -> int:
+        """About how many tokens its texts have."""
+        return sum(estimator.estimate(each.n_bytes for each in self.texts))
 
-def plan_fill(songs_folder: Path, cache: ModelCache, song_range: SongIdRange, spec: TextSpec) -> tuple[Shard, FillPlan]:
+
+def plan_fill(
+    songs_folder: Path, cache: ModelCache, song_range: SongIdRange, spec: TextSpec, *, anew: bool = False
+) -> tuple[Shard, FillPlan]:
     """Compare a range's snapshot with its shard.
+
+    Args:
+        songs_folder: of the snapshots.
+        cache: the model's shards.
+        song_range: which range.
+        spec: how songs become texts.
+        anew: plan as though the shard held nothing.
 
     Raises:
         StoreError: there is no snapshot: a shard alone does not say that its songs are gone.
@@ -62,6 +76,9 @@ def plan_fill(songs_folder: Path, cache: ModelCache, song_range: SongIdRange, sp
         )
     songs = load_songs_from_parquet(path)
     shard, live = load_embeddings_from_cache(cache, song_range)
+    paid = shard.paid_rows()
+    if anew:
+        live, paid = live.clear(), paid.clear()
     embeddable = songs.filter(pl.col("set_aside").is_null())
     texts = render_texts(embeddable, spec)
     known = live.select("song_id", before=pl.col("text_hash"), refused=pl.col("reason").is_not_null())
@@ -69,7 +86,7 @@ def plan_fill(songs_folder: Path, cache: ModelCache, song_range: SongIdRange, sp
     unchanged = compared.filter(pl.col("before") == pl.col("text_hash"))
     missing = compared.filter(pl.col("before").ne_missing(pl.col("text_hash")))
     # whatever was paid for serves again: another song's vector, and one that no longer holds (a lyric changed back)
-    stored = shard.all_rows().filter(pl.col("has_vector")).join(missing, on="text_hash", how="semi")
+    stored = paid.join(missing, on="text_hash", how="semi")
     vectors = shard.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
     reused = missing.join(vectors, on="text_hash", how="inner", maintain_order="left")
     to_send = (
@@ -85,8 +102,10 @@ def plan_fill(songs_folder: Path, cache: ModelCache, song_range: SongIdRange, sp
         gone=live.join(embeddable, on="song_id", how="anti")["song_id"].to_list(),
         reused=reused.select("song_id", "text_hash", "row"),
         texts=[
-            Text(text, text_hash, song_ids)
-            for text_hash, text, song_ids in to_send.select("text_hash", "text", "song_id").iter_rows()
+            Text(text, text_hash, song_ids, n_bytes)
+            for text, text_hash, song_ids, n_bytes in to_send.select(
+                "text", "text_hash", "song_id", pl.col("text").str.len_bytes().alias("n_bytes")
+            ).iter_rows()
         ],
         n_new=missing["before"].null_count(),
         n_changed=missing["before"].count(),
@@ -101,5 +120,5 @@ def estimate_fills(plans: Iterable[FillPlan], estimator: TokenEstimator, price: 
     for plan in plans:
         n_songs += plan.n_songs
         n_texts += len(plan.texts)
-        n_tokens += sum(estimator.estimate(len(each.text.encode()) for each in plan.texts))
+        n_tokens += plan.estimate_tokens(estimator)
     return price.estimate(n_songs, n_texts, n_tokens, quota)

@@ -101,8 +101,9 @@ class RangeSender:
         Raises:
             SongvecError: the first thing that went wrong, when nothing is on its way any more.
         """
-        n_bytes = [len(each.text.encode()) for each in texts]
-        pieces = pack_requests(n_bytes, self.postage.quota.max_request_texts, self.postage.n_bytes_allowed)
+        pieces = pack_requests(
+            [each.n_bytes for each in texts], self.postage.quota.max_request_texts, self.postage.n_bytes_allowed
+        )
         sending: list[asyncio.Task[None]] = []
         while True:
             await self.postage.slots.acquire()
@@ -149,7 +150,7 @@ class RangeSender:
         Returns:
             Whether all texts were accepted.
         """
-        payment = _Payment(self, sum(self.postage.estimator.estimate(len(each.text.encode()) for each in texts)))
+        payment = _Payment(self, sum(self.postage.estimator.estimate(each.n_bytes for each in texts)))
         refusal: RequestRefusedError | None = None
         try:
             # before anything goes, the provider's probe included
@@ -180,7 +181,7 @@ class RangeSender:
         first, second = [await self._send_divided(half) for half in bisect(texts)]
         if isinstance(refusal, RequestTooLargeError) and first and second:
             # it was the size, and not one long text
-            half_bytes = sum(len(each.text.encode()) for each in texts) / 2
+            half_bytes = sum(each.n_bytes for each in texts) / 2
             self.postage.max_bytes = min(self.postage.max_bytes, half_bytes)
         return first and second
 

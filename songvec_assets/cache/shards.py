@@ -11,6 +11,7 @@ Embeddings are float32, (n, dimensions). `format` has the bytes, `upkeep` compac
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from songvec_assets.songs.text import TEXT_HASH_BYTES
 
 DAMAGED = b"\xff" * TEXT_HASH_BYTES
 """Stands for the text_hash of a song whose row was found damaged: it is missing, not gone."""
+_ANEW = b"\xfe" * (TEXT_HASH_BYTES // 2)
+"""Begins what stands for the text_hash of a song that is to be embedded anew, though it has a vector; who asked follows."""
 _GONE = bytes(TEXT_HASH_BYTES)
 PIECE_ROWS = 2048
 """Rows read or written at a time where a shard is gone through."""
@@ -130,6 +133,12 @@ class Shard:
         last = self.all_rows().unique("song_id", keep="last")
         return last.filter(pl.col("has_vector") | pl.col("reason").is_not_null()).drop("has_vector").sort("song_id")
 
+    def paid_rows(self) -> pl.DataFrame:
+        """Rows with a vector that may serve again, of whatever song: those since a person last asked for new ones."""
+        rows = self.all_rows()
+        spent = rows.filter(pl.col("text_hash").bin.starts_with(_ANEW))["row"].max()
+        return rows.filter(pl.col("has_vector") & (pl.col("row") > (-1 if spent is None else spent)))
+
     def find_sound(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Those of some rows with a vector that is good, and whose checksum fits. Reads their vectors."""
         sound = [pl.Series([], dtype=pl.Boolean)]
@@ -171,9 +180,18 @@ class Shard:
         """Append that songs' rows were found damaged: the next fill embeds those songs anew."""
         self.append(song_ids, [DAMAGED] * len(song_ids), None, None)
 
+    def append_anew(self, asked_by: str) -> None:
+        """Append that all songs are to be embedded anew, whatever vectors they have; once for each who asks."""
+        told = _ANEW + blake2b(asked_by.encode(), digest_size=TEXT_HASH_BYTES - len(_ANEW)).digest()
+        if not self.all_rows().filter(pl.col("text_hash") == told).height:
+            song_ids = self.live_rows()["song_id"].to_list()
+            self.append(song_ids, [told] * len(song_ids), None, None)
+
     def told_song_ids(self) -> pl.Series:
-        """The songs of which the shard says anything but that it was damaged: also those that are gone."""
-        return self.all_rows().unique("song_id", keep="last").filter(pl.col("text_hash") != DAMAGED)["song_id"]
+        """The songs of which the shard says anything but that they are to be embedded: also those that are gone."""
+        last = self.all_rows().unique("song_id", keep="last")
+        asked_for = (pl.col("text_hash") == DAMAGED) | pl.col("text_hash").bin.starts_with(_ANEW)
+        return last.filter(~asked_for)["song_id"]
 
     def append(
         self,

@@ -1,82 +1,87 @@
-"""The four assets, each a sentence: read, one call into the core, report."""
+"""The four assets, each a sentence: read, one call into the core, report; and the table of songs that they begin with."""
 
 import dagster as dg
 
 from songvec_assets.defs import reports
-from songvec_assets.defs.partitions import TILING, one_run, ranges_policy, song_id_ranges
-from songvec_assets.defs.resources import FireworksResource, PostgresResource, StorageResource, open_deployment
-from songvec_assets.defs.steps import Emit, FillRecorder, budget_of, failing_clearly, run_step
-from songvec_assets.songs.export import ExportMode, cache_songs_to_parquet
-from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.vectors.ivfflat import bring_index_up_to_date
+from songvec_assets.defs.automation import (
+    FRESHNESS,
+    WHEN_CACHE_CHANGED,
+    WHEN_RANGES_ARE_BEHIND,
+    WHEN_SONGS_CHANGED,
+    WHEN_TABLE_CHANGED,
+)
+from songvec_assets.defs.partitions import one_run, ranges_policy, song_id_ranges
+from songvec_assets.defs.resources import RunResource
+from songvec_assets.defs.steps import (
+    Emit,
+    FillRecorder,
+    asked_anew_by,
+    budget_of,
+    failing_clearly,
+    launched_keys,
+    run_step,
+)
 
 GROUP = "songvec"
+OWNERS = ["team:songvec"]
+COMMON = {"group_name": GROUP, "owners": OWNERS, "code_version": "1", "freshness_policy": FRESHNESS}
 
-
-class ExportConfig(dg.Config):
-    """How the snapshots are brought up to date."""
-
-    mode: ExportMode = "all"
-
-
-class FillConfig(dg.Config):
-    """What a run may spend."""
-
-    max_usd: float | None = None
-
-
-@dg.asset(group_name=GROUP, kinds={"postgres", "parquet"}, backfill_policy=one_run, code_version="1")
-def songs_parquet(
-    context: dg.AssetExecutionContext,
-    config: ExportConfig,
-    postgres: PostgresResource,
-    fireworks: FireworksResource,
-    storage: StorageResource,
-) -> dg.MaterializeResult[None]:
-    """Snapshots of the songs in Postgres: one Parquet file a song_id range, rewritten only where songs changed."""
-    with failing_clearly():
-        deployment = open_deployment(postgres, fireworks, storage)
-        report = run_step(
-            context,
-            deployment,
-            lambda emit: cache_songs_to_parquet(
-                deployment.database,
-                deployment.source,
-                deployment.store.songs,
-                TILING,
-                config.mode,
-                also=deployment.cache.ranges(),
-                progress=emit,
-                stop=deployment.stop,
-            ),
-        )
-        return dg.MaterializeResult(metadata=reports.describe_export(report))
+songs = dg.AssetSpec(
+    "songs",
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"postgres", "table"},
+    description=(
+        "The catalogue in Postgres: a row a song; key: its integer id. Others fill it. The sensor `songs_source` looks "
+        "whether it changed."
+    ),
+    metadata=reports.SOURCE_SCHEMA,
+)
 
 
 @dg.asset(
-    group_name=GROUP,
+    **COMMON,
+    kinds={"postgres", "parquet"},
+    tags={"grain": "song", "key": "song_id"},
+    backfill_policy=one_run,
+    deps=[songs],
+    automation_condition=WHEN_SONGS_CHANGED,
+    metadata=reports.SNAPSHOT_SCHEMA,
+)
+def songs_parquet(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
+    """Snapshots of the songs in Postgres: one Parquet file a song_id range, rewritten only where songs changed.
+
+    Grain: a row a song. Key: song_id.
+    """
+    with failing_clearly():
+        deployment = run.open()
+        report = run_step(context, deployment, lambda emit: deployment.export(run.export_mode, emit))
+        return reports.report_export(report, deployment)
+
+
+@dg.asset(
+    **COMMON,
     kinds={"fireworks", "arrow"},
+    tags={"grain": "song", "key": "song_id"},
     partitions_def=song_id_ranges,
     backfill_policy=ranges_policy,
     deps=[songs_parquet],
-    code_version="1",
+    automation_condition=WHEN_RANGES_ARE_BEHIND,
+    metadata=reports.SHARD_SCHEMA,
 )
-def embedding_cache(
-    context: dg.AssetExecutionContext,
-    config: FillConfig,
-    postgres: PostgresResource,
-    fireworks: FireworksResource,
-    storage: StorageResource,
-) -> None:
-    """Every vector that was paid for: one Arrow file a song_id range and model; a text is sent once."""
+def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None:
+    """Every vector that was paid for: one Arrow file a song_id range and model; a text is sent once.
+
+    Grain: a row a song, its last one holds. Key: song_id, with the hash of the text that was embedded.
+    """
     with failing_clearly():
-        deployment = open_deployment(postgres, fireworks, storage)
-        ranges = [SongIdRange.from_key(key) for key in context.partition_keys]
-        recorder = FillRecorder(context, deployment.cache)
+        deployment = run.open()
+        ranges = run.choose_ranges(deployment, launched_keys(context))
+        recorder = FillRecorder(context, deployment)
 
         def fill(emit: Emit) -> None:
-            filler = deployment.filler(config.max_usd, progress=emit, run=budget_of(context.run))
-            filler.fill_ranges(ranges, report=emit)
+            anew = asked_anew_by(context.run) if run.embed_anew else None
+            deployment.filler(emit, budget_of(context.run), anew).fill_ranges(ranges, report=emit)
 
         try:
             run_step(context, deployment, fill, on_report=recorder.record)
@@ -86,21 +91,21 @@ def embedding_cache(
 
 
 @dg.asset(
-    group_name=GROUP,
+    **COMMON,
     kinds={"postgres", "pgvector"},
+    tags={"grain": "song", "key": "song_id"},
     backfill_policy=one_run,
     deps=[embedding_cache],
-    code_version="1",
+    automation_condition=WHEN_CACHE_CHANGED,
+    metadata=reports.table_schema(),
 )
-def song_embeddings_table(
-    context: dg.AssetExecutionContext,
-    postgres: PostgresResource,
-    fireworks: FireworksResource,
-    storage: StorageResource,
-) -> dg.MaterializeResult[None]:
-    """Table `song_embeddings`, a row a song: equal to the cache for every loaded range, one transaction a range."""
+def song_embeddings_table(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
+    """Table `song_embeddings`: equal to the cache for every loaded range, one transaction a range.
+
+    Grain: a row a song. Key: song_id.
+    """
     with failing_clearly():
-        deployment = open_deployment(postgres, fireworks, storage)
+        deployment = run.open()
         report = run_step(context, deployment, deployment.publish)
         context.log.info(report.place.reason)
         if report.n_foreign:
@@ -108,37 +113,24 @@ def song_embeddings_table(
                 f"{report.n_foreign:,} rows of song_embeddings are somebody else's: nothing was ever loaded of their "
                 "ranges. Searches find them; delete them if they should not"
             )
-        described = reports.describe_publish(report, deployment.table_spec, deployment.database.describe())
-        return dg.MaterializeResult(metadata=described)
+        return reports.report_publish(report, deployment)
 
 
 @dg.asset(
-    group_name=GROUP,
+    **COMMON,
     kinds={"postgres", "pgvector"},
+    tags={"grain": "index", "key": "embeddings_ivfflat_idx"},
     backfill_policy=one_run,
     deps=[song_embeddings_table],
-    code_version="1",
+    automation_condition=WHEN_TABLE_CHANGED,
 )
-def ivfflat_index(
-    context: dg.AssetExecutionContext,
-    postgres: PostgresResource,
-    fireworks: FireworksResource,
-    storage: StorageResource,
-) -> dg.MaterializeResult[None]:
-    """Index `embeddings_ivfflat_idx` for cosine distance: built when there is none or it no longer fits the rows."""
+def ivfflat_index(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
+    """Index `embeddings_ivfflat_idx` for cosine distance: built when there is none or it no longer fits the rows.
+
+    Grain: one index. Key: its name.
+    """
     with failing_clearly():
-        deployment = open_deployment(postgres, fireworks, storage)
-        report = run_step(
-            context,
-            deployment,
-            lambda emit: bring_index_up_to_date(
-                deployment.database,
-                deployment.cache,
-                deployment.table_spec,
-                deployment.index_settings,
-                progress=emit,
-                stop=deployment.stop,
-            ),
-        )
+        deployment = run.open()
+        report = run_step(context, deployment, lambda emit: deployment.index(run.rebuild_index, emit))
         context.log.info(report.reason)
-        return dg.MaterializeResult(metadata=reports.describe_index(report))
+        return reports.report_index(report, deployment)

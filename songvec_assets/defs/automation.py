@@ -1,49 +1,104 @@
-"""Jobs. Sensors and schedules spend money: whatever is added here starts stopped."""
+"""What runs by itself, once a person has switched it on: conditions, a look at the source, a night's run, alerts.
+
+All of it but the alerts spends money, so it starts stopped. Each run keeps to the run's and the month's budget.
+"""
+
+from datetime import timedelta
 
 import dagster as dg
 
-from songvec_assets.defs.resources import FireworksResource, PostgresResource, StorageResource, open_deployment
+from songvec_assets.defs.alerts import describe_failed_run, post_alert
+from songvec_assets.defs.jobs import refresh_job
+from songvec_assets.defs.resources import FireworksResource, PostgresResource, RunResource, StorageResource
 from songvec_assets.defs.steps import failing_clearly
-from songvec_assets.postgres.schema import hold_lock
-from songvec_assets.vectors.swap import LOCK, roll_back
+from songvec_assets.settings import Settings
+from songvec_assets.songs.source import SourceState, measure_source
 
-refresh_job = dg.define_asset_job(
-    "refresh",
-    selection=dg.AssetSelection.all(),
-    description="Export, embed, load and index: every step does what changed, and nothing else.",
+AUTOMATION = "automation"
+FRESHNESS = dg.FreshnessPolicy.time_window(warn_window=timedelta(hours=26), fail_window=timedelta(hours=50))
+"""A night's run may be late by two hours; two in a row may not fail."""
+
+
+class RangesBehind(dg.AutomationCondition[dg.AssetKey]):
+    """The ranges whose snapshot is not answered in full by the cache: looked up, where Dagster only knows runs."""
+
+    def evaluate(self, context: dg.AutomationContext[dg.AssetKey]) -> dg.AutomationResult[dg.AssetKey]:
+        """Look at footers and marks."""
+        resources = PostgresResource(), FireworksResource(), StorageResource()
+        deployment = RunResource(**dict(zip(("postgres", "fireworks", "storage"), resources, strict=True))).open()
+        keys = {song_range.key for song_range in deployment.ranges_behind()}
+        return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))
+
+
+_NEWS = dg.AutomationCondition.any_deps_updated().since_last_handled()
+_QUIET = ~dg.AutomationCondition.any_deps_in_progress() & ~dg.AutomationCondition.in_progress()
+
+WHEN_SONGS_CHANGED = (_NEWS & _QUIET).with_label("songs changed in Postgres")
+WHEN_RANGES_ARE_BEHIND = (_NEWS & _QUIET & RangesBehind()).with_label("ranges whose songs changed")
+WHEN_CACHE_CHANGED = (_NEWS & _QUIET).with_label("vectors were added")
+WHEN_TABLE_CHANGED = (_NEWS & _QUIET & dg.AutomationCondition.all_deps_blocking_checks_passed()).with_label(
+    "the table changed, and its vectors are sound"
 )
 
-swap_job = dg.define_asset_job(
-    "swap",
-    selection=dg.AssetSelection.all(),
-    config={"resources": {"postgres": {"config": {"swap": True}}}},
+automation_sensor = dg.AutomationConditionSensorDefinition(
+    AUTOMATION,
+    target=dg.AssetSelection.groups("songvec"),
+    default_status=dg.DefaultSensorStatus.STOPPED,
+    minimum_interval_seconds=30,
+    # one condition asks the store, which the daemon cannot
+    use_user_code_server=True,
     description=(
-        "Build another model, size or type beside the serving table, index it, compare both, and put it in its place. "
-        "Name it in the run config of resources: fireworks (embedding_model, embedding_dimensions), postgres "
-        "(vector_type). Searches go on all the while; the table before is kept as song_embeddings_old."
+        "Exports when songs changed, embeds the ranges that changed, loads them, indexes where that is worth it. Switch "
+        "`songs_source` on too: it is what sees that songs changed. Spends money, within SONGVEC_MAX_USD a run and "
+        "SONGVEC_MAX_USD_A_MONTH."
     ),
 )
 
 
-@dg.op(description="The table that served before the last swap serves again; the present one stays beside it.")
-def put_back_table_before(
-    context: dg.OpExecutionContext,
-    postgres: PostgresResource,
-    fireworks: FireworksResource,
-    storage: StorageResource,
-) -> None:
-    """See `roll_back`."""
+@dg.sensor(
+    name="songs_source",
+    minimum_interval_seconds=60,
+    default_status=dg.DefaultSensorStatus.STOPPED,
+    description=(
+        "Looks every minute whether the source table changed: its count, highest id, newest time, and how often it was "
+        "written to. Records a change as an event of the asset `songs`; what follows is up to `automation`."
+    ),
+)
+def songs_source_sensor(context: dg.SensorEvaluationContext, run: RunResource) -> dg.SensorResult | dg.SkipReason:
+    """One statement a minute."""
     with failing_clearly():
-        deployment = open_deployment(postgres, fireworks, storage)
-
-        def tell_waiting() -> None:
-            context.log.info("waiting for a load or swap to end")
-
-        with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=deployment.stop.check):
-            context.log.info(f"searches now find {roll_back(deployment.database)}")
+        deployment = run.open()
+        state = measure_source(deployment.database, deployment.source)
+    if context.cursor == state.identity:
+        return dg.SkipReason(f"nothing changed: {state.describe()}")
+    return dg.SensorResult(asset_events=[_observe(state)], cursor=state.identity)
 
 
-@dg.job(name="rollback", description="Undo the last swap: the table before serves again.")
-def rollback_job() -> None:
-    """One op."""
-    put_back_table_before()
+def _observe(state: SourceState) -> dg.AssetMaterialization:
+    metadata = {"dagster/row_count": state.n_songs, "highest song_id": state.highest_id, "newest": state.newest or ""}
+    return dg.AssetMaterialization("songs", metadata=metadata, description=state.describe())
+
+
+nightly_schedule = dg.ScheduleDefinition(
+    name="nightly",
+    job=refresh_job,
+    cron_schedule="0 3 * * *",
+    execution_timezone="UTC",
+    default_status=dg.DefaultScheduleStatus.STOPPED,
+    description="The whole graph at three in the morning (UTC), over all ranges that hold songs. Spends money.",
+)
+
+
+@dg.run_failure_sensor(
+    name="failed_runs",
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Tells SONGVEC_WEBHOOK_URL of each run that failed, in words; idle where that is not set.",
+)
+def failed_runs_sensor(context: dg.RunFailureSensorContext) -> dg.SkipReason | None:
+    """One message a run."""
+    with failing_clearly():
+        url = Settings.from_environment().webhook_url
+        if not url:
+            return dg.SkipReason("SONGVEC_WEBHOOK_URL is not set: nobody is told")
+        post_alert(url, describe_failed_run(context))
+    return None

@@ -1,95 +1,68 @@
-"""Asset checks: measure, compare, report. Coverage warns; a wrong vector or a mixed model blocks what is downstream."""
+"""Asset checks: the auditor's questions, each with the severity that fits. A wrong vector blocks what is downstream."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import dagster as dg
 
+from songvec_assets.audits import Auditor, Finding
 from songvec_assets.defs.assets import ivfflat_index, song_embeddings_table
-from songvec_assets.defs.resources import FireworksResource, PostgresResource, StorageResource, open_deployment
+from songvec_assets.defs.resources import RunResource
 from songvec_assets.defs.steps import failing_clearly
-from songvec_assets.status import measure_status
-from songvec_assets.vectors.audit import audit_index, audit_models, audit_recall, audit_vectors
 
 
-@dg.asset_check(
-    asset=song_embeddings_table, description="Every song of the snapshot has an embedding or a named reason."
+class Question(NamedTuple):
+    """A question, and what a bad answer means."""
+
+    ask: Callable[[Auditor], Finding]
+    severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.WARN
+    blocking: bool = False
+
+
+_ERROR = dg.AssetCheckSeverity.ERROR
+
+
+def _ask(asset: dg.AssetsDefinition, name: str, *questions: Question) -> dg.AssetChecksDefinition:
+    """All questions about an asset in one step, which looks up once what several need."""
+    by_name = {question.ask.__name__: question for question in questions}
+    specs = [
+        dg.AssetCheckSpec(check, asset=asset, description=question.ask.__doc__, blocking=question.blocking)
+        for check, question in by_name.items()
+    ]
+
+    @dg.multi_asset_check(name=name, specs=specs, can_subset=True)
+    def ask(context: dg.AssetCheckExecutionContext, run: RunResource) -> Iterator[dg.AssetCheckResult]:
+        with failing_clearly():
+            auditor = Auditor(run.open())
+            for spec in specs:
+                if spec.key in context.selected_asset_check_keys:
+                    question = by_name[spec.name]
+                    finding = question.ask(auditor)
+                    yield dg.AssetCheckResult(
+                        check_name=spec.name, asset_key=spec.asset_key, passed=finding.passed,
+                        severity=question.severity, description=finding.words, metadata=finding.figures,
+                    )  # fmt: skip
+
+    return ask
+
+
+table_checks = _ask(
+    song_embeddings_table,
+    "ask_about_table",
+    Question(Auditor.coverage),
+    Question(Auditor.few_set_aside),
+    Question(Auditor.no_orphans),
+    Question(Auditor.vectors_are_sound, _ERROR, blocking=True),
+    Question(Auditor.one_model, _ERROR, blocking=True),
+    Question(Auditor.no_drift),
+    Question(Auditor.billed_as_estimated),
+    Question(Auditor.price_is_sane),
 )
-def coverage(postgres: PostgresResource, fireworks: FireworksResource, storage: StorageResource) -> dg.AssetCheckResult:
-    """Warns under 100 %."""
-    with failing_clearly():
-        total = measure_status(open_deployment(postgres, fireworks, storage)).total
-    return dg.AssetCheckResult(
-        passed=total.n_missing == 0,
-        severity=dg.AssetCheckSeverity.WARN,
-        description=f"{total.n_loaded:,} of {total.n_songs:,} songs are loaded, {total.n_set_aside:,} set aside",
-        metadata={"songs": total.n_songs, "loaded": total.n_loaded, "set aside": total.n_set_aside,
-                  "missing": total.n_missing},
-    )  # fmt: skip
 
-
-@dg.asset_check(
-    asset=song_embeddings_table,
-    blocking=True,
-    description="No vector of a sample is zero, not finite or of another size.",
+index_checks = _ask(
+    ivfflat_index,
+    "ask_about_index",
+    Question(Auditor.index_is_used, _ERROR),
+    Question(Auditor.index_is_fresh),
+    Question(Auditor.recall_reaches_target, _ERROR),
 )
-def vectors_are_sound(
-    postgres: PostgresResource, fireworks: FireworksResource, storage: StorageResource
-) -> dg.AssetCheckResult:
-    """Reads a sample of the table; every vector was checked before it was loaded."""
-    with failing_clearly():
-        deployment = open_deployment(postgres, fireworks, storage)
-        audit = audit_vectors(deployment.database, deployment.table_spec)
-    return dg.AssetCheckResult(
-        passed=not audit.bad_song_ids,
-        description=f"{len(audit.bad_song_ids)} of {audit.n_sampled:,} sampled vectors are bad",
-        metadata={"sampled": audit.n_sampled, "bad song_ids": str(audit.bad_song_ids[:20]),
-                  "mean norm": round(audit.mean_norm, 6)},
-    )  # fmt: skip
-
-
-@dg.asset_check(asset=song_embeddings_table, blocking=True, description="All loaded ranges are of one model and size.")
-def one_model(
-    postgres: PostgresResource, fireworks: FireworksResource, storage: StorageResource
-) -> dg.AssetCheckResult:
-    """Reads the ledger."""
-    with failing_clearly():
-        deployment = open_deployment(postgres, fireworks, storage)
-        models = audit_models(deployment.database)
-    expected = f"{deployment.settings.model} ({deployment.settings.embedding_dimensions})"
-    return dg.AssetCheckResult(
-        passed=list(models) == [expected],
-        description=f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}",
-        metadata={model: n_songs for model, n_songs in models.items()},  # noqa: C416 - dagster wants a mutable dict
-    )
-
-
-@dg.asset_check(
-    asset=ivfflat_index, description="The index is valid, and used where the table is large enough for that."
-)
-def index_is_used(
-    postgres: PostgresResource, fireworks: FireworksResource, storage: StorageResource
-) -> dg.AssetCheckResult:
-    """Asks the planner; a sequential scan of a small table is right."""
-    with failing_clearly():
-        deployment = open_deployment(postgres, fireworks, storage)
-        audit = audit_index(deployment.database, deployment.table_spec)
-    return dg.AssetCheckResult(
-        passed=audit.valid and (audit.used or not audit.should_be_used),
-        description=audit.describe(),
-        metadata={"valid": audit.valid, "used by the planner": audit.used, "rows": audit.n_rows},
-    )
-
-
-@dg.asset_check(asset=ivfflat_index, description="Searches find the target share of the true ten nearest songs.")
-def recall_reaches_target(
-    postgres: PostgresResource, fireworks: FireworksResource, storage: StorageResource
-) -> dg.AssetCheckResult:
-    """Takes what was measured after the build; measures anew where over a hundredth of the rows changed since."""
-    with failing_clearly():
-        deployment = open_deployment(postgres, fireworks, storage)
-        target = deployment.settings.target_recall
-        audit = audit_recall(deployment.database, deployment.cache, deployment.table_spec, target)
-    measured: dict[str, float] = {}
-    if audit.point is not None:
-        measured = {"recall": audit.point.recall, "probes": audit.point.probes, "median ms": audit.point.ms_median}
-    return dg.AssetCheckResult(
-        passed=audit.reached, description=audit.describe(), metadata={**measured, "target": audit.target}
-    )

@@ -1,4 +1,4 @@
-"""The refresh job without the UI: run in this process and the project's Dagster instance, summed up in a few rows."""
+"""A job without the UI: run in this process and the project's Dagster instance, summed up in a few rows."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from songvec_assets.songs.export import ExportMode
+from songvec_assets.defs.alerts import describe_failure
 from songvec_assets.songs.ranges import SongIdRange
 
 
@@ -43,44 +43,40 @@ class RunResult:
     Attributes:
         rows: one an asset, in the graph's order.
         warnings: of checks that did not pass.
+        answers: of checks that did.
         failures: in the words of what failed; none: the run succeeded.
         n_set_aside: songs without a vector, for a named reason.
     """
 
     rows: list[AssetRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     n_set_aside: int = 0
 
 
-def run_refresh_job(
+def run_job(
     job: dg.JobDefinition,
-    span: tuple[SongIdRange, SongIdRange],
-    mode: ExportMode = "all",
-    max_usd: float | None = None,
+    span: tuple[SongIdRange, SongIdRange] | None = None,
     resources: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> RunResult:
-    """Run a job of all four assets over the ranges from the first to the last of `span`.
+    """Run a job of the project.
 
     Args:
-        job: refresh or swap.
-        span: first and last range.
-        mode: of the export.
-        max_usd: budget; None: the configured one.
+        job: which.
+        span: first and last range, where it embeds.
         resources: fields that win over the settings, by resource.
 
     Raises:
         KeyboardInterrupt: Ctrl+C or SIGTERM; what was done is kept.
     """
     config: dict[str, Any] = {
-        "ops": {
-            "songs_parquet": {"config": {"mode": mode}},
-            "embedding_cache": {"config": {} if max_usd is None else {"max_usd": max_usd}},
-        },
-        "resources": {name: {"config": dict(given)} for name, given in (resources or {}).items()},
+        "resources": {name: {"config": dict(given)} for name, given in (resources or {}).items() if given},
         "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
     }
-    tags = {"dagster/asset_partition_range_start": span[0].key, "dagster/asset_partition_range_end": span[1].key}
+    tags = {} if span is None else {
+        "dagster/asset_partition_range_start": span[0].key, "dagster/asset_partition_range_end": span[1].key
+    }  # fmt: skip
     with project_instance() as instance:
         try:
             result = job.execute_in_process(instance=instance, tags=tags, run_config=config, raise_on_error=False)
@@ -117,10 +113,12 @@ def _summarize(events: Sequence[dg.DagsterEvent]) -> RunResult:
             latest[materialization.asset_key.to_user_string(), materialization.partition] = values
         elif event.event_type is dg.DagsterEventType.ASSET_CHECK_EVALUATION:
             check = event.asset_check_evaluation_data
-            if not check.passed:
+            if check.passed:
+                result.answers.append(f"{check.check_name}: {check.description}")
+            else:
                 result.warnings.append(f"Check {check.check_name} did not pass: {check.description}")
         elif event.is_step_failure:
-            result.failures.append(_describe_failure(event))
+            result.failures.append(describe_failure(event))
     for (asset, _), metadata in latest.items():
         counted = {"embedding_cache": "songs set aside", "songs_parquet": "songs out of reach"}.get(asset)
         result.n_set_aside += metadata.get(counted, 0) if counted else 0
@@ -142,9 +140,3 @@ def _add(row: AssetRow, metadata: dict[str, Any]) -> None:
     }.items():  # fmt: skip
         if key in metadata:
             setattr(row, name, (getattr(row, name) or 0) + metadata[key])
-
-
-def _describe_failure(event: dg.DagsterEvent) -> str:
-    data = event.step_failure_data
-    words = data.user_failure_data.description if data.user_failure_data else None
-    return f"{event.step_key}: {words or (data.error.to_string() if data.error else 'failed')}"

@@ -1,65 +1,96 @@
-"""Core reports as Dagster metadata, and as the lines of a log. No decisions."""
+"""Core reports as Dagster metadata, data versions and pictures. No decisions."""
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
 
 from songvec_assets.cache.fill import FillReport
-from songvec_assets.defs.pictures import draw_recall, show_picture
-from songvec_assets.progress import Progress
+from songvec_assets.cache.marks import digest_cache
+from songvec_assets.defs.pictures import draw_coverage, draw_map, draw_recall, draw_tokens, show_picture
+from songvec_assets.deployment import Deployment
 from songvec_assets.songs.export import ExportReport
+from songvec_assets.songs.snapshots import SIZE_CLASS_BYTES, digest_snapshots
+from songvec_assets.status import measure_coverage
 from songvec_assets.vectors.ivfflat import IndexReport
+from songvec_assets.vectors.ledger import digest_ledger, read_ledger
+from songvec_assets.vectors.preview import Preview
 from songvec_assets.vectors.publish import PublishReport
-from songvec_assets.vectors.table import TableSpec
+from songvec_assets.vectors.recall import RecallReport
 
 Metadata = dict[str, Any]
 _MAX_TABLE_ROWS = 50
+_MOST_TOKEN_BARS = 40
 
 
-class Pace:
-    """Units a second of each step, since it began; a step that begins again with less done begins anew."""
-
-    def __init__(self) -> None:
-        self._starts: dict[str, tuple[float, int, int]] = {}
-
-    def rate(self, progress: Progress) -> float:
-        """The pace so far; 0 at the start."""
-        now = time.monotonic()
-        started, first, before = self._starts.get(progress.step, (now, progress.done, progress.done))
-        if progress.done < before:
-            started, first = now, progress.done
-        self._starts[progress.step] = (started, first, progress.done)
-        return (progress.done - first) / (now - started) if now > started else 0.0
+def _schema(**columns: tuple[str, str]) -> Metadata:
+    described = [dg.TableColumn(name, kind, words) for name, (kind, words) in columns.items()]
+    return {"dagster/column_schema": dg.TableSchema(columns=described)}
 
 
-def describe_progress(progress: Progress, rate: float) -> str:
-    """One line: done, total, rate, time left.
+_SONG_ID = ("integer", "The song's id in the source table.")
+SOURCE_SCHEMA = _schema(
+    song_id=("integer", "Its primary key, or SONGVEC_SONG_ID_COLUMN."),
+    name=("text", "SONGVEC_NAME_COLUMN. Songs without one are set aside."),
+    artist=("text", "SONGVEC_ARTIST_COLUMN. Songs without one are set aside."),
+    lyrics=("text", "SONGVEC_LYRICS_COLUMN. May be NULL: name and artist are embedded then."),
+)
+SNAPSHOT_SCHEMA = _schema(
+    song_id=_SONG_ID,
+    name=("string", "As in the source."),
+    artist=("string", "As in the source."),
+    lyrics=("string", "As in the source; null for instrumentals."),
+    set_aside=("string", "Why the song cannot be embedded; null for most."),
+)
+SHARD_SCHEMA = _schema(
+    song_id=_SONG_ID,
+    text_hash=("binary(16)", "BLAKE2b of the text that was embedded."),
+    checksum=("uint64", "XXH3 of the row: finds what a disk changed."),
+    reason=("string", "Why the provider refuses the song; null where there is a vector."),
+    embedding=("list<float32>", "The vector as the provider gave it."),
+)
 
-    Args:
-        progress: as the core told it.
-        rate: units a second.
-    """
-    percent = progress.unit == "%"
-    line = f"{progress.step}: {progress.done:,}" + ("%" if percent else "")
-    if progress.total and not percent:
-        line += f" of {progress.total:,} {progress.unit}"
-    elif not percent:
-        line += f" {progress.unit}"
-    if rate and not percent:
-        line += f", {rate:,.0f}/s"
-    if rate and progress.total > progress.done:
-        line += f", {describe_seconds((progress.total - progress.done) / rate)} left"
-    return line + (f" ({progress.note})" if progress.note else "")
+
+def table_schema(column_type: str = "vector", model: str = "the configured model") -> Metadata:
+    """Columns of `song_embeddings`."""
+    return _schema(
+        song_id=_SONG_ID,
+        embedding=(column_type, f"Vector by {model}."),
+        created_at=("timestamp", "When the row was written."),
+    )
 
 
-def describe_seconds(seconds: float) -> str:
-    """`42 s`, `12 min`, `3.7 h`, `2.1 days`."""
-    for limit, divisor, unit in ((90, 1, "s"), (5400, 60, "min")):
-        if seconds < limit:
-            return f"{seconds / divisor:.0f} {unit}"
-    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+def report_export(report: ExportReport, deployment: Deployment) -> dg.MaterializeResult[None]:
+    """An export's totals and pictures; its version is that of all snapshots."""
+    folder = deployment.store.songs
+    metadata = describe_export(report) | {"folder": dg.MetadataValue.path(str(folder.resolve()))}
+    if report.text_sizes:
+        bytes_per_token = deployment.token_estimator().bytes_per_token
+        metadata["tokens per song"] = show_picture(*_picture_tokens(report.text_sizes, bytes_per_token))
+    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(digest_snapshots(folder)))
+
+
+def report_publish(report: PublishReport, deployment: Deployment) -> dg.MaterializeResult[None]:
+    """A load's totals and what every range came to; its version is that of the ledger."""
+    metadata, coverage = describe_publish(report, deployment), measure_coverage(deployment)
+    if coverage:
+        picture = show_picture(draw_coverage(coverage), "songs by range: loaded, cached, set aside, missing")
+        metadata["coverage by range"] = picture
+    version = digest_ledger(read_ledger(deployment.database), deployment.table_spec)
+    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(version))
+
+
+def report_index(report: IndexReport, deployment: Deployment) -> dg.MaterializeResult[None]:
+    """What was decided and measured, and what the vectors look like; its version is that of the build."""
+    metadata, preview = describe_index(report), deployment.preview()
+    if preview is not None:
+        metadata |= describe_preview(preview)
+    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(report.index.version))
+
+
+def cache_version(deployment: Deployment) -> dg.DataVersion:
+    """The version of all that is cached."""
+    return dg.DataVersion(digest_cache(deployment.cache))
 
 
 def describe_export(report: ExportReport) -> Metadata:
@@ -114,6 +145,7 @@ def describe_fill(report: FillReport, path: str, embedder: str) -> Metadata:
         "retries": report.n_retries,
         "429s": report.n_limited,
         "tokens": report.n_tokens,
+        "tokens expected": report.n_tokens_expected,
         "usd": report.usd,
         "seconds": round(report.seconds, 3),
         "songs per second": round(report.n_embedded / report.seconds, 1) if report.seconds else 0.0,
@@ -126,9 +158,9 @@ def describe_fill(report: FillReport, path: str, embedder: str) -> Metadata:
     }
 
 
-def describe_publish(report: PublishReport, spec: TableSpec, where: str) -> Metadata:
+def describe_publish(report: PublishReport, deployment: Deployment) -> Metadata:
     """Totals of a load, what was swapped in, a row a range that was written."""
-    loads, compared = report.loads, report.comparison
+    loads, compared, spec = report.loads, report.comparison, deployment.table_spec
     swapped = {}
     if compared is not None:
         swapped = {
@@ -140,9 +172,10 @@ def describe_publish(report: PublishReport, spec: TableSpec, where: str) -> Meta
     n_written = sum(load.n_written for load in written)
     return {
         "dagster/row_count": sum(load.n_rows for load in loads),
+        "dagster/table_name": "song_embeddings",
         "model": spec.model,
         "column": spec.column_type,
-        "database": where,
+        "database": deployment.database.describe(),
         "reason": report.place.reason,
         "swapped": compared is not None,
         "rows of somebody else": report.n_foreign,
@@ -153,13 +186,7 @@ def describe_publish(report: PublishReport, spec: TableSpec, where: str) -> Meta
         "rows deleted": sum(load.n_deleted for load in written),
         "seconds": round(seconds, 3),
         "rows per second": round(n_written / seconds, 1) if seconds else 0.0,
-        "dagster/column_schema": dg.TableSchema(
-            columns=[
-                dg.TableColumn("song_id", "integer", "The song's id in the source table."),
-                dg.TableColumn("embedding", spec.column_type, f"Vector by {spec.model}."),
-                dg.TableColumn("created_at", "timestamp", "When the row was written."),
-            ]
-        ),
+        **table_schema(spec.column_type, spec.model),
         **_table(
             "ranges changed",
             [
@@ -171,31 +198,8 @@ def describe_publish(report: PublishReport, spec: TableSpec, where: str) -> Meta
 
 
 def describe_index(report: IndexReport) -> Metadata:
-    """What was decided, the index as it is, what a build takes, and recall: a table and a picture."""
-    estimate, recall = report.estimate, report.recall
-    measured: Metadata = {}
-    if recall is not None:
-        measured = {
-            "recall": round(recall.recall, 4),
-            "target recall": recall.target,
-            "median ms of a search": round(recall.chosen.ms_median, 3),
-            "recall by probes": show_picture(draw_recall(recall), "recall@10 against milliseconds, by probes"),
-            **_table(
-                "recall and latency by probes",
-                [
-                    {
-                        "probes": point.probes,
-                        "chosen": point.probes == recall.probes,
-                        "recall": round(point.recall, 4),
-                        "recall of rows": round(point.recall_of_rows, 4),
-                        "recall of made-up queries": round(point.recall_of_synthetic, 4),
-                        "median ms": round(point.ms_median, 3),
-                        "p99 ms": round(point.ms_p99, 3),
-                    }
-                    for point in recall.points
-                ],
-            ),
-        }
+    """What was decided, the index as it is, what a build takes, and recall."""
+    estimate = report.estimate
     return {
         "reason": report.reason,
         "built": report.built,
@@ -207,8 +211,61 @@ def describe_index(report: IndexReport) -> Metadata:
         "estimated seconds of a build": round(estimate.total_seconds, 1),
         "estimated bytes of memory": estimate.memory_bytes,
         "estimated bytes while it sorts": estimate.temporary_bytes,
-        **measured,
+        **(_describe_recall(report.recall) if report.recall is not None else {}),
     }
+
+
+def _describe_recall(recall: RecallReport) -> Metadata:
+    return {
+        "recall": round(recall.recall, 4),
+        "target recall": recall.target,
+        "median ms of a search": round(recall.chosen.ms_median, 3),
+        "recall by probes": show_picture(draw_recall(recall), "recall@10 against milliseconds, by probes"),
+        **_table(
+            "recall and latency by probes",
+            [
+                {
+                    "probes": point.probes,
+                    "chosen": point.probes == recall.probes,
+                    "recall": round(point.recall, 4),
+                    "recall of rows": round(point.recall_of_rows, 4),
+                    "recall of made-up queries": round(point.recall_of_synthetic, 4),
+                    "median ms": round(point.ms_median, 3),
+                    "p99 ms": round(point.ms_p99, 3),
+                }
+                for point in recall.points
+            ],
+        ),
+    }
+
+
+def describe_preview(preview: Preview) -> Metadata:
+    """A map of the catalogue, and some songs with their nearest."""
+    return {
+        "map of the catalogue": show_picture(draw_map(preview.map), "songs on the two main axes, coloured by cluster"),
+        **_table(
+            "songs and their nearest",
+            [
+                {"song": f"{each.name} — {each.artist}"}
+                | {f"nearest {place}": "" for place in (1, 2, 3)}
+                | {
+                    f"nearest {place}": f"{hit.name} — {hit.artist} ({hit.similarity:.2f})"
+                    for place, hit in enumerate(each.nearest, 1)
+                }
+                for each in preview.neighbourhoods
+            ],
+        ),
+    }
+
+
+def _picture_tokens(text_sizes: Mapping[int, int], bytes_per_token: float) -> tuple[bytes, str]:
+    """Songs by size as songs by tokens, in a few bars."""
+    classes_a_bar = max(text_sizes) // _MOST_TOKEN_BARS + 1
+    counts = [0] * (max(text_sizes) // classes_a_bar + 1)
+    for size, n_songs in text_sizes.items():
+        counts[size // classes_a_bar] += n_songs
+    edges = [bar * classes_a_bar * SIZE_CLASS_BYTES / bytes_per_token for bar in range(len(counts) + 1)]
+    return draw_tokens(counts, edges), f"how many songs have how many tokens, at {bytes_per_token:.1f} bytes a token"
 
 
 def _table(name: str, rows: list[dict[str, Any]]) -> Mapping[str, Any]:

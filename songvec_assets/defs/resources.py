@@ -1,10 +1,10 @@
 """Resources: configuration to core objects. A field left empty reads its variable when the run starts.
 
-Secrets (POSTGRES_URL, FIREWORKS_API_KEY) are never fields: Dagster stores and shows the values of fields.
+Secrets (POSTGRES_URL, FIREWORKS_API_KEY, SONGVEC_WEBHOOK_URL) are never fields: Dagster stores and shows fields' values.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import dagster as dg
@@ -13,12 +13,16 @@ from pydantic import Field
 
 from songvec_assets.defs.partitions import TILING
 from songvec_assets.deployment import Deployment
+from songvec_assets.errors import SettingsError
 from songvec_assets.postgres.engine import Profile
 from songvec_assets.settings import Settings
+from songvec_assets.songs.export import ExportMode
+from songvec_assets.songs.ranges import SongIdRange, Tiling
 
 
-def _setting(variable: str) -> Any:
-    return Field(default=None, description=f"Overrides {variable}; empty: that variable, read when the run starts.")
+def _setting(variable: str, words: str = "") -> Any:
+    given = f"{words} " if words else ""
+    return Field(default=None, description=f"{given}Overrides {variable}; empty: that, read when the run starts.")
 
 
 class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -32,9 +36,7 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     updated_at_column: str | None = _setting("SONGVEC_UPDATED_AT_COLUMN")
     vector_type: str | None = _setting("SONGVEC_VECTOR_TYPE")
     lists: int | None = _setting("SONGVEC_LISTS")
-    target_recall: float | None = _setting("SONGVEC_TARGET_RECALL")
     index_memory_mb: int | None = _setting("SONGVEC_INDEX_MEMORY_MB")
-    swap: bool | None = _setting("SONGVEC_SWAP")
 
     def get_engine(self, profile: Profile = "batch") -> sa.Engine:
         """An SQLAlchemy engine with one of three pools: batch, web, parallel."""
@@ -60,9 +62,7 @@ class FireworksResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     tokens_per_minute: int | None = _setting("SONGVEC_TOKENS_PER_MINUTE")
     max_request_texts: int | None = _setting("SONGVEC_MAX_REQUEST_TEXTS")
     max_request_tokens: int | None = _setting("SONGVEC_MAX_REQUEST_TOKENS")
-    concurrency: int | None = _setting("SONGVEC_CONCURRENCY")
     patience_s: float | None = _setting("SONGVEC_PATIENCE_S")
-    max_usd: float | None = _setting("SONGVEC_MAX_USD")
     usd_per_million_tokens: float | None = _setting("SONGVEC_USD_PER_MILLION_TOKENS")
 
 
@@ -74,17 +74,86 @@ class StorageResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     max_text_chars: int | None = _setting("SONGVEC_MAX_TEXT_CHARS")
 
 
+class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """What this run is to do and may spend; the same for all of its steps."""
+
+    postgres: dg.ResourceDependency[PostgresResource]
+    fireworks: dg.ResourceDependency[FireworksResource]
+    storage: dg.ResourceDependency[StorageResource]
+
+    max_usd: float | None = _setting("SONGVEC_MAX_USD", "Budget in dollars, 0 or more: the run stops before it.")
+    ranges: str = Field(
+        default="",
+        description=(
+            "Ranges to embed, FIRST...LAST as in 000000000-000050000...000100000-000150000, or one key. Empty: the "
+            "partitions that the run was launched for, or all that hold songs where it was launched without."
+        ),
+    )
+    export_mode: ExportMode = Field(
+        default="all",
+        description="all compares every range with Postgres; append reads only above the highest song_id seen.",
+    )
+    embed_anew: bool = Field(
+        default=False,
+        description="Embed, and pay for, all songs of the ranges again. Re-executions of this run do not pay again.",
+    )
+    rebuild_index: bool = Field(default=False, description="Build the index even where the one there still fits.")
+    concurrency: int | None = _setting("SONGVEC_CONCURRENCY", "Requests in flight, 1 to 1,000.")
+    target_recall: float | None = _setting("SONGVEC_TARGET_RECALL", "Recall that searches must reach, over 0, up to 1.")
+    swap: bool | None = _setting("SONGVEC_SWAP", "Build another model, size or type beside, and swap it in.")
+
+    def open(self) -> Deployment:
+        """What a run works with, from the environment and the resources' fields.
+
+        Raises:
+            SettingsError: a setting does not parse, or settings contradict each other.
+        """
+        given = {name: getattr(self, name) for name in ("max_usd", "concurrency", "target_recall", "swap")}
+        for resource in (self.postgres, self.fireworks, self.storage):
+            given |= overrides(resource)
+        if self.ranges:
+            parse_span(self.ranges, TILING)
+        return Deployment(Settings.from_environment(**given), TILING)
+
+    def choose_ranges(self, deployment: Deployment, launched: Sequence[str] | None) -> list[SongIdRange]:
+        """The ranges to embed, in order.
+
+        Args:
+            deployment: of this run.
+            launched: keys of the partitions that the run was launched for; None: it was launched without.
+        """
+        chosen = deployment.held_ranges() if launched is None else [SongIdRange.from_key(key) for key in launched]
+        if not self.ranges:
+            return chosen
+        first, last = parse_span(self.ranges, TILING)
+        return [each for each in chosen if first <= each <= last]
+
+
+RESOURCES = {
+    "postgres": PostgresResource.configure_at_launch(),
+    "fireworks": FireworksResource.configure_at_launch(),
+    "storage": StorageResource.configure_at_launch(),
+}
+RESOURCES["run"] = RunResource(**RESOURCES)
+
+
+def parse_span(words: str, tiling: Tiling) -> tuple[SongIdRange, SongIdRange]:
+    """The first and last range of FIRST...LAST, or of one key.
+
+    Raises:
+        SettingsError: they are no ranges of the graph, or not in their order.
+    """
+    first, _, last = words.partition("...")
+    try:
+        span = SongIdRange.from_key(first.strip()), SongIdRange.from_key((last or first).strip())
+    except ValueError as error:
+        raise SettingsError(f"ranges: {error} for each end of FIRST...LAST") from error
+    if not {*span} <= {*tiling} or span[0] > span[1]:
+        raise SettingsError(f"ranges: FIRST...LAST names no ranges of this graph in their order, got {words!r}")
+    return span
+
+
 def overrides(resource: "dg.ConfigurableResource[Any]") -> dict[str, Any]:
     """A resource's fields under the names that `Settings` has for them."""
     names = {"base_url": "fireworks_base_url"}
     return {names.get(name, name): getattr(resource, name) for name in type(resource).model_fields}
-
-
-def open_deployment(postgres: PostgresResource, fireworks: FireworksResource, storage: StorageResource) -> Deployment:
-    """What a run works with, from the environment and the resources' fields.
-
-    Raises:
-        SettingsError: a setting does not parse, or settings contradict each other.
-    """
-    given = overrides(postgres) | overrides(fireworks) | overrides(storage)
-    return Deployment(Settings.from_environment(**given), TILING)

@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 import dagster as dg
 
 from songvec_assets.cache.fill import FillReport
-from songvec_assets.cache.shards import ModelCache
-from songvec_assets.defs.reports import Pace, describe_fill, describe_progress
+from songvec_assets.defs.pace import Pace, describe_progress
+from songvec_assets.defs.reports import cache_version, describe_fill
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SongvecError
 from songvec_assets.progress import Progress, run_in_worker
@@ -76,13 +76,34 @@ def run_step(
         context.log.info(deployment.describe())
         return run_in_worker(work, report=report, stop=deployment.cancel, grace_s=GRACE_S)
     except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
-        context.log.warning("Interrupted. What was done is kept; start the same command again to go on from there.")
+        context.log.warning(f"Interrupted. {_how_to_go_on(deployment)}")
         raise
+    except Exception:
+        context.log.error(f"Failed. {_how_to_go_on(deployment)}")
+        raise
+
+
+def _how_to_go_on(deployment: Deployment) -> str:
+    return (
+        f"What was done is kept in {deployment.storage_root.resolve()} and in {deployment.database.describe()}, and is "
+        "not paid for again: “Re-execute from failure”, or the same command, goes on from there."
+    )
 
 
 def budget_of(run: dg.DagsterRun) -> str:
     """Whose budget a run spends: its backfill's, where it is one of many, or its own."""
     return run.tags.get("dagster/backfill", run.run_id)
+
+
+def asked_anew_by(run: dg.DagsterRun) -> str:
+    """Who asks that songs be embedded again: a run's re-executions do not ask anew."""
+    return run.tags.get("dagster/backfill", run.root_run_id or run.run_id)
+
+
+def launched_keys(context: dg.AssetExecutionContext) -> list[str] | None:
+    """The partitions that a run was launched for; None: it was launched without."""
+    launched = context.has_partition_key or context.has_partition_key_range
+    return list(context.partition_keys) if launched else None
 
 
 class _ProgressLog:
@@ -108,9 +129,9 @@ class _ProgressLog:
 class FillRecorder:
     """Records each range of a run as it finishes: its event is durable at once, whatever becomes of the run."""
 
-    def __init__(self, context: dg.AssetExecutionContext, cache: ModelCache) -> None:
+    def __init__(self, context: dg.AssetExecutionContext, deployment: Deployment) -> None:
         self._context = context
-        self._cache = cache
+        self._deployment = deployment
         self._failed: dict[str, Exception] = {}
         self._reports: list[FillReport] = []
 
@@ -122,7 +143,8 @@ class FillRecorder:
             self._failed[key] = report.error
             self._context.log.error(f"{key} is not complete: {report.error}")
             return
-        metadata = describe_fill(report, str(self._cache.path_of(report.range)), self._cache.model)
+        cache = self._deployment.cache
+        metadata = describe_fill(report, str(cache.path_of(report.range)), cache.model)
         self._context.log_event(
             dg.AssetMaterialization(asset_key=self._context.asset_key, partition=key, metadata=metadata)
         )
@@ -132,6 +154,8 @@ class FillRecorder:
     def log_total(self) -> None:
         """Say what the run came to, whatever became of it: each answer that is counted here is kept."""
         done = self._reports
+        # ranges with the same content keep what is downstream fresh
+        self._context.set_data_version(self._context.asset_key, cache_version(self._deployment))
         self._context.log.info(
             f"{sum(each.n_embedded for each in done):,} songs embedded in {len(done):,} ranges, "
             f"{sum(each.n_set_aside for each in done):,} set aside; {sum(each.n_tokens for each in done):,} tokens, "

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from songvec_assets.defs.headless import RunResult
-from songvec_assets.defs.reports import describe_seconds
+from songvec_assets.defs.pace import describe_seconds
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.status import Status
 from songvec_assets.vectors.search import Hit
@@ -44,7 +44,7 @@ def status_table(status: Status) -> Table:
     """A row a range, and their sum."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("Songs by range", no_wrap=True, min_width=21)
-    for name in ("Songs", "Cached", "Set aside", "Loaded", "Indexed", "Missing"):
+    for name in ("Songs", "Cached", "Set aside", "Loaded", "Indexed", "Missing", "Orphans"):
         table.add_column(name, justify="right")
     for each in (*status.ranges, status.total):
         key, *counts = astuple(each)

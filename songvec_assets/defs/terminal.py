@@ -8,7 +8,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
-from songvec_assets.defs.reports import Pace, describe_progress
+from songvec_assets.defs.pace import Pace, describe_progress
 from songvec_assets.progress import Progress
 
 

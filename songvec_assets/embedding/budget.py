@@ -1,58 +1,96 @@
-"""What a run has spent, and the hard stop before it spends too much; over all its processes, through a row in Postgres.
+"""What a run and a month have spent, and the hard stop before either spends too much; in dollars, in rows of Postgres.
 
-A request reserves its estimated tokens before it is sent and settles with what was billed: what is spent plus what is
-reserved never exceeds the limit by more than the estimates' errors of the requests in flight. What a killed process
-had reserved stays counted, as the provider bills what it was sent.
+A request reserves its estimated price before it is sent and settles with what was billed: what is spent plus what is
+reserved never exceeds a limit by more than the estimates' errors of the requests in flight. What a killed process had
+reserved stays counted, as the provider bills what it was sent. Months are UTC's, by the database's clock.
 """
 
 import threading
+from decimal import Decimal
+from typing import Any
 
+import sqlalchemy as sa
 from sqlalchemy import Engine
 
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError, SettingsError
 from songvec_assets.postgres.engine import atomic, error_border
 
-_CREATE = atomic("""
-    INSERT INTO songvec.budgets (name, n_tokens) VALUES (:name, 0) ON CONFLICT (name) DO NOTHING
+_MONTH = "'month ' || to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM')"
+
+# locked in one order, so that two processes never wait for each other
+_ROWS = f"""
+    WITH wanted AS (
+        SELECT CAST(:run AS text) AS name, CAST(:max_usd AS numeric) AS max_usd
+        UNION ALL SELECT {_MONTH}, CAST(:max_usd_a_month AS numeric)
+    ), held AS (
+        SELECT name, usd, max_usd, usd + CAST(:usd AS numeric) AS after FROM songvec.budgets JOIN wanted USING (name)
+        ORDER BY name FOR UPDATE OF budgets
+    )
+"""
+
+_CREATE = atomic(f"""
+    INSERT INTO songvec.budgets (name) VALUES (:run), ({_MONTH}) ON CONFLICT (name) DO NOTHING
 """)
 
-_RESERVE = atomic("""
-    UPDATE songvec.budgets SET n_tokens = n_tokens + :n_tokens, updated_at = now()
-    WHERE name = :name AND n_tokens + :n_tokens <= :max_tokens
-    RETURNING n_tokens
+_RESERVE = atomic(f"""
+    {_ROWS}
+    UPDATE songvec.budgets AS kept SET usd = after, updated_at = now() FROM held
+    WHERE kept.name = held.name AND NOT EXISTS (SELECT FROM held WHERE after > max_usd)
+    RETURNING kept.name
 """)
 
-_SETTLE = atomic("""
-    UPDATE songvec.budgets SET n_tokens = n_tokens + :n_tokens, updated_at = now() WHERE name = :name
+_SETTLE = atomic(f"""
+    {_ROWS} UPDATE songvec.budgets AS kept SET usd = after, updated_at = now() FROM held WHERE kept.name = held.name
 """)
 
-_SPENT = atomic("SELECT n_tokens FROM songvec.budgets WHERE name = :name")
+_EXCEEDED = atomic(f"{_ROWS} SELECT name, usd, max_usd, after FROM held WHERE after > max_usd ORDER BY name DESC")
+
+_SPENT = sa.text(f"SELECT usd FROM songvec.budgets WHERE name = {_MONTH}")
+
+
+def read_month_usd(connection: sa.Connection) -> float:
+    """Dollars spent or on their way this month, over all runs on this database."""
+    return float(connection.scalar(_SPENT) or 0)
 
 
 class Budget:
-    """Counts what this process spends; with a limit, all processes that name the same run keep to it. Thread-safe.
+    """Counts what this process spends; all processes that name the same run keep to its limit, and all to the month's.
+
+    Thread-safe. Nothing is asked of the database where nothing costs anything.
 
     Args:
         price: of tokens.
-        engine: a pooled engine; each call is one short statement of its own, and none where there is no limit.
+        engine: a pooled engine; each call is one short statement of its own.
         run: whose budget it is.
-        max_usd: the limit in dollars; None: none.
+        max_usd: the run's limit in dollars; None: none.
+        max_usd_a_month: that of a calendar month, over all runs; None: none.
     """
 
-    def __init__(self, price: Price, engine: Engine, run: str, max_usd: float | None = None) -> None:
-        if max_usd is not None and not max_usd >= 0:
-            raise SettingsError(f"expected a budget of 0 dollars or more, got {max_usd}")
+    def __init__(
+        self,
+        price: Price,
+        engine: Engine,
+        run: str,
+        max_usd: float | None = None,
+        max_usd_a_month: float | None = None,
+    ) -> None:
+        for limit in (max_usd, max_usd_a_month):
+            if limit is not None and not limit >= 0:
+                raise SettingsError(f"expected a budget of 0 dollars or more, got {limit}")
         self.price = price
         self.n_tokens = 0
-        self._max_usd = max_usd
-        self._max_tokens = None if max_usd is None else price.n_tokens(max_usd)
-        self._run = run
         self._lock = threading.Lock()
-        if self._max_tokens is not None:
-            self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        # as written, not as binary floats: a price of 0.1 divides a limit of 0.3 evenly
+        self._given: dict[str, Any] = {
+            "run": run,
+            "max_usd": None if max_usd is None else Decimal(str(max_usd)),
+            "max_usd_a_month": None if max_usd_a_month is None else Decimal(str(max_usd_a_month)),
+        }
+        if not price.is_free:
             with error_border(), self._engine.connect() as connection:
-                connection.execute(_CREATE, {"name": run})
+                connection.execute(_CREATE, self._given)
 
     @property
     def usd(self) -> float:
@@ -63,25 +101,35 @@ class Budget:
         """Set aside the price of a request.
 
         Raises:
-            BudgetExceededError: with it, the limit would be exceeded; nothing is set aside.
+            BudgetExceededError: with it, a limit would be exceeded; nothing is set aside.
         """
-        if self._max_tokens is None:
+        if self.price.is_free:
             return
-        wanted = {"name": self._run, "n_tokens": n_tokens, "max_tokens": self._max_tokens}
+        given = self._given | {"usd": self.price.exact_usd(n_tokens)}
         with error_border(), self._engine.connect() as connection:
-            if connection.scalar(_RESERVE, wanted) is None:
-                spent = connection.scalar(_SPENT, {"name": self._run}) or 0
-                raise BudgetExceededError(
-                    f"the budget of ${self._max_usd:,.4f} would be exceeded by the next request "
-                    f"(${self.price.usd(spent):,.4f} spent or on its way, ${self.price.usd(spent + n_tokens):,.4f} "
-                    "with it). All that was paid for is kept: raise SONGVEC_MAX_USD or the run's budget and start "
-                    "the same command again"
-                )
+            while len(connection.execute(_RESERVE, given).all()) < 2:
+                exceeded = connection.execute(_EXCEEDED, given).first()
+                if exceeded is not None:
+                    raise BudgetExceededError(_describe(*exceeded))
+                # a new month has begun, or the rows were removed
+                connection.execute(_CREATE, given)
 
     def settle(self, reserved_tokens: int, billed_tokens: int) -> None:
         """Replace a reservation by what was billed (0 for a request that failed)."""
         with self._lock:
             self.n_tokens += billed_tokens
-        if self._max_tokens is not None and billed_tokens != reserved_tokens:
+        if not self.price.is_free and billed_tokens != reserved_tokens:
+            given = self._given | {"usd": self.price.exact_usd(billed_tokens - reserved_tokens)}
             with error_border(), self._engine.connect() as connection:
-                connection.execute(_SETTLE, {"name": self._run, "n_tokens": billed_tokens - reserved_tokens})
+                connection.execute(_SETTLE, given)
+
+
+def _describe(name: str, usd: Decimal, max_usd: Decimal, after: Decimal) -> str:
+    month = name.startswith("month ")
+    whose, setting = (f"{name}'s budget", "SONGVEC_MAX_USD_A_MONTH") if month else ("the budget", "SONGVEC_MAX_USD")
+    return (
+        f"{whose} of ${max_usd:,.4f} would be exceeded by the next request (${usd:,.4f} spent or on its way, "
+        f"${after:,.4f} with it). All that was paid for is kept: raise {setting}"
+        + (" or wait for the next month, then" if month else " or the run's budget and")
+        + " start the same command again"
+    )

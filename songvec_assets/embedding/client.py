@@ -58,6 +58,11 @@ class Embedder(Protocol):
 
     dimensions: int
 
+    @property
+    def quota_used(self) -> float | None:
+        """Share of the provider's quota that all processes used in the last minute; None where there is no quota."""
+        ...
+
     async def generate_embeddings_batch(self, texts: Sequence[str], watch: Watch = ...) -> EmbeddingBatch:
         """Embed one request's texts."""
         ...
@@ -139,6 +144,11 @@ class EmbeddingClient:
         self._newest_grant_at = self._limited_until = 0.0
         self._n_limited_in_a_row = 0
         self._untold_tokens = 0
+
+    @property
+    def quota_used(self) -> float:
+        """See `RateLimiter.used`."""
+        return self._limiter.used
 
     async def close(self) -> None:
         """Close the connections."""

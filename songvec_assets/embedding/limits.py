@@ -75,7 +75,10 @@ _RESERVE = atomic(f"""
             n_requests = CASE kept.second WHEN excluded.second THEN kept.n_requests ELSE 0 END + 1,
             n_tokens = CASE kept.second WHEN excluded.second THEN kept.n_tokens ELSE 0 END + excluded.n_tokens
     )
-    SELECT at, wait_s, set_config('synchronous_commit', 'off', true) FROM charged
+    SELECT at, wait_s, (
+        SELECT greatest(sum(n_requests) / :requests_per_minute, sum(n_tokens) / :tokens_per_minute)
+        FROM songvec.rate_seconds WHERE name = :name AND second > at - wait_s - 60 AND second <= at - wait_s
+    ) AS used, set_config('synchronous_commit', 'off', true) FROM charged
 """)
 
 _TAKE_BACK = atomic("""
@@ -125,6 +128,9 @@ class RateLimiter:
         name: whose quota it is, such as the provider's base URL.
         requests_per_minute: requests that may start in any minute.
         tokens_per_minute: tokens that may start in any minute.
+
+    Attributes:
+        used: share of the quota that all processes used in the minute before the last reservation.
     """
 
     def __init__(self, engine: Engine, name: str, requests_per_minute: float, tokens_per_minute: float) -> None:
@@ -135,6 +141,7 @@ class RateLimiter:
         self._token_s, self._tokens_depth_s = _pace(tokens_per_minute)
         self._lock = threading.Lock()
         self._owed_tokens = 0
+        self.used = 0.0
         with error_border(), self._engine.connect() as connection:
             connection.execute(_CREATE, {"name": name})
 
@@ -146,7 +153,8 @@ class RateLimiter:
         depths = {"requests_depth_s": self._requests_depth_s, "tokens_depth_s": self._tokens_depth_s}
         with error_border(), self._engine.connect() as connection:
             given = {"name": self._name, "n_tokens": n_tokens + owed, "probing": PROBING, **costs, **depths}
-            at, wait_s, _ = connection.execute(_RESERVE, given).one()
+            at, wait_s, used, _ = connection.execute(_RESERVE, given | self._quota).one()
+        self.used = float(used or 0)
         return Grant(n_tokens, float(at), float(wait_s))
 
     def settle(self, grant: Grant, billed_tokens: int) -> None:

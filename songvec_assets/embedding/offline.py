@@ -34,6 +34,7 @@ class OfflineEmbedder:
 
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
+        self.quota_used = None
 
     async def probe(self) -> int:
         """It refuses nothing, for no tokens."""

@@ -3,10 +3,10 @@
 Dollars are floats: the provider's invoice is exact, this is a limit and a forecast.
 """
 
-import math
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 
 UTF8_BYTES_PER_TOKEN = 4.0
 """About four bytes of UTF-8 make a token, over scripts: English 4 characters, Cyrillic 2, Chinese 1.3."""
@@ -72,12 +72,14 @@ class Price:
         """What so many tokens cost."""
         return n_tokens * self.usd_per_million_tokens / 1e6
 
-    def n_tokens(self, usd: float) -> int | None:
-        """Whole tokens that so much buys; None: any number."""
-        if not self.usd_per_million_tokens or usd == math.inf:
-            return None
-        # a price such as 0.1 has no exact binary form: what divides evenly must not lose its last token
-        return math.floor(usd / self.usd_per_million_tokens * 1e6 * (1 + 1e-12))
+    def exact_usd(self, n_tokens: int) -> Decimal:
+        """The same without rounding: a price such as 0.1 has no exact binary form."""
+        return Decimal(str(self.usd_per_million_tokens)) * n_tokens / 1_000_000
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing costs anything."""
+        return not self.usd_per_million_tokens
 
     def estimate(self, n_songs: int, n_texts: int, n_tokens: int, quota: "Quota") -> Estimate:
         """Price and time of sending so much at the full quota."""

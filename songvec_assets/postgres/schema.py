@@ -64,14 +64,16 @@ _TABLES = """
         ADD PRIMARY KEY (table_name, range_start, range_stop);
     CREATE TABLE IF NOT EXISTS songvec.budgets (
         name text PRIMARY KEY,
-        n_tokens bigint NOT NULL,
         updated_at timestamptz NOT NULL DEFAULT now()
     );
+    ALTER TABLE songvec.budgets
+        DROP COLUMN IF EXISTS n_tokens,
+        ADD COLUMN IF NOT EXISTS usd numeric NOT NULL DEFAULT 0;
 """
 # all of it is made in one transaction: where the newest part is there, so is the rest
 _HAS_NEWEST = """
     SELECT EXISTS (
-        SELECT FROM pg_attribute WHERE attrelid = to_regclass('songvec.rate_limits') AND attname = 'ahead_s'
+        SELECT FROM pg_attribute WHERE attrelid = to_regclass('songvec.budgets') AND attname = 'usd'
     )
 """
 

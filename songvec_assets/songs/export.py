@@ -25,6 +25,7 @@ from songvec_assets.songs.snapshots import (
     Footer,
     compare_snapshot,
     count_songs,
+    count_text_sizes,
     digest_songs,
     get_max_cached_song_id,
     merge_songs,
@@ -52,6 +53,7 @@ class RangeExport:
 
     Attributes:
         set_aside: reason to number of songs.
+        text_sizes: songs by size, see `count_text_sizes`.
         written: whether the file was.
         error: why the range was not exported, if it was not: its snapshot is as it was before.
     """
@@ -62,6 +64,7 @@ class RangeExport:
     n_changed: int = 0
     n_gone: int = 0
     set_aside: Counter[str] = field(default_factory=Counter)
+    text_sizes: Counter[int] = field(default_factory=Counter, compare=False, repr=False)
     written: bool = False
     error: SongvecError | None = None
 
@@ -79,16 +82,19 @@ class ExportReport:
         ranges: every range that holds songs now or did before.
         set_aside: reason to number of songs, of those with an id that a range can hold.
         unreachable: the same of those with an id that none can hold.
+        text_sizes: songs that were read, by size.
     """
 
     ranges: list[RangeExport] = field(default_factory=list)
     set_aside: Counter[str] = field(default_factory=Counter)
     unreachable: Counter[str] = field(default_factory=Counter)
+    text_sizes: Counter[int] = field(default_factory=Counter)
 
     def add(self, exported: RangeExport) -> None:
         """Add a range."""
         self.ranges.append(exported)
         self.set_aside.update(exported.set_aside)
+        self.text_sizes.update(exported.text_sizes)
 
     def total(self, name: str) -> int:
         """The sum of a count over all ranges."""
@@ -276,7 +282,8 @@ class _Export:
     def _write(self, song_range: SongIdRange, songs: pa.Table, newest: str | None) -> RangeExport:
         path = snapshot_path(self.folder, song_range)
         before, footer = read_footer(path), Footer(digest_songs(songs), self.source.identity, newest)
-        exported = partial(RangeExport, song_range, songs.num_rows, set_aside=_count_reasons(songs))
+        counts = {"set_aside": _count_reasons(songs), "text_sizes": count_text_sizes(songs)}
+        exported = partial(RangeExport, song_range, songs.num_rows, **counts)
         if before and before.digest == footer.digest and (newest is None or self._knows_times(before)):
             return exported()
         changes = compare_snapshot(path, songs)

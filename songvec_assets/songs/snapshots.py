@@ -4,6 +4,7 @@ Columns: song_id (int32), name, artist, lyrics and set_aside (strings); set_asid
 be embedded. Where songs come from is not known here.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,8 @@ SNAPSHOT_SCHEMA = pa.schema(
 )
 _DIGEST, _SOURCE, _NEWEST = b"songvec.digest", b"songvec.source", b"songvec.updated_at"
 _COMPARED_ROWS = 4096
+SIZE_CLASS_BYTES = 128
+"""Songs are counted by their texts' sizes in classes of so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,14 @@ def count_songs(folder: Path, song_range: SongIdRange) -> int:
         return 0
 
 
+def digest_snapshots(folder: Path) -> str:
+    """An identity of all snapshots, from their footers."""
+    state = xxhash.xxh3_128()
+    for song_range in snapshot_ranges(folder):
+        state.update(f"{song_range.key} {snapshot_digest(snapshot_path(folder, song_range))}\n")
+    return state.hexdigest()
+
+
 def get_max_cached_song_id(folder: Path) -> int | None:
     """The highest song_id of all snapshots, or None where there are none."""
     for song_range in reversed(snapshot_ranges(folder)):
@@ -169,6 +180,13 @@ def _join(before: pl.DataFrame, after: pl.DataFrame) -> pl.Series:
     return both.select(
         differs=pl.any_horizontal(pl.col(column).ne_missing(pl.col(f"{column}_before")) for column in columns)
     ).to_series()
+
+
+def count_text_sizes(songs: pa.Table) -> Counter[int]:
+    """How many songs have a name, artist and lyrics of so many times SIZE_CLASS_BYTES, in UTF-8, rounded down."""
+    sizes = sum(pc.fill_null(pc.binary_length(songs[name]), 0).to_numpy() for name in ("name", "artist", "lyrics"))
+    classes, counts = np.unique(sizes // SIZE_CLASS_BYTES, return_counts=True)
+    return Counter(dict(zip(classes.tolist(), counts.tolist(), strict=True)))
 
 
 def digest_songs(songs: pa.Table) -> str:

@@ -1,7 +1,8 @@
 """The songs table as it is found in the database: its names checked and quoted, its ids counted by range."""
 
+import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import sqlalchemy as sa
 from psycopg2 import sql
@@ -147,6 +148,46 @@ def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dic
             f"FROM {source.relation} WHERE {source.song_id} BETWEEN 0 AND {MAX_SONG_ID} GROUP BY tile"
         )
         return {tiling.range_of(tile * tiling.width): RangeCount(*counts) for tile, *counts in cursor}
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """How the source table is, cheaply: what tells that it changed, not what changed.
+
+    Attributes:
+        n_songs: its rows.
+        highest_id: or None where there are none.
+        newest: the latest time of its updated_at column, as text; None without one.
+        n_writes: rows inserted, updated and deleted since the server counts; None for views.
+    """
+
+    n_songs: int
+    highest_id: int | None
+    newest: str | None
+    n_writes: int | None
+
+    @property
+    def identity(self) -> str:
+        """Another one where the table changed."""
+        return json.dumps(astuple(self))
+
+    def describe(self) -> str:
+        """One line."""
+        newest = f", the newest of {self.newest}" if self.newest else ""
+        return f"{self.n_songs:,} songs in Postgres, the highest id {self.highest_id}{newest}"
+
+
+def measure_source(database: Database, source: SongsSource) -> SourceState:
+    """Count the songs, and look at the highest id and the newest time. Reads indexes only, if it can."""
+    newest = f"max({source.updated_at})::text" if source.updated_at else "NULL"
+    with database.get_connection() as connection, raw_cursor(connection) as cursor:
+        # as text in the statement: names may hold percent signs
+        relation = sql.Literal(source.relation).as_string(cursor)
+        cursor.execute(
+            f"SELECT count(*), max({source.song_id}), {newest}, (SELECT n_tup_ins + n_tup_upd + n_tup_del "
+            f"FROM pg_stat_all_tables WHERE relid = to_regclass({relation})) FROM {source.relation}"
+        )
+        return SourceState(*cursor.fetchone())
 
 
 def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[str]:

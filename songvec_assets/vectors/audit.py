@@ -1,17 +1,17 @@
 """What the table and the index are like in fact: samples and the ledger, never all of a large table."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from sqlalchemy import text
 
 from songvec_assets.cache.shards import ModelCache
-from songvec_assets.embedding.wire import find_bad_vectors
+from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.catalogue import find_index, find_lists, read_probes, set_probes
 from songvec_assets.vectors.recall import RecallPoint, measure_recall_at, read_recall
-from songvec_assets.vectors.table import TABLE, TableSpec, define_table, index_name, read_changes
+from songvec_assets.vectors.table import TABLE, TableSpec, define_table, index_name, read_changes, table_exists
 
 SAMPLE_ROWS = 1000
 _INDEX_WORTH_FROM_ROWS = 50_000
@@ -25,11 +25,13 @@ class VectorAudit:
         n_sampled: rows looked at.
         bad_song_ids: those zero, not finite, or of another size.
         mean_norm: their mean length; 1 for models that normalise; 0 for an empty table.
+        mean: their mean vector, (dimensions,); empty where there is none.
     """
 
     n_sampled: int
     bad_song_ids: list[int]
     mean_norm: float
+    mean: Float32Matrix = field(default_factory=lambda: np.empty(0, np.float32), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,15 @@ def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS
         return VectorAudit(len(rows), wrong_size, 0.0)
     matrix = np.stack(vectors)
     bad = [song_ids[row] for row in find_bad_vectors(matrix)]
-    return VectorAudit(len(rows), bad, float(np.linalg.norm(matrix, axis=1).mean()))
+    return VectorAudit(len(rows), bad, float(np.linalg.norm(matrix, axis=1).mean()), matrix.mean(axis=0))
+
+
+def count_rows(database: Database) -> int:
+    """Rows of the serving table; 0 where there is none."""
+    with database.get_connection() as connection:
+        if not table_exists(connection, TABLE):
+            return 0
+        return int(connection.scalar(text(f"SELECT count(*) FROM {TABLE}")) or 0)
 
 
 def audit_models(database: Database) -> dict[str, int]:

@@ -87,12 +87,13 @@ class Capacity:
             )
 
 
-def read_capacity(database: Database, memory_bytes: int | None = None) -> Capacity:
+def read_capacity(database: Database, memory_bytes: int | None = None, searched: bool = False) -> Capacity:
     """Ask the server what it has.
 
     Args:
         database: of the table.
         memory_bytes: that may be taken, where a person said it; else half of what is available, where that shows.
+        searched: whether searches go on meanwhile: a core is left to them.
     """
     with database.get_connection() as connection:
         limits = connection.execute(text(_LIMITS)).one()
@@ -114,6 +115,8 @@ def read_capacity(database: Database, memory_bytes: int | None = None) -> Capaci
         source = "the server's effective_cache_size; SONGVEC_INDEX_MEMORY_MB says otherwise"
     # without a look at the cores, half of what the administrator allows, or what a build takes anyway
     workers = min(cores, MOST_WORKERS) if cores else max(limits.workers // 2, limits.own_workers)
+    if searched and cores:
+        workers = min(workers, cores - 2)
     return Capacity(
         memory_bytes,
         source,

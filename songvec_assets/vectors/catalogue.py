@@ -8,7 +8,7 @@ from sqlalchemy import text
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
 from songvec_assets.vectors.sizes import choose_probes
-from songvec_assets.vectors.table import TABLE, fact_key, index_name
+from songvec_assets.vectors.table import TABLE, fact_key, index_name, read_changes
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,16 @@ class IndexFacts:
         lists: of the index.
         probes: lists that a search visits.
         n_bytes: its size.
+        n_changed: rows changed since it was built.
+        version: another one for each build.
     """
 
     n_rows: int
     lists: int
     probes: int
     n_bytes: int
+    n_changed: int = 0
+    version: str = ""
 
 
 def find_index(database: Database, table: str = TABLE) -> IndexFacts | None:
@@ -37,8 +41,12 @@ def find_index(database: Database, table: str = TABLE) -> IndexFacts | None:
         fact = read_fact(connection, fact_key("index", table)) or {}
         n_rows = int(fact.get("n_rows", 0))
         name = index_name(table)
-        n_bytes = int(connection.scalar(text("SELECT pg_relation_size(to_regclass(:name))"), {"name": name}) or 0)
-        return IndexFacts(n_rows, lists, read_probes(connection, table) or choose_probes(lists, n_rows), n_bytes)
+        n_bytes, file = connection.execute(
+            text("SELECT pg_relation_size(to_regclass(:name)), pg_relation_filenode(to_regclass(:name))"),
+            {"name": name},
+        ).one()
+        probes = read_probes(connection, table) or choose_probes(lists, n_rows)
+        return IndexFacts(n_rows, lists, probes, int(n_bytes or 0), read_changes(connection, table), str(file))
 
 
 def find_lists(connection: sa.Connection, table: str = TABLE, index: str | None = None) -> int | None:

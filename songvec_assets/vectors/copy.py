@@ -1,16 +1,12 @@
-"""Float32 matrices to Postgres' binary COPY format, encoded while they are sent. Pure.
+"""Float32 matrices to Postgres' binary COPY format, encoded as they are sent. Pure.
 
 Layout of a row, big-endian (PostgreSQL documentation, COPY, "Binary Format"; pgvector's vector_send and halfvec_send;
 read 2026-11): int16 number of fields; for each field int32 length and its bytes; a vector is int16 dimensions, int16
 unused, then its values. Every row has the same size, so one numpy record lays out a whole chunk.
 """
 
-import contextlib
 import itertools
-import queue
-import threading
 from collections.abc import Iterable, Iterator
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +16,8 @@ from songvec_assets.embedding.wire import Float32Matrix
 HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
 _VALUE_TYPES = {"vector": ">f4", "halfvec": ">f2"}
-# chunks stay in a core's cache while numpy, psycopg2 and the socket copy them on; a mebibyte of them waits at most
+# chunks stay in a core's cache while numpy, psycopg2 and the socket copy them on
 _CHUNK_BYTES = 1 << 16
-_CHUNKS_AHEAD = 16
 
 
 def row_dtype(dimensions: int, vector_type: str = "vector") -> "np.dtype[np.void]":
@@ -64,10 +59,9 @@ def encode_rows(song_ids: NDArray[np.int32], embeddings: Float32Matrix, vector_t
 
 
 class CopyStream:
-    """A file that psycopg2's `copy_expert` reads: header, chunks, trailer.
+    """A file that psycopg2's `copy_expert` reads: header, chunks, trailer, each made when it is asked for.
 
-    A thread makes the chunks, a few ahead of what is read: psycopg2 lets it run while it sends, and waits for nothing
-    while there are any. To be used in a `with` block, whose end stops the thread.
+    A thread that made them ahead gained nothing: the socket holds what the server works on meanwhile.
 
     Attributes:
         error: what the chunks raised, or None. psycopg2 hides it.
@@ -75,51 +69,16 @@ class CopyStream:
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._parts = itertools.chain((HEADER,), chunks, (TRAILER,))
-        self._ready: queue.Queue[bytes] = queue.Queue(_CHUNKS_AHEAD)
-        self._closed = threading.Event()
-        self._encoder = threading.Thread(target=self._encode, daemon=True, name="songvec-encode")
         self.error: BaseException | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def read(self, _size: int = -1) -> bytes:
         """The next chunk, of whatever size: psycopg2 takes more than it asks for. Empty at the end.
 
         Raises:
-            ValueError: the stream is closed.
             Whatever the chunks raise.
         """
-        if self._closed.is_set():
-            raise ValueError("expected an open stream: this one was closed")
-        if self._encoder.ident is None:
-            self._encoder.start()
-        part = self._ready.get()
-        if not part:
-            self._ready.put(part)  # it stays at its end
-            if self.error is not None:
-                raise self.error
-        return part
-
-    def close(self) -> None:
-        """End the thread and wait for it; it finishes the chunk that it is making."""
-        self._closed.set()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._ready.get_nowait()
-        if self._encoder.ident is not None:
-            self._encoder.join()
-
-    def _encode(self) -> None:
         try:
-            for part in filter(None, self._parts):
-                self._ready.put(part)
-                if self._closed.is_set():
-                    break
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that reads
+            return next(filter(None, self._parts), b"")
+        except BaseException as error:
             self.error = error
-        finally:
-            self._ready.put(b"")
+            raise

@@ -55,11 +55,13 @@ class IndexSettings:
         lists: how many; None: the square root of the rows.
         target_recall: the share of the true ten nearest that searches must find.
         memory_bytes: that a build may take on the server; None: half of what is available, as far as it shows.
+        rebuild: whether it is to be built even where it fits.
     """
 
     lists: int | None = None
     target_recall: float = DEFAULT_TARGET
     memory_bytes: int | None = None
+    rebuild: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,12 @@ class _Upkeep:
     def run(self) -> IndexReport:
         """Decide, build, measure."""
         lists_now = self._read_table()
-        capacity = read_capacity(self.database, self.wanted.memory_bytes)
+        searched = find_index(self.database) is not None
+        capacity = read_capacity(self.database, self.wanted.memory_bytes, searched)
         lists, _ = plan_lists(self.n_rows, self.wanted, lists_now, capacity, self.spec)
         reason = reason_to_build(self.n_rows, lists, lists_now, self.n_changed, exact=self.wanted.lists is not None)
+        if reason is None and self.wanted.rebuild:
+            reason = "it was asked for"
         if reason is None and lists_now is not None:
             remove_leftovers(self.database, self.table, self.progress, self.stop)
             recall, words, reason = self._look_at_recall(lists_now)

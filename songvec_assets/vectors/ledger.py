@@ -45,6 +45,14 @@ def read_ledger(database: Database, table: str = TABLE) -> dict[SongIdRange, Led
         return {SongIdRange(start, stop): LedgerEntry(n_songs, bytes(digest)) for start, stop, n_songs, digest in rows}
 
 
+def digest_ledger(ledger: dict[SongIdRange, LedgerEntry], spec: TableSpec) -> str:
+    """An identity of all that is loaded."""
+    state = xxhash.xxh3_128(str(spec))
+    for song_range in sorted(ledger):
+        state.update(f"{song_range.key} {ledger[song_range].digest.hex()}\n")
+    return state.hexdigest()
+
+
 def read_loaded_rows(connection: sa.Connection, song_range: SongIdRange, table: str = TABLE) -> pl.DataFrame | None:
     """The rows (song_id Int32, checksum UInt64) loaded of a range; None for none."""
     row = connection.execute(

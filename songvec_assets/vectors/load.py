@@ -34,9 +34,10 @@ from songvec_assets.vectors.table import TABLE, TableSpec, count_changes, ensure
 from songvec_assets.vectors.write import store_rows
 
 N_CONNECTIONS = 2
-"""Ranges loaded at a time: one range is encoded, committed and synced while the server takes in another."""
+"""Ranges loaded at a time: one range is encoded, committed and synced while the server takes in another. Only one where
+searches use an index meanwhile: they want a core, too."""
 _VACUUM_SHARE = 0.1
-_SLICE_ROWS = 128
+_SLICE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def _check_rows(shard: Shard, wanted: pl.DataFrame, target: _Target) -> Iterator
 
 
 def _slices(batches: Iterator[ShardRows]) -> Iterator[ShardRows]:
-    """Views of a few rows: checking whole batches, the encoder would keep the interpreter from the one that sends."""
+    """Views of a few rows: the server goes on with what the socket holds while they are checked."""
     for rows in batches:
         for start in range(0, len(rows.song_ids), _SLICE_ROWS):
             part = slice(start, start + _SLICE_ROWS)

@@ -5,12 +5,14 @@ mapped shards answers all queries at once, where the server would read the whole
 what a `halfvec` table loses shows. Memory is bounded by a stored batch.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from songvec_assets.cache.format import ShardIdentity
 from songvec_assets.cache.shards import ModelCache, Shard, read_embeddings_from_file
@@ -87,20 +89,27 @@ def sample_queries(rows: LoadedRows, seed: int = 0) -> Queries:
     two rows, nearer to one, with noise of a fifth of its length: nothing in the table is like it.
     """
     draw = np.random.default_rng(seed)
-    counts = np.array(list(rows.ranges.values()), dtype=np.int64)
-    n_queries = min(rows.n_rows, _MOST_QUERIES, max(NEIGHBOURS, rows.n_rows // 10))
-    picked = [np.empty((0, rows.cache.dimensions), dtype=np.float32)]
-    shares = draw.multivariate_hypergeometric(counts, n_queries, method="marginals") if len(counts) else counts
-    for song_range, n_picked in zip(rows.ranges, shares.tolist(), strict=True):
-        if n_picked:
-            shard, loaded = rows.read(song_range)
-            places = draw.choice(loaded["row"].to_numpy(), min(n_picked, loaded.height), replace=False)
-            picked.append(shard.embeddings_at(places.tolist()))
-    sampled = _normalise(np.concatenate(picked))
+    _, sampled = sample_rows(rows, min(_MOST_QUERIES, max(NEIGHBOURS, rows.n_rows // 10)), draw)
     weights = draw.uniform(0.5, 0.9, (len(sampled), 1)).astype(np.float32)
     noise = _normalise(draw.standard_normal(sampled.shape, dtype=np.float32))
     mixed = weights * sampled + (1 - weights) * np.roll(sampled, 1, axis=0) + _NOISE * noise
     return Queries(np.concatenate([sampled, _normalise(mixed)]), len(sampled))
+
+
+def sample_rows(rows: LoadedRows, n_rows: int, draw: np.random.Generator) -> tuple[list[int], Float32Matrix]:
+    """Draw so many rows, or all where there are fewer: their song_ids, and unit vectors, (n, dimensions)."""
+    counts = np.array(list(rows.ranges.values()), dtype=np.int64)
+    song_ids: list[int] = []
+    picked = [np.empty((0, rows.cache.dimensions), dtype=np.float32)]
+    n_wanted = min(rows.n_rows, n_rows)
+    shares = draw.multivariate_hypergeometric(counts, n_wanted, method="marginals") if len(counts) else counts
+    for song_range, n_picked in zip(rows.ranges, shares.tolist(), strict=True):
+        if n_picked:
+            shard, loaded = rows.read(song_range)
+            places = draw.choice(loaded.height, min(n_picked, loaded.height), replace=False)
+            song_ids += loaded["song_id"].gather(places).to_list()
+            picked.append(shard.embeddings_at(loaded["row"].gather(places).to_list()))
+    return song_ids, _normalise(np.concatenate(picked))
 
 
 @dataclass
@@ -172,15 +181,17 @@ def find_exact_neighbours(
     """
     shape = (len(queries), _KEPT)
     best = ExactNeighbours(rows, queries, np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32))
-    for song_range in rows.ranges:
-        shard, loaded = rows.read(song_range)
-        for batch in read_embeddings_from_file(shard, loaded["row"]):
-            if stop is not None:
-                stop.check()
-            lengths = np.sqrt(np.einsum("ij,ij->i", batch.embeddings, batch.embeddings))
-            _keep_best(best, batch.song_ids, (queries @ batch.embeddings.T) / lengths)
-            best.n_found += len(batch.song_ids)
-            progress(Progress("find exact neighbours", best.n_found, rows.n_rows, unit="rows"))
+    # a core is left to the server's searches
+    with threadpool_limits(max(1, (os.cpu_count() or 2) - 1), "blas"):
+        for song_range in rows.ranges:
+            shard, loaded = rows.read(song_range)
+            for batch in read_embeddings_from_file(shard, loaded["row"]):
+                if stop is not None:
+                    stop.check()
+                lengths = np.sqrt(np.einsum("ij,ij->i", batch.embeddings, batch.embeddings))
+                _keep_best(best, batch.song_ids, (queries @ batch.embeddings.T) / lengths)
+                best.n_found += len(batch.song_ids)
+                progress(Progress("find exact neighbours", best.n_found, rows.n_rows, unit="rows"))
     order = np.argsort(-best.similarities, axis=1, kind="stable")
     best.song_ids = np.take_along_axis(best.song_ids, order, axis=1)
     best.similarities = np.take_along_axis(best.similarities, order, axis=1)

@@ -80,7 +80,7 @@ def search_songs(
         similarities: dict[int, float] = {song_id: similarity for song_id, similarity in connection.execute(nearest)}  # noqa: C416 - rows are no pairs to mypy
         if read_spec(connection) != spec:  # the query holds the table: what is recorded now is what it read
             raise TableMismatchError("another table took the searched one's place just now: search again")
-        songs = _read_songs(connection, source, list(similarities)) if similarities else {}
+        songs = read_songs(connection, source, list(similarities)) if similarities else {}
     found = {song_id: Hit(song_id, *songs[song_id], similarities[song_id]) for song_id in songs}
     return [found[song_id] for song_id in similarities if song_id in found]
 
@@ -102,8 +102,8 @@ def check_searchable(database: Database, spec: TableSpec) -> None:
         )
 
 
-def _read_songs(
-    connection: sa.Connection, source: SongsSource, song_ids: list[int]
+def read_songs(
+    connection: sa.Connection, source: SongsSource, song_ids: Sequence[int]
 ) -> dict[int, tuple[str, str, str | None]]:
     """Name, artist and lyrics of some songs; those that are gone are left out."""
     with raw_cursor(connection) as cursor:

@@ -49,13 +49,13 @@ def store_embeddings_copy_bulk(
 
 
 def _copy(cursor: Any, table: str, chunks: Iterable[bytes]) -> None:
-    with CopyStream(chunks) as stream:
-        try:
-            cursor.copy_expert(f"COPY {table} (song_id, embedding) FROM STDIN (FORMAT binary)", stream)
-        except psycopg2.Error:
-            if stream.error is not None:
-                raise stream.error from None
-            raise
+    stream = CopyStream(chunks)
+    try:
+        cursor.copy_expert(f"COPY {table} (song_id, embedding) FROM STDIN (FORMAT binary)", stream)
+    except psycopg2.Error:
+        if stream.error is not None:
+            raise stream.error from None
+        raise
 
 
 def store_embeddings_batch(

@@ -1,0 +1,166 @@
+"""What is held against the whole deployment after a load: each method is one question, and its first line asks it.
+
+Findings are figures and one sentence that says what to do where something is wrong. What follows from them, the face
+decides.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from songvec_assets.deployment import Deployment
+from songvec_assets.status import RangeStatus, measure_status
+from songvec_assets.vectors.audit import audit_index, audit_models, audit_recall, audit_vectors, count_rows
+from songvec_assets.vectors.drift import measure_drift
+from songvec_assets.vectors.ivfflat import find_index, reason_to_build
+from songvec_assets.vectors.sizes import choose_lists
+
+MAX_SET_ASIDE_SHARE = 0.01
+_BILLED_OFF_BY = 0.25
+_SANE_USD_PER_MILLION = (0.001, 10.0)
+_SANE_BYTES_PER_TOKEN = (1.0, 12.0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An answer.
+
+    Attributes:
+        passed: whether all is well.
+        words: what was found, and what to do where it is not.
+        figures: by name.
+    """
+
+    passed: bool
+    words: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Auditor:
+    """Asks about one deployment; what several questions need is looked up once."""
+
+    deployment: Deployment
+
+    @cached_property
+    def _total(self) -> RangeStatus:
+        return measure_status(self.deployment).total
+
+    def coverage(self) -> Finding:
+        """Has every song of the snapshots an embedding in the table, or a named reason why not?"""
+        total = self._total
+        return Finding(
+            total.n_missing == 0,
+            f"{total.n_loaded:,} of {total.n_songs:,} songs are loaded, {total.n_set_aside:,} set aside, "
+            f"{total.n_missing:,} missing" + (": `songvec run` embeds and loads them" if total.n_missing else ""),
+            {"songs": total.n_songs, "loaded": total.n_loaded, "set aside": total.n_set_aside,
+             "missing": total.n_missing},
+        )  # fmt: skip
+
+    def few_set_aside(self) -> Finding:
+        """Are at most a hundredth of the songs set aside?"""
+        total = self._total
+        share = total.n_set_aside / max(1, total.n_songs)
+        return Finding(
+            share <= MAX_SET_ASIDE_SHARE,
+            f"{total.n_set_aside:,} of {total.n_songs:,} songs are set aside ({share:.2%}); `songvec status` says why",
+            {"share set aside": round(share, 6), "set aside": total.n_set_aside},
+        )
+
+    def no_orphans(self) -> Finding:
+        """Has every row of the table a song, and does the ledger know it?"""
+        n_rows, total = count_rows(self.deployment.database), self._total
+        n_unknown = n_rows - total.n_loaded
+        passed = not n_unknown and not total.n_orphans
+        return Finding(
+            passed,
+            f"{n_rows:,} rows, {total.n_loaded:,} of them in the ledger, {total.n_orphans:,} without a song"
+            + ("" if passed else ": `songvec run` removes rows of songs that are gone; rows that nobody here loaded "
+               "are somebody else's to delete"),
+            {"rows": n_rows, "not in the ledger": n_unknown, "without a song": total.n_orphans},
+        )  # fmt: skip
+
+    def vectors_are_sound(self) -> Finding:
+        """Is no vector of a sample zero, not finite or of another size?"""
+        audit = audit_vectors(self.deployment.database, self.deployment.table_spec)
+        return Finding(
+            not audit.bad_song_ids,
+            f"{len(audit.bad_song_ids)} of {audit.n_sampled:,} sampled vectors are bad",
+            {"sampled": audit.n_sampled, "bad song_ids": str(audit.bad_song_ids[:20]),
+             "mean norm": round(audit.mean_norm, 6)},
+        )  # fmt: skip
+
+    def one_model(self) -> Finding:
+        """Are all loaded ranges of the configured model and size?"""
+        models = audit_models(self.deployment.database)
+        expected = f"{self.deployment.settings.model} ({self.deployment.settings.embedding_dimensions})"
+        words = f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}"
+        return Finding(list(models) == [expected], words, dict(models))
+
+    def no_drift(self) -> Finding:
+        """Do the vectors lie where they lay after the load before, in length and in the mean?"""
+        drift = measure_drift(self.deployment.database)
+        if drift is None:
+            return Finding(True, "there is no load before of the same model to hold this one against")
+        figures = {"change of mean norm": round(drift.norm, 6), "distance of means": round(drift.distance, 6)}
+        return Finding(not drift.is_large, drift.describe(), figures | {"chance": round(drift.allowed, 6)})
+
+    def billed_as_estimated(self) -> Finding:
+        """Did the provider bill what was estimated before the last run that sent anything?"""
+        spending = self.deployment.read_spending()
+        if spending is None or not spending.n_tokens_expected:
+            return Finding(True, "nothing was sent yet")
+        ratio = spending.n_tokens / spending.n_tokens_expected
+        return Finding(
+            abs(ratio - 1) <= _BILLED_OFF_BY,
+            f"{spending.n_tokens:,} tokens were billed, {spending.n_tokens_expected:,} estimated beforehand "
+            f"({ratio:.0%}); the next estimate goes by {spending.bytes_per_token:.2f} bytes a token",
+            {"billed / estimated": round(ratio, 4), "usd": round(self.deployment.price.usd(spending.n_tokens), 6)},
+        )
+
+    def price_is_sane(self) -> Finding:
+        """Are price and bytes a token of an order that providers have?"""
+        price, spending = self.deployment.price, self.deployment.read_spending()
+        figures = {"usd per million tokens": price.usd_per_million_tokens}
+        if price.is_free or spending is None:
+            return Finding(True, "nothing is paid for, or nothing was sent yet", figures)
+        low, high = _SANE_USD_PER_MILLION
+        few, many = _SANE_BYTES_PER_TOKEN
+        return Finding(
+            low <= price.usd_per_million_tokens <= high and few <= spending.bytes_per_token <= many,
+            f"${price.usd_per_million_tokens:g} a million tokens (expected ${low:g} to ${high:g}), "
+            f"{spending.bytes_per_token:.2f} bytes a token (expected {few:g} to {many:g}): budgets and estimates hold "
+            "as far as SONGVEC_USD_PER_MILLION_TOKENS is the provider's price",
+            figures | {"bytes per token": spending.bytes_per_token},
+        )
+
+    def index_is_used(self) -> Finding:
+        """Is the index valid, and used where the table is large enough for that?"""
+        audit = audit_index(self.deployment.database, self.deployment.table_spec)
+        return Finding(
+            audit.valid and (audit.used or not audit.should_be_used),
+            audit.describe(),
+            {"valid": audit.valid, "used by the planner": audit.used, "rows": audit.n_rows},
+        )
+
+    def index_is_fresh(self) -> Finding:
+        """Was the index built of the rows that the table has, but for a fifth?"""
+        index, n_rows = find_index(self.deployment.database), count_rows(self.deployment.database)
+        wanted = self.deployment.settings.lists
+        if index is None:
+            return Finding(False, "there is no valid index: materialize ivfflat_index")
+        lists = wanted or choose_lists(n_rows)
+        reason = reason_to_build(n_rows, lists, index.lists, index.n_changed, exact=wanted is not None)
+        words = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
+        told = f"{reason}: materialize ivfflat_index" if reason else words
+        return Finding(reason is None, told, {"rows changed": index.n_changed, "lists": index.lists})
+
+    def recall_reaches_target(self) -> Finding:
+        """Do searches find the target share of the true ten nearest songs?"""
+        target = self.deployment.settings.target_recall
+        audit = audit_recall(self.deployment.database, self.deployment.cache, self.deployment.table_spec, target)
+        figures: dict[str, Any] = {"target": audit.target}
+        if audit.point is not None:
+            point = audit.point
+            figures |= {"recall": point.recall, "probes": point.probes, "median ms": point.ms_median}
+        return Finding(audit.reached, audit.describe(), figures)

@@ -1,0 +1,100 @@
+"""Jobs by intent. What each may spend and looks at is in its run config: resources, run."""
+
+import dagster as dg
+
+from songvec_assets.defs.pace import describe_seconds
+from songvec_assets.defs.resources import RunResource
+from songvec_assets.defs.steps import failing_clearly
+from songvec_assets.dry_run import plan_run
+from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.vectors.swap import LOCK, roll_back
+
+_OPTIONS = "Its options are in the run config under resources, run: budget, ranges, concurrency and others."
+
+
+def _run_config(**fields: bool) -> dict[str, object]:
+    return {"resources": {"run": {"config": fields}}}
+
+
+refresh_job = dg.define_asset_job(
+    "refresh",
+    selection=dg.AssetSelection.assets("songs_parquet", "embedding_cache", "song_embeddings_table", "ivfflat_index"),
+    description=f"Export, embed, load and index: every step does what changed, and nothing else. {_OPTIONS}",
+)
+
+embed_job = dg.define_asset_job(
+    "embed",
+    selection=dg.AssetSelection.assets("songs_parquet", "embedding_cache"),
+    description=f"Export and embed: pays for what is missing; the table stays as it is. {_OPTIONS}",
+)
+
+load_job = dg.define_asset_job(
+    "load",
+    selection=dg.AssetSelection.assets("song_embeddings_table"),
+    description="Make the table equal the cache. Sends nothing to the provider.",
+)
+
+rebuild_index_job = dg.define_asset_job(
+    "rebuild_index",
+    selection=dg.AssetSelection.assets("ivfflat_index"),
+    config=_run_config(rebuild_index=True),
+    description="Build the index anew beside the one that serves, measure its recall, and let it take its place.",
+)
+
+swap_job = dg.define_asset_job(
+    "swap",
+    selection=dg.AssetSelection.assets("songs_parquet", "embedding_cache", "song_embeddings_table", "ivfflat_index"),
+    config=_run_config(swap=True),
+    description=(
+        "Build another model, size or type beside the serving table, index it, compare both, and put it in its place. "
+        "Name it in the run config of resources: fireworks (embedding_model, embedding_dimensions), postgres "
+        "(vector_type). Searches go on all the while; the table before is kept as song_embeddings_old."
+    ),
+)
+
+verify_job = dg.define_asset_job(
+    "verify",
+    selection=dg.AssetSelection.all_asset_checks(),
+    description="Ask all checks of table and index; changes nothing, and sends nothing to the provider.",
+)
+
+
+@dg.op(description="The table that served before the last swap serves again; the present one stays beside it.")
+def put_back_table_before(context: dg.OpExecutionContext, run: RunResource) -> None:
+    """See `roll_back`."""
+    with failing_clearly():
+        deployment = run.open()
+
+        def tell_waiting() -> None:
+            context.log.info("waiting for a load or swap to end")
+
+        with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=deployment.stop.check):
+            context.log.info(f"searches now find {roll_back(deployment.database)}")
+
+
+@dg.job(name="rollback", description="Undo the last swap: the table before serves again.")
+def rollback_job() -> None:
+    """One op."""
+    put_back_table_before()
+
+
+@dg.op(description="What a refresh would send, write and build, and what it would cost.")
+def plan(context: dg.OpExecutionContext, run: RunResource) -> None:
+    """See `plan_run`."""
+    with failing_clearly():
+        deployment = run.open()
+        planned = plan_run(deployment, run.choose_ranges(deployment, None), run.embed_anew)
+        for line in planned.describe(describe_seconds):
+            context.log.info(line)
+
+
+@dg.job(
+    name="dry_run",
+    description=(
+        "Plan and price a refresh from the snapshots as they are: sends nothing, exports nothing, writes no vector and "
+        f"no row. The plan is in the log. {_OPTIONS}"
+    ),
+)
+def dry_run_job() -> None:
+    """One op."""
+    plan()

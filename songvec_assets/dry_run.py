@@ -1,0 +1,87 @@
+"""What a refresh would do and cost, from what is there now. Sends nothing; writes no file, no vector, no row."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from songvec_assets.cache.plan import estimate_fills, plan_fill
+from songvec_assets.deployment import Deployment
+from songvec_assets.embedding.pricing import Estimate
+from songvec_assets.errors import StoreError
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.snapshots import snapshot_ranges
+from songvec_assets.songs.source import SourceState, measure_source
+from songvec_assets.vectors.backlog import Backlog, compare_with_cache
+from songvec_assets.vectors.catalogue import IndexFacts, find_index
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A refresh, planned.
+
+    Attributes:
+        source: the table of songs as it is.
+        estimate: of what would be sent, over the ranges asked for.
+        backlog: what the table lacks against the cache as it is; None where nothing is cached yet.
+        index: as it is, or None.
+        max_usd: the run's budget, or None.
+        month_usd, max_usd_a_month: spent this month, and its budget, or None.
+    """
+
+    source: SourceState
+    estimate: Estimate
+    backlog: Backlog | None
+    index: IndexFacts | None
+    max_usd: float | None
+    month_usd: float
+    max_usd_a_month: float | None
+
+    def describe(self, describe_seconds: Callable[[float], str]) -> list[str]:
+        """A line a step.
+
+        Args:
+            describe_seconds: seconds in words.
+        """
+        each, backlog, index = self.estimate, self.backlog, self.index
+        limits = [f"the run's budget is ${self.max_usd:,.2f}"] if self.max_usd is not None else ["no budget a run"]
+        month = f"${self.month_usd:,.4f} spent this month"
+        limits.append(month if self.max_usd_a_month is None else f"{month} of ${self.max_usd_a_month:,.2f}")
+        return [
+            f"export: {self.source.describe()}; the snapshots hold {each.n_songs:,} songs of the ranges asked for. Songs "
+            "that changed since the last export are not in this plan: `songvec estimate` exports first",
+            f"embed: {each.n_texts:,} texts, about {each.n_tokens:,} tokens, about ${each.usd:,.4f}, "
+            f"{describe_seconds(each.hours * 3600)} at the full quota; {', '.join(limits)}",
+            "load: nothing is cached yet" if backlog is None else
+            f"load: {backlog.n_changed:,} of {backlog.n_rows:,} rows cached so far are not in the table as they should be",
+            "index: there is none yet" if index is None else
+            f"index: {index.lists:,} lists over {index.n_rows:,} rows; {index.n_changed:,} rows changed since",
+        ]  # fmt: skip
+
+
+def plan_run(deployment: Deployment, ranges: Sequence[SongIdRange], anew: bool = False) -> RunPlan:
+    """Plan and price a refresh.
+
+    Args:
+        deployment: whose.
+        ranges: to embed.
+        anew: whether all their songs are to be embedded again.
+    """
+    store, chosen = deployment.store, set(ranges)
+    plans = (
+        plan_fill(store.songs, deployment.cache, each, deployment.text_spec, anew=anew)[1]
+        for each in snapshot_ranges(store.songs)
+        if each in chosen
+    )
+    estimate = estimate_fills(plans, deployment.token_estimator(), deployment.price, deployment.quota)
+    try:
+        backlog = compare_with_cache(deployment.database, deployment.cache, deployment.tiling, deployment.stop)
+    except StoreError:
+        backlog = None
+    return RunPlan(
+        measure_source(deployment.database, deployment.source),
+        estimate,
+        backlog,
+        find_index(deployment.database),
+        deployment.settings.max_usd,
+        deployment.month_usd(),
+        deployment.settings.max_usd_a_month,
+    )

@@ -1,0 +1,131 @@
+"""What shows at a glance that the vectors mean something: a map of a sample, and some songs' nearest neighbours.
+
+Vectors come from the cache, as in `neighbours`; the neighbours are found as a search finds them. Pictures are drawn
+elsewhere.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from songvec_assets.embedding.wire import Float32Matrix
+from songvec_assets.postgres.engine import Database
+from songvec_assets.songs.source import SongsSource
+from songvec_assets.vectors.neighbours import LoadedRows, sample_rows
+from songvec_assets.vectors.search import Hit, read_songs, search_songs
+from songvec_assets.vectors.table import TableSpec
+
+_MAP_SONGS = 1_000
+_PREVIEW_SONGS, _PREVIEW_NEIGHBOURS = 8, 3
+_CLUSTERS, _CLUSTERED_AXES, _ROUNDS = 8, 16, 20
+
+
+@dataclass(frozen=True)
+class SongMap:
+    """A sample of the table on its two main axes.
+
+    Attributes:
+        points: float32, (n, 2).
+        clusters: of each point, from 0 on, (n,).
+        titles: place among the points of the song in the middle of each cluster, and what it is called.
+        share: of the sample's variance that the two axes show.
+        n_rows: of the table.
+    """
+
+    points: Float32Matrix
+    clusters: NDArray[np.int64]
+    titles: dict[int, str]
+    share: float
+    n_rows: int
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """A song, and those that a search for its vector finds."""
+
+    name: str
+    artist: str
+    nearest: list[Hit]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a person looks at."""
+
+    map: SongMap
+    neighbourhoods: list[Neighbourhood]
+
+
+def preview_table(database: Database, rows: LoadedRows, source: SongsSource, spec: TableSpec, seed: int = 0) -> Preview:
+    """Draw a sample of the table; the same table gives the same sample.
+
+    Args:
+        database: where songs and table are.
+        rows: of the cache, that the table holds; at least one.
+        source: the songs table.
+        spec: what the table holds.
+        seed: of the sample.
+    """
+    song_ids, vectors = sample_rows(rows, _MAP_SONGS, np.random.default_rng(seed))
+    components, share = project(vectors)
+    clusters, middles = find_clusters(components[:, :_CLUSTERED_AXES])
+    shown = {song_ids[place]: vectors[place] for place in _spread(len(song_ids), _PREVIEW_SONGS)}
+    with database.get_connection("web") as connection:
+        songs = read_songs(connection, source, [*shown, *(song_ids[place] for place in middles)])
+    titles = {place: songs[song_ids[place]][0] for place in middles if song_ids[place] in songs}
+    neighbourhoods = []
+    for song_id in shown.keys() & songs.keys():
+        hits = search_songs(database, source, spec, shown[song_id], _PREVIEW_NEIGHBOURS + 1)
+        nearest = [hit for hit in hits if hit.song_id != song_id][:_PREVIEW_NEIGHBOURS]
+        neighbourhoods.append(Neighbourhood(*songs[song_id][:2], nearest))
+    song_map = SongMap(components[:, :2], clusters, titles, share, rows.n_rows)
+    return Preview(song_map, sorted(neighbourhoods, key=lambda each: each.name))
+
+
+def project(vectors: Float32Matrix) -> tuple[Float32Matrix, float]:
+    """Vectors on their principal axes, the main ones first: two at least; and the variance's share on the first two.
+
+    Args:
+        vectors: (n, dimensions).
+    """
+    centred = vectors - vectors.mean(axis=0)
+    # of n songs and d values, n² is the smaller problem
+    variances, axes = np.linalg.eigh(centred @ centred.T)
+    lengths = np.sqrt(np.clip(variances[::-1], 0, None))
+    components: Float32Matrix = np.pad(axes[:, ::-1] * lengths, ((0, 0), (0, 2))).astype(np.float32)
+    total = float((lengths**2).sum())
+    return components, float((lengths[:2] ** 2).sum()) / total if total else 1.0
+
+
+def find_clusters(points: Float32Matrix, n_clusters: int = _CLUSTERS) -> tuple[NDArray[np.int64], list[int]]:
+    """Lloyd's k-means, begun at points far from each other; deterministic.
+
+    Args:
+        points: (n, axes); at least one.
+        n_clusters: at most.
+
+    Returns:
+        The cluster of each point, and the place of the point nearest to each centre.
+    """
+    places = [int(np.argmax(((points - points.mean(axis=0)) ** 2).sum(axis=1)))]
+    while len(places) < min(n_clusters, len(points)):
+        places.append(int(np.argmax(_distances(points, points[places]).min(axis=1))))
+    centres = points[places]
+    for _ in range(_ROUNDS):
+        clusters = _distances(points, centres).argmin(axis=1)
+        centres = np.stack(
+            [points[clusters == each].mean(axis=0) if (clusters == each).any() else centres[each]
+             for each in range(len(centres))]
+        )  # fmt: skip
+    return clusters, _distances(points, centres).argmin(axis=0).tolist()
+
+
+def _distances(points: Float32Matrix, centres: Float32Matrix) -> NDArray[np.float32]:
+    """Squared distances, (n points, n centres)."""
+    squares: NDArray[np.float32] = (points**2).sum(axis=1)[:, None] - 2 * points @ centres.T + (centres**2).sum(axis=1)
+    return squares
+
+
+def _spread(n: int, n_wanted: int) -> list[int]:
+    return sorted(set(np.linspace(0, n - 1, min(n, n_wanted)).astype(int).tolist()))
