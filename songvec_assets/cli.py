@@ -183,7 +183,7 @@ def swap(
     if rollback or drop_old:
         _undo_swap(rollback)
         return
-    given = {
+    given: dict[str, dict[str, Any]] = {
         "postgres": {"vector_type": vector_type},
         "fireworks": {"embedding_model": model, "embedding_dimensions": dimensions},
         "run": {"swap": True, "max_usd": max_usd},
@@ -272,7 +272,7 @@ def _span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRa
 
 def _embed(job: str, ranges: str, max_usd: float | None, append: bool, anew: bool) -> None:
     deployment = _deploy()
-    options = {"export_mode": "append" if append else "all", "embed_anew": anew}
+    options: dict[str, Any] = {"export_mode": "append" if append else "all", "embed_anew": anew}
     if max_usd is not None:
         options["max_usd"] = max_usd
     _run_job(job, deployment, _span(deployment, ranges), run=options)

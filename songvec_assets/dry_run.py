@@ -46,12 +46,12 @@ class RunPlan:
         month = f"${self.month_usd:,.4f} spent this month"
         limits.append(month if self.max_usd_a_month is None else f"{month} of ${self.max_usd_a_month:,.2f}")
         return [
-            f"export: {self.source.describe()}; the snapshots hold {each.n_songs:,} songs of the ranges asked for. Songs "
-            "that changed since the last export are not in this plan: `songvec estimate` exports first",
+            f"export: {self.source.describe()}; the snapshots hold {each.n_songs:,} songs of the ranges asked for. "
+            "Songs that changed since the last export are not in this plan: `songvec estimate` exports first",
             f"embed: {each.n_texts:,} texts, about {each.n_tokens:,} tokens, about ${each.usd:,.4f}, "
             f"{describe_seconds(each.hours * 3600)} at the full quota; {', '.join(limits)}",
             "load: nothing is cached yet" if backlog is None else
-            f"load: {backlog.n_changed:,} of {backlog.n_rows:,} rows cached so far are not in the table as they should be",
+            f"load: {backlog.n_changed:,} of {backlog.n_rows:,} rows cached so far are to be written",
             "index: there is none yet" if index is None else
             f"index: {index.lists:,} lists over {index.n_rows:,} rows; {index.n_changed:,} rows changed since",
         ]  # fmt: skip

@@ -48,11 +48,11 @@ def read_mark(path: Path) -> Mark | None:
 
 def digest_cache(cache: ModelCache) -> str:
     """An identity of all that is cached of a model: of each shard its size, and what a complete fill left."""
-    state = xxhash.xxh3_128(f"{cache.model} {cache.dimensions}")
+    state = xxhash.xxh3_128(f"{cache.model} {cache.dimensions}".encode())
     for song_range in cache.ranges():
         mark = read_mark(cache.mark_of(song_range))
         told = mark.snapshot if mark else "incomplete"
-        state.update(f"{song_range.key} {cache.path_of(song_range).stat().st_size} {told}\n")
+        state.update(f"{song_range.key} {cache.path_of(song_range).stat().st_size} {told}\n".encode())
     return state.hexdigest()
 
 

@@ -29,7 +29,7 @@ from songvec_assets.songs.text import TEXT_HASH_BYTES
 DAMAGED = b"\xff" * TEXT_HASH_BYTES
 """Stands for the text_hash of a song whose row was found damaged: it is missing, not gone."""
 _ANEW = b"\xfe" * (TEXT_HASH_BYTES // 2)
-"""Begins what stands for the text_hash of a song that is to be embedded anew, though it has a vector; who asked follows."""
+"""Begins what stands for the text_hash of a song that is to be embedded anew, vector or not; who asked follows."""
 _GONE = bytes(TEXT_HASH_BYTES)
 PIECE_ROWS = 2048
 """Rows read or written at a time where a shard is gone through."""

@@ -1,4 +1,7 @@
-"""The four assets, each a sentence: read, one call into the core, report; and the table of songs that they begin with."""
+"""The four assets, each a sentence: read, one call into the core, report; and the songs that they begin with."""
+
+from collections.abc import Callable
+from typing import Any
 
 import dagster as dg
 
@@ -24,7 +27,14 @@ from songvec_assets.defs.steps import (
 
 GROUP = "songvec"
 OWNERS = ["team:songvec"]
-COMMON = {"group_name": GROUP, "owners": OWNERS, "code_version": "1", "freshness_policy": FRESHNESS}
+
+
+def _asset(**given: Any) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
+    """An asset of this graph: what all four have in common."""
+    return dg.asset(  # type: ignore[no-any-return]
+        group_name=GROUP, owners=OWNERS, code_version="1", freshness_policy=FRESHNESS, **given
+    )
+
 
 songs = dg.AssetSpec(
     "songs",
@@ -39,8 +49,7 @@ songs = dg.AssetSpec(
 )
 
 
-@dg.asset(
-    **COMMON,
+@_asset(
     kinds={"postgres", "parquet"},
     tags={"grain": "song", "key": "song_id"},
     backfill_policy=one_run,
@@ -59,8 +68,7 @@ def songs_parquet(context: dg.AssetExecutionContext, run: RunResource) -> dg.Mat
         return reports.report_export(report, deployment)
 
 
-@dg.asset(
-    **COMMON,
+@_asset(
     kinds={"fireworks", "arrow"},
     tags={"grain": "song", "key": "song_id"},
     partitions_def=song_id_ranges,
@@ -90,8 +98,7 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
         recorder.fail_where_incomplete()
 
 
-@dg.asset(
-    **COMMON,
+@_asset(
     kinds={"postgres", "pgvector"},
     tags={"grain": "song", "key": "song_id"},
     backfill_policy=one_run,
@@ -116,8 +123,7 @@ def song_embeddings_table(context: dg.AssetExecutionContext, run: RunResource) -
         return reports.report_publish(report, deployment)
 
 
-@dg.asset(
-    **COMMON,
+@_asset(
     kinds={"postgres", "pgvector"},
     tags={"grain": "index", "key": "embeddings_ivfflat_idx"},
     backfill_policy=one_run,

@@ -24,9 +24,8 @@ class RangesBehind(dg.AutomationCondition[dg.AssetKey]):
 
     def evaluate(self, context: dg.AutomationContext[dg.AssetKey]) -> dg.AutomationResult[dg.AssetKey]:
         """Look at footers and marks."""
-        resources = PostgresResource(), FireworksResource(), StorageResource()
-        deployment = RunResource(**dict(zip(("postgres", "fireworks", "storage"), resources, strict=True))).open()
-        keys = {song_range.key for song_range in deployment.ranges_behind()}
+        run = RunResource(postgres=PostgresResource(), fireworks=FireworksResource(), storage=StorageResource())
+        keys = {song_range.key for song_range in run.open().ranges_behind()}
         return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))
 
 
@@ -48,9 +47,9 @@ automation_sensor = dg.AutomationConditionSensorDefinition(
     # one condition asks the store, which the daemon cannot
     use_user_code_server=True,
     description=(
-        "Exports when songs changed, embeds the ranges that changed, loads them, indexes where that is worth it. Switch "
-        "`songs_source` on too: it is what sees that songs changed. Spends money, within SONGVEC_MAX_USD a run and "
-        "SONGVEC_MAX_USD_A_MONTH."
+        "Exports when songs changed, embeds the ranges that changed, loads them, indexes where that is worth it. "
+        "Switch `songs_source` on too: it is what sees that songs changed. Spends money, within SONGVEC_MAX_USD a run "
+        "and SONGVEC_MAX_USD_A_MONTH."
     ),
 )
 

@@ -1,6 +1,6 @@
 """Resources: configuration to core objects. A field left empty reads its variable when the run starts.
 
-Secrets (POSTGRES_URL, FIREWORKS_API_KEY, SONGVEC_WEBHOOK_URL) are never fields: Dagster stores and shows fields' values.
+Secrets (POSTGRES_URL, FIREWORKS_API_KEY, SONGVEC_WEBHOOK_URL) are never fields, whose values Dagster stores and shows.
 """
 
 import contextlib
@@ -74,6 +74,10 @@ class StorageResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     max_text_chars: int | None = _setting("SONGVEC_MAX_TEXT_CHARS")
 
 
+OF_RUNS = ("max_usd", "max_usd_a_month", "concurrency", "target_recall", "swap")
+"""Settings that are options of a run."""
+
+
 class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     """What this run is to do and may spend; the same for all of its steps."""
 
@@ -82,6 +86,7 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     storage: dg.ResourceDependency[StorageResource]
 
     max_usd: float | None = _setting("SONGVEC_MAX_USD", "Budget in dollars, 0 or more: the run stops before it.")
+    max_usd_a_month: float | None = _setting("SONGVEC_MAX_USD_A_MONTH", "Budget of the calendar month over all runs.")
     ranges: str = Field(
         default="",
         description=(
@@ -108,7 +113,7 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         Raises:
             SettingsError: a setting does not parse, or settings contradict each other.
         """
-        given = {name: getattr(self, name) for name in ("max_usd", "concurrency", "target_recall", "swap")}
+        given = {name: getattr(self, name) for name in OF_RUNS}
         for resource in (self.postgres, self.fireworks, self.storage):
             given |= overrides(resource)
         if self.ranges:
@@ -129,7 +134,7 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return [each for each in chosen if first <= each <= last]
 
 
-RESOURCES = {
+RESOURCES: dict[str, Any] = {
     "postgres": PostgresResource.configure_at_launch(),
     "fireworks": FireworksResource.configure_at_launch(),
     "storage": StorageResource.configure_at_launch(),

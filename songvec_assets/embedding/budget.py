@@ -18,33 +18,25 @@ from songvec_assets.postgres.engine import atomic, error_border
 
 _MONTH = "'month ' || to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM')"
 
-# locked in one order, so that two processes never wait for each other
-_ROWS = f"""
-    WITH wanted AS (
-        SELECT CAST(:run AS text) AS name, CAST(:max_usd AS numeric) AS max_usd
-        UNION ALL SELECT {_MONTH}, CAST(:max_usd_a_month AS numeric)
-    ), held AS (
-        SELECT name, usd, max_usd, usd + CAST(:usd AS numeric) AS after FROM songvec.budgets JOIN wanted USING (name)
-        ORDER BY name FOR UPDATE OF budgets
-    )
-"""
-
+_NAMES = f"(CAST(:run AS text), {_MONTH})"
 _CREATE = atomic(f"""
     INSERT INTO songvec.budgets (name) VALUES (:run), ({_MONTH}) ON CONFLICT (name) DO NOTHING
 """)
 
-_RESERVE = atomic(f"""
-    {_ROWS}
-    UPDATE songvec.budgets AS kept SET usd = after, updated_at = now() FROM held
-    WHERE kept.name = held.name AND NOT EXISTS (SELECT FROM held WHERE after > max_usd)
-    RETURNING kept.name
-""")
-
-_SETTLE = atomic(f"""
-    {_ROWS} UPDATE songvec.budgets AS kept SET usd = after, updated_at = now() FROM held WHERE kept.name = held.name
-""")
-
-_EXCEEDED = atomic(f"{_ROWS} SELECT name, usd, max_usd, after FROM held WHERE after > max_usd ORDER BY name DESC")
+# locked first, in one order, by a statement of its own: what follows sees what others committed meanwhile, and two
+# processes never wait for each other
+_LOCK = f"SELECT FROM songvec.budgets WHERE name IN {_NAMES} ORDER BY name FOR UPDATE"
+_EXCEEDED_ROWS = f"""
+    SELECT name, usd, max_usd, usd + CAST(:usd AS numeric) AS after
+    FROM songvec.budgets JOIN (
+        VALUES (CAST(:run AS text), CAST(:max_usd AS numeric)), ({_MONTH}, CAST(:max_usd_a_month AS numeric))
+    ) AS limits (name, max_usd) USING (name)
+    WHERE usd + CAST(:usd AS numeric) > max_usd
+"""
+_CHARGE = f"UPDATE songvec.budgets SET usd = usd + CAST(:usd AS numeric), updated_at = now() WHERE name IN {_NAMES}"
+_RESERVE = atomic(f"{_LOCK}; {_CHARGE} AND NOT EXISTS ({_EXCEEDED_ROWS}) RETURNING name")
+_SETTLE = atomic(f"{_LOCK}; {_CHARGE}")
+_EXCEEDED = atomic(f"{_EXCEEDED_ROWS} ORDER BY name DESC")
 
 _SPENT = sa.text(f"SELECT usd FROM songvec.budgets WHERE name = {_MONTH}")
 

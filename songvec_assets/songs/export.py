@@ -282,8 +282,10 @@ class _Export:
     def _write(self, song_range: SongIdRange, songs: pa.Table, newest: str | None) -> RangeExport:
         path = snapshot_path(self.folder, song_range)
         before, footer = read_footer(path), Footer(digest_songs(songs), self.source.identity, newest)
-        counts = {"set_aside": _count_reasons(songs), "text_sizes": count_text_sizes(songs)}
-        exported = partial(RangeExport, song_range, songs.num_rows, **counts)
+        exported = partial(
+            RangeExport, song_range, songs.num_rows,
+            set_aside=_count_reasons(songs), text_sizes=count_text_sizes(songs),
+        )  # fmt: skip
         if before and before.digest == footer.digest and (newest is None or self._knows_times(before)):
             return exported()
         changes = compare_snapshot(path, songs)

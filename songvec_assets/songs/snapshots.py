@@ -110,7 +110,7 @@ def digest_snapshots(folder: Path) -> str:
     """An identity of all snapshots, from their footers."""
     state = xxhash.xxh3_128()
     for song_range in snapshot_ranges(folder):
-        state.update(f"{song_range.key} {snapshot_digest(snapshot_path(folder, song_range))}\n")
+        state.update(f"{song_range.key} {snapshot_digest(snapshot_path(folder, song_range))}\n".encode())
     return state.hexdigest()
 
 

@@ -47,9 +47,9 @@ def read_ledger(database: Database, table: str = TABLE) -> dict[SongIdRange, Led
 
 def digest_ledger(ledger: dict[SongIdRange, LedgerEntry], spec: TableSpec) -> str:
     """An identity of all that is loaded."""
-    state = xxhash.xxh3_128(str(spec))
+    state = xxhash.xxh3_128(str(spec).encode())
     for song_range in sorted(ledger):
-        state.update(f"{song_range.key} {ledger[song_range].digest.hex()}\n")
+        state.update(f"{song_range.key} {ledger[song_range].digest.hex()}\n".encode())
     return state.hexdigest()
 
 

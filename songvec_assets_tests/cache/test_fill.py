@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,9 @@ def try_fill(
             report(filled)
 
     try:
-        deployment.filler(max_usd).fill_ranges(list(deployment.tiling), keep)
+        if max_usd is not None:
+            deployment.settings = replace(deployment.settings, max_usd=max_usd)
+        deployment.filler().fill_ranges(list(deployment.tiling), keep)
     except SongvecError as error:
         return reports, error
     return reports, None
@@ -714,7 +717,7 @@ def test_all_processes_of_a_run_share_its_budget_and_another_run_has_its_own(
     export(run(**settings))
 
     def spend(start: int, name: str) -> None:
-        filler = run(**settings).filler(max_usd=100, run=name)
+        filler = run(max_usd=100, **settings).filler(run=name)
         filler.fill_ranges([SongIdRange(start, start + 100)], lambda _: None)
 
     # 28 a request and 2 for the probe: 58 a range

@@ -12,7 +12,7 @@ import pytest
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.definitions import defs
 from songvec_assets.defs.partitions import TILING
-from songvec_assets.defs.resources import FireworksResource, PostgresResource, StorageResource, overrides
+from songvec_assets.defs.resources import OF_RUNS, FireworksResource, PostgresResource, StorageResource, overrides
 from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import Settings, variables
 from songvec_assets.vectors.ivfflat import IndexSettings
@@ -31,7 +31,8 @@ def test_the_graph_is_a_line_of_four_assets() -> None:
         for key in graph.get_all_asset_keys()
     }
     assert parents == {
-        "songs_parquet": set(),
+        "songs": set(),
+        "songs_parquet": {"songs"},
         "embedding_cache": {"songs_parquet"},
         "song_embeddings_table": {"embedding_cache"},
         "ivfflat_index": {"song_embeddings_table"},
@@ -42,7 +43,7 @@ def test_only_the_cache_is_partitioned_and_one_run_takes_any_number_of_ranges() 
     graph = defs.resolve_asset_graph()
     partitioned = {key.to_user_string() for key in graph.get_all_asset_keys() if graph.get(key).is_partitioned}
     assert partitioned == {"embedding_cache"}
-    policies = {graph.get(key).backfill_policy for key in graph.get_all_asset_keys()}
+    policies = {graph.get(key).backfill_policy for key in graph.executable_asset_keys}
     assert policies == {dg.BackfillPolicy.single_run()}
     keys = graph.get(dg.AssetKey("embedding_cache")).partitions_def.get_partition_keys()
     assert (keys[0], keys[-2], keys[-1], len(keys)) == (
@@ -58,19 +59,25 @@ def test_wrong_vectors_and_mixed_models_block_what_is_downstream() -> None:
     }
     assert checks == {
         "song_embeddings_table:coverage": False,
+        "song_embeddings_table:few_set_aside": False,
+        "song_embeddings_table:no_orphans": False,
         "song_embeddings_table:vectors_are_sound": True,
         "song_embeddings_table:one_model": True,
+        "song_embeddings_table:no_drift": False,
+        "song_embeddings_table:billed_as_estimated": False,
+        "song_embeddings_table:price_is_sane": False,
         "ivfflat_index:index_is_used": False,
+        "ivfflat_index:index_is_fresh": False,
         "ivfflat_index:recall_reaches_target": False,
     }
 
 
 def test_every_setting_is_a_resource_field_shapes_the_graph_or_is_secret() -> None:
     resources = (PostgresResource(), FireworksResource(), StorageResource())
-    of_resources = {name for resource in resources for name in overrides(resource)}
+    of_resources = {name for resource in resources for name in overrides(resource)} | set(OF_RUNS)
     shaping = {each.name for each in fields(Settings) if each.metadata["when"] == "graph"}
     secret = {each.name for each in fields(Settings) if not each.repr}
-    assert secret == {"postgres_url", "direct_url", "fireworks_api_key"}
+    assert secret == {"postgres_url", "direct_url", "fireworks_api_key", "webhook_url"}
     assert of_resources | shaping | secret == {each.name for each in fields(Settings)}
     assert not of_resources & (shaping | secret)
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.pool import NullPool
 
-from songvec_assets.embedding.budget import Budget
+from songvec_assets.embedding.budget import Budget, read_month_usd
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError, DatabaseError
 from songvec_assets.postgres.engine import Database, get_engine
@@ -22,7 +22,7 @@ DOLLAR_A_TOKEN = Price(1e6)
 
 SPENDER = """
 import sys
-from songvec_assets.embedding.budget import Budget
+from songvec_assets.embedding.budget import Budget, read_month_usd
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError
 from songvec_assets.postgres.engine import Database
@@ -120,12 +120,65 @@ def test_the_refusal_says_what_was_spent_and_how_to_go_on(engine: sa.Engine, run
         budget.reserve(4)
 
 
-def test_without_a_budget_and_at_no_price_nothing_is_refused_and_no_database_is_asked(run: str) -> None:
+def test_at_no_price_nothing_is_refused_and_no_database_is_asked(run: str) -> None:
     nowhere = get_engine(f"postgresql://ann@127.0.0.1:{free_port()}/songs")
-    for budget in (Budget(DOLLAR_A_TOKEN, nowhere, run), Budget(Price(0.0), nowhere, run, 0.0)):
-        budget.reserve(10**15)
-        budget.settle(10**15, 7)
-        assert budget.n_tokens == 7
+    budget = Budget(Price(0.0), nowhere, run, 0.0, 0.0)
+    budget.reserve(10**15)
+    budget.settle(10**15, 7)
+    assert budget.n_tokens == 7
+
+
+def test_without_a_budget_nothing_is_refused_and_all_is_counted(engine: sa.Engine, run: str) -> None:
+    before = spent(engine)
+    budget = Budget(DOLLAR_A_TOKEN, engine, run)
+    budget.reserve(10**15)
+    budget.settle(10**15, 7)
+    assert (budget.n_tokens, spent(engine) - before) == (7, 7)
+
+
+def spent(engine: sa.Engine) -> float:
+    """Dollars of this month."""
+    with engine.connect() as connection:
+        return read_month_usd(connection)
+
+
+class TestMonth:
+    def test_all_runs_of_a_month_share_its_budget(self, engine: sa.Engine, run: str) -> None:
+        first = Budget(DOLLAR_A_TOKEN, engine, run, None, 10)
+        first.reserve(6)
+        first.settle(6, 5)
+        second = Budget(DOLLAR_A_TOKEN, engine, f"{run} another", None, 10)
+        with pytest.raises(BudgetExceededError, match=r"month \d{4}-\d\d's budget of \$10.*SONGVEC_MAX_USD_A_MONTH"):
+            second.reserve(6)
+        second.reserve(5)
+        assert spent(engine) == 10
+
+    def test_the_runs_own_limit_binds_as_well_and_nothing_is_set_aside(self, engine: sa.Engine, run: str) -> None:
+        budget = Budget(DOLLAR_A_TOKEN, engine, run, 3, 10)
+        with pytest.raises(BudgetExceededError, match=r"the budget of \$3.*SONGVEC_MAX_USD or"):
+            budget.reserve(4)
+        budget.reserve(3)
+        assert spent(engine) == 3
+
+    def test_another_month_begins_at_nothing_in_the_middle_of_a_run(
+        self, engine: sa.Engine, database: Database, run: str
+    ) -> None:
+        budget = Budget(DOLLAR_A_TOKEN, engine, run, None, 10)
+        budget.reserve(9)
+        execute(database.adbc_uri, "UPDATE songvec.budgets SET name = 'month 2001-01' WHERE name LIKE 'month %'")
+        budget.reserve(9)
+        assert spent(engine) == 9
+
+    def test_processes_that_reserve_and_settle_never_wait_for_each_other(self, engine: sa.Engine, run: str) -> None:
+        budgets = [Budget(DOLLAR_A_TOKEN, engine, f"{run} {name}", None, 10**6) for name in "azAZ09"]
+
+        def spend(place: int) -> None:
+            budgets[place % 6].reserve(3)
+            budgets[place % 6].settle(3, 2)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(spend, range(240)))
+        assert spent(engine) == 480
 
 
 def test_a_budget_of_nothing_refuses_the_first_token(engine: sa.Engine, run: str) -> None:

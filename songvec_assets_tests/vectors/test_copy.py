@@ -2,8 +2,6 @@
 
 import itertools
 import struct
-import threading
-import time
 
 import numpy as np
 import psycopg2
@@ -16,7 +14,7 @@ from sqlalchemy import text
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.vectors.copy import HEADER, TRAILER, CopyStream, encode_rows
-from songvec_assets_tests.administration import execute, wait_until
+from songvec_assets_tests.administration import execute
 
 PROFILE = settings(deadline=None)
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -36,12 +34,7 @@ def tables(draw, vector_type, max_rows=6):
 
 
 def read_all(chunks):
-    with CopyStream(chunks) as stream:
-        return b"".join(iter(stream.read, b""))
-
-
-def encoders():
-    return [thread for thread in threading.enumerate() if thread.name == "songvec-encode"]
+    return b"".join(iter(CopyStream(chunks).read, b""))
 
 
 def decode(stream, code):
@@ -107,52 +100,18 @@ def test_a_stream_is_header_chunks_and_trailer(chunks):
 
 
 def test_a_stream_stays_at_its_end():
-    with CopyStream([]) as stream:
-        assert list(iter(stream.read, b"")) == [HEADER, TRAILER]
-        assert stream.read(10) == stream.read() == b""
+    stream = CopyStream([])
+    assert list(iter(stream.read, b"")) == [HEADER, TRAILER]
+    assert stream.read(10) == stream.read() == b""
 
 
-def test_chunks_are_made_ahead_but_never_more_than_two_mebibytes():
-    made = []
-
-    def chunks():
-        for row in itertools.count():
-            made.append(row)
-            yield b"x" * (1 << 16)
-
-    with CopyStream(chunks()) as stream:
-        time.sleep(0.05)
-        assert made == [], "nothing is made for a COPY that the server refuses"
-        assert stream.read() == HEADER
-        wait_until(lambda: len(made) > 8)
-        time.sleep(0.05)
-        assert len(made) <= 32
-        n_ahead = len(made)
-        for _ in range(5):
-            stream.read()
-        wait_until(lambda: len(made) == n_ahead + 5)
-
-
-@pytest.mark.parametrize("n_read", [0, 1, 5])
-def test_leaving_early_ends_the_thread_however_full_the_queue_is(n_read):
-    closed = threading.Event()
-
-    def chunks():
-        try:
-            while True:
-                yield b"x"
-        finally:
-            closed.set()
-
-    with CopyStream(chunks()) as stream:
-        for _ in range(n_read):
-            stream.read()
-        time.sleep(0.02)
-    assert not encoders()
-    with pytest.raises(ValueError, match="closed"):
-        stream.read()
-    del stream
-    assert closed.is_set() == (n_read > 0), "what the chunks hold open is let go"
+def test_a_chunk_is_made_when_it_is_asked_for():
+    """Nothing is made for a COPY that the server refuses."""
+    made = itertools.count()
+    stream = CopyStream(b"x" * next(made) for _ in range(10))
+    assert stream.read() == HEADER
+    assert next(made) == 0
+    assert [stream.read(), stream.read()] == [b"x", b"xx"]
 
 
 def test_what_the_chunks_raise_comes_after_the_chunks_before_it():
@@ -160,13 +119,11 @@ def test_what_the_chunks_raise_comes_after_the_chunks_before_it():
         yield b"row"
         raise KeyError("damaged")
 
-    with CopyStream(chunks()) as stream:
-        assert [stream.read(), stream.read()] == [HEADER, b"row"]
-        for _ in range(2):
-            with pytest.raises(KeyError, match="damaged"):
-                stream.read()
-        assert isinstance(stream.error, KeyError)
-    assert not encoders()
+    stream = CopyStream(chunks())
+    assert [stream.read(), stream.read()] == [HEADER, b"row"]
+    with pytest.raises(KeyError, match="damaged"):
+        stream.read()
+    assert isinstance(stream.error, KeyError)
 
 
 HALF_STEPS = np.float32([1 + 2**-11, 1 + 3 * 2**-11, 2**-24, 1.5 * 2**-24, 65504, -65504, 6.1e-5, 1 / 3])
@@ -177,8 +134,7 @@ EDGES = {
 
 
 def copy(cursor, chunks):
-    with CopyStream(chunks) as stream:
-        cursor.copy_expert("COPY copied FROM STDIN (FORMAT binary)", stream)
+    cursor.copy_expert("COPY copied FROM STDIN (FORMAT binary)", CopyStream(chunks))
 
 
 @pytest.mark.parametrize("vector_type", ["vector", "halfvec"])
@@ -228,16 +184,16 @@ def test_what_the_chunks_raise_ends_the_copy_and_stores_nothing(database):
         connection.execute(text("CREATE TABLE copied (song_id integer PRIMARY KEY, embedding vector(2000))"))
         with raw_cursor(connection) as cursor:
             cursor.execute("SAVEPOINT before_copy")
-            with CopyStream(chunks()) as stream, pytest.raises(psycopg2.Error):
+            stream = CopyStream(chunks())
+            with pytest.raises(psycopg2.Error):
                 cursor.copy_expert("COPY copied FROM STDIN (FORMAT binary)", stream)
             assert isinstance(stream.error, KeyError)
             cursor.execute("ROLLBACK TO SAVEPOINT before_copy")
         assert connection.scalar(text("SELECT count(*) FROM copied")) == 0
-    assert not encoders()
 
 
 @pytest.mark.parametrize("failure", ["another size", "no table", "the connection breaks"])
-def test_a_copy_that_the_server_ends_ends_the_thread(database, failure):
+def test_a_copy_that_the_server_ends_is_an_error_of_ours(database, failure):
     n_made = itertools.count()
 
     def chunks():
@@ -255,6 +211,5 @@ def test_a_copy_that_the_server_ends_ends_the_thread(database, failure):
         pid = connection.connection.driver_connection.info.backend_pid
         with raw_cursor(connection) as cursor:
             copy(cursor, chunks())
-    assert not encoders()
     if failure == "no table":
         assert next(n_made) == 0
