@@ -88,6 +88,13 @@ def test_the_plan_has_the_figures_of_the_scale_page() -> None:
     assert figures == {name: scale[name] for name in figures}
 
 
+def test_each_check_has_a_row() -> None:
+    page = PAGE.read_text(encoding="utf-8").partition("### Checks that do not pass")[2].partition("###")[0]
+    named = [match[1] for name, *_ in _cells(page) if (match := re.match(r"`(\w+)`", name))]
+    asked = (ROOT / "songvec_assets" / "defs" / "checks.py").read_text(encoding="utf-8")
+    assert named == re.findall(r"Question\(Auditor\.(\w+)", asked)
+
+
 class TestReading:
     @pytest.mark.parametrize(
         ("code", "templates"),
@@ -98,6 +105,7 @@ class TestReading:
             ("raise StoreError('none' if a else f'{a} left')", ["none", "… left"]),
             ("raise StoreError('lost' + ('' if a else ' and gone') + '!')", ["lost!", "lost and gone!"]),
             ("told = f'{n} lists'\nraise StoreError(f'{told} need room')", ["… lists need room"]),
+            ("n, told = (1, 'one') if a else (2, f'{b}')\nraise StoreError(f'{told} left')", ["one left", "… left"]),
             ("told, n = ask()\nraise StoreError(f'{told} need room')", ["… need room"]),
             ("if a:\n told = 'one'\nelse:\n told = 'two'\nraise StoreError(told)", ["one", "two"]),
             ("told = 'one'\nif a:\n told = 'two'\n raise StoreError(told)", ["two"]),
@@ -353,10 +361,17 @@ class Module:
         outermost: ast.AST = before[-1]
         while self.parents[outermost] not in around:
             outermost = self.parents[outermost]
-        statements = [self.parents[each] for each in before if outermost in (each, *self.ancestors(each))]
-        if not all(isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name) for each in statements):
+        values = [self._value_of(each) for each in before if outermost in (each, *self.ancestors(each))]
+        return None if None in values else [each for each in values if each is not None]
+
+    def _value_of(self, target: ast.Name) -> ast.expr | None:
+        """What is assigned to a name, alone or among others; None where that is not written there."""
+        statement, place = self.parents[target], None
+        if isinstance(statement, ast.Tuple):
+            statement, place = self.parents[statement], statement.elts.index(target)
+        if not isinstance(statement, ast.Assign) or len(statement.targets) > 1:
             return None
-        return [each.value for each in statements if isinstance(each, ast.Assign)]
+        return statement.value if place is None else _element(statement.value, place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -426,6 +441,14 @@ class Package:
     def _home(self, module: Module, name: str) -> Module:
         """The module that a global name of another one is of."""
         return self.modules.get(module.imports.get(name, ""), module)
+
+
+def _element(value: ast.expr, place: int) -> ast.expr | None:
+    """One of a tuple's elements, where it is one, or one of two."""
+    if isinstance(value, ast.IfExp):
+        body, orelse = _element(value.body, place), _element(value.orelse, place)
+        return ast.IfExp(value.test, body, orelse) if body and orelse else None
+    return value.elts[place] if isinstance(value, ast.Tuple) else None
 
 
 def _join(*parts: list[str]) -> list[str]:

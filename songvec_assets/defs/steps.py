@@ -148,8 +148,9 @@ class FillRecorder:
         self._context.log_event(
             dg.AssetMaterialization(asset_key=self._context.asset_key, partition=key, metadata=metadata)
         )
-        # the end of the run writes an event of its own for each partition, which would hide the one above
-        self._context.add_asset_metadata(metadata, partition_key=key)
+        # the end of a run writes an event of its own for each partition it was launched for, which would hide this one
+        if launched_keys(self._context) is not None:
+            self._context.add_asset_metadata(metadata, partition_key=key)
 
     def log_total(self) -> None:
         """Say what the run came to, whatever became of it: each answer that is counted here is kept."""
