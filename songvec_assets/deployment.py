@@ -25,6 +25,7 @@ from songvec_assets.errors import StoreError
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, hold_lock, read_fact, write_fact
+from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import ReportProgress, StopSignal, ignore_progress
 from songvec_assets.settings import OFFLINE_MODEL, Settings
 from songvec_assets.songs.export import ExportMode, ExportReport, cache_songs_to_parquet
@@ -59,6 +60,8 @@ class Deployment:
     def database(self) -> Database:
         """The database given by URL, or the embedded one with the sample songs."""
         if self.settings.postgres_url:
+            if self.settings.direct_url:
+                parse_url(self.settings.direct_url, "SONGVEC_DIRECT_URL")
             database = Database(self.settings.postgres_url, direct_url=self.settings.direct_url)
         else:
             database = start_embedded_server(DEFAULT_FOLDER)

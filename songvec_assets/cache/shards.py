@@ -24,6 +24,7 @@ from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.errors import StoreError
 from songvec_assets.files import sync_folder
 from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.snapshots import ranges_of
 from songvec_assets.songs.text import TEXT_HASH_BYTES
 
 DAMAGED = b"\xff" * TEXT_HASH_BYTES
@@ -74,7 +75,7 @@ class ModelCache:
 
     def ranges(self) -> list[SongIdRange]:
         """The ranges that have a shard, in order."""
-        return sorted(SongIdRange.from_key(path.stem) for path in self.folder.glob("*.arrow"))
+        return ranges_of(self.folder.glob("*.arrow"))
 
 
 class Shard:

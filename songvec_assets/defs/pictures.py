@@ -3,7 +3,7 @@
 import base64
 import io
 import itertools
-import warnings
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_TITLE_LETTERS = 20
+_LABELS_APART = 0.12
 _INK, _MARK, _LINE, _GRID = "#1f3a5f", "#d1495b", "#8a8a8a", "#e6e6e6"
 _STATES = {"loaded": _INK, "cached, not loaded": "#7fa7d1", "set aside": "#c9c9c9", "missing": _MARK}
 _CLUSTERS = ("#1f3a5f", "#d1495b", "#2a9d8f", "#e9a03b", "#7b5ea7", "#6a994e", "#3f88c5", "#8d6e63")
@@ -57,9 +59,13 @@ def draw_recall(report: RecallReport) -> bytes:
         chosen.ms_median, chosen.recall, "o", markersize=12, markerfacecolor="none", markeredgecolor=_MARK,
         markeredgewidth=2, linestyle="none", label=f"chosen: {chosen.probes:,} probes, {chosen.recall:.1%}",
     )  # fmt: skip
-    for place, point in enumerate(report.points):
-        # halved gaps lie close together: every other label goes below
-        side = -1 if place % 2 else 1
+    labelled = [chosen]
+    for point in report.points:
+        # gaps were halved around the chosen point: most labels there would lie on each other
+        if all(abs(math.log(point.ms_median / each.ms_median)) > _LABELS_APART for each in labelled):
+            labelled.append(point)
+    for point in labelled:
+        side = -1 if point is chosen else 1
         axes.annotate(
             f"{point.probes:,}", (point.ms_median, point.recall), xytext=(side * -4, side * 9),
             textcoords="offset points", ha="center", va="center", fontsize=8, color=_INK,
@@ -79,9 +85,7 @@ def draw_coverage(ranges: Sequence[RangeCoverage]) -> bytes:
     n_songs = sum(each.n_songs for each in ranges)
     n_missing = sum(each.n_missing for each in ranges)
     width = min(each.range.stop - each.range.start for each in ranges)
-    figure, axes = _begin(
-        f"{n_songs:,} songs in {len(ranges):,} ranges: {n_missing:,} missing", "first song_id of the range", "songs"
-    )
+    figure, axes = _begin(f"{n_songs:,} songs by range: {n_missing:,} missing", "first song_id of the range", "songs")
     starts = np.array([each.range.start for each in ranges])
     counts = (
         [each.n_loaded for each in ranges],
@@ -121,25 +125,28 @@ def draw_tokens(counts: Sequence[int], edges: Sequence[float]) -> bytes:
 
 
 def draw_map(song_map: SongMap) -> bytes:
-    """A sample of the catalogue on its two main axes, coloured by cluster, with a title in the middle of each."""
+    """A sample of the catalogue on its two main axes, coloured by cluster, each named by a song in its middle."""
     figure, axes = _begin(
-        f"{len(song_map.points):,} of {song_map.n_rows:,} songs: near is alike in meaning. Colours are clusters",
+        f"{len(song_map.points):,} of {song_map.n_rows:,} songs; colours are clusters, named by a song in the middle",
         f"first principal axis (both show {song_map.share:.0%} of the variance)",
         "second principal axis",
     )
-    for cluster in sorted(set(song_map.clusters.tolist())):
+    for cluster, titles in enumerate(song_map.titles):
         points = song_map.points[song_map.clusters == cluster]
-        axes.scatter(
-            points[:, 0], points[:, 1], s=14, color=_CLUSTERS[cluster % len(_CLUSTERS)], alpha=0.55, linewidths=0
-        )
-    for place, title in song_map.titles.items():
-        short = title if len(title) <= 28 else f"{title[:27]}…"
-        axes.annotate(
-            # a dollar sign would begin a formula
-            short.replace("$", r"\$"), song_map.points[place], fontsize=8, color=_INK, ha="center", va="center",
-            bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": _LINE, "linewidth": 0.5},
-        )  # fmt: skip
+        colour = _CLUSTERS[cluster % len(_CLUSTERS)]
+        axes.scatter(points[:, 0], points[:, 1], s=14, color=colour, alpha=0.6, linewidths=0, label=_choose(titles))
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4, frameon=False, markerscale=2, handletextpad=0.1)
     return _finish(figure)
+
+
+def _choose(titles: list[str]) -> str:
+    """The first title that the font can draw, shortened."""
+    from matplotlib.font_manager import findfont, get_font
+
+    drawn = get_font(findfont("DejaVu Sans")).get_charmap()
+    title = next((each for each in titles if all(ord(letter) in drawn for letter in each)), "…")
+    short = title if len(title) <= _TITLE_LETTERS else f"{title[: _TITLE_LETTERS - 1]}…"
+    return short.replace("$", r"\$")  # which would begin a formula
 
 
 def _begin(title: str, x_label: str, y_label: str) -> "tuple[Figure, Axes]":
@@ -166,8 +173,5 @@ def _count_thousands(*each_axis: Any) -> None:
 
 def _finish(figure: "Figure") -> bytes:
     png = io.BytesIO()
-    with warnings.catch_warnings():
-        # titles in scripts that the font lacks are drawn as boxes
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(png, format="png")
+    figure.savefig(png, format="png")
     return png.getvalue()

@@ -270,4 +270,10 @@ def _picture_tokens(text_sizes: Mapping[int, int], bytes_per_token: float) -> tu
 
 def _table(name: str, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
     """A table of metadata, or nothing where it has no rows."""
-    return {name: dg.MetadataValue.table([dg.TableRecord(row) for row in rows])} if rows else {}
+    if not rows:
+        return {}
+    kinds = {bool: "bool", int: "int", float: "float"}
+    schema = dg.TableSchema(
+        [dg.TableColumn(column, kinds.get(type(value), "string")) for column, value in rows[0].items()]
+    )
+    return {name: dg.MetadataValue.table([dg.TableRecord(row) for row in rows], schema)}

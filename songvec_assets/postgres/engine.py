@@ -229,5 +229,5 @@ def error_border() -> Iterator[None]:
         raise DatabaseError(describe_database_error(original)) from error
     except sa.exc.TimeoutError as error:
         raise DatabaseError(
-            "no database connection became free within 30 s: fewer workers, or a larger pool"
+            "no database connection became free within 30 s: lower SONGVEC_CONCURRENCY, then start it again"
         ) from error

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from songvec_assets.errors import SettingsError
 
 
-def normalize_url(url: str) -> str:
+def normalize_url(url: str, variable: str = "POSTGRES_URL") -> str:
     """Name the driver in a `postgres://` or `postgresql://` URL.
 
     Raises:
@@ -15,25 +15,29 @@ def normalize_url(url: str) -> str:
     """
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in ("postgres", "postgresql", "postgresql+psycopg2"):
-        raise SettingsError("POSTGRES_URL: expected postgresql://user:password@host:5432/database, got another form")
+        raise SettingsError(f"{variable}: expected postgresql://user:password@host:5432/database, got another form")
     return f"postgresql+psycopg2://{rest}"
 
 
-def parse_url(url: str) -> sa.URL:
+def parse_url(url: str, variable: str = "POSTGRES_URL") -> sa.URL:
     """A Postgres URL with its driver named.
+
+    Args:
+        url: as it was given.
+        variable: that it was given by.
 
     Raises:
         SettingsError: it does not parse.
     """
     try:
-        parsed = sa.make_url(normalize_url(url))
+        parsed = sa.make_url(normalize_url(url, variable))
     except (sa.exc.ArgumentError, ValueError):
         raise SettingsError(
-            "POSTGRES_URL does not parse: expected postgresql://user:password@host:5432/database, with special "
+            f"{variable} does not parse: expected postgresql://user:password@host:5432/database, with special "
             "characters of the password percent-encoded"
         ) from None
     if "@" in (parsed.host or ""):
-        raise SettingsError("POSTGRES_URL has an @ in its password: percent-encode it as %40")
+        raise SettingsError(f"{variable} has an @ in its password: percent-encode it as %40")
     return parsed
 
 

@@ -18,7 +18,7 @@ _ADVICE_BY_CODE = {
     "42501": "this user lacks a right: let the owner grant it, or use another user in POSTGRES_URL",
     "53300": "the server has no connection left: raise max_connections or stop other clients",
     "53100": f"the server's disk is full: free space, then {_GO_ON}; nothing is half-loaded",
-    "53200": "the server ran out of memory: lower maintenance_work_mem or SONGVEC_LISTS",
+    "53200": "the server ran out of memory: lower SONGVEC_INDEX_MEMORY_MB or SONGVEC_LISTS",
     "57014": f"the statement was cancelled, by a person or the role's statement_timeout; {_GO_ON}",
     "55P03": f"another session holds a lock on the table: wait for it, then {_GO_ON}",
     "25006": "this server takes no writes: put the primary's address into POSTGRES_URL if it is a standby; else see "

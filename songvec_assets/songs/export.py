@@ -3,6 +3,7 @@
 What a snapshot file is, `snapshots.py` says. Memory is bounded by the ranges being read.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -261,13 +262,15 @@ class _Export:
         """The range's rows, and the newest time among those that were looked at."""
         path = snapshot_path(self.folder, song_range)
         before = read_footer(path)
-        if before and self.holds_highest(song_range):
-            return merge_songs(path, self._select(reader, song_range, above=self.above)), before.newest
-        if before and self._knows_times(before):
-            songs = merge_songs(path, self._select(reader, song_range, updated_since=before.newest))
-            # else songs went, or a transaction came late: look at all of them
-            if songs.num_rows == count.n_songs:
-                return songs, count.newest
+        # a snapshot that is damaged is none
+        with contextlib.suppress(pa.ArrowException, OSError):
+            if before and self.holds_highest(song_range):
+                return merge_songs(path, self._select(reader, song_range, above=self.above)), before.newest
+            if before and self._knows_times(before):
+                songs = merge_songs(path, self._select(reader, song_range, updated_since=before.newest))
+                # else songs went, or a transaction came late: look at all of them
+                if songs.num_rows == count.n_songs:
+                    return songs, count.newest
         return self._select(reader, song_range), count.newest
 
     def _knows_times(self, before: Footer) -> bool:

@@ -5,6 +5,7 @@ be embedded. Where songs come from is not known here.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from songvec_assets.errors import StoreError
 from songvec_assets.files import replace_atomically
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 
@@ -64,7 +66,19 @@ def snapshot_path(folder: Path, song_range: SongIdRange) -> Path:
 
 def snapshot_ranges(folder: Path) -> list[SongIdRange]:
     """The ranges that have a snapshot, in order."""
-    return sorted(SongIdRange.from_key(path.stem) for path in folder.glob("*.parquet"))
+    return ranges_of(folder.glob("*.parquet"))
+
+
+def ranges_of(paths: Iterable[Path]) -> list[SongIdRange]:
+    """The ranges that files are named after, in order.
+
+    Raises:
+        StoreError: one is named otherwise.
+    """
+    try:
+        return sorted(SongIdRange.from_key(path.stem) for path in paths)
+    except ValueError as error:
+        raise StoreError(f"a file that is not ours lies in the storage folder: {error}; move it away") from error
 
 
 def remove_foreign_cuts(folder: Path, tiling: Tiling) -> None:
@@ -75,11 +89,26 @@ def remove_foreign_cuts(folder: Path, tiling: Tiling) -> None:
 
 
 def load_songs_from_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
-    """One range's snapshot; see the module for its columns. No file is a range without songs."""
+    """One range's snapshot; see the module for its columns. No file is a range without songs.
+
+    Raises:
+        StoreError: the file is damaged: what it holds is not what was exported.
+    """
     if not path.exists():
         empty = pl.DataFrame(pa.Table.from_batches([], SNAPSHOT_SCHEMA))
         return empty.select(columns) if columns else empty
-    return pl.read_parquet(path, columns=columns)
+    try:
+        with _open(path) as file:
+            return pl.DataFrame(file.read(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(
+            f"{path} is damaged ({error}): remove it and materialize songs_parquet, which exports the range anew"
+        ) from error
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    """A snapshot whose pages are held against their checksums as they are read."""
+    return pq.ParquetFile(path, page_checksum_verification=True)
 
 
 def read_footer(path: Path) -> Footer | None:
@@ -140,12 +169,17 @@ def write_snapshot(path: Path, songs: pa.Table, footer: Footer) -> None:
             # names and lyrics hardly repeat: looking for it costs a twentieth of the time
             use_dictionary=["artist", "set_aside"],
             write_statistics=["song_id"],
+            write_page_checksum=True,
         )
 
 
 def merge_songs(path: Path, newer: pa.Table) -> pa.Table:
-    """The snapshot on disk with newer rows in place of those of the same song_id."""
-    with pq.ParquetFile(path) as file:
+    """The snapshot on disk with newer rows in place of those of the same song_id.
+
+    Raises:
+        pa.ArrowException, OSError: it is damaged.
+    """
+    with _open(path) as file:
         both = pa.concat_tables([file.read().replace_schema_metadata(), newer])
     song_ids = both["song_id"].to_numpy()
     order = np.argsort(song_ids, kind="stable")
@@ -160,7 +194,7 @@ def compare_snapshot(path: Path, songs: pa.Table) -> Changes:
     song_ids = songs["song_id"].to_numpy()
     n_before = n_both = n_changed = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with _open(path) as file:
             for batch in file.iter_batches(_COMPARED_ROWS):
                 ends = batch.column("song_id")[0].as_py(), batch.column("song_id")[-1].as_py() + 1
                 start, stop = np.searchsorted(song_ids, ends)

@@ -19,6 +19,7 @@ from songvec_assets.vectors.table import TableSpec
 _MAP_SONGS = 1_000
 _PREVIEW_SONGS, _PREVIEW_NEIGHBOURS = 8, 3
 _CLUSTERS, _CLUSTERED_AXES, _ROUNDS = 8, 16, 20
+_MIDDLE = 5
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,14 @@ class SongMap:
     Attributes:
         points: float32, (n, 2).
         clusters: of each point, from 0 on, (n,).
-        titles: place among the points of the song in the middle of each cluster, and what it is called.
+        titles: of each cluster, those of the songs in its middle, the innermost first.
         share: of the sample's variance that the two axes show.
         n_rows: of the table.
     """
 
     points: Float32Matrix
     clusters: NDArray[np.int64]
-    titles: dict[int, str]
+    titles: list[list[str]]
     share: float
     n_rows: int
 
@@ -72,8 +73,9 @@ def preview_table(database: Database, rows: LoadedRows, source: SongsSource, spe
     clusters, middles = find_clusters(components[:, :_CLUSTERED_AXES])
     shown = {song_ids[place]: vectors[place] for place in _spread(len(song_ids), _PREVIEW_SONGS)}
     with database.get_connection("web") as connection:
-        songs = read_songs(connection, source, [*shown, *(song_ids[place] for place in middles)])
-    titles = {place: songs[song_ids[place]][0] for place in middles if song_ids[place] in songs}
+        inner = [song_ids[place] for places in middles for place in places]
+        songs = read_songs(connection, source, [*shown, *inner])
+    titles = [[songs[song_ids[each]][0] for each in places if song_ids[each] in songs] for places in middles]
     neighbourhoods = []
     for song_id in shown.keys() & songs.keys():
         hits = search_songs(database, source, spec, shown[song_id], _PREVIEW_NEIGHBOURS + 1)
@@ -98,7 +100,7 @@ def project(vectors: Float32Matrix) -> tuple[Float32Matrix, float]:
     return components, float((lengths[:2] ** 2).sum()) / total if total else 1.0
 
 
-def find_clusters(points: Float32Matrix, n_clusters: int = _CLUSTERS) -> tuple[NDArray[np.int64], list[int]]:
+def find_clusters(points: Float32Matrix, n_clusters: int = _CLUSTERS) -> tuple[NDArray[np.int64], list[list[int]]]:
     """Lloyd's k-means, begun at points far from each other; deterministic.
 
     Args:
@@ -106,7 +108,7 @@ def find_clusters(points: Float32Matrix, n_clusters: int = _CLUSTERS) -> tuple[N
         n_clusters: at most.
 
     Returns:
-        The cluster of each point, and the place of the point nearest to each centre.
+        The cluster of each point, and of each cluster the places of the points nearest to its centre, nearest first.
     """
     places = [int(np.argmax(((points - points.mean(axis=0)) ** 2).sum(axis=1)))]
     while len(places) < min(n_clusters, len(points)):
@@ -118,7 +120,12 @@ def find_clusters(points: Float32Matrix, n_clusters: int = _CLUSTERS) -> tuple[N
             [points[clusters == each].mean(axis=0) if (clusters == each).any() else centres[each]
              for each in range(len(centres))]
         )  # fmt: skip
-    return clusters, _distances(points, centres).argmin(axis=0).tolist()
+    from_centre = _distances(points, centres)
+    middles = []
+    for cluster in range(len(centres)):
+        members = np.flatnonzero(clusters == cluster)
+        middles.append(members[from_centre[members, cluster].argsort()][:_MIDDLE].tolist())
+    return clusters, middles
 
 
 def _distances(points: Float32Matrix, centres: Float32Matrix) -> NDArray[np.float32]:

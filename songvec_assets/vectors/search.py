@@ -97,8 +97,8 @@ def check_searchable(database: Database, spec: TableSpec) -> None:
     if loaded != spec:
         raise TableMismatchError(
             f"the table holds {loaded.column_type} by {loaded.model!r}, the configured embedder makes "
-            f"{spec.column_type} by {spec.model!r}: `songvec run` with it first, or set back the model or key that "
-            "filled the table"
+            f"{spec.column_type} by {spec.model!r}: `songvec swap` builds its table, or set back the model or key that "
+            "filled this one"
         )
 
 

@@ -96,8 +96,8 @@ def roll_back(database: Database, check: Callable[[], None] = lambda: None) -> T
             raise TableMismatchError(f"there is no table {KEPT} to go back to: it was dropped, or nothing was swapped")
         if table_exists(connection, BESIDE):
             raise TableMismatchError(
-                f"table {BESIDE} is in the way: {read_spec(connection, BESIDE)} is being built there. Finish it with "
-                "`songvec swap`, or drop it and what an earlier swap kept with `songvec swap --drop-old`"
+                f"table {BESIDE} is in the way: {read_spec(connection, BESIDE)} is being built there. Finish that with "
+                f"`songvec swap`, or let its owner run DROP TABLE {BESIDE}; then roll back"
             )
         connection.execute(text(f"LOCK TABLE {TABLE}, {KEPT} IN ACCESS EXCLUSIVE MODE"))
         _rename(connection, TABLE, BESIDE)
