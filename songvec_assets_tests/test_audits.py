@@ -1,0 +1,181 @@
+"""Each question about a deployment, answered well by a sound one, and badly by one in which that thing is wrong."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from songvec_assets.audits import Auditor, Finding
+from songvec_assets.deployment import SPENDING, Deployment
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import read_fact, write_fact
+from songvec_assets.status import measure_coverage, measure_status
+from songvec_assets_tests.administration import execute
+from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.provider import Provider
+
+QUESTIONS = [name for name, each in vars(Auditor).items() if not name.startswith("_") and callable(each)]
+N_SONGS = 40
+
+
+def run_all(deployment: Deployment) -> None:
+    deployment.export()
+    deployment.filler().fill_ranges(list(deployment.tiling), lambda _: None)
+    deployment.publish()
+    deployment.index()
+
+
+@pytest.fixture
+def begin(
+    database: Database, provider: Provider, songs: Callable[..., None], tmp_path: Path
+) -> Callable[..., Deployment]:
+    """Begins a look at a deployment whose songs are all embedded, loaded and indexed."""
+    songs(*((song_id, f"Song {song_id}", "Ann", "la la") for song_id in range(1, N_SONGS + 1)))
+    run_all(deploy(database, provider, tmp_path))
+    return lambda **settings: deploy(database, provider, tmp_path, **settings)
+
+
+def ask(deployment: Deployment, name: str) -> Finding:
+    return getattr(Auditor(deployment), name)()
+
+
+def test_a_sound_deployment_answers_every_question_well(begin: Callable[..., Deployment]) -> None:
+    found = {name: ask(begin(), name) for name in QUESTIONS}
+    assert len(found) == 11
+    assert {name: finding.words for name, finding in found.items() if not finding.passed} == {}
+    assert all(finding.words for finding in found.values())
+
+
+def delete_row(url: str) -> None:
+    execute(url, "DELETE FROM song_embeddings WHERE song_id = 7")
+
+
+def delete_song(url: str) -> None:
+    execute(url, "DELETE FROM songs WHERE id = 7")
+
+
+def add_song(url: str) -> None:
+    execute(url, "INSERT INTO songs VALUES (50, 'New', 'Ann', 'la')")
+
+
+def unname_songs(url: str) -> None:
+    execute(url, "UPDATE songs SET name = '' WHERE id <= 3")
+
+
+def zero_vector(url: str) -> None:
+    execute(url, "UPDATE song_embeddings SET embedding = array_fill(0, ARRAY[64])::vector WHERE song_id = 7")
+
+
+def another_model(url: str) -> None:
+    execute(url, "UPDATE songvec.loaded_ranges SET model = 'other'")
+
+
+def drop_index(url: str) -> None:
+    execute(url, "DROP INDEX embeddings_ivfflat_idx")
+
+
+@pytest.mark.parametrize(
+    ("name", "break_it", "export", "words"),
+    [
+        ("coverage", add_song, True, "1 missing: `songvec run`"),
+        ("few_set_aside", unname_songs, True, "3 of 40 songs are set aside"),
+        ("no_orphans", delete_row, False, "39 rows, 40 of them in the ledger"),
+        ("no_orphans", delete_song, True, "1 without a song"),
+        ("vectors_are_sound", zero_vector, False, "1 of 40 sampled vectors are bad"),
+        ("one_model", another_model, False, "the ledger has other"),
+        ("index_is_used", drop_index, False, "materialize ivfflat_index"),
+        ("index_is_fresh", drop_index, False, "materialize ivfflat_index"),
+        ("recall_reaches_target", drop_index, False, "materialize ivfflat_index"),
+    ],
+)
+def test_what_is_wrong_is_found_and_told(
+    begin: Callable[..., Deployment], name: str, break_it: Callable[[str], None], export: bool, words: str
+) -> None:
+    break_it(begin().database.adbc_uri)
+    if export:
+        begin().export()
+    finding = ask(begin(), name)
+    assert not finding.passed
+    assert words in finding.words
+
+
+def test_rows_changed_beyond_a_fifth_make_the_index_stale(begin: Callable[..., Deployment]) -> None:
+    with begin().database.get_connection() as connection:
+        write_fact(connection, "rows_changed_since_index", 9)
+    finding = ask(begin(), "index_is_fresh")
+    assert (finding.passed, "9 rows changed" in finding.words) == (False, True)
+
+
+def test_vectors_that_moved_under_the_same_model_are_drift(begin: Callable[..., Deployment]) -> None:
+    url = begin().database.adbc_uri
+    execute(url, "UPDATE songs SET lyrics = lyrics || 'x'")
+    run_all(begin())
+    assert ask(begin(), "no_drift").passed, "other texts of the same model are no drift"
+    with begin().database.get_connection() as connection:
+        profiles = read_fact(connection, "profiles")
+        profiles[1]["mean_norm"] *= 1.1
+        write_fact(connection, "profiles", profiles)
+    finding = ask(begin(), "no_drift")
+    assert (finding.passed, "+10.0%" in finding.words) == (False, True)
+    with begin().database.get_connection() as connection:
+        profiles[1] |= {"mean_norm": profiles[0]["mean_norm"], "mean": [-3 * each + 1 for each in profiles[0]["mean"]]}
+        write_fact(connection, "profiles", profiles)
+    assert not ask(begin(), "no_drift").passed
+    with begin().database.get_connection() as connection:
+        write_fact(connection, "profiles", [profiles[0] | {"spec": "another model"}, profiles[1]])
+    assert ask(begin(), "no_drift").passed, "two models are not held against each other"
+
+
+@pytest.mark.parametrize(
+    ("expected", "billed", "passed"), [(1000, 1240, True), (1000, 1260, False), (1000, 700, False)]
+)
+def test_the_bill_is_held_against_the_estimate(
+    begin: Callable[..., Deployment], expected: int, billed: int, passed: bool
+) -> None:
+    deployment = begin()
+    with deployment.database.get_connection() as connection:
+        fact = {"n_tokens_expected": expected, "n_tokens": billed, "bytes_per_token": 4.0}
+        write_fact(connection, SPENDING, fact)
+    assert ask(deployment, "billed_as_estimated").passed == passed
+
+
+@pytest.mark.parametrize(
+    ("price", "bytes_per_token", "passed"), [(0.1, 4.0, True), (100.0, 4.0, False), (0.1, 0.2, False), (0.0, 0.2, True)]
+)
+def test_a_price_that_no_provider_has_is_told(
+    begin: Callable[..., Deployment], price: float, bytes_per_token: float, passed: bool
+) -> None:
+    deployment = begin(usd_per_million_tokens=price)
+    with deployment.database.get_connection() as connection:
+        write_fact(connection, SPENDING, {"n_tokens_expected": 9, "n_tokens": 9, "bytes_per_token": bytes_per_token})
+    assert ask(deployment, "price_is_sane").passed == passed
+
+
+def test_coverage_counts_each_song_once_as_status_does(begin: Callable[..., Deployment]) -> None:
+    url = begin().database.adbc_uri
+    unname_songs(url)
+    execute(url, "INSERT INTO songs SELECT n, 'New', 'Ann', 'la ' || n FROM generate_series(110, 119) AS n")
+    begin().export()
+    deployment = begin()
+    first, second = measure_coverage(deployment)
+    status = measure_status(deployment)
+    assert [each.n_songs for each in (first, second)] == [each.n_songs for each in status.ranges] == [40, 10]
+    assert (second.n_loaded, second.n_waiting, second.n_set_aside, second.n_missing) == (0, 0, 0, 10)
+    deployment.filler().fill_ranges(list(deployment.tiling), lambda _: None)
+    first, second = measure_coverage(begin())
+    assert (first.n_loaded, first.n_set_aside) == (40, 0), "a song that is loaded counts as that until the next load"
+    assert (second.n_waiting, second.n_missing) == (10, 0)
+    begin().publish()
+    first, second = measure_coverage(begin())
+    assert (first.n_loaded, first.n_set_aside, second.n_loaded) == (37, 3, 10)
+
+
+def test_ranges_behind_are_those_whose_songs_changed(begin: Callable[..., Deployment]) -> None:
+    assert begin().ranges_behind() == []
+    execute(begin().database.adbc_uri, "INSERT INTO songs VALUES (150, 'New', 'Ann', 'la')")
+    begin().export()
+    assert [each.key for each in begin().ranges_behind()] == ["000000100-000000200"]
+    rendered = begin()
+    rendered.settings = replace(rendered.settings, max_text_chars=5)
+    assert len(rendered.ranges_behind()) == 2, "another way of rendering changes them all"
