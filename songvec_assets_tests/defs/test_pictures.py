@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from songvec_assets.defs.pictures import draw_recall, show_picture
-from songvec_assets.defs.reports import describe_index
+from songvec_assets.defs.pictures import draw_coverage, draw_map, draw_recall, draw_tokens, show_picture
+from songvec_assets.defs.reports import describe_index, describe_preview
+from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange
+from songvec_assets.status import RangeCoverage
 from songvec_assets.vectors.ivfflat import IndexFacts, IndexReport
+from songvec_assets.vectors.preview import Neighbourhood, Preview, SongMap
 from songvec_assets.vectors.recall import RecallPoint, RecallReport
+from songvec_assets.vectors.search import Hit
 from songvec_assets.vectors.sizes import estimate_build
 
 POINTS = tuple(
@@ -59,6 +63,64 @@ class TestPicture:
         shown = show_picture(b"any bytes", "recall")
         assert isinstance(shown, dg.MarkdownMetadataValue)
         assert shown.md_str == "![recall](data:image/png;base64,YW55IGJ5dGVz)"
+
+
+def share_of(png: bytes, colour: tuple[int, int, int]) -> float:
+    """The share of a picture's pixels that have a colour."""
+    return float((np.asarray(open_picture(png)) == colour).all(axis=2).mean())
+
+
+class TestCoverage:
+    LOADED, MISSING = (0x1F, 0x3A, 0x5F), (0xD1, 0x49, 0x5B)
+
+    def test_what_is_missing_is_red_and_as_much_as_it_is(self) -> None:
+        full = [RangeCoverage(SongIdRange(start, start + 100), 100, 0, 0, 0) for start in range(0, 1000, 100)]
+        half = [RangeCoverage(each.range, 50, 0, 0, 50) for each in full]
+        assert share_of(draw_coverage(full), self.MISSING) < 0.005
+        assert share_of(draw_coverage(half), self.MISSING) > 0.15
+        assert share_of(draw_coverage(full), self.LOADED) > 1.8 * share_of(draw_coverage(half), self.LOADED)
+
+    def test_the_tail_is_as_wide_as_the_others(self) -> None:
+        first = RangeCoverage(SongIdRange(0, 100), 100, 0, 0, 0)
+        tail = RangeCoverage(SongIdRange(100, MAX_SONG_ID + 1), 0, 0, 0, 100)
+        picture = draw_coverage([first, tail])
+        assert share_of(picture, self.MISSING) == pytest.approx(share_of(picture, self.LOADED), rel=0.1)
+
+
+class TestTokens:
+    def test_bars_are_as_high_as_their_counts(self) -> None:
+        ink = (0x1F, 0x3A, 0x5F)
+        edges = [0.0, 100.0, 200.0]
+        assert share_of(draw_tokens([10, 10], edges), ink) > 1.5 * share_of(draw_tokens([10, 1], edges), ink)
+
+    def test_one_song_is_enough(self) -> None:
+        open_picture(draw_tokens([1], [0.0, 32.0]))
+
+
+class TestMap:
+    MAP = SongMap(
+        np.random.default_rng(0).random((60, 2), np.float32), np.arange(60) % 3, [["A"], ["B"], ["C"]], 0.5, 99
+    )
+
+    def test_each_cluster_has_its_colour(self) -> None:
+        png = np.asarray(open_picture(draw_map(self.MAP))).reshape(-1, 3).astype(int)
+        reddish = (png[:, 0] > png[:, 1] + 60).mean()
+        one = replace(self.MAP, clusters=np.zeros(60, int), titles=[["A"]])
+        alone = np.asarray(open_picture(draw_map(one))).reshape(-1, 3).astype(int)
+        assert reddish > 0.001 > (alone[:, 0] > alone[:, 1] + 60).mean()
+
+    @pytest.mark.parametrize(
+        "titles", [["祖母の味噌汁", "Plain"], ["祖母の味噌汁"], [], ["$x_1$ and $", "B"], ["long " * 30]]
+    )
+    def test_any_title_can_be_drawn(self, titles: list[str]) -> None:
+        open_picture(draw_map(replace(self.MAP, titles=[titles, ["B"], ["C"]])))
+
+    def test_neighbours_are_a_table_with_the_song_first(self) -> None:
+        near = [Hit(2, "Hill", "Ben", None, 0.987)]
+        told = describe_preview(Preview(self.MAP, [Neighbourhood("Sea", "Ann", near)]))
+        table = told["songs and their nearest"]
+        assert [column.name for column in table.schema.columns] == ["song", "nearest 1", "nearest 2", "nearest 3"]
+        assert table.records[0].data["nearest 1"] == "Hill — Ben (0.99)"
 
 
 class TestMetadata:

@@ -1,0 +1,313 @@
+"""What runs by itself, over a real instance; what a run may be told; and what people are told of failures."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from songvec_assets.definitions import defs
+from songvec_assets.defs.alerts import post_alert
+from songvec_assets.defs.headless import run_job
+from songvec_assets.defs.resources import FireworksResource, PostgresResource, RunResource, StorageResource
+from songvec_assets.errors import AlertError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.songs.source import SourceNames, find_source, measure_source
+from songvec_assets_tests.administration import execute, free_port
+from songvec_assets_tests.provider import Provider
+
+FIRST = "000000000-000050000"
+ASSETS = ("songs_parquet", "embedding_cache", "song_embeddings_table", "ivfflat_index")
+
+
+@pytest.fixture
+def instance(
+    database: Database,
+    provider: Provider,
+    songs: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[dg.DagsterInstance]:
+    """An instance of its own, and the environment of somebody who has a database and a key."""
+    songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", "stones"))
+    for name, value in {
+        "POSTGRES_URL": database.url,
+        "FIREWORKS_API_KEY": provider.api_key,
+        "FIREWORKS_BASE_URL": provider.base_url,
+        "SONGVEC_STORAGE": str(tmp_path / "store"),
+        "SONGVEC_EMBEDDING_DIMENSIONS": "64",
+        "DAGSTER_HOME": str(tmp_path),
+    }.items():
+        monkeypatch.setenv(name, value)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        yield instance
+
+
+def look(instance: dg.DagsterInstance, cursor: str | None) -> dg.SensorResult | dg.SkipReason:
+    """One tick of the sensor on the source; its events are recorded."""
+    run = RunResource(postgres=PostgresResource(), fireworks=FireworksResource(), storage=StorageResource())
+    with dg.build_sensor_context(
+        instance=instance, repository_def=defs.get_repository_def(), cursor=cursor, resources={"run": run}
+    ) as context:
+        result = defs.resolve_sensor_def("songs_source")(context)
+    for event in getattr(result, "asset_events", None) or []:
+        instance.report_runless_asset_event(event)
+    return result
+
+
+def materialize(instance: dg.DagsterInstance, asset: str, partition: str | None = None) -> None:
+    """Run one asset with its checks."""
+    everything = [*(defs.assets or []), *(defs.asset_checks or [])]
+    selection = dg.AssetSelection.assets(asset)
+    result = dg.materialize(
+        everything, selection=selection, partition_key=partition, instance=instance, resources=defs.resources
+    )
+    assert result.success
+
+
+class TestConditions:
+    # what dagster says of itself
+    @pytest.mark.filterwarnings("ignore::dagster.BetaWarning", "ignore:InitResourceContext.dagster_run:DeprecationWarning")
+    def test_a_change_of_the_songs_goes_through_the_graph_and_then_there_is_peace(
+        self, instance: dg.DagsterInstance, database: Database
+    ) -> None:
+        cursor = None
+
+        def requested() -> dict[str, list[str | None]]:
+            nonlocal cursor
+            tick = dg.evaluate_automation_conditions(defs=defs, instance=instance, cursor=cursor)
+            cursor = tick.cursor
+            found = {asset: tick.get_requested_partitions(dg.AssetKey(asset)) for asset in ASSETS}
+            return {asset: sorted(keys, key=str) for asset, keys in found.items() if keys}
+
+        assert requested() == {}, "switching it on runs nothing"
+        seen = look(instance, None)
+        assert isinstance(seen, dg.SensorResult)
+        assert requested() == {"songs_parquet": [None]}
+        materialize(instance, "songs_parquet")
+        assert requested() == {"embedding_cache": [FIRST]}, "only ranges that lack something"
+        materialize(instance, "embedding_cache", FIRST)
+        assert requested() == {"song_embeddings_table": [None]}
+        materialize(instance, "song_embeddings_table")
+        assert requested() == {"ivfflat_index": [None]}
+        materialize(instance, "ivfflat_index")
+        assert requested() == {}
+        assert isinstance(look(instance, seen.cursor), dg.SkipReason)
+        assert requested() == {}
+        execute(database.adbc_uri, "INSERT INTO songs VALUES (60000, 'New', 'Ann', 'la')")
+        look(instance, seen.cursor)
+        assert requested() == {"songs_parquet": [None]}
+        materialize(instance, "songs_parquet")
+        assert requested() == {"embedding_cache": ["000050000-000100000"]}
+
+    def test_all_that_spends_money_starts_stopped(self) -> None:
+        sensors = {sensor.name: sensor.default_status for sensor in defs.sensors or []}
+        assert sensors == {
+            "automation": dg.DefaultSensorStatus.STOPPED,
+            "songs_source": dg.DefaultSensorStatus.STOPPED,
+            "failed_runs": dg.DefaultSensorStatus.RUNNING,
+        }
+        assert {each.name: each.default_status for each in defs.schedules or []} == {
+            "nightly": dg.DefaultScheduleStatus.STOPPED
+        }
+
+    def test_a_night_runs_the_whole_graph_over_what_holds_songs(
+        self, instance: dg.DagsterInstance, provider: Provider
+    ) -> None:
+        schedule = defs.resolve_schedule_def("nightly")
+        (request,) = schedule.evaluate_tick(dg.build_schedule_context(instance=instance)).run_requests or []
+        assert schedule.job_name == "refresh"
+        job = defs.resolve_job_def("refresh")
+        assert job.execute_in_process(instance=instance, run_config=request.run_config, tags=request.tags).success
+        assert instance.get_materialized_partitions(dg.AssetKey("embedding_cache")) == {FIRST}
+        assert len(provider.texts()) == 3
+
+
+class TestSource:
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "INSERT INTO songs VALUES (3, 'New', 'Ann', 'la')",
+            "DELETE FROM songs WHERE id = 1",
+            "UPDATE songs SET lyrics = 'other words' WHERE id = 1",
+            "TRUNCATE songs",
+        ],
+    )
+    def test_any_change_is_seen(self, database: Database, songs: Callable[..., None], statement: str) -> None:
+        songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", "stones"))
+        source = find_source(database, SourceNames())
+        before = self.settled(database, source)
+        assert (before.n_songs, before.highest_id) == (2, 2)
+        execute(database.adbc_uri, statement)
+        assert self.settled(database, source).identity != before.identity
+
+    def test_a_view_and_a_column_of_times_are_looked_at_as_they_can_be(self, database: Database) -> None:
+        execute(
+            database.adbc_uri,
+            """CREATE TABLE "T%" (id integer PRIMARY KEY, name text, artist text, lyrics text, "at" timestamptz);
+            INSERT INTO "T%" VALUES (1, 'n', 'a', 'l', '2026-01-02 03:04:05+00');
+            CREATE VIEW seen AS SELECT * FROM "T%" """,
+        )
+        table = find_source(database, SourceNames("T%", updated_at_column="at"))
+        state = measure_source(database, table)
+        assert (state.n_songs, state.highest_id, state.newest is not None) == (1, 1, True)
+        view = find_source(database, SourceNames("seen", song_id_column="id"))
+        assert measure_source(database, view).n_writes is None
+
+    @staticmethod
+    def settled(database: Database, source):
+        """The server counts what a session wrote when that ends."""
+        execute(database.adbc_uri, "SELECT pg_stat_force_next_flush()")
+        return measure_source(database, source)
+
+
+@pytest.fixture
+def webhook() -> Iterator[tuple[str, list[str], list[int]]]:
+    """A server that takes messages: its address, what it was sent, and the statuses that it answers with."""
+    told: list[str] = []
+    statuses = [200]
+
+    class Taker(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["content-length"])))["text"])
+            self.send_response(statuses[-1])
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    server = HTTPServer(("127.0.0.1", 0), Taker)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/hook/secret", told, statuses
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class TestAlerts:
+    def test_a_failed_run_is_told_with_its_cause_and_what_to_do(
+        self, instance: dg.DagsterInstance, webhook, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        url, told, _ = webhook
+        monkeypatch.setenv("FIREWORKS_API_KEY", "wrong")
+        job = defs.resolve_job_def("refresh")
+        result = job.execute_in_process(instance=instance, raise_on_error=False)
+        assert not result.success
+        sensor = defs.resolve_sensor_def("failed_runs")
+
+        def tick() -> dg.SkipReason | None:
+            context = dg.build_run_status_sensor_context(
+                "failed_runs", result.get_run_failure_event(), instance, result.dagster_run
+            ).for_run_failure()
+            return sensor(context)
+
+        assert isinstance(tick(), dg.SkipReason)
+        assert told == []
+        monkeypatch.setenv("SONGVEC_WEBHOOK_URL", url)
+        tick()
+        (words,) = told
+        for expected in (
+            result.run_id[:8],
+            "refresh",
+            "embedding_cache: ",
+            "401",
+            "is not paid for again",
+            "Re-execute",
+        ):
+            assert expected in words
+
+    def test_a_webhook_that_takes_nothing_is_an_error_that_hides_its_address(self, webhook) -> None:
+        url, _, statuses = webhook
+        statuses.append(500)
+        with pytest.raises(AlertError, match="answered 500") as refused:
+            post_alert(url, "words")
+        with pytest.raises(AlertError, match="could not be reached") as unreachable:
+            post_alert(f"http://127.0.0.1:{free_port()}/hook/secret", "words")
+        with pytest.raises(AlertError, match="could not be reached"):
+            post_alert("no address", "words")
+        assert "secret" not in str(refused.value) + str(unreachable.value)
+
+
+@pytest.mark.usefixtures("instance")
+class TestRuns:
+    def test_options_of_a_run_reach_all_of_its_steps(self, provider: Provider) -> None:
+        job = defs.resolve_job_def("refresh")
+        failed = run_job(job, resources={"run": {"max_usd": 0.0}})
+        assert "the budget of $0.0000 would be exceeded" in failed.failures[0]
+        failed = run_job(job, resources={"run": {"max_usd_a_month": 0.0}})
+        assert "SONGVEC_MAX_USD_A_MONTH" in failed.failures[0]
+        elsewhere = run_job(job, resources={"run": {"ranges": "000050000-000100000"}})
+        assert "fill the cache first" in elsewhere.failures[0], "no range of it holds songs"
+        assert provider.texts() == {}
+        assert run_job(job, resources={"run": {"ranges": f"{FIRST}...{FIRST}"}}).failures == []
+        assert len(provider.texts()) == 3
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"ranges": "000000000"}, "expected a range key like"),
+            ({"ranges": "000050000-000100000...000000000-000050000"}, "no ranges of this graph in their order"),
+            ({"max_usd": -1.0}, "SONGVEC_MAX_USD: expected a number of at least 0"),
+            ({"concurrency": 0}, "SONGVEC_CONCURRENCY: expected a whole number from 1 to 1,000"),
+            ({"target_recall": 1.5}, "SONGVEC_TARGET_RECALL: expected a share over 0"),
+        ],
+    )
+    def test_a_bad_option_is_refused_by_name_before_anything_is_done(
+        self, provider: Provider, options: dict[str, object], words: str
+    ) -> None:
+        result = run_job(defs.resolve_job_def("refresh"), resources={"run": options})
+        assert words in result.failures[0]
+        assert provider.ledger()["requests"] == 0
+
+    def test_a_re_execution_embeds_nothing_anew_a_second_time(
+        self, instance: dg.DagsterInstance, provider: Provider
+    ) -> None:
+        job = defs.resolve_job_def("refresh")
+        assert job.execute_in_process(instance=instance).success
+        config = {"resources": {"run": {"config": {"embed_anew": True}}}}
+        first = job.execute_in_process(instance=instance, run_config=config)
+        assert {count for text, count in provider.texts().items() if text != "probe"} == {2}
+        with dg.DagsterInstance.local_temp(instance.root_directory) as same:
+            options = dg.ReexecutionOptions(parent_run_id=first.run_id)
+            again = dg.execute_job(dg.reconstructable(_refresh), same, run_config=config, reexecution_options=options)
+        assert again.success
+        assert {count for text, count in provider.texts().items() if text != "probe"} == {2}
+
+    def test_a_dry_run_prices_and_touches_nothing(
+        self, instance: dg.DagsterInstance, provider: Provider, tmp_path: Path
+    ) -> None:
+        assert run_job(defs.resolve_job_def("embed"), resources={"run": {"max_usd": 0.0}}).failures
+        files = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*") if path.is_file()}
+        requests = provider.ledger()["requests"]
+        result = defs.resolve_job_def("dry_run").execute_in_process(instance=instance)
+        words = [entry.user_message for entry in instance.all_logs(result.run_id)]
+        assert any("embed: 2 texts, about" in each for each in words), words
+        assert any("load: nothing is cached yet" in each for each in words)
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*") if path.is_file()} == files
+        assert provider.ledger()["requests"] == requests
+
+    def test_unchanged_content_keeps_its_data_version(self, instance: dg.DagsterInstance, database: Database) -> None:
+        job = defs.resolve_job_def("refresh")
+
+        def versions() -> dict[str, str | None]:
+            span = {"dagster/asset_partition_range_start": FIRST, "dagster/asset_partition_range_end": FIRST}
+            assert job.execute_in_process(instance=instance, tags=span).success
+            found = {}
+            for asset in ASSETS:
+                event = instance.get_latest_materialization_event(dg.AssetKey(asset))
+                found[asset] = (event.asset_materialization.tags or {})["dagster/data_version"]
+            return found
+
+        first = versions()
+        assert versions() == first
+        execute(database.adbc_uri, "UPDATE songs SET lyrics = 'other' WHERE id = 1")
+        changed = versions()
+        assert {asset for asset in ASSETS if changed[asset] != first[asset]} >= set(ASSETS) - {"ivfflat_index"}
+
+
+def _refresh() -> dg.JobDefinition:
+    return defs.resolve_job_def("refresh")
