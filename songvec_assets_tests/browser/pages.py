@@ -95,7 +95,7 @@ class DagsterUI:
         if config:
             self.type_config(*config)
             self.see("No errors")
-        self.press("Launch Run")
+        self.press(re.compile("Launch Run$"))
         self.press("Confirm")
         self.page.wait_for_url("**/runs/*")
 

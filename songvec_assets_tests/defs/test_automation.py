@@ -70,7 +70,9 @@ def materialize(instance: dg.DagsterInstance, asset: str, partition: str | None 
 
 class TestConditions:
     # what dagster says of itself
-    @pytest.mark.filterwarnings("ignore::dagster.BetaWarning", "ignore:InitResourceContext.dagster_run:DeprecationWarning")
+    @pytest.mark.filterwarnings(
+        "ignore::dagster.BetaWarning", "ignore:InitResourceContext.dagster_run:DeprecationWarning"
+    )
     def test_a_change_of_the_songs_goes_through_the_graph_and_then_there_is_peace(
         self, instance: dg.DagsterInstance, database: Database
     ) -> None:

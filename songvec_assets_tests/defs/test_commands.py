@@ -33,7 +33,12 @@ class Project:
         for name in ("pyproject.toml", "workspace.yaml", "dagster.yaml"):
             shutil.copy(ROOT / name, folder / name)
         (folder / "songvec_assets").symlink_to(ROOT / "songvec_assets")
-        dropped = {*variables(), "DAGSTER_HOME", "DAGSTER_CLI_ASSET_MATERIALIZE_MODULE_NAME"}
+        dropped = {
+            *variables(),
+            "DAGSTER_HOME",
+            "DAGSTER_CLI_ASSET_MATERIALIZE_MODULE_NAME",
+            "DAGSTER_CLI_JOB_EXECUTE_MODULE_NAME",
+        }
         self.environment = {name: value for name, value in os.environ.items() if name not in dropped}
         self.environment |= {"PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "200"}
 
