@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dev test check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
@@ -60,6 +60,9 @@ bench-index: $(INSTALLED)  ## Index builds beside pgvector's defaults, recall, h
 
 bench-serving: $(INSTALLED)  ## Searches while a table is loaded, rebuilt and swapped: 5 min
 	$(BIN)/python -m benchmarks.serving
+
+bench-operating: $(INSTALLED)  ## The graph in Dagster beside the bare core, and the first minutes of its UI: 8 min
+	$(BIN)/python -m benchmarks.operating
 
 chaos: $(INSTALLED)  ## Fills killed 25 times in a row, and shards damaged, held against the provider's ledger: 4 min
 	$(BIN)/python -m benchmarks.chaos

@@ -133,6 +133,25 @@ def prepare_server(job: Job, n_connections: int) -> Load:
     return load
 
 
+def prepare_socket(job: Job) -> Load:
+    """The limit of one connection: the bytes of ready files, sent as they are; nothing is read, checked or recorded."""
+    import psycopg2
+
+    files = sorted(job.ready.iterdir())
+    connection = psycopg2.connect(job.uri)
+
+    def load() -> None:
+        with connection.cursor() as cursor:
+            for path in files:
+                with path.open("rb") as file:
+                    cursor.copy_expert(
+                        "COPY song_embeddings (song_id, embedding) FROM STDIN (FORMAT binary)", file, size=1 << 16
+                    )
+                connection.commit()
+
+    return load
+
+
 def prepare_psycopg3(job: Job) -> Load:
     """pgvector-python's documented loop: a row at a time, binary."""
     import psycopg
@@ -252,11 +271,12 @@ class Client(NamedTuple):
 
 
 THIS, THIS_TWO = "this, one connection", "this, two connections"
-SERVER, SERVER_TWO = "limit: server-side COPY", "limit, two connections"
+SERVER, SERVER_TWO, SOCKET = "limit: server-side COPY", "limit, two connections", "limit over a socket: ready bytes"
 PSYCOPG3, PSYCOPG3_PLAIN = "psycopg 3 COPY loop", "psycopg 3 COPY loop, PLAIN"
 ORM, CORE = "SQLAlchemy ORM", "SQLAlchemy insert"
 CLIENTS = {
     SERVER: Client(partial(prepare_server, n_connections=1), plain=True),
+    SOCKET: Client(prepare_socket, plain=True),
     THIS: Client(partial(prepare_this, n_connections=1), plain=True, makes_table=True),
     THIS_TWO: Client(partial(prepare_this, n_connections=2), plain=True, makes_table=True),
     SERVER_TWO: Client(partial(prepare_server, n_connections=2), plain=True),

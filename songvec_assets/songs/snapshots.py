@@ -4,6 +4,7 @@ Columns: song_id (int32), name, artist, lyrics and set_aside (strings); set_asid
 be embedded. Where songs come from is not known here.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ SNAPSHOT_SCHEMA = pa.schema(
     ]
 )
 _DIGEST, _SOURCE, _NEWEST = b"songvec.digest", b"songvec.source", b"songvec.updated_at"
-_COMPARED_ROWS = 4096
+_COMPARED_ROWS = 1024
+_comparing = threading.Lock()
 SIZE_CLASS_BYTES = 128
 """Songs are counted by their texts' sizes in classes of so many bytes."""
 
@@ -189,12 +191,13 @@ def merge_songs(path: Path, newer: pa.Table) -> pa.Table:
 def compare_snapshot(path: Path, songs: pa.Table) -> Changes:
     """Count what is new, changed and gone in a range against its snapshot on disk, a few rows at a time.
 
-    A snapshot that is damaged is none: it is about to be replaced.
+    A snapshot that is damaged is none: it is about to be replaced. One at a time, whoever calls: the old songs are read
+    beside the new ones, and what reading took goes back.
     """
     song_ids = songs["song_id"].to_numpy()
     n_before = n_both = n_changed = 0
     try:
-        with _open(path) as file:
+        with _comparing, _open(path) as file:
             for batch in file.iter_batches(_COMPARED_ROWS):
                 ends = batch.column("song_id")[0].as_py(), batch.column("song_id")[-1].as_py() + 1
                 start, stop = np.searchsorted(song_ids, ends)
@@ -204,6 +207,7 @@ def compare_snapshot(path: Path, songs: pa.Table) -> Changes:
         pass
     except (pa.ArrowInvalid, OSError):
         n_before = n_both = n_changed = 0
+    pa.default_memory_pool().release_unused()
     return Changes(songs.num_rows - n_both, n_changed, n_before - n_both)
 
 

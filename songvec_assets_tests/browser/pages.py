@@ -107,7 +107,8 @@ class DagsterUI:
     def execute_again_from_failure(self) -> None:
         """Run anew what the run that is shown did not do; ends on the new run's page."""
         before = self.page.url
-        self.press(re.compile("^Re-execute from failure"))
+        self.page.get_by_role("button", name="arrow_drop_down", exact=True).click()
+        self.page.get_by_role("menuitem", name="From failure", exact=False).click()
         self.page.wait_for_url(lambda url: "/runs/" in url and url != before)
 
     def switch_on(self, *names: str) -> None:
