@@ -108,7 +108,7 @@ class DagsterUI:
         """Run anew what the run that is shown did not do; ends on the new run's page."""
         before = self.page.url
         self.page.get_by_role("button", name="arrow_drop_down", exact=True).click()
-        self.page.get_by_role("menuitem", name="From failure", exact=False).click()
+        self.page.get_by_role("menuitem").filter(has_text=re.compile("From failure$")).click()
         self.page.wait_for_url(lambda url: "/runs/" in url and url != before)
 
     def switch_on(self, *names: str) -> None:

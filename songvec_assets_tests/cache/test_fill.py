@@ -269,6 +269,7 @@ def test_what_the_provider_answers_wrong_is_told_while_it_is_tried_again_and_cou
     assert ["answered 503" in note for note in notes[-4:]] == [True, True, False, False]
     assert "answered 429" in notes[-2]
     assert "next try in" in notes[-2]
+    assert "of the quota used, 3 retries, 1 of them after 429" in notes[-1]
     assert (reports[0].n_retries, reports[0].n_limited) == (3, 1)
 
 

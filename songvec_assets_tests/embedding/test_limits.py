@@ -175,6 +175,20 @@ def test_a_grant_says_when_its_request_may_go(make_limiter: LimiterMaker) -> Non
         assert grant.at == pytest.approx(time.time() + wait_s, abs=5)
 
 
+def test_a_reservation_tells_what_all_used_in_the_minute_before_it(
+    make_limiter: LimiterMaker, database: Database
+) -> None:
+    one, other = (make_limiter(tokens_per_minute=1000, requests_per_minute=100) for _ in range(2))
+    for _ in range(2):
+        one.reserve(10)
+    forget(database, seconds=2)
+    other.reserve(10)
+    assert (one.used, other.used) == (pytest.approx(0.01, abs=0.011), pytest.approx(0.02))
+    forget(database, seconds=70)
+    other.reserve(10)
+    assert other.used == 0
+
+
 def test_the_scarcer_of_requests_and_tokens_decides(make_limiter: LimiterMaker) -> None:
     few_requests = make_limiter(requests_per_minute=1, tokens_per_minute=6_000)
     assert waits(*(few_requests.reserve(10) for _ in range(3))) == pytest.approx([0, 120, 240], abs=5)
