@@ -24,6 +24,7 @@ from unittest import mock
 from songvec_assets.deployment import Deployment
 from songvec_assets.postgres import brief, engine
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.settings import Settings
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.vectors import recall
@@ -73,7 +74,8 @@ Fault = Callable[[World, Random], None]
 
 
 def load(world: World, database: Database | None = None) -> PublishReport:
-    """Make what searches find equal the cache: under the index, or built beside and swapped in."""
+    """Make what searches find equal the cache, as a deployment does: under the index, or built beside."""
+    ensure_schema(database or world.database)
     return publish_embeddings(
         database or world.database,
         world.cache,

@@ -29,6 +29,7 @@ from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, 
 from songvec_assets.cache.upkeep import compact_if_worth_it
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.progress import Progress
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.text import hash_text
@@ -249,6 +250,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="serving-", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o755)  # the embedded server may run as another user
         database = start_embedded_server(Path(folder) / "pg")
+        ensure_schema(database)
         log, samples = run(database, Path(folder), Size(n_songs=asked.songs))
     figures = collect(log.phases, samples)
     quiet = figures[0]

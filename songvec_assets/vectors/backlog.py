@@ -88,7 +88,8 @@ def compare_with_cache(
 
 def _count_changed(database: Database, song_range: SongIdRange, vectors: pl.DataFrame, table: str) -> int:
     with database.get_connection() as connection:
-        stale = find_stale_rows(connection, song_range, vectors, table)
+        loaded = read_loaded_rows(connection, song_range, table)
+        stale = find_stale_rows(connection, song_range, vectors, loaded, table)
     return vectors.height if stale is None else len(stale.written_anew)
 
 
@@ -131,10 +132,9 @@ class StaleRows:
 
 
 def find_stale_rows(
-    connection: sa.Connection, song_range: SongIdRange, vectors: pl.DataFrame, table: str
+    connection: sa.Connection, song_range: SongIdRange, vectors: pl.DataFrame, loaded: pl.DataFrame | None, table: str
 ) -> StaleRows | None:
     """Hold what the ledger says is loaded of a range against the cache; None: write the whole range."""
-    loaded = read_loaded_rows(connection, song_range, table)
     if loaded is None or TableRows.of(loaded["song_id"]) != read_range_rows(connection, song_range, table):
         return None
     kept = loaded.join(vectors, on=["song_id", "checksum"], how="semi")["song_id"]

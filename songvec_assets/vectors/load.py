@@ -25,7 +25,7 @@ from songvec_assets.cache.shards import (
 from songvec_assets.cache.upkeep import discard_damaged_rows
 from songvec_assets.errors import DamagedShardError, StoreError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import ensure_schema, hold_lock, lock_key
+from songvec_assets.postgres.schema import hold_lock, lock_key
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.vectors.backlog import Backlog, check_whole, compare_with_cache, find_stale_rows, read_vectors
@@ -85,7 +85,6 @@ def upload_cached_embeddings_to_database(
             ranges are loaded.
     """
     stop = stop or StopSignal()
-    ensure_schema(database)
     backlog = backlog or compare_with_cache(database, cache, tiling, stop, table)
     ensure_table(database, spec, table)
     meter = _Meter(backlog.n_changed, progress)
@@ -183,7 +182,7 @@ def _load_range(song_range: SongIdRange, target: _Target) -> RangeLoad:
         shard, vectors = read_vectors(cache, song_range)
         loaded = read_loaded_rows(connection, song_range, table)
         check_whole(shard, vectors.height, loaded, read_mark(cache.mark_of(song_range)))
-        stale = find_stale_rows(connection, song_range, vectors, table)
+        stale = find_stale_rows(connection, song_range, vectors, loaded, table)
         bounds = {"start": song_range.start, "stop": song_range.stop}
         if stale is None:
             wanted = vectors

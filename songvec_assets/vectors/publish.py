@@ -9,7 +9,7 @@ from pathlib import Path
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.errors import TableMismatchError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import ensure_schema, hold_lock
+from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.vectors.backlog import Backlog, compare_with_cache
@@ -113,7 +113,6 @@ def publish_embeddings(
         TableMismatchError: see `check_publishable`; or the table built beside lacks songs that the serving one has.
     """
     stop = stop or StopSignal()
-    ensure_schema(database)
 
     def tell_waiting() -> None:
         progress(Progress("load rows", 0, 0, unit="rows", note="waiting for another load or swap to end"))

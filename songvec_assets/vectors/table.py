@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError, TableMismatchError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import ensure_schema, lock_key, read_fact, write_fact
+from songvec_assets.postgres.schema import lock_key, read_fact, write_fact
 from songvec_assets.settings import OFFLINE_MODEL
 
 TABLE, BESIDE, KEPT = "song_embeddings", "song_embeddings_new", "song_embeddings_old"
@@ -90,7 +90,6 @@ def ensure_table(database: Database, spec: TableSpec, table: str = TABLE) -> Non
     Raises:
         TableMismatchError: see `check_table`.
     """
-    ensure_schema(database)
     with database.get_connection() as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key("table")})
         if gives_way(database, connection, spec, table):
