@@ -1,6 +1,7 @@
 """Real parts for tests: an embedded Postgres a database a test, cloned from a template; a provider in its process."""
 
 import getpass
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from songvec_assets_tests.provider import Provider, running_provider
 
 TEMPLATE = "songvec_template"
 TILING = Tiling(width=100, stop=1_000)
+
+# else each process that a test starts compiles our modules anew: a third of a second
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from songvec_assets.vectors.neighbours import LoadedRows, sample_rows
 from songvec_assets.vectors.search import Hit, read_songs, search_songs
 from songvec_assets.vectors.table import TableSpec
 
-_MAP_SONGS = 1_000
+_MAP_SONGS = 600
 _PREVIEW_SONGS, _PREVIEW_NEIGHBOURS = 8, 3
 _CLUSTERS, _CLUSTERED_AXES, _ROUNDS = 8, 16, 20
 _MIDDLE = 5

@@ -20,7 +20,7 @@ from songvec_assets_tests.provider import Provider, running_provider
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
-from songvec_assets_tests.browser.pages import DagsterUI, running_chromium  # noqa: E402
+from songvec_assets_tests.browser.pages import DagsterUI, running_chromium
 
 SHAPE = {"SONGVEC_RANGE_SIZE": "50", "SONGVEC_SONG_ID_STOP": "500"}
 SETTINGS = {"SONGVEC_EMBEDDING_DIMENSIONS": "64", "SONGVEC_PATIENCE_S": "4"}
