@@ -21,7 +21,6 @@ from songvec_assets.embedding.client import Embedder, EmbeddingClient
 from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
-from songvec_assets.errors import StoreError
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, hold_lock, read_fact, write_fact
@@ -164,13 +163,9 @@ class Deployment:
             stop=self.stop,
         )
 
-    def preview(self) -> Preview | None:
-        """What a person looks at to see that the vectors mean something; None where the cache is not at hand."""
-        rows = LoadedRows.of(self.database, self.cache)
-        try:
-            return preview_table(self.database, rows, self.source, self.table_spec) if rows.n_rows else None
-        except StoreError:
-            return None
+    def preview(self) -> Preview:
+        """What a person looks at to see that the vectors mean something; see `preview_table`."""
+        return preview_table(self.database, LoadedRows.of(self.database, self.cache), self.source, self.table_spec)
 
     @property
     def text_spec(self) -> TextSpec:

@@ -64,8 +64,11 @@ def songs_parquet(context: dg.AssetExecutionContext, run: RunResource) -> dg.Mat
     """
     with failing_clearly():
         deployment = run.open()
-        report = run_step(context, deployment, lambda emit: deployment.export(run.export_mode, emit))
-        return reports.report_export(report, deployment)
+        return run_step(
+            context,
+            deployment,
+            lambda emit: reports.report_export(deployment.export(run.export_mode, emit), deployment),
+        )
 
 
 @_asset(
@@ -84,10 +87,10 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
     """
     with failing_clearly():
         deployment = run.open()
-        ranges = run.choose_ranges(deployment, launched_keys(context))
         recorder = FillRecorder(context, deployment)
 
         def fill(emit: Emit) -> None:
+            ranges = run.choose_ranges(deployment, launched_keys(context))
             anew = asked_anew_by(context.run) if run.embed_anew else None
             deployment.filler(emit, budget_of(context.run), anew).fill_ranges(ranges, report=emit)
 
@@ -95,7 +98,7 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
             run_step(context, deployment, fill, on_report=recorder.record)
         finally:
             recorder.log_total()
-        recorder.fail_where_incomplete()
+        recorder.conclude()
 
 
 @_asset(
@@ -113,14 +116,9 @@ def song_embeddings_table(context: dg.AssetExecutionContext, run: RunResource) -
     """
     with failing_clearly():
         deployment = run.open()
-        report = run_step(context, deployment, deployment.publish)
-        context.log.info(report.place.reason)
-        if report.n_foreign:
-            context.log.warning(
-                f"{report.n_foreign:,} rows of song_embeddings are somebody else's: nothing was ever loaded of their "
-                "ranges. Searches find them; delete them if they should not"
-            )
-        return reports.report_publish(report, deployment)
+        return run_step(
+            context, deployment, lambda emit: reports.report_publish(deployment.publish(emit), deployment, context.log)
+        )
 
 
 @_asset(
@@ -137,6 +135,8 @@ def ivfflat_index(context: dg.AssetExecutionContext, run: RunResource) -> dg.Mat
     """
     with failing_clearly():
         deployment = run.open()
-        report = run_step(context, deployment, lambda emit: deployment.index(run.rebuild_index, emit))
-        context.log.info(report.reason)
-        return reports.report_index(report, deployment)
+        return run_step(
+            context,
+            deployment,
+            lambda emit: reports.report_index(deployment.index(run.rebuild_index, emit), deployment, context.log),
+        )

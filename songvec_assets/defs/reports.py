@@ -9,6 +9,7 @@ from songvec_assets.cache.fill import FillReport
 from songvec_assets.cache.marks import digest_cache
 from songvec_assets.defs.pictures import draw_coverage, draw_map, draw_recall, draw_tokens, show_picture
 from songvec_assets.deployment import Deployment
+from songvec_assets.errors import SongvecError
 from songvec_assets.songs.export import ExportReport
 from songvec_assets.songs.snapshots import SIZE_CLASS_BYTES, digest_snapshots
 from songvec_assets.status import measure_coverage
@@ -70,8 +71,14 @@ def report_export(report: ExportReport, deployment: Deployment) -> dg.Materializ
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(digest_snapshots(folder)))
 
 
-def report_publish(report: PublishReport, deployment: Deployment) -> dg.MaterializeResult[None]:
+def report_publish(report: PublishReport, deployment: Deployment, log: Any) -> dg.MaterializeResult[None]:
     """A load's totals and what every range came to; its version is that of the ledger."""
+    log.info(report.place.reason)
+    if report.n_foreign:
+        log.warning(
+            f"{report.n_foreign:,} rows of song_embeddings are somebody else's: nothing was ever loaded of their "
+            "ranges. Searches find them; delete them if they should not"
+        )
     metadata, coverage = describe_publish(report, deployment), measure_coverage(deployment)
     if coverage:
         picture = show_picture(draw_coverage(coverage), "songs by range: loaded, cached, set aside, missing")
@@ -80,11 +87,15 @@ def report_publish(report: PublishReport, deployment: Deployment) -> dg.Material
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(version))
 
 
-def report_index(report: IndexReport, deployment: Deployment) -> dg.MaterializeResult[None]:
+def report_index(report: IndexReport, deployment: Deployment, log: Any) -> dg.MaterializeResult[None]:
     """What was decided and measured, and what the vectors look like; its version is that of the build."""
-    metadata, preview = describe_index(report), deployment.preview()
-    if preview is not None:
-        metadata |= describe_preview(preview)
+    log.info(report.reason)
+    metadata = describe_index(report)
+    try:
+        metadata |= describe_preview(deployment.preview())
+    except SongvecError as error:
+        # the index is built and serves, whether or not its songs can be shown
+        log.warning(f"no map of the catalogue: {error}")
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(report.index.version))
 
 

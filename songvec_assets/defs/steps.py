@@ -155,8 +155,6 @@ class FillRecorder:
     def log_total(self) -> None:
         """Say what the run came to, whatever became of it: each answer that is counted here is kept."""
         done = self._reports
-        # ranges with the same content keep what is downstream fresh
-        self._context.set_data_version(self._context.asset_key, cache_version(self._deployment))
         self._context.log.info(
             f"{sum(each.n_embedded for each in done):,} songs embedded in {len(done):,} ranges, "
             f"{sum(each.n_set_aside for each in done):,} set aside; {sum(each.n_tokens for each in done):,} tokens, "
@@ -164,8 +162,9 @@ class FillRecorder:
             f"{sum(each.n_limited for each in done):,} of them after 429"
         )
 
-    def fail_where_incomplete(self) -> None:
-        """End the step with a failure that names the ranges that are not complete."""
+    def conclude(self) -> None:
+        """End the step: with the version of all that is cached, or a failure that names the ranges not complete."""
+        self._context.set_data_version(self._context.asset_key, cache_version(self._deployment))
         if self._failed:
             named = "; ".join(f"{key}: {error}" for key, error in list(self._failed.items())[:5])
             raise dg.Failure(

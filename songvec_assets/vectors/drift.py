@@ -13,8 +13,10 @@ import numpy as np
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
 from songvec_assets.vectors.audit import audit_vectors
-from songvec_assets.vectors.table import PROFILES, TABLE, TableSpec, fact_key
+from songvec_assets.vectors.table import TableSpec
 
+_PROFILES = "profiles"
+"""Of the last two loads, whichever tables they went to: a change of all rows is a table of its own."""
 _NORM_BY = 0.02
 _NOISE_TIMES = 3.0
 
@@ -71,14 +73,14 @@ def record_profile(database: Database, spec: TableSpec) -> None:
         return
     now = Profile(str(spec), audit.n_sampled, audit.mean_norm, np.round(audit.mean, 6).tolist())
     with database.get_connection() as connection:
-        before: Any = read_fact(connection, fact_key(PROFILES, TABLE)) or []
-        write_fact(connection, fact_key(PROFILES, TABLE), [*before[-1:], asdict(now)])
+        before: Any = read_fact(connection, _PROFILES) or []
+        write_fact(connection, _PROFILES, [*before[-1:], asdict(now)])
 
 
 def measure_drift(database: Database) -> Drift | None:
     """How far the last load moved the vectors; None where there is no load before of the same kind."""
     with database.get_connection() as connection:
-        kept: Any = read_fact(connection, fact_key(PROFILES, TABLE)) or []
+        kept: Any = read_fact(connection, _PROFILES) or []
     profiles = [Profile(**each) for each in kept]
     if len(profiles) < 2 or profiles[0].spec != profiles[1].spec:
         return None

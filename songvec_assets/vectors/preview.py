@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from songvec_assets.embedding.wire import Float32Matrix
+from songvec_assets.errors import StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.source import SongsSource
 from songvec_assets.vectors.neighbours import LoadedRows, sample_rows
@@ -63,12 +64,19 @@ def preview_table(database: Database, rows: LoadedRows, source: SongsSource, spe
 
     Args:
         database: where songs and table are.
-        rows: of the cache, that the table holds; at least one.
+        rows: of the cache, that the table holds.
         source: the songs table.
         spec: what the table holds.
         seed: of the sample.
+
+    Raises:
+        StoreError: the cache does not hold what is loaded.
     """
     song_ids, vectors = sample_rows(rows, _MAP_SONGS, np.random.default_rng(seed))
+    if not song_ids:
+        raise StoreError(
+            f"the cache in {rows.cache.folder} holds no row that table {rows.table} has: fill it, then load"
+        )
     components, share = project(vectors)
     clusters, middles = find_clusters(components[:, :_CLUSTERED_AXES])
     shown = {song_ids[place]: vectors[place] for place in _spread(len(song_ids), _PREVIEW_SONGS)}

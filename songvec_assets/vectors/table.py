@@ -17,8 +17,8 @@ from songvec_assets.postgres.schema import lock_key, read_fact, write_fact
 from songvec_assets.settings import OFFLINE_MODEL
 
 TABLE, BESIDE, KEPT = "song_embeddings", "song_embeddings_new", "song_embeddings_old"
-_SPEC, _CHANGES, PROFILES = "table", "rows_changed_since_index", "profiles"
-FACTS = (_SPEC, _CHANGES, PROFILES, "index", "building", "probes", "recall")
+_SPEC, _CHANGES = "table", "rows_changed_since_index"
+FACTS = (_SPEC, _CHANGES, "index", "building", "probes", "recall")
 """The names of all facts about a table."""
 
 
