@@ -4,19 +4,23 @@ Findings are figures and one sentence that says what to do where something is wr
 decides.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from songvec_assets.deployment import Deployment
+from songvec_assets.errors import SongvecError
 from songvec_assets.status import RangeStatus, measure_status
 from songvec_assets.vectors.audit import audit_index, audit_models, audit_recall, audit_vectors, count_rows
+from songvec_assets.vectors.capacity import read_capacity
+from songvec_assets.vectors.catalogue import find_index
 from songvec_assets.vectors.drift import measure_drift
-from songvec_assets.vectors.ivfflat import find_index, reason_to_build
-from songvec_assets.vectors.sizes import choose_lists
+from songvec_assets.vectors.ivfflat import plan_lists, reason_to_build
 
 MAX_SET_ASIDE_SHARE = 0.01
 _BILLED_OFF_BY = 0.25
+_FEW_TOKENS = 10_000
 _SANE_USD_PER_MILLION = (0.001, 10.0)
 _SANE_BYTES_PER_TOKEN = (1.0, 12.0)
 
@@ -41,6 +45,13 @@ class Auditor:
     """Asks about one deployment; what several questions need is looked up once."""
 
     deployment: Deployment
+
+    def answer(self, ask: "Callable[[Auditor], Finding]") -> Finding:
+        """One question's answer; where it cannot be had, that is the answer, and the others are asked all the same."""
+        try:
+            return ask(self)
+        except SongvecError as error:
+            return Finding(False, str(error))
 
     @cached_property
     def _total(self) -> RangeStatus:
@@ -99,7 +110,7 @@ class Auditor:
 
     def no_drift(self) -> Finding:
         """Do the vectors lie where they lay after the load before, in length and in the mean?"""
-        drift = measure_drift(self.deployment.database)
+        drift = measure_drift(self.deployment.database, self.deployment.table_spec)
         if drift is None:
             return Finding(True, "there is no load before of the same model to hold this one against")
         figures = {"change of mean norm": round(drift.norm, 6), "distance of means": round(drift.distance, 6)}
@@ -108,8 +119,8 @@ class Auditor:
     def billed_as_estimated(self) -> Finding:
         """Did the provider bill what was estimated before the last run that sent anything?"""
         spending = self.deployment.read_spending()
-        if spending is None or not spending.n_tokens_expected:
-            return Finding(True, "nothing was sent yet")
+        if spending is None or spending.n_tokens_expected < _FEW_TOKENS:
+            return Finding(True, "too little was sent in the last run to hold its bill against the estimate")
         ratio = spending.n_tokens / spending.n_tokens_expected
         return Finding(
             abs(ratio - 1) <= _BILLED_OFF_BY,
@@ -145,12 +156,13 @@ class Auditor:
 
     def index_is_fresh(self) -> Finding:
         """Was the index built of the rows that the table has, but for a fifth?"""
-        index, n_rows = find_index(self.deployment.database), count_rows(self.deployment.database)
-        wanted = self.deployment.settings.lists
+        database, wanted = self.deployment.database, self.deployment.index_settings
+        index, n_rows = find_index(database), count_rows(database)
         if index is None:
             return Finding(False, "there is no valid index: materialize ivfflat_index")
-        lists = wanted or choose_lists(n_rows)
-        reason = reason_to_build(n_rows, lists, index.lists, index.n_changed, exact=wanted is not None)
+        capacity = read_capacity(database, wanted.memory_bytes)
+        lists, _ = plan_lists(n_rows, wanted, index.lists, capacity, self.deployment.table_spec)
+        reason = reason_to_build(n_rows, lists, index.lists, index.n_changed, exact=wanted.lists is not None)
         words = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
         told = f"{reason}: materialize ivfflat_index" if reason else words
         return Finding(reason is None, told, {"rows changed": index.n_changed, "lists": index.lists})

@@ -15,7 +15,7 @@ from dotenv import load_dotenv
 from rich.console import Console
 from rich.text import Text
 
-from songvec_assets.errors import SongvecError
+from songvec_assets.errors import SettingsError, SongvecError
 from songvec_assets.progress import Progress, run_in_worker
 from songvec_assets.settings import settings_table, variables
 
@@ -263,7 +263,10 @@ def _span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRa
     from songvec_assets.defs.resources import parse_span
 
     if ranges:
-        return parse_span(ranges, deployment.tiling)
+        try:
+            return parse_span(ranges, deployment.tiling)
+        except SettingsError as error:
+            raise typer.BadParameter(str(error)) from error
     held = deployment.held_ranges()
     if not held:
         _fail(f"table {deployment.source.table} holds no songs with an id from 0 on: nothing to do")
@@ -304,14 +307,13 @@ def _run_job(
 
 
 def _print_plan(ranges: str, anew: bool) -> None:
-    from songvec_assets.defs.pace import describe_seconds
     from songvec_assets.dry_run import plan_run
 
     deployment = _deploy()
     first, last = _span(deployment, ranges)
     out.print(deployment.describe())
     planned = plan_run(deployment, [each for each in deployment.tiling if first <= each <= last], anew)
-    for line in planned.describe(describe_seconds):
+    for line in planned.describe():
         out.print(line, markup=False, highlight=False)
 
 

@@ -4,7 +4,7 @@ The composition root below Dagster: the assets and the command line both start h
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -144,11 +144,17 @@ class Deployment:
             stop=self.stop,
         )
 
-    def estimate(self) -> Estimate:
-        """What a run over all snapshots would send, and its price."""
+    def estimate(self, ranges: Collection[SongIdRange] | None = None, anew: bool = False) -> Estimate:
+        """What a run over the snapshots would send, and its price.
+
+        Args:
+            ranges: to embed; None: all.
+            anew: whether all their songs are to be embedded again.
+        """
         plans = (
-            plan_fill(self.store.songs, self.cache, each, self.text_spec)[1]
+            plan_fill(self.store.songs, self.cache, each, self.text_spec, None if anew else 0)[1]
             for each in snapshot_ranges(self.store.songs)
+            if ranges is None or each in ranges
         )
         return estimate_fills(plans, self.token_estimator(), self.price, self.quota)
 

@@ -1,14 +1,13 @@
-"""What a refresh would do and cost, from what is there now. Sends nothing; writes no file, no vector, no row."""
+"""What a refresh would do and cost, from what is there now. Sends nothing; writes no snapshot, no vector, no row."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from songvec_assets.cache.plan import estimate_fills, plan_fill
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import StoreError
+from songvec_assets.progress import describe_seconds
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import snapshot_ranges
 from songvec_assets.songs.source import SourceState, measure_source
 from songvec_assets.vectors.backlog import Backlog, compare_with_cache
 from songvec_assets.vectors.catalogue import IndexFacts, find_index
@@ -35,12 +34,8 @@ class RunPlan:
     month_usd: float
     max_usd_a_month: float | None
 
-    def describe(self, describe_seconds: Callable[[float], str]) -> list[str]:
-        """A line a step.
-
-        Args:
-            describe_seconds: seconds in words.
-        """
+    def describe(self) -> list[str]:
+        """A line a step."""
         each, backlog, index = self.estimate, self.backlog, self.index
         limits = [f"the run's budget is ${self.max_usd:,.2f}"] if self.max_usd is not None else ["no budget a run"]
         month = f"${self.month_usd:,.4f} spent this month"
@@ -65,20 +60,13 @@ def plan_run(deployment: Deployment, ranges: Sequence[SongIdRange], anew: bool =
         ranges: to embed.
         anew: whether all their songs are to be embedded again.
     """
-    store, chosen = deployment.store, set(ranges)
-    plans = (
-        plan_fill(store.songs, deployment.cache, each, deployment.text_spec, anew=anew)[1]
-        for each in snapshot_ranges(store.songs)
-        if each in chosen
-    )
-    estimate = estimate_fills(plans, deployment.token_estimator(), deployment.price, deployment.quota)
     try:
         backlog = compare_with_cache(deployment.database, deployment.cache, deployment.tiling, deployment.stop)
     except StoreError:
         backlog = None
     return RunPlan(
         measure_source(deployment.database, deployment.source),
-        estimate,
+        deployment.estimate(set(ranges), anew),
         backlog,
         find_index(deployment.database),
         deployment.settings.max_usd,

@@ -39,6 +39,14 @@ class Progress:
     note: str = ""
 
 
+def describe_seconds(seconds: float) -> str:
+    """`42 s`, `12 min`, `3.7 h`, `2.1 days`."""
+    for limit, divisor, unit in ((90, 1, "s"), (5400, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / divisor:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
 ReportProgress = Callable[[Progress], None]
 
 

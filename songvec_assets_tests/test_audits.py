@@ -5,17 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from songvec_assets.audits import Auditor, Finding
 from songvec_assets.deployment import SPENDING, Deployment
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
 from songvec_assets.status import measure_coverage, measure_status
+from songvec_assets.vectors.capacity import Capacity
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.provider import Provider
 
-QUESTIONS = [name for name, each in vars(Auditor).items() if not name.startswith("_") and callable(each)]
+QUESTIONS = [
+    name for name, each in vars(Auditor).items() if not name.startswith("_") and callable(each) and name != "answer"
+]
 N_SONGS = 40
 
 
@@ -108,27 +112,51 @@ def test_rows_changed_beyond_a_fifth_make_the_index_stale(begin: Callable[..., D
 
 
 def test_vectors_that_moved_under_the_same_model_are_drift(begin: Callable[..., Deployment]) -> None:
-    url = begin().database.adbc_uri
-    execute(url, "UPDATE songs SET lyrics = lyrics || 'x'")
+    assert ask(begin(), "no_drift").figures == {}, "there is nothing to hold the first load against"
+    execute(begin().database.adbc_uri, "UPDATE songs SET lyrics = lyrics || 'x'")
     run_all(begin())
-    assert ask(begin(), "no_drift").passed, "other texts of the same model are no drift"
-    with begin().database.get_connection() as connection:
-        profiles = read_fact(connection, "profiles")
-        profiles[1]["mean_norm"] *= 1.1
-        write_fact(connection, "profiles", profiles)
     finding = ask(begin(), "no_drift")
-    assert (finding.passed, "+10.0%" in finding.words) == (False, True)
+    assert (finding.passed, len(finding.figures)) == (True, 3), "other texts of the same model are no drift"
+    assert ask(begin(), "no_drift") == finding, "the same load is looked at once"
     with begin().database.get_connection() as connection:
-        profiles[1] |= {"mean_norm": profiles[0]["mean_norm"], "mean": [-3 * each + 1 for each in profiles[0]["mean"]]}
-        write_fact(connection, "profiles", profiles)
-    assert not ask(begin(), "no_drift").passed
+        before, now = read_fact(connection, "profiles")
+
+    def ask_after(**change: object) -> Finding:
+        with begin().database.get_connection() as connection:
+            write_fact(connection, "profiles", [before, now | change])
+        return ask(begin(), "no_drift")
+
+    longer = ask_after(mean_norm=1.1 * before["mean_norm"])
+    assert (longer.passed, "+10.0%" in longer.words) == (False, True)
+    assert not ask_after(mean_norm=before["mean_norm"], mean=[1 - 3 * each for each in before["mean"]]).passed
+    assert ask_after(spec="another model").passed, "two models are not held against each other"
+    assert ask_after().passed
+
+
+def test_a_question_that_cannot_be_answered_is_no_good_answer_and_stops_no_other(
+    begin: Callable[..., Deployment],
+) -> None:
+    auditor = Auditor(begin())
+    snapshot = next(auditor.deployment.store.songs.glob("*.parquet"))
+    snapshot.write_bytes(b"PAR1" + b"x" * 100 + b"PAR1")
+    finding = auditor.answer(Auditor.coverage)
+    assert (finding.passed, "is damaged" in finding.words) == (False, True)
+    assert auditor.answer(Auditor.vectors_are_sound).passed
+
+
+def test_an_index_as_large_as_memory_allows_is_fresh(
+    begin: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with begin().database.get_connection() as connection:
-        write_fact(connection, "profiles", [profiles[0] | {"spec": "another model"}, profiles[1]])
-    assert ask(begin(), "no_drift").passed, "two models are not held against each other"
+        connection.execute(sa.text("ALTER INDEX embeddings_ivfflat_idx SET (lists = 2)"))
+    assert not ask(begin(), "index_is_fresh").passed
+    monkeypatch.setattr(Capacity, "fit_lists", lambda *_: (2, "there is no memory for more"))
+    assert ask(begin(), "index_is_fresh").passed
 
 
 @pytest.mark.parametrize(
-    ("expected", "billed", "passed"), [(1000, 1240, True), (1000, 1260, False), (1000, 700, False)]
+    ("expected", "billed", "passed"),
+    [(10**5, 124_000, True), (10**5, 126_000, False), (10**5, 70_000, False), (9_999, 20_000, True)],
 )
 def test_the_bill_is_held_against_the_estimate(
     begin: Callable[..., Deployment], expected: int, billed: int, passed: bool

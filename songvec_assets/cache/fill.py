@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
+from msgspec.structs import replace
+
+from songvec_assets.cache.anew import Anew, begin_ask, end_ask, read_anew, write_anew
 from songvec_assets.cache.marks import Mark, read_mark, write_mark
 from songvec_assets.cache.plan import FillPlan, plan_fill
 from songvec_assets.cache.send import Postage, RangeSender
-from songvec_assets.cache.shards import ModelCache, Shard, load_embeddings_from_cache, write_embeddings_to_file
+from songvec_assets.cache.shards import ModelCache, Shard, write_embeddings_to_file
 from songvec_assets.cache.upkeep import compact_if_worth_it
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.client import Embedder
@@ -106,7 +109,7 @@ class Filler:
         before_payment: called before a range's first request; raises to refuse.
         keep_spending: told at the end what was sent.
         anew: who asks that songs which have their vectors are embedded, and paid for, again; None: nobody. Whoever asks
-            twice is served once.
+            twice is served once, and an ask that was not ended goes on.
         stop: once set, no further request starts.
         progress: told songs, rate and dollars.
         proven: whether the provider has answered well in this run.
@@ -131,6 +134,7 @@ class Filler:
     progress: ReportProgress = ignore_progress
     proven: bool = False
     _fatal: Exception | None = None
+    _failed: bool = False
     _unavailable_before: bool = False
     _n_songs: int = 0
     _n_done: int = 0
@@ -153,6 +157,8 @@ class Filler:
     async def _fill_ranges(self, ranges: Sequence[SongIdRange], report: Callable[[FillReport], None]) -> None:
         places, filling = asyncio.Semaphore(MAX_OPEN_RANGES), []
         try:
+            if self.anew:
+                self.anew = begin_ask(self.cache, ranges, self.anew)
             self._n_songs = sum(count_songs(self.songs_folder, song_range) for song_range in ranges)
             for song_range in filter(self._holds_anything, ranges):
                 await places.acquire()
@@ -163,6 +169,8 @@ class Filler:
                 filling[-1].add_done_callback(lambda _: places.release())
                 await turn.wait()
             await asyncio.gather(*filling)
+            if self.anew and not self._failed and not self.stop.is_set():
+                end_ask(self.cache)
         finally:
             if "_embedder" in self.__dict__:
                 await self._embedder.close()
@@ -209,7 +217,7 @@ class Filler:
                 await self._fill_range(filled, check_held, let_next_begin)
             self._unavailable_before = self._unavailable_before and not filled.n_embedded
         except Exception as error:  # noqa: BLE001 - raised when the other ranges' answers are stored
-            filled.error = error
+            filled.error, self._failed = error, True
             self._note_error(error)
             if isinstance(error, ProviderUnavailableError):
                 # one range may hold what makes a server stumble; two in a row are the server
@@ -227,18 +235,16 @@ class Filler:
         mark_path = self.cache.mark_of(report.range)
         # taken before the songs are read: an export that comes in between leaves a mark that does not fit
         snapshot = snapshot_digest(snapshot_path(self.songs_folder, report.range))
-        done = read_mark(mark_path)
-        anew = self.anew if self.anew and not (done and done.anew == self.anew) else None
-        if done and not anew and done.fits(snapshot, self.spec.identity, self.cache.path_of(report.range)):
+        done, asked = read_mark(mark_path), read_anew(self.cache, report.range)
+        owed = asked.is_owed(self.anew)
+        if done and not owed and done.fits(snapshot, self.spec.identity, self.cache.path_of(report.range)):
             report.n_songs, report.n_set_aside, report.n_truncated = done.n_songs, done.n_set_aside, done.n_truncated
             report.n_unchanged = done.n_songs - done.n_set_aside
             self.advance(report.n_songs, report.range)
             return
         mark_path.unlink(missing_ok=True)
-        if anew:
-            # first of all: a run that is killed afterwards goes on as any other does
-            await asyncio.to_thread(self._spend_what_is_stored, report.range, anew)
-        shard, plan = await asyncio.to_thread(plan_fill, self.songs_folder, self.cache, report.range, self.spec)
+        since = 0 if not owed else asked.first_row if asked.asked_by == self.anew else None
+        shard, plan = await asyncio.to_thread(plan_fill, self.songs_folder, self.cache, report.range, self.spec, since)
         report.n_bytes_damaged = shard.n_bytes_damaged
         report.n_songs, report.n_unchanged = plan.n_songs, plan.n_unchanged
         report.n_new, report.n_changed = plan.n_new, plan.n_changed
@@ -248,23 +254,24 @@ class Filler:
             self._n_expected += report.n_tokens_expected
             self.tiling.check_tail(plan.range, plan.n_songs)
             await asyncio.to_thread(self.before_payment)
+        if since is None:
+            asked = replace(asked, asked_by=self.anew, first_row=shard.n_rows)
+            await asyncio.to_thread(write_anew, self.cache, report.range, asked)
         await asyncio.to_thread(self._store_what_is_free, shard, plan, report)
         self.advance(plan.n_songs - sum(len(each.song_ids) for each in plan.texts), report.range)
         if plan.texts:
             tally = _Tally(report, self, let_next_begin)
             await RangeSender(self._postage, shard, check_held, tally).send(plan.texts)
-        await asyncio.to_thread(compact_if_worth_it, shard)
+        if owed:
+            # before rows change their places
+            asked = Anew(served=(*asked.served, str(self.anew)))
+            await asyncio.to_thread(write_anew, self.cache, report.range, asked)
+        if asked.asked_by is None:
+            await asyncio.to_thread(compact_if_worth_it, shard)
         path = self.cache.path_of(report.range)
         n_bytes = path.stat().st_size if path.exists() else 0
         counts = report.n_songs, report.n_set_aside, report.n_truncated
-        mark = Mark(snapshot, self.spec.identity, n_bytes, *counts, self.anew or (done.anew if done else None))
-        await asyncio.to_thread(write_mark, mark_path, mark)
-
-    def _spend_what_is_stored(self, song_range: SongIdRange, asked_by: str) -> None:
-        shard, live = load_embeddings_from_cache(self.cache, song_range)
-        if live.height:
-            self.before_payment()
-            shard.append_anew(asked_by)
+        await asyncio.to_thread(write_mark, mark_path, Mark(snapshot, self.spec.identity, n_bytes, *counts))
 
     def _store_what_is_free(self, shard: Shard, plan: FillPlan, report: FillReport) -> None:
         shard.append_gone(plan.gone)

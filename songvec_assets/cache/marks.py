@@ -4,6 +4,7 @@ It saves the next fill the comparison, and tells a load that songs the shard no 
 one, or with one that does not fit, all is compared again.
 """
 
+import contextlib
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,6 @@ class Mark(msgspec.Struct, frozen=True):
         text: identity of how songs become texts.
         n_bytes: of the shard.
         n_songs, n_set_aside, n_truncated: of the range.
-        anew: who asked last that all its songs be embedded anew; None: nobody yet.
     """
 
     snapshot: str | None
@@ -30,7 +30,6 @@ class Mark(msgspec.Struct, frozen=True):
     n_songs: int
     n_set_aside: int
     n_truncated: int
-    anew: str | None = None
 
     def fits(self, snapshot: str | None, text: str, shard: Path) -> bool:
         """Whether the fill it tells of is complete still: of the same songs, rendered the same way, in this file."""
@@ -47,12 +46,13 @@ def read_mark(path: Path) -> Mark | None:
 
 
 def digest_cache(cache: ModelCache) -> str:
-    """An identity of all that is cached of a model: of each shard its size, and what a complete fill left."""
+    """An identity of all that is cached of a model: of each shard its size, and what fills left beside it."""
     state = xxhash.xxh3_128(f"{cache.model} {cache.dimensions}".encode())
     for song_range in cache.ranges():
-        mark = read_mark(cache.mark_of(song_range))
-        told = mark.snapshot if mark else "incomplete"
-        state.update(f"{song_range.key} {cache.path_of(song_range).stat().st_size} {told}\n".encode())
+        state.update(f"{song_range.key} {cache.path_of(song_range).stat().st_size}\n".encode())
+        for told in (cache.mark_of(song_range), cache.anew_of(song_range)):
+            with contextlib.suppress(FileNotFoundError):
+                state.update(told.read_bytes())
     return state.hexdigest()
 
 

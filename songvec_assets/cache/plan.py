@@ -55,7 +55,7 @@ class FillPlan:
 
 
 def plan_fill(
-    songs_folder: Path, cache: ModelCache, song_range: SongIdRange, spec: TextSpec, *, anew: bool = False
+    songs_folder: Path, cache: ModelCache, song_range: SongIdRange, spec: TextSpec, since: int | None = 0
 ) -> tuple[Shard, FillPlan]:
     """Compare a range's snapshot with its shard.
 
@@ -64,7 +64,7 @@ def plan_fill(
         cache: the model's shards.
         song_range: which range.
         spec: how songs become texts.
-        anew: plan as though the shard held nothing.
+        since: place of the first row that counts as an answer; None: none does.
 
     Raises:
         StoreError: there is no snapshot: a shard alone does not say that its songs are gone.
@@ -76,16 +76,15 @@ def plan_fill(
         )
     songs = load_songs_from_parquet(path)
     shard, live = load_embeddings_from_cache(cache, song_range)
-    paid = shard.paid_rows()
-    if anew:
-        live, paid = live.clear(), paid.clear()
+    since = shard.n_rows if since is None else since
     embeddable = songs.filter(pl.col("set_aside").is_null())
     texts = render_texts(embeddable, spec)
-    known = live.select("song_id", before=pl.col("text_hash"), refused=pl.col("reason").is_not_null())
+    known = shard.live_rows(since).select("song_id", before=pl.col("text_hash"), refused=pl.col("reason").is_not_null())
     compared = texts.join(known, on="song_id", how="left", maintain_order="left")
     unchanged = compared.filter(pl.col("before") == pl.col("text_hash"))
     missing = compared.filter(pl.col("before").ne_missing(pl.col("text_hash")))
     # whatever was paid for serves again: another song's vector, and one that no longer holds (a lyric changed back)
+    paid = shard.all_rows().slice(since).filter("has_vector")
     stored = paid.join(missing, on="text_hash", how="semi")
     vectors = shard.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
     reused = missing.join(vectors, on="text_hash", how="inner", maintain_order="left")

@@ -164,7 +164,7 @@ class RangeSender:
         finally:
             # after the answer is stored: what goes wrong here must not cost it
             self.tally.count_tokens(payment.n_billed)
-            await asyncio.to_thread(self.postage.budget.settle, payment.n_reserved, payment.n_billed)
+            await asyncio.to_thread(self.postage.budget.settle, payment.n_reserved, payment.n_billed, payment.month)
         if refusal:
             return await self._divide(texts, refusal)
         self.postage.n_refused_in_a_row = 0
@@ -229,12 +229,13 @@ class _Payment(Watch):
     n_tokens: int
     n_reserved: int = 0
     n_billed: int = 0
+    month: str | None = None
 
     async def before_try(self) -> None:
         await self.sender.check_sendable()
         # spoilt answers are paid for, and this try comes on top
         if (missing := self.n_billed + self.n_tokens - self.n_reserved) > 0:
-            await asyncio.to_thread(self.sender.postage.budget.reserve, missing)
+            self.month = await asyncio.to_thread(self.sender.postage.budget.reserve, missing)
             self.n_reserved += missing
 
     def count_spoilt(self, n_tokens: int) -> None:

@@ -11,7 +11,6 @@ Embeddings are float32, (n, dimensions). `format` has the bytes, `upkeep` compac
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +28,6 @@ from songvec_assets.songs.text import TEXT_HASH_BYTES
 
 DAMAGED = b"\xff" * TEXT_HASH_BYTES
 """Stands for the text_hash of a song whose row was found damaged: it is missing, not gone."""
-_ANEW = b"\xfe" * (TEXT_HASH_BYTES // 2)
-"""Begins what stands for the text_hash of a song that is to be embedded anew, vector or not; who asked follows."""
 _GONE = bytes(TEXT_HASH_BYTES)
 PIECE_ROWS = 2048
 """Rows read or written at a time where a shard is gone through."""
@@ -73,6 +70,10 @@ class ModelCache:
         """Where a complete fill of a range is marked: it saves the next one the comparison."""
         return self.folder / f"{song_range.key}.json"
 
+    def anew_of(self, song_range: SongIdRange) -> Path:
+        """Where is kept what was asked of a range: that its songs be embedded again."""
+        return self.folder / f"{song_range.key}.anew"
+
     def ranges(self) -> list[SongIdRange]:
         """The ranges that have a shard, in order."""
         return ranges_of(self.folder.glob("*.arrow"))
@@ -104,6 +105,11 @@ class Shard:
         return self._size_on_disk
 
     @property
+    def n_rows(self) -> int:
+        """Rows ever appended."""
+        return sum(batch.num_rows for batch in self.batches())
+
+    @property
     def n_bytes_damaged(self) -> int:
         """Bytes that are no sound batch: a torn write at the end, which the next append cuts off, or damage between."""
         return self.n_bytes_skipped + self._size_on_disk - self._size
@@ -125,20 +131,17 @@ class Shard:
             row=pl.int_range(pl.len()),
         )
 
-    def live_rows(self) -> pl.DataFrame:
+    def live_rows(self, since: int = 0) -> pl.DataFrame:
         """Each song's last row, songs that are gone left out, ordered by song_id. Reads no vector.
+
+        Args:
+            since: place of the first row to look at.
 
         Returns:
             The columns of `all_rows` but has_vector: a row without a reason has one.
         """
-        last = self.all_rows().unique("song_id", keep="last")
+        last = self.all_rows().slice(since).unique("song_id", keep="last")
         return last.filter(pl.col("has_vector") | pl.col("reason").is_not_null()).drop("has_vector").sort("song_id")
-
-    def paid_rows(self) -> pl.DataFrame:
-        """Rows with a vector that may serve again, of whatever song: those since a person last asked for new ones."""
-        rows = self.all_rows()
-        spent = rows.filter(pl.col("text_hash").bin.starts_with(_ANEW))["row"].max()
-        return rows.filter(pl.col("has_vector") & (pl.col("row") > (-1 if spent is None else spent)))
 
     def find_sound(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Those of some rows with a vector that is good, and whose checksum fits. Reads their vectors."""
@@ -181,18 +184,9 @@ class Shard:
         """Append that songs' rows were found damaged: the next fill embeds those songs anew."""
         self.append(song_ids, [DAMAGED] * len(song_ids), None, None)
 
-    def append_anew(self, asked_by: str) -> None:
-        """Append that all songs are to be embedded anew, whatever vectors they have; once for each who asks."""
-        told = _ANEW + blake2b(asked_by.encode(), digest_size=TEXT_HASH_BYTES - len(_ANEW)).digest()
-        if not self.all_rows().filter(pl.col("text_hash") == told).height:
-            song_ids = self.live_rows()["song_id"].to_list()
-            self.append(song_ids, [told] * len(song_ids), None, None)
-
     def told_song_ids(self) -> pl.Series:
-        """The songs of which the shard says anything but that they are to be embedded: also those that are gone."""
-        last = self.all_rows().unique("song_id", keep="last")
-        asked_for = (pl.col("text_hash") == DAMAGED) | pl.col("text_hash").bin.starts_with(_ANEW)
-        return last.filter(~asked_for)["song_id"]
+        """The songs of which the shard says anything but that it was damaged: also those that are gone."""
+        return self.all_rows().unique("song_id", keep="last").filter(pl.col("text_hash") != DAMAGED)["song_id"]
 
     def append(
         self,

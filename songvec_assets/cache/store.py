@@ -147,7 +147,8 @@ def _cut_tails(store: Store, tiling: Tiling) -> None:
             rows = live.filter(pl.col("song_id").is_between(song_range.start, song_range.stop - 1))
             if rows.height:
                 write_shard(cache.path_of(song_range), replace(identity, range=song_range), shard, rows)
-        cache.mark_of(identity.range).unlink(missing_ok=True)
+        for told in (cache.mark_of(identity.range), cache.anew_of(identity.range)):
+            told.unlink(missing_ok=True)
         path.unlink()
 
 

@@ -17,8 +17,7 @@ _DEAD_SHARE = 0.2
 def compact_if_worth_it(shard: Shard) -> bool:
     """Write the file anew, ordered by song_id, where over a fifth of its rows are dead, or stretches damaged."""
     live = shard.live_rows()
-    n_rows = sum(batch.num_rows for batch in shard.batches())
-    if n_rows - live.height <= _DEAD_SHARE * n_rows and not shard.n_bytes_skipped:
+    if shard.n_rows - live.height <= _DEAD_SHARE * shard.n_rows and not shard.n_bytes_skipped:
         return False
     write_shard(shard.path, shard.identity, shard, live)
     shard.read()

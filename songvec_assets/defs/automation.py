@@ -23,7 +23,9 @@ class RangesBehind(dg.AutomationCondition[dg.AssetKey]):
     """The ranges whose snapshot is not answered in full by the cache: looked up, where Dagster only knows runs."""
 
     def evaluate(self, context: dg.AutomationContext[dg.AssetKey]) -> dg.AutomationResult[dg.AssetKey]:
-        """Look at footers and marks."""
+        """Look at footers and marks, where anything asks for it."""
+        if context.candidate_subset.is_empty:
+            return dg.AutomationResult(context, context.get_empty_subset())
         run = RunResource(postgres=PostgresResource(), fireworks=FireworksResource(), storage=StorageResource())
         keys = {song_range.key for song_range in run.open().ranges_behind()}
         return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))

@@ -37,7 +37,7 @@ def _ask(asset: dg.AssetsDefinition, name: str, *questions: Question) -> dg.Asse
             for spec in specs:
                 if spec.key in context.selected_asset_check_keys:
                     question = by_name[spec.name]
-                    finding = question.ask(auditor)
+                    finding = auditor.answer(question.ask)
                     yield dg.AssetCheckResult(
                         check_name=spec.name, asset_key=spec.asset_key, passed=finding.passed,
                         severity=question.severity, description=finding.words, metadata=finding.figures,

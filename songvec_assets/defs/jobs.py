@@ -2,7 +2,6 @@
 
 import dagster as dg
 
-from songvec_assets.defs.pace import describe_seconds
 from songvec_assets.defs.resources import RunResource
 from songvec_assets.defs.steps import failing_clearly
 from songvec_assets.dry_run import plan_run
@@ -84,7 +83,7 @@ def plan(context: dg.OpExecutionContext, run: RunResource) -> None:
     with failing_clearly():
         deployment = run.open()
         planned = plan_run(deployment, run.choose_ranges(deployment, None), run.embed_anew)
-        for line in planned.describe(describe_seconds):
+        for line in planned.describe():
             context.log.info(line)
 
 

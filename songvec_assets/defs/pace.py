@@ -2,7 +2,7 @@
 
 import time
 
-from songvec_assets.progress import Progress
+from songvec_assets.progress import Progress, describe_seconds
 
 
 class Pace:
@@ -39,11 +39,3 @@ def describe_progress(progress: Progress, rate: float) -> str:
     if rate and progress.total > progress.done:
         line += f", {describe_seconds((progress.total - progress.done) / rate)} left"
     return line + (f" ({progress.note})" if progress.note else "")
-
-
-def describe_seconds(seconds: float) -> str:
-    """`42 s`, `12 min`, `3.7 h`, `2.1 days`."""
-    for limit, divisor, unit in ((90, 1, "s"), (5400, 60, "min")):
-        if seconds < limit:
-            return f"{seconds / divisor:.0f} {unit}"
-    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

@@ -1,15 +1,13 @@
 """Core reports as Dagster metadata, data versions and pictures. No decisions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import dagster as dg
 
 from songvec_assets.cache.fill import FillReport
-from songvec_assets.cache.marks import digest_cache
 from songvec_assets.defs.pictures import draw_coverage, draw_map, draw_recall, draw_tokens, show_picture
 from songvec_assets.deployment import Deployment
-from songvec_assets.errors import SongvecError
 from songvec_assets.songs.export import ExportReport
 from songvec_assets.songs.snapshots import SIZE_CLASS_BYTES, digest_snapshots
 from songvec_assets.status import measure_coverage
@@ -61,13 +59,11 @@ def table_schema(column_type: str = "vector", model: str = "the configured model
     )
 
 
-def report_export(report: ExportReport, deployment: Deployment) -> dg.MaterializeResult[None]:
+def report_export(report: ExportReport, deployment: Deployment, log: Any) -> dg.MaterializeResult[None]:
     """An export's totals and pictures; its version is that of all snapshots."""
     folder = deployment.store.songs
     metadata = describe_export(report) | {"folder": dg.MetadataValue.path(str(folder.resolve()))}
-    if report.text_sizes:
-        bytes_per_token = deployment.token_estimator().bytes_per_token
-        metadata["tokens per song"] = show_picture(*_picture_tokens(report.text_sizes, bytes_per_token))
+    metadata |= _illustrate(log, lambda: _describe_tokens(report, deployment))
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(digest_snapshots(folder)))
 
 
@@ -79,10 +75,7 @@ def report_publish(report: PublishReport, deployment: Deployment, log: Any) -> d
             f"{report.n_foreign:,} rows of song_embeddings are somebody else's: nothing was ever loaded of their "
             "ranges. Searches find them; delete them if they should not"
         )
-    metadata, coverage = describe_publish(report, deployment), measure_coverage(deployment)
-    if coverage:
-        picture = show_picture(draw_coverage(coverage), "songs by range: loaded, cached, set aside, missing")
-        metadata["coverage by range"] = picture
+    metadata = describe_publish(report, deployment) | _illustrate(log, lambda: _describe_coverage(deployment))
     version = digest_ledger(read_ledger(deployment.database), deployment.table_spec)
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(version))
 
@@ -91,17 +84,28 @@ def report_index(report: IndexReport, deployment: Deployment, log: Any) -> dg.Ma
     """What was decided and measured, and what the vectors look like; its version is that of the build."""
     log.info(report.reason)
     metadata = describe_index(report)
-    try:
-        metadata |= describe_preview(deployment.preview())
-    except SongvecError as error:
-        # the index is built and serves, whether or not its songs can be shown
-        log.warning(f"no map of the catalogue: {error}")
+    if report.recall is not None:
+        recall = report.recall
+        metadata |= _illustrate(log, lambda: describe_recall(recall))
+    metadata |= _illustrate(log, lambda: describe_preview(deployment.preview()))
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(report.index.version))
 
 
-def cache_version(deployment: Deployment) -> dg.DataVersion:
-    """The version of all that is cached."""
-    return dg.DataVersion(digest_cache(deployment.cache))
+def _illustrate(log: Any, describe: Callable[[], Metadata]) -> Metadata:
+    """What is there to be looked at only: where it cannot be made, that is told, and what was done stays done."""
+    try:
+        return describe()
+    except Exception as error:  # noqa: BLE001 - any: of a database, of a title that no font can draw
+        log.warning(f"something to look at could not be made, and nothing else is the worse for it: {error!r}")
+        return {}
+
+
+def _describe_coverage(deployment: Deployment) -> Metadata:
+    coverage = measure_coverage(deployment)
+    if not coverage:
+        return {}
+    words = "songs by range: loaded, cached, set aside, missing"
+    return {"coverage by range": show_picture(draw_coverage(coverage), words)}
 
 
 def describe_export(report: ExportReport) -> Metadata:
@@ -222,11 +226,10 @@ def describe_index(report: IndexReport) -> Metadata:
         "estimated seconds of a build": round(estimate.total_seconds, 1),
         "estimated bytes of memory": estimate.memory_bytes,
         "estimated bytes while it sorts": estimate.temporary_bytes,
-        **(_describe_recall(report.recall) if report.recall is not None else {}),
     }
 
 
-def _describe_recall(recall: RecallReport) -> Metadata:
+def describe_recall(recall: RecallReport) -> Metadata:
     return {
         "recall": round(recall.recall, 4),
         "target recall": recall.target,
@@ -269,14 +272,18 @@ def describe_preview(preview: Preview) -> Metadata:
     }
 
 
-def _picture_tokens(text_sizes: Mapping[int, int], bytes_per_token: float) -> tuple[bytes, str]:
+def _describe_tokens(report: ExportReport, deployment: Deployment) -> Metadata:
     """Songs by size as songs by tokens, in a few bars."""
-    classes_a_bar = max(text_sizes) // _MOST_TOKEN_BARS + 1
-    counts = [0] * (max(text_sizes) // classes_a_bar + 1)
-    for size, n_songs in text_sizes.items():
+    if not report.text_sizes:
+        return {}
+    bytes_per_token, largest = deployment.token_estimator().bytes_per_token, max(report.text_sizes)
+    classes_a_bar = largest // _MOST_TOKEN_BARS + 1
+    counts = [0] * (largest // classes_a_bar + 1)
+    for size, n_songs in report.text_sizes.items():
         counts[size // classes_a_bar] += n_songs
     edges = [bar * classes_a_bar * SIZE_CLASS_BYTES / bytes_per_token for bar in range(len(counts) + 1)]
-    return draw_tokens(counts, edges), f"how many songs have how many tokens, at {bytes_per_token:.1f} bytes a token"
+    words = f"how many songs have how many tokens, at {bytes_per_token:.1f} bytes a token"
+    return {"tokens per song": show_picture(draw_tokens(counts, edges), words)}
 
 
 def _table(name: str, rows: list[dict[str, Any]]) -> Mapping[str, Any]:

@@ -90,8 +90,8 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     ranges: str = Field(
         default="",
         description=(
-            "Ranges to embed, FIRST...LAST as in 000000000-000050000...000100000-000150000, or one key. Empty: the "
-            "partitions that the run was launched for, or all that hold songs where it was launched without."
+            "Ranges to embed, FIRST...LAST as in 000000000-000050000...000100000-000150000, or one key; of a run that "
+            "is launched without partitions. Empty: all that hold songs."
         ),
     )
     export_mode: ExportMode = Field(
@@ -127,11 +127,17 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             deployment: of this run.
             launched: keys of the partitions that the run was launched for; None: it was launched without.
         """
-        chosen = deployment.held_ranges() if launched is None else [SongIdRange.from_key(key) for key in launched]
-        if not self.ranges:
-            return chosen
-        first, last = parse_span(self.ranges, TILING)
-        return [each for each in chosen if first <= each <= last]
+        if launched is not None:
+            if self.ranges:
+                raise SettingsError(
+                    "ranges: this run was launched for partitions: leave `ranges` empty, or launch the job without"
+                )
+            return [SongIdRange.from_key(key) for key in launched]
+        held = deployment.held_ranges()
+        if not held:
+            return []
+        first, last = parse_span(self.ranges, TILING) if self.ranges else (held[0], held[-1])
+        return [each for each in held if first <= each <= last]
 
 
 RESOURCES: dict[str, Any] = {

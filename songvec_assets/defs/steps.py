@@ -13,8 +13,9 @@ from typing import Any, Protocol, TypeVar
 import dagster as dg
 
 from songvec_assets.cache.fill import FillReport
+from songvec_assets.cache.marks import digest_cache
 from songvec_assets.defs.pace import Pace, describe_progress
-from songvec_assets.defs.reports import cache_version, describe_fill
+from songvec_assets.defs.reports import describe_fill
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SongvecError
 from songvec_assets.progress import Progress, run_in_worker
@@ -97,7 +98,8 @@ def budget_of(run: dg.DagsterRun) -> str:
 
 def asked_anew_by(run: dg.DagsterRun) -> str:
     """Who asks that songs be embedded again: a run's re-executions do not ask anew."""
-    return run.tags.get("dagster/backfill", run.root_run_id or run.run_id)
+    names = (run.tags.get(tag) for tag in ("dagster/root_backfill_id", "dagster/backfill"))
+    return next(filter(None, names), None) or run.root_run_id or run.run_id
 
 
 def launched_keys(context: dg.AssetExecutionContext) -> list[str] | None:
@@ -164,7 +166,7 @@ class FillRecorder:
 
     def conclude(self) -> None:
         """End the step: with the version of all that is cached, or a failure that names the ranges not complete."""
-        self._context.set_data_version(self._context.asset_key, cache_version(self._deployment))
+        self._context.set_data_version(self._context.asset_key, dg.DataVersion(digest_cache(self._deployment.cache)))
         if self._failed:
             named = "; ".join(f"{key}: {error}" for key, error in list(self._failed.items())[:5])
             raise dg.Failure(

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from songvec_assets.defs.headless import RunResult
-from songvec_assets.defs.pace import describe_seconds
 from songvec_assets.embedding.pricing import Estimate
+from songvec_assets.progress import describe_seconds
 from songvec_assets.status import Status
 from songvec_assets.vectors.search import Hit
 

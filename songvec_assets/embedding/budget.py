@@ -13,12 +13,12 @@ import sqlalchemy as sa
 from sqlalchemy import Engine
 
 from songvec_assets.embedding.pricing import Price
-from songvec_assets.errors import BudgetExceededError, SettingsError
+from songvec_assets.errors import BudgetExceededError
 from songvec_assets.postgres.engine import atomic, error_border
 
 _MONTH = "'month ' || to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM')"
 
-_NAMES = f"(CAST(:run AS text), {_MONTH})"
+_NAMES = f"(CAST(:run AS text), coalesce(CAST(:month AS text), {_MONTH}))"
 _CREATE = atomic(f"""
     INSERT INTO songvec.budgets (name) VALUES (:run), ({_MONTH}) ON CONFLICT (name) DO NOTHING
 """)
@@ -34,7 +34,8 @@ _EXCEEDED_ROWS = f"""
     WHERE usd + CAST(:usd AS numeric) > max_usd
 """
 _CHARGE = f"UPDATE songvec.budgets SET usd = usd + CAST(:usd AS numeric), updated_at = now() WHERE name IN {_NAMES}"
-_RESERVE = atomic(f"{_LOCK}; {_CHARGE} AND NOT EXISTS ({_EXCEEDED_ROWS}) RETURNING name")
+_BOTH = f"(SELECT count(*) FROM songvec.budgets WHERE name IN {_NAMES}) = 2"
+_RESERVE = atomic(f"{_LOCK}; {_CHARGE} AND {_BOTH} AND NOT EXISTS ({_EXCEEDED_ROWS}) RETURNING name")
 _SETTLE = atomic(f"{_LOCK}; {_CHARGE}")
 _EXCEEDED = atomic(f"{_EXCEEDED_ROWS} ORDER BY name DESC")
 
@@ -67,9 +68,6 @@ class Budget:
         max_usd: float | None = None,
         max_usd_a_month: float | None = None,
     ) -> None:
-        for limit in (max_usd, max_usd_a_month):
-            if limit is not None and not limit >= 0:
-                raise SettingsError(f"expected a budget of 0 dollars or more, got {limit}")
         self.price = price
         self.n_tokens = 0
         self._lock = threading.Lock()
@@ -77,6 +75,7 @@ class Budget:
         # as written, not as binary floats: a price of 0.1 divides a limit of 0.3 evenly
         self._given: dict[str, Any] = {
             "run": run,
+            "month": None,
             "max_usd": None if max_usd is None else Decimal(str(max_usd)),
             "max_usd_a_month": None if max_usd_a_month is None else Decimal(str(max_usd_a_month)),
         }
@@ -89,29 +88,41 @@ class Budget:
         """Dollars that this process has spent so far."""
         return self.price.usd(self.n_tokens)
 
-    def reserve(self, n_tokens: int) -> None:
+    def reserve(self, n_tokens: int) -> str | None:
         """Set aside the price of a request.
+
+        Returns:
+            The month that it counts for, to be settled with; None where nothing costs anything.
 
         Raises:
             BudgetExceededError: with it, a limit would be exceeded; nothing is set aside.
         """
         if self.price.is_free:
-            return
+            return None
         given = self._given | {"usd": self.price.exact_usd(n_tokens)}
         with error_border(), self._engine.connect() as connection:
-            while len(connection.execute(_RESERVE, given).all()) < 2:
+            while True:
+                charged = [name for (name,) in connection.execute(_RESERVE, given) if name.startswith("month ")]
+                if charged:
+                    return str(charged[0])
                 exceeded = connection.execute(_EXCEEDED, given).first()
                 if exceeded is not None:
                     raise BudgetExceededError(_describe(*exceeded))
                 # a new month has begun, or the rows were removed
                 connection.execute(_CREATE, given)
 
-    def settle(self, reserved_tokens: int, billed_tokens: int) -> None:
-        """Replace a reservation by what was billed (0 for a request that failed)."""
+    def settle(self, reserved_tokens: int, billed_tokens: int, month: str | None = None) -> None:
+        """Replace a reservation by what was billed.
+
+        Args:
+            reserved_tokens: of the request.
+            billed_tokens: 0 for one that failed.
+            month: as `reserve` told it; None: the present one.
+        """
         with self._lock:
             self.n_tokens += billed_tokens
         if not self.price.is_free and billed_tokens != reserved_tokens:
-            given = self._given | {"usd": self.price.exact_usd(billed_tokens - reserved_tokens)}
+            given = self._given | {"usd": self.price.exact_usd(billed_tokens - reserved_tokens), "month": month}
             with error_border(), self._engine.connect() as connection:
                 connection.execute(_SETTLE, given)
 

@@ -31,7 +31,7 @@ SNAPSHOT_SCHEMA = pa.schema(
         pa.field("set_aside", pa.string()),
     ]
 )
-_DIGEST, _SOURCE, _NEWEST = b"songvec.digest", b"songvec.source", b"songvec.updated_at"
+_DIGEST, _SOURCE, _NEWEST = b"songvec.digest2", b"songvec.source", b"songvec.updated_at"
 _COMPARED_ROWS = 1024
 _comparing = threading.Lock()
 SIZE_CLASS_BYTES = 128
@@ -103,9 +103,13 @@ def load_songs_from_parquet(path: Path, columns: list[str] | None = None) -> pl.
         with _open(path) as file:
             return pl.DataFrame(file.read(columns))
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(
-            f"{path} is damaged ({error}): remove it and materialize songs_parquet, which exports the range anew"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> StoreError:
+    return StoreError(
+        f"{path} is damaged ({error}): remove it and materialize songs_parquet, which exports the range anew"
+    )
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -148,7 +152,11 @@ def digest_snapshots(folder: Path) -> str:
 def get_max_cached_song_id(folder: Path) -> int | None:
     """The highest song_id of all snapshots, or None where there are none."""
     for song_range in reversed(snapshot_ranges(folder)):
-        statistics = pq.read_metadata(snapshot_path(folder, song_range))
+        path = snapshot_path(folder, song_range)
+        try:
+            statistics = pq.read_metadata(path)
+        except pa.ArrowException as error:
+            raise _damaged(path, error) from error
         highest = [
             statistics.row_group(group).column(0).statistics.max
             for group in range(statistics.num_row_groups)

@@ -184,8 +184,9 @@ def measure_source(database: Database, source: SongsSource) -> SourceState:
         # as text in the statement: names may hold percent signs
         relation = sql.Literal(source.relation).as_string(cursor)
         cursor.execute(
-            f"SELECT count(*), max({source.song_id}), {newest}, (SELECT n_tup_ins + n_tup_upd + n_tup_del "
-            f"FROM pg_stat_all_tables WHERE relid = to_regclass({relation})) FROM {source.relation}"
+            f"SELECT count(*), max({source.song_id}), {newest}, (SELECT sum(n_tup_ins + n_tup_upd + n_tup_del)::bigint "
+            f"FROM pg_stat_all_tables WHERE relid = to_regclass({relation}) OR relid IN "
+            f"(SELECT relid FROM pg_partition_tree(to_regclass({relation})))) FROM {source.relation}"
         )
         return SourceState(*cursor.fetchone())
 

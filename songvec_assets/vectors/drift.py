@@ -1,4 +1,4 @@
-"""How the table's vectors lie, as of each load that changed it, and how far they moved since the load before.
+"""How the table's vectors lie, as of each load that changed it and was looked at, and how far they moved since.
 
 A provider that changes its model under its old name changes no count and no size: it shows here. Distances are in units
 of the mean vector length.
@@ -13,10 +13,11 @@ import numpy as np
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
 from songvec_assets.vectors.audit import audit_vectors
+from songvec_assets.vectors.ledger import digest_ledger, read_ledger
 from songvec_assets.vectors.table import TableSpec
 
 _PROFILES = "profiles"
-"""Of the last two loads, whichever tables they went to: a change of all rows is a table of its own."""
+"""Of two loads, whichever tables they went to: a change of all rows is a table of its own."""
 _NORM_BY = 0.02
 _NOISE_TIMES = 3.0
 
@@ -26,12 +27,14 @@ class Profile:
     """A sample of the table.
 
     Attributes:
+        version: of what is loaded.
         spec: what it holds, in words.
         n_sampled: rows.
         mean_norm: their mean length.
         mean: their mean vector.
     """
 
+    version: str
     spec: str
     n_sampled: int
     mean_norm: float
@@ -66,22 +69,23 @@ class Drift:
         return f"{told}: has the provider changed the model under its name?" if self.is_large else told
 
 
-def record_profile(database: Database, spec: TableSpec) -> None:
-    """Take a sample of the serving table after a load; the one before is kept beside it."""
-    audit = audit_vectors(database, spec)
-    if not audit.n_sampled or audit.bad_song_ids:
-        return
-    now = Profile(str(spec), audit.n_sampled, audit.mean_norm, np.round(audit.mean, 6).tolist())
-    with database.get_connection() as connection:
-        before: Any = read_fact(connection, _PROFILES) or []
-        write_fact(connection, _PROFILES, [*before[-1:], asdict(now)])
+def measure_drift(database: Database, spec: TableSpec) -> Drift | None:
+    """How far the last load moved the vectors; None where no load before it, of the same kind, was looked at.
 
-
-def measure_drift(database: Database) -> Drift | None:
-    """How far the last load moved the vectors; None where there is no load before of the same kind."""
+    Takes a sample of the serving table where it changed since the last look, and keeps it for the next.
+    """
+    version = digest_ledger(read_ledger(database), spec)
     with database.get_connection() as connection:
         kept: Any = read_fact(connection, _PROFILES) or []
     profiles = [Profile(**each) for each in kept]
+    if not profiles or profiles[-1].version != version:
+        audit = audit_vectors(database, spec)
+        if not audit.n_sampled or audit.bad_song_ids:
+            return None
+        now = Profile(version, str(spec), audit.n_sampled, audit.mean_norm, np.round(audit.mean, 6).tolist())
+        profiles = [*profiles[-1:], now]
+        with database.get_connection() as connection:
+            write_fact(connection, _PROFILES, [asdict(each) for each in profiles])
     if len(profiles) < 2 or profiles[0].spec != profiles[1].spec:
         return None
     before, now = profiles

@@ -14,7 +14,6 @@ from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.vectors.backlog import Backlog, compare_with_cache
 from songvec_assets.vectors.comparison import Comparison, compare_tables
-from songvec_assets.vectors.drift import record_profile
 from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date, find_index
 from songvec_assets.vectors.load import N_CONNECTIONS, RangeLoad, upload_cached_embeddings_to_database
 from songvec_assets.vectors.swap import LOCK, find_attachments, put_in_place
@@ -128,7 +127,6 @@ def publish_embeddings(
             backlog=backlog,
         )  # fmt: skip
         if place.table == TABLE:
-            _record_profile_where_changed(database, spec, loads)
             return PublishReport(place, loads, n_foreign=backlog.n_foreign)
         report = bring_index_up_to_date(database, cache, spec, index, table=BESIDE, progress=progress, stop=stop)
         comparison = compare_tables(database, cache, songs_folder, stop)
@@ -139,13 +137,7 @@ def publish_embeddings(
                 "cache for it, as `songvec swap` does, then start the same command again"
             )
         put_in_place(database, place.keep, stop.check)
-        _record_profile_where_changed(database, spec, loads)
         return PublishReport(place, loads, report, comparison)
-
-
-def _record_profile_where_changed(database: Database, spec: TableSpec, loads: list[RangeLoad]) -> None:
-    if any(load.n_written or load.n_deleted for load in loads):
-        record_profile(database, spec)
 
 
 def _choose_place(database: Database, spec: TableSpec, backlog: Backlog, swap: bool, beside_from_rows: int) -> Place:

@@ -108,7 +108,8 @@ def read_songs(
     """Name, artist and lyrics of some songs; those that are gone are left out."""
     with raw_cursor(connection) as cursor:
         cursor.execute(
-            f"SELECT {source.song_id}, {source.name}, {source.artist}, {source.lyrics} FROM {source.relation} "
+            f"SELECT {source.song_id}, coalesce({source.name}::text, ''), coalesce({source.artist}::text, ''), "
+            f"{source.lyrics}::text FROM {source.relation} "
             f"WHERE {source.song_id} IN ({', '.join(map(str, song_ids))})"
         )
         return {song_id: (name, artist, lyrics) for song_id, name, artist, lyrics in cursor}

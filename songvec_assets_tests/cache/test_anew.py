@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import polars as pl
 import pytest
 
+from songvec_assets.cache import fill as fill_module
 from songvec_assets.cache.fill import FillReport
-from songvec_assets.cache.shards import load_embeddings_from_cache
+from songvec_assets.cache.marks import digest_cache
 from songvec_assets.deployment import Deployment
-from songvec_assets.errors import BudgetExceededError, DamagedShardError, SongvecError
+from songvec_assets.errors import BudgetExceededError, SongvecError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets_tests.conftest import deploy
@@ -34,7 +34,8 @@ def begin(database: Database, server: Provider, songs: Callable[..., None], tmp_
     songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in range(1, N_SONGS + 1)))
 
     def begin(**settings: object) -> Deployment:
-        return deploy(database, server, tmp_path, max_request_texts=5, usd_per_million_tokens=1e6, **settings)
+        given = {"max_request_texts": 5, "concurrency": 2, "usd_per_million_tokens": 1e6}
+        return deploy(database, server, tmp_path, **(given | settings))
 
     deployment = begin()
     deployment.export()
@@ -58,7 +59,7 @@ def sent(server: Provider) -> dict[str, int]:
     return {text: count for text, count in server.texts().items() if text != "probe"}
 
 
-def test_each_text_is_paid_for_again_and_again_only_for_another_who_asks(begin: Begin, server: Provider) -> None:
+def test_each_text_is_paid_for_again_once_for_each_who_asks(begin: Begin, server: Provider) -> None:
     report, _ = fill(begin(), anew="one")
     assert (report.n_embedded, report.n_reused) == (N_SONGS, 0)
     assert set(sent(server).values()) == {1}
@@ -67,33 +68,77 @@ def test_each_text_is_paid_for_again_and_again_only_for_another_who_asks(begin: 
     assert set(sent(server).values()) == {1}
     fill(begin(), anew="another")
     assert set(sent(server).values()) == {2}
+    fill(begin(), anew="one")
     fill(begin())
-    assert set(sent(server).values()) == {2}
+    assert set(sent(server).values()) == {2}, "who was served is, whoever came after"
 
 
-def test_what_was_stopped_in_the_middle_goes_on_without_asking_again(begin: Begin, server: Provider) -> None:
-    few = begin(max_usd=80)
-    _, error = fill(few, anew="one")
+@pytest.mark.parametrize("again", ["one", "the same command in another run"])
+def test_what_was_stopped_goes_on_with_the_rest(begin: Begin, server: Provider, again: str) -> None:
+    _, error = fill(begin(max_usd=80), anew="one")
     assert isinstance(error, BudgetExceededError)
-    assert 0 < len(sent(server)) < N_SONGS
-    fill(begin())
-    assert sent(server).keys() == {f"Song {song_id} by Ann\nla" for song_id in range(1, N_SONGS + 1)}
+    n_first = len(sent(server))
+    assert 0 < n_first < N_SONGS
+    report, _ = fill(begin(), anew=again)
+    assert report.n_embedded == N_SONGS - n_first
     assert set(sent(server).values()) == {1}
-    live = load_embeddings_from_cache(begin().cache, FIRST)[1]
-    assert live.filter(pl.col("reason").is_null()).height == N_SONGS
+    assert len(sent(server)) == N_SONGS
+    report, _ = fill(begin(), anew="one")
+    assert report.n_unchanged == N_SONGS
 
 
-def test_a_load_in_between_is_refused_and_the_table_keeps_its_rows(begin: Begin) -> None:
+def test_a_plain_run_in_between_pays_nothing_and_the_rest_stays_owed(begin: Begin, server: Provider) -> None:
+    fill(begin(max_usd=80), anew="one")
+    n_first = len(sent(server))
+    report, _ = fill(begin())
+    assert (report.n_unchanged, len(sent(server))) == (N_SONGS, n_first)
+    report, _ = fill(begin(), anew="one")
+    assert report.n_embedded == N_SONGS - n_first
+    assert set(sent(server).values()) == {1}
+
+
+@pytest.mark.parametrize("settings", [{"max_usd": 0.0}, {"fireworks_api_key": "wrong"}])
+def test_where_nothing_could_be_sent_nothing_is_given_up(
+    begin: Begin, server: Provider, settings: dict[str, object]
+) -> None:
+    _, error = fill(begin(**settings), anew="one")
+    assert error is not None
+    assert len(begin().publish().loads) == 1
+    report, _ = fill(begin())
+    assert (report.n_unchanged, sent(server)) == (N_SONGS, {})
+
+
+def test_loads_in_between_take_the_new_vectors_and_keep_the_old_ones(begin: Begin) -> None:
     begin().publish()
     fill(begin(max_usd=80), anew="one")
-    with pytest.raises(DamagedShardError, match="materialize embedding_cache"):
-        begin().publish()
-    assert sum(load.n_rows for load in _publish_after(begin)) == N_SONGS
+    (load,) = begin().publish().loads
+    assert load.n_rows == N_SONGS
+    fill(begin(), anew="one")
+    (load,) = begin().publish().loads
+    assert load.n_rows == N_SONGS
 
 
-def _publish_after(begin: Begin) -> list:
-    fill(begin())
-    return begin().publish().loads
+def test_a_death_between_being_served_and_the_mark_pays_nothing_more(
+    begin: Begin, server: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(fill_module, "write_mark", die)
+    with pytest.raises(SystemExit):
+        begin().filler(anew="one").fill_ranges([FIRST], lambda _: None)
+    monkeypatch.undo()
+    report, _ = fill(begin(), anew="one")
+    assert report.n_unchanged == N_SONGS
+    assert set(sent(server).values()) == {1}
+
+
+def test_another_version_of_all_vectors_is_another_version_of_the_cache(begin: Begin) -> None:
+    versions = [digest_cache(begin().cache)]
+    for asker in ("one", "another"):
+        fill(begin(), anew=asker)
+        versions.append(digest_cache(begin().cache))
+    assert len(set(versions)) == 3
 
 
 def test_nothing_is_spent_where_the_table_could_not_take_it(begin: Begin, server: Provider) -> None:

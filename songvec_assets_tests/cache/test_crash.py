@@ -23,6 +23,8 @@ from songvec_assets.settings import Settings
 from songvec_assets_tests.cache.test_fill import assert_stored, billed, export, fill, plain_songs, plain_texts, stored
 from songvec_assets_tests.conftest import TILING, deploy
 from songvec_assets_tests.provider import Provider
+from songvec_assets_tests.warm import WarmProcess
+from songvec_assets_tests.warm import start as start_warm
 
 REQUEST_TEXTS, CONCURRENCY = 8, 4
 IN_FLIGHT = REQUEST_TEXTS * CONCURRENCY
@@ -33,10 +35,9 @@ IN_FLIGHT = REQUEST_TEXTS * CONCURRENCY
 class Filling:
     """A process that fills all ranges once it is told to begin."""
 
-    process: subprocess.Popen[str]
+    process: WarmProcess
 
     def begin(self) -> None:
-        assert self.process.stdin
         self.process.stdin.write("begin\n")
         self.process.stdin.flush()
 
@@ -46,8 +47,8 @@ class Filling:
     def assert_interrupted(self, within_s: float) -> None:
         """It ends as a process does that Ctrl+C ended."""
         started = time.monotonic()
-        _, errors = self.process.communicate(timeout=60)
-        assert self.process.returncode == -signal.SIGINT, errors
+        words, _ = self.process.communicate(timeout=60)
+        assert self.process.returncode == -signal.SIGINT, words
         assert time.monotonic() - started < within_s
 
 
@@ -70,18 +71,12 @@ def start(deployment: Deployment, provider: Provider) -> Iterator[Callable[[int]
         "max_request_texts": REQUEST_TEXTS,
         "concurrency": CONCURRENCY,
     }
-    command, pipe = [sys.executable, "-m", __name__, json.dumps(settings)], subprocess.PIPE
-    root = Path(__file__).parents[2]
-    started: list[subprocess.Popen[str]] = []
+    started: list[WarmProcess] = []
 
     def begin(n_processes: int) -> list[Filling]:
-        fresh = [
-            subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-            for _ in range(n_processes)
-        ]
+        fresh = [start_warm(["-m", __name__, json.dumps(settings)]) for _ in range(n_processes)]
         started.extend(fresh)
         for process in fresh:
-            assert process.stdout
             assert process.stdout.readline() == "ready\n"
         return [Filling(process) for process in fresh]
 

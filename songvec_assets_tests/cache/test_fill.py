@@ -1040,10 +1040,14 @@ def test_a_run_that_is_stopped_keeps_what_was_on_its_way_and_a_later_one_sends_t
     provider.control(latency_s=0.3)
     first = run(max_request_texts=8, concurrency=2)
     export(first)
-    threading.Timer(0.8, first.cancel).start()
     reports: list[FillReport] = []
+
+    def stop_once_answered(told: Progress) -> None:
+        if told.done:
+            first.cancel()
+
     with pytest.raises(StoppedError):
-        first.filler().fill_ranges(list(first.tiling), reports.append)
+        first.filler(progress=stop_once_answered).fill_ranges(list(first.tiling), reports.append)
     assert [type(report.error) for report in reports] == [StoppedError]
     assert 0 < reports[0].n_embedded < 80
     assert len(stored(first)) == len(billed(provider)) == reports[0].n_embedded

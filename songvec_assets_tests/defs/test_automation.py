@@ -15,6 +15,7 @@ from songvec_assets.defs.headless import run_job
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, RunResource, StorageResource
 from songvec_assets.errors import AlertError
 from songvec_assets.postgres.engine import Database
+from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.source import SourceNames, find_source, measure_source
 from songvec_assets_tests.administration import execute, free_port
 from songvec_assets_tests.provider import Provider
@@ -247,6 +248,9 @@ class TestRuns:
         assert provider.texts() == {}
         assert run_job(job, resources={"run": {"ranges": f"{FIRST}...{FIRST}"}}).failures == []
         assert len(provider.texts()) == 3
+        span = SongIdRange.from_key(FIRST), SongIdRange.from_key("000050000-000100000")
+        both = run_job(job, span, resources={"run": {"ranges": FIRST}})
+        assert "launched for partitions" in both.failures[0], "the others would show as done"
 
     @pytest.mark.parametrize(
         ("options", "words"),

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from songvec_assets.defs.pictures import draw_coverage, draw_map, draw_recall, draw_tokens, show_picture
-from songvec_assets.defs.reports import describe_index, describe_preview
+from songvec_assets.defs.reports import describe_index, describe_preview, describe_recall
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange
 from songvec_assets.status import RangeCoverage
 from songvec_assets.vectors.ivfflat import IndexFacts, IndexReport
@@ -125,7 +125,7 @@ class TestMap:
 
 class TestMetadata:
     def test_an_index_is_told_in_numbers_a_table_and_a_picture(self) -> None:
-        told = describe_index(REPORT)
+        told = describe_index(REPORT) | describe_recall(RECALL)
         expected = {"built": True, "lists": 141, "probes": 3, "bytes": 10_000_000, "seconds": 12.346, "recall": 0.96,
                     "target recall": 0.95, "median ms of a search": 2.0, "dagster/row_count": 20_000}  # fmt: skip
         assert {name: told[name] for name in expected} == expected

@@ -169,6 +169,28 @@ class TestMonth:
         budget.reserve(9)
         assert spent(engine) == 9
 
+    def test_a_month_that_begins_charges_the_run_once(self, engine: sa.Engine, database: Database, run: str) -> None:
+        budget = Budget(DOLLAR_A_TOKEN, engine, run, 10, None)
+        budget.reserve(3)
+        execute(database.adbc_uri, "DELETE FROM songvec.budgets WHERE name LIKE 'month %'")
+        budget.reserve(3)
+        budget.reserve(4)
+        with pytest.raises(BudgetExceededError):
+            budget.reserve(1)
+
+    def test_what_is_settled_after_midnight_counts_for_the_month_it_was_reserved_in(
+        self, engine: sa.Engine, database: Database, run: str
+    ) -> None:
+        budget = Budget(DOLLAR_A_TOKEN, engine, run, None, 10)
+        month = budget.reserve(9)
+        assert month is not None
+        execute(database.adbc_uri, "UPDATE songvec.budgets SET name = 'month 2001-01' WHERE name = %s", (month,))
+        budget.reserve(9)
+        budget.settle(9, 0, "month 2001-01")
+        assert spent(engine) == 9
+        with pytest.raises(BudgetExceededError):
+            budget.reserve(2)
+
     def test_processes_that_reserve_and_settle_never_wait_for_each_other(self, engine: sa.Engine, run: str) -> None:
         budgets = [Budget(DOLLAR_A_TOKEN, engine, f"{run} {name}", None, 10**6) for name in "azAZ09"]
 
