@@ -43,6 +43,8 @@ from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets_tests.administration import dispose
 from songvec_assets_tests.provider import Provider, digest_of, running_provider
 from songvec_assets_tests.provider.vectors import vector_of_digest
+from songvec_assets_tests.warm import WarmProcess
+from songvec_assets_tests.warm import start as start_warm
 
 N_RANGES, DIMENSIONS, REQUEST_TEXTS, CONCURRENCY = 10, 256, 8, 6
 IN_FLIGHT = REQUEST_TEXTS * CONCURRENCY
@@ -185,6 +187,7 @@ class Campaign:
     Attributes:
         on_disk: texts that were found on disk, sound, at the last look.
         excused: how often each text may be billed again: lost in flight, or with a shard that was damaged on purpose.
+        warm: whether processes are forked from one that has loaded the libraries.
     """
 
     deployment: Deployment
@@ -193,6 +196,7 @@ class Campaign:
     folder: Path
     songs: list[Song]
     rng: Random
+    warm: bool = False
     report: CampaignReport = field(default_factory=CampaignReport)
     on_disk: set[bytes] = field(default_factory=set)
     excused: Counter[bytes] = field(default_factory=Counter)
@@ -290,13 +294,16 @@ class Campaign:
             return error
         return None
 
-    def start(self, by_command: bool, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def start(self, by_command: bool, environment: dict[str, str]) -> "subprocess.Popen[str] | WarmProcess":
         """A process that fills the kills' ranges once its stdin says so; the command does so at once."""
         asked = f"{self.ranges[0].key}...{self.ranges[-1].key}"
         command = ["-c", "from songvec_assets.cli import main; main()", "run", "--ranges", asked]
+        arguments = command if by_command else ["-m", "benchmarks.chaos", "--fill", asked]
+        if self.warm:
+            return start_warm(arguments, self.folder, environment)
         with (self.folder / "processes.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, *(command if by_command else ["-m", "benchmarks.chaos", "--fill", asked])],
+                [sys.executable, *arguments], text=True,
                 cwd=self.folder, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log,
             )  # fmt: skip
 
@@ -308,14 +315,14 @@ class Campaign:
             figures = self.provider.ledger()
             n_open = figures["requests"] - sum(figures["requests_by_status"].values())
 
-    def kill(self, process: subprocess.Popen[bytes], number: int, n_kills: int, by_command: bool) -> bool:
+    def kill(self, process: "subprocess.Popen[str] | WarmProcess", number: int, n_kills: int, by_command: bool) -> bool:
         """Let a process begin, kill it in its middle, audit; False where it ended by itself, or billed nothing."""
         known, began = len(self.read_ledger()), time.monotonic()
         n_missing = len(self.paid_for) - len(self.on_disk) - len(self.by_range[self.spoilt_range])
         # so long that on average as much is left for each kill to come
         delay_s = self.rng.uniform(0.05, 1.95) * n_missing / (n_kills - number + 2) / TEXTS_PER_S
         assert process.stdin
-        process.stdin.write(b"begin\n")
+        process.stdin.write("begin\n")
         process.stdin.flush()
         while process.poll() is None and len(self.read_ledger()) == known:
             if time.monotonic() - began > STALLED_S:
@@ -450,7 +457,11 @@ def spoil(path: Path, kind: str, others: Sequence[Path], rng: Random) -> int:
 
 
 def run_campaign(
-    n_kills: int = 25, seed: int = 0, n_songs: int = 11_000, say: Callable[[str], None] = lambda _: None
+    n_kills: int = 25,
+    seed: int = 0,
+    n_songs: int = 11_000,
+    say: Callable[[str], None] = lambda _: None,
+    warm: bool = False,
 ) -> CampaignReport:
     """Kill a fill so many times in its middle, damage shards in between, finish, audit.
 
@@ -459,13 +470,14 @@ def run_campaign(
         seed: of songs, moments and damage.
         n_songs: of the catalogue; rounded to full ranges.
         say: told each kill and each damage.
+        warm: whether processes are forked from one that has loaded the libraries; they leave no words then.
     """
     rng = Random(seed)
     width = max(20, n_songs // (N_RANGES + 1))
     tiling = Tiling(width, width * (N_RANGES + 1))
     songs = make_songs(tiling, rng)
     with _deployed(tiling, songs) as (deployment, provider, folder, environment):
-        campaign = Campaign(deployment, provider, folder / "billed.jsonl", folder, songs, rng)
+        campaign = Campaign(deployment, provider, folder / "billed.jsonl", folder, songs, rng, warm)
         kinds, waiting, n_early = iter(DAMAGES * n_kills), campaign.start(False, environment), 0
         try:
             while (number := len(campaign.report.kills) + 1) <= n_kills and n_early < 3:
@@ -484,7 +496,8 @@ def run_campaign(
         finally:
             with _ended(waiting):
                 pass
-        words = (folder / "processes.log").read_text(encoding="utf-8")[-500:]
+        log = folder / "processes.log"
+        words = log.read_text(encoding="utf-8")[-500:] if log.exists() else "nothing that is kept"
         done = len(campaign.report.kills)
         campaign.report.expect(MIDDLE, done == n_kills, f"{done} of {n_kills}, the last said: {words}")
         campaign.finish()
@@ -492,7 +505,7 @@ def run_campaign(
 
 
 @contextmanager
-def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _ended(process: "subprocess.Popen[str] | WarmProcess") -> Iterator[None]:
     """Whatever happens in the block, the process is gone after it."""
     with process:
         try:

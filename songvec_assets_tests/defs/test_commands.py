@@ -1,6 +1,7 @@
 """The commands of the README, typed in a fresh project folder: real processes, real database, real provider.
 
-Dagster's own commands, and the first `songvec demo`, start from nothing; the other `songvec` commands are forked.
+The first `songvec demo`, and Dagster's commands that need nothing but what a clone and its environment give them, start
+from nothing; the others are forked from a process that has loaded the libraries.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from songvec_assets.postgres.embedded import create_songs_table
+from songvec_assets.postgres.engine import Database
 from songvec_assets.samples import read_sample_songs
 from songvec_assets.settings import variables
 from songvec_assets_tests.provider import Provider, running_provider
@@ -29,6 +32,10 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 FIRST = "000000000-000050000"
 N_SAMPLES = read_sample_songs().height
+SET_AT_START = dict.fromkeys(
+    ("DAGSTER_CLI_ASSET_MATERIALIZE_MODULE_NAME", "DAGSTER_CLI_JOB_EXECUTE_MODULE_NAME"), "songvec_assets.definitions"
+)
+"""By `songvec_assets.pth`, in every process that starts from nothing."""
 MISLEADING = "POSTGRES_URL=postgresql://nobody@localhost:1/none\n"
 """A `.env` that the demo must not look at."""
 
@@ -41,25 +48,20 @@ class Project:
         for name in ("pyproject.toml", "workspace.yaml", "dagster.yaml"):
             shutil.copy(ROOT / name, folder / name)
         (folder / "songvec_assets").symlink_to(ROOT / "songvec_assets")
-        dropped = {
-            *variables(),
-            "DAGSTER_HOME",
-            "DAGSTER_CLI_ASSET_MATERIALIZE_MODULE_NAME",
-            "DAGSTER_CLI_JOB_EXECUTE_MODULE_NAME",
-        }
+        dropped = {*variables(), "DAGSTER_HOME", *SET_AT_START}
         self.environment = {name: value for name, value in os.environ.items() if name not in dropped}
         self.environment |= {"PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "200"}
 
-    def start(self, *command: str, cold: bool = False, **settings: str) -> "subprocess.Popen[str] | WarmProcess":
-        """Type a command; leave it running. `songvec` starts where the libraries are loaded, unless `cold`."""
+    def start(self, *command: str, cold: bool | None = None, **settings: str) -> "subprocess.Popen[str] | WarmProcess":
+        """Type a command; leave it running. It starts from nothing where `cold`; None: where it is Dagster's."""
         environment = self.environment | settings
-        if command[0] == "songvec" and not cold:
-            return start_warm([str(BIN / "songvec"), *command[1:]], self.folder, environment)
+        if not (command[0] != "songvec" if cold is None else cold):
+            return start_warm([str(BIN / command[0]), *command[1:]], self.folder, SET_AT_START | environment)
         return subprocess.Popen(
             command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
 
-    def run(self, *command: str, cold: bool = False, **settings: str) -> tuple[int, str]:
+    def run(self, *command: str, cold: bool | None = None, **settings: str) -> tuple[int, str]:
         """Type a command and wait: exit code and output."""
         process = self.start(*command, cold=cold, **settings)
         output, _ = process.communicate(timeout=150)
@@ -131,7 +133,8 @@ def test_materialize_and_dg_commands_work_with_no_flag_beyond_the_readme(project
     assert code != 0
     assert "fill the cache first, with `songvec run`" in output
     code, output = project.run(
-        "dagster", "asset", "materialize", "--select", "*", "--partition-range", f"{FIRST}...000050000-000100000"
+        *("dagster", "asset", "materialize", "--select", "*", "--partition-range", f"{FIRST}...000050000-000100000"),
+        cold=True,
     )
     assert (code, "RUN_SUCCESS" in output) == (0, True), output
     assert project.materialized_partitions() >= {FIRST}
@@ -188,10 +191,11 @@ def test_a_real_run_is_estimated_then_paid_once(project: Project, provider: Prov
     ],
 )
 def test_an_interrupt_keeps_the_answers_on_their_way_and_the_next_run_sends_the_rest(
-    project: Project, slow_provider: Provider, command: tuple[str, ...], sent: signal.Signals
+    project: Project, database: Database, slow_provider: Provider, command: tuple[str, ...], sent: signal.Signals
 ) -> None:
-    settings = provider_settings(slow_provider)
-    process = project.start(*command, **settings)
+    create_songs_table(database)
+    settings = provider_settings(slow_provider) | {"POSTGRES_URL": database.url}
+    process = project.start(*command, cold=False, **settings)
     wait_until(lambda: slow_provider.ledger()["texts_billed"] >= 9)
     requests = slow_provider.ledger()["requests"]
     process.send_signal(sent)
@@ -205,9 +209,10 @@ def test_an_interrupt_keeps_the_answers_on_their_way_and_the_next_run_sends_the_
     assert {count for text, count in slow_provider.texts().items() if text != "probe"} == {1}
 
 
-def test_a_second_interrupt_ends_at_once(project: Project, slow_provider: Provider) -> None:
+def test_a_second_interrupt_ends_at_once(project: Project, database: Database, slow_provider: Provider) -> None:
+    create_songs_table(database)
     slow_provider.control(latency_s=25.0)
-    process = project.start("songvec", "run", **provider_settings(slow_provider))
+    process = project.start("songvec", "run", **provider_settings(slow_provider), POSTGRES_URL=database.url)
     wait_until(lambda: slow_provider.ledger()["max_in_flight"] >= 1)
     process.send_signal(signal.SIGINT)
     time.sleep(1.0)

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.errors import DatabaseError, StoppedError
+from songvec_assets.postgres import brief
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
 from songvec_assets.progress import Progress, StopSignal
@@ -40,6 +41,14 @@ BUILDS = f"""
     SELECT pid FROM pg_stat_activity
     WHERE datname = current_database() AND state = 'active' AND query LIKE 'CREATE INDEX CONCURRENTLY {BUILDING} %'
 """
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is looked at ten times a second, and a lock that is held is tried for again as soon."""
+    monkeypatch.setattr(watch, "_POLL_S", 0.1)
+    monkeypatch.setattr(build, "_POLL_S", 0.1)
+    monkeypatch.setattr(brief, "_PAUSE_S", 0.1)
 
 
 @pytest.fixture
@@ -79,12 +88,13 @@ class TestSettings:
     def test_the_roles_timeouts_do_not_end_it(self, table: Database, cache: ModelCache) -> None:
         with login_role(table.adbc_uri, "SUPERUSER") as role:
             for timeout in ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"):
-                execute(table.adbc_uri, f"ALTER ROLE {role} SET {timeout} = '1s'")
+                execute(table.adbc_uri, f"ALTER ROLE {role} SET {timeout} = '400ms'")
             seen = Database(with_parts(table.url, username=role))
             builder = Builder(seen, cache)
             with transaction(table, WRITE):
                 builder.start()
-                wait_until(lambda: len(builder.told) >= 4 or not builder.is_alive())
+                wait_until(lambda: builder.told or not builder.is_alive())
+                builder.join(1.2)  # three times as long
             builder.finish()
             dispose(seen.url)
             assert builder.error is None

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.shards import ModelCache, ShardRows, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.errors import DatabaseError, StoppedError, TableMismatchError
+from songvec_assets.postgres import brief
 from songvec_assets.postgres.brief import run_briefly
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, StopSignal
@@ -144,34 +145,44 @@ def publish_again(report: PublishReport) -> list[object]:
     return [type(each)(each.range, each.n_rows) for each in report.loads]
 
 
+ATTACHMENTS = {
+    "view seen": ("CREATE VIEW seen AS SELECT * FROM song_embeddings", "DROP VIEW seen"),
+    "index by_time": ("CREATE INDEX by_time ON song_embeddings (created_at)", "DROP INDEX by_time"),
+    "column note": (
+        "ALTER TABLE song_embeddings ADD COLUMN note text",
+        "ALTER TABLE song_embeddings DROP COLUMN note",
+    ),
+    "foreign key liked_song_id_fkey": (
+        "CREATE TABLE liked (song_id integer REFERENCES song_embeddings)",
+        "DROP TABLE liked",
+    ),
+    "row security": (
+        "ALTER TABLE song_embeddings ENABLE ROW LEVEL SECURITY",
+        "ALTER TABLE song_embeddings DISABLE ROW LEVEL SECURITY",
+    ),
+    "trigger noted": (
+        "CREATE TRIGGER noted AFTER UPDATE ON song_embeddings EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+        "DROP TRIGGER noted ON song_embeddings",
+    ),
+}
+"""What people hang on a table, by the words that name it: how it comes, and how it goes."""
+
+
 class TestAttachments:
-    @pytest.mark.parametrize(
-        ("statement", "named"),
-        [
-            ("CREATE VIEW seen AS SELECT * FROM song_embeddings", "view seen"),
-            ("CREATE INDEX by_time ON song_embeddings (created_at)", "index by_time"),
-            ("ALTER TABLE song_embeddings ADD COLUMN note text", "column note"),
-            ("CREATE TABLE liked (song_id integer REFERENCES song_embeddings)", "foreign key liked_song_id_fkey"),
-            ("ALTER TABLE song_embeddings ENABLE ROW LEVEL SECURITY", "row security"),
-            (
-                "CREATE TRIGGER noted AFTER UPDATE ON song_embeddings "
-                "EXECUTE FUNCTION suppress_redundant_updates_trigger()",
-                "trigger noted",
-            ),
-        ],
-    )
     def test_each_is_found_and_stops_a_swap_before_anything_is_paid_for(
-        self, database: Database, cache: ModelCache, songs_folder: Path, statement: str, named: str
+        self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(30))
         publish(database, cache, songs_folder)
-        with database.get_connection() as connection:
-            assert find_attachments(connection) == []
-        execute(database.adbc_uri, statement)
-        with database.get_connection() as connection:
-            assert find_attachments(connection) == [named]
-        with pytest.raises(TableMismatchError, match=named):
-            check_publishable(database, OTHER, swap=True)
+        for named, (statement, undo) in ATTACHMENTS.items():
+            with database.get_connection() as connection:
+                assert find_attachments(connection) == []
+            execute(database.adbc_uri, statement)
+            with database.get_connection() as connection:
+                assert find_attachments(connection) == [named]
+            with pytest.raises(TableMismatchError, match=named):
+                check_publishable(database, OTHER, swap=True)
+            execute(database.adbc_uri, undo)
 
 
 class TestSwap:
@@ -259,8 +270,9 @@ class TestSwap:
             assert execute(database.adbc_uri, grants, (role,)) == [("SELECT", "YES")]
 
     def test_a_lock_that_another_session_holds_is_waited_for_in_short_tries(
-        self, database: Database, cache: ModelCache, songs_folder: Path
+        self, database: Database, cache: ModelCache, songs_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(brief, "_PAUSE_S", 0.05)
         put(cache, range(30))
         publish(database, cache, songs_folder)
         publish(database, cache, songs_folder, HALF, swap=True)
