@@ -9,10 +9,11 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 TIMEOUT_S = 120
 VIEW = {"width": 1400, "height": 900}
 # nothing but what a test asks for, and no packet beyond loopback
-SWITCHES = """
-    --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync
-""".split()
+SWITCHES = [
+    *"--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split(),
+    *"--disable-component-update --disable-sync".split(),
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
 
 expect.set_options(timeout=TIMEOUT_S * 1000)
 
@@ -43,15 +44,16 @@ class DagsterUI:
         skip = self.page.get_by_role("button", name="Skip", exact=True)
         self.page.add_locator_handler(skip, lambda button: button.click())
 
-    def see(self, words: str | re.Pattern[str], timeout_s: float = TIMEOUT_S) -> Locator:
+    def see(self, words: str | re.Pattern[str]) -> Locator:
         """Wait until words stand on the page."""
         found = self.page.get_by_text(words, exact=isinstance(words, str)).first
-        expect(found).to_be_visible(timeout=timeout_s * 1000)
+        expect(found).to_be_visible()
         return found
 
     def press(self, name: str | re.Pattern[str], within: Locator | None = None) -> None:
-        """Press the button of that name."""
-        (within or self.page).get_by_role("button", name=name, exact=isinstance(name, str)).click()
+        """Press the button of that name; before it an icon may have one."""
+        words = re.compile(rf"(^|\s){re.escape(name)}$") if isinstance(name, str) else name
+        (within or self.page).get_by_role("button", name=words).click()
 
     def open_graph(self) -> Locator:
         """Lineage: the nodes of the asset graph."""
@@ -65,7 +67,7 @@ class DagsterUI:
     def materialize_all(self) -> None:
         """The graph's button, with all partitions."""
         self.open_graph()
-        self.press(re.compile("^.*Materialize all"))
+        self.press(re.compile("Materialize all"))
         self.press("All")
         self.press("Launch backfill")
         self.see(re.compile("^Created backfill"))
@@ -91,17 +93,20 @@ class DagsterUI:
     def launch(self, job: str, *config: str) -> None:
         """A run of a job over all its ranges; ends on the run's page."""
         self.open_launchpad(job)
-        if config:
-            self.type_config(*config)
-            self.see("No errors")
-        self.press(re.compile("Launch Run$"))
+        # the launchpad remembers what was typed before
+        self.type_config(*(config or ["{}"]))
+        self.press("Launch Run")
         self.press("Confirm")
         self.page.wait_for_url("**/runs/*")
+
+    def filter_log(self, words: str) -> None:
+        """Show only the run's events with one of these words."""
+        self.page.get_by_placeholder("Filter…").fill(words)
 
     def terminate(self) -> None:
         """End the run that is shown."""
         self.press("Terminate")
-        self.press(re.compile("^Terminate"), within=self.page.get_by_role("dialog"))
+        self.press(re.compile("^Terminate "), within=self.page.get_by_role("dialog"))
 
     def execute_again_from_failure(self) -> None:
         """Run anew what the run that is shown did not do; ends on the new run's page."""
@@ -115,6 +120,7 @@ class DagsterUI:
         self.page.goto("/automation")
         for name in names:
             row = self.page.locator("[data-index]").filter(has=self.page.get_by_text(name, exact=True))
-            # the switch that a person sees is the label of a checkbox that nobody sees
-            row.locator("label").last.click()
-            expect(row.get_by_role("checkbox").last).to_be_checked()
+            # what a person sees is the label of a hidden checkbox; the row has another one, which selects it
+            switch = row.locator("label[class*=Switch]")
+            switch.click()
+            expect(switch.get_by_role("checkbox")).to_be_checked()

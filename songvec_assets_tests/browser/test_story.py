@@ -4,19 +4,56 @@ Each step is asserted on what the page shows and on the truth behind it: rows of
 """
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
+
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+
 from playwright.sync_api import expect
 
 from songvec_assets.samples import read_sample_songs
-from songvec_assets_tests.browser.conftest import Scene
-from songvec_assets_tests.defs.test_commands import wait_until
+from songvec_assets_tests.administration import execute
+from songvec_assets_tests.browser.pages import DagsterUI
+from songvec_assets_tests.browser.stage import open_tab, running_project
+from songvec_assets_tests.defs.test_commands import Project, provider_settings, wait_until
+from songvec_assets_tests.provider import Provider, running_provider
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("browser")]
 
 N_SAMPLES = read_sample_songs().height
 ASSETS = ("songs", "songs_parquet", "embedding_cache", "song_embeddings_table", "ivfflat_index")
 CHANGE = "UPDATE songs SET lyrics = '{words} ' || id WHERE id >= {first} AND id < {stop} RETURNING id"
+SETTINGS = {
+    "SONGVEC_RANGE_SIZE": "50",
+    "SONGVEC_SONG_ID_STOP": "500",
+    "SONGVEC_EMBEDDING_DIMENSIONS": "64",
+    "SONGVEC_PATIENCE_S": "4",
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A project whose `dagster dev` runs and is seen in a tab, its database, and the provider that it pays."""
+
+    project: Project
+    provider: Provider
+    ui: DagsterUI
+    database_url: str
+
+    def ask(self, statement: str) -> list[tuple]:
+        """Rows of the database."""
+        return execute(self.database_url, statement)
+
+
+@pytest.fixture(scope="module")
+def scene() -> Iterator[Scene]:
+    """Sample songs in four ranges of 50 song_ids, seven empty ranges; nothing materialized."""
+    with running_provider() as provider:
+        settings = provider_settings(provider) | SETTINGS
+        with running_project(settings) as (project, address, database_url), open_tab(address) as ui:
+            yield Scene(project, provider, ui, database_url)
 
 
 def billed(scene: Scene) -> dict[str, int]:
@@ -85,6 +122,8 @@ def test_the_launchpad_explains_its_options_and_refuses_wrong_ones(scene: Scene)
     scene.ui.see(re.compile("Budget in dollars, 0 or more: the run stops before it"))
     scene.ui.type_config("resources:", "  run:", "    config:", "      export_mode: some")
     scene.ui.see(re.compile(r"export_mode not in enum type Literal\['all', 'append'\] got some"))
+    scene.ui.type_config("resources:", "  run:", "    config:", "      export_mode: append")
+    scene.ui.see("No errors")
     assert scene.provider.ledger()["requests"] == requests
 
 
@@ -109,6 +148,8 @@ def test_a_terminated_run_is_resumed_and_nothing_is_billed_twice(scene: Scene) -
     wait_until(lambda: scene.provider.ledger()["texts_billed"] >= 9)
     scene.ui.terminate()
     scene.ui.see("Canceled")
+    scene.ui.filter_log("Interrupted")
+    scene.ui.see(re.compile("^Interrupted. What was done is kept in"))
     before = len(billed(scene))
     assert 9 <= before < n_changed
     scene.provider.control()
@@ -125,6 +166,6 @@ def test_switched_on_automation_brings_new_songs_into_the_search(scene: Scene) -
     text = f"{new[0]} by {new[1]}\nup, up"
     found = "SELECT count(*) FROM song_embeddings JOIN songs ON id = song_id WHERE artist = 'The Late Arrivals'"
     wait_until(lambda: scene.ask(found) == [(1,)], timeout_s=360)
+    assert billed(scene) == {text: 1}
     code, output = scene.project.run("songvec", "search", text, "-n", "1")
     assert (code, new[0] in output) == (0, True), output
-    assert billed(scene) == {text: 2}  # as a song, and as a question
