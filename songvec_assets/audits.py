@@ -142,7 +142,7 @@ class Auditor:
             f"${price.usd_per_million_tokens:g} a million tokens (expected ${low:g} to ${high:g}), "
             f"{spending.bytes_per_token:.2f} bytes a token (expected {few:g} to {many:g}): budgets and estimates hold "
             "as far as SONGVEC_USD_PER_MILLION_TOKENS is the provider's price",
-            figures | {"bytes per token": spending.bytes_per_token},
+            figures | {"bytes per token": round(spending.bytes_per_token, 3)},
         )
 
     def index_is_used(self) -> Finding:
@@ -174,5 +174,9 @@ class Auditor:
         figures: dict[str, Any] = {"target": audit.target}
         if audit.point is not None:
             point = audit.point
-            figures |= {"recall": point.recall, "probes": point.probes, "median ms": point.ms_median}
+            figures |= {
+                "recall": round(point.recall, 4),
+                "probes": point.probes,
+                "median ms": round(point.ms_median, 3),
+            }
         return Finding(audit.reached, audit.describe(), figures)

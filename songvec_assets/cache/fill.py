@@ -182,7 +182,7 @@ class Filler:
 
     @cached_property
     def _embedder(self) -> Embedder:
-        return self.embedder_factory(self._tell)
+        return self.embedder_factory(self._tell_trouble)
 
     @cached_property
     def _postage(self) -> Postage:
@@ -283,7 +283,6 @@ class Filler:
 
     def count_answer(self, batch: EmbeddingBatch) -> None:
         """Take in that the provider answered well, and after how many bad answers."""
-        self._n_retries += batch.n_retries
         self._n_limited += batch.n_limited
         self.proven = True
 
@@ -291,6 +290,10 @@ class Filler:
         """Tell that so many songs more need nothing from the provider."""
         self._n_done += n_songs
         self._tell(song_range.key)
+
+    def _tell_trouble(self, words: str) -> None:
+        self._n_retries += 1
+        self._tell(words)
 
     def _tell(self, what: str) -> None:
         note = f"{what}, ${self.budget.usd:,.4f} so far"

@@ -93,6 +93,7 @@ def plan_fill(
         .group_by("text_hash", maintain_order=True)
         .agg(pl.col("text").first(), pl.col("song_id"))
     )
+    n_new = missing.join(live, on="song_id", how="anti").height
     n_refused = int(unchanged["refused"].sum())
     return shard, FillPlan(
         range=song_range,
@@ -106,8 +107,8 @@ def plan_fill(
                 "text", "text_hash", "song_id", pl.col("text").str.len_bytes().alias("n_bytes")
             ).iter_rows()
         ],
-        n_new=missing["before"].null_count(),
-        n_changed=missing["before"].count(),
+        n_new=n_new,
+        n_changed=missing.height - n_new,
         n_truncated=int(texts["truncated"].sum()),
         n_set_aside=songs["set_aside"].count() + n_refused,
     )

@@ -17,7 +17,7 @@ def describe_failed_run(context: dg.RunFailureSensorContext) -> str:
     return (
         f"songvec: run {run.run_id[:8]} ({run.job_name}) failed.\n{words[:_MAX_WORDS]}\n"
         "What was done is kept and is not paid for again. When the cause is mended, open the run in Dagster and choose "
-        "“Re-execute from failure”, or start the same command again."
+        "“From failure”, beside “Re-execute all”, or start the same command again."
     )
 
 

@@ -31,11 +31,15 @@ class RangesBehind(dg.AutomationCondition[dg.AssetKey]):
         return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))
 
 
-_NEWS = dg.AutomationCondition.any_deps_updated().since_last_handled()
+_FIRST_LOOK = dg.AutomationCondition.initial_evaluation()
+_HANDLED = dg.AutomationCondition.newly_requested() | dg.AutomationCondition.newly_updated()
+_NEWS = dg.AutomationCondition.any_deps_updated().since(_HANDLED)
+# what changed before the first look is no news to Dagster: then the songs are exported, and ranges looked at, once
+_NEWS_OR_FIRST_LOOK = (dg.AutomationCondition.any_deps_updated() | _FIRST_LOOK).since(_HANDLED)
 _QUIET = ~dg.AutomationCondition.any_deps_in_progress() & ~dg.AutomationCondition.in_progress()
 
-WHEN_SONGS_CHANGED = (_NEWS & _QUIET).with_label("songs changed in Postgres")
-WHEN_RANGES_ARE_BEHIND = (_NEWS & _QUIET & RangesBehind()).with_label("ranges whose songs changed")
+WHEN_SONGS_CHANGED = (_NEWS_OR_FIRST_LOOK & _QUIET).with_label("songs changed in Postgres")
+WHEN_RANGES_ARE_BEHIND = (_NEWS_OR_FIRST_LOOK & _QUIET & RangesBehind()).with_label("ranges whose songs changed")
 WHEN_CACHE_CHANGED = (_NEWS & _QUIET).with_label("vectors were added")
 WHEN_TABLE_CHANGED = (_NEWS & _QUIET & dg.AutomationCondition.all_deps_blocking_checks_passed()).with_label(
     "the table changed, and its vectors are sound"
@@ -49,9 +53,9 @@ automation_sensor = dg.AutomationConditionSensorDefinition(
     # one condition asks the store, which the daemon cannot
     use_user_code_server=True,
     description=(
-        "Exports when songs changed, embeds the ranges that changed, loads them, indexes where that is worth it. "
-        "Switch `songs_source` on too: it is what sees that songs changed. Spends money, within SONGVEC_MAX_USD a run "
-        "and SONGVEC_MAX_USD_A_MONTH."
+        "Exports once when it is switched on and then when songs changed, embeds the ranges that changed, loads them, "
+        "indexes where that is worth it. Switch `songs_source` on too: it is what sees that songs changed. Spends "
+        "money, within SONGVEC_MAX_USD a run and SONGVEC_MAX_USD_A_MONTH."
     ),
 )
 

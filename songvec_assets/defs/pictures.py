@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _TITLE_LETTERS = 20
 _LABELS_APART = 0.12
+_SEPARATE_BARS = 100
 _INK, _MARK, _LINE, _GRID = "#1f3a5f", "#d1495b", "#8a8a8a", "#e6e6e6"
 _STATES = {"loaded": _INK, "cached, not loaded": "#7fa7d1", "set aside": "#c9c9c9", "missing": _MARK}
 _CLUSTERS = ("#1f3a5f", "#d1495b", "#2a9d8f", "#e9a03b", "#7b5ea7", "#6a994e", "#3f88c5", "#8d6e63")
@@ -44,24 +45,27 @@ def draw_recall(report: RecallReport) -> bytes:
         "median time of a search, ms (log scale)",
         "recall@10",
     )
-    times = [point.ms_median for point in report.points]
+    chosen = report.chosen
+    # between the doublings only what was chosen: times of neighbours differ by chance, and the line would go back
+    points = [
+        each for each in report.points if each.probes & (each.probes - 1) == 0 or each in (chosen, report.points[-1])
+    ]
+    times = [point.ms_median for point in points]
     kinds = {
-        "rows of the table": [point.recall_of_rows for point in report.points],
-        "made-up queries": [point.recall_of_synthetic for point in report.points],
+        "rows of the table": [point.recall_of_rows for point in points],
+        "made-up queries": [point.recall_of_synthetic for point in points],
     }
     for (name, recalls), style in zip(kinds.items(), ("--", ":"), strict=True):
         axes.plot(times, recalls, style, color=_LINE, linewidth=1, label=name)
-    lower = [point.recall for point in report.points]
+    lower = [point.recall for point in points]
     axes.plot(times, lower, "o-", color=_INK, linewidth=1.5, markersize=4, label="the lower of both")
     axes.axhline(report.target, color=_MARK, linewidth=1, label=f"target {report.target:.0%}")
-    chosen = report.chosen
     axes.plot(
         chosen.ms_median, chosen.recall, "o", markersize=12, markerfacecolor="none", markeredgecolor=_MARK,
         markeredgewidth=2, linestyle="none", label=f"chosen: {chosen.probes:,} probes, {chosen.recall:.1%}",
     )  # fmt: skip
     labelled = [chosen]
-    for point in report.points:
-        # gaps were halved around the chosen point: most labels there would lie on each other
+    for point in points:
         if all(abs(math.log(point.ms_median / each.ms_median)) > _LABELS_APART for each in labelled):
             labelled.append(point)
     for point in labelled:
@@ -94,8 +98,10 @@ def draw_coverage(ranges: Sequence[RangeCoverage]) -> bytes:
         [each.n_missing for each in ranges],
     )
     below = np.zeros(len(ranges))
+    edge = 0.5 if len(ranges) <= _SEPARATE_BARS else 0
     for (name, colour), heights in zip(_STATES.items(), counts, strict=True):
-        axes.bar(starts, heights, width, below, align="edge", color=colour, label=f"{name}: {sum(heights):,}")
+        label = f"{name}: {sum(heights):,}"
+        axes.bar(starts, heights, width, below, align="edge", color=colour, label=label, edgecolor="white", linewidth=edge)
         below += heights
     axes.set_xlim(starts[0], starts[-1] + width)
     axes.set_ylim(0, 1.25 * max(below.max(), 1))

@@ -87,7 +87,7 @@ def run_step(
 def _how_to_go_on(deployment: Deployment) -> str:
     return (
         f"What was done is kept in {deployment.storage_root.resolve()} and in {deployment.database.describe()}, and is "
-        "not paid for again: “Re-execute from failure”, or the same command, goes on from there."
+        "not paid for again: “From failure”, beside “Re-execute all”, or the same command, goes on from there."
     )
 
 
@@ -171,6 +171,6 @@ class FillRecorder:
             named = "; ".join(f"{key}: {error}" for key, error in list(self._failed.items())[:5])
             raise dg.Failure(
                 f"{len(self._failed)} of {len(self._reports)} ranges are not complete, the others are done and kept. "
-                f"Materialize the failed partitions again. {named}",
+                f"Go on with “From failure”, beside “Re-execute all”, or with `songvec run`. {named}",
                 allow_retries=False,
             )

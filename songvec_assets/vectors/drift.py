@@ -77,7 +77,7 @@ def measure_drift(database: Database, spec: TableSpec) -> Drift | None:
     version = digest_ledger(read_ledger(database), spec)
     with database.get_connection() as connection:
         kept: Any = read_fact(connection, _PROFILES) or []
-    profiles = [Profile(**each) for each in kept]
+    profiles = [Profile(**each) for each in kept if each.keys() == Profile.__dataclass_fields__.keys()]
     if not profiles or profiles[-1].version != version:
         audit = audit_vectors(database, spec)
         if not audit.n_sampled or audit.bad_song_ids:

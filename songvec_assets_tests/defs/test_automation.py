@@ -86,10 +86,7 @@ class TestConditions:
             found = {asset: tick.get_requested_partitions(dg.AssetKey(asset)) for asset in ASSETS}
             return {asset: sorted(keys, key=str) for asset, keys in found.items() if keys}
 
-        assert requested() == {}, "switching it on runs nothing"
-        seen = look(instance, None)
-        assert isinstance(seen, dg.SensorResult)
-        assert requested() == {"songs_parquet": [None]}
+        assert requested() == {"songs_parquet": [None]}, "switched on, it looks once"
         materialize(instance, "songs_parquet")
         assert requested() == {"embedding_cache": [FIRST]}, "only ranges that lack something"
         materialize(instance, "embedding_cache", FIRST)
@@ -98,13 +95,25 @@ class TestConditions:
         assert requested() == {"ivfflat_index": [None]}
         materialize(instance, "ivfflat_index")
         assert requested() == {}
+        seen = look(instance, None)
+        assert isinstance(seen, dg.SensorResult)
+        assert requested() == {"songs_parquet": [None]}
+        materialize(instance, "songs_parquet")
+        assert requested() == {}, "nothing changed"
         assert isinstance(look(instance, seen.cursor), dg.SkipReason)
-        assert requested() == {}
         execute(database.adbc_uri, "INSERT INTO songs VALUES (60000, 'New', 'Ann', 'la')")
         look(instance, seen.cursor)
         assert requested() == {"songs_parquet": [None]}
         materialize(instance, "songs_parquet")
         assert requested() == {"embedding_cache": ["000050000-000100000"]}
+
+    @pytest.mark.filterwarnings(
+        "ignore::dagster.BetaWarning", "ignore:InitResourceContext.dagster_run:DeprecationWarning"
+    )
+    def test_a_change_seen_before_the_first_look_is_not_lost(self, instance: dg.DagsterInstance) -> None:
+        look(instance, None)
+        tick = dg.evaluate_automation_conditions(defs=defs, instance=instance)
+        assert tick.get_requested_partitions(dg.AssetKey("songs_parquet")) == {None}
 
     def test_all_that_spends_money_starts_stopped(self) -> None:
         sensors = {sensor.name: sensor.default_status for sensor in defs.sensors or []}
