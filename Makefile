@@ -28,8 +28,8 @@ demo: $(INSTALLED)  ## Sample songs to a search result, with nothing configured
 dev: $(INSTALLED)  ## The Dagster UI on http://127.0.0.1:3000
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dagster dev
 
-test: $(INSTALLED)  ## All tests, on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+test: $(INSTALLED)  ## All tests; a browser's waits leave two cores to the others
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 check: $(INSTALLED)  ## Format, lint, types, floors
 	$(BIN)/ruff format --check .
