@@ -101,7 +101,9 @@ def draw_coverage(ranges: Sequence[RangeCoverage]) -> bytes:
     edge = 0.5 if len(ranges) <= _SEPARATE_BARS else 0
     for (name, colour), heights in zip(_STATES.items(), counts, strict=True):
         label = f"{name}: {sum(heights):,}"
-        axes.bar(starts, heights, width, below, align="edge", color=colour, label=label, edgecolor="white", linewidth=edge)
+        axes.bar(
+            starts, heights, width, below, align="edge", color=colour, label=label, edgecolor="white", linewidth=edge
+        )
         below += heights
     axes.set_xlim(starts[0], starts[-1] + width)
     axes.set_ylim(0, 1.25 * max(below.max(), 1))
