@@ -29,7 +29,7 @@ dev: $(INSTALLED)  ## The Dagster UI on http://127.0.0.1:3000
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dagster dev
 
 test: $(INSTALLED)  ## All tests; a browser's waits leave two cores to the others
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 check: $(INSTALLED)  ## Format, lint, types, floors
 	$(BIN)/ruff format --check .

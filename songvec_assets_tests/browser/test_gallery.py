@@ -30,7 +30,6 @@ SETTINGS = {
 
 pytestmark = [
     pytest.mark.timeout(600),
-    pytest.mark.xdist_group("browser"),
     pytest.mark.skipif(not FOLDER, reason="SONGVEC_SCREENSHOTS names no folder for pictures"),
 ]
 

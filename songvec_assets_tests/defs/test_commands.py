@@ -146,7 +146,6 @@ def test_materialize_and_dg_commands_work_with_no_flag_beyond_the_readme(project
     assert code == 0, output
 
 
-@pytest.mark.xdist_group("demo")
 def test_the_demo_ends_in_search_results_and_embeds_nothing_the_second_time(demo: tuple[Project, str]) -> None:
     project, output = demo
     assert re.search(rf"embedding_cache\s+{N_SAMPLES}\s+\S+\s+0\s+\$0.0000\s+0\s+{N_SAMPLES}\s+0", output), output
@@ -238,7 +237,6 @@ def test_errors_are_one_line_that_says_what_to_do(project: Project) -> None:
         assert "secret" not in output
 
 
-@pytest.mark.xdist_group("demo")
 def test_swap_puts_another_type_in_place_and_back(demo: tuple[Project, str]) -> None:
     project, _ = demo
     code, output = project.run("songvec", "swap", "--vector-type", "halfvec")

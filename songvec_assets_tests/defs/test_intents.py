@@ -2,13 +2,9 @@
 
 import json
 
-import pytest
-
 from songvec_assets_tests.defs.test_commands import FIRST, N_SAMPLES, Project, project
 
 __all__ = ["project"]
-
-pytestmark = pytest.mark.xdist_group("intents")
 
 
 def test_a_refresh_is_planned_embedded_loaded_indexed_and_verified_step_by_step(project: Project) -> None:

@@ -14,8 +14,6 @@ from songvec_assets.vectors.audit import audit_vectors
 from songvec_assets_tests.servers import Server
 from songvec_assets_tests.vectors.world import Report
 
-pytestmark = pytest.mark.xdist_group("faults")  # one server, and one run that shows what is usual
-
 N_SONGS, N_SONGS_WHERE_MORE = 200, 400
 MORE = ("build", "names")
 """A build of fewer rows is over before it can be disturbed in each of its phases; the songs with names are 300."""
