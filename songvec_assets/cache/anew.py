@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import msgspec
 
+from songvec_assets.cache.marks import write_mark
 from songvec_assets.cache.shards import ModelCache
-from songvec_assets.files import replace_atomically
 from songvec_assets.songs.ranges import SongIdRange
 
 Kind = TypeVar("Kind", bound=msgspec.Struct)
@@ -49,7 +49,7 @@ def begin_ask(cache: ModelCache, ranges: Sequence[SongIdRange], asked_by: str) -
     asked = _read(_ask_path(cache), Ask)
     if not keys or (asked is not None and (asked.first, asked.last) == (keys[0], keys[-1])):
         return asked.asked_by if asked else asked_by
-    _write(_ask_path(cache), Ask(asked_by, keys[0], keys[-1]))
+    write_mark(_ask_path(cache), Ask(asked_by, keys[0], keys[-1]))
     return asked_by
 
 
@@ -65,7 +65,7 @@ def read_anew(cache: ModelCache, song_range: SongIdRange) -> Anew:
 
 def write_anew(cache: ModelCache, song_range: SongIdRange, anew: Anew) -> None:
     """Record what was asked of a range, or that it was served."""
-    _write(cache.anew_of(song_range), anew)
+    write_mark(cache.anew_of(song_range), anew)
 
 
 def _ask_path(cache: ModelCache) -> Path:
@@ -77,9 +77,3 @@ def _read(path: Path, kind: type[Kind]) -> Kind | None:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
-
-
-def _write(path: Path, told: msgspec.Struct) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_atomically(path) as file:
-        file.write(msgspec.json.encode(told))

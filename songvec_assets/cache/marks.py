@@ -56,8 +56,8 @@ def digest_cache(cache: ModelCache) -> str:
     return state.hexdigest()
 
 
-def write_mark(path: Path, mark: Mark) -> None:
-    """Write a mark, whole or not at all."""
+def write_mark(path: Path, mark: msgspec.Struct) -> None:
+    """Write a mark, or another small record beside a shard, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(path) as file:
         file.write(msgspec.json.encode(mark))

@@ -79,7 +79,8 @@ def plan_fill(
     since = shard.n_rows if since is None else since
     embeddable = songs.filter(pl.col("set_aside").is_null())
     texts = render_texts(embeddable, spec)
-    known = shard.live_rows(since).select("song_id", before=pl.col("text_hash"), refused=pl.col("reason").is_not_null())
+    answered = shard.live_rows(since) if since else live
+    known = answered.select("song_id", before=pl.col("text_hash"), refused=pl.col("reason").is_not_null())
     compared = texts.join(known, on="song_id", how="left", maintain_order="left")
     unchanged = compared.filter(pl.col("before") == pl.col("text_hash"))
     missing = compared.filter(pl.col("before").ne_missing(pl.col("text_hash")))
