@@ -268,6 +268,9 @@ class TestInterrupted:
             builder.start()
             builder.wait_for_new_index()
             indexed.cancel()
+            # a cancellation is on its way for a while: a build that the lock lets go before it would be done
+            building = "SELECT pid FROM pg_stat_progress_create_index WHERE datname = current_database()"
+            wait_until(lambda: not execute(indexed.adbc_uri, building))
         builder.finish()
         assert isinstance(builder.error, DatabaseError)
         assert "the statement was cancelled" in str(builder.error)
