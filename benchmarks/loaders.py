@@ -82,6 +82,11 @@ Load = Callable[[], Loading | None]
 
 def prepare_this(job: Job, n_connections: int) -> Load:
     """The whole path: compare, read and check shards, COPY, ledger, commit a range; then VACUUM (ANALYZE)."""
+    database = Database(job.url)
+    # a first shard opened and a first connection import what they need: pandas, where it is installed
+    next(job.shards())
+    with database.get_connection():
+        pass
 
     def load() -> Loading:
         marks: list[float] = []
@@ -94,7 +99,7 @@ def prepare_this(job: Job, n_connections: int) -> Load:
                 marks.append(told_at)
 
         options = {"n_connections": n_connections}
-        upload_cached_embeddings_to_database(Database(job.url), job.cache, job.spec, job.tiling, tell, **options)
+        upload_cached_embeddings_to_database(database, job.cache, job.spec, job.tiling, tell, **options)
         # its last word comes after the last commit, and before VACUUM
         return Loading(told_at, [*marks[:100], told_at])
 

@@ -12,6 +12,7 @@ from psycopg2.extras import execute_values
 
 from songvec_assets.cache.shards import ShardRows
 from songvec_assets.postgres.engine import raw_cursor
+from songvec_assets.postgres.sessions import widen_send_buffer
 from songvec_assets.vectors.copy import CopyStream, encode_rows
 from songvec_assets.vectors.table import TABLE, TableSpec
 
@@ -45,6 +46,7 @@ def store_embeddings_copy_bulk(
     """Insert rows through one binary COPY; see `store_rows` for the arguments."""
     chunks = (chunk for rows in batches for chunk in encode_rows(rows.song_ids, rows.embeddings, spec.vector_type))
     with raw_cursor(connection) as cursor:
+        widen_send_buffer(cursor.connection)
         _copy(cursor, table, chunks)
 
 
