@@ -112,9 +112,8 @@ def write_ready_files(job: Job) -> None:
     for shard in job.shards():
         with (job.ready / shard.path.name).open("wb") as file:
             file.write(HEADER)
-            for batch in shard.batches():
-                song_ids = batch.column("song_id").to_numpy()
-                file.writelines(encode_rows(song_ids, shard.matrix(batch), job.spec.vector_type))
+            rows = ((batch.column("song_id").to_numpy(), shard.matrix(batch)) for batch in shard.batches())
+            file.writelines(encode_rows(rows, job.spec.dimensions, job.spec.vector_type))
             file.write(TRAILER)
 
 

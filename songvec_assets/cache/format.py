@@ -18,6 +18,9 @@ from songvec_assets.songs.text import TEXT_HASH_BYTES
 
 _CONTINUATION = b"\xff\xff\xff\xff"
 _SCAN_BYTES = 1 << 20
+_TEXT_HASH = np.dtype(f"V{TEXT_HASH_BYTES}")
+
+TextHashes = Sequence[bytes] | NDArray[np.void]
 
 
 @dataclass(frozen=True)
@@ -93,23 +96,20 @@ def build_batch(
 
 
 def checksum_rows(
-    song_ids: NDArray[np.int32], text_hashes: Sequence[bytes], embeddings: Float32Matrix | None
+    song_ids: NDArray[np.int32], text_hashes: TextHashes, embeddings: Float32Matrix | None
 ) -> NDArray[np.uint64]:
     """A 64-bit checksum (XXH3) a row, over song_id, text_hash and the vector's bytes."""
     digest = xxhash.xxh3_64_intdigest
-    prefixes = np.empty(len(song_ids), dtype=[("song_id", "<i4"), ("text_hash", f"V{TEXT_HASH_BYTES}")])
+    prefixes = np.empty(len(song_ids), dtype=[("song_id", "<i4"), ("text_hash", _TEXT_HASH)])
     prefixes["song_id"] = song_ids
-    prefixes["text_hash"] = np.frombuffer(b"".join(text_hashes), dtype=f"V{TEXT_HASH_BYTES}")
+    prefixes["text_hash"] = np.asarray(text_hashes, dtype=_TEXT_HASH)
     seeds = map(digest, prefixes.view(f"V{prefixes.itemsize}").tolist())
     checksums = seeds if embeddings is None else map(digest, embeddings, seeds)
     return np.fromiter(checksums, dtype=np.uint64, count=len(song_ids))
 
 
 def find_sound_rows(
-    song_ids: NDArray[np.int32],
-    text_hashes: Sequence[bytes],
-    checksums: NDArray[np.uint64],
-    embeddings: Float32Matrix,
+    song_ids: NDArray[np.int32], text_hashes: TextHashes, checksums: NDArray[np.uint64], embeddings: Float32Matrix
 ) -> NDArray[np.bool_]:
     """Which rows have a good vector, and a checksum that fits; (n,)."""
     # first, as it reads a cold file without holding the interpreter, which the checksums do
@@ -133,7 +133,7 @@ def read_batch(content: pa.Buffer, position: int, identity: ShardIdentity) -> tu
     vectors = batch.column("embedding")
     n_vectors = batch.num_rows - vectors.null_count
     offsets = vectors.offsets.to_numpy()
-    if n_vectors not in (0, batch.num_rows) or (n_vectors and set(np.diff(offsets)) != {identity.dimensions}):
+    if n_vectors not in (0, batch.num_rows) or (n_vectors and (np.diff(offsets) != identity.dimensions).any()):
         return None
     if not n_vectors and not np.array_equal(_checksum_without_vectors(batch), batch.column("checksum").to_numpy()):
         return None  # no vector is read later to hold it against: a song must not be gone because of a flipped bit
@@ -141,7 +141,12 @@ def read_batch(content: pa.Buffer, position: int, identity: ShardIdentity) -> tu
 
 
 def _checksum_without_vectors(batch: pa.RecordBatch) -> NDArray[np.uint64]:
-    return checksum_rows(batch.column("song_id").to_numpy(), batch.column("text_hash").to_pylist(), None)
+    return checksum_rows(batch.column("song_id").to_numpy(), text_hashes_of(batch), None)
+
+
+def text_hashes_of(batch: pa.RecordBatch) -> NDArray[np.void]:
+    """The text_hashes, mapped, of a stored batch; (n,)."""
+    return np.frombuffer(batch.column("text_hash").buffers()[1], dtype=_TEXT_HASH, count=batch.num_rows)
 
 
 def find_message(content: pa.Buffer, position: int) -> int:

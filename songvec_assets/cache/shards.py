@@ -12,13 +12,21 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from songvec_assets.cache.format import ShardIdentity, build_batch, find_message, find_sound_rows, read_batch
+from songvec_assets.cache.format import (
+    ShardIdentity,
+    build_batch,
+    find_message,
+    find_sound_rows,
+    read_batch,
+    text_hashes_of,
+)
 from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.errors import StoreError
 from songvec_assets.files import sync_folder
@@ -33,19 +41,29 @@ PIECE_ROWS = 2048
 """Rows read or written at a time where a shard is gone through."""
 
 
-@dataclass(frozen=True)
-class ShardRows:
+class ShardRows(NamedTuple):
     """Rows as they are read back.
 
     Attributes:
         song_ids: int32, (n,).
+        text_hashes: (n,).
         checksums: uint64, (n,).
         embeddings: float32, (n, dimensions).
     """
 
     song_ids: NDArray[np.int32]
+    text_hashes: NDArray[np.void]
     checksums: NDArray[np.uint64]
     embeddings: Float32Matrix
+
+    def find_sound(self) -> NDArray[np.bool_]:
+        """Which rows have a good vector, and a checksum that fits; (n,)."""
+        return find_sound_rows(*self)
+
+    def take(self, places: slice | NDArray[np.int64]) -> "ShardRows":
+        """Those at some places; a slice is a view, places are copied."""
+        song_ids, text_hashes, checksums, embeddings = self
+        return ShardRows(song_ids[places], text_hashes[places], checksums[places], embeddings[places])
 
 
 @dataclass(frozen=True)
@@ -140,8 +158,9 @@ class Shard:
         Returns:
             The columns of `all_rows` but has_vector: a row without a reason has one.
         """
-        last = self.all_rows().slice(since).unique("song_id", keep="last")
-        return last.filter(pl.col("has_vector") | pl.col("reason").is_not_null()).drop("has_vector").sort("song_id")
+        rows = self.all_rows().slice(since).sort("song_id", maintain_order=True)
+        is_last = pl.col("song_id").ne_missing(pl.col("song_id").shift(-1))
+        return rows.filter(is_last, pl.col("has_vector") | pl.col("reason").is_not_null()).drop("has_vector")
 
     def find_sound(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Those of some rows with a vector that is good, and whose checksum fits. Reads their vectors."""
@@ -309,13 +328,15 @@ def read_embeddings_from_file(shard: Shard, rows: pl.Series) -> Iterator[ShardRo
     wanted = np.sort(rows.to_numpy())
     first = 0
     for batch in shard.batches():
-        here = wanted[(wanted >= first) & (wanted < first + batch.num_rows)] - first
+        begin, end = np.searchsorted(wanted, (first, first + batch.num_rows))
+        here = wanted[begin:end] - first
         first += batch.num_rows
         if len(here) == 0:
             continue
-        arrays = batch.column("song_id").to_numpy(), batch.column("checksum").to_numpy(), shard.matrix(batch)
+        song_ids, checksums = batch.column("song_id").to_numpy(), batch.column("checksum").to_numpy()
+        stored = ShardRows(song_ids, text_hashes_of(batch), checksums, shard.matrix(batch))
         # whole batches are handed on as they are mapped; picking rows copies
-        yield ShardRows(*(arrays if len(here) == batch.num_rows else (array[here] for array in arrays)))
+        yield stored if len(here) == batch.num_rows else stored.take(here)
 
 
 def read_identity(path: Path) -> ShardIdentity | None:

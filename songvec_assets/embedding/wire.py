@@ -113,9 +113,10 @@ def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
 
 def find_bad_vectors(embeddings: Float32Matrix) -> list[int]:
     """Row numbers of the vectors that are zero or hold a value that is not finite."""
-    squares = np.einsum("ij,ij->i", embeddings, embeddings)
-    suspects = np.flatnonzero(~(np.isfinite(squares) & (squares > 0)))
     # a sum of squares can over- or underflow where the vector itself is good
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.vecdot(embeddings, embeddings)
+    suspects = np.flatnonzero(~(np.isfinite(squares) & (squares > 0)))
     return [int(row) for row in suspects if not (np.isfinite(embeddings[row]).all() and embeddings[row].any())]
 
 

@@ -17,7 +17,7 @@ HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
 _VALUE_TYPES = {"vector": ">f4", "halfvec": ">f2"}
 # chunks stay in a core's cache while numpy, psycopg2 and the socket copy them on
-_CHUNK_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 17
 
 
 def row_dtype(dimensions: int, vector_type: str = "vector") -> "np.dtype[np.void]":
@@ -35,27 +35,29 @@ def row_dtype(dimensions: int, vector_type: str = "vector") -> "np.dtype[np.void
     )
 
 
-def encode_rows(song_ids: NDArray[np.int32], embeddings: Float32Matrix, vector_type: str = "vector") -> Iterator[bytes]:
-    """Encode rows, without header and trailer, in chunks of 64 KiB at most, or one row.
+def encode_rows(
+    batches: Iterable[tuple[NDArray[np.int32], Float32Matrix]], dimensions: int, vector_type: str = "vector"
+) -> Iterator[bytes]:
+    """Encode rows, without header and trailer, in chunks of 128 KiB at most, or one row.
 
     Args:
-        song_ids: (n,).
-        embeddings: (n, dimensions).
+        batches: song_ids, (n,), and embeddings, (n, dimensions).
+        dimensions: values a vector.
         vector_type: the column's type.
     """
-    dtype = row_dtype(embeddings.shape[1], vector_type)
+    dtype = row_dtype(dimensions, vector_type)
     native = dtype["embedding"].base.newbyteorder("=")
-    n_rows = max(1, _CHUNK_BYTES // dtype.itemsize)
-    buffer = np.zeros(min(n_rows, len(song_ids)), dtype=dtype)
+    buffer = np.zeros(max(1, _CHUNK_BYTES // dtype.itemsize), dtype=dtype)
     buffer["fields"], buffer["id_len"] = 2, 4
     buffer["vec_len"] = dtype["embedding"].itemsize + 4
-    buffer["dim"] = embeddings.shape[1]
-    for start in range(0, len(song_ids), n_rows):
-        piece = slice(start, start + n_rows)
-        rows = buffer[: len(song_ids[piece])]
-        # rounding and byte order in two passes: numpy does both at once value by value, at half the speed
-        rows["song_id"], rows["embedding"] = song_ids[piece], embeddings[piece].astype(native, copy=False)
-        yield rows.tobytes()
+    buffer["dim"] = dimensions
+    for song_ids, embeddings in batches:
+        for start in range(0, len(song_ids), len(buffer)):
+            piece = slice(start, start + len(buffer))
+            rows = buffer[: len(song_ids[piece])]
+            # rounding and byte order in two passes: numpy does both at once value by value, at half the speed
+            rows["song_id"], rows["embedding"] = song_ids[piece], embeddings[piece].astype(native, copy=False)
+            yield rows.tobytes()
 
 
 class CopyStream:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import polars as pl
 from sqlalchemy import text
 
-from songvec_assets.cache.format import find_sound_rows
 from songvec_assets.cache.marks import read_mark
 from songvec_assets.cache.shards import (
     ModelCache,
@@ -37,7 +36,7 @@ N_CONNECTIONS = 2
 """Ranges loaded at a time: one range is encoded, committed and synced while the server takes in another. Only one where
 searches use an index meanwhile: they want a core, too."""
 _VACUUM_SHARE = 0.1
-_SLICE_ROWS = 64
+_SLICE_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -203,11 +202,9 @@ def _load_range(song_range: SongIdRange, target: _Target) -> RangeLoad:
 
 def _check_rows(shard: Shard, wanted: pl.DataFrame, target: _Target) -> Iterator[ShardRows]:
     """Read rows and hold them against their checksums; a vector that is zero or not finite never gets further."""
-    text_hashes = dict(wanted.select("song_id", "text_hash").iter_rows())
     for rows in _slices(read_embeddings_from_file(shard, wanted["row"])):
         target.stop.check()
-        hashes = [text_hashes[song_id] for song_id in rows.song_ids.tolist()]
-        wrong = ~find_sound_rows(rows.song_ids, hashes, rows.checksums, rows.embeddings)
+        wrong = ~rows.find_sound()
         if wrong.any():
             named = ", ".join(map(str, rows.song_ids[wrong][:5].tolist()))
             raise DamagedShardError(
@@ -223,8 +220,7 @@ def _slices(batches: Iterator[ShardRows]) -> Iterator[ShardRows]:
     """Views of a few rows: the server goes on with what the socket holds while they are checked."""
     for rows in batches:
         for start in range(0, len(rows.song_ids), _SLICE_ROWS):
-            part = slice(start, start + _SLICE_ROWS)
-            yield ShardRows(rows.song_ids[part], rows.checksums[part], rows.embeddings[part])
+            yield rows.take(slice(start, start + _SLICE_ROWS))
 
 
 def _vacuum_if_worth_it(database: Database, loads: list[RangeLoad], table: str) -> None:

@@ -44,7 +44,7 @@ def store_embeddings_copy_bulk(
     connection: sa.Connection, batches: Iterator[ShardRows], spec: TableSpec, table: str = TABLE
 ) -> None:
     """Insert rows through one binary COPY; see `store_rows` for the arguments."""
-    chunks = (chunk for rows in batches for chunk in encode_rows(rows.song_ids, rows.embeddings, spec.vector_type))
+    chunks = encode_rows(((rows.song_ids, rows.embeddings) for rows in batches), spec.dimensions, spec.vector_type)
     with raw_cursor(connection) as cursor:
         widen_send_buffer(cursor.connection)
         _copy(cursor, table, chunks)

@@ -750,7 +750,8 @@ class TestStoring:
         ensure_table(database, SPEC)
         n_rows = 30_000  # several chunks
         vectors = np.random.default_rng(1).standard_normal((n_rows, DIMENSIONS), dtype=np.float32)
-        rows = ShardRows(np.arange(n_rows, dtype=np.int32), np.zeros(n_rows, dtype=np.uint64), vectors)
+        song_ids, checksums = np.arange(n_rows, dtype=np.int32), np.zeros(n_rows, dtype=np.uint64)
+        rows = ShardRows(song_ids, np.zeros(n_rows, dtype="V16"), checksums, vectors)
         with database.get_connection() as connection:
             store_embeddings_copy_bulk(connection, iter(()), SPEC)
             store_embeddings_copy_bulk(connection, iter([rows]), SPEC)
