@@ -26,7 +26,7 @@ from statistics import median
 from benchmarks.embedding_client import print_table
 from benchmarks.load_parts import Bench, Figure, Result, Size, run_long, run_rounds
 from benchmarks.load_process import Outcome
-from benchmarks.loaders import CLIENTS, CORE, ORM, PSYCOPG3, SERVER, SERVER_TWO, SOCKET, THIS, THIS_TWO
+from benchmarks.loaders import CLIENTS, CORE, ORM, PSYCOPG3, SERVER, SERVER_TWO, SOCKET, SOCKET_TWO, THIS, THIS_TWO
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets_tests.administration import dispose, execute, with_parts
 
@@ -37,7 +37,7 @@ _SHOWN = (
     "server_version shared_buffers max_wal_size fsync synchronous_commit wal_level full_page_writes data_checksums "
     "autovacuum"
 ).split()
-_KNOW_HALFVEC = [SERVER, SOCKET, THIS, THIS_TWO, SERVER_TWO]
+_KNOW_HALFVEC = [SERVER, SOCKET, THIS, THIS_TWO, SERVER_TWO, SOCKET_TWO]
 _RATIOS = [
     (THIS, (SERVER,), 0.9),
     (SOCKET, (SERVER,), 0.9),
@@ -45,6 +45,8 @@ _RATIOS = [
     (THIS, (PSYCOPG3,), 1.4),
     (THIS, (ORM, CORE), 50),
     (THIS_TWO, (THIS,), 1.25),
+    (THIS_TWO, (SOCKET_TWO,), 0.9),
+    (SOCKET_TWO, (SOCKET,), 1.25),
 ]
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from songvec_assets.cache.shards import ModelCache, Shard, load_embeddings_from_cache
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.sessions import widen_send_buffer
 from songvec_assets.progress import Progress
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.vectors.copy import HEADER, TRAILER, encode_rows
@@ -119,39 +120,39 @@ def write_ready_files(job: Job) -> None:
 
 def prepare_server(job: Job, n_connections: int) -> Load:
     """The limit: the server reads ready files, each in one transaction."""
+
+    def copy(cursor: Any, path: Path) -> None:
+        cursor.execute(f"COPY song_embeddings (song_id, embedding) FROM '{path}' (FORMAT binary)")
+
+    return _prepare_ready(job, n_connections, copy)
+
+
+def prepare_socket(job: Job, n_connections: int) -> Load:
+    """The limit of a client: the bytes of ready files, sent as they are; nothing is read, checked or recorded."""
+
+    def copy(cursor: Any, path: Path) -> None:
+        widen_send_buffer(cursor.connection)
+        with path.open("rb") as file:
+            cursor.copy_expert("COPY song_embeddings (song_id, embedding) FROM STDIN (FORMAT binary)", file, 1 << 17)
+
+    return _prepare_ready(job, n_connections, copy)
+
+
+def _prepare_ready(job: Job, n_connections: int, copy: Callable[[Any, Path], None]) -> Load:
     import psycopg2
 
     files = sorted(job.ready.iterdir())
     connections = [psycopg2.connect(job.uri) for _ in range(n_connections)]
 
-    def copy(number: int) -> None:
+    def serve(number: int) -> None:
         with connections[number].cursor() as cursor:
-            for file in files[number::n_connections]:
-                cursor.execute(f"COPY song_embeddings (song_id, embedding) FROM '{file}' (FORMAT binary)")
+            for path in files[number::n_connections]:
+                copy(cursor, path)
                 connections[number].commit()
 
     def load() -> None:
         with ThreadPoolExecutor(n_connections) as pool:
-            list(pool.map(copy, range(n_connections)))
-
-    return load
-
-
-def prepare_socket(job: Job) -> Load:
-    """The limit of one connection: the bytes of ready files, sent as they are; nothing is read, checked or recorded."""
-    import psycopg2
-
-    files = sorted(job.ready.iterdir())
-    connection = psycopg2.connect(job.uri)
-
-    def load() -> None:
-        with connection.cursor() as cursor:
-            for path in files:
-                with path.open("rb") as file:
-                    cursor.copy_expert(
-                        "COPY song_embeddings (song_id, embedding) FROM STDIN (FORMAT binary)", file, size=1 << 16
-                    )
-                connection.commit()
+            list(pool.map(serve, range(n_connections)))
 
     return load
 
@@ -275,15 +276,17 @@ class Client(NamedTuple):
 
 
 THIS, THIS_TWO = "this, one connection", "this, two connections"
-SERVER, SERVER_TWO, SOCKET = "limit: server-side COPY", "limit, two connections", "limit over a socket: ready bytes"
+SERVER, SERVER_TWO = "limit: server-side COPY", "limit, two connections"
+SOCKET, SOCKET_TWO = "limit over a socket: ready bytes", "limit over two sockets"
 PSYCOPG3, PSYCOPG3_PLAIN = "psycopg 3 COPY loop", "psycopg 3 COPY loop, PLAIN"
 ORM, CORE = "SQLAlchemy ORM", "SQLAlchemy insert"
 CLIENTS = {
     SERVER: Client(partial(prepare_server, n_connections=1), plain=True),
-    SOCKET: Client(prepare_socket, plain=True),
+    SOCKET: Client(partial(prepare_socket, n_connections=1), plain=True),
     THIS: Client(partial(prepare_this, n_connections=1), plain=True, makes_table=True),
     THIS_TWO: Client(partial(prepare_this, n_connections=2), plain=True, makes_table=True),
     SERVER_TWO: Client(partial(prepare_server, n_connections=2), plain=True),
+    SOCKET_TWO: Client(partial(prepare_socket, n_connections=2), plain=True),
     PSYCOPG3: Client(prepare_psycopg3),
     PSYCOPG3_PLAIN: Client(prepare_psycopg3, plain=True),
     "ADBC, cast": Client(prepare_adbc, share=0.1),

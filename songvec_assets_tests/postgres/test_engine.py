@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from songvec_assets.errors import DatabaseError, SettingsError
 from songvec_assets.postgres.engine import Database, Profile, atomic, get_connection, get_engine, raw_cursor
 from songvec_assets.postgres.schema import ensure_schema
-from songvec_assets.postgres.sessions import Backend, cancel_statements
+from songvec_assets.postgres.sessions import Backend, cancel_statements, widen_send_buffer
 from songvec_assets.postgres.urls import normalize_url
 from songvec_assets_tests.administration import as_role, dispose, execute, free_port, login_role, wait_until, with_parts
 from songvec_assets_tests.postgres.conftest import PASSWORD, TcpServer
@@ -436,6 +436,28 @@ class TestKeepalive:
                     assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
                     assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 6
         assert parameters["connect_timeout"] == "10"
+        dispose(database.url)
+
+
+class TestSendBuffer:
+    @staticmethod
+    def widen(database: Database) -> list[int]:
+        """What the socket holds before and after."""
+        with database.get_connection() as connection:
+            raw = connection.connection.driver_connection
+            with socket.socket(fileno=socket.dup(raw.fileno())) as end:
+                sizes = [end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)]
+                widen_send_buffer(raw)
+                return [*sizes, end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)]
+
+    def test_a_unix_socket_holds_more_than_before(self, database: Database) -> None:
+        before, after = self.widen(database)
+        assert after > before
+
+    def test_a_tcp_socket_stays_as_the_kernel_tunes_it(self, tcp_server: TcpServer) -> None:
+        database = Database(tcp_server.url())
+        before, after = self.widen(database)
+        assert after == before
         dispose(database.url)
 
 
