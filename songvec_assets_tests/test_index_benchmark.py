@@ -9,10 +9,19 @@ from songvec_assets_tests.administration import execute
 
 
 def test_stock_and_ours_are_built_over_the_same_rows_and_find_the_same(database: Database, tmp_path: Path) -> None:
-    result = index.measure(database, ModelCache(tmp_path / "cache", "made-up", 32), 600, with_others=True)
-    assert list(result.builds) == ["stock", "ours", "ours, while writers go on", "ours, halfvec"]
-    assert all(build.seconds > 0 and build.index_bytes > 600 * 32 * 2 for build in result.builds.values())
-    assert result.builds["ours, halfvec"].table_bytes < 0.9 * result.builds["ours"].table_bytes
+    cache = ModelCache(tmp_path / "cache", "made-up", 32)
+    result = index.measure(database, cache, 600, n_rounds=2, writers_go_on=True)
+    assert {name: len(builds) for name, builds in result.builds.items()} == {
+        "stock": 2,
+        "ours": 2,
+        "ours, halfvec": 2,
+        "ours, while writers go on": 1,
+    }
+    for build in sum(result.builds.values(), []):
+        assert build.seconds > 0
+        assert build.index_bytes > 600 * 32 * 2
+    assert result.builds["ours, halfvec"][0].table_bytes < 0.9 * result.builds["ours"][0].table_bytes
+    assert len(result.faster("ours")) == 2
     assert result.default_error == "", "so few dimensions fit into the default memory"
     for report in result.recalls.values():
         assert report.n_rows == 600
