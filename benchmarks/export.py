@@ -78,10 +78,11 @@ def server_cpu_s(url: str) -> float:
     assert server is not None
     while True:
         ended = server.cpu_times()
-        # one that ends meanwhile is among those that ended when they are asked again
+        # one that ends meanwhile is counted with those that ended when they are asked again
         with contextlib.suppress(psutil.NoSuchProcess):
             running = sum(sum(each.cpu_times()[:2]) for each in server.children())
-            return ended.children_user + ended.children_system + running
+            if server.cpu_times()[2:4] == ended[2:4]:
+                return ended.children_user + ended.children_system + running
 
 
 def create_catalogue(url: str, n_songs: int) -> None:

@@ -11,8 +11,7 @@ shown. Ours is this package's table and session settings. Both have the same lis
 turn, three times; ours also as halfvec, and, once, of the first size while writers go on. The last one is searched.
 Ratios are taken within a round. Latency is a search's round trip, of 100 made for
 the second time; recall that of the lower of two kinds of queries, 100 each, against an exact scan.
-Exit code 1 where neither ours nor its halfvec is 1.2 times as fast as stock at a recall at most 0.01 lower at equal
-probes.
+Exit code 1 where ours is not 1.2 times as fast as stock, or its recall is over 0.01 lower at equal probes.
 """
 
 import argparse
@@ -85,14 +84,13 @@ class Result:
 
     def faster(self, name: str) -> list[float]:
         """Stock's seconds over a build's, round by round."""
-        rounds = zip(self.builds["stock"], self.builds[name], strict=False)
+        rounds = zip(self.builds["stock"], self.builds[name], strict=True)
         return [stock.seconds / build.seconds for stock, build in rounds]
 
     @property
     def shared(self) -> list[int]:
-        """The probes that stock and ours were both measured at."""
-        stock, ours = ({point.probes for point in self.recalls[name].points} for name in ("stock", OURS))
-        return sorted(stock & ours)
+        """The probes that all indexes were measured at."""
+        return sorted(set.intersection(*({point.probes for point in each.points} for each in self.recalls.values())))
 
     @property
     def compared(self) -> int:
@@ -107,7 +105,7 @@ class Result:
     @property
     def reached(self) -> bool:
         """Whether it is what was wanted."""
-        return any(median(self.faster(each)) >= FASTER and self.differs(each) <= WITHIN for each in (OURS, HALVED))
+        return median(self.faster(OURS)) >= FASTER and self.differs(OURS) <= WITHIN
 
     def at(self, name: str, probes: int) -> RecallPoint | None:
         """A point of an index, where it was measured."""
@@ -185,14 +183,17 @@ class _Run:
         needed = kmeans_bytes(self.result.lists, spec.dimensions, spec.vector_type) * 1001 // 1000
         with self.database.get_connection() as connection:
             connection.execute(sa.text(f"DROP INDEX IF EXISTS {index_name(STOCK)}"))
-        for kilobytes in (64 << 10, needed // 1024 + 1):
-            try:
-                with self._timed("stock", STOCK), self.database.get_connection() as connection:
-                    connection.execute(sa.text(f"SET LOCAL maintenance_work_mem = '{kilobytes}kB'"))
-                    connection.execute(build)
-                return
-            except DatabaseError as error:
-                self.result.default_error = str(error)
+
+        def build_with(kilobytes: int) -> None:
+            with self._timed("stock", STOCK), self.database.get_connection() as connection:
+                connection.execute(sa.text(f"SET LOCAL maintenance_work_mem = '{kilobytes}kB'"))
+                connection.execute(build)
+
+        try:
+            build_with(64 << 10)
+        except DatabaseError as error:
+            self.result.default_error = str(error)
+            build_with(needed // 1024 + 1)
 
     def build_ours(self, name: str, table: str, spec: TableSpec) -> None:
         """As the package builds: CONCURRENTLY where the table serves, else in a transaction."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.load_process import Outcome, run_client
 from benchmarks.loaders import CLIENTS, SERVER, THIS, THIS_TWO, Job, write_ready_files
-from benchmarks.vectors import MODEL, change_songs, fill_shards, make_vectors
+from benchmarks.vectors import MODEL, change_songs, fill_shards, make_vectors, put_songs
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
@@ -34,7 +34,7 @@ class Size:
         range_rows: rows a range.
         n_ranges, n_ranges_long: of the rounds and of the long part.
         n_rounds: of all clients.
-        n_changes: how often 1 % of the songs change.
+        n_changes: how often 1 % of the songs change, and then how often all of one range.
     """
 
     dimensions: int = 2_000
@@ -75,7 +75,7 @@ class Search(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A load of 1 % changed songs, and a VACUUM after it.
+    """A load of changed songs, and a VACUUM after it.
 
     Attributes:
         n_written: rows.
@@ -104,6 +104,7 @@ class Result:
     figures: list[Figure] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
+    reloads: list[Change] = field(default_factory=list)
 
 
 class Bench:
@@ -199,7 +200,7 @@ def run_rounds(bench: Bench, clients: list[str], result: Result) -> None:
 
 
 def run_long(bench: Bench, result: Result) -> None:
-    """A million rows by the defaults, then what 1 % changed songs cost."""
+    """A million rows by the defaults, then what 1 % changed songs cost, and a range that is written anew as a whole."""
     size, cache = bench.size, bench.cache("long")
     n_rows = size.n_ranges_long * size.range_rows
     n_bytes = fill_shards(cache, bench.tiling, n_rows)
@@ -222,7 +223,12 @@ def run_long(bench: Bench, result: Result) -> None:
         ("WAL, cache, table", f"{full_wal / 1e9:.2f}, {n_bytes / 1e9:.2f}, {n_pages * 8192 / 1e9:.2f} GB"),
     ]
     for version in range(1, size.n_changes + 1):
-        result.changes.append(_change(bench, cache, n_rows, version))
+        cache_bytes = change_songs(cache, bench.tiling, n_rows, 0.01, version)
+        result.changes.append(_load_changed(bench, cache, cache_bytes))
+    reloaded = next(iter(bench.tiling))
+    song_ids = np.arange(reloaded.start, reloaded.stop, dtype=np.int32)
+    for version in range(size.n_changes + 1, 2 * size.n_changes + 1):
+        result.reloads.append(_load_changed(bench, cache, put_songs(cache, reloaded, song_ids, version)))
     result.figures += [
         Figure(f"peak RssAnon of {n_rows:,} rows", outcome.peak_anon_mb, 300, False, " MB"),
         Figure("last quarter's rate / first quarter's", first / last, 0.9),
@@ -235,7 +241,15 @@ def run_long(bench: Bench, result: Result) -> None:
             1.05,
             False,
         ),
-        Figure("dead rows left by VACUUM", max(each.n_dead_kept for each in result.changes), 0, False),
+        Figure(
+            f"{size.n_changes} reloads of a range: pages that the table grew by, after the first / rows of the range",
+            (result.reloads[-1].n_pages - result.reloads[0].n_pages) / size.range_rows,
+            0.01,
+            False,
+        ),
+        Figure(
+            "dead rows left by VACUUM", max(each.n_dead_kept for each in [*result.changes, *result.reloads]), 0, False
+        ),
     ]
 
 
@@ -246,8 +260,7 @@ def _share(name: str, values: list[int], full: int) -> Figure:
     return Figure(f"1 % changed: {name} / full load's", median(shares), 3, False, " %", spread)
 
 
-def _change(bench: Bench, cache: ModelCache, n_rows: int, version: int) -> Change:
-    cache_bytes = change_songs(cache, bench.tiling, n_rows, 0.01, version)
+def _load_changed(bench: Bench, cache: ModelCache, cache_bytes: int) -> Change:
     execute(bench.database.adbc_uri, "CHECKPOINT")
     started = time.perf_counter()
     with bench.count_wal() as wal:

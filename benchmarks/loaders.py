@@ -139,6 +139,7 @@ def prepare_socket(job: Job, n_connections: int) -> Load:
 
 
 def _prepare_ready(job: Job, n_connections: int, copy: Callable[[Any, Path], None]) -> Load:
+    """Ready files, dealt out to the connections; one file, one transaction."""
     import psycopg2
 
     files = sorted(job.ready.iterdir())

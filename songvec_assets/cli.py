@@ -297,6 +297,8 @@ def _run_job(
         result = run_job(defs.resolve_job_def(job), span, resources)
     if result.rows:
         out.print(run_table(result))
+    if result.comparison:
+        out.print(f"Swapped in: {result.comparison}.", markup=False, highlight=False)
     if result.n_set_aside:
         out.print(f"Set aside: {result.n_set_aside:,}; `songvec status` says which and why.", markup=False)
     for warning in result.warnings:

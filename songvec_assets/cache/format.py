@@ -20,7 +20,7 @@ _CONTINUATION = b"\xff\xff\xff\xff"
 _SCAN_BYTES = 1 << 20
 _TEXT_HASH = np.dtype(f"V{TEXT_HASH_BYTES}")
 
-TextHashes = Sequence[bytes] | NDArray[np.void]
+_TextHashes = Sequence[bytes] | NDArray[np.void]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def build_batch(
 
 
 def checksum_rows(
-    song_ids: NDArray[np.int32], text_hashes: TextHashes, embeddings: Float32Matrix | None
+    song_ids: NDArray[np.int32], text_hashes: _TextHashes, embeddings: Float32Matrix | None
 ) -> NDArray[np.uint64]:
     """A 64-bit checksum (XXH3) a row, over song_id, text_hash and the vector's bytes."""
     digest = xxhash.xxh3_64_intdigest
@@ -109,7 +109,7 @@ def checksum_rows(
 
 
 def find_sound_rows(
-    song_ids: NDArray[np.int32], text_hashes: TextHashes, checksums: NDArray[np.uint64], embeddings: Float32Matrix
+    song_ids: NDArray[np.int32], text_hashes: _TextHashes, checksums: NDArray[np.uint64], embeddings: Float32Matrix
 ) -> NDArray[np.bool_]:
     """Which rows have a good vector, and a checksum that fits; (n,)."""
     # first, as it reads a cold file without holding the interpreter, which the checksums do

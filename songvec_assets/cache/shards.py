@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -41,7 +40,8 @@ PIECE_ROWS = 2048
 """Rows read or written at a time where a shard is gone through."""
 
 
-class ShardRows(NamedTuple):
+@dataclass(frozen=True)
+class ShardRows:
     """Rows as they are read back.
 
     Attributes:
@@ -58,12 +58,13 @@ class ShardRows(NamedTuple):
 
     def find_sound(self) -> NDArray[np.bool_]:
         """Which rows have a good vector, and a checksum that fits; (n,)."""
-        return find_sound_rows(*self)
+        return find_sound_rows(self.song_ids, self.text_hashes, self.checksums, self.embeddings)
 
     def take(self, places: slice | NDArray[np.int64]) -> "ShardRows":
         """Those at some places; a slice is a view, places are copied."""
-        song_ids, text_hashes, checksums, embeddings = self
-        return ShardRows(song_ids[places], text_hashes[places], checksums[places], embeddings[places])
+        return ShardRows(
+            self.song_ids[places], self.text_hashes[places], self.checksums[places], self.embeddings[places]
+        )
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class RunResult:
         answers: of checks that did.
         failures: in the words of what failed; none: the run succeeded.
         n_set_aside: songs without a vector, for a named reason.
+        comparison: of a table that was swapped in with the one before; empty where none was.
     """
 
     rows: list[AssetRow] = field(default_factory=list)
@@ -53,6 +54,7 @@ class RunResult:
     answers: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     n_set_aside: int = 0
+    comparison: str = ""
 
 
 def run_job(
@@ -122,6 +124,7 @@ def _summarize(events: Sequence[dg.DagsterEvent]) -> RunResult:
     for (asset, _), metadata in latest.items():
         counted = {"embedding_cache": "songs set aside", "songs_parquet": "songs out of reach"}.get(asset)
         result.n_set_aside += metadata.get(counted, 0) if counted else 0
+        result.comparison = metadata.get("comparison", result.comparison)
         _add(rows.setdefault(asset, AssetRow(asset, seconds=seconds.get(asset, 0.0))), metadata)
     result.rows = list(rows.values())
     return result

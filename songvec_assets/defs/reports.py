@@ -70,6 +70,8 @@ def report_export(report: ExportReport, deployment: Deployment, log: Any) -> dg.
 def report_publish(report: PublishReport, deployment: Deployment, log: Any) -> dg.MaterializeResult[None]:
     """A load's totals and what every range came to; its version is that of the ledger."""
     log.info(report.place.reason)
+    if report.comparison is not None:
+        log.info(f"swapped in: {report.comparison.describe()}")
     if report.n_foreign:
         log.warning(
             f"{report.n_foreign:,} rows of song_embeddings are somebody else's: nothing was ever loaded of their "
@@ -179,6 +181,7 @@ def describe_publish(report: PublishReport, deployment: Deployment) -> Metadata:
     swapped = {}
     if compared is not None:
         swapped = {
+            "comparison": compared.describe(),
             "rows before": compared.n_serving,
             "neighbours shared with the table before": round(compared.overlap, 3),
         }

@@ -1,4 +1,4 @@
-"""Sessions of the server's own: whether a URL gives them, what is set for them, and how their statements are cancelled.
+"""Sessions and their sockets: whether a URL gives sessions of the server's own, what is set, how they are cancelled.
 
 Behind a pooler in transaction mode (PgBouncer and its like) there are none: each transaction may meet another of the
 pooler's sessions, and what is set for a session reaches its next client. Timeouts are seconds.
@@ -7,7 +7,6 @@ pooler's sessions, and what is set for a session reaches its next client. Timeou
 import contextlib
 import datetime
 import functools
-import os
 import socket
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -47,8 +46,8 @@ _SET = "SELECT set_config(%s, %s, false)"
 
 _N_TRIES = 5
 
-SEND_BUFFER_BYTES = 16 << 20
-"""Asked for; the kernel gives what it may, on Linux twice `net.core.wmem_max`."""
+_SEND_BUFFER_BYTES = (16 << 20, 4 << 20, 1 << 20)
+"""Asked for in turn. Linux gives what it may, twice `net.core.wmem_max`; others refuse what is more than they may."""
 
 _CANCEL = """
     SELECT pg_cancel_backend(pid) FROM pg_stat_activity
@@ -112,14 +111,12 @@ def widen_send_buffer(connection: Any) -> None:
     wants rows faster than a client makes them (PostgreSQL 18, measured 2026-11). TCP widens its own buffers.
 
     Args:
-        connection: psycopg2's own.
+        connection: psycopg2's own. One of a pool keeps it: a limit, not an allocation.
     """
     if not connection.info.host.startswith("/"):
         return
-    # a pooled connection keeps it: a limit, not an allocation
-    with (
-        socket.socket(fileno=os.dup(connection.fileno())) as end,
-        # macOS refuses what is more than it may, where Linux gives less: a load is slower then, not wrong
-        contextlib.suppress(OSError),
-    ):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    with socket.fromfd(connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as end:
+        for n_bytes in _SEND_BUFFER_BYTES:
+            with contextlib.suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, n_bytes)
+                return

@@ -1,4 +1,4 @@
-"""The table built beside held against the serving one: what it lacks, and how its neighbours differ."""
+"""The table built beside held against the serving one: what it lacks, its recall, and how its neighbours differ."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path
 from songvec_assets.vectors.ivfflat import read_probes, set_probes
 from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
+from songvec_assets.vectors.recall import read_recall
 from songvec_assets.vectors.table import BESIDE, TABLE
 
 _SAMPLE_SONGS, _NEIGHBOURS = 50, 10
@@ -29,6 +30,7 @@ class Comparison:
         missing: a few of them.
         n_sampled: songs whose neighbours were looked at.
         overlap: mean share of a song's ten nearest that both tables agree on; two models need not agree on much.
+        recall_serving, recall_beside: in words, as measured last.
     """
 
     n_serving: int
@@ -37,6 +39,15 @@ class Comparison:
     missing: list[int]
     n_sampled: int
     overlap: float
+    recall_serving: str
+    recall_beside: str
+
+    def describe(self) -> str:
+        """One line."""
+        return (
+            f"{self.n_beside:,} rows, {self.n_serving:,} before; {self.recall_beside}, before: {self.recall_serving}; "
+            f"{self.n_sampled:,} songs share {self.overlap:.0%} of their ten nearest with the table before"
+        )
 
 
 def compare_tables(database: Database, cache: ModelCache, songs_folder: Path, stop: StopSignal) -> Comparison:
@@ -56,6 +67,8 @@ def compare_tables(database: Database, cache: ModelCache, songs_folder: Path, st
     with database.get_connection() as connection:
         sample = _sample_shared_songs(connection)
         near = {table: _find_neighbours(connection, table, sample) for table in (TABLE, BESIDE)}
+        recalls = {table: read_recall(connection, table) for table in (TABLE, BESIDE)}
+    told = {table: recall.describe() if recall else "recall not measured" for table, recall in recalls.items()}
     shared = [
         len(near[TABLE][song_id] & near[BESIDE][song_id]) / max(1, len(near[TABLE][song_id])) for song_id in sample
     ]
@@ -66,6 +79,8 @@ def compare_tables(database: Database, cache: ModelCache, songs_folder: Path, st
         missing=sorted(missing)[:5],
         n_sampled=len(sample),
         overlap=sum(shared) / len(shared) if shared else 0.0,
+        recall_serving=told[TABLE],
+        recall_beside=told[BESIDE],
     )
 
 

@@ -79,10 +79,13 @@ def upload_cached_embeddings_to_database(
         Every range, those with nothing to do included, in order.
 
     Raises:
+        ValueError: the cache is of another model or size than the table.
         StoreError: the cache is empty: nothing was ever filled.
         DamagedShardError: shards lost rows, hold rows that do not fit their checksum, or are another's; the other
             ranges are loaded.
     """
+    if (cache.model, cache.dimensions) != (spec.model, spec.dimensions):
+        raise ValueError(f"expected a cache of {spec}, got {cache.dimensions} values by {cache.model}")
     stop = stop or StopSignal()
     backlog = backlog or compare_with_cache(database, cache, tiling, stop, table)
     ensure_table(database, spec, table)

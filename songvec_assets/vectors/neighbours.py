@@ -188,7 +188,7 @@ def find_exact_neighbours(
             for batch in read_embeddings_from_file(shard, loaded["row"]):
                 if stop is not None:
                     stop.check()
-                lengths = np.sqrt(np.vecdot(batch.embeddings, batch.embeddings))
+                lengths = np.sqrt(np.einsum("ij,ij->i", batch.embeddings, batch.embeddings))
                 _keep_best(best, batch.song_ids, (queries @ batch.embeddings.T) / lengths)
                 best.n_found += len(batch.song_ids)
                 progress(Progress("find exact neighbours", best.n_found, rows.n_rows, unit="rows"))

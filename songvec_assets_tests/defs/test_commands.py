@@ -241,6 +241,7 @@ def test_swap_puts_another_type_in_place_and_back(demo: tuple[Project, str]) -> 
     project, _ = demo
     code, output = project.run("songvec", "swap", "--vector-type", "halfvec")
     assert code == 0, output
+    assert "Swapped in: 176 rows, 176 before; recall " in output
     assert "Searches now find halfvec(2000) by offline-v1" in output
     assert "SONGVEC_VECTOR_TYPE=halfvec" in output
     code, output = project.run("songvec", "search", "a storm at sea")

@@ -1,6 +1,9 @@
 """What searches find equals the cache, whether rows went in under the index or a table was built beside and swapped."""
 
 import contextlib
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +26,7 @@ from songvec_assets.vectors.publish import PublishReport, check_publishable, pub
 from songvec_assets.vectors.swap import drop_others, find_attachments, put_in_place, roll_back
 from songvec_assets.vectors.table import BESIDE, KEPT, TABLE, TableSpec, ensure_table, loaded_spec, read_changes
 from songvec_assets.vectors.write import store_embeddings_batch, store_embeddings_copy_bulk
-from songvec_assets_tests.administration import as_role, dispose, execute
+from songvec_assets_tests.administration import as_role, dispose, execute, wait_until
 from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.vectors.conftest import (
     DIMENSIONS,
@@ -233,12 +236,33 @@ class TestSwap:
     ) -> None:
         put(cache, range(120))
         publish(database, cache, songs_folder)
-        publish(database, cache, songs_folder, HALF, swap=True)
+        report = publish(database, cache, songs_folder, HALF, swap=True)
         assert loaded_spec(database) == HALF
+        assert report.comparison is not None
+        assert report.comparison.describe() == (
+            "120 rows, 120 before; recall 100.0% at 11 probes, before: recall 100.0% at 11 probes; "
+            "60 songs share 100% of their ten nearest with the table before"
+        )
         rows = execute(database.adbc_uri, "SELECT song_id, embedding::vector::real[] FROM song_embeddings")
         assert {song_id: np.float16(values).tolist() for song_id, values in rows} == {
             song_id: np.float16(values).tolist() for song_id, values in vectors_of(range(120)).items()
         }
+
+    def test_more_dimensions_than_a_vector_can_index_are_loaded_indexed_and_found_as_halfvec(
+        self, database: Database, tmp_path: Path, songs_folder: Path
+    ) -> None:
+        wide = TableSpec("wide", 4_000, "halfvec")
+        cache = ModelCache(tmp_path / "wide", wide.model, wide.dimensions)
+        put(cache, range(40))
+        publish(database, cache, songs_folder, wide)
+        assert find_index(database) is not None
+        nearest = """
+            SELECT song_id FROM song_embeddings
+            ORDER BY embedding <=> (SELECT embedding FROM song_embeddings WHERE song_id = 7) LIMIT 1
+        """
+        with database.get_connection() as connection:
+            connection.execute(sa.text("SET LOCAL enable_seqscan = off"))
+            assert connection.scalar(sa.text(nearest)) == 7
 
     def test_songs_that_the_new_table_lacks_stop_it_and_those_gone_or_set_aside_do_not(
         self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path
@@ -302,6 +326,40 @@ class TestSwap:
                 run_briefly(database, rename, patience_s=0)
 
 
+_PUBLISHER = """
+import os, signal, sys
+from pathlib import Path
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.postgres.engine import Database
+from songvec_assets.songs.ranges import Tiling
+from songvec_assets.vectors.ivfflat import IndexSettings
+from songvec_assets.vectors.publish import publish_embeddings
+from songvec_assets.vectors.table import TableSpec
+url, cache, songs, step = sys.argv[1:]
+def listen(progress):
+    if progress.step == step and progress.done:
+        os.kill(os.getpid(), signal.SIGKILL)
+publish_embeddings(
+    Database(url), ModelCache(Path(cache), "model-b", 16), TableSpec("model-b", 16), Tiling(100, 1_000), Path(songs),
+    IndexSettings(), swap=True, progress=listen,
+)
+"""
+
+
+@contextlib.contextmanager
+def publisher(
+    database: Database, cache: ModelCache, songs_folder: Path, step: str
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that swaps OTHER in, and kills itself when a step tells that it is on its way."""
+    arguments = [database.url, str(cache.folder), str(songs_folder), step]
+    process = subprocess.Popen([sys.executable, "-c", _PUBLISHER, *arguments])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 class TestInterrupted:
     def stop_at(self, step: str) -> tuple[StopSignal, Callable[[Progress], None]]:
         """A signal that is set when a step tells its first progress."""
@@ -323,6 +381,40 @@ class TestInterrupted:
         stop, listen = self.stop_at(step)
         with pytest.raises(StoppedError):
             publish(database, other_cache, songs_folder, OTHER, swap=True, stop=stop, progress=listen)
+        assert loaded_spec(database) == SPEC
+        assert read_vectors(database) == vectors_of(range(230))
+        publish(database, other_cache, songs_folder, OTHER, swap=True)
+        assert loaded_spec(database) == OTHER
+        assert relations(database) == BOTH
+
+    @pytest.mark.parametrize("step", ["load rows", "build index", "measure recall"])
+    def test_killed_in_a_step_the_serving_table_is_whole_and_the_next_run_goes_on(
+        self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path, step: str
+    ) -> None:
+        put(cache, range(230))
+        put(other_cache, range(230))
+        publish(database, cache, songs_folder)
+        with publisher(database, other_cache, songs_folder, step) as process:
+            assert process.wait(60) == -signal.SIGKILL
+        assert loaded_spec(database) == SPEC
+        assert read_vectors(database) == vectors_of(range(230))
+        publish(database, other_cache, songs_folder, OTHER, swap=True)
+        assert loaded_spec(database) == OTHER
+        assert relations(database) == BOTH
+
+    def test_killed_in_the_swap_the_serving_table_is_whole_and_the_next_run_goes_on(
+        self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path
+    ) -> None:
+        put(cache, range(230))
+        put(other_cache, range(230))
+        publish(database, cache, songs_folder)
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'song_embeddings'::regclass"
+        with database.get_connection() as holder:
+            holder.execute(sa.text("LOCK TABLE song_embeddings IN ACCESS SHARE MODE"))
+            with publisher(database, other_cache, songs_folder, "no step") as process:
+                wait_until(lambda: execute(database.adbc_uri, waiting) == [(1,)], seconds=60)
+                process.send_signal(signal.SIGKILL)
+                process.wait()
         assert loaded_spec(database) == SPEC
         assert read_vectors(database) == vectors_of(range(230))
         publish(database, other_cache, songs_folder, OTHER, swap=True)
@@ -459,6 +551,8 @@ class TestThroughAPooler:
             try:
                 put(cache, range(150))
                 assert publish(pooled, cache, songs_folder).place.table == TABLE
+                rows = execute(database.adbc_uri, "SELECT reltuples FROM pg_class WHERE relname = 'song_embeddings'")
+                assert rows == [(150,)], "the planner knows the table, whether it was vacuumed or only analyzed"
                 put(cache, range(80), version=1)
                 assert publish(pooled, cache, songs_folder).place.table == BESIDE
                 publish(pooled, cache, songs_folder, HALF, swap=True)
