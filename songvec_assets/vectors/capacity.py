@@ -114,9 +114,10 @@ def read_capacity(database: Database, memory_bytes: int | None = None, searched:
         memory_bytes = limits.cache_bytes
         source = "the server's effective_cache_size; SONGVEC_INDEX_MEMORY_MB says otherwise"
     # without a look at the cores, half of what the administrator allows, or what a build takes anyway
-    workers = min(cores, MOST_WORKERS) if cores else max(limits.workers // 2, limits.own_workers)
-    if searched and cores:
-        workers = min(workers, cores - 2)
+    workers = max(limits.workers // 2, limits.own_workers)
+    if cores:
+        # the process that builds takes a core itself
+        workers = min(cores - (2 if searched else 1), MOST_WORKERS)
     return Capacity(
         memory_bytes,
         source,

@@ -14,7 +14,7 @@ from songvec_assets.progress import Progress
         (Progress("load rows", 0, 0, unit="rows", note="waiting"), 0.0, "load rows: 0 rows (waiting)"),
         (Progress("load rows", 20, 50, unit="rows"), 0.5, "load rows: 20 of 50 rows, 0/s, 60 s left"),
         (Progress("load rows", 50_000, 50_000, unit="rows"), 1_000.0, "load rows: 50,000 of 50,000 rows, 1,000/s"),
-        (Progress("build index", 25, 100, unit="%"), 0.1, "build index: 25%, 12.5 min left"),
+        (Progress("build index", 25, 100, unit="%"), 0.1, "build index: 25%, 12 min left"),
         (Progress("build index", 0, 100, unit="%", note="estimated: 5 min"), 0.0, "build index: 0% (estimated: 5 min)"),
     ],
 )  # fmt: skip
