@@ -49,13 +49,13 @@ bench-client: bench-installed  ## This client beside its peers, and songs a seco
 bench-quota: $(INSTALLED)  ## How much of a quota is used, and how often it is exceeded: 4 min
 	$(BIN)/python -m benchmarks.quota
 
-bench-load: bench-installed  ## This loader beside its peers and the server's own COPY; a million rows: 10 min
+bench-load: bench-installed  ## This loader beside its peers and the server's own COPY; a million rows: 8 min
 	$(BIN)/python -m benchmarks.load
 
-bench-export: bench-installed  ## This export beside its peers, a million songs: 6 min
+bench-export: bench-installed  ## This export beside its peers, a million songs: 3 to 6 min
 	$(BIN)/python -m benchmarks.export
 
-bench-index: $(INSTALLED)  ## Index builds beside pgvector's defaults, recall, halfvec: 5 min
+bench-index: $(INSTALLED)  ## Index builds beside pgvector's defaults, recall, halfvec: 20 min
 	$(BIN)/python -m benchmarks.index
 
 bench-serving: $(INSTALLED)  ## Searches while a table is loaded, rebuilt and swapped: 5 min

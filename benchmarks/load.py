@@ -46,7 +46,6 @@ _RATIOS = [
     (THIS, (PSYCOPG3,), 1.4),
     (THIS, (ORM, CORE), 50),
     (THIS_TWO, (THIS,), 1.25),
-    (THIS_TWO, (SOCKET_TWO,), 0.9),
 ]
 
 
