@@ -371,16 +371,16 @@ class TestInterrupted:
 
         return stop, listen
 
-    @pytest.mark.parametrize("step", ["load rows", "build index", "measure recall"])
-    def test_the_serving_table_is_whole_and_the_next_run_goes_on(
-        self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path, step: str
-    ) -> None:
+    @staticmethod
+    @contextlib.contextmanager
+    def serving_all_the_while(
+        database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path
+    ) -> Iterator[None]:
+        """A table that serves, of which nothing may change in the block; the next run then swaps the other in."""
         put(cache, range(230))
         put(other_cache, range(230))
         publish(database, cache, songs_folder)
-        stop, listen = self.stop_at(step)
-        with pytest.raises(StoppedError):
-            publish(database, other_cache, songs_folder, OTHER, swap=True, stop=stop, progress=listen)
+        yield
         assert loaded_spec(database) == SPEC
         assert read_vectors(database) == vectors_of(range(230))
         publish(database, other_cache, songs_folder, OTHER, swap=True)
@@ -388,38 +388,37 @@ class TestInterrupted:
         assert relations(database) == BOTH
 
     @pytest.mark.parametrize("step", ["load rows", "build index", "measure recall"])
-    def test_killed_in_a_step_the_serving_table_is_whole_and_the_next_run_goes_on(
+    def test_a_swap_that_is_stopped_in_a_step_goes_on_with_the_next_run(
         self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path, step: str
     ) -> None:
-        put(cache, range(230))
-        put(other_cache, range(230))
-        publish(database, cache, songs_folder)
-        with publisher(database, other_cache, songs_folder, step) as process:
+        with self.serving_all_the_while(database, cache, other_cache, songs_folder):
+            stop, listen = self.stop_at(step)
+            with pytest.raises(StoppedError):
+                publish(database, other_cache, songs_folder, OTHER, swap=True, stop=stop, progress=listen)
+
+    @pytest.mark.parametrize("step", ["load rows", "build index", "measure recall"])
+    def test_a_swap_that_is_killed_in_a_step_goes_on_with_the_next_run(
+        self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path, step: str
+    ) -> None:
+        with (
+            self.serving_all_the_while(database, cache, other_cache, songs_folder),
+            publisher(database, other_cache, songs_folder, step) as process,
+        ):
             assert process.wait(60) == -signal.SIGKILL
-        assert loaded_spec(database) == SPEC
-        assert read_vectors(database) == vectors_of(range(230))
-        publish(database, other_cache, songs_folder, OTHER, swap=True)
-        assert loaded_spec(database) == OTHER
-        assert relations(database) == BOTH
 
-    def test_killed_in_the_swap_the_serving_table_is_whole_and_the_next_run_goes_on(
+    def test_a_swap_that_is_killed_while_it_renames_goes_on_with_the_next_run(
         self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path
     ) -> None:
-        put(cache, range(230))
-        put(other_cache, range(230))
-        publish(database, cache, songs_folder)
         waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'song_embeddings'::regclass"
-        with database.get_connection() as holder:
+        with (
+            self.serving_all_the_while(database, cache, other_cache, songs_folder),
+            database.get_connection() as holder,
+        ):
             holder.execute(sa.text("LOCK TABLE song_embeddings IN ACCESS SHARE MODE"))
             with publisher(database, other_cache, songs_folder, "no step") as process:
                 wait_until(lambda: execute(database.adbc_uri, waiting) == [(1,)], seconds=60)
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-        assert loaded_spec(database) == SPEC
-        assert read_vectors(database) == vectors_of(range(230))
-        publish(database, other_cache, songs_folder, OTHER, swap=True)
-        assert loaded_spec(database) == OTHER
-        assert relations(database) == BOTH
 
     def test_a_table_half_built_beside_is_removed_when_little_is_left_to_change(
         self, database: Database, cache: ModelCache, songs_folder: Path
