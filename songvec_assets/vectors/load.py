@@ -88,7 +88,9 @@ def upload_cached_embeddings_to_database(
         raise ValueError(f"expected a cache of {spec}, got {cache.dimensions} values by {cache.model}")
     stop = stop or StopSignal()
     backlog = backlog or compare_with_cache(database, cache, tiling, stop, table)
-    ensure_table(database, spec, table)
+    if ensure_table(database, spec, table) and backlog.unchanged:
+        # a table that gave way took with it what was compared
+        backlog = compare_with_cache(database, cache, tiling, stop, table)
     meter = _Meter(backlog.n_changed, progress)
     target = _Target(database, cache, spec, table, stop, meter)
     loads, damaged = _load_side_by_side(target, list(backlog.changed), n_connections)

@@ -84,8 +84,11 @@ def check_table(database: Database, spec: TableSpec) -> None:
             _check_table(connection, spec, TABLE)
 
 
-def ensure_table(database: Database, spec: TableSpec, table: str = TABLE) -> None:
+def ensure_table(database: Database, spec: TableSpec, table: str = TABLE) -> bool:
     """Create a table where there is none, else check it. The embedded database's offline table gives way.
+
+    Returns:
+        Whether it was created.
 
     Raises:
         TableMismatchError: see `check_table`.
@@ -96,12 +99,13 @@ def ensure_table(database: Database, spec: TableSpec, table: str = TABLE) -> Non
             drop_table(connection, table)
         elif _check_table(connection, spec, table):
             _record_spec(connection, spec, table)
-            return
+            return False
         forget_table(connection, table)
         define_table(spec, table).create(connection)
         # a vector of 2,000 values then stays in its row's page: no TOAST look-ups, and parallel index builds
         connection.execute(text(f"ALTER TABLE {table} ALTER COLUMN embedding SET STORAGE PLAIN"))
         _record_spec(connection, spec, table)
+        return True
 
 
 def drop_table(connection: sa.Connection, table: str) -> None:

@@ -661,6 +661,16 @@ class TestMismatch:
         assert set(read_vectors(embedded)) == {1, 101}
         assert loaded_spec(embedded) == spec
 
+    def test_what_gives_way_to_another_type_of_the_same_model_is_loaded_again(
+        self, database: Database, tmp_path: Path
+    ) -> None:
+        embedded, offline = Database(database.url, embedded=True), TableSpec(OFFLINE_MODEL, DIMENSIONS)
+        cache = ModelCache(tmp_path / "offline", offline.model, offline.dimensions)
+        put(cache, [1, 101])
+        load(embedded, cache, TableSpec(OFFLINE_MODEL, DIMENSIONS, "halfvec"))
+        assert load(embedded, cache, offline) == {FIRST.key: (1, 1, 0), SECOND.key: (1, 1, 0)}
+        assert read_vectors(embedded) == vectors_of([1, 101])
+
     def test_a_table_that_was_paid_for_gives_way_nowhere(self, database: Database, cache: ModelCache) -> None:
         embedded = Database(database.url, embedded=True)
         put(cache, [1, 2])
