@@ -64,7 +64,6 @@ _BATCH = 2_000
 class Build:
     """A build: seconds and bytes; what was estimated, where it was."""
 
-    name: str
     seconds: float
     index_bytes: int
     table_bytes: int
@@ -99,17 +98,16 @@ class Result:
 
     def differs(self, name: str) -> float:
         """Stock's recall less an index's, at the compared probes."""
-        stock, other = self.at("stock", self.compared), self.at(name, self.compared)
-        return stock.recall - other.recall if stock and other else math.nan
+        return self.at("stock", self.compared).recall - self.at(name, self.compared).recall
 
     @property
     def reached(self) -> bool:
         """Whether it is what was wanted."""
         return median(self.faster(OURS)) >= FASTER and self.differs(OURS) <= WITHIN
 
-    def at(self, name: str, probes: int) -> RecallPoint | None:
-        """A point of an index, where it was measured."""
-        return next((point for point in self.recalls[name].points if point.probes == probes), None)
+    def at(self, name: str, probes: int) -> RecallPoint:
+        """A point of an index, at probes that are shared."""
+        return next(point for point in self.recalls[name].points if point.probes == probes)
 
 
 def make_rows(n_rows: int, dimensions: int, seed: int = 1) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
@@ -234,7 +232,7 @@ class _Run:
                             "pg_relation_size(to_regclass(:index)))")  # fmt: skip
             names = {"table": table, "building": building_name(table), "index": index_name(table)}
             table_bytes, index_bytes = connection.execute(sizes, names).one()
-        build = Build(name, seconds, index_bytes, table_bytes, peak[0], estimate)
+        build = Build(seconds, index_bytes, table_bytes, peak[0], estimate)
         self.result.builds.setdefault(name, []).append(build)
 
 
@@ -304,11 +302,10 @@ def render(results: list[Result]) -> str:
         for probes in each.shared:
             for name in each.recalls:
                 point = each.at(name, probes)
-                if point:
-                    recalls.append(
-                        f"| {each.n_rows:,} | {probes} | {name} | {point.recall:.4f} | {point.recall_of_rows:.4f} "
-                        f"| {point.recall_of_synthetic:.4f} | {point.ms_median:.2f} | {point.ms_p99:.2f} |"
-                    )
+                recalls.append(
+                    f"| {each.n_rows:,} | {probes} | {name} | {point.recall:.4f} | {point.recall_of_rows:.4f} "
+                    f"| {point.recall_of_synthetic:.4f} | {point.ms_median:.2f} | {point.ms_p99:.2f} |"
+                )
         for name in (OURS, HALVED):
             ratios = each.faster(name)
             summary.append(

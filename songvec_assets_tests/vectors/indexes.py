@@ -148,7 +148,14 @@ bring_index_up_to_date(Database(url), ModelCache(Path(folder), "model-a", 8), Ta
 @contextmanager
 def building_process(database: Database, cache: ModelCache) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that builds the index; killed at the end of the block, where it still runs."""
-    process = subprocess.Popen([sys.executable, "-c", _PROCESS, database.url, str(cache.folder)])
+    with running(_PROCESS, database.url, str(cache.folder)) as process:
+        yield process
+
+
+@contextmanager
+def running(code: str, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """Python code in a process of its own; killed at the end of the block, where it still runs."""
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments])
     try:
         yield process
     finally:

@@ -3,7 +3,6 @@
 import contextlib
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +38,7 @@ from songvec_assets_tests.vectors.conftest import (
     read_vectors,
     vectors_of,
 )
+from songvec_assets_tests.vectors.indexes import running
 
 OTHER = TableSpec("model-b", 16)
 HALF = TableSpec(SPEC.model, DIMENSIONS, "halfvec")
@@ -346,18 +346,11 @@ publish_embeddings(
 """
 
 
-@contextlib.contextmanager
 def publisher(
     database: Database, cache: ModelCache, songs_folder: Path, step: str
-) -> Iterator["subprocess.Popen[bytes]"]:
+) -> contextlib.AbstractContextManager["subprocess.Popen[bytes]"]:
     """A process that swaps OTHER in, and kills itself when a step tells that it is on its way."""
-    arguments = [database.url, str(cache.folder), str(songs_folder), step]
-    process = subprocess.Popen([sys.executable, "-c", _PUBLISHER, *arguments])
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    return running(_PUBLISHER, database.url, str(cache.folder), str(songs_folder), step)
 
 
 class TestInterrupted:
