@@ -16,7 +16,7 @@ from songvec_assets.cache.marks import read_mark
 from songvec_assets.cache.plan import estimate_fills, plan_fill
 from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, open_store
-from songvec_assets.embedding.budget import Budget, read_month_usd
+from songvec_assets.embedding.budget import Budget, MonthSpending, read_month_spending
 from songvec_assets.embedding.client import Embedder, EmbeddingClient
 from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.embedding.offline import OfflineEmbedder
@@ -122,14 +122,14 @@ class Deployment:
         songs, cache, behind = self.store.songs, self.cache, []
         for song_range in snapshot_ranges(songs):
             mark, digest = read_mark(cache.mark_of(song_range)), snapshot_digest(snapshot_path(songs, song_range))
-            if mark is None or not mark.fits(digest, self.text_spec.identity, cache.path_of(song_range)):
+            if mark is None or not mark.fits(digest, self.text_spec.identity, cache.path_of(song_range), self.server):
                 behind.append(song_range)
         return behind
 
-    def month_usd(self) -> float:
-        """Dollars spent this month, over all runs on this database."""
+    def month_spending(self) -> MonthSpending:
+        """Dollars of this month, over all runs on this database."""
         with self.database.get_connection() as connection:
-            return read_month_usd(connection)
+            return read_month_spending(connection)
 
     def export(self, mode: ExportMode = "all", progress: ReportProgress = ignore_progress) -> ExportReport:
         """Bring the snapshots to the state of the source; see `cache_songs_to_parquet`."""
@@ -152,7 +152,7 @@ class Deployment:
             anew: whether all their songs are to be embedded again.
         """
         plans = (
-            plan_fill(self.store.songs, self.cache, each, self.text_spec, None if anew else 0)[1]
+            plan_fill(self.store.songs, self.cache, each, self.text_spec, None if anew else 0, self.server)[1]
             for each in snapshot_ranges(self.store.songs)
             if ranges is None or each in ranges
         )
@@ -207,6 +207,11 @@ class Deployment:
         return Spending(**fact) if fact else None
 
     @property
+    def server(self) -> str:
+        """What makes the vectors, as the reasons of rejections name it."""
+        return OFFLINE_MODEL if self.settings.offline else self.settings.fireworks_base_url
+
+    @property
     def _bytes_per_token_fact(self) -> str:
         return f"bytes per token of {self.settings.model}"
 
@@ -227,13 +232,18 @@ class Deployment:
             each.embedding_dimensions,
             limiter,
             patience_s=each.patience_s,
+            concurrency=each.concurrency,
             stop=self.stop,
             estimator=estimator,
             on_trouble=on_trouble,
         )
 
     def filler(
-        self, progress: ReportProgress = ignore_progress, run: str | None = None, anew: str | None = None
+        self,
+        progress: ReportProgress = ignore_progress,
+        run: str | None = None,
+        anew: str | None = None,
+        retry_rejected: bool = False,
     ) -> Filler:
         """What fills ranges of the cache.
 
@@ -241,6 +251,7 @@ class Deployment:
             progress: told as it goes.
             run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
             anew: who asks that songs be embedded again; see `Filler`.
+            retry_rejected: whether songs that were rejected before are sent again.
         """
         estimator, each = self.token_estimator(), self.settings
         limits = each.max_usd, each.max_usd_a_month
@@ -253,11 +264,13 @@ class Deployment:
             budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
             estimator=estimator,
             concurrency=each.concurrency,
+            server=self.server,
             lock_range=self.lock_range,
             tiling=self.tiling,
             before_payment=lambda: check_publishable(self.database, self.table_spec, each.swap),
             keep_spending=self._keep_spending,
             anew=anew,
+            retry_rejected=retry_rejected,
             stop=self.stop,
             progress=progress,
         )

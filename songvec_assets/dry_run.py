@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from songvec_assets.deployment import Deployment
+from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import StoreError
 from songvec_assets.progress import describe_seconds
@@ -23,7 +24,7 @@ class RunPlan:
         backlog: what the table lacks against the cache as it is; None where nothing is cached yet.
         index: as it is, or None.
         max_usd: the run's budget, or None.
-        month_usd, max_usd_a_month: spent this month, and its budget, or None.
+        month, max_usd_a_month: what this month has cost, and its budget, or None.
     """
 
     source: SourceState
@@ -31,14 +32,14 @@ class RunPlan:
     backlog: Backlog | None
     index: IndexFacts | None
     max_usd: float | None
-    month_usd: float
+    month: MonthSpending
     max_usd_a_month: float | None
 
     def describe(self) -> list[str]:
         """A line a step."""
         each, backlog, index = self.estimate, self.backlog, self.index
         limits = [f"the run's budget is ${self.max_usd:,.2f}"] if self.max_usd is not None else ["no budget a run"]
-        month = f"${self.month_usd:,.4f} spent this month"
+        month = f"this month {self.month.describe()}"
         limits.append(month if self.max_usd_a_month is None else f"{month} of ${self.max_usd_a_month:,.2f}")
         return [
             f"export: {self.source.describe()}; the snapshots hold {each.n_songs:,} songs of the ranges asked for. "
@@ -70,6 +71,6 @@ def plan_run(deployment: Deployment, ranges: Sequence[SongIdRange], anew: bool =
         backlog,
         find_index(deployment.database),
         deployment.settings.max_usd,
-        deployment.month_usd(),
+        deployment.month_spending(),
         deployment.settings.max_usd_a_month,
     )

@@ -48,6 +48,14 @@ class RequestTooLargeError(RequestRefusedError):
     """The provider refused this very request for its size (413). Smaller ones may pass."""
 
 
+class RequestTooSlowError(RequestTooLargeError):
+    """The provider did not answer this request in time though it had nothing else to do. Smaller ones may pass."""
+
+
+class RequestFailsError(RequestRefusedError):
+    """This request fails alike again and again while others succeed: one of its texts, most likely."""
+
+
 class BudgetExceededError(SongvecError):
     """The next request would exceed the budget. What was paid for is kept; raise the budget to go on."""
 

@@ -30,6 +30,7 @@ class Progress:
         total: units in this step; 0 where it is not known.
         unit: "songs", "rows", "%".
         note: what else a person would want to know: dollars so far, the phase of an index build.
+        is_trouble: whether the note says that something goes wrong.
     """
 
     step: str
@@ -37,6 +38,7 @@ class Progress:
     total: int
     unit: str = "songs"
     note: str = ""
+    is_trouble: bool = False
 
 
 def describe_seconds(seconds: float) -> str:

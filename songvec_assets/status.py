@@ -7,6 +7,7 @@ import polars as pl
 from songvec_assets.cache.marks import read_mark
 from songvec_assets.cache.shards import load_embeddings_from_cache
 from songvec_assets.deployment import Deployment
+from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import count_songs, load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import count_unreachable_ids
@@ -75,7 +76,7 @@ class Status:
         set_aside: (song_id, reason), a few.
         unreachable: reason to number of songs whose id is outside every range.
         recall: as measured last, in words; empty before.
-        month_usd: spent this month, over all runs.
+        month_usd, month_reserved_usd: billed this month, and reserved for requests in flight, over all runs.
     """
 
     ranges: list[RangeStatus]
@@ -85,6 +86,7 @@ class Status:
     unreachable: dict[str, int]
     recall: str
     month_usd: float
+    month_reserved_usd: float
 
     def describe(self) -> list[str]:
         """What there is beyond the ranges, a line each."""
@@ -94,7 +96,7 @@ class Status:
             "Index: none yet" if index is None else
             f"Index: {index.lists:,} lists over {index.n_rows:,} rows, {index.n_bytes / 1e6:,.1f} MB, {index.probes} "
             f"probes, {self.recall or 'recall not measured'}; {index.n_changed:,} rows changed since",
-            f"Spent this month: ${self.month_usd:,.4f}",
+            f"Spent this month: {MonthSpending(self.month_usd, self.month_reserved_usd).describe()}",
             *(f"Set aside: song {song_id}: {reason}" for song_id, reason in self.set_aside),
             *(f"Set aside: {n_songs:,} × {reason}" for reason, n_songs in self.unreachable.items()),
         ]  # fmt: skip
@@ -166,6 +168,6 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
     unreachable = count_unreachable_ids(deployment.database, deployment.source)
     with deployment.database.get_connection() as connection:
         recall = read_recall(connection)
-    tables, month_usd = describe_tables(deployment.database), deployment.month_usd()
+    tables, month = describe_tables(deployment.database), deployment.month_spending()
     words = recall.describe() if recall else ""
-    return Status(ranges, tables, index, set_aside, dict(unreachable), words, month_usd)
+    return Status(ranges, tables, index, set_aside, dict(unreachable), words, *month)

@@ -24,7 +24,7 @@ from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.client import Embedder
 from songvec_assets.embedding.pricing import Quota, TokenEstimator
 from songvec_assets.embedding.wire import EmbeddingBatch
-from songvec_assets.errors import ProviderUnavailableError, StoreError
+from songvec_assets.errors import BudgetExceededError, ProviderUnavailableError, StoreError
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path
@@ -103,6 +103,7 @@ class Filler:
         budget: stops before the request that would exceed it.
         estimator: of tokens; the embedder corrects it.
         concurrency: requests in flight at most; how many there are follows from the quota and the latency.
+        server: that is asked, as the reasons of rejections name it.
         lock_range: holds a range against other runs; gives what raises when that hold was lost. Its callbacks: called
             when it has to wait, and while it does.
         tiling: how song_ids are cut.
@@ -110,6 +111,7 @@ class Filler:
         keep_spending: told at the end what was sent.
         anew: who asks that songs which have their vectors are embedded, and paid for, again; None: nobody. Whoever asks
             twice is served once, and an ask that was not ended goes on.
+        retry_rejected: whether songs that this server rejected before are sent again.
         stop: once set, no further request starts.
         progress: told songs, rate and dollars.
         proven: whether the provider has answered well in this run.
@@ -123,6 +125,7 @@ class Filler:
     budget: Budget
     estimator: TokenEstimator
     concurrency: int
+    server: str
     lock_range: Callable[
         [SongIdRange, Callable[[], None], Callable[[], None]], AbstractContextManager[Callable[[], None]]
     ]
@@ -131,9 +134,11 @@ class Filler:
     keep_spending: Callable[["Spending"], None]
     stop: StopSignal
     anew: str | None = None
+    retry_rejected: bool = False
     progress: ReportProgress = ignore_progress
     proven: bool = False
     _fatal: Exception | None = None
+    _over_budget: BudgetExceededError | None = None
     _failed: bool = False
     _unavailable_before: bool = False
     _n_songs: int = 0
@@ -162,7 +167,7 @@ class Filler:
             self._n_songs = sum(count_songs(self.songs_folder, song_range) for song_range in ranges)
             for song_range in filter(self._holds_anything, ranges):
                 await places.acquire()
-                if self._fatal or self.stop.is_set():
+                if self._fatal or self._over_budget or self.stop.is_set():
                     break
                 turn = asyncio.Event()
                 filling.append(asyncio.create_task(self._fill_reported(song_range, turn.set, report)))
@@ -173,12 +178,15 @@ class Filler:
                 end_ask(self.cache)
         finally:
             if "_embedder" in self.__dict__:
+                self.budget.settle(0, self._embedder.take_probe_tokens())
                 await self._embedder.close()
         try:
             if self.budget.n_tokens:
                 self.keep_spending(Spending(self._n_expected, self.budget.n_tokens, self.estimator.bytes_per_token))
         finally:
             self._check_halted()
+            if self._over_budget:
+                raise self._over_budget
 
     @cached_property
     def _embedder(self) -> Embedder:
@@ -188,10 +196,14 @@ class Filler:
     def _postage(self) -> Postage:
         slots = asyncio.Semaphore(self.concurrency)
         shared = self._embedder, self.quota, self.budget, self.estimator, slots
-        return Postage(*shared, check_halted=self._check_halted, on_error=self._note_error)
+        return Postage(*shared, self._check_halted, self._note_error, self.server)
 
     def _note_error(self, error: Exception) -> None:
         """Let no further request start where going on is pointless: one range may fail for what is in it."""
+        if isinstance(error, BudgetExceededError):
+            # no further range begins, but what has its share of the budget is still sent
+            self._over_budget = self._over_budget or error
+            return
         if not isinstance(error, (StoreError, ProviderUnavailableError)):
             self._fatal = self._fatal or error
 
@@ -208,13 +220,17 @@ class Filler:
     ) -> None:
         """Fill one range and report it; what makes going on pointless is kept for the end."""
         filled, started = FillReport(song_range), time.monotonic()
+        held = contextlib.ExitStack()
         try:
-            with contextlib.ExitStack() as held:
-                # another run may hold it for hours, while answers for earlier ranges come in
-                waiting = partial(self._tell, f"another run fills {song_range.key}: waiting for it")
-                lock = self.lock_range(song_range, waiting, self._check_halted)
+            # another run may hold it for hours, while answers for earlier ranges come in
+            waiting = partial(self._tell, f"another run fills {song_range.key}: waiting for it")
+            lock = self.lock_range(song_range, waiting, self._check_halted)
+            try:
                 check_held = await asyncio.to_thread(held.enter_context, lock)
                 await self._fill_range(filled, check_held, let_next_begin)
+            finally:
+                # letting go asks the database, which may not answer: the other ranges' answers must not wait for it
+                await asyncio.to_thread(held.close)
             self._unavailable_before = self._unavailable_before and not filled.n_embedded
         except Exception as error:  # noqa: BLE001 - raised when the other ranges' answers are stored
             filled.error, self._failed = error, True
@@ -237,14 +253,19 @@ class Filler:
         snapshot = snapshot_digest(snapshot_path(self.songs_folder, report.range))
         done, asked = read_mark(mark_path), read_anew(self.cache, report.range)
         owed = asked.is_owed(self.anew)
-        if done and not owed and done.fits(snapshot, self.spec.identity, self.cache.path_of(report.range)):
+        retries = self.retry_rejected and done is not None and done.n_set_aside > 0
+        fits = done and done.fits(snapshot, self.spec.identity, self.cache.path_of(report.range), self.server)
+        if done and fits and not owed and not retries:
             report.n_songs, report.n_set_aside, report.n_truncated = done.n_songs, done.n_set_aside, done.n_truncated
             report.n_unchanged = done.n_songs - done.n_set_aside
             self.advance(report.n_songs, report.range)
             return
         mark_path.unlink(missing_ok=True)
         since = 0 if not owed else asked.first_row if asked.asked_by == self.anew else None
-        shard, plan = await asyncio.to_thread(plan_fill, self.songs_folder, self.cache, report.range, self.spec, since)
+        rejected_by = None if self.retry_rejected else self.server
+        shard, plan = await asyncio.to_thread(
+            plan_fill, self.songs_folder, self.cache, report.range, self.spec, since, rejected_by
+        )
         report.n_bytes_damaged = shard.n_bytes_damaged
         report.n_songs, report.n_unchanged = plan.n_songs, plan.n_unchanged
         report.n_new, report.n_changed = plan.n_new, plan.n_changed
@@ -271,7 +292,8 @@ class Filler:
         path = self.cache.path_of(report.range)
         n_bytes = path.stat().st_size if path.exists() else 0
         counts = report.n_songs, report.n_set_aside, report.n_truncated
-        await asyncio.to_thread(write_mark, mark_path, Mark(snapshot, self.spec.identity, n_bytes, *counts))
+        server = self.server if plan.n_rejected or report.set_aside else ""
+        await asyncio.to_thread(write_mark, mark_path, Mark(snapshot, self.spec.identity, n_bytes, *counts, server))
 
     def _store_what_is_free(self, shard: Shard, plan: FillPlan, report: FillReport) -> None:
         shard.append_gone(plan.gone)
@@ -281,10 +303,10 @@ class Filler:
             write_embeddings_to_file(shard, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
         report.n_reused = plan.reused.height
 
-    def count_answer(self, batch: EmbeddingBatch) -> None:
-        """Take in that the provider answered well, and after how many bad answers."""
+    def count_answer(self, n_songs: int, batch: EmbeddingBatch) -> None:
+        """Take in that the provider answered with vectors for so many songs, and after how many bad answers."""
         self._n_limited += batch.n_limited
-        self.proven = True
+        self.proven = self.proven or n_songs > 0
 
     def advance(self, n_songs: int, song_range: SongIdRange) -> None:
         """Tell that so many songs more need nothing from the provider."""
@@ -293,9 +315,9 @@ class Filler:
 
     def _tell_trouble(self, words: str) -> None:
         self._n_retries += 1
-        self._tell(words)
+        self._tell(words, is_trouble=True)
 
-    def _tell(self, what: str) -> None:
+    def _tell(self, what: str, is_trouble: bool = False) -> None:
         note = f"{what}, ${self.budget.usd:,.4f} so far"
         used = self._embedder.quota_used if "_embedder" in self.__dict__ else None
         if used is not None:
@@ -304,7 +326,7 @@ class Filler:
             )
         if self.stop.is_set():
             note += "; stopping: answers on their way are still stored"
-        self.progress(Progress("embed songs", self._n_done, self._n_songs, note=note))
+        self.progress(Progress("embed songs", self._n_done, self._n_songs, note=note, is_trouble=is_trouble))
 
 
 @dataclass
@@ -327,7 +349,7 @@ class _Tally:
         self.report.n_embedded += n_songs
         self.report.n_retries += batch.n_retries
         self.report.n_limited += batch.n_limited
-        self.filler.count_answer(batch)
+        self.filler.count_answer(n_songs, batch)
         self.filler.advance(n_songs, self.report.range)
         self._pass_on()
 

@@ -22,6 +22,7 @@ class Mark(msgspec.Struct, frozen=True):
         text: identity of how songs become texts.
         n_bytes: of the shard.
         n_songs, n_set_aside, n_truncated: of the range.
+        server: that rejected songs; empty where none was rejected.
     """
 
     snapshot: str | None
@@ -30,9 +31,13 @@ class Mark(msgspec.Struct, frozen=True):
     n_songs: int
     n_set_aside: int
     n_truncated: int
+    server: str = ""
 
-    def fits(self, snapshot: str | None, text: str, shard: Path) -> bool:
-        """Whether the fill it tells of is complete still: of the same songs, rendered the same way, in this file."""
+    def fits(self, snapshot: str | None, text: str, shard: Path, server: str) -> bool:
+        """Whether the fill is complete still: of the same songs, rendered the same way, in this file; what a server
+        rejected another one may accept."""
+        if self.server not in ("", server):
+            return False
         n_bytes = shard.stat().st_size if shard.exists() else 0
         return snapshot is not None and (self.snapshot, self.text, self.n_bytes) == (snapshot, text, n_bytes)
 

@@ -36,6 +36,7 @@ class FillPlan:
         reused: songs (song_id, text_hash, row) whose text has a vector in the shard, under another song or an older
         text. texts: what must be sent.
         n_new, n_changed, n_truncated, n_set_aside: songs; set aside by the export, or by the provider before.
+        n_rejected: those of the last that the provider rejected before.
     """
 
     range: SongIdRange
@@ -48,6 +49,7 @@ class FillPlan:
     n_changed: int
     n_truncated: int
     n_set_aside: int
+    n_rejected: int = 0
 
     def estimate_tokens(self, estimator: TokenEstimator) -> int:
         """About how many tokens its texts have."""
@@ -55,7 +57,12 @@ class FillPlan:
 
 
 def plan_fill(
-    songs_folder: Path, cache: ModelCache, song_range: SongIdRange, spec: TextSpec, since: int | None = 0
+    songs_folder: Path,
+    cache: ModelCache,
+    song_range: SongIdRange,
+    spec: TextSpec,
+    since: int | None = 0,
+    rejected_by: str | None = None,
 ) -> tuple[Shard, FillPlan]:
     """Compare a range's snapshot with its shard.
 
@@ -65,6 +72,8 @@ def plan_fill(
         song_range: which range.
         spec: how songs become texts.
         since: place of the first row that counts as an answer; None: none does.
+        rejected_by: the server whose rejections hold; songs that another one rejected are sent again; None: no
+            rejection holds.
 
     Raises:
         StoreError: there is no snapshot: a shard alone does not say that its songs are gone.
@@ -80,6 +89,8 @@ def plan_fill(
     embeddable = songs.filter(pl.col("set_aside").is_null())
     texts = render_texts(embeddable, spec)
     answered = shard.live_rows(since) if since else live
+    holds = pl.lit(False) if rejected_by is None else pl.col("reason").str.starts_with(f"{rejected_by} ")
+    answered = answered.filter(pl.col("reason").is_null() | holds)
     known = answered.select("song_id", before=pl.col("text_hash"), refused=pl.col("reason").is_not_null())
     compared = texts.join(known, on="song_id", how="left", maintain_order="left")
     unchanged = compared.filter(pl.col("before") == pl.col("text_hash"))
@@ -112,6 +123,7 @@ def plan_fill(
         n_changed=missing.height - n_new,
         n_truncated=int(texts["truncated"].sum()),
         n_set_aside=songs["set_aside"].count() + n_refused,
+        n_rejected=n_refused,
     )
 
 

@@ -5,6 +5,7 @@ What goes wrong with a request is decided in `embedding.client`; here, what beco
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,18 +15,26 @@ from songvec_assets.cache.shards import Shard, write_embeddings_to_file
 from songvec_assets.embedding.batching import bisect, pack_requests
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.client import Embedder, Watch
+from songvec_assets.embedding.health import ServerHealth
 from songvec_assets.embedding.pricing import Quota, TokenEstimator
-from songvec_assets.embedding.wire import EmbeddingBatch, Float32Matrix
+from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import (
     BudgetExceededError,
     ProviderError,
+    RequestFailsError,
     RequestRefusedError,
     RequestTooLargeError,
+    RequestTooSlowError,
     StoppedError,
 )
 
 MAX_REFUSALS_IN_A_ROW = 25
 """So many texts refused one after another, and none accepted between them, are not the songs' fault."""
+_N_BAD_ALONE = 3
+"""Answers without a vector for a text, the last of them alone, before it is rejected."""
+_GROWTH = 1.1
+"""By which requests grow again with each answer, after one took too long."""
+_BUDGET_POLL_S = 0.05
 
 
 class Tally(Protocol):
@@ -53,11 +62,16 @@ class Postage:
         quota: limits of a request.
         budget: stops before the request that would exceed it.
         estimator: of tokens; the embedder corrects it.
-        slots: requests in flight at most, over all ranges.
+        slots: requests begun at most, over all ranges.
         check_halted: raises where no further request may start.
-        on_error: told of each request's error at once.
+        on_error: notified of each request's error at once.
+        server: that is asked; the reason of a rejection begins with it, so that another server is asked again.
+        health: of the server.
         max_bytes: of a request; smaller, once the provider has found one too large.
+        slow_bytes: of a request; smaller, once one took too long, and larger with each answer since.
         n_refused_in_a_row: texts that were refused since one was accepted, in any range.
+        n_reserved: payments that hold a share of the budget and do not wait for more.
+        n_settled: payments that were settled.
     """
 
     embedder: Embedder
@@ -67,12 +81,25 @@ class Postage:
     slots: asyncio.Semaphore
     check_halted: Callable[[], None]
     on_error: Callable[[Exception], None]
+    server: str
+    health: ServerHealth = field(default_factory=ServerHealth)
     max_bytes: float = math.inf
+    slow_bytes: float = math.inf
     n_refused_in_a_row: int = 0
+    n_reserved: int = 0
+    n_settled: int = 0
 
     def n_bytes_allowed(self) -> float:
-        """What a request may hold now, as far as tokens and the provider's limit are known."""
-        return min(self.estimator.n_bytes(self.quota.max_request_tokens), self.max_bytes)
+        """What a request may hold now, as far as tokens and the provider's limits are known."""
+        return min(self.estimator.n_bytes(self.quota.max_request_tokens), self.max_bytes, self.slow_bytes)
+
+    def count_accepted(self, n_texts: int) -> None:
+        """So many texts got their vectors in one answer."""
+        self.health.count_good(n_texts)
+        self.n_refused_in_a_row = 0
+        self.slow_bytes *= _GROWTH
+        if self.slow_bytes > self.estimator.n_bytes(self.quota.max_request_tokens):
+            self.slow_bytes = math.inf
 
 
 @dataclass
@@ -83,7 +110,7 @@ class RangeSender:
         postage: what all requests share.
         shard: where the vectors go.
         check_held: raises where the range's lock was lost.
-        tally: is told.
+        tally: is notified.
     """
 
     postage: Postage
@@ -92,6 +119,7 @@ class RangeSender:
     tally: Tally
     _errors: list[Exception] = field(default_factory=list)
     _refused: list[tuple[Text, str]] = field(default_factory=list)
+    _refused_at: float = 0.0
     _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -117,21 +145,26 @@ class RangeSender:
         await asyncio.gather(*sending)
         if self._errors:
             raise next((error for error in self._errors if not isinstance(error, StoppedError)), self._errors[0])
-        if self._refused:
-            await self._check_that_something_is_accepted()
-        await self._set_refused_aside()
+        await self._store_rejections()
 
     def _may_go_on(self) -> bool:
         try:
-            self._check_going_on()
+            self.check_going_on()
         except Exception as error:  # noqa: BLE001 - raised when the answers on their way are stored
             self._errors.append(error)
         return not self._errors
 
-    def _check_going_on(self) -> None:
+    def check_going_on(self) -> None:
+        """Raise where no request of the range may go any more; one that has its share of the budget still may."""
         self.postage.check_halted()
         if any(not isinstance(error, BudgetExceededError) for error in self._errors):
             raise StoppedError("another request of the range failed")
+
+    async def check_sendable(self) -> None:
+        """Raise where a request must not go now."""
+        self.check_going_on()
+        async with self._checking:
+            await asyncio.to_thread(self.check_held)
 
     async def _send_one(self, texts: Sequence[Text]) -> None:
         try:
@@ -144,80 +177,125 @@ class RangeSender:
         finally:
             self.postage.slots.release()
 
-    async def _send_divided(self, texts: Sequence[Text]) -> bool:
-        """Send one request; one that is refused is halved until the text that is refused stands alone.
+    async def _send_divided(self, texts: Sequence[Text], n_bad_before: int = 0, is_part: bool = False) -> bool:
+        """Send one request; one that fails is halved until the text that makes it fail stands alone.
+
+        Args:
+            texts: of the request.
+            n_bad_before: answers in a row that had no vector for any of them.
+            is_part: whether they are a part of a request that failed again and again.
 
         Returns:
             Whether all texts were accepted.
         """
-        payment = _Payment(self, sum(self.postage.estimator.estimate(each.n_bytes for each in texts)))
+        payment = _Payment(self, sum(self.postage.estimator.estimate(each.n_bytes for each in texts)), is_part)
         refusal: RequestRefusedError | None = None
+        n_songs, bad, asked_at = 0, list(texts), time.monotonic()
         try:
             # before anything goes, the provider's probe included
             await payment.before_try()
+            await self.check_sendable()
             batch = await self.postage.embedder.generate_embeddings_batch([each.text for each in texts], payment)
             payment.n_billed += batch.n_tokens
+            bad = [texts[row] for row in batch.bad]
             async with self._writing:
-                n_songs = await asyncio.to_thread(_store, self.shard, texts, batch.embeddings)
+                n_songs = await asyncio.to_thread(_store, self.shard, texts, batch)
         except RequestRefusedError as error:
             refusal = error
         finally:
             # after the answer is stored: what goes wrong here must not cost it
             self.tally.count_tokens(payment.n_billed)
-            await asyncio.to_thread(self.postage.budget.settle, payment.n_reserved, payment.n_billed, payment.month)
+            await payment.settle()
         if refusal:
             return await self._divide(texts, refusal)
-        self.postage.n_refused_in_a_row = 0
+        if len(bad) < len(texts):
+            self.postage.count_accepted(len(texts) - len(bad))
         self.tally.count_answer(n_songs, batch)
-        await self._set_refused_aside()
-        return True
+        return not bad or await self._send_bad(bad, n_bad_before + 1, len(texts) == 1, asked_at)
+
+    async def _send_bad(self, bad: Sequence[Text], n_bad: int, was_alone: bool, asked_at: float) -> bool:
+        """Send again the texts that an answer had no vector for: all together, then halved, since one may spoil others.
+
+        Args:
+            bad: the texts.
+            n_bad: answers in a row that had no vector for them.
+            was_alone: whether the last of these was of one text.
+            asked_at: when the last of them was asked for.
+        """
+        if not await self._answers_well(asked_at):
+            raise ProviderError(
+                f"{len(bad):,} texts got a vector that is zero, null or not finite, and so does a plain one: the fault "
+                "is the server's. No song is rejected for it, and nothing more is sent. See the server's log and its "
+                "precision (some models give NaN in fp16), then start the same command again"
+            )
+        if was_alone and n_bad >= _N_BAD_ALONE:
+            reason = "gives no vector for the text, alone or with others: its values are zero, null or not finite"
+            self._refuse(bad[0], f"{self.postage.server} {reason}", is_refusal=False)
+            return False
+        parts = [bad] if n_bad == 1 or len(bad) == 1 else bisect(bad)
+        # one after the other: the first may show whether the server is the fault
+        return all([await self._send_divided(part, n_bad) for part in parts])
+
+    async def _answers_well(self, since: float) -> bool:
+        answers = await self.postage.embedder.answers_well(since)
+        n_tokens = self.postage.embedder.take_probe_tokens()
+        self.tally.count_tokens(n_tokens)
+        await asyncio.to_thread(self.postage.budget.settle, 0, n_tokens)
+        return answers
 
     async def _divide(self, texts: Sequence[Text], refusal: RequestRefusedError) -> bool:
+        fails = isinstance(refusal, RequestFailsError)
         if len(texts) == 1:
-            self._refused.append((texts[0], str(refusal)))
-            self.postage.n_refused_in_a_row += 1
-            self._check_refusals()
+            self._refuse(texts[0], str(refusal), is_refusal=not fails)
             return False
-        first, second = [await self._send_divided(half) for half in bisect(texts)]
-        if isinstance(refusal, RequestTooLargeError) and first and second:
+        half_bytes = sum(each.n_bytes for each in texts) / 2
+        if isinstance(refusal, RequestTooSlowError):
+            self.postage.slow_bytes = min(self.postage.slow_bytes, half_bytes)
+        first, second = [await self._send_divided(half, is_part=fails) for half in bisect(texts)]
+        if type(refusal) is RequestTooLargeError and first and second:
             # it was the size, and not one long text
-            half_bytes = sum(each.n_bytes for each in texts) / 2
             self.postage.max_bytes = min(self.postage.max_bytes, half_bytes)
         return first and second
 
-    async def check_sendable(self) -> None:
-        """Raise where a request must not go now."""
-        self._check_going_on()
-        async with self._checking:
-            await asyncio.to_thread(self.check_held)
+    def _refuse(self, text: Text, reason: str, is_refusal: bool) -> None:
+        """Take in that a text stands alone and got no vector; `is_refusal`: the provider said that it is the text.
 
-    def _check_refusals(self) -> None:
-        if self.postage.n_refused_in_a_row > MAX_REFUSALS_IN_A_ROW:
+        Raises:
+            ProviderError: too many do: the fault is not the songs'.
+        """
+        self._refused.append((text, reason))
+        self._refused_at = time.monotonic()
+        if is_refusal:
+            self.postage.n_refused_in_a_row += 1
+            if self.postage.n_refused_in_a_row > MAX_REFUSALS_IN_A_ROW:
+                raise ProviderError(
+                    f"{MAX_REFUSALS_IN_A_ROW} texts in a row were refused, so the fault is not the songs'. {reason}. "
+                    "None of this range's is rejected. Check the model, its dimensions and the account, then start the "
+                    "same command again"
+                )
+            return
+        health = self.postage.health
+        health.count_bad(text.text_hash)
+        if health.is_sick():
+            n_good, n_bad = health.n_texts()
             raise ProviderError(
-                f"{MAX_REFUSALS_IN_A_ROW} texts in a row were refused, so the fault is not the songs'. The provider "
-                f"{self._refused[-1][1]}. None of this range's is set aside. Check the model, its dimensions and the "
-                "account, then start the same command again"
+                f"{n_bad:,} of the last minute's {n_good + n_bad:,} texts fail though others succeed, more than songs "
+                f"can be at fault for: the server is. {reason}. None of this range's is rejected, and nothing more is "
+                "sent. See the server's log, then start the same command again"
             )
 
-    async def _check_that_something_is_accepted(self) -> None:
-        """Where the last texts of a range were refused, a plain one tells whether it was their fault."""
-        try:
-            n_tokens = await self.postage.embedder.probe()
-        except RequestRefusedError as error:
+    async def _store_rejections(self) -> None:
+        """Store rejections once another text was accepted after them: until then the fault may be the provider's."""
+        if not self._refused:
+            return
+        if not await self._answers_well(self._refused_at):
             raise ProviderError(
-                f"the last {len(self._refused)} texts were refused, and so is a plain one: the provider {error}. None "
-                "of them is set aside. Check the model and the account, then start the same command again"
-            ) from None
-        self.tally.count_tokens(n_tokens)
-        await asyncio.to_thread(self.postage.budget.settle, 0, n_tokens)
-
-    async def _set_refused_aside(self) -> None:
-        """Store refusals once another text was accepted: until then the fault may be the provider's."""
-        refused, self._refused = self._refused, []
-        for text, reason in refused:
+                f"the last {len(self._refused)} texts were refused, and so is a plain one: {self._refused[-1][1]}. "
+                "None of them is rejected. Check the model and the account, then start the same command again"
+            )
+        for text, reason in self._refused:
             hashes = [text.text_hash] * len(text.song_ids)
-            async with self._writing:
-                await asyncio.to_thread(self.shard.append_set_aside, text.song_ids, hashes, reason)
+            await asyncio.to_thread(self.shard.append_set_aside, text.song_ids, hashes, reason)
             self.tally.count_set_aside(text.song_ids, reason)
 
 
@@ -227,25 +305,60 @@ class _Payment(Watch):
 
     sender: RangeSender
     n_tokens: int
+    is_part: bool = False
     n_reserved: int = 0
     n_billed: int = 0
     month: str | None = None
 
     async def before_try(self) -> None:
+        # tries that may be billed are paid for, and this one comes on top
+        if (missing := self.n_billed + self.n_tokens - self.n_reserved) <= 0:
+            return
+        postage = self.sender.postage
+        postage.n_reserved -= self.n_reserved > 0
+        while True:
+            self.sender.check_going_on()
+            n_settled = postage.n_settled
+            try:
+                self.month = await asyncio.to_thread(postage.budget.reserve, missing)
+                break
+            except BudgetExceededError:
+                # estimates are above the bill: what is in flight gives the difference back
+                if postage.n_settled == n_settled and not postage.n_reserved:
+                    postage.n_reserved += self.n_reserved > 0
+                    raise
+            await asyncio.sleep(_BUDGET_POLL_S)
+        self.n_reserved += missing
+        postage.n_reserved += 1
+
+    async def before_send(self) -> None:
         await self.sender.check_sendable()
-        # spoilt answers are paid for, and this try comes on top
-        if (missing := self.n_billed + self.n_tokens - self.n_reserved) > 0:
-            self.month = await asyncio.to_thread(self.sender.postage.budget.reserve, missing)
-            self.n_reserved += missing
 
     def count_spoilt(self, n_tokens: int) -> None:
         self.n_billed += n_tokens
 
+    async def settle(self) -> None:
+        """Replace what is reserved by what was billed."""
+        postage = self.sender.postage
+        try:
+            await asyncio.to_thread(postage.budget.settle, self.n_reserved, self.n_billed, self.month)
+        finally:
+            postage.n_reserved -= self.n_reserved > 0
+            postage.n_settled += 1
 
-def _store(shard: Shard, texts: Sequence[Text], embeddings: Float32Matrix) -> int:
+
+def _store(shard: Shard, texts: Sequence[Text], batch: EmbeddingBatch) -> int:
     """Append an answer: each text's vector for every song that has the text; how many songs that are."""
-    rows = [(song_id, each.text_hash, place) for place, each in enumerate(texts) for song_id in each.song_ids]
+    bad = set(batch.bad)
+    rows = [
+        (song_id, each.text_hash, place)
+        for place, each in enumerate(texts)
+        if place not in bad
+        for song_id in each.song_ids
+    ]
+    if not rows:
+        return 0
     song_ids, text_hashes, places = zip(*rows, strict=True)
-    vectors = embeddings if len(rows) == len(texts) else embeddings[list(places)]
+    vectors = batch.embeddings if len(rows) == len(texts) and not bad else batch.embeddings[list(places)]
     write_embeddings_to_file(shard, song_ids, text_hashes, vectors)
     return len(rows)

@@ -109,19 +109,22 @@ def launched_keys(context: dg.AssetExecutionContext) -> list[str] | None:
 
 
 class _ProgressLog:
-    """Thins progress out to a line every few seconds, with rate and time left."""
+    """Thins progress out to a line every few seconds, with rate and time left; and trouble to a warning as often."""
 
     def __init__(self, context: StepContext) -> None:
         self._context = context
         self._pace = Pace()
-        self._next = 0.0
+        self._next = self._next_warning = 0.0
 
     def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.is_trouble and now >= self._next_warning:
+            self._next_warning = now + LOG_EVERY_S
+            self._context.log.warning(progress.note)
         shown = show_progress.get()
         if shown is not None:
             shown(progress)
             return
-        now = time.monotonic()
         rate = self._pace.rate(progress)
         if now >= self._next:
             self._next = now + LOG_EVERY_S

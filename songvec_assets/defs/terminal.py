@@ -22,7 +22,10 @@ class Bars:
             TextColumn("{task.fields[count]}", justify="right"),
             TextColumn("{task.fields[pace]}"),
             TimeRemainingColumn(compact=True),
-            TextColumn("[dim]{task.fields[note]}[/]", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            TextColumn(
+                "[{task.fields[style]}]{task.fields[note]}[/]",
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
             console=console,
             expand=True,
         )
@@ -42,7 +45,7 @@ class Bars:
         """Show how far a step has come."""
         step = progress.step
         if step not in self._tasks:
-            self._tasks[step] = self._bars.add_task(step, count="", pace="", note="")
+            self._tasks[step] = self._bars.add_task(step, count="", pace="", note="", style="dim")
         percent = progress.unit == "%"
         rate = self._pace.rate(progress)
         self._bars.update(
@@ -52,6 +55,7 @@ class Bars:
             count=f"{progress.done:,}" + ("%" if percent else f"/{progress.total:,}" if progress.total else ""),
             pace=f"{rate:,.0f}/s" if rate and not percent else "",
             note=progress.note,
+            style="yellow" if progress.is_trouble else "dim",
         )
 
 

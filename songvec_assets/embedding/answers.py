@@ -6,6 +6,8 @@ Sources: the provider's documentation and issue threads, read in November 2026.
 import enum
 import math
 
+import msgspec
+
 
 class Action(enum.Enum):
     """What to do about an answer other than 200."""
@@ -30,6 +32,43 @@ _ADVICE = {
     412: "the account is suspended or over its monthly budget: see the provider's billing page",
 }
 _MAX_RETRY_AFTER_S = 600.0
+
+MAY_BE_BILLED = frozenset({408, 504, 524})
+"""Statuses of a gateway that stopped waiting: the server behind it computes, and bills, the request all the same."""
+
+
+class _ErrorBody(msgspec.Struct):
+    """What servers put into `error`: OpenRouter and LiteLLM give the status there as `code`, as a number or as text."""
+
+    code: int | str | None = None
+
+
+class _Envelope(msgspec.Struct):
+    error: _ErrorBody | str | None = None
+
+
+def status_of(status: int, body: bytes) -> int:
+    """The status that an answer means: the code of an error object in it, else the one it came with.
+
+    Some servers answer 200 and put the error into the body (OpenRouter does; read 2026-11).
+
+    Args:
+        status: of the response.
+        body: its content.
+
+    Returns:
+        An HTTP status; 500 for a 200 whose error names no status.
+    """
+    try:
+        error = msgspec.json.decode(body, type=_Envelope).error
+    except msgspec.DecodeError:
+        return status
+    if error is None:
+        return status
+    code = str(error.code) if isinstance(error, _ErrorBody) else ""
+    if code.isdecimal() and 400 <= int(code) < 600:
+        return int(code)
+    return 500 if status < 400 else status
 
 
 def action_for(status: int) -> Action:

@@ -1,13 +1,14 @@
 """What a run and a month have spent, and the hard stop before either spends too much; in dollars, in rows of Postgres.
 
-A request reserves its estimated price before it is sent and settles with what was billed: what is spent plus what is
-reserved never exceeds a limit by more than the estimates' errors of the requests in flight. What a killed process had
-reserved stays counted, as the provider bills what it was sent. Months are UTC's, by the database's clock.
+A request reserves its estimated price before it is sent and settles with what was billed: what is billed plus what is
+reserved never exceeds a limit by more than the estimates' errors of the requests in flight. A try that may have been
+billed, such as one that timed out, stays counted. So does what a killed process had reserved, as the provider bills
+what it was sent. Months are UTC's, by the database's clock.
 """
 
 import threading
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import Engine
@@ -27,24 +28,45 @@ _CREATE = atomic(f"""
 # processes never wait for each other
 _LOCK = f"SELECT FROM songvec.budgets WHERE name IN {_NAMES} ORDER BY name FOR UPDATE"
 _EXCEEDED_ROWS = f"""
-    SELECT name, usd, max_usd, usd + CAST(:usd AS numeric) AS after
+    SELECT name, usd, reserved_usd, max_usd, usd + reserved_usd + CAST(:usd AS numeric) AS after
     FROM songvec.budgets JOIN (
         VALUES (CAST(:run AS text), CAST(:max_usd AS numeric)), ({_MONTH}, CAST(:max_usd_a_month AS numeric))
     ) AS limits (name, max_usd) USING (name)
-    WHERE usd + CAST(:usd AS numeric) > max_usd
+    WHERE usd + reserved_usd + CAST(:usd AS numeric) > max_usd
 """
-_CHARGE = f"UPDATE songvec.budgets SET usd = usd + CAST(:usd AS numeric), updated_at = now() WHERE name IN {_NAMES}"
+_RESERVED = "reserved_usd = reserved_usd + CAST(:usd AS numeric)"
+_BILLED = "usd = usd + CAST(:billed_usd AS numeric)"
+_CHARGE = f"UPDATE songvec.budgets SET updated_at = now(), {_RESERVED}"
 _BOTH = f"(SELECT count(*) FROM songvec.budgets WHERE name IN {_NAMES}) = 2"
-_RESERVE = atomic(f"{_LOCK}; {_CHARGE} AND {_BOTH} AND NOT EXISTS ({_EXCEEDED_ROWS}) RETURNING name")
-_SETTLE = atomic(f"{_LOCK}; {_CHARGE}")
+_RESERVE = atomic(
+    f"{_LOCK}; {_CHARGE} WHERE name IN {_NAMES} AND {_BOTH} AND NOT EXISTS ({_EXCEEDED_ROWS}) RETURNING name"
+)
+_SETTLE = atomic(f"{_LOCK}; {_CHARGE}, {_BILLED} WHERE name IN {_NAMES}")
 _EXCEEDED = atomic(f"{_EXCEEDED_ROWS} ORDER BY name DESC")
 
-_SPENT = sa.text(f"SELECT usd FROM songvec.budgets WHERE name = {_MONTH}")
+_SPENT = sa.text(f"SELECT usd, reserved_usd FROM songvec.budgets WHERE name = {_MONTH}")
 
 
-def read_month_usd(connection: sa.Connection) -> float:
-    """Dollars spent or on their way this month, over all runs on this database."""
-    return float(connection.scalar(_SPENT) or 0)
+class MonthSpending(NamedTuple):
+    """Dollars of the present month, over all runs on a database.
+
+    Attributes:
+        billed: by the provider.
+        reserved: for requests in flight, or by runs that were killed.
+    """
+
+    billed: float = 0.0
+    reserved: float = 0.0
+
+    def describe(self) -> str:
+        """`$0.0176 billed`, and what is reserved if anything is."""
+        return f"${self.billed:,.4f} billed" + (f", ${self.reserved:,.4f} reserved" if self.reserved else "")
+
+
+def read_month_spending(connection: sa.Connection) -> MonthSpending:
+    """What this month has cost so far."""
+    row = connection.execute(_SPENT).one_or_none()
+    return MonthSpending() if row is None else MonthSpending(*map(float, row))
 
 
 class Budget:
@@ -89,13 +111,13 @@ class Budget:
         return self.price.usd(self.n_tokens)
 
     def reserve(self, n_tokens: int) -> str | None:
-        """Set aside the price of a request.
+        """Reserve the price of a request.
 
         Returns:
             The month that it counts for, to be settled with; None where nothing costs anything.
 
         Raises:
-            BudgetExceededError: with it, a limit would be exceeded; nothing is set aside.
+            BudgetExceededError: with it, a limit would be exceeded; nothing is reserved.
         """
         if self.price.is_free:
             return None
@@ -121,18 +143,22 @@ class Budget:
         """
         with self._lock:
             self.n_tokens += billed_tokens
-        if not self.price.is_free and billed_tokens != reserved_tokens:
-            given = self._given | {"usd": self.price.exact_usd(billed_tokens - reserved_tokens), "month": month}
+        if not self.price.is_free and (billed_tokens or reserved_tokens):
+            given = self._given | {
+                "usd": -self.price.exact_usd(reserved_tokens),
+                "billed_usd": self.price.exact_usd(billed_tokens),
+                "month": month,
+            }
             with error_border(), self._engine.connect() as connection:
                 connection.execute(_SETTLE, given)
 
 
-def _describe(name: str, usd: Decimal, max_usd: Decimal, after: Decimal) -> str:
+def _describe(name: str, billed: Decimal, reserved: Decimal, max_usd: Decimal, after: Decimal) -> str:
     month = name.startswith("month ")
     whose, setting = (f"{name}'s budget", "SONGVEC_MAX_USD_A_MONTH") if month else ("the budget", "SONGVEC_MAX_USD")
     return (
-        f"{whose} of ${max_usd:,.4f} would be exceeded by the next request (${usd:,.4f} spent or on its way, "
-        f"${after:,.4f} with it). All that was paid for is kept: raise {setting}"
+        f"{whose} of ${max_usd:,.4f} would be exceeded by the next request (${billed:,.4f} billed, ${reserved:,.4f} "
+        f"reserved for requests in flight, ${after:,.4f} with it). All that was paid for is kept: raise {setting}"
         + (" or wait for the next month, then" if month else " or the run's budget and")
         + " start the same command again"
     )

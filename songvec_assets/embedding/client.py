@@ -15,9 +15,17 @@ from typing import Literal, Protocol
 import httpx2
 import openai
 
-from songvec_assets.embedding.answers import Action, action_for, describe_answer, parse_retry_after
+from songvec_assets.embedding.answers import (
+    MAY_BE_BILLED,
+    Action,
+    action_for,
+    describe_answer,
+    parse_retry_after,
+    status_of,
+)
 from songvec_assets.embedding.limits import Grant, RateLimiter
 from songvec_assets.embedding.pricing import TokenEstimator
+from songvec_assets.embedding.window import InFlightWindow
 from songvec_assets.embedding.wire import (
     EmbeddingBatch,
     MalformedResponseError,
@@ -28,8 +36,10 @@ from songvec_assets.embedding.wire import (
 from songvec_assets.errors import (
     ProviderError,
     ProviderUnavailableError,
+    RequestFailsError,
     RequestRefusedError,
     RequestTooLargeError,
+    RequestTooSlowError,
 )
 from songvec_assets.progress import StopSignal
 
@@ -39,18 +49,37 @@ MAX_PAUSE_S = 5.0
 MAX_TEXTS_IN_LOOP = 512
 """So many base64 vectors of 2,000 values are decoded in 4 ms (2 cores, 2026-11): less than the event loop's other users
 would wait for the interpreter's lock while a thread did it. Larger answers, and floats, are decoded in a thread."""
+MAX_ALIKE = 5
+"""So many failures of one request that are alike, while others succeed, are the request's own: it is divided."""
+MAX_ALIKE_OF_PART = 2
+"""The same for a part of a request that was divided for it; a text that stands alone gets all its tries."""
+BASE_TIMEOUT_S, TOKENS_PER_SECOND = 60.0, 200.0
+"""A request is answered in time if a slow server could have computed it; after a time-out it gets twice as long."""
+MAX_TIMEOUT_S = 600.0
 _MATRYOSHKA_MODELS = ("qwen3-embedding",)
 _REFUSALS = {Action.SHRINK: RequestTooLargeError, Action.ISOLATE: RequestRefusedError}
+_PROBE = ["probe"]
+_N_CHECKS = 3
+_TIMEOUT = "time-out"
 
 
 class Watch:
-    """What a caller wants to be asked and told about the tries of one request; this one wants nothing."""
+    """What a caller wants to be asked and notified about the tries of one request; this one wants nothing.
+
+    Attributes:
+        is_part: whether the request is a part of one that was divided because it failed.
+    """
+
+    is_part: bool = False
 
     async def before_try(self) -> None:
+        """Asked before a try waits for its place in flight and in the quota; raises to call it off."""
+
+    async def before_send(self) -> None:
         """Asked when nothing but this is between a try and its sending; raises to call it off."""
 
     def count_spoilt(self, n_tokens: int) -> None:
-        """Told that a try was billed about so many tokens, and that its answer cannot be used."""
+        """Notified that a try may have been billed about so many tokens, and that there is no answer to use."""
 
 
 class Embedder(Protocol):
@@ -67,8 +96,12 @@ class Embedder(Protocol):
         """Embed one request's texts."""
         ...
 
-    async def probe(self) -> int:
-        """The tokens billed for a short plain text; raises RequestRefusedError where even that is refused."""
+    async def answers_well(self, since: float) -> bool:
+        """Whether the server gave a good vector after `since`, by `time.monotonic()`; it may be asked for one."""
+        ...
+
+    def take_probe_tokens(self) -> int:
+        """The tokens that plain texts were billed since this was last asked."""
         ...
 
     async def close(self) -> None:
@@ -91,6 +124,46 @@ class _Dialect:
     n_values: int = 0
 
 
+@dataclass(frozen=True)
+class _Request:
+    """One request as it is sent, try after try.
+
+    Attributes:
+        body: its JSON.
+        n_texts: that it holds.
+        n_bytes: of its texts, in UTF-8.
+        n_tokens: estimated.
+    """
+
+    body: bytes
+    n_texts: int
+    n_bytes: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A try without a usable answer.
+
+    Attributes:
+        kind: equal for failures that are alike.
+        words: what came instead.
+        status: of the answer; None where there was none.
+        retry_after_s: as the server asked for.
+        sent: whether the request left: else no server saw it.
+        may_be_billed: whether the server may have computed it.
+        alone: of a time-out: whether nothing else was in flight.
+    """
+
+    kind: str
+    words: str
+    status: int | None = None
+    retry_after_s: float | None = None
+    sent: bool = True
+    may_be_billed: bool = False
+    alone: bool = False
+
+
 _NO_WATCH = Watch()
 
 
@@ -103,7 +176,8 @@ class EmbeddingClient:
         model: the model's name at the provider.
         dimensions: values a vector.
         limiter: the shared quota.
-        patience_s: seconds that one request is tried again before ProviderUnavailableError.
+        patience_s: seconds since the last good answer to any request before ProviderUnavailableError.
+        concurrency: requests in flight at most; after time-outs fewer, until answers come.
         stop: once set, nothing more is sent or waited for; a request in flight is left to end.
         estimator: tells the limiter a request's tokens, and learns from what is billed.
         on_trouble: told, at every bad answer, what it was and what is done about it.
@@ -117,6 +191,7 @@ class EmbeddingClient:
         dimensions: int,
         limiter: RateLimiter,
         patience_s: float = 600.0,
+        concurrency: int = 32,
         stop: StopSignal | None = None,
         estimator: TokenEstimator | None = None,
         on_trouble: Callable[[str], None] = lambda _: None,
@@ -141,9 +216,13 @@ class EmbeddingClient:
         self._probing: asyncio.Future[_Dialect] | None = None
         # one request waits for the quota at a time: places are granted no further ahead than the next one
         self._gate = asyncio.Lock()
+        self._window = InFlightWindow(concurrency)
+        self._checking = asyncio.Lock()
+        self._last_good_at = self._found_sick_at = float("-inf")
+        self._failing_since: float | None = None
         self._newest_grant_at = self._limited_until = 0.0
         self._n_limited_in_a_row = 0
-        self._untold_tokens = 0
+        self._probe_tokens = 0
 
     @property
     def quota_used(self) -> float:
@@ -163,33 +242,53 @@ class EmbeddingClient:
             watch: asked before each try, told of each that was billed for nothing.
 
         Returns:
-            Float32 vectors, (n texts, dimensions), the tokens billed for them, and the tries it took. The tokens of the
-            probe are in the first one's.
+            Float32 vectors, (n texts, dimensions), the tokens billed for them, and the tries it took; texts in whose
+            place the server put no vector are named in `bad`. The tokens of probes are in the next answer's.
 
         Raises:
             RequestRefusedError: the server refuses this request; its neighbours may fare better.
             RequestTooLargeError: it is one of those, for its size.
-            ProviderUnavailableError: no good answer within the patience.
+            RequestFailsError: it is one of those: it fails alike again and again while others succeed.
+            ProviderUnavailableError: no good answer to any request within the patience.
             ProviderError: no request can succeed: key, model, billing, sizes.
             StoppedError: the stop signal was set before the request could go.
         """
         dialect = await self._learn_dialect()
         batch = await self._request_patiently(texts, dialect, watch)
-        untold_tokens, self._untold_tokens = self._untold_tokens, 0
+        batch = replace(batch, n_tokens=batch.n_tokens + self.take_probe_tokens())
+        if len(batch.bad) == len(texts):
+            return batch
         if batch.embeddings.shape[1] != dialect.n_values:
             raise ProviderError(f"expected vectors of {dialect.n_values} values, got {batch.embeddings.shape[1]}")
         embeddings = batch.embeddings
         if dialect.n_values > self.dimensions:
             embeddings = truncate_vectors(embeddings, self.dimensions)
-        return replace(batch, embeddings=embeddings, n_tokens=batch.n_tokens + untold_tokens)
+        return replace(batch, embeddings=embeddings)
 
-    async def probe(self) -> int:
-        """Send the probe's text once more; the tokens billed for it.
+    async def answers_well(self, since: float) -> bool:
+        """Whether the server gave a good vector after `since` (`time.monotonic()`); a plain text finds out if need be.
 
         Raises:
-            RequestRefusedError: the server now refuses even that; and what `generate_embeddings_batch` raises.
+            ProviderUnavailableError: no answer at all within the patience; and what ends a run.
         """
-        return (await self._request_patiently(["probe"], await self._learn_dialect(), _NO_WATCH)).n_tokens
+        async with self._checking:
+            dialect = await self._learn_dialect()
+            for _ in range(_N_CHECKS):
+                if self._last_good_at > since or self._found_sick_at > since:
+                    break
+                try:
+                    batch = await self._request_patiently(_PROBE, dialect, _NO_WATCH)
+                except RequestRefusedError:
+                    break
+                self._probe_tokens += batch.n_tokens
+            if self._last_good_at <= since:
+                self._found_sick_at = time.monotonic()
+            return self._last_good_at > since
+
+    def take_probe_tokens(self) -> int:
+        """The tokens that plain texts were billed since this was last asked."""
+        n_tokens, self._probe_tokens = self._probe_tokens, 0
+        return n_tokens
 
     async def _learn_dialect(self) -> _Dialect:
         """Find out once, with a request of one short text, what the server understands; all who wait share it."""
@@ -207,11 +306,11 @@ class EmbeddingClient:
             _Dialect("base64", True), _Dialect("float", True), _Dialect("base64", False), _Dialect("float", False)
         ):  # fmt: skip
             try:
-                batch = await self._request_patiently(["probe"], dialect, _NO_WATCH)
+                batch = await self._request_patiently(_PROBE, dialect, _NO_WATCH, refuse_bad=True)
             except RequestRefusedError as error:
                 refusals.append(str(error))
                 continue
-            self._untold_tokens += batch.n_tokens
+            self._probe_tokens += batch.n_tokens
             n_values = batch.embeddings.shape[1]
             self._check_size(n_values)
             return _Dialect(dialect.encoding_format, dialect.sends_dimensions, n_values)
@@ -231,62 +330,164 @@ class EmbeddingClient:
                 + f": set SONGVEC_EMBEDDING_DIMENSIONS={n_values}"
             )
 
-    async def _request_patiently(self, texts: Sequence[str], dialect: _Dialect, watch: Watch) -> EmbeddingBatch:
-        body = encode_request(
-            self.model, texts, dialect.encoding_format, self.dimensions if dialect.sends_dimensions else None
-        )
+    async def _request_patiently(
+        self, texts: Sequence[str], dialect: _Dialect, watch: Watch, refuse_bad: bool = False
+    ) -> EmbeddingBatch:
+        """Try until there is an answer; `refuse_bad`: one whose vectors are all bad is none."""
+        request = self._encode(texts, dialect)
+        n_retries = n_limited = n_alike = n_timeouts = 0
+        kind, alike_since = "", 0.0
+        while True:
+            await watch.before_try()
+            started = time.monotonic()
+            outcome = await self._try_once(request, dialect, watch, 2.0**n_timeouts, refuse_bad)
+            if isinstance(outcome, EmbeddingBatch):
+                return replace(outcome, n_retries=n_retries, n_limited=n_limited)
+            if outcome.may_be_billed:
+                watch.count_spoilt(request.n_tokens)
+            if outcome.kind != kind:
+                kind, n_alike, alike_since = outcome.kind, 0, started
+            n_retries, n_alike = n_retries + 1, n_alike + 1
+            n_limited += outcome.status == 429
+            n_timeouts += outcome.kind == _TIMEOUT
+            if outcome.alone and n_timeouts > 1 and len(texts) > 1:
+                raise RequestTooSlowError(f"{self.base_url}: {outcome.words}")
+            most = MAX_ALIKE_OF_PART if watch.is_part and len(texts) > 1 else MAX_ALIKE
+            # whose fault it is shows in how other requests fare
+            may_be_the_texts = outcome.sent and outcome.status != 429 and texts is not _PROBE
+            if may_be_the_texts and n_alike >= most and await self.answers_well(alike_since):
+                raise RequestFailsError(f"{self.base_url} {outcome.words}")
+            await self._wait_to_try_again(outcome, n_retries)
+
+    def _encode(self, texts: Sequence[str], dialect: _Dialect) -> _Request:
+        dimensions = self.dimensions if dialect.sends_dimensions else None
         n_bytes = sum(len(text.encode()) for text in texts)
         [n_tokens] = self._estimator.estimate([n_bytes])
-        timeout_s = 60 + n_tokens / 200
-        failing_since, n_retries, n_limited = 0.0, 0, 0
-        while True:
-            asked_at = time.monotonic()
-            grant = await self._next_grant(n_tokens)
-            failing_since += time.monotonic() - asked_at  # waiting for the quota does not wear the patience out
-            await watch.before_try()
-            wait_s = random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2 ** min(n_retries, 20)))  # full jitter (Brooker 2015)
+        body = encode_request(self.model, texts, dialect.encoding_format, dimensions)
+        return _Request(body, len(texts), n_bytes, n_tokens)
+
+    async def _try_once(
+        self, request: _Request, dialect: _Dialect, watch: Watch, stretch: float, refuse_bad: bool
+    ) -> EmbeddingBatch | _Failure:
+        """Send a request once, when there is a place for it; settle the quota with what became of it.
+
+        Raises:
+            ProviderError: an answer that no further try makes better.
+        """
+        # a server that was hung up on computes on: the next try waits longer, instead of being billed once more
+        timeout_s = min(MAX_TIMEOUT_S, stretch * (BASE_TIMEOUT_S + request.n_tokens / TOKENS_PER_SECOND))
+        async with self._window.place(self._stop.check):
+            grant = await self._next_grant(request.n_tokens)
+            billed_tokens: int | None = 0
             try:
-                answer = await self._send(body, timeout_s)
-                batch = await self._decode(answer, len(texts), dialect)
-            except openai.APIStatusError as error:
-                # no cause is chained to what is raised below: the library's error holds the provider's words unredacted
-                words = describe_answer(error.status_code, self._redact(error.response.text))
-                action = action_for(error.status_code)
-                if action is Action.STOP:
-                    raise ProviderError(f"{self.base_url} {words}") from None
-                if action in _REFUSALS:
-                    raise _REFUSALS[action](words) from None
-                retry_after_s = parse_retry_after(error.response.headers.get("retry-after", ""))
-                if error.status_code == 429:
-                    n_limited += 1
-                    wait_s = max(await self._slow_down(grant, retry_after_s), min(MAX_PAUSE_S, wait_s))
+                await watch.before_send()
+                billed_tokens = None
+                sent_at = time.monotonic()
+                outcome = await self._send_and_decode(request, dialect, timeout_s)
+                now = time.monotonic()
+                if isinstance(outcome, _Failure):
+                    if outcome.kind == _TIMEOUT:
+                        outcome = self._narrow(outcome, sent_at, now)
+                    billed_tokens = None if outcome.sent else 0
                 else:
-                    wait_s = max(retry_after_s or 0.0, wait_s)
-            except TimeoutError:
-                words = f"no whole answer within {timeout_s:.0f} s"
-            except (openai.APIConnectionError, MalformedResponseError) as error:
-                if isinstance(error, MalformedResponseError) or isinstance(error.__cause__, httpx2.ReadError):
-                    watch.count_spoilt(n_tokens)  # what is answered was billed, whatever of it came
-                words = self._redact(str(error.__cause__ or error) or type(error).__name__)
-            else:
-                self._n_limited_in_a_row = 0
-                if not batch.n_tokens:
-                    # a server that does not say what it bills is held to the estimate, or no budget would ever bind
-                    return replace(batch, n_tokens=n_tokens, n_retries=n_retries, n_limited=n_limited)
-                self._estimator.observe(n_bytes, batch.n_tokens)
-                self._limiter.settle(grant, batch.n_tokens)
-                return replace(batch, n_retries=n_retries, n_limited=n_limited)
-            # patience begins with the first bad answer
-            failing_since = failing_since if n_retries else time.monotonic()
-            n_retries += 1
-            failing_s = time.monotonic() - failing_since
-            if failing_s + wait_s > self._patience_s:
-                raise ProviderUnavailableError(
-                    f"{self.base_url} gave no good answer for {self._patience_s:g} s (SONGVEC_PATIENCE_S), last: "
-                    f"{words}. All that was paid for is kept: start the same command again later"
-                )
-            self._on_trouble(f"{words}; next try in {wait_s:.0f} s, for {self._patience_s - failing_s:.0f} s at most")
-            await self._sleep(wait_s)
+                    self._window.count_answer(now - sent_at, timeout_s)
+                    billed_tokens = outcome.n_tokens or None
+            finally:
+                if billed_tokens is not None:  # what never left gives its place back
+                    self._limiter.settle(grant, billed_tokens)
+        if isinstance(outcome, _Failure):
+            if outcome.status == 429:
+                pause_s = await self._slow_down(grant, outcome.retry_after_s)
+                return replace(outcome, retry_after_s=pause_s)
+            return outcome
+        self._n_limited_in_a_row = 0
+        self._estimator.observe(request.n_bytes, outcome.n_tokens)
+        # a server that does not say what it bills is held to the estimate, or no budget would ever bind
+        batch = replace(outcome, n_tokens=outcome.n_tokens or request.n_tokens)
+        if len(batch.bad) == request.n_texts:
+            if refuse_bad:
+                return _Failure("bad vector", f"a vector that is zero, null or not finite for {_PROBE[0]!r}")
+            return batch
+        self._last_good_at, self._failing_since = time.monotonic(), None
+        return batch
+
+    async def _send_and_decode(
+        self, request: _Request, dialect: _Dialect, timeout_s: float
+    ) -> EmbeddingBatch | _Failure:
+        answer = b""
+        try:
+            answer = await self._send(request.body, timeout_s)
+            return await self._decode(answer, request.n_texts, dialect)
+        except openai.APIStatusError as error:
+            # no cause is chained to what is raised below: the library's error holds the provider's words unredacted
+            retry_after_s = parse_retry_after(error.response.headers.get("retry-after", ""))
+            return self._take_in_status(error.status_code, error.response.content, retry_after_s)
+        except TimeoutError:
+            words = f"no whole answer within {timeout_s:.0f} s"
+            return _Failure(_TIMEOUT, words, may_be_billed=True)
+        except MalformedResponseError as error:
+            if status_of(200, answer) != 200:
+                return self._take_in_status(200, answer, None)
+            # what is answered was billed, whatever of it came
+            return _Failure("malformed", self._redact(str(error)), may_be_billed=True)
+        except openai.APIConnectionError as error:
+            cause = error.__cause__
+            words = self._redact(str(cause or error) or type(cause or error).__name__)
+            sent = not isinstance(cause, (httpx2.ConnectError, httpx2.ConnectTimeout))
+            return _Failure("connection", words, sent=sent, may_be_billed=isinstance(cause, httpx2.ReadError))
+
+    def _take_in_status(self, status: int, body: bytes, retry_after_s: float | None) -> _Failure:
+        """What an answer that is an error means.
+
+        Raises:
+            ProviderError: it ends the run, or refuses this very request.
+        """
+        meant = status_of(status, body)
+        words = describe_answer(meant, self._redact(body.decode(errors="replace")))
+        if meant != status:
+            words = f"answered {status} with an error inside: it {words}"
+        action = action_for(meant)
+        if action in _REFUSALS:
+            raise _REFUSALS[action](f"{self.base_url} {words}") from None
+        if action is Action.STOP:
+            raise ProviderError(f"{self.base_url} {words}") from None
+        return _Failure(f"status {meant}", words, meant, retry_after_s, may_be_billed=meant in MAY_BE_BILLED)
+
+    def _narrow(self, failure: _Failure, sent_at: float, now: float) -> _Failure:
+        """Let fewer requests be in flight after a time-out, and say so."""
+        alone = self._window.count_timeout(sent_at, now)
+        n_allowed = self._window.n_allowed
+        words = (
+            f"{failure.words}; up to {n_allowed} {'request' if n_allowed == 1 else 'requests'} in flight from now on. "
+            "If this goes on, lower SONGVEC_CONCURRENCY and SONGVEC_MAX_REQUEST_TOKENS"
+        )
+        return replace(failure, words=words, alone=alone)
+
+    async def _wait_to_try_again(self, failure: _Failure, n_retries: int) -> None:
+        """Sleep before the next try.
+
+        Raises:
+            ProviderUnavailableError: the patience would end before it.
+        """
+        # full jitter (Brooker 2015)
+        wait_s = random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2 ** min(n_retries - 1, 20)))
+        if failure.status == 429:
+            wait_s = max(failure.retry_after_s or 0.0, min(MAX_PAUSE_S, wait_s))
+        else:
+            wait_s = max(failure.retry_after_s or 0.0, wait_s)
+        now = time.monotonic()
+        # patience begins with the first bad answer after the last good one, of whichever request
+        self._failing_since = now if self._failing_since is None else self._failing_since
+        failing_s = now - self._failing_since
+        if failing_s + wait_s > self._patience_s:
+            raise ProviderUnavailableError(
+                f"{self.base_url} gave no good answer for {self._patience_s:g} s (SONGVEC_PATIENCE_S), last: "
+                f"{failure.words}. All that was paid for is kept: start the same command again later"
+            )
+        self._on_trouble(
+            f"{failure.words}; next try in {wait_s:.0f} s, for {self._patience_s - failing_s:.0f} s at most"
+        )
+        await self._sleep(wait_s)
 
     async def _decode(self, answer: bytes, n_texts: int, dialect: _Dialect) -> EmbeddingBatch:
         # base64 takes 5.3 bytes a value, numbers take 10 and more, whichever of them was asked for

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine, TextClause
 
+from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import atomic, error_border
 
 DEPTH_SHARE = 1 / 50
@@ -151,14 +152,19 @@ class RateLimiter:
             owed, self._owed_tokens = self._owed_tokens, 0
         costs = {"request_s": self._request_s, "tokens_s": self._token_s * (n_tokens + owed)}
         depths = {"requests_depth_s": self._requests_depth_s, "tokens_depth_s": self._tokens_depth_s}
-        with error_border(), self._engine.connect() as connection:
-            given = {"name": self._name, "n_tokens": n_tokens + owed, "probing": PROBING, **costs, **depths}
-            at, wait_s, used, _ = connection.execute(_RESERVE, given | self._quota).one()
+        given = {"name": self._name, "n_tokens": n_tokens + owed, "probing": PROBING, **costs, **depths}
+        try:
+            with error_border(), self._engine.connect() as connection:
+                at, wait_s, used, _ = connection.execute(_RESERVE, given | self._quota).one()
+        except DatabaseError:
+            with self._lock:
+                self._owed_tokens += owed  # the next one still pays them
+            raise
         self.used = float(used or 0)
         return Grant(n_tokens, float(at), float(wait_s))
 
     def settle(self, grant: Grant, billed_tokens: int) -> None:
-        """Correct a grant by what was billed; the next one pays or gets the difference."""
+        """Correct a grant by what was billed, 0 for a request that never left; the next one pays or gets the rest."""
         with self._lock:
             self._owed_tokens += billed_tokens - grant.n_tokens
 

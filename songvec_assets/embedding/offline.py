@@ -36,8 +36,12 @@ class OfflineEmbedder:
         self.dimensions = dimensions
         self.quota_used = None
 
-    async def probe(self) -> int:
-        """It refuses nothing, for no tokens."""
+    async def answers_well(self, since: float) -> bool:  # noqa: ARG002 - whenever it is asked
+        """It always does."""
+        return True
+
+    def take_probe_tokens(self) -> int:
+        """Nothing is billed."""
         return 0
 
     async def generate_embeddings_batch(self, texts: Sequence[str], watch: Watch | None = None) -> EmbeddingBatch:
@@ -48,6 +52,7 @@ class OfflineEmbedder:
         """
         if watch:
             await watch.before_try()
+            await watch.before_send()
         return EmbeddingBatch(np.stack([self._embed(text) for text in texts]), n_tokens=0)
 
     async def close(self) -> None:

@@ -6,6 +6,7 @@ value become a Python float.
 """
 
 import binascii
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,7 @@ Float32Matrix = NDArray[np.float32]
 
 
 class MalformedResponseError(ProviderUnavailableError):
-    """A 200 whose body is not one good vector for each text. The request is tried again, nothing is stored."""
+    """A 200 whose body is not one vector for each text. The request is tried again, nothing is stored."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,16 @@ class EmbeddingBatch:
     """The vectors of one request.
 
     Attributes:
-        embeddings: float32, (n texts, dimensions), in the order of the texts.
+        embeddings: float32, (n texts, dimensions), in the order of the texts; NaN in the rows of `bad`.
         n_tokens: prompt tokens the provider says it billed; 0 where it does not say.
+        bad: rows whose vector is zero, null or not finite: no vector of their texts.
         n_retries: bad answers before this one.
         n_limited: those of them that were 429.
     """
 
     embeddings: Float32Matrix
     n_tokens: int
+    bad: tuple[int, ...] = ()
     n_retries: int = 0
     n_limited: int = 0
 
@@ -63,6 +66,10 @@ class _Response(msgspec.Struct):
     usage: _Usage | None = None
 
 
+_NULL = b"null"
+_HAS_OTHERS = re.compile(rb'.\[|[{"]|true|false', re.DOTALL)
+_NOT_JSON = re.compile(rb"-?\b(?:NaN|Infinity)\b")
+
 _decode_response = msgspec.json.Decoder(_Response).decode
 _encode_request = msgspec.json.Encoder().encode
 
@@ -74,41 +81,55 @@ def encode_request(
     return _encode_request(_Request(model, texts, encoding_format, dimensions))
 
 
-@np.errstate(over="ignore")  # what float32 cannot hold becomes infinite, and is refused as such
+@np.errstate(over="ignore")  # what float32 cannot hold becomes infinite, and is a bad vector as such
 def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
     """Decode and check one response.
+
+    A vector that is zero, null or not finite is one text's trouble: its row is named in `bad`, the others hold.
 
     Args:
         body: the response's JSON.
         n_texts: texts that were sent.
 
     Raises:
-        MalformedResponseError: not JSON of that shape, an index missing or twice, vectors of unequal size, not finite,
-            or zero.
+        MalformedResponseError: not JSON of that shape, an index missing or twice, vectors of unequal size.
     """
     try:
         response = _decode_response(body)
-        order = [item.index for item in response.data]
-        if not order or sorted(order) != list(range(n_texts)):
-            raise MalformedResponseError(f"expected each index from 0 to {n_texts - 1} once, got {_shorten(order)}")
-        values = [memoryview(item.embedding) for item in response.data]
-        kinds = {bytes(value[:1]) for value in values}
-        if kinds not in ({b'"'}, {b"["}):
-            raise MalformedResponseError(f"expected all vectors as base64 or all as arrays, got {sorted(kinds)}")
-        decode = _decode_base64 if kinds == {b'"'} else _decode_array
-        embeddings = np.empty((n_texts, len(decode(values[0]))), dtype=np.float32)
+    except msgspec.DecodeError as error:
+        # Python's own encoder writes NaN and Infinity, which JSON does not have
+        nulled = _NOT_JSON.sub(b"null", body)
+        if nulled == body:
+            raise MalformedResponseError(f"expected an embeddings response, got {body[:80]!r}: {error}") from error
+        return decode_response(nulled, n_texts)
+    order = [item.index for item in response.data]
+    if not order or sorted(order) != list(range(n_texts)):
+        raise MalformedResponseError(f"expected each index from 0 to {n_texts - 1} once, got {_shorten(order)}")
+    values = [memoryview(item.embedding) for item in response.data]
+    kinds = {bytes(value[:1]) for value in values if value != _NULL}
+    if kinds not in (set(), {b'"'}, {b"["}):
+        raise MalformedResponseError(f"expected all vectors as base64 or all as arrays, got {sorted(kinds)}")
+    decode = _decode_base64 if kinds == {b'"'} else _decode_array
+    embeddings: Float32Matrix | None = None
+    try:
         for index, value in zip(order, values, strict=True):
             vector = decode(value)
-            if len(vector) != embeddings.shape[1]:
+            if vector is None:
+                continue
+            if embeddings is None:
+                embeddings = np.full((n_texts, len(vector)), np.nan, dtype=np.float32)
+            if len(vector) != embeddings.shape[1] or not len(vector):
                 raise MalformedResponseError(f"expected {embeddings.shape[1]} values, got {len(vector)}")
             embeddings[index] = vector
-    # simdjson tells what is no number by a TypeError, and a whole number of over 64 bits by a RuntimeError
+    # simdjson reports what is no number by a TypeError, and a whole number of over 64 bits by a RuntimeError
     except (msgspec.DecodeError, TypeError, ValueError, RuntimeError) as error:
         raise MalformedResponseError(f"expected an embeddings response, got {body[:80]!r}: {error}") from error
-    if bad := find_bad_vectors(embeddings):
-        raise MalformedResponseError(f"expected finite vectors other than zero, got bad ones at {_shorten(bad)}")
+    if embeddings is None:
+        embeddings = np.full((n_texts, 0), np.nan, dtype=np.float32)
+    bad = find_bad_vectors(embeddings)
+    embeddings[bad] = np.nan
     n_tokens = response.usage.prompt_tokens if response.usage else 0
-    return EmbeddingBatch(embeddings, max(0, n_tokens or 0))
+    return EmbeddingBatch(embeddings, max(0, n_tokens or 0), tuple(bad))
 
 
 def find_bad_vectors(embeddings: Float32Matrix) -> list[int]:
@@ -127,7 +148,9 @@ def truncate_vectors(embeddings: Float32Matrix, dimensions: int) -> Float32Matri
     return np.ascontiguousarray(cut / norms, dtype=np.float32)
 
 
-def _decode_base64(value: memoryview) -> NDArray[np.float32]:
+def _decode_base64(value: memoryview) -> NDArray[np.float32] | None:
+    if value == _NULL:
+        return None
     try:
         decoded = pybase64.b64decode(value[1:-1], validate=True)
     except binascii.Error:  # some serialisers escape the slash
@@ -135,8 +158,11 @@ def _decode_base64(value: memoryview) -> NDArray[np.float32]:
     return np.frombuffer(decoded, dtype="<f4")
 
 
-def _decode_array(value: memoryview) -> NDArray[np.float64]:
+def _decode_array(value: memoryview) -> NDArray[np.float64] | None:
     content = bytes(value)
+    # some servers write null where a vector, or a value of one, is not a number (text-embeddings-inference #644)
+    if content == _NULL or (_NULL in content and not _HAS_OTHERS.search(content)):
+        return None
     numbers = simdjson.Parser().parse(content)
     if not isinstance(numbers, simdjson.Array) or b"[" in content[1:]:
         raise MalformedResponseError(f"expected an array of numbers, got {content[:80]!r}")

@@ -68,12 +68,13 @@ _TABLES = """
     );
     ALTER TABLE songvec.budgets
         DROP COLUMN IF EXISTS n_tokens,
-        ADD COLUMN IF NOT EXISTS usd numeric NOT NULL DEFAULT 0;
+        ADD COLUMN IF NOT EXISTS usd numeric NOT NULL DEFAULT 0,
+        ADD COLUMN IF NOT EXISTS reserved_usd numeric NOT NULL DEFAULT 0;
 """
 # all of it is made in one transaction: where the newest part is there, so is the rest
 _HAS_NEWEST = """
     SELECT EXISTS (
-        SELECT FROM pg_attribute WHERE attrelid = to_regclass('songvec.budgets') AND attname = 'usd'
+        SELECT FROM pg_attribute WHERE attrelid = to_regclass('songvec.budgets') AND attname = 'reserved_usd'
     )
 """
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from songvec_assets.embedding.client import Embedder
 from songvec_assets.embedding.offline import OfflineEmbedder
-from songvec_assets.errors import TableMismatchError
+from songvec_assets.errors import ProviderError, TableMismatchError
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs.source import SongsSource
 from songvec_assets.vectors.ivfflat import read_probes, set_probes
@@ -44,6 +44,10 @@ def embed_query(embedder: Embedder, query: str) -> NDArray[np.float32]:
             batch = await embedder.generate_embeddings_batch([words])
         finally:
             await embedder.close()
+        if batch.bad:
+            raise ProviderError(
+                "the server gives no vector for this query: its values are zero, null or not finite. Ask in other words"
+            )
         vector: NDArray[np.float32] = batch.embeddings[0]
         return vector
 

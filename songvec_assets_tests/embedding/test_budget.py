@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.pool import NullPool
 
-from songvec_assets.embedding.budget import Budget, read_month_usd
+from songvec_assets.embedding.budget import Budget, read_month_spending
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError, DatabaseError
 from songvec_assets.postgres.engine import Database, get_engine
@@ -22,7 +22,7 @@ DOLLAR_A_TOKEN = Price(1e6)
 
 SPENDER = """
 import sys
-from songvec_assets.embedding.budget import Budget, read_month_usd
+from songvec_assets.embedding.budget import Budget, read_month_spending
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError
 from songvec_assets.postgres.engine import Database
@@ -115,7 +115,7 @@ def test_the_refusal_says_what_was_spent_and_how_to_go_on(engine: sa.Engine, run
     budget.reserve(6)
     budget.settle(6, 5)
     with pytest.raises(
-        BudgetExceededError, match=r"\$10\.0000 .*\$7\.0000 spent or on its way, \$11\.0000 .*SONGVEC_MAX_USD"
+        BudgetExceededError, match=r"\$10\.0000 .*\$5\.0000 billed, \$2\.0000 reserved .*\$11\.0000 .*SONGVEC_MAX_USD"
     ):
         budget.reserve(4)
 
@@ -139,7 +139,7 @@ def test_without_a_budget_nothing_is_refused_and_all_is_counted(engine: sa.Engin
 def spent(engine: sa.Engine) -> float:
     """Dollars of this month."""
     with engine.connect() as connection:
-        return read_month_usd(connection)
+        return sum(read_month_spending(connection))
 
 
 class TestMonth:

@@ -611,7 +611,7 @@ def test_each_bad_answer_is_told_with_what_is_done_about_it(connect: Connect, pr
 
 @pytest.mark.parametrize(
     ("faults", "words"),
-    [({"corrupt": "zero"}, "finite vectors other than zero"), ({"truncate": 1.0}, ""), ({"reset": 1.0}, "")],
+    [({"corrupt": "zero"}, "zero, null or not finite"), ({"truncate": 1.0}, ""), ({"reset": 1.0}, "")],
     ids=str,
 )
 def test_a_bad_answer_without_a_status_is_told_too(
@@ -764,9 +764,7 @@ def test_a_broken_connection_is_tried_again(connect: Connect, provider: Provider
     assert sum(batch.n_limited for batch in batches) == 0
 
 
-@pytest.mark.parametrize(
-    "corruption", ["drop_item", "duplicate_index", "wrong_size", "nan", "zero", "bad_base64", "not_json"]
-)
+@pytest.mark.parametrize("corruption", ["drop_item", "duplicate_index", "wrong_size", "bad_base64", "not_json"])
 def test_a_corrupt_answer_is_tried_again_and_never_returned(
     connect: Connect, provider: Provider, corruption: str
 ) -> None:
@@ -779,6 +777,26 @@ def test_a_corrupt_answer_is_tried_again_and_never_returned(
         for batch in batches:
             assert_vectors(batch)
         assert sum(batch.n_retries for batch in batches) > 0
+
+    use(client, work)
+
+
+@pytest.mark.parametrize("corruption", ["nan", "zero"])
+def test_a_text_that_gets_no_vector_is_named_and_its_neighbours_have_theirs(
+    connect: Connect, provider: Provider, corruption: str
+) -> None:
+    client = connect()
+
+    async def work() -> None:
+        await client.generate_embeddings_batch(["first"])
+        provider.control(seed=3, corrupt=corruption)
+        batch = await client.generate_embeddings_batch(TEXTS)
+        assert batch.n_retries == 0
+        (bad,) = batch.bad
+        assert np.isnan(batch.embeddings[bad]).all()
+        good = [row for row in range(len(TEXTS)) if row != bad]
+        expected = np.array([vector_of(TEXTS[row], DIMENSIONS) for row in good])
+        np.testing.assert_allclose(batch.embeddings[good], expected, rtol=0, atol=1e-6)
 
     use(client, work)
 

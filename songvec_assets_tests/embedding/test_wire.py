@@ -174,14 +174,26 @@ def test_an_index_that_is_missing_twice_or_foreign_is_refused(n_texts, order):
 
 @PROFILE
 @given(matrices(ANY | st.just(0.0)))
-def test_vectors_that_are_zero_or_not_finite_are_refused(matrix):
+def test_vectors_that_are_zero_or_not_finite_are_named_and_the_others_hold(matrix):
     bad = [row for row, vector in enumerate(matrix) if not np.isfinite(vector).all() or not vector.any()]
-    body = body_of(enumerate(map(in_base64, matrix)))
-    if bad:
-        with pytest.raises(MalformedResponseError, match="finite vectors other than zero"):
-            decode_response(body, len(matrix))
-    else:
-        assert decode_response(body, len(matrix)).embeddings.tobytes() == matrix.tobytes()
+    good = [row for row in range(len(matrix)) if row not in bad]
+    batch = decode_response(body_of(enumerate(map(in_base64, matrix))), len(matrix))
+    assert batch.bad == tuple(bad)
+    assert batch.embeddings[good].tobytes() == matrix[good].tobytes()
+    assert np.isnan(batch.embeddings[bad]).all()
+
+
+@pytest.mark.parametrize(
+    "value", ["null", "[null, null]", "[1.0, null]", "[NaN, 1.0]", "[-Infinity, 1.0]", "[1e300, 1.0]"]
+)
+def test_a_vector_that_holds_no_numbers_is_named_and_its_neighbours_hold(value):
+    """text-embeddings-inference writes null (#644), Python's own encoder NaN."""
+    body = b'{"data": [{"index": 1, "embedding": [3.0, 4.0]}, {"index": 0, "embedding": %s}]}' % value.encode()
+    batch = decode_response(body, 2)
+    assert batch.bad == (0,)
+    assert batch.embeddings[1].tolist() == [3.0, 4.0]
+    alone = decode_response(b'{"data": [{"index": 0, "embedding": %s}]}' % value.encode(), 1)
+    assert alone.bad == (0,)
 
 
 @PROFILE
@@ -204,11 +216,10 @@ def test_vectors_of_unequal_size_are_refused_though_the_sum_of_their_sizes_fits(
         decode_response(body_of(enumerate(map(encode, sizes))), 3)
 
 
-@pytest.mark.parametrize("number", ["1e300", "-1e39", "1e999", "NaN", "Infinity"])
-def test_a_number_that_float32_does_not_hold_is_refused(number):
+@pytest.mark.parametrize("number", ["1e300", "-1e39", "NaN", "Infinity"])
+def test_a_number_that_float32_does_not_hold_makes_a_bad_vector(number):
     body = b'{"data": [{"index": 0, "embedding": [0.5, %s]}]}' % number.encode()
-    with pytest.raises(MalformedResponseError):
-        decode_response(body, 1)
+    assert decode_response(body, 1).bad == (0,)
 
 
 @pytest.mark.parametrize(
@@ -225,14 +236,12 @@ def test_a_number_that_float32_does_not_hold_is_refused(number):
         b'{"data": [{"embedding": [1.0]}]}',
         b'{"data": [{"index": 0}]}',
         b'{"data": [{"index": "0", "embedding": [1.0]}]}',
-        b'{"data": [{"index": 0, "embedding": null}]}',
         b'{"data": [{"index": 0, "embedding": {}}]}',
+        b'{"data": [{"index": 0, "embedding": [0.5, 1e999]}]}',
         b'{"data": [{"index": 0, "embedding": [[1.0]]}]}',
         b'{"data": [{"index": 0, "embedding": ["1.0"]}]}',
         b'{"data": [{"index": 0, "embedding": ["1.0", "2.0"]}]}',
         b'{"data": [{"index": 0, "embedding": ["1.0,2.0"]}]}',
-        b'{"data": [{"index": 0, "embedding": [null, 1.0]}]}',
-        b'{"data": [{"index": 0, "embedding": [1.0, null]}]}',
         b'{"data": [{"index": 0, "embedding": [true, 1.0]}]}',
         b'{"data": [{"index": 0, "embedding": [1.0, [2.0]]}]}',
         b'{"data": [{"index": 0, "embedding": [{"a": 1.0}]}]}',

@@ -1,0 +1,78 @@
+"""How many requests may be in flight at a time: more while answers come quickly, fewer after time-outs. No I/O.
+
+Additive increase, multiplicative decrease, as TCP's congestion window (Jacobson 1988): a server that answers slower the
+more it is asked would otherwise compute, and bill, requests that nobody waits for any more. Used within one event loop.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+FIRST = 4
+"""In flight at first: a small server has answered before more is asked of it; a fast one has 32 after three answers."""
+_QUICK_SHARE = 0.25
+"""Answers that take a smaller share of their time limit than this let more go."""
+
+
+class InFlightWindow:
+    """A limit of requests in flight that follows the server.
+
+    Args:
+        highest: requests in flight at most.
+
+    Attributes:
+        n_allowed: requests that may be in flight now.
+    """
+
+    def __init__(self, highest: int) -> None:
+        self._highest = highest
+        self._size = float(min(FIRST, highest))
+        self._n_in_flight = 0
+        self._shrunk_at = float("-inf")
+        self._has_shrunk = False
+        self._changed = asyncio.Condition()
+
+    @property
+    def n_allowed(self) -> int:
+        """Requests that may be in flight now."""
+        return int(self._size)
+
+    @contextlib.asynccontextmanager
+    async def place(self, check: Callable[[], None]) -> AsyncIterator[None]:
+        """Wait for a place and hold it for the block.
+
+        Args:
+            check: called whenever something changes; raises to give up.
+        """
+        async with self._changed:
+            check()
+            while self._n_in_flight >= self.n_allowed:
+                await self._changed.wait()
+                check()
+            self._n_in_flight += 1
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._n_in_flight -= 1
+                self._changed.notify_all()
+
+    def count_answer(self, seconds: float, timeout_s: float) -> None:
+        """Let more go after a quick answer: twice as many per round at first; after a time-out, one more per round."""
+        if seconds < _QUICK_SHARE * timeout_s:
+            self._size = min(self._highest, self._size + (1 / self._size if self._has_shrunk else 1))
+
+    def count_timeout(self, sent_at: float, now: float) -> bool:
+        """Halve the window after a time-out, once for all requests that were in flight together.
+
+        Args:
+            sent_at: when it was sent.
+            now: on the same clock.
+
+        Returns:
+            Whether it was alone in flight: fewer requests cannot help it, a smaller one may.
+        """
+        alone = self.n_allowed == 1 and sent_at >= self._shrunk_at
+        if sent_at >= self._shrunk_at:
+            self._size, self._shrunk_at, self._has_shrunk = max(1.0, self._size / 2), now, True
+        return alone
