@@ -42,6 +42,10 @@ MaxUsd = Annotated[float | None, typer.Option(min=0, help="Budget in dollars; st
 Append = Annotated[bool, typer.Option("--append", help="Export only above the highest song_id there.")]
 Anew = Annotated[bool, typer.Option("--anew", help="Embed, and pay for, all songs of the ranges again.")]
 
+RetryRejected = Annotated[
+    bool, typer.Option("--retry-rejected", help="Send songs again that the provider rejected before.")
+]
+
 
 @app.callback()
 def read_dotenv(context: typer.Context) -> None:
@@ -82,19 +86,26 @@ def run(
     max_usd: MaxUsd = None,
     append: Append = False,
     anew: Anew = False,
+    retry_rejected: RetryRejected = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a run would do and cost; do nothing.")] = False,
 ) -> None:
     """Run the whole graph: export, embed, load, index. Does what changed, and nothing else."""
     if dry_run:
         _print_plan(ranges, anew)
         return
-    _embed("refresh", ranges, max_usd, append, anew)
+    _embed("refresh", ranges, max_usd, append, embed_anew=anew, retry_rejected=retry_rejected)
 
 
 @app.command()
-def embed(ranges: Ranges = "", max_usd: MaxUsd = None, append: Append = False, anew: Anew = False) -> None:
+def embed(
+    ranges: Ranges = "",
+    max_usd: MaxUsd = None,
+    append: Append = False,
+    anew: Anew = False,
+    retry_rejected: RetryRejected = False,
+) -> None:
     """Export and embed: pays for what is missing; the table stays as it is."""
-    _embed("embed", ranges, max_usd, append, anew)
+    _embed("embed", ranges, max_usd, append, embed_anew=anew, retry_rejected=retry_rejected)
 
 
 @app.command()
@@ -273,9 +284,9 @@ def _span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRa
     return held[0], held[-1]
 
 
-def _embed(job: str, ranges: str, max_usd: float | None, append: bool, anew: bool) -> None:
+def _embed(job: str, ranges: str, max_usd: float | None, append: bool, **choices: bool) -> None:
     deployment = _deploy()
-    options: dict[str, Any] = {"export_mode": "append" if append else "all", "embed_anew": anew}
+    options: dict[str, Any] = {"export_mode": "append" if append else "all", **choices}
     if max_usd is not None:
         options["max_usd"] = max_usd
     _run_job(job, deployment, _span(deployment, ranges), run=options)

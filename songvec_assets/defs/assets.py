@@ -92,7 +92,8 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
         def fill(emit: Emit) -> None:
             ranges = run.choose_ranges(deployment, launched_keys(context))
             anew = asked_anew_by(context.run) if run.embed_anew else None
-            deployment.filler(emit, budget_of(context.run), anew).fill_ranges(ranges, report=emit)
+            filler = deployment.filler(emit, budget_of(context.run), anew, run.retry_rejected)
+            filler.fill_ranges(ranges, report=emit)
 
         try:
             run_step(context, deployment, fill, on_report=recorder.record)

@@ -102,6 +102,9 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         default=False,
         description="Embed, and pay for, all songs of the ranges again. Re-executions of this run do not pay again.",
     )
+    retry_rejected: bool = Field(
+        default=False, description="Send songs again that the provider rejected before; what it refuses is not billed."
+    )
     rebuild_index: bool = Field(default=False, description="Build the index even where the one there still fits.")
     concurrency: int | None = _setting("SONGVEC_CONCURRENCY", "Requests in flight, 1 to 1,000.")
     target_recall: float | None = _setting("SONGVEC_TARGET_RECALL", "Recall that searches must reach, over 0, up to 1.")

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+import aiohttp
 import httpx2
 import openai
 
@@ -167,6 +168,16 @@ class _Failure:
 _NO_WATCH = Watch()
 
 
+@dataclass
+class _ProbeWatch(Watch):
+    """Counts what plain texts may be billed for nothing."""
+
+    client: "EmbeddingClient"
+
+    def count_spoilt(self, n_tokens: int) -> None:
+        self.client.count_probe_tokens(n_tokens)
+
+
 class EmbeddingClient:
     """Embeds texts with an OpenAI-compatible server. One client a run, used within one event loop.
 
@@ -277,13 +288,17 @@ class EmbeddingClient:
                 if self._last_good_at > since or self._found_sick_at > since:
                     break
                 try:
-                    batch = await self._request_patiently(_PROBE, dialect, _NO_WATCH)
+                    batch = await self._request_patiently(_PROBE, dialect, _ProbeWatch(self))
                 except RequestRefusedError:
                     break
-                self._probe_tokens += batch.n_tokens
+                self.count_probe_tokens(batch.n_tokens)
             if self._last_good_at <= since:
                 self._found_sick_at = time.monotonic()
             return self._last_good_at > since
+
+    def count_probe_tokens(self, n_tokens: int) -> None:
+        """A plain text was, or may have been, billed so many tokens."""
+        self._probe_tokens += n_tokens
 
     def take_probe_tokens(self) -> int:
         """The tokens that plain texts were billed since this was last asked."""
@@ -306,11 +321,11 @@ class EmbeddingClient:
             _Dialect("base64", True), _Dialect("float", True), _Dialect("base64", False), _Dialect("float", False)
         ):  # fmt: skip
             try:
-                batch = await self._request_patiently(_PROBE, dialect, _NO_WATCH, refuse_bad=True)
+                batch = await self._request_patiently(_PROBE, dialect, _ProbeWatch(self), refuse_bad=True)
             except RequestRefusedError as error:
                 refusals.append(str(error))
                 continue
-            self._probe_tokens += batch.n_tokens
+            self.count_probe_tokens(batch.n_tokens)
             n_values = batch.embeddings.shape[1]
             self._check_size(n_values)
             return _Dialect(dialect.encoding_format, dialect.sends_dimensions, n_values)
@@ -340,7 +355,7 @@ class EmbeddingClient:
         while True:
             await watch.before_try()
             started = time.monotonic()
-            outcome = await self._try_once(request, dialect, watch, 2.0**n_timeouts, refuse_bad)
+            outcome = await self._try_once(request, dialect, watch, refuse_bad)
             if isinstance(outcome, EmbeddingBatch):
                 return replace(outcome, n_retries=n_retries, n_limited=n_limited)
             if outcome.may_be_billed:
@@ -367,15 +382,14 @@ class EmbeddingClient:
         return _Request(body, len(texts), n_bytes, n_tokens)
 
     async def _try_once(
-        self, request: _Request, dialect: _Dialect, watch: Watch, stretch: float, refuse_bad: bool
+        self, request: _Request, dialect: _Dialect, watch: Watch, refuse_bad: bool
     ) -> EmbeddingBatch | _Failure:
         """Send a request once, when there is a place for it; settle the quota with what became of it.
 
         Raises:
             ProviderError: an answer that no further try makes better.
         """
-        # a server that was hung up on computes on: the next try waits longer, instead of being billed once more
-        timeout_s = min(MAX_TIMEOUT_S, stretch * (BASE_TIMEOUT_S + request.n_tokens / TOKENS_PER_SECOND))
+        timeout_s = min(MAX_TIMEOUT_S, self._window.stretch * (BASE_TIMEOUT_S + request.n_tokens / TOKENS_PER_SECOND))
         async with self._window.place(self._stop.check):
             grant = await self._next_grant(request.n_tokens)
             billed_tokens: int | None = 0
@@ -433,8 +447,10 @@ class EmbeddingClient:
         except openai.APIConnectionError as error:
             cause = error.__cause__
             words = self._redact(str(cause or error) or type(cause or error).__name__)
-            sent = not isinstance(cause, (httpx2.ConnectError, httpx2.ConnectTimeout))
-            return _Failure("connection", words, sent=sent, may_be_billed=isinstance(cause, httpx2.ReadError))
+            # the transport names every broken connection a time-out of connecting: only aiohttp's own error tells one
+            # that was never made; what broke later, the server may have computed
+            sent = not isinstance(cause.__cause__ if cause else None, aiohttp.ClientConnectorError)
+            return _Failure("connection", words, sent=sent, may_be_billed=sent)
 
     def _take_in_status(self, status: int, body: bytes, retry_after_s: float | None) -> _Failure:
         """What an answer that is an error means.

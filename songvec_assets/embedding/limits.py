@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine, TextClause
 
-from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import atomic, error_border
 
 DEPTH_SHARE = 1 / 50
@@ -153,13 +152,15 @@ class RateLimiter:
         costs = {"request_s": self._request_s, "tokens_s": self._token_s * (n_tokens + owed)}
         depths = {"requests_depth_s": self._requests_depth_s, "tokens_depth_s": self._tokens_depth_s}
         given = {"name": self._name, "n_tokens": n_tokens + owed, "probing": PROBING, **costs, **depths}
+        is_paid = False
         try:
             with error_border(), self._engine.connect() as connection:
                 at, wait_s, used, _ = connection.execute(_RESERVE, given | self._quota).one()
-        except DatabaseError:
-            with self._lock:
-                self._owed_tokens += owed  # the next one still pays them
-            raise
+                is_paid = True
+        finally:
+            if not is_paid:
+                with self._lock:
+                    self._owed_tokens += owed  # the next one pays them
         self.used = float(used or 0)
         return Grant(n_tokens, float(at), float(wait_s))
 

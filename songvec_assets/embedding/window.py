@@ -21,7 +21,8 @@ class InFlightWindow:
         highest: requests in flight at most.
 
     Attributes:
-        n_allowed: requests that may be in flight now.
+        stretch: times the usual time limit that a request gets: a server computes on for clients that hung up, so after
+            a time-out it is waited for longer, until answers come.
     """
 
     def __init__(self, highest: int) -> None:
@@ -31,6 +32,7 @@ class InFlightWindow:
         self._shrunk_at = float("-inf")
         self._has_shrunk = False
         self._changed = asyncio.Condition()
+        self.stretch = 1.0
 
     @property
     def n_allowed(self) -> int:
@@ -59,6 +61,7 @@ class InFlightWindow:
 
     def count_answer(self, seconds: float, timeout_s: float) -> None:
         """Let more go after a quick answer: twice as many per round at first; after a time-out, one more per round."""
+        self.stretch = max(1.0, self.stretch / 2)
         if seconds < _QUICK_SHARE * timeout_s:
             self._size = min(self._highest, self._size + (1 / self._size if self._has_shrunk else 1))
 
@@ -70,9 +73,9 @@ class InFlightWindow:
             now: on the same clock.
 
         Returns:
-            Whether it was alone in flight: fewer requests cannot help it, a smaller one may.
+            Whether it is alone in flight: fewer requests cannot help it, a smaller one may.
         """
-        alone = self.n_allowed == 1 and sent_at >= self._shrunk_at
         if sent_at >= self._shrunk_at:
+            self.stretch *= 2
             self._size, self._shrunk_at, self._has_shrunk = max(1.0, self._size / 2), now, True
-        return alone
+        return self._n_in_flight == 1

@@ -87,16 +87,19 @@ class Endpoint:
         texts = [request.input] if isinstance(request.input, str) else request.input
         n_tokens = sum(map(count_tokens, texts))
         self.ledger.measure(len(texts), n_tokens)
-        _check_texts(texts, n_tokens, faults)
+        if fails := _check_texts(texts, n_tokens, faults):
+            return fails
         headroom: dict[str, str] = {}
         if faults.quota:
             admitted, headroom = plan.admit(faults.quota, n_tokens)
             if not admitted:
                 raise RefusedError(429, _LIMITED, headroom, faults.quota.retry_after_s)
 
-        await asyncio.sleep(plan.latency_s())
+        await asyncio.sleep(plan.latency_s(body, n_tokens))
         digests = [digest_of(text) for text in texts]
-        items = _compute_items(digests, dimensions, request.encoding_format == "base64", plan)
+        without = [_names(text, faults.nan) for text in texts]
+        without = [faults.nan_spoils and any(without) or each for each in without]
+        items = _compute_items(digests, without, dimensions, request.encoding_format == "base64", plan)
         self.ledger.bill(texts, digests, n_tokens, faults.keep_texts)
         if faults.reset_when == "after" and plan.happens(faults.reset):
             return Answer(0, b"", delivery="reset")
@@ -123,18 +126,33 @@ class Endpoint:
         return request.dimensions
 
 
-def _check_texts(texts: list[str], n_tokens: int, faults: Faults) -> None:
+def _names(text: str, words: list[str]) -> bool:
+    return any(word in text for word in words)
+
+
+def _check_texts(texts: list[str], n_tokens: int, faults: Faults) -> Answer | None:
+    """What is answered instead of vectors, where that is no plain refusal."""
     if not 1 <= len(texts) <= MAX_TEXTS:
         raise RefusedError(400, f"input must hold 1 to {MAX_TEXTS} texts, not {len(texts)}")
     if not all(texts):
         raise RefusedError(400, "input must not hold an empty text")
     if n_tokens > faults.max_request_tokens:
         raise RefusedError(413, f"{n_tokens} tokens in one request, at most {faults.max_request_tokens:.0f}")
-    if any(word in text for word in faults.poison for text in texts):
-        raise RefusedError(400, "text refused by the content filter")
+    if any(_names(text, faults.fail) for text in texts):
+        if not faults.fail_status:
+            return Answer(0, b"", delivery="reset")
+        raise RefusedError(faults.fail_status, "input is too large to process")
+    if any(_names(text, faults.poison) for text in texts):
+        refusal = "text refused by the content filter"
+        if faults.poison_inside:
+            return Answer(200, msgspec.json.encode({"error": {"code": 400, "message": refusal}}))
+        raise RefusedError(400, refusal)
+    return None
 
 
-def _compute_items(digests: list[bytes], dimensions: int, as_base64: bool, plan: FaultPlan) -> list[bytes]:
+def _compute_items(
+    digests: list[bytes], without: list[bool], dimensions: int, as_base64: bool, plan: FaultPlan
+) -> list[bytes]:
     """The JSON items of `data`, one of them spoilt where the faults say so."""
     faults = plan.faults
     spoil = faults.corrupt if faults.corrupt and plan.happens(faults.corrupt_share) else None
@@ -146,6 +164,9 @@ def _compute_items(digests: list[bytes], dimensions: int, as_base64: bool, plan:
         vectors[victim][0] = np.nan
     elif spoil == "zero":
         vectors[victim][:] = 0
+    for vector, is_nan in zip(vectors, without, strict=True):
+        if is_nan:
+            vector[0] = np.nan
     encode = _encode_base64 if as_base64 and not faults.ignore_base64 else _encode_floats
     encoded = [encode(vector) for vector in vectors]
     if spoil == "bad_base64":

@@ -6,7 +6,7 @@ Durations are in seconds, shares are probabilities of one request, drawn from `s
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from random import Random
 from typing import Annotated, Any, Literal
 
@@ -42,7 +42,15 @@ class Quota(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Faults(Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of `PUT /control`; the defaults behave well."""
+    """The body of `PUT /control`; the defaults behave well.
+
+    Oddities of real servers, each bound to words of a text or to a request, and seen in public threads (read 2026-11):
+    `nan` (Qwen3-Embedding #164, ollama #12921: NaN in fp16 for texts that begin with "import"), with `nan_spoils` for
+    all vectors of the answer; `fail` with `fail_status` (llama.cpp #11105, ollama #9639: 500 for one text; 0: the
+    connection is reset, as when the server crashes); `poison_inside` (OpenRouter: the refusal's 400 inside a 200);
+    `lane_tokens_per_s` (a server that computes one request at a time, and on for clients that hung up); `late`, tries of
+    each request that are answered after `late_s`, and billed.
+    """
 
     seed: int = 0
     # Plain floats: msgspec 0.22.0 crashes in the garbage collector on constrained float | fixed tuple.
@@ -62,6 +70,14 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     corrupt: Corruption | None = None
     corrupt_share: Share = 1.0
     poison: list[str] = []
+    poison_inside: bool = False
+    nan: list[str] = []
+    nan_spoils: bool = False
+    fail: list[str] = []
+    fail_status: int = 500
+    lane_tokens_per_s: float | None = None
+    late: int = 0
+    late_s: float = 0.0
     max_request_tokens: float = math.inf
     quota: Quota | None = None
     keep_texts: bool = True
@@ -76,6 +92,8 @@ class FaultPlan:
         self._n_requests = 0
         self._left = [math.inf if rule.count is None else rule.count for rule in faults.statuses]
         self._admitted: deque[tuple[float, int]] = deque()
+        self._tries: Counter[bytes] = Counter()
+        self._lane_free_at = 0.0
 
     def happens(self, share: float) -> bool:
         """Draw once; a share of 0 draws nothing, so that other faults keep their sequence."""
@@ -90,10 +108,18 @@ class FaultPlan:
                 return rule
         return None
 
-    def latency_s(self) -> float:
-        """How long the computation of this request takes."""
+    def latency_s(self, body: bytes, n_tokens: int) -> float:
+        """How long the answer to this request takes."""
         latency = self.faults.latency_s
-        return self.random.uniform(*latency) if isinstance(latency, tuple) else latency
+        seconds = self.random.uniform(*latency) if isinstance(latency, tuple) else latency
+        self._tries[body] += 1
+        if self._tries[body] <= self.faults.late:
+            seconds += self.faults.late_s
+        if self.faults.lane_tokens_per_s:
+            now = time.monotonic()
+            self._lane_free_at = max(now, self._lane_free_at) + n_tokens / self.faults.lane_tokens_per_s
+            seconds += self._lane_free_at - now
+        return seconds
 
     def admit(self, quota: Quota, n_tokens: int) -> tuple[bool, dict[str, str]]:
         """Whether the quota lets a request through (only then it counts), and the headers that tell so.

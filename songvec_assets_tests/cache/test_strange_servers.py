@@ -1,0 +1,351 @@
+"""Fills against servers with the oddities of real ones: what is kept, what is billed, what is rejected, what stops a run.
+
+A scenario across embedding and cache. The oddities are named in `provider/faults.py`, with their sources.
+"""
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from songvec_assets.embedding import client as client_module
+from songvec_assets.embedding.health import MAX_BAD_TEXTS
+from songvec_assets.embedding.limits import RateLimiter
+from songvec_assets.errors import BudgetExceededError, DatabaseError, ProviderError, ProviderUnavailableError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.progress import Progress
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets_tests.administration import execute, free_port
+from songvec_assets_tests.cache.test_fill import (
+    Run,
+    Songs,
+    assert_stored,
+    billed,
+    export,
+    fill,
+    plain_songs,
+    plain_texts,
+    run,
+    stored,
+    try_fill,
+)
+from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.provider import Provider
+
+__all__ = ["run"]
+
+IMPORTANCE = "Importance by Ann\nla"
+PAID = {"usd_per_million_tokens": 1e6}
+"""A dollar a token."""
+
+
+@pytest.fixture(autouse=True)
+def _quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "MAX_BACKOFF_S", 0.02)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that hang up after a second."""
+    monkeypatch.setattr(client_module, "BASE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(client_module, "TOKENS_PER_SECOND", 1e9)
+
+
+def songs_but(bad: dict[int, tuple[str, str, str]], n_songs: int) -> list[tuple[int, str, str, str]]:
+    """Plain songs from 1 on, some of them replaced."""
+    return [(song_id, *bad[song_id]) if song_id in bad else song for song_id, *_ in plain_songs(range(1, n_songs + 1))
+            for song in plain_songs([song_id])]  # fmt: skip
+
+
+class TestATextThatGetsNoVector:
+    def test_is_rejected_by_name_and_its_neighbours_are_paid_once(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        bad = {17: ("Importance", "Ann", "la"), 205: ("Importance", "Ben", "lo")}
+        songs(*songs_but(bad, 299))
+        provider.control(nan=["Importance"])
+        deployment = run()
+        reports = fill(deployment)
+        assert sorted(song_id for report in reports for song_id, _ in report.set_aside) == [17, 205]
+        assert all("zero, null or not finite" in reason for report in reports for _, reason in report.set_aside)
+        found = stored(deployment)
+        assert len(found) == 299
+        assert {song_id for song_id, answer in found.items() if isinstance(answer, str)} == {17, 205}
+        neighbours = plain_texts(sorted(set(range(1, 300)) - {17, 205}))
+        times = billed(provider)
+        assert {times[text] for text in neighbours.values()} == {1}
+        assert times[IMPORTANCE] == 3, "with others, without them, and alone once more"
+        requests = provider.ledger()["requests"]
+        fill(run())
+        assert provider.ledger()["requests"] == requests, "the next run does not send it again"
+
+    @pytest.mark.parametrize("as_floats", [False, True])
+    def test_that_spoils_its_whole_answer_is_found_by_halving(
+        self, songs: Songs, run: Run, provider: Provider, as_floats: bool
+    ) -> None:
+        songs(*songs_but({33: ("Importance", "Ann", "la")}, 64))
+        provider.control(nan=["Importance"], nan_spoils=True, refuse_base64=as_floats)
+        deployment = run()
+        (report,) = fill(deployment)
+        assert [song_id for song_id, _ in report.set_aside] == [33]
+        assert sum(not isinstance(answer, str) for answer in stored(deployment).values()) == 63
+        n_probes = provider.texts()["probe"] + (1 if as_floats else 0)
+        assert provider.ledger()["requests"] - n_probes <= 2 + 2 * math.log2(64) + 1
+
+    @pytest.mark.parametrize("status", [500, 503, 0])
+    def test_but_an_error_each_time_is_rejected_with_the_servers_words(
+        self, songs: Songs, run: Run, provider: Provider, status: int
+    ) -> None:
+        songs(*songs_but({117: ("Epic", "Ann", "la")}, 299))
+        provider.control(fail=["Epic"], fail_status=status)
+        deployment = run()
+        reports = fill(deployment)
+        ((song_id, reason),) = [each for report in reports for each in report.set_aside]
+        assert song_id == 117
+        assert reason.startswith(f"{provider.base_url} ")
+        assert ("too large to process" in reason) == bool(status)
+        neighbours = set(plain_texts(sorted(set(range(1, 300)) - {117})).values())
+        assert billed(provider) == dict.fromkeys(neighbours, 1)
+
+    def test_is_refused_inside_a_200_as_outside_of_it(self, songs: Songs, run: Run, provider: Provider) -> None:
+        songs(*songs_but({5: ("POISON", "Ann", "la")}, 40))
+        provider.control(poison=["POISON"], poison_inside=True)
+        (report,) = fill(run(**PAID))
+        ((song_id, reason),) = report.set_aside
+        assert song_id == 5
+        assert "text refused by the content filter" in reason
+        assert report.n_tokens == provider.ledger()["tokens_billed"], "an error object is not billed"
+
+    def test_is_sent_again_to_another_server_or_when_somebody_asks_for_it(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        songs(*songs_but({5: ("POISON", "Ann", "la")}, 40))
+        provider.control(poison=["POISON"])
+        fill(run())
+        provider.reset_ledger()
+        (report,) = fill(run())
+        assert (report.n_set_aside, provider.ledger()["requests"]) == (1, 0)
+        again = run()
+        again.filler(retry_rejected=True).fill_ranges([SongIdRange(0, 100)], lambda _: None)
+        assert provider.ledger()["requests_by_status"]["400"] == 1
+        assert isinstance(stored(again)[5], str)
+        provider.control()
+        other = run(fireworks_base_url=provider.base_url.replace("127.0.0.1", "localhost"))
+        assert other.ranges_behind() == [SongIdRange(0, 100)]
+        (report,) = fill(other)
+        assert (report.n_embedded, report.n_set_aside) == (1, 0)
+        assert not isinstance(stored(other)[5], str)
+
+
+class TestAServerThatIsSick:
+    @pytest.mark.parametrize("max_request_texts", [1, 16])
+    def test_with_nan_for_everything_ends_the_run_and_rejects_nothing(
+        self, songs: Songs, run: Run, provider: Provider, max_request_texts: int
+    ) -> None:
+        song_ids = range(1, 161)
+        songs(*plain_songs(song_ids))
+        deployment = run(max_request_texts=max_request_texts, concurrency=4)
+        sick = threading.Event()
+
+        def fall_sick(progress: Progress) -> None:
+            # after it was found to understand what it is asked
+            if progress.done and not sick.is_set():
+                provider.control(nan=["Song", "probe"])
+                sick.set()
+
+        export(deployment)
+        with pytest.raises(ProviderError, match="the fault is the server's"):
+            deployment.filler(progress=fall_sick).fill_ranges([SongIdRange(0, 100)], lambda _: None)
+        assert not any(isinstance(answer, str) for answer in stored(deployment).values())
+        n_twice = sum(count - 1 for text, count in billed(provider).items())
+        assert n_twice <= 4 * max_request_texts, "what was in flight when a good answer came, and nothing else"
+        provider.control()
+        last = run()
+        fill(last)
+        assert_stored(last, plain_texts(song_ids))
+
+    def test_with_500_for_everything_ends_when_patience_does_and_rejects_nothing(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        songs(*plain_songs([*range(1, 41), *range(101, 141)]))
+        provider.control(statuses=[{"status": 500, "after": 3}])
+        _, error = try_fill(run(max_request_texts=8, patience_s=1.0))
+        assert isinstance(error, ProviderUnavailableError)
+        assert not any(isinstance(answer, str) for answer in stored(run()).values())
+        provider.control()
+        fill(run())
+        assert set(billed(provider).values()) == {1}
+
+    def test_for_more_texts_than_can_be_at_fault_rejects_none_of_them(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        bad = {song_id: (f"Importance {song_id}", "Ann", "la") for song_id in range(10, 10 + MAX_BAD_TEXTS + 1)}
+        songs(*songs_but(bad, 99))
+        provider.control(nan=["Importance"])
+        _, error = try_fill(run())
+        assert type(error) is ProviderError
+        assert "the server is" in str(error)
+        assert set(stored(run())) == set(range(1, 100)) - set(bad), "the good ones are kept, no other is rejected"
+
+    def test_by_nothing_but_few_texts_is_not_sick(self, songs: Songs, run: Run, provider: Provider) -> None:
+        bad = {song_id: (f"Importance {song_id}", "Ann", "la") for song_id in range(10, 10 + MAX_BAD_TEXTS)}
+        songs(*songs_but(bad, 99))
+        provider.control(nan=["Importance"])
+        (report,) = fill(run())
+        assert report.n_set_aside == MAX_BAD_TEXTS
+
+
+@pytest.mark.usefixtures("hasty")
+class TestAServerThatIsSlow:
+    def test_gets_fewer_requests_until_it_answers(self, songs: Songs, run: Run, provider: Provider) -> None:
+        """One lane, which computes on for clients that hung up: all at once would take eleven times their time limit."""
+        song_ids = range(1, 81)
+        songs(*plain_songs(song_ids))
+        provider.control(lane_tokens_per_s=50.0)
+        notes: list[str] = []
+        deployment = run(max_request_texts=4, concurrency=32)
+        export(deployment)
+        deployment.filler(progress=lambda told: notes.append(told.note)).fill_ranges(
+            [SongIdRange(0, 100)], lambda _: None
+        )
+        assert_stored(deployment, plain_texts(song_ids))
+        assert provider.ledger()["texts_billed"] <= 2 * len(song_ids)
+        named = [note for note in notes if "no whole answer" in note]
+        assert all("SONGVEC_CONCURRENCY" in note and "SONGVEC_MAX_REQUEST_TOKENS" in note for note in named)
+
+    def test_for_a_whole_request_gets_smaller_ones(self, songs: Songs, run: Run, provider: Provider) -> None:
+        song_ids = range(1, 33)
+        songs(*plain_songs(song_ids))
+        # 32 texts take 7.5 s: beyond the time limit and beyond twice that
+        provider.control(lane_tokens_per_s=30.0)
+        deployment = run(max_request_texts=32)
+        fill(deployment)
+        assert_stored(deployment, plain_texts(song_ids))
+        assert provider.ledger()["texts_billed"] <= 5 * len(song_ids)
+
+    def test_has_each_try_that_it_may_bill_counted_and_never_exceeds_the_budget(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        songs(*plain_songs(range(1, 41)))
+        provider.control(late=2, late_s=5.0)
+        deployment = run(max_request_texts=4, concurrency=2, **PAID)
+        reports, error = try_fill(deployment, max_usd=150)
+        assert isinstance(error, BudgetExceededError)
+        # what computes on is billed later
+        billed_tokens = sum(report.n_tokens for report in reports)
+        assert billed_tokens <= 150
+        threading.Event().wait(6)
+        assert provider.ledger()["tokens_billed"] <= 150
+        month = deployment.month_spending()
+        assert provider.ledger()["tokens_billed"] <= month.billed + month.reserved <= 150
+
+
+class TestABudget:
+    @pytest.mark.parametrize("concurrency", [4, 32])
+    def test_is_used_to_within_one_request_over_several_ranges(
+        self, songs: Songs, run: Run, provider: Provider, concurrency: int
+    ) -> None:
+        song_ids = [start + song_id for start in (0, 100, 200, 300) for song_id in range(1, 91)]
+        songs(*plain_songs(song_ids))
+        provider.control(latency_s=0.05)
+        # 28 a request and 2 for the probe; estimates begin at what a text of 4 bytes a token has
+        deployment = run(max_request_texts=4, concurrency=concurrency, **PAID)
+        reports, error = try_fill(deployment, max_usd=1000)
+        assert isinstance(error, BudgetExceededError)
+        assert "billed" in str(error) and "reserved" in str(error)
+        assert 1000 - 2 * 28 < provider.ledger()["tokens_billed"] <= 1000
+        assert sum(report.n_tokens for report in reports) == provider.ledger()["tokens_billed"]
+        assert deployment.month_spending() == (provider.ledger()["tokens_billed"], 0)
+
+    def test_that_estimates_exceed_is_used_by_what_they_give_back(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        """Four bytes a token are estimated, twelve are billed: all is reserved by a third of what fits."""
+        songs(*((song_id, f"海{song_id:04d}", "海" * 30, "海" * 200) for song_id in range(1, 61)))
+        provider.control(latency_s=0.05)
+        deployment = run(max_request_texts=4, concurrency=32, **PAID)
+        _, error = try_fill(deployment, max_usd=2000)
+        assert isinstance(error, BudgetExceededError)
+        # a text is 60 tokens, a request 240, estimated at up to 720
+        assert provider.ledger()["tokens_billed"] > 2000 - 720 - 240
+
+
+class TestAServerThatStops:
+    def test_in_the_middle_ends_the_run_after_the_patience_and_uses_no_quota(
+        self, songs: Songs, database: Database, provider: Provider, tmp_path: Path
+    ) -> None:
+        songs(*plain_songs(range(1, 81)))
+        deployment = deploy(
+            database, provider, tmp_path / "store", fireworks_base_url=f"http://127.0.0.1:{free_port()}/v1",
+            patience_s=1.5, requests_per_minute=60_000, tokens_per_minute=60_000,
+        )  # fmt: skip
+        used: list[float] = []
+        reserve = RateLimiter.reserve
+
+        def watch(limiter: RateLimiter, n_tokens: int) -> object:
+            grant = reserve(limiter, n_tokens)
+            used.append(limiter.used)
+            return grant
+
+        export(deployment)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(RateLimiter, "reserve", watch)
+            reports, _ = try_fill(deployment)
+        assert isinstance(reports[0].error, ProviderUnavailableError)
+        assert len(used) > 3
+        assert used[-1] < 0.01, "a request that never left gives its tokens back"
+
+    def test_patience_is_that_since_the_last_good_answer_of_any_request(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        """One request in four fails, never twice in a row for the patience: nobody gives up."""
+        songs(*plain_songs(range(1, 91)))
+        provider.control(statuses=[{"status": 503, "share": 0.25, "after": 2}], latency_s=0.1)
+        deployment = run(max_request_texts=2, concurrency=4, patience_s=2.0)
+        fill(deployment)
+        assert_stored(deployment, plain_texts(range(1, 91)))
+
+
+def test_trouble_is_marked_as_such(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs(range(1, 5)))
+    provider.control(statuses=[{"status": 503, "count": 2, "after": 2}])
+    told: list[Progress] = []
+    deployment = run()
+    export(deployment)
+    deployment.filler(progress=told.append).fill_ranges([SongIdRange(0, 100)], lambda _: None)
+    assert [("answered 503" in each.note) for each in told] == [each.is_trouble for each in told]
+    assert sum(each.is_trouble for each in told) == 2
+
+
+def test_a_range_is_let_go_without_holding_up_the_answers_of_others(
+    songs: Songs, run: Run, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    songs(*plain_songs([1, 101]))
+    deployment = run()
+    let_go_by: list[str] = []
+    lock_range = deployment.lock_range
+
+    @contextlib.contextmanager
+    def watched(song_range: SongIdRange, *callbacks: Callable[[], None]) -> Iterator[Callable[[], None]]:
+        with lock_range(song_range, *callbacks) as check_held:
+            yield check_held
+        let_go_by.append(threading.current_thread().name)
+
+    monkeypatch.setattr(deployment, "lock_range", watched)
+    fill(deployment)
+    assert len(let_go_by) == 2
+    assert threading.current_thread().name not in let_go_by, "the event loop's thread waits for no database"
+
+
+def test_tokens_owed_survive_a_statement_that_fails(database: Database) -> None:
+    limiter = RateLimiter(database.get_engine("web"), "owed", 1_000_000, 1_000_000)
+    limiter.settle(limiter.reserve(10), 500_000)
+    execute(database.adbc_uri, "ALTER TABLE songvec.rate_limits RENAME TO elsewhere")
+    with pytest.raises(DatabaseError):
+        limiter.reserve(10)
+    execute(database.adbc_uri, "ALTER TABLE songvec.elsewhere RENAME TO rate_limits")
+    limiter.reserve(10)
+    assert limiter.reserve(10).wait_s > 10, "half a million tokens beyond the grant are still paid"
