@@ -42,6 +42,10 @@ MaxUsd = Annotated[float | None, typer.Option(min=0, help="Budget in dollars; st
 Append = Annotated[bool, typer.Option("--append", help="Export only above the highest song_id there.")]
 Anew = Annotated[bool, typer.Option("--anew", help="Embed, and pay for, all songs of the ranges again.")]
 
+ConfirmDeletions = Annotated[
+    bool, typer.Option("--confirm-deletions", help="Songs missing in bulk are meant to be deleted: do not stop.")
+]
+
 
 @app.callback()
 def read_dotenv(context: typer.Context) -> None:
@@ -82,19 +86,26 @@ def run(
     max_usd: MaxUsd = None,
     append: Append = False,
     anew: Anew = False,
+    confirm_deletions: ConfirmDeletions = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a run would do and cost; do nothing.")] = False,
 ) -> None:
     """Run the whole graph: export, embed, load, index. Does what changed, and nothing else."""
     if dry_run:
         _print_plan(ranges, anew)
         return
-    _embed("refresh", ranges, max_usd, append, anew)
+    _embed("refresh", ranges, max_usd, append, anew, confirm_deletions)
 
 
 @app.command()
-def embed(ranges: Ranges = "", max_usd: MaxUsd = None, append: Append = False, anew: Anew = False) -> None:
+def embed(
+    ranges: Ranges = "",
+    max_usd: MaxUsd = None,
+    append: Append = False,
+    anew: Anew = False,
+    confirm_deletions: ConfirmDeletions = False,
+) -> None:
     """Export and embed: pays for what is missing; the table stays as it is."""
-    _embed("embed", ranges, max_usd, append, anew)
+    _embed("embed", ranges, max_usd, append, anew, confirm_deletions)
 
 
 @app.command()
@@ -122,6 +133,7 @@ def verify() -> None:
 @app.command()
 def estimate(
     refresh: Annotated[bool, typer.Option(help="Bring the snapshots up to date first; costs time, no money.")] = True,
+    confirm_deletions: ConfirmDeletions = False,
 ) -> None:
     """Say what a run would cost: songs, tokens, dollars, hours. Spends nothing."""
     from songvec_assets.defs.tables import estimate_table
@@ -130,7 +142,7 @@ def estimate(
 
     def measure(show: Callable[[Progress], None]) -> "Estimate":
         if refresh:
-            deployment.export(progress=show)
+            deployment.export(progress=show, confirm_deletions=confirm_deletions)
         return deployment.estimate()
 
     with _showing_progress() as show, _interruptible():
@@ -174,6 +186,7 @@ def swap(
     dimensions: Annotated[int | None, typer.Option(help="Values a vector; default: those of the settings.")] = None,
     vector_type: Annotated[str | None, typer.Option(help="vector or halfvec; default: that of the settings.")] = None,
     max_usd: Annotated[float | None, typer.Option(min=0, help="Budget in dollars; stops before exceeding it.")] = None,
+    confirm_deletions: ConfirmDeletions = False,
     rollback: Annotated[bool, typer.Option("--rollback", help="Let the table before serve again.")] = False,
     drop_old: Annotated[bool, typer.Option("--drop-old", help="Drop what earlier swaps kept.")] = False,
 ) -> None:
@@ -190,6 +203,7 @@ def swap(
     }
     resources = {name: {key: value for key, value in each.items() if value is not None} for name, each in given.items()}
     deployment = _deploy(**resources["postgres"], **resources["fireworks"], **resources["run"])
+    resources["run"]["confirm_deletions"] = confirm_deletions
     if loaded_spec(deployment.database) == deployment.table_spec:
         _fail(f"searches find {deployment.table_spec} already: name another --model, --dimensions or --vector-type")
     _run_job("swap", deployment, _span(deployment, ""), **resources)
@@ -273,9 +287,11 @@ def _span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRa
     return held[0], held[-1]
 
 
-def _embed(job: str, ranges: str, max_usd: float | None, append: bool, anew: bool) -> None:
+def _embed(job: str, ranges: str, max_usd: float | None, append: bool, anew: bool, confirm_deletions: bool) -> None:
     deployment = _deploy()
-    options: dict[str, Any] = {"export_mode": "append" if append else "all", "embed_anew": anew}
+    options: dict[str, Any] = {
+        "export_mode": "append" if append else "all", "embed_anew": anew, "confirm_deletions": confirm_deletions
+    }  # fmt: skip
     if max_usd is not None:
         options["max_usd"] = max_usd
     _run_job(job, deployment, _span(deployment, ranges), run=options)

@@ -22,7 +22,7 @@ from songvec_assets.cache.shards import (
     read_identity,
     write_embeddings_to_file,
 )
-from songvec_assets.cache.upkeep import compact_if_worth_it, discard_damaged_rows, write_shard
+from songvec_assets.cache.upkeep import compact_if_worth_it, discard_damaged_rows, rows_to_keep, write_shard
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import hash_text
@@ -629,7 +629,7 @@ def test_a_shard_says_what_it_holds(path):
 
 def test_a_shard_written_from_another_holds_the_rows_chosen_of_it(tmp_path):
     source, states = write_log(tmp_path / "1.arrow", MANY)
-    chosen = source.live_rows().filter(pl.col("song_id").is_between(3, 7))
+    chosen = rows_to_keep(source).filter(pl.col("song_id").is_between(3, 7))
     write_shard(tmp_path / "2.arrow", IDENTITY, source, chosen)
     expected = {song_id: row for song_id, row in states[-1][1].items() if 3 <= song_id <= 7}
     assert content_of(open_shard(tmp_path / "2.arrow")) == expected
