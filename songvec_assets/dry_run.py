@@ -57,7 +57,7 @@ class RunPlan:
 
     def _describe_deletions(self) -> str:
         if not self.absence.n_missing:
-            return f"delete: no song; all {self.absence.n_known:,} that are loaded or cached are in the source"
+            return f"delete: no song; {self.absence.n_known:,} are loaded or cached, and all of them are in the source"
         stops = (
             ". That is so many that a run would stop before it changes anything, unless it is given --confirm-deletions"
             if self.absence.is_bulk else "; their rows would leave the table"

@@ -19,7 +19,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.songs import export as export_module
 from songvec_assets.songs.export import IncompleteExportError
 from songvec_assets.songs.ranges import Tiling
-from songvec_assets_tests.administration import execute
+from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.provider import Provider
 
@@ -338,25 +338,29 @@ class TestRanges:
             begin().export()
         assert read_files(tmp_path) == files
 
+    def test_an_append_without_snapshots_stops_too(
+        self, begin: Callable[..., Deployment], database: Database, tmp_path: Path
+    ) -> None:
+        """It exports every range as if it were new."""
+        for path in (tmp_path / "songs").iterdir():
+            path.unlink()
+        change(database, "DELETE FROM songs WHERE id BETWEEN 101 AND 145")
+        with pytest.raises(IncompleteExportError, match="45 of 300"):
+            begin().export("append")
+        begin().export("append", confirm_deletions=True)
+
     @pytest.mark.usefixtures("begin")
     def test_row_security_that_hides_songs_is_named(
         self, database: Database, provider: Provider, tmp_path: Path
     ) -> None:
-        user = "reader_of_" + (sa.make_url(database.url).database or "")
-        change(
-            database,
-            f"""
-            CREATE ROLE "{user}" LOGIN; GRANT ALL ON SCHEMA public, songvec TO "{user}";
-            GRANT ALL ON ALL TABLES IN SCHEMA public TO "{user}"; GRANT ALL ON ALL TABLES IN SCHEMA songvec TO "{user}";
-            ALTER TABLE songs ENABLE ROW LEVEL SECURITY; CREATE POLICY few ON songs USING (id <= 200)
-            """,
-        )
-        url = sa.make_url(database.url).set(username=user).render_as_string(hide_password=False)
-        try:
-            with pytest.raises(BulkDeletionError, match=r"100 of 300 songs.*row security"):
-                deploy(Database(url), provider, tmp_path).export()
-        finally:
-            change(database, f'DROP OWNED BY "{user}"; DROP ROLE "{user}"')
+        change(database, "ALTER TABLE songs ENABLE ROW LEVEL SECURITY; CREATE POLICY few ON songs USING (id <= 200)")
+        with as_role(database) as seen:
+            role = sa.make_url(seen.url).username
+            for schema in ("public", "songvec"):
+                change(database, f"GRANT ALL ON SCHEMA {schema} TO {role}")
+                change(database, f"GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO {role}")
+            with pytest.raises(BulkDeletionError, match=r"100 of 300 songs.*Row security is active"):
+                deploy(seen, provider, tmp_path).export()
 
 
 class TestOneRange:

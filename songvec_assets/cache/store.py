@@ -2,6 +2,7 @@
 
 store.json                                 identity, range width, stop of the tiling
 songs/<key>.parquet                        snapshots
+songs/full_compare.json                    when an export last read all songs, where they have an updated_at column
 embeddings/<model>-<dimensions>/<key>.arrow    shards
 """
 

@@ -179,12 +179,14 @@ class AbsenceGuard:
         absence = find_absence(database, source, folder, counts, self.known, self.limits, check_stop)
         self._absence = absence
         if absence.is_bulk:
-            hidden = "row security hides rows of it from this user; or " if has_row_security(database, source) else ""
+            hidden = (
+                "Row security is active for this user and may hide them. " if has_row_security(database, source) else ""
+            )
             raise BulkDeletionError(
-                f"{absence.describe()} are no longer in {source.table}: nothing was changed. Was the table truncated, "
-                f"is it being loaded or half restored, does it belong to another database ({hidden}POSTGRES_URL, "
-                "SONGVEC_SONGS_TABLE)? Cure that; or where they are meant to be deleted, confirm it for one run: "
-                "`--confirm-deletions`, or `confirm_deletions` in the run config"
+                f"{absence.describe()} are no longer in {source.table}: nothing was changed. {hidden}Check whether the "
+                "table was truncated, is filtered by a view or a policy, is still being loaded or restored, or is the "
+                "wrong one (POSTGRES_URL, SONGVEC_SONGS_TABLE). If the songs are meant to be deleted, confirm it for "
+                "one run with `--confirm-deletions`, or `confirm_deletions` in the run config"
             )
 
     def check_range(self, song_range: SongIdRange, embeddable: pl.Series) -> None:
@@ -212,7 +214,8 @@ class AbsenceGuard:
             )
         if n_missing and (absence.is_bulk_of(song_range) or absence.is_bulk_of_all):
             raise BulkDeletionError(
-                f"{absence.describe()} no longer have a name or artist, or vanished while they were read. Look for a "
-                "column that was emptied, or a table that is being loaded. Cure that; or where it is meant to be so, "
-                "confirm it for one run: `--confirm-deletions`, or `confirm_deletions` in the run config"
+                f"{absence.describe()} no longer have a name or artist, or vanished while they were read: "
+                f"{song_range.key} was not exported. Check for a column that was emptied, or a table that is still "
+                "being loaded. If this is intended, confirm it for one run with `--confirm-deletions`, or "
+                "`confirm_deletions` in the run config"
             )
