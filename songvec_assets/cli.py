@@ -45,6 +45,9 @@ Anew = Annotated[bool, typer.Option("--anew", help="Embed, and pay for, all song
 RetryRejected = Annotated[
     bool, typer.Option("--retry-rejected", help="Send songs again that the provider rejected before.")
 ]
+ConfirmDeletions = Annotated[
+    bool, typer.Option("--confirm-deletions", help="Songs missing in bulk are meant to be deleted: do not stop.")
+]
 
 
 @app.callback()
@@ -87,13 +90,15 @@ def run(
     append: Append = False,
     anew: Anew = False,
     retry_rejected: RetryRejected = False,
+    confirm_deletions: ConfirmDeletions = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a run would do and cost; do nothing.")] = False,
 ) -> None:
     """Run the whole graph: export, embed, load, index. Does what changed, and nothing else."""
     if dry_run:
         _print_plan(ranges, anew)
         return
-    _embed("refresh", ranges, max_usd, append, embed_anew=anew, retry_rejected=retry_rejected)
+    choices = {"embed_anew": anew, "retry_rejected": retry_rejected, "confirm_deletions": confirm_deletions}
+    _embed("refresh", ranges, max_usd, append, **choices)
 
 
 @app.command()
@@ -103,9 +108,11 @@ def embed(
     append: Append = False,
     anew: Anew = False,
     retry_rejected: RetryRejected = False,
+    confirm_deletions: ConfirmDeletions = False,
 ) -> None:
     """Export and embed: pays for what is missing; the table stays as it is."""
-    _embed("embed", ranges, max_usd, append, embed_anew=anew, retry_rejected=retry_rejected)
+    choices = {"embed_anew": anew, "retry_rejected": retry_rejected, "confirm_deletions": confirm_deletions}
+    _embed("embed", ranges, max_usd, append, **choices)
 
 
 @app.command()
@@ -133,6 +140,7 @@ def verify() -> None:
 @app.command()
 def estimate(
     refresh: Annotated[bool, typer.Option(help="Bring the snapshots up to date first; costs time, no money.")] = True,
+    confirm_deletions: ConfirmDeletions = False,
 ) -> None:
     """Say what a run would cost: songs, tokens, dollars, hours. Spends nothing."""
     from songvec_assets.defs.tables import estimate_table
@@ -141,7 +149,7 @@ def estimate(
 
     def measure(show: Callable[[Progress], None]) -> "Estimate":
         if refresh:
-            deployment.export(progress=show)
+            deployment.export(progress=show, confirm_deletions=confirm_deletions)
         return deployment.estimate()
 
     with _showing_progress() as show, _interruptible():
@@ -185,6 +193,7 @@ def swap(
     dimensions: Annotated[int | None, typer.Option(help="Values a vector; default: those of the settings.")] = None,
     vector_type: Annotated[str | None, typer.Option(help="vector or halfvec; default: that of the settings.")] = None,
     max_usd: Annotated[float | None, typer.Option(min=0, help="Budget in dollars; stops before exceeding it.")] = None,
+    confirm_deletions: ConfirmDeletions = False,
     rollback: Annotated[bool, typer.Option("--rollback", help="Let the table before serve again.")] = False,
     drop_old: Annotated[bool, typer.Option("--drop-old", help="Drop what earlier swaps kept.")] = False,
 ) -> None:
@@ -201,6 +210,7 @@ def swap(
     }
     resources = {name: {key: value for key, value in each.items() if value is not None} for name, each in given.items()}
     deployment = _deploy(**resources["postgres"], **resources["fireworks"], **resources["run"])
+    resources["run"]["confirm_deletions"] = confirm_deletions
     if loaded_spec(deployment.database) == deployment.table_spec:
         _fail(f"searches find {deployment.table_spec} already: name another --model, --dimensions or --vector-type")
     _run_job("swap", deployment, _span(deployment, ""), **resources)

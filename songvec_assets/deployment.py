@@ -27,18 +27,21 @@ from songvec_assets.postgres.schema import ensure_schema, hold_lock, read_fact, 
 from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import ReportProgress, StopSignal, ignore_progress
 from songvec_assets.settings import OFFLINE_MODEL, Settings
+from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits, find_absence
 from songvec_assets.songs.export import ExportMode, ExportReport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import snapshot_digest, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import SongsSource, SourceNames, count_ranges, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.known import CachedOrLoaded
 from songvec_assets.vectors.neighbours import LoadedRows
 from songvec_assets.vectors.preview import Preview, preview_table
 from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec, loaded_spec
 
 SPENDING = "spending of the last run"
+DAY_S = 86_400.0
 
 
 @dataclass
@@ -131,7 +134,25 @@ class Deployment:
         with self.database.get_connection() as connection:
             return read_month_spending(connection)
 
-    def export(self, mode: ExportMode = "all", progress: ReportProgress = ignore_progress) -> ExportReport:
+    @property
+    def known_songs(self) -> CachedOrLoaded:
+        """The songs that were paid for or are served."""
+        return CachedOrLoaded(self.database, self.cache, self.tiling)
+
+    @property
+    def absence_limits(self) -> AbsenceLimits:
+        """How many of them may be missing in the source."""
+        return AbsenceLimits(self.settings.max_missing_share, self.settings.max_missing_range_share)
+
+    def find_absence(self) -> Absence:
+        """The songs that an export would take for deleted; see the function of that name. Changes nothing."""
+        counts = count_ranges(self.database, self.source, self.tiling)
+        given = self.database, self.source, self.store.songs, counts, self.known_songs, self.absence_limits
+        return find_absence(*given, self.stop.check)
+
+    def export(
+        self, mode: ExportMode = "all", progress: ReportProgress = ignore_progress, confirm_deletions: bool = False
+    ) -> ExportReport:
         """Bring the snapshots to the state of the source; see `cache_songs_to_parquet`."""
         return cache_songs_to_parquet(
             self.database,
@@ -142,6 +163,8 @@ class Deployment:
             also=self.cache.ranges(),
             progress=progress,
             stop=self.stop,
+            guard=AbsenceGuard(self.known_songs, self.absence_limits, confirm_deletions),
+            full_compare_hours=self.settings.full_compare_hours,
         )
 
     def estimate(self, ranges: Collection[SongIdRange] | None = None, anew: bool = False) -> Estimate:
@@ -269,6 +292,7 @@ class Deployment:
             tiling=self.tiling,
             before_payment=lambda: check_publishable(self.database, self.table_spec, each.swap),
             keep_spending=self._keep_spending,
+            retention_s=each.retention_days * DAY_S,
             anew=anew,
             retry_rejected=retry_rejected,
             stop=self.stop,

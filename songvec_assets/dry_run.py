@@ -8,6 +8,7 @@ from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import StoreError
 from songvec_assets.progress import describe_seconds
+from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.source import SourceState, measure_source
 from songvec_assets.vectors.backlog import Backlog, compare_with_cache
@@ -20,6 +21,7 @@ class RunPlan:
 
     Attributes:
         source: the table of songs as it is.
+        absence: songs that are cached or loaded and no longer in that table.
         estimate: of what would be sent, over the ranges asked for.
         backlog: what the table lacks against the cache as it is; None where nothing is cached yet.
         index: as it is, or None.
@@ -28,6 +30,7 @@ class RunPlan:
     """
 
     source: SourceState
+    absence: Absence
     estimate: Estimate
     backlog: Backlog | None
     index: IndexFacts | None
@@ -44,6 +47,7 @@ class RunPlan:
         return [
             f"export: {self.source.describe()}; the snapshots hold {each.n_songs:,} songs of the ranges asked for. "
             "Songs that changed since the last export are not in this plan: `songvec estimate` exports first",
+            self._describe_deletions(),
             f"embed: {each.n_texts:,} texts, about {each.n_tokens:,} tokens, about ${each.usd:,.4f}, "
             f"{describe_seconds(each.hours * 3600)} at the full quota; {', '.join(limits)}",
             "load: nothing is cached yet" if backlog is None else
@@ -51,6 +55,15 @@ class RunPlan:
             "index: there is none yet" if index is None else
             f"index: {index.lists:,} lists over {index.n_rows:,} rows; {index.n_changed:,} rows changed since",
         ]  # fmt: skip
+
+    def _describe_deletions(self) -> str:
+        if not self.absence.n_missing:
+            return f"delete: no song; {self.absence.n_known:,} are loaded or cached, and all of them are in the source"
+        stops = (
+            ". That is so many that a run would stop before it changes anything, unless it is given --confirm-deletions"
+            if self.absence.is_bulk else "; their rows would leave the table"
+        )  # fmt: skip
+        return f"delete: {self.absence.describe()} are no longer in the source{stops}"
 
 
 def plan_run(deployment: Deployment, ranges: Sequence[SongIdRange], anew: bool = False) -> RunPlan:
@@ -67,6 +80,7 @@ def plan_run(deployment: Deployment, ranges: Sequence[SongIdRange], anew: bool =
         backlog = None
     return RunPlan(
         measure_source(deployment.database, deployment.source),
+        deployment.find_absence(),
         deployment.estimate(set(ranges), anew),
         backlog,
         find_index(deployment.database),

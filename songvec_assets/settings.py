@@ -167,6 +167,23 @@ class Settings:
         "SONGVEC_UPDATED_AT_COLUMN", _text,
         "Date or timestamp column that says when a song changed: exports then read only newer rows",
     )  # fmt: skip
+    full_compare_hours: float = _setting(
+        "SONGVEC_FULL_COMPARE_HOURS", _number(0),
+        "Hours after which an export reads all songs, whatever `SONGVEC_UPDATED_AT_COLUMN` says; 0: every time",
+        default=24.0,
+    )  # fmt: skip
+    max_missing_share: float = _setting(
+        "SONGVEC_MAX_MISSING_SHARE", _share,
+        "Share of all cached or loaded songs that may be missing in the source, before a run stops (from 20 songs on)",
+        default=0.1,
+    )  # fmt: skip
+    max_missing_range_share: float = _setting(
+        "SONGVEC_MAX_MISSING_RANGE_SHARE", _share, "The same of one range (from 100 songs on)", default=0.5
+    )
+    retention_days: float = _setting(
+        "SONGVEC_RETENTION_DAYS", _number(0),
+        "Days for which the cache keeps at least the vectors of songs that were deleted; 0: none", default=30.0,
+    )  # fmt: skip
     text_template: str = _setting(
         "SONGVEC_TEXT_TEMPLATE", lambda value: value.replace("\\n", "\n"),
         "What is embedded, of `{name}`, `{artist}`, `{lyrics}`; `\\n` is a line end; a change embeds anew",

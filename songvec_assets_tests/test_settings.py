@@ -43,6 +43,10 @@ GOOD = {
     "SONGVEC_ARTIST_COLUMN": ("artist_column", "artist", {"band": "band"}),
     "SONGVEC_LYRICS_COLUMN": ("lyrics_column", "lyrics", {"words": "words"}),
     "SONGVEC_UPDATED_AT_COLUMN": ("updated_at_column", None, {"changed": "changed"}),
+    "SONGVEC_FULL_COMPARE_HOURS": ("full_compare_hours", 24.0, {"0": 0.0, "168": 168.0}),
+    "SONGVEC_MAX_MISSING_SHARE": ("max_missing_share", 0.1, {"1": 1.0, "0.02": 0.02}),
+    "SONGVEC_MAX_MISSING_RANGE_SHARE": ("max_missing_range_share", 0.5, {"1": 1.0, "0.2": 0.2}),
+    "SONGVEC_RETENTION_DAYS": ("retention_days", 30.0, {"0": 0.0, "365": 365.0}),
     "SONGVEC_TEXT_TEMPLATE": ("text_template", "{name} by {artist}\n{lyrics}", {r"a\n{name}": "a\n{name}"}),
     "SONGVEC_MAX_TEXT_CHARS": ("max_text_chars", 24_000, {"1": 1, "1000000": 1_000_000}),
     "SONGVEC_VECTOR_TYPE": ("vector_type", "vector", {"vector": "vector", "halfvec": "halfvec"}),
@@ -80,7 +84,16 @@ BAD = (
         for value in NOT_A_NUMBER
     ]
     + [("SONGVEC_VECTOR_TYPE", value) for value in ("bit", "Vector", "vector(3)")]
-    + [("SONGVEC_TARGET_RECALL", value) for value in ("0", "1.01", "95", "nan", "most")]
+    + [
+        (variable, value)
+        for variable in ("SONGVEC_TARGET_RECALL", "SONGVEC_MAX_MISSING_SHARE", "SONGVEC_MAX_MISSING_RANGE_SHARE")
+        for value in ("0", "1.01", "95", "nan", "most")
+    ]
+    + [
+        (variable, value)
+        for variable in ("SONGVEC_FULL_COMPARE_HOURS", "SONGVEC_RETENTION_DAYS")
+        for value in NOT_A_NUMBER
+    ]
     + [("SONGVEC_SWAP", value) for value in ("1", "perhaps")]
     + [("SONGVEC_EMBEDDING_DIMENSIONS", value) for value in ("1", "2001")]
     + [("FIREWORKS_BASE_URL", value) for value in ("ftp://x/v1", "localhost:8000", "api.fireworks.ai/inference/v1")]

@@ -109,6 +109,7 @@ class Filler:
         tiling: how song_ids are cut.
         before_payment: called before a range's first request; raises to refuse.
         keep_spending: told at the end what was sent.
+        retention_s: for how long the cache keeps the vectors of deleted songs.
         anew: who asks that songs which have their vectors are embedded, and paid for, again; None: nobody. Whoever asks
             twice is served once, and an ask that was not ended goes on.
         retry_rejected: whether songs that this server rejected before are sent again.
@@ -133,6 +134,7 @@ class Filler:
     before_payment: Callable[[], None]
     keep_spending: Callable[["Spending"], None]
     stop: StopSignal
+    retention_s: float = 0.0
     anew: str | None = None
     retry_rejected: bool = False
     progress: ReportProgress = ignore_progress
@@ -288,7 +290,7 @@ class Filler:
             asked = Anew(served=(*asked.served, str(self.anew)))
             await asyncio.to_thread(write_anew, self.cache, report.range, asked)
         if asked.asked_by is None:
-            await asyncio.to_thread(compact_if_worth_it, shard)
+            await asyncio.to_thread(compact_if_worth_it, shard, self.retention_s)
         path = self.cache.path_of(report.range)
         n_bytes = path.stat().st_size if path.exists() else 0
         counts = report.n_songs, report.n_set_aside, report.n_truncated

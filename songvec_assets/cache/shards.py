@@ -1,14 +1,15 @@
 """One Arrow IPC file a range and model: every vector that was paid for, appended and synced before it counts.
 
 A shard is an append-only log of rows (song_id, text_hash, checksum, reason, embedding); a song's last row is the one
-that holds. A row has an embedding, or a reason (the song is set aside), or neither (the song is gone). Whole record
-batches survive a crash at any byte: what follows the last whole one was never acknowledged, and is cut off by the next
-writer. A checksum over each row finds what a disk changed.
+that holds. A row has an embedding, or a reason (the song is set aside), or neither (a tombstone: the song was deleted,
+at the time in its text_hash). Whole record batches survive a crash at any byte: what follows the last whole one was
+never acknowledged, and is cut off by the next writer. A checksum over each row finds what a disk changed.
 
 Embeddings are float32, (n, dimensions). `format` has the bytes, `upkeep` compacts.
 """
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,10 @@ from songvec_assets.songs.text import TEXT_HASH_BYTES
 
 DAMAGED = b"\xff" * TEXT_HASH_BYTES
 """Stands for the text_hash of a song whose row was found damaged: it is missing, not gone."""
+_GONE_PREFIX = bytes(TEXT_HASH_BYTES - 8)
+"""Stands in the text_hash of a song that was deleted, before the time (seconds since 1970, uint64, little endian)."""
 _GONE = bytes(TEXT_HASH_BYTES)
+"""The same as it was written before times were: the time is the file's."""
 PIECE_ROWS = 2048
 """Rows read or written at a time where a shard is gone through."""
 
@@ -163,6 +167,32 @@ class Shard:
         is_last = pl.col("song_id").ne_missing(pl.col("song_id").shift(-1))
         return rows.filter(is_last, pl.col("has_vector") | pl.col("reason").is_not_null()).drop("has_vector")
 
+    def retained_rows(self, since_s: float) -> pl.DataFrame:
+        """Of songs that were deleted at this time or later, the last row with a vector, then all their tombstones.
+
+        A tombstone without a time gets the file's: a compaction would renew that.
+
+        Args:
+            since_s: seconds since 1970.
+
+        Returns:
+            The columns of `all_rows`; empty where no song that had a vector was deleted.
+        """
+        rows = self.all_rows()
+        last = rows.unique("song_id", keep="last").filter(~pl.col("has_vector"), pl.col("reason").is_null())
+        deleted = last.filter(pl.col("text_hash") == _GONE)
+        if deleted.height:
+            dated = deleted.with_columns(text_hash=pl.lit(_tombstone(self.path.stat().st_mtime)))
+            last = pl.concat([last.filter(pl.col("text_hash") != _GONE), dated])
+        deleted_at = [
+            int.from_bytes(each[len(_GONE_PREFIX) :], "little") if each.startswith(_GONE_PREFIX) else -1
+            for each in last["text_hash"]
+        ]
+        recent = last.filter(pl.Series(deleted_at, dtype=pl.Float64) >= since_s)
+        vectors = rows.filter("has_vector").join(recent, on="song_id", how="semi").unique("song_id", keep="last")
+        tombstones = recent.join(vectors, on="song_id", how="semi")
+        return pl.concat([vectors.sort("song_id"), tombstones.sort("song_id")])
+
     def find_sound(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Those of some rows with a vector that is good, and whose checksum fits. Reads their vectors."""
         sound = [pl.Series([], dtype=pl.Boolean)]
@@ -197,8 +227,8 @@ class Shard:
         self.append(song_ids, text_hashes, reason, None)
 
     def append_gone(self, song_ids: Sequence[int]) -> None:
-        """Append that songs are gone: their earlier rows no longer hold."""
-        self.append(song_ids, [_GONE] * len(song_ids), None, None)
+        """Append that songs were deleted just now: their earlier rows no longer hold."""
+        self.append(song_ids, [_tombstone(time.time())] * len(song_ids), None, None)
 
     def append_damaged(self, song_ids: Sequence[int]) -> None:
         """Append that songs' rows were found damaged: the next fill embeds those songs anew."""
@@ -338,6 +368,11 @@ def read_embeddings_from_file(shard: Shard, rows: pl.Series) -> Iterator[ShardRo
         stored = ShardRows(song_ids, text_hashes_of(batch), checksums, shard.matrix(batch))
         # whole batches are handed on as they are mapped; picking rows copies
         yield stored if len(here) == batch.num_rows else stored.take(here)
+
+
+def _tombstone(time_s: float) -> bytes:
+    """What stands in place of the text_hash of a song that was deleted at this time."""
+    return _GONE_PREFIX + int(time_s).to_bytes(8, "little")
 
 
 def read_identity(path: Path) -> ShardIdentity | None:

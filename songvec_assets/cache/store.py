@@ -2,6 +2,7 @@
 
 store.json                                 identity, range width, stop of the tiling
 songs/<key>.parquet                        snapshots
+songs/full_compare.json                    when an export last read all songs, where they have an updated_at column
 embeddings/<model>-<dimensions>/<key>.arrow    shards
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 import polars as pl
 
 from songvec_assets.cache.shards import ModelCache, Shard, read_identity
-from songvec_assets.cache.upkeep import write_shard
+from songvec_assets.cache.upkeep import rows_to_keep, write_shard
 from songvec_assets.errors import SettingsError, StoreError
 from songvec_assets.files import replace_atomically
 from songvec_assets.postgres.engine import Database
@@ -142,9 +143,9 @@ def _cut_tails(store: Store, tiling: Tiling) -> None:
             _remove_torn(path)
             continue
         shard = Shard(path, identity)
-        live, cache = shard.live_rows(), store.embeddings(identity.model, identity.dimensions)
+        kept, cache = rows_to_keep(shard), store.embeddings(identity.model, identity.dimensions)
         for song_range in (tile for tile in tiling if tile.start >= store.tiling.stop):
-            rows = live.filter(pl.col("song_id").is_between(song_range.start, song_range.stop - 1))
+            rows = kept.filter(pl.col("song_id").is_between(song_range.start, song_range.stop - 1))
             if rows.height:
                 write_shard(cache.path_of(song_range), replace(identity, range=song_range), shard, rows)
         for told in (cache.mark_of(identity.range), cache.anew_of(identity.range)):

@@ -67,7 +67,9 @@ def songs_parquet(context: dg.AssetExecutionContext, run: RunResource) -> dg.Mat
         return run_step(
             context,
             deployment,
-            lambda emit: reports.report_export(deployment.export(run.export_mode, emit), deployment, context.log),
+            lambda emit: reports.report_export(
+                deployment.export(run.export_mode, emit, run.confirm_deletions), deployment, context.log
+            ),
         )
 
 

@@ -34,6 +34,9 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     artist_column: str | None = _setting("SONGVEC_ARTIST_COLUMN")
     lyrics_column: str | None = _setting("SONGVEC_LYRICS_COLUMN")
     updated_at_column: str | None = _setting("SONGVEC_UPDATED_AT_COLUMN")
+    full_compare_hours: float | None = _setting("SONGVEC_FULL_COMPARE_HOURS")
+    max_missing_share: float | None = _setting("SONGVEC_MAX_MISSING_SHARE")
+    max_missing_range_share: float | None = _setting("SONGVEC_MAX_MISSING_RANGE_SHARE")
     vector_type: str | None = _setting("SONGVEC_VECTOR_TYPE")
     lists: int | None = _setting("SONGVEC_LISTS")
     index_memory_mb: int | None = _setting("SONGVEC_INDEX_MEMORY_MB")
@@ -70,6 +73,7 @@ class StorageResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     """The folder of snapshots and cached embeddings, and how songs become texts."""
 
     storage: str | None = _setting("SONGVEC_STORAGE")
+    retention_days: float | None = _setting("SONGVEC_RETENTION_DAYS")
     text_template: str | None = _setting("SONGVEC_TEXT_TEMPLATE")
     max_text_chars: int | None = _setting("SONGVEC_MAX_TEXT_CHARS")
 
@@ -97,6 +101,10 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     export_mode: ExportMode = Field(
         default="all",
         description="all compares every range with Postgres; append reads only above the highest song_id seen.",
+    )
+    confirm_deletions: bool = Field(
+        default=False,
+        description="Songs that are missing in bulk in the source are meant to be deleted: do not stop for them.",
     )
     embed_anew: bool = Field(
         default=False,

@@ -4,6 +4,8 @@ What a snapshot file is, `snapshots.py` says. Memory is bounded by the ranges be
 """
 
 import contextlib
+import json
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,8 +19,10 @@ import polars as pl
 import pyarrow as pa
 
 from songvec_assets.errors import DatabaseError, SongvecError, SourceError
+from songvec_assets.files import replace_atomically
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
+from songvec_assets.songs.absence import AbsenceGuard
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.readers import Reader, Readers, is_server_gone
 from songvec_assets.songs.snapshots import (
@@ -36,13 +40,16 @@ from songvec_assets.songs.snapshots import (
     snapshot_ranges,
     write_snapshot,
 )
-from songvec_assets.songs.source import RangeCount, SongsSource, count_ranges, count_unreachable_ids
+from songvec_assets.songs.source import IdSums, RangeCount, SongsSource, count_ranges, count_unreachable_ids
 
 ExportMode = Literal["all", "append"]
 
 N_READERS = 2
 """Connections that read side by side: one leaves the server idle while it writes, three take more than 450 MB."""
 
+FULL_COMPARE_HOURS = 24.0
+
+_FULL_COMPARE = "full_compare.json"
 _BATCH_BYTES = 4 << 20
 _MAX_GONE = 3
 _MAX_NAMED = 5
@@ -148,6 +155,8 @@ def cache_songs_to_parquet(
     progress: ReportProgress = ignore_progress,
     stop: StopSignal | None = None,
     n_readers: int = N_READERS,
+    guard: AbsenceGuard | None = None,
+    full_compare_hours: float = FULL_COMPARE_HOURS,
 ) -> ExportReport:
     """Bring the snapshots to the state of the source table.
 
@@ -162,32 +171,42 @@ def cache_songs_to_parquet(
         progress: told the songs exported so far.
         stop: ends the export; ranges that are done stay.
         n_readers: ranges read side by side.
+        guard: refuses songs that are missing in bulk; None: whatever is missing is deleted.
+        full_compare_hours: after this time an export of `all` reads every range in full, whatever its updated_at
+            column says; 0: each one does.
 
     Raises:
+        BulkDeletionError: too many songs are missing; nothing was touched.
         IncompleteExportError: some ranges could not be read; all others are done. Only where three in a row found no
             server are the rest not tried.
         DatabaseError: the songs could not be counted.
         SettingsError: the open tail holds more songs than a range may.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    remove_foreign_cuts(folder, tiling)
+    started = time.time()
     counts = count_ranges(database, source, tiling)
     tiling.check_tail(tiling.tail, counts[tiling.tail].n_songs if tiling.tail in counts else 0)
+    check_stop = stop.check if stop else lambda: None
+    # an append deletes no song that has a snapshot
+    if guard and mode == "all":
+        guard.check(database, source, folder, counts, check_stop)
+    remove_foreign_cuts(folder, tiling)
     report, known = ExportReport(), set(snapshot_ranges(folder))
+    is_full = mode == "all" and _owes_full_compare(folder, source, full_compare_hours)
     if mode == "append":
-        export = _Export(source, folder, counts, above=get_max_cached_song_id(folder))
+        export = _Export(source, folder, counts, guard, above=get_max_cached_song_id(folder))
         # first and alone: were a later range written and this one not, the next append would begin above its songs
         first = [each for each in sorted(counts) if export.holds_highest(each)]
         others = [each for each in sorted(counts) if export.is_above(each) or each not in known]
     else:
         report.unreachable.update(count_unreachable_ids(database, source))
-        export = _Export(source, folder, counts, frozenset(also))
+        export = _Export(source, folder, counts, guard, frozenset(also), reads_in_full=is_full)
         first, others = [], sorted({*counts, *known, *export.kept})
     wanted = [*first, *others]
     total = sum(counts[each].n_songs for each in wanted if each in counts)
     with Readers(database, n_readers) as readers:
         for part in (first, others):
-            for exported in readers.map(export.export_range, part, check=stop.check if stop else lambda: None):
+            for exported in readers.map(export.export_range, part, check=check_stop):
                 report.add(exported)
                 note = f"not exported: {_name_some(each.range.key for each in report.failed)}" if report.failed else ""
                 progress(Progress("export songs", report.total("n_songs"), total, note=note))
@@ -199,7 +218,22 @@ def cache_songs_to_parquet(
         for each in wanted[len(report.ranges) :]:
             report.add(RangeExport(each, error=report.failed[-1].error))
         raise IncompleteExportError(report) from report.failed[0].error
+    if is_full and source.updated_at:
+        with replace_atomically(folder / _FULL_COMPARE) as file:
+            file.write(json.dumps({"source": source.identity, "at": started}).encode())
     return report
+
+
+def _owes_full_compare(folder: Path, source: SongsSource, hours: float) -> bool:
+    """Whether it is time to read every range in full: the newest times hide some changes, for no longer than this."""
+    if not source.updated_at:
+        return True
+    try:
+        last = json.loads((folder / _FULL_COMPARE).read_bytes())
+        age_s = time.time() - last["at"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return True
+    return last["source"] != source.identity or not 0 <= age_s < hours * 3600
 
 
 def read_songs_from_postgres(
@@ -235,8 +269,10 @@ class _Export:
     source: SongsSource
     folder: Path
     counts: dict[SongIdRange, RangeCount]
+    guard: AbsenceGuard | None
     kept: frozenset[SongIdRange] = frozenset()
     above: int | None = None
+    reads_in_full: bool = False
 
     def is_above(self, song_range: SongIdRange) -> bool:
         """Whether an append reads the range from its start."""
@@ -248,7 +284,7 @@ class _Export:
 
     def export_range(self, reader: Reader, song_range: SongIdRange) -> RangeExport:
         """Bring one range's snapshot to the state of its songs, or say why not."""
-        count = self.counts.get(song_range, RangeCount(0))
+        count = self.counts.get(song_range, RangeCount())
         if not count.n_songs and song_range not in self.kept:
             n_gone = count_songs(self.folder, song_range)
             snapshot_path(self.folder, song_range).unlink()
@@ -266,10 +302,10 @@ class _Export:
         with contextlib.suppress(pa.ArrowException, OSError):
             if before and self.holds_highest(song_range):
                 return merge_songs(path, self._select(reader, song_range, above=self.above)), before.newest
-            if before and self._knows_times(before):
+            if before and self._knows_times(before) and not self.reads_in_full:
                 songs = merge_songs(path, self._select(reader, song_range, updated_since=before.newest))
-                # else songs went, or a transaction came late: look at all of them
-                if songs.num_rows == count.n_songs:
+                # else songs went, or came with an old time: look at all of them
+                if IdSums.of(pl.Series(songs["song_id"])) == count.ids:
                     return songs, count.newest
         return self._select(reader, song_range), count.newest
 
@@ -291,6 +327,9 @@ class _Export:
         )  # fmt: skip
         if before and before.digest == footer.digest and (newest is None or self._knows_times(before)):
             return exported()
+        if self.guard and not (before and before.digest == footer.digest):
+            embeddable = pl.Series(songs["song_id"]).filter(pl.Series(songs["set_aside"]).is_null())
+            self.guard.check_range(song_range, embeddable)
         changes = compare_snapshot(path, songs)
         write_snapshot(path, songs, footer)
         return exported(*changes, written=True)

@@ -31,7 +31,8 @@ SNAPSHOT_SCHEMA = pa.schema(
         pa.field("set_aside", pa.string()),
     ]
 )
-_DIGEST, _SOURCE, _NEWEST = b"songvec.digest2", b"songvec.source", b"songvec.updated_at"
+# the newest time is under its second name: under the first one it may be in the future
+_DIGEST, _SOURCE, _NEWEST = b"songvec.digest2", b"songvec.source", b"songvec.updated_at2"
 _COMPARED_ROWS = 1024
 _comparing = threading.Lock()
 SIZE_CLASS_BYTES = 128
@@ -45,7 +46,7 @@ class Footer:
     Attributes:
         digest: their identity.
         source: the identity of the table and columns they came from.
-        newest: the latest updated_at of all rows, as text; None without such a column.
+        newest: the latest updated_at of all rows that was no future at the time, as text; None without such a column.
     """
 
     digest: str
@@ -139,6 +140,15 @@ def count_songs(folder: Path, song_range: SongIdRange) -> int:
         return int(pq.read_metadata(snapshot_path(folder, song_range)).num_rows)
     except (FileNotFoundError, pa.ArrowInvalid):
         return 0
+
+
+def read_snapshot_ids(folder: Path, song_range: SongIdRange) -> pl.Series | None:
+    """The song_ids of a snapshot, in order; None where there is none that can be read."""
+    path = snapshot_path(folder, song_range)
+    try:
+        return load_songs_from_parquet(path, ["song_id"])["song_id"] if path.exists() else None
+    except StoreError:  # the export replaces it
+        return None
 
 
 def digest_snapshots(folder: Path) -> str:

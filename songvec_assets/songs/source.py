@@ -2,8 +2,11 @@
 
 import json
 from collections import Counter
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
+from typing import NamedTuple
 
+import numpy as np
+import polars as pl
 import sqlalchemy as sa
 from psycopg2 import sql
 
@@ -11,11 +14,18 @@ from songvec_assets.errors import SourceError
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 
-OVERLAP = "1 hour"
-"""How long a transaction may be open and still be seen: its rows carry times before the newest one seen."""
+OVERLAP = "2 hours"
+"""How far an export looks back before the newest time seen. Covers writers whose clocks differ by up to an hour,
+together with transactions that are open for up to an hour: their rows are committed with times before that one."""
 
 _ID_TYPES = ("smallint", "integer", "bigint")
-_TIME_TYPES = ("date", "timestamp without time zone", "timestamp with time zone")
+_PRESENT = {
+    # without a time zone it is not known whether UTC or the server's own time was written: take the earlier one
+    "date": "least(current_date, (now() AT TIME ZONE 'UTC')::date)",
+    "timestamp without time zone": "least(localtimestamp, now() AT TIME ZONE 'UTC')",
+    "timestamp with time zone": "now()",
+}
+"""The types that an updated_at column may have, and the server's present time in each."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class SongsSource:
         """SELECT of the songs with lowest <= song_id < stop, ordered by song_id."""
         newer = ""
         if updated_since is not None:
-            # rows that were committed late carry a time before the newest one seen: look back an hour
+            # rows that were committed late carry a time before the newest one seen
             quoted = updated_since.replace("'", "''")
             since = f"CAST('{quoted}' AS {self.updated_at_type}) - INTERVAL '{OVERLAP}'"
             newer = f" AND ({self.updated_at} >= {since} OR {self.updated_at} IS NULL)"
@@ -76,17 +86,47 @@ class SongsSource:
         )
 
 
+_PRIME = 2**31 - 1
+
+
+class IdSums(NamedTuple):
+    """A set of song_ids in short: equal for the same ids, and hardly ever for others."""
+
+    n_rows: int = 0
+    sum_of_ids: int = 0
+    sum_of_squares: int = 0
+
+    @classmethod
+    def of(cls, song_ids: pl.Series) -> "IdSums":
+        """The sums of these ids, each there once."""
+        ids = song_ids.to_numpy().astype(np.int64)
+        return cls(len(ids), int(ids.sum()), int((ids * ids % _PRIME).sum()))
+
+    @staticmethod
+    def columns(song_id: str) -> str:
+        """The SQL expressions that compute the sums, of a quoted column."""
+        return (
+            f"count(*), sum({song_id}::bigint)::bigint, sum({song_id}::bigint * {song_id}::bigint % {_PRIME})::bigint"
+        )
+
+
 @dataclass(frozen=True)
 class RangeCount:
     """What the source holds in a range.
 
     Attributes:
-        n_songs: rows.
-        newest: the latest updated_at as text; None without such a column.
+        ids: of its rows.
+        newest: the latest updated_at that is not after the server's present time, as text; None without such a column,
+            or such a row.
     """
 
-    n_songs: int
+    ids: IdSums = field(default_factory=IdSums)
     newest: str | None = None
+
+    @property
+    def n_songs(self) -> int:
+        """Rows."""
+        return self.ids.n_rows
 
 
 def find_source(database: Database, names: SourceNames) -> SongsSource:
@@ -117,7 +157,7 @@ def find_source(database: Database, names: SourceNames) -> SongsSource:
                 "song_embeddings.song_id is INTEGER: name an integer column with SONGVEC_SONG_ID_COLUMN"
             )
         updated_at_type = columns[names.updated_at_column] if names.updated_at_column else None
-        if updated_at_type and updated_at_type not in _TIME_TYPES:
+        if updated_at_type and updated_at_type not in _PRESENT:
             raise SourceError(
                 f"SONGVEC_UPDATED_AT_COLUMN {names.updated_at_column!r} is {updated_at_type}; expected a date or "
                 "timestamp column"
@@ -141,13 +181,36 @@ def find_source(database: Database, names: SourceNames) -> SongsSource:
 
 def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dict[SongIdRange, RangeCount]:
     """Count the source's songs by range; ranges without songs are left out. Reads the id's index only, if it can."""
-    newest = f"max({source.updated_at})::text" if source.updated_at else "NULL"
+    newest = "NULL"
+    if source.updated_at:
+        present = _PRESENT[str(source.updated_at_type)]
+        newest = f"(max({source.updated_at}) FILTER (WHERE {source.updated_at} <= {present}))::text"
     with database.get_connection() as connection, raw_cursor(connection) as cursor:
         cursor.execute(
-            f"SELECT least({source.song_id}, {tiling.stop}) / {tiling.width} AS tile, count(*), {newest} "
+            f"SELECT least({source.song_id}, {tiling.stop}) / {tiling.width} AS tile, {newest}, "
+            f"{IdSums.columns(source.song_id)} "
             f"FROM {source.relation} WHERE {source.song_id} BETWEEN 0 AND {MAX_SONG_ID} GROUP BY tile"
         )
-        return {tiling.range_of(tile * tiling.width): RangeCount(*counts) for tile, *counts in cursor}
+        return {
+            tiling.range_of(tile * tiling.width): RangeCount(IdSums(*sums), newest) for tile, newest, *sums in cursor
+        }
+
+
+def read_song_ids(database: Database, source: SongsSource, song_range: SongIdRange) -> pl.Series:
+    """The ids of a range's songs, in no order."""
+    with database.get_connection() as connection, raw_cursor(connection) as cursor:
+        cursor.execute(
+            f"SELECT {source.song_id} FROM {source.relation} "
+            f"WHERE {source.song_id} >= {song_range.start} AND {source.song_id} < {song_range.stop}"
+        )
+        return pl.Series([song_id for (song_id,) in cursor], dtype=pl.Int32)
+
+
+def has_row_security(database: Database, source: SongsSource) -> bool:
+    """Whether row security hides rows of the source from this user."""
+    with database.get_connection() as connection, raw_cursor(connection) as cursor:
+        cursor.execute(f"SELECT row_security_active({sql.Literal(source.relation).as_string(cursor)}::regclass)")
+        return bool(cursor.fetchone()[0])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ loads them: 12 bytes a song beside 8,008.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -15,6 +14,7 @@ from sqlalchemy import text
 
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.source import IdSums
 from songvec_assets.vectors.table import TABLE, TableSpec, table_exists
 
 
@@ -68,22 +68,9 @@ def read_loaded_rows(connection: sa.Connection, song_range: SongIdRange, table: 
     return pl.DataFrame({"song_id": song_ids, "checksum": checksums})
 
 
-class TableRows(NamedTuple):
-    """Which rows a table has of a range, by its primary key: equal for the same song_ids, and hardly for others."""
-
-    n_rows: int = 0
-    sum_of_ids: int = 0
-    sum_of_squares: int = 0
-
-    @classmethod
-    def of(cls, song_ids: pl.Series) -> "TableRows":
-        """What a table that has just these rows says."""
-        ids = song_ids.to_numpy().astype(np.int64)
-        return cls(len(ids), int(ids.sum()), int((ids * ids % _PRIME).sum()))
-
-
-_PRIME = 2**31 - 1
-_ROWS = f"count(*), sum(song_id::bigint)::bigint, sum(song_id::bigint * song_id % {_PRIME})::bigint"
+TableRows = IdSums
+"""Which rows a table has of a range, by its primary key."""
+_ROWS = IdSums.columns("song_id")
 
 
 def read_table_rows(

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from songvec_assets.cache.shards import (
     read_identity,
     write_embeddings_to_file,
 )
-from songvec_assets.cache.upkeep import compact_if_worth_it, discard_damaged_rows, write_shard
+from songvec_assets.cache.upkeep import compact_if_worth_it, discard_damaged_rows, rows_to_keep, write_shard
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import hash_text
@@ -629,7 +630,62 @@ def test_a_shard_says_what_it_holds(path):
 
 def test_a_shard_written_from_another_holds_the_rows_chosen_of_it(tmp_path):
     source, states = write_log(tmp_path / "1.arrow", MANY)
-    chosen = source.live_rows().filter(pl.col("song_id").is_between(3, 7))
+    chosen = rows_to_keep(source).filter(pl.col("song_id").is_between(3, 7))
     write_shard(tmp_path / "2.arrow", IDENTITY, source, chosen)
     expected = {song_id: row for song_id, row in states[-1][1].items() if 3 <= song_id <= 7}
     assert content_of(open_shard(tmp_path / "2.arrow")) == expected
+
+
+def put_again(path, n_times):
+    """Song 9 gets a vector so many times: all of its rows but one are dead."""
+    shard = open_shard(path)
+    for seed in range(n_times):
+        Append("vectors", [9], 50 + seed).apply(shard, {})
+    return shard
+
+
+def test_vectors_of_deleted_songs_outlive_a_compaction_within_the_retention_time(path):
+    shard, _ = write_log(path, [Append("vectors", list(range(10)), 1), Append("vectors", [0], 2)])
+    narrow = ["song_id", "text_hash", "checksum"]
+    paid = shard.all_rows().slice(1, 10).filter(pl.col("song_id") != 9).select(narrow).sort("song_id")
+    shard.append_gone(range(5))
+    assert not compact_if_worth_it(shard, retention_s=60.0), "one row of 16 is dead"
+    assert compact_if_worth_it(put_again(path, 5), retention_s=60.0)
+    shard = open_shard(path)
+    assert shard.live_rows()["song_id"].to_list() == [5, 6, 7, 8, 9]
+    kept = shard.find_sound(shard.all_rows().filter("has_vector", pl.col("song_id") != 9))
+    assert kept.select(narrow).sort("song_id").equals(paid)
+    assert shard.told_song_ids().sort().to_list() == list(range(10))
+    assert not compact_if_worth_it(shard, retention_s=60.0)
+
+
+@pytest.mark.parametrize("has_time", [True, False])
+def test_after_the_retention_time_a_compaction_drops_them_whatever_was_written_since(path, monkeypatch, has_time):
+    shard, _ = write_log(path, [Append("vectors", list(range(10)), 1)])
+    now = time.time()
+    if has_time:
+        monkeypatch.setattr(time, "time", lambda: now - 100)
+        shard.append_gone(range(5))
+        monkeypatch.setattr(time, "time", lambda: now)
+        put_again(path, 5)
+    else:  # as tombstones were before they had a time: the file's counts
+        shard.append(range(5), [bytes(16)] * 5, None, None)
+        put_again(path, 5)
+        os.utime(path, (now - 100, now - 100))
+    assert compact_if_worth_it(open_shard(path), retention_s=200.0)
+    assert open_shard(path).all_rows().height == 15
+    put_again(path, 5)
+    assert compact_if_worth_it(open_shard(path), retention_s=50.0)
+    assert open_shard(path).all_rows()["song_id"].to_list() == [5, 6, 7, 8, 9]
+
+
+def test_a_song_that_came_back_has_one_row_and_a_song_deleted_twice_one_vector(path):
+    shard, _ = write_log(path, [Append("vectors", list(range(10)), 1)])
+    shard.append_gone(range(5))
+    Append("vectors", [0, 1], 9).apply(shard, {})
+    shard.append_gone([1])
+    assert compact_if_worth_it(put_again(path, 5), retention_s=60.0)
+    shard = open_shard(path)
+    assert shard.live_rows()["song_id"].to_list() == [0, *range(5, 10)]
+    assert sorted(shard.all_rows().filter("has_vector")["song_id"].to_list()) == list(range(10))
+    assert shard.all_rows().filter(~pl.col("has_vector"))["song_id"].to_list() == [1, 2, 3, 4]

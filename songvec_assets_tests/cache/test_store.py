@@ -154,6 +154,9 @@ def test_a_higher_stop_cuts_what_the_tail_held_into_the_new_ranges(root):
         "000001200-000001300",
         "000001300-max",
     ]
+    # what was deleted keeps its vector
+    shard, _ = load_embeddings_from_cache(cache, SongIdRange(1_000, 1_100))
+    assert shard.all_rows().filter("has_vector")["song_id"].to_list() == [1_000, 1_099]
     assert read(cache, SongIdRange(1_000, 1_100)) == embedded(1_000) | {1_050: (hash_text("1050"), "too long")}
     assert read(cache, SongIdRange(1_100, 1_200)) == embedded(1_100, 1_101)
     assert read(cache, SongIdRange(1_200, 1_300)) == embedded(1_299)

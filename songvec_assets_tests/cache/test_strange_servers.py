@@ -1,4 +1,4 @@
-"""Fills against servers with the oddities of real ones: what is kept, what is billed, what is rejected, what stops a run.
+"""Fills against servers with the oddities of real ones: what is kept, billed and rejected, and what stops a run.
 
 A scenario across embedding and cache. The oddities are named in `provider/faults.py`, with their sources.
 """
@@ -201,7 +201,7 @@ class TestAServerThatIsSick:
 @pytest.mark.usefixtures("hasty")
 class TestAServerThatIsSlow:
     def test_gets_fewer_requests_until_it_answers(self, songs: Songs, run: Run, provider: Provider) -> None:
-        """One lane, which computes on for clients that hung up: all at once would take eleven times their time limit."""
+        """One lane, which computes on for clients that hung up: all at once are eleven time limits."""
         song_ids = range(1, 81)
         songs(*plain_songs(song_ids))
         provider.control(lane_tokens_per_s=50.0)
@@ -240,7 +240,8 @@ class TestAServerThatIsSlow:
         threading.Event().wait(6)
         assert provider.ledger()["tokens_billed"] <= 150
         month = deployment.month_spending()
-        assert provider.ledger()["tokens_billed"] <= month.billed + month.reserved <= 150
+        # the probe's five bytes are estimated at one token in each of its two late tries, and billed two
+        assert provider.ledger()["tokens_billed"] - 2 <= month.billed + month.reserved <= 150
 
 
 class TestABudget:

@@ -98,7 +98,7 @@ class Endpoint:
         await asyncio.sleep(plan.latency_s(body, n_tokens))
         digests = [digest_of(text) for text in texts]
         without = [_names(text, faults.nan) for text in texts]
-        without = [faults.nan_spoils and any(without) or each for each in without]
+        without = [each or (faults.nan_spoils and any(without)) for each in without]
         items = _compute_items(digests, without, dimensions, request.encoding_format == "base64", plan)
         self.ledger.bill(texts, digests, n_tokens, faults.keep_texts)
         if faults.reset_when == "after" and plan.happens(faults.reset):

@@ -1,16 +1,20 @@
 """Snapshots equal the table, and only those are written whose songs changed."""
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import sqlalchemy as sa
 
 from songvec_assets.errors import SourceError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress
 from songvec_assets.songs import export as export_module
+from songvec_assets.songs import snapshots
 from songvec_assets.songs.export import ExportReport, IncompleteExportError, cache_songs_to_parquet
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.snapshots import (
@@ -46,10 +50,15 @@ SCRIPTS = [
 
 
 def run(
-    database: Database, folder: Path, names: SourceNames | None = None, mode: export_module.ExportMode = "all"
+    database: Database,
+    folder: Path,
+    names: SourceNames | None = None,
+    mode: export_module.ExportMode = "all",
+    **options: Any,
 ) -> ExportReport:
     """One export of the table."""
-    return cache_songs_to_parquet(database, find_source(database, names or SourceNames()), folder, TILING, mode)
+    source = find_source(database, names or SourceNames())
+    return cache_songs_to_parquet(database, source, folder, TILING, mode, **options)
 
 
 def change(database: Database, statement: str) -> None:
@@ -426,12 +435,14 @@ class TestUpdatedAt:
             "DELETE FROM songs WHERE id = 2; INSERT INTO songs VALUES (9, 'Song 9', 'Ann', NULL, '2026-01-02')",
             "DELETE FROM songs WHERE id IN (2, 3); INSERT INTO songs VALUES (9, 'Song 9', 'Ann', NULL, '2026-01-02')",
             "INSERT INTO songs VALUES (9, 'Song 9', 'Ann', NULL, '2020-01-01')",
+            "DELETE FROM songs WHERE id = 2; INSERT INTO songs VALUES (9, 'Song 9', 'Ann', NULL, '2020-01-01')",
+            "UPDATE songs SET at = '2020-01-01', id = CASE id WHEN 1 THEN 0 WHEN 5 THEN 6 ELSE id END",
             "UPDATE songs SET id = 9, at = '2026-01-02' WHERE id = 2",
             "UPDATE songs SET id = 109 WHERE id = 2",
             "DELETE FROM songs WHERE id < 100",
         ],
     )
-    def test_what_went_and_came_is_found_by_counts(self, dated: Database, tmp_path: Path, statement: str) -> None:
+    def test_what_went_and_came_is_found_by_its_ids(self, dated: Database, tmp_path: Path, statement: str) -> None:
         run(dated, tmp_path, DATED)
         change(dated, statement)
         run(dated, tmp_path, DATED)
@@ -466,3 +477,86 @@ class TestUpdatedAt:
         run(dated, tmp_path, DATED, mode="append")
         run(dated, tmp_path, DATED)
         assert names_of(tmp_path)[101] == "changed"
+
+    @pytest.mark.parametrize("kind", ["timestamp", "timestamptz", "date"])
+    def test_a_time_in_the_future_hides_nothing(self, dated: Database, tmp_path: Path, kind: str) -> None:
+        change(dated, f"UPDATE songs SET at = '2099-01-01' WHERE id = 1; ALTER TABLE songs ALTER COLUMN at TYPE {kind}")
+        run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET name = 'edited', at = now() WHERE id = 2")
+        change(dated, "UPDATE songs SET name = 'of the future' WHERE id = 1")
+        run(dated, tmp_path, DATED)
+        assert (names_of(tmp_path)[2], names_of(tmp_path)[1]) == ("edited", "of the future")
+        change(dated, "UPDATE songs SET name = 'unseen', at = '2026-01-01' WHERE id = 3")
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[3] == "Song 3", "all songs were read for the sake of one"
+
+    @pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "UTC", "Pacific/Pago_Pago"])
+    def test_it_hides_nothing_whatever_the_time_zone_of_the_server(
+        self, dated: Database, tmp_path: Path, zone: str
+    ) -> None:
+        """A time without a zone, five hours ahead of UTC; the server's own may be 14 hours ahead."""
+        change(dated, f"ALTER DATABASE {sa.make_url(dated.url).database} SET timezone = '{zone}'")
+        change(dated, "UPDATE songs SET at = now() AT TIME ZONE 'UTC' + INTERVAL '5 hours' WHERE id = 1")
+        run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET name = 'edited', at = now() AT TIME ZONE 'UTC' WHERE id = 2")
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[2] == "edited"
+
+    def test_a_clock_that_is_late_by_an_hour_and_a_transaction_of_an_hour_hide_nothing(
+        self, dated: Database, tmp_path: Path
+    ) -> None:
+        run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET name = 'late', at = '2026-01-01 10:01' WHERE id = 2")
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[2] == "late"
+
+    def test_a_newest_time_that_may_be_in_the_future_as_older_versions_wrote_it_is_not_believed(
+        self, dated: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as older:
+            older.setattr(snapshots, "_NEWEST", b"songvec.updated_at")
+            run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET name = 'hidden' WHERE id = 2")
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[2] == "hidden"
+
+    @pytest.mark.parametrize("at", ["at", "'2025-06-01'", "NULL"])
+    def test_what_the_times_hide_is_found_after_a_day(
+        self, dated: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+    ) -> None:
+        """A change without its time, and one by a clock that went back."""
+        change(dated, "UPDATE songs SET at = '2025-12-01' WHERE id = 2")
+        run(dated, tmp_path, DATED)
+        change(dated, f"UPDATE songs SET name = 'hidden', at = {at} WHERE id = 2")
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 23 * 3600)
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[2] == ("hidden" if at == "NULL" else "Song 2")
+        monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[2] == "hidden"
+        before = files_of(tmp_path)
+        run(dated, tmp_path, DATED)
+        assert files_of(tmp_path) == before
+
+    def test_a_full_compare_by_setting_reads_all_songs_every_time(self, dated: Database, tmp_path: Path) -> None:
+        for name in ("first", "second"):
+            change(dated, f"UPDATE songs SET name = '{name}' WHERE id = 2")
+            run(dated, tmp_path, DATED, full_compare_hours=0)
+            assert names_of(tmp_path)[2] == name
+
+    def test_a_full_compare_that_failed_in_one_range_is_owed_still(
+        self, dated: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run(dated, tmp_path, DATED)
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
+        change(
+            dated, "ALTER TABLE songs DROP CONSTRAINT songs_pkey; INSERT INTO songs SELECT * FROM songs WHERE id = 101"
+        )
+        names = SourceNames(song_id_column="id", updated_at_column="at")
+        with pytest.raises(IncompleteExportError):
+            run(dated, tmp_path, names)
+        change(dated, "DELETE FROM songs WHERE id = 101; UPDATE songs SET name = 'hidden' WHERE id = 2")
+        run(dated, tmp_path, names)
+        assert names_of(tmp_path)[2] == "hidden"

@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from songvec_assets.errors import DatabaseError, SourceError
@@ -10,7 +11,14 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
-from songvec_assets.songs.source import RangeCount, SourceNames, count_ranges, count_unreachable_ids, find_source
+from songvec_assets.songs.source import (
+    IdSums,
+    RangeCount,
+    SourceNames,
+    count_ranges,
+    count_unreachable_ids,
+    find_source,
+)
 from songvec_assets_tests.administration import as_role, execute
 
 TILING = Tiling(width=100, stop=1_000)
@@ -20,6 +28,11 @@ def run(database: Database, *statements: str) -> None:
     """Run statements as an administrator."""
     for statement in statements:
         execute(database.adbc_uri, statement)
+
+
+def ids(*song_ids: int) -> IdSums:
+    """What a range that holds these songs says of them."""
+    return IdSums.of(pl.Series(song_ids))
 
 
 def export(database: Database, names: SourceNames, folder: Path) -> list[tuple]:
@@ -224,10 +237,10 @@ class TestIds:
             f"INSERT INTO songs SELECT unnest(ARRAY[-1, 0, 99, 100, 999, 1000, 50000, {MAX_SONG_ID}, {2**31}])",
         )
         assert count_ranges(database, find_source(database, SourceNames()), TILING) == {
-            SongIdRange(0, 100): RangeCount(2),
-            SongIdRange(100, 200): RangeCount(1),
-            SongIdRange(900, 1000): RangeCount(1),
-            TILING.tail: RangeCount(3),
+            SongIdRange(0, 100): RangeCount(ids(0, 99)),
+            SongIdRange(100, 200): RangeCount(ids(100)),
+            SongIdRange(900, 1000): RangeCount(ids(999)),
+            TILING.tail: RangeCount(ids(1000, 50_000, MAX_SONG_ID)),
         }
 
     def test_ids_that_no_range_holds_are_counted_by_reason(self, database: Database) -> None:
@@ -260,8 +273,8 @@ class TestIds:
         )
         counts = count_ranges(database, find_source(database, SourceNames(updated_at_column="at")), TILING)
         assert counts == {
-            SongIdRange(0, 100): RangeCount(3, "2026-01-03 00:00:00"),
-            SongIdRange(100, 200): RangeCount(1, None),
+            SongIdRange(0, 100): RangeCount(ids(1, 2, 3), "2026-01-03 00:00:00"),
+            SongIdRange(100, 200): RangeCount(ids(100), None),
         }
 
 

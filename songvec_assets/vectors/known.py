@@ -1,0 +1,75 @@
+"""The songs that were paid for or are served: those with a vector in the cache, or a row in the serving table.
+
+What a deletion in the source is compared with. Reads ledgers, marks and narrow columns; no vector.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import polars as pl
+
+from songvec_assets.cache.marks import read_mark
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.errors import StoreError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.vectors.backlog import read_vectors
+from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
+
+
+@dataclass(frozen=True)
+class CachedOrLoaded:
+    """Songs of a model's cache and of the serving table: after a change of the model the cache alone is empty.
+
+    Attributes:
+        database, cache: where they are.
+        tiling: how song_ids are cut; the ledger may still have the tail of another stop.
+    """
+
+    database: Database
+    cache: ModelCache
+    tiling: Tiling
+
+    @cached_property
+    def _loaded(self) -> dict[SongIdRange, int]:
+        return {song_range: entry.n_songs for song_range, entry in read_ledger(self.database).items()}
+
+    def _is_cut(self, song_range: SongIdRange) -> bool:
+        return self.tiling.range_of(song_range.start) == song_range
+
+    def counts(self) -> dict[SongIdRange, int]:
+        """Songs by range; of a range where the cache and the table differ, the greater number."""
+        counts = {each: n_songs for each, n_songs in self._loaded.items() if self._is_cut(each)}
+        for other in self._loaded.keys() - counts.keys():
+            for song_id in self._read_loaded(other):
+                song_range = self.tiling.range_of(song_id)
+                counts[song_range] = counts.get(song_range, 0) + 1
+        for song_range in self.cache.ranges():
+            counts[song_range] = max(counts.get(song_range, 0), self._count_cached(song_range))
+        return {song_range: n_songs for song_range, n_songs in sorted(counts.items()) if n_songs}
+
+    def song_ids(self, song_range: SongIdRange) -> pl.Series:
+        """The songs of one range, each once."""
+        found = [self._read_cached(song_range)]
+        for each in self._loaded:
+            if each.start < song_range.stop and song_range.start < each.stop:
+                loaded = self._read_loaded(each)
+                found.append(loaded.filter(loaded.is_between(song_range.start, song_range.stop - 1)))
+        return pl.concat(found).unique()
+
+    def _count_cached(self, song_range: SongIdRange) -> int:
+        mark, path = read_mark(self.cache.mark_of(song_range)), self.cache.path_of(song_range)
+        if mark and path.exists() and path.stat().st_size == mark.n_bytes:
+            return mark.n_songs - mark.n_set_aside
+        return len(self._read_cached(song_range))
+
+    def _read_cached(self, song_range: SongIdRange) -> pl.Series:
+        try:
+            return read_vectors(self.cache, song_range)[1]["song_id"]
+        except StoreError:  # the fill or the load names what is wrong with the file
+            return pl.Series([], dtype=pl.Int32)
+
+    def _read_loaded(self, song_range: SongIdRange) -> pl.Series:
+        with self.database.get_connection() as connection:
+            rows = read_loaded_rows(connection, song_range)
+        return pl.Series([], dtype=pl.Int32) if rows is None else rows["song_id"]
