@@ -1,6 +1,8 @@
 """The table built beside held against the serving one: what it lacks, its recall, and how its neighbours differ."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -12,7 +14,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import StopSignal
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path
-from songvec_assets.vectors.ivfflat import read_probes, set_probes
+from songvec_assets.vectors.catalogue import search_lists
 from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
 from songvec_assets.vectors.recall import read_recall
 from songvec_assets.vectors.table import BESIDE, TABLE
@@ -66,7 +68,7 @@ def compare_tables(database: Database, cache: ModelCache, songs_folder: Path, st
         missing.extend(_find_missing(database, cache, songs_folder, song_range))
     with database.get_connection() as connection:
         sample = _sample_shared_songs(connection)
-        near = {table: _find_neighbours(connection, table, sample) for table in (TABLE, BESIDE)}
+        near = {table: find_neighbours(connection, table, sample) for table in (TABLE, BESIDE)}
         recalls = {table: read_recall(connection, table) for table in (TABLE, BESIDE)}
     told = {table: recall.describe() if recall else "recall not measured" for table, recall in recalls.items()}
     shared = [
@@ -112,10 +114,17 @@ def _sample_shared_songs(connection: sa.Connection) -> list[int]:
     return list(rows)
 
 
-def _find_neighbours(connection: sa.Connection, table: str, song_ids: list[int]) -> dict[int, set[int]]:
-    set_probes(connection, read_probes(connection, table))
+def find_neighbours(connection: sa.Connection, table: str, song_ids: list[int]) -> dict[int, set[int]]:
+    """The ten nearest others of some songs, as a table's searches find them."""
     statement = text(f"""
         SELECT song_id FROM {table} WHERE song_id <> :song_id
         ORDER BY embedding <=> (SELECT embedding FROM {table} WHERE song_id = :song_id) LIMIT {_NEIGHBOURS}
     """)
-    return {song_id: set(connection.scalars(statement, {"song_id": song_id})) for song_id in song_ids}
+
+    def search(song_id: int) -> Sequence[int]:
+        return connection.scalars(statement, {"song_id": song_id}).all()
+
+    return {
+        song_id: set(search_lists(connection, partial(search, song_id), _NEIGHBOURS, table=table))
+        for song_id in song_ids
+    }
