@@ -33,6 +33,7 @@ from songvec_assets.songs.snapshots import snapshot_digest, snapshot_path, snaps
 from songvec_assets.songs.source import SongsSource, SourceNames, count_ranges, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.ledger import find_loaded_ranges
 from songvec_assets.vectors.neighbours import LoadedRows
 from songvec_assets.vectors.preview import Preview, preview_table
 from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
@@ -139,7 +140,8 @@ class Deployment:
             self.store.songs,
             self.tiling,
             mode,
-            also=self.cache.ranges(),
+            # an empty snapshot says that a range's songs were deleted; none says nothing
+            also={*self.cache.ranges(), *find_loaded_ranges(self.database, self.tiling)},
             progress=progress,
             stop=self.stop,
         )
