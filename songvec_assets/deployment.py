@@ -4,6 +4,7 @@ The composition root below Dagster: the assets and the command line both start h
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -29,12 +30,13 @@ from songvec_assets.progress import ReportProgress, StopSignal, ignore_progress
 from songvec_assets.settings import OFFLINE_MODEL, Settings
 from songvec_assets.songs.export import ExportMode, ExportReport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.snapshots import snapshot_digest, snapshot_path, snapshot_ranges
+from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import SongsSource, SourceNames, count_ranges, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date
 from songvec_assets.vectors.ledger import find_loaded_ranges
 from songvec_assets.vectors.neighbours import LoadedRows
+from songvec_assets.vectors.preflight import check_target
 from songvec_assets.vectors.preview import Preview, preview_table
 from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec, loaded_spec
@@ -257,12 +259,22 @@ class Deployment:
             concurrency=each.concurrency,
             lock_range=self.lock_range,
             tiling=self.tiling,
-            before_payment=lambda: check_publishable(self.database, self.table_spec, each.swap),
+            before_payment=self._payment_check(),
             keep_spending=self._keep_spending,
             anew=anew,
             stop=self.stop,
             progress=progress,
         )
+
+    def _payment_check(self) -> Callable[[], None]:
+        """What is asked before each range's first request; what the server can give, before the first one only."""
+
+        @functools.cache
+        def check_once(target: str) -> None:
+            n_songs = sum(count_songs(self.store.songs, each) for each in snapshot_ranges(self.store.songs))
+            check_target(self.database, self.table_spec, self.index_settings, n_songs, target)
+
+        return lambda: check_once(check_publishable(self.database, self.table_spec, self.settings.swap))
 
     def publish(self, progress: ReportProgress = ignore_progress) -> PublishReport:
         """Make what searches find equal the cache; see `publish_embeddings`."""

@@ -20,6 +20,7 @@ from songvec_assets.vectors.comparison import Comparison, MissingSongs, compare_
 from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date, find_index
 from songvec_assets.vectors.ledger import LedgerEntry, read_ledger_within
 from songvec_assets.vectors.load import N_CONNECTIONS, RangeLoad, upload_cached_embeddings_to_database
+from songvec_assets.vectors.preflight import check_target
 from songvec_assets.vectors.swap import LOCK, check_attachments, find_attachments, put_in_place
 from songvec_assets.vectors.table import (
     BESIDE,
@@ -73,14 +74,19 @@ class PublishReport:
     n_foreign: int = 0
 
 
-def check_publishable(database: Database, spec: TableSpec, swap: bool) -> None:
-    """Refuse, before anything is paid for, what could not be loaded afterwards.
+def check_publishable(database: Database, spec: TableSpec, swap: bool) -> str:
+    """Refuse, before anything is paid for, what could not be loaded afterwards; see also `preflight`.
+
+    Returns:
+        The table that the rows are to go to: the serving one, or BESIDE for a swap.
 
     Raises:
         TableMismatchError: the serving table holds something else and may not be swapped, or something is in the way.
     """
-    if not _holds(database, spec, swap):
-        _check_swappable(database, spec)
+    if _holds(database, spec, swap):
+        return TABLE
+    _check_swappable(database, spec)
+    return BESIDE
 
 
 def publish_embeddings(
@@ -128,6 +134,8 @@ def publish_embeddings(
         if place.table == BESIDE:
             missing.check_cache()
             backlog = compare_with_cache(database, cache, tiling, stop, BESIDE)
+        if place.table == BESIDE or backlog.changed:
+            check_target(database, spec, index, backlog.n_rows, place.table)
         n_connections = 1 if find_index(database) else N_CONNECTIONS
         loads = upload_cached_embeddings_to_database(
             database, cache, spec, tiling, progress, stop, table=place.table, n_connections=n_connections,
