@@ -233,11 +233,13 @@ def _undo_swap(rollback: bool) -> None:
     def tell_waiting() -> None:
         err.print("Waiting for a load or swap to end.", style="yellow")
 
-    with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=deployment.stop.check):
+    check = deployment.stop.check
+    with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=check) as check_held:
         if rollback:
-            out.print(f"Searches now find {roll_back(deployment.database)}; set the settings back to it.", markup=False)
+            serving = roll_back(deployment.database, check, check_held)
+            out.print(f"Searches now find {serving}; set the settings back to it.", markup=False)
         else:
-            dropped = drop_others(deployment.database)
+            dropped = drop_others(deployment.database, check, check_held)
             out.print(f"Dropped: {', '.join(dropped) or 'nothing, there was no other table'}", markup=False)
 
 

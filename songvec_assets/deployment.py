@@ -4,6 +4,7 @@ The composition root below Dagster: the assets and the command line both start h
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -30,12 +31,14 @@ from songvec_assets.settings import OFFLINE_MODEL, Settings
 from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits, find_absence
 from songvec_assets.songs.export import ExportMode, ExportReport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.snapshots import snapshot_digest, snapshot_path, snapshot_ranges
+from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import SongsSource, SourceNames, count_ranges, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date
 from songvec_assets.vectors.known import CachedOrLoaded
+from songvec_assets.vectors.ledger import find_loaded_ranges
 from songvec_assets.vectors.neighbours import LoadedRows
+from songvec_assets.vectors.preflight import check_target
 from songvec_assets.vectors.preview import Preview, preview_table
 from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec, loaded_spec
@@ -160,7 +163,8 @@ class Deployment:
             self.store.songs,
             self.tiling,
             mode,
-            also=self.cache.ranges(),
+            # an empty snapshot says that a range's songs were deleted; none says nothing
+            also={*self.cache.ranges(), *find_loaded_ranges(self.database, self.tiling)},
             progress=progress,
             stop=self.stop,
             guard=AbsenceGuard(self.known_songs, self.absence_limits, confirm_deletions),
@@ -290,7 +294,7 @@ class Deployment:
             server=self.server,
             lock_range=self.lock_range,
             tiling=self.tiling,
-            before_payment=lambda: check_publishable(self.database, self.table_spec, each.swap),
+            before_payment=self._payment_check(),
             keep_spending=self._keep_spending,
             retention_s=each.retention_days * DAY_S,
             anew=anew,
@@ -298,6 +302,16 @@ class Deployment:
             stop=self.stop,
             progress=progress,
         )
+
+    def _payment_check(self) -> Callable[[], None]:
+        """What is asked before each range's first request; what the server can give, before the first one only."""
+
+        @functools.cache
+        def check_once(target: str) -> None:
+            n_songs = sum(count_songs(self.store.songs, each) for each in snapshot_ranges(self.store.songs))
+            check_target(self.database, self.table_spec, self.index_settings, n_songs, target)
+
+        return lambda: check_once(check_publishable(self.database, self.table_spec, self.settings.swap))
 
     def publish(self, progress: ReportProgress = ignore_progress) -> PublishReport:
         """Make what searches find equal the cache; see `publish_embeddings`."""

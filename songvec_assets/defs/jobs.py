@@ -67,8 +67,9 @@ def put_back_table_before(context: dg.OpExecutionContext, run: RunResource) -> N
         def tell_waiting() -> None:
             context.log.info("waiting for a load or swap to end")
 
-        with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=deployment.stop.check):
-            context.log.info(f"searches now find {roll_back(deployment.database)}")
+        check = deployment.stop.check
+        with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=check) as check_held:
+            context.log.info(f"searches now find {roll_back(deployment.database, check, check_held)}")
 
 
 @dg.job(name="rollback", description="Undo the last swap: the table before serves again.")

@@ -20,6 +20,7 @@ MIN_PGVECTOR = (0, 7, 0)
 """The first pgvector with the halfvec type (released 2024-04)."""
 
 _LOCK_POLL_S = 0.5
+_NO_SCHEMA = "3F000"
 
 _TABLES = """
     CREATE SCHEMA IF NOT EXISTS songvec;
@@ -105,12 +106,45 @@ def _ensure_extension(connection: sa.Connection) -> None:
         try:
             connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
         except sa.exc.ProgrammingError as error:
+            if getattr(error.orig, "pgcode", None) == _NO_SCHEMA:  # the words of error_border say more
+                raise
             raise DatabaseError(
                 "the extension `vector` is not in this database and this user may not create it: let a superuser run "
                 "CREATE EXTENSION vector; in this database once"
             ) from error
         installed = connection.scalar(text("SELECT extversion FROM pg_extension WHERE extname = 'vector'"))
     check_pgvector_version(str(installed))
+
+
+_EXTENSION = """
+    SELECT quote_ident(n.nspname) AS home, n.nspname = ANY (current_schemas(true)) AS is_searched,
+        has_schema_privilege(n.oid, 'USAGE') AS is_usable,
+        quote_ident(current_user) AS role, quote_ident(current_database()) AS database,
+        coalesce(nullif(current_setting('search_path'), ''), '""') AS path
+    FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'
+"""
+
+
+def check_search_path(connection: sa.Connection) -> None:
+    """Refuse a user whose search_path does not lead to the extension's types and operators.
+
+    Raises:
+        DatabaseError: has the statement that helps.
+    """
+    found = connection.execute(text(_EXTENSION)).one_or_none()
+    if found is None:
+        raise DatabaseError("the extension `vector` is not in this database any more: CREATE EXTENSION vector; in it")
+    alter = f"ALTER ROLE {found.role} IN DATABASE {found.database} SET search_path ="
+    if not found.is_usable:
+        raise DatabaseError(
+            f"the extension `vector` is in schema {found.home}, which this user may not use: let its owner run GRANT "
+            f"USAGE ON SCHEMA {found.home} TO {found.role}"
+        )
+    if not found.is_searched:
+        raise DatabaseError(
+            f"the extension `vector` is in schema {found.home}, which is not in this user's search_path "
+            f"({found.path}): run {alter} {found.path}, {found.home}; and let a pooler connect again"
+        )
 
 
 def check_pgvector_version(installed: str) -> None:

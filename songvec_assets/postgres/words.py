@@ -16,6 +16,7 @@ _ADVICE_BY_CODE = {
     "28000": "the server refuses this user from here: check POSTGRES_URL and pg_hba.conf",
     "3D000": "there is no such database: create it, or correct POSTGRES_URL",
     "42501": "this user lacks a right: let the owner grant it, or use another user in POSTGRES_URL",
+    "3F000": "the search_path of this user names no schema that is there: ALTER ROLE … SET search_path = public",
     "53300": "the server has no connection left: raise max_connections or stop other clients",
     "53100": f"the server's disk is full: free space, then {_GO_ON}; nothing is half-loaded",
     "53200": "the server ran out of memory: lower SONGVEC_INDEX_MEMORY_MB or SONGVEC_LISTS",
@@ -37,6 +38,11 @@ _ADVICE_BY_WORDS = (
     (r"crash of another server process", _ADVICE_BY_CODE["57P02"]),
     (r"is (starting up|shutting down|in recovery mode|not accepting|not yet accepting)", _ADVICE_BY_CODE["57P03"]),
     (r"due to \S+ timeout", f"a timeout that the server or the role sets ended it: raise that, then {_GO_ON}"),
+    (
+        r'type "(vector|halfvec)" does not exist|operator does not exist: \S+ <=> ',
+        "the extension `vector` is not in this database, or in a schema that this user's search_path lacks: "
+        "ALTER ROLE … SET search_path = …, its schema",
+    ),
     # PgBouncer's own, which have no code of theirs
     (r"query_wait_timeout", f"no session of the pooler became free: raise its default_pool_size, then {_GO_ON}"),
     (r"no more connections allowed", "the pooler takes no more clients: raise its max_client_conn, or stop others"),

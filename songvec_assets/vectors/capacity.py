@@ -69,8 +69,13 @@ class Capacity:
             raise DatabaseError(f"{told}: raise SONGVEC_INDEX_MEMORY_MB, or give the server more memory")
         return fitting, told
 
-    def check_disk(self, estimate: BuildEstimate) -> None:
-        """Raise DatabaseError where the build would run into a limit of temporary files, or out of disk."""
+    def check_disk(self, estimate: BuildEstimate, table_bytes: int = 0) -> None:
+        """Raise DatabaseError where the build would run into a limit of temporary files, or out of disk.
+
+        Args:
+            estimate: of the build.
+            table_bytes: of rows that are to be loaded before it.
+        """
         needed = estimate.temporary_bytes
         if self.temporary_bytes is not None and needed > self.temporary_bytes:
             raise DatabaseError(
@@ -78,12 +83,13 @@ class Capacity:
                 f"{format_bytes(self.temporary_bytes)}: let an administrator raise it, with ALTER ROLE … SET "
                 f"temp_file_limit = '{needed // (1 << 20) + 1}MB'"
             )
-        needed += estimate.index_bytes
+        needed += estimate.index_bytes + table_bytes
+        rows = f", after {format_bytes(table_bytes)} for the rows to come" if table_bytes else ""
         if self.free_bytes is not None and needed > self.free_bytes:
             raise DatabaseError(
                 f"the build needs {format_bytes(estimate.index_bytes)} of disk for the index and up to "
-                f"{format_bytes(estimate.temporary_bytes)} while it sorts, {format_bytes(self.free_bytes)} are free: "
-                "make room, or halve it with SONGVEC_VECTOR_TYPE=halfvec"
+                f"{format_bytes(estimate.temporary_bytes)} while it sorts{rows}, {format_bytes(self.free_bytes)} are "
+                "free: make room, or halve it with SONGVEC_VECTOR_TYPE=halfvec"
             )
 
 

@@ -1,6 +1,8 @@
 """An index as the server's catalogue and our facts have it, and the probes that searches visit."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import text
@@ -9,6 +11,8 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
 from songvec_assets.vectors.sizes import choose_probes
 from songvec_assets.vectors.table import TABLE, fact_key, index_name, read_changes
+
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,36 @@ def set_probes(connection: sa.Connection, probes: int | None) -> None:
             text("SELECT set_config('ivfflat.probes', :probes, true), set_config('jit', 'off', true)"),
             {"probes": str(probes)},
         )
+
+
+def search_lists(
+    connection: sa.Connection,
+    search: Callable[[], Sequence[_Row]],
+    limit: int,
+    probes: int | None = None,
+    table: str = TABLE,
+) -> Sequence[_Row]:
+    """Run a search, and again over more lists while those it visited hold fewer rows than it wants.
+
+    pgvector ends a scan with the last row of the lists visited, however many rows LIMIT still wants. A first answer
+    that is full costs no further round trip. Each answer is in strict order, unlike those of pgvector's relaxed scans.
+
+    Args:
+        connection: in a transaction, whose probes are set.
+        search: its rows, at most `limit`.
+        limit: rows wanted.
+        probes: lists to visit first; None: those stored with the index.
+        table: its name.
+    """
+    probes = probes or read_probes(connection, table)
+    set_probes(connection, probes)
+    rows = search()
+    if len(rows) >= limit:
+        return rows
+    lists, probes = find_lists(connection, table) or 0, probes or 1
+    while len(rows) < limit and probes < lists:
+        # at least twice as many, else by the rows that a list was found to hold
+        probes = min(lists, max(2 * probes, -(-probes * limit // max(1, len(rows)))))
+        set_probes(connection, probes)
+        rows = search()
+    return rows

@@ -1,18 +1,23 @@
 """The table built beside held against the serving one: what it lacks, its recall, and how its neighbours differ."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 import sqlalchemy as sa
 from sqlalchemy import text
 
+from songvec_assets.cache.marks import read_mark
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache
+from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import StopSignal
-from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path
-from songvec_assets.vectors.ivfflat import read_probes, set_probes
+from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
+from songvec_assets.vectors.backlog import check_whole, read_vectors
+from songvec_assets.vectors.catalogue import search_lists
 from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
 from songvec_assets.vectors.recall import read_recall
 from songvec_assets.vectors.table import BESIDE, TABLE
@@ -26,8 +31,6 @@ class Comparison:
 
     Attributes:
         n_serving, n_beside: rows.
-        n_missing: songs that the serving table has and the other lacks, though they are neither gone nor set aside.
-        missing: a few of them.
         n_sampled: songs whose neighbours were looked at.
         overlap: mean share of a song's ten nearest that both tables agree on; two models need not agree on much.
         recall_serving, recall_beside: in words, as measured last.
@@ -35,8 +38,6 @@ class Comparison:
 
     n_serving: int
     n_beside: int
-    n_missing: int
-    missing: list[int]
     n_sampled: int
     overlap: float
     recall_serving: str
@@ -50,33 +51,20 @@ class Comparison:
         )
 
 
-def compare_tables(database: Database, cache: ModelCache, songs_folder: Path, stop: StopSignal) -> Comparison:
-    """Hold BESIDE against TABLE.
-
-    Args:
-        database: where both are, indexed.
-        cache: the shards that BESIDE was loaded from.
-        songs_folder: the snapshots: they tell the songs that are gone.
-        stop: ends it between two ranges.
-    """
-    serving, beside = read_ledger(database, TABLE), read_ledger(database, BESIDE)
-    missing: list[int] = []
-    for song_range in serving:
-        stop.check()
-        missing.extend(_find_missing(database, cache, songs_folder, song_range))
+def compare_tables(database: Database) -> Comparison:
+    """Compare BESIDE with TABLE. Both are indexed."""
+    ledgers = {table: read_ledger(database, table) for table in (TABLE, BESIDE)}
     with database.get_connection() as connection:
         sample = _sample_shared_songs(connection)
-        near = {table: _find_neighbours(connection, table, sample) for table in (TABLE, BESIDE)}
+        near = {table: find_neighbours(connection, table, sample) for table in (TABLE, BESIDE)}
         recalls = {table: read_recall(connection, table) for table in (TABLE, BESIDE)}
     told = {table: recall.describe() if recall else "recall not measured" for table, recall in recalls.items()}
     shared = [
         len(near[TABLE][song_id] & near[BESIDE][song_id]) / max(1, len(near[TABLE][song_id])) for song_id in sample
     ]
     return Comparison(
-        n_serving=sum(entry.n_songs for entry in serving.values()),
-        n_beside=sum(entry.n_songs for entry in beside.values()),
-        n_missing=len(missing),
-        missing=sorted(missing)[:5],
+        n_serving=sum(entry.n_songs for entry in ledgers[TABLE].values()),
+        n_beside=sum(entry.n_songs for entry in ledgers[BESIDE].values()),
         n_sampled=len(sample),
         overlap=sum(shared) / len(shared) if shared else 0.0,
         recall_serving=told[TABLE],
@@ -84,17 +72,96 @@ def compare_tables(database: Database, cache: ModelCache, songs_folder: Path, st
     )
 
 
-def _find_missing(database: Database, cache: ModelCache, songs_folder: Path, song_range: SongIdRange) -> list[int]:
-    with database.get_connection() as connection:
-        loaded = [read_loaded_rows(connection, song_range, table) for table in (TABLE, BESIDE)]
-    serving, beside = (pl.Series(dtype=pl.Int32) if rows is None else rows["song_id"] for rows in loaded)
-    refused = load_embeddings_from_cache(cache, song_range)[1].filter(pl.col("reason").is_not_null())["song_id"]
-    expected = serving.filter(~serving.is_in(refused.implode()))
-    path = snapshot_path(songs_folder, song_range)
-    if path.exists():  # none says nothing: the songs may be there
-        songs = load_songs_from_parquet(path, ["song_id", "set_aside"]).filter(pl.col("set_aside").is_null())
-        expected = expected.filter(expected.is_in(songs["song_id"].implode()))
-    return expected.filter(~expected.is_in(beside.implode())).to_list()
+@dataclass(frozen=True)
+class MissingSongs:
+    """Looks for songs that the serving table has, and the one that is to replace it would not.
+
+    Songs are compared by their ids, whatever ranges they were cut into: since they were loaded the stop may have been
+    raised. Not missing is a song that was deleted from the source or rejected by the export, so that it is not in the
+    snapshots, or that was rejected by the provider. Where a range has no snapshot, nothing is known of its songs.
+
+    Attributes:
+        database: where the tables are.
+        cache: the shards that the new table is loaded from.
+        tiling: how song_ids are cut.
+        songs_folder: the snapshots.
+        stop: ends it between two ranges.
+    """
+
+    database: Database
+    cache: ModelCache
+    tiling: Tiling
+    songs_folder: Path
+    stop: StopSignal
+
+    def check_cache(self) -> None:
+        """Ask it of the cache, before anything is built. A damaged shard counts as whole: its load says what is wrong.
+
+        Raises:
+            TableMismatchError: there are such songs.
+        """
+        tiles = set(self.tiling)
+        self._check("the cache", [each for each in self.cache.ranges() if each in tiles], self._read_loadable)
+
+    def check_table(self) -> None:
+        """Ask it of BESIDE.
+
+        Raises:
+            TableMismatchError: there are such songs.
+        """
+        self._check(BESIDE, list(read_ledger(self.database, BESIDE)), partial(self._read_loaded, BESIDE))
+
+    def _check(self, name: str, given: list[SongIdRange], read: Callable[[SongIdRange], set[int] | None]) -> None:
+        missing: list[int] = []
+        cached, exported = self.cache.ranges(), snapshot_ranges(self.songs_folder)
+        for song_range in sorted(read_ledger(self.database)):
+            self.stop.check()
+            songs = self._read_loaded(TABLE, song_range)
+            for each in _overlapping(song_range, given):
+                there = read(each)
+                songs = {song_id for song_id in songs if song_id not in each} if there is None else songs - there
+            if not songs:
+                continue
+            for each in _overlapping(song_range, cached):
+                songs -= self._read_rejected(each)
+            known = _overlapping(song_range, exported)
+            kept = set[int]().union(*map(self._read_exported, known))
+            missing += [song_id for song_id in songs if song_id in kept or not any(song_id in each for each in known)]
+        if missing:
+            missing.sort()
+            keys = sorted({self.tiling.range_of(song_id).key for song_id in missing})
+            raise TableMismatchError(
+                f"{name} lacks {len(missing):,} songs that {TABLE} has and that were not deleted from the source "
+                f"(song_id {', '.join(map(str, missing[:5]))}, …; range {', '.join(keys[:5])}, …): {TABLE} was not "
+                f"replaced. Export and fill these ranges for {self.cache.model}, then start the same command again; "
+                "`songvec swap` does all of it, and names the ranges that fail"
+            )
+
+    def _read_loaded(self, table: str, song_range: SongIdRange) -> set[int]:
+        with self.database.get_connection() as connection:
+            loaded = read_loaded_rows(connection, song_range, table)
+        return set() if loaded is None else set(loaded["song_id"])
+
+    def _read_loadable(self, song_range: SongIdRange) -> set[int] | None:
+        try:
+            shard, vectors = read_vectors(self.cache, song_range)
+            check_whole(shard, vectors.height, None, read_mark(self.cache.mark_of(song_range)))
+        except (StoreError, DamagedShardError):
+            return None
+        return set(vectors["song_id"])
+
+    def _read_rejected(self, song_range: SongIdRange) -> set[int]:
+        live = load_embeddings_from_cache(self.cache, song_range)[1]
+        return set(live.filter(pl.col("reason").is_not_null())["song_id"])
+
+    def _read_exported(self, song_range: SongIdRange) -> set[int]:
+        path = snapshot_path(self.songs_folder, song_range)
+        songs = load_songs_from_parquet(path, ["song_id", "set_aside"])
+        return set(songs.filter(pl.col("set_aside").is_null())["song_id"])
+
+
+def _overlapping(song_range: SongIdRange, ranges: Iterable[SongIdRange]) -> list[SongIdRange]:
+    return [each for each in ranges if each.start < song_range.stop and song_range.start < each.stop]
 
 
 def _sample_shared_songs(connection: sa.Connection) -> list[int]:
@@ -112,10 +179,17 @@ def _sample_shared_songs(connection: sa.Connection) -> list[int]:
     return list(rows)
 
 
-def _find_neighbours(connection: sa.Connection, table: str, song_ids: list[int]) -> dict[int, set[int]]:
-    set_probes(connection, read_probes(connection, table))
+def find_neighbours(connection: sa.Connection, table: str, song_ids: list[int]) -> dict[int, set[int]]:
+    """The ten nearest others of some songs, as a table's searches find them."""
     statement = text(f"""
         SELECT song_id FROM {table} WHERE song_id <> :song_id
         ORDER BY embedding <=> (SELECT embedding FROM {table} WHERE song_id = :song_id) LIMIT {_NEIGHBOURS}
     """)
-    return {song_id: set(connection.scalars(statement, {"song_id": song_id})) for song_id in song_ids}
+
+    def search(song_id: int) -> Sequence[int]:
+        return connection.scalars(statement, {"song_id": song_id}).all()
+
+    return {
+        song_id: set(search_lists(connection, partial(search, song_id), _NEIGHBOURS, table=table))
+        for song_id in song_ids
+    }

@@ -36,13 +36,30 @@ class LedgerEntry:
 def read_ledger(database: Database, table: str = TABLE) -> dict[SongIdRange, LedgerEntry]:
     """What is loaded into a table, by range."""
     with database.get_connection() as connection:
-        rows = connection.execute(
-            text(
-                "SELECT range_start, range_stop, n_songs, digest FROM songvec.loaded_ranges WHERE table_name = :table"
-            ),
-            {"table": table},
-        )
-        return {SongIdRange(start, stop): LedgerEntry(n_songs, bytes(digest)) for start, stop, n_songs, digest in rows}
+        return read_ledger_within(connection, table)
+
+
+def read_ledger_within(connection: sa.Connection, table: str = TABLE) -> dict[SongIdRange, LedgerEntry]:
+    """See `read_ledger`; within the connection's transaction."""
+    rows = connection.execute(
+        text("SELECT range_start, range_stop, n_songs, digest FROM songvec.loaded_ranges WHERE table_name = :table"),
+        {"table": table},
+    )
+    return {SongIdRange(start, stop): LedgerEntry(n_songs, bytes(digest)) for start, stop, n_songs, digest in rows}
+
+
+def find_loaded_ranges(database: Database, tiling: Tiling) -> set[SongIdRange]:
+    """The ranges of the serving table's songs, as song_ids are cut now: a ledger may know the tail before."""
+    ranges, tiles = set(), set(tiling)
+    for song_range, entry in read_ledger(database).items():
+        if song_range in tiles:
+            ranges.add(song_range)
+        elif entry.n_songs:
+            with database.get_connection() as connection:
+                loaded = read_loaded_rows(connection, song_range)
+            song_ids = () if loaded is None else (loaded["song_id"] // tiling.width).unique() * tiling.width
+            ranges.update(tiling.range_of(song_id) for song_id in song_ids)
+    return ranges
 
 
 def digest_ledger(ledger: dict[SongIdRange, LedgerEntry], spec: TableSpec) -> str:

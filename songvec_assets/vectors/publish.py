@@ -3,20 +3,25 @@
 Searches see the old rows or the new ones, never a part: a range is one transaction, and a swap is one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import sqlalchemy as sa
 
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.errors import TableMismatchError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
-from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.vectors.backlog import Backlog, compare_with_cache
-from songvec_assets.vectors.comparison import Comparison, compare_tables
+from songvec_assets.vectors.comparison import Comparison, MissingSongs, compare_tables
 from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date, find_index
+from songvec_assets.vectors.ledger import LedgerEntry, read_ledger_within
 from songvec_assets.vectors.load import N_CONNECTIONS, RangeLoad, upload_cached_embeddings_to_database
-from songvec_assets.vectors.swap import LOCK, find_attachments, put_in_place
+from songvec_assets.vectors.preflight import check_target
+from songvec_assets.vectors.swap import LOCK, check_attachments, find_attachments, put_in_place
 from songvec_assets.vectors.table import (
     BESIDE,
     KEPT,
@@ -69,14 +74,19 @@ class PublishReport:
     n_foreign: int = 0
 
 
-def check_publishable(database: Database, spec: TableSpec, swap: bool) -> None:
-    """Refuse, before anything is paid for, what could not be loaded afterwards.
+def check_publishable(database: Database, spec: TableSpec, swap: bool) -> str:
+    """Refuse, before anything is paid for, what could not be loaded afterwards; see also `preflight`.
+
+    Returns:
+        The table that the rows are to go to: the serving one, or BESIDE for a swap.
 
     Raises:
         TableMismatchError: the serving table holds something else and may not be swapped, or something is in the way.
     """
-    if not _holds(database, spec, swap):
-        _check_swappable(database, spec)
+    if _holds(database, spec, swap):
+        return TABLE
+    _check_swappable(database, spec)
+    return BESIDE
 
 
 def publish_embeddings(
@@ -109,18 +119,23 @@ def publish_embeddings(
     Raises:
         StoreError: the cache is empty.
         DamagedShardError: see `upload_cached_embeddings_to_database`; what serves stays as it is.
-        TableMismatchError: see `check_publishable`; or the table built beside lacks songs that the serving one has.
+        TableMismatchError: see `check_publishable`; `MissingSongs`, asked before the build and again
+            after it; `check_attachments`, asked again in the swap itself.
     """
     stop = stop or StopSignal()
 
     def tell_waiting() -> None:
         progress(Progress("load rows", 0, 0, unit="rows", note="waiting for another load or swap to end"))
 
-    with hold_lock(database, LOCK, on_wait=tell_waiting, check=stop.check):
+    with hold_lock(database, LOCK, on_wait=tell_waiting, check=stop.check) as check_held:
         backlog = compare_with_cache(database, cache, tiling, stop)
-        place = _choose_place(database, spec, backlog, swap, beside_from_rows)
+        place = _choose_place(database, spec, backlog, swap, beside_from_rows, check_held)
+        missing = MissingSongs(database, cache, tiling, songs_folder, stop)
         if place.table == BESIDE:
+            missing.check_cache()
             backlog = compare_with_cache(database, cache, tiling, stop, BESIDE)
+        if place.table == BESIDE or backlog.changed:
+            check_target(database, spec, index, backlog.n_rows, place.table)
         n_connections = 1 if find_index(database) else N_CONNECTIONS
         loads = upload_cached_embeddings_to_database(
             database, cache, spec, tiling, progress, stop, table=place.table, n_connections=n_connections,
@@ -129,18 +144,39 @@ def publish_embeddings(
         if place.table == TABLE:
             return PublishReport(place, loads, n_foreign=backlog.n_foreign)
         report = bring_index_up_to_date(database, cache, spec, index, table=BESIDE, progress=progress, stop=stop)
-        comparison = compare_tables(database, cache, songs_folder, stop)
-        if comparison.n_missing:
-            raise TableMismatchError(
-                f"{BESIDE} lacks {comparison.n_missing:,} songs that {TABLE} has (song_id "
-                f"{', '.join(map(str, comparison.missing))}, …): it was not put in its place. Fill all ranges of the "
-                "cache for it, as `songvec swap` does, then start the same command again"
-            )
-        put_in_place(database, place.keep, stop.check)
+        compared = _read_ledgers(database)
+        missing.check_table()
+        comparison = compare_tables(database)
+
+        def confirm(connection: sa.Connection) -> None:
+            # the song_ids of millions are not compared while searches wait: what was compared must be what is there
+            if _read_ledgers_within(connection) != compared:
+                raise TableMismatchError(
+                    f"{TABLE} or {BESIDE} was loaded by another run meanwhile: {TABLE} was not replaced. Start the "
+                    "same command again, which goes on from here"
+                )
+
+        put_in_place(database, place.keep, stop.check, check_held, confirm)
         return PublishReport(place, loads, report, comparison)
 
 
-def _choose_place(database: Database, spec: TableSpec, backlog: Backlog, swap: bool, beside_from_rows: int) -> Place:
+def _read_ledgers(database: Database) -> list[dict[SongIdRange, LedgerEntry]]:
+    with database.get_connection() as connection:
+        return _read_ledgers_within(connection)
+
+
+def _read_ledgers_within(connection: sa.Connection) -> list[dict[SongIdRange, LedgerEntry]]:
+    return [read_ledger_within(connection, table) for table in (TABLE, BESIDE)]
+
+
+def _choose_place(
+    database: Database,
+    spec: TableSpec,
+    backlog: Backlog,
+    swap: bool,
+    beside_from_rows: int,
+    check_held: Callable[[], None],
+) -> Place:
     if not _holds(database, spec, swap):
         serving = _check_swappable(database, spec)
         return Place(BESIDE, f"{serving or 'the old table'} serves until {spec} is whole and indexed", keep=True)
@@ -151,8 +187,11 @@ def _choose_place(database: Database, spec: TableSpec, backlog: Backlog, swap: b
         beside, attachments = read_spec(connection, BESIDE), find_attachments(connection)
     if backlog.n_changed <= max(beside_from_rows, BESIDE_SHARE * backlog.n_rows):
         if beside == spec:
+            check_held()
             _drop_beside(database)
         return Place(TABLE, f"{told}: few enough to go in under the index")
+    if backlog.n_foreign:
+        attachments.append(f"{backlog.n_foreign:,} rows that somebody else put there")
     if attachments:
         return Place(TABLE, f"{told}, but {', '.join(attachments)} would stay with the old table")
     if beside not in (None, spec):
@@ -183,7 +222,6 @@ def _check_swappable(database: Database, spec: TableSpec) -> TableSpec | None:
     """What serves now; raises where another cannot take its place."""
     with database.get_connection() as connection:
         serving, beside, kept = (read_spec(connection, table) for table in (TABLE, BESIDE, KEPT))
-        attachments = find_attachments(connection)
         if table_exists(connection, KEPT):
             raise TableMismatchError(
                 f"table {KEPT} still holds {kept} from an earlier swap: `songvec swap --rollback` lets it serve again, "
@@ -194,9 +232,5 @@ def _check_swappable(database: Database, spec: TableSpec) -> TableSpec | None:
                 f"table {BESIDE} holds {beside}, which never took its place, expected {spec} or none: finish it with "
                 "its settings, or drop it with `songvec swap --drop-old`; then swap"
             )
-    if attachments:
-        raise TableMismatchError(
-            f"{', '.join(attachments)} of table {TABLE} would stay with the old table: drop them, swap, and create "
-            "them anew"
-        )
+        check_attachments(connection)
     return serving

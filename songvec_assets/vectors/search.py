@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import sqlalchemy as sa
@@ -13,9 +14,10 @@ from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.errors import ProviderError, TableMismatchError
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs.source import SongsSource
-from songvec_assets.vectors.ivfflat import read_probes, set_probes
+from songvec_assets.vectors.catalogue import search_lists
 from songvec_assets.vectors.table import TableSpec, define_table, loaded_spec, read_spec
 
+_SPARE = 4
 TASK = "Given a description of a theme, a mood or a story, retrieve songs whose lyrics match it"
 
 
@@ -70,7 +72,7 @@ def search_songs(
         spec: what the table holds.
         embedding: of the query, (dimensions,).
         limit: songs at most.
-        probes: lists to visit; None for those stored with the index.
+        probes: lists to visit first; None: those stored with the index. More where they hold fewer songs than `limit`.
 
     Raises:
         TableMismatchError: nothing is loaded yet, or the table holds another model.
@@ -78,15 +80,24 @@ def search_songs(
     check_searchable(database, spec)
     table = define_table(spec)
     distance = table.c.embedding.cosine_distance(embedding)
-    nearest = sa.select(table.c.song_id, (1 - distance).label("similarity")).order_by(distance).limit(limit)
+    nearest = sa.select(table.c.song_id, (1 - distance).label("similarity")).order_by(distance)
     with database.get_connection("web") as connection:
-        set_probes(connection, probes or read_probes(connection))
-        similarities: dict[int, float] = {song_id: similarity for song_id, similarity in connection.execute(nearest)}  # noqa: C416 - rows are no pairs to mypy
-        if read_spec(connection) != spec:  # the query holds the table: what is recorded now is what it read
-            raise TableMismatchError("another table took the searched one's place just now: search again")
-        songs = read_songs(connection, source, list(similarities)) if similarities else {}
+        # once more where songs were deleted from the source since they were loaded; no further, lest a source that is
+        # being filled again makes a search read the whole table
+        for n_rows in (limit, _SPARE * limit):
+            find = partial(_fetch, connection, nearest.limit(n_rows))
+            similarities = dict(search_lists(connection, find, n_rows, probes))
+            if read_spec(connection) != spec:  # the query holds the table: what is recorded now is what it read
+                raise TableMismatchError("another table took the searched one's place just now: search again")
+            songs = read_songs(connection, source, list(similarities)) if similarities else {}
+            if len(songs) >= limit or len(similarities) < n_rows:
+                break
     found = {song_id: Hit(song_id, *songs[song_id], similarities[song_id]) for song_id in songs}
-    return [found[song_id] for song_id in similarities if song_id in found]
+    return [found[song_id] for song_id in similarities if song_id in found][:limit]
+
+
+def _fetch(connection: sa.Connection, nearest: sa.Select[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(row.song_id, row.similarity) for row in connection.execute(nearest)]
 
 
 def check_searchable(database: Database, spec: TableSpec) -> None:

@@ -20,6 +20,7 @@ _PAGE_OVERHEAD_BYTES = 24 + 8  # header, and pgvector's own at the end
 _POINTER_BYTES = 4
 _TUPLE_BYTES, _LIST_BYTES = 8, 12  # before a row's vector, and before a centre's
 _SORT_TUPLE_BYTES = 40
+_ROW_BYTES, _KEY_BYTES = 24 + 16, 22  # a row's header, song_id and created_at; its entry in the primary key
 _VALUE_BYTES = {"vector": 4, "halfvec": 2}
 
 _KMEANS_S = 72e-6 / 2000  # a squared list and dimension
@@ -111,6 +112,13 @@ def index_bytes(n_rows: int, lists: int, dimensions: int, vector_type: str = "ve
     rows_a_page = _a_page(vector + _TUPLE_BYTES)
     rows = math.ceil(n_rows / rows_a_page) + (lists // 2 if rows_a_page > 1 else 0)
     return _PAGE_BYTES * (1 + centres + max(lists, rows))
+
+
+def table_bytes(n_rows: int, dimensions: int, vector_type: str = "vector") -> int:
+    """The size of a table and its primary key; a vector that fits into a page stays in its row's."""
+    row = _ROW_BYTES + _VALUE_BYTES[vector_type] * dimensions + 8
+    pages = math.ceil(row / _PAGE_BYTES) if row > _PAGE_BYTES - _PAGE_OVERHEAD_BYTES else 1 / _a_page(row)
+    return math.ceil(n_rows * (_PAGE_BYTES * pages + _KEY_BYTES))
 
 
 def _a_page(n_bytes: int) -> int:

@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError, TableMismatchError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import lock_key, read_fact, write_fact
+from songvec_assets.postgres.schema import check_search_path, lock_key, read_fact, write_fact
 from songvec_assets.settings import OFFLINE_MODEL
 
 TABLE, BESIDE, KEPT = "song_embeddings", "song_embeddings_new", "song_embeddings_old"
@@ -101,11 +101,23 @@ def ensure_table(database: Database, spec: TableSpec, table: str = TABLE) -> boo
             _record_spec(connection, spec, table)
             return False
         forget_table(connection, table)
+        _search_schema_of_serving_table(connection)
         define_table(spec, table).create(connection)
         # a vector of 2,000 values then stays in its row's page: no TOAST look-ups, and parallel index builds
         connection.execute(text(f"ALTER TABLE {table} ALTER COLUMN embedding SET STORAGE PLAIN"))
         _record_spec(connection, spec, table)
         return True
+
+
+def _search_schema_of_serving_table(connection: sa.Connection) -> None:
+    """Let this transaction create tables where the serving one is, which need not be the first schema searched."""
+    connection.execute(
+        text("""
+            SELECT set_config('search_path', relnamespace::regnamespace || ', ' || current_setting('search_path'), true)
+            FROM pg_class WHERE oid = to_regclass(:table)
+        """),
+        {"table": TABLE},
+    )
 
 
 def drop_table(connection: sa.Connection, table: str) -> None:
@@ -172,6 +184,7 @@ def read_changes(connection: sa.Connection, table: str = TABLE) -> int:
 
 def _check_table(connection: sa.Connection, spec: TableSpec, table: str) -> bool:
     """Whether the table exists; raises where it does not fit."""
+    check_search_path(connection)
     rows = connection.execute(
         text("""
             SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute

@@ -198,6 +198,11 @@ class TestEnsureSchema:
             ensure_schema(seen)
             assert read_tables(bare_url) == TABLES
 
+    def test_a_search_path_that_names_no_schema_is_said_so(self, bare_url: str) -> None:
+        execute(bare_url, f"ALTER DATABASE {sa.make_url(bare_url).database} SET search_path = nowhere")
+        with pytest.raises(DatabaseError, match="search_path of this user names no schema that is there"):
+            ensure_schema(Database(bare_url))
+
     def test_an_extension_that_is_too_old_is_refused(self, bare_url: str) -> None:
         database = Database(bare_url)
         ensure_schema(database)

@@ -1,6 +1,7 @@
 """What searches find equals the cache, whether rows went in under the index or a table was built beside and swapped."""
 
 import contextlib
+import re
 import signal
 import subprocess
 import threading
@@ -8,28 +9,40 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psycopg2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
+from songvec_assets import cli
+from songvec_assets.cache.marks import Mark, write_mark
 from songvec_assets.cache.shards import ModelCache, ShardRows, load_embeddings_from_cache, read_embeddings_from_file
-from songvec_assets.errors import DatabaseError, StoppedError, TableMismatchError
+from songvec_assets.deployment import Deployment
+from songvec_assets.errors import DamagedShardError, DatabaseError, StoppedError, TableMismatchError
 from songvec_assets.postgres import brief
 from songvec_assets.postgres.brief import run_briefly
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import hold_lock, lock_key
 from songvec_assets.progress import Progress, StopSignal
+from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import SNAPSHOT_SCHEMA, snapshot_path
+from songvec_assets.vectors import publish as publishing
+from songvec_assets.vectors import swap, table
+from songvec_assets.vectors.comparison import Comparison
 from songvec_assets.vectors.ivfflat import IndexSettings, bring_index_up_to_date, find_index, read_probes
 from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
-from songvec_assets.vectors.swap import drop_others, find_attachments, put_in_place, roll_back
+from songvec_assets.vectors.swap import LOCK, drop_others, find_attachments, put_in_place, roll_back
 from songvec_assets.vectors.table import BESIDE, KEPT, TABLE, TableSpec, ensure_table, loaded_spec, read_changes
 from songvec_assets.vectors.write import store_embeddings_batch, store_embeddings_copy_bulk
 from songvec_assets_tests.administration import as_role, dispose, execute, wait_until
+from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.pooler import running_pgbouncer
+from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.vectors.conftest import (
     DIMENSIONS,
     FIRST,
+    SECOND,
     SPEC,
     TILING,
     assert_ledger_fits_table,
@@ -59,12 +72,17 @@ def other_cache(tmp_path: Path) -> ModelCache:
 
 
 def publish(
-    database: Database, cache: ModelCache, songs_folder: Path, spec: TableSpec = SPEC, **given: object
+    database: Database,
+    cache: ModelCache,
+    songs_folder: Path,
+    spec: TableSpec = SPEC,
+    tiling: Tiling = TILING,
+    **given: object,
 ) -> PublishReport:
     """Publish and index as the graph does; tables are built beside from 20 changed rows on."""
     index = IndexSettings()
     given = {"beside_from_rows": 20} | given
-    report = publish_embeddings(database, cache, spec, TILING, songs_folder, index, **given)  # type: ignore[arg-type]
+    report = publish_embeddings(database, cache, spec, tiling, songs_folder, index, **given)  # type: ignore[arg-type]
     bring_index_up_to_date(database, cache, spec, index)
     return report
 
@@ -163,9 +181,62 @@ ATTACHMENTS = {
         "ALTER TABLE song_embeddings ENABLE ROW LEVEL SECURITY",
         "ALTER TABLE song_embeddings DISABLE ROW LEVEL SECURITY",
     ),
+    "row security of its owner": (
+        "ALTER TABLE song_embeddings FORCE ROW LEVEL SECURITY",
+        "ALTER TABLE song_embeddings NO FORCE ROW LEVEL SECURITY",
+    ),
+    "policy secret on table song_embeddings": (
+        "CREATE POLICY secret ON song_embeddings USING (song_id < 10)",
+        "DROP POLICY secret ON song_embeddings",
+    ),
     "trigger noted": (
-        "CREATE TRIGGER noted AFTER UPDATE ON song_embeddings EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+        """
+        CREATE TRIGGER noted AFTER UPDATE ON song_embeddings EXECUTE FUNCTION suppress_redundant_updates_trigger();
+        ALTER TABLE song_embeddings DISABLE TRIGGER noted
+        """,
         "DROP TRIGGER noted ON song_embeddings",
+    ),
+    "rule quiet": (
+        "CREATE RULE quiet AS ON DELETE TO song_embeddings WHERE old.song_id < 0 DO ALSO NOTHING",
+        "DROP RULE quiet ON song_embeddings",
+    ),
+    "constraint even": (
+        "ALTER TABLE song_embeddings ADD CONSTRAINT even CHECK (song_id >= 0) NOT VALID",
+        "ALTER TABLE song_embeddings DROP CONSTRAINT even",
+    ),
+    "index embeddings_ivfflat_idx_of_ann": (
+        "CREATE INDEX embeddings_ivfflat_idx_of_ann ON song_embeddings (created_at)",
+        "DROP INDEX embeddings_ivfflat_idx_of_ann",
+    ),
+    "default of column created_at": (
+        "ALTER TABLE song_embeddings ALTER created_at SET DEFAULT now() AT TIME ZONE 'utc'",
+        "ALTER TABLE song_embeddings ALTER created_at SET DEFAULT now()",
+    ),
+    "replica identity": (
+        "ALTER TABLE song_embeddings REPLICA IDENTITY FULL",
+        "ALTER TABLE song_embeddings REPLICA IDENTITY DEFAULT",
+    ),
+    "publication feed": (
+        "CREATE PUBLICATION feed FOR TABLE song_embeddings",
+        "DROP PUBLICATION feed",
+    ),
+    "table child": ("CREATE TABLE child () INHERITS (song_embeddings)", "DROP TABLE child"),
+    "parent parent": (
+        "CREATE TABLE parent (song_id integer NOT NULL); ALTER TABLE song_embeddings INHERIT parent",
+        "ALTER TABLE song_embeddings NO INHERIT parent; DROP TABLE parent",
+    ),
+    "view kept": (
+        "CREATE MATERIALIZED VIEW kept AS SELECT song_id FROM song_embeddings",
+        "DROP MATERIALIZED VIEW kept",
+    ),
+    "function n_songs()": (
+        "CREATE FUNCTION n_songs() RETURNS bigint RETURN (SELECT count(*) FROM song_embeddings)",
+        "DROP FUNCTION n_songs()",
+    ),
+    "column row of table copies": ("CREATE TABLE copies (row song_embeddings)", "DROP TABLE copies"),
+    "sequence numbers": (
+        "CREATE SEQUENCE numbers OWNED BY song_embeddings.song_id",
+        "DROP SEQUENCE numbers",
     ),
 }
 """What people hang on a table, by the words that name it: how it comes, and how it goes."""
@@ -183,9 +254,344 @@ class TestAttachments:
             execute(database.adbc_uri, statement)
             with database.get_connection() as connection:
                 assert find_attachments(connection) == [named]
-            with pytest.raises(TableMismatchError, match=named):
+            with pytest.raises(TableMismatchError, match=re.escape(named)):
                 check_publishable(database, OTHER, swap=True)
             execute(database.adbc_uri, undo)
+
+    @pytest.mark.parametrize("named", ["policy secret on table song_embeddings", "trigger noted", "function n_songs()"])
+    def test_what_comes_during_a_build_stops_the_swap_and_the_next_run_goes_on_from_there(
+        self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path, named: str
+    ) -> None:
+        put(cache, range(150))
+        put(other_cache, range(150))
+        publish(database, cache, songs_folder)
+        serving = oid_of(database)
+        statement, undo = ATTACHMENTS[named]
+        at_build = once(lambda: execute(database.adbc_uri, statement))
+
+        def listen(progress: Progress) -> None:
+            if progress.step == "build index":
+                at_build()
+
+        with pytest.raises(TableMismatchError, match=re.escape(named)):
+            publish(database, other_cache, songs_folder, OTHER, swap=True, progress=listen)
+        assert (oid_of(database), loaded_spec(database)) == (serving, SPEC)
+        with database.get_connection() as connection:
+            assert find_attachments(connection) == [named]
+        built = oid_of(database, BESIDE)
+        execute(database.adbc_uri, undo)
+        report = publish(database, other_cache, songs_folder, OTHER, swap=True)
+        assert (oid_of(database), loaded_spec(database)) == (built, OTHER)
+        assert report.index is not None
+        assert not report.index.built
+
+    def test_a_large_change_is_stopped_too_and_nothing_of_it_is_lost(
+        self, database: Database, cache: ModelCache, songs_folder: Path
+    ) -> None:
+        put(cache, range(150))
+        publish(database, cache, songs_folder)
+        put(cache, range(80), version=1)
+        statement, undo = ATTACHMENTS["row security"]
+        at_build = once(lambda: execute(database.adbc_uri, statement))
+
+        def listen(progress: Progress) -> None:
+            if progress.step == "build index":
+                at_build()
+
+        with pytest.raises(TableMismatchError, match="row security"):
+            publish(database, cache, songs_folder, progress=listen)
+        assert read_vectors(database) == vectors_of(range(150))
+        execute(database.adbc_uri, undo)
+        built = oid_of(database, BESIDE)
+        publish(database, cache, songs_folder)
+        assert oid_of(database) == built
+        assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
+
+    def test_the_way_back_does_not_leave_them_behind_either(
+        self, database: Database, cache: ModelCache, songs_folder: Path
+    ) -> None:
+        put(cache, range(30))
+        publish(database, cache, songs_folder)
+        publish(database, cache, songs_folder, HALF, swap=True)
+        for named in ("view seen", "row security", "trigger noted"):
+            statement, undo = ATTACHMENTS[named]
+            execute(database.adbc_uri, statement)
+            with pytest.raises(TableMismatchError, match=named):
+                roll_back(database)
+            assert loaded_spec(database) == HALF
+            execute(database.adbc_uri, undo)
+        assert roll_back(database) == SPEC
+
+    def test_rows_that_somebody_else_put_there_keep_the_table_in_its_place(
+        self, database: Database, cache: ModelCache, songs_folder: Path
+    ) -> None:
+        put(cache, range(150))
+        publish(database, cache, songs_folder)
+        execute(
+            database.adbc_uri,
+            "INSERT INTO song_embeddings (song_id, embedding) SELECT 700, embedding FROM song_embeddings LIMIT 1",
+        )
+        put(cache, range(80), version=1)
+        report = publish(database, cache, songs_folder)
+        assert report.place.table == TABLE
+        assert "1 rows that somebody else put there" in report.place.reason
+        assert 700 in read_vectors(database)
+
+
+def once(act: Callable[[], object]) -> Callable[[], None]:
+    """Does it at the first call only."""
+    acts = [act]
+
+    def call() -> None:
+        if acts:
+            acts.pop()()
+
+    return call
+
+
+_PROPERTIES = {
+    "table grants": "SELECT grantee, privilege_type, is_grantable FROM information_schema.role_table_grants "
+    "WHERE table_name = 'song_embeddings' ORDER BY 1, 2",
+    "column grants": "SELECT attname, attacl FROM pg_attribute "
+    "WHERE attrelid = 'song_embeddings'::regclass AND attacl IS NOT NULL",
+    "owner": "SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = 'song_embeddings'::regclass",
+    "options": "SELECT reloptions FROM pg_class WHERE oid = 'song_embeddings'::regclass",
+    "columns": "SELECT attname, attstattarget, attoptions, col_description(attrelid, attnum) FROM pg_attribute "
+    "WHERE attrelid = 'song_embeddings'::regclass AND attnum > 0 ORDER BY attnum",
+    "comment": "SELECT obj_description('song_embeddings'::regclass, 'pg_class')",
+    "extended statistics": "SELECT stxname, stxkeys::text FROM pg_statistic_ext "
+    "WHERE stxrelid = 'song_embeddings'::regclass",
+}
+
+
+class TestProperties:
+    """What belongs to the name, not to the table of a day: it goes to the table that takes the name."""
+
+    @staticmethod
+    def read(database: Database) -> dict[str, list[tuple]]:
+        return {name: execute(database.adbc_uri, statement) for name, statement in _PROPERTIES.items()}
+
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_all_go_with_the_name_and_come_back_with_it(
+        self, database: Database, cache: ModelCache, songs_folder: Path, keep: bool
+    ) -> None:
+        put(cache, range(150))
+        publish(database, cache, songs_folder)
+        with as_role(database) as reader, as_role(database) as owner:
+            roles = {"reader": sa.make_url(reader.url).username, "owner": sa.make_url(owner.url).username}
+            execute(
+                database.adbc_uri,
+                """
+                GRANT CREATE ON SCHEMA public TO {owner};
+                ALTER TABLE song_embeddings OWNER TO {owner};
+                GRANT SELECT (song_id, created_at) ON song_embeddings TO {reader};
+                GRANT UPDATE (created_at) ON song_embeddings TO {reader} WITH GRANT OPTION;
+                ALTER TABLE song_embeddings SET (fillfactor = 71, autovacuum_enabled = false);
+                ALTER TABLE song_embeddings ALTER song_id SET STATISTICS 17, ALTER created_at SET (n_distinct = -0.5);
+                COMMENT ON TABLE song_embeddings IS 'It''s 100% ours: see :wiki';
+                COMMENT ON COLUMN song_embeddings.embedding IS 'of {{lyrics}}';
+                CREATE STATISTICS by_day (ndistinct) ON song_id, created_at FROM song_embeddings;
+                """.format(**roles),
+            )
+            before, serving = self.read(database), oid_of(database)
+            if keep:
+                publish(database, cache, songs_folder, HALF, swap=True)
+            else:
+                put(cache, range(80), version=1)
+                publish(database, cache, songs_folder)
+            assert oid_of(database) != serving
+            assert self.read(database) == before
+            assert execute(reader.adbc_uri, "SELECT count(song_id) FROM song_embeddings") == [(150,)]
+            if keep:
+                execute(database.adbc_uri, "REVOKE SELECT (song_id) ON song_embeddings FROM {reader}".format(**roles))
+                execute(database.adbc_uri, "GRANT DELETE ON song_embeddings TO {reader}".format(**roles))
+                changed = self.read(database)
+                roll_back(database)
+                assert oid_of(database) == serving
+                assert self.read(database) == changed
+
+    def test_a_right_that_was_revoked_does_not_come_back_by_default_privileges(
+        self, database: Database, cache: ModelCache, songs_folder: Path
+    ) -> None:
+        with as_role(database) as reader:
+            role = sa.make_url(reader.url).username
+            execute(database.adbc_uri, f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO {role}")
+            put(cache, range(150))
+            publish(database, cache, songs_folder)
+            execute(database.adbc_uri, f"REVOKE SELECT ON song_embeddings FROM {role}")
+            put(cache, range(80), version=1)
+            assert publish(database, cache, songs_folder).place.table == BESIDE
+            with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+                execute(reader.adbc_uri, "SELECT count(*) FROM song_embeddings")
+
+
+class TestLock:
+    """A run whose lock is lost changes nothing that another may be changing now."""
+
+    @staticmethod
+    def end_holder(database: Database) -> None:
+        execute(
+            database.adbc_uri,
+            """
+            SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE locktype = 'advisory' AND granted
+            AND ((classid::bigint << 32) | objid::bigint) = %s
+            """,
+            (lock_key(LOCK),),
+        )
+
+    def test_no_table_is_swapped_in_when_the_lock_was_lost_during_the_build(
+        self, database: Database, cache: ModelCache, songs_folder: Path
+    ) -> None:
+        put(cache, range(150))
+        publish(database, cache, songs_folder)
+        put(cache, range(80), version=1)
+        serving, at_build = oid_of(database), once(lambda: self.end_holder(database))
+
+        def listen(progress: Progress) -> None:
+            if progress.step == "build index":
+                at_build()
+
+        with pytest.raises(DatabaseError):
+            publish(database, cache, songs_folder, progress=listen)
+        assert oid_of(database) == serving
+        assert read_vectors(database) == vectors_of(range(150))
+        publish(database, cache, songs_folder)
+        assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
+
+    @pytest.mark.parametrize("undo", [roll_back, drop_others])
+    def test_neither_the_way_back_nor_a_drop_is_committed_when_it_was_lost(
+        self, database: Database, cache: ModelCache, songs_folder: Path, undo: Callable[..., object]
+    ) -> None:
+        put(cache, range(30))
+        publish(database, cache, songs_folder)
+        publish(database, cache, songs_folder, HALF, swap=True)
+        with (
+            pytest.raises(DatabaseError),
+            hold_lock(database, LOCK, on_wait=lambda: None, check=lambda: None) as check_held,
+        ):
+            self.end_holder(database)
+            undo(database, check_held=check_held)
+        assert relations(database) == BOTH
+        assert loaded_spec(database) == HALF
+
+    @pytest.mark.parametrize("option", ["--rollback", "--drop-old"])
+    def test_the_command_asks_too(
+        self, database: Database, cache: ModelCache, songs_folder: Path, provider: Provider, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, option: str,
+    ) -> None:  # fmt: skip
+        put(cache, range(30))
+        publish(database, cache, songs_folder)
+        publish(database, cache, songs_folder, HALF, swap=True)
+        deployment = deploy(database, provider, tmp_path / "store")
+        monkeypatch.setattr(cli, "_deploy", lambda: deployment)
+        ended = once(lambda: self.end_holder(database))
+        monkeypatch.setattr(swap, "drop_table", lambda *given: (ended(), table.drop_table(*given)))
+        monkeypatch.setattr(swap, "check_attachments", lambda *_: ended())
+        with pytest.raises(DatabaseError):
+            cli.app(["swap", option], standalone_mode=False)
+        assert relations(database) == BOTH
+        assert loaded_spec(database) == HALF
+
+
+class TestMissing:
+    """Which songs a table that is replaced may lose: those deleted or rejected, by their ids, and no others."""
+
+    RAISED = Tiling(width=100, stop=2_000)
+
+    def test_a_raised_stop_does_not_keep_another_model_out(
+        self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path
+    ) -> None:
+        put(cache, [*range(50), *range(1_000, 1_010), *range(1_950, 1_960)])
+        publish(database, cache, songs_folder)
+        put(other_cache, [*range(50), *range(1_000, 1_010), *range(1_950, 1_959)], tiling=self.RAISED)
+        with pytest.raises(TableMismatchError, match=r"lacks 1 songs .*song_id 1959, …; range 000001900-000002000"):
+            publish(database, other_cache, songs_folder, OTHER, self.RAISED, swap=True)
+        put(other_cache, [1_959], tiling=self.RAISED)
+        publish(database, other_cache, songs_folder, OTHER, self.RAISED, swap=True)
+        assert loaded_spec(database) == OTHER
+        assert_ledger_fits_table(database)
+
+    def test_a_raised_stop_does_not_stop_a_large_change(
+        self, database: Database, cache: ModelCache, songs_folder: Path, tmp_path: Path
+    ) -> None:
+        put(cache, [*range(50), *range(1_000, 1_050)])
+        publish(database, cache, songs_folder)
+        # as the store leaves it once the tail was divided
+        divided = ModelCache(tmp_path / "divided", SPEC.model, SPEC.dimensions)
+        song_ids = [*range(50), *range(1_000, 1_050), *range(1_100, 1_200)]
+        put(divided, song_ids, tiling=self.RAISED)
+        report = publish(database, divided, songs_folder, tiling=self.RAISED)
+        assert report.place.table == BESIDE
+        assert read_vectors(database) == vectors_of(song_ids)
+
+    def test_what_the_cache_lacks_is_said_before_anything_is_built(
+        self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path
+    ) -> None:
+        put(cache, range(130))
+        publish(database, cache, songs_folder)
+        put(other_cache, range(100))
+        with pytest.raises(TableMismatchError, match=r"the cache lacks 30 songs .*range 000000100-000000200"):
+            publish(database, other_cache, songs_folder, OTHER, swap=True)
+        assert relations(database) == SERVING
+
+    def test_a_damaged_shard_is_said_to_be_damaged_not_to_lack_songs(
+        self, database: Database, cache: ModelCache, songs_folder: Path
+    ) -> None:
+        put(cache, range(150))
+        publish(database, cache, songs_folder)
+        put(cache, range(80), version=1)
+        path = cache.path_of(SECOND)
+        write_mark(cache.mark_of(SECOND), Mark("digest", "identity", path.stat().st_size, 50, 0, 0))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(DamagedShardError):
+            publish(database, cache, songs_folder)
+        assert read_vectors(database) == vectors_of(range(150))
+
+    def test_what_was_compared_must_be_what_is_swapped_in(
+        self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        put(cache, range(30))
+        put(other_cache, range(30))
+        publish(database, cache, songs_folder)
+        compare = publishing.compare_tables
+
+        def compare_and_lose(database: Database) -> Comparison:
+            compared = compare(database)
+            execute(
+                database.adbc_uri,
+                "DELETE FROM songvec.loaded_ranges WHERE table_name = %s",
+                (BESIDE,),
+            )
+            return compared
+
+        monkeypatch.setattr(publishing, "compare_tables", compare_and_lose)
+        with pytest.raises(TableMismatchError, match="by another run meanwhile"):
+            publish(database, other_cache, songs_folder, OTHER, swap=True)
+        assert loaded_spec(database) == SPEC
+
+    @pytest.mark.parametrize("stop", [1_000, 2_000])
+    def test_songs_deleted_from_the_source_are_not_missing(
+        self, database: Database, songs: Callable[..., None], provider: Provider, tmp_path: Path, stop: int
+    ) -> None:
+        # the last of a range, and of the tail, so that no snapshot of theirs would be left
+        song_ids = [*range(1, 90), *range(200, 205), *range(1_000, 1_004)]
+        songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in song_ids))
+        run(deploy(database, provider, tmp_path / "store"))
+        execute(database.adbc_uri, "DELETE FROM songs WHERE id >= 1000 OR id BETWEEN 200 AND 210 OR id < 4")
+        other = deploy(database, provider, tmp_path / "store", embedding_dimensions=32, swap=True)
+        other.tiling = Tiling(100, stop)
+        run(other)
+        assert loaded_spec(database) == other.table_spec
+        assert sorted(read_vectors(database)) == list(range(4, 90))
+
+
+def run(deployment: Deployment) -> None:
+    """Export, embed, load and index, as the jobs do."""
+    deployment.export()
+    deployment.filler().fill_ranges(list(deployment.tiling), lambda _: None)
+    deployment.publish()
+    deployment.index()
 
 
 class TestSwap:
@@ -211,7 +617,7 @@ class TestSwap:
         report = publish(database, other_cache, songs_folder, OTHER, swap=True)
         assert loaded_spec(database) == OTHER
         assert report.comparison is not None
-        assert (report.comparison.n_serving, report.comparison.n_beside, report.comparison.n_missing) == (130, 130, 0)
+        assert (report.comparison.n_serving, report.comparison.n_beside) == (130, 130)
         assert relations(database) == BOTH
         assert len(read_vectors(database)[0]) == OTHER.dimensions
         with pytest.raises(TableMismatchError, match="--drop-old"):

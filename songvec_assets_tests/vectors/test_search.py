@@ -1,12 +1,15 @@
 """From a vector to the nearest songs, exactly and through the index."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
 
+from songvec_assets import cli
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.wire import EmbeddingBatch
@@ -14,10 +17,13 @@ from songvec_assets.errors import ProviderError, TableMismatchError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import write_fact
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
+from songvec_assets.vectors.comparison import find_neighbours
 from songvec_assets.vectors.ivfflat import bring_index_up_to_date
 from songvec_assets.vectors.search import TASK, Hit, embed_query, search_songs
 from songvec_assets.vectors.table import TableSpec
 from songvec_assets_tests.administration import dispose, execute
+from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, make_vector, put
 
 
@@ -78,11 +84,13 @@ def test_a_hit_shows_the_song_as_the_source_has_it_now(database: Database, sourc
     assert hits == [Hit(8, "Renamed", "Ann", None, pytest.approx(1.0, abs=1e-6))]
 
 
-def test_a_song_that_is_gone_from_the_source_is_left_out(database: Database, source: SongsSource) -> None:
-    first, second, third = [song_id for song_id, _ in nearest(make_vector(8))][:3]
+def test_a_song_deleted_from_the_source_is_left_out_and_the_next_one_comes_instead(
+    database: Database, source: SongsSource
+) -> None:
+    first, second, third, fourth = [song_id for song_id, _ in nearest(make_vector(8))][:4]
     execute(database.adbc_uri, "DELETE FROM songs WHERE id = %s", (second,))
     hits = search_songs(database, source, SPEC, make_vector(8), limit=3)
-    assert [hit.song_id for hit in hits][:2] == [first, third]
+    assert [hit.song_id for hit in hits] == [first, third, fourth]
 
 
 @pytest.mark.parametrize("limit", [1, 100, 1000])
@@ -90,21 +98,93 @@ def test_no_more_songs_come_than_asked_for_or_there(database: Database, source: 
     assert len(search_songs(database, source, SPEC, make_vector(8), limit=limit)) == min(limit, 100)
 
 
-def test_through_the_index_a_search_visits_as_many_lists_as_stored_or_asked_for(
-    database: Database, source: SongsSource, cache: ModelCache
-) -> None:
+@pytest.fixture
+def indexed(database: Database, source: SongsSource, cache: ModelCache) -> SongsSource:
+    """The hundred songs under ten lists, of which searches visit one."""
     bring_index_up_to_date(database, cache, SPEC)
     use_index(database)
-    query = make_vector(8)
-    one_list = search_songs(database, source, SPEC, query, limit=100, probes=1)
-    assert 1 <= len(one_list) < 100
-    # all ten lists were stored with the index of so small a table
-    assert len(search_songs(database, source, SPEC, query, limit=100)) == 100
     with database.get_connection() as connection:
         write_fact(connection, "probes", 1)
-    assert search_songs(database, source, SPEC, query, limit=100) == one_list
-    everything = search_songs(database, source, SPEC, query, limit=100, probes=10)
-    assert [hit.song_id for hit in everything] == [song_id for song_id, _ in nearest(query)]
+    return source
+
+
+def executed(database: Database) -> "contextlib.AbstractContextManager[list[str]]":
+    """The statements that searches of this process send while the block runs."""
+
+    @contextlib.contextmanager
+    def listening() -> Iterator[list[str]]:
+        sent: list[str] = []
+
+        def listen(*arguments: object) -> None:
+            sent.append(str(arguments[2]))
+
+        engine = database.get_engine("web")
+        sa.event.listen(engine, "before_cursor_execute", listen)
+        try:
+            yield sent
+        finally:
+            sa.event.remove(engine, "before_cursor_execute", listen)
+
+    return listening()
+
+
+def test_through_the_index_a_search_visits_the_lists_that_are_stored_or_asked_for(
+    database: Database, indexed: SongsSource
+) -> None:
+    query = make_vector(8)
+    for stored, asked in ((1, 10), (10, None)):
+        with database.get_connection() as connection:
+            write_fact(connection, "probes", stored)
+        hits = search_songs(database, indexed, SPEC, query, limit=5, probes=asked)
+        assert [hit.song_id for hit in hits] == [song_id for song_id, _ in nearest(query)][:5]
+
+
+@pytest.mark.parametrize("limit", [40, 99, 100, 1000])
+def test_a_limit_beyond_what_the_lists_visited_hold_is_filled_from_further_lists(
+    database: Database, indexed: SongsSource, limit: int
+) -> None:
+    hits = search_songs(database, indexed, SPEC, make_vector(8), limit=limit)
+    assert len(hits) == len({hit.song_id for hit in hits}) == min(limit, 100)
+    similarities = [hit.similarity for hit in hits]
+    assert similarities == sorted(similarities, reverse=True)
+    if limit >= 100:
+        assert [hit.song_id for hit in hits] == [song_id for song_id, _ in nearest(make_vector(8))]
+
+
+def test_a_first_answer_that_is_full_costs_no_further_statement(database: Database, indexed: SongsSource) -> None:
+    with executed(database) as sent:
+        assert len(search_songs(database, indexed, SPEC, make_vector(8), limit=1)) == 1
+    searches = [statement for statement in sent if "ORDER BY" in statement]
+    assert len(searches) == sum("set_config" in statement for statement in sent) == 1
+    assert not any("pg_index" in statement for statement in sent)
+
+
+def test_the_command_shows_as_many_songs_as_asked_for(
+    database: Database, songs: Callable[..., None], provider: Provider, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    songs(*((song_id, f"Tune {song_id}", "Ann", "la") for song_id in range(1, 101)))
+    deployment = deploy(database, provider, tmp_path / "store")
+    deployment.export()
+    deployment.filler().fill_ranges(deployment.held_ranges(), lambda _: None)
+    deployment.publish()
+    deployment.index()
+    use_index(database)
+    with database.get_connection() as connection:
+        write_fact(connection, "probes", 1)
+    monkeypatch.setattr(cli, "_deploy", lambda: deployment)
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["search", "a storm at sea", "-n", "100"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.count("Tune ") == 100
+
+
+def test_the_comparison_of_two_tables_sees_ten_neighbours_of_each_song(
+    database: Database, indexed: SongsSource
+) -> None:
+    with database.get_connection() as connection:
+        found = find_neighbours(connection, "song_embeddings", [7, 8])
+    assert [len(each) for each in found.values()] == [10, 10]
 
 
 def test_a_search_leaves_no_setting_behind_in_the_connection_it_used(database: Database, source: SongsSource) -> None:

@@ -1,0 +1,137 @@
+"""Whether what is about to be paid for or loaded can be indexed afterwards: asked of the server before it begins.
+
+What a table needs is tried on a scratch table of one row, in the schema of the serving one, and rolled back; rights are
+read from the catalogue; memory and disk are worked out, for an index on a small table shows neither. Nothing here
+touches the serving table. Add what can be known beforehand; what depends on the rows themselves belongs to the load.
+"""
+
+from uuid import uuid4
+
+import sqlalchemy as sa
+from pgvector import Vector
+from sqlalchemy import text
+
+from songvec_assets.errors import DatabaseError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.vectors.capacity import read_capacity
+from songvec_assets.vectors.ivfflat import IndexSettings, find_index, plan_lists, reason_to_build
+from songvec_assets.vectors.ledger import read_ledger
+from songvec_assets.vectors.sizes import build_bytes, estimate_build, table_bytes
+from songvec_assets.vectors.table import BESIDE, TABLE, TableSpec, define_table, read_changes
+
+_LOCK_TIMEOUT = "250ms"
+_NEEDED = "SELECT, INSERT, UPDATE, DELETE"
+
+# the tables that every run writes, with the first right that this user lacks
+_LACKING = """
+    SELECT c.oid::regclass::text, quote_ident(current_user)
+    FROM pg_class c
+    WHERE (c.oid = to_regclass(:table) OR c.relnamespace = 'songvec'::regnamespace AND c.relkind = 'r')
+      AND EXISTS (SELECT FROM unnest(CAST(:needed AS text[])) AS needed WHERE NOT has_table_privilege(c.oid, needed))
+    ORDER BY 1
+"""
+_SCHEMA = """
+    SELECT quote_ident(n.nspname) AS name, quote_ident(current_user) AS role,
+        has_schema_privilege(n.oid, 'CREATE') AS may_create,
+        quote_ident(pg_get_userbyid(c.relowner)) AS owner, pg_has_role(c.relowner, 'USAGE') AS is_owner,
+        row_security_active(c.oid) AS hides_rows
+    FROM (SELECT to_regclass(:table)::oid AS oid) AS target
+    LEFT JOIN pg_class c ON c.oid = target.oid
+    JOIN pg_namespace n ON n.oid = coalesce(c.relnamespace, quote_ident(current_schema())::regnamespace)
+"""
+
+
+def check_target(database: Database, spec: TableSpec, wanted: IndexSettings, n_songs: int, target: str = TABLE) -> None:
+    """Refuse what could not be loaded or indexed. The serving table must fit: see `check_publishable`.
+
+    Args:
+        database: where the table is to be.
+        spec: what it is to hold.
+        wanted: how it is to be indexed.
+        n_songs: rows that it is to have.
+        target: TABLE, or BESIDE where that is built.
+
+    Raises:
+        DatabaseError: says which right, schema, memory or disk is wanting, and the statement that helps.
+        SettingsError: the lists that were set do not fit into memory.
+    """
+    index, loaded = find_index(database, target), read_ledger(database, target)
+    capacity = read_capacity(database, wanted.memory_bytes, searched=find_index(database) is not None)
+    n_new = max(0, n_songs - sum(entry.n_songs for entry in loaded.values()))
+    lists_now = index.lists if index else None
+    lists, _ = plan_lists(max(1, n_songs), wanted, lists_now, capacity, spec)
+    with database.get_connection() as connection:
+        n_changed = read_changes(connection, target) + n_new
+        builds = reason_to_build(n_songs, lists, lists_now, n_changed, exact=wanted.lists is not None) is not None
+        schema = _check_rights(connection, builds or target == BESIDE)
+    if builds:
+        _try_out(database, spec, schema)
+        estimate = estimate_build(
+            n_songs, lists, spec.dimensions, spec.vector_type, capacity.workers, capacity.cores
+        )  # fmt: skip
+        capacity.check_disk(estimate, table_bytes(n_new, spec.dimensions, spec.vector_type))
+
+
+def _check_rights(connection: sa.Connection, builds: bool) -> str:
+    """The schema of the table, quoted; raises where a right is missing.
+
+    To VACUUM needs no right of its own: the owner may, and anybody else is only warned by the server.
+    """
+    lacking = connection.execute(text(_LACKING), {"table": TABLE, "needed": _NEEDED.split(", ")}).all()
+    if lacking:
+        tables, role = ", ".join(table for table, _ in lacking), lacking[0][1]
+        raise DatabaseError(
+            f"this user may not read and write {tables}: let the owner run GRANT {_NEEDED} ON {tables} TO {role}"
+        )
+    schema = connection.execute(text(_SCHEMA), {"table": TABLE}).one()
+    if schema.hides_rows:
+        raise DatabaseError(
+            f"row security of table {TABLE} applies to {schema.role}, so that rows cannot be loaded or counted: let "
+            f"{schema.owner} run ALTER TABLE {TABLE} NO FORCE ROW LEVEL SECURITY, or use a user that it does not bind"
+        )
+    if not builds:
+        return str(schema.name)
+    if not schema.may_create:
+        raise DatabaseError(
+            f"this user may not create tables and indexes in schema {schema.name}: let its owner run GRANT CREATE ON "
+            f"SCHEMA {schema.name} TO {schema.role}, or use another user in POSTGRES_URL"
+        )
+    if schema.is_owner is False:
+        raise DatabaseError(
+            f"table {TABLE} belongs to {schema.owner}, and only its owner may index or replace it: let {schema.owner} "
+            f"or a superuser run GRANT {schema.owner} TO {schema.role}, or ALTER TABLE {TABLE} OWNER TO {schema.role}"
+        )
+    return str(schema.name)
+
+
+def _try_out(database: Database, spec: TableSpec, schema: str) -> None:
+    """Make a table of one row and its index where the real one is to be, and roll all of it back."""
+    scratch = f"songvec_preflight_{uuid4().hex[:16]}"  # two runs at once must not meet
+    try:
+        with database.get_connection() as connection:
+            settings = {
+                "lock_timeout": _LOCK_TIMEOUT,
+                "maintenance_work_mem": f"{-(-build_bytes(1, spec.dimensions, spec.vector_type) // 1024)}kB",
+            }
+            for name, value in settings.items():
+                connection.execute(text("SELECT set_config(:name, :value, true)"), {"name": name, "value": value})
+            connection.execute(
+                text("SELECT set_config('search_path', concat_ws(', ', CAST(:schema AS text), path), true) "
+                     "FROM nullif(current_setting('search_path'), '') AS path"),
+                {"schema": schema},
+            )  # fmt: skip
+            define_table(spec, scratch).create(connection)
+            connection.execute(
+                text(f"INSERT INTO {scratch} (song_id, embedding) VALUES (1, CAST(:ones AS {spec.vector_type}))"),
+                {"ones": Vector([1.0] * spec.dimensions).to_text()},
+            )
+            connection.execute(
+                text(f"CREATE INDEX ON {scratch} USING ivfflat (embedding {spec.vector_type}_cosine_ops) "
+                     "WITH (lists = 1)")
+            )  # fmt: skip
+            connection.rollback()
+    except DatabaseError as error:
+        raise DatabaseError(
+            f"a table of {spec.column_type} cannot be made and indexed in schema {schema}, so nothing was sent or "
+            f"loaded: {error}"
+        ) from error
