@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from rich.text import Text
 from songvec_assets.errors import SettingsError, SongvecError
 from songvec_assets.progress import Progress, run_in_worker
 from songvec_assets.settings import settings_table, variables
+from songvec_assets.signals import discard_unwritable_output, interrupted_by_hangup
 
 if TYPE_CHECKING:
     from songvec_assets.defs.headless import RunResult
@@ -212,7 +214,7 @@ def _undo_swap(rollback: bool) -> None:
     def tell_waiting() -> None:
         err.print("Waiting for a load or swap to end.", style="yellow")
 
-    with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=deployment.stop.check):
+    with _interruptible(), hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=deployment.stop.check):
         if rollback:
             out.print(f"Searches now find {roll_back(deployment.database)}; set the settings back to it.", markup=False)
         else:
@@ -238,11 +240,16 @@ def print_settings() -> None:
 
 
 def main() -> None:
-    """Run the command; the package's errors are one line, not a traceback."""
-    try:
-        app()
-    except SongvecError as error:
-        _fail(str(error))
+    """Run the command; the package's errors are one line, not a traceback. SIGTERM and SIGHUP interrupt it."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with interrupted_by_hangup():
+        try:
+            app()
+        except SongvecError as error:
+            _fail(str(error))
+        finally:
+            discard_unwritable_output()
 
 
 def _fail(message: str) -> NoReturn:
@@ -336,7 +343,8 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        err.print("Interrupted. What was done is kept: the same command goes on from there.", style="yellow")
+        with contextlib.suppress(OSError, SystemExit):  # the terminal, or who reads the pipe, may be what ended it
+            err.print("Interrupted. What was done is kept: the same command goes on from there.", style="yellow")
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -346,9 +354,23 @@ def _showing_progress() -> Iterator[Any]:
     from songvec_assets.defs.steps import show_progress
     from songvec_assets.defs.terminal import Bars, Lines
 
-    with Bars(err) if err.is_terminal else Lines(err) as shown:
+    with _progress_console() as console, Bars(console) if err.is_terminal else Lines(console) as shown:
         token = show_progress.set(shown)
         try:
             yield shown
         finally:
             show_progress.reset(token)
+
+
+@contextlib.contextmanager
+def _progress_console() -> Iterator[Console]:
+    """Standard error; where that is a terminal, the terminal itself: Dagster redirects a step's output to a file."""
+    if not err.is_terminal:
+        yield err
+        return
+    terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding=sys.stderr.encoding)
+    try:
+        yield Console(file=terminal)
+    finally:
+        with contextlib.suppress(OSError):  # the terminal was closed
+            terminal.close()

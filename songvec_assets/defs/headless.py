@@ -70,7 +70,7 @@ def run_job(
         resources: fields that win over the settings, by resource.
 
     Raises:
-        KeyboardInterrupt: Ctrl+C or SIGTERM; what was done is kept.
+        KeyboardInterrupt: Ctrl+C, SIGTERM or SIGHUP; what was done is kept.
     """
     config: dict[str, Any] = {
         "resources": {name: {"config": dict(given)} for name, given in (resources or {}).items() if given},

@@ -1,7 +1,7 @@
 """Runs a core function as a Dagster step: off the main thread, with progress in the log, and errors people can read.
 
-An interrupt (Ctrl+C, SIGTERM, the UI's Terminate) reaches the main thread at once; the core is asked to end, keeps
-what it has, and the log says how to go on.
+An interrupt (Ctrl+C, SIGTERM, SIGHUP, the UI's Terminate) reaches the main thread at once; the core is asked to end,
+keeps what it has, and the log says how to go on.
 """
 
 import contextlib
