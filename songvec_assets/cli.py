@@ -253,7 +253,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    err.print(message, style="red", markup=False, highlight=False)
+    # one line stays one where another program reads it
+    err.print(message, style="red", markup=False, highlight=False, soft_wrap=not err.is_terminal)
     sys.exit(EXIT_FAILED)
 
 
@@ -310,9 +311,22 @@ def _run_job(
         out.print(f"Set aside: {result.n_set_aside:,}; `songvec status` says which and why.", markup=False)
     for warning in result.warnings:
         out.print(warning, style="yellow", markup=False)
+    if result.incomplete:
+        _fail("\n".join([*result.failures, _describe_incomplete(result, deployment, job)]))
     if result.failures:
         _fail("\n".join(result.failures))
     return result
+
+
+def _describe_incomplete(result: "RunResult", deployment: "Deployment", job: str) -> str:
+    from songvec_assets.defs.tables import describe_incomplete_run
+    from songvec_assets.status import measure_status
+
+    try:
+        status = measure_status(deployment)
+    except SongvecError:  # why the run failed is what counts
+        status = None
+    return describe_incomplete_run(result, status, loads=job != "embed")
 
 
 def _print_plan(ranges: str, anew: bool) -> None:

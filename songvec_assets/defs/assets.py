@@ -94,10 +94,11 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
             anew = asked_anew_by(context.run) if run.embed_anew else None
             deployment.filler(emit, budget_of(context.run), anew).fill_ranges(ranges, report=emit)
 
-        try:
-            run_step(context, deployment, fill, on_report=recorder.record)
-        finally:
-            recorder.log_total()
+        with failing_clearly(recorder.describe_stop):
+            try:
+                run_step(context, deployment, fill, on_report=recorder.record)
+            finally:
+                recorder.log_total()
         recorder.conclude()
 
 
