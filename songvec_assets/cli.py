@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from rich.text import Text
 from songvec_assets.errors import SettingsError, SongvecError
 from songvec_assets.progress import Progress, run_in_worker
 from songvec_assets.settings import settings_table, variables
+from songvec_assets.signals import discard_unwritable_output, interrupted_by_hangup
 
 if TYPE_CHECKING:
     from songvec_assets.defs.headless import RunResult
@@ -234,7 +236,7 @@ def _undo_swap(rollback: bool) -> None:
         err.print("Waiting for a load or swap to end.", style="yellow")
 
     check = deployment.stop.check
-    with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=check) as check_held:
+    with _interruptible(), hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=check) as check_held:
         if rollback:
             serving = roll_back(deployment.database, check, check_held)
             out.print(f"Searches now find {serving}; set the settings back to it.", markup=False)
@@ -261,15 +263,21 @@ def print_settings() -> None:
 
 
 def main() -> None:
-    """Run the command; the package's errors are one line, not a traceback."""
-    try:
-        app()
-    except SongvecError as error:
-        _fail(str(error))
+    """Run the command; the package's errors are one line, not a traceback. SIGTERM and SIGHUP interrupt it."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with interrupted_by_hangup():
+        try:
+            app()
+        except SongvecError as error:
+            _fail(str(error))
+        finally:
+            discard_unwritable_output()
 
 
 def _fail(message: str) -> NoReturn:
-    err.print(message, style="red", markup=False, highlight=False)
+    # one line stays one where another program reads it
+    err.print(message, style="red", markup=False, highlight=False, soft_wrap=not err.is_terminal)
     sys.exit(EXIT_FAILED)
 
 
@@ -326,9 +334,22 @@ def _run_job(
         out.print(f"Set aside: {result.n_set_aside:,}; `songvec status` says which and why.", markup=False)
     for warning in result.warnings:
         out.print(warning, style="yellow", markup=False)
+    if result.incomplete:
+        _fail("\n".join([*result.failures, _describe_incomplete(result, deployment, job)]))
     if result.failures:
         _fail("\n".join(result.failures))
     return result
+
+
+def _describe_incomplete(result: "RunResult", deployment: "Deployment", job: str) -> str:
+    from songvec_assets.defs.tables import describe_incomplete_run
+    from songvec_assets.status import measure_status
+
+    try:
+        status = measure_status(deployment)
+    except SongvecError:  # why the run failed is what counts
+        status = None
+    return describe_incomplete_run(result, status, loads=job != "embed")
 
 
 def _print_plan(ranges: str, anew: bool) -> None:
@@ -359,7 +380,8 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        err.print("Interrupted. What was done is kept: the same command goes on from there.", style="yellow")
+        with contextlib.suppress(OSError, SystemExit):  # the terminal, or who reads the pipe, may be what ended it
+            err.print("Interrupted. What was done is kept: the same command goes on from there.", style="yellow")
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -369,9 +391,23 @@ def _showing_progress() -> Iterator[Any]:
     from songvec_assets.defs.steps import show_progress
     from songvec_assets.defs.terminal import Bars, Lines
 
-    with Bars(err) if err.is_terminal else Lines(err) as shown:
+    with _progress_console() as console, Bars(console) if err.is_terminal else Lines(console) as shown:
         token = show_progress.set(shown)
         try:
             yield shown
         finally:
             show_progress.reset(token)
+
+
+@contextlib.contextmanager
+def _progress_console() -> Iterator[Console]:
+    """Standard error; where that is a terminal, the terminal itself: Dagster redirects a step's output to a file."""
+    if not err.is_terminal:
+        yield err
+        return
+    terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding=sys.stderr.encoding)
+    try:
+        yield Console(file=terminal)
+    finally:
+        with contextlib.suppress(OSError):  # the terminal was closed
+            terminal.close()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 from songvec_assets.errors import StoppedError
+from songvec_assets.signals import interrupted_by_hangup
 
 _POLL_S = 0.2
 
@@ -93,7 +94,8 @@ def run_in_worker(
 
     The calling thread waits in Python, so a signal reaches it at once while the worker may be deep in C:
     psycopg2 alone answers a SIGINT only after its statement. An interrupt, or an error of `report`, calls
-    `stop` and gives the worker `grace_s` seconds to end, still reporting; a second interrupt abandons it.
+    `stop` and gives the worker `grace_s` seconds to end, still reporting; a second interrupt abandons it. A terminal
+    that closes (SIGHUP) is an interrupt, and never a second one.
 
     Args:
         work: the long step; it reports by calling its argument.
@@ -131,16 +133,18 @@ def run_in_worker(
 
     def tell_if_possible(item: Report) -> None:
         # the listener may be what failed; the step still gets its grace, and the first error is the one raised
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, SystemExit):  # rich exits where a pipe is closed
             report(item)
 
-    try:
-        worker.start()
-        end = follow(report)
-    except BaseException:
-        stop()
-        follow(tell_if_possible, time.monotonic() + grace_s)
-        raise
+    with interrupted_by_hangup() as hangup:
+        try:
+            worker.start()
+            end = follow(report)
+        except BaseException:
+            hangup.is_ending = True
+            stop()
+            follow(tell_if_possible, time.monotonic() + grace_s)
+            raise
     assert end is not None
     if end.error is not None:
         raise end.error

@@ -1,6 +1,6 @@
 """What is exported, cached, loaded and indexed, by range: from footers, narrow columns and the ledger."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import polars as pl
 
@@ -8,6 +8,7 @@ from songvec_assets.cache.marks import read_mark
 from songvec_assets.cache.shards import load_embeddings_from_cache
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.budget import MonthSpending
+from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import count_songs, load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import count_unreachable_ids
@@ -15,6 +16,8 @@ from songvec_assets.vectors.ivfflat import IndexFacts, find_index
 from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
 from songvec_assets.vectors.recall import read_recall
 from songvec_assets.vectors.table import describe_tables
+
+_NOTHING_CACHED = pl.DataFrame(schema={"song_id": pl.Int32, "reason": pl.String})
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Status:
         unreachable: reason to number of songs whose id is outside every range.
         recall: as measured last, in words; empty before.
         month_usd, month_reserved_usd: billed this month, and reserved for requests in flight, over all runs.
+        unreadable: what is wrong with cache files that cannot be read; their ranges count as not cached.
     """
 
     ranges: list[RangeStatus]
@@ -87,6 +91,7 @@ class Status:
     recall: str
     month_usd: float
     month_reserved_usd: float
+    unreadable: list[str] = field(default_factory=list)
 
     def describe(self) -> list[str]:
         """What there is beyond the ranges, a line each."""
@@ -97,6 +102,7 @@ class Status:
             f"Index: {index.lists:,} lists over {index.n_rows:,} rows, {index.n_bytes / 1e6:,.1f} MB, {index.probes} "
             f"probes, {self.recall or 'recall not measured'}; {index.n_changed:,} rows changed since",
             f"Spent this month: {MonthSpending(self.month_usd, self.month_reserved_usd).describe()}",
+            *(f"Cannot be read: {words}" for words in self.unreadable),
             *(f"Set aside: song {song_id}: {reason}" for song_id, reason in self.set_aside),
             *(f"Set aside: {n_songs:,} × {reason}" for reason, n_songs in self.unreachable.items()),
         ]  # fmt: skip
@@ -104,7 +110,7 @@ class Status:
     @property
     def total(self) -> RangeStatus:
         """The sum over all ranges."""
-        counts = [field.name for field in fields(RangeStatus) if field.name != "key"]
+        counts = [each.name for each in fields(RangeStatus) if each.name != "key"]
         return RangeStatus("all", **{name: sum(getattr(each, name) for each in self.ranges) for name in counts})
 
 
@@ -138,10 +144,15 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
     songs, cache = deployment.store.songs, deployment.cache
     index = find_index(deployment.database)
     set_aside: list[tuple[int, str]] = []
+    unreadable: list[str] = []
     ranges = []
     for song_range in sorted({*snapshot_ranges(songs), *cache.ranges(), *read_ledger(deployment.database)}):
         snapshot = load_songs_from_parquet(snapshot_path(songs, song_range), ["song_id", "set_aside"])
-        live = load_embeddings_from_cache(cache, song_range)[1]
+        try:
+            live = load_embeddings_from_cache(cache, song_range)[1]
+        except StoreError as error:
+            live = _NOTHING_CACHED
+            unreadable.append(str(error))
         with deployment.database.get_connection("web") as connection:
             rows = read_loaded_rows(connection, song_range)
         loaded = pl.Series(dtype=pl.Int32) if rows is None else rows["song_id"]
@@ -170,4 +181,4 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
         recall = read_recall(connection)
     tables, month = describe_tables(deployment.database), deployment.month_spending()
     words = recall.describe() if recall else ""
-    return Status(ranges, tables, index, set_aside, dict(unreachable), words, *month)
+    return Status(ranges, tables, index, set_aside, dict(unreachable), words, *month, unreadable)

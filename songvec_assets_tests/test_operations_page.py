@@ -23,7 +23,10 @@ HOLE = "…"
 UNREADABLE = {
     ("cli.py", "str(error)"): "an error of the package, whose own words have a row",
     ("cli.py", "'\\n'.join(result.failures)"): "the failures of a run's steps, whose own words have rows",
-    ("defs/steps.py", "str(error)"): "an error of the package, whose own words have a row",
+    ("cli.py", "'\\n'.join([*result.failures, _describe_incomplete(result, deployment, job)])"): (
+        "the same, and what is missing after a run that went on without some ranges: see Partial runs"
+    ),
+    ("defs/steps.py", "words"): "an error of the package, whose own words have a row",
     ("embedding/client.py", "_REFUSALS[action](words)"): "the words of describe_answer, which have a row",
     ("vectors/load.py", "'; '.join(damaged)"): "errors of ranges, whose own words have rows",
 }

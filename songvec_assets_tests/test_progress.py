@@ -15,10 +15,12 @@ LONG_S = 60.0
 
 @pytest.fixture(autouse=True)
 def _interruptible():
-    """SIGINT raises KeyboardInterrupt here, whatever the test runner made of it."""
+    """SIGINT raises KeyboardInterrupt here and SIGHUP is nobody's, whatever the test runner made of them."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before_hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, before_hangup)
 
 
 @pytest.fixture
@@ -29,9 +31,9 @@ def release():
     event.set()
 
 
-def interrupt():
+def interrupt(number=signal.SIGINT):
     """As Ctrl+C does it: the main thread gets the signal, wherever it is."""
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    signal.pthread_kill(threading.main_thread().ident, number)
 
 
 def ignore(_item):
@@ -227,6 +229,47 @@ def test_a_second_interrupt_abandons_the_step(release):
     assert stops == [1]
 
 
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGINT])
+def test_a_terminal_that_closes_is_an_interrupt_and_never_a_second_one(first):
+    """The kernel sends SIGHUP and the shell sends another; or somebody presses Ctrl+C and then closes the window."""
+    stopping, ended, listener = threading.Event(), threading.Event(), Listener()
+
+    def work(emit):
+        emit("started")
+        listener.wait()
+        interrupt(first)
+        stopping.wait(LONG_S)
+        for _ in range(3):
+            time.sleep(0.1)
+            interrupt(signal.SIGHUP)
+        time.sleep(0.1)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_worker(work, report=listener, stop=stopping.set, grace_s=LONG_S)
+    assert ended.is_set()
+
+
+def test_a_sighup_that_is_ignored_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    listener = Listener()
+
+    def work(emit):
+        emit("started")
+        listener.wait()
+        interrupt(signal.SIGHUP)
+        time.sleep(0.1)
+        return "done"
+
+    assert run_in_worker(work, report=listener, stop=never) == "done"
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_the_handler_of_sighup_is_put_back_after_a_step():
+    assert run_in_worker(lambda _: "done", report=ignore, stop=never) == "done"
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
 def test_a_step_that_does_not_stop_is_abandoned_after_its_grace(release):
     began = time.monotonic()
     listener = Listener()
@@ -275,8 +318,9 @@ def test_an_error_of_the_listener_stops_the_step_and_is_raised_when_that_has_end
     assert ended.is_set()
 
 
-def test_a_listener_that_keeps_failing_does_not_cost_the_step_its_grace():
-    """The step stores what was paid for while it stops, and says so."""
+@pytest.mark.parametrize("error", [OSError("the terminal is gone"), SystemExit(1)])
+def test_a_listener_that_keeps_failing_does_not_cost_the_step_its_grace(error):
+    """The step stores what was paid for while it stops, and says so. Rich exits where a pipe is closed."""
     stopping, ended = threading.Event(), threading.Event()
 
     def work(emit):
@@ -287,9 +331,9 @@ def test_a_listener_that_keeps_failing_does_not_cost_the_step_its_grace():
         ended.set()
 
     def report(_item):
-        raise OSError("the terminal is gone")
+        raise error
 
-    with pytest.raises(OSError, match="the terminal is gone"):
+    with pytest.raises(type(error), match=str(error)):
         run_in_worker(work, report=report, stop=stopping.set)
     assert ended.is_set()
 

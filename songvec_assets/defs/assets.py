@@ -97,10 +97,11 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
             filler = deployment.filler(emit, budget_of(context.run), anew, run.retry_rejected)
             filler.fill_ranges(ranges, report=emit)
 
-        try:
-            run_step(context, deployment, fill, on_report=recorder.record)
-        finally:
-            recorder.log_total()
+        with failing_clearly(recorder.describe_stop):
+            try:
+                run_step(context, deployment, fill, on_report=recorder.record)
+            finally:
+                recorder.log_total()
         recorder.conclude()
 
 

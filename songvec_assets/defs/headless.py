@@ -10,7 +10,10 @@ from typing import Any
 import dagster as dg
 
 from songvec_assets.defs.alerts import describe_failure
+from songvec_assets.defs.reports import read_incomplete
 from songvec_assets.songs.ranges import SongIdRange
+
+_PARTITIONED = dg.AssetKey("embedding_cache")
 
 
 @dataclass
@@ -44,7 +47,9 @@ class RunResult:
         rows: one an asset, in the graph's order.
         warnings: of checks that did not pass.
         answers: of checks that did.
-        failures: in the words of what failed; none: the run succeeded.
+        failures: in the words of what failed.
+        incomplete: ranges that are not complete, by the reason; the run went on without them. Neither these nor
+            failures: the run succeeded.
         n_set_aside: songs without a vector, for a named reason.
         comparison: of a table that was swapped in with the one before; empty where none was.
     """
@@ -53,6 +58,7 @@ class RunResult:
     warnings: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    incomplete: dict[str, list[str]] = field(default_factory=dict)
     n_set_aside: int = 0
     comparison: str = ""
 
@@ -62,7 +68,9 @@ def run_job(
     span: tuple[SongIdRange, SongIdRange] | None = None,
     resources: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> RunResult:
-    """Run a job of the project.
+    """Run a job of the project. Where a step fails for some ranges, the steps after it run without them.
+
+    Dagster would skip them: a step of many partitions either succeeds for all of them or fails.
 
     Args:
         job: which.
@@ -70,7 +78,7 @@ def run_job(
         resources: fields that win over the settings, by resource.
 
     Raises:
-        KeyboardInterrupt: Ctrl+C or SIGTERM; what was done is kept.
+        KeyboardInterrupt: Ctrl+C, SIGTERM or SIGHUP; what was done is kept.
     """
     config: dict[str, Any] = {
         "resources": {name: {"config": dict(given)} for name, given in (resources or {}).items() if given},
@@ -79,14 +87,34 @@ def run_job(
     tags = {} if span is None else {
         "dagster/asset_partition_range_start": span[0].key, "dagster/asset_partition_range_end": span[1].key
     }  # fmt: skip
+    events: list[dg.DagsterEvent] = []
+    selected: list[dg.AssetKey] | None = None
     with project_instance() as instance:
-        try:
-            result = job.execute_in_process(instance=instance, tags=tags, run_config=config, raise_on_error=False)
-        except dg.DagsterExecutionInterruptedError as error:
-            raise KeyboardInterrupt from error
-    if any(_is_interrupt(event) for event in result.all_events):
-        raise KeyboardInterrupt
-    return _summarize(result.all_events)
+        while selected is None or selected:
+            if selected and _PARTITIONED not in selected:
+                tags = {}
+            try:
+                result = job.execute_in_process(
+                    instance=instance, tags=tags, run_config=config, raise_on_error=False, asset_selection=selected
+                )
+            except dg.DagsterExecutionInterruptedError as error:
+                raise KeyboardInterrupt from error
+            # of the instance: the result lacks what a step that failed had recorded of single ranges
+            logged = [each.dagster_event for each in instance.all_logs(result.run_id) if each.dagster_event]
+            if any(_is_interrupt(event) for event in logged):
+                raise KeyboardInterrupt
+            events += logged
+            selected = _find_rest(job, logged)
+    return _summarize(events)
+
+
+def _find_rest(job: dg.JobDefinition, events: Sequence[dg.DagsterEvent]) -> list[dg.AssetKey]:
+    """The assets after one that failed for some ranges only; empty: there is nothing to go on with."""
+    partial = [event.step_key for event in events if read_incomplete(event) is not None]
+    layer = job.asset_layer
+    ordered = [key for key in layer.asset_graph.toposorted_asset_keys if key in layer.selected_asset_keys]
+    names = [key.to_user_string() for key in ordered]
+    return ordered[names.index(partial[0]) + 1 :] if partial and partial[0] in names else []
 
 
 @contextmanager
@@ -119,6 +147,9 @@ def _summarize(events: Sequence[dg.DagsterEvent]) -> RunResult:
                 result.answers.append(f"{check.check_name}: {check.description}")
             else:
                 result.warnings.append(f"Check {check.check_name} did not pass: {check.description}")
+        elif (reasons := read_incomplete(event)) is not None:
+            for reason, keys in reasons.items():
+                result.incomplete.setdefault(reason, []).extend(keys)
         elif event.is_step_failure:
             result.failures.append(describe_failure(event))
     for (asset, _), metadata in latest.items():

@@ -20,6 +20,7 @@ from songvec_assets.vectors.recall import RecallReport
 Metadata = dict[str, Any]
 _MAX_TABLE_ROWS = 50
 _MOST_TOKEN_BARS = 40
+_INCOMPLETE = "incomplete"
 
 
 def _schema(**columns: tuple[str, str]) -> Metadata:
@@ -173,6 +174,25 @@ def describe_fill(report: FillReport, path: str, embedder: str) -> Metadata:
             [{"song_id": song_id, "reason": reason} for song_id, reason in report.set_aside[:_MAX_TABLE_ROWS]],
         ),
     }
+
+
+def describe_incomplete(reasons: Mapping[str, list[str]]) -> Metadata:
+    """What a failed step lacks, where it leaves enough to go on without; `read_incomplete` is its inverse.
+
+    Args:
+        reasons: keys of ranges by the reason why they are not complete; no keys where the reason names them.
+    """
+    return {_INCOMPLETE: dg.MetadataValue.json({"reasons": dict(reasons)})}
+
+
+def read_incomplete(event: dg.DagsterEvent) -> dict[str, list[str]] | None:
+    """The reasons that a failed step gave to `describe_incomplete`; None: what comes after it cannot go on."""
+    failure = event.step_failure_data.user_failure_data if event.is_step_failure else None
+    described = (failure.metadata or {}).get(_INCOMPLETE) if failure else None
+    if not isinstance(described, dg.JsonMetadataValue):
+        return None
+    reasons: dict[str, list[str]] = described.value["reasons"]  # type: ignore[index,call-overload]
+    return reasons
 
 
 def describe_publish(report: PublishReport, deployment: Deployment) -> Metadata:

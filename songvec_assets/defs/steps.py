@@ -1,7 +1,7 @@
 """Runs a core function as a Dagster step: off the main thread, with progress in the log, and errors people can read.
 
-An interrupt (Ctrl+C, SIGTERM, the UI's Terminate) reaches the main thread at once; the core is asked to end, keeps
-what it has, and the log says how to go on.
+An interrupt (Ctrl+C, SIGTERM, SIGHUP, the UI's Terminate) reaches the main thread at once; the core is asked to end,
+keeps what it has, and the log says how to go on.
 """
 
 import contextlib
@@ -15,10 +15,12 @@ import dagster as dg
 from songvec_assets.cache.fill import FillReport
 from songvec_assets.cache.marks import digest_cache
 from songvec_assets.defs.pace import Pace, describe_progress
-from songvec_assets.defs.reports import describe_fill
+from songvec_assets.defs.reports import Metadata, describe_fill, describe_incomplete
 from songvec_assets.deployment import Deployment
-from songvec_assets.errors import SongvecError
+from songvec_assets.errors import BudgetExceededError, DamagedShardError, ProviderError, SongvecError, StoppedError
 from songvec_assets.progress import Progress, run_in_worker
+from songvec_assets.songs.export import IncompleteExportError
+from songvec_assets.vectors.table import loaded_spec
 
 Result = TypeVar("Result")
 
@@ -27,17 +29,36 @@ Emit = Callable[[Any], None]
 LOG_EVERY_S = 5.0
 GRACE_S = 30.0
 
+GO_ON_WITHOUT = (
+    "The rest is done and kept: `songvec run` goes on with it; in the UI, “Materialize” the assets downstream, up to "
+    "ivfflat_index"
+)
+
 show_progress: ContextVar[Callable[[Progress], None] | None] = ContextVar("show_progress", default=None)
 """Where `songvec` shows progress instead of Dagster's log: a terminal has bars."""
 
 
+def _describe_partial(error: SongvecError) -> Metadata:
+    """What an error says of the ranges that failed, where the others are done; empty where it ends everything."""
+    if isinstance(error, IncompleteExportError) and error.is_partial:
+        return describe_incomplete(error.reasons)
+    # the range is named in its words
+    return describe_incomplete({str(error): []}) if isinstance(error, DamagedShardError) else {}
+
+
 @contextlib.contextmanager
-def failing_clearly() -> Iterator[None]:
-    """Turn the core's errors into failures that show their words, and are not retried: a rerun alone rarely helps."""
+def failing_clearly(describe: Callable[[SongvecError], Metadata] = _describe_partial) -> Iterator[None]:
+    """Turn the core's errors into failures that show their words, and are not retried: a rerun alone rarely helps.
+
+    Args:
+        describe: gives `describe_incomplete` of an error that leaves something to go on with, else nothing.
+    """
     try:
         yield
     except SongvecError as error:
-        raise dg.Failure(str(error), allow_retries=False) from error
+        metadata = describe(error)
+        words = f"{error}. {GO_ON_WITHOUT}" if metadata else str(error)
+        raise dg.Failure(words, metadata=metadata, allow_retries=False) from error
 
 
 class StepContext(Protocol):
@@ -173,7 +194,30 @@ class FillRecorder:
         if self._failed:
             named = "; ".join(f"{key}: {error}" for key, error in list(self._failed.items())[:5])
             raise dg.Failure(
-                f"{len(self._failed)} of {len(self._reports)} ranges are not complete, the others are done and kept. "
-                f"Go on with “From failure”, beside “Re-execute all”, or with `songvec run`. {named}",
+                f"{len(self._failed)} of {len(self._reports)} ranges are not complete. {GO_ON_WITHOUT}. {named}",
+                metadata=self._describe_incomplete(),
                 allow_retries=False,
             )
+
+    def describe_stop(self, error: SongvecError) -> Metadata:
+        """See `failing_clearly`: the end of a budget, or of a provider, leaves what was embedded before."""
+        is_partial = isinstance(error, (BudgetExceededError, ProviderError))
+        return self._describe_incomplete(error) if is_partial else {}
+
+    def _describe_incomplete(self, stop: SongvecError | None = None) -> Metadata:
+        """The ranges that are not complete, where something can be loaded without them; else nothing."""
+        n_vectors = sum(each.n_unchanged + each.n_reused + each.n_embedded for each in self._reports)
+        deployment = self._deployment
+        serving = loaded_spec(deployment.database)
+        # another model's table would be built and indexed, and then refused for what it lacks
+        is_swap = deployment.settings.swap and serving not in (None, deployment.table_spec)
+        if not n_vectors or is_swap:
+            return {}
+        reasons: dict[str, list[str]] = {}
+        for key, error in self._failed.items():
+            # ranges that others took with them
+            reason = stop if stop and isinstance(error, StoppedError) else error
+            reasons.setdefault(str(reason), []).append(key)
+        if stop:
+            reasons.setdefault(str(stop), [])
+        return describe_incomplete(reasons)

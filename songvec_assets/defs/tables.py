@@ -1,4 +1,4 @@
-"""What `songvec` prints as tables."""
+"""What `songvec` prints: tables, and the last line of a run that could not do everything."""
 
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -13,6 +13,8 @@ from songvec_assets.progress import describe_seconds
 from songvec_assets.status import Status
 from songvec_assets.vectors.search import Hit
 
+_MOST_REASONS, _MOST_KEYS = 2, 3
+
 
 def run_table(result: RunResult) -> Table:
     """A row an asset."""
@@ -23,6 +25,37 @@ def run_table(result: RunResult) -> Table:
     for row in result.rows:
         table.add_row(row.asset, *row.cells())
     return table
+
+
+def describe_incomplete_run(result: RunResult, status: Status | None, loads: bool) -> str:
+    """What is missing after a run that went on without some ranges, and why: one line.
+
+    Args:
+        result: the run's.
+        status: as it is now; None where it could not be measured.
+        loads: whether the run was to load what it embedded.
+    """
+    missing = [] if status is None else [
+        n_songs for each in status.ranges
+        if (n_songs := each.n_missing if loads else each.n_songs - each.n_cached - each.n_set_aside)
+    ]  # fmt: skip
+    if status is None:
+        counted = "some songs may be missing"
+    elif missing:
+        counted = f"{sum(missing):,} songs are missing, in {len(missing):,} of {len(status.ranges):,} ranges"
+    else:
+        counted = "no song is missing, but some are not up to date"
+    done = (
+        "the rest could not be done" if result.failures else f"the rest is {'loaded and indexed' if loads else 'kept'}"
+    )
+    reasons = [f"{_name_some(keys)}: {reason}" if keys else reason for reason, keys in result.incomplete.items()]
+    rest = f"; and {len(reasons) - _MOST_REASONS:,} more reasons" if len(reasons) > _MOST_REASONS else ""
+    return f"Incomplete: {counted}; {done}. {'; '.join(reasons[:_MOST_REASONS])}{rest}"
+
+
+def _name_some(keys: Sequence[str]) -> str:
+    rest = len(keys) - _MOST_KEYS
+    return ", ".join(keys[:_MOST_KEYS]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def estimate_table(estimate: Estimate, offline: bool) -> Table:

@@ -1,5 +1,6 @@
 """Progress as a person in a terminal sees it: bars; and plain lines where there is no terminal."""
 
+import contextlib
 import time
 from types import TracebackType
 
@@ -39,7 +40,8 @@ class Bars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        with contextlib.suppress(OSError):  # the terminal was closed
+            self._bars.stop()
 
     def __call__(self, progress: Progress) -> None:
         """Show how far a step has come."""

@@ -125,18 +125,24 @@ class IncompleteExportError(DatabaseError):
 
     Attributes:
         report: of all ranges.
+        reasons: keys of the ranges that failed, by the reason.
     """
 
     def __init__(self, report: ExportReport) -> None:
-        keys: dict[str, list[str]] = {}
+        self.reasons: dict[str, list[str]] = {}
         for each in report.failed:
-            keys.setdefault(str(each.error), []).append(each.range.key)
-        reasons = (f"{_name_some(ranges)}: {error}" for error, ranges in keys.items())
+            self.reasons.setdefault(str(each.error), []).append(each.range.key)
+        reasons = (f"{_name_some(ranges)}: {error}" for error, ranges in self.reasons.items())
         super().__init__(
             f"{len(report.failed)} of {len(report.ranges)} ranges were not exported; the others are done and kept, the "
             f"same command again tries them anew. {_name_some(reasons, '; ')}"
         )
         self.report = report
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the others are of use: some there are, and the database answers."""
+        return len(self.report.failed) < len(self.report.ranges) and not self.report.found_no_server
 
 
 def _name_some(names: Iterable[str], separator: str = ", ") -> str:

@@ -48,8 +48,8 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     `nan` (Qwen3-Embedding #164, ollama #12921: NaN in fp16 for texts that begin with "import"), with `nan_spoils` for
     all vectors of the answer; `fail` with `fail_status` (llama.cpp #11105, ollama #9639: 500 for one text; 0: the
     connection is reset, as when the server crashes); `poison_inside` (OpenRouter: the refusal, 400, inside a 200);
-    `lane_tokens_per_s` (a server that computes one request at a time, and on for clients that hung up); `late`, tries of
-    each request that are answered after `late_s`, and billed.
+    `lane_tokens_per_s` (a server that computes one request at a time, and on for clients that hung up); `late`, tries
+    of each request that are answered after `late_s`, and billed.
     """
 
     seed: int = 0

@@ -1,0 +1,75 @@
+"""A terminal that closes (SIGHUP) ends a run as SIGTERM does. Signals only; what is stopped, `progress` knows.
+
+Without this, SIGHUP ends the process at once: answers that are paid for and on their way are lost.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Hangup:
+    """A handler of SIGHUP that interrupts once, as SIGTERM does at that moment.
+
+    A terminal that closes sends several: the kernel one, and the shell another. None of them is a second interrupt,
+    which would abandon what the first one is waiting for.
+
+    Attributes:
+        is_ending: whether the process was interrupted, by SIGHUP or otherwise; later SIGHUPs change nothing.
+    """
+
+    def __init__(self) -> None:
+        self.is_ending = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Interrupt the main thread."""
+        if self.is_ending:
+            return
+        self.is_ending = True
+        terminate = signal.getsignal(signal.SIGTERM)
+        if callable(terminate):
+            terminate(number, frame)
+        else:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interrupted_by_hangup() -> Iterator[Hangup]:
+    """Let SIGHUP interrupt the block; in the main thread, and where SIGHUP would end the process.
+
+    `nohup` ignores SIGHUP, and so does what it starts.
+
+    Yields:
+        The handler in force: that of a block around this one, where there is one.
+    """
+    # not on Windows, and only the main thread may set handlers
+    is_possible = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGHUP) if is_possible else None
+    if isinstance(before, Hangup):
+        yield before
+        return
+    hangup = Hangup()
+    if before != signal.SIG_DFL:
+        yield hangup
+        return
+    signal.signal(signal.SIGHUP, hangup)
+    try:
+        yield hangup
+    finally:
+        if not hangup.is_ending:
+            signal.signal(signal.SIGHUP, before)
+
+
+def discard_unwritable_output() -> None:
+    """Send standard output and error nowhere where they are closed: unwritten text makes Python exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

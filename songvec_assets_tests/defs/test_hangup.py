@@ -1,0 +1,120 @@
+"""A terminal that closes in the middle of a command: real pseudo-terminals, real processes, a real provider."""
+
+import contextlib
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from songvec_assets.postgres.embedded import create_songs_table
+from songvec_assets.postgres.engine import Database
+from songvec_assets_tests.defs.test_commands import (
+    BIN,
+    FIRST,
+    Project,
+    project,
+    provider_settings,
+    slow_provider,
+    wait_until,
+)
+from songvec_assets_tests.provider import Provider
+
+__all__ = ["project", "slow_provider"]
+
+_TAKE_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[tuple[int, int, bytearray]]:
+    """A pseudo-terminal: what closes it, what a process has of it, and what was shown so far."""
+    master, slave = pty.openpty()
+    shown = bytearray()
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while piece := os.read(master, 1 << 16):
+                shown.extend(piece)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield master, slave, shown
+    finally:
+        for number in (master, slave):
+            with contextlib.suppress(OSError):
+                os.close(number)
+
+
+def in_terminal(project: Project, slave: int, *command: str, **settings: str) -> "subprocess.Popen[bytes]":
+    """Type a command in a session of its own whose terminal that is."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _TAKE_TERMINAL, str(BIN / command[0]), *command[1:]],
+        cwd=project.folder,
+        env=project.environment | settings | {"TERM": "xterm", "COLUMNS": "80"},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    )
+
+
+def billed(provider: Provider) -> set[int]:
+    """How often texts were billed."""
+    return {count for text, count in provider.texts().items() if text != "probe"}
+
+
+def test_a_terminal_that_closes_is_an_interrupt_and_no_text_is_paid_twice(
+    project: Project, database: Database, slow_provider: Provider
+) -> None:
+    create_songs_table(database)
+    settings = provider_settings(slow_provider) | {"POSTGRES_URL": database.url}
+    with terminal() as (master, slave, shown):
+        process = in_terminal(project, slave, "songvec", "run", **settings)
+        os.close(slave)
+        wait_until(lambda: slow_provider.ledger()["texts_billed"] >= 9)
+        assert b"embed songs" in shown, "bars"
+        requests = slow_provider.ledger()["requests"]
+        os.close(master)
+        time.sleep(0.3)
+        # as a shell does, which passes on to its jobs that the terminal is closed
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGHUP)
+        assert process.wait(timeout=60) == 130
+    assert slow_provider.ledger()["requests"] <= requests + 4
+    slow_provider.control()
+    code, output = project.run("songvec", "run", **settings)
+    assert (code, billed(slow_provider)) == (0, {1}), output
+
+
+def test_dagsters_own_command_takes_sighup_as_sigterm(
+    project: Project, database: Database, slow_provider: Provider
+) -> None:
+    create_songs_table(database)
+    settings = provider_settings(slow_provider) | {"POSTGRES_URL": database.url}
+    command = ("dagster", "asset", "materialize", "--select", "*", "--partition-range", f"{FIRST}...{FIRST}")
+    process = project.start(*command, cold=False, **settings)
+    wait_until(lambda: slow_provider.ledger()["texts_billed"] >= 9)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode not in (0, -signal.SIGHUP)
+    assert "Interrupted. What was done is kept" in output, output
+    slow_provider.control()
+    code, output = project.run("songvec", "run", **settings)
+    assert (code, billed(slow_provider)) == (0, {1}), output
+
+
+def test_nohup_goes_on_to_the_end(project: Project, database: Database, slow_provider: Provider) -> None:
+    create_songs_table(database)
+    settings = provider_settings(slow_provider) | {"POSTGRES_URL": database.url}
+    process = project.start("nohup", "songvec", "run", cold=True, **settings)
+    wait_until(lambda: slow_provider.ledger()["texts_billed"] >= 9)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, billed(slow_provider)) == (0, {1}), output
