@@ -224,8 +224,10 @@ def _undo_swap(rollback: bool) -> None:
 def adopt() -> None:
     """Bind the storage folder to the database, after one of them was moved, copied or restored."""
     from songvec_assets.cache.store import adopt_store, open_store
+    from songvec_assets.postgres.schema import ensure_schema
 
     deployment = _deploy()
+    ensure_schema(deployment.database)
     store = open_store(deployment.storage_root, deployment.tiling)
     adopt_store(store, deployment.database)
     out.print(f"{store.root} now belongs to {deployment.database.describe()}", markup=False)

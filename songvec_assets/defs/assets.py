@@ -90,9 +90,10 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
         recorder = FillRecorder(context, deployment)
 
         def fill(emit: Emit) -> None:
-            ranges = run.choose_ranges(deployment, launched_keys(context))
             anew = asked_anew_by(context.run) if run.embed_anew else None
-            deployment.filler(emit, budget_of(context.run), anew).fill_ranges(ranges, report=emit)
+            # first: it binds the store, and cuts its tail where the stop was raised
+            filler = deployment.filler(emit, budget_of(context.run), anew)
+            filler.fill_ranges(run.choose_ranges(deployment, launched_keys(context)), report=emit)
 
         try:
             run_step(context, deployment, fill, on_report=recorder.record)

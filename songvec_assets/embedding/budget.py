@@ -15,6 +15,7 @@ from sqlalchemy import Engine
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError
 from songvec_assets.postgres.engine import atomic, error_border
+from songvec_assets.postgres.schema import has_tables
 
 _MONTH = "'month ' || to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM')"
 
@@ -44,7 +45,7 @@ _SPENT = sa.text(f"SELECT usd FROM songvec.budgets WHERE name = {_MONTH}")
 
 def read_month_usd(connection: sa.Connection) -> float:
     """Dollars spent or on their way this month, over all runs on this database."""
-    return float(connection.scalar(_SPENT) or 0)
+    return float(connection.scalar(_SPENT) or 0) if has_tables(connection) else 0.0
 
 
 class Budget:
