@@ -78,6 +78,9 @@ class Deployment:
 
         Until a raised stop is applied by `bind`, its tiling is the one before.
         """
+        return self._look()
+
+    def _look(self) -> Store:
         store = find_store(self.storage_root, self.tiling) or Store(self.storage_root, "", self.tiling)
         check_pair(store, self.database)
         return store
@@ -91,7 +94,7 @@ class Deployment:
             StoreError: they do not belong together.
             DatabaseError: our schema or the extension cannot be created.
         """
-        check_pair(self.store, self.database)
+        self._look()  # again: another process may have bound it meanwhile
         ensure_schema(self.database)
         store = open_store(self.storage_root, self.tiling, guard=self._tail_lock)
         bind_store(store, self.database)

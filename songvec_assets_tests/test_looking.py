@@ -102,7 +102,10 @@ def test_after_a_look_at_a_mistyped_database_the_right_one_is_bound(
     looked = CliRunner().invoke(app, ["status", "--json"])
     assert (looked.exit_code, json.loads(looked.stdout)["missing"]) == (3, 1), "the song is not exported yet"
     right = deploy(database, provider, tmp_path / "store").settings
+    early = Deployment(right, partitions.TILING)
+    assert early.ranges_behind() == [], "it looked before another one bound them"
     Deployment(right, partitions.TILING).export()
+    early.export()
     store_id = json.loads((tmp_path / "store" / "store.json").read_text())["store_id"]
     with database.get_connection() as connection:
         assert read_fact(connection, "store_id") == store_id

@@ -1,9 +1,10 @@
 """The songs table as it is found in the database: its names checked and quoted, its ids counted by range."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import sqlalchemy as sa
 from psycopg2 import sql
@@ -168,24 +169,27 @@ def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dic
 
 @dataclass(frozen=True)
 class SourceState:
-    """How the source table is, cheaply: what tells that it changed, not what changed.
+    """How the source table is, cheaply.
 
     Attributes:
         n_songs: its rows.
         highest_id: or None where there are none.
         newest: the latest time of its updated_at column, as text; None without one.
-        n_writes: rows inserted, updated and deleted since the server counts; None for views.
+        sum_of_ids: of all rows; "0" where there are none.
+        n_writes: rows inserted, updated and deleted since the server counts; None where it does not count them all:
+            of views, of foreign tables and of tables that have one as a part.
     """
 
     n_songs: int
     highest_id: int | None
     newest: str | None
+    sum_of_ids: str
     n_writes: int | None
 
     @property
-    def identity(self) -> str:
-        """Another one where the table changed."""
-        return json.dumps(astuple(self))
+    def ids(self) -> tuple[int, int | None, str]:
+        """Another one where songs came or went."""
+        return self.n_songs, self.highest_id, self.sum_of_ids
 
     def describe(self) -> str:
         """One line."""
@@ -194,17 +198,153 @@ class SourceState:
 
 
 def measure_source(database: Database, source: SongsSource) -> SourceState:
-    """Count the songs, and look at the highest id and the newest time. Reads indexes only, if it can."""
+    """Count the songs, and look at the ids, the newest time and the writes. Reads indexes only, if it can."""
     newest = f"max({source.updated_at})::text" if source.updated_at else "NULL"
     with database.get_connection() as connection, raw_cursor(connection) as cursor:
         # as text in the statement: names may hold percent signs
         relation = sql.Literal(source.relation).as_string(cursor)
-        cursor.execute(
-            f"SELECT count(*), max({source.song_id}), {newest}, (SELECT sum(n_tup_ins + n_tup_upd + n_tup_del)::bigint "
-            f"FROM pg_stat_all_tables WHERE relid = to_regclass({relation}) OR relid IN "
-            f"(SELECT relid FROM pg_partition_tree(to_regclass({relation})))) FROM {source.relation}"
-        )
+        cursor.execute(f"""
+            WITH RECURSIVE part (oid) AS (
+                SELECT to_regclass({relation})::oid
+                UNION SELECT inhrelid FROM pg_inherits JOIN part ON inhparent = part.oid
+            )
+            SELECT count(*), max({source.song_id}), {newest}, coalesce(sum({source.song_id}), 0)::text, (
+                SELECT sum(
+                    pg_stat_get_tuples_inserted(oid) + pg_stat_get_tuples_updated(oid) + pg_stat_get_tuples_deleted(oid)
+                )::bigint
+                FROM pg_class WHERE oid IN (SELECT oid FROM part)
+                HAVING bool_and(relkind IN ('r', 'p')) AND current_setting('track_counts')::boolean
+            )
+            FROM {source.relation}
+        """)
         return SourceState(*cursor.fetchone())
+
+
+def digest_source(database: Database, source: SongsSource) -> str:
+    """An identity of all texts and whose they are. Reads the whole table, at the server."""
+    # a row's text keeps NULL, '' and where a column ends apart; the id is the hash's seed
+    row = f"ROW({source.name}::text, {source.artist}::text, {source.lyrics}::text)::text"
+    with database.get_connection() as connection, raw_cursor(connection) as cursor:
+        cursor.execute(
+            f"SELECT coalesce(sum(hashtextextended({row}, {source.song_id})), 0)::text FROM {source.relation}"
+        )
+        return str(cursor.fetchone()[0])
+
+
+_DIGEST_REST = 20
+"""A digest is taken at most once in so many times as it takes: a twentieth of a core of the server."""
+
+
+@dataclass(frozen=True)
+class Digest:
+    """Of all texts, see `digest_source`.
+
+    Attributes:
+        value: the digest.
+        at: when it was begun, seconds since the epoch.
+        took_s: how long it took.
+    """
+
+    value: str
+    at: float
+    took_s: float
+
+
+@dataclass(frozen=True)
+class SourceLook:
+    """What was known after a look at the source; the next one compares with it.
+
+    Attributes:
+        source: which table and columns.
+        state: as last reported.
+        digest: the last one taken; None before the first.
+        is_current: whether the digest is of the songs that `state` has.
+    """
+
+    source: str
+    state: SourceState
+    digest: Digest | None = None
+    is_current: bool = False
+
+    def dump(self) -> str:
+        """As text, for a cursor."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, cursor: str | None, source: SongsSource) -> "SourceLook | None":
+        """The inverse of `dump`; None for a cursor of another source, of another version or of none."""
+        try:
+            found = json.loads(cursor or "")
+            digest = found["digest"] and Digest(**found["digest"])
+            look = cls(found["source"], SourceState(**found["state"]), digest, found["is_current"])
+        except (ValueError, KeyError, TypeError):
+            return None
+        return look if look.source == source.identity else None
+
+    def wants_digest(self, state: SourceState, now: float) -> bool:
+        """Whether the texts are to be compared: they may have changed, and the last digest is long enough ago."""
+        if self.digest and 0 <= now - self.digest.at < _DIGEST_REST * self.digest.took_s:
+            return False
+        return not self.is_current or self._may_differ(state) or state.ids != self.state.ids
+
+    def judge(self, state: SourceState, digest: Digest | None) -> "tuple[SourceLook, str | None]":
+        """Compare with what was known.
+
+        Args:
+            state: as it is now.
+            digest: of the texts now; None: it was not taken.
+
+        Returns:
+            What is known now; and why nothing is to be reported, None where a song's text or id changed.
+        """
+        if state.ids != self.state.ids:
+            return replace(self, state=state, digest=digest or self.digest, is_current=digest is not None), None
+        if digest is None:
+            waits = self._may_differ(state) or not self.is_current
+            # the state stays: what was written since is still to be compared
+            return (
+                self,
+                "texts are compared later: that takes a twentieth of the time at most" if waits else "nothing changed",
+            )
+        known = replace(self, state=state, digest=digest, is_current=True)
+        same = (
+            self.digest is not None and self.digest.value == digest.value
+            if self.is_current
+            else (not self._may_differ(state))
+        )
+        if not same:
+            return known, None
+        return known, "rows were written, but no song's text or id changed" if self._may_differ(
+            state
+        ) else "nothing changed"
+
+    def _may_differ(self, state: SourceState) -> bool:
+        """Whether the server counted writes, or does not count them."""
+        return state.n_writes is None or state.n_writes != self.state.n_writes
+
+
+def look_at_source(database: Database, source: SongsSource, cursor: str | None) -> "tuple[SourceLook, str | None]":
+    """Look whether a song's text or id changed since the last look.
+
+    Args:
+        database: where the songs are.
+        source: which table and columns.
+        cursor: what the last look's `dump` gave; None, or anything else, before the first.
+
+    Returns:
+        See `SourceLook.judge`; a first look reports.
+    """
+    before = SourceLook.load(cursor, source)
+    state, now = measure_source(database, source), time.time()
+    digest = None
+    # after the state: what is written in between is counted at the next look
+    if before is None or before.wants_digest(state, now):
+        began = time.monotonic()
+        value = digest_source(database, source)
+        digest = Digest(value, now, time.monotonic() - began)
+    if before is None:
+        return SourceLook(source.identity, state, digest, is_current=True), None
+    return before.judge(state, digest)
 
 
 def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[str]:
