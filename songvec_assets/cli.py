@@ -271,7 +271,8 @@ def _span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRa
             raise typer.BadParameter(str(error)) from error
     held = deployment.held_ranges()
     if not held:
-        _fail(f"table {deployment.source.table} holds no songs with an id from 0 on: nothing to do")
+        caution = f" ({deployment.source.caution})" if deployment.source.caution else ""
+        _fail(f"table {deployment.source.table} holds no songs with an id from 0 on: nothing to do{caution}")
     return held[0], held[-1]
 
 

@@ -401,6 +401,28 @@ class _Table:
 _TABLES = "c.relname = :table AND c.relkind IN ('r', 'p', 'v', 'm', 'f')"
 
 
+# policies of a table below a view hold for the view's owner; those of an owner hold where they are forced
+_ROW_SECURITY = sa.text("""
+    WITH RECURSIVE below (oid, reader) AS (
+        SELECT CAST(:oid AS oid), oid FROM pg_roles WHERE rolname = current_user
+        UNION
+        SELECT d.refobjid, CASE WHEN EXISTS (
+            SELECT FROM pg_options_to_table(v.reloptions) WHERE option_name = 'security_invoker' AND option_value::boolean
+        ) THEN reader ELSE v.relowner END
+        FROM below
+        JOIN pg_class v ON v.oid = below.oid AND v.relkind IN ('v', 'm')
+        JOIN pg_rewrite r ON r.ev_class = v.oid
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+            AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> v.oid
+    )
+    SELECT EXISTS (
+        SELECT FROM below JOIN pg_class t ON t.oid = below.oid JOIN pg_roles u ON u.oid = below.reader
+        WHERE t.relrowsecurity AND NOT u.rolsuper AND NOT u.rolbypassrls
+          AND (t.relforcerowsecurity OR NOT pg_has_role(u.oid, t.relowner, 'USAGE'))
+    )
+""")
+
+
 def _quote(connection: sa.Connection, *parts: str) -> str:
     return sql.Identifier(*parts).as_string(connection.connection.driver_connection)  # type: ignore[no-any-return]
 
@@ -411,7 +433,7 @@ def _find_table(connection: sa.Connection, name: str) -> _Table:
     for schema, table in dict.fromkeys(candidates):
         row = connection.execute(
             sa.text(f"""
-                SELECT n.nspname, c.relname, c.oid, row_security_active(c.oid) AS row_security
+                SELECT n.nspname, c.relname, c.oid
                 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                 WHERE {_TABLES}
                   AND CASE WHEN :schema = '' THEN pg_table_is_visible(c.oid) ELSE n.nspname = :schema END
@@ -439,7 +461,9 @@ def _find_table(connection: sa.Connection, name: str) -> _Table:
                 for name, number, kind, category, is_array in columns
             }
             relation = _quote(connection, row.nspname, row.relname)
-            return _Table(row.oid, row.nspname, relation, found, row.row_security)
+            return _Table(
+                row.oid, row.nspname, relation, found, bool(connection.scalar(_ROW_SECURITY, {"oid": row.oid}))
+            )
     raise SourceError(_describe_missing(connection, name, [table for _, table in candidates]))
 
 

@@ -6,7 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from typer.testing import CliRunner
 
+from songvec_assets.cli import app
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DatabaseError, SourceError
 from songvec_assets.postgres.engine import Database
@@ -395,3 +398,96 @@ class TestTypes:
             deployment.export()
         assert not list(deployment.store.songs.glob("*"))
         assert provider.ledger()["requests"] == 0
+
+
+class TestToldApart:
+    def test_a_table_in_schemas_that_are_not_searched_is_named_with_each(self, database: Database) -> None:
+        for schema in ("catalogue", "archive"):
+            run(database, f"CREATE SCHEMA {schema}", f"CREATE TABLE {schema}.songs (id integer PRIMARY KEY)")
+        with pytest.raises(SourceError, match=r"set SONGVEC_SONGS_TABLE=archive\.songs or catalogue\.songs$"):
+            find_source(database, SourceNames())
+        with pytest.raises(SourceError, match=r"set SONGVEC_SONGS_TABLE=archive\.songs or catalogue\.songs$"):
+            find_source(database, SourceNames("public.songs"))
+
+    def test_each_right_that_lacks_is_named_with_the_statement_that_gives_it(
+        self, database: Database, tmp_path: Path
+    ) -> None:
+        run(
+            database,
+            'CREATE SCHEMA "Their"',
+            """CREATE TABLE "Their".songs
+               (id integer PRIMARY KEY, name text, artist text, "Lyrics" text, secret text)""",
+            """INSERT INTO "Their".songs VALUES (7, 'Sea', 'Ann', 'waves')""",
+        )
+        names = SourceNames("Their.songs", lyrics_column="Lyrics")
+
+        def refusal(seen: Database, names: SourceNames = names) -> str:
+            with pytest.raises(SourceError, match="this user lacks a right") as caught:
+                find_source(seen, names)
+            return str(caught.value)
+
+        with as_role(database) as seen:
+            assert 'run GRANT USAGE ON SCHEMA "Their" TO "role_' in refusal(seen, SourceNames())
+            statements = refusal(seen).partition("let its owner run ")[2]
+            assert re.fullmatch(
+                r"""GRANT USAGE ON SCHEMA "Their" TO "\w+"; GRANT SELECT ON "Their"."songs" TO "\w+";""", statements
+            )
+            role = str(sa.make_url(seen.url).username)
+            run(
+                database,
+                f'GRANT USAGE ON SCHEMA "Their" TO {role}',
+                f'GRANT SELECT (id, name, artist) ON "Their".songs TO {role}',
+            )
+            statement = refusal(seen).partition("let its owner run ")[2]
+            assert statement == f"""GRANT SELECT ("Lyrics") ON "Their"."songs" TO "{role}";"""
+            run(database, statement)
+            assert export(seen, names, tmp_path) == [(7, "Sea", "Ann", "waves")], "rights on the columns do"
+
+    def test_row_security_is_said_where_it_is_active(self, database: Database) -> None:
+        run(
+            database,
+            "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)",
+            "CREATE VIEW all_songs AS SELECT * FROM songs",
+            "CREATE VIEW my_songs WITH (security_invoker = on) AS SELECT * FROM songs",
+        )
+
+        def cautions(seen: Database) -> list[bool]:
+            names = SourceNames(), SourceNames("all_songs", "id"), SourceNames("my_songs", "id")
+            sources = [find_source(seen, each) for each in names]
+            assert all((f"on {each.table} for this user" in each.caution) == each.row_security for each in sources)
+            return [each.row_security for each in sources]
+
+        with as_role(database) as seen, as_role(database, "BYPASSRLS") as exempt:
+            for each in (seen, exempt):
+                role = sa.make_url(each.url).username
+                run(database, f"GRANT SELECT ON songs, all_songs, my_songs TO {role}")
+            assert cautions(seen) == [False, False, False]
+            run(database, "ALTER TABLE songs ENABLE ROW LEVEL SECURITY")
+            assert cautions(seen) == [True, False, True], "the owner of all_songs sees all of them"
+            assert cautions(exempt) == cautions(database) == [False, False, False]
+
+    def test_an_empty_source_says_whether_policies_may_hide_songs(
+        self, database: Database, provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run(
+            database,
+            "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)",
+            "INSERT INTO songs VALUES (7, 'Sea', 'Ann', 'waves')",
+            "ALTER TABLE songs ENABLE ROW LEVEL SECURITY",
+        )
+        monkeypatch.chdir(tmp_path)
+        with as_role(database, database_right="CREATE, CONNECT") as seen:
+            role = sa.make_url(seen.url).username
+            run(database, f"GRANT SELECT ON songs TO {role}", f"GRANT USAGE ON SCHEMA songvec TO {role}")
+            run(database, f"GRANT SELECT ON ALL TABLES IN SCHEMA songvec TO {role}")
+            for name, value in {
+                "POSTGRES_URL": seen.url,
+                "FIREWORKS_API_KEY": provider.api_key,
+                "SONGVEC_STORAGE": str(tmp_path / "store"),
+            }.items():
+                monkeypatch.setenv(name, value)
+            words = "row security is active on songs for this user: policies may hide songs"
+            assert words in " ".join(CliRunner().invoke(app, ["status"]).stdout.split())
+            result = CliRunner().invoke(app, ["run"])
+            assert result.exit_code == 1
+            assert f"nothing to do ({words})" in " ".join(result.output.split())
