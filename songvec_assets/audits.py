@@ -58,14 +58,17 @@ class Auditor:
         return measure_status(self.deployment).total
 
     def coverage(self) -> Finding:
-        """Has every song of the snapshots an embedding in the table, or a named reason why not?"""
+        """Has every song of the source an embedding in the table, or a named reason why not?"""
         total = self._total
+        n_songs = total.n_songs + total.n_unexported
+        unexported = f" ({total.n_unexported:,} of them not exported yet)" if total.n_unexported else ""
         return Finding(
             total.n_missing == 0,
-            f"{total.n_loaded:,} of {total.n_songs:,} songs are loaded, {total.n_set_aside:,} set aside, "
-            f"{total.n_missing:,} missing" + (": `songvec run` embeds and loads them" if total.n_missing else ""),
-            {"songs": total.n_songs, "loaded": total.n_loaded, "set aside": total.n_set_aside,
-             "missing": total.n_missing},
+            f"{total.n_loaded:,} of {n_songs:,} songs are loaded, {total.n_set_aside:,} set aside, "
+            f"{total.n_missing:,} missing{unexported}"
+            + (": `songvec run` embeds and loads them" if total.n_missing else ""),
+            {"songs": n_songs, "loaded": total.n_loaded, "set aside": total.n_set_aside,
+             "missing": total.n_missing, "not exported yet": total.n_unexported},
         )  # fmt: skip
 
     def few_set_aside(self) -> Finding:

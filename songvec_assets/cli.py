@@ -249,8 +249,10 @@ def _undo_swap(rollback: bool) -> None:
 def adopt() -> None:
     """Bind the storage folder to the database, after one of them was moved, copied or restored."""
     from songvec_assets.cache.store import adopt_store, open_store
+    from songvec_assets.postgres.schema import ensure_schema
 
     deployment = _deploy()
+    ensure_schema(deployment.database)
     store = open_store(deployment.storage_root, deployment.tiling)
     adopt_store(store, deployment.database)
     out.print(f"{store.root} now belongs to {deployment.database.describe()}", markup=False)
@@ -300,7 +302,8 @@ def _span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRa
             raise typer.BadParameter(str(error)) from error
     held = deployment.held_ranges()
     if not held:
-        _fail(f"table {deployment.source.table} holds no songs with an id from 0 on: nothing to do")
+        caution = f" ({deployment.source.caution})" if deployment.source.caution else ""
+        _fail(f"table {deployment.source.table} holds no songs with an id from 0 on: nothing to do{caution}")
     return held[0], held[-1]
 
 

@@ -16,7 +16,7 @@ from songvec_assets.cache.fill import Filler, Spending
 from songvec_assets.cache.marks import read_mark
 from songvec_assets.cache.plan import estimate_fills, plan_fill
 from songvec_assets.cache.shards import ModelCache, lock_name
-from songvec_assets.cache.store import Store, bind_store, open_store
+from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
 from songvec_assets.embedding.budget import Budget, MonthSpending, read_month_spending
 from songvec_assets.embedding.client import Embedder, EmbeddingClient
 from songvec_assets.embedding.limits import RateLimiter
@@ -24,7 +24,7 @@ from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import ensure_schema, hold_lock, read_fact, write_fact
+from songvec_assets.postgres.schema import ensure_schema, has_tables, hold_lock, read_fact, write_fact
 from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import ReportProgress, StopSignal, ignore_progress
 from songvec_assets.settings import OFFLINE_MODEL, Settings
@@ -71,15 +71,40 @@ class Deployment:
         else:
             database = start_embedded_server(DEFAULT_FOLDER)
             create_songs_table(database)
-        ensure_schema(database)
+        with database.get_connection() as connection:
+            is_ours = has_tables(connection)
+        # one without our tables is only looked at, until `bind`: its URL may be mistyped
+        if is_ours:
+            ensure_schema(database)
         return database
 
     @cached_property
     def store(self) -> Store:
-        """The storage root, bound to the database."""
+        """The storage root, only looked at: nothing is created, bound or cut. Another database's is refused.
+
+        Until a raised stop is applied by `bind`, its tiling is the one before.
+        """
+        return self._look()
+
+    def _look(self) -> Store:
+        store = find_store(self.storage_root, self.tiling) or Store(self.storage_root, "", self.tiling)
+        check_pair(store, self.database)
+        return store
+
+    def bind(self) -> None:
+        """Make storage root and database ready to be written to, and let them know each other from now on.
+
+        All that writes to either begins with it; what only looks, binds nothing.
+
+        Raises:
+            StoreError: they do not belong together.
+            DatabaseError: our schema or the extension cannot be created.
+        """
+        self._look()  # again: another process may have bound it meanwhile
+        ensure_schema(self.database)
         store = open_store(self.storage_root, self.tiling, guard=self._tail_lock)
         bind_store(store, self.database)
-        return store
+        self.store = store
 
     @contextlib.contextmanager
     def _tail_lock(self, store: Store) -> Iterator[None]:
@@ -121,12 +146,19 @@ class Deployment:
 
     def held_ranges(self) -> list[SongIdRange]:
         """The ranges that hold songs or cache, in order."""
-        return sorted({*count_ranges(self.database, self.source, self.tiling), *self.cache.ranges()})
+        tiles, held = {*self.tiling}, {*count_ranges(self.database, self.source, self.tiling)}
+        for song_range in self.cache.ranges():
+            # a tail that was cut otherwise, before the stop was raised, is cut into ranges from its start on
+            known = song_range in tiles
+            held |= {song_range} if known else {self.tiling.range_of(song_range.start), self.tiling.tail}
+        return sorted(held)
 
     def ranges_behind(self) -> list[SongIdRange]:
         """The ranges whose snapshot is not answered in full by the cache, in order; from footers and marks."""
-        songs, cache, behind = self.store.songs, self.cache, []
+        songs, cache, behind, tiles = self.store.songs, self.cache, [], {*self.tiling}
         for song_range in snapshot_ranges(songs):
+            if song_range not in tiles:  # cut otherwise, before the stop was raised: the next export replaces it
+                continue
             mark, digest = read_mark(cache.mark_of(song_range)), snapshot_digest(snapshot_path(songs, song_range))
             if mark is None or not mark.fits(digest, self.text_spec.identity, cache.path_of(song_range), self.server):
                 behind.append(song_range)
@@ -157,9 +189,11 @@ class Deployment:
         self, mode: ExportMode = "all", progress: ReportProgress = ignore_progress, confirm_deletions: bool = False
     ) -> ExportReport:
         """Bring the snapshots to the state of the source; see `cache_songs_to_parquet`."""
+        source = self.source  # before anything is bound: a mistyped database has none, most likely
+        self.bind()
         return cache_songs_to_parquet(
             self.database,
-            self.source,
+            source,
             self.store.songs,
             self.tiling,
             mode,
@@ -178,10 +212,11 @@ class Deployment:
             ranges: to embed; None: all.
             anew: whether all their songs are to be embedded again.
         """
+        tiles = {*self.tiling}
         plans = (
             plan_fill(self.store.songs, self.cache, each, self.text_spec, None if anew else 0, self.server)[1]
             for each in snapshot_ranges(self.store.songs)
-            if ranges is None or each in ranges
+            if ranges is None or each in ranges or each not in tiles
         )
         return estimate_fills(plans, self.token_estimator(), self.price, self.quota)
 
@@ -280,6 +315,7 @@ class Deployment:
             anew: who asks that songs be embedded again; see `Filler`.
             retry_rejected: whether songs that were rejected before are sent again.
         """
+        self.bind()
         estimator, each = self.token_estimator(), self.settings
         limits = each.max_usd, each.max_usd_a_month
         return Filler(
@@ -315,6 +351,7 @@ class Deployment:
 
     def publish(self, progress: ReportProgress = ignore_progress) -> PublishReport:
         """Make what searches find equal the cache; see `publish_embeddings`."""
+        self.bind()
         return publish_embeddings(
             self.database,
             self.cache,

@@ -11,7 +11,7 @@ from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import count_songs, load_songs_from_parquet, snapshot_path, snapshot_ranges
-from songvec_assets.songs.source import count_unreachable_ids
+from songvec_assets.songs.source import count_ranges, count_unreachable_ids
 from songvec_assets.vectors.ivfflat import IndexFacts, find_index
 from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
 from songvec_assets.vectors.recall import read_recall
@@ -27,16 +27,18 @@ class RangeStatus:
     Attributes:
         key: of the range; "all" for the sum.
         n_songs: in the snapshot.
+        n_unexported: in the source beyond those of the snapshot, by count: the next export reads them.
         n_cached: with a vector in the cache.
         n_set_aside: that cannot be embedded, for a named reason.
         n_loaded: in the table, as its ledger says.
         n_indexed: loaded and covered by a valid index.
-        n_missing: with neither a row in the table nor a reason.
+        n_missing: with neither a row in the table nor a reason; those not exported yet too.
         n_orphans: rows in the table, as its ledger says, whose song is not in the snapshot.
     """
 
     key: str
     n_songs: int
+    n_unexported: int
     n_cached: int
     n_set_aside: int
     n_loaded: int
@@ -81,6 +83,7 @@ class Status:
         recall: as measured last, in words; empty before.
         month_usd, month_reserved_usd: billed this month, and reserved for requests in flight, over all runs.
         unreadable: what is wrong with cache files that cannot be read; their ranges count as not cached.
+        caution: why the source may hold more songs than this user sees; empty where it does not.
     """
 
     ranges: list[RangeStatus]
@@ -91,6 +94,7 @@ class Status:
     recall: str
     month_usd: float
     month_reserved_usd: float
+    caution: str = ""
     unreadable: list[str] = field(default_factory=list)
 
     def describe(self) -> list[str]:
@@ -105,6 +109,9 @@ class Status:
             *(f"Cannot be read: {words}" for words in self.unreadable),
             *(f"Set aside: song {song_id}: {reason}" for song_id, reason in self.set_aside),
             *(f"Set aside: {n_songs:,} × {reason}" for reason, n_songs in self.unreachable.items()),
+            *([f"Not exported yet: {self.total.n_unexported:,} songs: `songvec run` exports them"]
+              if self.total.n_unexported else []),
+            *([f"Source: {self.caution}"] if self.caution else []),
         ]  # fmt: skip
 
     @property
@@ -135,7 +142,7 @@ def measure_coverage(deployment: Deployment) -> list[RangeCoverage]:
 
 
 def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
-    """Look at snapshots, shards and ledger.
+    """Look at the source's ids, snapshots, shards and ledger.
 
     Args:
         deployment: whose.
@@ -146,7 +153,10 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
     set_aside: list[tuple[int, str]] = []
     unreadable: list[str] = []
     ranges = []
-    for song_range in sorted({*snapshot_ranges(songs), *cache.ranges(), *read_ledger(deployment.database)}):
+    source = deployment.source
+    # cut as the files are, which a raised stop does not change before the next export
+    counts = count_ranges(deployment.database, source, deployment.store.tiling)
+    for song_range in sorted({*counts, *snapshot_ranges(songs), *cache.ranges(), *read_ledger(deployment.database)}):
         snapshot = load_songs_from_parquet(snapshot_path(songs, song_range), ["song_id", "set_aside"])
         try:
             live = load_embeddings_from_cache(cache, song_range)[1]
@@ -163,22 +173,25 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
             ]
         )
         answered = pl.concat([refused["song_id"], loaded])
+        n_unexported = max(0, counts[song_range].n_songs - snapshot.height) if song_range in counts else 0
+        n_missing = snapshot.filter(~pl.col("song_id").is_in(answered.to_list())).height
         set_aside.extend(refused.head(max_set_aside - len(set_aside)).rows())
         ranges.append(
             RangeStatus(
                 key=song_range.key,
                 n_songs=snapshot.height,
+                n_unexported=n_unexported,
                 n_cached=live["reason"].null_count(),
                 n_set_aside=refused.height,
                 n_loaded=len(loaded),
                 n_indexed=len(loaded) if index else 0,
-                n_missing=snapshot.filter(~pl.col("song_id").is_in(answered.to_list())).height,
+                n_missing=n_missing + n_unexported,
                 n_orphans=len(loaded) - int(loaded.is_in(snapshot["song_id"].implode()).sum()),
             )
         )
-    unreachable = count_unreachable_ids(deployment.database, deployment.source)
+    unreachable = count_unreachable_ids(deployment.database, source)
     with deployment.database.get_connection() as connection:
         recall = read_recall(connection)
     tables, month = describe_tables(deployment.database), deployment.month_spending()
     words = recall.describe() if recall else ""
-    return Status(ranges, tables, index, set_aside, dict(unreachable), words, *month, unreadable)
+    return Status(ranges, tables, index, set_aside, dict(unreachable), words, *month, source.caution, unreadable)

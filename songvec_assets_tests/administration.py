@@ -69,6 +69,11 @@ _CLEAN = """
         LOOP
             EXECUTE format('DROP %s IF EXISTS public.%I CASCADE', made.kind, made.relname);
         END LOOP;
+        FOR made IN
+            SELECT typname FROM pg_type WHERE typnamespace = 'public'::regnamespace AND typtype IN ('d', 'e')
+        LOOP
+            EXECUTE format('DROP TYPE IF EXISTS public.%I CASCADE', made.typname);
+        END LOOP;
     END $$;
     DELETE FROM songvec.settings;
     DELETE FROM songvec.rate_limits;

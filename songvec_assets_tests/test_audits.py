@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from songvec_assets.audits import Auditor, Finding
 from songvec_assets.deployment import SPENDING, Deployment
+from songvec_assets.errors import SourceError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
 from songvec_assets.status import measure_coverage, measure_status
@@ -83,6 +84,12 @@ def drop_index(url: str) -> None:
     ("name", "break_it", "export", "words"),
     [
         ("coverage", add_song, True, "1 missing: `songvec run`"),
+        (
+            "coverage",
+            add_song,
+            False,
+            "40 of 41 songs are loaded, 0 set aside, 1 missing (1 of them not exported yet): ",
+        ),
         ("few_set_aside", unname_songs, True, "3 of 40 songs are set aside"),
         ("no_orphans", delete_row, False, "39 rows, 40 of them in the ledger"),
         ("no_orphans", delete_song, True, "1 without a song"),
@@ -207,3 +214,30 @@ def test_ranges_behind_are_those_whose_songs_changed(begin: Callable[..., Deploy
     rendered = begin()
     rendered.settings = replace(rendered.settings, max_text_chars=5)
     assert len(rendered.ranges_behind()) == 2, "another way of rendering changes them all"
+
+
+def test_songs_that_are_not_exported_yet_are_missing(
+    database: Database, provider: Provider, songs: Callable[..., None], tmp_path: Path
+) -> None:
+    songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in (1, 2, 3, 150, 5_000)))
+
+    def look() -> dict[str, tuple[int, int, int]]:
+        status = measure_status(deploy(database, provider, tmp_path))
+        return {each.key: (each.n_songs, each.n_unexported, each.n_missing) for each in (*status.ranges, status.total)}
+
+    first, second, tail = "000000000-000000100", "000000100-000000200", "000001000-max"
+    assert look() == {first: (0, 3, 3), second: (0, 1, 1), tail: (0, 1, 1), "all": (0, 5, 5)}
+    finding = ask(deploy(database, provider, tmp_path), "coverage")
+    assert (finding.passed, finding.figures["missing"], finding.figures["songs"]) == (False, 5, 5)
+    execute(database.adbc_uri, "DELETE FROM songs WHERE id > 100")
+    run_all(deploy(database, provider, tmp_path))
+    assert look() == {first: (3, 0, 0), "all": (3, 0, 0)}
+    songs((4, "New", "Ann", "la"), (150, "Song 150", "Ann", "la"))
+    assert look() == {first: (3, 1, 1), second: (0, 1, 1), "all": (3, 2, 2)}
+    execute(database.adbc_uri, "DELETE FROM songs WHERE id < 3")
+    assert look() == {first: (3, 0, 0), second: (0, 1, 1), "all": (3, 1, 1)}, "songs that left the source wait too"
+    deploy(database, provider, tmp_path).export()
+    assert look() == {first: (2, 0, 1), second: (1, 0, 1), "all": (3, 0, 2)}
+    execute(database.adbc_uri, "DROP TABLE songs")
+    with pytest.raises(SourceError, match="this database has no table songs"):
+        look()

@@ -6,7 +6,9 @@ songs/full_compare.json                    when an export last read all songs, w
 embeddings/<model>-<dimensions>/<key>.arrow    shards
 """
 
+import contextlib
 import json
+import os
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,9 +20,9 @@ import polars as pl
 from songvec_assets.cache.shards import ModelCache, Shard, read_identity
 from songvec_assets.cache.upkeep import rows_to_keep, write_shard
 from songvec_assets.errors import SettingsError, StoreError
-from songvec_assets.files import replace_atomically
+from songvec_assets.files import replace_atomically, sync_folder
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import read_fact, write_fact
+from songvec_assets.postgres.schema import read_fact, write_fact, write_first_fact
 from songvec_assets.songs.ranges import Tiling
 
 _FACT = "store_id"
@@ -54,25 +56,17 @@ class Store:
         return ModelCache(folder, model, dimensions)
 
 
-def open_store(
-    root: Path, tiling: Tiling, guard: Callable[[Store], AbstractContextManager[object]] = nullcontext
-) -> Store:
-    """Open a storage root, or make one; cut its tail anew where the stop was raised.
+def find_store(root: Path, tiling: Tiling) -> Store | None:
+    """Look at a storage root, and write nothing; None: there is none yet.
 
-    Args:
-        root: its folder.
-        tiling: how song_ids are to be cut.
-        guard: held while the tail is cut; keeps others from filling it.
+    Its tiling is the one that its files have: where the stop was raised since, the tail is still whole.
 
     Raises:
-        StoreError: it is cut into ranges of another width, or its stop is higher.
+        StoreError: it is cut into ranges of another width, its stop is higher, or its `store.json` does not parse.
     """
     path = root / "store.json"
     if not path.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        store = Store(root, str(uuid.uuid4()), tiling)
-        _write(store)
-        return store
+        return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         store = Store(root, found["store_id"], Tiling(found["range_size"], found["song_id_stop"]), found["bound"])
@@ -89,6 +83,29 @@ def open_store(
         raise StoreError(
             f"the tail of {root} begins at {store.tiling.stop}, SONGVEC_SONG_ID_STOP is {tiling.stop}: it may only grow"
         )
+    return store
+
+
+def open_store(
+    root: Path, tiling: Tiling, guard: Callable[[Store], AbstractContextManager[object]] = nullcontext
+) -> Store:
+    """Open a storage root to write to it, or make one; cut its tail again where the stop was raised.
+
+    Args:
+        root: its folder.
+        tiling: how song_ids are to be cut.
+        guard: held while the tail is cut; keeps others from filling it.
+
+    Raises:
+        StoreError: see `find_store`.
+    """
+    store = find_store(root, tiling)
+    if store is None:
+        root.mkdir(parents=True, exist_ok=True)
+        _create(Store(root, str(uuid.uuid4()), tiling))
+        # another process may have been first
+        store = find_store(root, tiling)
+        assert store is not None
     if store.tiling.stop < tiling.stop:
         with guard(store):
             _cut_tails(store, tiling)
@@ -103,18 +120,29 @@ def bind_store(store: Store, database: Database) -> None:
     Raises:
         StoreError: the database knows another store, or none while the store is another database's.
     """
+    check_pair(store, database)
+    if not store.bound:
+        with database.get_connection() as connection:
+            write_first_fact(connection, _FACT, store.store_id)
+        # another store may have been first
+        check_pair(replace(store, bound=True), database)
+        _write(replace(store, bound=True))
+
+
+def check_pair(store: Store, database: Database) -> None:
+    """Refuse a pair that does not belong together; one in which neither knows another one passes, and stays as it is.
+
+    Raises:
+        StoreError: the database knows another store, or none while the store is another database's.
+    """
     with database.get_connection() as connection:
         known = read_fact(connection, _FACT)
-        if known is None and not store.bound:
-            write_fact(connection, _FACT, store.store_id)
-        elif known != store.store_id:
-            raise StoreError(
-                f"the storage folder {store.root} belongs to another database than {database.describe()}: set "
-                "SONGVEC_STORAGE or POSTGRES_URL to the pair that belongs together, or run `songvec adopt` to bind "
-                "this folder to this database"
-            )
-    if not store.bound:
-        _write(replace(store, bound=True))
+    if known != store.store_id and (known is not None or store.bound):
+        raise StoreError(
+            f"the storage folder {store.root} belongs to another database than {database.describe()}: set "
+            "SONGVEC_STORAGE or POSTGRES_URL to the pair that belongs together, or run `songvec adopt` to bind "
+            "this folder to this database"
+        )
 
 
 def adopt_store(store: Store, database: Database) -> None:
@@ -124,15 +152,36 @@ def adopt_store(store: Store, database: Database) -> None:
     _write(replace(store, bound=True))
 
 
+def _create(store: Store) -> None:
+    """Write a new `store.json`, whole, unless there is one: two first starts at once make one store."""
+    path = store.root / "store.json"
+    # named by the store: not even another thread writes to it
+    temporary = store.root / f".store.json.{store.store_id}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            file.write(_content(store))
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(store.root)
+
+
 def _write(store: Store) -> None:
+    with replace_atomically(store.root / "store.json") as file:
+        file.write(_content(store))
+
+
+def _content(store: Store) -> bytes:
     content = {
         "store_id": store.store_id,
         "range_size": store.tiling.width,
         "song_id_stop": store.tiling.stop,
         "bound": store.bound,
     }
-    with replace_atomically(store.root / "store.json") as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")
+    return json.dumps(content, indent=2).encode() + b"\n"
 
 
 def _cut_tails(store: Store, tiling: Tiling) -> None:

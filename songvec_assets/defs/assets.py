@@ -92,10 +92,10 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
         recorder = FillRecorder(context, deployment)
 
         def fill(emit: Emit) -> None:
-            ranges = run.choose_ranges(deployment, launched_keys(context))
             anew = asked_anew_by(context.run) if run.embed_anew else None
+            # first: it binds the store, and cuts its tail where the stop was raised
             filler = deployment.filler(emit, budget_of(context.run), anew, run.retry_rejected)
-            filler.fill_ranges(ranges, report=emit)
+            filler.fill_ranges(run.choose_ranges(deployment, launched_keys(context)), report=emit)
 
         with failing_clearly(recorder.describe_stop):
             try:

@@ -12,7 +12,7 @@ from songvec_assets.defs.jobs import refresh_job
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, RunResource, StorageResource
 from songvec_assets.defs.steps import failing_clearly
 from songvec_assets.settings import Settings
-from songvec_assets.songs.source import SourceState, measure_source
+from songvec_assets.songs.source import SourceState, look_at_source
 
 AUTOMATION = "automation"
 FRESHNESS = dg.FreshnessPolicy.time_window(warn_window=timedelta(hours=26), fail_window=timedelta(hours=50))
@@ -65,18 +65,21 @@ automation_sensor = dg.AutomationConditionSensorDefinition(
     minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.STOPPED,
     description=(
-        "Looks every minute whether the source table changed: its count, highest id, newest time, and how often it was "
-        "written to. Records a change as an event of the asset `songs`; what follows is up to `automation`."
+        "Looks every minute whether a song's text or id changed: by count and ids, and by a digest of all texts where "
+        "rows were written, or where the server does not count writes (views, foreign tables). A digest reads the "
+        "whole table, for a twentieth of the time at most. Records a change as an event of the asset `songs`; what "
+        "follows is up to `automation`."
     ),
 )
 def songs_source_sensor(context: dg.SensorEvaluationContext, run: RunResource) -> dg.SensorResult | dg.SkipReason:
-    """One statement a minute."""
+    """See `look_at_source`."""
     with failing_clearly():
         deployment = run.open()
-        state = measure_source(deployment.database, deployment.source)
-    if context.cursor == state.identity:
-        return dg.SkipReason(f"nothing changed: {state.describe()}")
-    return dg.SensorResult(asset_events=[_observe(state)], cursor=state.identity)
+        look, quiet = look_at_source(deployment.database, deployment.source, context.cursor)
+    if quiet:
+        context.update_cursor(look.dump())
+        return dg.SkipReason(f"{quiet}: {look.state.describe()}")
+    return dg.SensorResult(asset_events=[_observe(look.state)], cursor=look.dump())
 
 
 def _observe(state: SourceState) -> dg.AssetMaterialization:

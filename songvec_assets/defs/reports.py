@@ -62,8 +62,11 @@ def table_schema(column_type: str = "vector", model: str = "the configured model
 
 def report_export(report: ExportReport, deployment: Deployment, log: Any) -> dg.MaterializeResult[None]:
     """An export's totals and pictures; its version is that of all snapshots."""
-    folder = deployment.store.songs
+    folder, caution = deployment.store.songs, deployment.source.caution
+    if caution:
+        log.warning(caution)
     metadata = describe_export(report) | {"folder": dg.MetadataValue.path(str(folder.resolve()))}
+    metadata |= {"row security": caution} if caution else {}
     metadata |= _illustrate(log, lambda: _describe_tokens(report, deployment))
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(digest_snapshots(folder)))
 

@@ -77,7 +77,7 @@ def status_table(status: Status) -> Table:
     """A row a range, and their sum."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("Songs by range", no_wrap=True, min_width=21)
-    for name in ("Songs", "Cached", "Set aside", "Loaded", "Indexed", "Missing", "Orphans"):
+    for name in ("Songs", "Unexported", "Cached", "Set aside", "Loaded", "Indexed", "Missing", "Orphans"):
         table.add_column(name, justify="right")
     for each in (*status.ranges, status.total):
         key, *counts = astuple(each)

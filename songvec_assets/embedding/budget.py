@@ -16,6 +16,7 @@ from sqlalchemy import Engine
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError
 from songvec_assets.postgres.engine import atomic, error_border
+from songvec_assets.postgres.schema import has_tables
 
 _MONTH = "'month ' || to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM')"
 
@@ -65,6 +66,8 @@ class MonthSpending(NamedTuple):
 
 def read_month_spending(connection: sa.Connection) -> MonthSpending:
     """What this month has cost so far."""
+    if not has_tables(connection):
+        return MonthSpending()
     row = connection.execute(_SPENT).one_or_none()
     return MonthSpending() if row is None else MonthSpending(*map(float, row))
 

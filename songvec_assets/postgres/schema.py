@@ -6,6 +6,7 @@ One row a fact in `songvec.settings`; JSON values. Nothing here knows what the f
 import contextlib
 import json
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any
@@ -157,8 +158,22 @@ def check_pgvector_version(installed: str) -> None:
         )
 
 
+_with_tables: "weakref.WeakSet[sa.Engine]" = weakref.WeakSet()
+
+
+def has_tables(connection: sa.Connection) -> bool:
+    """Whether this database has our tables: one that was only looked at has none. Found out once per engine."""
+    if connection.engine not in _with_tables:
+        if not connection.scalar(text("SELECT to_regclass('songvec.settings') IS NOT NULL")):
+            return False
+        _with_tables.add(connection.engine)
+    return True
+
+
 def read_fact(connection: sa.Connection, key: str) -> Any:
     """A value of `songvec.settings`, or None."""
+    if not has_tables(connection):
+        return None
     return connection.scalar(text("SELECT value FROM songvec.settings WHERE key = :key"), {"key": key})
 
 
@@ -168,6 +183,16 @@ def write_fact(connection: sa.Connection, key: str, value: Any) -> None:
         text("""
             INSERT INTO songvec.settings (key, value) VALUES (:key, CAST(:value AS jsonb))
             ON CONFLICT (key) DO UPDATE SET value = excluded.value
+        """),
+        {"key": key, "value": json.dumps(value)},
+    )
+
+
+def write_first_fact(connection: sa.Connection, key: str, value: Any) -> None:
+    """Set a value that is not there yet; of several that come at once, the first one stays."""
+    connection.execute(
+        text("""
+            INSERT INTO songvec.settings (key, value) VALUES (:key, CAST(:value AS jsonb)) ON CONFLICT DO NOTHING
         """),
         {"key": key, "value": json.dumps(value)},
     )

@@ -1,8 +1,10 @@
 """The songs table as it is found in the database: its names checked and quoted, its ids counted by range."""
 
 import json
+import time
 from collections import Counter
-from dataclasses import astuple, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +28,8 @@ _PRESENT = {
     "timestamp with time zone": "now()",
 }
 """The types that an updated_at column may have, and the server's present time in each."""
+# pg_type.typcategory: strings and enums; a domain has its base type's
+_TEXT_CATEGORIES = ("S", "E")
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,11 @@ class SongsSource:
         table: its name, for people.
         song_id_column: the id column's name, for people.
         relation: the table, quoted for SQL.
-        song_id, name, artist, lyrics: columns, quoted for SQL.
+        song_id: column, quoted for SQL.
+        name, artist, lyrics: SQL expressions, to be cast to text: a quoted column, or an array's elements joined.
         updated_at: quoted column, or None.
         updated_at_type: its type.
+        row_security: whether policies may hide songs from this user.
     """
 
     table: str
@@ -62,6 +68,12 @@ class SongsSource:
     lyrics: str
     updated_at: str | None = None
     updated_at_type: str | None = None
+    row_security: bool = False
+
+    @property
+    def caution(self) -> str:
+        """What to know when songs seem to be missing; empty where nothing hides them."""
+        return f"row security is active on {self.table} for this user: policies may hide songs" * self.row_security
 
     @property
     def identity(self) -> str:
@@ -133,49 +145,54 @@ def find_source(database: Database, names: SourceNames) -> SongsSource:
     """Find the songs table and its columns.
 
     Raises:
-        SourceError: the table or a column is missing, or the id is no integer; says what is there and what to set.
+        SourceError: the table or a column is missing or may not be read, the id is no integer, or a column that is
+            embedded is no text; says what is there and what to set, grant or create.
     """
     with database.get_connection() as connection:
-        schema, table, columns = _find_table(connection, names.table)
-        primary_key = _find_primary_key(connection, schema, table)
-        raw = connection.connection.driver_connection
-        song_id_column = names.song_id_column or _choose_song_id(primary_key, columns, names.table)
-        wanted = {
-            "SONGVEC_SONG_ID_COLUMN": song_id_column,
+        table = _find_table(connection, names.table)
+        columns = table.columns
+        song_id_column = names.song_id_column or _choose_song_id(connection, table, names.table)
+        texts = {
             "SONGVEC_NAME_COLUMN": names.name_column,
             "SONGVEC_ARTIST_COLUMN": names.artist_column,
             "SONGVEC_LYRICS_COLUMN": names.lyrics_column,
-        } | ({"SONGVEC_UPDATED_AT_COLUMN": names.updated_at_column} if names.updated_at_column else {})
+        }
+        wanted = {"SONGVEC_SONG_ID_COLUMN": song_id_column} | texts
+        if names.updated_at_column:
+            wanted["SONGVEC_UPDATED_AT_COLUMN"] = names.updated_at_column
         for variable, column in wanted.items():
             if column not in columns:
                 raise SourceError(
                     f"table {names.table} has no column {column!r}; it has {', '.join(columns)}: set {variable}"
                 )
-        if columns[song_id_column] not in _ID_TYPES:
+        _check_rights(connection, table, [*wanted.values()], names.table)
+        if columns[song_id_column].kind not in _ID_TYPES:
             raise SourceError(
-                f"the id column {song_id_column!r} of {names.table} is {columns[song_id_column]}; "
+                f"the id column {song_id_column!r} of {names.table} is {columns[song_id_column].kind}; "
                 "song_embeddings.song_id is INTEGER: name an integer column with SONGVEC_SONG_ID_COLUMN"
             )
-        updated_at_type = columns[names.updated_at_column] if names.updated_at_column else None
+        updated_at_type = columns[names.updated_at_column].kind if names.updated_at_column else None
         if updated_at_type and updated_at_type not in _PRESENT:
             raise SourceError(
                 f"SONGVEC_UPDATED_AT_COLUMN {names.updated_at_column!r} is {updated_at_type}; expected a date or "
                 "timestamp column"
             )
-
-        def quote(*parts: str) -> str:
-            return sql.Identifier(*parts).as_string(raw)  # type: ignore[no-any-return]
-
+        # numbers and JSON would be embedded, and paid for, as they are written
+        if any(not columns[column].is_text for column in texts.values()):
+            kept = [song_id_column, *texts.values(), *filter(None, [names.updated_at_column])]
+            raise SourceError(_describe_types(connection, table, names.table, song_id_column, kept, [*texts.values()]))
+        name, artist, lyrics = (columns[column].expression for column in texts.values())
         return SongsSource(
             table=names.table,
             song_id_column=song_id_column,
-            relation=quote(schema, table),
-            song_id=quote(song_id_column),
-            name=quote(names.name_column),
-            artist=quote(names.artist_column),
-            lyrics=quote(names.lyrics_column),
-            updated_at=quote(names.updated_at_column) if names.updated_at_column else None,
+            relation=table.relation,
+            song_id=columns[song_id_column].quoted,
+            name=name("', '"),
+            artist=artist("', '"),
+            lyrics=lyrics(r"E'\n'"),
+            updated_at=columns[names.updated_at_column].quoted if names.updated_at_column else None,
             updated_at_type=updated_at_type,
+            row_security=table.row_security,
         )
 
 
@@ -215,24 +232,27 @@ def has_row_security(database: Database, source: SongsSource) -> bool:
 
 @dataclass(frozen=True)
 class SourceState:
-    """How the source table is, cheaply: what tells that it changed, not what changed.
+    """How the source table is, cheaply.
 
     Attributes:
         n_songs: its rows.
         highest_id: or None where there are none.
         newest: the latest time of its updated_at column, as text; None without one.
-        n_writes: rows inserted, updated and deleted since the server counts; None for views.
+        sum_of_ids: of all rows; "0" where there are none.
+        n_writes: rows inserted, updated and deleted since the server counts; None where it does not count them all:
+            of views, of foreign tables and of tables that have one as a part.
     """
 
     n_songs: int
     highest_id: int | None
     newest: str | None
+    sum_of_ids: str
     n_writes: int | None
 
     @property
-    def identity(self) -> str:
-        """Another one where the table changed."""
-        return json.dumps(astuple(self))
+    def ids(self) -> tuple[int, int | None, str]:
+        """Another one where songs came or went."""
+        return self.n_songs, self.highest_id, self.sum_of_ids
 
     def describe(self) -> str:
         """One line."""
@@ -241,17 +261,153 @@ class SourceState:
 
 
 def measure_source(database: Database, source: SongsSource) -> SourceState:
-    """Count the songs, and look at the highest id and the newest time. Reads indexes only, if it can."""
+    """Count the songs, and look at the ids, the newest time and the writes. Reads indexes only, if it can."""
     newest = f"max({source.updated_at})::text" if source.updated_at else "NULL"
     with database.get_connection() as connection, raw_cursor(connection) as cursor:
         # as text in the statement: names may hold percent signs
         relation = sql.Literal(source.relation).as_string(cursor)
-        cursor.execute(
-            f"SELECT count(*), max({source.song_id}), {newest}, (SELECT sum(n_tup_ins + n_tup_upd + n_tup_del)::bigint "
-            f"FROM pg_stat_all_tables WHERE relid = to_regclass({relation}) OR relid IN "
-            f"(SELECT relid FROM pg_partition_tree(to_regclass({relation})))) FROM {source.relation}"
-        )
+        cursor.execute(f"""
+            WITH RECURSIVE part (oid) AS (
+                SELECT to_regclass({relation})::oid
+                UNION SELECT inhrelid FROM pg_inherits JOIN part ON inhparent = part.oid
+            )
+            SELECT count(*), max({source.song_id}), {newest}, coalesce(sum({source.song_id}), 0)::text, (
+                SELECT sum(
+                    pg_stat_get_tuples_inserted(oid) + pg_stat_get_tuples_updated(oid) + pg_stat_get_tuples_deleted(oid)
+                )::bigint
+                FROM pg_class WHERE oid IN (SELECT oid FROM part)
+                HAVING bool_and(relkind IN ('r', 'p')) AND current_setting('track_counts')::boolean
+            )
+            FROM {source.relation}
+        """)
         return SourceState(*cursor.fetchone())
+
+
+def digest_source(database: Database, source: SongsSource) -> str:
+    """An identity of all texts and whose they are. Reads the whole table, at the server."""
+    # a row's text keeps NULL, '' and where a column ends apart; the id is the hash's seed
+    row = f"ROW({source.name}::text, {source.artist}::text, {source.lyrics}::text)::text"
+    with database.get_connection() as connection, raw_cursor(connection) as cursor:
+        cursor.execute(
+            f"SELECT coalesce(sum(hashtextextended({row}, {source.song_id})), 0)::text FROM {source.relation}"
+        )
+        return str(cursor.fetchone()[0])
+
+
+_DIGEST_REST = 20
+"""A digest is taken at most once in so many times as it takes: a twentieth of a core of the server."""
+
+
+@dataclass(frozen=True)
+class Digest:
+    """Of all texts, see `digest_source`.
+
+    Attributes:
+        value: the digest.
+        at: when it was begun, seconds since the epoch.
+        took_s: how long it took.
+    """
+
+    value: str
+    at: float
+    took_s: float
+
+
+@dataclass(frozen=True)
+class SourceLook:
+    """What was known after a look at the source; the next one compares with it.
+
+    Attributes:
+        source: which table and columns.
+        state: as last reported.
+        digest: the last one taken; None before the first.
+        is_current: whether the digest is of the songs that `state` has.
+    """
+
+    source: str
+    state: SourceState
+    digest: Digest | None = None
+    is_current: bool = False
+
+    def dump(self) -> str:
+        """As text, for a cursor."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, cursor: str | None, source: SongsSource) -> "SourceLook | None":
+        """The inverse of `dump`; None for a cursor of another source, of another version or of none."""
+        try:
+            found = json.loads(cursor or "")
+            digest = found["digest"] and Digest(**found["digest"])
+            look = cls(found["source"], SourceState(**found["state"]), digest, found["is_current"])
+        except (ValueError, KeyError, TypeError):
+            return None
+        return look if look.source == source.identity else None
+
+    def wants_digest(self, state: SourceState, now: float) -> bool:
+        """Whether the texts are to be compared: they may have changed, and the last digest is long enough ago."""
+        if self.digest and 0 <= now - self.digest.at < _DIGEST_REST * self.digest.took_s:
+            return False
+        return not self.is_current or self._may_differ(state) or state.ids != self.state.ids
+
+    def judge(self, state: SourceState, digest: Digest | None) -> "tuple[SourceLook, str | None]":
+        """Compare with what was known.
+
+        Args:
+            state: as it is now.
+            digest: of the texts now; None: it was not taken.
+
+        Returns:
+            What is known now; and why nothing is to be reported, None where a song's text or id changed.
+        """
+        if state.ids != self.state.ids:
+            return replace(self, state=state, digest=digest or self.digest, is_current=digest is not None), None
+        if digest is None:
+            waits = self._may_differ(state) or not self.is_current
+            # the state stays: what was written since is still to be compared
+            return (
+                self,
+                "texts are compared later: that takes a twentieth of the time at most" if waits else "nothing changed",
+            )
+        known = replace(self, state=state, digest=digest, is_current=True)
+        same = (
+            self.digest is not None and self.digest.value == digest.value
+            if self.is_current
+            else (not self._may_differ(state))
+        )
+        if not same:
+            return known, None
+        return known, "rows were written, but no song's text or id changed" if self._may_differ(
+            state
+        ) else "nothing changed"
+
+    def _may_differ(self, state: SourceState) -> bool:
+        """Whether the server counted writes, or does not count them."""
+        return state.n_writes is None or state.n_writes != self.state.n_writes
+
+
+def look_at_source(database: Database, source: SongsSource, cursor: str | None) -> "tuple[SourceLook, str | None]":
+    """Look whether a song's text or id changed since the last look.
+
+    Args:
+        database: where the songs are.
+        source: which table and columns.
+        cursor: what the last look's `dump` gave; None, or anything else, before the first.
+
+    Returns:
+        See `SourceLook.judge`; a first look reports.
+    """
+    before = SourceLook.load(cursor, source)
+    state, now = measure_source(database, source), time.time()
+    digest = None
+    # after the state: what is written in between is counted at the next look
+    if before is None or before.wants_digest(state, now):
+        began = time.monotonic()
+        value = digest_source(database, source)
+        digest = Digest(value, now, time.monotonic() - began)
+    if before is None:
+        return SourceLook(source.identity, state, digest, is_current=True), None
+    return before.judge(state, digest)
 
 
 def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[str]:
@@ -269,15 +425,81 @@ def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[st
     return +counts
 
 
-def _find_table(connection: sa.Connection, name: str) -> tuple[str, str, dict[str, str]]:
-    """Schema, table, and its columns with their types; the name is tried as written, then in lower case."""
-    for candidate in dict.fromkeys((name, name.lower())):
-        schema, _, table = candidate.rpartition(".")
+@dataclass(frozen=True)
+class _Column:
+    """A column as the catalogue has it.
+
+    Attributes:
+        number: its attnum.
+        kind: its type's name.
+        category: the type's category in pg_type, of an array's elements where it is one.
+        is_array: whether it is one.
+        quoted: for SQL.
+    """
+
+    number: int
+    kind: str
+    category: str
+    is_array: bool
+    quoted: str
+
+    @property
+    def is_text(self) -> bool:
+        return self.category in _TEXT_CATEGORIES
+
+    def expression(self, separator: str) -> str:
+        """SQL for the column's text; an array's elements are joined by the separator, a literal of SQL."""
+        return f"array_to_string({self.quoted}, {separator})" if self.is_array else self.quoted
+
+
+@dataclass(frozen=True)
+class _Table:
+    oid: int
+    schema: str
+    relation: str
+    columns: dict[str, _Column]
+    row_security: bool
+
+
+_TABLES = "c.relname = :table AND c.relkind IN ('r', 'p', 'v', 'm', 'f')"
+
+
+# policies of a table below a view hold for the view's owner; those of an owner hold where they are forced
+_ROW_SECURITY = sa.text("""
+    WITH RECURSIVE below (oid, reader) AS (
+        SELECT CAST(:oid AS oid), oid FROM pg_roles WHERE rolname = current_user
+        UNION
+        SELECT d.refobjid, CASE WHEN EXISTS (
+            SELECT FROM pg_options_to_table(v.reloptions)
+            WHERE option_name = 'security_invoker' AND option_value::boolean
+        ) THEN reader ELSE v.relowner END
+        FROM below
+        JOIN pg_class v ON v.oid = below.oid AND v.relkind IN ('v', 'm')
+        JOIN pg_rewrite r ON r.ev_class = v.oid
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+            AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> v.oid
+    )
+    SELECT EXISTS (
+        SELECT FROM below JOIN pg_class t ON t.oid = below.oid JOIN pg_roles u ON u.oid = below.reader
+        WHERE t.relrowsecurity AND NOT u.rolsuper AND NOT u.rolbypassrls
+          AND (t.relforcerowsecurity OR NOT pg_has_role(u.oid, t.relowner, 'USAGE'))
+    )
+""")
+
+
+def _quote(connection: sa.Connection, *parts: str) -> str:
+    return sql.Identifier(*parts).as_string(connection.connection.driver_connection)  # type: ignore[no-any-return]
+
+
+def _find_table(connection: sa.Connection, name: str) -> _Table:
+    """The table and its columns; the name is tried as written, then in lower case."""
+    candidates = [(schema, table) for schema, _, table in (each.rpartition(".") for each in (name, name.lower()))]
+    for schema, table in dict.fromkeys(candidates):
         row = connection.execute(
-            sa.text("""
+            sa.text(f"""
                 SELECT n.nspname, c.relname, c.oid
                 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-                WHERE c.relname = :table AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+                WHERE {_TABLES}
                   AND CASE WHEN :schema = '' THEN pg_table_is_visible(c.oid) ELSE n.nspname = :schema END
             """),
             {"schema": schema, "table": table},
@@ -285,36 +507,164 @@ def _find_table(connection: sa.Connection, name: str) -> tuple[str, str, dict[st
         if row is not None:
             columns = connection.execute(
                 sa.text("""
-                    SELECT attname, format_type(atttypid, NULL) FROM pg_attribute
-                    WHERE attrelid = :oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum
+                    WITH RECURSIVE base AS (
+                        SELECT attname, attnum, format_type(atttypid, NULL) AS kind, atttypid AS type
+                        FROM pg_attribute WHERE attrelid = :oid AND attnum > 0 AND NOT attisdropped
+                        UNION ALL SELECT attname, attnum, kind, typbasetype
+                        FROM base JOIN pg_type t ON t.oid = base.type WHERE t.typtype = 'd'
+                    )
+                    SELECT attname, attnum, kind, coalesce(element.typcategory, t.typcategory), t.typcategory = 'A'
+                    FROM base JOIN pg_type t ON t.oid = base.type AND t.typtype <> 'd'
+                    LEFT JOIN pg_type element ON t.typcategory = 'A' AND element.oid = t.typelem
+                    ORDER BY attnum
                 """),
                 {"oid": row.oid},
             )
-            return row.nspname, row.relname, {column: kind for column, kind in columns}  # noqa: C416 - rows are no pairs to mypy
-    raise SourceError(
-        f"this database has no table {name} (or this user may not see it): name the table of songs with "
-        "SONGVEC_SONGS_TABLE, also as schema.table"
+            found = {
+                name: _Column(number, kind, category, is_array, _quote(connection, name))
+                for name, number, kind, category, is_array in columns
+            }
+            relation = _quote(connection, row.nspname, row.relname)
+            return _Table(
+                row.oid, row.nspname, relation, found, bool(connection.scalar(_ROW_SECURITY, {"oid": row.oid}))
+            )
+    raise SourceError(_describe_missing(connection, name, [table for _, table in candidates]))
+
+
+def _describe_missing(connection: sa.Connection, name: str, tables: Sequence[str]) -> str:
+    """Why no table of that name is found: it is in a schema that is not searched, or may not be used, or nowhere."""
+    elsewhere = connection.execute(
+        sa.text(f"""
+            SELECT n.nspname, c.relname, has_schema_privilege(n.oid, 'USAGE') AS usable
+            FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+            WHERE {_TABLES.replace("= :table", "= ANY (:tables)")} AND n.nspname !~ '^pg_|^information_schema$'
+            ORDER BY usable DESC, n.nspname
+        """),
+        {"tables": list(tables)},
+    ).all()
+    usable = [f"{found}.{table}" for found, table, usable in elsewhere if usable]
+    if usable:
+        return (
+            f"table {name} is not in a schema that is searched, this database has one elsewhere: set "
+            f"SONGVEC_SONGS_TABLE={' or '.join(usable)}"
+        )
+    if elsewhere:
+        found, table, _ = elsewhere[0]
+        return (
+            f"table {name} is in a schema that this user lacks a right on: let its owner run "
+            f"GRANT USAGE ON SCHEMA {_quote(connection, found)} TO {_user(connection)}; then set "
+            f"SONGVEC_SONGS_TABLE={found}.{table}"
+        )
+    return (
+        f"this database has no table {name} in any schema: name the table of songs with SONGVEC_SONGS_TABLE, also as "
+        "schema.table, or correct POSTGRES_URL"
     )
 
 
-def _find_primary_key(connection: sa.Connection, schema: str, table: str) -> list[str]:
+def _check_rights(connection: sa.Connection, table: _Table, wanted: Sequence[str], name: str) -> None:
+    """Refuse a table that this user may not read, with what its owner has to run."""
+    usable, readable = connection.execute(
+        sa.text("SELECT has_schema_privilege(:schema, 'USAGE'), has_table_privilege(:oid, 'SELECT')"),
+        {"schema": table.schema, "oid": table.oid},
+    ).one()
+    lacking = [] if readable else [
+        column for column in wanted
+        if not connection.scalar(
+            sa.text("SELECT has_column_privilege(:oid, CAST(:number AS smallint), 'SELECT')"),
+            {"oid": table.oid, "number": table.columns[column].number},
+        )
+    ]  # fmt: skip
+    user, grants = _user(connection), []
+    if not usable:
+        grants.append(f"GRANT USAGE ON SCHEMA {_quote(connection, table.schema)} TO {user};")
+    if lacking:
+        quoted = ", ".join(table.columns[column].quoted for column in lacking)
+        columns = f" ({quoted})" if len(lacking) < len(wanted) else ""
+        grants.append(f"GRANT SELECT{columns} ON {table.relation} TO {user};")
+    if grants:
+        raise SourceError(
+            f"table {name} exists, and this user lacks a right to read it: let its owner run {' '.join(grants)}"
+        )
+
+
+def _user(connection: sa.Connection) -> str:
+    return _quote(connection, str(connection.scalar(sa.text("SELECT current_user"))))
+
+
+def _describe_types(
+    connection: sa.Connection, table: _Table, name: str, song_id: str, kept: Sequence[str], texts: Sequence[str]
+) -> str:
+    """Which columns are no text, and the view that serves."""
+    wrong = {column: table.columns[column] for column in texts if not table.columns[column].is_text}
+    view = f"{name.rpartition('.')[2]}_as_text"
+    joins: list[str] = []
+    selected = []
+    for column in dict.fromkeys(kept):
+        expression = f"s.{table.columns[column].quoted}"
+        if column in wrong:
+            join, expression = _make_text(connection, table, column, f"t{len(joins) + 1}")
+            joins += join
+            expression = f"{expression} AS {table.columns[column].quoted}"
+        selected.append(expression)
+    kinds = ", ".join(f"column {column!r} is {each.kind}" for column, each in wrong.items())
+    return (
+        f"table {name}: expected text to embed, got other types: {kinds}. Create a view that has text there (look it "
+        "over: the columns it takes are a guess) and set "
+        f"SONGVEC_SONGS_TABLE={table.schema}.{view} SONGVEC_SONG_ID_COLUMN={song_id}: "
+        f"CREATE VIEW {_quote(connection, table.schema, view)} AS SELECT {', '.join(selected)} "
+        f"FROM {' '.join([f'{table.relation} AS s', *joins])};"
+    )
+
+
+def _make_text(connection: sa.Connection, table: _Table, column: str, alias: str) -> tuple[list[str], str]:
+    """A join, if one is needed, and an expression that make a text of a column."""
+    facts = table.columns[column]
+    value = f"s.{facts.quoted}"
+    referenced = connection.execute(
+        sa.text("""
+            SELECT n.nspname, c.relname, k.attname AS key, a.attname AS text
+            FROM pg_constraint f
+            JOIN pg_class c ON c.oid = f.confrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+            JOIN pg_attribute k ON k.attrelid = c.oid AND k.attnum = f.confkey[1]
+            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+            JOIN pg_type t ON t.oid = a.atttypid AND t.typcategory = 'S'
+            WHERE f.contype = 'f' AND f.conrelid = :oid AND f.conkey = ARRAY[CAST(:number AS smallint)]
+            ORDER BY a.attname IN ('name', 'title', :column) DESC, a.attnum LIMIT 1
+        """),
+        {"oid": table.oid, "number": facts.number, "column": column},
+    ).one_or_none()
+    if referenced is not None:
+        other = _quote(connection, referenced.nspname, referenced.relname)
+        key, words = (_quote(connection, each) for each in (referenced.key, referenced.text))
+        return [f"LEFT JOIN {other} AS {alias} ON {alias}.{key} = {value}"], f"{alias}.{words}"
+    if facts.is_array:
+        return [], f"array_to_string({value}, ', ')"
+    if facts.kind in ("json", "jsonb"):
+        return [], f"{value} ->> 'text'"
+    if facts.kind == "bytea":
+        return [], f"convert_from({value}, 'UTF8')"
+    return [], f"{value}::text"
+
+
+def _choose_song_id(connection: sa.Connection, table: _Table, name: str) -> str:
+    primary_key = _find_primary_key(connection, table.oid)
+    if len(primary_key) == 1 and table.columns[primary_key[0]].kind in _ID_TYPES:
+        return primary_key[0]
+    found = f"its primary key is ({', '.join(primary_key)})" if primary_key else "it has no primary key"
+    raise SourceError(
+        f"table {name} has no single-column integer primary key ({found}): name its id with SONGVEC_SONG_ID_COLUMN"
+    )
+
+
+def _find_primary_key(connection: sa.Connection, oid: int) -> list[str]:
     rows = connection.execute(
         sa.text("""
             SELECT a.attname
             FROM pg_index i
-            JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])
-            WHERE i.indisprimary AND n.nspname = :schema AND c.relname = :table
+            JOIN pg_attribute a
+                ON a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])
+            WHERE i.indisprimary AND i.indrelid = :oid
         """),
-        {"schema": schema, "table": table},
+        {"oid": oid},
     )
     return [column for (column,) in rows]
-
-
-def _choose_song_id(primary_key: list[str], columns: dict[str, str], table: str) -> str:
-    if len(primary_key) == 1 and columns[primary_key[0]] in _ID_TYPES:
-        return primary_key[0]
-    found = f"its primary key is ({', '.join(primary_key)})" if primary_key else "it has no primary key"
-    raise SourceError(
-        f"table {table} has no single-column integer primary key ({found}): name its id with SONGVEC_SONG_ID_COLUMN"
-    )

@@ -9,6 +9,7 @@ from sqlalchemy import text
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import has_tables
 from songvec_assets.vectors.catalogue import find_index, find_lists, read_probes, set_probes
 from songvec_assets.vectors.recall import RecallPoint, measure_recall_at, read_recall
 from songvec_assets.vectors.table import TABLE, TableSpec, define_table, index_name, read_changes, table_exists
@@ -134,6 +135,8 @@ def count_rows(database: Database) -> int:
 def audit_models(database: Database) -> dict[str, int]:
     """The models in the serving table's ledger, as `name (dimensions)`, with their songs."""
     with database.get_connection() as connection:
+        if not has_tables(connection):
+            return {}
         rows = connection.execute(
             text("""
                 SELECT model, dimensions, sum(n_songs)::bigint FROM songvec.loaded_ranges

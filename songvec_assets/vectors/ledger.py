@@ -13,6 +13,7 @@ import xxhash
 from sqlalchemy import text
 
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import has_tables
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.source import IdSums
 from songvec_assets.vectors.table import TABLE, TableSpec, table_exists
@@ -41,6 +42,8 @@ def read_ledger(database: Database, table: str = TABLE) -> dict[SongIdRange, Led
 
 def read_ledger_within(connection: sa.Connection, table: str = TABLE) -> dict[SongIdRange, LedgerEntry]:
     """See `read_ledger`; within the connection's transaction."""
+    if not has_tables(connection):
+        return {}
     rows = connection.execute(
         text("SELECT range_start, range_stop, n_songs, digest FROM songvec.loaded_ranges WHERE table_name = :table"),
         {"table": table},
@@ -72,6 +75,8 @@ def digest_ledger(ledger: dict[SongIdRange, LedgerEntry], spec: TableSpec) -> st
 
 def read_loaded_rows(connection: sa.Connection, song_range: SongIdRange, table: str = TABLE) -> pl.DataFrame | None:
     """The rows (song_id Int32, checksum UInt64) loaded of a range; None for none."""
+    if not has_tables(connection):
+        return None
     row = connection.execute(
         text("""
             SELECT song_ids, checksums FROM songvec.loaded_ranges

@@ -1,11 +1,17 @@
 """The songs table as people have it: odd names, ids of other types, and what is said where it does not do."""
 
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
+import sqlalchemy as sa
+from typer.testing import CliRunner
 
+from songvec_assets.cli import app
+from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DatabaseError, SourceError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.export import cache_songs_to_parquet
@@ -19,7 +25,9 @@ from songvec_assets.songs.source import (
     count_unreachable_ids,
     find_source,
 )
+from songvec_assets.vectors.search import read_songs
 from songvec_assets_tests.administration import as_role, execute
+from songvec_assets_tests.provider import Provider
 
 TILING = Tiling(width=100, stop=1_000)
 
@@ -304,3 +312,195 @@ class TestOtherRelations:
             "INSERT INTO songs VALUES (7, 'Sea', 'Ann', NULL), (70, 'Hill', 'Ben', NULL)",
         )
         assert export(database, SourceNames(), tmp_path) == [(7, "Sea", "Ann", None), (70, "Hill", "Ben", None)]
+
+
+class TestTypes:
+    @pytest.mark.parametrize(
+        ("kinds", "values", "expected"),
+        [
+            ("name varchar(9), artist char(3), lyrics name", "'Sea', 'Ann', 'waves'", ("Sea", "Ann", "waves")),
+            (
+                "name text, artist text[], lyrics text[]",
+                "'Sea', '{Drake,Future}', '{\"one line\",another}'",
+                ("Sea", "Drake, Future", "one line\nanother"),
+            ),
+            (
+                "name title, artist who, lyrics lines",
+                "'Sea', 'Ann', '{a,b}'",
+                ("Sea", "Ann", "a\nb"),
+            ),
+            ("name who[], artist title[], lyrics citext", "'{Ann,Ben}', '{Ann}', 'La'", ("Ann, Ben", "Ann", "La")),
+        ],
+    )
+    def test_what_is_text_is_read_and_arrays_of_it_are_joined(
+        self, database: Database, tmp_path: Path, kinds: str, values: str, expected: tuple[str, ...]
+    ) -> None:
+        run(
+            database,
+            "CREATE DOMAIN citext AS text",
+            "CREATE DOMAIN short AS varchar(20)",
+            "CREATE DOMAIN title AS short CHECK (VALUE <> '')",
+            "CREATE DOMAIN lines AS text[]",
+            "CREATE TYPE who AS ENUM ('Ann', 'Ben')",
+            f"CREATE TABLE songs (id integer PRIMARY KEY, {kinds})",
+            f"INSERT INTO songs VALUES (7, {values})",
+        )
+        assert export(database, SourceNames(), tmp_path) == [(7, *expected)]
+        with database.get_connection() as connection:
+            assert read_songs(connection, find_source(database, SourceNames()), [7]) == {7: expected}
+
+    @pytest.mark.parametrize(
+        ("kind", "value", "text"),
+        [
+            ("integer", "303", "303"),
+            ("jsonb", """'{"text": "Ann"}'""", "Ann"),
+            ("json", """'{"text": "Ann"}'""", "Ann"),
+            ("bytea", "'Ann'", "Ann"),
+            ("uuid", "'00000000-0000-0000-0000-000000000303'", "00000000-0000-0000-0000-000000000303"),
+            ("integer[]", "'{3,4}'", "3, 4"),
+            ("numbers", "'{3,4}'", "3, 4"),
+        ],
+    )
+    @pytest.mark.parametrize("column", ["name", "artist", "lyrics"])
+    def test_what_is_no_text_is_refused_with_the_view_that_serves(
+        self, database: Database, tmp_path: Path, column: str, kind: str, value: str, text: str
+    ) -> None:
+        texts = {"name": "text", "artist": "text", "lyrics": "text"} | {column: kind}
+        values = {"name": "'Sea'", "artist": "'Ann'", "lyrics": "'waves'"} | {column: value}
+        run(
+            database,
+            "CREATE DOMAIN numbers AS integer[]",
+            f"CREATE TABLE songs (id integer PRIMARY KEY, {', '.join(map(' '.join, texts.items()))}, at date)",
+            f"INSERT INTO songs VALUES (7, {', '.join(values.values())}, now())",
+        )
+        with pytest.raises(SourceError, match=re.escape(f"column {column!r} is {kind}")) as caught:
+            find_source(database, SourceNames(updated_at_column="at"))
+        settings, _, statement = str(caught.value).partition(": CREATE VIEW")
+        assert settings.endswith("SONGVEC_SONGS_TABLE=public.songs_as_text SONGVEC_SONG_ID_COLUMN=id")
+        run(database, f"CREATE VIEW{statement}")
+        (row,) = export(database, SourceNames("public.songs_as_text", "id", updated_at_column="at"), tmp_path)
+        expected = {"name": "Sea", "artist": "Ann", "lyrics": "waves"} | {column: text}
+        assert row == (7, *expected.values())
+
+    def test_a_key_of_another_table_is_refused_with_the_view_that_joins_it(
+        self, database: Database, tmp_path: Path
+    ) -> None:
+        run(
+            database,
+            'CREATE SCHEMA "Their"',
+            """CREATE TABLE "Their"."Artists" (code text, "Key" bigint PRIMARY KEY, born date, name text)""",
+            """CREATE TABLE songs (id integer PRIMARY KEY, name text, lyrics jsonb,
+               "by" bigint REFERENCES "Their"."Artists")""",
+            """INSERT INTO "Their"."Artists" VALUES ('x', 303, now(), 'Ann')""",
+            """INSERT INTO songs VALUES (7, 'Sea', '{"text": "waves"}', 303), (8, 'Hill', NULL, NULL)""",
+        )
+        names = SourceNames(artist_column="by")
+        with pytest.raises(SourceError, match="column 'by' is bigint, column 'lyrics' is jsonb") as caught:
+            find_source(database, names)
+        run(database, f"CREATE VIEW{str(caught.value).partition(': CREATE VIEW')[2]}")
+        view = replace(names, table="public.songs_as_text", song_id_column="id")
+        assert export(database, view, tmp_path) == [(7, "Sea", "Ann", "waves"), (8, "Hill", None, None)]
+
+    def test_types_are_asked_before_anything_is_paid_for(self, deployment: Deployment, provider: Provider) -> None:
+        run(
+            deployment.database,
+            "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist integer, lyrics text)",
+            "INSERT INTO songs VALUES (7, 'Sea', 303, 'waves')",
+        )
+        with pytest.raises(SourceError, match="column 'artist' is integer"):
+            deployment.export()
+        assert not list(deployment.store.songs.glob("*"))
+        assert provider.ledger()["requests"] == 0
+
+
+class TestToldApart:
+    def test_a_table_in_schemas_that_are_not_searched_is_named_with_each(self, database: Database) -> None:
+        for schema in ("catalogue", "archive"):
+            run(database, f"CREATE SCHEMA {schema}", f"CREATE TABLE {schema}.songs (id integer PRIMARY KEY)")
+        with pytest.raises(SourceError, match=r"set SONGVEC_SONGS_TABLE=archive\.songs or catalogue\.songs$"):
+            find_source(database, SourceNames())
+        with pytest.raises(SourceError, match=r"set SONGVEC_SONGS_TABLE=archive\.songs or catalogue\.songs$"):
+            find_source(database, SourceNames("public.songs"))
+
+    def test_each_right_that_lacks_is_named_with_the_statement_that_gives_it(
+        self, database: Database, tmp_path: Path
+    ) -> None:
+        run(
+            database,
+            'CREATE SCHEMA "Their"',
+            """CREATE TABLE "Their".songs
+               (id integer PRIMARY KEY, name text, artist text, "Lyrics" text, secret text)""",
+            """INSERT INTO "Their".songs VALUES (7, 'Sea', 'Ann', 'waves')""",
+        )
+        names = SourceNames("Their.songs", lyrics_column="Lyrics")
+
+        def refusal(seen: Database, names: SourceNames = names) -> str:
+            with pytest.raises(SourceError, match="this user lacks a right") as caught:
+                find_source(seen, names)
+            return str(caught.value)
+
+        with as_role(database) as seen:
+            assert 'run GRANT USAGE ON SCHEMA "Their" TO "role_' in refusal(seen, SourceNames())
+            statements = refusal(seen).partition("let its owner run ")[2]
+            assert re.fullmatch(
+                r"""GRANT USAGE ON SCHEMA "Their" TO "\w+"; GRANT SELECT ON "Their"."songs" TO "\w+";""", statements
+            )
+            role = str(sa.make_url(seen.url).username)
+            run(
+                database,
+                f'GRANT USAGE ON SCHEMA "Their" TO {role}',
+                f'GRANT SELECT (id, name, artist) ON "Their".songs TO {role}',
+            )
+            statement = refusal(seen).partition("let its owner run ")[2]
+            assert statement == f"""GRANT SELECT ("Lyrics") ON "Their"."songs" TO "{role}";"""
+            run(database, statement)
+            assert export(seen, names, tmp_path) == [(7, "Sea", "Ann", "waves")], "rights on the columns do"
+
+    def test_row_security_is_said_where_it_is_active(self, database: Database) -> None:
+        run(
+            database,
+            "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)",
+            "CREATE VIEW all_songs AS SELECT * FROM songs",
+            "CREATE VIEW my_songs WITH (security_invoker = on) AS SELECT * FROM songs",
+        )
+
+        def cautions(seen: Database) -> list[bool]:
+            names = SourceNames(), SourceNames("all_songs", "id"), SourceNames("my_songs", "id")
+            sources = [find_source(seen, each) for each in names]
+            assert all((f"on {each.table} for this user" in each.caution) == each.row_security for each in sources)
+            return [each.row_security for each in sources]
+
+        with as_role(database) as seen, as_role(database, "BYPASSRLS") as exempt:
+            for each in (seen, exempt):
+                role = sa.make_url(each.url).username
+                run(database, f"GRANT SELECT ON songs, all_songs, my_songs TO {role}")
+            assert cautions(seen) == [False, False, False]
+            run(database, "ALTER TABLE songs ENABLE ROW LEVEL SECURITY")
+            assert cautions(seen) == [True, False, True], "the owner of all_songs sees all of them"
+            assert cautions(exempt) == cautions(database) == [False, False, False]
+
+    def test_an_empty_source_says_whether_policies_may_hide_songs(
+        self, database: Database, provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run(
+            database,
+            "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)",
+            "INSERT INTO songs VALUES (7, 'Sea', 'Ann', 'waves')",
+            "ALTER TABLE songs ENABLE ROW LEVEL SECURITY",
+        )
+        monkeypatch.chdir(tmp_path)
+        with as_role(database, database_right="CREATE, CONNECT") as seen:
+            role = sa.make_url(seen.url).username
+            run(database, f"GRANT SELECT ON songs TO {role}", f"GRANT USAGE ON SCHEMA songvec TO {role}")
+            run(database, f"GRANT SELECT ON ALL TABLES IN SCHEMA songvec TO {role}")
+            for name, value in {
+                "POSTGRES_URL": seen.url,
+                "FIREWORKS_API_KEY": provider.api_key,
+                "SONGVEC_STORAGE": str(tmp_path / "store"),
+            }.items():
+                monkeypatch.setenv(name, value)
+            words = "row security is active on songs for this user: policies may hide songs"
+            assert words in " ".join(CliRunner().invoke(app, ["status"]).stdout.split())
+            result = CliRunner().invoke(app, ["run"])
+            assert result.exit_code == 1
+            assert f"nothing to do ({words})" in " ".join(result.output.split())

@@ -1,0 +1,180 @@
+"""What only looks writes nothing: no folder, no file, no schema, and it lets no store and database know each other."""
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from songvec_assets.cli import app
+from songvec_assets.defs import partitions
+from songvec_assets.deployment import Deployment
+from songvec_assets.errors import StoreError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import read_fact
+from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets_tests import warm
+from songvec_assets_tests.administration import dispose, execute, with_parts
+from songvec_assets_tests.conftest import TILING, deploy
+from songvec_assets_tests.provider import Provider
+
+SONGS = "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)"
+LOOKS = (
+    ["status"],
+    ["status", "--json"],
+    ["estimate", "--no-refresh"],
+    ["run", "--dry-run"],
+    ["search", "waves"],
+    ["verify"],
+    ["settings"],
+)
+
+
+@pytest.fixture
+def mistyped(server_url: str) -> Iterator[Database]:
+    """A database that has songs, and nothing of ours."""
+    name = f"mistyped_{uuid.uuid4().hex[:12]}"
+    execute(server_url, f"CREATE DATABASE {name}")
+    url = with_parts(server_url, database=name)
+    execute(url, SONGS)
+    execute(url, "INSERT INTO songs VALUES (1, 'Sea', 'Ann', 'waves')")
+    yield Database(url)
+    dispose(url)
+    execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def environment(provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Database], None]:
+    """Sets the environment of somebody who works with a database, in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+
+    def use(database: Database) -> None:
+        for name, value in {
+            "POSTGRES_URL": database.url,
+            "FIREWORKS_API_KEY": provider.api_key,
+            "FIREWORKS_BASE_URL": provider.base_url,
+            "SONGVEC_STORAGE": str(tmp_path / "store"),
+            "SONGVEC_EMBEDDING_DIMENSIONS": "64",
+        }.items():
+            monkeypatch.setenv(name, value)
+
+    return use
+
+
+def made_of_ours(database: Database) -> list[tuple]:
+    """Our schema and the extension, where they are in a database."""
+    return execute(
+        database.adbc_uri,
+        "SELECT nspname FROM pg_namespace WHERE nspname = 'songvec' UNION ALL "
+        "SELECT extname FROM pg_extension WHERE extname = 'vector'",
+    )
+
+
+@pytest.mark.filterwarnings("ignore::dagster.BetaWarning", "ignore:InitResourceContext.dagster_run:DeprecationWarning")
+def test_looking_creates_nothing_and_binds_nothing(
+    mistyped: Database, environment: Callable[[Database], None], tmp_path: Path, provider: Provider
+) -> None:
+    environment(mistyped)
+    for command in LOOKS:
+        result = CliRunner().invoke(app, command)
+        assert "schema" not in str(result.exception), command
+        assert not (tmp_path / "store").exists(), command
+        assert made_of_ours(mistyped) == [], command
+    deployment = deploy(mistyped, provider, tmp_path / "store")
+    assert (deployment.ranges_behind(), deployment.held_ranges()) == ([], [SongIdRange(0, 100)])
+    assert made_of_ours(mistyped) == []
+    assert not (tmp_path / "store").exists()
+
+
+def test_after_a_look_at_a_mistyped_database_the_right_one_is_bound(
+    mistyped: Database,
+    database: Database,
+    songs: Callable[..., None],
+    environment: Callable[[Database], None],
+    provider: Provider,
+    tmp_path: Path,
+) -> None:
+    songs((1, "Sea", "Ann", "waves"))
+    environment(mistyped)
+    looked = CliRunner().invoke(app, ["status", "--json"])
+    assert (looked.exit_code, json.loads(looked.stdout)["missing"]) == (3, 1), "the song is not exported yet"
+    right = deploy(database, provider, tmp_path / "store").settings
+    early = Deployment(right, partitions.TILING)
+    assert early.ranges_behind() == [], "it looked before another one bound them"
+    Deployment(right, partitions.TILING).export()
+    early.export()
+    store_id = json.loads((tmp_path / "store" / "store.json").read_text())["store_id"]
+    with database.get_connection() as connection:
+        assert read_fact(connection, "store_id") == store_id
+    refused = CliRunner().invoke(app, ["status"])
+    assert isinstance(refused.exception, StoreError)
+    assert "belongs to another database" in str(refused.exception)
+    elsewhere = deploy(database, provider, tmp_path / "another")
+    with pytest.raises(StoreError, match="belongs to another database"):
+        elsewhere.ranges_behind()
+    with pytest.raises(StoreError, match="belongs to another database"):
+        elsewhere.export()
+    assert not (tmp_path / "another").exists()
+    assert made_of_ours(mistyped) == []
+    Deployment(right, partitions.TILING).export()
+
+
+def test_looking_does_not_cut_the_tail_where_the_stop_was_raised(
+    deployment: Deployment, songs: Callable[..., None], tmp_path: Path
+) -> None:
+    songs((1_050, "Sea", "Ann", "waves"), (5_000, "Hill", "Ben", "stones"))
+    deployment.export()
+    deployment.filler().fill_ranges(list(TILING), lambda _: None)
+    before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
+    raised = Deployment(deployment.settings, Tiling(100, 2_000))
+    assert raised.ranges_behind() == []
+    assert raised.held_ranges() == [SongIdRange(1_000, 1_100), raised.tiling.tail]
+    assert raised.estimate({*raised.held_ranges()}).n_songs == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()} == before
+    raised.export()
+    assert raised.cache.ranges() == [SongIdRange(1_000, 1_100), raised.tiling.tail]
+
+
+FIRST_START = """
+import sys, time
+from pathlib import Path
+from songvec_assets.cache.store import open_store
+from songvec_assets.defs import partitions
+from songvec_assets.deployment import Deployment
+from songvec_assets.settings import Settings
+from songvec_assets.songs.ranges import Tiling
+
+folder, url = Path(sys.argv[1]), sys.argv[2]
+print("ready", flush=True)
+start = float(sys.stdin.readline())
+stores = []
+for n in range(20):
+    while time.time() < start + n / 20:
+        pass
+    stores.append(open_store(folder / str(n), Tiling(100, 1_000)).store_id)
+while time.time() < start + 1.2:
+    pass
+settings = Settings.from_environment({}, postgres_url=url, fireworks_api_key="k", storage=str(folder / "bound"))
+deployment = Deployment(settings, Tiling(100, 1_000))
+deployment.bind()
+print(*stores, deployment.store.store_id)
+"""
+
+
+def test_two_first_starts_at_once_bind_one_pair(mistyped: Database, tmp_path: Path) -> None:
+    processes = [warm.start(["-c", FIRST_START, str(tmp_path), mistyped.url]) for _ in range(2)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    start = time.time() + 0.2
+    for process in processes:
+        process.stdin.write(f"{start}\n")
+        process.stdin.flush()
+    first, second = (process.communicate()[0].split() for process in processes)
+    assert first == second
+    assert len({*first}) == len(first) == 21
+    with mistyped.get_connection() as connection:
+        assert read_fact(connection, "store_id") == first[-1]
+    assert [path.name for path in (tmp_path / "bound").iterdir()] == ["store.json"]
