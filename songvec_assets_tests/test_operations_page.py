@@ -27,7 +27,12 @@ UNREADABLE = {
         "the same, and what is missing after a run that went on without some ranges: see Partial runs"
     ),
     ("defs/steps.py", "words"): "an error of the package, whose own words have a row",
-    ("embedding/client.py", "_REFUSALS[action](words)"): "the words of describe_answer, which have a row",
+    (
+        "embedding/client.py",
+        "_REFUSALS[action](f'{self.base_url} {words}')",
+    ): "words of describe_answer: they have a row",
+    ("embedding/client.py", "f'{self.base_url}: {outcome.words}'"): "of a time-out, which divides the request",
+    ("embedding/client.py", "f'{self.base_url} {outcome.words}'"): "the reason of a rejection: see the songs set aside",
     ("vectors/load.py", "'; '.join(damaged)"): "errors of ranges, whose own words have rows",
 }
 """Messages that cannot be read, by file and code, and why they need no row."""

@@ -76,10 +76,11 @@ def action_for(status: int) -> Action:
     return ACTIONS.get(status, Action.RETRY if status >= 500 else Action.STOP)
 
 
-def describe_answer(status: int, body: str) -> str:
-    """The provider's words for a status, and what to do about it."""
+def describe_answer(status: int, body: str, came_with: int) -> str:
+    """The provider's words for a status, and what to do about it; `came_with`: the response's own status."""
+    inside = "" if came_with == status else f", inside of a {came_with}"
     advice = _ADVICE.get(status)
-    return f"answered {status}: {' '.join(body.split())[:300]}" + (f" ({advice})" if advice else "")
+    return f"answered {status}: {' '.join(body.split())[:300]}{inside}" + (f" ({advice})" if advice else "")
 
 
 def parse_retry_after(value: str) -> float | None:

@@ -459,9 +459,7 @@ class EmbeddingClient:
             ProviderError: it ends the run, or refuses this very request.
         """
         meant = status_of(status, body)
-        words = describe_answer(meant, self._redact(body.decode(errors="replace")))
-        if meant != status:
-            words = f"answered {status} with an error inside: it {words}"
+        words = describe_answer(meant, self._redact(body.decode(errors="replace")), status)
         action = action_for(meant)
         if action in _REFUSALS:
             raise _REFUSALS[action](f"{self.base_url} {words}") from None
