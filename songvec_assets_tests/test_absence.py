@@ -402,3 +402,29 @@ class TestOneRange:
         assert [each.range.start for each in caught.value.report.ranges if each.written] == [0]
         assert load_embeddings_from_cache(deployment.cache, caught.value.report.failed[0].range)[1].height == 220
         deployment.export(confirm_deletions=True)
+
+
+def test_an_edit_beside_a_row_of_the_future_is_embedded_and_loaded(
+    database: Database, provider: Provider, tmp_path: Path
+) -> None:
+    """Over all rooms: one row's updated_at is in 2099, and later edits of its range are found."""
+    insert(database)
+    change(
+        database,
+        """
+        ALTER TABLE songs ADD COLUMN at timestamptz DEFAULT '2026-01-01';
+        UPDATE songs SET at = '2099-01-01' WHERE id = 7
+        """,
+    )
+    run_all(deploy(database, provider, tmp_path, updated_at_column="at"))
+    provider.reset_ledger()
+    change(database, "UPDATE songs SET lyrics = 'edited', at = now() WHERE id = 8")
+    change(database, "UPDATE songs SET lyrics = 'of the future' WHERE id = 7")
+    change(database, "DELETE FROM songs WHERE id = 9; INSERT INTO songs VALUES (0, 'New', 'Ann', 'la', '2020-01-01')")
+    run_all(deploy(database, provider, tmp_path, updated_at_column="at"))
+    assert set(provider.texts()) - {"probe"} == {
+        "Song 8 by Ann\nedited",
+        "Song 7 by Ann\nof the future",
+        "New by Ann\nla",
+    }
+    assert read_song_ids(database) == [each for each in range(N_SONGS + 1) if each != 9]
