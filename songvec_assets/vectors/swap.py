@@ -88,9 +88,11 @@ _PROPERTIES = """
         UNION ALL SELECT format('(%%I)', attname), acl.* FROM columns, aclexplode(attacl) acl
     ),
     old_grants AS (
-        SELECT acl.grantee FROM pg_class c, aclexplode(c.relacl) acl
-        WHERE c.oid = %(new)s::regclass AND acl.grantee <> c.relowner
-        UNION SELECT acl.grantee FROM pg_attribute a, aclexplode(a.attacl) acl WHERE a.attrelid = %(new)s::regclass
+        SELECT DISTINCT acl.grantee FROM target, (
+            SELECT (aclexplode(relacl)).grantee FROM pg_class WHERE oid = %(new)s::regclass
+            UNION ALL SELECT (aclexplode(attacl)).grantee FROM pg_attribute WHERE attrelid = %(new)s::regclass
+        ) acl, pg_class c
+        WHERE c.oid = %(new)s::regclass AND acl.grantee NOT IN (c.relowner, target.relowner)
     )
     SELECT statement FROM (
         SELECT 1 AS step, format('ALTER TABLE {new} OWNER TO %%I', pg_get_userbyid(target.relowner)) AS statement

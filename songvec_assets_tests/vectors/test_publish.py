@@ -390,6 +390,7 @@ class TestProperties:
                 ALTER TABLE song_embeddings ALTER song_id SET STATISTICS 17, ALTER created_at SET (n_distinct = -0.5);
                 COMMENT ON TABLE song_embeddings IS 'It''s 100% ours: see :wiki';
                 COMMENT ON COLUMN song_embeddings.embedding IS 'of {{lyrics}}';
+                ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT INSERT ON TABLES TO {owner}, {reader};
                 CREATE STATISTICS by_day (ndistinct) ON song_id, created_at FROM song_embeddings;
                 """.format(**roles),
             )
@@ -402,6 +403,7 @@ class TestProperties:
             assert oid_of(database) != serving
             assert self.read(database) == before
             assert execute(reader.adbc_uri, "SELECT count(song_id) FROM song_embeddings") == [(150,)]
+            assert execute(owner.adbc_uri, "SELECT count(*) FROM song_embeddings") == [(150,)]
             if keep:
                 execute(database.adbc_uri, "REVOKE SELECT (song_id) ON song_embeddings FROM {reader}".format(**roles))
                 execute(database.adbc_uri, "GRANT DELETE ON song_embeddings TO {reader}".format(**roles))
