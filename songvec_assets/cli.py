@@ -135,7 +135,7 @@ def estimate(
             deployment.export(progress=show)
         return deployment.estimate()
 
-    with _showing_progress() as show, _interruptible():
+    with _interruptible(), _showing_progress() as show:
         result = run_in_worker(measure, report=show, stop=deployment.cancel)
     out.print(deployment.describe())
     out.print(estimate_table(result, deployment.settings.offline))
@@ -301,7 +301,7 @@ def _run_job(
     from songvec_assets.defs.tables import run_table
 
     out.print(deployment.describe())
-    with _showing_progress(), _interruptible():
+    with _interruptible(), _showing_progress():
         result = run_job(defs.resolve_job_def(job), span, resources)
     if result.rows:
         out.print(run_table(result))
@@ -310,7 +310,7 @@ def _run_job(
     if result.n_set_aside:
         out.print(f"Set aside: {result.n_set_aside:,}; `songvec status` says which and why.", markup=False)
     for warning in result.warnings:
-        out.print(warning, style="yellow", markup=False)
+        out.print(warning, style="yellow", markup=False, highlight=False)
     if result.incomplete:
         _fail("\n".join([*result.failures, _describe_incomplete(result, deployment, job)]))
     if result.failures:

@@ -111,6 +111,10 @@ def test_what_a_budget_allowed_is_loaded_and_indexed(run: Run, database: Databas
     assert lines[-1].startswith(f"Incomplete: {3 * N_SONGS - n_loaded} songs are missing, in "), lines
     assert "; the rest is loaded and indexed. " in lines[-1]
     assert "raise SONGVEC_MAX_USD" in lines[-1]
+    row = next(line.split() for line in lines if line.startswith("embedding_cache"))
+    billed = provider.ledger()["tokens_billed"]
+    assert row[1] == str(n_loaded)
+    assert int(row[3].replace(",", "")) == billed, "of the range that is not complete too"
     assert run("run")[0] == 0
     assert {count for text, count in provider.texts().items() if text != "probe"} == {1}
 
