@@ -183,7 +183,8 @@ def swap(
     from songvec_assets.vectors.table import KEPT, loaded_spec
 
     if rollback or drop_old:
-        _undo_swap(rollback)
+        with _interruptible():
+            _undo_swap(rollback)
         return
     given: dict[str, dict[str, Any]] = {
         "postgres": {"vector_type": vector_type},
@@ -214,7 +215,7 @@ def _undo_swap(rollback: bool) -> None:
     def tell_waiting() -> None:
         err.print("Waiting for a load or swap to end.", style="yellow")
 
-    with _interruptible(), hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=deployment.stop.check):
+    with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=deployment.stop.check):
         if rollback:
             out.print(f"Searches now find {roll_back(deployment.database)}; set the settings back to it.", markup=False)
         else:

@@ -20,6 +20,10 @@ class SourceError(SongvecError):
     """The songs table, or a column of it, is not what the settings name. A rerun alone does not help."""
 
 
+class BulkDeletionError(SourceError):
+    """So many songs are missing in the source that it is hardly meant. Nothing was touched; one run can confirm it."""
+
+
 class StoreError(SongvecError):
     """The storage folder belongs to another database, or is cut otherwise. A rerun alone does not help."""
 

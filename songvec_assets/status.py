@@ -140,9 +140,9 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
         max_set_aside: songs set aside to name.
     """
     songs, cache = deployment.store.songs, deployment.cache
+    unreadable: list[str] = []
     index = find_index(deployment.database)
     set_aside: list[tuple[int, str]] = []
-    unreadable: list[str] = []
     ranges = []
     for song_range in sorted({*snapshot_ranges(songs), *cache.ranges(), *read_ledger(deployment.database)}):
         snapshot = load_songs_from_parquet(snapshot_path(songs, song_range), ["song_id", "set_aside"])
