@@ -1,5 +1,5 @@
-"""`songvec`: a thin face over the same graph and core. Exit codes: 0 done, 1 failed, 2 wrong words, 3 songs are missing
-(`status`) or a check did not pass (`verify`), 130 interrupted."""
+"""`songvec`: a thin face over the same graph and core. Exit codes: 0 done, 1 failed or done in part, 2 wrong words, 3
+songs are missing (`status`) or a check did not pass (`verify`), 130 interrupted."""
 
 import contextlib
 import json
