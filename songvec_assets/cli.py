@@ -1,5 +1,5 @@
-"""`songvec`: a thin face over the same graph and core. Exit codes: 0 done, 1 failed, 2 wrong words, 3 songs are missing
-(`status`) or a check did not pass (`verify`), 130 interrupted."""
+"""`songvec`: a thin face over the same graph and core. Exit codes: 0 done, 1 failed or done in part, 2 wrong words, 3
+songs are missing (`status`) or a check did not pass (`verify`), 130 interrupted."""
 
 import contextlib
 import json
@@ -154,7 +154,7 @@ def estimate(
             deployment.export(progress=show, confirm_deletions=confirm_deletions)
         return deployment.estimate()
 
-    with _showing_progress() as show, _interruptible():
+    with _interruptible(), _showing_progress() as show:
         result = run_in_worker(measure, report=show, stop=deployment.cancel)
     out.print(deployment.describe())
     out.print(estimate_table(result, deployment.settings.offline))
@@ -203,7 +203,8 @@ def swap(
     from songvec_assets.vectors.table import KEPT, loaded_spec
 
     if rollback or drop_old:
-        _undo_swap(rollback)
+        with _interruptible():
+            _undo_swap(rollback)
         return
     given: dict[str, dict[str, Any]] = {
         "postgres": {"vector_type": vector_type},
@@ -236,7 +237,7 @@ def _undo_swap(rollback: bool) -> None:
         err.print("Waiting for a load or swap to end.", style="yellow")
 
     check = deployment.stop.check
-    with _interruptible(), hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=check) as check_held:
+    with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=check) as check_held:
         if rollback:
             serving = roll_back(deployment.database, check, check_held)
             out.print(f"Searches now find {serving}; set the settings back to it.", markup=False)
@@ -327,7 +328,7 @@ def _run_job(
     from songvec_assets.defs.tables import run_table
 
     out.print(deployment.describe())
-    with _showing_progress(), _interruptible():
+    with _interruptible(), _showing_progress():
         result = run_job(defs.resolve_job_def(job), span, resources)
     if result.rows:
         out.print(run_table(result))
@@ -336,7 +337,7 @@ def _run_job(
     if result.n_set_aside:
         out.print(f"Set aside: {result.n_set_aside:,}; `songvec status` says which and why.", markup=False)
     for warning in result.warnings:
-        out.print(warning, style="yellow", markup=False)
+        out.print(warning, style="yellow", markup=False, highlight=False)
     if result.incomplete:
         _fail("\n".join([*result.failures, _describe_incomplete(result, deployment, job)]))
     if result.failures:

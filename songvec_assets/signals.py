@@ -50,6 +50,7 @@ def interrupted_by_hangup() -> Iterator[Hangup]:
     is_possible = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGHUP) if is_possible else None
     if isinstance(before, Hangup):
+        before.is_ending = False  # a process that begins something was not ended by an earlier interrupt
         yield before
         return
     hangup = Hangup()

@@ -149,9 +149,9 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
         max_set_aside: songs set aside to name.
     """
     songs, cache = deployment.store.songs, deployment.cache
+    unreadable: list[str] = []
     index = find_index(deployment.database)
     set_aside: list[tuple[int, str]] = []
-    unreadable: list[str] = []
     ranges = []
     source = deployment.source
     # cut as the files are, which a raised stop does not change before the next export

@@ -250,6 +250,20 @@ def test_a_terminal_that_closes_is_an_interrupt_and_never_a_second_one(first):
     assert ended.is_set()
 
 
+def test_a_step_after_one_that_was_interrupted_is_interrupted_by_sighup_too():
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGHUP):
+        stopping, listener = threading.Event(), Listener()
+
+        def work(emit, number=number, stopping=stopping, listener=listener):
+            emit("started")
+            listener.wait()
+            interrupt(number)
+            assert stopping.wait(LONG_S)
+
+        with pytest.raises(KeyboardInterrupt):
+            run_in_worker(work, report=listener, stop=stopping.set)
+
+
 def test_a_sighup_that_is_ignored_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     listener = Listener()

@@ -133,7 +133,7 @@ def _summarize(events: Sequence[dg.DagsterEvent]) -> RunResult:
     result = RunResult()
     rows: dict[str, AssetRow] = {}
     seconds: dict[str, float] = {}
-    latest: dict[tuple[str, str | None], dict[str, Any]] = {}
+    latest: dict[tuple[str, str | None], Mapping[str, Any]] = {}
     for event in events:
         if event.is_step_success and event.step_key:
             seconds[event.step_key] = event.step_success_data.duration_ms / 1000
@@ -147,9 +147,11 @@ def _summarize(events: Sequence[dg.DagsterEvent]) -> RunResult:
                 result.answers.append(f"{check.check_name}: {check.description}")
             else:
                 result.warnings.append(f"Check {check.check_name} did not pass: {check.description}")
-        elif (reasons := read_incomplete(event)) is not None:
-            for reason, keys in reasons.items():
+        elif (incomplete := read_incomplete(event)) is not None:
+            for reason, keys in incomplete.reasons.items():
                 result.incomplete.setdefault(reason, []).extend(keys)
+            if incomplete.figures:
+                latest[str(event.step_key), None] = incomplete.figures
         elif event.is_step_failure:
             result.failures.append(describe_failure(event))
     for (asset, _), metadata in latest.items():
@@ -166,7 +168,7 @@ def _is_interrupt(event: dg.DagsterEvent) -> bool:
     return error is not None and error.cls_name == dg.DagsterExecutionInterruptedError.__name__
 
 
-def _add(row: AssetRow, metadata: dict[str, Any]) -> None:
+def _add(row: AssetRow, metadata: Mapping[str, Any]) -> None:
     row.rows += metadata.get("dagster/row_count", metadata.get("dagster/partition_row_count", 0))
     for name, key in {
         "tokens": "tokens", "usd": "usd", "new": "songs new", "changed": "songs changed",

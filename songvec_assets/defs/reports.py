@@ -1,6 +1,7 @@
 """Core reports as Dagster metadata, data versions and pictures. No decisions."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import dagster as dg
@@ -179,23 +180,31 @@ def describe_fill(report: FillReport, path: str, embedder: str) -> Metadata:
     }
 
 
-def describe_incomplete(reasons: Mapping[str, list[str]]) -> Metadata:
-    """What a failed step lacks, where it leaves enough to go on without; `read_incomplete` is its inverse.
+@dataclass(frozen=True)
+class Incomplete:
+    """What a failed step lacks, where it leaves enough to go on without.
 
-    Args:
+    Attributes:
         reasons: keys of ranges by the reason why they are not complete; no keys where the reason names them.
+        figures: what was done for these ranges all the same, as `describe_fill` has it.
     """
-    return {_INCOMPLETE: dg.MetadataValue.json({"reasons": dict(reasons)})}
+
+    reasons: dict[str, list[str]]
+    figures: dict[str, float] = field(default_factory=dict)
 
 
-def read_incomplete(event: dg.DagsterEvent) -> dict[str, list[str]] | None:
-    """The reasons that a failed step gave to `describe_incomplete`; None: what comes after it cannot go on."""
+def describe_incomplete(incomplete: Incomplete) -> Metadata:
+    """The metadata of such a failure; `read_incomplete` is the inverse."""
+    return {_INCOMPLETE: dg.MetadataValue.json(asdict(incomplete))}
+
+
+def read_incomplete(event: dg.DagsterEvent) -> Incomplete | None:
+    """What a failed step lacks; None: what comes after it cannot go on, or it did not fail."""
     failure = event.step_failure_data.user_failure_data if event.is_step_failure else None
     described = (failure.metadata or {}).get(_INCOMPLETE) if failure else None
     if not isinstance(described, dg.JsonMetadataValue):
         return None
-    reasons: dict[str, list[str]] = described.value["reasons"]  # type: ignore[index,call-overload]
-    return reasons
+    return Incomplete(**described.value)  # type: ignore[arg-type]
 
 
 def describe_publish(report: PublishReport, deployment: Deployment) -> Metadata:

@@ -15,7 +15,7 @@ import dagster as dg
 from songvec_assets.cache.fill import FillReport
 from songvec_assets.cache.marks import digest_cache
 from songvec_assets.defs.pace import Pace, describe_progress
-from songvec_assets.defs.reports import Metadata, describe_fill, describe_incomplete
+from songvec_assets.defs.reports import Incomplete, Metadata, describe_fill, describe_incomplete
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import BudgetExceededError, DamagedShardError, ProviderError, SongvecError, StoppedError
 from songvec_assets.progress import Progress, run_in_worker
@@ -41,9 +41,9 @@ show_progress: ContextVar[Callable[[Progress], None] | None] = ContextVar("show_
 def _describe_partial(error: SongvecError) -> Metadata:
     """What an error says of the ranges that failed, where the others are done; empty where it ends everything."""
     if isinstance(error, IncompleteExportError) and error.is_partial:
-        return describe_incomplete(error.reasons)
+        return describe_incomplete(Incomplete(error.reasons))
     # the range is named in its words
-    return describe_incomplete({str(error): []}) if isinstance(error, DamagedShardError) else {}
+    return describe_incomplete(Incomplete({str(error): []})) if isinstance(error, DamagedShardError) else {}
 
 
 @contextlib.contextmanager
@@ -206,7 +206,7 @@ class FillRecorder:
 
     def _describe_incomplete(self, stop: SongvecError | None = None) -> Metadata:
         """The ranges that are not complete, where something can be loaded without them; else nothing."""
-        n_vectors = sum(each.n_unchanged + each.n_reused + each.n_embedded for each in self._reports)
+        n_vectors = sum(map(_count_vectors, self._reports))
         deployment = self._deployment
         serving = loaded_spec(deployment.database)
         # another model's table would be built and indexed, and then refused for what it lacks
@@ -220,4 +220,15 @@ class FillRecorder:
             reasons.setdefault(str(reason), []).append(key)
         if stop:
             reasons.setdefault(str(stop), [])
-        return describe_incomplete(reasons)
+        rest = [each for each in self._reports if each.error is not None]
+        figures = {
+            "dagster/partition_row_count": sum(map(_count_vectors, rest)),
+            "tokens": sum(each.n_tokens for each in rest),
+            "usd": sum(each.usd for each in rest),
+        }
+        return describe_incomplete(Incomplete(reasons, figures))
+
+
+def _count_vectors(report: FillReport) -> int:
+    """Songs that have their vector, whether the range is complete or not."""
+    return report.n_unchanged + report.n_reused + report.n_embedded

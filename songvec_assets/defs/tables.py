@@ -42,7 +42,8 @@ def describe_incomplete_run(result: RunResult, status: Status | None, loads: boo
     if status is None:
         counted = "some songs may be missing"
     elif missing:
-        counted = f"{sum(missing):,} songs are missing, in {len(missing):,} of {len(status.ranges):,} ranges"
+        songs = "1 song is" if sum(missing) == 1 else f"{sum(missing):,} songs are"
+        counted = f"{songs} missing, in {len(missing):,} of {len(status.ranges):,} ranges"
     else:
         counted = "no song is missing, but some are not up to date"
     done = (

@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from songvec_assets.errors import DatabaseError, SongvecError, SourceError
+from songvec_assets.errors import BulkDeletionError, DatabaseError, SongvecError, SourceError
 from songvec_assets.files import replace_atomically
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
@@ -141,8 +141,9 @@ class IncompleteExportError(DatabaseError):
 
     @property
     def is_partial(self) -> bool:
-        """Whether the others are of use: some there are, and the database answers."""
-        return len(self.report.failed) < len(self.report.ranges) and not self.report.found_no_server
+        """Whether a run may go on with the others: some there are, the database answers, and nobody is to confirm."""
+        asks = any(isinstance(each.error, BulkDeletionError) for each in self.report.failed)
+        return len(self.report.failed) < len(self.report.ranges) and not (asks or self.report.found_no_server)
 
 
 def _name_some(names: Iterable[str], separator: str = ", ") -> str:

@@ -83,6 +83,24 @@ class TestConditions:
     @pytest.mark.filterwarnings(
         "ignore::dagster.BetaWarning", "ignore:InitResourceContext.dagster_run:DeprecationWarning"
     )
+    def test_what_a_failed_run_completed_is_loaded(
+        self, instance: dg.DagsterInstance, database: Database, tmp_path: Path
+    ) -> None:
+        execute(database.adbc_uri, "INSERT INTO songs VALUES (60000, 'New', 'Ann', 'la')")
+        tick = dg.evaluate_automation_conditions(defs=defs, instance=instance)
+        materialize(instance, "songs_parquet")
+        tick = dg.evaluate_automation_conditions(defs=defs, instance=instance, cursor=tick.cursor)
+        shards = tmp_path / "store" / "embeddings" / "fireworks--qwen3-embedding-8b-64"
+        shards.mkdir(parents=True)
+        (shards / "000050000-000100000.arrow").write_bytes(b"not a file of ours" * 100)
+        failed = run_job(defs.resolve_job_def("embed"))
+        assert [keys for keys in failed.incomplete.values() if keys] == [["000050000-000100000"]]
+        tick = dg.evaluate_automation_conditions(defs=defs, instance=instance, cursor=tick.cursor)
+        assert tick.get_num_requested(dg.AssetKey("song_embeddings_table")) == 1
+
+    @pytest.mark.filterwarnings(
+        "ignore::dagster.BetaWarning", "ignore:InitResourceContext.dagster_run:DeprecationWarning"
+    )
     def test_a_change_of_the_songs_goes_through_the_graph_and_then_there_is_peace(
         self, instance: dg.DagsterInstance, database: Database
     ) -> None:

@@ -96,6 +96,8 @@ def test_a_range_that_cannot_be_filled_keeps_no_other_from_being_loaded_and_inde
     assert int(row[1]) == 2 * N_SONGS, "of the ranges that are complete"
     code, again = run("run")
     assert (code, again[-1]) == (1, lines[-1]), "each time until the cause is mended"
+    code, lines = run("status")
+    assert (code, any(line.startswith("Cannot be read: ") for line in lines)) == (3, True), lines
     shard_of(tmp_path, SECOND).unlink()
     assert run("run")[0] == 0
     assert len(read_table(database)) == 3 * N_SONGS
@@ -111,6 +113,10 @@ def test_what_a_budget_allowed_is_loaded_and_indexed(run: Run, database: Databas
     assert lines[-1].startswith(f"Incomplete: {3 * N_SONGS - n_loaded} songs are missing, in "), lines
     assert "; the rest is loaded and indexed. " in lines[-1]
     assert "raise SONGVEC_MAX_USD" in lines[-1]
+    row = next(line.split() for line in lines if line.startswith("embedding_cache"))
+    billed = provider.ledger()["tokens_billed"]
+    assert row[1] == str(n_loaded)
+    assert int(row[3].replace(",", "")) == billed, "of the range that is not complete too"
     assert run("run")[0] == 0
     assert {count for text, count in provider.texts().items() if text != "probe"} == {1}
 

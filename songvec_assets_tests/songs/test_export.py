@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.errors import SourceError
+from songvec_assets.errors import BulkDeletionError, DatabaseError, SourceError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress
 from songvec_assets.songs import export as export_module
 from songvec_assets.songs import snapshots
-from songvec_assets.songs.export import ExportReport, IncompleteExportError, cache_songs_to_parquet
+from songvec_assets.songs.export import ExportReport, IncompleteExportError, RangeExport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.snapshots import (
     SNAPSHOT_SCHEMA,
@@ -286,6 +286,15 @@ class TestBadInput:
         assert "SONGVEC_SONG_ID_COLUMN" in str(caught.value)
         assert isinstance(caught.value.__cause__, SourceError)
         assert [song_id for song_id, *_ in read(tmp_path)] == [1, 2, 250]
+        assert caught.value.reasons == {str(caught.value.__cause__): [SECOND.key]}
+        assert caught.value.is_partial
+
+    def test_a_run_does_not_go_on_where_all_failed_or_a_person_is_to_confirm(self) -> None:
+        failed, done = RangeExport(FIRST, error=DatabaseError("no")), RangeExport(SECOND)
+        asks = RangeExport(FIRST, error=BulkDeletionError("so many?"))
+        assert IncompleteExportError(ExportReport([failed, done])).is_partial
+        assert not IncompleteExportError(ExportReport([failed])).is_partial
+        assert not IncompleteExportError(ExportReport([asks, done])).is_partial
 
     def test_a_range_that_cannot_be_read_ends_in_the_servers_words_and_leaves_its_file(
         self, database: Database, songs: Callable[..., None], tmp_path: Path
