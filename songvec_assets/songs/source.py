@@ -407,7 +407,8 @@ _ROW_SECURITY = sa.text("""
         SELECT CAST(:oid AS oid), oid FROM pg_roles WHERE rolname = current_user
         UNION
         SELECT d.refobjid, CASE WHEN EXISTS (
-            SELECT FROM pg_options_to_table(v.reloptions) WHERE option_name = 'security_invoker' AND option_value::boolean
+            SELECT FROM pg_options_to_table(v.reloptions)
+            WHERE option_name = 'security_invoker' AND option_value::boolean
         ) THEN reader ELSE v.relowner END
         FROM below
         JOIN pg_class v ON v.oid = below.oid AND v.relkind IN ('v', 'm')
