@@ -98,9 +98,12 @@ class Deployment:
 
         Raises:
             StoreError: they do not belong together.
+            SourceError: they are new to each other, and the database has no songs: its URL may be mistyped.
             DatabaseError: our schema or the extension cannot be created.
         """
-        self._look()  # again: another process may have bound it meanwhile
+        # again: another process may have bound it meanwhile
+        if not self._look().bound:
+            _ = self.source
         ensure_schema(self.database)
         store = open_store(self.storage_root, self.tiling, guard=self._tail_lock)
         bind_store(store, self.database)
@@ -189,11 +192,10 @@ class Deployment:
         self, mode: ExportMode = "all", progress: ReportProgress = ignore_progress, confirm_deletions: bool = False
     ) -> ExportReport:
         """Bring the snapshots to the state of the source; see `cache_songs_to_parquet`."""
-        source = self.source  # before anything is bound: a mistyped database has none, most likely
         self.bind()
         return cache_songs_to_parquet(
             self.database,
-            source,
+            self.source,
             self.store.songs,
             self.tiling,
             mode,
@@ -351,7 +353,8 @@ class Deployment:
 
     def publish(self, progress: ReportProgress = ignore_progress) -> PublishReport:
         """Make what searches find equal the cache; see `publish_embeddings`."""
-        self.bind()
+        if self.cache.ranges():  # else nothing is written: an empty cache is refused
+            self.bind()
         return publish_embeddings(
             self.database,
             self.cache,

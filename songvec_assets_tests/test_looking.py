@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from songvec_assets.cli import app
 from songvec_assets.defs import partitions
 from songvec_assets.deployment import Deployment
-from songvec_assets.errors import StoreError
+from songvec_assets.errors import SourceError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
 from songvec_assets.songs.ranges import SongIdRange, Tiling
@@ -30,6 +30,7 @@ LOOKS = (
     ["search", "waves"],
     ["verify"],
     ["settings"],
+    ["load"],
 )
 
 
@@ -85,6 +86,20 @@ def test_looking_creates_nothing_and_binds_nothing(
         assert made_of_ours(mistyped) == [], command
     deployment = deploy(mistyped, provider, tmp_path / "store")
     assert (deployment.ranges_behind(), deployment.held_ranges()) == ([], [SongIdRange(0, 100)])
+    assert made_of_ours(mistyped) == []
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.filterwarnings("ignore::dagster.BetaWarning", "ignore:InitResourceContext.dagster_run:DeprecationWarning")
+def test_a_database_without_songs_is_refused_before_anything_is_bound(
+    mistyped: Database, environment: Callable[[Database], None], tmp_path: Path, provider: Provider
+) -> None:
+    environment(mistyped)
+    execute(mistyped.adbc_uri, "DROP TABLE songs")
+    for command in ("run", "embed", "estimate"):
+        assert CliRunner().invoke(app, [command]).exit_code == 1, command
+    with pytest.raises(SourceError, match="no table songs"):
+        deploy(mistyped, provider, tmp_path / "store").filler()
     assert made_of_ours(mistyped) == []
     assert not (tmp_path / "store").exists()
 

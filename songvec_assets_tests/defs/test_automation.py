@@ -1,6 +1,7 @@
 """What runs by itself, over a real instance; what a run may be told; and what people are told of failures."""
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from songvec_assets.definitions import defs
 from songvec_assets.defs.alerts import post_alert
 from songvec_assets.defs.headless import run_job
+from songvec_assets.defs.reports import report_export
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, RunResource, StorageResource
 from songvec_assets.errors import AlertError
 from songvec_assets.postgres.engine import Database
@@ -388,6 +390,16 @@ class TestRuns:
         span = SongIdRange.from_key(FIRST), SongIdRange.from_key("000050000-000100000")
         both = run_job(job, span, resources={"run": {"ranges": FIRST}})
         assert "launched for partitions" in both.failures[0], "the others would show as done"
+
+    def test_an_export_that_policies_may_have_cut_short_says_so(self, caplog: pytest.LogCaptureFixture) -> None:
+        run = RunResource(postgres=PostgresResource(), fireworks=FireworksResource(), storage=StorageResource())
+        deployment = run.open()
+        plain = report_export(deployment.export(), deployment, logging.getLogger("export"))
+        assert (caplog.text, "row security" in (plain.metadata or {})) == ("", False)
+        deployment.source = replace(deployment.source, row_security=True)
+        result = report_export(deployment.export(), deployment, logging.getLogger("export"))
+        assert "policies may hide songs" in caplog.text
+        assert "policies may hide songs" in str((result.metadata or {})["row security"])
 
     @pytest.mark.parametrize(
         ("options", "words"),
