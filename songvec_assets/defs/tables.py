@@ -76,7 +76,7 @@ def estimate_table(estimate: Estimate, offline: bool) -> Table:
 
 def status_table(status: Status) -> Table:
     """A row a range, and their sum."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("Songs by range", no_wrap=True, min_width=19)
     for name in ("Songs", "New", "Cached", "Rejected", "Loaded", "Indexed", "Missing", "Orphans"):
         table.add_column(name, justify="right", overflow="fold")
