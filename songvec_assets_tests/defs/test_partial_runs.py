@@ -97,7 +97,7 @@ def test_a_range_that_cannot_be_filled_keeps_no_other_from_being_loaded_and_inde
     code, again = run("run")
     assert (code, again[-1]) == (1, lines[-1]), "each time until the cause is mended"
     code, lines = run("status")
-    assert (code, any(line.startswith("Cannot be read: ") for line in lines)) == (3, True), lines
+    assert (code, any(line.startswith("Cannot be read:") for line in lines)) == (3, True), lines
     shard_of(tmp_path, SECOND).unlink()
     assert run("run")[0] == 0
     assert len(read_table(database)) == 3 * N_SONGS
