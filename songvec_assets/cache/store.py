@@ -6,7 +6,6 @@ songs/full_compare.json                    when an export last read all songs, w
 embeddings/<model>-<dimensions>/<key>.arrow    shards
 """
 
-import contextlib
 import json
 import os
 import uuid
@@ -162,8 +161,12 @@ def _create(store: Store) -> None:
             file.write(_content(store))
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links, such as a share: there two first starts are not told apart
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(store.root)
