@@ -37,7 +37,7 @@ def describe_incomplete_run(result: RunResult, status: Status | None, loads: boo
     """
     missing = [] if status is None else [
         n_songs for each in status.ranges
-        if (n_songs := each.n_missing if loads else each.n_songs - each.n_cached - each.n_set_aside)
+        if (n_songs := each.n_missing if loads else each.n_songs + each.n_unexported - each.n_cached - each.n_set_aside)
     ]  # fmt: skip
     if status is None:
         counted = "some songs may be missing"
