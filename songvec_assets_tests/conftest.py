@@ -104,3 +104,14 @@ def deploy(database: Database, provider: Provider, storage: Path, **settings: ob
         "tokens_per_minute": 1_000_000_000,
     }
     return Deployment(Settings.from_environment({}, **(given | settings)), TILING)
+
+
+def environment_of(database: Database, provider: Provider, folder: Path) -> dict[str, str]:
+    """The variables of somebody who has a database and a key, and keeps the store in a folder; 64 dimensions."""
+    return {
+        "POSTGRES_URL": database.url,
+        "FIREWORKS_API_KEY": provider.api_key,
+        "FIREWORKS_BASE_URL": provider.base_url,
+        "SONGVEC_STORAGE": str(folder / "store"),
+        "SONGVEC_EMBEDDING_DIMENSIONS": "64",
+    }

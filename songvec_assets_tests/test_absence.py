@@ -20,7 +20,7 @@ from songvec_assets.songs import export as export_module
 from songvec_assets.songs.export import IncompleteExportError
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets_tests.administration import as_role, execute
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import deploy, environment_of
 from songvec_assets_tests.provider import Provider
 
 N_SONGS = 300
@@ -82,11 +82,7 @@ def command(
     """Types a command in this process: exit code and output. The catalogue is embedded, loaded and indexed."""
     insert(database)
     for name, value in {
-        "POSTGRES_URL": database.url,
-        "FIREWORKS_API_KEY": provider.api_key,
-        "FIREWORKS_BASE_URL": provider.base_url,
-        "SONGVEC_STORAGE": str(tmp_path / "store"),
-        "SONGVEC_EMBEDDING_DIMENSIONS": "64",
+        **environment_of(database, provider, tmp_path),
         "DAGSTER_HOME": str(tmp_path),
         "COLUMNS": "2000",
     }.items():

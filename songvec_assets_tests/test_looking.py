@@ -18,7 +18,7 @@ from songvec_assets.postgres.schema import read_fact
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets_tests import warm
 from songvec_assets_tests.administration import dispose, execute, with_parts
-from songvec_assets_tests.conftest import TILING, deploy
+from songvec_assets_tests.conftest import TILING, deploy, environment_of
 from songvec_assets_tests.provider import Provider
 
 SONGS = "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)"
@@ -53,13 +53,7 @@ def environment(provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
 
     def use(database: Database) -> None:
-        for name, value in {
-            "POSTGRES_URL": database.url,
-            "FIREWORKS_API_KEY": provider.api_key,
-            "FIREWORKS_BASE_URL": provider.base_url,
-            "SONGVEC_STORAGE": str(tmp_path / "store"),
-            "SONGVEC_EMBEDDING_DIMENSIONS": "64",
-        }.items():
+        for name, value in environment_of(database, provider, tmp_path).items():
             monkeypatch.setenv(name, value)
 
     return use

@@ -29,6 +29,7 @@ from songvec_assets.songs.source import (
     measure_source,
 )
 from songvec_assets_tests.administration import execute, free_port
+from songvec_assets_tests.conftest import environment_of
 from songvec_assets_tests.provider import Provider
 
 FIRST = "000000000-000050000"
@@ -46,11 +47,7 @@ def instance(
     """An instance of its own, and the environment of somebody who has a database and a key."""
     songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", "stones"))
     for name, value in {
-        "POSTGRES_URL": database.url,
-        "FIREWORKS_API_KEY": provider.api_key,
-        "FIREWORKS_BASE_URL": provider.base_url,
-        "SONGVEC_STORAGE": str(tmp_path / "store"),
-        "SONGVEC_EMBEDDING_DIMENSIONS": "64",
+        **environment_of(database, provider, tmp_path),
         "DAGSTER_HOME": str(tmp_path),
     }.items():
         monkeypatch.setenv(name, value)

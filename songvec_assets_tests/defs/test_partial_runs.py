@@ -11,6 +11,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.ivfflat import find_index
 from songvec_assets.vectors.table import table_exists
 from songvec_assets_tests.administration import execute
+from songvec_assets_tests.conftest import environment_of
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.test_graph_core import read_table
 
@@ -39,11 +40,7 @@ def run(
     """Types `songvec …` in this process, over three ranges; gives the exit code and what is printed."""
     songs(*((song_id, f"Song {song_id}", "Ann", "la") for number in range(3) for song_id in ids(number)))
     for name, value in {
-        "POSTGRES_URL": database.url,
-        "FIREWORKS_API_KEY": provider.api_key,
-        "FIREWORKS_BASE_URL": provider.base_url,
-        "SONGVEC_STORAGE": str(tmp_path / "store"),
-        "SONGVEC_EMBEDDING_DIMENSIONS": "64",
+        **environment_of(database, provider, tmp_path),
         "SONGVEC_TOKENS_PER_MINUTE": "1000000000",
         "SONGVEC_MAX_REQUEST_TEXTS": "10",
         "SONGVEC_CONCURRENCY": "1",
