@@ -107,6 +107,7 @@ class Filler:
         lock_range: holds a range against other runs; gives what raises when that hold was lost. Its callbacks: called
             when it has to wait, and while it does.
         tiling: how song_ids are cut.
+        before_fill: called with all ranges before the first one is begun; raises to refuse.
         before_payment: called before a range's first request; raises to refuse.
         keep_spending: told at the end what was sent.
         retention_s: for how long the cache keeps the vectors of deleted songs.
@@ -137,6 +138,7 @@ class Filler:
     retention_s: float = 0.0
     anew: str | None = None
     retry_rejected: bool = False
+    before_fill: Callable[[Sequence[SongIdRange]], None] = lambda _: None
     progress: ReportProgress = ignore_progress
     proven: bool = False
     _fatal: Exception | None = None
@@ -159,6 +161,7 @@ class Filler:
         Raises:
             SongvecError: where going on is pointless (budget, key, model, stop); the range is reported first.
         """
+        self.before_fill(ranges)
         asyncio.run(self._fill_ranges(ranges, report))
 
     async def _fill_ranges(self, ranges: Sequence[SongIdRange], report: Callable[[FillReport], None]) -> None:

@@ -225,6 +225,8 @@ def describe_publish(report: PublishReport, deployment: Deployment) -> Metadata:
         "dagster/table_name": "song_embeddings",
         "model": spec.model,
         "column": spec.column_type,
+        "query prompt": spec.query_prompt or "",
+        "document prompt": spec.document_prompt or "",
         "database": deployment.database.describe(),
         "reason": report.place.reason,
         "swapped": compared is not None,

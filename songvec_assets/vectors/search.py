@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from songvec_assets.embedding.client import Embedder
-from songvec_assets.embedding.offline import OfflineEmbedder
+from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
 from songvec_assets.errors import ProviderError, TableMismatchError
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs.source import SongsSource
@@ -18,7 +18,6 @@ from songvec_assets.vectors.catalogue import search_lists
 from songvec_assets.vectors.table import TableSpec, define_table, loaded_spec, read_spec
 
 _SPARE = 4
-TASK = "Given a description of a theme, a mood or a story, retrieve songs whose lyrics match it"
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,15 @@ class Hit:
     similarity: float
 
 
-def embed_query(embedder: Embedder, query: str) -> NDArray[np.float32]:
-    """A query's vector, (dimensions,). Qwen3-Embedding takes an instruction before queries, none before documents."""
-    words = query if isinstance(embedder, OfflineEmbedder) else f"Instruct: {TASK}\nQuery:{query}"
+def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) -> NDArray[np.float32]:
+    """A query's vector, (dimensions,).
+
+    Args:
+        embedder: of the model that made the table's vectors.
+        query: in the words of who asks.
+        prompt: what that model is given for a query.
+    """
+    words = fill_query(prompt, query)
 
     async def embed() -> NDArray[np.float32]:
         try:

@@ -19,7 +19,7 @@ from songvec_assets.postgres.schema import write_fact
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.vectors.comparison import find_neighbours
 from songvec_assets.vectors.ivfflat import bring_index_up_to_date
-from songvec_assets.vectors.search import TASK, Hit, embed_query, search_songs
+from songvec_assets.vectors.search import Hit, embed_query, search_songs
 from songvec_assets.vectors.table import TableSpec
 from songvec_assets_tests.administration import dispose, execute
 from songvec_assets_tests.conftest import deploy
@@ -231,14 +231,14 @@ def test_a_query_of_another_model_or_size_is_refused(database: Database, source:
         search_songs(database, source, spec, make_vector(1, dimensions=spec.dimensions))
 
 
-def test_a_query_carries_the_instruction_that_documents_do_not() -> None:
+def test_a_query_is_asked_within_its_prompt() -> None:
     embedder = RecordingEmbedder()
-    vector = embed_query(embedder, "a storm at sea")
-    assert embedder.texts == [f"Instruct: {TASK}\nQuery:a storm at sea"]
+    vector = embed_query(embedder, "{query} at sea", "Q: {query}?")
+    assert embedder.texts == ["Q: {query} at sea?"]
     assert (vector.shape, vector.dtype, embedder.closed) == ((DIMENSIONS,), np.float32, True)
 
 
-def test_offline_a_query_is_its_words_alone() -> None:
+def test_without_a_prompt_a_query_is_its_words_alone() -> None:
     offline = OfflineEmbedder(64)
     expected = asyncio.run(offline.generate_embeddings_batch(["a storm at sea"])).embeddings[0]
     np.testing.assert_array_equal(embed_query(offline, "a storm at sea"), expected)
