@@ -197,7 +197,7 @@ def search(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="Songs at most.")] = 10,
 ) -> None:
     """Find the songs nearest to a text."""
-    _print_hits(_deploy().as_loaded(), query, limit)
+    _print_hits(_deploy(), query, limit)
 
 
 @app.command()
@@ -391,11 +391,10 @@ def _print_plan(ranges: str, anew: bool) -> None:
 
 def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:
     from songvec_assets.defs.tables import hits_table
-    from songvec_assets.vectors.search import check_searchable, embed_query, search_songs
+    from songvec_assets.vectors.search import search_songs
 
-    check_searchable(deployment.database, deployment.table_spec)
-    vector = embed_query(deployment.embedder(), query, deployment.prompts.query)
-    hits = search_songs(deployment.database, deployment.source, deployment.table_spec, vector, limit)
+    vector = deployment.embed_query(query)
+    hits = search_songs(deployment.database, deployment.source, deployment.as_loaded().table_spec, vector, limit)
     out.print(Text(f"“{query}”", style="bold"))
     out.print(hits_table(hits))
 

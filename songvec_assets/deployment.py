@@ -12,6 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
+from numpy.typing import NDArray
+
 from songvec_assets.cache.fill import Filler, Spending
 from songvec_assets.cache.marks import read_mark
 from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
@@ -24,6 +27,7 @@ from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import NO_PROMPTS, Prompts, default_prompts
+from songvec_assets.errors import ProviderError
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, has_tables, hold_lock, read_fact, write_fact
@@ -43,6 +47,7 @@ from songvec_assets.vectors.neighbours import LoadedRows
 from songvec_assets.vectors.preflight import check_target
 from songvec_assets.vectors.preview import Preview, preview_table
 from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
+from songvec_assets.vectors.search import check_searchable, check_server, embed_query
 from songvec_assets.vectors.table import TableSpec, loaded_spec
 
 SPENDING = "spending of the last run"
@@ -424,6 +429,21 @@ class Deployment:
             vector_type=loaded.vector_type,
         )
         return replace(self, settings=settings)
+
+    def embed_query(self, query: str) -> NDArray[np.float32]:
+        """A query's vector, (dimensions,), by the model that searches find; see `as_loaded`.
+
+        Raises:
+            TableMismatchError: nothing is loaded; or the table is of another model than the settings' or the server's.
+            ProviderError: no answer, or none that helps.
+        """
+        asked = self.as_loaded()
+        check_searchable(asked.database, asked.table_spec)
+        try:
+            return embed_query(asked.embedder(), query, asked.prompts.query)
+        except ProviderError as error:
+            mismatch = check_server(asked.table_spec, self.table_spec, self.server, error)
+            raise mismatch or error from None
 
     def cancel(self) -> None:
         """Ask whatever is running to end early, keeping what it has. Callable from any thread."""

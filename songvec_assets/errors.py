@@ -44,6 +44,10 @@ class ProviderError(SongvecError):
     """The provider's answer ends the run: key, model, billing, or a protocol it does not speak."""
 
 
+class VectorSizeError(ProviderError):
+    """The model, or the server that answers for it, makes vectors of another size than the settings name."""
+
+
 class ProviderUnavailableError(ProviderError):
     """The provider did not answer well within the configured patience. A later rerun helps."""
 
