@@ -284,11 +284,16 @@ class Deployment:
 
     def token_estimator(self) -> TokenEstimator:
         """An estimator that knows what earlier runs learned about the model."""
-        with self.database.get_connection() as connection:
-            learned = read_fact(connection, self._bytes_per_token_fact)
+        learned = self._learned_bytes_per_token()
         return TokenEstimator(learned) if learned else TokenEstimator()
 
-    def _keep_spending(self, spending: Spending) -> None:
+    def _learned_bytes_per_token(self) -> float | None:
+        with self.database.get_connection() as connection:
+            learned: float | None = read_fact(connection, self._bytes_per_token_fact)
+        return learned
+
+    def _keep_spending(self, is_first: bool, spending: Spending) -> None:
+        spending = replace(spending, is_first=is_first)
         with self.database.get_connection() as connection:
             write_fact(connection, self._bytes_per_token_fact, round(spending.bytes_per_token, 3))
             write_fact(connection, SPENDING, asdict(spending))
@@ -366,7 +371,7 @@ class Deployment:
             tiling=self.tiling,
             before_fill=self._reembedding_check(confirmed=confirm_reembedding or anew is not None),
             before_payment=self._payment_check(),
-            keep_spending=self._keep_spending,
+            keep_spending=functools.partial(self._keep_spending, self._learned_bytes_per_token() is None),
             retention_s=each.retention_days * DAY_S,
             anew=anew,
             retry_rejected=retry_rejected,

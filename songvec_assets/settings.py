@@ -176,8 +176,8 @@ class Settings:
     )
     usd_per_million_tokens: float | None = _setting(
         "SONGVEC_USD_PER_MILLION_TOKENS", _number(0),
-        f"The provider's price; unset: {FIREWORKS_USD_PER_MILLION_TOKENS:g}, or 0 where `FIREWORKS_BASE_URL` is "
-        "another server and needs no key",
+        f"The provider's price; unset: {FIREWORKS_USD_PER_MILLION_TOKENS:g}, or 0 for another `FIREWORKS_BASE_URL` "
+        "without a key",
     )  # fmt: skip
     songs_table: str = _setting("SONGVEC_SONGS_TABLE", _text, "Source table, also as `schema.table`", default="songs")
     song_id_column: str | None = _setting(

@@ -82,11 +82,13 @@ class Spending:
         n_tokens_expected: as estimated before the first request of each range.
         n_tokens: billed.
         bytes_per_token: of the model's tokens, as far as they are known now.
+        is_first: whether nothing was known of the model's tokens before this run.
     """
 
     n_tokens_expected: int
     n_tokens: int
     bytes_per_token: float
+    is_first: bool = False
 
 
 @dataclass
