@@ -171,7 +171,7 @@ class Deployment:
             "song_id_column", "name_column", "artist_column", "lyrics_column", "updated_at_column"
         )  # fmt: skip
         chosen = {name: getattr(self.settings, name) for name in names}
-        return find_source(self.database, SourceNames(self.settings.songs_table, **chosen))
+        return find_source(self.database, SourceNames(self.settings.songs_table, **chosen), self.text_spec)
 
     def held_ranges(self) -> list[SongIdRange]:
         """The ranges that hold songs or cache, in order."""

@@ -47,6 +47,11 @@ class TextSpec:
         """The fields that the template names."""
         return frozenset(field for _, field, _, _ in string.Formatter().parse(self.template) if field is not None)
 
+    @property
+    def required(self) -> frozenset[str]:
+        """The fields without which a song is not embedded; lyrics only where nothing else is named."""
+        return self.fields & {"name", "artist"} or self.fields
+
     def __post_init__(self) -> None:
         try:
             parsed = [piece for piece in string.Formatter().parse(self.template) if piece[1] is not None]
