@@ -124,10 +124,13 @@ class Auditor:
         spending = self.deployment.read_spending()
         if spending is None or spending.n_tokens_expected < _FEW_TOKENS:
             return Finding(True, "too little was sent in the last run to hold its bill against the estimate")
+        if self.deployment.price.is_free:
+            return Finding(True, "nothing is paid for")
         ratio = spending.n_tokens / spending.n_tokens_expected
+        needs = "needs experience, this was the first run of the model: " if spending.is_first else ""
         return Finding(
-            abs(ratio - 1) <= _BILLED_OFF_BY,
-            f"{spending.n_tokens:,} tokens were billed, {spending.n_tokens_expected:,} estimated beforehand "
+            spending.is_first or abs(ratio - 1) <= _BILLED_OFF_BY,
+            f"{needs}{spending.n_tokens:,} tokens were billed, {spending.n_tokens_expected:,} estimated beforehand "
             f"({ratio:.0%}); the next estimate goes by {spending.bytes_per_token:.2f} bytes a token",
             {"billed / estimated": round(ratio, 4), "usd": round(self.deployment.price.usd(spending.n_tokens), 6)},
         )

@@ -51,6 +51,11 @@ ConfirmDeletions = Annotated[
     bool, typer.Option("--confirm-deletions", help="Songs missing in bulk are meant to be deleted: do not stop.")
 ]
 
+ConfirmReembedding = Annotated[
+    bool,
+    typer.Option("--confirm-reembedding", help="Pay again for cached texts that a changed setting makes otherwise."),
+]
+
 
 @app.callback()
 def read_dotenv(context: typer.Context) -> None:
@@ -93,6 +98,7 @@ def run(
     anew: Anew = False,
     retry_rejected: RetryRejected = False,
     confirm_deletions: ConfirmDeletions = False,
+    confirm_reembedding: ConfirmReembedding = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a run would do and cost; do nothing.")] = False,
 ) -> None:
     """Run the whole graph: export, embed, load, index. Does what changed, and nothing else."""
@@ -100,6 +106,7 @@ def run(
         _print_plan(ranges, anew)
         return
     choices = {"embed_anew": anew, "retry_rejected": retry_rejected, "confirm_deletions": confirm_deletions}
+    choices["confirm_reembedding"] = confirm_reembedding
     _embed("refresh", ranges, max_usd, append, **choices)
 
 
@@ -111,9 +118,11 @@ def embed(
     anew: Anew = False,
     retry_rejected: RetryRejected = False,
     confirm_deletions: ConfirmDeletions = False,
+    confirm_reembedding: ConfirmReembedding = False,
 ) -> None:
     """Export and embed: pays for what is missing; the table stays as it is."""
     choices = {"embed_anew": anew, "retry_rejected": retry_rejected, "confirm_deletions": confirm_deletions}
+    choices["confirm_reembedding"] = confirm_reembedding
     _embed("embed", ranges, max_usd, append, **choices)
 
 
@@ -158,6 +167,8 @@ def estimate(
         result = run_in_worker(measure, report=show, stop=deployment.cancel)
     out.print(deployment.describe())
     out.print(estimate_table(result, deployment.settings.offline))
+    if result.n_again:
+        out.print(result.describe_again(), style="yellow", markup=False, highlight=False)
 
 
 @app.command()
@@ -186,7 +197,7 @@ def search(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="Songs at most.")] = 10,
 ) -> None:
     """Find the songs nearest to a text."""
-    _print_hits(_deploy().as_loaded(), query, limit)
+    _print_hits(_deploy(), query, limit)
 
 
 @app.command()
@@ -196,6 +207,7 @@ def swap(
     vector_type: Annotated[str | None, typer.Option(help="vector or halfvec; default: that of the settings.")] = None,
     max_usd: Annotated[float | None, typer.Option(min=0, help="Budget in dollars; stops before exceeding it.")] = None,
     confirm_deletions: ConfirmDeletions = False,
+    confirm_reembedding: ConfirmReembedding = False,
     rollback: Annotated[bool, typer.Option("--rollback", help="Let the table before serve again.")] = False,
     drop_old: Annotated[bool, typer.Option("--drop-old", help="Drop what earlier swaps kept.")] = False,
 ) -> None:
@@ -213,7 +225,7 @@ def swap(
     }
     resources = {name: {key: value for key, value in each.items() if value is not None} for name, each in given.items()}
     deployment = _deploy(**resources["postgres"], **resources["fireworks"], **resources["run"])
-    resources["run"]["confirm_deletions"] = confirm_deletions
+    resources["run"] |= {"confirm_deletions": confirm_deletions, "confirm_reembedding": confirm_reembedding}
     if loaded_spec(deployment.database) == deployment.table_spec:
         _fail(f"searches find {deployment.table_spec} already: name another --model, --dimensions or --vector-type")
     _run_job("swap", deployment, _span(deployment, ""), **resources)
@@ -261,8 +273,18 @@ def adopt() -> None:
 
 @app.command("settings")
 def print_settings() -> None:
-    """Print every setting as a Markdown table."""
+    """Print every setting as a Markdown table, and the prompts of the configured model."""
     print(settings_table())
+    deployment = _deploy()
+    prompts = deployment.prompts
+    print(
+        f"\nPrompts of {deployment.settings.model}: {_show_prompt(prompts.query)} for queries, "
+        f"{_show_prompt(prompts.document)} for songs."
+    )
+
+
+def _show_prompt(prompt: str) -> str:
+    return "none" if prompt in ("{query}", "{text}") else f"`{prompt}`".replace("\n", "\\n")
 
 
 def main() -> None:
@@ -369,11 +391,10 @@ def _print_plan(ranges: str, anew: bool) -> None:
 
 def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:
     from songvec_assets.defs.tables import hits_table
-    from songvec_assets.vectors.search import check_searchable, embed_query, search_songs
+    from songvec_assets.vectors.search import search_songs
 
-    check_searchable(deployment.database, deployment.table_spec)
-    vector = embed_query(deployment.embedder(), query)
-    hits = search_songs(deployment.database, deployment.source, deployment.table_spec, vector, limit)
+    vector = deployment.embed_query(query)
+    hits = search_songs(deployment.database, deployment.source, deployment.as_loaded().table_spec, vector, limit)
     out.print(Text(f"“{query}”", style="bold"))
     out.print(hits_table(hits))
 

@@ -5,23 +5,29 @@ The composition root below Dagster: the assets and the command line both start h
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
+from numpy.typing import NDArray
+
 from songvec_assets.cache.fill import Filler, Spending
 from songvec_assets.cache.marks import read_mark
-from songvec_assets.cache.plan import estimate_fills, plan_fill
+from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
 from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
+from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
 from songvec_assets.embedding.budget import Budget, MonthSpending, read_month_spending
 from songvec_assets.embedding.client import Embedder, EmbeddingClient
 from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
+from songvec_assets.embedding.prompts import NO_PROMPTS, Prompts, default_prompts
+from songvec_assets.errors import ProviderError
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, has_tables, hold_lock, read_fact, write_fact
@@ -41,6 +47,7 @@ from songvec_assets.vectors.neighbours import LoadedRows
 from songvec_assets.vectors.preflight import check_target
 from songvec_assets.vectors.preview import Preview, preview_table
 from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
+from songvec_assets.vectors.search import check_searchable, check_server, embed_query
 from songvec_assets.vectors.table import TableSpec, loaded_spec
 
 SPENDING = "spending of the last run"
@@ -127,9 +134,28 @@ class Deployment:
         return self.store.embeddings(self.settings.model, self.settings.embedding_dimensions)
 
     @property
+    def prompts(self) -> Prompts:
+        """What the model is given with queries and texts: as set, else as recorded with its cache, else its family's.
+
+        A cache from before there were records has no document prompt. Asks no database.
+        """
+        each, default = self.settings, default_prompts(self.settings.model)
+        query, document = each.query_prompt or default.query, each.document_prompt or default.document
+        cache = Store(self.storage_root, "", self.tiling).embeddings(each.model, each.embedding_dimensions)
+        record = read_record(cache)
+        if record is not None:
+            return Prompts(each.query_prompt or record.query_prompt, each.document_prompt or record.document_prompt)
+        if cache.ranges():
+            return Prompts(query, each.document_prompt or NO_PROMPTS.document)
+        return Prompts(query, document)
+
+    @property
     def table_spec(self) -> TableSpec:
         """What the table is to hold."""
-        return TableSpec(self.settings.model, self.settings.embedding_dimensions, self.settings.vector_type)
+        each, prompts, record = self.settings, self.prompts, read_record(self.cache)
+        # of the vectors that are there, also while another one is set and not embedded yet
+        document = record.document_prompt if record else prompts.document
+        return TableSpec(each.model, each.embedding_dimensions, each.vector_type, prompts.query, document)
 
     @property
     def index_settings(self) -> IndexSettings:
@@ -145,7 +171,7 @@ class Deployment:
             "song_id_column", "name_column", "artist_column", "lyrics_column", "updated_at_column"
         )  # fmt: skip
         chosen = {name: getattr(self.settings, name) for name in names}
-        return find_source(self.database, SourceNames(self.settings.songs_table, **chosen))
+        return find_source(self.database, SourceNames(self.settings.songs_table, **chosen), self.text_spec)
 
     def held_ranges(self) -> list[SongIdRange]:
         """The ranges that hold songs or cache, in order."""
@@ -159,11 +185,12 @@ class Deployment:
     def ranges_behind(self) -> list[SongIdRange]:
         """The ranges whose snapshot is not answered in full by the cache, in order; from footers and marks."""
         songs, cache, behind, tiles = self.store.songs, self.cache, [], {*self.tiling}
+        text = self.text_spec.identity
         for song_range in snapshot_ranges(songs):
             if song_range not in tiles:  # cut otherwise, before the stop was raised: the next export replaces it
                 continue
             mark, digest = read_mark(cache.mark_of(song_range)), snapshot_digest(snapshot_path(songs, song_range))
-            if mark is None or not mark.fits(digest, self.text_spec.identity, cache.path_of(song_range), self.server):
+            if mark is None or not mark.fits(digest, text, cache.path_of(song_range), self.server):
                 behind.append(song_range)
         return behind
 
@@ -214,13 +241,15 @@ class Deployment:
             ranges: to embed; None: all.
             anew: whether all their songs are to be embedded again.
         """
-        tiles = {*self.tiling}
-        plans = (
-            plan_fill(self.store.songs, self.cache, each, self.text_spec, None if anew else 0, self.server)[1]
-            for each in snapshot_ranges(self.store.songs)
-            if ranges is None or each in ranges or each not in tiles
-        )
-        return estimate_fills(plans, self.token_estimator(), self.price, self.quota)
+        tiles, spec = {*self.tiling}, self.text_spec
+
+        def plan() -> Iterator[FillPlan]:
+            for each in snapshot_ranges(self.store.songs):
+                if ranges is None or each in ranges or each not in tiles:
+                    self.stop.check()
+                    yield plan_fill(self.store.songs, self.cache, each, spec, None if anew else 0, self.server)[1]
+
+        return estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
 
     def index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
         """Build the index where that is worth it; see `bring_index_up_to_date`."""
@@ -240,7 +269,7 @@ class Deployment:
     @property
     def text_spec(self) -> TextSpec:
         """How a song becomes a text."""
-        return TextSpec(self.settings.text_template, self.settings.max_text_chars)
+        return TextSpec(self.settings.text_template, self.settings.max_text_chars, self.prompts.document)
 
     @property
     def quota(self) -> Quota:
@@ -251,15 +280,20 @@ class Deployment:
     @property
     def price(self) -> Price:
         """What tokens cost; offline vectors cost nothing."""
-        return Price(0.0 if self.settings.offline else self.settings.usd_per_million_tokens)
+        return Price(0.0 if self.settings.offline else self.settings.price)
 
     def token_estimator(self) -> TokenEstimator:
         """An estimator that knows what earlier runs learned about the model."""
-        with self.database.get_connection() as connection:
-            learned = read_fact(connection, self._bytes_per_token_fact)
+        learned = self._learned_bytes_per_token()
         return TokenEstimator(learned) if learned else TokenEstimator()
 
-    def _keep_spending(self, spending: Spending) -> None:
+    def _learned_bytes_per_token(self) -> float | None:
+        with self.database.get_connection() as connection:
+            learned: float | None = read_fact(connection, self._bytes_per_token_fact)
+        return learned
+
+    def _keep_spending(self, is_first: bool, spending: Spending) -> None:
+        spending = replace(spending, is_first=is_first)
         with self.database.get_connection() as connection:
             write_fact(connection, self._bytes_per_token_fact, round(spending.bytes_per_token, 3))
             write_fact(connection, SPENDING, asdict(spending))
@@ -308,6 +342,7 @@ class Deployment:
         run: str | None = None,
         anew: str | None = None,
         retry_rejected: bool = False,
+        confirm_reembedding: bool = False,
     ) -> Filler:
         """What fills ranges of the cache.
 
@@ -316,6 +351,8 @@ class Deployment:
             run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
             anew: who asks that songs be embedded again; see `Filler`.
             retry_rejected: whether songs that were rejected before are sent again.
+            confirm_reembedding: whether somebody said for this run that texts are paid for again because settings
+                changed; who asks for all songs again has said so.
         """
         self.bind()
         estimator, each = self.token_estimator(), self.settings
@@ -332,14 +369,29 @@ class Deployment:
             server=self.server,
             lock_range=self.lock_range,
             tiling=self.tiling,
+            before_fill=self._reembedding_check(confirmed=confirm_reembedding or anew is not None),
             before_payment=self._payment_check(),
-            keep_spending=self._keep_spending,
+            keep_spending=functools.partial(self._keep_spending, self._learned_bytes_per_token() is None),
             retention_s=each.retention_days * DAY_S,
             anew=anew,
             retry_rejected=retry_rejected,
             stop=self.stop,
             progress=progress,
         )
+
+    def _reembedding_check(self, confirmed: bool) -> Callable[[Sequence[SongIdRange]], None]:
+        """What is asked before the first range is begun; where it passes, these settings are recorded."""
+        spec, record = self.text_spec, TextRecord.of(self.text_spec, self.prompts.query)
+
+        def check(ranges: Sequence[SongIdRange]) -> None:
+            if not confirmed:
+                check_reembedding(self.cache, ranges, spec, lambda changed: self.estimate({*changed}))
+            if ranges and read_record(self.cache) != record:
+                # two first runs at once would write to one file
+                with hold_lock(self.database, "texts", on_wait=lambda: None, check=self.stop.check):
+                    write_record(self.cache, record)
+
+        return check
 
     def _payment_check(self) -> Callable[[], None]:
         """What is asked before each range's first request; what the server can give, before the first one only."""
@@ -372,13 +424,31 @@ class Deployment:
         loaded = loaded_spec(self.database)
         if loaded is None or (loaded.model == OFFLINE_MODEL) != self.settings.offline:
             return self
+        # what is set goes with the model that is set
+        is_set = self.settings.query_prompt and loaded.model == self.settings.model
         settings = replace(
             self.settings,
+            query_prompt=self.settings.query_prompt if is_set else loaded.query_prompt,
             embedding_model=loaded.model,
             embedding_dimensions=loaded.dimensions,
             vector_type=loaded.vector_type,
         )
         return replace(self, settings=settings)
+
+    def embed_query(self, query: str) -> NDArray[np.float32]:
+        """A query's vector, (dimensions,), by the model that searches find; see `as_loaded`.
+
+        Raises:
+            TableMismatchError: nothing is loaded; or the table is of another model than the settings' or the server's.
+            ProviderError: no answer, or none that helps.
+        """
+        asked = self.as_loaded()
+        check_searchable(asked.database, asked.table_spec)
+        try:
+            return embed_query(asked.embedder(), query, asked.prompts.query)
+        except ProviderError as error:
+            mismatch = check_server(asked.table_spec, self.table_spec, self.server, error)
+            raise mismatch or error from None
 
     def cancel(self) -> None:
         """Ask whatever is running to end early, keeping what it has. Callable from any thread."""

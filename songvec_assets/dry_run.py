@@ -49,7 +49,8 @@ class RunPlan:
             "Songs that changed since the last export are not in this plan: `songvec estimate` exports first",
             self._describe_deletions(),
             f"embed: {each.n_texts:,} texts, about {each.n_tokens:,} tokens, about ${each.usd:,.4f}, "
-            f"{describe_seconds(each.hours * 3600)} at the full quota; {', '.join(limits)}",
+            f"{describe_seconds(each.hours * 3600)} at the full quota; {', '.join(limits)}"
+            + (f". {each.describe_again()}" if each.n_again else ""),
             "load: nothing is cached yet" if backlog is None else
             f"load: {backlog.n_changed:,} of {backlog.n_rows:,} rows cached so far are to be written",
             "index: there is none yet" if index is None else

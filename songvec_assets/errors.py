@@ -28,6 +28,10 @@ class StoreError(SongvecError):
     """The storage folder belongs to another database, or is cut otherwise. A rerun alone does not help."""
 
 
+class ReembeddingError(SongvecError):
+    """A changed setting would embed cached texts again. Nothing was sent; set it back, or confirm it for one run."""
+
+
 class DamagedShardError(SongvecError):
     """A cache file is not as it was written. Its range is not loaded; fill it again, then load."""
 
@@ -38,6 +42,10 @@ class TableMismatchError(SongvecError):
 
 class ProviderError(SongvecError):
     """The provider's answer ends the run: key, model, billing, or a protocol it does not speak."""
+
+
+class VectorSizeError(ProviderError):
+    """The model, or the server that answers for it, makes vectors of another size than the settings name."""
 
 
 class ProviderUnavailableError(ProviderError):

@@ -13,6 +13,7 @@ from songvec_assets.errors import SettingsError
 
 FIREWORKS_BASE_URL = "https://api.fireworks.ai/inference/v1"
 FIREWORKS_MODEL = "fireworks/qwen3-embedding-8b"
+FIREWORKS_USD_PER_MILLION_TOKENS = 0.10
 OFFLINE_MODEL = "offline-v1"
 DEFAULT_TEMPLATE = "{name} by {artist}\n{lyrics}"
 
@@ -58,6 +59,17 @@ def _yes_or_no(value: str) -> bool:
     if value.lower() not in ("yes", "true", "no", "false"):
         raise ValueError
     return value.lower() in ("yes", "true")
+
+
+def _prompt(field: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        prompt = field if value.lower() == "none" else value.replace("\\n", "\n")
+        if prompt.count(field) != 1:
+            raise ValueError
+        return prompt
+
+    parse.__doc__ = f"a text that holds {field} once, or none"
+    return parse
 
 
 def _one_of(*choices: str) -> Callable[[str], str]:
@@ -122,6 +134,15 @@ class Settings:
         "SONGVEC_EMBEDDING_DIMENSIONS", _whole(2, 4000),
         "Values a vector; over 2,000 needs `SONGVEC_VECTOR_TYPE=halfvec`", default=2000, identity=True,
     )  # fmt: skip
+    query_prompt: str | None = _setting(
+        "SONGVEC_QUERY_PROMPT", _prompt("{query}"),
+        "What is sent for a query, such as `query: {query}`; `\\n` is a line end; `none`: the query alone; unset: as "
+        "recorded with the store, at first by the model's family",
+    )  # fmt: skip
+    document_prompt: str | None = _setting(
+        "SONGVEC_DOCUMENT_PROMPT", _prompt("{text}"),
+        "The same of a song's text, such as `passage: {text}`; a change embeds all again, once it is confirmed",
+    )  # fmt: skip
     requests_per_minute: int = _setting(
         "SONGVEC_REQUESTS_PER_MINUTE", _whole(1, _MANY), "The provider's request quota, over all processes",
         default=6000,
@@ -153,9 +174,11 @@ class Settings:
     max_usd_a_month: float | None = _setting(
         "SONGVEC_MAX_USD_A_MONTH", _number(0), "Budget of a calendar month (UTC) over all runs; unset: none"
     )
-    usd_per_million_tokens: float = _setting(
-        "SONGVEC_USD_PER_MILLION_TOKENS", _number(0), "The provider's price", default=0.10
-    )
+    usd_per_million_tokens: float | None = _setting(
+        "SONGVEC_USD_PER_MILLION_TOKENS", _number(0),
+        f"The provider's price; unset: {FIREWORKS_USD_PER_MILLION_TOKENS:g}, or 0 for another `FIREWORKS_BASE_URL` "
+        "without a key",
+    )  # fmt: skip
     songs_table: str = _setting("SONGVEC_SONGS_TABLE", _text, "Source table, also as `schema.table`", default="songs")
     song_id_column: str | None = _setting(
         "SONGVEC_SONG_ID_COLUMN", _text, "Integer id column; unset: the table's single-column primary key"
@@ -186,12 +209,13 @@ class Settings:
     )  # fmt: skip
     text_template: str = _setting(
         "SONGVEC_TEXT_TEMPLATE", lambda value: value.replace("\\n", "\n"),
-        "What is embedded, of `{name}`, `{artist}`, `{lyrics}`; `\\n` is a line end; a change embeds anew",
+        "What is embedded, of `{name}`, `{artist}`, `{lyrics}`; `\\n` is a line end; a change embeds all again, once "
+        "it is confirmed",
         default=DEFAULT_TEMPLATE,
     )  # fmt: skip
     max_text_chars: int = _setting(
-        "SONGVEC_MAX_TEXT_CHARS", _whole(1, 1_000_000), "Longer texts are cut here; a change embeds the cut ones anew",
-        default=24_000,
+        "SONGVEC_MAX_TEXT_CHARS", _whole(1, 1_000_000),
+        "Longer texts are cut here; a change embeds again what it cuts otherwise, once it is confirmed", default=24_000,
     )  # fmt: skip
     vector_type: str = _setting(
         "SONGVEC_VECTOR_TYPE", _one_of("vector", "halfvec"), "Column type: `vector`, or `halfvec` at half the size",
@@ -290,6 +314,14 @@ class Settings:
         asked = self.embedding_model == OFFLINE_MODEL
         real = self.fireworks_api_key or self.postgres_url or self.fireworks_base_url != FIREWORKS_BASE_URL
         return asked or not real
+
+    @property
+    def price(self) -> float:
+        """Dollars per million tokens; a server of one's own, which needs no key, sends no bill."""
+        if self.usd_per_million_tokens is not None:
+            return self.usd_per_million_tokens
+        is_own = self.fireworks_base_url != FIREWORKS_BASE_URL and not self.fireworks_api_key
+        return 0.0 if is_own else FIREWORKS_USD_PER_MILLION_TOKENS
 
     @property
     def model(self) -> str:

@@ -392,7 +392,9 @@ class TestOneRange:
         change(database, "UPDATE songs SET artist = NULL WHERE id BETWEEN 220 AND 330")
         change(database, "UPDATE songs SET lyrics = 'new' WHERE id = 5")
         deployment = begin()
-        with pytest.raises(IncompleteExportError, match=r"111 of 220.*no longer have a name or artist") as caught:
+        with pytest.raises(
+            IncompleteExportError, match=r"111 of 220.*no longer have what the text template names"
+        ) as caught:
             deployment.export()
         assert isinstance(caught.value, SongvecError)
         assert [each.range.start for each in caught.value.report.ranges if each.written] == [0]

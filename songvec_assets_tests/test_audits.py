@@ -1,6 +1,6 @@
 """Each question about a deployment, answered well by a sound one, and badly by one in which that thing is wrong."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +9,15 @@ import sqlalchemy as sa
 
 from songvec_assets.audits import Auditor, Finding
 from songvec_assets.deployment import SPENDING, Deployment
-from songvec_assets.errors import SourceError
+from songvec_assets.errors import BudgetExceededError, SourceError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
+from songvec_assets.settings import Settings
 from songvec_assets.status import measure_coverage, measure_status
 from songvec_assets.vectors.capacity import Capacity
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import deploy
-from songvec_assets_tests.provider import Provider
+from songvec_assets_tests.provider import Provider, running_provider
 
 QUESTIONS = [
     name for name, each in vars(Auditor).items() if not name.startswith("_") and callable(each) and name != "answer"
@@ -173,6 +174,63 @@ def test_the_bill_is_held_against_the_estimate(
         fact = {"n_tokens_expected": expected, "n_tokens": billed, "bytes_per_token": 4.0}
         write_fact(connection, SPENDING, fact)
     assert ask(deployment, "billed_as_estimated").passed == passed
+
+
+def embed_cyrillic(deployment: Deployment, songs: Callable[..., None], song_id: int) -> Deployment:
+    """Embed a song's worth of tokens that the first estimate takes for twice as many."""
+    songs(*((song_id + n, f"Песня {n}", "Анна", "ля " * 900) for n in range(20)))
+    run_all(deployment)
+    return deployment
+
+
+def test_a_first_run_does_not_fail_for_want_of_experience_but_a_later_one_may(
+    database: Database, provider: Provider, songs: Callable[..., None], tmp_path: Path
+) -> None:
+    first = embed_cyrillic(deploy(database, provider, tmp_path), songs, 1)
+    finding = ask(first, "billed_as_estimated")
+    assert (finding.passed, "needs experience" in finding.words) == (True, True)
+    assert abs(finding.figures["billed / estimated"] - 1) > 0.25, "nothing was to be forgiven"
+    with database.get_connection() as connection:
+        write_fact(connection, f"bytes per token of {first.settings.model}", 1.0)
+    later = embed_cyrillic(deploy(database, provider, tmp_path), songs, 101)
+    finding = ask(later, "billed_as_estimated")
+    assert (finding.passed, "needs experience" in finding.words) == (False, False)
+
+
+@pytest.fixture
+def own_server() -> Iterator[Provider]:
+    with running_provider(api_key="none") as running:
+        yield running
+
+
+def test_a_server_of_ones_own_without_a_key_costs_nothing(
+    database: Database, own_server: Provider, songs: Callable[..., None], tmp_path: Path
+) -> None:
+    def begin(**settings: object) -> Deployment:
+        return deploy(database, own_server, tmp_path, fireworks_api_key=None, **settings)
+
+    deployment = embed_cyrillic(begin(max_usd=0.0, max_usd_a_month=0.0), songs, 1)
+    assert (deployment.estimate(anew=True).usd, deployment.month_spending().billed) == (0.0, 0.0)
+    assert measure_status(deployment).month_usd == 0.0
+    found = {name: ask(begin(), name) for name in QUESTIONS}
+    assert {name: finding.words for name, finding in found.items() if not finding.passed} == {}
+    with pytest.raises(BudgetExceededError):
+        embed_cyrillic(begin(usd_per_million_tokens=0.5, max_usd=0.0), songs, 101)
+
+
+@pytest.mark.parametrize(
+    ("environment", "price"),
+    [
+        ({}, 0.1),
+        ({"FIREWORKS_API_KEY": "fw_1"}, 0.1),
+        ({"FIREWORKS_BASE_URL": "http://localhost/v1"}, 0.0),
+        ({"FIREWORKS_BASE_URL": "http://localhost/v1", "FIREWORKS_API_KEY": "k"}, 0.1),
+        ({"FIREWORKS_BASE_URL": "http://localhost/v1", "SONGVEC_USD_PER_MILLION_TOKENS": "0.3"}, 0.3),
+        ({"FIREWORKS_API_KEY": "fw_1", "SONGVEC_USD_PER_MILLION_TOKENS": "0"}, 0.0),
+    ],
+)
+def test_the_price_is_what_is_set_else_that_of_who_sends_a_bill(environment: dict[str, str], price: float) -> None:
+    assert Settings.from_environment(environment).price == price
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import sqlalchemy as sa
 
 from songvec_assets.cache.fill import FillReport
 from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.export import cache_songs_to_parquet
+from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path
+from songvec_assets.songs.source import look_at_source
 from songvec_assets.status import measure_status
 from songvec_assets.vectors.ivfflat import bring_index_up_to_date
 from songvec_assets.vectors.load import RangeLoad, upload_cached_embeddings_to_database
 from songvec_assets.vectors.search import embed_query, search_songs
+from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.provider import Provider, vector_of
 
@@ -93,3 +97,80 @@ def test_songs_with_the_same_text_share_a_request_slot(
     run_all(deployment)
     assert provider.texts()["Sea by Ann\nwaves"] == 1
     assert len(read_table(deployment.database)) == 3
+
+
+def create_songs(database: Database, columns: str, rows: str) -> None:
+    execute(
+        database.adbc_uri, f"CREATE TABLE songs (id integer PRIMARY KEY, {columns}); INSERT INTO songs VALUES {rows}"
+    )
+
+
+ONLY_NAMED = [
+    ("{name}\n{lyrics}", "name text, lyrics text", "(1, 'Sea', 'waves'), (2, 'Hill', NULL)", {"Sea\nwaves", "Hill"}),
+    ("{name}", "name text", "(1, 'Sea'), (2, 'Hill')", {"Sea", "Hill"}),
+    # there, and not of a kind that could be embedded
+    ("{name}", "name text, artist integer", "(1, 'Sea', 7), (2, 'Hill', NULL)", {"Sea", "Hill"}),
+    # there, and empty
+    ("{name}", "name text, artist text", "(1, 'Sea', ''), (2, 'Hill', NULL)", {"Sea", "Hill"}),
+    ("{artist}: {lyrics}", "artist text, lyrics text", "(1, 'Ann', 'waves'), (2, 'Ben', NULL)", {"Ann: waves", "Ben:"}),
+]
+
+
+@pytest.mark.parametrize(("template", "columns", "rows", "texts"), ONLY_NAMED)
+def test_only_the_columns_that_the_template_names_are_needed(
+    database: Database, provider: Provider, tmp_path: Path, template: str, columns: str, rows: str, texts: set[str]
+) -> None:
+    create_songs(database, columns, rows)
+    deployment = deploy(database, provider, tmp_path / "store", text_template=template)
+    fills, loads = run_all(deployment)
+    assert [(fill.n_songs, fill.n_set_aside, fill.error) for fill in fills] == [(2, 0, None)]
+    assert {*provider.texts()} - {"probe"} == texts
+    assert sum(load.n_written for load in loads) == 2
+    vector = deployment.embed_query("waves")
+    hits = search_songs(database, deployment.source, deployment.table_spec, vector)
+    shown = {hit.song_id: (hit.name, hit.artist) for hit in hits}
+    assert (shown[1][0] or "Sea", shown[1][1] in ("", "Ann")) == ("Sea", True)
+    assert look_at_source(database, deployment.source, None)[0].state.n_songs == 2
+    assert deployment.find_absence().n_missing == 0
+    deployment.preview()
+
+
+@pytest.mark.parametrize(
+    ("template", "rejected"),
+    [
+        ("{name} by {artist}", {1: "the song has no name", 2: "the song has no artist", 3: "the song has no name"}),
+        ("{artist}", {2: "the song has no artist", 3: "the song has no artist"}),
+        ("{name}", {1: "the song has no name", 3: "the song has no name"}),
+        ("{lyrics}", {2: "the song has no lyrics", 3: "the song has no lyrics"}),
+        ("words: {lyrics}", {2: "the song has no lyrics", 3: "the song has no lyrics"}),
+    ],
+)
+def test_a_song_is_rejected_for_what_the_template_names_and_it_lacks(
+    songs: Callable[..., None], database: Database, provider: Provider, tmp_path: Path,
+    template: str, rejected: dict[int, str],
+) -> None:  # fmt: skip
+    songs((1, " ", "Ann", "waves"), (2, "Sea", None, " \n"), (3, None, "", None), (4, "Hill", "Ben", "la"))
+    deployment = deploy(database, provider, tmp_path / "store", text_template=template)
+    (fill,), _ = run_all(deployment)
+    snapshot = load_songs_from_parquet(snapshot_path(deployment.store.songs, fill.range))
+    found = {song_id: reason for song_id, reason in snapshot.select("song_id", "set_aside").iter_rows() if reason}
+    assert found == rejected
+    assert (fill.n_set_aside, fill.n_embedded) == (len(rejected), 4 - len(rejected))
+
+
+def test_a_template_that_needs_less_takes_songs_that_were_rejected_even_where_exports_read_only_what_is_newer(
+    database: Database, provider: Provider, tmp_path: Path
+) -> None:
+    create_songs(
+        database, "name text, artist text, lyrics text, changed timestamptz DEFAULT now()",
+        "(1, 'Sea', NULL, 'waves'), (2, 'Hill', 'Ben', NULL)",
+    )  # fmt: skip
+    given = {"updated_at_column": "changed", "text_template": "{name} by {artist}"}
+    deployment = deploy(database, provider, tmp_path / "store", **given)
+    deployment.export()
+    deployment.filler().fill_ranges(list(deployment.tiling), lambda _: None)
+    assert {*provider.texts()} - {"probe"} == {"Hill by Ben"}
+    changed = deploy(database, provider, tmp_path / "store", **given | {"text_template": "{name}"})
+    changed.export()
+    changed.filler(confirm_reembedding=True).fill_ranges(list(changed.tiling), lambda _: None)
+    assert {*provider.texts()} - {"probe", "Hill by Ben"} == {"Sea", "Hill"}

@@ -28,6 +28,8 @@ GOOD = {
     "SONGVEC_STORAGE": ("storage", None, {"/data/songs": "/data/songs"}),
     "SONGVEC_EMBEDDING_MODEL": ("embedding_model", FIREWORKS_MODEL, {"nomic": "nomic", OFFLINE_MODEL: OFFLINE_MODEL}),
     "SONGVEC_EMBEDDING_DIMENSIONS": ("embedding_dimensions", 2000, {"2": 2, "2000": 2000}),
+    "SONGVEC_QUERY_PROMPT": ("query_prompt", None, {r"to\n{query}": "to\n{query}", "None": "{query}"}),
+    "SONGVEC_DOCUMENT_PROMPT": ("document_prompt", None, {"passage: {text}": "passage: {text}", "none": "{text}"}),
     "SONGVEC_REQUESTS_PER_MINUTE": ("requests_per_minute", 6000, {"1": 1, " 10 ": 10}),
     "SONGVEC_TOKENS_PER_MINUTE": ("tokens_per_minute", 900_000, {"5400000": 5_400_000}),
     "SONGVEC_MAX_REQUEST_TEXTS": ("max_request_texts", 2048, {"1": 1, "2048": 2048}),
@@ -36,7 +38,7 @@ GOOD = {
     "SONGVEC_PATIENCE_S": ("patience_s", 600.0, {"0": 0.0, "1.5": 1.5}),
     "SONGVEC_MAX_USD": ("max_usd", None, {"0": 0.0, "12.34": 12.34}),
     "SONGVEC_MAX_USD_A_MONTH": ("max_usd_a_month", None, {"0": 0.0, "480": 480.0}),
-    "SONGVEC_USD_PER_MILLION_TOKENS": ("usd_per_million_tokens", 0.10, {"0": 0.0, "0.2": 0.2}),
+    "SONGVEC_USD_PER_MILLION_TOKENS": ("usd_per_million_tokens", None, {"0": 0.0, "0.2": 0.2}),
     "SONGVEC_SONGS_TABLE": ("songs_table", "songs", {"music.tracks": "music.tracks"}),
     "SONGVEC_SONG_ID_COLUMN": ("song_id_column", None, {"track_id": "track_id"}),
     "SONGVEC_NAME_COLUMN": ("name_column", "name", {"title": "title"}),
@@ -95,6 +97,8 @@ BAD = (
         for value in NOT_A_NUMBER
     ]
     + [("SONGVEC_SWAP", value) for value in ("1", "perhaps")]
+    + [("SONGVEC_QUERY_PROMPT", value) for value in ("query:", "{text}", "{query} or {query}")]
+    + [("SONGVEC_DOCUMENT_PROMPT", value) for value in ("passage:", "{query}", "{name}")]
     + [("SONGVEC_EMBEDDING_DIMENSIONS", value) for value in ("1", "2001")]
     + [("FIREWORKS_BASE_URL", value) for value in ("ftp://x/v1", "localhost:8000", "api.fireworks.ai/inference/v1")]
 )

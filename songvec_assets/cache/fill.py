@@ -82,11 +82,13 @@ class Spending:
         n_tokens_expected: as estimated before the first request of each range.
         n_tokens: billed.
         bytes_per_token: of the model's tokens, as far as they are known now.
+        is_first: whether nothing was known of the model's tokens before this run.
     """
 
     n_tokens_expected: int
     n_tokens: int
     bytes_per_token: float
+    is_first: bool = False
 
 
 @dataclass
@@ -107,6 +109,7 @@ class Filler:
         lock_range: holds a range against other runs; gives what raises when that hold was lost. Its callbacks: called
             when it has to wait, and while it does.
         tiling: how song_ids are cut.
+        before_fill: called with all ranges before the first one is begun; raises to refuse.
         before_payment: called before a range's first request; raises to refuse.
         keep_spending: told at the end what was sent.
         retention_s: for how long the cache keeps the vectors of deleted songs.
@@ -137,6 +140,7 @@ class Filler:
     retention_s: float = 0.0
     anew: str | None = None
     retry_rejected: bool = False
+    before_fill: Callable[[Sequence[SongIdRange]], None] = lambda _: None
     progress: ReportProgress = ignore_progress
     proven: bool = False
     _fatal: Exception | None = None
@@ -159,6 +163,7 @@ class Filler:
         Raises:
             SongvecError: where going on is pointless (budget, key, model, stop); the range is reported first.
         """
+        self.before_fill(ranges)
         asyncio.run(self._fill_ranges(ranges, report))
 
     async def _fill_ranges(self, ranges: Sequence[SongIdRange], report: Callable[[FillReport], None]) -> None:

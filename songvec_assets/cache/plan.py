@@ -1,12 +1,13 @@
 """What a range's shard lacks against its snapshot, and what that will cost. Writes nothing."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 
 from songvec_assets.cache.shards import ModelCache, Shard, load_embeddings_from_cache
+from songvec_assets.cache.texts import is_made_otherwise
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
@@ -16,12 +17,21 @@ from songvec_assets.songs.text import TextSpec, render_texts
 
 @dataclass(frozen=True)
 class Text:
-    """A text to send, the songs that it stands for, and its size in UTF-8."""
+    """A text to send.
+
+    Attributes:
+        text: as it is sent.
+        text_hash: its identity.
+        song_ids: the songs that it stands for.
+        n_bytes: its size in UTF-8.
+        again: whether one of these songs has a vector already, of another text.
+    """
 
     text: str
     text_hash: bytes
     song_ids: list[int]
     n_bytes: int
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class FillPlan:
         text. texts: what must be sent.
         n_new, n_changed, n_truncated, n_set_aside: songs; set aside by the export, or by the provider before.
         n_rejected: those of the last that the provider rejected before.
+        made_otherwise: whether the texts of the shard were made with other settings.
     """
 
     range: SongIdRange
@@ -50,10 +61,16 @@ class FillPlan:
     n_truncated: int
     n_set_aside: int
     n_rejected: int = 0
+    made_otherwise: bool = False
 
     def estimate_tokens(self, estimator: TokenEstimator) -> int:
         """About how many tokens its texts have."""
         return sum(estimator.estimate(each.n_bytes for each in self.texts))
+
+    @property
+    def texts_again(self) -> list[Text]:
+        """The texts to send only because other settings make them of songs that are cached."""
+        return [each for each in self.texts if each.again] if self.made_otherwise else []
 
 
 def plan_fill(
@@ -103,7 +120,7 @@ def plan_fill(
     to_send = (
         missing.join(vectors, on="text_hash", how="anti", maintain_order="left")
         .group_by("text_hash", maintain_order=True)
-        .agg(pl.col("text").first(), pl.col("song_id"))
+        .agg(pl.col("text").first(), pl.col("song_id"), (~pl.col("refused")).any().alias("again"))
     )
     n_new = missing.join(live, on="song_id", how="anti").height
     n_refused = int(unchanged["refused"].sum())
@@ -114,9 +131,9 @@ def plan_fill(
         gone=live.join(embeddable, on="song_id", how="anti")["song_id"].to_list(),
         reused=reused.select("song_id", "text_hash", "row"),
         texts=[
-            Text(text, text_hash, song_ids, n_bytes)
-            for text, text_hash, song_ids, n_bytes in to_send.select(
-                "text", "text_hash", "song_id", pl.col("text").str.len_bytes().alias("n_bytes")
+            Text(text, text_hash, song_ids, n_bytes, again)
+            for text, text_hash, song_ids, n_bytes, again in to_send.select(
+                "text", "text_hash", "song_id", pl.col("text").str.len_bytes().alias("n_bytes"), "again"
             ).iter_rows()
         ],
         n_new=n_new,
@@ -124,14 +141,19 @@ def plan_fill(
         n_truncated=int(texts["truncated"].sum()),
         n_set_aside=songs["set_aside"].count() + n_refused,
         n_rejected=n_refused,
+        made_otherwise=is_made_otherwise(cache, song_range, spec),
     )
 
 
 def estimate_fills(plans: Iterable[FillPlan], estimator: TokenEstimator, price: Price, quota: Quota) -> Estimate:
     """Tokens, dollars and hours of some plans together."""
-    n_songs = n_texts = n_tokens = 0
+    n_songs = n_texts = n_tokens = n_again = n_tokens_again = 0
     for plan in plans:
         n_songs += plan.n_songs
         n_texts += len(plan.texts)
         n_tokens += plan.estimate_tokens(estimator)
-    return price.estimate(n_songs, n_texts, n_tokens, quota)
+        n_again += len(plan.texts_again)
+        n_tokens_again += sum(estimator.estimate(each.n_bytes for each in plan.texts_again))
+    return replace(
+        price.estimate(n_songs, n_texts, n_tokens, quota), n_again=n_again, usd_again=price.usd(n_tokens_again)
+    )

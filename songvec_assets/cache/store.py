@@ -4,6 +4,7 @@ store.json                                 identity, range width, stop of the ti
 songs/<key>.parquet                        snapshots
 songs/full_compare.json                    when an export last read all songs, where they have an updated_at column
 embeddings/<model>-<dimensions>/<key>.arrow    shards
+embeddings/<model>-<dimensions>/texts.json     how their texts are made
 """
 
 import json

@@ -32,9 +32,9 @@ def _schema(**columns: tuple[str, str]) -> Metadata:
 _SONG_ID = ("integer", "The song's id in the source table.")
 SOURCE_SCHEMA = _schema(
     song_id=("integer", "Its primary key, or SONGVEC_SONG_ID_COLUMN."),
-    name=("text", "SONGVEC_NAME_COLUMN. Songs without one are set aside."),
-    artist=("text", "SONGVEC_ARTIST_COLUMN. Songs without one are set aside."),
-    lyrics=("text", "SONGVEC_LYRICS_COLUMN. May be NULL: name and artist are embedded then."),
+    name=("text", "SONGVEC_NAME_COLUMN. Songs without one are rejected, if the text template names it."),
+    artist=("text", "SONGVEC_ARTIST_COLUMN. Songs without one are rejected, if the text template names it."),
+    lyrics=("text", "SONGVEC_LYRICS_COLUMN. May be NULL, if the text template names more than lyrics."),
 )
 SNAPSHOT_SCHEMA = _schema(
     song_id=_SONG_ID,
@@ -225,6 +225,8 @@ def describe_publish(report: PublishReport, deployment: Deployment) -> Metadata:
         "dagster/table_name": "song_embeddings",
         "model": spec.model,
         "column": spec.column_type,
+        "query prompt": spec.query_prompt or "",
+        "document prompt": spec.document_prompt or "",
         "database": deployment.database.describe(),
         "reason": report.place.reason,
         "swapped": compared is not None,

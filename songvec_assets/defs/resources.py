@@ -61,6 +61,8 @@ class FireworksResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     base_url: str | None = _setting("FIREWORKS_BASE_URL")
     embedding_model: str | None = _setting("SONGVEC_EMBEDDING_MODEL")
     embedding_dimensions: int | None = _setting("SONGVEC_EMBEDDING_DIMENSIONS")
+    query_prompt: str | None = _setting("SONGVEC_QUERY_PROMPT")
+    document_prompt: str | None = _setting("SONGVEC_DOCUMENT_PROMPT")
     requests_per_minute: int | None = _setting("SONGVEC_REQUESTS_PER_MINUTE")
     tokens_per_minute: int | None = _setting("SONGVEC_TOKENS_PER_MINUTE")
     max_request_texts: int | None = _setting("SONGVEC_MAX_REQUEST_TEXTS")
@@ -112,6 +114,10 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     )
     retry_rejected: bool = Field(
         default=False, description="Send songs again that the provider rejected before; what it refuses is not billed."
+    )
+    confirm_reembedding: bool = Field(
+        default=False,
+        description="Pay again for cached texts that a changed setting makes otherwise (template, length, prompt).",
     )
     rebuild_index: bool = Field(default=False, description="Build the index even where the one there still fits.")
     concurrency: int | None = _setting("SONGVEC_CONCURRENCY", "Requests in flight, 1 to 1,000.")

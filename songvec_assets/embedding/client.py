@@ -41,6 +41,7 @@ from songvec_assets.errors import (
     RequestRefusedError,
     RequestTooLargeError,
     RequestTooSlowError,
+    VectorSizeError,
 )
 from songvec_assets.progress import StopSignal
 
@@ -339,7 +340,7 @@ class EmbeddingClient:
             return
         may_truncate = any(name in self.model.lower() for name in _MATRYOSHKA_MODELS)
         if n_values < self.dimensions or not may_truncate:
-            raise ProviderError(
+            raise VectorSizeError(
                 f"expected vectors of {self.dimensions} values, model {self.model!r} gives {n_values}"
                 + ("" if n_values < self.dimensions else " and is not known to be trained for truncation")
                 + f": set SONGVEC_EMBEDDING_DIMENSIONS={n_values}"

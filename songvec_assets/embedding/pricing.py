@@ -22,6 +22,8 @@ class Estimate:
         n_tokens: their estimated tokens.
         usd: their price in dollars.
         hours: at the full quota.
+        n_again, usd_again: the texts among them, and their price, whose songs have vectors already, of texts that other
+            settings made.
     """
 
     n_songs: int
@@ -29,6 +31,17 @@ class Estimate:
     n_tokens: int
     usd: float
     hours: float
+    n_again: int = 0
+    usd_again: float = 0.0
+
+    def describe_again(self) -> str:
+        """What a run stops for, in a sentence; empty where it does not."""
+        if not self.n_again:
+            return ""
+        return (
+            f"{self.n_again:,} of the texts (about ${self.usd_again:,.4f}) are cached as other settings made them: a "
+            "run stops before it sends them again, unless it is given --confirm-reembedding"
+        )
 
 
 class TokenEstimator:

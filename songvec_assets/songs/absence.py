@@ -214,7 +214,7 @@ class AbsenceGuard:
             )
         if n_missing and (absence.is_bulk_of(song_range) or absence.is_bulk_of_all):
             raise BulkDeletionError(
-                f"{absence.describe()} no longer have a name or artist, or vanished while they were read: "
+                f"{absence.describe()} no longer have what the text template names, or vanished while they were read: "
                 f"{song_range.key} was not exported. Check for a column that was emptied, or a table that is still "
                 "being loaded. If this is intended, confirm it for one run with `--confirm-deletions`, or "
                 "`confirm_deletions` in the run config"

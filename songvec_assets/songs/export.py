@@ -351,11 +351,12 @@ def _to_snapshot(songs: pa.Table, source: SongsSource) -> pa.Table:
             f"column {source.song_id_column!r} of {source.table} must be unique, {twice[0]} is there more than once: "
             "name another with SONGVEC_SONG_ID_COLUMN"
         )
-    # texts stay where they are: lyrics are most of a song, and nothing here looks at them
-    blank = [pl.Series(songs[column]).fill_null("").str.strip_chars() == "" for column in ("name", "artist")]
-    reasons = pl.select(
-        pl.when(blank[0]).then(pl.lit("the song has no name")).when(blank[1]).then(pl.lit("the song has no artist"))
-    ).to_series()
+    # texts stay where they are: lyrics are most of a song, and are looked at only where nothing else is embedded
+    reasons = pl.repeat(None, songs.num_rows, dtype=pl.String, eager=True)
+    for column in ("lyrics", "artist", "name"):
+        if column in source.required:
+            blank = pl.Series(songs[column]).fill_null("").str.strip_chars() == ""
+            reasons = pl.select(pl.when(blank).then(pl.lit(f"the song has no {column}")).otherwise(reasons)).to_series()
     # built anew: polars leaves words under its nulls, and the digest would see them
     return pa.table([*songs.columns, pa.array(reasons.to_list(), pa.string())], schema=SNAPSHOT_SCHEMA)
 

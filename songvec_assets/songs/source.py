@@ -15,6 +15,7 @@ from psycopg2 import sql
 from songvec_assets.errors import SourceError
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
+from songvec_assets.songs.text import TextSpec
 
 OVERLAP = "2 hours"
 """How far an export looks back before the newest time seen. Covers writers whose clocks differ by up to an hour,
@@ -57,6 +58,7 @@ class SongsSource:
         updated_at: quoted column, or None.
         updated_at_type: its type.
         row_security: whether policies may hide songs from this user.
+        required: of name, artist and lyrics, those without which a song is not embedded.
     """
 
     table: str
@@ -69,6 +71,7 @@ class SongsSource:
     updated_at: str | None = None
     updated_at_type: str | None = None
     row_security: bool = False
+    required: frozenset[str] = TextSpec().required
 
     @property
     def caution(self) -> str:
@@ -79,7 +82,9 @@ class SongsSource:
     def identity(self) -> str:
         """What tells this table and these columns from others."""
         columns = (self.song_id, self.name, self.artist, self.lyrics, self.updated_at)
-        return " ".join((self.relation, *map(str, columns)))
+        # snapshots say which songs are rejected
+        required = [] if self.required == TextSpec().required else ["requires", *sorted(self.required)]
+        return " ".join((self.relation, *map(str, columns), *required))
 
     def select_statement(self, lowest: int, stop: int, updated_since: str | None = None) -> str:
         """SELECT of the songs with lowest <= song_id < stop, ordered by song_id."""
@@ -141,22 +146,26 @@ class RangeCount:
         return self.ids.n_rows
 
 
-def find_source(database: Database, names: SourceNames) -> SongsSource:
+def find_source(database: Database, names: SourceNames, spec: TextSpec | None = None) -> SongsSource:
     """Find the songs table and its columns.
+
+    Args:
+        database: where it is.
+        names: of the table and its columns.
+        spec: how songs become texts: only the columns that it names must be there. The others are read where they can
+            be, and are NULL where not. None: the default, which names all.
 
     Raises:
         SourceError: the table or a column is missing or may not be read, the id is no integer, or a column that is
             embedded is no text; says what is there and what to set, grant or create.
     """
+    spec = spec or TextSpec()
     with database.get_connection() as connection:
         table = _find_table(connection, names.table)
         columns = table.columns
         song_id_column = names.song_id_column or _choose_song_id(connection, table, names.table)
-        texts = {
-            "SONGVEC_NAME_COLUMN": names.name_column,
-            "SONGVEC_ARTIST_COLUMN": names.artist_column,
-            "SONGVEC_LYRICS_COLUMN": names.lyrics_column,
-        }
+        by_field = {"name": names.name_column, "artist": names.artist_column, "lyrics": names.lyrics_column}
+        texts = {f"SONGVEC_{name.upper()}_COLUMN": column for name, column in by_field.items() if name in spec.fields}
         wanted = {"SONGVEC_SONG_ID_COLUMN": song_id_column} | texts
         if names.updated_at_column:
             wanted["SONGVEC_UPDATED_AT_COLUMN"] = names.updated_at_column
@@ -181,18 +190,24 @@ def find_source(database: Database, names: SourceNames) -> SongsSource:
         if any(not columns[column].is_text for column in texts.values()):
             kept = [song_id_column, *texts.values(), *filter(None, [names.updated_at_column])]
             raise SourceError(_describe_types(connection, table, names.table, song_id_column, kept, [*texts.values()]))
-        name, artist, lyrics = (columns[column].expression for column in texts.values())
+        spare = {column for name, column in by_field.items() if name not in spec.fields}
+        readable = {*texts.values(), *(each for each in spare if _can_be_shown(connection, table, each))}
+        name, artist, lyrics = (
+            columns[column].expression(separator) if column in readable else "NULL"
+            for column, separator in zip(by_field.values(), ("', '", "', '", r"E'\n'"), strict=True)
+        )
         return SongsSource(
             table=names.table,
             song_id_column=song_id_column,
             relation=table.relation,
             song_id=columns[song_id_column].quoted,
-            name=name("', '"),
-            artist=artist("', '"),
-            lyrics=lyrics(r"E'\n'"),
+            name=name,
+            artist=artist,
+            lyrics=lyrics,
             updated_at=columns[names.updated_at_column].quoted if names.updated_at_column else None,
             updated_at_type=updated_at_type,
             row_security=table.row_security,
+            required=spec.required,
         )
 
 
@@ -567,13 +582,7 @@ def _check_rights(connection: sa.Connection, table: _Table, wanted: Sequence[str
         sa.text("SELECT has_schema_privilege(:schema, 'USAGE'), has_table_privilege(:oid, 'SELECT')"),
         {"schema": table.schema, "oid": table.oid},
     ).one()
-    lacking = [] if readable else [
-        column for column in wanted
-        if not connection.scalar(
-            sa.text("SELECT has_column_privilege(:oid, CAST(:number AS smallint), 'SELECT')"),
-            {"oid": table.oid, "number": table.columns[column].number},
-        )
-    ]  # fmt: skip
+    lacking = [] if readable else [column for column in wanted if not _may_read(connection, table, column)]
     user, grants = _user(connection), []
     if not usable:
         grants.append(f"GRANT USAGE ON SCHEMA {_quote(connection, table.schema)} TO {user};")
@@ -585,6 +594,20 @@ def _check_rights(connection: sa.Connection, table: _Table, wanted: Sequence[str
         raise SourceError(
             f"table {name} exists, and this user lacks a right to read it: let its owner run {' '.join(grants)}"
         )
+
+
+def _may_read(connection: sa.Connection, table: _Table, column: str) -> bool:
+    return bool(
+        connection.scalar(
+            sa.text("SELECT has_column_privilege(:oid, CAST(:number AS smallint), 'SELECT')"),
+            {"oid": table.oid, "number": table.columns[column].number},
+        )
+    )
+
+
+def _can_be_shown(connection: sa.Connection, table: _Table, column: str) -> bool:
+    """Whether a column that is not needed can be read as text all the same."""
+    return column in table.columns and table.columns[column].is_text and _may_read(connection, table, column)
 
 
 def _user(connection: sa.Connection) -> str:

@@ -16,6 +16,8 @@ from songvec_assets.settings import DEFAULT_TEMPLATE
 
 TEXT_HASH_BYTES = 16
 
+NO_PROMPT = "{text}"
+
 _FIELDS = ("name", "artist", "lyrics")
 
 
@@ -25,16 +27,30 @@ class TextSpec:
 
     Attributes:
         template: text with the fields {name}, {artist} and {lyrics}; braces are doubled to stand for themselves.
-        max_chars: longer texts are cut to this many characters.
+        max_chars: longer texts are cut to this many characters, the prompt not counted.
+        document_prompt: what the model wants around each text; holds `{text}` once.
     """
 
     template: str = DEFAULT_TEMPLATE
     max_chars: int = 24_000
+    document_prompt: str = NO_PROMPT
 
     @property
     def identity(self) -> str:
-        """What tells this way of rendering from every other."""
-        return hash_text(f"{self.max_chars}:{self.template}").hex()
+        """Differs from that of every other way of rendering."""
+        # without a prompt it is as it was before there were prompts: what is marked as complete stays complete
+        prompt = "" if self.document_prompt == NO_PROMPT else f"\0{self.document_prompt}"
+        return hash_text(f"{self.max_chars}:{self.template}{prompt}").hex()
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields that the template names."""
+        return frozenset(field for _, field, _, _ in string.Formatter().parse(self.template) if field is not None)
+
+    @property
+    def required(self) -> frozenset[str]:
+        """The fields without which a song is not embedded; lyrics only where nothing else is named."""
+        return self.fields & {"name", "artist"} or self.fields
 
     def __post_init__(self) -> None:
         try:
@@ -53,16 +69,17 @@ def render_texts(songs: pl.DataFrame, spec: TextSpec) -> pl.DataFrame:
 
     Args:
         songs: columns song_id, name, artist, lyrics (lyrics may be null: the song is its name and artist).
-        spec: template and length limit.
+        spec: template, length limit and prompt.
 
     Returns:
-        Columns song_id (Int32), text (String, NFC, without surrounding white space), text_hash (Binary,
-        16 bytes) and truncated (Boolean), in the order of `songs`.
+        Columns song_id (Int32), text (String, as it is sent: NFC, without surrounding white space, within the
+        prompt), text_hash (Binary, 16 bytes) and truncated (Boolean), in the order of `songs`.
     """
     rendered = songs.select(pl.concat_str(_pieces(spec.template))).to_series().to_list()
     # Python's NFC looks before it copies: 50,000 songs take 10 ms, polars' own takes a second
     whole = [unicodedata.normalize("NFC", text).strip() for text in rendered]
-    texts = [text[: spec.max_chars].rstrip() for text in whole]
+    before, _, after = spec.document_prompt.partition(NO_PROMPT)
+    texts = [f"{before}{text[: spec.max_chars].rstrip()}{after}" for text in whole]
     return songs.select("song_id").with_columns(
         text=pl.Series(texts, dtype=pl.String),
         text_hash=pl.Series([hash_text(text) for text in texts], dtype=pl.Binary),

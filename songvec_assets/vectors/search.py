@@ -10,15 +10,14 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from songvec_assets.embedding.client import Embedder
-from songvec_assets.embedding.offline import OfflineEmbedder
-from songvec_assets.errors import ProviderError, TableMismatchError
+from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
+from songvec_assets.errors import ProviderError, ProviderUnavailableError, TableMismatchError, VectorSizeError
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs.source import SongsSource
 from songvec_assets.vectors.catalogue import search_lists
 from songvec_assets.vectors.table import TableSpec, define_table, loaded_spec, read_spec
 
 _SPARE = 4
-TASK = "Given a description of a theme, a mood or a story, retrieve songs whose lyrics match it"
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,15 @@ class Hit:
     similarity: float
 
 
-def embed_query(embedder: Embedder, query: str) -> NDArray[np.float32]:
-    """A query's vector, (dimensions,). Qwen3-Embedding takes an instruction before queries, none before documents."""
-    words = query if isinstance(embedder, OfflineEmbedder) else f"Instruct: {TASK}\nQuery:{query}"
+def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) -> NDArray[np.float32]:
+    """A query's vector, (dimensions,).
+
+    Args:
+        embedder: of the model that made the table's vectors.
+        query: in the words of who asks.
+        prompt: what that model is given for a query.
+    """
+    words = fill_query(prompt, query)
 
     async def embed() -> NDArray[np.float32]:
         try:
@@ -115,6 +120,33 @@ def check_searchable(database: Database, spec: TableSpec) -> None:
             f"{spec.column_type} by {spec.model!r}: `songvec swap` builds its table, or set back the model or key that "
             "filled this one"
         )
+
+
+def check_server(
+    asked: TableSpec, configured: TableSpec, server: str, error: ProviderError
+) -> TableMismatchError | None:
+    """What an error of a query's embedding means where the server is not the one that made the table's vectors.
+
+    Args:
+        asked: what the table holds, as which the query was asked.
+        configured: what the settings name.
+        server: its URL.
+        error: what came.
+
+    Returns:
+        The error to raise instead; None: this one says it.
+    """
+    is_size = isinstance(error, VectorSizeError)
+    is_other = (asked.model, asked.dimensions) != (configured.model, configured.dimensions)
+    if isinstance(error, ProviderUnavailableError) or not (is_size or is_other):
+        return None
+    what = f"vectors of another size than {asked.dimensions}" if is_size else f"no vector ({error})"
+    named = f", while the settings name {configured.model!r} ({configured.dimensions})" if is_other else ""
+    return TableMismatchError(
+        f"the table holds {asked.column_type} by {asked.model!r}, and for that model {server} gives {what}{named}: "
+        f"point FIREWORKS_BASE_URL at a server of {asked.model!r}; or set SONGVEC_EMBEDDING_MODEL and "
+        "SONGVEC_EMBEDDING_DIMENSIONS to what this one serves, and `songvec swap` builds its table"
+    )
 
 
 def read_songs(

@@ -4,7 +4,7 @@ Searches read `TABLE`. `BESIDE` is built while they do, and takes its place whol
 held before another model took its place stays as `KEPT`. What is recorded of a table goes by its name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -30,11 +30,14 @@ class TableSpec:
         model: the embedding model's name.
         dimensions: values a vector.
         vector_type: `vector` or `halfvec`.
+        query_prompt, document_prompt: see `Prompts`; None: not recorded. Another one makes no other table.
     """
 
     model: str
     dimensions: int
     vector_type: str = "vector"
+    query_prompt: str | None = field(default=None, compare=False)
+    document_prompt: str | None = field(default=None, compare=False)
 
     @property
     def column_type(self) -> str:
@@ -134,8 +137,10 @@ def forget_table(connection: sa.Connection, table: str) -> None:
 
 
 def _record_spec(connection: sa.Connection, spec: TableSpec, table: str) -> None:
-    if read_spec(connection, table) != spec:
-        write_fact(connection, fact_key(_SPEC, table), {"model": spec.model, "column_type": spec.column_type})
+    prompts = {"query_prompt": spec.query_prompt, "document_prompt": spec.document_prompt}
+    fact = {"model": spec.model, "column_type": spec.column_type, **prompts}
+    if read_fact(connection, fact_key(_SPEC, table)) != fact:
+        write_fact(connection, fact_key(_SPEC, table), fact)
 
 
 def gives_way(database: Database, connection: sa.Connection, spec: TableSpec, table: str = TABLE) -> bool:
@@ -150,7 +155,8 @@ def read_spec(connection: sa.Connection, table: str = TABLE) -> TableSpec | None
     if fact is None:
         return None
     vector_type, _, dimensions = fact["column_type"].rstrip(")").partition("(")
-    return TableSpec(fact["model"], int(dimensions), vector_type)
+    prompts = fact.get("query_prompt"), fact.get("document_prompt")
+    return TableSpec(fact["model"], int(dimensions), vector_type, *prompts)
 
 
 def loaded_spec(database: Database) -> TableSpec | None:

@@ -22,6 +22,7 @@ from songvec_assets.errors import (
     DatabaseError,
     ProviderError,
     ProviderUnavailableError,
+    ReembeddingError,
     SongvecError,
     StoppedError,
     StoreError,
@@ -82,16 +83,19 @@ def export(deployment: Deployment) -> None:
     cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, deployment.tiling)
 
 
-def fill(deployment: Deployment, max_usd: float | None = None) -> list[FillReport]:
+def fill(deployment: Deployment, max_usd: float | None = None, confirm_reembedding: bool = False) -> list[FillReport]:
     """Export and fill all ranges; the reports of those that hold anything, none of them failed."""
-    reports, error = try_fill(deployment, max_usd)
+    reports, error = try_fill(deployment, max_usd, confirm_reembedding=confirm_reembedding)
     assert error is None
     assert [report.error for report in reports] == [None] * len(reports)
     return reports
 
 
 def try_fill(
-    deployment: Deployment, max_usd: float | None = None, report: Callable[[FillReport], None] | None = None
+    deployment: Deployment,
+    max_usd: float | None = None,
+    report: Callable[[FillReport], None] | None = None,
+    confirm_reembedding: bool = False,
 ) -> tuple[list[FillReport], SongvecError | None]:
     """Export and fill all ranges; the reports, and what ended the run."""
     export(deployment)
@@ -105,7 +109,7 @@ def try_fill(
     try:
         if max_usd is not None:
             deployment.settings = replace(deployment.settings, max_usd=max_usd)
-        deployment.filler().fill_ranges(list(deployment.tiling), keep)
+        deployment.filler(confirm_reembedding=confirm_reembedding).fill_ranges(list(deployment.tiling), keep)
     except SongvecError as error:
         return reports, error
     return reports, None
@@ -336,7 +340,10 @@ def test_another_template_embeds_every_song_anew_and_leaves_nothing_of_the_old(
     fill(run())
     provider.reset_ledger()
     other = run(text_template="{artist}: {name}")
-    (report,) = fill(other)
+    reports, refusal = try_fill(other)
+    assert (reports, isinstance(refusal, ReembeddingError)) == ([], True)
+    assert provider.ledger()["requests"] == 0
+    (report,) = fill(other, confirm_reembedding=True)
     assert (report.n_changed, report.n_embedded, report.n_unchanged) == (5, 5, 0)
     expected = {song_id: f"Ann: Song {song_id:06d}" for song_id in range(1, 6)}
     assert_stored(other, expected)
@@ -354,7 +361,7 @@ def test_texts_above_the_limit_are_cut_and_counted_in_every_run(songs: Songs, ru
     (again,) = fill(run(max_text_chars=22))
     assert (again.n_truncated, again.n_unchanged) == (1, 3)
     provider.reset_ledger()
-    (longer,) = fill(run(max_text_chars=50))
+    (longer,) = fill(run(max_text_chars=50), confirm_reembedding=True)
     assert (longer.n_truncated, longer.n_changed) == (1, 1)
     assert set(billed(provider)) == {"Long by Ann\n" + "x" * 38}, "only the text that was cut is embedded anew"
 

@@ -74,16 +74,21 @@ class Provider:
 
 
 @contextmanager
-def running_provider(*, ledger_file: Path | None = None, **control: Any) -> Iterator[Provider]:
+def running_provider(
+    *, ledger_file: Path | None = None, model: str | None = None, api_key: str = "test-key", **control: Any
+) -> Iterator[Provider]:
     """Start a provider with these faults, and end it with the block, or with this process however it ends.
 
     Args:
         ledger_file: gets one JSON line a billed request.
+        model: the one that it serves; None: that of Fireworks.
+        api_key: the one that it accepts; `none` is what a client without a key sends.
         **control: fields of `faults.Faults`.
     """
-    api_key = "test-key"
     command = [sys.executable, "-m", __name__, "--exit-with-parent", "--api-key", api_key]
     command += ["--control", json.dumps(control)]
+    if model:
+        command += ["--model", model]
     if ledger_file:
         command += ["--ledger", str(ledger_file.resolve())]
     pipe = subprocess.PIPE

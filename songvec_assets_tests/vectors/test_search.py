@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from songvec_assets import cli
 from songvec_assets.cache.shards import ModelCache
+from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import ProviderError, TableMismatchError
@@ -19,11 +20,11 @@ from songvec_assets.postgres.schema import write_fact
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.vectors.comparison import find_neighbours
 from songvec_assets.vectors.ivfflat import bring_index_up_to_date
-from songvec_assets.vectors.search import TASK, Hit, embed_query, search_songs
+from songvec_assets.vectors.search import Hit, embed_query, search_songs
 from songvec_assets.vectors.table import TableSpec
 from songvec_assets_tests.administration import dispose, execute
 from songvec_assets_tests.conftest import deploy
-from songvec_assets_tests.provider import Provider
+from songvec_assets_tests.provider import Provider, running_provider
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, make_vector, put
 
 
@@ -231,14 +232,14 @@ def test_a_query_of_another_model_or_size_is_refused(database: Database, source:
         search_songs(database, source, spec, make_vector(1, dimensions=spec.dimensions))
 
 
-def test_a_query_carries_the_instruction_that_documents_do_not() -> None:
+def test_a_query_is_asked_within_its_prompt() -> None:
     embedder = RecordingEmbedder()
-    vector = embed_query(embedder, "a storm at sea")
-    assert embedder.texts == [f"Instruct: {TASK}\nQuery:a storm at sea"]
+    vector = embed_query(embedder, "{query} at sea", "Q: {query}?")
+    assert embedder.texts == ["Q: {query} at sea?"]
     assert (vector.shape, vector.dtype, embedder.closed) == ((DIMENSIONS,), np.float32, True)
 
 
-def test_offline_a_query_is_its_words_alone() -> None:
+def test_without_a_prompt_a_query_is_its_words_alone() -> None:
     offline = OfflineEmbedder(64)
     expected = asyncio.run(offline.generate_embeddings_batch(["a storm at sea"])).embeddings[0]
     np.testing.assert_array_equal(embed_query(offline, "a storm at sea"), expected)
@@ -249,3 +250,54 @@ def test_an_embedder_that_fails_is_closed_too() -> None:
     with pytest.raises(ProviderError, match="the key is wrong"):
         embed_query(embedder, "a storm at sea")
     assert embedder.closed
+
+
+@pytest.fixture
+def begin(
+    database: Database, provider: Provider, songs: Callable[..., None], tmp_path: Path
+) -> Callable[..., Deployment]:
+    """Begins a search, with some settings, of a table of three songs by the provider's model."""
+    songs(*((song_id, f"Tune {song_id}", "Ann", "la") for song_id in range(1, 4)))
+    deployment = deploy(database, provider, tmp_path / "store")
+    deployment.export()
+    deployment.filler().fill_ranges(deployment.held_ranges(), lambda _: None)
+    deployment.publish()
+    return lambda server=provider, **settings: deploy(database, server, tmp_path / "store", **settings)
+
+
+TABLE_MODEL = "fireworks/qwen3-embedding-8b"
+MINILM = "all-minilm"
+
+
+def test_another_server_for_which_the_settings_are_right_is_named_with_the_tables_model(
+    begin: Callable[..., Deployment],
+) -> None:
+    with running_provider(model=MINILM, native_dimensions=384) as other:
+        searching = begin(other, embedding_model=MINILM, embedding_dimensions=384)
+        with pytest.raises(TableMismatchError) as refusal:
+            searching.embed_query("waves")
+    for words in (
+        f"vector(64) by '{TABLE_MODEL}'",
+        other.base_url,
+        f"'{MINILM}' (384)",
+        "songvec swap",
+        "answered 404",
+    ):
+        assert words in str(refusal.value)
+
+
+def test_another_server_that_answers_for_any_model_in_its_own_size_is_not_a_reason_to_change_the_dimensions(
+    begin: Callable[..., Deployment], provider: Provider
+) -> None:
+    provider.control(ignore_dimensions=True, native_dimensions=32)
+    with pytest.raises(TableMismatchError) as refusal:
+        begin().embed_query("waves")
+    for words in (f"vector(64) by '{TABLE_MODEL}'", provider.base_url, "vectors of another size than 64"):
+        assert words in str(refusal.value)
+    assert "SONGVEC_EMBEDDING_DIMENSIONS=32" not in str(refusal.value)
+
+
+def test_a_wrong_key_is_a_wrong_key(begin: Callable[..., Deployment]) -> None:
+    for settings in ({}, {"vector_type": "halfvec"}):
+        with pytest.raises(ProviderError, match="FIREWORKS_API_KEY"):
+            begin(fireworks_api_key="wrong", **settings).embed_query("waves")

@@ -1,0 +1,116 @@
+"""How the texts of a model's cache are made: the record beside its shards, and what a change of it would send again.
+
+`texts.json` in the model's folder is written by the first fill, and again when a fill may go on with other settings.
+When to add here: another setting that changes every text. Keep out: who confirms, and what a fill does range by range.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from songvec_assets.cache.marks import read_mark, write_mark
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.embedding.pricing import Estimate
+from songvec_assets.errors import ReembeddingError, StoreError
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.text import TextSpec
+
+
+class TextRecord(msgspec.Struct, frozen=True):
+    """What the last fill was configured with; the fields are those of TextSpec, and the prompt of queries."""
+
+    template: str
+    max_chars: int
+    document_prompt: str
+    query_prompt: str
+
+    @classmethod
+    def of(cls, spec: TextSpec, query_prompt: str) -> "TextRecord":
+        """The record of these settings."""
+        return cls(spec.template, spec.max_chars, spec.document_prompt, query_prompt)
+
+    @property
+    def spec(self) -> TextSpec:
+        """How songs became texts."""
+        return TextSpec(self.template, self.max_chars, self.document_prompt)
+
+
+def read_record(cache: ModelCache) -> TextRecord | None:
+    """The record of a model's cache; None: there is none, as in caches from before there were records.
+
+    Raises:
+        StoreError: it does not parse.
+    """
+    path = _path(cache)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=TextRecord)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise StoreError(
+            f"{path} does not parse ({error}), so it is not known how the cached texts were made: restore it, or set "
+            "SONGVEC_QUERY_PROMPT and SONGVEC_DOCUMENT_PROMPT to what they were, and remove it"
+        ) from error
+
+
+def write_record(cache: ModelCache, record: TextRecord) -> None:
+    """Write the record; one writer at a time."""
+    write_mark(_path(cache), record)
+
+
+def is_made_otherwise(cache: ModelCache, song_range: SongIdRange, spec: TextSpec) -> bool:
+    """Whether a range's cached texts were made with other settings, so far as that is recorded."""
+    if not cache.path_of(song_range).exists():
+        return False
+    mark = read_mark(cache.mark_of(song_range))
+    if mark is not None:
+        return mark.text != spec.identity
+    # its last fill was not completed
+    record = read_record(cache)
+    return record is not None and record.spec.identity != spec.identity
+
+
+def check_reembedding(
+    cache: ModelCache,
+    ranges: Sequence[SongIdRange],
+    spec: TextSpec,
+    estimate: Callable[[Sequence[SongIdRange]], Estimate],
+) -> None:
+    """Refuse to pay again for cached texts only because a setting makes other texts of the same songs.
+
+    Args:
+        cache: the model's shards.
+        ranges: to be filled.
+        spec: how songs are to become texts.
+        estimate: of what filling some ranges would send; called only where settings changed.
+
+    Raises:
+        ReembeddingError: says how many texts, and at what price.
+    """
+    changed = [song_range for song_range in ranges if is_made_otherwise(cache, song_range, spec)]
+    planned = estimate(changed) if changed else None
+    if planned is not None and planned.n_again:
+        raise ReembeddingError(
+            f"{planned.n_again:,} texts that are cached would be embedded again, for about ${planned.usd_again:,.4f}: "
+            f"{_name_changes(read_record(cache), spec)}. Nothing was sent. Set it back, or confirm it for one run with "
+            "`--confirm-reembedding`, or `confirm_reembedding` in the run config"
+        )
+
+
+def _name_changes(record: TextRecord | None, spec: TextSpec) -> str:
+    variables = {
+        "template": "SONGVEC_TEXT_TEMPLATE",
+        "max_chars": "SONGVEC_MAX_TEXT_CHARS",
+        "document_prompt": "SONGVEC_DOCUMENT_PROMPT",
+    }
+    changes = [
+        f"{variable} was {getattr(record, name)!r} and is {getattr(spec, name)!r}"
+        for name, variable in variables.items()
+        if record is not None and getattr(record, name) != getattr(spec, name)
+    ]
+    return ", ".join(changes) or f"{', '.join(variables.values())} are not as they were"
+
+
+def _path(cache: ModelCache) -> Path:
+    return cache.folder / "texts.json"

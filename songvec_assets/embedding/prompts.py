@@ -1,0 +1,51 @@
+"""What models want written before a query and before a document: the defaults by the model's family. Pure.
+
+A prompt is a text that holds `{query}`, or `{text}`, once. When to add here: a family whose model card asks for one.
+Keep out: what the user or a store says instead (see `Deployment.prompts`).
+
+Sources, as read in November 2026: the model cards of Qwen/Qwen3-Embedding-8B, intfloat/e5-large-v2,
+intfloat/multilingual-e5-large-instruct, Alibaba-NLP/gte-Qwen2-7B-instruct (a space after `Query:`, unlike Qwen3),
+BAAI/bge-large-en-v1.5, BAAI/bge-large-zh-v1.5 and nomic-ai/nomic-embed-text-v1.5. No prompt, by their cards:
+BAAI/bge-m3, the other GTE models, MiniLM, and OpenAI's text-embedding-3 and -ada-002.
+"""
+
+import re
+from dataclasses import dataclass
+
+TASK = "Given a description of a theme, a mood or a story, retrieve songs whose lyrics match it"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a model is given.
+
+    Attributes:
+        query: holds `{query}` once; alone, the query is sent as it is.
+        document: the same of `{text}`, a song's text.
+    """
+
+    query: str = "{query}"
+    document: str = "{text}"
+
+
+NO_PROMPTS = Prompts()
+
+# the first that is found in the name; servers add an organisation before it, and a tag or a format after it
+_FAMILIES = {
+    r"qwen3[-_ ]?embedding": Prompts(f"Instruct: {TASK}\nQuery:{{query}}"),
+    r"\be5[-_].*instruct|gte[-_]qwen.*instruct": Prompts(f"Instruct: {TASK}\nQuery: {{query}}"),
+    r"\be5[-_](small|base|large)": Prompts("query: {query}", "passage: {text}"),
+    r"bge[-_](small|base|large)[-_]zh": Prompts("为这个句子生成表示以用于检索相关文章：{query}"),
+    r"bge[-_](small|base|large)": Prompts("Represent this sentence for searching relevant passages: {query}"),
+    r"nomic[-_]embed[-_]text": Prompts("search_query: {query}", "search_document: {text}"),
+}
+
+
+def default_prompts(model: str) -> Prompts:
+    """The prompts of the family that a model's name shows; none for a name that shows none."""
+    return next((prompts for name, prompts in _FAMILIES.items() if re.search(name, model.lower())), NO_PROMPTS)
+
+
+def fill_query(prompt: str, query: str) -> str:
+    """What is sent for a query."""
+    return prompt.replace("{query}", query)
