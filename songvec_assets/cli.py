@@ -372,7 +372,8 @@ def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:
     from songvec_assets.vectors.search import check_searchable, embed_query, search_songs
 
     check_searchable(deployment.database, deployment.table_spec)
-    vector = embed_query(deployment.embedder(), query)
+    embedder = deployment.embedder(on_trouble=lambda words: err.print(words, style="yellow", markup=False))
+    vector = embed_query(embedder, query)
     hits = search_songs(deployment.database, deployment.source, deployment.table_spec, vector, limit)
     out.print(Text(f"“{query}”", style="bold"))
     out.print(hits_table(hits))

@@ -282,7 +282,7 @@ class Deployment:
     def embedder(
         self, estimator: TokenEstimator | None = None, on_trouble: Callable[[str], None] = lambda _: None
     ) -> Embedder:
-        """A new embedder; it belongs to one event loop."""
+        """A new embedder; it belongs to one event loop. `on_trouble` is notified of bad answers and of long waits."""
         each = self.settings
         if each.offline:
             return OfflineEmbedder(each.embedding_dimensions)
@@ -300,6 +300,7 @@ class Deployment:
             stop=self.stop,
             estimator=estimator,
             on_trouble=on_trouble,
+            truncate=each.truncate,
         )
 
     def filler(

@@ -61,6 +61,7 @@ class FireworksResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     base_url: str | None = _setting("FIREWORKS_BASE_URL")
     embedding_model: str | None = _setting("SONGVEC_EMBEDDING_MODEL")
     embedding_dimensions: int | None = _setting("SONGVEC_EMBEDDING_DIMENSIONS")
+    truncate: bool | None = _setting("SONGVEC_TRUNCATE")
     requests_per_minute: int | None = _setting("SONGVEC_REQUESTS_PER_MINUTE")
     tokens_per_minute: int | None = _setting("SONGVEC_TOKENS_PER_MINUTE")
     max_request_texts: int | None = _setting("SONGVEC_MAX_REQUEST_TEXTS")
