@@ -198,7 +198,7 @@ class Filler:
     def _postage(self) -> Postage:
         slots = asyncio.Semaphore(self.concurrency)
         shared = self._embedder, self.quota, self.budget, self.estimator, slots
-        return Postage(*shared, self._check_halted, self._note_error, self.server)
+        return Postage(*shared, self._check_halted, self._note_error, self.server, self._tell_trouble)
 
     def _note_error(self, error: Exception) -> None:
         """Let no further request start where going on is pointless: one range may fail for what is in it."""
