@@ -393,7 +393,7 @@ def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:
     from songvec_assets.defs.tables import hits_table
     from songvec_assets.vectors.search import search_songs
 
-    vector = deployment.embed_query(query)
+    vector = deployment.embed_query(query, on_trouble=lambda words: err.print(words, style="yellow", markup=False))
     hits = search_songs(deployment.database, deployment.source, deployment.as_loaded().table_spec, vector, limit)
     out.print(Text(f"“{query}”", style="bold"))
     out.print(hits_table(hits))

@@ -316,7 +316,7 @@ class Deployment:
     def embedder(
         self, estimator: TokenEstimator | None = None, on_trouble: Callable[[str], None] = lambda _: None
     ) -> Embedder:
-        """A new embedder; it belongs to one event loop."""
+        """A new embedder; it belongs to one event loop. `on_trouble` is notified of bad answers and of long waits."""
         each = self.settings
         if each.offline:
             return OfflineEmbedder(each.embedding_dimensions)
@@ -334,6 +334,7 @@ class Deployment:
             stop=self.stop,
             estimator=estimator,
             on_trouble=on_trouble,
+            truncate=each.truncate,
         )
 
     def filler(
@@ -435,8 +436,12 @@ class Deployment:
         )
         return replace(self, settings=settings)
 
-    def embed_query(self, query: str) -> NDArray[np.float32]:
+    def embed_query(self, query: str, on_trouble: Callable[[str], None] = lambda _: None) -> NDArray[np.float32]:
         """A query's vector, (dimensions,), by the model that searches find; see `as_loaded`.
+
+        Args:
+            query: in the words of who asks.
+            on_trouble: notified of what the server is waited for.
 
         Raises:
             TableMismatchError: nothing is loaded; or the table is of another model than the settings' or the server's.
@@ -445,7 +450,7 @@ class Deployment:
         asked = self.as_loaded()
         check_searchable(asked.database, asked.table_spec)
         try:
-            return embed_query(asked.embedder(), query, asked.prompts.query)
+            return embed_query(asked.embedder(on_trouble=on_trouble), query, asked.prompts.query)
         except ProviderError as error:
             mismatch = check_server(asked.table_spec, self.table_spec, self.server, error)
             raise mismatch or error from None

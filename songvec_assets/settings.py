@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from songvec_assets.errors import SettingsError
 
@@ -142,6 +142,10 @@ class Settings:
     document_prompt: str | None = _setting(
         "SONGVEC_DOCUMENT_PROMPT", _prompt("{text}"),
         "The same of a song's text, such as `passage: {text}`; a change embeds all again, once it is confirmed",
+    )  # fmt: skip
+    truncate: bool | None = _setting(
+        "SONGVEC_TRUNCATE", _yes_or_no,
+        "Whether vectors of more values than that are cut; unset: of models known to be trained for it (Matryoshka)",
     )  # fmt: skip
     requests_per_minute: int = _setting(
         "SONGVEC_REQUESTS_PER_MINUTE", _whole(1, _MANY), "The provider's request quota, over all processes",
@@ -299,14 +303,7 @@ class Settings:
                 "point FIREWORKS_BASE_URL at a server that needs none, or ask for offline vectors by name with "
                 f"SONGVEC_EMBEDDING_MODEL={OFFLINE_MODEL}"
             )
-        if "@" in urlsplit(self.fireworks_base_url).netloc:
-            raise SettingsError(
-                "FIREWORKS_BASE_URL holds a user or password, which logs would show: use FIREWORKS_API_KEY"
-            )
-        if urlsplit(self.fireworks_base_url).scheme not in ("http", "https"):
-            raise SettingsError(
-                f"FIREWORKS_BASE_URL must begin with http:// or https://, got {self.fireworks_base_url!r}"
-            )
+        _check_base_url(self.fireworks_base_url)
 
     @property
     def offline(self) -> bool:
@@ -327,6 +324,36 @@ class Settings:
     def model(self) -> str:
         """The model's name in cache, ledger and table."""
         return OFFLINE_MODEL if self.offline else self.embedding_model
+
+
+_ENDPOINTS = ("/embeddings", "/chat/completions", "/completions", "/models")
+
+
+def _check_base_url(url: str) -> None:
+    """Raise SettingsError for a URL that cannot be the root of an API; where it is to be seen, with the right one."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        raise SettingsError("FIREWORKS_BASE_URL holds a user or password, which logs would show: use FIREWORKS_API_KEY")
+    if parts.scheme not in ("http", "https"):
+        raise SettingsError(f"FIREWORKS_BASE_URL must begin with http:// or https://, got {url!r}")
+    try:
+        has_host = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is none
+        has_host = False
+    if not has_host:
+        raise SettingsError(f"FIREWORKS_BASE_URL names no host, or no port that can be, got {url!r}")
+    if parts.query or parts.fragment:
+        raise SettingsError(
+            f"FIREWORKS_BASE_URL must end with its path, without ? and #: set "
+            f"{urlunsplit(parts._replace(query='', fragment=''))}, or a gateway that adds what stands behind"
+        )
+    path = parts.path.rstrip("/")
+    for endpoint in _ENDPOINTS:
+        if path.endswith(endpoint):
+            right = urlunsplit(parts._replace(path=path.removesuffix(endpoint)))
+            raise SettingsError(
+                f"FIREWORKS_BASE_URL ends in {endpoint}, which is added to it: set FIREWORKS_BASE_URL={right}"
+            )
 
 
 def read_setting(setting: "Field[Any]", environment: Mapping[str, str]) -> Any:

@@ -100,7 +100,7 @@ class Filler:
         cache: the model's shards.
         spec: how songs become texts.
         embedder_factory: makes what makes the vectors; called once, in the event loop, when a first text must be sent.
-            Its argument hears of every bad answer.
+            Its argument is notified of every bad answer, and of long waits for the first.
         quota: limits of a request.
         budget: stops before the request that would exceed it.
         estimator: of tokens; the embedder corrects it.
@@ -203,7 +203,7 @@ class Filler:
     def _postage(self) -> Postage:
         slots = asyncio.Semaphore(self.concurrency)
         shared = self._embedder, self.quota, self.budget, self.estimator, slots
-        return Postage(*shared, self._check_halted, self._note_error, self.server)
+        return Postage(*shared, self._check_halted, self._note_error, self.server, self._tell_trouble)
 
     def _note_error(self, error: Exception) -> None:
         """Let no further request start where going on is pointless: one range may fail for what is in it."""
@@ -312,6 +312,7 @@ class Filler:
 
     def count_answer(self, n_songs: int, batch: EmbeddingBatch) -> None:
         """Take in that the provider answered with vectors for so many songs, and after how many bad answers."""
+        self._n_retries += batch.n_retries
         self._n_limited += batch.n_limited
         self.proven = self.proven or n_songs > 0
 
@@ -321,7 +322,6 @@ class Filler:
         self._tell(song_range.key)
 
     def _tell_trouble(self, words: str) -> None:
-        self._n_retries += 1
         self._tell(words, is_trouble=True)
 
     def _tell(self, what: str, is_trouble: bool = False) -> None:

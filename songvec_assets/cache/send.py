@@ -12,7 +12,8 @@ from typing import Protocol
 
 from songvec_assets.cache.plan import Text
 from songvec_assets.cache.shards import Shard, write_embeddings_to_file
-from songvec_assets.embedding.batching import bisect, pack_requests
+from songvec_assets.embedding.answers import hinted_texts
+from songvec_assets.embedding.batching import LearnedLimits, bisect, pack_requests
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.client import Embedder, Watch
 from songvec_assets.embedding.health import ServerHealth
@@ -35,6 +36,12 @@ _N_BAD_ALONE = 3
 _GROWTH = 1.1
 """By which requests grow again with each answer, after one took too long."""
 _BUDGET_POLL_S = 0.05
+_LEAST_HINT = 8
+"""Texts per request that a server's words may hint at, at least: real limits begin at 10 (DashScope)."""
+
+
+class _OutgrownError(Exception):
+    """A limit was learned while the request waited for its place: it is divided, and was not sent."""
 
 
 class Tally(Protocol):
@@ -66,8 +73,9 @@ class Postage:
         check_halted: raises where no further request may start.
         on_error: notified of each request's error at once.
         server: that is asked; the reason of a rejection begins with it, so that another server is asked again.
+        on_learned: notified of a limit of the server.
         health: of the server.
-        max_bytes: of a request; smaller, once the provider has found one too large.
+        limits: of a request, as the server was found to have them; for all ranges of the run.
         slow_bytes: of a request; smaller, once one took too long, and larger with each answer since.
         n_refused_in_a_row: texts that were refused since one was accepted, in any range.
         n_reserved: payments that hold a share of the budget and do not wait for more.
@@ -82,16 +90,19 @@ class Postage:
     check_halted: Callable[[], None]
     on_error: Callable[[Exception], None]
     server: str
+    on_learned: Callable[[str], None]
     health: ServerHealth = field(default_factory=ServerHealth)
-    max_bytes: float = math.inf
+    limits: LearnedLimits = field(default_factory=LearnedLimits)
     slow_bytes: float = math.inf
     n_refused_in_a_row: int = 0
     n_reserved: int = 0
     n_settled: int = 0
 
-    def n_bytes_allowed(self) -> float:
-        """What a request may hold now, as far as tokens and the provider's limits are known."""
-        return min(self.estimator.n_bytes(self.quota.max_request_tokens), self.max_bytes, self.slow_bytes)
+    def next_request(self) -> tuple[float, float]:
+        """Texts and bytes that the next request may hold, as far as tokens and the server's limits are known."""
+        n_texts, n_bytes = self.limits.next_request()
+        most_bytes = self.estimator.n_bytes(self.quota.max_request_tokens)
+        return min(self.quota.max_request_texts, n_texts), min(most_bytes, n_bytes, self.slow_bytes)
 
     def count_accepted(self, n_texts: int) -> None:
         """So many texts got their vectors in one answer."""
@@ -129,9 +140,7 @@ class RangeSender:
         Raises:
             SongvecError: the first thing that went wrong, when nothing is on its way any more.
         """
-        pieces = pack_requests(
-            [each.n_bytes for each in texts], self.postage.quota.max_request_texts, self.postage.n_bytes_allowed
-        )
+        pieces = pack_requests([each.n_bytes for each in texts], self.postage.next_request)
         sending: list[asyncio.Task[None]] = []
         while True:
             await self.postage.slots.acquire()
@@ -188,8 +197,11 @@ class RangeSender:
         Returns:
             Whether all texts were accepted.
         """
-        payment = _Payment(self, sum(self.postage.estimator.estimate(each.n_bytes for each in texts)), is_part)
+        if self.is_too_large(texts):
+            return await self._send_in_turn(texts, n_bad_before, is_part)
+        payment = _Payment(self, texts, sum(self.postage.estimator.estimate(each.n_bytes for each in texts)), is_part)
         refusal: RequestRefusedError | None = None
+        batch: EmbeddingBatch | None = None
         n_songs, bad, asked_at = 0, list(texts), time.monotonic()
         try:
             # before anything goes, the provider's probe included
@@ -200,18 +212,32 @@ class RangeSender:
             bad = [texts[row] for row in batch.bad]
             async with self._writing:
                 n_songs = await asyncio.to_thread(_store, self.shard, texts, batch)
+            self.postage.limits.count_accepted(len(texts), sum(each.n_bytes for each in texts))
         except RequestRefusedError as error:
             refusal = error
+        except _OutgrownError:
+            batch = None
         finally:
             # after the answer is stored: what goes wrong here must not cost it
             self.tally.count_tokens(payment.n_billed)
             await payment.settle()
         if refusal:
             return await self._divide(texts, refusal)
+        if batch is None:
+            return await self._send_in_turn(texts, n_bad_before, is_part)
         if len(bad) < len(texts):
             self.postage.count_accepted(len(texts) - len(bad))
         self.tally.count_answer(n_songs, batch)
         return not bad or await self._send_bad(bad, n_bad_before + 1, len(texts) == 1, asked_at)
+
+    def is_too_large(self, texts: Sequence[Text]) -> bool:
+        """Whether a request of these texts is known to be refused for its size."""
+        return self.postage.limits.are_exceeded_by(len(texts), sum(each.n_bytes for each in texts))
+
+    async def _send_in_turn(self, texts: Sequence[Text], n_bad_before: int, is_part: bool) -> bool:
+        """Send texts in requests of the size that the server takes, one after the other."""
+        pieces = pack_requests([each.n_bytes for each in texts], self.postage.next_request)
+        return all([await self._send_divided(texts[piece], n_bad_before, is_part) for piece in pieces])
 
     async def _send_bad(self, bad: Sequence[Text], n_bad: int, was_alone: bool, asked_at: float) -> bool:
         """Send again the texts that an answer had no vector for: all together, then halved, since one may spoil others.
@@ -248,14 +274,25 @@ class RangeSender:
         if len(texts) == 1:
             self._refuse(texts[0], str(refusal), is_refusal=not fails)
             return False
-        half_bytes = sum(each.n_bytes for each in texts) / 2
         if isinstance(refusal, RequestTooSlowError):
+            half_bytes = sum(each.n_bytes for each in texts) / 2
             self.postage.slow_bytes = min(self.postage.slow_bytes, half_bytes)
-        first, second = [await self._send_divided(half, is_part=fails) for half in bisect(texts)]
-        if type(refusal) is RequestTooLargeError and first and second:
-            # it was the size, and not one long text
-            self.postage.max_bytes = min(self.postage.max_bytes, half_bytes)
-        return first and second
+        limits, n_bytes = self.postage.limits, sum(each.n_bytes for each in texts)
+        hint = hinted_texts(str(refusal), len(texts)) or 0
+        parts: Sequence[Sequence[Text]] = bisect(texts)
+        if hint >= _LEAST_HINT and hint > limits.most_texts:
+            parts = [texts[start : start + hint] for start in range(0, len(texts), hint)]
+        all_accepted = all([await self._send_divided(part, is_part=fails) for part in parts])
+        if all_accepted and not isinstance(refusal, RequestTooSlowError):
+            # it was the size, and not one text
+            is_for_size = isinstance(refusal, RequestTooLargeError)
+            if limits.count_refused(len(texts), n_bytes, is_for_size):
+                self.postage.on_learned(
+                    f"{self.postage.server} refused a request of {len(texts):,} texts and {n_bytes:,} bytes, and took "
+                    f"its parts: from now on requests have up to {limits.most_texts:,} texts and {limits.most_bytes:,} "
+                    f"bytes, and grow slowly. Set SONGVEC_MAX_REQUEST_TEXTS={limits.most_texts} to begin so"
+                )
+        return all_accepted
 
     def _refuse(self, text: Text, reason: str, is_refusal: bool) -> None:
         """Take in that a text stands alone and got no vector; `is_refusal`: the provider said that it is the text.
@@ -304,6 +341,7 @@ class _Payment(Watch):
     """What one request has reserved of the budget and was billed, over all its tries."""
 
     sender: RangeSender
+    texts: Sequence[Text]
     n_tokens: int
     is_part: bool = False
     n_reserved: int = 0
@@ -330,6 +368,10 @@ class _Payment(Watch):
             await asyncio.sleep(_BUDGET_POLL_S)
         self.n_reserved += missing
         postage.n_reserved += 1
+
+    def check_size(self) -> None:
+        if self.sender.is_too_large(self.texts):
+            raise _OutgrownError
 
     async def before_send(self) -> None:
         await self.sender.check_sendable()

@@ -63,6 +63,7 @@ class FireworksResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     embedding_dimensions: int | None = _setting("SONGVEC_EMBEDDING_DIMENSIONS")
     query_prompt: str | None = _setting("SONGVEC_QUERY_PROMPT")
     document_prompt: str | None = _setting("SONGVEC_DOCUMENT_PROMPT")
+    truncate: bool | None = _setting("SONGVEC_TRUNCATE")
     requests_per_minute: int | None = _setting("SONGVEC_REQUESTS_PER_MINUTE")
     tokens_per_minute: int | None = _setting("SONGVEC_TOKENS_PER_MINUTE")
     max_request_texts: int | None = _setting("SONGVEC_MAX_REQUEST_TEXTS")

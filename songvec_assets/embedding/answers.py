@@ -5,6 +5,7 @@ Sources: the provider's documentation and issue threads, read in November 2026.
 
 import enum
 import math
+import re
 
 import msgspec
 
@@ -14,24 +15,36 @@ class Action(enum.Enum):
 
     RETRY = "try again, later and slower"
     STOP = "end the run: no request would fare better"
+    MOVED = "end the run: the key is not sent to another address than the one that was set"
     SHRINK = "divide this request, and make those that follow smaller"
     ISOLATE = "divide this request until the text that is refused stands alone"
 
 
 ACTIONS = {
+    301: Action.MOVED, 302: Action.MOVED, 303: Action.MOVED, 307: Action.MOVED, 308: Action.MOVED,
     400: Action.ISOLATE, 401: Action.STOP, 402: Action.STOP, 403: Action.STOP, 404: Action.STOP,
-    408: Action.RETRY, 409: Action.RETRY, 412: Action.STOP, 413: Action.SHRINK, 422: Action.ISOLATE,
-    429: Action.RETRY, 500: Action.RETRY, 502: Action.RETRY, 503: Action.RETRY, 504: Action.RETRY,
+    405: Action.STOP, 408: Action.RETRY, 409: Action.RETRY, 410: Action.STOP, 412: Action.STOP,
+    413: Action.SHRINK, 422: Action.ISOLATE, 429: Action.RETRY, 500: Action.RETRY, 501: Action.STOP,
+    502: Action.RETRY, 503: Action.RETRY, 504: Action.RETRY,
 }  # fmt: skip
 
+_WRONG_URL = "no embeddings are made at this URL: correct FIREWORKS_BASE_URL; that of most servers ends in /v1"
 _ADVICE = {
     401: "the key is wrong or revoked: set FIREWORKS_API_KEY",
     402: "billing: settle the provider's account",
     403: "the key may not use this model: check the account's permissions",
-    404: "the model is not served: serverless models get retired; see the provider's list, set SONGVEC_EMBEDDING_MODEL",
+    404: "the model is not served: serverless models get retired; see the provider's list, set "
+    "SONGVEC_EMBEDDING_MODEL. Or the URL is wrong: correct FIREWORKS_BASE_URL; that of most servers ends in /v1",
+    405: _WRONG_URL,
+    410: "the model was retired: see the provider's list, set SONGVEC_EMBEDDING_MODEL",
     412: "the account is suspended or over its monthly budget: see the provider's billing page",
+    501: _WRONG_URL,
 }
 _MAX_RETRY_AFTER_S = 600.0
+
+_LIMIT = re.compile(r"(?:max\w*|at most|up to|limit\w*|no more than|larger than|exceeds?|<=)\D{0,40}(\d{1,5})\b", re.I)
+"""Words of limits: TEI "batch size 33 > maximum allowed batch size 32", Gemini "at most 100 requests can be in one
+batch", DashScope "batch size is invalid, it should not be larger than 10" (read 2026-11)."""
 
 MAY_BE_BILLED = frozenset({408, 504, 524})
 """Statuses of a gateway that stopped waiting: the server behind it computes, and bills, the request all the same."""
@@ -72,8 +85,8 @@ def status_of(status: int, body: bytes) -> int:
 
 
 def action_for(status: int) -> Action:
-    """The action for a status; one that is not in the table is tried again from 500 on, and else ends the run."""
-    return ACTIONS.get(status, Action.RETRY if status >= 500 else Action.STOP)
+    """The action for a status; one that is not in the table is tried again: TEI answers 424 to a passing GPU error."""
+    return ACTIONS.get(status, Action.RETRY)
 
 
 def describe_answer(status: int, body: str, came_with: int) -> str:
@@ -81,6 +94,27 @@ def describe_answer(status: int, body: str, came_with: int) -> str:
     inside = "" if came_with == status else f", inside of a {came_with}"
     advice = _ADVICE.get(status)
     return f"answered {status}: {' '.join(body.split())[:300]}{inside}" + (f" ({advice})" if advice else "")
+
+
+def base_url_of(url: str) -> str | None:
+    """The base URL to set for a server whose embeddings are at `url`; None where no path of embeddings is there."""
+    path, _, rest = url.partition("?")
+    path = path.rstrip("/")
+    return path.removesuffix("/embeddings") if path.endswith("/embeddings") and not rest else None
+
+
+def hinted_texts(words: str, n_texts: int) -> int | None:
+    """How many texts a refusal says that a request may hold; a hint to try, since it may mean something else.
+
+    Args:
+        words: of the refusal.
+        n_texts: of the refused request.
+
+    Returns:
+        The smallest number behind a word such as "maximum" that is below `n_texts`; None where there is none.
+    """
+    named = [int(number) for number in _LIMIT.findall(words)]
+    return min((number for number in named if 0 < number < n_texts), default=None)
 
 
 def parse_retry_after(value: str) -> float | None:

@@ -9,21 +9,88 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
+_TRY_AFTER = 8
+"""Twice as many requests are accepted after the first refusal before a larger one is tried; then four times, …"""
 
-def pack_requests(n_bytes: Sequence[int], max_texts: int, max_bytes: Callable[[], float]) -> Iterator[slice]:
+
+class LearnedLimits:
+    """What a server was found to take in one request: from what it accepted, and what it refused for its size.
+
+    A refusal does not say whether the texts or the bytes were too many: both bind, until something that was accepted
+    tells them apart. Now and then a request is allowed to be larger than what was accepted, between that and what was
+    refused; after each such refusal less often.
+    """
+
+    def __init__(self) -> None:
+        self.most_texts = self.most_bytes = 0
+        self._refused: list[tuple[int, int]] = []
+        self._n_accepted = 0
+        self._try_after = _TRY_AFTER
+
+    def count_accepted(self, n_texts: int, n_bytes: int) -> None:
+        """A request of this size was accepted."""
+        self.most_texts, self.most_bytes = max(self.most_texts, n_texts), max(self.most_bytes, n_bytes)
+        self._n_accepted += 1
+
+    def count_refused(self, n_texts: int, n_bytes: int, is_for_size: bool) -> bool:
+        """A request was refused whose parts were all accepted.
+
+        Args:
+            n_texts, n_bytes: of the request.
+            is_for_size: whether the server said that it was the size.
+
+        Returns:
+            Whether it is the first to teach a limit.
+        """
+        if n_texts <= self.most_texts and n_bytes <= self.most_bytes:
+            if not is_for_size:  # as much was accepted: it passed by
+                return False
+            self.most_bytes = n_bytes // 2
+        self._n_accepted, self._try_after = 0, 2 * self._try_after
+        self._refused.append((n_texts, n_bytes))
+        return len(self._refused) == 1
+
+    def refused(self) -> tuple[float, float]:
+        """The texts and the bytes from which on requests are refused; infinite where that is not known."""
+        # as many texts were accepted: the bytes were too many; and the other way round
+        by_texts = [(n, size) for n, size in self._refused if n > self.most_texts and size <= self.most_bytes]
+        by_bytes = [(n, size) for n, size in self._refused if n <= self.most_texts]
+        n_least = min((n for n, _ in by_texts), default=math.inf)
+        least = min((size for _, size in by_bytes), default=math.inf)
+        unknown = [(n, size) for n, size in self._refused if n < n_least and size < least]
+        return min([n_least, *(n for n, _ in unknown)]), min([least, *(size for _, size in unknown)])
+
+    def are_exceeded_by(self, n_texts: int, n_bytes: int) -> bool:
+        """Whether a request of that size is known to be refused, and can be divided."""
+        n_refused, refused = self.refused()
+        return n_texts > 1 and (n_texts >= n_refused or n_bytes >= refused)
+
+    def next_request(self) -> tuple[float, float]:
+        """The texts and the bytes that the next request may hold; infinite where no limit is known."""
+        tries_more = self._n_accepted >= self._try_after and bool(self._refused)
+        if tries_more:
+            self._n_accepted = 0
+        (n_refused, refused), allowed = self.refused(), []
+        for most, bound in ((self.most_texts, n_refused), (self.most_bytes, refused)):
+            known = min(most, bound - 1)
+            allowed.append(bound if bound == math.inf else max(1, (known + bound) // 2 if tries_more else known))
+        return allowed[0], allowed[1]
+
+
+def pack_requests(n_bytes: Sequence[int], limits: Callable[[], tuple[float, float]]) -> Iterator[slice]:
     """Cut texts, in their order, into requests: as few as there must be, about equally full.
 
     Args:
         n_bytes: of each text.
-        max_texts: texts a request at most.
-        max_bytes: says, when a request is cut, how much it may hold at most; a text above that goes alone.
+        limits: gives, when a request is cut, the texts and the bytes that it may hold at most; a text above that goes
+            alone.
 
     Yields:
         Slices that cover all texts, none empty.
     """
     start, left = 0, sum(n_bytes)
     while start < len(n_bytes):
-        limit = max_bytes()
+        max_texts, limit = limits()
         n_requests = max(math.ceil(left / limit), math.ceil((len(n_bytes) - start) / max_texts))
         even, others_hold = left / n_requests, (n_requests - 1) * max_texts
         stop, size = start + 1, n_bytes[start]

@@ -5,21 +5,27 @@ when it may go in `limits`.
 """
 
 import asyncio
+import contextlib
 import random
+import socket
+import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, NoReturn, Protocol
+from urllib.parse import urljoin
 
 import aiohttp
 import httpx2
 import openai
 
 from songvec_assets.embedding.answers import (
+    ACTIONS,
     MAY_BE_BILLED,
     Action,
     action_for,
+    base_url_of,
     describe_answer,
     parse_retry_after,
     status_of,
@@ -58,7 +64,33 @@ MAX_ALIKE_OF_PART = 2
 BASE_TIMEOUT_S, TOKENS_PER_SECOND = 60.0, 200.0
 """A request is answered in time if a slow server could have computed it; after a time-out it gets twice as long."""
 MAX_TIMEOUT_S = 600.0
-_MATRYOSHKA_MODELS = ("qwen3-embedding",)
+FIRST_TIMEOUT_S = 600.0
+"""The first request of a process waits for as long: a server may load its model for it, and Ollama aborts the load when
+the client hangs up (its issue 8006)."""
+FIRST_NOTE_S, NOTE_EVERY_S = 3.0, 60.0
+"""When it is said that the first answer is waited for, and how often again."""
+CONNECT_TIMEOUT_S, FIRST_CONNECT_TIMEOUT_S = 30.0, 4.0
+"""Seconds that a connection may take; shorter before the first good answer, when the URL may be wrong."""
+FIRST_PATIENCE_S, FIRST_PATIENCE_CLOSED_S = 3.0, 12.0
+"""Before the first good answer, what a wrong URL or a server that is not there gives is tried again for as long; a port
+that is closed for a little longer, since the server may be starting."""
+MATRYOSHKA_MODELS = (
+    "qwen3-embedding", "gemini-embedding", "embeddinggemma", "text-embedding-3", "nomic-embed-text-v1.5",
+    "nomic-embed-text:v1.5", "nomic-embed-text-v2", "mxbai-embed-large", "snowflake-arctic-embed-l-v2",
+    "snowflake-arctic-embed-m-v2", "jina-embeddings-v3",
+)  # fmt: skip
+"""Parts of names of models whose cards say that they are trained for truncation (read 2026-11)."""
+_MAX_DIMENSIONS, _MAX_VECTOR_DIMENSIONS = 4000, 2000
+_ADVICE_UNREACHED = {
+    "dns": "the host's name does not resolve: correct FIREWORKS_BASE_URL",
+    "tls": "its certificate is not valid for this machine: correct the host in FIREWORKS_BASE_URL, or let the system "
+    "trust its authority (SSL_CERT_FILE)",
+    "no tls": "the server there does not speak TLS: FIREWORKS_BASE_URL begins with http://, or its port is another",
+    "closed": "nothing listens there: start the server, or correct host and port of FIREWORKS_BASE_URL",
+    "slow": "the host does not answer: correct FIREWORKS_BASE_URL, or see to the network",
+    "broken": "something listens there and hangs up: start the server, or correct FIREWORKS_BASE_URL",
+    "no http": "what listens there does not speak HTTP: correct the port of FIREWORKS_BASE_URL",
+}
 _REFUSALS = {Action.SHRINK: RequestTooLargeError, Action.ISOLATE: RequestRefusedError}
 _PROBE = ["probe"]
 _N_CHECKS = 3
@@ -79,6 +111,9 @@ class Watch:
 
     async def before_send(self) -> None:
         """Asked when nothing but this is between a try and its sending; raises to call it off."""
+
+    def check_size(self) -> None:
+        """Asked when a try has its place in flight, before its place in the quota; raises to call it off."""
 
     def count_spoilt(self, n_tokens: int) -> None:
         """Notified that a try may have been billed about so many tokens, and that there is no answer to use."""
@@ -155,6 +190,8 @@ class _Failure:
         sent: whether the request left: else no server saw it.
         may_be_billed: whether the server may have computed it.
         alone: of a time-out: whether nothing else was in flight.
+        first_patience_s: for how long it is tried again before there was any good answer; None: with patience.
+        advice: what to do about it then.
     """
 
     kind: str
@@ -164,6 +201,8 @@ class _Failure:
     sent: bool = True
     may_be_billed: bool = False
     alone: bool = False
+    first_patience_s: float | None = None
+    advice: str = ""
 
 
 _NO_WATCH = Watch()
@@ -192,7 +231,9 @@ class EmbeddingClient:
         concurrency: requests in flight at most; after time-outs fewer, until answers come.
         stop: once set, nothing more is sent or waited for; a request in flight is left to end.
         estimator: tells the limiter a request's tokens, and learns from what is billed.
-        on_trouble: told, at every bad answer, what it was and what is done about it.
+        on_trouble: notified, at every bad answer, of what it was and what is done about it; and that the first answer
+            takes long.
+        truncate: whether the model may be cut to fewer values; None: where it is known to be trained for it.
     """
 
     def __init__(
@@ -207,6 +248,7 @@ class EmbeddingClient:
         stop: StopSignal | None = None,
         estimator: TokenEstimator | None = None,
         on_trouble: Callable[[str], None] = lambda _: None,
+        truncate: bool | None = None,
     ) -> None:
         self.model = model
         self.dimensions = dimensions
@@ -216,11 +258,13 @@ class EmbeddingClient:
         self._stop = stop or StopSignal()
         self._estimator = estimator or TokenEstimator()
         self._on_trouble = on_trouble
+        self._truncate = truncate
         self._api = openai.AsyncOpenAI(
             base_url=base_url,
             api_key=api_key or "none",
             max_retries=0,  # the limiter must see every try
-            http_client=openai.DefaultAioHttpClient(),  # its parser is C: half the time per vector
+            # its parser is C: half the time per vector. A redirect would take the key to an address that nobody set
+            http_client=openai.DefaultAioHttpClient(follow_redirects=False),
         )
         # one answer at a time: several are no faster, and hold all their vectors
         self._decoder = ThreadPoolExecutor(1, "songvec-decode")
@@ -232,6 +276,7 @@ class EmbeddingClient:
         self._checking = asyncio.Lock()
         self._last_good_at = self._found_sick_at = float("-inf")
         self._failing_since: float | None = None
+        self._unreached_since: float | None = None
         self._newest_grant_at = self._limited_until = 0.0
         self._n_limited_in_a_row = 0
         self._probe_tokens = 0
@@ -338,13 +383,23 @@ class EmbeddingClient:
     def _check_size(self, n_values: int) -> None:
         if n_values == self.dimensions:
             return
-        may_truncate = any(name in self.model.lower() for name in _MATRYOSHKA_MODELS)
-        if n_values < self.dimensions or not may_truncate:
-            raise VectorSizeError(
-                f"expected vectors of {self.dimensions} values, model {self.model!r} gives {n_values}"
-                + ("" if n_values < self.dimensions else " and is not known to be trained for truncation")
-                + f": set SONGVEC_EMBEDDING_DIMENSIONS={n_values}"
+        is_known = any(name in self.model.lower() for name in MATRYOSHKA_MODELS)
+        if n_values > self.dimensions and (is_known if self._truncate is None else self._truncate):
+            return
+        cures = [f"set SONGVEC_EMBEDDING_DIMENSIONS={n_values}"] if n_values <= _MAX_DIMENSIONS else []
+        if n_values > _MAX_VECTOR_DIMENSIONS and cures:
+            cures[0] += " and SONGVEC_VECTOR_TYPE=halfvec"
+        if n_values > self.dimensions:
+            cures.append("set SONGVEC_TRUNCATE=yes if its makers say that it may be cut (Matryoshka)")
+        why = ""
+        if n_values > self.dimensions:
+            why = (
+                " and is not known to be trained for truncation" if self._truncate is None else " and is not to be cut"
             )
+        raise VectorSizeError(
+            f"expected vectors of {self.dimensions} values, model {self.model!r} gives {n_values}{why}: "
+            f"{', or '.join(cures)}"
+        )
 
     async def _request_patiently(
         self, texts: Sequence[str], dialect: _Dialect, watch: Watch, refuse_bad: bool = False
@@ -357,6 +412,7 @@ class EmbeddingClient:
             await watch.before_try()
             started = time.monotonic()
             outcome = await self._try_once(request, dialect, watch, refuse_bad)
+            self._note_contact(outcome, started)
             if isinstance(outcome, EmbeddingBatch):
                 return replace(outcome, n_retries=n_retries, n_limited=n_limited)
             if outcome.may_be_billed:
@@ -390,22 +446,25 @@ class EmbeddingClient:
         Raises:
             ProviderError: an answer that no further try makes better.
         """
-        timeout_s = min(MAX_TIMEOUT_S, self._window.stretch * (BASE_TIMEOUT_S + request.n_tokens / TOKENS_PER_SECOND))
+        usual_s = min(MAX_TIMEOUT_S, self._window.stretch * (BASE_TIMEOUT_S + request.n_tokens / TOKENS_PER_SECOND))
+        timeout_s = usual_s if self._has_answered else FIRST_TIMEOUT_S
         async with self._window.place(self._stop.check):
+            watch.check_size()
             grant = await self._next_grant(request.n_tokens)
             billed_tokens: int | None = 0
             try:
                 await watch.before_send()
                 billed_tokens = None
                 sent_at = time.monotonic()
-                outcome = await self._send_and_decode(request, dialect, timeout_s)
+                async with self._saying_that_it_waits():
+                    outcome = await self._send_and_decode(request, dialect, timeout_s)
                 now = time.monotonic()
                 if isinstance(outcome, _Failure):
                     if outcome.kind == _TIMEOUT:
                         outcome = self._narrow(outcome, sent_at, now)
                     billed_tokens = None if outcome.sent else 0
                 else:
-                    self._window.count_answer(now - sent_at, timeout_s)
+                    self._window.count_answer(now - sent_at, usual_s)
                     billed_tokens = outcome.n_tokens or None
             finally:
                 if billed_tokens is not None:  # what never left gives its place back
@@ -436,7 +495,8 @@ class EmbeddingClient:
         except openai.APIStatusError as error:
             # no cause is chained to what is raised below: the library's error holds the provider's words unredacted
             retry_after_s = parse_retry_after(error.response.headers.get("retry-after", ""))
-            return self._take_in_status(error.status_code, error.response.content, retry_after_s)
+            location = error.response.headers.get("location", "")
+            return self._take_in_status(error.status_code, error.response.content, retry_after_s, location)
         except TimeoutError:
             words = f"no whole answer within {timeout_s:.0f} s"
             return _Failure(_TIMEOUT, words, may_be_billed=True)
@@ -444,16 +504,25 @@ class EmbeddingClient:
             if status_of(200, answer) != 200:
                 return self._take_in_status(200, answer, None)
             # what is answered was billed, whatever of it came
-            return _Failure("malformed", self._redact(str(error)), may_be_billed=True)
-        except openai.APIConnectionError as error:
-            cause = error.__cause__
-            words = self._redact(str(cause or error) or type(cause or error).__name__)
-            # the transport names every broken connection a time-out of connecting: only aiohttp's own error tells one
-            # that was never made; what broke later, the server may have computed
-            sent = not isinstance(cause.__cause__ if cause else None, aiohttp.ClientConnectorError)
-            return _Failure("connection", words, sent=sent, may_be_billed=sent)
+            words = self._redact(str(error))
+            advice = "correct FIREWORKS_BASE_URL"
+            return _Failure("malformed", words, may_be_billed=True, first_patience_s=FIRST_PATIENCE_S, advice=advice)
+        except (openai.APIConnectionError, aiohttp.ClientError) as error:
+            # the transport names most broken connections a time-out of connecting: aiohttp's own error is the cause of
+            # its error, or comes through as it is where the transport knows no name for it
+            cause: BaseException = error
+            while cause.__cause__ and not isinstance(cause, aiohttp.ClientError):
+                cause = cause.__cause__
+            words = self._redact(str(cause) or type(cause).__name__)
+            kind, first_patience_s = _find_unreached(cause)
+            sent = kind in ("broken", "no http")
+            # what broke after the request was sent, the server may have computed
+            return _Failure(
+                "connection", words, sent=sent, may_be_billed=sent, first_patience_s=first_patience_s,
+                advice=_ADVICE_UNREACHED[kind],
+            )  # fmt: skip
 
-    def _take_in_status(self, status: int, body: bytes, retry_after_s: float | None) -> _Failure:
+    def _take_in_status(self, status: int, body: bytes, retry_after_s: float | None, location: str = "") -> _Failure:
         """What an answer that is an error means.
 
         Raises:
@@ -466,7 +535,24 @@ class EmbeddingClient:
             raise _REFUSALS[action](f"{self.base_url} {words}") from None
         if action is Action.STOP:
             raise ProviderError(f"{self.base_url} {words}") from None
-        return _Failure(f"status {meant}", words, meant, retry_after_s, may_be_billed=meant in MAY_BE_BILLED)
+        if action is Action.MOVED:
+            self._refuse_redirect(meant, self._redact(location))
+        # LM Studio answers 200 with an error of no status for a path that it does not have
+        is_strange = meant != status < 400 and meant == 500
+        first_patience_s = FIRST_PATIENCE_S if is_strange else FIRST_PATIENCE_CLOSED_S if meant < 500 else None
+        return _Failure(
+            f"status {meant}", words, meant, retry_after_s, may_be_billed=meant in MAY_BE_BILLED,
+            first_patience_s=None if meant in ACTIONS and not is_strange else first_patience_s,
+            advice="see what answers at FIREWORKS_BASE_URL",
+        )  # fmt: skip
+
+    def _refuse_redirect(self, status: int, location: str) -> NoReturn:
+        url = urljoin(f"{self.base_url.rstrip('/')}/embeddings", location)
+        moved_to = base_url_of(url)
+        advice = f"set FIREWORKS_BASE_URL={moved_to}" if moved_to else "correct FIREWORKS_BASE_URL"
+        raise ProviderError(
+            f"{self.base_url} answered {status}: it redirects to {url}, where the key was not sent: {advice}"
+        ) from None
 
     def _narrow(self, failure: _Failure, sent_at: float, now: float) -> _Failure:
         """Let fewer requests be in flight after a time-out, and say so."""
@@ -493,16 +579,63 @@ class EmbeddingClient:
         now = time.monotonic()
         # patience begins with the first bad answer after the last good one, of whichever request
         self._failing_since = now if self._failing_since is None else self._failing_since
-        failing_s = now - self._failing_since
-        if failing_s + wait_s > self._patience_s:
+        left_s = self._patience_s - (now - self._failing_since)
+        if self._unreached_since is not None and not self._has_answered:
+            first_left_s = (failure.first_patience_s or 0.0) - (now - self._unreached_since)
+            if wait_s > first_left_s:
+                self._give_up_first_contact(failure)
+            left_s = min(left_s, first_left_s)
+        if wait_s > left_s:
             raise ProviderUnavailableError(
                 f"{self.base_url} gave no good answer for {self._patience_s:g} s (SONGVEC_PATIENCE_S), last: "
                 f"{failure.words}. All that was paid for is kept: start the same command again later"
             )
-        self._on_trouble(
-            f"{failure.words}; next try in {wait_s:.0f} s, for {self._patience_s - failing_s:.0f} s at most"
-        )
+        self._on_trouble(f"{failure.words}; next try in {wait_s:.0f} s, for {left_s:.0f} s at most")
         await self._sleep(wait_s)
+
+    def _give_up_first_contact(self, failure: _Failure) -> NoReturn:
+        """Raise for a server that has given no good answer yet, and gives what a wrong URL gives."""
+        url = f"{self.base_url.rstrip('/')}/embeddings"
+        if failure.kind == "connection":
+            raise ProviderUnavailableError(
+                f"{url} cannot be reached: {failure.words} ({failure.advice}). All that was paid for is kept"
+            )
+        raise ProviderError(f"{url} gives no embeddings: {failure.words} ({failure.advice})")
+
+    @property
+    def _has_answered(self) -> bool:
+        """Whether there was a good answer to any request: the URL is right."""
+        return self._last_good_at > float("-inf")
+
+    def _note_contact(self, outcome: EmbeddingBatch | _Failure, started: float) -> None:
+        """Keep since when nothing but what a wrong URL gives has come."""
+        if isinstance(outcome, EmbeddingBatch) or outcome.first_patience_s is None:
+            self._unreached_since = None
+        elif self._unreached_since is None:
+            self._unreached_since = started
+
+    @contextlib.asynccontextmanager
+    async def _saying_that_it_waits(self) -> AsyncIterator[None]:
+        """Say within the block that the first answer is waited for, where it takes long."""
+
+        async def say() -> None:
+            await asyncio.sleep(FIRST_NOTE_S)
+            waited_s = FIRST_NOTE_S
+            while True:
+                self._on_trouble(
+                    f"waiting for {self.base_url}: no answer after {waited_s:.0f} s; to load a model may take minutes"
+                )
+                await asyncio.sleep(NOTE_EVERY_S)
+                waited_s += NOTE_EVERY_S
+
+        if self._has_answered:
+            yield
+            return
+        saying = asyncio.create_task(say())
+        try:
+            yield
+        finally:
+            saying.cancel()
 
     async def _decode(self, answer: bytes, n_texts: int, dialect: _Dialect) -> EmbeddingBatch:
         # base64 takes 5.3 bytes a value, numbers take 10 and more, whichever of them was asked for
@@ -538,13 +671,16 @@ class EmbeddingClient:
         return words.replace(self._api_key, "[key]") if self._api_key else words
 
     async def _send(self, body: bytes, timeout_s: float) -> bytes:
+        connect_s = CONNECT_TIMEOUT_S if self._has_answered else FIRST_CONNECT_TIMEOUT_S
+        # `pool` is the transport's limit of a name's look-up, too
+        times = httpx2.Timeout(timeout_s, connect=connect_s, pool=connect_s)
         # the library's own timeout is one of each read, which a server that drips never exceeds
         async with asyncio.timeout(timeout_s):
             response = await self._api.post(
                 "/embeddings",
                 cast_to=httpx2.Response,
                 content=body,
-                options={"headers": {"content-type": "application/json"}, "timeout": timeout_s},
+                options={"headers": {"content-type": "application/json"}, "timeout": times},
             )
             return response.content
 
@@ -555,3 +691,20 @@ class EmbeddingClient:
         while (left := end - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.2))
             self._stop.check()
+
+
+def _find_unreached(cause: BaseException) -> tuple[str, float]:
+    """Which of `_ADVICE_UNREACHED` a broken connection is, and for how long it is tried again at first."""
+    reason = cause.os_error if isinstance(cause, aiohttp.ClientConnectorError) else cause.__cause__
+    kinds: list[tuple[str, float, tuple[type[BaseException], ...]]] = [
+        ("dns", FIRST_PATIENCE_S, (aiohttp.ClientConnectorDNSError, socket.gaierror)),
+        ("tls", 0.0, (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError)),
+        ("no tls", 0.0, (aiohttp.ClientConnectorSSLError, ssl.SSLError)),
+        ("closed", FIRST_PATIENCE_CLOSED_S, (aiohttp.ClientConnectorError,)),
+        ("slow", FIRST_PATIENCE_S, (aiohttp.ConnectionTimeoutError,)),
+        ("no http", FIRST_PATIENCE_S, (aiohttp.ClientResponseError, aiohttp.InvalidURL)),
+    ]
+    for kind, first_patience_s, types in kinds:
+        if isinstance(cause, types) or isinstance(reason, types):
+            return kind, first_patience_s
+    return "broken", FIRST_PATIENCE_CLOSED_S

@@ -53,8 +53,8 @@ class _Request(msgspec.Struct, omit_defaults=True):
 
 
 class _Item(msgspec.Struct):
-    index: int
     embedding: msgspec.Raw
+    index: int | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -102,7 +102,7 @@ def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
         if nulled == body:
             raise MalformedResponseError(f"expected an embeddings response, got {body[:80]!r}: {error}") from error
         return decode_response(nulled, n_texts)
-    order = [item.index for item in response.data]
+    order = _fill_in([item.index for item in response.data], n_texts)
     if not order or sorted(order) != list(range(n_texts)):
         raise MalformedResponseError(f"expected each index from 0 to {n_texts - 1} once, got {_shorten(order)}")
     values = [memoryview(item.embedding) for item in response.data]
@@ -146,6 +146,19 @@ def truncate_vectors(embeddings: Float32Matrix, dimensions: int) -> Float32Matri
     cut = embeddings[:, :dimensions]
     norms: Float32Matrix = np.linalg.norm(cut, axis=1, keepdims=True)
     return np.ascontiguousarray(cut / norms, dtype=np.float32)
+
+
+def _fill_in(named: list[int | None], n_texts: int) -> list[int]:
+    """The index of each item; -1 where it is not named and does not follow.
+
+    Where none is named, items are in the order of the texts. Where one is missing, it is the one that no item has.
+    """
+    n_missing = named.count(None)
+    if n_missing == len(named) == n_texts:
+        return list(range(n_texts))
+    left = {*range(n_texts)} - {*named}
+    missing = left.pop() if n_missing == len(left) == 1 else -1
+    return [missing if index is None else index for index in named]
 
 
 def _decode_base64(value: memoryview) -> NDArray[np.float32] | None:

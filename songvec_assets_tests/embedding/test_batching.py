@@ -16,13 +16,13 @@ MAX_BYTES = st.integers(1, 100)
 
 def pack(n_bytes: list[int], max_texts: int, max_bytes: float) -> list[list[int]]:
     """The sizes in each request."""
-    return [n_bytes[request] for request in pack_requests(n_bytes, max_texts, lambda: max_bytes)]
+    return [n_bytes[request] for request in pack_requests(n_bytes, lambda: (max_texts, max_bytes))]
 
 
 @PROFILE
 @given(N_BYTES, MAX_TEXTS, MAX_BYTES)
 def test_requests_cover_all_texts_once_and_in_their_order(n_bytes, max_texts, max_bytes):
-    requests = list(pack_requests(n_bytes, max_texts, lambda: max_bytes))
+    requests = list(pack_requests(n_bytes, lambda: (max_texts, max_bytes)))
     positions = range(len(n_bytes))
     assert [position for request in requests for position in positions[request]] == list(positions)
     assert all(len(positions[request]) > 0 for request in requests)
@@ -68,7 +68,7 @@ def test_where_the_number_of_texts_binds_there_are_no_more_requests_than_there_m
 def test_a_request_ends_where_the_next_text_would_break_a_limit_or_at_its_equal_share(n_bytes, max_texts, max_bytes):
     """Else a large catalogue would be sent in many more requests than it needs."""
     left, n_left = sum(n_bytes), len(n_bytes)
-    for request in pack_requests(n_bytes, max_texts, lambda: max_bytes):
+    for request in pack_requests(n_bytes, lambda: (max_texts, max_bytes)):
         texts, after = n_bytes[request], n_bytes[request.stop : request.stop + 1]
         n_requests = max(math.ceil(left / max_bytes), math.ceil(n_left / max_texts))
         full = len(texts) == max_texts or sum(texts + after) > max_bytes
@@ -80,11 +80,11 @@ def test_the_limit_is_asked_for_anew_before_each_request():
     """What a token is in bytes is learnt while requests are answered."""
     asked = []
 
-    def max_bytes():
+    def limits():
         asked.append(len(asked))
-        return 10 if len(asked) < 3 else 20
+        return 100, 10 if len(asked) < 3 else 20
 
-    assert [request.stop - request.start for request in pack_requests([5] * 12, 100, max_bytes)] == [2, 2, 4, 4]
+    assert [request.stop - request.start for request in pack_requests([5] * 12, limits)] == [2, 2, 4, 4]
     assert len(asked) == 4
 
 

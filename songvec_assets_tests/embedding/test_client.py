@@ -45,12 +45,17 @@ DIMENSIONS = 64
 # what facts/provider.md says of each status, written down apart from the package's own table
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
 REFUSED = (400, 413, 422)
+UNKNOWN = (418, 424, 520)
+MOVED = (301, 302, 303, 307, 308)
 ADVICE = {
     401: "FIREWORKS_API_KEY",
     402: "billing",
     403: "permissions",
     404: "SONGVEC_EMBEDDING_MODEL",
+    405: "FIREWORKS_BASE_URL",
+    410: "retired",
     412: "suspended or over its monthly budget",
+    501: "FIREWORKS_BASE_URL",
 }
 
 Connect = Callable[..., EmbeddingClient]
@@ -401,17 +406,17 @@ def test_the_estimator_learns_from_what_is_billed(connect: Connect) -> None:
 
 
 def test_every_status_of_the_table_is_tested_here() -> None:
-    assert {*RETRIED, *REFUSED, *ADVICE} == set(ACTIONS)
+    assert {*RETRIED, *REFUSED, *MOVED, *ADVICE} == set(ACTIONS)
 
 
-@pytest.mark.parametrize("status", [*ACTIONS, 418, 520])
+@pytest.mark.parametrize("status", [*sorted({*ACTIONS} - {*MOVED}), *UNKNOWN])
 def test_each_status_does_what_the_facts_say_of_it(connect: Connect, provider: Provider, status: int) -> None:
     """Those that are tried again succeed afterwards; the others raise after the probe and one request."""
     body = {"error": {"message": "told words", "code": "TOLD"}}
     rule = {"status": status, "count": 2, "after": 2, "retry_after_s": 0, "body": body}
     provider.control(statuses=[rule])
     client = connect()
-    if status in RETRIED or status == 520:
+    if status in RETRIED + UNKNOWN:
         (batch,) = embed(client, TEXTS)
         assert_vectors(batch)
         assert batch.n_retries == 2
@@ -669,7 +674,7 @@ def test_a_larger_request_has_more_time(connect: Connect) -> None:
     embed(client, ["x" * 40_000])
     assert isinstance(client, HastyClient)
     [probe_s, large_s] = client.timeouts
-    assert probe_s == pytest.approx(60, abs=0.1)
+    assert probe_s == 600, "a server may load its model for the first request"
     assert large_s == pytest.approx(60 + 10_000 / 200, rel=0.1)
 
 

@@ -163,6 +163,33 @@ def test_good_vectors_are_kept_where_the_token_count_is_null():
     assert decode_response(body_of([(0, [1.0])], usage={"prompt_tokens": None}), 1).n_tokens == 0
 
 
+@pytest.mark.parametrize(
+    ("named", "order"),
+    [
+        ([None, 1, 2], [0, 1, 2]),
+        ([2, None, 1], [2, 0, 1]),
+        ([0, 1, None], [0, 1, 2]),
+        ([None, None, None], [0, 1, 2]),
+        ([None], [0]),
+    ],
+    ids=str,
+)
+def test_an_index_that_is_left_out_is_the_one_that_no_other_has(named, order):
+    """Gemini leaves out what is 0; where none is named, the vectors are in the order of the texts."""
+    data = [
+        {"embedding": [1.0 + place]} | ({} if index is None else {"index": index}) for place, index in enumerate(named)
+    ]
+    batch = decode_response(json.dumps({"data": data}).encode(), len(named))
+    assert [batch.embeddings[index, 0] for index in order] == [1.0 + place for place in range(len(named))]
+
+
+@pytest.mark.parametrize("named", [[None, None, 2], [None, 0, 0], [None, 3, 1], [None, 1], [None, -1, 1]], ids=str)
+def test_indexes_that_are_left_out_and_do_not_follow_are_refused(named):
+    data = [{"embedding": [1.0]} | ({} if index is None else {"index": index}) for index in named]
+    with pytest.raises(MalformedResponseError, match="each index from 0 to 2 once"):
+        decode_response(json.dumps({"data": data}).encode(), 3)
+
+
 @PROFILE
 @given(st.integers(1, 6), st.lists(st.integers(-2, 8), max_size=8))
 def test_an_index_that_is_missing_twice_or_foreign_is_refused(n_texts, order):
@@ -233,7 +260,6 @@ def test_a_number_that_float32_does_not_hold_makes_a_bad_vector(number):
         b"\xff\xfe",
         b'{"data": null}',
         b'{"data": []}',
-        b'{"data": [{"embedding": [1.0]}]}',
         b'{"data": [{"index": 0}]}',
         b'{"data": [{"index": "0", "embedding": [1.0]}]}',
         b'{"data": [{"index": 0, "embedding": {}}]}',

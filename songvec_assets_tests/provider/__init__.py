@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from .modes import MODES
 from .vectors import count_tokens, digest_of, vector_of
 
 __all__ = ["Provider", "count_tokens", "digest_of", "running_provider", "vector_of"]
@@ -36,15 +37,17 @@ class Provider:
     api_key: str
     pid: int
 
-    def control(self, **faults: Any) -> None:
-        """Replace all faults by these (fields of `faults.Faults`); none: behave well.
+    def control(self, mode: str | None = None, **faults: Any) -> None:
+        """Replace all faults by those of a real server (`modes.MODES`), and these (fields of `faults.Faults`).
+
+        None: behave well.
 
         Counts, draws and the quota's window begin anew.
 
         Raises:
             ValueError: a fault is unknown or has a wrong value.
         """
-        self._ask("PUT", "/control", json.dumps(faults))
+        self._ask("PUT", "/control", json.dumps((MODES[mode].faults if mode else {}) | faults))
 
     def ledger(self) -> dict[str, Any]:
         """What was asked and billed since the last reset; see `ledger.Ledger.figures`."""

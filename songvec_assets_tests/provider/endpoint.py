@@ -78,6 +78,8 @@ class Endpoint:
         plan, faults = self.plan, self.plan.faults
         if faults.reset_when == "before" and plan.happens(faults.reset):
             return Answer(0, b"", delivery="reset")
+        if strange := _answer_strangely(faults):
+            return strange
         if headers.get("authorization") != self._authorization:
             raise RefusedError(401, "The API key you provided is invalid.")
         if told := plan.next_status():
@@ -106,24 +108,33 @@ class Endpoint:
         usage = b'{"prompt_tokens":%d,"total_tokens":%d}' % (n_tokens, n_tokens)
         envelope = b'{"object":"list","data":[%b],"model":%b,"usage":%b}'
         response = envelope % (b",".join(items), msgspec.json.encode(request.model), usage)
-        if plan.happens(faults.truncate):
-            return Answer(200, response, headroom, "truncate")
-        return Answer(200, response, headroom, "stall" if plan.happens(faults.stall) else "whole")
+        is_cut = plan.happens(faults.truncate)
+        delivery: Literal["truncate", "stall", "whole"] = (
+            "truncate" if is_cut else "stall" if plan.happens(faults.stall) else "whole"
+        )
+        return Answer(200, response, headroom, delivery)
 
     def _check_form(self, request: EmbeddingsRequest, faults: Faults) -> int:
         """The number of dimensions to answer with."""
-        if request.model not in self._models:
+        if request.model not in ({faults.model} if faults.model else self._models):
             raise RefusedError(404, {"error": _MISSING})
         if faults.refuse_base64 and request.encoding_format == "base64":
             raise RefusedError(400, "Extra inputs are not permitted, field: 'encoding_format'")
         if faults.refuse_dimensions and request.dimensions is not None:
-            raise RefusedError(400, "Extra inputs are not permitted, field: 'dimensions'")
+            raise RefusedError(400, faults.refuse_dimensions_words.format(model=request.model))
         native = faults.native_dimensions
         if request.dimensions is None or faults.ignore_dimensions:
             return native
         if not MIN_DIMENSIONS <= request.dimensions <= native:
             raise RefusedError(400, f"dimensions must be between {MIN_DIMENSIONS} and {native}")
         return request.dimensions
+
+
+def _answer_strangely(faults: Faults) -> Answer | None:
+    """What a server answers that makes no embeddings at this path."""
+    if faults.redirect is not None:
+        return Answer(301, b"", {"location": faults.redirect})
+    return None if faults.page is None else Answer(200, faults.page.encode())
 
 
 def _names(text: str, words: list[str]) -> bool:
@@ -134,6 +145,9 @@ def _check_texts(texts: list[str], n_tokens: int, faults: Faults) -> Answer | No
     """What is answered instead of vectors, where that is no plain refusal."""
     if not 1 <= len(texts) <= MAX_TEXTS:
         raise RefusedError(400, f"input must hold 1 to {MAX_TEXTS} texts, not {len(texts)}")
+    if faults.max_texts and len(texts) > faults.max_texts:
+        words = faults.max_texts_words.format(n=len(texts), most=faults.max_texts)
+        raise RefusedError(faults.max_texts_status, words)
     if not all(texts):
         raise RefusedError(400, "input must not hold an empty text")
     if n_tokens > faults.max_request_tokens:
@@ -176,8 +190,11 @@ def _compute_items(
     indexes = list(range(len(encoded)))
     if spoil == "duplicate_index":
         indexes[victim] = indexes[victim - 1]
-    item = b'{"object":"embedding","index":%d,"embedding":%b}'
-    items = [item % pair for pair in zip(indexes, encoded, strict=True)]
+    named = {"all": 0, "not first": 1, "none": len(indexes)}[faults.index]
+    items = [
+        b'{"object":"embedding",%b"embedding":%b}' % (b'"index":%d,' % index if index >= named else b"", vector)
+        for index, vector in zip(indexes, encoded, strict=True)
+    ]
     if spoil == "drop_item":
         del items[victim]
     if faults.reorder:

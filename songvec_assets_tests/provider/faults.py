@@ -49,7 +49,10 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     all vectors of the answer; `fail` with `fail_status` (llama.cpp #11105, ollama #9639: 500 for one text; 0: the
     connection is reset, as when the server crashes); `poison_inside` (OpenRouter: the refusal, 400, inside a 200);
     `lane_tokens_per_s` (a server that computes one request at a time, and on for clients that hung up); `late`, tries
-    of each request that are answered after `late_s`, and billed.
+    of each request that are answered after `late_s`, and billed. What whole servers do is named in `modes.py`:
+    `max_texts` of a request; `every` n-th request answered with `every_status`; `index` of the items; `cold_s`, in
+    which the first request loads a model, from the beginning again where the client hangs up; `page`, answered to
+    everything; `redirect`, a Location; `wrong_path_200`; `model`, the alias that it is served under.
     """
 
     seed: int = 0
@@ -79,6 +82,19 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     late: int = 0
     late_s: float = 0.0
     max_request_tokens: float = math.inf
+    max_texts: int | None = None
+    max_texts_status: int = 400
+    max_texts_words: str = "Invalid value"
+    refuse_dimensions_words: str = "Extra inputs are not permitted, field: 'dimensions'"
+    every: int | None = None
+    every_status: int = 424
+    every_body: dict[str, Any] | None = None
+    index: Literal["all", "not first", "none"] = "all"
+    cold_s: float = 0.0
+    page: str | None = None
+    redirect: str | None = None
+    wrong_path_200: bool = False
+    model: str | None = None
     quota: Quota | None = None
     keep_texts: bool = True
 
@@ -94,6 +110,8 @@ class FaultPlan:
         self._admitted: deque[tuple[float, int]] = deque()
         self._tries: Counter[bytes] = Counter()
         self._lane_free_at = 0.0
+        self.is_warm = not faults.cold_s
+        self.n_loads = 0
 
     def happens(self, share: float) -> bool:
         """Draw once; a share of 0 draws nothing, so that other faults keep their sequence."""
@@ -106,6 +124,8 @@ class FaultPlan:
             if self._n_requests >= rule.after and self._left[position] > 0 and self.happens(rule.share):
                 self._left[position] -= 1
                 return rule
+        if self.faults.every and self._n_requests % self.faults.every == 0:
+            return StatusFault(self.faults.every_status, body=self.faults.every_body)
         return None
 
     def latency_s(self, body: bytes, n_tokens: int) -> float:

@@ -15,6 +15,8 @@ from .endpoint import Answer, Endpoint, RefusedError
 from .faults import FaultPlan, Faults
 from .ledger import Ledger
 
+_POLL_S = 0.05
+
 
 class Server:
     """Speaks HTTP for one endpoint."""
@@ -38,6 +40,8 @@ class Server:
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         if path == "/v1/embeddings" and method == "POST":
+            if not await self._load(reader):
+                return False
             answer = await self._embed(headers, body, writer)
         else:
             answer = self._serve_control(method, path, body)
@@ -64,6 +68,21 @@ class Server:
             self._n_in_flight -= 1
         return answer
 
+    async def _load(self, reader: asyncio.StreamReader) -> bool:
+        """Load the model for the first request; False where the client hung up, which aborts that."""
+        plan = self._endpoint.plan
+        if plan.is_warm:
+            return True
+        plan.n_loads += 1
+        waited_s = 0.0
+        while waited_s < plan.faults.cold_s:
+            if reader.at_eof() or reader.exception():
+                return False
+            await asyncio.sleep(_POLL_S)
+            waited_s += _POLL_S
+        plan.is_warm = True
+        return True
+
     def _serve_control(self, method: str, path: str, body: bytes) -> Answer:
         endpoint = self._endpoint
         found: object = {"status": "ok"}
@@ -81,6 +100,8 @@ class Server:
                 found = endpoint.ledger.texts()
             case "DELETE", "/ledger":
                 endpoint.ledger = Ledger(endpoint.ledger.file)
+            case "POST", _ if endpoint.plan.faults.wrong_path_200:
+                found = {"error": f"Unexpected endpoint or method. ({method} {path})"}
             case _:
                 return RefusedError(404, f"no {method} {path} here").answer
         return Answer(200, msgspec.json.encode(found))
