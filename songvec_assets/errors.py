@@ -52,6 +52,10 @@ class ProviderUnavailableError(ProviderError):
     """The provider did not answer well within the configured patience. A later rerun helps."""
 
 
+class ServerSickError(ProviderUnavailableError):
+    """More texts fail, each alone, than songs can be at fault for. None of them is rejected; a later rerun may help."""
+
+
 class RequestRefusedError(ProviderError):
     """The provider refused this very request (400 or 422): one of its texts, most likely."""
 

@@ -143,6 +143,7 @@ class Filler:
     before_fill: Callable[[Sequence[SongIdRange]], None] = lambda _: None
     progress: ReportProgress = ignore_progress
     proven: bool = False
+    _ranges: Sequence[SongIdRange] = ()
     _fatal: Exception | None = None
     _over_budget: BudgetExceededError | None = None
     _failed: bool = False
@@ -171,6 +172,7 @@ class Filler:
         try:
             if self.anew:
                 self.anew = begin_ask(self.cache, ranges, self.anew)
+            self._ranges = ranges
             self._n_songs = sum(count_songs(self.songs_folder, song_range) for song_range in ranges)
             for song_range in filter(self._holds_anything, ranges):
                 await places.acquire()
@@ -185,8 +187,10 @@ class Filler:
                 end_ask(self.cache)
         finally:
             if "_embedder" in self.__dict__:
-                self.budget.settle(0, self._embedder.take_probe_tokens())
-                await self._embedder.close()
+                try:
+                    await asyncio.to_thread(self.budget.settle, 0, self._embedder.take_probe_tokens())
+                finally:
+                    await self._embedder.close()
         try:
             if self.budget.n_tokens:
                 self.keep_spending(Spending(self._n_expected, self.budget.n_tokens, self.estimator.bytes_per_token))
@@ -203,7 +207,10 @@ class Filler:
     def _postage(self) -> Postage:
         slots = asyncio.Semaphore(self.concurrency)
         shared = self._embedder, self.quota, self.budget, self.estimator, slots
-        return Postage(*shared, self._check_halted, self._note_error, self.server, self._tell_trouble)
+        postage = Postage(*shared, self._check_halted, self._note_error, self.server, self._tell_trouble)
+        for mark in filter(None, (read_mark(self.cache.mark_of(each)) for each in self._ranges)):
+            postage.health.count_known(mark.n_songs - mark.n_set_aside)
+        return postage
 
     def _note_error(self, error: Exception) -> None:
         """Let no further request start where going on is pointless: one range may fail for what is in it."""
@@ -289,6 +296,7 @@ class Filler:
         self.advance(plan.n_songs - sum(len(each.song_ids) for each in plan.texts), report.range)
         if plan.texts:
             tally = _Tally(report, self, let_next_begin)
+            self._postage.health.count_known(plan.n_unchanged)
             await RangeSender(self._postage, shard, check_held, tally).send(plan.texts)
         if owed:
             # before rows change their places

@@ -25,6 +25,7 @@ class Text:
         song_ids: the songs that it stands for.
         n_bytes: its size in UTF-8.
         again: whether one of these songs has a vector already, of another text.
+        rejected_before: whether it was rejected before.
     """
 
     text: str
@@ -32,6 +33,7 @@ class Text:
     song_ids: list[int]
     n_bytes: int
     again: bool = False
+    rejected_before: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def plan_fill(
     texts = render_texts(embeddable, spec)
     answered = shard.live_rows(since) if since else live
     holds = pl.lit(False) if rejected_by is None else pl.col("reason").str.starts_with(f"{rejected_by} ")
-    answered = answered.filter(pl.col("reason").is_null() | holds)
+    rejected = answered.filter(~(pl.col("reason").is_null() | holds))
+    answered = answered.join(rejected, on="song_id", how="anti", maintain_order="left")
     known = answered.select("song_id", before=pl.col("text_hash"), refused=pl.col("reason").is_not_null())
     compared = texts.join(known, on="song_id", how="left", maintain_order="left")
     unchanged = compared.filter(pl.col("before") == pl.col("text_hash"))
@@ -121,7 +124,9 @@ def plan_fill(
         missing.join(vectors, on="text_hash", how="anti", maintain_order="left")
         .group_by("text_hash", maintain_order=True)
         .agg(pl.col("text").first(), pl.col("song_id"), (~pl.col("refused")).any().alias("again"))
+        .with_columns(rejected_before=pl.col("text_hash").is_in(rejected["text_hash"].implode()))
     )
+    n_bytes = pl.col("text").str.len_bytes().alias("n_bytes")
     n_new = missing.join(live, on="song_id", how="anti").height
     n_refused = int(unchanged["refused"].sum())
     return shard, FillPlan(
@@ -131,10 +136,8 @@ def plan_fill(
         gone=live.join(embeddable, on="song_id", how="anti")["song_id"].to_list(),
         reused=reused.select("song_id", "text_hash", "row"),
         texts=[
-            Text(text, text_hash, song_ids, n_bytes, again)
-            for text, text_hash, song_ids, n_bytes, again in to_send.select(
-                "text", "text_hash", "song_id", pl.col("text").str.len_bytes().alias("n_bytes"), "again"
-            ).iter_rows()
+            Text(*row)
+            for row in to_send.select("text", "text_hash", "song_id", n_bytes, "again", "rejected_before").iter_rows()
         ],
         n_new=n_new,
         n_changed=missing.height - n_new,

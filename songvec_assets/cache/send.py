@@ -26,11 +26,14 @@ from songvec_assets.errors import (
     RequestRefusedError,
     RequestTooLargeError,
     RequestTooSlowError,
+    ServerSickError,
     StoppedError,
 )
 
 MAX_REFUSALS_IN_A_ROW = 25
 """So many texts refused one after another, and none accepted between them, are not the songs' fault."""
+_ENOUGH_TEXTS = 400
+"""From so many texts on, too many bad ones end the run at once; of fewer, a handful in one place may be chance."""
 _N_BAD_ALONE = 3
 """Answers without a vector for a text, the last of them alone, before it is rejected."""
 _GROWTH = 1.1
@@ -131,6 +134,7 @@ class RangeSender:
     _errors: list[Exception] = field(default_factory=list)
     _refused: list[tuple[Text, str]] = field(default_factory=list)
     _refused_at: float = 0.0
+    _is_blamed: bool = False
     _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -153,7 +157,10 @@ class RangeSender:
         self.tally.all_started()
         await asyncio.gather(*sending)
         if self._errors:
+            if not self._is_blamed and self.postage.health.last_good_at > self._refused_at:
+                await self._store_rejections()  # they are proven, whatever else went wrong
             raise next((error for error in self._errors if not isinstance(error, StoppedError)), self._errors[0])
+        await self._check_rejections()
         await self._store_rejections()
 
     def _may_go_on(self) -> bool:
@@ -302,9 +309,12 @@ class RangeSender:
         """
         self._refused.append((text, reason))
         self._refused_at = time.monotonic()
+        if text.rejected_before:  # that it is refused again says nothing new of the server
+            return
         if is_refusal:
             self.postage.n_refused_in_a_row += 1
             if self.postage.n_refused_in_a_row > MAX_REFUSALS_IN_A_ROW:
+                self._is_blamed = True
                 raise ProviderError(
                     f"{MAX_REFUSALS_IN_A_ROW} texts in a row were refused, so the fault is not the songs'. {reason}. "
                     "None of this range's is rejected. Check the model, its dimensions and the account, then start the "
@@ -313,23 +323,36 @@ class RangeSender:
             return
         health = self.postage.health
         health.count_bad(text.text_hash)
-        if health.is_sick():
-            n_good, n_bad = health.n_texts()
-            raise ProviderError(
-                f"{n_bad:,} of the last minute's {n_good + n_bad:,} texts fail though others succeed, more than songs "
-                f"can be at fault for: the server is. {reason}. None of this range's is rejected, and nothing more is "
-                "sent. See the server's log, then start the same command again"
-            )
+        if health.is_sick() and health.n_texts() >= _ENOUGH_TEXTS:
+            self._is_blamed = True
+            raise ProviderError(f"{self._describe_health(reason)}, and nothing more is sent")
 
-    async def _store_rejections(self) -> None:
-        """Store rejections once another text was accepted after them: until then the fault may be the provider's."""
+    def _describe_health(self, reason: str) -> str:
+        health = self.postage.health
+        return (
+            f"{health.n_bad:,} of the last {health.n_texts():,} texts fail though others succeed, more than songs can "
+            f"be at fault for: the server is. {reason}. See the server's log, then start the same command again. None "
+            "of this range's is rejected"
+        )
+
+    async def _check_rejections(self) -> None:
+        """Refuse to reject texts that may not be at fault.
+
+        Raises:
+            ServerSickError: too many fail for that; other ranges may show that it is the texts.
+            ProviderError: no other text was accepted after them, and a plain one is not.
+        """
         if not self._refused:
             return
+        if self.postage.health.is_sick() and not all(text.rejected_before for text, _ in self._refused):
+            raise ServerSickError(self._describe_health(self._refused[-1][1]))
         if not await self._answers_well(self._refused_at):
             raise ProviderError(
                 f"the last {len(self._refused)} texts were refused, and so is a plain one: {self._refused[-1][1]}. "
                 "None of them is rejected. Check the model and the account, then start the same command again"
             )
+
+    async def _store_rejections(self) -> None:
         for text, reason in self._refused:
             hashes = [text.text_hash] * len(text.song_ids)
             await asyncio.to_thread(self.shard.append_set_aside, text.song_ids, hashes, reason)
@@ -353,21 +376,32 @@ class _Payment(Watch):
         if (missing := self.n_billed + self.n_tokens - self.n_reserved) <= 0:
             return
         postage = self.sender.postage
+        # who waits for more gives nothing back
         postage.n_reserved -= self.n_reserved > 0
+        try:
+            await self._reserve(missing)
+            self.n_reserved += missing
+        finally:
+            postage.n_reserved += self.n_reserved > 0
+
+    async def _reserve(self, n_tokens: int) -> None:
+        """Reserve so many tokens more, as soon as requests in flight have given back enough.
+
+        Raises:
+            BudgetExceededError: nothing is in flight that could.
+        """
+        postage = self.sender.postage
         while True:
             self.sender.check_going_on()
             n_settled = postage.n_settled
             try:
-                self.month = await asyncio.to_thread(postage.budget.reserve, missing)
-                break
+                self.month = await asyncio.to_thread(postage.budget.reserve, n_tokens)
+                return
             except BudgetExceededError:
-                # estimates are above the bill: what is in flight gives the difference back
+                # estimates may be above the bill: what is in flight then gives the difference back
                 if postage.n_settled == n_settled and not postage.n_reserved:
-                    postage.n_reserved += self.n_reserved > 0
                     raise
             await asyncio.sleep(_BUDGET_POLL_S)
-        self.n_reserved += missing
-        postage.n_reserved += 1
 
     def check_size(self) -> None:
         if self.sender.is_too_large(self.texts):

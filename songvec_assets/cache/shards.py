@@ -193,6 +193,11 @@ class Shard:
         tombstones = recent.join(vectors, on="song_id", how="semi")
         return pl.concat([vectors.sort("song_id"), tombstones.sort("song_id")])
 
+    def deleted_song_ids(self) -> pl.Series:
+        """The songs whose last row is the tombstone of a deletion."""
+        last = self.all_rows().unique("song_id", keep="last")
+        return last.filter(pl.col("text_hash").bin.starts_with(_GONE_PREFIX))["song_id"]
+
     def find_sound(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Those of some rows with a vector that is good, and whose checksum fits. Reads their vectors."""
         sound = [pl.Series([], dtype=pl.Boolean)]

@@ -94,6 +94,7 @@ _ADVICE_UNREACHED = {
 _REFUSALS = {Action.SHRINK: RequestTooLargeError, Action.ISOLATE: RequestRefusedError}
 _PROBE = ["probe"]
 _N_CHECKS = 3
+_N_PROOFS = 2
 _TIMEOUT = "time-out"
 
 
@@ -406,8 +407,8 @@ class EmbeddingClient:
     ) -> EmbeddingBatch:
         """Try until there is an answer; `refuse_bad`: one whose vectors are all bad is none."""
         request = self._encode(texts, dialect)
-        n_retries = n_limited = n_alike = n_timeouts = 0
-        kind, alike_since = "", 0.0
+        n_retries = n_limited = n_alike = n_timeouts = n_proofs = 0
+        kind = ""
         while True:
             await watch.before_try()
             started = time.monotonic()
@@ -418,7 +419,7 @@ class EmbeddingClient:
             if outcome.may_be_billed:
                 watch.count_spoilt(request.n_tokens)
             if outcome.kind != kind:
-                kind, n_alike, alike_since = outcome.kind, 0, started
+                kind, n_alike, n_proofs = outcome.kind, 0, 0
             n_retries, n_alike = n_retries + 1, n_alike + 1
             n_limited += outcome.status == 429
             n_timeouts += outcome.kind == _TIMEOUT
@@ -427,8 +428,11 @@ class EmbeddingClient:
             most = MAX_ALIKE_OF_PART if watch.is_part and len(texts) > 1 else MAX_ALIKE
             # whose fault it is shows in how other requests fare
             may_be_the_texts = outcome.sent and outcome.status != 429 and texts is not _PROBE
-            if may_be_the_texts and n_alike >= most and await self.answers_well(alike_since):
-                raise RequestFailsError(f"{self.base_url} {outcome.words}")
+            if may_be_the_texts and n_alike >= most and await self.answers_well(started):
+                n_proofs += 1
+                if n_proofs >= _N_PROOFS:
+                    raise RequestFailsError(f"{self.base_url} {outcome.words}")
+                continue  # a server that was away is back: now the request has its try among good ones
             await self._wait_to_try_again(outcome, n_retries)
 
     def _encode(self, texts: Sequence[str], dialect: _Dialect) -> _Request:
@@ -480,7 +484,8 @@ class EmbeddingClient:
         batch = replace(outcome, n_tokens=outcome.n_tokens or request.n_tokens)
         if len(batch.bad) == request.n_texts:
             if refuse_bad:
-                return _Failure("bad vector", f"a vector that is zero, null or not finite for {_PROBE[0]!r}")
+                words = f"a vector that is zero, null or not finite for {_PROBE[0]!r}"
+                return _Failure("bad vector", words, may_be_billed=True)
             return batch
         self._last_good_at, self._failing_since = time.monotonic(), None
         return batch

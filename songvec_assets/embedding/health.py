@@ -8,6 +8,7 @@ WINDOW_S = 60.0
 MAX_BAD_TEXTS = 3
 MAX_BAD_SHARE = 0.01
 """More bad texts than these in the last minute, in number and as a share, are the server's fault."""
+MAX_KNOWN_TEXTS = 10_000
 
 
 class ServerHealth:
@@ -15,32 +16,46 @@ class ServerHealth:
 
     Args:
         clock: gives seconds; for tests.
+
+    Attributes:
+        last_good_at: when a text last got a vector.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._good: deque[tuple[float, int]] = deque()
-        self._n_good = 0
         self._bad: dict[bytes, float] = {}
+        self._n_known = 0
+        self.last_good_at = float("-inf")
+
+    def count_known(self, n_texts: int) -> None:
+        """So many texts of the run have their vectors from before: a rerun sends only what failed, of these."""
+        self._n_known = min(MAX_KNOWN_TEXTS, self._n_known + n_texts)
 
     def count_good(self, n_texts: int) -> None:
         """So many texts got a vector now."""
-        self._good.append((self._clock(), n_texts))
-        self._n_good += n_texts
+        self.last_good_at = self._clock()
+        self._good.append((self.last_good_at, n_texts))
 
     def count_bad(self, text_hash: bytes) -> None:
         """A text that was sent alone got no vector."""
         self._bad[text_hash] = self._clock()
 
-    def n_texts(self) -> tuple[int, int]:
-        """Good and bad texts of the last minute."""
+    @property
+    def n_bad(self) -> int:
+        """Bad texts of the last minute."""
+        since = self._clock() - WINDOW_S
+        self._bad = {text_hash: at for text_hash, at in self._bad.items() if at >= since}
+        return len(self._bad)
+
+    def n_texts(self) -> int:
+        """All texts of the last minute, and those that were known before."""
         since = self._clock() - WINDOW_S
         while self._good and self._good[0][0] < since:
-            self._n_good -= self._good.popleft()[1]
-        self._bad = {text_hash: at for text_hash, at in self._bad.items() if at >= since}
-        return self._n_good, len(self._bad)
+            self._good.popleft()
+        return sum(n_texts for _, n_texts in self._good) + self._n_known + self.n_bad
 
     def is_sick(self) -> bool:
         """Whether more texts are bad than texts can be at fault for."""
-        n_good, n_bad = self.n_texts()
-        return n_bad > MAX_BAD_TEXTS and n_bad > MAX_BAD_SHARE * (n_good + n_bad)
+        n_bad = self.n_bad
+        return n_bad > MAX_BAD_TEXTS and n_bad > MAX_BAD_SHARE * self.n_texts()

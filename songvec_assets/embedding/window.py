@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Callable
 
 FIRST = 4
 """In flight at first: a small server has answered before more is asked of it; a fast one has 32 after three answers."""
-_QUICK_SHARE = 0.25
-"""Answers that take a smaller share of their time limit than this let more go."""
+_QUICK_SHARE, _SLOW_SHARE = 0.25, 0.5
+"""Answers that take a smaller share of their time limit than the first let many more go; than the second, a few."""
 
 
 class InFlightWindow:
@@ -60,10 +60,11 @@ class InFlightWindow:
                 self._changed.notify_all()
 
     def count_answer(self, seconds: float, timeout_s: float) -> None:
-        """Let more go after a quick answer: twice as many per round at first; after a time-out, one more per round."""
+        """Let more go after an answer: twice as many a round at first, one more a round if it was not so quick."""
         self.stretch = max(1.0, self.stretch / 2)
-        if seconds < _QUICK_SHARE * timeout_s:
-            self._size = min(self._highest, self._size + (1 / self._size if self._has_shrunk else 1))
+        if seconds < _SLOW_SHARE * timeout_s:
+            is_first_growth = seconds < _QUICK_SHARE * timeout_s and not self._has_shrunk
+            self._size = min(self._highest, self._size + (1 if is_first_growth else 1 / self._size))
 
     def count_timeout(self, sent_at: float, now: float) -> bool:
         """Halve the window after a time-out, once for all requests that were in flight together.

@@ -126,15 +126,16 @@ def find_absence(
     for song_range, n_known in known_counts.items():
         check_stop()
         there = counts.get(song_range, RangeCount()).ids
-        if not there.n_rows:
-            missing[song_range] = n_known
-            continue
-        snapshot_ids = read_snapshot_ids(folder, song_range)
-        if n_known <= there.n_rows and snapshot_ids is not None and IdSums.of(snapshot_ids) == there:
+        snapshot = read_snapshot_ids(folder, song_range)
+        before = snapshot if snapshot is not None and IdSums.of(snapshot[0]) == there else None
+        if before is not None and n_known <= len(before[1]):
             continue
         song_ids = known.song_ids(song_range)
         known_counts[song_range] = len(song_ids)
-        if IdSums.of(song_ids) != there:
+        if before is not None:
+            # what earlier exports found without a name counts, too: else an emptied column passes range by range
+            missing[song_range] = count_missing(song_ids, before[1])
+        elif IdSums.of(song_ids) != there:
             missing[song_range] = count_missing(song_ids, read_song_ids(database, source, song_range))
     found = {song_range: n_missing for song_range, n_missing in missing.items() if n_missing}
     return Absence(known_counts, found, not counts, limits)

@@ -142,13 +142,14 @@ def count_songs(folder: Path, song_range: SongIdRange) -> int:
         return 0
 
 
-def read_snapshot_ids(folder: Path, song_range: SongIdRange) -> pl.Series | None:
-    """The song_ids of a snapshot, in order; None where there is none that can be read."""
+def read_snapshot_ids(folder: Path, song_range: SongIdRange) -> tuple[pl.Series, pl.Series] | None:
+    """The song_ids of a snapshot, and those that can be embedded, in order; None without one that can be read."""
     path = snapshot_path(folder, song_range)
     try:
-        return load_songs_from_parquet(path, ["song_id"])["song_id"] if path.exists() else None
+        songs = load_songs_from_parquet(path, ["song_id", "set_aside"]) if path.exists() else None
     except StoreError:  # the export replaces it
-        return None
+        songs = None
+    return None if songs is None else (songs["song_id"], songs.filter(pl.col("set_aside").is_null())["song_id"])
 
 
 def digest_snapshots(folder: Path) -> str:

@@ -49,25 +49,29 @@ class CachedOrLoaded:
         return {song_range: n_songs for song_range, n_songs in sorted(counts.items()) if n_songs}
 
     def song_ids(self, song_range: SongIdRange) -> pl.Series:
-        """The songs of one range, each once."""
-        found = [self._read_cached(song_range)]
+        """The songs of one range, each once; without those whose deletion was accepted, and only the load is due."""
+        cached, deleted = self._read_cached(song_range)
+        found = [cached]
         for each in self._loaded:
             if each.start < song_range.stop and song_range.start < each.stop:
                 loaded = self._read_loaded(each)
                 found.append(loaded.filter(loaded.is_between(song_range.start, song_range.stop - 1)))
-        return pl.concat(found).unique()
+        known = pl.concat(found).unique()
+        return known.filter(~known.is_in(deleted.implode()))
 
     def _count_cached(self, song_range: SongIdRange) -> int:
         mark, path = read_mark(self.cache.mark_of(song_range)), self.cache.path_of(song_range)
         if mark and path.exists() and path.stat().st_size == mark.n_bytes:
             return mark.n_songs - mark.n_set_aside
-        return len(self._read_cached(song_range))
+        return len(self._read_cached(song_range)[0])
 
-    def _read_cached(self, song_range: SongIdRange) -> pl.Series:
+    def _read_cached(self, song_range: SongIdRange) -> tuple[pl.Series, pl.Series]:
+        """Songs with a vector, and deleted ones."""
         try:
-            return read_vectors(self.cache, song_range)[1]["song_id"]
+            shard, vectors = read_vectors(self.cache, song_range)
+            return vectors["song_id"], shard.deleted_song_ids()
         except StoreError:  # the fill or the load names what is wrong with the file
-            return pl.Series([], dtype=pl.Int32)
+            return pl.Series([], dtype=pl.Int32), pl.Series([], dtype=pl.Int32)
 
     def _read_loaded(self, song_range: SongIdRange) -> pl.Series:
         with self.database.get_connection() as connection:

@@ -22,11 +22,14 @@ from songvec_assets.vectors.table import BESIDE, TABLE, TableSpec, define_table,
 _LOCK_TIMEOUT = "250ms"
 _NEEDED = "SELECT, INSERT, UPDATE, DELETE"
 
-# the tables that every run writes, with the first right that this user lacks
+# the tables that every run writes
 _LACKING = """
     SELECT c.oid::regclass::text, quote_ident(current_user)
     FROM pg_class c
-    WHERE (c.oid = to_regclass(:table) OR c.relnamespace = 'songvec'::regnamespace AND c.relkind = 'r')
+    WHERE c.oid IN (
+        to_regclass(:table), to_regclass('songvec.settings'), to_regclass('songvec.rate_limits'),
+        to_regclass('songvec.rate_seconds'), to_regclass('songvec.loaded_ranges'), to_regclass('songvec.budgets')
+    )
       AND EXISTS (SELECT FROM unnest(CAST(:needed AS text[])) AS needed WHERE NOT has_table_privilege(c.oid, needed))
     ORDER BY 1
 """

@@ -63,6 +63,22 @@ _ATTACHMENTS = """
     UNION SELECT 'publication ' || p.pubname
     FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid, target WHERE r.prrelid = target.oid
     UNION SELECT 'a subscription' FROM pg_subscription_rel, target WHERE srrelid = target.oid
+    UNION SELECT 'order CLUSTER ON ' || indexrelid::regclass::text FROM pg_index, target
+    WHERE indrelid = target.oid AND indisclustered
+    UNION SELECT 'tablespace ' || spcname FROM pg_tablespace t, target WHERE t.oid = target.reltablespace
+    UNION SELECT 'comment on ' || pg_describe_object(e.classoid, e.objoid, 0)
+    FROM pg_description e, target
+    WHERE e.classoid = 'pg_class'::regclass
+          AND e.objoid IN (SELECT indexrelid FROM pg_index WHERE indrelid = target.oid)
+       OR e.classoid = 'pg_constraint'::regclass
+          AND e.objoid IN (SELECT oid FROM pg_constraint WHERE conrelid = target.oid AND contype = 'p')
+       OR e.classoid = 'pg_statistic_ext'::regclass
+          AND e.objoid IN (SELECT oid FROM pg_statistic_ext WHERE stxrelid = target.oid)
+    UNION SELECT 'options of index ' || i.indexrelid::regclass::text
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid, target
+    WHERE i.indrelid = target.oid AND i.indisprimary AND c.reloptions <> '{}'
+    UNION SELECT 'statistics target of ' || stxname FROM pg_statistic_ext s, target
+    WHERE s.stxrelid = target.oid AND (to_jsonb(s) ->> 'stxstattarget')::int >= 0
     -- policies, functions, columns of the row's type, children, sequences, and whatever later servers know
     UNION SELECT pg_describe_object(d.classid, d.objid, d.objsubid) FROM dependents d, target
     WHERE d.classid <> ALL (ARRAY[

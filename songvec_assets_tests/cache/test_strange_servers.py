@@ -3,18 +3,28 @@
 A scenario across embedding and cache. The oddities are named in `provider/faults.py`, with their sources.
 """
 
+import asyncio
 import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from songvec_assets.cache.send import _Payment
 from songvec_assets.embedding import client as client_module
 from songvec_assets.embedding.health import MAX_BAD_TEXTS
 from songvec_assets.embedding.limits import RateLimiter
-from songvec_assets.errors import BudgetExceededError, DatabaseError, ProviderError, ProviderUnavailableError
+from songvec_assets.errors import (
+    BudgetExceededError,
+    DatabaseError,
+    ProviderError,
+    ProviderUnavailableError,
+    ServerSickError,
+    StoppedError,
+)
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress
 from songvec_assets.songs.ranges import SongIdRange
@@ -185,10 +195,34 @@ class TestAServerThatIsSick:
         bad = {song_id: (f"Importance {song_id}", "Ann", "la") for song_id in range(10, 10 + MAX_BAD_TEXTS + 1)}
         songs(*songs_but(bad, 99))
         provider.control(nan=["Importance"])
-        _, error = try_fill(run())
-        assert type(error) is ProviderError
-        assert "the server is" in str(error)
-        assert set(stored(run())) == set(range(1, 100)) - set(bad), "the good ones are kept, no other is rejected"
+        for _ in range(2):
+            (report,), _ = try_fill(run())
+            assert type(report.error) is ServerSickError
+            assert "the server is" in str(report.error)
+            assert set(stored(run())) == set(range(1, 100)) - set(bad), "the good ones are kept, no other is rejected"
+
+    def test_for_a_handful_in_one_range_is_not_sick_once_the_others_show_it(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        """Four of a range's 99 may be the server; four of 899 are not."""
+        bad = {song_id: (f"Importance {song_id}", "Ann", "la") for song_id in range(10, 14)}
+        songs(*songs_but(bad, 899))
+        provider.control(nan=["Importance"])
+        reports, error = try_fill(run())
+        assert error is None
+        assert [type(report.error) for report in reports] == [ServerSickError, *[type(None)] * 8]
+        assert sum(report.n_set_aside for report in fill(run())) == 4
+
+    def test_for_a_while_rejects_no_text_that_was_sent_alone(self, songs: Songs, run: Run, provider: Provider) -> None:
+        """One song changed; the server is away for all the tries that a text gets, and back at the next plain text."""
+        songs(*plain_songs(range(1, 41)))
+        fill(run())
+        songs((7, "Another", "Ann", "la"))
+        provider.control(statuses=[{"status": 503, "count": client_module.MAX_ALIKE + 1, "after": 2}])
+        deployment = run()
+        (report,) = fill(deployment)
+        assert (report.n_embedded, report.n_set_aside) == (1, 0)
+        assert_stored(deployment, plain_texts(range(1, 41)) | {7: "Another by Ann\nla"})
 
     def test_by_nothing_but_few_texts_is_not_sick(self, songs: Songs, run: Run, provider: Provider) -> None:
         bad = {song_id: (f"Importance {song_id}", "Ann", "la") for song_id in range(10, 10 + MAX_BAD_TEXTS)}
@@ -350,3 +384,18 @@ def test_tokens_owed_survive_a_statement_that_fails(database: Database) -> None:
     execute(database.adbc_uri, "ALTER TABLE songvec.elsewhere RENAME TO rate_limits")
     limiter.reserve(10)
     assert limiter.reserve(10).wait_s > 10, "half a million tokens beyond the grant are still paid"
+
+
+def test_a_try_that_is_called_off_leaves_the_count_of_reservations_as_it_was() -> None:
+    """A count below nothing would let the next range wait for ever for a budget that nobody gives back."""
+
+    def call_off() -> None:
+        raise StoppedError("another request of the range failed")
+
+    postage = SimpleNamespace(n_reserved=1, n_settled=0)
+    payment = _Payment(
+        SimpleNamespace(postage=postage, check_going_on=call_off), n_tokens=10, n_reserved=10, n_billed=10
+    )
+    with pytest.raises(StoppedError):
+        asyncio.run(payment.before_try())
+    assert postage.n_reserved == 1
