@@ -28,6 +28,7 @@ GOOD = {
     "SONGVEC_STORAGE": ("storage", None, {"/data/songs": "/data/songs"}),
     "SONGVEC_EMBEDDING_MODEL": ("embedding_model", FIREWORKS_MODEL, {"nomic": "nomic", OFFLINE_MODEL: OFFLINE_MODEL}),
     "SONGVEC_EMBEDDING_DIMENSIONS": ("embedding_dimensions", 2000, {"2": 2, "2000": 2000}),
+    "SONGVEC_TRUNCATE": ("truncate", None, {"yes": True, "true": True, "no": False, "False": False}),
     "SONGVEC_REQUESTS_PER_MINUTE": ("requests_per_minute", 6000, {"1": 1, " 10 ": 10}),
     "SONGVEC_TOKENS_PER_MINUTE": ("tokens_per_minute", 900_000, {"5400000": 5_400_000}),
     "SONGVEC_MAX_REQUEST_TEXTS": ("max_request_texts", 2048, {"1": 1, "2048": 2048}),
@@ -94,9 +95,10 @@ BAD = (
         for variable in ("SONGVEC_FULL_COMPARE_HOURS", "SONGVEC_RETENTION_DAYS")
         for value in NOT_A_NUMBER
     ]
-    + [("SONGVEC_SWAP", value) for value in ("1", "perhaps")]
+    + [(variable, value) for variable in ("SONGVEC_SWAP", "SONGVEC_TRUNCATE") for value in ("1", "perhaps")]
     + [("SONGVEC_EMBEDDING_DIMENSIONS", value) for value in ("1", "2001")]
     + [("FIREWORKS_BASE_URL", value) for value in ("ftp://x/v1", "localhost:8000", "api.fireworks.ai/inference/v1")]
+    + [("FIREWORKS_BASE_URL", value) for value in ("http://:8000/v1", "http://x:99999/v1")]
 )
 
 
@@ -215,6 +217,7 @@ def test_no_secret_is_in_the_repr():
         {"FIREWORKS_API_KEY": "“fw_secret”"},
         {"FIREWORKS_BASE_URL": "ftp://x"},
         {"FIREWORKS_BASE_URL": "https://ann:geheim@host/v1"},
+        {"FIREWORKS_BASE_URL": "https://host/v1?key=geheim"},
         {"SONGVEC_EMBEDDING_DIMENSIONS": "3000"},
         {"SONGVEC_CONCURRENCY": "x"},
     ],

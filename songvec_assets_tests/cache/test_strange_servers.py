@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -312,12 +313,19 @@ class TestAServerThatIsOdd:
         assert provider.ledger()["requests_by_status"][str(status)] >= 3
         assert set(billed(provider).values()) == {1}
 
-    def test_for_one_text_with_a_status_of_its_own_is_divided(self, songs: Songs, run: Run, provider: Provider) -> None:
-        songs(*songs_but({117: ("Epic", "Ann", "la")}, 299))
-        provider.control(fail=["Epic"], fail_status=424)
+    @pytest.mark.parametrize(
+        ("faults", "status"),
+        [({"fail": ["LONG"], "fail_status": 424}, 424), ({"mode": "llama.cpp"}, 500)],
+        ids=["424", "llama.cpp"],
+    )
+    def test_for_one_text_with_a_status_of_its_own_is_divided(
+        self, songs: Songs, run: Run, provider: Provider, faults: dict[str, Any], status: int
+    ) -> None:
+        songs(*songs_but({117: ("LONG", "Ann", "la")}, 299))
+        provider.control(**faults)
         reports = fill(run())
         ((song_id, reason),) = [each for report in reports for each in report.set_aside]
-        assert (song_id, "answered 424" in reason) == (117, True)
+        assert (song_id, f"answered {status}" in reason) == (117, True)
 
 
 @pytest.mark.usefixtures("hasty")
