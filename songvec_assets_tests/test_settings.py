@@ -30,6 +30,7 @@ GOOD = {
     "SONGVEC_EMBEDDING_DIMENSIONS": ("embedding_dimensions", 2000, {"2": 2, "2000": 2000}),
     "SONGVEC_QUERY_PROMPT": ("query_prompt", None, {r"to\n{query}": "to\n{query}", "None": "{query}"}),
     "SONGVEC_DOCUMENT_PROMPT": ("document_prompt", None, {"passage: {text}": "passage: {text}", "none": "{text}"}),
+    "SONGVEC_TRUNCATE": ("truncate", None, {"yes": True, "true": True, "no": False, "False": False}),
     "SONGVEC_REQUESTS_PER_MINUTE": ("requests_per_minute", 6000, {"1": 1, " 10 ": 10}),
     "SONGVEC_TOKENS_PER_MINUTE": ("tokens_per_minute", 900_000, {"5400000": 5_400_000}),
     "SONGVEC_MAX_REQUEST_TEXTS": ("max_request_texts", 2048, {"1": 1, "2048": 2048}),
@@ -96,11 +97,12 @@ BAD = (
         for variable in ("SONGVEC_FULL_COMPARE_HOURS", "SONGVEC_RETENTION_DAYS")
         for value in NOT_A_NUMBER
     ]
-    + [("SONGVEC_SWAP", value) for value in ("1", "perhaps")]
+    + [(variable, value) for variable in ("SONGVEC_SWAP", "SONGVEC_TRUNCATE") for value in ("1", "perhaps")]
     + [("SONGVEC_QUERY_PROMPT", value) for value in ("query:", "{text}", "{query} or {query}")]
     + [("SONGVEC_DOCUMENT_PROMPT", value) for value in ("passage:", "{query}", "{name}")]
     + [("SONGVEC_EMBEDDING_DIMENSIONS", value) for value in ("1", "2001")]
     + [("FIREWORKS_BASE_URL", value) for value in ("ftp://x/v1", "localhost:8000", "api.fireworks.ai/inference/v1")]
+    + [("FIREWORKS_BASE_URL", value) for value in ("http://:8000/v1", "http://x:99999/v1")]
 )
 
 
@@ -219,6 +221,7 @@ def test_no_secret_is_in_the_repr():
         {"FIREWORKS_API_KEY": "“fw_secret”"},
         {"FIREWORKS_BASE_URL": "ftp://x"},
         {"FIREWORKS_BASE_URL": "https://ann:geheim@host/v1"},
+        {"FIREWORKS_BASE_URL": "https://host/v1?key=geheim"},
         {"SONGVEC_EMBEDDING_DIMENSIONS": "3000"},
         {"SONGVEC_CONCURRENCY": "x"},
     ],

@@ -286,9 +286,10 @@ class RangeSender:
             self.postage.slow_bytes = min(self.postage.slow_bytes, half_bytes)
         limits, n_bytes = self.postage.limits, sum(each.n_bytes for each in texts)
         hint = hinted_texts(str(refusal), len(texts)) or 0
+        size = max(limits.most_texts if limits.are_known else 0, hint if hint >= _LEAST_HINT else 0)
         parts: Sequence[Sequence[Text]] = bisect(texts)
-        if hint >= _LEAST_HINT and hint > limits.most_texts:
-            parts = [texts[start : start + hint] for start in range(0, len(texts), hint)]
+        if 0 < size < len(texts):
+            parts = [texts[start : start + size] for start in range(0, len(texts), size)]
         all_accepted = all([await self._send_divided(part, is_part=fails) for part in parts])
         if all_accepted and not isinstance(refusal, RequestTooSlowError):
             # it was the size, and not one text

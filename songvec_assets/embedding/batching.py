@@ -27,6 +27,11 @@ class LearnedLimits:
         self._n_accepted = 0
         self._try_after = _TRY_AFTER
 
+    @property
+    def are_known(self) -> bool:
+        """Whether anything was refused for its size."""
+        return bool(self._refused)
+
     def count_accepted(self, n_texts: int, n_bytes: int) -> None:
         """A request of this size was accepted."""
         self.most_texts, self.most_bytes = max(self.most_texts, n_texts), max(self.most_bytes, n_bytes)
@@ -47,8 +52,9 @@ class LearnedLimits:
                 return False
             self.most_bytes = n_bytes // 2
         self._n_accepted, self._try_after = 0, 2 * self._try_after
+        is_first = not self.are_known
         self._refused.append((n_texts, n_bytes))
-        return len(self._refused) == 1
+        return is_first
 
     def refused(self) -> tuple[float, float]:
         """The texts and the bytes from which on requests are refused; infinite where that is not known."""
@@ -67,7 +73,7 @@ class LearnedLimits:
 
     def next_request(self) -> tuple[float, float]:
         """The texts and the bytes that the next request may hold; infinite where no limit is known."""
-        tries_more = self._n_accepted >= self._try_after and bool(self._refused)
+        tries_more = self._n_accepted >= self._try_after and self.are_known
         if tries_more:
             self._n_accepted = 0
         (n_refused, refused), allowed = self.refused(), []

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -230,6 +231,135 @@ class TestAServerThatIsSick:
         provider.control(nan=["Importance"])
         (report,) = fill(run())
         assert report.n_set_aside == MAX_BAD_TEXTS
+
+
+def refusals(provider: Provider) -> int:
+    """How many requests were refused."""
+    by_status = provider.ledger()["requests_by_status"]
+    return sum(by_status.get(status, 0) for status in ("400", "413", "422"))
+
+
+class TestAServerThatTakesFewTexts:
+    @pytest.mark.parametrize(
+        ("mode", "most", "learned"),
+        [("tei", 32, 32), ("dashscope", 10, 10), ("siliconflow", 64, 64), ("litellm", 10, 6)],
+    )
+    def test_is_refused_for_it_by_the_first_requests_and_then_once_in_a_while(
+        self, songs: Songs, run: Run, provider: Provider, mode: str, most: int, learned: int
+    ) -> None:
+        """Each request of each range would else be divided again and again."""
+        song_ids = [start + song_id for start in range(0, 900, 100) for song_id in range(1, 100)]
+        songs(*plain_songs(song_ids))
+        provider.control(mode=mode, every=None)
+        deployment, notes = run(concurrency=4), list[Progress]()
+        export(deployment)
+        deployment.filler(progress=notes.append).fill_ranges(list(deployment.tiling), lambda _: None)
+        assert_stored(deployment, plain_texts(song_ids))
+        assert provider.ledger()["texts_billed_twice"] == 0
+        # five steps down at most, and then a larger one tried after 16, 32, 64, … accepted ones
+        assert refusals(provider) <= 5 + 4, provider.ledger()
+        assert provider.ledger()["requests_by_status"]["200"] <= 2 * len(song_ids) / most + 9
+        (note,) = [each.note for each in notes if "SONGVEC_MAX_REQUEST_TEXTS" in each.note]
+        assert f"Set SONGVEC_MAX_REQUEST_TEXTS={learned} " in note
+
+    def test_is_not_what_one_bad_text_makes_of_it(self, songs: Songs, run: Run, provider: Provider) -> None:
+        songs(*songs_but({5: ("POISON", "Ann", "la")}, 299))
+        provider.control(mode="openrouter")
+        deployment, notes = run(concurrency=1), list[Progress]()
+        export(deployment)
+        deployment.filler(progress=notes.append).fill_ranges(list(deployment.tiling), lambda _: None)
+        assert [note for note in notes if "SONGVEC_MAX_REQUEST_TEXTS" in note.note] == []
+        assert provider.ledger()["max_texts_in_request"] >= 99
+        assert isinstance(stored(deployment)[5], str)
+
+    def test_and_has_a_bad_text_besides(self, songs: Songs, run: Run, provider: Provider) -> None:
+        songs(*songs_but({5: ("POISON", "Ann", "la"), 150: ("POISON", "Ben", "lo")}, 299))
+        provider.control(mode="litellm", poison=["POISON"])
+        reports = fill(run(concurrency=2))
+        assert sorted(song_id for report in reports for song_id, _ in report.set_aside) == [5, 150]
+        neighbours = set(plain_texts(sorted({*range(1, 300)} - {5, 150})).values())
+        assert billed(provider) == dict.fromkeys(neighbours, 1)
+
+
+class TestAServerThatIsOdd:
+    def test_as_gemini_gets_its_vectors_by_place(self, songs: Songs, run: Run, provider: Provider) -> None:
+        songs(*plain_songs(range(1, 300)))
+        provider.control(mode="gemini", model="gemini-embedding-001")
+        deployment = run(embedding_model="gemini-embedding-001")
+        fill(deployment)
+        assert_stored(deployment, plain_texts(range(1, 300)))
+
+    def test_and_names_no_index_at_all_gets_its_vectors_by_place(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        songs(*plain_songs(range(1, 100)))
+        provider.control(index="none")
+        deployment = run()
+        fill(deployment)
+        assert_stored(deployment, plain_texts(range(1, 100)))
+
+    def test_as_vllm_under_an_alias_has_its_vectors_cut_where_that_is_allowed(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        songs(*plain_songs(range(1, 100)))
+        provider.control(mode="vllm", model="my-embedder")
+        _, error = try_fill(run(embedding_model="my-embedder"))
+        assert "gives 4096" in str(error)
+        assert "SONGVEC_TRUNCATE=yes" in str(error)
+        assert "SONGVEC_EMBEDDING_DIMENSIONS" not in str(error), "over 4,000 values there is no column for them"
+        deployment = run(embedding_model="my-embedder", truncate=True)
+        fill(deployment)
+        assert_stored(deployment, plain_texts(range(1, 100)))
+
+    @pytest.mark.parametrize(
+        ("native", "advice"),
+        [
+            (1024, "set SONGVEC_EMBEDDING_DIMENSIONS=1024, or set SONGVEC_TRUNCATE=yes"),
+            (3072, "set SONGVEC_EMBEDDING_DIMENSIONS=3072 and SONGVEC_VECTOR_TYPE=halfvec, or set SONGVEC_TRUNCATE"),
+        ],
+    )
+    def test_in_its_size_gets_advice_that_can_be_followed(
+        self, songs: Songs, run: Run, provider: Provider, native: int, advice: str
+    ) -> None:
+        songs(*plain_songs(range(1, 10)))
+        provider.control(mode="vllm", model="my-embedder", native_dimensions=native)
+        _, error = try_fill(run(embedding_model="my-embedder"))
+        assert advice in str(error)
+        followed = {"embedding_dimensions": native, "vector_type": "halfvec" if native > 2000 else "vector"}
+        (report,) = fill(run(embedding_model="my-embedder", **followed))
+        assert report.n_embedded == 9
+
+    def test_in_its_size_and_is_not_to_be_cut_is_refused_though_its_model_is_known(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        songs(*plain_songs(range(1, 10)))
+        provider.control(refuse_dimensions=True)
+        _, error = try_fill(run(truncate=False))
+        assert "is not to be cut" in str(error)
+
+    @pytest.mark.parametrize("status", [424, 418])
+    def test_now_and_then_is_tried_again(self, songs: Songs, run: Run, provider: Provider, status: int) -> None:
+        songs(*plain_songs(range(1, 300)))
+        provider.control(mode="tei", every_status=status)
+        deployment = run(max_request_texts=4)
+        fill(deployment)
+        assert_stored(deployment, plain_texts(range(1, 300)))
+        assert provider.ledger()["requests_by_status"][str(status)] >= 3
+        assert set(billed(provider).values()) == {1}
+
+    @pytest.mark.parametrize(
+        ("faults", "status"),
+        [({"fail": ["LONG"], "fail_status": 424}, 424), ({"mode": "llama.cpp"}, 500)],
+        ids=["424", "llama.cpp"],
+    )
+    def test_for_one_text_with_a_status_of_its_own_is_divided(
+        self, songs: Songs, run: Run, provider: Provider, faults: dict[str, Any], status: int
+    ) -> None:
+        songs(*songs_but({117: ("LONG", "Ann", "la")}, 299))
+        provider.control(**faults)
+        reports = fill(run())
+        ((song_id, reason),) = [each for report in reports for each in report.set_aside]
+        assert (song_id, f"answered {status}" in reason) == (117, True)
 
 
 @pytest.mark.usefixtures("hasty")

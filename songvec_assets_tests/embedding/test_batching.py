@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from songvec_assets.embedding.batching import bisect, pack_requests
+from songvec_assets.embedding.batching import LearnedLimits, bisect, pack_requests
 
 PROFILE = settings(deadline=None)
 N_BYTES = st.lists(st.integers(1, 60), max_size=80)
@@ -122,3 +122,55 @@ def test_halves_are_all_items_in_order_and_differ_by_one_at_most(items):
 def test_less_than_two_items_cannot_be_divided(items):
     with pytest.raises(ValueError, match=f"got {len(items)}"):
         bisect(items)
+
+
+def ask(limits: LearnedLimits, takes, n_texts: int, size: int) -> None:
+    """A request, and where it is refused its halves."""
+    if takes(n_texts, n_texts * size):
+        limits.count_accepted(n_texts, n_texts * size)
+        return
+    ask(limits, takes, n_texts // 2, size)
+    ask(limits, takes, n_texts - n_texts // 2, size)
+    limits.count_refused(n_texts, n_texts * size, is_for_size=False)
+
+
+def test_nothing_is_limited_before_anything_was_refused():
+    limits = LearnedLimits()
+    limits.count_accepted(5, 500)
+    assert limits.next_request() == (math.inf, math.inf)
+    assert not limits.are_exceeded_by(10_000, 10**9)
+
+
+@PROFILE
+@given(st.integers(1, 200), st.integers(2, 500), st.integers(1, 50))
+def test_a_limit_of_texts_is_found_with_few_refusals(most, first, size):
+    limits, n_refused = LearnedLimits(), 0
+    ask(limits, lambda n, _: n <= most, first, size)
+    for _ in range(2000):
+        n_texts = int(min(first, *(limits.next_request()[0], limits.next_request()[1] // size or 1)))
+        n_refused += n_texts > most
+        ask(limits, lambda n, _: n <= most, max(1, n_texts), size)
+    n_texts, _ = limits.next_request()
+    assert n_refused <= 9, "a larger one is tried after 16, 32, … accepted requests"
+    if first > most:
+        assert n_texts == most or n_texts >= most / 2
+        assert not limits.are_exceeded_by(most, most * size)
+
+
+def test_texts_and_bytes_are_told_apart_by_what_is_accepted():
+    limits = LearnedLimits()
+    ask(limits, lambda n, _: n <= 10, 20, 100)
+    assert limits.are_exceeded_by(9, 2000), "either may have been too much"
+    limits.count_accepted(1, 5000)
+    assert not limits.are_exceeded_by(9, 4000)
+    assert limits.are_exceeded_by(20, 100)
+    assert not limits.are_exceeded_by(1, 10**9), "one text cannot be divided"
+
+
+def test_as_much_as_was_accepted_before_is_not_refused_for_its_size():
+    limits = LearnedLimits()
+    limits.count_accepted(100, 10_000)
+    assert not limits.count_refused(100, 10_000, is_for_size=False)
+    assert limits.next_request() == (math.inf, math.inf)
+    assert limits.count_refused(100, 10_000, is_for_size=True)
+    assert limits.next_request() == (math.inf, 5000)

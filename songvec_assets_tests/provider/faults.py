@@ -111,7 +111,6 @@ class FaultPlan:
         self._tries: Counter[bytes] = Counter()
         self._lane_free_at = 0.0
         self.is_warm = not faults.cold_s
-        self.n_loads = 0
 
     def happens(self, share: float) -> bool:
         """Draw once; a share of 0 draws nothing, so that other faults keep their sequence."""

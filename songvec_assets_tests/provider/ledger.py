@@ -23,6 +23,7 @@ class Figures(Struct):
     distinct_texts_billed: int = 0
     texts_billed_twice: int = 0
     tokens_billed: int = 0
+    loads: int = 0
     max_in_flight: int = 0
     max_texts_in_request: int = 0
     max_tokens_in_request: int = 0

@@ -73,7 +73,7 @@ class Server:
         plan = self._endpoint.plan
         if plan.is_warm:
             return True
-        plan.n_loads += 1
+        self._endpoint.ledger.figures.loads += 1
         waited_s = 0.0
         while waited_s < plan.faults.cold_s:
             if reader.at_eof() or reader.exception():
