@@ -304,7 +304,10 @@ def _span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRa
     held = deployment.held_ranges()
     if not held:
         caution = f" ({deployment.source.caution})" if deployment.source.caution else ""
-        _fail(f"table {deployment.source.table} holds no songs with an id from 0 on: nothing to do{caution}")
+        _fail(
+            f"table {deployment.source.table} holds no songs with an id from {deployment.tiling.start} on: nothing to "
+            f"do{caution}"
+        )
     return held[0], held[-1]
 
 

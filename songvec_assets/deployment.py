@@ -32,7 +32,7 @@ from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits, f
 from songvec_assets.songs.export import ExportMode, ExportReport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path, snapshot_ranges
-from songvec_assets.songs.source import SongsSource, SourceNames, count_ranges, find_source
+from songvec_assets.songs.source import SongsSource, SourceNames, check_ids, count_ranges, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date
 from songvec_assets.vectors.known import CachedOrLoaded
@@ -103,7 +103,8 @@ class Deployment:
         """
         # again: another process may have bound it meanwhile
         if not self._look().bound:
-            _ = self.source
+            # before there is a store: it would be bound to a cut that cannot serve
+            check_ids(self.database, self.source, self.tiling, count_ranges(self.database, self.source, self.tiling))
         ensure_schema(self.database)
         store = open_store(self.storage_root, self.tiling, guard=self._tail_lock)
         bind_store(store, self.database)
@@ -148,12 +149,19 @@ class Deployment:
         return find_source(self.database, SourceNames(self.settings.songs_table, **chosen))
 
     def held_ranges(self) -> list[SongIdRange]:
-        """The ranges that hold songs or cache, in order."""
-        tiles, held = {*self.tiling}, {*count_ranges(self.database, self.source, self.tiling)}
+        """The ranges that hold songs or cache, in order.
+
+        Raises:
+            SettingsError, SourceError: songs have ids that the ranges do not reach; see `check_ids`.
+        """
+        counts = count_ranges(self.database, self.source, self.tiling)
+        check_ids(self.database, self.source, self.tiling, counts)
+        tiles, held = {*self.tiling}, {*counts}
         for song_range in self.cache.ranges():
             # a tail that was cut otherwise, before the stop was raised, is cut into ranges from its start on
             known = song_range in tiles
-            held |= {song_range} if known else {self.tiling.range_of(song_range.start), self.tiling.tail}
+            start = max(song_range.start, self.tiling.start)
+            held |= {song_range} if known else {self.tiling.range_of(start), self.tiling.tail}
         return sorted(held)
 
     def ranges_behind(self) -> list[SongIdRange]:

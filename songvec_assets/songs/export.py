@@ -40,7 +40,14 @@ from songvec_assets.songs.snapshots import (
     snapshot_ranges,
     write_snapshot,
 )
-from songvec_assets.songs.source import IdSums, RangeCount, SongsSource, count_ranges, count_unreachable_ids
+from songvec_assets.songs.source import (
+    IdSums,
+    RangeCount,
+    SongsSource,
+    check_ids,
+    count_ranges,
+    count_unreachable_ids,
+)
 
 ExportMode = Literal["all", "append"]
 
@@ -187,12 +194,13 @@ def cache_songs_to_parquet(
         IncompleteExportError: some ranges could not be read; all others are done. Only where three in a row found no
             server are the rest not tried.
         DatabaseError: the songs could not be counted.
-        SettingsError: the open tail holds more songs than a range may.
+        SettingsError: the open tail holds more songs than a range may, or songs have ids below the first range.
+        SourceError: most songs have ids that no range can hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
     counts = count_ranges(database, source, tiling)
-    tiling.check_tail(tiling.tail, counts[tiling.tail].n_songs if tiling.tail in counts else 0)
+    check_ids(database, source, tiling, counts)
     check_stop = stop.check if stop else lambda: None
     # an append deletes no song that has a snapshot
     if guard and mode == "all":

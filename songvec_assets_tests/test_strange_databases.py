@@ -1,0 +1,169 @@
+"""Databases of other people: ids, encodings and addresses that no sample has. Scenarios over all rooms, by commands."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from songvec_assets import cli
+from songvec_assets.postgres.engine import Database
+from songvec_assets.settings import variables
+from songvec_assets_tests.administration import execute
+from songvec_assets_tests.provider import Provider
+from songvec_assets_tests.warm import start as start_warm
+
+Command = Callable[..., tuple[int, str]]
+
+FIRST_ID = 1_500_000_000
+
+
+def settings_of(database: Database, provider: Provider, folder: Path) -> dict[str, str]:
+    return {
+        "POSTGRES_URL": database.url,
+        "FIREWORKS_API_KEY": provider.api_key,
+        "FIREWORKS_BASE_URL": provider.base_url,
+        "SONGVEC_STORAGE": str(folder / "store"),
+        "SONGVEC_EMBEDDING_DIMENSIONS": "64",
+        "DAGSTER_HOME": str(folder),
+        "COLUMNS": "500",
+    }
+
+
+def count_paid(provider: Provider) -> int:
+    """Texts of songs that were billed."""
+    return sum(count for text, count in provider.texts().items() if " by " in text)
+
+
+@pytest.fixture
+def command(
+    database: Database,
+    provider: Provider,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Command:
+    """Types a command in this process: exit code and output."""
+
+    def type_in(*words: str, **settings: str) -> tuple[int, str]:
+        with monkeypatch.context() as patch:
+            for name, value in (settings_of(database, provider, tmp_path) | settings).items():
+                patch.setenv(name, value)
+            patch.chdir(tmp_path)
+            patch.setattr(sys, "argv", ["songvec", *words])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out + said.err
+
+    return type_in
+
+
+def fork(folder: Path, settings: Mapping[str, str], *words: str) -> tuple[int, str]:
+    """Type a command in a process of its own: settings that shape the graph are read when it loads."""
+    kept = {name: value for name, value in os.environ.items() if name not in variables()}
+    code = "from songvec_assets.cli import main; main()"
+    process = start_warm(["-c", code, *words], folder, kept | settings)
+    output, _ = process.communicate(timeout=150)
+    return int(process.returncode or 0), output
+
+
+class TestIds:
+    def create(self, database: Database, kind: str, id_of: str, n_songs: int) -> None:
+        execute(
+            database.adbc_uri,
+            f"""
+            CREATE TABLE songs (id {kind} PRIMARY KEY, name text, artist text, lyrics text);
+            INSERT INTO songs SELECT {id_of}, 'Song ' || n, 'Ann', 'la la ' || n
+            FROM generate_series(0, {n_songs - 1}) n
+            """,
+        )
+
+    def test_ids_from_one_and_a_half_billion_are_embedded_loaded_and_found(
+        self, database: Database, provider: Provider, tmp_path: Path
+    ) -> None:
+        self.create(database, "integer", f"{FIRST_ID} + 25000 * n", 40)
+        settings = settings_of(database, provider, tmp_path)
+        high = {"SONGVEC_SONG_ID_STOP": "2147483648", "SONGVEC_SONG_ID_START": str(FIRST_ID)}
+        code, output = fork(tmp_path, settings | high, "run")
+        assert code == 1, output
+        assert "SONGVEC_RANGE_SIZE=200000 SONGVEC_SONG_ID_START=1500000000 SONGVEC_SONG_ID_STOP=2147483648" in output
+        assert not (tmp_path / "store").exists()
+        high["SONGVEC_RANGE_SIZE"] = "200000"
+        code, output = fork(tmp_path, settings | high, "run")
+        assert code == 0, output
+        assert count_paid(provider) == 40
+        assert execute(database.adbc_uri, "SELECT count(*), min(song_id), max(song_id) FROM song_embeddings") == [
+            (40, FIRST_ID, FIRST_ID + 39 * 25_000)
+        ]
+        code, output = fork(tmp_path, settings | high, "status")
+        assert code == 0, output
+        assert "1500000000-1500200000" in output
+        code, output = fork(tmp_path, settings | high, "search", "whales", "-n", "1")
+        assert code == 0, output
+        assert "la la" in output, output
+        # a song below the first range is refused by the setting, before a request
+        execute(database.adbc_uri, f"INSERT INTO songs VALUES ({FIRST_ID - 1}, 'Low', 'Ann', 'la')")
+        for words in (("run",), ("run", "--dry-run")):
+            code, output = fork(tmp_path, settings | high, *words)
+            assert code == 1, output
+            assert "SONGVEC_SONG_ID_START" in output
+            assert "set it to 1499800000 or less" in output
+        code, output = fork(tmp_path, settings | high | {"SONGVEC_SONG_ID_START": "1499800000"}, "run")
+        assert code == 0, output
+        assert provider.texts()["Low by Ann\nla"] == 1
+        assert count_paid(provider) == 41
+        # what is cached is never left out
+        execute(database.adbc_uri, f"DELETE FROM songs WHERE id < {FIRST_ID}")
+        code, output = fork(tmp_path, settings | high, "run")
+        assert code == 1, output
+        assert "holds songs from song_id 1499800000 on, SONGVEC_SONG_ID_START is 1500000000" in output
+
+    @pytest.mark.parametrize(
+        ("kind", "id_of", "named"),
+        [
+            ("bigint", "3000000000 + n", "above 2147483647"),
+            ("uuid", "md5(n::text)::uuid", "is uuid"),
+            ("text", "'song-' || n", "is text"),
+            ("numeric", "n", "is numeric"),
+        ],
+    )
+    def test_ids_that_are_no_integer_are_refused_with_statements_that_serve(
+        self,
+        command: Command,
+        database: Database,
+        provider: Provider,
+        tmp_path: Path,
+        kind: str,
+        id_of: str,
+        named: str,
+    ) -> None:
+        self.create(database, kind, id_of, 30)
+        code, output = command("run")
+        assert code == 1, output
+        assert named in output, output
+        assert not (tmp_path / "store").exists()
+        assert provider.ledger()["requests"] == 0
+        statements = re.search(r"CREATE TABLE .*;(?= set SONGVEC)", output)
+        assert statements, output
+        execute(database.adbc_uri, statements.group())
+        settings = dict(re.findall(r"(SONGVEC_SONGS_TABLE|SONGVEC_SONG_ID_COLUMN)=([^\s,]+)", output))
+        code, output = command("run", **settings)
+        assert code == 0, output
+        assert execute(database.adbc_uri, "SELECT count(*) FROM song_embeddings") == [(30,)]
+        # the numbers stay where they are when songs come
+        execute(database.adbc_uri, f"INSERT INTO songs SELECT {id_of}, 'New', 'Ann', 'new' FROM (VALUES (-1)) v (n)")
+        execute(database.adbc_uri, re.search(r"INSERT INTO [^;]*;", statements.group()).group())  # type: ignore[union-attr]
+        code, output = command("run", **settings)
+        assert code == 0, output
+        assert count_paid(provider) == 31
+
+    def test_a_few_ids_beyond_are_rejected_and_the_others_embedded(self, command: Command, database: Database) -> None:
+        self.create(database, "bigint", "CASE WHEN n = 0 THEN 3000000000 ELSE n END", 30)
+        code, output = command("run")
+        assert code == 0, output
+        assert execute(database.adbc_uri, "SELECT count(*) FROM song_embeddings") == [(29,)]
+        code, output = command("status")
+        assert "1 × the id is above 2147483647" in output, output
