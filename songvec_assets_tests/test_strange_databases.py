@@ -1,17 +1,20 @@
 """Databases of other people: ids, encodings and addresses that no sample has. Scenarios over all rooms, by commands."""
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from songvec_assets import cli
 from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import variables
-from songvec_assets_tests.administration import execute
+from songvec_assets.songs.source import SourceNames, digest_source, find_source
+from songvec_assets_tests.administration import dispose, execute, with_parts
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.warm import start as start_warm
 
@@ -167,3 +170,101 @@ class TestIds:
         assert execute(database.adbc_uri, "SELECT count(*) FROM song_embeddings") == [(29,)]
         code, output = command("status")
         assert "1 × the id is above 2147483647" in output, output
+
+
+class TestEncodings:
+    """Of databases whose encoding is not UTF-8, or whose bytes are not what they are declared."""
+
+    @pytest.fixture
+    def create(self, server_url: str) -> Iterator[Callable[[str], Database]]:
+        """Makes a database in an encoding, with the extension and an empty table of songs."""
+        with contextlib.ExitStack() as stack:
+
+            def make(encoding: str) -> Database:
+                name = f"{encoding.lower()}_songs"
+                execute(
+                    server_url,
+                    f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'",
+                )
+                made = Database(with_parts(server_url, database=name))
+                stack.callback(execute, server_url, f"DROP DATABASE {name} WITH (FORCE)")
+                stack.callback(dispose, made.url)
+                execute(
+                    made.adbc_uri,
+                    "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text);"
+                    "INSERT INTO songs SELECT n, 'Song ' || n, 'Ann', 'la la ' || n FROM generate_series(1, 30) n",
+                )
+                return made
+
+            yield make
+
+    @pytest.mark.parametrize(("encoding", "word"), [("LATIN1", "Zoë"), ("EUC_JP", "海の歌"), ("WIN1252", "“Straße”")])
+    def test_the_server_converts_what_it_can(
+        self,
+        create: Callable[[str], Database],
+        command: Command,
+        provider: Provider,
+        monkeypatch: pytest.MonkeyPatch,
+        encoding: str,
+        word: str,
+    ) -> None:
+        database = create(encoding)
+        monkeypatch.setenv("PGCLIENTENCODING", "UTF8")
+        execute(
+            database.adbc_uri,
+            "UPDATE songs SET name = %s, lyrics = %s WHERE id = 7",
+            (word, word),
+        )
+        settings = {"POSTGRES_URL": database.url, "PGCLIENTENCODING": "LATIN1"}
+        code, output = command("run", **settings)
+        assert code == 0, output
+        assert provider.texts()[f"{word} by Ann\n{word}"] == 1
+        code, output = command("search", "x", "-n", "30", **settings)
+        assert code == 0, output
+        assert word in output
+
+    @pytest.mark.parametrize(
+        ("encoding", "stored", "shown", "named"),
+        [
+            ("SQL_ASCII", rb"Caf\351", "Caf�", "not valid UTF-8"),
+            # LATIN1 itself has no undefined byte; in WIN1252 the server converts all but a few
+            ("WIN1252", rb"Caf\201", "Caf�", "not valid CP1252"),
+        ],
+    )
+    @pytest.mark.parametrize("column", ["name", "lyrics"])
+    def test_a_row_that_cannot_be_decoded_is_rejected_and_its_neighbours_are_embedded(
+        self,
+        create: Callable[[str], Database],
+        command: Command,
+        provider: Provider,
+        encoding: str,
+        stored: bytes,
+        shown: str,
+        named: str,
+        column: str,
+    ) -> None:
+        database = create(encoding)
+        settings = {"POSTGRES_URL": database.url}
+        assert command("run", **settings)[0] == 0
+        assert count_paid(provider) == 30
+        execute(
+            database.adbc_uri,
+            f"INSERT INTO songs SELECT n, 'New', 'Ann', 'new ' || n FROM generate_series(31, 33) n; UPDATE songs SET "
+            f"{column} = convert_from('{stored.decode()}'::bytea, getdatabaseencoding()) WHERE id IN (7, 32)",
+        )
+        code, output = command("run", **settings)
+        assert code == 0, output
+        assert count_paid(provider) == 32
+        code, output = command("status", **settings)
+        assert code == 0, output
+        assert f"song 7: the song's {column} is {named}" in output, output
+        assert f"song 32: the song's {column} is {named}" in output, output
+        # a search finds the row of song 7 until the next load, and shows what it can
+        execute(database.adbc_uri, f"UPDATE songs SET {column} = convert_from('{stored.decode()}'::bytea, "
+                "getdatabaseencoding()) WHERE id = 8")  # fmt: skip
+        code, output = command("search", "x", "-n", "40", **settings)
+        assert code == 0, output
+        assert shown in output, output
+        with database.get_connection() as connection:
+            assert connection.scalar(sa.text("SELECT count(*) FROM song_embeddings WHERE song_id IN (7, 32)")) == 0
+        assert digest_source(database, find_source(database, SourceNames()))

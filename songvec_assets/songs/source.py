@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import sqlalchemy as sa
 from psycopg2 import sql
+from psycopg2.extensions import encodings
 
 from songvec_assets.errors import SettingsError, SourceError
 from songvec_assets.postgres.engine import Database, raw_cursor
@@ -57,6 +58,7 @@ class SongsSource:
         updated_at: quoted column, or None.
         updated_at_type: its type.
         row_security: whether policies may hide songs from this user.
+        encoding: of the database.
     """
 
     table: str
@@ -69,6 +71,16 @@ class SongsSource:
     updated_at: str | None = None
     updated_at_type: str | None = None
     row_security: bool = False
+    encoding: str = "UTF8"
+
+    @property
+    def codec(self) -> str:
+        """Python's name of the encoding. A database in SQL_ASCII holds whatever bytes came: UTF-8, mostly."""
+        return "utf-8" if self.encoding == "SQL_ASCII" else str(encodings.get(self.encoding, "utf-8"))
+
+    def as_bytes(self, column: str) -> str:
+        """SQL for a text's bytes as they are stored, which the server does not convert."""
+        return f"convert_to({column}::text, getdatabaseencoding())"
 
     @property
     def caution(self) -> str:
@@ -81,17 +93,18 @@ class SongsSource:
         columns = (self.song_id, self.name, self.artist, self.lyrics, self.updated_at)
         return " ".join((self.relation, *map(str, columns)))
 
-    def select_statement(self, lowest: int, stop: int, updated_since: str | None = None) -> str:
-        """SELECT of the songs with lowest <= song_id < stop, ordered by song_id."""
+    def select_statement(self, lowest: int, stop: int, updated_since: str | None = None, as_bytes: bool = False) -> str:
+        """SELECT of the songs with lowest <= song_id < stop, ordered by song_id; their texts as bytes where asked."""
         newer = ""
         if updated_since is not None:
             # rows that were committed late carry a time before the newest one seen
             quoted = updated_since.replace("'", "''")
             since = f"CAST('{quoted}' AS {self.updated_at_type}) - INTERVAL '{OVERLAP}'"
             newer = f" AND ({self.updated_at} >= {since} OR {self.updated_at} IS NULL)"
+        columns = {"name": self.name, "artist": self.artist, "lyrics": self.lyrics}
+        texts = (f"{self.as_bytes(each) if as_bytes else f'{each}::text'} AS {name}" for name, each in columns.items())
         return (
-            f"SELECT {self.song_id}::integer AS song_id, {self.name}::text AS name, {self.artist}::text AS artist, "
-            f"{self.lyrics}::text AS lyrics FROM {self.relation} AS source "
+            f"SELECT {self.song_id}::integer AS song_id, {', '.join(texts)} FROM {self.relation} AS source "
             f"WHERE {self.song_id} >= {int(lowest)} AND {self.song_id} < {int(stop)}{newer} "
             # a bare song_id would be the column of the result, which no index gives in order
             f"ORDER BY source.{self.song_id}"
@@ -194,6 +207,7 @@ def find_source(database: Database, names: SourceNames) -> SongsSource:
             updated_at=columns[names.updated_at_column].quoted if names.updated_at_column else None,
             updated_at_type=updated_at_type,
             row_security=table.row_security,
+            encoding=str(connection.scalar(sa.text("SELECT getdatabaseencoding()"))),
         )
 
 
