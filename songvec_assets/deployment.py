@@ -29,6 +29,7 @@ from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import ReportProgress, StopSignal, ignore_progress
 from songvec_assets.settings import OFFLINE_MODEL, Settings
 from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits, find_absence
+from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
 from songvec_assets.songs.export import ExportMode, ExportReport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path, snapshot_ranges
@@ -229,6 +230,22 @@ class Deployment:
             if ranges is None or each in ranges or each not in tiles
         )
         return estimate_fills(plans, self.token_estimator(), self.price, self.quota)
+
+    def find_boilerplate(self) -> Boilerplate:
+        """What a sample of the lyrics in the source has that is no lyric; nothing where lyrics are not embedded."""
+        if "{lyrics}" not in self.settings.text_template:
+            return Boilerplate()
+        counts = count_ranges(self.database, self.source, self.tiling)
+        n_songs = sum(each.n_songs for each in counts.values())
+        return find_boilerplate(sample_lyrics(self.database, self.source, sorted(counts)), n_songs)
+
+    def describe_boilerplate(self) -> list[str]:
+        """The same in words, with the view that cleans the lyrics; empty where there is little of it."""
+        found = self.find_boilerplate()
+        if not found.is_common:
+            return []
+        bytes_per_token = self.token_estimator().bytes_per_token
+        return [f"lyrics: {found.describe(bytes_per_token)}", f"To embed them without it: {found.view(self.source)}"]
 
     def index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
         """Build the index where that is worth it; see `bring_index_up_to_date`."""

@@ -12,7 +12,9 @@ import sqlalchemy as sa
 
 from songvec_assets import cli
 from songvec_assets.postgres.engine import Database
+from songvec_assets.samples import read_sample_songs
 from songvec_assets.settings import variables
+from songvec_assets.songs.boilerplate import find_boilerplate
 from songvec_assets.songs.source import SourceNames, digest_source, find_source
 from songvec_assets_tests.administration import dispose, execute, with_parts
 from songvec_assets_tests.provider import Provider
@@ -59,7 +61,8 @@ def command(
             with pytest.raises(SystemExit) as ended:
                 cli.main()
         said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out + said.err
+        # a line may have been wrapped
+        return int(ended.value.code or 0), " ".join((said.out + said.err).split())
 
     return type_in
 
@@ -268,3 +271,66 @@ class TestEncodings:
         with database.get_connection() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM song_embeddings WHERE song_id IN (7, 32)")) == 0
         assert digest_source(database, find_source(database, SourceNames()))
+
+
+class TestVersions:
+    def test_a_host_s_version_of_pgvector_runs_and_is_named_once_a_run(
+        self, command: Command, database: Database, songs: Callable[..., None]
+    ) -> None:
+        songs((1, "Sea", "Ann", "la"), (2, "Rain", "Bo", "lu"))
+        version = execute(database.adbc_uri, "SELECT extversion FROM pg_extension WHERE extname = 'vector'")[0][0]
+        execute(database.adbc_uri, "UPDATE pg_extension SET extversion = '0.8.0.google-4' WHERE extname = 'vector'")
+        try:
+            code, output = command("run")
+            assert code == 0, output
+            assert output.count("pgvector 0.8.0.google-4 has errors that were mended since") == 1, output
+            code, output = command("status")
+            assert code == 0, output
+            assert "Server: pgvector 0.8.0.google-4" in output
+            code, output = command("search", "sea")
+            assert (code, "mended" in output) == (0, False), output
+        finally:
+            execute(database.adbc_uri, "UPDATE pg_extension SET extversion = %s WHERE extname = 'vector'", (version,))
+        code, output = command("run")
+        assert "mended" not in output
+
+
+class TestBoilerplate:
+    def test_what_is_no_lyric_is_named_before_payment_with_a_view_that_serves(
+        self, command: Command, database: Database, songs: Callable[..., None], provider: Provider
+    ) -> None:
+        credit = "Brought to you by the best lyrics site"
+        songs(
+            *((n, f"Song {n}", "Ann", f"[ti:Song]\n[00:12.34]la la {n}\n[01:15.2] lu lu") for n in range(1, 11)),
+            *((n, f"Song {n}", "Bo", f"12 ContributorsSong {n} Lyrics[Chorus]\nla {n}You might also like\nlu5Embed")
+              for n in range(11, 21)),
+            *((n, f"Song {n}", "Cy", "[Instrumental]") for n in range(21, 26)),
+            *((n, f"Song {n}", "Di", f"[Chorus]\nla la {n}\n{credit}") for n in range(26, 51)),
+        )  # fmt: skip
+        before = provider.ledger()["requests"]
+        for words in (("run", "--dry-run"), ("estimate",)):
+            code, output = command(*words)
+            assert code == 0, output
+            assert "50 of 50 sampled songs (100%)" in output, output
+            for named in ("LRC time stamps in 10", "“Embed” of Genius at the end in 10", "“Instrumental” in 5", credit):
+                assert named in output
+            assert "Chorus" not in output
+        assert provider.ledger()["requests"] == before
+        view = re.search(r"CREATE VIEW .*?;(?= then set)", output)
+        assert view, output
+        execute(database.adbc_uri, view.group())
+        settings = dict(re.findall(r"(SONGVEC_SONGS_TABLE|SONGVEC_SONG_ID_COLUMN)=([\w.]+)", output))
+        code, output = command("run", **settings)
+        assert code == 0, output
+        assert "no lyric" not in output
+        texts = provider.texts()
+        assert texts["Song 1 by Ann\nla la 1\nlu lu"] == 1
+        assert texts["Song 11 by Bo\n[Chorus]\nla 11\nlu"] == 1
+        assert texts["Song 21 by Cy"] == 1
+        assert texts["Song 26 by Di\n[Chorus]\nla la 26"] == 1
+
+    def test_the_samples_and_texts_like_it_are_lyrics(self) -> None:
+        lyrics = read_sample_songs()["lyrics"].drop_nulls().to_list()
+        lyrics += ["[Verse 1]\nI embed my heart\n[Chorus]\nyou might also like me", "an instrumental night at 12:30"]
+        found = find_boilerplate(lyrics, 100)
+        assert (found.n_found, found.is_common) == (0, False), found
