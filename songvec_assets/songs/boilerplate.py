@@ -89,8 +89,8 @@ class Boilerplate:
         named = f"{schema}.{view}".replace('"', "")
         return (
             f"CREATE VIEW {schema}.{view} AS SELECT {source.song_id} AS song_id, {source.name} AS name, "
-            f"{source.artist} AS artist, NULLIF({lyrics}, '') AS lyrics{updated_at} FROM {source.relation}; then set "
-            f"SONGVEC_SONGS_TABLE={named} SONGVEC_SONG_ID_COLUMN=song_id, and leave SONGVEC_NAME_COLUMN, "
+            f"{source.artist} AS artist, NULLIF(btrim({lyrics}, E' \\r\\n\\t'), '') AS lyrics{updated_at} "
+            f"FROM {source.relation}; then set SONGVEC_SONGS_TABLE={named} SONGVEC_SONG_ID_COLUMN=song_id, and leave SONGVEC_NAME_COLUMN, "
             "SONGVEC_ARTIST_COLUMN and SONGVEC_LYRICS_COLUMN unset"
         )
 
