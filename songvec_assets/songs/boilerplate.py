@@ -90,8 +90,8 @@ class Boilerplate:
         return (
             f"CREATE VIEW {schema}.{view} AS SELECT {source.song_id} AS song_id, {source.name} AS name, "
             f"{source.artist} AS artist, NULLIF(btrim({lyrics}, E' \\r\\n\\t'), '') AS lyrics{updated_at} "
-            f"FROM {source.relation}; then set SONGVEC_SONGS_TABLE={named} SONGVEC_SONG_ID_COLUMN=song_id, and leave SONGVEC_NAME_COLUMN, "
-            "SONGVEC_ARTIST_COLUMN and SONGVEC_LYRICS_COLUMN unset"
+            f"FROM {source.relation}; then set SONGVEC_SONGS_TABLE={named} SONGVEC_SONG_ID_COLUMN=song_id, and leave "
+            "SONGVEC_NAME_COLUMN, SONGVEC_ARTIST_COLUMN and SONGVEC_LYRICS_COLUMN unset"
         )
 
 
