@@ -124,11 +124,10 @@ def _select(job: Job) -> str:
 
 
 def _stream(job: Job) -> Any:
-    import sqlalchemy as sa
 
-    from songvec_assets.postgres.urls import normalize_url
+    from songvec_assets.postgres.engine import get_engine
 
-    return sa.create_engine(normalize_url(job.url)).connect().execution_options(stream_results=True)
+    return get_engine(job.url).connect().execution_options(stream_results=True)
 
 
 def _url_of_rust(job: Job) -> str:

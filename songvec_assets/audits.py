@@ -81,6 +81,16 @@ class Auditor:
             {"share set aside": round(share, 6), "set aside": total.n_set_aside},
         )
 
+    def texts_are_lyrics(self) -> Finding:
+        """Are a sample's lyrics free of time stamps and leftovers of web pages?"""
+        found = self.deployment.find_boilerplate()
+        words = found.describe(self.deployment.token_estimator().bytes_per_token)
+        return Finding(
+            not found.is_common,
+            f"{words}. To embed them without it: {found.view(self.deployment.source)}" if found.is_common else words,
+            {"sampled": found.n_sampled, "songs with it": found.n_found},
+        )
+
     def no_orphans(self) -> Finding:
         """Has every row of the table a song, and does the ledger know it?"""
         n_rows, total = count_rows(self.deployment.database), self._total

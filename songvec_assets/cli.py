@@ -158,17 +158,19 @@ def estimate(
 
     deployment = _deploy()
 
-    def measure(show: Callable[[Progress], None]) -> "Estimate":
+    def measure(show: Callable[[Progress], None]) -> "tuple[Estimate, list[str]]":
         if refresh:
             deployment.export(progress=show, confirm_deletions=confirm_deletions)
-        return deployment.estimate()
+        return deployment.estimate(), deployment.describe_boilerplate()
 
     with _interruptible(), _showing_progress() as show:
-        result = run_in_worker(measure, report=show, stop=deployment.cancel)
+        result, boilerplate = run_in_worker(measure, report=show, stop=deployment.cancel)
     out.print(deployment.describe())
     out.print(estimate_table(result, deployment.settings.offline))
     if result.n_again:
         out.print(result.describe_again(), style="yellow", markup=False, highlight=False)
+    for line in boilerplate:
+        out.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -326,7 +328,10 @@ def _span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRa
     held = deployment.held_ranges()
     if not held:
         caution = f" ({deployment.source.caution})" if deployment.source.caution else ""
-        _fail(f"table {deployment.source.table} holds no songs with an id from 0 on: nothing to do{caution}")
+        _fail(
+            f"table {deployment.source.table} holds no songs with an id from {deployment.tiling.start} on: nothing to "
+            f"do{caution}"
+        )
     return held[0], held[-1]
 
 
@@ -348,6 +353,7 @@ def _run_job(
     from songvec_assets.definitions import defs
     from songvec_assets.defs.headless import run_job
     from songvec_assets.defs.tables import run_table
+    from songvec_assets.postgres.schema import read_pgvector_caution
 
     out.print(deployment.describe())
     with _interruptible(), _showing_progress():
@@ -358,7 +364,7 @@ def _run_job(
         out.print(f"Swapped in: {result.comparison}.", markup=False, highlight=False)
     if result.n_set_aside:
         out.print(f"Set aside: {result.n_set_aside:,}; `songvec status` says which and why.", markup=False)
-    for warning in result.warnings:
+    for warning in [*result.warnings, *filter(None, [read_pgvector_caution(deployment.database)])]:
         out.print(warning, style="yellow", markup=False, highlight=False)
     if result.incomplete:
         _fail("\n".join([*result.failures, _describe_incomplete(result, deployment, job)]))
@@ -386,7 +392,8 @@ def _print_plan(ranges: str, anew: bool) -> None:
     out.print(deployment.describe())
     planned = plan_run(deployment, [each for each in deployment.tiling if first <= each <= last], anew)
     for line in planned.describe():
-        out.print(line, markup=False, highlight=False)
+        # statements are to be copied
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:

@@ -35,10 +35,11 @@ from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import ReportProgress, StopSignal, ignore_progress
 from songvec_assets.settings import OFFLINE_MODEL, Settings
 from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits, find_absence
+from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
 from songvec_assets.songs.export import ExportMode, ExportReport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path, snapshot_ranges
-from songvec_assets.songs.source import SongsSource, SourceNames, count_ranges, find_source
+from songvec_assets.songs.source import SongsSource, SourceNames, check_ids, count_ranges, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date
 from songvec_assets.vectors.known import CachedOrLoaded
@@ -110,7 +111,8 @@ class Deployment:
         """
         # again: another process may have bound it meanwhile
         if not self._look().bound:
-            _ = self.source
+            # before there is a store: it would be bound to a cut that cannot serve
+            check_ids(self.database, self.source, self.tiling, count_ranges(self.database, self.source, self.tiling))
         ensure_schema(self.database)
         store = open_store(self.storage_root, self.tiling, guard=self._tail_lock)
         bind_store(store, self.database)
@@ -174,12 +176,19 @@ class Deployment:
         return find_source(self.database, SourceNames(self.settings.songs_table, **chosen), self.text_spec)
 
     def held_ranges(self) -> list[SongIdRange]:
-        """The ranges that hold songs or cache, in order."""
-        tiles, held = {*self.tiling}, {*count_ranges(self.database, self.source, self.tiling)}
+        """The ranges that hold songs or cache, in order.
+
+        Raises:
+            SettingsError, SourceError: songs have ids that the ranges do not reach; see `check_ids`.
+        """
+        counts = count_ranges(self.database, self.source, self.tiling)
+        check_ids(self.database, self.source, self.tiling, counts)
+        tiles, held = {*self.tiling}, {*counts}
         for song_range in self.cache.ranges():
             # a tail that was cut otherwise, before the stop was raised, is cut into ranges from its start on
             known = song_range in tiles
-            held |= {song_range} if known else {self.tiling.range_of(song_range.start), self.tiling.tail}
+            start = max(song_range.start, self.tiling.start)
+            held |= {song_range} if known else {self.tiling.range_of(start), self.tiling.tail}
         return sorted(held)
 
     def ranges_behind(self) -> list[SongIdRange]:
@@ -250,6 +259,22 @@ class Deployment:
                     yield plan_fill(self.store.songs, self.cache, each, spec, None if anew else 0, self.server)[1]
 
         return estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
+
+    def find_boilerplate(self) -> Boilerplate:
+        """What a sample of the lyrics in the source has that is no lyric; nothing where lyrics are not embedded."""
+        if "{lyrics}" not in self.settings.text_template:
+            return Boilerplate()
+        counts = count_ranges(self.database, self.source, self.tiling)
+        n_songs = sum(each.n_songs for each in counts.values())
+        return find_boilerplate(sample_lyrics(self.database, self.source, sorted(counts)), n_songs)
+
+    def describe_boilerplate(self) -> list[str]:
+        """The same in words, with the view that cleans the lyrics; empty where there is little of it."""
+        found = self.find_boilerplate()
+        if not found.is_common:
+            return []
+        bytes_per_token = self.token_estimator().bytes_per_token
+        return [f"lyrics: {found.describe(bytes_per_token)}", f"To embed them without it: {found.view(self.source)}"]
 
     def index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
         """Build the index where that is worth it; see `bring_index_up_to_date`."""

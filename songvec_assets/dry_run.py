@@ -27,6 +27,7 @@ class RunPlan:
         index: as it is, or None.
         max_usd: the run's budget, or None.
         month, max_usd_a_month: what this month has cost, and its budget, or None.
+        boilerplate: what the lyrics have that is no lyric, in words; empty where there is little of it.
     """
 
     source: SourceState
@@ -37,6 +38,7 @@ class RunPlan:
     max_usd: float | None
     month: MonthSpending
     max_usd_a_month: float | None
+    boilerplate: Sequence[str] = ()
 
     def describe(self) -> list[str]:
         """A line a step."""
@@ -55,6 +57,7 @@ class RunPlan:
             f"load: {backlog.n_changed:,} of {backlog.n_rows:,} rows cached so far are to be written",
             "index: there is none yet" if index is None else
             f"index: {index.lists:,} lists over {index.n_rows:,} rows; {index.n_changed:,} rows changed since",
+            *self.boilerplate,
         ]  # fmt: skip
 
     def _describe_deletions(self) -> str:
@@ -88,4 +91,5 @@ def plan_run(deployment: Deployment, ranges: Sequence[SongIdRange], anew: bool =
         deployment.settings.max_usd,
         deployment.month_spending(),
         deployment.settings.max_usd_a_month,
+        deployment.describe_boilerplate(),
     )

@@ -245,8 +245,13 @@ class Settings:
         "SONGVEC_WEBHOOK_URL", _text,
         "Where failed runs are told, as JSON with a `text` (Slack, Mattermost, Teams, …); unset: nowhere", secret=True,
     )  # fmt: skip
+    song_id_start: int = _setting(
+        "SONGVEC_SONG_ID_START", _whole(0, 2**31 - 1),
+        "Where the first range begins, a multiple of the range size; never above what is cached",
+        default=0, when="graph", identity=True,
+    )  # fmt: skip
     song_id_stop: int = _setting(
-        "SONGVEC_SONG_ID_STOP", _whole(1, 999_999_999), "Where the open tail range begins; may only grow",
+        "SONGVEC_SONG_ID_STOP", _whole(1, 2**31), "Where the open tail range begins; may only grow",
         default=16_000_000, when="graph", identity=True,
     )  # fmt: skip
     range_size: int = _setting(

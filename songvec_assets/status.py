@@ -9,6 +9,7 @@ from songvec_assets.cache.shards import load_embeddings_from_cache
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.errors import StoreError
+from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import count_songs, load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import count_ranges, count_unreachable_ids
@@ -84,6 +85,7 @@ class Status:
         month_usd, month_reserved_usd: billed this month, and reserved for requests in flight, over all runs.
         unreadable: what is wrong with cache files that cannot be read; their ranges count as not cached.
         caution: why the source may hold more songs than this user sees; empty where it does not.
+        pgvector: what is wrong with the server's version; empty where nothing is.
     """
 
     ranges: list[RangeStatus]
@@ -96,6 +98,7 @@ class Status:
     month_reserved_usd: float
     caution: str = ""
     unreadable: list[str] = field(default_factory=list)
+    pgvector: str = ""
 
     def describe(self) -> list[str]:
         """What there is beyond the ranges, a line each."""
@@ -112,6 +115,7 @@ class Status:
             *([f"Not exported yet: {self.total.n_unexported:,} songs: `songvec run` exports them"]
               if self.total.n_unexported else []),
             *([f"Source: {self.caution}"] if self.caution else []),
+            *([f"Server: {self.pgvector}"] if self.pgvector else []),
         ]  # fmt: skip
 
     @property
@@ -194,4 +198,7 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
         recall = read_recall(connection)
     tables, month = describe_tables(deployment.database), deployment.month_spending()
     words = recall.describe() if recall else ""
-    return Status(ranges, tables, index, set_aside, dict(unreachable), words, *month, source.caution, unreadable)
+    pgvector = read_pgvector_caution(deployment.database)
+    return Status(
+        ranges, tables, index, set_aside, dict(unreachable), words, *month, source.caution, unreadable, pgvector
+    )

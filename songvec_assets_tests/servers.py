@@ -43,12 +43,14 @@ class Server:
         port: where it listens.
         binaries: folder of the programs.
         user: of the operating system, who runs it; None: the present one.
+        shared_memory_bytes: that its own /dev/shm holds; None: the machine's.
     """
 
     folder: Path
     port: int
     binaries: Path
     user: str | None
+    shared_memory_bytes: int | None = None
     _process: "subprocess.Popen[bytes] | None" = field(default=None, repr=False)
 
     def url(self, database: str = "postgres", user: str = "postgres", password: str | None = None) -> str:
@@ -62,9 +64,15 @@ class Server:
         command = [str(self.binaries / "postgres"), "-D", str(self.folder)]
         for name, value in options.items():
             command += ["-c", f"{name}={value}"]
+        user = self.user
+        if self.shared_memory_bytes is not None:
+            # in a mount namespace of its own, as a container has one; each program is the next one's process
+            mount = f"mount -t tmpfs -o size={self.shared_memory_bytes},mode=1777 tmpfs /dev/shm"
+            change = f"setpriv --reuid={user} --regid={user} --clear-groups" if user else ""
+            command, user = ["unshare", "-m", "sh", "-c", f'{mount} && exec {change} "$@"', "sh", *command], None
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                command, user=self.user, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command, user=user, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         deadline = time.monotonic() + _PATIENCE_S
         while True:
@@ -74,6 +82,12 @@ class Server:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server does not start; its log ends: {self._last_words()}")
             time.sleep(0.02)
+
+    def fill_shared_memory(self, n_left: int) -> None:
+        """Leave so many bytes of its own /dev/shm: a server as it starts takes a megabyte, and one in use more."""
+        assert self._process is not None
+        folder = Path(f"/proc/{self._process.pid}/root/dev/shm")
+        (folder / "ballast").write_bytes(bytes(shutil.disk_usage(folder).free - n_left))
 
     def kill(self, everything: bool = False) -> None:
         """SIGKILL the postmaster, or all its processes at once, and wait until the last of them ended."""
@@ -113,14 +127,21 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(**settings: object) -> Iterator[Server]:
-    """A new server with these settings in its configuration; it and its folder are gone after the block."""
+def running_server(shared_memory_bytes: int | None = None, **settings: object) -> Iterator[Server]:
+    """A new server with these settings in its configuration; it and its folder are gone after the block.
+
+    Raises:
+        NotPermittedError: it was to have a /dev/shm of its own, and this user may not mount one.
+    """
+    unshare = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    if shared_memory_bytes is not None and subprocess.run(unshare, check=False, capture_output=True).returncode:
+        raise NotPermittedError("a small /dev/shm needs a mount namespace of its own")
     with _folder() as folder:
         made = get_server(folder, start=False)
         made.ensure_pgdata_inited()
         _append(folder / "postgresql.conf", "".join(f"{name} = '{value}'\n" for name, value in settings.items()))
         (folder / "pg_hba.conf").write_text(_TRUSTED + _OTHERS, encoding="utf-8")
-        with _started(Server(folder, free_port(), made.bin_path, made.system_user)) as server:
+        with _started(Server(folder, free_port(), made.bin_path, made.system_user, shared_memory_bytes)) as server:
             yield server
 
 

@@ -48,7 +48,7 @@ def ask(deployment: Deployment, name: str) -> Finding:
 
 def test_a_sound_deployment_answers_every_question_well(begin: Callable[..., Deployment]) -> None:
     found = {name: ask(begin(), name) for name in QUESTIONS}
-    assert len(found) == 11
+    assert len(found) == 12
     assert {name: finding.words for name, finding in found.items() if not finding.passed} == {}
     assert all(finding.words for finding in found.values())
 
@@ -67,6 +67,10 @@ def add_song(url: str) -> None:
 
 def unname_songs(url: str) -> None:
     execute(url, "UPDATE songs SET name = '' WHERE id <= 3")
+
+
+def stamp_lyrics(url: str) -> None:
+    execute(url, "UPDATE songs SET lyrics = '[00:12.34] la la' WHERE id <= 3")
 
 
 def zero_vector(url: str) -> None:
@@ -92,6 +96,7 @@ def drop_index(url: str) -> None:
             "40 of 41 songs are loaded, 0 set aside, 1 missing (1 of them not exported yet): ",
         ),
         ("few_set_aside", unname_songs, True, "3 of 40 songs are set aside"),
+        ("texts_are_lyrics", stamp_lyrics, False, "LRC time stamps in 3"),
         ("no_orphans", delete_row, False, "39 rows, 40 of them in the ledger"),
         ("no_orphans", delete_song, True, "1 without a song"),
         ("vectors_are_sound", zero_vector, False, "1 of 40 sampled vectors are bad"),

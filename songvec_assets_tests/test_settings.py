@@ -58,7 +58,8 @@ GOOD = {
     "SONGVEC_INDEX_MEMORY_MB": ("index_memory_mb", None, {"64": 64}),
     "SONGVEC_SWAP": ("swap", False, {"yes": True, "True": True, "no": False, "false": False}),
     "SONGVEC_WEBHOOK_URL": ("webhook_url", None, {"https://x.example/hook": "https://x.example/hook"}),
-    "SONGVEC_SONG_ID_STOP": ("song_id_stop", 16_000_000, {"50000": 50_000}),
+    "SONGVEC_SONG_ID_START": ("song_id_start", 0, {"0": 0, "1500000000": 1_500_000_000}),
+    "SONGVEC_SONG_ID_STOP": ("song_id_stop", 16_000_000, {"50000": 50_000, "2147483648": 2**31}),
     "SONGVEC_RANGE_SIZE": ("range_size", 50_000, {"1": 1, "1000000": 1_000_000}),
     "SONGVEC_RANGES_PER_RUN": ("ranges_per_run", None, {"1": 1}),
 }  # fmt: skip
@@ -75,7 +76,7 @@ TOO_HIGH = {
     "SONGVEC_MAX_TEXT_CHARS": "1000001",
     "SONGVEC_LISTS": "32769",
     "SONGVEC_INDEX_MEMORY_MB": "2147483648",
-    "SONGVEC_SONG_ID_STOP": "2147483648",
+    "SONGVEC_SONG_ID_STOP": "2147483649",
     "SONGVEC_RANGE_SIZE": "1000001",
     "SONGVEC_RANGES_PER_RUN": "1000001",
 }
@@ -97,6 +98,7 @@ BAD = (
         for variable in ("SONGVEC_FULL_COMPARE_HOURS", "SONGVEC_RETENTION_DAYS")
         for value in NOT_A_NUMBER
     ]
+    + [("SONGVEC_SONG_ID_START", value) for value in ("-1", "2147483648", "many")]
     + [(variable, value) for variable in ("SONGVEC_SWAP", "SONGVEC_TRUNCATE") for value in ("1", "perhaps")]
     + [("SONGVEC_QUERY_PROMPT", value) for value in ("query:", "{text}", "{query} or {query}")]
     + [("SONGVEC_DOCUMENT_PROMPT", value) for value in ("passage:", "{query}", "{name}")]

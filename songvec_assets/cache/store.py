@@ -1,6 +1,6 @@
 """The storage root: which database it belongs to, how it cuts song_ids, where its folders are.
 
-store.json                                 identity, range width, stop of the tiling
+store.json                                 identity, range width, start and stop of the tiling
 songs/<key>.parquet                        snapshots
 songs/full_compare.json                    when an export last read all songs, where they have an updated_at column
 embeddings/<model>-<dimensions>/<key>.arrow    shards
@@ -10,7 +10,7 @@ embeddings/<model>-<dimensions>/texts.json     how their texts are made
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from songvec_assets.files import replace_atomically, sync_folder
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact, write_first_fact
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.snapshots import ranges_of
 
 _FACT = "store_id"
 _SCHEMA_BYTES = 4096
@@ -62,14 +63,17 @@ def find_store(root: Path, tiling: Tiling) -> Store | None:
     Its tiling is the one that its files have: where the stop was raised since, the tail is still whole.
 
     Raises:
-        StoreError: it is cut into ranges of another width, its stop is higher, or its `store.json` does not parse.
+        StoreError: it is cut into ranges of another width, its stop is higher, it holds ranges below the start, or its
+            `store.json` does not parse.
     """
     path = root / "store.json"
     if not path.exists():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        store = Store(root, found["store_id"], Tiling(found["range_size"], found["song_id_stop"]), found["bound"])
+        # stores of earlier versions begin at 0
+        cut = Tiling(found["range_size"], found["song_id_stop"], found.get("song_id_start", 0))
+        store = Store(root, found["store_id"], cut, found["bound"])
     except (ValueError, KeyError, TypeError, SettingsError) as error:
         raise StoreError(
             f"{path} does not parse ({error}): restore it, or remove it and run `songvec adopt` to bind the store anew"
@@ -83,7 +87,20 @@ def find_store(root: Path, tiling: Tiling) -> Store | None:
         raise StoreError(
             f"the tail of {root} begins at {store.tiling.stop}, SONGVEC_SONG_ID_STOP is {tiling.stop}: it may only grow"
         )
+    if store.tiling.start < tiling.start:
+        held = ranges_of([*store.songs.glob("*.parquet"), *root.glob("embeddings/*/*.arrow")])
+        # what the tail holds is looked at when it is cut
+        _check_start(root, (each.start for each in held if each != store.tiling.tail), tiling)
     return store
+
+
+def _check_start(root: Path, song_ids: Iterable[int], tiling: Tiling) -> None:
+    lowest = min(song_ids, default=tiling.start)
+    if lowest < tiling.start:
+        raise StoreError(
+            f"{root} holds songs from song_id {lowest} on, SONGVEC_SONG_ID_START is {tiling.start}: set it to "
+            f"{lowest // tiling.width * tiling.width} or less"
+        )
 
 
 def open_store(
@@ -106,7 +123,7 @@ def open_store(
         # another process may have been first
         store = find_store(root, tiling)
         assert store is not None
-    if store.tiling.stop < tiling.stop:
+    if store.tiling != tiling:
         with guard(store):
             _cut_tails(store, tiling)
             store = replace(store, tiling=tiling)
@@ -182,6 +199,7 @@ def _content(store: Store) -> bytes:
     content = {
         "store_id": store.store_id,
         "range_size": store.tiling.width,
+        "song_id_start": store.tiling.start,
         "song_id_stop": store.tiling.stop,
         "bound": store.bound,
     }
@@ -190,6 +208,8 @@ def _content(store: Store) -> bytes:
 
 def _cut_tails(store: Store, tiling: Tiling) -> None:
     """Divide every model's tail shard into the new ranges. A crash leaves the old tail, and this is done again."""
+    if tiling.stop == store.tiling.stop:
+        return
     for path in sorted(store.root.glob(f"embeddings/*/{store.tiling.tail.key}.arrow")):
         identity = read_identity(path)
         if identity is None:
@@ -197,6 +217,7 @@ def _cut_tails(store: Store, tiling: Tiling) -> None:
             continue
         shard = Shard(path, identity)
         kept, cache = rows_to_keep(shard), store.embeddings(identity.model, identity.dimensions)
+        _check_start(store.root, kept["song_id"], tiling)
         for song_range in (tile for tile in tiling if tile.start >= store.tiling.stop):
             rows = kept.filter(pl.col("song_id").is_between(song_range.start, song_range.stop - 1))
             if rows.height:

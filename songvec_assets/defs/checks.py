@@ -51,6 +51,7 @@ table_checks = _ask(
     "ask_about_table",
     Question(Auditor.coverage),
     Question(Auditor.few_set_aside),
+    Question(Auditor.texts_are_lyrics),
     Question(Auditor.no_orphans),
     Question(Auditor.vectors_are_sound, _ERROR, blocking=True),
     Question(Auditor.one_model, _ERROR, blocking=True),

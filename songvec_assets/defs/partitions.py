@@ -10,7 +10,8 @@ from songvec_assets.songs.ranges import Tiling
 
 _SHAPE = {each.name: read_setting(each, os.environ) for each in fields(Settings) if each.metadata["when"] == "graph"}
 
-TILING = Tiling(width=_SHAPE["range_size"], stop=_SHAPE["song_id_stop"])
+TILING = Tiling(width=_SHAPE["range_size"], stop=_SHAPE["song_id_stop"], start=_SHAPE["song_id_start"])
+TILING.check_count()
 
 song_id_ranges = dg.StaticPartitionsDefinition([song_range.key for song_range in TILING])
 

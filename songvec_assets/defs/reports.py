@@ -9,6 +9,7 @@ import dagster as dg
 from songvec_assets.cache.fill import FillReport
 from songvec_assets.defs.pictures import draw_coverage, draw_map, draw_recall, draw_tokens, show_picture
 from songvec_assets.deployment import Deployment
+from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.songs.export import ExportReport
 from songvec_assets.songs.snapshots import SIZE_CLASS_BYTES, digest_snapshots
 from songvec_assets.status import measure_coverage
@@ -68,6 +69,10 @@ def report_export(report: ExportReport, deployment: Deployment, log: Any) -> dg.
         log.warning(caution)
     metadata = describe_export(report) | {"folder": dg.MetadataValue.path(str(folder.resolve()))}
     metadata |= {"row security": caution} if caution else {}
+    if any(each.written for each in report.ranges):
+        # before anything is paid for
+        for line in deployment.describe_boilerplate():
+            log.warning(line)
     metadata |= _illustrate(log, lambda: _describe_tokens(report, deployment))
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(digest_snapshots(folder)))
 
@@ -90,6 +95,8 @@ def report_publish(report: PublishReport, deployment: Deployment, log: Any) -> d
 def report_index(report: IndexReport, deployment: Deployment, log: Any) -> dg.MaterializeResult[None]:
     """What was decided and measured, and what the vectors look like; its version is that of the build."""
     log.info(report.reason)
+    if caution := read_pgvector_caution(deployment.database):
+        log.warning(caution)
     metadata = describe_index(report)
     if report.recall is not None:
         recall = report.recall

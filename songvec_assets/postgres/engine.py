@@ -23,7 +23,7 @@ from songvec_assets.postgres.sessions import (
     configure_session,
     keeps_sessions,
 )
-from songvec_assets.postgres.urls import libpq_uri, parse_url
+from songvec_assets.postgres.urls import describe_url, libpq_uri, parse_url
 from songvec_assets.postgres.words import describe_database_error
 
 Profile = Literal["batch", "web", "parallel"]
@@ -52,17 +52,19 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
     """The process's engine for a URL and profile.
 
     Args:
-        url: a Postgres URL, with or without a driver.
+        url: as libpq takes it, with or without a driver's name.
         profile: `batch`, a connection a use, for long jobs; `web`, 5 kept and 10 more; `parallel`, 15 for 8 workers.
     """
     with _engines_lock:
         if (url, profile) not in _engines:
+            parse_url(url)
             engine = sa.create_engine(
-                parse_url(url),
+                # SQLAlchemy's own URLs have one host, and other rules for special characters
+                "postgresql+psycopg2://",
+                creator=functools.partial(psycopg2.connect, libpq_uri(url), **CONNECT_ARGS),
                 # stated by each BEGIN; in the stricter ones a statement that waited for a row fails
                 isolation_level="READ COMMITTED",
                 pool_pre_ping=profile != "batch",
-                connect_args=CONNECT_ARGS,
                 **_POOLS[profile],
             )
             begin = _BEGIN if profile == "web" else _BEGIN_LONG
@@ -208,15 +210,12 @@ class Database:
 
     @property
     def adbc_uri(self) -> str:
-        """The URL as libpq reads it: every part percent-encoded, which SQLAlchemy leaves undone for spaces."""
+        """The URL as libpq takes it."""
         return libpq_uri(self.url)
 
     def describe(self) -> str:
-        """Host, port and name without user and password, for logs and metadata."""
-        url = parse_url(self.url)
-        if self.embedded:
-            return "embedded Postgres"
-        return f"{url.host or url.query.get('host', 'localhost')}:{url.port or 5432}/{url.database}"
+        """Hosts, ports and name without user and password, for logs and metadata."""
+        return "embedded Postgres" if self.embedded else describe_url(self.url)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ One row a fact in `songvec.settings`; JSON values. Nothing here knows what the f
 
 import contextlib
 import json
+import re
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +20,13 @@ from songvec_assets.postgres.engine import Database, error_border, raw_cursor
 
 MIN_PGVECTOR = (0, 7, 0)
 """The first pgvector with the halfvec type (released 2024-04)."""
+
+_MENDED = {
+    (0, 8, 2): "a buffer overflow in parallel HNSW builds",
+    (0, 8, 3): "HNSW indexes damaged by VACUUM",
+    (0, 8, 4): "IVFFlat builds that take more than maintenance_work_mem",
+}
+"""What is wrong before a version; pgvector's changelog, read 2026-11."""
 
 _LOCK_POLL_S = 0.5
 _NO_SCHEMA = "3F000"
@@ -148,9 +156,40 @@ def check_search_path(connection: sa.Connection) -> None:
         )
 
 
+def parse_pgvector_version(installed: str) -> tuple[int, ...] | None:
+    """The leading numbers of an extversion, three or more: hosts add their own, as in `0.8.0.google-4`. None: none."""
+    numbers = re.match(r"v?(\d+(?:\.\d+)*)", installed)
+    if not numbers:
+        return None
+    parts = tuple(map(int, numbers.group(1).split(".")))
+    return parts + (0,) * (3 - len(parts))
+
+
+def describe_pgvector(installed: str) -> str:
+    """What to know about an extversion that can be used; empty where it is recent."""
+    version = parse_pgvector_version(installed)
+    if version is None:
+        return f"the version of pgvector, {installed!r}, was not understood: expected one like 0.8.5"
+    mended = [f"{what} ({'.'.join(map(str, since))})" for since, what in _MENDED.items() if version[:3] < since]
+    if not mended:
+        return ""
+    return (
+        f"pgvector {installed} has errors that were mended since: {', '.join(mended)}. Update the server's package, "
+        "then run ALTER EXTENSION vector UPDATE; where a host runs the server, ask for it"
+    )
+
+
+def read_pgvector_caution(database: Database) -> str:
+    """What to know about this database's pgvector; empty where it is recent, or not there yet."""
+    with database.get_connection() as connection:
+        installed = connection.scalar(text("SELECT extversion FROM pg_extension WHERE extname = 'vector'"))
+    return "" if installed is None else describe_pgvector(str(installed))
+
+
 def check_pgvector_version(installed: str) -> None:
     """Raise DatabaseError where pgvector is older than MIN_PGVECTOR."""
-    if tuple(int(part) for part in installed.split(".")) < MIN_PGVECTOR:
+    version = parse_pgvector_version(installed)
+    if version is not None and version < MIN_PGVECTOR:
         wanted = ".".join(map(str, MIN_PGVECTOR))
         raise DatabaseError(
             f"expected pgvector {wanted} or newer, this database has {installed}: update the server's package, then "

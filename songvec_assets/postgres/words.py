@@ -29,7 +29,15 @@ _ADVICE_BY_CODE = {
     "57P03": f"the server is starting or shutting down; {_GO_ON} when it is up",
 }
 
+_SHARED_MEMORY = r"could not \w+ shared memory segment"
+
 _ADVICE_BY_WORDS = (
+    (
+        _SHARED_MEMORY,
+        "the server's shared memory, /dev/shm, is full, not its disk: give its container more, as `docker run "
+        "--shm-size=1g` does (64 MB otherwise), or let it work without parallel workers: ALTER DATABASE … SET "
+        "max_parallel_maintenance_workers = 0, and max_parallel_workers_per_gather = 0",
+    ),
     (r"password authentication failed|no password supplied", _ADVICE_BY_CODE["28P01"]),
     (r"database \".*\" does not exist", _ADVICE_BY_CODE["3D000"]),
     (r"role \".*\" does not exist|no pg_hba.conf entry", _ADVICE_BY_CODE["28000"]),
@@ -71,9 +79,15 @@ def describe_database_error(error: BaseException | None) -> str:
     """The server's own words, on one line, and what to do about them."""
     words = " ".join(str(error).split())
     code = getattr(error, "pgcode", None) or getattr(error, "sqlstate", None)  # psycopg2's, or ADBC's
-    advice = _ADVICE_BY_CODE.get(code or "")
+    # without shared memory the code is that of a full disk
+    advice = None if re.search(_SHARED_MEMORY, words) else _ADVICE_BY_CODE.get(code or "")
     advice = advice or next((each for pattern, each in _ADVICE_BY_WORDS if re.search(pattern, words)), None)
     return f"Postgres: {words}" + (f" ({advice})" if advice else "")
+
+
+def lacks_shared_memory(error: BaseException) -> bool:
+    """Whether the server had no shared memory for parallel workers: the same without them may do."""
+    return re.search(_SHARED_MEMORY, str(error)) is not None
 
 
 class TellingCursor(psycopg2.extensions.cursor):  # type: ignore[misc]

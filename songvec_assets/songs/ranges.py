@@ -1,6 +1,7 @@
 """Half-open ranges of song_ids: the unit of partitions, files, transactions, resume and cost. Pure.
 
-A range is written `000050000-000100000`; the open tail above the last stop is `016000000-max`.
+A range is written `000050000-000100000`; the open tail above the last stop is `016000000-max`. Ids from 1,000,000,000
+on have ten digits: sort ranges, not keys.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ MAX_SONG_ID = 2**31 - 1
 """The highest value of Postgres' INTEGER, the type of `song_embeddings.song_id`."""
 
 _TAIL = "max"
-_MAX_STOP = 999_999_999
+_MAX_RANGES = 5_000
+"""Each is a partition and a file of each kind: Dagster's pages and sensors take seconds beyond."""
 
 
 @dataclass(frozen=True, order=True)
@@ -31,7 +33,7 @@ class SongIdRange:
 
     @property
     def key(self) -> str:
-        """The zero-padded key, equal to its Dagster partition key; keys sort as the ranges do."""
+        """The key, zero-padded to nine digits, equal to its Dagster partition key."""
         return f"{self.start:09d}-{_TAIL if self.is_tail else format(self.stop, '09d')}"
 
     @property
@@ -58,35 +60,61 @@ class SongIdRange:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How all song_ids are cut: ranges of `width` from 0 up to `stop`, then one open tail.
+    """How all song_ids are cut: ranges of `width` from `start` up to `stop`, then one open tail.
 
     Attributes:
-        width: song_ids a range.
-        stop: where the tail begins; a multiple of `width`.
+        width: song_ids per range.
+        stop: where the tail begins; a multiple of `width`. MAX_SONG_ID + 1 is the last multiple below it.
+        start: where the first range begins; a multiple of `width`.
     """
 
     width: int
     stop: int
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.stop < 1:
             raise SettingsError(f"expected a range width and a stop of 1 or more, got {self.width} and {self.stop}")
-        if self.stop > _MAX_STOP:
+        if self.stop > MAX_SONG_ID + 1:
+            raise SettingsError(f"SONGVEC_SONG_ID_STOP: expected at most {MAX_SONG_ID + 1:,}, got {self.stop:,}")
+        if self.stop == MAX_SONG_ID + 1:
+            # the tail holds at least one id
+            object.__setattr__(self, "stop", MAX_SONG_ID // self.width * self.width)
+        for name, value in (("SONGVEC_SONG_ID_STOP", self.stop), ("SONGVEC_SONG_ID_START", self.start)):
+            if value % self.width:
+                raise SettingsError(
+                    f"{name} must be a multiple of SONGVEC_RANGE_SIZE: {value} is not one of {self.width}"
+                )
+        if not 0 <= self.start < self.stop:
             raise SettingsError(
-                f"SONGVEC_SONG_ID_STOP: keys have nine digits, so at most {_MAX_STOP:,}, got {self.stop:,}"
-            )
-        if self.stop % self.width:
-            raise SettingsError(
-                f"SONGVEC_SONG_ID_STOP must be a multiple of SONGVEC_RANGE_SIZE: {self.stop} is not one of {self.width}"
+                f"SONGVEC_SONG_ID_START must be from 0 on and below SONGVEC_SONG_ID_STOP: got {self.start:,} and "
+                f"{self.stop:,}"
             )
 
     def __iter__(self) -> Iterator[SongIdRange]:
-        for start in range(0, self.stop, self.width):
+        for start in range(self.start, self.stop, self.width):
             yield SongIdRange(start, start + self.width)
         yield self.tail
 
     def __len__(self) -> int:
-        return self.stop // self.width + 1
+        return (self.stop - self.start) // self.width + 1
+
+    def check_count(self) -> None:
+        """Refuse more ranges than a graph can show.
+
+        Raises:
+            SettingsError: names a range size that fits, with the start and stop that go with it.
+        """
+        if len(self) - 1 <= _MAX_RANGES:
+            return
+        steps = (digit * 10**zeros for zeros in range(7) for digit in (1, 2, 5))
+        width = next(each for each in steps if each * _MAX_RANGES >= self.stop - self.start + each)
+        start, stop = self.start // width * width, min(-(-self.stop // width) * width, MAX_SONG_ID + 1)
+        raise SettingsError(
+            f"SONGVEC_SONG_ID_START, SONGVEC_SONG_ID_STOP and SONGVEC_RANGE_SIZE make {len(self) - 1:,} ranges, more "
+            f"than {_MAX_RANGES:,}: set SONGVEC_RANGE_SIZE={width} SONGVEC_SONG_ID_START={start} "
+            f"SONGVEC_SONG_ID_STOP={stop}, or begin where the ids begin"
+        )
 
     @property
     def tail(self) -> SongIdRange:
@@ -103,11 +131,12 @@ class Tiling:
             raise SettingsError(
                 f"the open tail from song_id {self.stop} on holds {n_songs:,} songs, more than the {self.width:,} of "
                 "one range: raise SONGVEC_SONG_ID_STOP above the highest song_id and start the same command again; "
-                "what the tail's cache holds is kept"
+                "what the tail's cache holds is kept. Where the lowest song_id is high too, begin there with "
+                "SONGVEC_SONG_ID_START"
             )
 
     def range_of(self, song_id: int) -> SongIdRange:
-        """The range that holds a song_id from 0 to MAX_SONG_ID."""
+        """The range that holds a song_id from 0 to MAX_SONG_ID; below `start`, one that is not iterated."""
         if song_id >= self.stop:
             return self.tail
         start = song_id - song_id % self.width

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
@@ -11,8 +11,9 @@ import numpy as np
 import polars as pl
 import sqlalchemy as sa
 from psycopg2 import sql
+from psycopg2.extensions import encodings
 
-from songvec_assets.errors import SourceError
+from songvec_assets.errors import SettingsError, SourceError
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.text import TextSpec
@@ -59,6 +60,7 @@ class SongsSource:
         updated_at_type: its type.
         row_security: whether policies may hide songs from this user.
         required: of name, artist and lyrics, those without which a song is not embedded.
+        encoding: of the database.
     """
 
     table: str
@@ -72,6 +74,16 @@ class SongsSource:
     updated_at_type: str | None = None
     row_security: bool = False
     required: frozenset[str] = TextSpec().required
+    encoding: str = "UTF8"
+
+    @property
+    def codec(self) -> str:
+        """Python's name of the encoding. A database in SQL_ASCII holds whatever bytes came: UTF-8, mostly."""
+        return "utf-8" if self.encoding == "SQL_ASCII" else str(encodings.get(self.encoding, "utf-8"))
+
+    def as_bytes(self, column: str) -> str:
+        """SQL for a text's bytes as they are stored, which the server does not convert."""
+        return f"convert_to({column}::text, getdatabaseencoding())"
 
     @property
     def caution(self) -> str:
@@ -86,17 +98,18 @@ class SongsSource:
         required = [] if self.required == TextSpec().required else ["requires", *sorted(self.required)]
         return " ".join((self.relation, *map(str, columns), *required))
 
-    def select_statement(self, lowest: int, stop: int, updated_since: str | None = None) -> str:
-        """SELECT of the songs with lowest <= song_id < stop, ordered by song_id."""
+    def select_statement(self, lowest: int, stop: int, updated_since: str | None = None, as_bytes: bool = False) -> str:
+        """SELECT of the songs with lowest <= song_id < stop, ordered by song_id; their texts as bytes where asked."""
         newer = ""
         if updated_since is not None:
             # rows that were committed late carry a time before the newest one seen
             quoted = updated_since.replace("'", "''")
             since = f"CAST('{quoted}' AS {self.updated_at_type}) - INTERVAL '{OVERLAP}'"
             newer = f" AND ({self.updated_at} >= {since} OR {self.updated_at} IS NULL)"
+        columns = {"name": self.name, "artist": self.artist, "lyrics": self.lyrics}
+        texts = (f"{self.as_bytes(each) if as_bytes else f'{each}::text'} AS {name}" for name, each in columns.items())
         return (
-            f"SELECT {self.song_id}::integer AS song_id, {self.name}::text AS name, {self.artist}::text AS artist, "
-            f"{self.lyrics}::text AS lyrics FROM {self.relation} AS source "
+            f"SELECT {self.song_id}::integer AS song_id, {', '.join(texts)} FROM {self.relation} AS source "
             f"WHERE {self.song_id} >= {int(lowest)} AND {self.song_id} < {int(stop)}{newer} "
             # a bare song_id would be the column of the result, which no index gives in order
             f"ORDER BY source.{self.song_id}"
@@ -178,7 +191,8 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
         if columns[song_id_column].kind not in _ID_TYPES:
             raise SourceError(
                 f"the id column {song_id_column!r} of {names.table} is {columns[song_id_column].kind}; "
-                "song_embeddings.song_id is INTEGER: name an integer column with SONGVEC_SONG_ID_COLUMN"
+                "song_embeddings.song_id is INTEGER: name an integer column with SONGVEC_SONG_ID_COLUMN, or "
+                f"{_describe_numbering(connection, table, names.table, song_id_column)}"
             )
         updated_at_type = columns[names.updated_at_column].kind if names.updated_at_column else None
         if updated_at_type and updated_at_type not in _PRESENT:
@@ -208,6 +222,7 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
             updated_at_type=updated_at_type,
             row_security=table.row_security,
             required=spec.required,
+            encoding=str(connection.scalar(sa.text("SELECT getdatabaseencoding()"))),
         )
 
 
@@ -221,7 +236,7 @@ def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dic
         cursor.execute(
             f"SELECT least({source.song_id}, {tiling.stop}) / {tiling.width} AS tile, {newest}, "
             f"{IdSums.columns(source.song_id)} "
-            f"FROM {source.relation} WHERE {source.song_id} BETWEEN 0 AND {MAX_SONG_ID} GROUP BY tile"
+            f"FROM {source.relation} WHERE {source.song_id} BETWEEN {tiling.start} AND {MAX_SONG_ID} GROUP BY tile"
         )
         return {
             tiling.range_of(tile * tiling.width): RangeCount(IdSums(*sums), newest) for tile, newest, *sums in cursor
@@ -423,6 +438,46 @@ def look_at_source(database: Database, source: SongsSource, cursor: str | None) 
     if before is None:
         return SourceLook(source.identity, state, digest, is_current=True), None
     return before.judge(state, digest)
+
+
+def check_ids(
+    database: Database, source: SongsSource, tiling: Tiling, counts: Mapping[SongIdRange, RangeCount]
+) -> None:
+    """Refuse ids that the ranges do not reach.
+
+    Args:
+        database: where the songs are.
+        source: which table and columns.
+        tiling: how song_ids are cut.
+        counts: see `count_ranges`.
+
+    Raises:
+        SettingsError: songs have ids below the first range, or the open tail holds more songs than a range may.
+        SourceError: more songs have ids beyond INTEGER than within; has the statements that number them.
+    """
+    tiling.check_tail(tiling.tail, counts[tiling.tail].n_songs if tiling.tail in counts else 0)
+    n_reached = sum(each.n_songs for each in counts.values())
+    with database.get_connection() as connection, raw_cursor(connection) as cursor:
+        cursor.execute(
+            f"SELECT count(*) FILTER (WHERE {source.song_id} < {tiling.start}), "
+            f"min({source.song_id}) FILTER (WHERE {source.song_id} < {tiling.start}), "
+            f"count(*) FILTER (WHERE {source.song_id} > {MAX_SONG_ID}) FROM {source.relation} "
+            # negative ids are rejected one by one
+            f"WHERE {source.song_id} > {MAX_SONG_ID} OR {source.song_id} >= 0 AND {source.song_id} < {tiling.start}"
+        )
+        n_below, lowest, n_beyond = cursor.fetchone()
+        if n_below:
+            raise SettingsError(
+                f"{n_below:,} songs of {source.table} have an id below SONGVEC_SONG_ID_START, which is {tiling.start}; "
+                f"the lowest is {lowest}: set it to {lowest // tiling.width * tiling.width} or less"
+            )
+        if n_beyond > n_reached:
+            table = _find_table(connection, source.table)
+            raise SourceError(
+                f"{n_beyond:,} songs of {source.table} have an id above {MAX_SONG_ID}, the highest INTEGER, which is "
+                "the type of song_embeddings.song_id: "
+                f"{_describe_numbering(connection, table, source.table, source.song_id_column)}"
+            )
 
 
 def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[str]:
@@ -639,6 +694,24 @@ def _describe_types(
     )
 
 
+def _describe_numbering(connection: sa.Connection, table: _Table, name: str, column: str) -> str:
+    """The statements that number the songs of a table whose ids are no INTEGER, and the settings for the view."""
+    base = name.rpartition(".")[2].lower()
+    numbers, view = (_quote(connection, table.schema, f"{base}_{end}") for end in ("numbers", "numbered"))
+    song_id = table.columns[column].quoted
+    return (
+        # row_number() would move with each new song, and what was paid for with it
+        "number the songs in a table of their own, whose numbers stay as they are: "
+        f"CREATE TABLE {numbers} (song_number integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY, "
+        f"{song_id} {table.columns[column].kind} NOT NULL UNIQUE); "
+        f"INSERT INTO {numbers} ({song_id}) SELECT {song_id} FROM {table.relation} ON CONFLICT DO NOTHING; "
+        f"CREATE VIEW {view} AS SELECT n.song_number, s.* FROM {table.relation} AS s "
+        f"JOIN {numbers} AS n ON n.{song_id} = s.{song_id}; "
+        f"set SONGVEC_SONGS_TABLE={table.schema}.{base}_numbered SONGVEC_SONG_ID_COLUMN=song_number, and run the "
+        "INSERT again after new songs"
+    )
+
+
 def _make_text(connection: sa.Connection, table: _Table, column: str, alias: str) -> tuple[list[str], str]:
     """A join, if one is needed, and an expression that make a text of a column."""
     facts = table.columns[column]
@@ -671,7 +744,8 @@ def _make_text(connection: sa.Connection, table: _Table, column: str, alias: str
 
 def _choose_song_id(connection: sa.Connection, table: _Table, name: str) -> str:
     primary_key = _find_primary_key(connection, table.oid)
-    if len(primary_key) == 1 and table.columns[primary_key[0]].kind in _ID_TYPES:
+    # one of another type is refused by its name
+    if len(primary_key) == 1:
         return primary_key[0]
     found = f"its primary key is ({', '.join(primary_key)})" if primary_key else "it has no primary key"
     raise SourceError(

@@ -14,6 +14,7 @@ from sqlalchemy import text
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.brief import is_lock_timeout, run_briefly
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.words import lacks_shared_memory
 from songvec_assets.progress import Progress, ReportProgress, StopSignal
 from songvec_assets.vectors.sizes import BuildEstimate
 from songvec_assets.vectors.table import TABLE, TableSpec, index_name
@@ -48,7 +49,7 @@ def create_index(
     workers: int,
     progress: ReportProgress,
     stop: StopSignal,
-) -> None:
+) -> str:
     """Build the index under its building name.
 
     Args:
@@ -60,9 +61,13 @@ def create_index(
         progress: told percents of the whole build.
         stop: cancels the server's work.
 
+    Returns:
+        What a person should know of how it was built; mostly empty.
+
     Raises:
         DatabaseError: the server refused, or the statement was cancelled. What it left is removed, or is by the next
-            build where a transaction holds on to it.
+            build where a transaction holds on to it. Where only shared memory for the workers is missing, it is built
+            again without them.
         StoppedError: `stop` was set.
     """
     concurrently = lets_writers_in(database, table)
@@ -80,14 +85,22 @@ def create_index(
             pid = int(connection.scalar(text("SELECT pg_backend_pid()")) or 0)
             with watched(database, pid, BuildProgress(estimate, progress), stop):
                 connection.execute(text(statement))
-    except (DatabaseError, sa.exc.DBAPIError):
+    except (DatabaseError, sa.exc.DBAPIError) as error:
         with contextlib.suppress(
             DatabaseError
         ):  # a server that is gone, or a transaction's lock: the next build does it
             drop_index(database, table, building_name(table), patience_s=0)
         stop.check()
-        raise
+        if not workers or not lacks_shared_memory(error):
+            raise
+        note = (
+            "the server's /dev/shm is too small for parallel workers, so it is built without them, which takes longer"
+        )
+        progress(Progress(STEP, 0, 100, unit="%", note=note, is_trouble=True))
+        create_index(database, spec, table, estimate, 0, progress, stop)
+        return note
     progress(Progress(STEP, 100, 100, unit="%"))
+    return ""
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ class MissingSongs:
             missing += [song_id for song_id in songs if song_id in kept or not any(song_id in each for each in known)]
         if missing:
             missing.sort()
-            keys = sorted({self.tiling.range_of(song_id).key for song_id in missing})
+            keys = [each.key for each in sorted({self.tiling.range_of(song_id) for song_id in missing})]
             raise TableMismatchError(
                 f"{name} lacks {len(missing):,} songs that {TABLE} has and that were not deleted from the source "
                 f"(song_id {', '.join(map(str, missing[:5]))}, …; range {', '.join(keys[:5])}, …): {TABLE} was not "

@@ -241,13 +241,14 @@ class _Upkeep:
         n_counted = self.n_changed
         taken_over = bool(whole and begun) and n_counted - begun["n_changed"] <= _CHANGED_SHARE * self.n_rows
         remove_leftovers(database, table, self.progress, self.stop, keep_whole=taken_over)
+        how = ""
         if taken_over:
             n_counted = begun["n_changed"]
         else:
             capacity.check_disk(estimate)
             with database.get_connection() as connection:
                 write_fact(connection, fact_key("building", table), {"n_changed": n_counted})
-            create_index(database, self.spec, table, estimate, capacity.workers, self.progress, self.stop)
+            how = create_index(database, self.spec, table, estimate, capacity.workers, self.progress, self.stop)
 
         def record(connection: sa.Connection) -> None:
             # of what was measured of the old index, only that its searches needed so many is worth keeping till then
@@ -263,8 +264,9 @@ class _Upkeep:
         if taken_over:
             return "a killed run had built it, and it was put in its place"
         if table == TABLE and not lets_writers_in(database, table):
-            return "loads waited meanwhile: a pooler in transaction mode takes no build that lets them go on"
-        return ""
+            waited = "loads waited meanwhile: a pooler in transaction mode takes no build that lets them go on"
+            return "; ".join(filter(None, [how, waited]))
+        return how
 
     def _look_at_recall(self, lists: int) -> tuple[RecallReport | None, list[str], str | None]:
         """The recall of the index that is there, measured where that is due; and why it is to be built, if so."""

@@ -22,7 +22,7 @@ from songvec_assets.cache.shards import (
     read_embeddings_from_file,
 )
 from songvec_assets.cache.upkeep import discard_damaged_rows
-from songvec_assets.errors import DamagedShardError, StoreError
+from songvec_assets.errors import DamagedShardError, DatabaseError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock, lock_key
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
@@ -97,7 +97,14 @@ def upload_cached_embeddings_to_database(
     loads += [RangeLoad(song_range, n_rows) for song_range, n_rows in backlog.unchanged.items()]
     damaged = [*backlog.damaged, *damaged]
     meter.add(backlog.n_changed, "")
-    _vacuum_if_worth_it(database, loads, table)
+    try:
+        _vacuum_if_worth_it(database, loads, table)
+    except DatabaseError as error:
+        stop.check()
+        # the rows are committed and the ledger has them; autovacuum does it later
+        note = f"the rows are loaded; VACUUM failed and can be run by hand: {error}"
+        total = backlog.n_changed
+        progress(Progress("load rows", total, total, unit="rows", note=note, is_trouble=True))
     if damaged:
         raise DamagedShardError("; ".join(damaged))
     return sorted(loads, key=lambda each: each.range)

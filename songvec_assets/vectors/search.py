@@ -152,11 +152,18 @@ def check_server(
 def read_songs(
     connection: sa.Connection, source: SongsSource, song_ids: Sequence[int]
 ) -> dict[int, tuple[str, str, str | None]]:
-    """Name, artist and lyrics of some songs; those that are gone are left out."""
+    """Name, artist and lyrics of some songs; deleted ones are left out. What cannot be decoded is U+FFFD."""
+
+    def decode(value: memoryview | None) -> str:
+        return "" if value is None else bytes(value).decode(source.codec, "replace")
+
+    columns = ", ".join(map(source.as_bytes, (source.name, source.artist, source.lyrics)))
     with raw_cursor(connection) as cursor:
         cursor.execute(
-            f"SELECT {source.song_id}, coalesce({source.name}::text, ''), coalesce({source.artist}::text, ''), "
-            f"{source.lyrics}::text FROM {source.relation} "
+            f"SELECT {source.song_id}, {columns} FROM {source.relation} "
             f"WHERE {source.song_id} IN ({', '.join(map(str, song_ids))})"
         )
-        return {song_id: (name, artist, lyrics) for song_id, name, artist, lyrics in cursor}
+        return {
+            song_id: (decode(name), decode(artist), None if lyrics is None else decode(lyrics))
+            for song_id, name, artist, lyrics in cursor
+        }

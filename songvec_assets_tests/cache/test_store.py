@@ -98,6 +98,25 @@ def test_a_lower_stop_is_refused_by_the_name_of_its_setting(root):
     assert open_store(root, TILING) == store
 
 
+def test_a_start_is_lowered_at_any_time_and_raised_as_far_as_nothing_is_there(root):
+    high = open_store(root, Tiling(100, 2_000, start=1_500))
+    assert json.loads((root / "store.json").read_text())["song_id_start"] == 1_500
+    assert open_store(root, Tiling(100, 2_000, start=1_000)).store_id == high.store_id
+    assert open_store(root, Tiling(100, 2_000, start=1_200)).tiling.start == 1_200
+    high.songs.mkdir()
+    (high.songs / "000001300-000001400.parquet").touch()
+    assert open_store(root, Tiling(100, 2_000, start=1_300)).tiling.start == 1_300
+    with pytest.raises(StoreError, match="from song_id 1300 on, SONGVEC_SONG_ID_START is 1400: set it to 1300"):
+        open_store(root, Tiling(100, 2_000, start=1_400))
+
+
+def test_a_store_of_an_earlier_version_begins_at_0(root):
+    open_store(root, TILING)
+    path = root / "store.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "song_id_start"}))
+    assert open_store(root, TILING).tiling == TILING
+
+
 @pytest.mark.parametrize("content", ["", "{", "null", "[]", "{}", '"text"'])
 def test_a_store_file_that_does_not_parse_is_refused_and_kept(root, content):
     open_store(root, TILING)

@@ -14,6 +14,7 @@ from songvec_assets.errors import DatabaseError, StoppedError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import (
     check_pgvector_version,
+    describe_pgvector,
     ensure_schema,
     hold_lock,
     lock_key,
@@ -216,9 +217,39 @@ class TestEnsureSchema:
             check_pgvector_version(installed)
         assert installed in str(caught.value)
 
-    @pytest.mark.parametrize("installed", ["0.7.0", "0.7.4", "0.8.5", "0.10.0", "1.0", "1.0.0"])
-    def test_versions_with_halfvec_are_taken(self, installed: str) -> None:
+    @pytest.mark.parametrize(
+        "installed",
+        [
+            "0.7.0",
+            "0.7.4",
+            "0.8.5",
+            "0.10.0",
+            "1.0",
+            "1.0.0",
+            "0.7",
+            "0.8.0.google-4",
+            "0.8.1-rc1",
+            "v0.8.0",
+            "main",
+            "",
+        ],
+    )
+    def test_versions_with_halfvec_are_taken_whatever_a_host_adds(self, installed: str) -> None:
         check_pgvector_version(installed)
+
+    @pytest.mark.parametrize(
+        ("installed", "n_mended"),
+        [("0.8.0.google-4", 3), ("0.8.2", 2), ("0.8.3-rc", 1), ("0.8.4", 0), ("0.8.5", 0), ("0.10", 0), ("0.7.4", 3)],
+    )
+    def test_what_was_mended_since_is_named(self, installed: str, n_mended: int) -> None:
+        words = describe_pgvector(installed)
+        assert words.count("(0.8.") == n_mended
+        assert (installed in words) == (n_mended > 0)
+
+    def test_a_version_that_is_none_is_named_and_refuses_nothing(self) -> None:
+        assert "'main'" in describe_pgvector("main")
+        with pytest.raises(DatabaseError, match="0\\.6\\.2\\.google-1"):
+            check_pgvector_version("0.6.2.google-1")
 
 
 class TestFacts:

@@ -51,6 +51,8 @@ def test_words_that_nothing_is_known_of_stand_alone() -> None:
     ("code", "message", "advice"),
     [
         ("53100", "could not extend file", "free space, then start the same command again"),
+        ("53100", 'could not resize shared memory segment "/PostgreSQL.1" to 67128672 bytes', "--shm-size=1g"),
+        ("53200", 'could not map shared memory segment "/PostgreSQL.1"', "--shm-size=1g"),
         ("25006", "cannot execute INSERT in a read-only transaction", "if it is a standby; else see"),
         ("55P03", "canceling statement due to lock timeout", "another session holds a lock"),
     ],

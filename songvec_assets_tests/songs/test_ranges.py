@@ -1,5 +1,6 @@
 """Ranges of song_ids: keys that round-trip and sort, tilings that hold every song_id exactly once."""
 
+import re
 from bisect import bisect_right
 
 import pytest
@@ -24,7 +25,7 @@ def tilings(draw):
     """Tilings of up to 40 ranges below the tail, of any width."""
     n_ranges = draw(st.integers(1, 40))
     width = draw(st.integers(1, 999_999_999 // n_ranges))
-    return Tiling(width, width * n_ranges)
+    return Tiling(width, width * n_ranges, width * draw(st.integers(0, n_ranges - 1)))
 
 
 @PROFILE
@@ -47,12 +48,44 @@ def test_keys_sort_as_the_ranges_do(one, other):
 
 
 @pytest.mark.parametrize("stop", [1_000_000_000, 2_147_000_000])
-def test_a_tiling_beyond_nine_digits_is_refused_or_its_keys_still_sort(stop):
-    try:
-        keys = [tile.key for tile in Tiling(1_000_000, stop)]
-    except SettingsError:
-        return
-    assert keys == sorted(keys)
+def test_keys_beyond_nine_digits_grow_and_their_ranges_sort(stop):
+    tiles = list(Tiling(1_000_000, stop))
+    assert tiles == sorted(tiles) == [SongIdRange.from_key(tile.key) for tile in tiles]
+    assert tiles[0].key == "000000000-001000000"
+    assert tiles[-1].key == f"{stop}-max"
+
+
+@pytest.mark.parametrize("width", [1, 50_000, 65_536, 1_000_000])
+def test_the_highest_stop_leaves_a_tail_whatever_the_width(width):
+    tiling = Tiling(width, MAX_SONG_ID + 1, start=MAX_SONG_ID // width * width - 2 * width)
+    assert len(list(tiling)) == len(tiling) == 3
+    assert tiling.tail.stop - tiling.tail.start <= width
+
+
+@pytest.mark.parametrize(
+    ("start", "words"), [(50, "SONGVEC_SONG_ID_START must be a multiple"), (1_000, "below"), (-100, "0")]
+)
+def test_a_start_within_a_range_or_beyond_the_stop_is_refused(start, words):
+    with pytest.raises(SettingsError, match=words):
+        Tiling(100, 1_000, start)
+
+
+@PROFILE
+@given(st.integers(1, 1_000_000), st.integers(1, MAX_SONG_ID // 1_000_000), st.integers(0, 2_000))
+def test_too_many_ranges_are_refused_with_a_cut_that_fits(width, n_ranges, n_before):
+    n_ranges = min(n_ranges, MAX_SONG_ID // width)
+    tiling = Tiling(width, width * n_ranges, width * min(n_before, n_ranges - 1))
+    assert len(tiling) <= 5_001
+    tiling.check_count()
+    many = Tiling(1, MAX_SONG_ID - n_before, n_before * width % 1_000_000)
+    with pytest.raises(SettingsError, match="more than 5,000") as refused:
+        many.check_count()
+    width, start, stop = (int(number) for number in re.findall(r"=(\d+)", str(refused.value)))
+    advised = Tiling(width, stop, start)
+    advised.check_count()
+    assert width <= 1_000_000
+    assert advised.start <= many.start
+    assert advised.stop >= many.stop - width or advised.stop >= many.stop
 
 
 NO_KEYS = ["", "-", "000000000", "000000000-", "-000000100", "a-b", "000000000-MAX", "max-max", "000000100-000000000"]
@@ -99,7 +132,7 @@ def test_an_empty_a_negative_and_a_too_high_range_are_refused(start, stop):
 @given(tilings())
 def test_a_tiling_covers_every_song_id_exactly_once(tiling):
     tiles = list(tiling)
-    assert [tile.start for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
+    assert [tile.start for tile in tiles] == [tiling.start, *(tile.stop for tile in tiles[:-1])]
     assert tiles[-1].stop == MAX_SONG_ID + 1
     assert tiles[-1] == tiling.tail
     assert tiles[-1].start == tiling.stop
@@ -112,7 +145,7 @@ def test_a_tiling_covers_every_song_id_exactly_once(tiling):
 def test_range_of_finds_the_tile_that_holds_a_song_id(tiling, data):
     tiles = list(tiling)
     edges = [tile.start for tile in tiles] + [tile.stop - 1 for tile in tiles]
-    song_id = data.draw(st.integers(0, MAX_SONG_ID) | st.sampled_from(edges))
+    song_id = data.draw(st.integers(tiling.start, MAX_SONG_ID) | st.sampled_from(edges))
     assert tiling.range_of(song_id) == tiles[bisect_right([tile.start for tile in tiles], song_id) - 1]
     assert song_id in tiling.range_of(song_id)
 

@@ -1,0 +1,157 @@
+"""Text in lyrics that nobody sings: time stamps and leftovers of web pages, found in a sample before it is paid for.
+
+When to add here: another leftover that is clearly no lyric. Keep out: headings like [Chorus], which belong to many
+catalogues and cost little; and changes to texts, which are their owner's: there is a view for that. The patterns are of
+the syntax that Python and PostgreSQL share. Sizes are bytes of UTF-8.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from songvec_assets.postgres.engine import Database, raw_cursor
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.source import SongsSource
+
+PATTERNS = {
+    "LRC time stamps": r"[\[<]\d{1,3}:\d\d([.:]\d{1,3})?[\]>][ \t]*",
+    "LRC headers": r"(^|\n)\[(ar|al|ti|au|by|re|ve|la|offset|length):[^\]\n]*\]",
+    "“… Contributors … Lyrics” of Genius": r"^\s*\d+ Contributors?[^\n]*Lyrics",
+    "“You might also like” of Genius": r"You might also like",
+    "“Get tickets” of Genius": r"See [^\n]* LiveGet tickets as low as \$\d+",
+    "“Embed” of Genius at the end": r"\d*(\.\d+)?K?Embed\s*$",
+    "the notice of Musixmatch": r"\*+ This Lyrics is NOT for Commercial [uU]se \*+(\s*\(\d+\))?",
+    "nothing but “Instrumental”": r"^\s*[\[(]?\s*[Ii]nstrumental\s*[\])]?\s*$",
+}
+_COMPILED = {name: re.compile(pattern) for name, pattern in PATTERNS.items()}
+
+SAMPLE_SONGS = 2_000
+_MOST_RANGES = 200
+_LEAST_SHARE = 0.01
+"""What fewer songs have is no matter of the catalogue."""
+_LINE_CHARS, _LINE_SONGS, _LINE_SHARE, _MOST_LINES = 25, 20, 0.02, 3
+
+
+@dataclass(frozen=True)
+class Boilerplate:
+    """What a sample of lyrics has that is no lyric.
+
+    Attributes:
+        n_songs: of the catalogue.
+        n_sampled: songs looked at.
+        n_found: those that have any of it.
+        n_bytes, n_bytes_found: of all sampled lyrics, and of what was found in them.
+        kinds: number of sampled songs by what was found, where enough have it.
+        lines: number of sampled songs by a line that is the same in many.
+    """
+
+    n_songs: int = 0
+    n_sampled: int = 0
+    n_found: int = 0
+    n_bytes: int = 0
+    n_bytes_found: int = 0
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    lines: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_common(self) -> bool:
+        """Whether so many songs have it that a person should know."""
+        return bool(self.kinds or self.lines)
+
+    def describe(self, bytes_per_token: float) -> str:
+        """One line: what there is, and about how many tokens of the catalogue it makes."""
+        if not self.is_common:
+            return f"no text that is no lyric was found in a sample of {self.n_sampled:,} songs"
+        n_tokens = self.n_bytes_found / bytes_per_token * self.n_songs / self.n_sampled
+        of_songs, of_bytes = self.n_found / self.n_sampled, self.n_bytes_found / self.n_bytes
+        named = [f"{name} in {count:,}" for name, count in self.kinds.items()]
+        named += [f"the line “{line[:60]}” in {count:,}" for line, count in self.lines.items()]
+        return (
+            f"{self.n_found:,} of {self.n_sampled:,} sampled songs ({of_songs:.0%}) have text that is no lyric: "
+            f"{', '.join(named)}. It is {of_bytes:.0%} of all lyrics, about {n_tokens:,.0f} tokens or more of the "
+            "catalogue, which are paid for and blur the vectors"
+        )
+
+    def view(self, source: SongsSource) -> str:
+        """The statement of a view without it, and the settings that embed that view; empty where nothing was found."""
+        if not self.is_common:
+            return ""
+        lyrics = f"{source.lyrics}::text"
+        for name in self.kinds:
+            lyrics = f"regexp_replace({lyrics}, {_literal(PATTERNS[name])}, '', 'g')"
+        for line in self.lines:
+            lyrics = f"replace({lyrics}, {_literal(line)}, '')"
+        updated_at = f", {source.updated_at} AS updated_at" if source.updated_at else ""
+        # quoted by the server: a name that needs no quotes has none
+        schema, _, table = source.relation.rpartition(".")
+        view = f'{table[:-1]}_clean"' if table.endswith('"') else f"{table}_clean"
+        named = f"{schema}.{view}".replace('"', "")
+        return (
+            f"CREATE VIEW {schema}.{view} AS SELECT {source.song_id} AS song_id, {source.name} AS name, "
+            f"{source.artist} AS artist, NULLIF(btrim({lyrics}, E' \\r\\n\\t'), '') AS lyrics{updated_at} "
+            f"FROM {source.relation}; then set SONGVEC_SONGS_TABLE={named} SONGVEC_SONG_ID_COLUMN=song_id, and leave "
+            "SONGVEC_NAME_COLUMN, SONGVEC_ARTIST_COLUMN and SONGVEC_LYRICS_COLUMN unset"
+        )
+
+
+def _literal(words: str) -> str:
+    return "'" + words.replace("'", "''") + "'"
+
+
+def find_boilerplate(lyrics: Sequence[str], n_songs: int) -> Boilerplate:
+    """Look for text that is no lyric. Pure.
+
+    Args:
+        lyrics: of a sample of songs, none empty.
+        n_songs: of the catalogue.
+    """
+    found, kinds, lines = [0] * len(lyrics), Counter[str](), Counter[str]()
+    rests = list(lyrics)
+    for place in range(len(lyrics)):
+        for name, pattern in _COMPILED.items():
+            rest = pattern.sub("", rests[place])
+            if rest != rests[place]:
+                kinds[name] += 1
+                found[place] += len(rests[place].encode()) - len(rest.encode())
+                rests[place] = rest
+        lines.update({line for line in map(str.strip, rests[place].splitlines()) if len(line) >= _LINE_CHARS})
+    least = max(1.0, _LEAST_SHARE * len(lyrics))
+    common = {name: count for name, count in kinds.items() if count >= least}
+    enough = max(_LINE_SONGS, _LINE_SHARE * len(lyrics))
+    repeated = {line: count for line, count in lines.most_common(_MOST_LINES) if count >= enough}
+    for place, rest in enumerate(rests):
+        held = set(map(str.strip, rest.splitlines()))
+        found[place] += sum(len(line.encode()) for line in repeated if line in held)
+    return Boilerplate(
+        n_songs,
+        len(lyrics),
+        sum(map(bool, found)),
+        sum(len(words.encode()) for words in lyrics),
+        sum(found),
+        common,
+        repeated,
+    )
+
+
+def sample_lyrics(database: Database, source: SongsSource, ranges: Sequence[SongIdRange]) -> list[str]:
+    """The lyrics of a few songs of each range, empty ones left out; of some ranges where there are many.
+
+    Args:
+        database: where the songs are.
+        source: which table and columns.
+        ranges: that hold songs.
+    """
+    some = ranges[:: -(-len(ranges) // _MOST_RANGES) or 1]
+    if not some:
+        return []
+    edges = ", ".join(f"({each.start}::bigint, {each.stop}::bigint)" for each in some)
+    with database.get_connection() as connection, raw_cursor(connection) as cursor:
+        cursor.execute(
+            f"SELECT song.lyrics FROM (VALUES {edges}) AS edge (start, stop) CROSS JOIN LATERAL ("
+            f"SELECT {source.as_bytes(source.lyrics)} AS lyrics FROM {source.relation} AS source "
+            f"WHERE {source.song_id} >= edge.start AND {source.song_id} < edge.stop "
+            f"ORDER BY source.{source.song_id} LIMIT {max(1, SAMPLE_SONGS // len(some))}) AS song"
+        )
+        texts = [bytes(words).decode(source.codec, "replace") for (words,) in cursor if words is not None]
+    return [words for words in texts if words.strip()]

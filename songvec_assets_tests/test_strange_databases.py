@@ -1,0 +1,336 @@
+"""Databases of other people: ids, encodings and addresses that no sample has. Scenarios over all rooms, by commands."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from songvec_assets import cli
+from songvec_assets.postgres.engine import Database
+from songvec_assets.samples import read_sample_songs
+from songvec_assets.settings import variables
+from songvec_assets.songs.boilerplate import find_boilerplate
+from songvec_assets.songs.source import SourceNames, digest_source, find_source
+from songvec_assets_tests.administration import dispose, execute, with_parts
+from songvec_assets_tests.provider import Provider
+from songvec_assets_tests.warm import start as start_warm
+
+Command = Callable[..., tuple[int, str]]
+
+FIRST_ID = 1_500_000_000
+
+
+def settings_of(database: Database, provider: Provider, folder: Path) -> dict[str, str]:
+    return {
+        "POSTGRES_URL": database.url,
+        "FIREWORKS_API_KEY": provider.api_key,
+        "FIREWORKS_BASE_URL": provider.base_url,
+        "SONGVEC_STORAGE": str(folder / "store"),
+        "SONGVEC_EMBEDDING_DIMENSIONS": "64",
+        "DAGSTER_HOME": str(folder),
+        "COLUMNS": "500",
+    }
+
+
+def count_paid(provider: Provider) -> int:
+    """Texts of songs that were billed."""
+    return sum(count for text, count in provider.texts().items() if " by " in text)
+
+
+@pytest.fixture
+def command(
+    database: Database,
+    provider: Provider,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Command:
+    """Types a command in this process: exit code and output."""
+
+    def type_in(*words: str, **settings: str) -> tuple[int, str]:
+        with monkeypatch.context() as patch:
+            for name, value in (settings_of(database, provider, tmp_path) | settings).items():
+                patch.setenv(name, value)
+            patch.chdir(tmp_path)
+            patch.setattr(sys, "argv", ["songvec", *words])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        said = capsys.readouterr()
+        # a line may have been wrapped
+        return int(ended.value.code or 0), " ".join((said.out + said.err).split())
+
+    return type_in
+
+
+def fork(folder: Path, settings: Mapping[str, str], *words: str) -> tuple[int, str]:
+    """Type a command in a process of its own: settings that shape the graph are read when it loads."""
+    kept = {name: value for name, value in os.environ.items() if name not in variables()}
+    code = "from songvec_assets.cli import main; main()"
+    process = start_warm(["-c", code, *words], folder, kept | settings)
+    output, _ = process.communicate(timeout=150)
+    return int(process.returncode or 0), output
+
+
+class TestIds:
+    def create(self, database: Database, kind: str, id_of: str, n_songs: int) -> None:
+        execute(
+            database.adbc_uri,
+            f"""
+            CREATE TABLE songs (id {kind} PRIMARY KEY, name text, artist text, lyrics text);
+            INSERT INTO songs SELECT {id_of}, 'Song ' || n, 'Ann', 'la la ' || n
+            FROM generate_series(0, {n_songs - 1}) n
+            """,
+        )
+
+    def test_ids_from_one_and_a_half_billion_are_embedded_loaded_and_found(
+        self, database: Database, provider: Provider, tmp_path: Path
+    ) -> None:
+        self.create(database, "integer", f"{FIRST_ID} + 25000 * n", 40)
+        settings = settings_of(database, provider, tmp_path)
+        high = {"SONGVEC_SONG_ID_STOP": "2147483648", "SONGVEC_SONG_ID_START": str(FIRST_ID)}
+        code, output = fork(tmp_path, settings | high, "run")
+        assert code == 1, output
+        assert "SONGVEC_RANGE_SIZE=200000 SONGVEC_SONG_ID_START=1500000000 SONGVEC_SONG_ID_STOP=2147483648" in output
+        assert not (tmp_path / "store").exists()
+        high["SONGVEC_RANGE_SIZE"] = "200000"
+        code, output = fork(tmp_path, settings | high, "run")
+        assert code == 0, output
+        assert count_paid(provider) == 40
+        assert execute(database.adbc_uri, "SELECT count(*), min(song_id), max(song_id) FROM song_embeddings") == [
+            (40, FIRST_ID, FIRST_ID + 39 * 25_000)
+        ]
+        code, output = fork(tmp_path, settings | high, "status")
+        assert code == 0, output
+        assert "1500000000-1500200000" in output
+        code, output = fork(tmp_path, settings | high, "search", "whales", "-n", "1")
+        assert code == 0, output
+        assert "la la" in output, output
+        # a song below the first range is refused by the setting, before a request
+        execute(database.adbc_uri, f"INSERT INTO songs VALUES ({FIRST_ID - 1}, 'Low', 'Ann', 'la')")
+        for words in (("run",), ("run", "--dry-run")):
+            code, output = fork(tmp_path, settings | high, *words)
+            assert code == 1, output
+            assert "SONGVEC_SONG_ID_START" in output
+            assert "set it to 1499800000 or less" in output
+        code, output = fork(tmp_path, settings | high | {"SONGVEC_SONG_ID_START": "1499800000"}, "run")
+        assert code == 0, output
+        assert provider.texts()["Low by Ann\nla"] == 1
+        assert count_paid(provider) == 41
+        # what is cached is never left out
+        execute(database.adbc_uri, f"DELETE FROM songs WHERE id < {FIRST_ID}")
+        code, output = fork(tmp_path, settings | high, "run")
+        assert code == 1, output
+        assert "holds songs from song_id 1499800000 on, SONGVEC_SONG_ID_START is 1500000000" in output
+
+    @pytest.mark.parametrize(
+        ("kind", "id_of", "named"),
+        [
+            ("bigint", "3000000000 + n", "above 2147483647"),
+            ("uuid", "md5(n::text)::uuid", "is uuid"),
+            ("text", "'song-' || n", "is text"),
+            ("numeric", "n", "is numeric"),
+        ],
+    )
+    def test_ids_that_are_no_integer_are_refused_with_statements_that_serve(
+        self,
+        command: Command,
+        database: Database,
+        provider: Provider,
+        tmp_path: Path,
+        kind: str,
+        id_of: str,
+        named: str,
+    ) -> None:
+        self.create(database, kind, id_of, 30)
+        code, output = command("run")
+        assert code == 1, output
+        assert named in output, output
+        assert not (tmp_path / "store").exists()
+        assert provider.ledger()["requests"] == 0
+        statements = re.search(r"CREATE TABLE .*;(?= set SONGVEC)", output)
+        assert statements, output
+        execute(database.adbc_uri, statements.group())
+        settings = dict(re.findall(r"(SONGVEC_SONGS_TABLE|SONGVEC_SONG_ID_COLUMN)=([^\s,]+)", output))
+        code, output = command("run", **settings)
+        assert code == 0, output
+        assert execute(database.adbc_uri, "SELECT count(*) FROM song_embeddings") == [(30,)]
+        # the numbers stay where they are when songs come
+        execute(database.adbc_uri, f"INSERT INTO songs SELECT {id_of}, 'New', 'Ann', 'new' FROM (VALUES (-1)) v (n)")
+        execute(database.adbc_uri, re.search(r"INSERT INTO [^;]*;", statements.group()).group())  # type: ignore[union-attr]
+        code, output = command("run", **settings)
+        assert code == 0, output
+        assert count_paid(provider) == 31
+
+    def test_a_few_ids_beyond_are_rejected_and_the_others_embedded(self, command: Command, database: Database) -> None:
+        self.create(database, "bigint", "CASE WHEN n = 0 THEN 3000000000 ELSE n END", 30)
+        code, output = command("run")
+        assert code == 0, output
+        assert execute(database.adbc_uri, "SELECT count(*) FROM song_embeddings") == [(29,)]
+        code, output = command("status")
+        assert "1 × the id is above 2147483647" in output, output
+
+
+class TestEncodings:
+    """Of databases whose encoding is not UTF-8, or whose bytes are not what they are declared."""
+
+    @pytest.fixture
+    def create(self, server_url: str) -> Iterator[Callable[[str], Database]]:
+        """Makes a database in an encoding, with the extension and an empty table of songs."""
+        with contextlib.ExitStack() as stack:
+
+            def make(encoding: str) -> Database:
+                name = f"{encoding.lower()}_songs"
+                execute(
+                    server_url,
+                    f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'",
+                )
+                made = Database(with_parts(server_url, database=name))
+                stack.callback(execute, server_url, f"DROP DATABASE {name} WITH (FORCE)")
+                stack.callback(dispose, made.url)
+                execute(
+                    made.adbc_uri,
+                    "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text);"
+                    "INSERT INTO songs SELECT n, 'Song ' || n, 'Ann', 'la la ' || n FROM generate_series(1, 30) n",
+                )
+                return made
+
+            yield make
+
+    @pytest.mark.parametrize(("encoding", "word"), [("LATIN1", "Zoë"), ("EUC_JP", "海の歌"), ("WIN1252", "“Straße”")])
+    def test_the_server_converts_what_it_can(
+        self,
+        create: Callable[[str], Database],
+        command: Command,
+        provider: Provider,
+        monkeypatch: pytest.MonkeyPatch,
+        encoding: str,
+        word: str,
+    ) -> None:
+        database = create(encoding)
+        monkeypatch.setenv("PGCLIENTENCODING", "UTF8")
+        execute(
+            database.adbc_uri,
+            "UPDATE songs SET name = %s, lyrics = %s WHERE id = 7",
+            (word, word),
+        )
+        settings = {"POSTGRES_URL": database.url, "PGCLIENTENCODING": "LATIN1"}
+        code, output = command("run", **settings)
+        assert code == 0, output
+        assert provider.texts()[f"{word} by Ann\n{word}"] == 1
+        code, output = command("search", "x", "-n", "30", **settings)
+        assert code == 0, output
+        assert word in output
+
+    @pytest.mark.parametrize(
+        ("encoding", "stored", "shown", "named"),
+        [
+            ("SQL_ASCII", rb"Caf\351", "Caf�", "not valid UTF-8"),
+            # LATIN1 itself has no undefined byte; in WIN1252 the server converts all but a few
+            ("WIN1252", rb"Caf\201", "Caf�", "not valid CP1252"),
+        ],
+    )
+    @pytest.mark.parametrize("column", ["name", "lyrics"])
+    def test_a_row_that_cannot_be_decoded_is_rejected_and_its_neighbours_are_embedded(
+        self,
+        create: Callable[[str], Database],
+        command: Command,
+        provider: Provider,
+        encoding: str,
+        stored: bytes,
+        shown: str,
+        named: str,
+        column: str,
+    ) -> None:
+        database = create(encoding)
+        settings = {"POSTGRES_URL": database.url}
+        assert command("run", **settings)[0] == 0
+        assert count_paid(provider) == 30
+        execute(
+            database.adbc_uri,
+            f"INSERT INTO songs SELECT n, 'New', 'Ann', 'new ' || n FROM generate_series(31, 33) n; UPDATE songs SET "
+            f"{column} = convert_from('{stored.decode()}'::bytea, getdatabaseencoding()) WHERE id IN (7, 32)",
+        )
+        code, output = command("run", **settings)
+        assert code == 0, output
+        assert count_paid(provider) == 32
+        code, output = command("status", **settings)
+        assert code == 0, output
+        assert f"song 7: the song's {column} is {named}" in output, output
+        assert f"song 32: the song's {column} is {named}" in output, output
+        # a search finds the row of song 7 until the next load, and shows what it can
+        execute(database.adbc_uri, f"UPDATE songs SET {column} = convert_from('{stored.decode()}'::bytea, "
+                "getdatabaseencoding()) WHERE id = 8")  # fmt: skip
+        code, output = command("search", "x", "-n", "40", **settings)
+        assert code == 0, output
+        assert shown in output, output
+        with database.get_connection() as connection:
+            assert connection.scalar(sa.text("SELECT count(*) FROM song_embeddings WHERE song_id IN (7, 32)")) == 0
+        assert digest_source(database, find_source(database, SourceNames()))
+
+
+class TestVersions:
+    def test_a_host_s_version_of_pgvector_runs_and_is_named_once_a_run(
+        self, command: Command, database: Database, songs: Callable[..., None]
+    ) -> None:
+        songs((1, "Sea", "Ann", "la"), (2, "Rain", "Bo", "lu"))
+        version = execute(database.adbc_uri, "SELECT extversion FROM pg_extension WHERE extname = 'vector'")[0][0]
+        execute(database.adbc_uri, "UPDATE pg_extension SET extversion = '0.8.0.google-4' WHERE extname = 'vector'")
+        try:
+            code, output = command("run")
+            assert code == 0, output
+            assert output.count("pgvector 0.8.0.google-4 has errors that were mended since") == 1, output
+            code, output = command("status")
+            assert code == 0, output
+            assert "Server: pgvector 0.8.0.google-4" in output
+            code, output = command("search", "sea")
+            assert (code, "mended" in output) == (0, False), output
+        finally:
+            execute(database.adbc_uri, "UPDATE pg_extension SET extversion = %s WHERE extname = 'vector'", (version,))
+        code, output = command("run")
+        assert "mended" not in output
+
+
+class TestBoilerplate:
+    def test_what_is_no_lyric_is_named_before_payment_with_a_view_that_serves(
+        self, command: Command, database: Database, songs: Callable[..., None], provider: Provider
+    ) -> None:
+        credit = "Brought to you by the best lyrics site"
+        songs(
+            *((n, f"Song {n}", "Ann", f"[ti:Song]\n[00:12.34]la la {n}\n[01:15.2] lu lu") for n in range(1, 11)),
+            *((n, f"Song {n}", "Bo", f"12 ContributorsSong {n} Lyrics[Chorus]\nla {n}You might also like\nlu5Embed")
+              for n in range(11, 21)),
+            *((n, f"Song {n}", "Cy", "[Instrumental]") for n in range(21, 26)),
+            *((n, f"Song {n}", "Di", f"[Chorus]\nla la {n}\n{credit}") for n in range(26, 51)),
+        )  # fmt: skip
+        before = provider.ledger()["requests"]
+        for words in (("run", "--dry-run"), ("estimate",)):
+            code, output = command(*words)
+            assert code == 0, output
+            assert "50 of 50 sampled songs (100%)" in output, output
+            for named in ("LRC time stamps in 10", "“Embed” of Genius at the end in 10", "“Instrumental” in 5", credit):
+                assert named in output
+            assert "Chorus" not in output
+        assert provider.ledger()["requests"] == before
+        view = re.search(r"CREATE VIEW .*?;(?= then set)", output)
+        assert view, output
+        execute(database.adbc_uri, view.group())
+        settings = dict(re.findall(r"(SONGVEC_SONGS_TABLE|SONGVEC_SONG_ID_COLUMN)=([\w.]+)", output))
+        code, output = command("run", **settings)
+        assert code == 0, output
+        assert "no lyric" not in output
+        texts = provider.texts()
+        assert texts["Song 1 by Ann\nla la 1\nlu lu"] == 1
+        assert texts["Song 11 by Bo\n[Chorus]\nla 11\nlu"] == 1
+        assert texts["Song 21 by Cy"] == 1
+        assert texts["Song 26 by Di\n[Chorus]\nla la 26"] == 1
+
+    def test_the_samples_and_texts_like_it_are_lyrics(self) -> None:
+        lyrics = read_sample_songs()["lyrics"].drop_nulls().to_list()
+        lyrics += ["[Verse 1]\nI embed my heart\n[Chorus]\nyou might also like me", "an instrumental night at 12:30"]
+        found = find_boilerplate(lyrics, 100)
+        assert (found.n_found, found.is_common) == (0, False), found
