@@ -56,7 +56,7 @@ def test_rate_and_time_left_are_those_of_what_took_work(monkeypatch: pytest.Monk
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     pace, rates = Pace(), []
-    for now, done, n_free in RESUMED:  # noqa: B007 - the clock reads it
+    for now, done, n_free in RESUMED:
         rates.append(pace.rate(_resumed(now, done, n_free)))
     assert rates == [0.0, 0.0, 137.0, 137.0]
 
@@ -78,9 +78,11 @@ def test_every_face_shows_the_rate_of_what_is_embedded(monkeypatch: pytest.Monke
     console = Console(width=120, record=True, force_terminal=face == "bars", file=StringIO())
     logged: list[str] = []
     context = SimpleNamespace(log=SimpleNamespace(info=logged.append))
-    show = {"bars": lambda: Bars(console), "lines": lambda: Lines(console), "log": lambda: _ProgressLog(context)}[face]()
+    show = {"bars": lambda: Bars(console), "lines": lambda: Lines(console), "log": lambda: _ProgressLog(context)}[
+        face
+    ]()
     with show if face != "log" else contextlib.nullcontext():
-        for now, done, n_free in RESUMED:  # noqa: B007 - the clock reads it
+        for now, done, n_free in RESUMED:
             show(_resumed(now, done, n_free))
     last = [line for line in [*console.export_text().splitlines(), *logged] if line.strip()][-1]
     assert ("22,370" in last, "137/s" in last, "100 s left" in last or "2 min left" in last) == (True, True, True), last
