@@ -74,7 +74,8 @@ swap_job = _Swap(
     description=(
         "Build another model, size or type beside the serving table, index it, compare both, and put it in its place. "
         "Name it in the run config, where the present ones stand: resources, fireworks (embedding_model, "
-        "embedding_dimensions) and postgres (vector_type). Searches go on all the while; the table before is kept as song_embeddings_old."
+        "embedding_dimensions) and postgres (vector_type). Searches go on all the while; the table before is kept as "
+        "song_embeddings_old."
     ),
 )
 

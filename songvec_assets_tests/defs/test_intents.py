@@ -14,7 +14,7 @@ def test_a_refresh_is_planned_embedded_loaded_indexed_and_verified_step_by_step(
     )
     code, output = project.run("songvec", "embed")
     assert (code, "embedding_cache" in output, "song_embeddings_table" in output) == (0, True, False), output
-    assert project.materialized_partitions() == {FIRST}
+    assert project.materialized_partitions(".songvec/dagster") == {FIRST}
     code, output = project.run("songvec", "status", "--json")
     told = json.loads(output)
     assert (code, told["total"]["n_cached"], told["missing"]) == (3, N_SAMPLES, N_SAMPLES), "3: songs are missing"

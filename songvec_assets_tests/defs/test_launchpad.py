@@ -1,4 +1,4 @@
-"""What the launchpad shows of each job before anything is typed: its prefilled run config, and words on every option."""
+"""What the launchpad shows of each job before anything is typed: its run config, and words on every option."""
 
 from collections.abc import Iterator
 from typing import Any
