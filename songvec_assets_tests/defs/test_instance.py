@@ -1,6 +1,9 @@
 """Which instance remembers a run, and what the UI shows of it."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from songvec_assets.definitions import defs
 from songvec_assets.defs.instance import WORKSPACE, choose_home, open_instance, origin_of
 from songvec_assets.errors import SettingsError
 from songvec_assets_tests.browser.stage import running_dagster
-from songvec_assets_tests.defs.test_commands import FIRST, ROOT, Project, project
+from songvec_assets_tests.defs.test_commands import FIRST, ROOT, SET_AT_START, Project, project
 
 __all__ = ["project"]
 
@@ -76,6 +79,34 @@ def test_a_run_is_of_the_code_location_that_the_workspace_names() -> None:
     origin = origin_of(defs.resolve_job_def("swap"))
     assert f"location_name: {origin.location_name}\n" in WORKSPACE.read_text()
     assert origin.repository_origin.repository_name == defs.get_repository_def().name
+
+
+@pytest.mark.parametrize(
+    ("in_folder", "captures"),
+    [
+        ([], True),
+        (["pyproject.toml", "songvec_assets/"], True),
+        (["pyproject.toml"], False),
+        (["workspace.yaml"], False),
+        (["dg.toml", "dagster.yaml"], False),
+    ],
+)
+def test_dagsters_commands_find_this_code_from_a_clone_and_an_empty_folder_but_not_from_another_project(
+    tmp_path: Path, in_folder: list[str], captures: bool
+) -> None:
+    for name in in_folder:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    line = (ROOT / "songvec_assets.pth").read_text()
+    # as site does: in a function, which sees only what the line itself imports
+    code = (
+        f"def start(): exec({line!r})\nstart()\nimport os\nprint([os.environ.get(name) for name in {[*SET_AT_START]}])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in SET_AT_START}
+    command = [sys.executable, "-S", "-c", code]
+    printed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == str([*SET_AT_START.values()] if captures else [None, None])
+    assert line.startswith("import os; "), "site executes a line that begins so"
+    assert len(line.splitlines()) == 1
 
 
 JOB = 'repositoryName: "__repository__", repositoryLocationName: "songvec_assets", pipelineName'

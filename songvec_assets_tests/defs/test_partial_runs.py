@@ -101,8 +101,9 @@ def test_a_range_that_cannot_be_filled_keeps_no_other_from_being_loaded_and_inde
 
     with open_instance() as instance:
         runs = instance.get_runs(dg.RunsFilter(tags={".dagster/repository": "__repository__@songvec_assets"}))
-    assert [each.job_name for each in runs] == ["refresh"] * 3, "what went on without the range, too, is in the UI"
-    assert [str(each.status.value) for each in runs] == ["SUCCESS", "FAILURE", "SUCCESS"]
+    assert {each.job_name for each in runs} == {"refresh"}
+    statuses = [str(each.status.value) for each in runs]
+    assert statuses == ["SUCCESS", "FAILURE", "FAILURE", "SUCCESS"], "what went on without the range, too, is shown"
     code, again = run("run")
     assert (code, again[-1]) == (1, lines[-1]), "each time until the cause is mended"
     code, lines = run("status")
