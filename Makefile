@@ -25,8 +25,8 @@ install: $(INSTALLED)  ## Make .venv with pinned versions
 demo: $(INSTALLED)  ## Sample songs to a search result, with nothing configured
 	$(BIN)/songvec demo
 
-dev: $(INSTALLED)  ## The Dagster UI on http://127.0.0.1:3000
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dagster dev
+dev: $(INSTALLED)  ## The Dagster UI on http://127.0.0.1:3000, with the runs of the demo or of your database
+	$(BIN)/songvec dev
 
 test: $(INSTALLED)  ## All tests; a browser's waits leave two cores to the others
 	$(BIN)/python -m pytest -n 3 --dist loadfile

@@ -4,6 +4,7 @@ songs are missing (`status`) or a check did not pass (`verify`), 130 interrupted
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from dotenv import load_dotenv
+from dotenv import dotenv_values, load_dotenv
 from rich.console import Console
 from rich.text import Text
 
@@ -60,15 +61,18 @@ ConfirmReembedding = Annotated[
 @app.callback()
 def read_dotenv(context: typer.Context) -> None:
     """Read `.env`, as dagster does; the demo looks at neither it nor the environment."""
+    dotenv = Path.cwd() / ".env"
     if context.invoked_subcommand == "demo":
+        context.obj = any((os.environ | dotenv_values(dotenv)).get(variable) for variable in variables())
         for variable in variables():
             os.environ.pop(variable, None)
     else:
-        load_dotenv(Path.cwd() / ".env")
+        load_dotenv(dotenv)
 
 
 @app.command()
 def demo(
+    context: typer.Context,
     songs: Annotated[int, typer.Option(min=0, help="Generated songs to have beyond the samples, for trying size.")] = 0,
 ) -> None:
     """Fill an embedded Postgres with sample songs, run the whole graph on it, and search."""
@@ -87,7 +91,32 @@ def demo(
     _run_job("refresh", deployment, _span(deployment, ""))
     for query in DEMO_QUERIES:
         _print_hits(deployment, query, 3)
-    out.print('Next: [bold]make dev[/] shows this run in the Dagster UI; [bold]songvec search "…"[/] finds more.')
+    in_clone, own = Path("Makefile").exists() and Path("songvec_assets").is_dir(), bool(context.obj)
+    command = "songvec" if shutil.which("songvec") else sys.argv[0]
+    show = f"{command} dev --demo" if own else "make dev" if in_clone else f"{command} dev"
+    find = "" if own else f"; {command} search “…” finds more"
+    out.print(f"Next: {show} shows this run in the Dagster UI{find}.", markup=False, style="bold", soft_wrap=True)
+
+
+@app.command()
+def dev(
+    port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535, help="Where the UI listens.")] = 3000,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="What the demo did, where the environment or .env names another database.")
+    ] = False,
+) -> None:
+    """Start the Dagster UI, with the runs of `songvec` in this folder: those of the demo, or of POSTGRES_URL."""
+    from songvec_assets.defs.instance import WORKSPACE, choose_home
+
+    if demo:
+        # empty, not unset: dagster reads `.env`, too
+        os.environ.update(dict.fromkeys(variables(), ""))
+    os.environ["DAGSTER_HOME"] = str(choose_home())
+    # dagster looks for its commands on the PATH, which has them only where the environment is activated
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command = [sys.executable, "-m", "dagster", "dev", "--workspace", str(WORKSPACE), "--port", str(port)]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
 
 
 @app.command()

@@ -32,6 +32,7 @@ class Progress:
         unit: "songs", "rows", "%".
         note: what else a person would want to know: dollars so far, the phase of an index build.
         is_trouble: whether the note says that something goes wrong.
+        n_free: units of `done` that took no work, such as songs found in the cache; rate and time left leave them out.
     """
 
     step: str
@@ -40,6 +41,7 @@ class Progress:
     unit: str = "songs"
     note: str = ""
     is_trouble: bool = False
+    n_free: int = 0
 
 
 def describe_seconds(seconds: float) -> str:

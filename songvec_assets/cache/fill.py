@@ -150,6 +150,7 @@ class Filler:
     _unavailable_before: bool = False
     _n_songs: int = 0
     _n_done: int = 0
+    _n_free: int = 0
     _n_retries: int = 0
     _n_limited: int = 0
     _n_expected: int = 0
@@ -272,7 +273,7 @@ class Filler:
         if done and fits and not owed and not retries:
             report.n_songs, report.n_set_aside, report.n_truncated = done.n_songs, done.n_set_aside, done.n_truncated
             report.n_unchanged = done.n_songs - done.n_set_aside
-            self.advance(report.n_songs, report.range)
+            self.advance(report.n_songs, report.range, are_free=True)
             return
         mark_path.unlink(missing_ok=True)
         since = 0 if not owed else asked.first_row if asked.asked_by == self.anew else None
@@ -293,7 +294,8 @@ class Filler:
             asked = replace(asked, asked_by=self.anew, first_row=shard.n_rows)
             await asyncio.to_thread(write_anew, self.cache, report.range, asked)
         await asyncio.to_thread(self._store_what_is_free, shard, plan, report)
-        self.advance(plan.n_songs - sum(len(each.song_ids) for each in plan.texts), report.range)
+        n_to_embed = sum(len(each.song_ids) for each in plan.texts)
+        self.advance(plan.n_songs - n_to_embed, report.range, are_free=True)
         if plan.texts:
             tally = _Tally(report, self, let_next_begin)
             self._postage.health.count_known(plan.n_unchanged)
@@ -324,9 +326,10 @@ class Filler:
         self._n_limited += batch.n_limited
         self.proven = self.proven or n_songs > 0
 
-    def advance(self, n_songs: int, song_range: SongIdRange) -> None:
-        """Tell that so many songs more need nothing from the provider."""
+    def advance(self, n_songs: int, song_range: SongIdRange, are_free: bool = False) -> None:
+        """Report n_songs more that need nothing further; `are_free` if no request was sent for them."""
         self._n_done += n_songs
+        self._n_free += n_songs if are_free else 0
         self._tell(song_range.key)
 
     def _tell_trouble(self, words: str) -> None:
@@ -341,7 +344,7 @@ class Filler:
             )
         if self.stop.is_set():
             note += "; stopping: answers on their way are still stored"
-        self.progress(Progress("embed songs", self._n_done, self._n_songs, note=note, is_trouble=is_trouble))
+        self.progress(Progress("embed songs", self._n_done, self._n_songs, "songs", note, is_trouble, self._n_free))
 
 
 @dataclass

@@ -114,12 +114,18 @@ def open_store(
         guard: held while the tail is cut; keeps others from filling it.
 
     Raises:
-        StoreError: see `find_store`.
+        StoreError: see `find_store`; or the folder cannot be made or written.
     """
     store = find_store(root, tiling)
     if store is None:
-        root.mkdir(parents=True, exist_ok=True)
-        _create(Store(root, str(uuid.uuid4()), tiling))
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            _create(Store(root, str(uuid.uuid4()), tiling))
+        except OSError as error:
+            raise StoreError(
+                f"cannot write to the storage folder {root.absolute()}: {error.strerror}. Work in a folder that you "
+                "may write to, or set SONGVEC_STORAGE to one"
+            ) from error
         # another process may have been first
         store = find_store(root, tiling)
         assert store is not None

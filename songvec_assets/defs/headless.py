@@ -1,15 +1,15 @@
 """A job without the UI: run in this process and the project's Dagster instance, summed up in a few rows."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster._core.definitions.job_base import InMemoryJob
+from dagster._core.execution.api import execute_run
 
 from songvec_assets.defs.alerts import describe_failure
+from songvec_assets.defs.instance import open_instance, origin_of
 from songvec_assets.defs.reports import read_incomplete
 from songvec_assets.songs.ranges import SongIdRange
 
@@ -89,23 +89,40 @@ def run_job(
     }  # fmt: skip
     events: list[dg.DagsterEvent] = []
     selected: list[dg.AssetKey] | None = None
-    with project_instance() as instance:
+    with open_instance() as instance:
         while selected is None or selected:
             if selected and _PARTITIONED not in selected:
                 tags = {}
             try:
-                result = job.execute_in_process(
-                    instance=instance, tags=tags, run_config=config, raise_on_error=False, asset_selection=selected
-                )
+                run = _execute(job, instance, config, tags, selected)
             except dg.DagsterExecutionInterruptedError as error:
                 raise KeyboardInterrupt from error
             # of the instance: the result lacks what a step that failed had recorded of single ranges
-            logged = [each.dagster_event for each in instance.all_logs(result.run_id) if each.dagster_event]
+            logged = [each.dagster_event for each in instance.all_logs(run.run_id) if each.dagster_event]
             if any(_is_interrupt(event) for event in logged):
                 raise KeyboardInterrupt
             events += logged
             selected = _find_rest(job, logged)
     return _summarize(events)
+
+
+def _execute(
+    job: dg.JobDefinition,
+    instance: dg.DagsterInstance,
+    config: Mapping[str, Any],
+    tags: Mapping[str, str],
+    selected: Sequence[dg.AssetKey] | None,
+) -> dg.DagsterRun:
+    """Run a job in this process. Unlike `execute_in_process` the run has an origin: the UI lists it under its job."""
+    run = instance.create_run_for_job(
+        job.get_subset(asset_selection=frozenset(selected)) if selected else job,
+        run_config=config,
+        tags={**job.run_tags, **tags},
+        asset_selection=frozenset(selected) if selected else None,
+        remote_job_origin=origin_of(job),
+    )
+    execute_run(InMemoryJob(job), run, instance)
+    return run
 
 
 def _find_rest(job: dg.JobDefinition, events: Sequence[dg.DagsterEvent]) -> list[dg.AssetKey]:
@@ -115,18 +132,6 @@ def _find_rest(job: dg.JobDefinition, events: Sequence[dg.DagsterEvent]) -> list
     ordered = [key for key in layer.asset_graph.toposorted_asset_keys if key in layer.selected_asset_keys]
     names = [key.to_user_string() for key in ordered]
     return ordered[names.index(partial[0]) + 1 :] if partial and partial[0] in names else []
-
-
-@contextmanager
-def project_instance() -> Iterator[dg.DagsterInstance]:
-    """DAGSTER_HOME's instance; else that of the dagster.yaml in the working folder, as dagster's own commands do."""
-    if "DAGSTER_HOME" not in os.environ and not Path("dagster.yaml").exists():
-        with dg.DagsterInstance.ephemeral() as instance:
-            yield instance
-        return
-    os.environ.setdefault("DAGSTER_HOME", str(Path.cwd()))
-    with dg.DagsterInstance.get() as instance:
-        yield instance
 
 
 def _summarize(events: Sequence[dg.DagsterEvent]) -> RunResult:

@@ -1,8 +1,13 @@
 """Jobs by intent. What each may spend and looks at is in its run config: resources, run."""
 
-import dagster as dg
+from collections.abc import Mapping
+from typing import Any
 
-from songvec_assets.defs.resources import RunResource
+import dagster as dg
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+from dagster._core.execution.build_resources import wrap_resources_for_execution
+
+from songvec_assets.defs.resources import RunResource, make_resources, present_values
 from songvec_assets.defs.steps import failing_clearly
 from songvec_assets.dry_run import plan_run
 from songvec_assets.postgres.schema import hold_lock
@@ -11,8 +16,32 @@ from songvec_assets.vectors.swap import LOCK, roll_back
 _OPTIONS = "Its options are in the run config under resources, run: budget, ranges, concurrency and others."
 
 
-def _run_config(**fields: bool) -> dict[str, object]:
-    return {"resources": {"run": {"config": fields}}}
+class _JobWithDefaults(UnresolvedAssetJobDefinition):
+    """An asset job with defaults of its own: what makes it this job is prefilled in the launchpad.
+
+    The launchpad shows the defaults of the resources' fields. A job's `config` is not shown where one of its assets is
+    partitioned, and hides all other options where none is.
+    """
+
+    resources: Mapping[str, Any]
+
+    def resolve(self, *given: Any, **named: Any) -> dg.JobDefinition:
+        """As the asset graph has it, with this job's resources."""
+        job = super().resolve(*given, **named)
+        return job.with_top_level_resources({**job.resource_defs, **wrap_resources_for_execution(self.resources)})
+
+
+class _RebuildIndex(_JobWithDefaults):
+    resources = make_resources(run={"rebuild_index": True})
+
+
+class _Swap(_JobWithDefaults):
+    # what to swap to is to be typed here: it stands there as it is now
+    resources = make_resources(
+        run={"swap": True},
+        fireworks=present_values("SONGVEC_EMBEDDING_MODEL", "SONGVEC_EMBEDDING_DIMENSIONS"),
+        postgres=present_values("SONGVEC_VECTOR_TYPE"),
+    )
 
 
 refresh_job = dg.define_asset_job(
@@ -33,21 +62,20 @@ load_job = dg.define_asset_job(
     description="Make the table equal the cache. Sends nothing to the provider.",
 )
 
-rebuild_index_job = dg.define_asset_job(
+rebuild_index_job = _RebuildIndex(
     "rebuild_index",
     selection=dg.AssetSelection.assets("ivfflat_index"),
-    config=_run_config(rebuild_index=True),
     description="Build the index anew beside the one that serves, measure its recall, and let it take its place.",
 )
 
-swap_job = dg.define_asset_job(
+swap_job = _Swap(
     "swap",
     selection=dg.AssetSelection.assets("songs_parquet", "embedding_cache", "song_embeddings_table", "ivfflat_index"),
-    config=_run_config(swap=True),
     description=(
         "Build another model, size or type beside the serving table, index it, compare both, and put it in its place. "
-        "Name it in the run config of resources: fireworks (embedding_model, embedding_dimensions), postgres "
-        "(vector_type). Searches go on all the while; the table before is kept as song_embeddings_old."
+        "Name it in the run config, where the present ones stand: resources, fireworks (embedding_model, "
+        "embedding_dimensions) and postgres (vector_type). Searches go on all the while; the table before is kept as "
+        "song_embeddings_old."
     ),
 )
 

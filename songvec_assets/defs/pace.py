@@ -1,24 +1,46 @@
 """Progress in words: how far, how fast, how long still."""
 
 import time
+from dataclasses import dataclass
 
 from songvec_assets.progress import Progress, describe_seconds
 
 
 class Pace:
-    """Units a second of each step, since it began; a step that begins again with less done begins anew."""
+    """Units per second of each step since its work began; a step that starts again with less done is measured again.
+
+    Units that took no work (`Progress.n_free`) do not count, nor does the time before the first one that took some.
+    """
 
     def __init__(self) -> None:
-        self._starts: dict[str, tuple[float, int, int]] = {}
+        self._starts: dict[str, _Start] = {}
 
     def rate(self, progress: Progress) -> float:
-        """The pace so far; 0 at the start."""
+        """The rate so far; 0 at the start."""
         now = time.monotonic()
-        started, first, before = self._starts.get(progress.step, (now, progress.done, progress.done))
-        if progress.done < before:
-            started, first = now, progress.done
-        self._starts[progress.step] = (started, first, progress.done)
-        return (progress.done - first) / (now - started) if now > started else 0.0
+        worked = progress.done - progress.n_free
+        start = self._starts.setdefault(progress.step, _Start(now, worked, progress))
+        only_skipped = worked == start.n_worked and progress.n_free > start.latest.n_free
+        if progress.done < start.latest.done or only_skipped:
+            start.at, start.n_worked = now, worked
+        start.latest = progress
+        return (worked - start.n_worked) / (now - start.at) if now > start.at else 0.0
+
+
+@dataclass
+class _Start:
+    """When a step's work began, how many units were worked on by then, and the latest report."""
+
+    at: float
+    n_worked: int
+    latest: Progress
+
+
+def describe_time_left(progress: Progress, rate: float) -> str:
+    """`12 min left`; empty where the rate or the total is not known, or nothing is left."""
+    if not rate or progress.total <= progress.done:
+        return ""
+    return f"{describe_seconds((progress.total - progress.done) / rate)} left"
 
 
 def describe_progress(progress: Progress, rate: float) -> str:
@@ -36,6 +58,6 @@ def describe_progress(progress: Progress, rate: float) -> str:
         line += f" {progress.unit}"
     if rate and not percent:
         line += f", {rate:,.0f}/s"
-    if rate and progress.total > progress.done:
-        line += f", {describe_seconds((progress.total - progress.done) / rate)} left"
+    if left := describe_time_left(progress, rate):
+        line += f", {left}"
     return line + (f" ({progress.note})" if progress.note else "")

@@ -4,25 +4,37 @@ Secrets (POSTGRES_URL, FIREWORKS_API_KEY, SONGVEC_WEBHOOK_URL) are never fields,
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
-from pydantic import Field
+from pydantic import Field, create_model
 
 from songvec_assets.defs.partitions import TILING
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SettingsError
 from songvec_assets.postgres.engine import Profile
-from songvec_assets.settings import Settings
+from songvec_assets.settings import Settings, read_setting
 from songvec_assets.songs.export import ExportMode
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 
+_SETTINGS = {each.metadata["variable"]: each for each in fields(Settings)}
+
 
 def _setting(variable: str, words: str = "") -> Any:
-    given = f"{words} " if words else ""
-    return Field(default=None, description=f"{given}Overrides {variable}; empty: that, read when the run starts.")
+    """A field that overrides a setting; its description is the setting's, with the default: the launchpad shows both.
+
+    Args:
+        variable: of the setting.
+        words: what the field is, where the setting's own words do not fit a run's option.
+    """
+    setting = _SETTINGS[variable]
+    default = "unset" if setting.default is None else str(setting.default).replace("\n", "\\n")
+    words = words or f"{setting.metadata['help']}."
+    return Field(default=None, description=f"{words} Empty: {variable}, read when the run starts (default: {default}).")
 
 
 class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -158,12 +170,40 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return [each for each in held if first <= each <= last]
 
 
-RESOURCES: dict[str, Any] = {
-    "postgres": PostgresResource.configure_at_launch(),
-    "fireworks": FireworksResource.configure_at_launch(),
-    "storage": StorageResource.configure_at_launch(),
-}
-RESOURCES["run"] = RunResource(**RESOURCES)
+def make_resources(**defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The graph's resources, with defaults of some fields that differ from the usual ones.
+
+    Args:
+        defaults: field names to values, by resource; the launchpad is prefilled with them.
+    """
+
+    def of(resource: type[Any], name: str) -> type[Any]:
+        given: dict[str, Any] = {}
+        for field, value in defaults.get(name, {}).items():
+            declared = resource.model_fields[field]
+            given[field] = declared.annotation, Field(default=value, description=declared.description)
+        # a class of the same name: Dagster takes its docstring as the resource's description
+        return (
+            create_model(resource.__name__, __base__=resource, __doc__=resource.__doc__, **given) if given else resource
+        )
+
+    made: dict[str, Any] = {
+        "postgres": of(PostgresResource, "postgres").configure_at_launch(),
+        "fireworks": of(FireworksResource, "fireworks").configure_at_launch(),
+        "storage": of(StorageResource, "storage").configure_at_launch(),
+    }
+    return made | {"run": of(RunResource, "run")(**made)}
+
+
+RESOURCES = make_resources()
+
+
+def present_values(*variables: str) -> dict[str, Any]:
+    """What settings are as the code location loads, by resource; none where one does not parse: a run refuses it."""
+    try:
+        return {_SETTINGS[each].name: read_setting(_SETTINGS[each], os.environ) for each in variables}
+    except SettingsError:
+        return {}
 
 
 def parse_span(words: str, tiling: Tiling) -> tuple[SongIdRange, SongIdRange]:

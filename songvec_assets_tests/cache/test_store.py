@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -352,3 +353,11 @@ def test_a_guard_that_is_refused_leaves_everything_as_it_was(root):
     with pytest.raises(StoreError, match="another run"):
         open_store(root, HIGHER, refuse)
     assert files_under(root) == before
+
+
+def test_a_storage_folder_that_cannot_be_made_is_named_with_its_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")  # root may write anywhere
+    with pytest.raises(
+        StoreError, match=r"cannot write to the storage folder .*: Not a directory.* set SONGVEC_STORAGE"
+    ):
+        open_store(tmp_path / "file" / "store", TILING)

@@ -68,9 +68,9 @@ class Project:
         assert process.returncode is not None
         return process.returncode, output
 
-    def materialized_partitions(self) -> set[str]:
-        """What the project's own instance remembers of the cache."""
-        with sqlite3.connect(self.folder / ".dagster" / "history" / "runs" / "index.db") as instance:
+    def materialized_partitions(self, home: str = ".dagster") -> set[str]:
+        """What an instance of the project remembers of the cache."""
+        with sqlite3.connect(self.folder / home / "history" / "runs" / "index.db") as instance:
             rows = instance.execute(
                 "SELECT DISTINCT partition FROM event_logs WHERE dagster_event_type = 'ASSET_MATERIALIZATION' "
                 "AND asset_key = '[\"embedding_cache\"]'"
@@ -150,10 +150,14 @@ def test_the_demo_ends_in_search_results_and_embeds_nothing_the_second_time(demo
     project, output = demo
     assert re.search(rf"embedding_cache\s+{N_SAMPLES}\s+\S+\s+0\s+\$0.0000\s+0\s+{N_SAMPLES}\s+0", output), output
     assert "Keeper of Gull Rock Light" in output
+    assert project.materialized_partitions(".songvec/dagster") == {FIRST}
+    assert not (project.folder / ".dagster").exists(), "the project's own instance knows nothing of the demo"
+    assert "Next: songvec dev --demo shows this run" in output, "`.env` names another database"
     (project.folder / ".env").write_text(MISLEADING)
     code, output = project.run("songvec", "demo")
     assert re.search(rf"embedding_cache\s+{N_SAMPLES}\s+\S+\s+0\s+\$0.0000\s+{N_SAMPLES}\s+0\s+0", output), output
     (project.folder / ".env").unlink()
+    assert (project.folder / ".songvec" / "dagster" / "dagster.yaml").read_text().startswith("telemetry:")
     code, output = project.run("songvec", "status", "--json")
     assert (code, json.loads(output)["total"]["n_loaded"]) == (0, N_SAMPLES)
     code, output = project.run("songvec", "search", "chess", "-n", "1")

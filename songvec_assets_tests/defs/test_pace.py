@@ -1,10 +1,16 @@
 """Progress in words."""
 
+import contextlib
 import time
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from songvec_assets.defs.pace import Pace, describe_progress
+from songvec_assets.defs.steps import _ProgressLog
+from songvec_assets.defs.terminal import Bars, Lines
 from songvec_assets.progress import Progress
 
 
@@ -30,3 +36,53 @@ def test_a_pace_is_that_of_a_step_since_it_began_and_begins_anew_with_it(monkeyp
         rates.append(pace.rate(Progress("load rows", done, 1_000, unit="rows")))
     assert rates == [0.0, 20.0, 20.0, 0.0, 50.0]
     assert pace.rate(Progress("build index", 50, 100, unit="%")) == 0.0
+
+
+RESUMED = (
+    # seconds, done, of which cached
+    (0.0, 9_000, 9_000),
+    (30.0, 20_000, 20_000),  # finding them takes time, too
+    (31.0, 20_137, 20_000),
+    (40.0, 22_370, 21_000),
+)
+"""A resumed run: 137 songs per second are embedded, the others are in the cache."""
+
+
+def _resumed(seconds: float, done: int, n_free: int) -> Progress:
+    return Progress("embed songs", done, 36_070, n_free=n_free)
+
+
+def test_rate_and_time_left_are_those_of_what_took_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    pace, rates = Pace(), []
+    for now, done, n_free in RESUMED:
+        rates.append(pace.rate(_resumed(now, done, n_free)))
+    assert rates == [0.0, 0.0, 137.0, 137.0]
+
+
+def test_a_wait_before_the_first_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A provider that fails for a minute is slow, however fast its first answer comes after that."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    pace, rates = Pace(), []
+    for now, done in ((0.0, 100), (59.0, 100), (60.0, 160)):  # noqa: B007 - the clock reads it
+        rates.append(pace.rate(Progress("embed songs", done, 1_000, n_free=100, is_trouble=True)))
+    assert rates == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("face", ["bars", "lines", "log"])
+def test_every_face_shows_the_rate_of_what_is_embedded(monkeypatch: pytest.MonkeyPatch, face: str) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    console = Console(width=120, record=True, force_terminal=face == "bars", file=StringIO())
+    logged: list[str] = []
+    context = SimpleNamespace(log=SimpleNamespace(info=logged.append))
+    show = {"bars": lambda: Bars(console), "lines": lambda: Lines(console), "log": lambda: _ProgressLog(context)}[
+        face
+    ]()
+    with show if face != "log" else contextlib.nullcontext():
+        for now, done, n_free in RESUMED:
+            show(_resumed(now, done, n_free))
+    last = [line for line in [*console.export_text().splitlines(), *logged] if line.strip()][-1]
+    assert ("22,370" in last, "137/s" in last, "100 s left" in last or "2 min left" in last) == (True, True, True), last

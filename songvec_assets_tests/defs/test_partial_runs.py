@@ -46,7 +46,7 @@ def run(
         "SONGVEC_CONCURRENCY": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)  # no dagster.yaml: what Dagster remembers of a run ends with it
+    monkeypatch.chdir(tmp_path)
 
     def type_in(*command: str) -> tuple[int, list[str]]:
         capfd.readouterr()
@@ -91,6 +91,16 @@ def test_a_range_that_cannot_be_filled_keeps_no_other_from_being_loaded_and_inde
     assert f"{SECOND}.arrow" in lines[-1]
     row = next(line.split() for line in lines if line.startswith("embedding_cache"))
     assert int(row[1]) == 2 * N_SONGS, "of the ranges that are complete"
+    # here: dagster takes seconds to import, which the first command does
+    import dagster as dg
+
+    from songvec_assets.defs.instance import open_instance
+
+    with open_instance() as instance:
+        runs = instance.get_runs(dg.RunsFilter(tags={".dagster/repository": "__repository__@songvec_assets"}))
+    assert {each.job_name for each in runs} == {"refresh"}
+    statuses = [str(each.status.value) for each in runs]
+    assert statuses == ["SUCCESS", "FAILURE", "FAILURE", "SUCCESS"], "what went on without the range, too, is shown"
     code, again = run("run")
     assert (code, again[-1]) == (1, lines[-1]), "each time until the cause is mended"
     code, lines = run("status")

