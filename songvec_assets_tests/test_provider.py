@@ -19,6 +19,7 @@ import pytest
 from openai import OpenAI
 
 from songvec_assets_tests.provider import count_tokens, digest_of, running_provider, vector_of
+from songvec_assets_tests.provider.modes import MODES
 
 MODEL = "fireworks/qwen3-embedding-8b"
 TEXTS = ["Loves you, yeah yeah yeah", "Ne me quitte pas", "99 Luftballons", "上を向いて歩こう"]
@@ -339,6 +340,7 @@ def test_ledger_tells_what_was_billed(provider, client):
         "distinct_texts_billed": 2,
         "texts_billed_twice": 2,
         "tokens_billed": 4,
+        "loads": 0,
         "max_in_flight": 1,
         "max_texts_in_request": 3,
         "max_tokens_in_request": 101,
@@ -426,3 +428,11 @@ def test_says_when_it_cannot_start(capfd):
     with pytest.raises(RuntimeError, match="ended before it listened"), running_provider(corrupt="all"):
         pass
     assert "Invalid enum value 'all'" in capfd.readouterr().err
+
+
+def test_each_mode_of_a_real_server_can_be_set_and_has_its_source_and_its_row(provider):
+    page = (Path(__file__).parents[1] / "docs" / "providers.md").read_text(encoding="utf-8")
+    for name, mode in MODES.items():
+        provider.control(mode=name)
+        assert mode.source
+        assert f"`{name}`" in page, name
