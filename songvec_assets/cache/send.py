@@ -326,15 +326,11 @@ class RangeSender:
         health.count_bad(text.text_hash)
         if health.is_sick() and health.n_texts() >= _ENOUGH_TEXTS:
             self._is_blamed = True
-            raise ProviderError(f"{self._describe_health(reason)}, and nothing more is sent")
-
-    def _describe_health(self, reason: str) -> str:
-        health = self.postage.health
-        return (
-            f"{health.n_bad:,} of the last {health.n_texts():,} texts fail though others succeed, more than songs can "
-            f"be at fault for: the server is. {reason}. See the server's log, then start the same command again. None "
-            "of this range's is rejected"
-        )
+            raise ProviderError(
+                f"of the last {health.n_texts():,} texts {health.n_bad:,} fail though others succeed, more than songs "
+                f"can be at fault for: the server is. {reason}. None of this range's is rejected, and nothing more is "
+                "sent. See the server's log, then start the same command again"
+            )
 
     async def _check_rejections(self) -> None:
         """Refuse to reject texts that may not be at fault.
@@ -345,8 +341,13 @@ class RangeSender:
         """
         if not self._refused:
             return
-        if self.postage.health.is_sick() and not all(text.rejected_before for text, _ in self._refused):
-            raise ServerSickError(self._describe_health(self._refused[-1][1]))
+        health = self.postage.health
+        if health.is_sick() and not all(text.rejected_before for text, _ in self._refused):
+            raise ServerSickError(
+                f"of {health.n_texts():,} texts {health.n_bad:,} fail though others succeed, more than songs can be at "
+                f"fault for: the server is, unless other ranges show that it is not. {self._refused[-1][1]}. None of "
+                "this range's is rejected. See the server's log, then start the same command again"
+            )
         if not await self._answers_well(self._refused_at):
             raise ProviderError(
                 f"the last {len(self._refused)} texts were refused, and so is a plain one: {self._refused[-1][1]}. "
