@@ -132,6 +132,11 @@ def dispose(url: str) -> None:
         Database(url).get_engine(profile).dispose()
 
 
+def own_engine(database: Database, **given: object) -> sa.Engine:
+    """An engine of its own to a database, as another process has it."""
+    return sa.create_engine("postgresql+psycopg2://", creator=lambda: psycopg2.connect(database.adbc_uri), **given)
+
+
 def free_port() -> int:
     """A TCP port of this machine that nothing listens on."""
     with socket.socket() as listener:

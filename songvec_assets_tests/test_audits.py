@@ -183,7 +183,7 @@ def test_the_bill_is_held_against_the_estimate(
 
 def embed_cyrillic(deployment: Deployment, songs: Callable[..., None], song_id: int) -> Deployment:
     """Embed a song's worth of tokens that the first estimate takes for twice as many."""
-    songs(*((song_id + n, f"Песня {n}", "Анна", "ля " * 900) for n in range(20)))
+    songs(*((song_id + n, f"Песня {n}", "Анна", f"ля{'абвгдежзийклмнопрстуфхцч'[n]} " * 700) for n in range(20)))
     run_all(deployment)
     return deployment
 

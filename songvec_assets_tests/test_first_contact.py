@@ -234,6 +234,7 @@ def test_a_search_names_a_wrong_url(
 def search_with(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set a command's environment to that of a deployment."""
     settings = deployment.settings
+    monkeypatch.setattr("songvec_assets.defs.partitions.TILING", deployment.tiling)
     for name, value in {
         "POSTGRES_URL": settings.postgres_url,
         "FIREWORKS_API_KEY": settings.fireworks_api_key,

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from songvec_assets.cache import fill as fill_module
 from songvec_assets.cache.send import _Payment
 from songvec_assets.embedding import client as client_module
 from songvec_assets.embedding.health import MAX_BAD_TEXTS
@@ -203,9 +204,10 @@ class TestAServerThatIsSick:
             assert set(stored(run())) == set(range(1, 100)) - set(bad), "the good ones are kept, no other is rejected"
 
     def test_for_a_handful_in_one_range_is_not_sick_once_the_others_show_it(
-        self, songs: Songs, run: Run, provider: Provider
+        self, songs: Songs, run: Run, provider: Provider, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Four of a range's 99 may be the server; four of 899 are not."""
+        monkeypatch.setattr(fill_module, "MAX_OPEN_RANGES", 1)
         bad = {song_id: (f"Importance {song_id}", "Ann", "la") for song_id in range(10, 14)}
         songs(*songs_but(bad, 899))
         provider.control(nan=["Importance"])
@@ -523,9 +525,8 @@ def test_a_try_that_is_called_off_leaves_the_count_of_reservations_as_it_was() -
         raise StoppedError("another request of the range failed")
 
     postage = SimpleNamespace(n_reserved=1, n_settled=0)
-    payment = _Payment(
-        SimpleNamespace(postage=postage, check_going_on=call_off), n_tokens=10, n_reserved=10, n_billed=10
-    )
+    sender = SimpleNamespace(postage=postage, check_going_on=call_off)
+    payment = _Payment(sender, [], n_tokens=10, n_reserved=10, n_billed=10)
     with pytest.raises(StoppedError):
         asyncio.run(payment.before_try())
     assert postage.n_reserved == 1

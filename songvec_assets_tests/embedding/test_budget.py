@@ -16,7 +16,7 @@ from songvec_assets.embedding.budget import Budget, read_month_spending
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError, DatabaseError
 from songvec_assets.postgres.engine import Database, get_engine
-from songvec_assets_tests.administration import as_role, execute, free_port
+from songvec_assets_tests.administration import as_role, execute, free_port, own_engine
 
 DOLLAR_A_TOKEN = Price(1e6)
 
@@ -304,7 +304,7 @@ def test_processes_together_stay_within_one_budget(database: Database, run: str)
 def test_a_database_that_is_gone_is_an_error_of_ours(database: Database, run: str) -> None:
     with pytest.raises(DatabaseError, match="is it running"):
         Budget(DOLLAR_A_TOKEN, get_engine(f"postgresql://ann@127.0.0.1:{free_port()}/songs"), run, 10)
-    budget = Budget(DOLLAR_A_TOKEN, sa.create_engine(database.get_engine().url, poolclass=NullPool), run, 10)
+    budget = Budget(DOLLAR_A_TOKEN, own_engine(database, poolclass=NullPool), run, 10)
     execute(database.adbc_uri, "DROP TABLE songvec.budgets")
     with pytest.raises(DatabaseError, match="budgets"):
         budget.reserve(1)

@@ -21,7 +21,7 @@ from sqlalchemy.pool import NullPool
 from songvec_assets.embedding.limits import KEPT_SHARE, PROBING, Grant, RateLimiter
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database, get_engine
-from songvec_assets_tests.administration import as_role, execute, free_port
+from songvec_assets_tests.administration import as_role, execute, free_port, own_engine
 
 MANY = 10**9
 
@@ -43,7 +43,7 @@ def make_limiter(database: Database) -> Iterator[LimiterMaker]:
     execute(database.adbc_uri, "DELETE FROM songvec.rate_seconds")
 
     def make(requests_per_minute: float = MANY, tokens_per_minute: float = MANY, name: str = "provider") -> RateLimiter:
-        engines.append(sa.create_engine(database.get_engine().url))
+        engines.append(own_engine(database))
         return RateLimiter(engines[-1], name, requests_per_minute, tokens_per_minute)
 
     yield make
@@ -659,7 +659,7 @@ def test_a_database_that_is_gone_is_an_error_of_ours() -> None:
 
 
 def test_a_database_that_goes_away_later_is_an_error_of_ours(database: Database) -> None:
-    limiter = RateLimiter(sa.create_engine(database.get_engine().url, poolclass=NullPool), "provider", 1, 1)
+    limiter = RateLimiter(own_engine(database, poolclass=NullPool), "provider", 1, 1)
     grant = limiter.reserve(1)
     execute(database.adbc_uri, "DROP TABLE songvec.rate_limits")
     with pytest.raises(DatabaseError, match="rate_limits"):
