@@ -83,7 +83,7 @@ def test_materialize_all_fills_range_by_range_and_all_checks_pass(scene: Scene) 
     scene.provider.control()
     scene.ui.page.goto("/runs")
     scene.ui.see("Success")
-    for asset, n_checks in {"song_embeddings_table": 8, "ivfflat_index": 3}.items():
+    for asset, n_checks in {"song_embeddings_table": 9, "ivfflat_index": 3}.items():
         scene.ui.open_asset(asset, "checks")
         scene.ui.see(f"Checks ({n_checks})")
         expect(scene.ui.page.get_by_text("Succeeded", exact=True)).to_have_count(n_checks)
@@ -132,7 +132,7 @@ def test_a_failed_range_says_why_and_is_all_that_a_retry_sends(scene: Scene) -> 
     scene.provider.control(statuses=[{"status": 500}])
     scene.ui.launch("refresh")
     scene.ui.see("Failure")
-    scene.ui.see(re.compile("1 of 4 ranges are not complete, the others are done and kept"))
+    scene.ui.see(re.compile("1 of 4 ranges are not complete. The rest is done and kept"))
     assert billed(scene) == {}
     scene.provider.control()
     scene.ui.execute_again_from_failure()
