@@ -17,6 +17,7 @@ from songvec_assets.settings import variables
 from songvec_assets.songs.boilerplate import find_boilerplate
 from songvec_assets.songs.source import SourceNames, digest_source, find_source
 from songvec_assets_tests.administration import dispose, execute, with_parts
+from songvec_assets_tests.conftest import environment_of
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.warm import start as start_warm
 
@@ -26,15 +27,7 @@ FIRST_ID = 1_500_000_000
 
 
 def settings_of(database: Database, provider: Provider, folder: Path) -> dict[str, str]:
-    return {
-        "POSTGRES_URL": database.url,
-        "FIREWORKS_API_KEY": provider.api_key,
-        "FIREWORKS_BASE_URL": provider.base_url,
-        "SONGVEC_STORAGE": str(folder / "store"),
-        "SONGVEC_EMBEDDING_DIMENSIONS": "64",
-        "DAGSTER_HOME": str(folder),
-        "COLUMNS": "500",
-    }
+    return environment_of(database, provider, folder) | {"DAGSTER_HOME": str(folder), "COLUMNS": "500"}
 
 
 def count_paid(provider: Provider) -> int:
