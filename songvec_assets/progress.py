@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
 
 from songvec_assets.errors import StoppedError
@@ -77,6 +77,23 @@ class StopSignal:
         """Raise StoppedError where the end was asked for."""
         if self._event.is_set():
             raise StoppedError("interrupted; what was done so far is kept, and the same command goes on from there")
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every long step of a run is given: whom it reports to, and what ends it early.
+
+    Attributes:
+        report: called with the step's progress, as often as the step likes.
+        stop: once set, the step ends as soon as what it has begun is stored.
+    """
+
+    report: ReportProgress = ignore_progress
+    stop: StopSignal = field(default_factory=StopSignal)
+
+    def check_stop(self) -> None:
+        """Raise StoppedError where the end was asked for."""
+        self.stop.check()
 
 
 @dataclass(frozen=True)
