@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from songvec_assets.cache.fill import Filler, Spending
-from songvec_assets.cache.marks import read_mark
 from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
 from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
@@ -132,7 +131,7 @@ class Deployment:
 
     @property
     def cache(self) -> ModelCache:
-        """The configured model's shards."""
+        """What is cached of the configured model."""
         return self.store.embeddings(self.settings.model, self.settings.embedding_dimensions)
 
     @property
@@ -192,14 +191,16 @@ class Deployment:
         return sorted(held)
 
     def ranges_behind(self) -> list[SongIdRange]:
-        """The ranges whose snapshot is not answered in full by the cache, in order; from footers and marks."""
+        """The ranges whose snapshot is not answered in full by the cache, in order; from footers and manifests."""
         songs, cache, behind, tiles = self.store.songs, self.cache, [], {*self.tiling}
         text = self.text_spec.identity
         for song_range in snapshot_ranges(songs):
             if song_range not in tiles:  # cut otherwise, before the stop was raised: the next export replaces it
                 continue
-            mark, digest = read_mark(cache.mark_of(song_range)), snapshot_digest(snapshot_path(songs, song_range))
-            if mark is None or not mark.fits(digest, text, cache.path_of(song_range), self.server):
+            digest = snapshot_digest(snapshot_path(songs, song_range))
+            manifest = cache.read_manifest(song_range)
+            fits = manifest.complete is not None and manifest.complete.fits(digest, text, self.server)
+            if not fits or not cache.is_complete(song_range, manifest):
                 behind.append(song_range)
         return behind
 
@@ -256,7 +257,8 @@ class Deployment:
             for each in snapshot_ranges(self.store.songs):
                 if ranges is None or each in ranges or each not in tiles:
                     self.stop.check()
-                    yield plan_fill(self.store.songs, self.cache, each, spec, None if anew else 0, self.server)[1]
+                    shard = self.cache.open(each)
+                    yield plan_fill(self.store.songs, shard, spec, shard.n_rows if anew else 0, self.server)
 
         return estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
 

@@ -7,17 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-_LEFTOVER_S = 3600.0
+LEFTOVER_S = 3600.0
 """A temporary file that nobody wrote to for so long is of a process that was killed."""
 
 
 @contextlib.contextmanager
-def replace_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that takes `path`'s place, durably, when the block ends well; else nothing changes."""
+def replace_atomically(path: Path, tidy: bool = True) -> Iterator[BinaryIO]:
+    """Write a file that replaces `path`, durably, when the block ends well; else nothing changes.
+
+    Args:
+        path: of the file.
+        tidy: whether to look for what killed writers of the same file left; in a large folder that takes its time.
+    """
     # one name a process, so that two writers never share a file
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        if time.time() - leftover.stat().st_mtime > _LEFTOVER_S:
+    for leftover in path.parent.glob(f".{path.name}.*.tmp") if tidy else ():
+        if time.time() - leftover.stat().st_mtime > LEFTOVER_S:
             leftover.unlink(missing_ok=True)
     try:
         with temporary.open("wb") as file:

@@ -3,14 +3,16 @@
 A core function takes a `ReportProgress` and calls it as often as it likes; whoever shows it thins it out.
 """
 
+import asyncio
 import contextlib
 import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from songvec_assets.errors import StoppedError
 from songvec_assets.signals import interrupted_by_hangup
@@ -168,3 +170,13 @@ def run_in_worker(
     if end.error is not None:
         raise end.error
     return cast(Result, end.result)
+
+
+def run_event_loop(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine to its end; where the calling thread runs an event loop already, as in a notebook, in another."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1, "songvec-loop") as thread:
+        return thread.submit(asyncio.run, work).result()

@@ -4,8 +4,6 @@ from dataclasses import dataclass, field, fields
 
 import polars as pl
 
-from songvec_assets.cache.marks import read_mark
-from songvec_assets.cache.shards import load_embeddings_from_cache
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.errors import StoreError
@@ -18,7 +16,7 @@ from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
 from songvec_assets.vectors.recall import read_recall
 from songvec_assets.vectors.table import describe_tables
 
-_NOTHING_CACHED = pl.DataFrame(schema={"song_id": pl.Int32, "reason": pl.String})
+_NOTHING_REJECTED = pl.DataFrame(schema={"song_id": pl.Int32, "reason": pl.String})
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class RangeStatus:
 
 @dataclass(frozen=True)
 class RangeCoverage:
-    """What became of a range's songs, as far as footers, marks and the ledger tell: each song counts once.
+    """What became of a range's songs, as far as footers, manifests and the ledger tell: each song counts once.
 
     Attributes:
         n_loaded: in the table.
@@ -130,12 +128,12 @@ def measure_coverage(deployment: Deployment) -> list[RangeCoverage]:
     songs, cache, ledger = deployment.store.songs, deployment.cache, read_ledger(deployment.database)
     ranges = []
     for song_range in snapshot_ranges(songs):
-        n_songs, mark = count_songs(songs, song_range), read_mark(cache.mark_of(song_range))
-        if mark is not None:
-            n_cached, n_set_aside = mark.n_songs - mark.n_set_aside, mark.n_set_aside
+        n_songs, done = count_songs(songs, song_range), cache.read_manifest(song_range).complete
+        if done is not None:
+            n_cached, n_set_aside = done.n_vectors, done.n_rejected
         else:
-            refused = load_embeddings_from_cache(cache, song_range)[1]["reason"]
-            n_cached, n_set_aside = refused.null_count(), refused.count()
+            shard = cache.open(song_range)
+            n_cached, n_set_aside = shard.rows.height, shard.rejected.height
         n_loaded = min(ledger[song_range].n_songs if song_range in ledger else 0, n_songs)
         n_set_aside = min(n_set_aside, n_songs - n_loaded)
         n_waiting = min(max(0, n_cached - n_loaded), n_songs - n_loaded - n_set_aside)
@@ -163,9 +161,10 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
     for song_range in sorted({*counts, *snapshot_ranges(songs), *cache.ranges(), *read_ledger(deployment.database)}):
         snapshot = load_songs_from_parquet(snapshot_path(songs, song_range), ["song_id", "set_aside"])
         try:
-            live = load_embeddings_from_cache(cache, song_range)[1]
+            shard = cache.open(song_range)
+            n_cached, rejected = shard.rows.height, shard.rejected.select("song_id", "reason")
         except StoreError as error:
-            live = _NOTHING_CACHED
+            n_cached, rejected = 0, _NOTHING_REJECTED
             unreadable.append(str(error))
         with deployment.database.get_connection("web") as connection:
             rows = read_loaded_rows(connection, song_range)
@@ -173,7 +172,7 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
         refused = pl.concat(
             [
                 snapshot.filter(pl.col("set_aside").is_not_null()).rename({"set_aside": "reason"}),
-                live.filter(pl.col("reason").is_not_null()).select("song_id", "reason"),
+                rejected,
             ]
         )
         answered = pl.concat([refused["song_id"], loaded])
@@ -185,7 +184,7 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
                 key=song_range.key,
                 n_songs=snapshot.height,
                 n_unexported=n_unexported,
-                n_cached=live["reason"].null_count(),
+                n_cached=n_cached,
                 n_set_aside=refused.height,
                 n_loaded=len(loaded),
                 n_indexed=len(loaded) if index else 0,

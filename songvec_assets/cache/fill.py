@@ -12,20 +12,21 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
+import polars as pl
 from msgspec.structs import replace
 
-from songvec_assets.cache.anew import Anew, begin_ask, end_ask, read_anew, write_anew
-from songvec_assets.cache.marks import Mark, read_mark, write_mark
+from songvec_assets.cache import asks, manifest, upkeep
+from songvec_assets.cache.parts import PIECE_ROWS
 from songvec_assets.cache.plan import FillPlan, plan_fill
 from songvec_assets.cache.send import Postage, RangeSender
-from songvec_assets.cache.shards import ModelCache, Shard, write_embeddings_to_file
-from songvec_assets.cache.upkeep import compact_if_worth_it
+from songvec_assets.cache.shards import CachedRange, ModelCache, write_embeddings_to_file
+from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.client import Embedder
 from songvec_assets.embedding.pricing import Quota, TokenEstimator
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import BudgetExceededError, ProviderUnavailableError, StoreError
-from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
+from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress, run_event_loop
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path
 from songvec_assets.songs.text import TextSpec
@@ -97,7 +98,7 @@ class Filler:
 
     Attributes:
         songs_folder: of the snapshots.
-        cache: the model's shards.
+        cache: of the model.
         spec: how songs become texts.
         embedder_factory: makes what makes the vectors; called once, in the event loop, when a first text must be sent.
             Its argument is notified of every bad answer, and of long waits for the first.
@@ -166,13 +167,13 @@ class Filler:
             SongvecError: where going on is pointless (budget, key, model, stop); the range is reported first.
         """
         self.before_fill(ranges)
-        asyncio.run(self._fill_ranges(ranges, report))
+        run_event_loop(self._fill_ranges(ranges, report))
 
     async def _fill_ranges(self, ranges: Sequence[SongIdRange], report: Callable[[FillReport], None]) -> None:
         places, filling = asyncio.Semaphore(MAX_OPEN_RANGES), []
         try:
             if self.anew:
-                self.anew = begin_ask(self.cache, ranges, self.anew)
+                self.anew = asks.begin(self.cache, ranges, self.anew)
             self._ranges = ranges
             self._n_songs = sum(count_songs(self.songs_folder, song_range) for song_range in ranges)
             for song_range in filter(self._holds_anything, ranges):
@@ -185,7 +186,7 @@ class Filler:
                 await turn.wait()
             await asyncio.gather(*filling)
             if self.anew and not self._failed and not self.stop.is_set():
-                end_ask(self.cache)
+                asks.end(self.cache)
         finally:
             if "_embedder" in self.__dict__:
                 try:
@@ -201,6 +202,10 @@ class Filler:
                 raise self._over_budget
 
     @cached_property
+    def _cached(self) -> set[SongIdRange]:
+        return {*self.cache.ranges()}
+
+    @cached_property
     def _embedder(self) -> Embedder:
         return self.embedder_factory(self._tell_trouble)
 
@@ -209,8 +214,9 @@ class Filler:
         slots = asyncio.Semaphore(self.concurrency)
         shared = self._embedder, self.quota, self.budget, self.estimator, slots
         postage = Postage(*shared, self._check_halted, self._note_error, self.server, self._tell_trouble)
-        for mark in filter(None, (read_mark(self.cache.mark_of(each)) for each in self._ranges)):
-            postage.health.count_known(mark.n_songs - mark.n_set_aside)
+        for each in self._ranges:
+            done = self.cache.read_manifest(each).complete
+            postage.health.count_known(done.n_vectors if done else 0)
         return postage
 
     def _note_error(self, error: Exception) -> None:
@@ -228,7 +234,7 @@ class Filler:
         self.stop.check()
 
     def _holds_anything(self, song_range: SongIdRange) -> bool:
-        return snapshot_path(self.songs_folder, song_range).exists() or self.cache.path_of(song_range).exists()
+        return snapshot_path(self.songs_folder, song_range).exists() or song_range in self._cached
 
     async def _fill_reported(
         self, song_range: SongIdRange, let_next_begin: Callable[[], None], report: Callable[[FillReport], None]
@@ -263,24 +269,19 @@ class Filler:
     async def _fill_range(
         self, report: FillReport, check_held: Callable[[], None], let_next_begin: Callable[[], None]
     ) -> None:
-        mark_path = self.cache.mark_of(report.range)
-        # taken before the songs are read: an export that comes in between leaves a mark that does not fit
+        # taken before the songs are read: an export that comes in between leaves a manifest that does not fit
         snapshot = snapshot_digest(snapshot_path(self.songs_folder, report.range))
-        done, asked = read_mark(mark_path), read_anew(self.cache, report.range)
-        owed = asked.is_owed(self.anew)
-        retries = self.retry_rejected and done is not None and done.n_set_aside > 0
-        fits = done and done.fits(snapshot, self.spec.identity, self.cache.path_of(report.range), self.server)
-        if done and fits and not owed and not retries:
-            report.n_songs, report.n_set_aside, report.n_truncated = done.n_songs, done.n_set_aside, done.n_truncated
-            report.n_unchanged = done.n_songs - done.n_set_aside
+        known = self.cache.read_manifest(report.range)
+        done, owed = known.complete, known.is_owed(self.anew)
+        retries = self.retry_rejected and done is not None and done.n_rejected > 0
+        fits = done is not None and done.fits(snapshot, self.spec.identity, self.server)
+        if done and fits and not owed and not retries and self.cache.is_complete(report.range, known):
+            report.n_songs, report.n_set_aside, report.n_truncated = done.n_songs, done.n_rejected, done.n_truncated
+            report.n_unchanged = done.n_vectors
             self.advance(report.n_songs, report.range, are_free=True)
             return
-        mark_path.unlink(missing_ok=True)
-        since = 0 if not owed else asked.first_row if asked.asked_by == self.anew else None
-        rejected_by = None if self.retry_rejected else self.server
-        shard, plan = await asyncio.to_thread(
-            plan_fill, self.songs_folder, self.cache, report.range, self.spec, since, rejected_by
-        )
+        goes_on = owed and known.asked_by == self.anew
+        shard, plan = await asyncio.to_thread(self._plan, report.range, owed, goes_on)
         report.n_bytes_damaged = shard.n_bytes_damaged
         report.n_songs, report.n_unchanged = plan.n_songs, plan.n_unchanged
         report.n_new, report.n_changed = plan.n_new, plan.n_changed
@@ -290,35 +291,78 @@ class Filler:
             self._n_expected += report.n_tokens_expected
             self.tiling.check_tail(plan.range, plan.n_songs)
             await asyncio.to_thread(self.before_payment)
-        if since is None:
-            asked = replace(asked, asked_by=self.anew, first_row=shard.n_rows)
-            await asyncio.to_thread(write_anew, self.cache, report.range, asked)
-        await asyncio.to_thread(self._store_what_is_free, shard, plan, report)
+        await asyncio.to_thread(self._begin, shard, plan, self.anew if owed and not goes_on else None)
+        await asyncio.to_thread(self._store_what_is_free, shard, plan)
+        report.n_gone, report.n_reused = len(plan.deleted), plan.reused.height
         n_to_embed = sum(len(each.song_ids) for each in plan.texts)
         self.advance(plan.n_songs - n_to_embed, report.range, are_free=True)
-        if plan.texts:
-            tally = _Tally(report, self, let_next_begin)
-            self._postage.health.count_known(plan.n_unchanged)
-            await RangeSender(self._postage, shard, check_held, tally).send(plan.texts)
-        if owed:
-            # before rows change their places
-            asked = Anew(served=(*asked.served, str(self.anew)))
-            await asyncio.to_thread(write_anew, self.cache, report.range, asked)
-        if asked.asked_by is None:
-            await asyncio.to_thread(compact_if_worth_it, shard, self.retention_s)
-        path = self.cache.path_of(report.range)
-        n_bytes = path.stat().st_size if path.exists() else 0
+        rejected = await self._send(shard, plan, _Tally(report, self, let_next_begin), check_held)
+        server = self.server if plan.n_rejected or rejected else ""
         counts = report.n_songs, report.n_set_aside, report.n_truncated
-        server = self.server if plan.n_rejected or report.set_aside else ""
-        await asyncio.to_thread(write_mark, mark_path, Mark(snapshot, self.spec.identity, n_bytes, *counts, server))
+        filled = manifest.Completion(snapshot, self.spec.identity, *counts, server, 0, b"")
+        await asyncio.to_thread(self._complete, shard, plan, filled, rejected)
 
-    def _store_what_is_free(self, shard: Shard, plan: FillPlan, report: FillReport) -> None:
-        shard.append_gone(plan.gone)
-        report.n_gone = len(plan.gone)
-        for piece in plan.reused.iter_slices(self.quota.max_request_texts):
-            embeddings = shard.embeddings_at(piece["row"].to_list())
+    def _plan(self, song_range: SongIdRange, owed: bool, goes_on: bool) -> tuple[CachedRange, FillPlan]:
+        shard = self.cache.open(song_range, asked=goes_on)
+        rejected_by = None if self.retry_rejected or owed else self.server
+        since = shard.first_asked if owed else 0
+        return shard, plan_fill(self.songs_folder, shard, self.spec, since, rejected_by)
+
+    def _begin(self, shard: CachedRange, plan: FillPlan, asked_by: str | None) -> None:
+        """Record what is known before anything is written: deletions, parts of killed runs, who asks for all songs."""
+        wanted = shard.manifest
+        if plan.deleted:
+            has_vector = {*shard.rows["song_id"]}
+            wanted = wanted.without(plan.deleted).delete(
+                [each for each in plan.deleted if each in has_vector], time.time()
+            )
+        if asked_by is not None:
+            generations = [wanted.generation, *(manifest.generation_of(name) or 0 for name in shard.sizes)]
+            wanted = replace(wanted, asked_by=asked_by, asked_generation=max(generations) + 1)
+        elif not shard.asked and (plan.texts or plan.reused.height):
+            wanted = replace(wanted, complete=None)
+        if wanted != (shard.stored or manifest.Manifest()):
+            shard.save(wanted)
+        shard.asked = shard.asked or asked_by is not None
+
+    def _store_what_is_free(self, shard: CachedRange, plan: FillPlan) -> None:
+        for piece in plan.reused.iter_slices(PIECE_ROWS):
+            embeddings = shard.embeddings_at(piece["row"])
             write_embeddings_to_file(shard, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
-        report.n_reused = plan.reused.height
+
+    async def _send(
+        self, shard: CachedRange, plan: FillPlan, tally: "_Tally", check_held: Callable[[], None]
+    ) -> list[manifest.Rejection]:
+        """Send what is missing; the songs that the provider was found to reject."""
+        if not plan.texts:
+            return []
+        self._postage.health.count_known(plan.n_unchanged)
+        sender = RangeSender(self._postage, AnswerGatherer(shard.writer), check_held, tally)
+        try:
+            await sender.send(plan.texts)
+        except Exception:
+            if sender.rejected and not shard.asked:
+                shard.add_written()
+                await asyncio.to_thread(shard.save, shard.manifest.reject(sender.rejected))
+            raise
+        return sender.rejected
+
+    def _complete(
+        self,
+        shard: CachedRange,
+        plan: FillPlan,
+        filled: manifest.Completion,
+        rejected: list[manifest.Rejection],
+    ) -> None:
+        shard.add_written()
+        if shard.asked:
+            rows = shard.asked_rows()
+            rows = rows.filter(pl.col("song_id").is_in(plan.song_ids.implode()))
+            rows = rows.filter(~pl.col("song_id").is_in([each.song_id for each in rejected]))
+            upkeep.complete_asked(shard, filled, self.retention_s, rows, rejected)
+        else:
+            shard.manifest = shard.manifest.reject(rejected)
+            upkeep.complete(shard, filled, self.retention_s)
 
     def count_answer(self, n_songs: int, batch: EmbeddingBatch) -> None:
         """Take in that the provider answered with vectors for so many songs, and after how many bad answers."""

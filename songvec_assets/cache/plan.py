@@ -1,4 +1,4 @@
-"""What a range's shard lacks against its snapshot, and what that will cost. Writes nothing."""
+"""What the cache lacks of a range's snapshot, and what that will cost. Writes nothing."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from songvec_assets.cache.shards import ModelCache, Shard, load_embeddings_from_cache
+from songvec_assets.cache.shards import CachedRange
 from songvec_assets.cache.texts import is_made_otherwise
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
 from songvec_assets.errors import StoreError
@@ -44,18 +44,20 @@ class FillPlan:
         range: which.
         n_songs: songs of the snapshot, those set aside by the export included.
         n_unchanged: songs whose text has its vector already.
-        gone: song_ids in the shard but no longer in the snapshot.
-        reused: songs (song_id, text_hash, row) whose text has a vector in the shard, under another song or an older
-        text. texts: what must be sent.
+        song_ids: songs of the snapshot that can be embedded.
+        deleted: song_ids that are cached but no longer among those.
+        reused: songs (song_id, text_hash, row) whose text has a vector already, under another song or an older text.
+        texts: what must be sent.
         n_new, n_changed, n_truncated, n_set_aside: songs; set aside by the export, or by the provider before.
         n_rejected: those of the last that the provider rejected before.
-        made_otherwise: whether the texts of the shard were made with other settings.
+        made_otherwise: whether the cached texts were made with other settings.
     """
 
     range: SongIdRange
     n_songs: int
     n_unchanged: int
-    gone: list[int]
+    song_ids: pl.Series
+    deleted: list[int]
     reused: pl.DataFrame
     texts: list[Text]
     n_new: int
@@ -76,64 +78,61 @@ class FillPlan:
 
 
 def plan_fill(
-    songs_folder: Path,
-    cache: ModelCache,
-    song_range: SongIdRange,
-    spec: TextSpec,
-    since: int | None = 0,
-    rejected_by: str | None = None,
-) -> tuple[Shard, FillPlan]:
-    """Compare a range's snapshot with its shard.
+    songs_folder: Path, shard: CachedRange, spec: TextSpec, since: int = 0, rejected_by: str | None = None
+) -> FillPlan:
+    """Compare a range's snapshot with what is cached of it.
 
     Args:
         songs_folder: of the snapshots.
-        cache: the model's shards.
-        song_range: which range.
+        shard: the range.
         spec: how songs become texts.
-        since: place of the first row that counts as an answer; None: none does.
+        since: number of the first row that counts as an answer.
         rejected_by: the server whose rejections hold; songs that another one rejected are sent again; None: no
             rejection holds.
 
     Raises:
-        StoreError: there is no snapshot: a shard alone does not say that its songs are gone.
+        StoreError: there is no snapshot: a cache alone does not say that its songs are deleted.
     """
-    path = snapshot_path(songs_folder, song_range)
+    path = snapshot_path(songs_folder, shard.range)
     if not path.exists():
         raise StoreError(
-            f"range {song_range.key} has cached embeddings but no snapshot: materialize songs_parquet first"
+            f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first"
         )
     songs = load_songs_from_parquet(path)
-    shard, live = load_embeddings_from_cache(cache, song_range)
-    since = shard.n_rows if since is None else since
     embeddable = songs.filter(pl.col("set_aside").is_null())
     texts = render_texts(embeddable, spec)
-    answered = shard.live_rows(since) if since else live
-    holds = pl.lit(False) if rejected_by is None else pl.col("reason").str.starts_with(f"{rejected_by} ")
-    rejected = answered.filter(~(pl.col("reason").is_null() | holds))
-    answered = answered.join(rejected, on="song_id", how="anti", maintain_order="left")
-    known = answered.select("song_id", before=pl.col("text_hash"), refused=pl.col("reason").is_not_null())
-    compared = texts.join(known, on="song_id", how="left", maintain_order="left")
+    known = shard.rows.select("song_id", "text_hash")
+    rejected = shard.rejected.select("song_id", "text_hash", "reason")
+    holds = pl.lit(False) if rejected_by is None or since else pl.col("reason").str.starts_with(f"{rejected_by} ")
+    answered = pl.concat(
+        [
+            (shard.asked_rows() if since else known).select("song_id", before="text_hash", refused=pl.lit(False)),
+            rejected.filter(holds).select("song_id", before="text_hash", refused=pl.lit(True)),
+        ]
+    )
+    compared = texts.join(answered, on="song_id", how="left", maintain_order="left")
     unchanged = compared.filter(pl.col("before") == pl.col("text_hash"))
     missing = compared.filter(pl.col("before").ne_missing(pl.col("text_hash")))
     # whatever was paid for serves again: another song's vector, and one that no longer holds (a lyric changed back)
-    paid = shard.all_rows().slice(since).filter("has_vector")
-    stored = paid.join(missing, on="text_hash", how="semi")
+    stored = shard.all_rows.slice(since).join(missing, on="text_hash", how="semi")
     vectors = shard.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
     reused = missing.join(vectors, on="text_hash", how="inner", maintain_order="left")
     to_send = (
         missing.join(vectors, on="text_hash", how="anti", maintain_order="left")
         .group_by("text_hash", maintain_order=True)
         .agg(pl.col("text").first(), pl.col("song_id"), (~pl.col("refused")).any().alias("again"))
-        .with_columns(rejected_before=pl.col("text_hash").is_in(rejected["text_hash"].implode()))
+        .with_columns(rejected_before=pl.col("text_hash").is_in(rejected.filter(~holds)["text_hash"].implode()))
     )
     n_bytes = pl.col("text").str.len_bytes().alias("n_bytes")
-    n_new = missing.join(live, on="song_id", how="anti").height
+    cached = pl.concat([known["song_id"], rejected["song_id"]])
+    n_new = missing.filter(~pl.col("song_id").is_in(cached.implode())).height
     n_refused = int(unchanged["refused"].sum())
-    return shard, FillPlan(
-        range=song_range,
+    return FillPlan(
+        range=shard.range,
         n_songs=songs.height,
         n_unchanged=unchanged.height - n_refused,
-        gone=live.join(embeddable, on="song_id", how="anti")["song_id"].to_list(),
+        song_ids=embeddable["song_id"],
+        deleted=cached.filter(~cached.is_in(embeddable["song_id"].implode())).to_list(),
         reused=reused.select("song_id", "text_hash", "row"),
         texts=[
             Text(*row)
@@ -144,7 +143,7 @@ def plan_fill(
         n_truncated=int(texts["truncated"].sum()),
         n_set_aside=songs["set_aside"].count() + n_refused,
         n_rejected=n_refused,
-        made_otherwise=is_made_otherwise(cache, song_range, spec),
+        made_otherwise=is_made_otherwise(shard.cache, shard.range, spec),
     )
 
 

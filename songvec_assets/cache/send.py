@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from songvec_assets.cache.manifest import Rejection
 from songvec_assets.cache.plan import Text
-from songvec_assets.cache.shards import Shard, write_embeddings_to_file
+from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.answers import hinted_texts
 from songvec_assets.embedding.batching import LearnedLimits, bisect, pack_requests
 from songvec_assets.embedding.budget import Budget
@@ -122,20 +123,21 @@ class RangeSender:
 
     Attributes:
         postage: what all requests share.
-        shard: where the vectors go.
+        gatherer: where the vectors go.
         check_held: raises where the range's lock was lost.
         tally: is notified.
+        rejected: songs that the provider was found to reject.
     """
 
     postage: Postage
-    shard: Shard
+    gatherer: AnswerGatherer
     check_held: Callable[[], None]
     tally: Tally
+    rejected: list[Rejection] = field(default_factory=list)
     _errors: list[Exception] = field(default_factory=list)
     _refused: list[tuple[Text, str]] = field(default_factory=list)
     _refused_at: float = 0.0
     _is_blamed: bool = False
-    _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def send(self, texts: Sequence[Text]) -> None:
@@ -158,10 +160,10 @@ class RangeSender:
         await asyncio.gather(*sending)
         if self._errors:
             if not self._is_blamed and self.postage.health.last_good_at > self._refused_at:
-                await self._store_rejections()  # they are proven, whatever else went wrong
+                self._reject()  # they are proven, whatever else went wrong
             raise next((error for error in self._errors if not isinstance(error, StoppedError)), self._errors[0])
         await self._check_rejections()
-        await self._store_rejections()
+        self._reject()
 
     def _may_go_on(self) -> bool:
         try:
@@ -214,11 +216,11 @@ class RangeSender:
             # before anything goes, the provider's probe included
             await payment.before_try()
             await self.check_sendable()
-            batch = await self.postage.embedder.generate_embeddings_batch([each.text for each in texts], payment)
+            with self.gatherer.expecting():
+                batch = await self.postage.embedder.generate_embeddings_batch([each.text for each in texts], payment)
             payment.n_billed += batch.n_tokens
             bad = [texts[row] for row in batch.bad]
-            async with self._writing:
-                n_songs = await asyncio.to_thread(_store, self.shard, texts, batch)
+            n_songs = await self._store(texts, batch)
             self.postage.limits.count_accepted(len(texts), sum(each.n_bytes for each in texts))
         except RequestRefusedError as error:
             refusal = error
@@ -236,6 +238,21 @@ class RangeSender:
             self.postage.count_accepted(len(texts) - len(bad))
         self.tally.count_answer(n_songs, batch)
         return not bad or await self._send_bad(bad, n_bad_before + 1, len(texts) == 1, asked_at)
+
+    async def _store(self, texts: Sequence[Text], batch: EmbeddingBatch) -> int:
+        """Store an answer: each text's vector for every song that has the text; how many songs that are."""
+        bad = set(batch.bad)
+        rows = [
+            (song_id, each.text_hash, place)
+            for place, each in enumerate(texts)
+            if place not in bad
+            for song_id in each.song_ids
+        ]
+        if rows:
+            song_ids, text_hashes, places = zip(*rows, strict=True)
+            vectors = batch.embeddings if len(rows) == len(texts) and not bad else batch.embeddings[list(places)]
+            await self.gatherer.store(song_ids, text_hashes, vectors)
+        return len(rows)
 
     def is_too_large(self, texts: Sequence[Text]) -> bool:
         """Whether a request of these texts is known to be refused for its size."""
@@ -354,10 +371,9 @@ class RangeSender:
                 "None of them is rejected. Check the model and the account, then start the same command again"
             )
 
-    async def _store_rejections(self) -> None:
+    def _reject(self) -> None:
         for text, reason in self._refused:
-            hashes = [text.text_hash] * len(text.song_ids)
-            await asyncio.to_thread(self.shard.append_set_aside, text.song_ids, hashes, reason)
+            self.rejected += [Rejection(song_id, text.text_hash, reason) for song_id in text.song_ids]
             self.tally.count_set_aside(text.song_ids, reason)
 
 
@@ -423,20 +439,3 @@ class _Payment(Watch):
         finally:
             postage.n_reserved -= self.n_reserved > 0
             postage.n_settled += 1
-
-
-def _store(shard: Shard, texts: Sequence[Text], batch: EmbeddingBatch) -> int:
-    """Append an answer: each text's vector for every song that has the text; how many songs that are."""
-    bad = set(batch.bad)
-    rows = [
-        (song_id, each.text_hash, place)
-        for place, each in enumerate(texts)
-        if place not in bad
-        for song_id in each.song_ids
-    ]
-    if not rows:
-        return 0
-    song_ids, text_hashes, places = zip(*rows, strict=True)
-    vectors = batch.embeddings if len(rows) == len(texts) and not bad else batch.embeddings[list(places)]
-    write_embeddings_to_file(shard, song_ids, text_hashes, vectors)
-    return len(rows)

@@ -1,394 +1,401 @@
-"""One Arrow IPC file a range and model: every vector that was paid for, appended and synced before it counts.
+"""What is cached of a model, range by range: files of vectors that were paid for, and the rows of them that hold.
 
-A shard is an append-only log of rows (song_id, text_hash, checksum, reason, embedding); a song's last row is the one
-that holds. A row has an embedding, or a reason (the song is set aside), or neither (a tombstone: the song was deleted,
-at the time in its text_hash). Whole record batches survive a crash at any byte: what follows the last whole one was
-never acknowledged, and is cut off by the next writer. A checksum over each row finds what a disk changed.
+A range of a model is a folder: parts and bases (`parts`), which are never changed, and a manifest that names them
+(`manifest`). Of a song's rows the last one holds, in the order of the files, unless the manifest says that the song was
+rejected or deleted. Many may read a range; one writes at a time and holds the range's lock.
 
-Embeddings are float32, (n, dimensions). `format` has the bytes, `upkeep` compacts.
+When to add here: another way to read cached rows. Keep out: the bytes of a file; what a fill or a load decides.
+Embeddings are float32, (n, dimensions).
 """
 
-import os
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import xxhash
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from songvec_assets.cache.format import (
-    ShardIdentity,
-    build_batch,
-    find_message,
-    find_sound_rows,
-    read_batch,
-    text_hashes_of,
+from songvec_assets.cache import manifest as manifests
+from songvec_assets.cache.manifest import DataFile, Manifest
+from songvec_assets.cache.parts import (
+    PIECE_ROWS,
+    CachedRows,
+    DamagedPartError,
+    PartIdentity,
+    open_part,
+    read_identity,
 )
-from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
+from songvec_assets.cache.writing import PartWriter
+from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import StoreError
-from songvec_assets.files import sync_folder
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import ranges_of
 from songvec_assets.songs.text import TEXT_HASH_BYTES
+from songvec_assets.storage import Storage
 
-DAMAGED = b"\xff" * TEXT_HASH_BYTES
-"""Stands for the text_hash of a song whose row was found damaged: it is missing, not gone."""
-_GONE_PREFIX = bytes(TEXT_HASH_BYTES - 8)
-"""Stands in the text_hash of a song that was deleted, before the time (seconds since 1970, uint64, little endian)."""
-_GONE = bytes(TEXT_HASH_BYTES)
-"""The same as it was written before times were: the time is the file's."""
-PIECE_ROWS = 2048
-"""Rows read or written at a time where a shard is gone through."""
-
-
-@dataclass(frozen=True)
-class ShardRows:
-    """Rows as they are read back.
-
-    Attributes:
-        song_ids: int32, (n,).
-        text_hashes: (n,).
-        checksums: uint64, (n,).
-        embeddings: float32, (n, dimensions).
-    """
-
-    song_ids: NDArray[np.int32]
-    text_hashes: NDArray[np.void]
-    checksums: NDArray[np.uint64]
-    embeddings: Float32Matrix
-
-    def find_sound(self) -> NDArray[np.bool_]:
-        """Which rows have a good vector, and a checksum that fits; (n,)."""
-        return find_sound_rows(self.song_ids, self.text_hashes, self.checksums, self.embeddings)
-
-    def take(self, places: slice | NDArray[np.int64]) -> "ShardRows":
-        """Those at some places; a slice is a view, places are copied."""
-        return ShardRows(
-            self.song_ids[places], self.text_hashes[places], self.checksums[places], self.embeddings[places]
-        )
+_TRIES = 5
+"""How often a range is opened again because a merge replaced its files meanwhile."""
 
 
 @dataclass(frozen=True)
 class ModelCache:
-    """A model's shards: one folder.
+    """All that is cached of a model.
 
     Attributes:
-        folder: where they are; it may not exist yet.
-        model: its name, as in every shard.
-        dimensions: values a vector.
+        storage: of this model alone; it may not exist yet.
+        model: its id, as in every file.
+        dimensions: values per vector.
     """
 
-    folder: Path
+    storage: Storage
     model: str
     dimensions: int
 
-    def path_of(self, song_range: SongIdRange) -> Path:
-        """Where a range's shard is."""
-        return self.folder / f"{song_range.key}.arrow"
-
-    def mark_of(self, song_range: SongIdRange) -> Path:
-        """Where a complete fill of a range is marked: it saves the next one the comparison."""
-        return self.folder / f"{song_range.key}.json"
-
-    def anew_of(self, song_range: SongIdRange) -> Path:
-        """Where is kept what was asked of a range: that its songs be embedded again."""
-        return self.folder / f"{song_range.key}.anew"
+    def identity(self, song_range: SongIdRange) -> PartIdentity:
+        """What the files of a range say they hold."""
+        return PartIdentity(self.model, self.dimensions, song_range)
 
     def ranges(self) -> list[SongIdRange]:
-        """The ranges that have a shard, in order."""
-        return ranges_of(self.folder.glob("*.arrow"))
+        """The ranges that have a folder, in order.
+
+        Raises:
+            StoreError: a folder is named otherwise; or there are files of an earlier format.
+        """
+        old = [name for name in self.storage.list_objects() if name.endswith(".arrow")]
+        if old:
+            raise StoreError(
+                f"{self.storage} holds {len(old):,} files of an earlier format ({old[0]}, …): copy what they hold with "
+                "`python tools/import_old_cache.py STORAGE_FOLDER`, which pays nothing, then start the same command "
+                "again"
+            )
+        try:
+            return sorted(SongIdRange.from_key(name) for name in self.storage.list_prefixes())
+        except ValueError as error:
+            raise StoreError(f"a folder that is not ours lies in {self.storage}: {error}; move it away") from error
+
+    def read_manifest(self, song_range: SongIdRange) -> Manifest:
+        """What is known of a range; of one that was never filled, nothing.
+
+        Raises:
+            StoreError: it does not parse.
+        """
+        return self._read(song_range)[0] or Manifest()
+
+    def list_files(self, song_range: SongIdRange) -> dict[str, int]:
+        """The range's files with vectors, and their sizes."""
+        files = self.storage.list_objects(song_range.key)
+        return {name: size for name, size in files.items() if manifests.generation_of(name) is not None}
+
+    def open(self, song_range: SongIdRange, asked: bool = False) -> "CachedRange":
+        """A range as it is now.
+
+        Args:
+            song_range: which.
+            asked: whether to add, at the end, what was embedded again so far for whoever asked.
+
+        Raises:
+            StoreError: its manifest does not parse, or a file is of another model, size or range.
+        """
+        for tries_left in reversed(range(_TRIES)):
+            manifest, version = self._read(song_range)
+            opened = CachedRange(self, song_range, manifest, version, self.list_files(song_range), asked)
+            if not opened.damaged or not tries_left or self._read(song_range)[1] == version:
+                break
+        return opened
+
+    def open_as_found(self, song_range: SongIdRange) -> "CachedRange":
+        """The same, whatever model its files say they are of: a folder's name does not give it back."""
+        for name in self.list_files(song_range):
+            found = read_identity(self.storage.open(f"{song_range.key}/{name}"))
+            if found is not None:
+                return ModelCache(self.storage, found.model_id, found.dimensions).open(song_range)
+        return self.open(song_range)
+
+    def is_complete(self, song_range: SongIdRange, manifest: Manifest) -> bool:
+        """Whether a manifest of a complete fill has just the files that it names, as far as their sizes tell."""
+        sizes = self.list_files(song_range)
+        named = {each.name: each.n_bytes for each in manifest.files}
+        return (
+            manifest.complete is not None
+            and not manifest.find_unnamed(sizes)
+            and named.items() <= sizes.items()
+            and not manifest.find_garbage(sizes)
+        )
+
+    def digest(self) -> str:
+        """An identity of all that is cached; opens no file with vectors."""
+        state = xxhash.xxh3_128(f"{self.model} {self.dimensions}".encode())
+        for song_range in self.ranges():
+            read = self.storage.read(_manifest_key(song_range))
+            state.update(f"{song_range.key} {read.version if read else None}\n".encode())
+            if read is None or self.read_manifest(song_range).complete is None:
+                state.update(repr(sorted(self.list_files(song_range))).encode())
+        return state.hexdigest()
+
+    def _read(self, song_range: SongIdRange) -> tuple[Manifest | None, str | None]:
+        key = _manifest_key(song_range)
+        read = self.storage.read(key)
+        return (manifests.decode(read.content, self.storage.describe(key)), read.version) if read else (None, None)
 
 
-class Shard:
-    """A range's shard. Many may read it; one writer at a time: hold the range's lock.
+@dataclass
+class CachedRange:
+    """A range as it was when it was opened, and whoever holds its lock writes it through this.
 
-    Args:
-        path: the file; it may not exist yet.
-        identity: what it must hold.
-
-    Raises:
-        StoreError: the file holds another model, size or range.
+    Attributes:
+        cache, range: whose.
+        stored: its manifest; None if there is none.
+        version: of that manifest.
+        sizes: of all files with vectors.
+        asked: see `ModelCache.open`.
+        manifest: what holds: the stored manifest, and the parts that are newer.
+        damaged: files that cannot be read, and why. Their songs have no vector.
+        n_unnamed: files that the stored manifest does not name.
+        first_asked: number of the first row that answers who asked for all songs again.
     """
 
-    def __init__(self, path: Path, identity: ShardIdentity) -> None:
-        self.path = path
-        self.identity = identity
-        self._batches: list[pa.RecordBatch] = []
-        self.n_bytes_skipped = 0
-        self._size = self._size_on_disk = 0
-        self._stale = False
-        self.read()
+    cache: ModelCache
+    range: SongIdRange
+    stored: Manifest | None
+    version: str | None
+    sizes: dict[str, int]
+    asked: bool = False
+    damaged: dict[str, str] = field(default_factory=dict)
+    n_unnamed: int = 0
+    first_asked: int = 0
+    _batches: list[CachedRows] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # without a manifest nobody says which generation holds: the lowest one is complete, if any is
+        lowest = min((manifests.generation_of(name) or 0 for name in self.sizes), default=0)
+        manifest = self.stored or Manifest(generation=lowest)
+        for each in manifest.files:
+            self._open(each)
+        unnamed = manifest.find_unnamed(self.sizes, self.stored is not None)
+        self.n_unnamed = len(unnamed)
+        self.manifest = self._add(manifest, unnamed)
+        self.first_asked = self.n_rows
+        if self.asked:
+            asked = replace(manifest, generation=manifest.asked_generation, files=(), consumed=())
+            for name in asked.find_unnamed(self.sizes):
+                self._open(DataFile(name, self.sizes[name]))
 
     @property
-    def n_bytes(self) -> int:
-        """Size of the file, as it was last read or written."""
-        return self._size_on_disk
+    def describe(self) -> str:
+        """How messages name it."""
+        return self.cache.storage.describe(self.range.key)
 
     @property
     def n_rows(self) -> int:
-        """Rows ever appended."""
-        return sum(batch.num_rows for batch in self.batches())
+        """Rows of all files, those that no longer hold among them."""
+        return sum(map(len, self._batches))
 
     @property
     def n_bytes_damaged(self) -> int:
-        """Bytes that are no sound batch: a torn write at the end, which the next append cuts off, or damage between."""
-        return self.n_bytes_skipped + self._size_on_disk - self._size
+        """Of the files that cannot be read."""
+        return sum(each.n_bytes for each in self.manifest.files if each.name in self.damaged)
 
+    @property
+    def is_read(self) -> bool:
+        """Whether the range has a manifest."""
+        return self.stored is not None
+
+    @property
+    def rejected(self) -> pl.DataFrame:
+        """Songs that the provider rejected: columns song_id (Int32), text_hash (Binary) and reason (String)."""
+        rows = [(each.song_id, each.text_hash, each.reason) for each in self.manifest.rejected]
+        schema = {"song_id": pl.Int32, "text_hash": pl.Binary, "reason": pl.String}
+        return pl.DataFrame(rows, schema, orient="row").sort("song_id")
+
+    @cached_property
     def all_rows(self) -> pl.DataFrame:
-        """Every row ever appended, in the file's order. Reads no vector.
+        """Every row, in the order of the files. Reads no vector.
 
         Returns:
-            Columns song_id (Int32), text_hash (Binary), checksum (UInt64), reason (String), has_vector (Boolean) and
-            row (Int64, the row's place in the file).
+            Columns song_id (Int32), text_hash (Binary), checksum (UInt64), and row (Int64, the row's number).
         """
-        batches = self.batches()
-        schema = pa.schema([self.identity.schema.field(index) for index in range(4)])
-        narrow = pa.Table.from_batches([batch.select(schema.names) for batch in batches], schema)
-        has_vector = [np.asarray(batch.column("embedding").is_valid()) for batch in batches]
-        return pl.DataFrame(narrow).with_columns(
-            pl.col("text_hash").cast(pl.Binary),
-            has_vector=pl.Series(np.concatenate(has_vector) if batches else [], dtype=pl.Boolean),
-            row=pl.int_range(pl.len()),
-        )
+        empty = CachedRows(np.empty(0, np.int32), np.empty(0, f"V{TEXT_HASH_BYTES}"), np.empty(0, np.uint64), _NOTHING)
+        batches = [empty, *self._batches]
+        hashes = np.concatenate([each.text_hashes for each in batches])
+        binary = pa.Array.from_buffers(pa.binary(TEXT_HASH_BYTES), len(hashes), [None, pa.py_buffer(hashes)])
+        return pl.DataFrame(
+            {
+                "song_id": np.concatenate([each.song_ids for each in batches]),
+                "text_hash": pl.Series(binary, dtype=pl.Binary),
+                "checksum": np.concatenate([each.checksums for each in batches]),
+            }
+        ).with_columns(row=pl.int_range(pl.len()))
 
-    def live_rows(self, since: int = 0) -> pl.DataFrame:
-        """Each song's last row, songs that are gone left out, ordered by song_id. Reads no vector.
+    @property
+    def _held_rows(self) -> pl.DataFrame:
+        return self.all_rows.head(self.first_asked) if self.asked else self.all_rows
 
-        Args:
-            since: place of the first row to look at.
-
-        Returns:
-            The columns of `all_rows` but has_vector: a row without a reason has one.
-        """
-        rows = self.all_rows().slice(since).sort("song_id", maintain_order=True)
-        is_last = pl.col("song_id").ne_missing(pl.col("song_id").shift(-1))
-        return rows.filter(is_last, pl.col("has_vector") | pl.col("reason").is_not_null()).drop("has_vector")
-
-    def retained_rows(self, since_s: float) -> pl.DataFrame:
-        """Of songs that were deleted at this time or later, the last row with a vector, then all their tombstones.
-
-        A tombstone without a time gets the file's: a compaction would renew that.
-
-        Args:
-            since_s: seconds since 1970.
-
-        Returns:
-            The columns of `all_rows`; empty where no song that had a vector was deleted.
-        """
-        rows = self.all_rows()
-        last = rows.unique("song_id", keep="last").filter(~pl.col("has_vector"), pl.col("reason").is_null())
-        deleted = last.filter(pl.col("text_hash") == _GONE)
-        if deleted.height:
-            dated = deleted.with_columns(text_hash=pl.lit(_tombstone(self.path.stat().st_mtime)))
-            last = pl.concat([last.filter(pl.col("text_hash") != _GONE), dated])
-        deleted_at = [
-            int.from_bytes(each[len(_GONE_PREFIX) :], "little") if each.startswith(_GONE_PREFIX) else -1
-            for each in last["text_hash"]
+    @cached_property
+    def rows(self) -> pl.DataFrame:
+        """The songs that have a vector: the columns of `all_rows`, ordered by song_id. Reads no vector."""
+        held = _last_rows(self._held_rows)
+        without = [
+            *(each.song_id for each in self.manifest.rejected),
+            *self.manifest.deleted_at,
+            *self.manifest.damaged,
         ]
-        recent = last.filter(pl.Series(deleted_at, dtype=pl.Float64) >= since_s)
-        vectors = rows.filter("has_vector").join(recent, on="song_id", how="semi").unique("song_id", keep="last")
-        tombstones = recent.join(vectors, on="song_id", how="semi")
-        return pl.concat([vectors.sort("song_id"), tombstones.sort("song_id")])
+        return held.filter(~pl.col("song_id").is_in(without))
+
+    def asked_rows(self) -> pl.DataFrame:
+        """Of the rows that answer who asked for all songs again, each song's last; the columns of `all_rows`."""
+        return _last_rows(self.all_rows.slice(self.first_asked))
+
+    def deleted_rows(self, since_s: float) -> pl.DataFrame:
+        """The last rows of songs that were deleted at this time or later; the columns of `all_rows`."""
+        ids = [song_id for song_id, at in self.manifest.deleted_at.items() if at >= since_s]
+        return _last_rows(self._held_rows).filter(pl.col("song_id").is_in(ids))
 
     def deleted_song_ids(self) -> pl.Series:
-        """The songs whose last row is the tombstone of a deletion."""
-        last = self.all_rows().unique("song_id", keep="last")
-        return last.filter(pl.col("text_hash").bin.starts_with(_GONE_PREFIX))["song_id"]
+        """The songs that were deleted, and whose vectors are kept."""
+        return pl.Series("song_id", [*self.manifest.deleted_at], dtype=pl.Int32)
 
     def find_sound(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """Those of some rows with a vector that is good, and whose checksum fits. Reads their vectors."""
+        """Those of some rows whose vector is good and fits its checksum. Reads their vectors."""
         sound = [pl.Series([], dtype=pl.Boolean)]
         for piece in rows.iter_slices(PIECE_ROWS):
-            song_ids, checksums = piece["song_id"].to_numpy(), piece["checksum"].to_numpy()
-            embeddings = self.embeddings_at(piece["row"].to_list())
-            sound.append(pl.Series(find_sound_rows(song_ids, piece["text_hash"].to_list(), checksums, embeddings)))
+            embeddings, song_ids = self.embeddings_at(piece["row"]), piece["song_id"].to_numpy()
+            hashes = np.array(piece["text_hash"].to_list(), dtype=f"V{TEXT_HASH_BYTES}")
+            sound.append(pl.Series(CachedRows(song_ids, hashes, piece["checksum"].to_numpy(), embeddings).find_sound()))
         return rows.filter(pl.concat(sound))
 
-    def batches(self) -> list[pa.RecordBatch]:
-        """The stored batches, mapped, not read."""
-        if self._stale:
-            self.read()
-        return self._batches
-
-    def matrix(self, batch: pa.RecordBatch) -> Float32Matrix:
-        """The vectors, mapped, of a stored batch that has them."""
-        values: Float32Matrix = batch.column("embedding").values.to_numpy(zero_copy_only=True)
-        return values.reshape(batch.num_rows, self.identity.dimensions)
-
-    def embeddings_at(self, rows: Sequence[int]) -> Float32Matrix:
-        """The vectors at a few of `live_rows`' places, in the order asked for."""
-        starts = np.cumsum([0, *(batch.num_rows for batch in self.batches())])
-        embeddings = np.empty((len(rows), self.identity.dimensions), dtype=np.float32)
-        for place, row in enumerate(rows):
-            batch = int(np.searchsorted(starts, row, side="right")) - 1
-            embeddings[place] = self.matrix(self._batches[batch])[row - starts[batch]]
+    def embeddings_at(self, rows: pl.Series | Sequence[int]) -> Float32Matrix:
+        """The vectors of a few rows, by their numbers, in the order asked for."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        embeddings = np.empty((len(wanted), self.cache.dimensions), dtype=np.float32)
+        places = np.searchsorted(self._starts, wanted, side="right") - 1
+        for place in np.unique(places):
+            here = places == place
+            embeddings[here] = self._batches[place].embeddings[wanted[here] - self._starts[place]]
         return embeddings
 
-    def append_set_aside(self, song_ids: Sequence[int], text_hashes: Sequence[bytes], reason: str) -> None:
-        """Append songs that the provider refuses, with its reason."""
-        self.append(song_ids, text_hashes, reason, None)
+    def iter_vectors(self, rows: pl.Series) -> Iterator[CachedRows]:
+        """Read vectors, a stored batch at a time and in the order of the files; whole batches are not copied.
 
-    def append_gone(self, song_ids: Sequence[int]) -> None:
-        """Append that songs were deleted just now: their earlier rows no longer hold."""
-        self.append(song_ids, [_tombstone(time.time())] * len(song_ids), None, None)
+        Args:
+            rows: their numbers.
+        """
+        wanted = np.sort(rows.to_numpy())
+        for first, batch in zip(self._starts, self._batches, strict=True):
+            begin, end = np.searchsorted(wanted, (first, first + len(batch)))
+            if end - begin == len(batch):
+                yield batch
+            elif begin < end:  # picking rows copies
+                yield batch.take(wanted[begin:end] - first)
 
-    def append_damaged(self, song_ids: Sequence[int]) -> None:
-        """Append that songs' rows were found damaged: the next fill embeds those songs anew."""
-        self.append(song_ids, [DAMAGED] * len(song_ids), None, None)
-
-    def told_song_ids(self) -> pl.Series:
-        """The songs of which the shard says anything but that it was damaged: also those that are gone."""
-        return self.all_rows().unique("song_id", keep="last").filter(pl.col("text_hash") != DAMAGED)["song_id"]
-
-    def append(
-        self,
-        song_ids: Sequence[int],
-        text_hashes: Sequence[bytes],
-        reason: str | None,
-        embeddings: Float32Matrix | None,
-    ) -> None:
-        """Append rows of one kind as one batch; when this returns they are on disk. No rows are no write.
+    def save(self, manifest: Manifest) -> None:
+        """Replace the manifest.
 
         Raises:
-            StoreError: somebody else wrote the file since: the lock was lost. Nothing is written. Or the disk refused.
+            StoreError: somebody else replaced it since it was read. Nothing is written.
         """
-        if not len(song_ids):
-            return
-        reasons = [reason] * len(song_ids)
-        message = build_batch(self.identity, song_ids, text_hashes, reasons, embeddings).serialize()
-        is_new = self._size == 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._write(message, is_new)
-        except OSError as error:
-            # what was half written is no other process's: the next append cuts it off
-            self._size_on_disk = self.path.stat().st_size if self.path.exists() else 0
-            raise StoreError(
-                f"could not write {self.path}: {error}. What was stored before is kept: make room, or give access, and "
-                "start the same command again"
-            ) from error
-        if is_new:
-            sync_folder(self.path.parent)
-        self._stale = True
+        key = _manifest_key(self.range)
+        self.version = self.cache.storage.put_if_unchanged(key, manifests.encode(manifest), self.version)
+        self.stored = self.manifest = manifest
+        self.n_unnamed = 0
+        self.__dict__.pop("rows", None)
 
-    def _write(self, message: pa.Buffer, is_new: bool) -> None:
-        with os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-            if os.fstat(file.fileno()).st_size != self._size_on_disk:
-                raise StoreError(
-                    f"{self.path} was changed by another process while this one filled it: its lock was lost, as when "
-                    "the database restarts. Start the same command again; what both have stored is kept"
-                )
-            # what a crash left behind the last whole batch would hide all that follows
-            file.truncate(self._size)
-            file.seek(self._size)
-            if is_new:
-                file.write(self.identity.schema.serialize())
-            file.write(message)
-            file.flush()
-            os.fsync(file.fileno())
-            self._size = self._size_on_disk = file.tell()
+    @cached_property
+    def writer(self) -> PartWriter:
+        """Writes parts of this range. What others have written is named first: unnamed parts are of one writer."""
+        if self.n_unnamed:
+            self.save(self.manifest)
+        generation = self.manifest.asked_generation if self.asked else self.manifest.generation
+        return PartWriter(self.cache.storage, self.range.key, self.cache.identity(self.range), generation)
 
-    def read(self) -> None:
-        """Map the file and take its whole batches; damaged stretches between them are passed over."""
-        self._batches, self._stale = [], False
-        self._size = self._size_on_disk = self.n_bytes_skipped = 0
-        header = self.identity.schema.serialize().to_pybytes()
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            return
-        content = pa.memory_map(str(self.path)).read_buffer()
-        self._size_on_disk = int(content.size)
-        beginning = bytes(memoryview(content)[: len(header)])
-        if not header.startswith(beginning):
-            found = read_identity(self.path)
-            if found is not None and found != self.identity:
-                raise StoreError(
-                    f"{self.path} holds {found}, expected {self.identity}: restore it from a backup; or move it away, "
-                    "and its songs are embedded anew"
-                )
-            # the same identity in other bytes: written by another version of Arrow
-            self._size = find_message(content, 8) if found else 0
-        elif len(beginning) < len(header):
-            return  # not even a whole schema: nothing in it was ever acknowledged
+    def add_written(self) -> None:
+        """Read what the writer has written, as if the range were opened again."""
+        names = [each.name for each in self.writer.files]
+        self.sizes |= {each.name: each.n_bytes for each in self.writer.files}
+        if self.asked:
+            for name in names:
+                self._open(DataFile(name, self.sizes[name]))
         else:
-            self._size = len(header)
-        position = self._size
-        while position < content.size:
-            found_batch = read_batch(content, position, self.identity)
-            if found_batch is None:
-                position = find_message(content, position + 8)
-            else:
-                self._batches.append(found_batch[0])
-                self.n_bytes_skipped += position - self._size
-                self._size = position = found_batch[1]
-        if not self._size:
-            raise StoreError(
-                f"{self.path} holds something damaged or foreign, and not one sound row of {self.identity}: restore it "
-                "from a backup; or move it away, and its songs are embedded anew"
-            )
+            self.manifest = self._add(self.manifest, names)
+        for name in ("all_rows", "rows", "_starts"):
+            self.__dict__.pop(name, None)
+
+    def discard(self, song_ids: Collection[int]) -> None:
+        """Record that songs' rows were found damaged, so that the next fill embeds those songs again."""
+        damaged = sorted({*self.manifest.damaged, *song_ids})
+        self.save(replace(self.manifest, damaged=tuple(damaged), complete=None))
+
+    def delete_garbage(self) -> None:
+        """Remove files that nothing needs any more: the manifest that replaces them is durable."""
+        for name in self.manifest.find_garbage(self.sizes, self.is_read):
+            self.cache.storage.delete(f"{self.range.key}/{name}")
+            del self.sizes[name]
+        self.cache.storage.delete_leftovers(self.range.key)
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *map(len, self._batches)], dtype=np.int64)[:-1]
+
+    def _add(self, manifest: Manifest, names: Sequence[str]) -> Manifest:
+        """A manifest with files adopted that are newer, their rows read."""
+        files = [DataFile(name, self.sizes[name]) for name in names]
+        n_before = len(self._batches)
+        for each in files:
+            self._open(each)
+        return manifest.adopt(files, (int(song_id) for rows in self._batches[n_before:] for song_id in rows.song_ids))
+
+    def _open(self, file: DataFile) -> None:
+        key = f"{self.range.key}/{file.name}"
+        name = self.cache.storage.describe(key)
+        try:
+            content = self.cache.storage.open(key)
+            if content.size != file.n_bytes:
+                raise DamagedPartError(f"it has {content.size:,} bytes, expected {file.n_bytes:,}")
+            self._batches += open_part(content, self.cache.identity(self.range), name)
+        except FileNotFoundError:
+            self.damaged[file.name] = "it is missing"
+        except DamagedPartError as error:
+            self.damaged[file.name] = str(error)
 
 
-def load_embeddings_from_cache(cache: ModelCache, song_range: SongIdRange) -> tuple[Shard, pl.DataFrame]:
-    """Open a range's shard.
+def _last_rows(rows: pl.DataFrame) -> pl.DataFrame:
+    """Each song's last row, ordered by song_id."""
+    ordered = rows.sort("song_id", maintain_order=True)
+    return ordered.filter(pl.col("song_id").ne_missing(pl.col("song_id").shift(-1)))
 
-    Returns:
-        The shard and its `live_rows`; a range without a file has none.
-    """
-    shard = Shard(cache.path_of(song_range), ShardIdentity(cache.model, cache.dimensions, song_range))
-    return shard, shard.live_rows()
+
+_NOTHING = np.empty((0, 0), np.float32)
+
+
+def load_embeddings_from_cache(cache: ModelCache, song_range: SongIdRange) -> tuple[CachedRange, pl.DataFrame]:
+    """Open a range; also its `rows`."""
+    opened = cache.open(song_range)
+    return opened, opened.rows
 
 
 def write_embeddings_to_file(
-    shard: Shard, song_ids: Sequence[int], text_hashes: Sequence[bytes], embeddings: Float32Matrix
+    shard: CachedRange, song_ids: Sequence[int], text_hashes: Sequence[bytes], embeddings: Float32Matrix
 ) -> None:
-    """Append songs with their vectors to a shard; when this returns they are on disk.
+    """Write songs with their vectors as one part of a range; when this returns it is on disk.
 
     Raises:
         ValueError: a vector is zero, not finite, or of another size: nothing is written.
     """
-    expected = (len(song_ids), shard.identity.dimensions)
-    if embeddings.shape != expected or find_bad_vectors(embeddings):
-        raise ValueError(f"expected finite vectors other than zero of shape {expected}, got shape {embeddings.shape}")
-    shard.append(song_ids, text_hashes, None, embeddings)
+    if len(song_ids):
+        shard.writer.write(song_ids, text_hashes, embeddings)
 
 
-def read_embeddings_from_file(shard: Shard, rows: pl.Series) -> Iterator[ShardRows]:
-    """Read vectors, a stored batch at a time and in the file's order.
-
-    Args:
-        shard: the shard.
-        rows: places as `live_rows` gives them, of rows that have a vector.
-    """
-    wanted = np.sort(rows.to_numpy())
-    first = 0
-    for batch in shard.batches():
-        begin, end = np.searchsorted(wanted, (first, first + batch.num_rows))
-        here = wanted[begin:end] - first
-        first += batch.num_rows
-        if len(here) == 0:
-            continue
-        song_ids, checksums = batch.column("song_id").to_numpy(), batch.column("checksum").to_numpy()
-        stored = ShardRows(song_ids, text_hashes_of(batch), checksums, shard.matrix(batch))
-        # whole batches are handed on as they are mapped; picking rows copies
-        yield stored if len(here) == batch.num_rows else stored.take(here)
-
-
-def _tombstone(time_s: float) -> bytes:
-    """What stands in place of the text_hash of a song that was deleted at this time."""
-    return _GONE_PREFIX + int(time_s).to_bytes(8, "little")
-
-
-def read_identity(path: Path) -> ShardIdentity | None:
-    """What a shard says it holds; None where its beginning is not whole."""
-    try:
-        with pa.memory_map(str(path)) as source:
-            return ShardIdentity.from_schema(pa.ipc.open_stream(source).schema)
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
-        return None
+def read_embeddings_from_file(shard: CachedRange, rows: pl.Series) -> Iterator[CachedRows]:
+    """Read vectors of a range; see `CachedRange.iter_vectors`."""
+    return shard.iter_vectors(rows)
 
 
 def lock_name(song_range: SongIdRange) -> str:
-    """The lock that whoever writes a range's shard holds."""
+    """The lock that whoever writes a range holds."""
     return f"fill {song_range.key}"
+
+
+def _manifest_key(song_range: SongIdRange) -> str:
+    return f"{song_range.key}/{manifests.NAME}"

@@ -3,8 +3,8 @@
 store.json                                 identity, range width, start and stop of the tiling
 songs/<key>.parquet                        snapshots
 songs/full_compare.json                    when an export last read all songs, where they have an updated_at column
-embeddings/<model>-<dimensions>/<key>.arrow    shards
 embeddings/<model>-<dimensions>/texts.json     how their texts are made
+embeddings/<model>-<dimensions>/<key>/         parts, bases and the manifest of a range
 """
 
 import json
@@ -17,17 +17,18 @@ from pathlib import Path
 
 import polars as pl
 
-from songvec_assets.cache.shards import ModelCache, Shard, read_identity
-from songvec_assets.cache.upkeep import rows_to_keep, write_shard
+from songvec_assets.cache.manifest import Manifest
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.upkeep import write_rows
 from songvec_assets.errors import SettingsError, StoreError
 from songvec_assets.files import replace_atomically, sync_folder
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact, write_first_fact
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import ranges_of
+from songvec_assets.storage import Storage
 
 _FACT = "store_id"
-_SCHEMA_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,15 @@ class Store:
         return self.root / "songs"
 
     def embeddings(self, model: str, dimensions: int) -> ModelCache:
-        """A model's shards."""
-        folder = self.root / "embeddings" / f"{model.replace('/', '--')}-{dimensions}"
-        return ModelCache(folder, model, dimensions)
+        """What is cached of a model."""
+        storage = Storage(self.root).within(f"embeddings/{model.replace('/', '--')}-{dimensions}")
+        return ModelCache(storage, model, dimensions)
+
+    def model_caches(self) -> list[ModelCache]:
+        """What is cached of every model that has a folder."""
+        # a model's name is in its files; ranges are found without it
+        models = Storage(self.root).within("embeddings")
+        return [ModelCache(models.within(name), "", 0) for name in models.list_prefixes()]
 
 
 def find_store(root: Path, tiling: Tiling) -> Store | None:
@@ -88,7 +95,8 @@ def find_store(root: Path, tiling: Tiling) -> Store | None:
             f"the tail of {root} begins at {store.tiling.stop}, SONGVEC_SONG_ID_STOP is {tiling.stop}: it may only grow"
         )
     if store.tiling.start < tiling.start:
-        held = ranges_of([*store.songs.glob("*.parquet"), *root.glob("embeddings/*/*.arrow")])
+        held = ranges_of(store.songs.glob("*.parquet"))
+        held += [song_range for cache in store.model_caches() for song_range in cache.ranges()]
         # what the tail holds is looked at when it is cut
         _check_start(root, (each.start for each in held if each != store.tiling.tail), tiling)
     return store
@@ -213,28 +221,35 @@ def _content(store: Store) -> bytes:
 
 
 def _cut_tails(store: Store, tiling: Tiling) -> None:
-    """Divide every model's tail shard into the new ranges. A crash leaves the old tail, and this is done again."""
+    """Divide what every model has in the tail among the new ranges. A crash leaves the old tail: this is done again."""
     if tiling.stop == store.tiling.stop:
         return
-    for path in sorted(store.root.glob(f"embeddings/*/{store.tiling.tail.key}.arrow")):
-        identity = read_identity(path)
-        if identity is None:
-            _remove_torn(path)
-            continue
-        shard = Shard(path, identity)
-        kept, cache = rows_to_keep(shard), store.embeddings(identity.model, identity.dimensions)
-        _check_start(store.root, kept["song_id"], tiling)
-        for song_range in (tile for tile in tiling if tile.start >= store.tiling.stop):
-            rows = kept.filter(pl.col("song_id").is_between(song_range.start, song_range.stop - 1))
-            if rows.height:
-                write_shard(cache.path_of(song_range), replace(identity, range=song_range), shard, rows)
-        for told in (cache.mark_of(identity.range), cache.anew_of(identity.range)):
-            told.unlink(missing_ok=True)
-        path.unlink()
+    for cache in store.model_caches():
+        if store.tiling.tail in cache.ranges():
+            _cut_tail(cache, store, tiling)
 
 
-def _remove_torn(path: Path) -> None:
-    """Remove a shard that a crash cut before its schema was whole; one row of any real model is longer than that."""
-    if path.stat().st_size > _SCHEMA_BYTES:
-        raise StoreError(f"{path} is damaged at its beginning: restore it from a backup, or move it away")
-    path.unlink()
+def _cut_tail(cache: ModelCache, store: Store, tiling: Tiling) -> None:
+    tail = cache.open_as_found(store.tiling.tail)
+    if tail.damaged:
+        named = ", ".join(f"{name}: {why}" for name, why in tail.damaged.items())
+        raise StoreError(
+            f"{tail.describe} is damaged, so that it cannot be divided ({named}): restore it from a backup; or set "
+            f"SONGVEC_SONG_ID_STOP back to {store.tiling.stop}, run all ranges, which embeds what is lost, and raise "
+            "it again"
+        )
+    kept = pl.concat([tail.rows, tail.deleted_rows(0.0)])
+    manifest = tail.manifest
+    _check_start(store.root, [*kept["song_id"], *(each.song_id for each in manifest.rejected)], tiling)
+    for song_range in (tile for tile in tiling if tile.start >= store.tiling.stop):
+        rows = kept.filter(pl.col("song_id").is_between(song_range.start, song_range.stop - 1))
+        rejected = tuple(each for each in manifest.rejected if each.song_id in song_range)
+        if rows.height or rejected:
+            deleted_at = {song_id: at for song_id, at in manifest.deleted_at.items() if song_id in song_range}
+            damaged = tuple(song_id for song_id in manifest.damaged if song_id in song_range)
+            write_rows(tail, rows, song_range, Manifest(rejected=rejected, deleted_at=deleted_at, damaged=damaged))
+    # from here on there is nothing to divide, whatever of the files is left
+    tail.save(Manifest(generation=manifest.generation, consumed=tuple(tail.sizes)))
+    for name in tail.sizes:
+        tail.cache.storage.delete(f"{tail.range.key}/{name}")
+    tail.cache.storage.delete_all(tail.range.key)

@@ -5,16 +5,16 @@ When to add here: another setting that changes every text. Keep out: who confirm
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import msgspec
 
-from songvec_assets.cache.marks import read_mark, write_mark
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import ReembeddingError, StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TextSpec
+
+_KEY = "texts.json"
 
 
 class TextRecord(msgspec.Struct, frozen=True):
@@ -42,30 +42,28 @@ def read_record(cache: ModelCache) -> TextRecord | None:
     Raises:
         StoreError: it does not parse.
     """
-    path = _path(cache)
+    read = cache.storage.read(_KEY)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=TextRecord)
-    except FileNotFoundError:
-        return None
+        return msgspec.json.decode(read.content, type=TextRecord) if read else None
     except msgspec.DecodeError as error:
         raise StoreError(
-            f"{path} does not parse ({error}), so it is not known how the cached texts were made: restore it, or set "
-            "SONGVEC_QUERY_PROMPT and SONGVEC_DOCUMENT_PROMPT to what they were, and remove it"
+            f"{cache.storage.describe(_KEY)} does not parse ({error}), so it is not known how the cached texts were "
+            "made: restore it, or set SONGVEC_QUERY_PROMPT and SONGVEC_DOCUMENT_PROMPT to what they were, and remove it"
         ) from error
 
 
 def write_record(cache: ModelCache, record: TextRecord) -> None:
     """Write the record; one writer at a time."""
-    write_mark(_path(cache), record)
+    cache.storage.put(_KEY, msgspec.json.encode(record))
 
 
 def is_made_otherwise(cache: ModelCache, song_range: SongIdRange, spec: TextSpec) -> bool:
     """Whether a range's cached texts were made with other settings, so far as that is recorded."""
-    if not cache.path_of(song_range).exists():
+    manifest = cache.read_manifest(song_range)
+    if manifest.complete is not None:
+        return manifest.complete.text != spec.identity
+    if not cache.list_files(song_range):
         return False
-    mark = read_mark(cache.mark_of(song_range))
-    if mark is not None:
-        return mark.text != spec.identity
     # its last fill was not completed
     record = read_record(cache)
     return record is not None and record.spec.identity != spec.identity
@@ -80,7 +78,7 @@ def check_reembedding(
     """Refuse to pay again for cached texts only because a setting makes other texts of the same songs.
 
     Args:
-        cache: the model's shards.
+        cache: of the model.
         ranges: to be filled.
         spec: how songs are to become texts.
         estimate: of what filling some ranges would send; called only where settings changed.
@@ -110,7 +108,3 @@ def _name_changes(record: TextRecord | None, spec: TextSpec) -> str:
         if record is not None and getattr(record, name) != getattr(spec, name)
     ]
     return ", ".join(changes) or f"{', '.join(variables.values())} are not as they were"
-
-
-def _path(cache: ModelCache) -> Path:
-    return cache.folder / "texts.json"

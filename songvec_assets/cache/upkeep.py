@@ -1,78 +1,110 @@
-"""Shards written anew: without their dead rows, cut into other ranges; and damage marked, to be embedded anew.
+"""The end of a fill: rejections recorded, files merged if that is worth it, and the manifest that says so.
 
-Hold the range's lock.
+Hold the range's lock. When to add here: another thing that a complete range needs. Keep out: what is sent and why.
 """
 
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import polars as pl
+from msgspec.structs import replace
 
-from songvec_assets.cache.format import ShardIdentity, build_batch
-from songvec_assets.cache.shards import PIECE_ROWS, Shard
-from songvec_assets.files import replace_atomically
+from songvec_assets.cache import manifest as manifests
+from songvec_assets.cache.manifest import Completion, DataFile, Manifest, Rejection, digest_rows
+from songvec_assets.cache.parts import PIECE_ROWS, Rows
+from songvec_assets.cache.shards import CachedRange
+from songvec_assets.cache.writing import PartWriter
+from songvec_assets.embedding.wire import Float32Matrix
+from songvec_assets.songs.ranges import SongIdRange
 
-_DEAD_SHARE = 0.2
-
-
-def compact_if_worth_it(shard: Shard, retention_s: float = 0.0) -> bool:
-    """Rewrite the file, ordered by song_id, where over a fifth of its rows are dead, or stretches damaged.
-
-    Args:
-        shard: which.
-        retention_s: for how long the vectors of deleted songs are kept, and count as alive.
-    """
-    kept = rows_to_keep(shard, time.time() - retention_s if retention_s else float("inf"))
-    if shard.n_rows - kept.height <= _DEAD_SHARE * shard.n_rows and not shard.n_bytes_skipped:
-        return False
-    write_shard(shard.path, shard.identity, shard, kept)
-    shard.read()
-    return True
+_MOST_FILES = 16
+_DEAD_SHARE = _PARTS_SHARE = 0.2
 
 
-def rows_to_keep(shard: Shard, deleted_since_s: float = 0.0) -> pl.DataFrame:
-    """What a rewritten shard must hold: its live rows, and those of songs deleted since then (see `retained_rows`).
+def complete(shard: CachedRange, filled: Completion, retention_s: float) -> None:
+    """Record that a range is complete: what it holds, in one base where that is worth it.
 
     Args:
-        shard: which.
-        deleted_since_s: seconds since 1970; 0: whenever they were deleted.
-
-    Returns:
-        The columns of `all_rows`. What is retained comes last: the live rows stay together, as loads read them.
+        shard: with all that was written read.
+        filled: what the fill depended on, and counted; without what the files hold.
+        retention_s: for how long the vectors of deleted songs are kept.
     """
-    live = shard.live_rows().with_columns(has_vector=pl.col("reason").is_null())
-    retained = shard.retained_rows(deleted_since_s)
-    return pl.concat([live.select(retained.columns), retained])
+    kept = shard.deleted_rows(time.time() - retention_s) if retention_s else shard.rows.clear()
+    digest = replace(filled, n_vectors=shard.rows.height, digest=digest_rows(shard.rows))
+    consumed = tuple(name for name in shard.manifest.consumed if name in shard.sizes)
+    manifest = replace(shard.manifest, complete=digest, consumed=consumed)
+    if _is_merge_due(shard, shard.rows.height + kept.height):
+        manifest = _merge(shard, manifest, shard.rows, kept)
+    if manifest != shard.stored:
+        shard.save(manifest)
+    shard.delete_garbage()
 
 
-def discard_damaged_rows(shard: Shard) -> list[int]:
-    """Mark rows whose checksum does not fit as damaged, so that the next fill embeds those songs anew.
+def complete_asked(
+    shard: CachedRange, filled: Completion, retention_s: float, rows: pl.DataFrame, rejected: list[Rejection]
+) -> None:
+    """Let the vectors that were asked for replace all others of the range.
 
-    Reads every vector.
-
-    Returns:
-        Their song_ids.
+    Args:
+        shard: with all that was written read.
+        filled: see `complete`.
+        retention_s: see `complete`.
+        rows: that hold from now on; of `CachedRange.asked_rows`.
+        rejected: songs that the provider rejected.
     """
-    vectors = shard.live_rows().filter(pl.col("reason").is_null())
-    damaged = vectors.join(shard.find_sound(vectors), on="song_id", how="anti")["song_id"].to_list()
-    shard.append_damaged(damaged)
-    return damaged
+    kept = shard.deleted_rows(time.time() - retention_s) if retention_s else rows.clear()
+    digest = replace(filled, n_vectors=rows.height, digest=digest_rows(rows))
+    before = shard.manifest
+    manifest = replace(before, rejected=tuple(rejected), asked_by=None, complete=digest)
+    manifest = replace(manifest, served=(*before.served, str(before.asked_by)))
+    manifest = _merge(shard, manifest, rows, kept)
+    named = {each.name for each in manifest.files}
+    consumed = tuple(name for name in shard.sizes if name not in named)
+    shard.save(replace(manifest, generation=before.asked_generation, consumed=consumed))
+    shard.delete_garbage()
 
 
-def write_shard(path: Path, identity: ShardIdentity, source: Shard, rows: pl.DataFrame) -> None:
-    """Write a new shard from rows of another (see `rows_to_keep`), in their order; it replaces `path` when it is whole.
+def write_rows(source: CachedRange, rows: pl.DataFrame, song_range: SongIdRange, manifest: Manifest) -> None:
+    """Write another range with rows of this one, whatever that range held before.
 
-    Rows with a vector keep their checksums: what a disk changed stays to be found. Those of the others were checked
-    when they were read, and a tombstone may have got its time since.
+    Args:
+        source: where the vectors are.
+        rows: of its `all_rows`.
+        song_range: of the same model.
+        manifest: what else is known of that range.
     """
-    with replace_atomically(path) as file:
-        file.write(identity.schema.serialize())
-        for piece in rows.iter_slices(PIECE_ROWS):
-            for has_vector in (True, False):
-                part = piece.filter(pl.col("has_vector") == has_vector)
-                if not part.height:
-                    continue
-                ids, hashes, reasons = (part[name].to_list() for name in ("song_id", "text_hash", "reason"))
-                embeddings = source.embeddings_at(part["row"].to_list()) if has_vector else None
-                checksums = part["checksum"].to_numpy() if has_vector else None
-                file.write(build_batch(identity, ids, hashes, reasons, embeddings, checksums).serialize())
+    cache = source.cache
+    writer = PartWriter(cache.storage, song_range.key, cache.identity(song_range), manifest.generation)
+    files = (writer.write_base(Rows.of_frame(rows), _read(source, rows)),) if rows.height else ()
+    cache.storage.put(f"{song_range.key}/{manifests.NAME}", manifests.encode(replace(manifest, files=files)))
+
+
+def _is_merge_due(shard: CachedRange, n_kept: int) -> bool:
+    files = shard.manifest.files
+    n_parts = sum(not each.is_base for each in files)
+    n_based = sum(each.n_bytes for each in files if each.is_base)
+    n_in_parts = sum(each.n_bytes for each in files if not each.is_base)
+    return (
+        bool(shard.damaged or shard.manifest.damaged)
+        or len(files) > _MOST_FILES
+        or (n_parts > 1 and not n_based)
+        or shard.n_rows - n_kept > _DEAD_SHARE * shard.n_rows
+        or (n_based > 0 and n_in_parts > _PARTS_SHARE * n_based)
+    )
+
+
+def _merge(shard: CachedRange, manifest: Manifest, rows: pl.DataFrame, kept: pl.DataFrame) -> Manifest:
+    """Write the rows that hold, and those of deleted songs, as one base; the manifest that names nothing else."""
+    # what is only kept comes last: the others stay together, as loads read them
+    chosen = pl.concat([rows, kept])
+    files: tuple[DataFile, ...] = ()
+    if chosen.height:
+        files = (shard.writer.write_base(Rows.of_frame(chosen), _read(shard, chosen)),)
+        shard.sizes[files[0].name] = files[0].n_bytes
+    deleted_at = {song_id: at for song_id, at in manifest.deleted_at.items() if song_id in {*kept["song_id"]}}
+    consumed = tuple(each.name for each in manifest.files)
+    return replace(manifest, files=files, deleted_at=deleted_at, damaged=(), consumed=consumed)
+
+
+def _read(shard: CachedRange, rows: pl.DataFrame) -> Iterator[Float32Matrix]:
+    return (shard.embeddings_at(piece["row"]) for piece in rows.iter_slices(PIECE_ROWS))

@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeVar
 import dagster as dg
 
 from songvec_assets.cache.fill import FillReport
-from songvec_assets.cache.marks import digest_cache
 from songvec_assets.defs.pace import Pace, describe_progress
 from songvec_assets.defs.reports import Incomplete, Metadata, describe_fill, describe_incomplete
 from songvec_assets.deployment import Deployment
@@ -170,7 +169,7 @@ class FillRecorder:
             self._context.log.error(f"{key} is not complete: {report.error}")
             return
         cache = self._deployment.cache
-        metadata = describe_fill(report, str(cache.path_of(report.range)), cache.model)
+        metadata = describe_fill(report, cache.storage.describe(report.range.key), cache.model)
         self._context.log_event(
             dg.AssetMaterialization(asset_key=self._context.asset_key, partition=key, metadata=metadata)
         )
@@ -190,7 +189,7 @@ class FillRecorder:
 
     def conclude(self) -> None:
         """End the step: with the version of all that is cached, or a failure that names the ranges not complete."""
-        self._context.set_data_version(self._context.asset_key, dg.DataVersion(digest_cache(self._deployment.cache)))
+        self._context.set_data_version(self._context.asset_key, dg.DataVersion(self._deployment.cache.digest()))
         if self._failed:
             named = "; ".join(f"{key}: {error}" for key, error in list(self._failed.items())[:5])
             raise dg.Failure(

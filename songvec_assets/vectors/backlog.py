@@ -5,8 +5,7 @@ from dataclasses import dataclass, field, replace
 import polars as pl
 import sqlalchemy as sa
 
-from songvec_assets.cache.marks import Mark
-from songvec_assets.cache.shards import ModelCache, Shard, load_embeddings_from_cache
+from songvec_assets.cache.shards import CachedRange, ModelCache
 from songvec_assets.errors import DamagedShardError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import StopSignal
@@ -60,7 +59,7 @@ def compare_with_cache(
     ranges = [song_range for song_range in cache.ranges() if song_range in tiles]
     if not ranges:
         raise StoreError(
-            f"no embeddings are cached for model {cache.model!r} in {cache.folder}: fill the cache first, with "
+            f"no embeddings are cached for model {cache.model!r} in {cache.storage}: fill the cache first, with "
             "`songvec run`, or with `dagster asset materialize --select '*' --partition-range FIRST...LAST`"
         )
     ledger = read_ledger(database, table)
@@ -70,10 +69,9 @@ def compare_with_cache(
     for song_range in ranges:
         stop.check()
         try:
-            vectors = read_vectors(cache, song_range)[1]
+            vectors = cache.open(song_range).rows
         except StoreError as error:
             backlog.damaged.append(str(error))
-            cache.mark_of(song_range).unlink(missing_ok=True)
             continue
         entry = ledger.get(song_range)
         there = rows.get(song_range, TableRows())
@@ -93,33 +91,20 @@ def _count_changed(database: Database, song_range: SongIdRange, vectors: pl.Data
     return vectors.height if stale is None else len(stale.written_anew)
 
 
-def read_vectors(cache: ModelCache, song_range: SongIdRange) -> tuple[Shard, pl.DataFrame]:
-    """A range's shard, and those of its `live_rows` that have a vector."""
-    shard, live = load_embeddings_from_cache(cache, song_range)
-    return shard, live.filter(pl.col("reason").is_null())
+def check_whole(shard: CachedRange, loaded: pl.DataFrame | None) -> None:
+    """Refuse a range that lost rows: that a song is not in it does not say that the song was deleted.
 
-
-def check_whole(shard: Shard, n_vectors: int, loaded: pl.DataFrame | None, mark: Mark | None) -> None:
-    """Refuse a shard that lost rows: that a song is not in it does not say that the song is gone.
-
-    Where a complete fill left its mark, the file must be as it was then. Where a fill is on its way, it may end in a
-    torn write, but each loaded song must be in it, if only to be told gone.
+    Its manifest names the files that must be there. Without a manifest each loaded song must be in one.
     """
-    song_range = shard.identity.range
-    n_missing_bytes = max(0, mark.n_bytes - shard.n_bytes) if mark else 0
-    n_lost = 0
-    if mark and mark.n_bytes == shard.n_bytes:
-        n_lost = max(0, mark.n_songs - mark.n_set_aside - n_vectors)
-        is_damaged = n_lost > 0 or shard.n_bytes_damaged > 0
-    else:
-        if loaded is not None:
-            n_lost = int((~loaded["song_id"].is_in(shard.told_song_ids().to_list())).sum())
-        is_damaged = n_lost > 0 or n_missing_bytes > 0 or shard.n_bytes_skipped > 0
-    if is_damaged:
+    n_lost = len(shard.manifest.damaged)
+    if loaded is not None and not shard.is_read:
+        n_lost = loaded.join(shard.rows, on="song_id", how="anti").height
+    if shard.damaged or n_lost:
+        named = "; ".join(f"{name}: {why}" for name, why in shard.damaged.items()) or "its files are as they were"
         raise DamagedShardError(
-            f"{shard.path} was changed on disk: {shard.n_bytes_damaged:,} bytes are damaged, {n_missing_bytes:,} are "
-            f"missing, and {n_lost:,} songs are no longer in it. The range was not loaded: materialize "
-            f"embedding_cache for {song_range.key}, which embeds what is lost anew, then load again"
+            f"{shard.describe} was changed on disk: {len(shard.damaged):,} files cannot be read ({named}), and "
+            f"{n_lost:,} other songs have no vector. The range was not loaded: materialize embedding_cache for "
+            f"{shard.range.key}, which embeds again what is lost, then load again"
         )
 
 

@@ -9,14 +9,13 @@ import polars as pl
 import sqlalchemy as sa
 from sqlalchemy import text
 
-from songvec_assets.cache.marks import read_mark
-from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache
+from songvec_assets.cache.shards import ModelCache
 from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import StopSignal
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
-from songvec_assets.vectors.backlog import check_whole, read_vectors
+from songvec_assets.vectors.backlog import check_whole
 from songvec_assets.vectors.catalogue import search_lists
 from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
 from songvec_assets.vectors.recall import read_recall
@@ -144,15 +143,14 @@ class MissingSongs:
 
     def _read_loadable(self, song_range: SongIdRange) -> set[int] | None:
         try:
-            shard, vectors = read_vectors(self.cache, song_range)
-            check_whole(shard, vectors.height, None, read_mark(self.cache.mark_of(song_range)))
+            shard = self.cache.open(song_range)
+            check_whole(shard, None)
         except (StoreError, DamagedShardError):
             return None
-        return set(vectors["song_id"])
+        return set(shard.rows["song_id"])
 
     def _read_rejected(self, song_range: SongIdRange) -> set[int]:
-        live = load_embeddings_from_cache(self.cache, song_range)[1]
-        return set(live.filter(pl.col("reason").is_not_null())["song_id"])
+        return {each.song_id for each in self.cache.read_manifest(song_range).rejected}
 
     def _read_exported(self, song_range: SongIdRange) -> set[int]:
         path = snapshot_path(self.songs_folder, song_range)

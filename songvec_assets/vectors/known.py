@@ -1,19 +1,18 @@
 """The songs that were paid for or are served: those with a vector in the cache, or a row in the serving table.
 
-What a deletion in the source is compared with. Reads ledgers, marks and narrow columns; no vector.
+What a deletion in the source is compared with. Reads ledgers, manifests and narrow columns; no vector.
 """
 
+import contextlib
 from dataclasses import dataclass
 from functools import cached_property
 
 import polars as pl
 
-from songvec_assets.cache.marks import read_mark
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.errors import StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.vectors.backlog import read_vectors
 from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
 
 
@@ -60,17 +59,18 @@ class CachedOrLoaded:
         return known.filter(~known.is_in(deleted.implode()))
 
     def _count_cached(self, song_range: SongIdRange) -> int:
-        mark, path = read_mark(self.cache.mark_of(song_range)), self.cache.path_of(song_range)
-        if mark and path.exists() and path.stat().st_size == mark.n_bytes:
-            return mark.n_songs - mark.n_set_aside
+        with contextlib.suppress(StoreError):
+            manifest = self.cache.read_manifest(song_range)
+            if manifest.complete and self.cache.is_complete(song_range, manifest):
+                return manifest.complete.n_vectors
         return len(self._read_cached(song_range)[0])
 
     def _read_cached(self, song_range: SongIdRange) -> tuple[pl.Series, pl.Series]:
         """Songs with a vector, and deleted ones."""
         try:
-            shard, vectors = read_vectors(self.cache, song_range)
-            return vectors["song_id"], shard.deleted_song_ids()
-        except StoreError:  # the fill or the load names what is wrong with the file
+            shard = self.cache.open(song_range)
+            return shard.rows["song_id"], shard.deleted_song_ids()
+        except StoreError:  # the fill or the load names what is wrong with the files
             return pl.Series([], dtype=pl.Int32), pl.Series([], dtype=pl.Int32)
 
     def _read_loaded(self, song_range: SongIdRange) -> pl.Series:

@@ -12,22 +12,14 @@ from dataclasses import dataclass
 import polars as pl
 from sqlalchemy import text
 
-from songvec_assets.cache.marks import read_mark
-from songvec_assets.cache.shards import (
-    ModelCache,
-    Shard,
-    ShardRows,
-    load_embeddings_from_cache,
-    lock_name,
-    read_embeddings_from_file,
-)
-from songvec_assets.cache.upkeep import discard_damaged_rows
+from songvec_assets.cache.parts import CachedRows
+from songvec_assets.cache.shards import CachedRange, ModelCache, lock_name
 from songvec_assets.errors import DamagedShardError, DatabaseError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock, lock_key
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.vectors.backlog import Backlog, check_whole, compare_with_cache, find_stale_rows, read_vectors
+from songvec_assets.vectors.backlog import Backlog, check_whole, compare_with_cache, find_stale_rows
 from songvec_assets.vectors.ledger import read_loaded_rows, write_ledger
 from songvec_assets.vectors.table import TABLE, TableSpec, count_changes, ensure_table
 from songvec_assets.vectors.write import store_rows
@@ -177,11 +169,12 @@ def _load_or_discard(song_range: SongIdRange, target: _Target) -> RangeLoad:
         return _load_range(song_range, target)
     with hold_lock(target.database, lock_name(song_range), on_wait=target.stop.check, check=target.stop.check):
         try:
-            # a fill that was just ending may have changed shard and mark while they were read
+            # a fill that was just ending may have changed the range while it was read
             return _load_range(song_range, target)
         except DamagedShardError:
-            target.cache.mark_of(song_range).unlink(missing_ok=True)
-            discard_damaged_rows(load_embeddings_from_cache(target.cache, song_range)[0])
+            shard = target.cache.open(song_range)
+            damaged = shard.rows.join(shard.find_sound(shard.rows), on="song_id", how="anti")["song_id"]
+            shard.discard(damaged.to_list())
             raise
 
 
@@ -190,9 +183,9 @@ def _load_range(song_range: SongIdRange, target: _Target) -> RangeLoad:
     with target.database.get_connection("parallel") as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key(f"load {song_range.key}")})
         # read under the lock: what an earlier load wrote meanwhile may be newer than what was compared
-        shard, vectors = read_vectors(cache, song_range)
-        loaded = read_loaded_rows(connection, song_range, table)
-        check_whole(shard, vectors.height, loaded, read_mark(cache.mark_of(song_range)))
+        shard = cache.open(song_range)
+        vectors, loaded = shard.rows, read_loaded_rows(connection, song_range, table)
+        check_whole(shard, loaded)
         stale = find_stale_rows(connection, song_range, vectors, loaded, table)
         bounds = {"start": song_range.start, "stop": song_range.stop}
         if stale is None:
@@ -212,23 +205,23 @@ def _load_range(song_range: SongIdRange, target: _Target) -> RangeLoad:
     return RangeLoad(song_range, vectors.height, wanted.height, deleted.rowcount, time.monotonic() - started)
 
 
-def _check_rows(shard: Shard, wanted: pl.DataFrame, target: _Target) -> Iterator[ShardRows]:
+def _check_rows(shard: CachedRange, wanted: pl.DataFrame, target: _Target) -> Iterator[CachedRows]:
     """Read rows and hold them against their checksums; a vector that is zero or not finite never gets further."""
-    for rows in _slices(read_embeddings_from_file(shard, wanted["row"])):
+    for rows in _slices(shard.iter_vectors(wanted["row"])):
         target.stop.check()
         wrong = ~rows.find_sound()
         if wrong.any():
             named = ", ".join(map(str, rows.song_ids[wrong][:5].tolist()))
             raise DamagedShardError(
-                f"{shard.path} was changed on disk: the vectors of {int(wrong.sum())} or more songs do not fit their "
-                f"checksums (song_id {named}, …). They are discarded and the range was not loaded: materialize "
-                f"embedding_cache for {shard.identity.range.key}, which embeds those songs anew, then load again"
+                f"{shard.describe} was changed on disk: the vectors of {int(wrong.sum())} or more songs do not fit "
+                f"their checksums (song_id {named}, …). They are discarded and the range was not loaded: materialize "
+                f"embedding_cache for {shard.range.key}, which embeds those songs again, then load again"
             )
         yield rows
-        target.meter.add(len(rows.song_ids), shard.identity.range.key)
+        target.meter.add(len(rows.song_ids), shard.range.key)
 
 
-def _slices(batches: Iterator[ShardRows]) -> Iterator[ShardRows]:
+def _slices(batches: Iterator[CachedRows]) -> Iterator[CachedRows]:
     """Views of a few rows: the server goes on with what the socket holds while they are checked."""
     for rows in batches:
         for start in range(0, len(rows.song_ids), _SLICE_ROWS):

@@ -14,8 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from songvec_assets.cache.format import ShardIdentity
-from songvec_assets.cache.shards import ModelCache, Shard, read_embeddings_from_file
+from songvec_assets.cache.shards import CachedRange, ModelCache
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
@@ -57,13 +56,12 @@ class LoadedRows:
         """Of all ranges, as the ledger counts them."""
         return sum(self.ranges.values())
 
-    def read(self, song_range: SongIdRange) -> tuple[Shard, pl.DataFrame]:
+    def read(self, song_range: SongIdRange) -> tuple[CachedRange, pl.DataFrame]:
         """A range's shard, and its rows (song_id, row) that are loaded, also where a newer one waits for a load."""
-        identity = ShardIdentity(self.cache.model, self.cache.dimensions, song_range)
-        shard = Shard(self.cache.path_of(song_range), identity)
+        shard = self.cache.open(song_range)
         with self.database.get_connection() as connection:
             loaded = read_loaded_rows(connection, song_range, self.table)
-        stored = shard.all_rows().filter("has_vector").unique(["song_id", "checksum"], keep="last")
+        stored = shard.all_rows.unique(["song_id", "checksum"], keep="last")
         if loaded is None:
             return shard, stored.select("song_id", "row").clear()
         return shard, stored.join(loaded, on=["song_id", "checksum"], how="semi").select("song_id", "row").sort("row")
@@ -185,7 +183,7 @@ def find_exact_neighbours(
     with threadpool_limits(max(1, (os.cpu_count() or 2) - 1), "blas"):
         for song_range in rows.ranges:
             shard, loaded = rows.read(song_range)
-            for batch in read_embeddings_from_file(shard, loaded["row"]):
+            for batch in shard.iter_vectors(loaded["row"]):
                 if stop is not None:
                     stop.check()
                 lengths = np.sqrt(np.einsum("ij,ij->i", batch.embeddings, batch.embeddings))

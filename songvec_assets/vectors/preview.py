@@ -75,7 +75,7 @@ def preview_table(database: Database, rows: LoadedRows, source: SongsSource, spe
     song_ids, vectors = sample_rows(rows, _MAP_SONGS, np.random.default_rng(seed))
     if not song_ids:
         raise StoreError(
-            f"the cache in {rows.cache.folder} holds no row that table {rows.table} has: fill it, then load"
+            f"the cache in {rows.cache.storage} holds no row that table {rows.table} has: fill it, then load"
         )
     components, share = project(vectors)
     clusters, middles = find_clusters(components[:, :_CLUSTERED_AXES])

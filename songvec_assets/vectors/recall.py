@@ -233,7 +233,7 @@ class _Sweep:
         exact = find_exact_neighbours(rows, queries.vectors, progress, stop)
         if not exact.n_found or rows.n_rows - exact.n_found > _MOST_UNSEEN * rows.n_rows:
             raise StoreError(
-                f"the cache in {cache.folder} holds {exact.n_found:,} of the {rows.n_rows:,} rows that the ledger of "
+                f"the cache in {cache.storage} holds {exact.n_found:,} of the {rows.n_rows:,} rows that the ledger of "
                 f"table {table} names, so recall cannot be measured: fill the cache and load it, then materialize "
                 "ivfflat_index"
             )

@@ -1,6 +1,5 @@
 """From a query's words to the nearest songs."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from songvec_assets.embedding.client import Embedder
 from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
 from songvec_assets.errors import ProviderError, ProviderUnavailableError, TableMismatchError, VectorSizeError
 from songvec_assets.postgres.engine import Database, raw_cursor
+from songvec_assets.progress import run_event_loop
 from songvec_assets.songs.source import SongsSource
 from songvec_assets.vectors.catalogue import search_lists
 from songvec_assets.vectors.table import TableSpec, define_table, loaded_spec, read_spec
@@ -58,7 +58,7 @@ def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) 
         vector: NDArray[np.float32] = batch.embeddings[0]
         return vector
 
-    return asyncio.run(embed())
+    return run_event_loop(embed())
 
 
 def search_songs(

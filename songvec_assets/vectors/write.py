@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pgvector import Vector
 from psycopg2.extras import execute_values
 
-from songvec_assets.cache.shards import ShardRows
+from songvec_assets.cache.parts import CachedRows
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.postgres.sessions import widen_send_buffer
 from songvec_assets.vectors.copy import CopyStream, encode_rows
@@ -19,7 +19,7 @@ from songvec_assets.vectors.table import TABLE, TableSpec
 _PAGE_ROWS = 500
 
 
-def store_rows(connection: sa.Connection, batches: Iterator[ShardRows], spec: TableSpec, table: str = TABLE) -> None:
+def store_rows(connection: sa.Connection, batches: Iterator[CachedRows], spec: TableSpec, table: str = TABLE) -> None:
     """Insert rows by COPY; an empty one finds out whether a pooler in between takes it, else by row batches.
 
     Args:
@@ -41,7 +41,7 @@ def store_rows(connection: sa.Connection, batches: Iterator[ShardRows], spec: Ta
 
 
 def store_embeddings_copy_bulk(
-    connection: sa.Connection, batches: Iterator[ShardRows], spec: TableSpec, table: str = TABLE
+    connection: sa.Connection, batches: Iterator[CachedRows], spec: TableSpec, table: str = TABLE
 ) -> None:
     """Insert rows through one binary COPY; see `store_rows` for the arguments."""
     chunks = encode_rows(((rows.song_ids, rows.embeddings) for rows in batches), spec.dimensions, spec.vector_type)

@@ -1,0 +1,216 @@
+"""What is known of a range's files, in one small file that is replaced as a whole: `manifest.json` beside the parts.
+
+A manifest names its generation's files in their order, the songs that have no vector and why, and what a complete fill
+depended on. Parts of that generation that it does not name are newer than all it says; see `Manifest.adopt`. Pure.
+When to add here: another fact of a range. Keep out: reading and writing of vectors. Times are seconds since 1970.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+
+import msgspec
+import polars as pl
+import xxhash
+from msgspec.structs import replace
+
+from songvec_assets.errors import StoreError
+
+NAME = "manifest.json"
+_VERSION = 1
+_FILE = re.compile(r"(\d+)-([0-9a-f]{32})-(\d+|base)\.arrow")
+
+
+class DataFile(msgspec.Struct, frozen=True):
+    """A file with vectors.
+
+    Attributes:
+        name: `<generation>-<writer>-<number>.arrow`; the number of one that a merge made is `base`.
+        n_bytes: its size.
+    """
+
+    name: str
+    n_bytes: int
+
+    @property
+    def is_base(self) -> bool:
+        """Whether a merge made it."""
+        return is_base(self.name)
+
+
+class Rejection(msgspec.Struct, frozen=True):
+    """A song that the provider gives no vector for.
+
+    Attributes:
+        song_id, text_hash: of the song, and of the text that was sent.
+        reason: begins with the server that was asked.
+    """
+
+    song_id: int
+    text_hash: bytes
+    reason: str
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """A complete fill: what it depended on, and what it counted.
+
+    Attributes:
+        snapshot: digest of the songs that it saw.
+        text: identity of how songs became texts.
+        n_songs, n_rejected, n_truncated: of the range; rejected by the export or by the provider.
+        server: that rejected songs; empty if none was rejected.
+        n_vectors: songs with a vector.
+        digest: of their song_ids and checksums; see `digest_rows`.
+    """
+
+    snapshot: str | None
+    text: str
+    n_songs: int
+    n_rejected: int
+    n_truncated: int
+    server: str
+    n_vectors: int
+    digest: bytes
+
+    def fits(self, snapshot: str | None, text: str, server: str) -> bool:
+        """Whether it is complete still: of the same songs, rendered the same way; another server is asked again for
+        what this one rejected."""
+        return self.server in ("", server) and snapshot is not None and (self.snapshot, self.text) == (snapshot, text)
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """See the module.
+
+    Attributes:
+        version: of this format.
+        generation: of the files that hold; files of earlier ones are garbage.
+        files: in order: of a song's rows the last one holds.
+        rejected: songs that the provider rejected.
+        deleted_at: when songs were deleted, whose vectors are kept for the retention time.
+        damaged: songs whose row was found damaged: they have no vector until a newer part has one.
+        consumed: files that a merge has replaced, and that may not be deleted yet.
+        complete: the last fill, if it was complete and nothing was written since.
+        asked_by: who asked for all songs to be embedded again, and was not served yet.
+        asked_generation: of the parts that answer it; it becomes the generation when the answer is complete.
+        served: who asked before and was served.
+    """
+
+    version: int = _VERSION
+    generation: int = 0
+    files: tuple[DataFile, ...] = ()
+    rejected: tuple[Rejection, ...] = ()
+    deleted_at: dict[int, float] = {}
+    damaged: tuple[int, ...] = ()
+    consumed: tuple[str, ...] = ()
+    complete: Completion | None = None
+    asked_by: str | None = None
+    asked_generation: int = 0
+    served: tuple[str, ...] = ()
+
+    def is_owed(self, asked_by: str | None) -> bool:
+        """Whether somebody asks who was not served."""
+        return asked_by is not None and asked_by not in self.served
+
+    def find_unnamed(self, names: Iterable[str], is_read: bool = True) -> list[str]:
+        """The parts, in order, that are newer than this manifest.
+
+        Args:
+            names: of the files beside it.
+            is_read: whether there is a manifest; if it was lost, bases are adopted too.
+        """
+        known = {each.name for each in self.files} | {*self.consumed}
+        new = (name for name in names if generation_of(name) == self.generation and name not in known)
+        return sorted((name for name in new if not (is_read and is_base(name))), key=_order)
+
+    def adopt(self, files: Collection[DataFile], song_ids: Iterable[int]) -> "Manifest":
+        """Name files that are newer: of the songs in them, nothing that was known before holds."""
+        if not files:
+            return self
+        return replace(self.without(song_ids), files=(*self.files, *files), complete=None)
+
+    def without(self, song_ids: Iterable[int]) -> "Manifest":
+        """The same, with nothing said of these songs."""
+        known = set(song_ids)
+        return replace(
+            self,
+            rejected=tuple(each for each in self.rejected if each.song_id not in known),
+            deleted_at={song_id: at for song_id, at in self.deleted_at.items() if song_id not in known},
+            damaged=tuple(song_id for song_id in self.damaged if song_id not in known),
+        )
+
+    def reject(self, rejected: Collection[Rejection]) -> "Manifest":
+        """Add songs that the provider rejected."""
+        left = self.without(each.song_id for each in rejected)
+        return replace(left, rejected=(*left.rejected, *rejected), complete=None) if rejected else self
+
+    def delete(self, song_ids: Collection[int], at: float) -> "Manifest":
+        """Add songs that were deleted at a time; their vectors are kept until the retention time is over."""
+        left = self.without(song_ids)
+        return replace(left, deleted_at=left.deleted_at | dict.fromkeys(song_ids, at), complete=None)
+
+    def find_garbage(self, names: Iterable[str], is_read: bool = True) -> list[str]:
+        """Of the files beside it, those that nothing needs any more."""
+        if not is_read:
+            return []
+        kept, consumed = {each.name for each in self.files}, {*self.consumed}
+        return [
+            name
+            for name in names
+            if (generation := generation_of(name)) is not None
+            and name not in kept
+            and (generation < self.generation or name in consumed or is_base(name))
+        ]
+
+
+def generation_of(name: str) -> int | None:
+    """The generation of a file with vectors; None if the name is no such file's."""
+    found = _FILE.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def is_base(name: str) -> bool:
+    """Whether a merge made a file."""
+    return name.endswith("-base.arrow")
+
+
+def _order(name: str) -> tuple[bool, str, int]:
+    """Bases first, then a writer's parts in their order."""
+    found = _FILE.fullmatch(name)
+    assert found
+    return not is_base(name), found[2], 0 if is_base(name) else int(found[3])
+
+
+def decode(content: bytes, name: str) -> Manifest:
+    """A manifest as it was stored.
+
+    Raises:
+        StoreError: it does not parse, or another version wrote it.
+    """
+    try:
+        version = msgspec.json.decode(content, type=_Versioned).version
+        if version != _VERSION:
+            raise StoreError(
+                f"{name} has version {version}, expected {_VERSION}: another version of songvec wrote it. Work with "
+                "that version"
+            )
+        return msgspec.json.decode(content, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise StoreError(
+            f"{name} does not parse ({error}): restore it from a backup. Or remove it: the next fill compares the "
+            "range with its parts and sends what they lack, and songs that were rejected"
+        ) from error
+
+
+class _Versioned(msgspec.Struct):
+    version: int
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The inverse of `decode`."""
+    return msgspec.json.encode(manifest)
+
+
+def digest_rows(rows: pl.DataFrame) -> bytes:
+    """An identity of song_ids and checksums, from columns of these names, ordered by song_id."""
+    state = xxhash.xxh3_128(rows["song_id"].to_numpy().tobytes())
+    state.update(rows["checksum"].to_numpy().tobytes())
+    return state.digest()

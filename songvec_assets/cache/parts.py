@@ -1,0 +1,235 @@
+"""The bytes of a part: an immutable Arrow IPC file of songs with their vectors, and checksums that prove them. Pure.
+
+Columns: song_id (int32), text_hash (16 bytes), checksum (uint64, XXH3 of the whole row) and embedding (float32, fixed
+size). The schema's metadata has the format, the part's identity, and a digest of the identity and the three narrow
+columns, which is checked when a part is opened; a vector is checked with its row's checksum when it is read.
+When to add here: another column or another format version. Keep out: where parts are, and which of their rows hold.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
+from songvec_assets.errors import StoreError
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.text import TEXT_HASH_BYTES
+
+PIECE_ROWS = 2048
+"""Rows of a record batch at most, and of whatever else is read or written at a time: 16 MB of 2,000 values."""
+
+_FORMAT = "1"
+_UNREADABLE = (pa.ArrowException, OSError, EOFError, KeyError, TypeError, ValueError)
+"""What a damaged file raises, whichever of its bytes are damaged."""
+_TEXT_HASH = np.dtype(f"V{TEXT_HASH_BYTES}")
+
+TextHashes = Sequence[bytes] | NDArray[np.void]
+
+
+class DamagedPartError(Exception):
+    """A part is not as it was written; the message says how that shows."""
+
+
+@dataclass(frozen=True)
+class PartIdentity:
+    """What all rows of a part have in common.
+
+    Attributes:
+        model_id: what the vectors are compared by; the provider's name for the model, unless it is named otherwise.
+        dimensions: values per vector.
+        range: of the song_ids.
+    """
+
+    model_id: str
+    dimensions: int
+    range: SongIdRange
+
+    def __str__(self) -> str:
+        return f"{self.model_id}, {self.dimensions} dimensions, range {self.range.key}"
+
+    def schema(self, digest: str = "") -> pa.Schema:
+        """The Arrow schema of a part whose identity and narrow columns have this digest."""
+        fields = [
+            pa.field("song_id", pa.int32(), nullable=False),
+            pa.field("text_hash", pa.binary(TEXT_HASH_BYTES), nullable=False),
+            pa.field("checksum", pa.uint64(), nullable=False),
+            pa.field("embedding", pa.list_(pa.field("item", pa.float32(), nullable=False), self.dimensions), False),
+        ]
+        return pa.schema(fields, {"songvec": self._metadata(digest)})
+
+    def _metadata(self, digest: str) -> str:
+        given = {"format": _FORMAT, "model_id": self.model_id, "dimensions": self.dimensions, "range": self.range.key}
+        return json.dumps(given | {"digest": digest})
+
+    def digest(self, rows: "Rows") -> str:
+        """What proves this identity and the narrow columns of a part."""
+        state = xxhash.xxh3_64(self._metadata("").encode())
+        for column in (rows.song_ids.astype("<i4"), rows.text_hashes, rows.checksums.astype("<u8")):
+            state.update(column.tobytes())
+        return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The narrow columns of some rows.
+
+    Attributes:
+        song_ids: int32, (n,).
+        text_hashes: (n,).
+        checksums: uint64, (n,).
+    """
+
+    song_ids: NDArray[np.int32]
+    text_hashes: NDArray[np.void]
+    checksums: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, song_ids: Sequence[int], text_hashes: TextHashes, embeddings: Float32Matrix) -> "Rows":
+        """The narrow columns of new rows, their checksums computed."""
+        ids, hashes = np.asarray(song_ids, dtype=np.int32), np.asarray(text_hashes, dtype=_TEXT_HASH)
+        return cls(ids, hashes, checksum_rows(ids, hashes, embeddings))
+
+    @classmethod
+    def of_frame(cls, rows: pl.DataFrame) -> "Rows":
+        """Rows that were stored before, from columns song_id, text_hash and checksum."""
+        hashes = np.frombuffer(b"".join(rows["text_hash"].to_list()), dtype=_TEXT_HASH)
+        return cls(rows["song_id"].to_numpy(), hashes, rows["checksum"].to_numpy())
+
+    def __len__(self) -> int:
+        return len(self.song_ids)
+
+
+@dataclass(frozen=True)
+class CachedRows(Rows):
+    """Rows as they are read back.
+
+    Attributes:
+        embeddings: float32, (n, dimensions).
+    """
+
+    embeddings: Float32Matrix
+
+    def find_sound(self) -> NDArray[np.bool_]:
+        """Which rows have a good vector, and a checksum that fits; (n,)."""
+        # first, as it reads a cold file without holding the interpreter, which the checksums do
+        bad = find_bad_vectors(self.embeddings)
+        sound: NDArray[np.bool_] = checksum_rows(self.song_ids, self.text_hashes, self.embeddings) == self.checksums
+        sound[bad] = False
+        return sound
+
+    def take(self, places: slice | NDArray[np.int64]) -> "CachedRows":
+        """Those at some places; a slice is a view, places are copied."""
+        return CachedRows(
+            self.song_ids[places], self.text_hashes[places], self.checksums[places], self.embeddings[places]
+        )
+
+
+def checksum_rows(
+    song_ids: NDArray[np.int32], text_hashes: TextHashes, embeddings: Float32Matrix
+) -> NDArray[np.uint64]:
+    """A 64-bit checksum (XXH3) per row, over song_id, text_hash and the vector's bytes; (n,)."""
+    digest = xxhash.xxh3_64_intdigest
+    prefixes = np.empty(len(song_ids), dtype=[("song_id", "<i4"), ("text_hash", _TEXT_HASH)])
+    prefixes["song_id"] = song_ids
+    prefixes["text_hash"] = np.asarray(text_hashes, dtype=_TEXT_HASH)
+    seeds = map(digest, prefixes.view(f"V{prefixes.itemsize}").tolist())
+    return np.fromiter(map(digest, embeddings, seeds), dtype=np.uint64, count=len(song_ids))
+
+
+def write_part(file: BinaryIO, identity: PartIdentity, rows: Rows, pieces: Iterable[Float32Matrix]) -> None:
+    """Write a part; memory is bounded by one piece.
+
+    Args:
+        file: to write to.
+        identity: of the part.
+        rows: the narrow columns of all rows.
+        pieces: their vectors, in order; each (up to PIECE_ROWS, dimensions).
+    """
+    schema = identity.schema(identity.digest(rows))
+    with pa.ipc.new_file(file, schema) as writer:
+        start = 0
+        for piece in pieces:
+            stop = start + len(piece)
+            hashes = pa.py_buffer(np.ascontiguousarray(rows.text_hashes[start:stop]))
+            values = pa.array(np.ascontiguousarray(piece, dtype="<f4").reshape(-1))
+            columns = [
+                pa.array(rows.song_ids[start:stop]),
+                pa.Array.from_buffers(pa.binary(TEXT_HASH_BYTES), stop - start, [None, hashes]),
+                pa.array(rows.checksums[start:stop]),
+                pa.FixedSizeListArray.from_arrays(values, type=schema.field("embedding").type),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            start = stop
+
+
+def read_identity(content: pa.Buffer) -> PartIdentity | None:
+    """What a part says it holds; None if it does not open."""
+    try:
+        return _identity_of(json.loads(pa.ipc.open_file(content).schema.metadata[b"songvec"]))
+    except _UNREADABLE:
+        return None
+
+
+def _identity_of(metadata: dict[str, Any]) -> PartIdentity:
+    return PartIdentity(metadata["model_id"], metadata["dimensions"], SongIdRange.from_key(metadata["range"]))
+
+
+def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[CachedRows]:
+    """The record batches of a part, mapped; reads the narrow columns and no vector.
+
+    Args:
+        content: of the part.
+        identity: that it must have.
+        name: of the part, for messages.
+
+    Raises:
+        DamagedPartError: it is not as it was written.
+        StoreError: it is whole, and of another model, size or range.
+    """
+    try:
+        reader = pa.ipc.open_file(content)
+        metadata = json.loads(reader.schema.metadata[b"songvec"])
+        if metadata["format"] != _FORMAT:
+            raise StoreError(
+                f"{name} has format {metadata['format']}, expected {_FORMAT}: another version of songvec wrote it. "
+                "Work with that version"
+            )
+        found = _identity_of(metadata)
+        if not reader.schema.equals(found.schema()):
+            raise DamagedPartError("its columns are not a part's")
+        batches = [_read_batch(reader.get_batch(place), found) for place in range(reader.num_record_batches)]
+        rows = Rows(*(np.concatenate(column) for column in zip(*map(_narrow, batches), strict=True)))
+        digest = metadata["digest"]
+    except _UNREADABLE as error:
+        raise DamagedPartError(f"it does not open ({error})") from error
+    if found.digest(rows) != digest:
+        raise DamagedPartError("song_ids, text hashes or checksums are not as they were written")
+    if found != identity:
+        raise StoreError(
+            f"{name} holds {found}, expected {identity}: restore it from a backup; or move it away, and its songs are "
+            "embedded again"
+        )
+    return batches
+
+
+def _narrow(rows: CachedRows) -> tuple[NDArray[np.int32], NDArray[np.void], NDArray[np.uint64]]:
+    return rows.song_ids, rows.text_hashes, rows.checksums
+
+
+def _read_batch(batch: pa.RecordBatch, identity: PartIdentity) -> CachedRows:
+    # a flipped bit in a length or an offset would otherwise read outside of the file
+    batch.validate(full=True)
+    song_ids, text_hashes, checksums, vectors = batch.columns
+    if any(column.null_count or column.offset for column in batch.columns):
+        raise DamagedPartError("it has nulls")
+    values: Float32Matrix = vectors.values.to_numpy(zero_copy_only=True)
+    hashes = np.frombuffer(text_hashes.buffers()[1], dtype=_TEXT_HASH, count=batch.num_rows)
+    matrix = values.reshape(batch.num_rows, identity.dimensions)
+    return CachedRows(song_ids.to_numpy(), hashes, checksums.to_numpy(), matrix)
