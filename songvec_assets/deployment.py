@@ -198,9 +198,8 @@ class Deployment:
             if song_range not in tiles:  # cut otherwise, before the stop was raised: the next export replaces it
                 continue
             digest = snapshot_digest(snapshot_path(songs, song_range))
-            manifest = cache.read_manifest(song_range)
-            fits = manifest.complete is not None and manifest.complete.fits(digest, text, self.server)
-            if not fits or not cache.is_complete(song_range, manifest):
+            done = cache.find_completion(song_range)
+            if done is None or not done.fits(digest, text, self.server) or not cache.is_complete(song_range):
                 behind.append(song_range)
         return behind
 

@@ -215,7 +215,7 @@ class Filler:
         shared = self._embedder, self.quota, self.budget, self.estimator, slots
         postage = Postage(*shared, self._check_halted, self._note_error, self.server, self._tell_trouble)
         for each in self._ranges:
-            done = self.cache.read_manifest(each).complete
+            done = self.cache.find_completion(each)
             postage.health.count_known(done.n_vectors if done else 0)
         return postage
 
@@ -275,7 +275,7 @@ class Filler:
         done, owed = known.complete, known.is_owed(self.anew)
         retries = self.retry_rejected and done is not None and done.n_rejected > 0
         fits = done is not None and done.fits(snapshot, self.spec.identity, self.server)
-        if done and fits and not owed and not retries and self.cache.is_complete(report.range, known):
+        if done and fits and not owed and not retries and self.cache.is_complete(report.range):
             report.n_songs, report.n_set_aside, report.n_truncated = done.n_songs, done.n_rejected, done.n_truncated
             report.n_unchanged = done.n_vectors
             self.advance(report.n_songs, report.range, are_free=True)

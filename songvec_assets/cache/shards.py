@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from songvec_assets.cache import manifest as manifests
-from songvec_assets.cache.manifest import DataFile, Manifest
+from songvec_assets.cache.manifest import Completion, DataFile, Manifest
 from songvec_assets.cache.parts import (
     PIECE_ROWS,
     CachedRows,
@@ -84,6 +84,14 @@ class ModelCache:
         """
         return self._read(song_range)[0] or Manifest()
 
+    def find_completion(self, song_range: SongIdRange) -> Completion | None:
+        """The last fill of a range, if it was complete; None also where the manifest does not parse, as its own fill
+        or load says."""
+        try:
+            return self.read_manifest(song_range).complete
+        except StoreError:
+            return None
+
     def list_files(self, song_range: SongIdRange) -> dict[str, int]:
         """The range's files with vectors, and their sizes."""
         files = self.storage.list_objects(song_range.key)
@@ -114,8 +122,9 @@ class ModelCache:
                 return ModelCache(self.storage, found.model_id, found.dimensions).open(song_range)
         return self.open(song_range)
 
-    def is_complete(self, song_range: SongIdRange, manifest: Manifest) -> bool:
-        """Whether a manifest of a complete fill has just the files that it names, as far as their sizes tell."""
+    def is_complete(self, song_range: SongIdRange) -> bool:
+        """Whether a range was filled completely and has just the files of then, as far as their sizes tell."""
+        manifest = self.read_manifest(song_range)
         sizes = self.list_files(song_range)
         named = {each.name: each.n_bytes for each in manifest.files}
         return (

@@ -59,9 +59,12 @@ def write_record(cache: ModelCache, record: TextRecord) -> None:
 
 def is_made_otherwise(cache: ModelCache, song_range: SongIdRange, spec: TextSpec) -> bool:
     """Whether a range's cached texts were made with other settings, so far as that is recorded."""
-    manifest = cache.read_manifest(song_range)
-    if manifest.complete is not None:
-        return manifest.complete.text != spec.identity
+    try:
+        done = cache.read_manifest(song_range).complete
+    except StoreError:  # its own fill says what is wrong, and sends nothing
+        return False
+    if done is not None:
+        return done.text != spec.identity
     if not cache.list_files(song_range):
         return False
     # its last fill was not completed

@@ -33,8 +33,12 @@ def complete(shard: CachedRange, filled: Completion, retention_s: float) -> None
     digest = replace(filled, n_vectors=shard.rows.height, digest=digest_rows(shard.rows))
     consumed = tuple(name for name in shard.manifest.consumed if name in shard.sizes)
     manifest = replace(shard.manifest, complete=digest, consumed=consumed)
-    if _is_merge_due(shard, shard.rows.height + kept.height):
-        manifest = _merge(shard, manifest, shard.rows, kept)
+    n_dead = shard.n_rows - shard.rows.height - kept.height
+    has_many_dead = n_dead > _DEAD_SHARE * shard.n_rows
+    if has_many_dead or _is_merge_due(shard):
+        # an older text may come back, and its vector serves again
+        older = kept.clear() if has_many_dead else _older_rows(shard, kept)
+        manifest = _merge(shard, manifest, pl.concat([older, kept]), shard.rows)
     if manifest != shard.stored:
         shard.save(manifest)
     shard.delete_garbage()
@@ -57,7 +61,7 @@ def complete_asked(
     before = shard.manifest
     manifest = replace(before, rejected=tuple(rejected), asked_by=None, complete=digest)
     manifest = replace(manifest, served=(*before.served, str(before.asked_by)))
-    manifest = _merge(shard, manifest, rows, kept)
+    manifest = _merge(shard, manifest, kept, rows)
     named = {each.name for each in manifest.files}
     consumed = tuple(name for name in shard.sizes if name not in named)
     shard.save(replace(manifest, generation=before.asked_generation, consumed=consumed))
@@ -79,7 +83,15 @@ def write_rows(source: CachedRange, rows: pl.DataFrame, song_range: SongIdRange,
     cache.storage.put(f"{song_range.key}/{manifests.NAME}", manifests.encode(replace(manifest, files=files)))
 
 
-def _is_merge_due(shard: CachedRange, n_kept: int) -> bool:
+def _older_rows(shard: CachedRange, kept: pl.DataFrame) -> pl.DataFrame:
+    """Rows that no longer hold, of songs that are there; none that was found damaged."""
+    expired = {*shard.manifest.deleted_at} - {*kept["song_id"]}
+    older = shard.all_rows.join(pl.concat([kept, shard.rows]), on="row", how="anti")
+    older = older.filter(~pl.col("song_id").is_in([*expired, *shard.manifest.damaged]))
+    return older.unique(["song_id", "checksum"], keep="last", maintain_order=True)
+
+
+def _is_merge_due(shard: CachedRange) -> bool:
     files = shard.manifest.files
     n_parts = sum(not each.is_base for each in files)
     n_based = sum(each.n_bytes for each in files if each.is_base)
@@ -88,15 +100,14 @@ def _is_merge_due(shard: CachedRange, n_kept: int) -> bool:
         bool(shard.damaged or shard.manifest.damaged)
         or len(files) > _MOST_FILES
         or (n_parts > 1 and not n_based)
-        or shard.n_rows - n_kept > _DEAD_SHARE * shard.n_rows
         or (n_based > 0 and n_in_parts > _PARTS_SHARE * n_based)
     )
 
 
-def _merge(shard: CachedRange, manifest: Manifest, rows: pl.DataFrame, kept: pl.DataFrame) -> Manifest:
-    """Write the rows that hold, and those of deleted songs, as one base; the manifest that names nothing else."""
-    # what is only kept comes last: the others stay together, as loads read them
-    chosen = pl.concat([rows, kept])
+def _merge(shard: CachedRange, manifest: Manifest, kept: pl.DataFrame, rows: pl.DataFrame) -> Manifest:
+    """Write the rows that hold, and before them those that are only kept, as one base; the manifest that names it."""
+    # of a song's rows the last one holds; those that hold stay together, as loads read them
+    chosen = pl.concat([kept, rows])
     files: tuple[DataFile, ...] = ()
     if chosen.height:
         files = (shard.writer.write_base(Rows.of_frame(chosen), _read(shard, chosen)),)

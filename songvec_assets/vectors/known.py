@@ -3,7 +3,6 @@
 What a deletion in the source is compared with. Reads ledgers, manifests and narrow columns; no vector.
 """
 
-import contextlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,10 +58,9 @@ class CachedOrLoaded:
         return known.filter(~known.is_in(deleted.implode()))
 
     def _count_cached(self, song_range: SongIdRange) -> int:
-        with contextlib.suppress(StoreError):
-            manifest = self.cache.read_manifest(song_range)
-            if manifest.complete and self.cache.is_complete(song_range, manifest):
-                return manifest.complete.n_vectors
+        done = self.cache.find_completion(song_range)
+        if done and self.cache.is_complete(song_range):
+            return done.n_vectors
         return len(self._read_cached(song_range)[0])
 
     def _read_cached(self, song_range: SongIdRange) -> tuple[pl.Series, pl.Series]:

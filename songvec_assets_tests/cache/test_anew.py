@@ -3,14 +3,16 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
-from songvec_assets.cache import fill as fill_module
+from songvec_assets.cache import upkeep
 from songvec_assets.cache.fill import FillReport
-from songvec_assets.cache.marks import digest_cache
+from songvec_assets.cache.shards import CachedRange
 from songvec_assets.deployment import Deployment
-from songvec_assets.errors import BudgetExceededError, SongvecError
+from songvec_assets.errors import BudgetExceededError, SongvecError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets_tests.conftest import deploy
@@ -108,23 +110,57 @@ def test_where_nothing_could_be_sent_nothing_is_given_up(
     assert (report.n_unchanged, sent(server)) == (N_SONGS, {})
 
 
-def test_loads_in_between_take_the_new_vectors_and_keep_the_old_ones(begin: Begin) -> None:
+def test_loads_in_between_keep_the_old_vectors_until_all_new_ones_are_there(begin: Begin) -> None:
     begin().publish()
+    before = begin().cache.open(FIRST).rows.drop("row")
     fill(begin(max_usd=80), anew="one")
     (load,) = begin().publish().loads
-    assert load.n_rows == N_SONGS
+    assert (load.n_rows, load.n_written) == (N_SONGS, 0)
+    assert begin().cache.open(FIRST).rows.drop("row").equals(before)
     fill(begin(), anew="one")
     (load,) = begin().publish().loads
     assert load.n_rows == N_SONGS
+    folder = begin().cache.storage.root / FIRST.key
+    assert [path.name.split("-")[0] for path in folder.glob("*.arrow")] == ["1"], "the old generation is removed"
 
 
-def test_a_death_between_being_served_and_the_mark_pays_nothing_more(
-    begin: Begin, server: Provider, monkeypatch: pytest.MonkeyPatch
+def test_songs_deleted_before_keep_their_vectors_and_rejected_ones_their_reason(
+    begin: Begin, server: Provider, songs: Callable[..., None], database: Database
 ) -> None:
+    songs((1, "POISON", "Ann", "la"))
+    with database.get_connection() as connection:
+        connection.execute(sa.text("DELETE FROM songs WHERE id = 2"))
+    server.control(poison=["POISON"])
+    begin().export()
+    fill(begin(), anew="one")
+    shard = begin().cache.open(FIRST)
+    assert shard.rows["song_id"].to_list() == list(range(3, N_SONGS + 1))
+    assert shard.deleted_rows(0.0)["song_id"].to_list() == [2]
+    assert shard.rejected["song_id"].to_list() == [1]
+
+
+def test_a_damaged_record_of_who_asked_is_named(begin: Begin) -> None:
+    (begin().cache.storage.root / "ask.json").write_text("{")
+    with pytest.raises(StoreError, match=r"ask\.json does not parse .*remove it"):
+        begin().filler(anew="one").fill_ranges([FIRST], lambda _: None)
+
+
+@pytest.mark.parametrize("moment", ["complete_asked", "save", "delete_garbage"])
+def test_a_death_after_the_last_answer_pays_nothing_more(
+    begin: Begin, server: Provider, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Before the new vectors are merged, when they are merged and not named, and before the old ones are removed."""
+
     def die(*_: object) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(fill_module, "write_mark", die)
+    complete = upkeep.complete_asked
+
+    def complete_and_die(shard: CachedRange, *given: Any) -> None:
+        monkeypatch.setattr(CachedRange, moment, die)
+        complete(shard, *given)
+
+    monkeypatch.setattr(upkeep, "complete_asked", die if moment == "complete_asked" else complete_and_die)
     with pytest.raises(SystemExit):
         begin().filler(anew="one").fill_ranges([FIRST], lambda _: None)
     monkeypatch.undo()
@@ -134,10 +170,10 @@ def test_a_death_between_being_served_and_the_mark_pays_nothing_more(
 
 
 def test_another_version_of_all_vectors_is_another_version_of_the_cache(begin: Begin) -> None:
-    versions = [digest_cache(begin().cache)]
+    versions = [begin().cache.digest()]
     for asker in ("one", "another"):
         fill(begin(), anew=asker)
-        versions.append(digest_cache(begin().cache))
+        versions.append(begin().cache.digest())
     assert len(set(versions)) == 3
 
 

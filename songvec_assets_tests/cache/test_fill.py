@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import sqlalchemy as sa
 
 from songvec_assets.cache import fill as fill_module
 from songvec_assets.cache.fill import MAX_OPEN_RANGES, FillReport
 from songvec_assets.cache.send import MAX_REFUSALS_IN_A_ROW
-from songvec_assets.cache.shards import load_embeddings_from_cache, lock_name
-from songvec_assets.cache.upkeep import discard_damaged_rows
+from songvec_assets.cache.shards import lock_name
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding import client as client_module
 from songvec_assets.errors import (
@@ -33,6 +33,7 @@ from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import Progress
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.text import hash_text
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets_tests.conftest import TILING, deploy
 from songvec_assets_tests.provider import Provider, running_provider, vector_of
@@ -116,13 +117,32 @@ def try_fill(
 
 
 def stored(deployment: Deployment) -> dict[int, np.ndarray | str]:
-    """What all shards answer for each song: its vector, or why there is none."""
+    """What the cache answers for each song: its vector, or why there is none."""
     found: dict[int, np.ndarray | str] = {}
     for song_range in deployment.cache.ranges():
-        shard, live = load_embeddings_from_cache(deployment.cache, song_range)
-        for song_id, reason, row in live.select("song_id", "reason", "row").iter_rows():
-            found[song_id] = shard.embeddings_at([row])[0] if reason is None else reason
+        shard = deployment.cache.open(song_range)
+        found |= dict(zip(shard.rows["song_id"], shard.embeddings_at(shard.rows["row"]), strict=True))
+        found |= dict(shard.rejected.select("song_id", "reason").iter_rows())
     return found
+
+
+def files_of(deployment: Deployment, song_range: SongIdRange = FIRST) -> list[Path]:
+    """The files with vectors that a range's manifest names, in order."""
+    folder = deployment.cache.storage.root / song_range.key
+    return [folder / each.name for each in deployment.cache.read_manifest(song_range).files]
+
+
+def flip_bit(path: Path, value: bytes, last: bool = False) -> None:
+    """Change a bit of a value that is in a file."""
+    content = bytearray(path.read_bytes())
+    content[content.rindex(value) if last else content.index(value)] ^= 4
+    path.write_bytes(content)
+
+
+def vector_bytes(deployment: Deployment, song_id: int) -> bytes:
+    """A song's vector as it is stored."""
+    shard = deployment.cache.open(FIRST)
+    return bytes(shard.embeddings_at(shard.rows.filter(pl.col("song_id") == song_id)["row"]).tobytes())
 
 
 def assert_stored(deployment: Deployment, texts: dict[int, str]) -> None:
@@ -411,72 +431,94 @@ def test_a_run_with_nothing_to_do_sends_nothing_and_writes_nothing(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
-def test_what_a_crash_tore_off_the_shard_is_sent_again_and_nothing_else(
-    songs: Songs, run: Run, provider: Provider
-) -> None:
-    songs(*plain_songs(range(1, 25)))
-    first = run(max_request_texts=8, concurrency=1)
+def test_a_part_that_is_lost_is_sent_again_and_nothing_else(songs: Songs, run: Run, provider: Provider) -> None:
+    songs(*plain_songs(range(1, 81)))
+    fill(run(max_request_texts=32, concurrency=1))
+    songs(*plain_songs(range(81, 85)))
+    first = run(max_request_texts=32, concurrency=1)
     fill(first)
-    path = first.cache.path_of(FIRST)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
+    base, part = files_of(first)
+    part.unlink()
     provider.reset_ledger()
     second = run()
     (report,) = fill(second)
-    assert (report.n_new, report.n_unchanged, report.n_embedded) == (8, 16, 8)
+    assert (report.n_new, report.n_unchanged, report.n_embedded) == (4, 80, 4)
     assert report.n_bytes_damaged > 0
-    assert set(billed(provider)) == set(plain_texts(range(17, 25)).values())
-    assert_stored(second, plain_texts(range(1, 25)))
+    assert set(billed(provider)) == set(plain_texts(range(81, 85)).values())
+    assert_stored(second, plain_texts(range(1, 85)))
     assert fill(run())[0].n_bytes_damaged == 0
 
 
-@pytest.mark.parametrize("mark", ["", "5", "{}", '{"counts": [1]}', "\x00", '{"n_bytes": "many"}'])
-def test_a_mark_that_says_nothing_costs_a_comparison_and_no_request(
-    songs: Songs, run: Run, provider: Provider, mark: str
+@pytest.mark.parametrize("content", ["", "5", "{}", '{"counts": [1]}', "\x00", '{"version": 1, "files": 3}'])
+def test_a_manifest_that_does_not_parse_is_named_and_costs_no_request(
+    songs: Songs, run: Run, provider: Provider, content: str
 ) -> None:
     songs(*plain_songs(range(1, 9)))
     first = run()
     fill(first)
-    path = first.cache.mark_of(FIRST)
+    path = first.cache.storage.root / FIRST.key / "manifest.json"
     good = path.read_text()
-    path.write_text(mark)
+    path.write_text(content)
     provider.reset_ledger()
+    reports: list[FillReport] = []
+    run().filler().fill_ranges([FIRST], reports.append)
+    assert str(path) in str(reports[0].error)
+    assert "does not parse" in str(reports[0].error)
+    path.unlink()
     (report,) = fill(run())
     assert report.n_unchanged == 8
     assert provider.ledger()["requests"] == 0
     assert path.read_text() == good
 
 
-def test_a_shard_damaged_between_its_batches_is_written_anew_with_what_is_sound(
-    songs: Songs, run: Run, provider: Provider
-) -> None:
-    songs(*plain_songs(range(1, 25)))
-    first = run(max_request_texts=8, concurrency=1)
+def test_a_manifest_of_another_version_is_refused_by_its_name(songs: Songs, run: Run) -> None:
+    songs(*plain_songs(range(1, 9)))
+    first = run()
     fill(first)
-    path = first.cache.path_of(FIRST)
-    damaged = bytearray(path.read_bytes())
-    # the header of the second batch of three
-    second = damaged.index(b"\xff\xff\xff\xff", damaged.index(b"\xff\xff\xff\xff", 8) + 8)
-    damaged[second + 5] ^= 4
-    path.write_bytes(damaged)
-    first.cache.mark_of(FIRST).unlink()
+    path = first.cache.storage.root / FIRST.key / "manifest.json"
+    path.write_text(path.read_text().replace('"version":1', '"version":2'))
+    reports: list[FillReport] = []
+    run().filler().fill_ranges([FIRST], reports.append)
+    assert type(reports[0].error) is StoreError
+    assert "has version 2, expected 1" in str(reports[0].error)
+
+
+@pytest.mark.parametrize("kind", ["head", "narrow", "cut", "empty"])
+def test_the_songs_of_a_damaged_file_are_sent_again_and_no_others(
+    songs: Songs, run: Run, provider: Provider, kind: str
+) -> None:
+    songs(*plain_songs(range(1, 81)))
+    fill(run(max_request_texts=32, concurrency=1))
+    songs(*plain_songs(range(81, 85)))
+    first = run()
+    fill(first)
+    _, path = files_of(first)
+    content = bytearray(path.read_bytes())
+    if kind == "head":
+        content[30] ^= 4
+    elif kind == "narrow":
+        content[content.index(hash_text(plain_texts([82])[82]))] ^= 1
+    path.write_bytes(content[: {"cut": -1, "empty": 0}.get(kind, len(content))])
+    damage = first.cache.open(FIRST)
+    damage.discard([])  # as a load does, which finds it
     provider.reset_ledger()
     (report,) = fill(run())
-    assert report.n_bytes_damaged > 0
-    assert 0 < report.n_embedded <= 8
-    assert len(billed(provider)) == report.n_embedded
-    assert load_embeddings_from_cache(first.cache, FIRST)[0].n_bytes_damaged == 0
-    assert_stored(first, plain_texts(range(1, 25)))
+    assert (report.n_bytes_damaged, report.n_embedded) == (len(content), 4)
+    assert set(billed(provider)) == set(plain_texts(range(81, 85)).values())
+    assert first.cache.open(FIRST).damaged == {}
+    assert not path.exists()
+    assert_stored(first, plain_texts(range(1, 85)))
 
 
-def test_a_shard_that_is_gone_is_filled_anew_though_its_range_was_complete(
+def test_a_range_whose_files_are_deleted_is_filled_again_though_it_was_complete(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
     songs(*plain_songs(range(1, 9)))
     first = run()
     fill(first)
     fill(run())
-    first.cache.path_of(FIRST).unlink()
+    for path in files_of(first):
+        path.unlink()
     second = run()
     (report,) = fill(second)
     assert (report.n_new, report.n_embedded) == (8, 8)
@@ -500,18 +542,19 @@ def test_rows_that_were_found_damaged_are_sent_again_and_no_others(songs: Songs,
     songs(*plain_songs(range(1, 25)))
     first = run(max_request_texts=8, concurrency=1)
     fill(first)
-    path = first.cache.path_of(FIRST)
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1  # in the last vector
-    path.write_bytes(content)
-    shard, _ = load_embeddings_from_cache(first.cache, FIRST)
-    assert discard_damaged_rows(shard) == [24]
+    (path,) = files_of(first)
+    flip_bit(path, vector_bytes(first, 24))
+    shard = first.cache.open(FIRST)
+    assert shard.rows.join(shard.find_sound(shard.rows), on="song_id", how="anti")["song_id"].to_list() == [24]
+    shard.discard([24])
+    assert first.cache.open(FIRST).rows["song_id"].to_list() == list(range(1, 24))
     provider.reset_ledger()
     second = run()
     (report,) = fill(second)
     assert (report.n_unchanged, report.n_embedded) == (23, 1)
     assert billed(provider) == {plain_texts([24])[24]: 1}
     assert_stored(second, plain_texts(range(1, 25)))
+    assert not path.exists(), "merged without the damaged row"
 
 
 def test_a_damaged_row_takes_the_sound_vector_that_another_song_of_its_text_has(
@@ -520,13 +563,9 @@ def test_a_damaged_row_takes_the_sound_vector_that_another_song_of_its_text_has(
     songs((1, "Same", "Ann", "words"), (2, "Same", "Ann", "words"))
     first = run()
     fill(first)
-    path = first.cache.path_of(FIRST)
-    content = bytearray(path.read_bytes())
-    vector = load_embeddings_from_cache(first.cache, FIRST)[0].embeddings_at([1])[0].tobytes()
-    assert content.count(vector) == 2
-    content[content.rindex(vector)] ^= 1
-    path.write_bytes(content)
-    assert discard_damaged_rows(load_embeddings_from_cache(first.cache, FIRST)[0]) == [2]
+    (path,) = files_of(first)
+    flip_bit(path, vector_bytes(first, 2), last=True)
+    first.cache.open(FIRST).discard([2])
     provider.reset_ledger()
     (report,) = fill(run())
     assert (report.n_reused, report.n_embedded) == (1, 0)
