@@ -39,6 +39,7 @@ from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.progress import StopSignal, ignore_progress
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.text import hash_text
+from songvec_assets.storage import Storage
 from songvec_assets.vectors.build import building_name, create_index, swap_names
 from songvec_assets.vectors.capacity import read_capacity
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
@@ -330,7 +331,7 @@ def main() -> None:
         ensure_schema(database)
         results = []
         for place, n_rows in enumerate(asked.rows):
-            cache = ModelCache(folder / f"cache_{place}", "made-up", DIMENSIONS)
+            cache = ModelCache(Storage(folder / f"cache_{place}"), "made-up", DIMENSIONS)
             results.append(measure(database, cache, n_rows, asked.rounds, writers_go_on=place == 0))
             shutil.rmtree(cache.folder)
     print(render(results))

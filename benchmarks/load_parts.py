@@ -18,6 +18,7 @@ from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets.storage import Storage
 from songvec_assets.vectors.load import N_CONNECTIONS, upload_cached_embeddings_to_database
 from songvec_assets.vectors.table import TABLE, TableSpec, define_table, drop_table
 from songvec_assets_tests.administration import execute
@@ -123,7 +124,7 @@ class Bench:
 
     def cache(self, name: str) -> ModelCache:
         """A cache of that name."""
-        return ModelCache(self.folder / name, MODEL, self.size.dimensions)
+        return ModelCache(Storage(self.folder / name), MODEL, self.size.dimensions)
 
     def reset(self, plain: bool | None) -> None:
         """Drop the table, and what is recorded of it; make it anew where a storage is given. Then CHECKPOINT."""

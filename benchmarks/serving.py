@@ -33,6 +33,7 @@ from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.progress import Progress
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.text import hash_text
+from songvec_assets.storage import Storage
 from songvec_assets.vectors.ivfflat import IndexSettings, bring_index_up_to_date, find_index
 from songvec_assets.vectors.publish import BESIDE_FROM_ROWS, publish_embeddings
 from songvec_assets.vectors.swap import drop_others, roll_back
@@ -141,7 +142,7 @@ class World:
     log: Log = field(default_factory=Log)
 
     def __post_init__(self) -> None:
-        self.cache = ModelCache(self.folder / "embeddings", MODEL, self.size.dimensions)
+        self.cache = ModelCache(Storage(self.folder / "embeddings"), MODEL, self.size.dimensions)
         self.spec = TableSpec(MODEL, self.size.dimensions)
         draw = np.random.default_rng(0)
         self._clusters = draw.standard_normal((_N_CLUSTERS, _N_FACTORS), dtype=np.float32)

@@ -11,7 +11,6 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets import cli
-from songvec_assets.cache.shards import load_embeddings_from_cache
 from songvec_assets.definitions import defs
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import BulkDeletionError, SongvecError
@@ -398,7 +397,7 @@ class TestOneRange:
             deployment.export()
         assert isinstance(caught.value, SongvecError)
         assert [each.range.start for each in caught.value.report.ranges if each.written] == [0]
-        assert load_embeddings_from_cache(deployment.cache, caught.value.report.failed[0].range)[1].height == 220
+        assert deployment.cache.open(caught.value.report.failed[0].range).rows.height == 220
         deployment.export(confirm_deletions=True)
 
 

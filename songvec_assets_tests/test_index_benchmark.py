@@ -5,11 +5,12 @@ from pathlib import Path
 from benchmarks import index
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
+from songvec_assets.storage import Storage
 from songvec_assets_tests.administration import execute
 
 
 def test_stock_and_ours_are_built_over_the_same_rows_and_find_the_same(database: Database, tmp_path: Path) -> None:
-    cache = ModelCache(tmp_path / "cache", "made-up", 32)
+    cache = ModelCache(Storage(tmp_path / "cache"), "made-up", 32)
     result = index.measure(database, cache, 600, n_rounds=2, writers_go_on=True)
     assert {name: len(builds) for name, builds in result.builds.items()} == {
         "stock": 2,

@@ -128,7 +128,7 @@ def test_a_store_keeps_the_prompts_that_it_was_made_with(begin: Begin, e5: Provi
 def test_a_store_from_before_there_were_records_is_not_paid_for_again(begin: Begin, e5: Provider) -> None:
     first = begin(e5, embedding_model=E5, document_prompt="none")
     run_all(first)
-    (first.cache.folder / "texts.json").unlink()
+    (first.cache.storage.root / "texts.json").unlink()
     assert run_all(begin(e5, embedding_model=E5)) == 0
     assert begin(e5, embedding_model=E5).prompts.query == "query: {query}"
     assert "passage" not in str(sent(e5))
@@ -223,7 +223,7 @@ def test_a_record_that_does_not_parse_stops_before_payment(begin: Begin, provide
     deployment = begin()
     run_all(deployment)
     sent(provider)
-    (deployment.cache.folder / "texts.json").write_text("{")
+    (deployment.cache.storage.root / "texts.json").write_text("{")
     with pytest.raises(StoreError, match=r"texts\.json does not parse"):
         run_all(begin())
     assert provider.ledger()["requests"] == 0

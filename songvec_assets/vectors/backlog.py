@@ -94,16 +94,19 @@ def _count_changed(database: Database, song_range: SongIdRange, vectors: pl.Data
 def check_whole(shard: CachedRange, loaded: pl.DataFrame | None) -> None:
     """Refuse a range that lost rows: that a song is not in it does not say that the song was deleted.
 
-    Its manifest names the files that must be there. Without a manifest each loaded song must be in one.
+    Its manifest names the files that must be there, and songs whose rows were found damaged. Without a manifest each
+    loaded song must be in a file.
     """
-    n_lost = len(shard.manifest.damaged)
-    if loaded is not None and not shard.is_read:
-        n_lost = loaded.join(shard.rows, on="song_id", how="anti").height
+    n_lost = 0
+    if loaded is not None:
+        found = loaded["song_id"].is_in(shard.rows["song_id"].implode())
+        lost = loaded["song_id"].is_in([*shard.manifest.damaged]) if shard.is_read else pl.lit(True)
+        n_lost = loaded.filter(~found & lost).height
     if shard.damaged or n_lost:
-        named = "; ".join(f"{name}: {why}" for name, why in shard.damaged.items()) or "its files are as they were"
+        named = "; ".join(f"{name}: {why}" for name, why in shard.damaged.items()) or "none"
         raise DamagedShardError(
             f"{shard.describe} was changed on disk: {len(shard.damaged):,} files cannot be read ({named}), and "
-            f"{n_lost:,} other songs have no vector. The range was not loaded: materialize embedding_cache for "
+            f"the vectors of {n_lost:,} loaded songs are lost. The range was not loaded: materialize embedding_cache for "
             f"{shard.range.key}, which embeds again what is lost, then load again"
         )
 

@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from songvec_assets.cache.format import ShardIdentity, checksum_rows
+
 from songvec_assets.cache.shards import (
     ModelCache,
     Shard,
@@ -27,6 +27,7 @@ from songvec_assets.cache.upkeep import compact_if_worth_it, discard_damaged_row
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import hash_text
+from songvec_assets.storage import Storage
 
 IDENTITY = ShardIdentity("a/model", 3, SongIdRange(0, 100))
 Content = dict[int, tuple[bytes, str | None, bytes | None]]
@@ -301,6 +302,7 @@ import sys
 from pathlib import Path
 import polars as pl
 from songvec_assets.cache.format import ShardIdentity
+from songvec_assets.storage import Storage
 from songvec_assets.cache.shards import Shard
 from songvec_assets.errors import SongvecError
 from songvec_assets.songs.ranges import SongIdRange
@@ -594,7 +596,7 @@ def test_an_append_is_whole_and_synced_before_it_returns(path, monkeypatch):
 
 
 def test_a_range_without_a_file_holds_nothing(tmp_path):
-    cache = ModelCache(tmp_path / "none", "m", 3)
+    cache = ModelCache(Storage(tmp_path / "none"), "m", 3)
     shard, live = load_embeddings_from_cache(cache, SongIdRange(0, 100))
     assert live.is_empty()
     assert live.columns == ["song_id", "text_hash", "checksum", "reason", "row"]
@@ -606,12 +608,12 @@ def test_a_range_without_a_file_holds_nothing(tmp_path):
 
 
 def test_a_model_cache_knows_its_ranges_in_their_order(tmp_path):
-    cache = ModelCache(tmp_path / "m-3", "m", 3)
+    cache = ModelCache(Storage(tmp_path / "m-3"), "m", 3)
     ranges = [SongIdRange(0, 100), SongIdRange(100, 200), SongIdRange(1000, 2**31)]
     for song_range in reversed(ranges):
         shard, _ = load_embeddings_from_cache(cache, song_range)
         shard.append_set_aside([song_range.start], [bytes(16)], "why")
-    (cache.folder / ".000000300-000000400.arrow.77.tmp").write_bytes(b"left behind by a crash")
+    (cache.storage.root / ".000000300-000000400.arrow.77.tmp").write_bytes(b"left behind by a crash")
     assert cache.ranges() == ranges
     _, live = load_embeddings_from_cache(cache, ranges[2])
     assert live["song_id"].to_list() == [1000]

@@ -15,6 +15,7 @@ from songvec_assets.defs.partitions import TILING
 from songvec_assets.defs.resources import OF_RUNS, FireworksResource, PostgresResource, StorageResource, overrides
 from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import Settings, variables
+from songvec_assets.storage import Storage
 from songvec_assets.vectors.ivfflat import IndexSettings
 from songvec_assets.vectors.publish import publish_embeddings
 from songvec_assets.vectors.table import TableSpec, loaded_spec
@@ -105,7 +106,7 @@ def test_a_bad_graph_setting_is_refused_by_name(value: str) -> None:
 def test_the_rollback_job_lets_the_table_before_serve_again(
     database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    cache = ModelCache(tmp_path / "embeddings", SPEC.model, SPEC.dimensions)
+    cache = ModelCache(Storage(tmp_path / "embeddings"), SPEC.model, SPEC.dimensions)
     put(cache, range(30))
     for spec in (SPEC, TableSpec(SPEC.model, SPEC.dimensions, "halfvec")):
         publish_embeddings(database, cache, spec, SMALL_TILING, tmp_path, IndexSettings(), swap=True)

@@ -67,13 +67,13 @@ def read_table_if_any(database: Database) -> dict[int, object]:
 
 
 def shard_of(tmp_path: Path, key: str) -> Path:
-    [path] = (tmp_path / "store").rglob(f"{key}.arrow")
+    [path] = (tmp_path / "store").glob(f"embeddings/*/{key}")
     return path
 
 
 def break_second_range(tmp_path: Path) -> None:
-    """Put another range's file where the second one's belongs: it cannot be filled until that is mended."""
-    shutil.copy(shard_of(tmp_path, FIRST), shard_of(tmp_path, FIRST).with_name(f"{SECOND}.arrow"))
+    """Put another range's folder where the second one's belongs: it cannot be filled until that is mended."""
+    shutil.copytree(shard_of(tmp_path, FIRST), shard_of(tmp_path, FIRST).with_name(SECOND), dirs_exist_ok=True)
 
 
 def test_a_range_that_cannot_be_filled_keeps_no_other_from_being_loaded_and_indexed(
@@ -88,7 +88,7 @@ def test_a_range_that_cannot_be_filled_keeps_no_other_from_being_loaded_and_inde
     assert lines[-1].startswith(
         f"Incomplete: {N_SONGS} songs are missing, in 1 of 3 ranges; the rest is loaded and indexed. {SECOND}: "
     ), lines
-    assert f"{SECOND}.arrow" in lines[-1]
+    assert f"{SECOND}/" in lines[-1]
     row = next(line.split() for line in lines if line.startswith("embedding_cache"))
     assert int(row[1]) == 2 * N_SONGS, "of the ranges that are complete"
     # here: dagster takes seconds to import, which the first command does
@@ -105,7 +105,7 @@ def test_a_range_that_cannot_be_filled_keeps_no_other_from_being_loaded_and_inde
     assert (code, again[-1]) == (1, lines[-1]), "each time until the cause is mended"
     code, lines = run("status")
     assert (code, any(line.startswith("Cannot be read:") for line in lines)) == (3, True), lines
-    shard_of(tmp_path, SECOND).unlink()
+    shutil.rmtree(shard_of(tmp_path, SECOND))
     assert run("run")[0] == 0
     assert len(read_table(database)) == 3 * N_SONGS
 

@@ -1,5 +1,6 @@
 """Shards of made-up vectors, and the table as an administrator sees it."""
 
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from songvec_assets.cache import upkeep
+from songvec_assets.cache.manifest import Completion, Rejection
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import hash_text
+from songvec_assets.storage import Storage
 from songvec_assets.vectors.load import RangeLoad, upload_cached_embeddings_to_database
 from songvec_assets.vectors.table import TableSpec
 from songvec_assets_tests.administration import execute
@@ -24,7 +28,7 @@ FIRST, SECOND, TAIL = SongIdRange(0, 100), SongIdRange(100, 200), TILING.tail
 @pytest.fixture
 def cache(tmp_path: Path) -> ModelCache:
     """An empty cache of SPEC's model."""
-    return ModelCache(tmp_path / "embeddings", SPEC.model, SPEC.dimensions)
+    return ModelCache(Storage(tmp_path / "embeddings"), SPEC.model, SPEC.dimensions)
 
 
 def make_vector(song_id: int, version: int = 0, dimensions: int = DIMENSIONS) -> NDArray[np.float32]:
@@ -46,10 +50,44 @@ def put(cache: ModelCache, song_ids: Iterable[int], version: int = 0, tiling: Ti
 
 
 def forget(cache: ModelCache, song_ids: Iterable[int]) -> None:
-    """Record that songs are gone."""
+    """Record that songs were deleted."""
     for song_id in song_ids:
-        shard, _ = load_embeddings_from_cache(cache, TILING.range_of(song_id))
-        shard.append_gone([song_id])
+        shard = cache.open(TILING.range_of(song_id))
+        shard.save(shard.manifest.delete([song_id], time.time()))
+
+
+def reject(cache: ModelCache, song_ids: Iterable[int], reason: str) -> None:
+    """Record that the provider rejected songs of one range."""
+    song_ids = list(song_ids)
+    shard = cache.open(TILING.range_of(song_ids[0]))
+    shard.save(shard.manifest.reject([Rejection(song_id, bytes(16), reason) for song_id in song_ids]))
+
+
+def complete(cache: ModelCache, song_range: SongIdRange) -> None:
+    """End a fill of a range."""
+    shard = cache.open(song_range)
+    n_songs = shard.rows.height
+    upkeep.complete(shard, Completion("digest", "identity", n_songs, 0, 0, "", 0, b""), 0.0)
+
+
+def files_of(cache: ModelCache, song_range: SongIdRange) -> list[Path]:
+    """The files of a range, in their order."""
+    folder = cache.storage.root / song_range.key
+    return [folder / each.name for each in cache.open(song_range).manifest.files]
+
+
+def file_with(cache: ModelCache, song_id: int, version: int = 0) -> Path:
+    """The file that holds a song's vector of a version."""
+    vector = make_vector(song_id, version, cache.dimensions).tobytes()
+    return next(path for path in files_of(cache, TILING.range_of(song_id)) if vector in path.read_bytes())
+
+
+def damage(cache: ModelCache, song_id: int, version: int = 0) -> None:
+    """Flip a bit in a song's stored vector."""
+    path = file_with(cache, song_id, version)
+    content = bytearray(path.read_bytes())
+    content[content.index(make_vector(song_id, version, cache.dimensions).tobytes()) + 5] ^= 0x10
+    path.write_bytes(content)
 
 
 def load(database: Database, cache: ModelCache, spec: TableSpec = SPEC) -> dict[str, tuple[int, int, int]]:

@@ -136,19 +136,20 @@ class Builder(threading.Thread):
 _PROCESS = """
 import sys
 from pathlib import Path
+from songvec_assets.storage import Storage
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.ivfflat import bring_index_up_to_date
 from songvec_assets.vectors.table import TableSpec
 url, folder = sys.argv[1:]
-bring_index_up_to_date(Database(url), ModelCache(Path(folder), "model-a", 8), TableSpec("model-a", 8))
+bring_index_up_to_date(Database(url), ModelCache(Storage(Path(folder)), "model-a", 8), TableSpec("model-a", 8))
 """
 
 
 @contextmanager
 def building_process(database: Database, cache: ModelCache) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that builds the index; killed at the end of the block, where it still runs."""
-    with running(_PROCESS, database.url, str(cache.folder)) as process:
+    with running(_PROCESS, database.url, str(cache.storage)) as process:
         yield process
 
 

@@ -16,8 +16,8 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets import cli
-from songvec_assets.cache.marks import Mark, write_mark
-from songvec_assets.cache.shards import ModelCache, ShardRows, load_embeddings_from_cache, read_embeddings_from_file
+from songvec_assets.cache.parts import CachedRows
+from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DamagedShardError, DatabaseError, StoppedError, TableMismatchError
 from songvec_assets.postgres import brief
@@ -27,6 +27,7 @@ from songvec_assets.postgres.schema import hold_lock, lock_key
 from songvec_assets.progress import Progress, StopSignal
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import SNAPSHOT_SCHEMA, snapshot_path
+from songvec_assets.storage import Storage
 from songvec_assets.vectors import publish as publishing
 from songvec_assets.vectors import swap, table
 from songvec_assets.vectors.comparison import Comparison
@@ -46,9 +47,12 @@ from songvec_assets_tests.vectors.conftest import (
     SPEC,
     TILING,
     assert_ledger_fits_table,
+    complete,
+    files_of,
     forget,
     put,
     read_vectors,
+    reject,
     vectors_of,
 )
 from songvec_assets_tests.vectors.indexes import running
@@ -68,7 +72,7 @@ def songs_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def other_cache(tmp_path: Path) -> ModelCache:
     """An empty cache of OTHER's model."""
-    return ModelCache(tmp_path / "other", OTHER.model, OTHER.dimensions)
+    return ModelCache(Storage(tmp_path / "other"), OTHER.model, OTHER.dimensions)
 
 
 def publish(
@@ -519,7 +523,7 @@ class TestMissing:
         put(cache, [*range(50), *range(1_000, 1_050)])
         publish(database, cache, songs_folder)
         # as the store leaves it once the tail was divided
-        divided = ModelCache(tmp_path / "divided", SPEC.model, SPEC.dimensions)
+        divided = ModelCache(Storage(tmp_path / "divided"), SPEC.model, SPEC.dimensions)
         song_ids = [*range(50), *range(1_000, 1_050), *range(1_100, 1_200)]
         put(divided, song_ids, tiling=self.RAISED)
         report = publish(database, divided, songs_folder, tiling=self.RAISED)
@@ -542,8 +546,8 @@ class TestMissing:
         put(cache, range(150))
         publish(database, cache, songs_folder)
         put(cache, range(80), version=1)
-        path = cache.path_of(SECOND)
-        write_mark(cache.mark_of(SECOND), Mark("digest", "identity", path.stat().st_size, 50, 0, 0))
+        complete(cache, SECOND)
+        (path,) = files_of(cache, SECOND)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(DamagedShardError):
             publish(database, cache, songs_folder)
@@ -660,7 +664,7 @@ class TestSwap:
         self, database: Database, tmp_path: Path, songs_folder: Path
     ) -> None:
         wide = TableSpec("wide", 4_000, "halfvec")
-        cache = ModelCache(tmp_path / "wide", wide.model, wide.dimensions)
+        cache = ModelCache(Storage(tmp_path / "wide"), wide.model, wide.dimensions)
         put(cache, range(40))
         publish(database, cache, songs_folder, wide)
         assert find_index(database) is not None
@@ -681,8 +685,7 @@ class TestSwap:
         with pytest.raises(TableMismatchError, match=r"lacks 3 songs .*27, 28, 29"):
             publish(database, other_cache, songs_folder, OTHER, swap=True)
         assert loaded_spec(database) == SPEC
-        shard, _ = load_embeddings_from_cache(other_cache, FIRST)
-        shard.append_set_aside([27], [b"x" * 16], "the provider refused it")
+        reject(other_cache, [27], "the provider refused it")
         write_snapshot(songs_folder, [*range(28), 29], set_aside=[29])
         publish(database, other_cache, songs_folder, OTHER, swap=True)
         assert loaded_spec(database) == OTHER
@@ -737,6 +740,7 @@ class TestSwap:
 _PUBLISHER = """
 import os, signal, sys
 from pathlib import Path
+from songvec_assets.storage import Storage
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import Tiling
@@ -748,8 +752,8 @@ def listen(progress):
     if progress.step == step and progress.done:
         os.kill(os.getpid(), signal.SIGKILL)
 publish_embeddings(
-    Database(url), ModelCache(Path(cache), "model-b", 16), TableSpec("model-b", 16), Tiling(100, 1_000), Path(songs),
-    IndexSettings(), swap=True, progress=listen,
+    Database(url), ModelCache(Storage(Path(cache)), "model-b", 16), TableSpec("model-b", 16), Tiling(100, 1_000),
+    Path(songs), IndexSettings(), swap=True, progress=listen,
 )
 """
 
@@ -758,7 +762,7 @@ def publisher(
     database: Database, cache: ModelCache, songs_folder: Path, step: str
 ) -> contextlib.AbstractContextManager["subprocess.Popen[bytes]"]:
     """A process that swaps OTHER in, and kills itself when a step tells that it is on its way."""
-    return running(_PUBLISHER, database.url, str(cache.folder), str(songs_folder), step)
+    return running(_PUBLISHER, database.url, str(cache.storage), str(songs_folder), step)
 
 
 class TestInterrupted:
@@ -982,7 +986,7 @@ class TestThroughAPooler:
         assert stored == [vectors_of(range(90))] * 2
 
 
-def store_each_batch(connection: sa.Connection, batches: Iterator[ShardRows], spec: TableSpec) -> None:
+def store_each_batch(connection: sa.Connection, batches: Iterator[CachedRows], spec: TableSpec) -> None:
     """What happens where COPY is not allowed."""
     for rows in batches:
         store_embeddings_batch(connection, rows.song_ids, rows.embeddings, spec)

@@ -1,6 +1,7 @@
 """Recall, measured: against neighbours that the test works out itself, ties and rows that are not loaded included."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from songvec_assets.vectors.recall import (
 )
 from songvec_assets.vectors.table import TABLE, TableSpec
 from songvec_assets_tests.administration import execute
-from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, TILING, load, make_vector, put
+from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, TILING, forget, load, make_vector, put, reject
 from songvec_assets_tests.vectors.indexes import fill, put_clusters
 
 HALF = TableSpec("model-a", DIMENSIONS, "halfvec")
@@ -70,9 +71,8 @@ class TestExactNeighbours:
 
     def test_songs_that_are_gone_or_set_aside_do_not(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(50))
-        shard, _ = load_embeddings_from_cache(cache, TILING.range_of(0))
-        shard.append_gone([7])
-        shard.append_set_aside([8], [hash_text("8 0")], "refused")
+        forget(cache, [7])
+        reject(cache, [8], "refused")
         load(database, cache)
         rows = LoadedRows.of(database, cache)
         exact = find_exact_neighbours(rows, np.stack([make_vector(song_id) for song_id in (7, 8)]))
@@ -233,7 +233,7 @@ class TestMeasurement:
     def test_rows_that_the_cache_does_not_hold_are_no_ground_for_figures(
         self, indexed: Database, cache: ModelCache
     ) -> None:
-        cache.path_of(TILING.range_of(0)).unlink()
+        shutil.rmtree(cache.storage.root / TILING.range_of(0).key)
         with pytest.raises(StoreError, match=r"holds 300 of the 400 rows .* fill the cache"):
             measure_recall_at(indexed, cache, SPEC, 1)
 

@@ -9,6 +9,7 @@ from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.progress import Progress
+from songvec_assets.storage import Storage
 from songvec_assets.vectors.ivfflat import bring_index_up_to_date
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets_tests.administration import dispose, execute
@@ -32,7 +33,7 @@ def server() -> Iterator[Server]:
 
 
 def test_a_build_goes_on_without_workers_and_a_load_stays_done(server: Server, tmp_path: Path) -> None:
-    database, cache = Database(server.url()), ModelCache(tmp_path, SPEC.model, SPEC.dimensions)
+    database, cache = Database(server.url()), ModelCache(Storage(tmp_path), SPEC.model, SPEC.dimensions)
     ensure_schema(database)
     put(cache, range(600))
     upload_cached_embeddings_to_database(database, cache, SPEC, TILING)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache.marks import Mark, write_mark
-from songvec_assets.cache.shards import ModelCache, ShardRows, load_embeddings_from_cache, read_embeddings_from_file
-from songvec_assets.cache.upkeep import compact_if_worth_it
+from songvec_assets.cache.manifest import DataFile
+from songvec_assets.cache.parts import CachedRows, Rows
+from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.errors import (
     DamagedShardError,
     DatabaseError,
@@ -24,6 +24,7 @@ from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import Progress, StopSignal
 from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.storage import Storage
 from songvec_assets.vectors.ledger import read_ledger, read_table_rows
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets.vectors.table import TableSpec, check_table, ensure_table, loaded_spec, read_changes
@@ -37,12 +38,17 @@ from songvec_assets_tests.vectors.conftest import (
     TAIL,
     TILING,
     assert_ledger_fits_table,
+    complete,
+    damage,
+    file_with,
+    files_of,
     forget,
     load,
     make_vector,
     put,
     read_vectors,
     read_writers,
+    reject,
     told,
     vectors_of,
 )
@@ -78,16 +84,6 @@ def find_copies(database: Database) -> list[int]:
         WHERE datname = current_database() AND state = 'active' AND query LIKE 'COPY song_embeddings%'
     """
     return [pid for (pid,) in execute(database.adbc_uri, statement)]
-
-
-def damage(cache: ModelCache, song_id: int) -> None:
-    """Flip a bit in a song's stored vector."""
-    path = cache.path_of(TILING.range_of(song_id))
-    content = bytearray(path.read_bytes())
-    at = content.find(make_vector(song_id).tobytes())
-    assert at > 0
-    content[at + 5] ^= 0x10
-    path.write_bytes(content)
 
 
 def kill_copy(database: Database) -> None:
@@ -170,8 +166,7 @@ class TestLoad:
 
     def test_songs_that_the_provider_refuses_are_not_loaded(self, database: Database, cache: ModelCache) -> None:
         put(cache, [1, 2])
-        shard, _ = load_embeddings_from_cache(cache, FIRST)
-        shard.append_set_aside([2, 3], [bytes(16), bytes(16)], "too long")
+        reject(cache, [2, 3], "too long")
         load(database, cache)
         assert read_vectors(database) == vectors_of([1])
 
@@ -219,7 +214,7 @@ class TestLoad:
         with pytest.raises(StoreError, match="`songvec run`") as caught:
             load(database, cache)
         assert SPEC.model in str(caught.value)
-        assert str(cache.folder) in str(caught.value)
+        assert str(cache.storage) in str(caught.value)
         assert execute(database.adbc_uri, "SELECT to_regclass('song_embeddings')") == [(None,)]
 
     def test_two_loads_at_once_both_end_well(self, database: Database, cache: ModelCache) -> None:
@@ -250,7 +245,7 @@ class TestLoad:
         put(cache, [1, 1050, 2050])
         load(database, cache)
         wider = Tiling(width=100, stop=2_000)
-        cut = ModelCache(tmp_path / "cut", SPEC.model, SPEC.dimensions)
+        cut = ModelCache(Storage(tmp_path / "cut"), SPEC.model, SPEC.dimensions)
         put(cut, [1, 1050, 2050, 1051], tiling=wider)
         upload_cached_embeddings_to_database(database, cut, SPEC, wider)
         assert read_vectors(database) == vectors_of([1, 1050, 1051, 2050])
@@ -417,7 +412,7 @@ class TestDamage:
             DamagedShardError, match=r"song_id 107,.*materialize embedding_cache for 000000100"
         ) as caught:
             load(database, cache)
-        assert str(cache.path_of(SECOND)) in str(caught.value)
+        assert cache.storage.describe(SECOND.key) in str(caught.value)
         assert read_vectors(database) == vectors_of([*range(20), *range(200, 220)])
         assert_ledger_fits_table(database)
 
@@ -443,58 +438,49 @@ class TestDamage:
         load(database, cache)
         put(cache, [30])
         put(cache, [30, 31], version=1)
-        path = cache.path_of(FIRST)
-        content = bytearray(path.read_bytes())
-        content[content.find(make_vector(31, 1).tobytes())] ^= 1
-        path.write_bytes(content)
+        damage(cache, 31, version=1)
         with pytest.raises(DamagedShardError, match="song_id 31"):
             load(database, cache)
         assert read_vectors(database) == vectors_of(range(20))
         load(database, cache)
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(20), 0) | {30: 1})
 
-    @pytest.mark.parametrize("complete", [True, False])
-    def test_songs_that_a_damaged_shard_lost_are_not_taken_for_gone(
-        self, database: Database, cache: ModelCache, complete: bool
+    @pytest.mark.parametrize("is_complete", [True, False])
+    @pytest.mark.parametrize("kind", ["narrow", "cut", "half", "missing"])
+    def test_songs_that_a_damaged_file_lost_are_not_taken_for_deleted(
+        self, database: Database, cache: ModelCache, kind: str, is_complete: bool
     ) -> None:
         put(cache, range(10))
         put(cache, range(10, 20))
         put(cache, range(100, 110))
+        if is_complete:
+            complete(cache, FIRST)
         load(database, cache)
-        path = cache.path_of(FIRST)
-        whole = path.read_bytes()
-        mark = Mark(None, "", len(whole), 20, 0, 0)
-        message = bytearray(whole)
-        # the header of the first batch: nothing but the schema lies before its marker
-        message[whole.index(b"\xff\xff\xff\xff", 8) + 5] ^= 4
-        for spoilt in (message, whole[:-100], whole[: len(whole) // 2]):
-            if complete:
-                write_mark(cache.mark_of(FIRST), mark)
-            path.write_bytes(spoilt)
-            put(cache, [105], version=len(spoilt))
+        path = file_with(cache, 3)
+        whole = bytearray(path.read_bytes())
+        if kind == "narrow":
+            whole[whole.index(np.arange(10, dtype="<i4").tobytes())] ^= 4
+        path.write_bytes(whole[: {"cut": -1, "half": len(whole) // 2}.get(kind, len(whole))])
+        if kind == "missing":
+            path.unlink()
+        put(cache, [105], version=1)
+        for _ in range(2):
             with pytest.raises(DamagedShardError, match=r"materialize embedding_cache for 000000000-000000100"):
                 load(database, cache)
             assert {song_id for song_id in read_vectors(database) if song_id < 100} == {*range(20)}
-            assert not cache.mark_of(FIRST).exists(), "the next fill compares"
+            assert cache.read_manifest(FIRST).complete is None, "the next fill compares"
 
-    def test_a_song_whose_id_was_changed_on_disk_is_missing_and_not_gone(
+    def test_without_a_manifest_a_loaded_song_that_no_file_has_is_lost(
         self, database: Database, cache: ModelCache
     ) -> None:
         put(cache, [44, 47])
         put(cache, [45, 46])
         load(database, cache)
-        path = cache.path_of(FIRST)
-        content = bytearray(path.read_bytes())
-        at = content.index(np.array([44, 47], dtype="<i4").tobytes())
-        content[at] ^= 1  # 44 becomes 45, which has a later row
-        path.write_bytes(content)
-        write_mark(cache.mark_of(FIRST), Mark(None, "", len(content), 4, 0, 0))
-        # a count that differs from the ledger's has the range loaded anew
-        execute(database.adbc_uri, "DELETE FROM song_embeddings WHERE song_id = 47")
-        with pytest.raises(DamagedShardError, match="1 songs are no longer in it"):
+        file_with(cache, 45).unlink()
+        (cache.storage.root / FIRST.key / "manifest.json").unlink()
+        with pytest.raises(DamagedShardError, match="the vectors of 2 loaded songs are lost"):
             load(database, cache)
-        assert set(read_vectors(database)) == {44, 45, 46}
-        assert not cache.mark_of(FIRST).exists(), "the next fill compares, and embeds song 44 anew"
+        assert set(read_vectors(database)) == {44, 45, 46, 47}
 
     def test_what_was_discarded_is_not_deleted_by_the_next_load(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(10))
@@ -510,34 +496,34 @@ class TestDamage:
         load(database, cache)
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(10), 0) | {3: 1, 30: 1})
 
-    def test_what_a_fill_on_its_way_has_torn_off_is_no_damage(self, database: Database, cache: ModelCache) -> None:
+    def test_what_a_fill_is_just_writing_is_no_damage(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(10))
         load(database, cache)
         put(cache, range(10, 20))
         forget(cache, [3])
-        with cache.path_of(FIRST).open("ab") as file:
-            file.write(b"\xff\xff\xff\xff\x00\x01")
+        path = file_with(cache, 4)
+        path.with_name(f".{path.name}.1.tmp").write_bytes(b"half a file")
         load(database, cache)
         assert read_vectors(database) == vectors_of({*range(20)} - {3})
 
-    def test_a_complete_shard_that_was_compacted_says_which_songs_are_gone(
+    def test_a_complete_range_that_was_merged_says_which_songs_were_deleted(
         self, database: Database, cache: ModelCache
     ) -> None:
         put(cache, range(10))
         load(database, cache)
         forget(cache, range(5))
-        shard, _ = load_embeddings_from_cache(cache, FIRST)
-        assert compact_if_worth_it(shard)
-        write_mark(cache.mark_of(FIRST), Mark(None, "", shard.n_bytes, 5, 0, 0))
+        complete(cache, FIRST)
+        assert cache.open(FIRST).n_rows == 5
         load(database, cache)
         assert read_vectors(database) == vectors_of(range(5, 10))
 
-    def test_a_foreign_shard_is_named_and_the_other_ranges_are_loaded(
+    def test_a_foreign_file_is_named_and_the_other_ranges_are_loaded(
         self, database: Database, cache: ModelCache
     ) -> None:
         put(cache, [*range(10), *range(100, 110)])
-        cache.path_of(FIRST).write_bytes(cache.path_of(SECOND).read_bytes())
-        with pytest.raises(DamagedShardError, match=r"000000000-000000100\.arrow holds model-a.*range 000000100-0"):
+        (path,) = files_of(cache, FIRST)
+        path.write_bytes(files_of(cache, SECOND)[0].read_bytes())
+        with pytest.raises(DamagedShardError, match=rf"{path.name} holds model-a.*range 000000100-0"):
             load(database, cache)
         assert read_vectors(database) == vectors_of(range(100, 110))
 
@@ -546,8 +532,11 @@ class TestDamage:
         self, database: Database, cache: ModelCache, value: float
     ) -> None:
         put(cache, range(20))
-        shard, _ = load_embeddings_from_cache(cache, FIRST)
-        shard.append([7], [bytes(16)], None, np.full((1, DIMENSIONS), value, dtype=np.float32))
+        writer, bad = cache.open(FIRST).writer, np.full((1, DIMENSIONS), value, dtype=np.float32)
+        writer.write_base(Rows.of([7], [bytes(16)], bad), iter([bad]))
+        shard = cache.open(FIRST)
+        file = next(DataFile(name, size) for name, size in shard.sizes.items() if name.endswith("-base.arrow"))
+        shard.save(shard.manifest.adopt([file], [7]))
         with pytest.raises(DamagedShardError, match="song_id 7,"):
             load(database, cache)
         load(database, cache)
@@ -558,7 +547,7 @@ class TestDamage:
     ) -> None:
         put(cache, range(20))
         damage(cache, 7)
-        size = cache.path_of(FIRST).stat().st_size
+        before = cache.read_manifest(FIRST)
         errors: list[BaseException] = []
 
         def run() -> None:
@@ -572,15 +561,15 @@ class TestDamage:
         def nothing() -> None:
             return None
 
-        # the lock under which Deployment's filler appends to the shard
+        # the lock under which Deployment's filler writes the range
         with hold_lock(database, f"fill {FIRST.key}", on_wait=nothing, check=nothing):
             loader.start()
             loader.join(timeout=1.5)
-            assert cache.path_of(FIRST).stat().st_size == size
+            assert cache.read_manifest(FIRST) == before
             assert loader.is_alive()
         loader.join(timeout=10)
         assert [type(error) for error in errors] == [DamagedShardError]
-        assert cache.path_of(FIRST).stat().st_size > size
+        assert cache.read_manifest(FIRST).damaged == (7,)
 
 
 class TestMismatch:
@@ -597,7 +586,7 @@ class TestMismatch:
     ) -> None:
         put(cache, [1, 2])
         load(database, cache)
-        other = ModelCache(tmp_path / "other", spec.model, spec.dimensions)
+        other = ModelCache(Storage(tmp_path / "other"), spec.model, spec.dimensions)
         put(other, [1, 2, 3])
         for refuse in (lambda: check_table(database, spec), lambda: load(database, other, spec)):
             with pytest.raises(TableMismatchError, match=words):
@@ -640,7 +629,7 @@ class TestMismatch:
     ) -> None:
         ensure_table(database, SPEC)
         other = TableSpec("model-b", DIMENSIONS)
-        cache = ModelCache(tmp_path, other.model, other.dimensions)
+        cache = ModelCache(Storage(tmp_path), other.model, other.dimensions)
         put(cache, [1, 2])
         load(database, cache, other)
         assert loaded_spec(database) == other
@@ -648,11 +637,11 @@ class TestMismatch:
 
     def test_an_offline_table_of_the_embedded_database_gives_way(self, database: Database, tmp_path: Path) -> None:
         embedded, offline = Database(database.url, embedded=True), TableSpec(OFFLINE_MODEL, DIMENSIONS)
-        cache = ModelCache(tmp_path / "offline", offline.model, offline.dimensions)
+        cache = ModelCache(Storage(tmp_path / "offline"), offline.model, offline.dimensions)
         put(cache, [1, 2])
         load(embedded, cache, offline)
         spec = TableSpec("model-b", 16, "halfvec")
-        better = ModelCache(tmp_path / "better", spec.model, spec.dimensions)
+        better = ModelCache(Storage(tmp_path / "better"), spec.model, spec.dimensions)
         put(better, [1, 101])
         check_table(embedded, spec)
         with pytest.raises(TableMismatchError):
@@ -665,7 +654,7 @@ class TestMismatch:
         self, database: Database, tmp_path: Path
     ) -> None:
         embedded, offline = Database(database.url, embedded=True), TableSpec(OFFLINE_MODEL, DIMENSIONS)
-        cache = ModelCache(tmp_path / "offline", offline.model, offline.dimensions)
+        cache = ModelCache(Storage(tmp_path / "offline"), offline.model, offline.dimensions)
         put(cache, [1, 101])
         load(embedded, cache, TableSpec(OFFLINE_MODEL, DIMENSIONS, "halfvec"))
         assert load(embedded, cache, offline) == {FIRST.key: (1, 1, 0), SECOND.key: (1, 1, 0)}
@@ -761,7 +750,7 @@ class TestStoring:
         n_rows = 30_000  # several chunks
         vectors = np.random.default_rng(1).standard_normal((n_rows, DIMENSIONS), dtype=np.float32)
         song_ids, checksums = np.arange(n_rows, dtype=np.int32), np.zeros(n_rows, dtype=np.uint64)
-        rows = ShardRows(song_ids, np.zeros(n_rows, dtype="V16"), checksums, vectors)
+        rows = CachedRows(song_ids, np.zeros(n_rows, dtype="V16"), checksums, vectors)
         with database.get_connection() as connection:
             store_embeddings_copy_bulk(connection, iter(()), SPEC)
             store_embeddings_copy_bulk(connection, iter([rows]), SPEC)
