@@ -28,11 +28,10 @@ from random import Random
 from typing import Any
 
 import numpy as np
-import polars as pl
 import sqlalchemy as sa
 
 from songvec_assets.cache.fill import FillReport
-from songvec_assets.cache.shards import load_embeddings_from_cache
+from songvec_assets.cache.manifest import NAME
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SongvecError, StoreError
 from songvec_assets.postgres.embedded import start_embedded_server
@@ -60,7 +59,7 @@ FAULTS: dict[str, Any] = {
     "keep_texts": False,
 }
 SPOILT = {"truncate": 0.08, "reset": 0.08, "reset_when": "after", "corrupt": "duplicate_index", "corrupt_share": 0.08}
-DAMAGES = ("cut", "flip", "head flip", "foreign", "mark flip", "garbage", "flip")
+DAMAGES = ("cut", "flip", "head flip", "foreign", "manifest flip", "garbage", "flip")
 ROOT = Path(__file__).parents[1]
 
 MIDDLE = "every kill fell into the middle of filling"
@@ -237,8 +236,8 @@ class Campaign:
         Raises:
             StoreError: the file is not the range's shard.
         """
-        shard, _ = load_embeddings_from_cache(self.deployment.cache, song_range)
-        sound = shard.find_sound(shard.all_rows().filter(pl.col("has_vector")))
+        shard = self.deployment.cache.open(song_range)
+        sound = shard.find_sound(shard.all_rows)
         texts, vectors = sound["text_hash"].to_list(), shard.embeddings_at(sound["row"].to_list())
         wrong = [text for text, vector in zip(texts, vectors, strict=True) if not _is_of(vector, text)]
         self.report.expect(TRUE, not wrong, f"{song_range.key}: {len(wrong)} rows have another text's vector")
@@ -250,8 +249,9 @@ class Campaign:
 
     def find_wrong_songs(self, song_range: SongIdRange) -> list[int]:
         """Songs of a range whose holding row is not the vector of their text, or the reason of their refusal."""
-        shard, live = load_embeddings_from_cache(self.deployment.cache, song_range)
-        rows = {song_id: rest for song_id, *rest in live.select("song_id", "text_hash", "reason", "row").iter_rows()}
+        shard = self.deployment.cache.open(song_range)
+        rows = {song_id: (each, None, row) for song_id, each, _, row in shard.rows.iter_rows()}
+        rows |= {song_id: (each, reason, 0) for song_id, each, reason in shard.rejected.iter_rows()}
         wrong = set(rows) - {song.id for song in self.by_range[song_range]}
         for song in self.by_range[song_range]:
             text_hash, reason, row = rows.get(song.id, (b"", None, -1))
@@ -352,12 +352,13 @@ class Campaign:
         return True
 
     def damage(self, kind: str, after_kill: int) -> None:
-        """Damage a shard or its mark, load, fill its range, load again; the range is complete afterwards."""
+        """Damage a file or a manifest, load, fill its range, load again; the range is complete afterwards."""
         cache, expect = self.deployment.cache, self.report.expect
-        marked = [song_range for song_range in cache.ranges() if cache.mark_of(song_range).exists()]
-        kind = "flip" if kind == "mark flip" and not marked else kind
-        path_of, held = (cache.mark_of, marked) if kind == "mark flip" else (cache.path_of, cache.ranges())
-        paths = {song_range: path_of(song_range) for song_range in held}
+        root = cache.storage.root
+        named = {each: [file.name for file in cache.open(each).manifest.files] for each in cache.ranges()}
+        if kind == "manifest flip" and any((root / each.key / NAME).exists() for each in named):
+            named = {each: [NAME] for each in named if (root / each.key / NAME).exists()}
+        paths = {each: root / each.key / self.rng.choice(names) for each, names in named.items() if names}
         song_range = self.rng.choice(list(paths))
         path, before = paths.pop(song_range), self.read_shard(song_range)
         size, at_byte = path.stat().st_size, spoil(path, kind, list(paths.values()), self.rng)
@@ -370,19 +371,18 @@ class Campaign:
         n_loaded_wrong = sum(not right for right in self.read_table().values())
         expect(UNLOADED, not n_loaded_wrong, f"{what}: {n_loaded_wrong} rows")
         [report] = self.fill([song_range])
-        by_load = path.name in str(load_error)
+        by_load = song_range.key in str(load_error)
         by_fill = report.n_bytes_damaged > 0 or path.name in str(report.error)
         told_by = " and ".join(["load"] * by_load + ["fill"] * by_fill)
-        # a file that ends with a whole batch looks as it did when that was its last one
-        expect(FOUND, bool(told_by or not lost or kind == "cut"), f"{what}: {len(lost)} texts")
+        expect(FOUND, bool(told_by or not lost), f"{what}: {len(lost)} texts")
         expect(SMALL, "flip" not in kind or len(lost) <= PROMISED_TEXTS, f"{what}: {len(lost)} texts")
         if any(isinstance(error, StoreError) and path.name in str(error) for error in (load_error, report.error)):
-            path.rename(path.with_suffix(".damaged"))  # as the message says
+            path.rename(path.with_name(f"{path.name}.damaged"))  # as the message says
             [report] = self.fill([song_range])
         wrong = [] if report.error else self.find_wrong_songs(song_range)
         expect(REBUILT, not wrong and not report.error, f"{what}: {len(wrong)} songs left without, {report.error!r}")
         if wrong or report.error:
-            cache.mark_of(song_range).unlink(missing_ok=True)
+            cache.open(song_range).discard([])
             self.fill([song_range])
         load_error, table = self.load(), self.read_table()
         loaded = {song_id: right for song_id, right in table.items() if song_id in song_range}

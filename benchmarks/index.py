@@ -333,7 +333,7 @@ def main() -> None:
         for place, n_rows in enumerate(asked.rows):
             cache = ModelCache(Storage(folder / f"cache_{place}"), "made-up", DIMENSIONS)
             results.append(measure(database, cache, n_rows, asked.rounds, writers_go_on=place == 0))
-            shutil.rmtree(cache.folder)
+            shutil.rmtree(cache.storage.root)
     print(render(results))
     sys.exit(0 if all(result.reached for result in results) else 1)
 

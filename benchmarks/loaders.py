@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from songvec_assets.cache.shards import ModelCache, Shard, load_embeddings_from_cache
+from songvec_assets.cache.shards import CachedRange, ModelCache, load_embeddings_from_cache
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.sessions import widen_send_buffer
@@ -54,7 +54,7 @@ class Job(NamedTuple):
         """The URL as libpq reads it."""
         return Database(self.url).adbc_uri
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self) -> Iterator[CachedRange]:
         """Those that hold the rows, in order."""
         for song_range in self.cache.ranges():
             if song_range.start < self.n_rows:
@@ -64,10 +64,10 @@ class Job(NamedTuple):
         """song_ids and mapped vectors, a stored batch at a time."""
         n_left = self.n_rows
         for shard in self.shards():
-            for batch in shard.batches():
-                n_rows = min(n_left, batch.num_rows)
+            for batch in shard.iter_vectors(shard.rows["row"]):
+                n_rows = min(n_left, len(batch))
                 if n_rows:
-                    yield batch.column("song_id").to_numpy()[:n_rows], shard.matrix(batch)[:n_rows]
+                    yield batch.song_ids[:n_rows], batch.embeddings[:n_rows]
                 n_left -= n_rows
 
 
@@ -111,9 +111,9 @@ def write_ready_files(job: Job) -> None:
     """Write what a server-side COPY reads, a file a range."""
     job.ready.mkdir(exist_ok=True)
     for shard in job.shards():
-        with (job.ready / shard.path.name).open("wb") as file:
+        with (job.ready / shard.range.key).open("wb") as file:
             file.write(HEADER)
-            rows = ((batch.column("song_id").to_numpy(), shard.matrix(batch)) for batch in shard.batches())
+            rows = ((each.song_ids, each.embeddings) for each in shard.iter_vectors(shard.rows["row"]))
             file.writelines(encode_rows(rows, job.spec.dimensions, job.spec.vector_type))
             file.write(TRAILER)
 
@@ -247,8 +247,12 @@ def prepare_adbc(job: Job) -> Load:
     import adbc_driver_postgresql.dbapi
 
     connection = adbc_driver_postgresql.dbapi.connect(job.uri)
-    batches = [batch.select(["song_id", "embedding"]) for shard in job.shards() for batch in shard.batches()]
-    rows = pa.Table.from_batches(batches).slice(0, job.n_rows)
+    width = job.spec.dimensions
+    batches = [
+        pa.record_batch({"song_id": ids, "embedding": pa.FixedSizeListArray.from_arrays(vectors.ravel(), width)})
+        for ids, vectors in job.rows()
+    ]
+    rows = pa.Table.from_batches(batches)
 
     def load() -> None:
         with closing(connection.cursor()) as cursor:

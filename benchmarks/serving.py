@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.searcher import Sample, Window, collect, render, searching
+from songvec_assets.cache import upkeep
+from songvec_assets.cache.manifest import Completion
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
-from songvec_assets.cache.upkeep import compact_if_worth_it
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
@@ -173,7 +174,8 @@ class World:
                 piece = song_ids[start : start + _BATCH]
                 hashes = [hash_text(f"{song_id} {version}") for song_id in piece.tolist()]
                 write_embeddings_to_file(shard, piece.tolist(), hashes, self.make(piece, version))
-            compact_if_worth_it(shard)
+            shard.add_written()
+            upkeep.complete(shard, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
 
     def publish(self, place: str = TABLE, *, swap: bool = False) -> int:
         """Make the table equal the cache, in this place; rows written."""

@@ -10,8 +10,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from songvec_assets.cache import upkeep
+from songvec_assets.cache.manifest import Completion
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
-from songvec_assets.cache.upkeep import compact_if_worth_it
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import TEXT_HASH_BYTES
@@ -34,19 +35,22 @@ def make_vectors(song_ids: NDArray[np.int32], dimensions: int, version: int = 0)
 
 
 def put_songs(cache: ModelCache, song_range: SongIdRange, song_ids: NDArray[np.int32], version: int = 0) -> int:
-    """Append songs of one range to its shard as a fill does, and compact it where that is worth it.
+    """Store songs of one range as a fill does, its files merged where that is worth it.
 
     Returns:
         Bytes written.
     """
     shard, _ = load_embeddings_from_cache(cache, song_range)
-    n_bytes = shard.n_bytes
+    before = set(shard.sizes)
     for start in range(0, len(song_ids), _BATCH_ROWS):
         ids = song_ids[start : start + _BATCH_ROWS]
         hashes = [song_id.tobytes() + (version + 1).to_bytes(TEXT_HASH_BYTES - 4, "little") for song_id in ids]
         write_embeddings_to_file(shard, ids.tolist(), hashes, make_vectors(ids, cache.dimensions, version))
-    n_written = shard.n_bytes - n_bytes
-    return n_written + (shard.n_bytes if compact_if_worth_it(shard) else 0)
+    n_written = sum(each.n_bytes for each in shard.writer.files)
+    shard.add_written()
+    upkeep.complete(shard, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
+    merged = [each.n_bytes for each in shard.manifest.files if each.is_base and each.name not in before]
+    return n_written + sum(merged)
 
 
 def fill_shards(cache: ModelCache, tiling: Tiling, n_songs: int) -> int:

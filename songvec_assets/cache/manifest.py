@@ -185,6 +185,7 @@ def decode(content: bytes, name: str) -> Manifest:
     Raises:
         StoreError: it does not parse, or another version wrote it.
     """
+    content, _, digest = content.rstrip(b"\n").partition(b"\n")
     try:
         version = msgspec.json.decode(content, type=_Versioned).version
         if version != _VERSION:
@@ -192,6 +193,8 @@ def decode(content: bytes, name: str) -> Manifest:
                 f"{name} has version {version}, expected {_VERSION}: another version of songvec wrote it. Work with "
                 "that version"
             )
+        if digest != _digest(content):
+            raise msgspec.DecodeError("its checksum, which is the second line, does not fit the first")
         return msgspec.json.decode(content, type=Manifest)
     except msgspec.DecodeError as error:
         raise StoreError(
@@ -205,8 +208,13 @@ class _Versioned(msgspec.Struct):
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The inverse of `decode`."""
-    return msgspec.json.encode(manifest)
+    """The inverse of `decode`: one line of JSON, and its checksum: a flipped bit must not make a file garbage."""
+    content = msgspec.json.encode(manifest)
+    return content + b"\n" + _digest(content) + b"\n"
+
+
+def _digest(content: bytes) -> bytes:
+    return xxhash.xxh3_64_hexdigest(content).encode()
 
 
 def digest_rows(rows: pl.DataFrame) -> bytes:

@@ -28,13 +28,26 @@ PIECE_ROWS = 2048
 _FORMAT = "1"
 _UNREADABLE = (pa.ArrowException, OSError, EOFError, KeyError, TypeError, ValueError)
 """What a damaged file raises, whichever of its bytes are damaged."""
+_HEAD_BYTES = 8
+"""Before the stream of messages that an Arrow IPC file holds."""
+_NONE = np.empty((0, 0), np.float32)
 _TEXT_HASH = np.dtype(f"V{TEXT_HASH_BYTES}")
 
 TextHashes = Sequence[bytes] | NDArray[np.void]
 
 
 class DamagedPartError(Exception):
-    """A part is not as it was written; the message says how that shows."""
+    """A part is not as it was written; the message says how that shows.
+
+    Attributes:
+        sound: rows that are as they were written all the same, by their checksums.
+    """
+
+    def __init__(self, problem: str, batches: "Sequence[CachedRows]" = ()) -> None:
+        super().__init__(problem)
+        pairs = [(each, each.find_sound()) for each in batches]
+        # whole batches stay mapped
+        self.sound = [each if good.all() else each.take(np.flatnonzero(good)) for each, good in pairs if good.any()]
 
 
 @dataclass(frozen=True)
@@ -195,32 +208,44 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
     """
     try:
         reader = pa.ipc.open_file(content)
+        stored: Iterable[pa.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches))
+        problem = ""
+    except _UNREADABLE as error:  # its end is damaged or missing: what comes before is read in order
+        problem, reader, stored = f"it does not open ({error})", None, ()
+    try:
+        if reader is None:
+            reader = stored = pa.ipc.open_stream(content.slice(_HEAD_BYTES))
         metadata = json.loads(reader.schema.metadata[b"songvec"])
-        if metadata["format"] != _FORMAT:
-            raise StoreError(
-                f"{name} has format {metadata['format']}, expected {_FORMAT}: another version of songvec wrote it. "
-                "Work with that version"
-            )
-        found = _identity_of(metadata)
+        found, digest, layout = _identity_of(metadata), metadata["digest"], metadata["format"]
         if not reader.schema.equals(found.schema()):
-            raise DamagedPartError("its columns are not a part's")
-        batches = [_read_batch(reader.get_batch(place), found) for place in range(reader.num_record_batches)]
-        rows = Rows(*(np.concatenate(column) for column in zip(*map(_narrow, batches), strict=True)))
-        digest = metadata["digest"]
+            raise ValueError("its columns are not a part's")
     except _UNREADABLE as error:
-        raise DamagedPartError(f"it does not open ({error})") from error
-    if found.digest(rows) != digest:
-        raise DamagedPartError("song_ids, text hashes or checksums are not as they were written")
-    if found != identity:
+        raise DamagedPartError(problem or f"it does not open ({error})") from error
+    if layout != _FORMAT:
+        raise StoreError(
+            f"{name} has format {layout}, expected {_FORMAT}: another version of songvec wrote it. "
+            "Work with that version"
+        )
+    batches: list[CachedRows] = []
+    try:
+        batches.extend(_read_batch(batch, found) for batch in stored)
+    except _UNREADABLE as error:
+        problem = problem or f"a batch does not open ({error})"
+    if not problem and found.digest(_join(batches)) != digest:
+        problem = "song_ids, text hashes or checksums are not as they were written"
+    if found != identity and not problem:
         raise StoreError(
             f"{name} holds {found}, expected {identity}: restore it from a backup; or move it away, and its songs are "
             "embedded again"
         )
+    if problem:
+        raise DamagedPartError(problem, batches if found == identity else [])
     return batches
 
 
-def _narrow(rows: CachedRows) -> tuple[NDArray[np.int32], NDArray[np.void], NDArray[np.uint64]]:
-    return rows.song_ids, rows.text_hashes, rows.checksums
+def _join(batches: Sequence[CachedRows]) -> Rows:
+    narrow = [(each.song_ids, each.text_hashes, each.checksums) for each in batches]
+    return Rows(*map(np.concatenate, zip(*narrow, strict=True))) if narrow else Rows.of((), (), _NONE)
 
 
 def _read_batch(batch: pa.RecordBatch, identity: PartIdentity) -> CachedRows:
@@ -228,7 +253,7 @@ def _read_batch(batch: pa.RecordBatch, identity: PartIdentity) -> CachedRows:
     batch.validate(full=True)
     song_ids, text_hashes, checksums, vectors = batch.columns
     if any(column.null_count or column.offset for column in batch.columns):
-        raise DamagedPartError("it has nulls")
+        raise ValueError("it has nulls")
     values: Float32Matrix = vectors.values.to_numpy(zero_copy_only=True)
     hashes = np.frombuffer(text_hashes.buffers()[1], dtype=_TEXT_HASH, count=batch.num_rows)
     matrix = values.reshape(batch.num_rows, identity.dimensions)

@@ -161,7 +161,7 @@ class CachedRange:
         sizes: of all files with vectors.
         asked: see `ModelCache.open`.
         manifest: what holds: the stored manifest, and the parts that are newer.
-        damaged: files that cannot be read, and why. Their songs have no vector.
+        damaged: files that are not as they were written, and why. What is sound of them is read.
         n_unnamed: files that the stored manifest does not name.
         first_asked: number of the first row that answers who asked for all songs again.
     """
@@ -367,6 +367,7 @@ class CachedRange:
             self.damaged[file.name] = "it is missing"
         except DamagedPartError as error:
             self.damaged[file.name] = str(error)
+            self._batches += error.sound
 
 
 def _last_rows(rows: pl.DataFrame) -> pl.DataFrame:

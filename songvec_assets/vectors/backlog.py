@@ -106,8 +106,8 @@ def check_whole(shard: CachedRange, loaded: pl.DataFrame | None) -> None:
         named = "; ".join(f"{name}: {why}" for name, why in shard.damaged.items()) or "none"
         raise DamagedShardError(
             f"{shard.describe} was changed on disk: {len(shard.damaged):,} files cannot be read ({named}), and "
-            f"the vectors of {n_lost:,} loaded songs are lost. The range was not loaded: materialize embedding_cache for "
-            f"{shard.range.key}, which embeds again what is lost, then load again"
+            f"the vectors of {n_lost:,} loaded songs are lost. The range was not loaded: materialize embedding_cache "
+            f"for {shard.range.key}, which embeds again what is lost, then load again"
         )
 
 

@@ -60,13 +60,17 @@ for position in range(len(whole)):
     print(position, end=" ", flush=True)
     try:
         batches = read(content)
-    except (DamagedPartError, StoreError):
+    except StoreError:
         print("damaged")
         continue
+    except DamagedPartError as error:
+        batches = error.sound
     for rows in batches:
         rows = rows.take(rows.find_sound().nonzero()[0])
         right = all((vectors[song_id] == vector).all() for song_id, vector in zip(rows.song_ids, rows.embeddings))
         print("well" if right and len(rows) >= 3 else "something else was found")
+    if not batches:
+        print("damaged")
 """
 
 
@@ -105,3 +109,18 @@ def test_a_part_of_a_later_format_is_refused_and_not_taken_for_damaged():
     assert content.count(b'"format": "1"') == 2
     with pytest.raises(StoreError, match="has format 2, expected 1: another version of songvec wrote it"):
         read(content.replace(b'"format": "1"', b'"format": "2"'))
+
+
+def test_what_is_sound_of_a_damaged_part_is_told():
+    n_rows = 2 * PIECE_ROWS
+    content, vectors = make(n_rows)
+    for spoilt, n_sound in (
+        (content[:-1], n_rows),
+        (content.replace(hash_text("7"), bytes(16)), n_rows - 1),
+        (content[: len(content) // 2 + 1_000], PIECE_ROWS),
+    ):
+        with pytest.raises(DamagedPartError) as caught:
+            read(spoilt)
+        song_ids = np.concatenate([each.song_ids for each in caught.value.sound])
+        assert len(song_ids) == n_sound
+        np.testing.assert_array_equal(np.concatenate([e.embeddings for e in caught.value.sound]), vectors[song_ids])

@@ -2,26 +2,20 @@
 
 import contextlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 
-from songvec_assets.cache.shards import (
-    ModelCache,
-    load_embeddings_from_cache,
-    read_embeddings_from_file,
-    write_embeddings_to_file,
-)
+from songvec_assets.cache.manifest import Rejection
+from songvec_assets.cache.shards import ModelCache, write_embeddings_to_file
 from songvec_assets.cache.store import adopt_store, bind_store, open_store
-from songvec_assets.cache.upkeep import discard_damaged_rows
 from songvec_assets.errors import StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import hash_text
+from songvec_assets.storage import Storage
 
 TILING = Tiling(100, 1_000)
 HIGHER = Tiling(100, 1_300)
@@ -38,19 +32,25 @@ def vector_of(song_id):
 
 def fill(cache: ModelCache, song_range: SongIdRange, song_ids):
     """Store songs with a vector of their own."""
-    shard, _ = load_embeddings_from_cache(cache, song_range)
+    shard = cache.open(song_range)
     hashes = [hash_text(str(song_id)) for song_id in song_ids]
     write_embeddings_to_file(shard, song_ids, hashes, np.stack([vector_of(song_id) for song_id in song_ids]))
-    return shard
 
 
 def read(cache: ModelCache, song_range: SongIdRange):
     """What a range holds: song_id to (text_hash, reason), vectors checked against their songs."""
-    shard, live = load_embeddings_from_cache(cache, song_range)
-    for rows in read_embeddings_from_file(shard, live.filter(pl.col("reason").is_null())["row"]):
+    shard = cache.open(song_range)
+    for rows in shard.iter_vectors(shard.rows["row"]):
         np.testing.assert_array_equal(rows.embeddings, [vector_of(song_id) for song_id in rows.song_ids.tolist()])
-    assert discard_damaged_rows(shard) == []
-    return {song_id: (text_hash, reason) for song_id, text_hash, _, reason, _ in live.iter_rows()}
+    assert shard.find_sound(shard.rows).equals(shard.rows)
+    assert shard.damaged == {}
+    held = {song_id: (text_hash, None) for song_id, text_hash in shard.rows.select("song_id", "text_hash").iter_rows()}
+    return held | {song_id: (text_hash, reason) for song_id, text_hash, reason in shard.rejected.iter_rows()}
+
+
+def file_of(cache: ModelCache, song_range: SongIdRange) -> Path:
+    """The first file of a range."""
+    return cache.storage.root / song_range.key / cache.open(song_range).manifest.files[0].name
 
 
 def embedded(*song_ids):
@@ -77,9 +77,9 @@ def test_models_and_sizes_have_folders_of_their_own(root):
     store = open_store(root, TILING)
     assert store.songs == root / "songs"
     cache = store.embeddings("fireworks/qwen3-embedding-8b", 2000)
-    assert cache.folder == root / "embeddings" / "fireworks--qwen3-embedding-8b-2000"
+    assert cache.storage.root == root / "embeddings" / "fireworks--qwen3-embedding-8b-2000"
     assert (cache.model, cache.dimensions) == ("fireworks/qwen3-embedding-8b", 2000)
-    assert store.embeddings("m", 2).folder != store.embeddings("m", 3).folder
+    assert store.embeddings("m", 2).storage != store.embeddings("m", 3).storage
 
 
 @pytest.mark.parametrize("width", [50, 200])
@@ -159,9 +159,9 @@ def test_a_higher_stop_cuts_what_the_tail_held_into_the_new_ranges(root):
     cache = store.embeddings("a/model", 3)
     below = SongIdRange(900, 1_000)
     fill(cache, below, [900, 999])
-    tail = fill(cache, TILING.tail, [1_000, 1_099, 1_100, 1_299, 1_300, 2**31 - 1])
-    tail.append_set_aside([1_050], [hash_text("1050")], "too long")
-    tail.append_gone([1_099])
+    fill(cache, TILING.tail, [1_000, 1_099, 1_100, 1_299, 1_300, 2**31 - 1])
+    tail = cache.open(TILING.tail)
+    tail.save(tail.manifest.reject([Rejection(1_050, hash_text("1050"), "too long")]).delete([1_099], 7.0))
     fill(cache, TILING.tail, [1_101])
 
     higher = open_store(root, HIGHER)
@@ -175,8 +175,9 @@ def test_a_higher_stop_cuts_what_the_tail_held_into_the_new_ranges(root):
         "000001300-max",
     ]
     # what was deleted keeps its vector
-    shard, _ = load_embeddings_from_cache(cache, SongIdRange(1_000, 1_100))
-    assert shard.all_rows().filter("has_vector")["song_id"].to_list() == [1_000, 1_099]
+    shard = cache.open(SongIdRange(1_000, 1_100))
+    assert shard.deleted_rows(0.0)["song_id"].to_list() == [1_099]
+    assert shard.manifest.deleted_at == {1_099: 7.0}
     assert read(cache, SongIdRange(1_000, 1_100)) == embedded(1_000) | {1_050: (hash_text("1050"), "too long")}
     assert read(cache, SongIdRange(1_100, 1_200)) == embedded(1_100, 1_101)
     assert read(cache, SongIdRange(1_200, 1_300)) == embedded(1_299)
@@ -207,49 +208,62 @@ def test_a_store_without_a_tail_only_learns_the_higher_stop(root):
         open_store(root, TILING)
 
 
-def test_a_cut_that_was_interrupted_is_done_again(root):
-    """As a crash leaves it: one new range is written, the tail and the old stop are still there."""
-    store = open_store(root, TILING)
-    cache = store.embeddings("m", 3)
-    fill(cache, TILING.tail, [1_000, 1_100, 1_500])
-    kept, content = cache.path_of(TILING.tail).read_bytes(), (root / "store.json").read_bytes()
-    open_store(root, HIGHER)
-    cache.path_of(SongIdRange(1_100, 1_200)).unlink()
-    cache.path_of(HIGHER.tail).unlink()
-    cache.path_of(TILING.tail).write_bytes(kept)
-    (root / "store.json").write_bytes(content)
+class KilledError(BaseException):
+    """Where the process ends."""
+
+
+@pytest.mark.parametrize("survives", range(14))
+def test_a_cut_that_is_interrupted_anywhere_is_done_again(root, monkeypatch, survives):
+    cache = open_store(root, TILING).embeddings("m", 3)
+    fill(cache, TILING.tail, [1_000, 1_100])
+    fill(cache, TILING.tail, [1_500])
+    n_left = survives
+
+    def or_die(do):
+        def step(self, *given):
+            nonlocal n_left
+            n_left -= 1
+            if n_left < 0:
+                raise KilledError
+            return do(self, *given)
+
+        return step
+
+    with monkeypatch.context() as dying, contextlib.suppress(KilledError):
+        for name in ("write", "put_if_unchanged", "delete", "delete_all"):
+            dying.setattr(Storage, name, or_die(getattr(Storage, name)))
+        open_store(root, HIGHER)
+        assert survives > 8, "every moment was one to die at"
     open_store(root, HIGHER)
     assert read(cache, SongIdRange(1_000, 1_100)) == embedded(1_000)
     assert read(cache, SongIdRange(1_100, 1_200)) == embedded(1_100)
     assert read(cache, HIGHER.tail) == embedded(1_500)
-    assert not cache.path_of(TILING.tail).exists()
+    assert TILING.tail not in cache.ranges()
 
 
-@pytest.mark.parametrize("size", [0, 1, 100, -1])
-def test_a_tail_with_a_torn_end_is_cut_as_far_as_it_is_whole(root, size):
-    """Sizes below the schema's are a crash within the very first append."""
+def test_a_tail_with_a_damaged_file_is_not_cut_and_says_how_to_mend_it(root):
     cache = open_store(root, TILING).embeddings("m", 3)
     fill(cache, TILING.tail, [1_000])
-    path = cache.path_of(TILING.tail)
-    whole = path.stat().st_size
     fill(cache, TILING.tail, [1_001])
-    os.truncate(path, size if size >= 0 else path.stat().st_size - 1)
-    assert path.stat().st_size > whole or size >= 0
-    open_store(root, HIGHER)
-    assert read(cache, SongIdRange(1_000, 1_100)) == (embedded(1_000) if size < 0 else {})
-    assert not path.exists()
+    path = file_of(cache, TILING.tail)
+    path.write_bytes(path.read_bytes()[:-1])
+    before = files_under(root)
+    with pytest.raises(StoreError, match=r"cannot be divided .*set SONGVEC_SONG_ID_STOP back to 1000"):
+        open_store(root, HIGHER)
+    assert files_under(root) == before
 
 
 def test_cutting_the_tail_does_not_bless_what_a_disk_changed(root):
     cache = open_store(root, TILING).embeddings("m", 3)
     fill(cache, TILING.tail, [1_000, 1_001])
-    path = cache.path_of(TILING.tail)
+    path = file_of(cache, TILING.tail)
     content = bytearray(path.read_bytes())
     content[content.index(vector_of(1_001).tobytes())] ^= 4
     path.write_bytes(content)
     open_store(root, HIGHER)
-    shard, _ = load_embeddings_from_cache(cache, SongIdRange(1_000, 1_100))
-    assert discard_damaged_rows(shard) == [1_001]
+    shard = cache.open(SongIdRange(1_000, 1_100))
+    assert shard.rows["song_id"].to_list() == [1_000, 1_001]
+    assert shard.find_sound(shard.rows)["song_id"].to_list() == [1_000]
 
 
 def known_store(database):
