@@ -338,11 +338,10 @@ def _fail(message: str) -> NoReturn:
 
 
 def _deploy(**overrides: Any) -> "Deployment":
-    from songvec_assets.defs.partitions import TILING
     from songvec_assets.deployment import Deployment
     from songvec_assets.settings import Settings
 
-    return Deployment(Settings.from_environment(**overrides), TILING)
+    return Deployment(Settings.from_environment(**overrides))
 
 
 def _span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRange]":
