@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from songvec_assets.cli import app
+from songvec_assets.defs.resources import PostgresResource
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SourceError, StoreError
 from songvec_assets.postgres.engine import Database
@@ -129,6 +130,17 @@ def test_after_a_look_at_a_mistyped_database_the_right_one_is_bound(
     assert not (tmp_path / "another").exists()
     assert made_of_ours(mistyped) == []
     Deployment(right).export()
+
+
+def test_the_resource_s_engine_and_connection_make_nothing_in_a_database_that_is_not_ours(
+    mistyped: Database, environment: Callable[[Database], None]
+) -> None:
+    environment(mistyped)
+    with PostgresResource().get_engine().connect() as connection:
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1
+    with PostgresResource().get_connection("web") as connection:
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1
+    assert made_of_ours(mistyped) == []
 
 
 def test_looking_does_not_cut_the_tail_where_the_stop_was_raised(
