@@ -21,7 +21,7 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.embedding import client as client_module
-from songvec_assets.embedding.answers import ACTIONS
+from songvec_assets.embedding.answers import ACTIONS, parse_retry_after
 from songvec_assets.embedding.client import EmbeddingClient
 from songvec_assets.embedding.limits import Grant, RateLimiter
 from songvec_assets.embedding.pricing import TokenEstimator
@@ -285,6 +285,41 @@ def test_vectors_arrive_in_the_order_of_the_texts_though_the_provider_reorders(
     provider.control(reorder=True)
     (batch,) = embed(connect(), TEXTS)
     assert_vectors(batch)
+
+
+@pytest.mark.parametrize(
+    ("mode", "faults"),
+    [
+        ("litellm-ollama", {}),
+        ("bge-m3", {}),
+        ("gemini", {"reorder": True}),
+        ("int8 base64", {}),
+        ("int8 base64", {"base64_of": "float64"}),
+        ("odd usage", {}),
+        ("odd usage", {"usage": '{"total_tokens":{n}}'}),
+        ("byte order mark", {}),
+        ("byte order mark", {"mark": False, "gzip": True, "content_type": "text/html"}),
+    ],
+)
+def test_a_server_of_a_public_report_gives_each_text_its_vector(
+    connect: Connect, provider: Provider, mode: str, faults: dict[str, object]
+) -> None:
+    provider.control(mode=mode, model=MODEL, **faults)
+    (batch,) = embed(connect(), TEXTS)
+    assert_vectors(batch)
+    assert batch.n_tokens == provider.ledger()["tokens_billed"]
+    assert {count for text, count in provider.texts().items() if text != "probe"} == {1}
+
+
+@pytest.mark.parametrize("path", ["/api", "/api/embed"])
+def test_the_url_of_a_servers_own_api_is_answered_with_the_one_to_set(
+    connect: Connect, provider: Provider, path: str
+) -> None:
+    provider.control(mode="ollama native")
+    with pytest.raises(ProviderError) as raised:
+        embed(connect(base_url=provider.base_url.removesuffix("/v1") + path), TEXTS)
+    assert type(raised.value) is ProviderError
+    assert f"FIREWORKS_BASE_URL={provider.base_url}" in str(raised.value).replace(")", " ").split()
 
 
 def test_where_base64_is_refused_the_same_vectors_arrive_as_floats_for_the_life_of_the_client(
@@ -568,6 +603,29 @@ def test_a_429_that_names_a_time_pauses_all_for_that_long(
     client = connect(UnwaitingClient, limiter=limiter, patience_s=100)
     assert_vectors(embed(client, TEXTS)[0])
     assert [pause_s for _, pause_s in limiter.pauses] == [retry_after_s] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        *(("20", 20.0), ("0.5", 0.5), ("-1", 0.0), ("", None), ("soon", None), ("nan", None), ("1e9", 600.0)),
+        ("Sun, 29 Nov 2026 12:00:20 GMT", 20.0),
+        ("Sunday, 29-Nov-26 12:00:20 GMT", 20.0),
+        ("Sun, 29 Nov 2026 11:59:00 GMT", 0.0),
+        ("Sun, 29 Nov 2026 12:00:20", None),
+    ],
+)
+def test_a_time_to_wait_is_a_number_or_a_date_by_the_servers_clock(value: str, seconds: float | None) -> None:
+    assert parse_retry_after(value, "Sun, 29 Nov 2026 12:00:00 GMT") == seconds
+
+
+def test_a_429_that_names_a_date_pauses_all_until_then(connect: Connect, provider: Provider, engine: sa.Engine) -> None:
+    statuses = [{"status": 429, "count": 3, "after": 2, "retry_after_s": 90}]
+    provider.control(statuses=statuses, retry_after_date=True)
+    limiter = TellingLimiter(engine)
+    client = connect(UnwaitingClient, limiter=limiter, patience_s=200)
+    assert_vectors(embed(client, TEXTS)[0])
+    assert [60 < pause_s <= 90 for _, pause_s in limiter.pauses] == [True] * 3, limiter.pauses
 
 
 def test_a_429_that_allows_the_next_try_at_once_is_not_answered_by_a_flood(

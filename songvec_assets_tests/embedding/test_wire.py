@@ -153,14 +153,24 @@ def test_an_escaped_slash_is_a_slash():
     np.testing.assert_array_equal(decode_response(body.replace(b"/", b"\\/"), 1).embeddings, [vector])
 
 
-@pytest.mark.parametrize("usage", [{}, {"usage": None}, {"usage": {}}, {"usage": {"total_tokens": 9}}])
+@pytest.mark.parametrize(
+    "usage",
+    [
+        *({}, {"usage": None}, {"usage": {}}, {"usage": []}, {"usage": "9"}, {"usage": {"prompt_tokens": None}}),
+        *({"usage": {"prompt_tokens": tokens}} for tokens in (0, -9, "nine", 9.5, [9])),
+    ],
+)
 def test_a_server_that_does_not_say_what_it_billed_billed_0(usage):
+    """Its vectors are kept, since they are paid for: a retry would pay for them again."""
     assert decode_response(body_of([(0, [1.0])], **usage), 1).n_tokens == 0
 
 
-def test_good_vectors_are_kept_where_the_token_count_is_null():
-    """They are paid for: a retry would pay for them again."""
-    assert decode_response(body_of([(0, [1.0])], usage={"prompt_tokens": None}), 1).n_tokens == 0
+@pytest.mark.parametrize(
+    "usage",
+    [{"prompt_tokens": "9"}, {"prompt_tokens": 9.0}, {"total_tokens": 9}, {"prompt_tokens": None, "total_tokens": 9}],
+)
+def test_what_was_billed_is_read_in_every_form(usage):
+    assert decode_response(body_of([(0, [1.0])], usage=usage), 1).n_tokens == 9
 
 
 @pytest.mark.parametrize(
