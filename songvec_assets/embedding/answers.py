@@ -99,10 +99,16 @@ def action_for(status: int) -> Action:
     return ACTIONS.get(status, Action.RETRY)
 
 
-def describe_answer(status: int, body: str, came_with: int) -> str:
+def names_parameter(body: bytes) -> bool:
+    """Whether an error is about a parameter that not all servers know."""
+    return b"encoding_format" in body or b"dimensions" in body
+
+
+def describe_answer(status: int, body: str, came_with: int, base_url: str) -> str:
     """The provider's words for a status, and what to do about it; `came_with`: the response's own status."""
     inside = "" if came_with == status else f", inside of a {came_with}"
-    advice = _ADVICE.get(status)
+    meant_base = compatible_base_of(base_url) if status in (404, 405) else None
+    advice = ": ".join(filter(None, [_ADVICE.get(status), meant_base]))
     return f"answered {status}: {' '.join(body.split())[:300]}{inside}" + (f" ({advice})" if advice else "")
 
 

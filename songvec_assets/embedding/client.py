@@ -30,6 +30,7 @@ from songvec_assets.embedding.answers import (
     compatible_base_of,
     describe_answer,
     is_native_answer,
+    names_parameter,
     parse_retry_after,
     status_of,
 )
@@ -571,13 +572,13 @@ class EmbeddingClient:
             ProviderError: it ends the run, or refuses this very request.
         """
         meant = status_of(status, body)
-        words = describe_answer(meant, self._redact(body.decode(errors="replace")), status)
+        words = describe_answer(meant, self._redact(body.decode(errors="replace")), status, self.base_url)
         action = action_for(meant)
+        if meant == 500 and not self._has_answered and names_parameter(body):
+            action = Action.ISOLATE  # LiteLLM refuses so what the server behind it does not know (its #42426)
         if action in _REFUSALS:
             raise _REFUSALS[action](f"{self.base_url} {words}") from None
         if action is Action.STOP:
-            meant_base = compatible_base_of(self.base_url) if meant in (404, 405) else None
-            words += f". Try FIREWORKS_BASE_URL={meant_base}" if meant_base else ""
             raise ProviderError(f"{self.base_url} {words}") from None
         if action is Action.MOVED:
             self._refuse_redirect(meant, self._redact(location))

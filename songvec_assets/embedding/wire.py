@@ -48,7 +48,7 @@ class EmbeddingBatch:
 class _Request(msgspec.Struct, omit_defaults=True):
     model: str
     input: Sequence[str]
-    encoding_format: str
+    encoding_format: str | None = None
     dimensions: int | None = None
 
 
@@ -80,8 +80,12 @@ _encode_request = msgspec.json.Encoder().encode
 def encode_request(
     model: str, texts: Sequence[str], encoding_format: Literal["base64", "float"], dimensions: int | None
 ) -> bytes:
-    """One request's JSON; without `dimensions` the server answers with the model's native size."""
-    return _encode_request(_Request(model, texts, encoding_format, dimensions))
+    """One request's JSON; without `dimensions` the server answers with the model's native size.
+
+    Floats are what a server gives that is not asked for a format. They are not asked for: some refuse the field,
+    whatever it holds (litellm #42426, read 2026-11).
+    """
+    return _encode_request(_Request(model, texts, None if encoding_format == "float" else encoding_format, dimensions))
 
 
 @np.errstate(over="ignore")  # what float32 cannot hold becomes infinite, and is a bad vector as such

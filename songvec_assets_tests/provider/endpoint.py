@@ -72,7 +72,7 @@ class EmbeddingsRequest(msgspec.Struct, forbid_unknown_fields=True):
     model: str
     input: str | list[str]
     dimensions: int | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
 
 
@@ -142,8 +142,9 @@ class Endpoint:
         """The number of dimensions to answer with."""
         if request.model not in ({faults.model} if faults.model else self._models):
             raise RefusedError(404, {"error": _MISSING})
-        if faults.refuse_base64 and request.encoding_format == "base64":
-            raise RefusedError(400, faults.refuse_base64_words)
+        asks_in_vain = faults.refuse_base64 and request.encoding_format == "base64"
+        if asks_in_vain or (faults.refuse_encoding and request.encoding_format):
+            raise RefusedError(faults.refuse_base64_status, faults.refuse_base64_words)
         if faults.refuse_dimensions and request.dimensions is not None:
             words = faults.refuse_dimensions_words.format(model=request.model, n=request.dimensions)
             raise RefusedError(faults.refuse_dimensions_status, words)

@@ -52,7 +52,8 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     of each request that are answered after `late_s`, and billed. What whole servers do is named in `modes.py`:
     `max_texts` of a request; `every` n-th request answered with `every_status`; `index` of the items; `cold_s`, in
     which the first request loads a model, from the beginning again where the client hangs up; `page`, answered to
-    everything; `redirect`, a Location; `wrong_path_200`; `model`, the alias that it is served under; `errors_as`, where
+    everything; `redirect`, a Location; `wrong_path_200`; `model`, the alias that it is served under; `refuse_encoding`,
+    of any format that is asked for; `errors_as`, where
     an error's words are, and `error_type`; `usage`, the JSON of it, with `{n}` for the tokens, or nothing for no such
     field; `base64_of`, the number type of its base64; `blank_status`, for a text without a visible character;
     `idle`, what becomes of a connection after an answer: it is closed, or reset at the next request;
@@ -63,6 +64,8 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     # Plain floats: msgspec 0.22.0 crashes in the garbage collector on constrained float | fixed tuple.
     latency_s: float | tuple[float, float] = 0.0
     refuse_base64: bool = False
+    refuse_encoding: bool = False
+    refuse_base64_status: int = 400
     refuse_base64_words: str = "Extra inputs are not permitted, field: 'encoding_format'"
     base64_of: Literal["float32", "int8", "float64"] = "float32"
     ignore_base64: bool = False

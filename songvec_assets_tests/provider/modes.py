@@ -75,10 +75,12 @@ MODES = {
     ),
     "litellm-ollama": Mode(
         {
-            "refuse_base64": True, "refuse_base64_words": "litellm.UnsupportedParamsError: Setting {'encoding_format': "
-            "'base64'} is not supported by ollama, model=bge-m3.",
+            "refuse_encoding": True, "refuse_base64_status": 500,
+            "refuse_base64_words": "litellm.UnsupportedParamsError: Setting {'encoding_format': 'base64'} is not "
+            "supported by ollama, model=bge-m3.",
         },
-        "LiteLLM before Ollama: https://github.com/BerriAI/litellm/pull/42421",
+        "LiteLLM before Ollama, which refuses floats that are asked for, too: "
+        "https://github.com/BerriAI/litellm/pull/42421, https://github.com/BerriAI/litellm/issues/42426",
     ),
     "bge-m3": Mode(
         {
