@@ -66,9 +66,7 @@ def make_authority(folder: Path) -> tuple[Path, ssl.SSLContext]:
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
     root.write_bytes(sign(authority, key, x509.BasicConstraints(True, None), identifier, usage))
-    names = x509.SubjectAlternativeName(
-        [x509.DNSName(HOST), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    )
+    names = x509.SubjectAlternativeName([x509.DNSName(HOST), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     private = own.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
