@@ -1,4 +1,4 @@
-"""Networks of other people: certificates of a private authority, and proxies. A scenario from the client to the commands.
+"""Networks of other people: certificates of a private authority, and proxies. From the client to the commands.
 
 The certificates are made by each run of the tests. What is not plain HTTP on the provider's port ends here.
 """
