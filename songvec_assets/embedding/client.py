@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from email.utils import formatdate
 from typing import Literal, NoReturn, Protocol
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import httpx2
@@ -562,7 +563,7 @@ class EmbeddingClient:
             # what broke after the request was sent, the server may have computed
             return _Failure(
                 "connection", words, sent=sent, may_be_billed=sent, first_patience_s=first_patience_s,
-                advice=_ADVICE_UNREACHED[kind],
+                advice=_ADVICE_UNREACHED[kind] + _describe_proxy(self.base_url),
             )  # fmt: skip
 
     def _take_in_status(self, status: int, body: bytes, retry_after_s: float | None, location: str = "") -> _Failure:
@@ -736,6 +737,18 @@ class EmbeddingClient:
         while (left := end - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.2))
             self._stop.check()
+
+
+def _describe_proxy(url: str) -> str:
+    """What to know where the environment sends requests to a URL through a proxy; empty where it does not."""
+    parts, proxies = urlsplit(url), getproxies()
+    if not (proxies.get(parts.scheme) or proxies.get("all")) or proxy_bypass(parts.hostname or ""):
+        return ""
+    # its URL may hold a password
+    return (
+        f"; or the proxy that the environment sets for it: correct {parts.scheme.upper()}_PROXY or ALL_PROXY, or add "
+        f"{parts.hostname} to NO_PROXY"
+    )
 
 
 def _find_unreached(cause: BaseException) -> tuple[str, float]:
