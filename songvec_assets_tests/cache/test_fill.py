@@ -1,5 +1,6 @@
 """Filling ranges from a real database, with a real provider that misbehaves: what is sent, stored, paid and refused."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -573,6 +574,16 @@ def test_a_damaged_row_takes_the_sound_vector_that_another_song_of_its_text_has(
     assert (report.n_reused, report.n_embedded) == (1, 0)
     assert provider.ledger()["requests"] == 0
     assert_stored(first, dict.fromkeys([1, 2], "Same by Ann\nwords"))
+
+
+def test_a_fill_works_inside_a_running_event_loop(songs: Songs, run: Run) -> None:
+    """As in a notebook."""
+    songs(*plain_songs(range(1, 9)))
+
+    async def begin() -> list[FillReport]:
+        return fill(run())
+
+    assert asyncio.run(begin())[0].n_embedded == 8
 
 
 def test_a_song_without_lyrics_and_one_with_empty_lyrics_share_a_text(
