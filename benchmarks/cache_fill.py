@@ -33,7 +33,7 @@ TILING = Tiling(width=N_SONGS, stop=N_SONGS)
 
 def fill(settings: dict[str, Any]) -> tuple[float, float, int]:
     """Fill the range, in a process of its own; seconds of the step, peak memory in MB, bytes of the shard."""
-    deployment = Deployment(Settings.from_environment({}, **settings), TILING)
+    deployment = Deployment(Settings.from_environment({}, **settings))
     [song_range] = [each for each in TILING if each.start == 0]
     started = time.perf_counter()
     deployment.filler().fill_ranges([song_range], lambda report: None)
@@ -53,8 +53,10 @@ def run_round(server_url: str, provider: Provider, folder: Path, number: int) ->
         "storage": str(folder / f"store-{number}"),
         "tokens_per_minute": 2_000_000_000,
         "requests_per_minute": 1_000_000,
+        "range_size": TILING.width,
+        "song_id_stop": TILING.stop,
     }
-    deployment = Deployment(Settings.from_environment({}, **settings), TILING)
+    deployment = Deployment(Settings.from_environment({}, **settings))
     cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, TILING)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
         return processes.submit(fill, settings).result()

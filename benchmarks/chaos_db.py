@@ -519,8 +519,10 @@ def names(world: World, _: Random) -> None:
         "songs_table": f"{schema}.{table}",
         "embedding_model": "offline-v1",
         "embedding_dimensions": world.spec.dimensions,
+        "range_size": world.tiling.width,
+        "song_id_stop": world.tiling.stop,
     }
-    deployment = Deployment(Settings.from_environment({}, **settings), world.tiling)
+    deployment = Deployment(Settings.from_environment({}, **settings))
     cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, world.tiling)
     deployment.filler().fill_ranges(list(world.tiling), lambda _: None)
     world.cache, world.spec = deployment.cache, deployment.table_spec

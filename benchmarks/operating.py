@@ -44,9 +44,8 @@ BIN = Path(sys.executable).parent
 CORE = """
 from songvec_assets.deployment import Deployment
 from songvec_assets.settings import Settings
-from songvec_assets.songs.ranges import Tiling
 
-deployment = Deployment(Settings.from_environment(), Tiling(50_000, 16_000_000))
+deployment = Deployment(Settings.from_environment())
 deployment.export()
 deployment.filler().fill_ranges(deployment.held_ranges(), lambda report: print(report.error) if report.error else None)
 deployment.publish()

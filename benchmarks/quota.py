@@ -101,8 +101,10 @@ def run_scenario(scenario: Scenario, server_url: str, folder: Path, seconds: flo
             "storage": str(folder / "store"),
             "tokens_per_minute": round(TOKENS_PER_MINUTE * scenario.configured),
             "requests_per_minute": round(REQUESTS_PER_MINUTE * scenario.configured),
+            "range_size": TILING.width,
+            "song_id_stop": TILING.stop,
         }
-        _export(Deployment(Settings.from_environment({}, **settings), TILING), n_songs)
+        _export(Deployment(Settings.from_environment({}, **settings)), n_songs)
         with _filling(settings, scenario.n_processes):
             return _watch(scenario, provider, folder / "ledger", seconds)
 
@@ -138,7 +140,7 @@ def _filling(settings: dict[str, Any], n_processes: int) -> Iterator[None]:
 def fill(settings: dict[str, Any], part: str) -> None:
     """Fill every n-th range, in this process."""
     first, step = map(int, part.split("/"))
-    deployment = Deployment(Settings.from_environment({}, **settings), TILING)
+    deployment = Deployment(Settings.from_environment({}, **settings))
     deployment.filler().fill_ranges(list(TILING)[first::step], lambda _: None)
 
 

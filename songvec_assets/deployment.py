@@ -62,13 +62,17 @@ class Deployment:
 
     Attributes:
         settings: parsed.
-        tiling: how song_ids are cut.
         stop: ends whatever of this deployment is running.
     """
 
     settings: Settings
-    tiling: Tiling
     stop: StopSignal = field(default_factory=StopSignal)
+
+    @property
+    def tiling(self) -> Tiling:
+        """How song_ids are cut into ranges."""
+        each = self.settings
+        return Tiling(width=each.range_size, stop=each.song_id_stop, start=each.song_id_start)
 
     @cached_property
     def database(self) -> Database:

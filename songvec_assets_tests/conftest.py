@@ -102,8 +102,10 @@ def deploy(database: Database, provider: Provider, storage: Path, **settings: ob
         "embedding_dimensions": 64,
         "requests_per_minute": 1_000_000,
         "tokens_per_minute": 1_000_000_000,
+        "range_size": TILING.width,
+        "song_id_stop": TILING.stop,
     }
-    return Deployment(Settings.from_environment({}, **(given | settings)), TILING)
+    return Deployment(Settings.from_environment({}, **(given | settings)))
 
 
 def environment_of(database: Database, provider: Provider, folder: Path) -> dict[str, str]:

@@ -18,7 +18,6 @@ from songvec_assets.errors import BulkDeletionError, SongvecError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs import export as export_module
 from songvec_assets.songs.export import IncompleteExportError
-from songvec_assets.songs.ranges import Tiling
 from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.conftest import deploy, environment_of
 from songvec_assets_tests.provider import Provider
@@ -312,8 +311,7 @@ class TestRanges:
         insert(database, 1, 50)
         run_all(deploy(database, provider, tmp_path))
         change(database, "DELETE FROM songs WHERE id > 1040")
-        higher = deploy(database, provider, tmp_path)
-        higher.tiling = Tiling(100, 2_000)
+        higher = deploy(database, provider, tmp_path, song_id_stop=2_000)
         with pytest.raises(BulkDeletionError, match="59 of 150 songs"):
             higher.export()
 
@@ -368,9 +366,7 @@ class TestOneRange:
         insert(database, 0, 2_199)
 
         def deploy_wide(**settings: object) -> Deployment:
-            deployment = deploy(database, provider, tmp_path, **settings)
-            deployment.tiling = Tiling(220, 2_200)
-            return deployment
+            return deploy(database, provider, tmp_path, range_size=220, song_id_stop=2_200, **settings)
 
         run_all(deploy_wide())
         provider.reset_ledger()

@@ -234,12 +234,13 @@ def test_a_search_names_a_wrong_url(
 def search_with(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set a command's environment to that of a deployment."""
     settings = deployment.settings
-    monkeypatch.setattr("songvec_assets.defs.partitions.TILING", deployment.tiling)
     for name, value in {
         "POSTGRES_URL": settings.postgres_url,
         "FIREWORKS_API_KEY": settings.fireworks_api_key,
         "FIREWORKS_BASE_URL": settings.fireworks_base_url,
         "SONGVEC_STORAGE": settings.storage,
         "SONGVEC_EMBEDDING_DIMENSIONS": "64",
+        "SONGVEC_RANGE_SIZE": settings.range_size,
+        "SONGVEC_SONG_ID_STOP": settings.song_id_stop,
     }.items():
         monkeypatch.setenv(name, str(value))

@@ -4,18 +4,19 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from songvec_assets.cli import app
-from songvec_assets.defs import partitions
+from songvec_assets.defs.resources import PostgresResource
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SourceError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
-from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets_tests import warm
 from songvec_assets_tests.administration import dispose, execute, with_parts
 from songvec_assets_tests.conftest import TILING, deploy, environment_of
@@ -110,10 +111,10 @@ def test_after_a_look_at_a_mistyped_database_the_right_one_is_bound(
     environment(mistyped)
     looked = CliRunner().invoke(app, ["status", "--json"])
     assert (looked.exit_code, json.loads(looked.stdout)["missing"]) == (3, 1), "the song is not exported yet"
-    right = deploy(database, provider, tmp_path / "store").settings
-    early = Deployment(right, partitions.TILING)
+    right = deploy(database, provider, tmp_path / "store", range_size=50_000, song_id_stop=16_000_000).settings
+    early = Deployment(right)
     assert early.ranges_behind() == [], "it looked before another one bound them"
-    Deployment(right, partitions.TILING).export()
+    Deployment(right).export()
     early.export()
     store_id = json.loads((tmp_path / "store" / "store.json").read_text())["store_id"]
     with database.get_connection() as connection:
@@ -128,7 +129,18 @@ def test_after_a_look_at_a_mistyped_database_the_right_one_is_bound(
         elsewhere.export()
     assert not (tmp_path / "another").exists()
     assert made_of_ours(mistyped) == []
-    Deployment(right, partitions.TILING).export()
+    Deployment(right).export()
+
+
+def test_the_resource_s_engine_and_connection_make_nothing_in_a_database_that_is_not_ours(
+    mistyped: Database, environment: Callable[[Database], None]
+) -> None:
+    environment(mistyped)
+    with PostgresResource().get_engine().connect() as connection:
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1
+    with PostgresResource().get_connection("web") as connection:
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1
+    assert made_of_ours(mistyped) == []
 
 
 def test_looking_does_not_cut_the_tail_where_the_stop_was_raised(
@@ -138,7 +150,7 @@ def test_looking_does_not_cut_the_tail_where_the_stop_was_raised(
     deployment.export()
     deployment.filler().fill_ranges(list(TILING), lambda _: None)
     before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
-    raised = Deployment(deployment.settings, Tiling(100, 2_000))
+    raised = Deployment(replace(deployment.settings, song_id_stop=2_000))
     assert raised.ranges_behind() == []
     assert raised.held_ranges() == [SongIdRange(1_000, 1_100), raised.tiling.tail]
     assert raised.estimate({*raised.held_ranges()}).n_songs == 2
@@ -151,7 +163,6 @@ FIRST_START = """
 import sys, time
 from pathlib import Path
 from songvec_assets.cache.store import open_store
-from songvec_assets.defs import partitions
 from songvec_assets.deployment import Deployment
 from songvec_assets.settings import Settings
 from songvec_assets.songs.ranges import Tiling
@@ -166,8 +177,8 @@ for n in range(20):
     stores.append(open_store(folder / str(n), Tiling(100, 1_000)).store_id)
 while time.time() < start + 1.2:
     pass
-settings = Settings.from_environment({}, postgres_url=url, fireworks_api_key="k", storage=str(folder / "bound"))
-deployment = Deployment(settings, Tiling(100, 1_000))
+given = {"postgres_url": url, "fireworks_api_key": "k", "storage": str(folder / "bound")}
+deployment = Deployment(Settings.from_environment({}, range_size=100, song_id_stop=1_000, **given))
 deployment.bind()
 print(*stores, deployment.store.store_id)
 """

@@ -21,9 +21,9 @@ PAGE = ROOT / "docs" / "operations.md"
 
 HOLE = "…"
 UNREADABLE = {
-    ("cli.py", "str(error)"): "an error of the package, whose own words have a row",
-    ("cli.py", "'\\n'.join(result.failures)"): "the failures of a run's steps, whose own words have rows",
-    ("cli.py", "'\\n'.join([*result.failures, _describe_incomplete(result, deployment, job)])"): (
+    ("cli/commands.py", "str(error)"): "an error of the package, whose own words have a row",
+    ("cli/commands.py", "'\\n'.join(result.failures)"): "the failures of a run's steps, whose own words have rows",
+    ("cli/commands.py", "'\\n'.join([*result.failures, _describe_incomplete(result, deployment, job)])"): (
         "the same, and what is missing after a run that went on without some ranges: see Partial runs"
     ),
     ("defs/steps.py", "words"): "an error of the package, whose own words have a row",

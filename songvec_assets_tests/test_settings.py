@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SettingsError
 from songvec_assets.settings import (
     FIREWORKS_BASE_URL,
@@ -15,6 +16,7 @@ from songvec_assets.settings import (
     settings_table,
     variables,
 )
+from songvec_assets.songs.ranges import Tiling
 
 README = Path(__file__).parents[1] / "README.md"
 BASE = {"POSTGRES_URL": "postgresql://ann:geheim@db/songs", "FIREWORKS_API_KEY": "fw_secret"}
@@ -259,3 +261,8 @@ def test_the_readme_holds_the_table_of_all_settings():
 def test_the_readme_names_no_setting_that_is_none():
     named = set(re.findall(r"\bSONGVEC_[A-Z_]+[A-Z]\b", README.read_text(encoding="utf-8")))
     assert named - set(variables()) == set()
+
+
+def test_how_song_ids_are_cut_follows_from_the_settings_alone() -> None:
+    settings = Settings.from_environment({}, range_size=100, song_id_start=200, song_id_stop=1_000)
+    assert Deployment(settings).tiling == Tiling(width=100, stop=1_000, start=200)

@@ -64,7 +64,7 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             yield connection
 
     def _deployment(self) -> Deployment:
-        return Deployment(Settings.from_environment(**overrides(self)), TILING)
+        return Deployment(Settings.from_environment(**overrides(self)))
 
 
 class FireworksResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -148,7 +148,7 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             given |= overrides(resource)
         if self.ranges:
             parse_span(self.ranges, TILING)
-        return Deployment(Settings.from_environment(**given), TILING)
+        return Deployment(Settings.from_environment(**given))
 
     def choose_ranges(self, deployment: Deployment, launched: Sequence[str] | None) -> list[SongIdRange]:
         """The ranges to embed, in order.

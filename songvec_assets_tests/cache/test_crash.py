@@ -68,6 +68,8 @@ def start(deployment: Deployment, provider: Provider) -> Iterator[Callable[[int]
         "embedding_dimensions": deployment.settings.embedding_dimensions,
         "requests_per_minute": deployment.settings.requests_per_minute,
         "tokens_per_minute": deployment.settings.tokens_per_minute,
+        "range_size": deployment.settings.range_size,
+        "song_id_stop": deployment.settings.song_id_stop,
         "max_request_texts": REQUEST_TEXTS,
         "concurrency": CONCURRENCY,
     }
@@ -224,7 +226,7 @@ def main() -> None:
     """Say that it is ready, wait for a line, fill; an interrupt is taken as the assets take it."""
     # a shell that starts the tests in its background would have it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    deployment = Deployment(Settings.from_environment({}, **json.loads(sys.argv[1])), TILING)
+    deployment = Deployment(Settings.from_environment({}, **json.loads(sys.argv[1])))
     print("ready", flush=True)
     sys.stdin.readline()
     run_in_worker(

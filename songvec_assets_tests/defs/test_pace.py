@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from songvec_assets.cli.render import Bars, Lines
 from songvec_assets.defs.pace import Pace, describe_progress
 from songvec_assets.defs.steps import _ProgressLog
-from songvec_assets.defs.terminal import Bars, Lines
 from songvec_assets.progress import Progress
 
 

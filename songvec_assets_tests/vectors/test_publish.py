@@ -581,8 +581,7 @@ class TestMissing:
         songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in song_ids))
         run(deploy(database, provider, tmp_path / "store"))
         execute(database.adbc_uri, "DELETE FROM songs WHERE id >= 1000 OR id BETWEEN 200 AND 210 OR id < 4")
-        other = deploy(database, provider, tmp_path / "store", embedding_dimensions=32, swap=True)
-        other.tiling = Tiling(100, stop)
+        other = deploy(database, provider, tmp_path / "store", embedding_dimensions=32, swap=True, song_id_stop=stop)
         run(other)
         assert loaded_spec(database) == other.table_spec
         assert sorted(read_vectors(database)) == list(range(4, 90))

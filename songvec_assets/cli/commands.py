@@ -1,5 +1,8 @@
-"""`songvec`: a thin face over the same graph and core. Exit codes: 0 done, 1 failed or done in part, 2 wrong words, 3
-songs are missing (`status`) or a check did not pass (`verify`), 130 interrupted."""
+"""The commands: each reads its options, calls the core or runs a job, and prints.
+
+Exit codes: 0 done, 1 failed or done in part, 2 wrong words, 3 songs are missing (`status`) or a check did not pass
+(`verify`), 130 interrupted.
+"""
 
 import contextlib
 import json
@@ -23,7 +26,7 @@ from songvec_assets.settings import settings_table, variables
 from songvec_assets.signals import discard_unwritable_output, interrupted_by_hangup
 
 if TYPE_CHECKING:
-    from songvec_assets.defs.headless import RunResult
+    from songvec_assets.cli.run import RunResult
     from songvec_assets.deployment import Deployment
     from songvec_assets.embedding.pricing import Estimate
     from songvec_assets.songs.ranges import SongIdRange
@@ -183,7 +186,7 @@ def estimate(
     confirm_deletions: ConfirmDeletions = False,
 ) -> None:
     """Say what a run would cost: songs, tokens, dollars, hours. Spends nothing."""
-    from songvec_assets.defs.tables import estimate_table
+    from songvec_assets.cli.render import estimate_table
 
     deployment = _deploy()
 
@@ -207,7 +210,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="The same for scripts.")] = False,
 ) -> None:
     """Say per range what is exported, cached, loaded and indexed. Exit code 3 where songs are missing."""
-    from songvec_assets.defs.tables import status_table
+    from songvec_assets.cli.render import status_table
     from songvec_assets.status import measure_status
 
     deployment = _deploy()
@@ -338,11 +341,10 @@ def _fail(message: str) -> NoReturn:
 
 
 def _deploy(**overrides: Any) -> "Deployment":
-    from songvec_assets.defs.partitions import TILING
     from songvec_assets.deployment import Deployment
     from songvec_assets.settings import Settings
 
-    return Deployment(Settings.from_environment(**overrides), TILING)
+    return Deployment(Settings.from_environment(**overrides))
 
 
 def _span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRange]":
@@ -379,9 +381,9 @@ def _run_job(
     **resources: "Mapping[str, Any]",
 ) -> "RunResult":
     """Run a job, in this process and the project's Dagster instance, and sum it up."""
+    from songvec_assets.cli.render import run_table
+    from songvec_assets.cli.run import run_job
     from songvec_assets.definitions import defs
-    from songvec_assets.defs.headless import run_job
-    from songvec_assets.defs.tables import run_table
     from songvec_assets.postgres.schema import read_pgvector_caution
 
     out.print(deployment.describe())
@@ -403,7 +405,7 @@ def _run_job(
 
 
 def _describe_incomplete(result: "RunResult", deployment: "Deployment", job: str) -> str:
-    from songvec_assets.defs.tables import describe_incomplete_run
+    from songvec_assets.cli.render import describe_incomplete_run
     from songvec_assets.status import measure_status
 
     try:
@@ -426,7 +428,7 @@ def _print_plan(ranges: str, anew: bool) -> None:
 
 
 def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:
-    from songvec_assets.defs.tables import hits_table
+    from songvec_assets.cli.render import hits_table
     from songvec_assets.vectors.search import search_songs
 
     vector = deployment.embed_query(query, on_trouble=lambda words: err.print(words, style="yellow", markup=False))
@@ -449,8 +451,8 @@ def _interruptible() -> Iterator[None]:
 @contextlib.contextmanager
 def _showing_progress() -> Iterator[Any]:
     """Bars on a terminal, plain lines elsewhere."""
+    from songvec_assets.cli.render import Bars, Lines
     from songvec_assets.defs.steps import show_progress
-    from songvec_assets.defs.terminal import Bars, Lines
 
     with _progress_console() as console, Bars(console) if err.is_terminal else Lines(console) as shown:
         token = show_progress.set(shown)
