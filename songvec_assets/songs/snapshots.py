@@ -134,7 +134,7 @@ def load_songs_from_parquet(
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> StoreError:
+def _damaged(path: Path, error: Exception | str) -> StoreError:
     return StoreError(
         f"{path} is damaged ({error}): remove it and materialize songs_parquet, which exports the range again"
     )
@@ -164,6 +164,24 @@ def read_text_hashes(path: Path, spec: TextSpec) -> pl.DataFrame | None:
         return None
     hashes = load_songs_from_parquet(path, ["song_id", "text_hash", "truncated"])
     return hashes.filter(pl.col("text_hash").is_not_null())
+
+
+def render_songs(path: Path, spec: TextSpec, song_ids: pl.Series) -> pl.DataFrame:
+    """The texts of some songs, rendered, see `render_texts`.
+
+    Args:
+        path: of the snapshot.
+        spec: how songs become texts.
+        song_ids: of songs that are not rejected.
+
+    Raises:
+        StoreError: the file is damaged, or a text is not the one whose hash the snapshot keeps.
+    """
+    texts = render_texts(load_songs_from_parquet(path, song_ids=song_ids), spec)
+    hashes = read_text_hashes(path, spec)
+    if hashes is not None and texts.join(hashes, on=["song_id", "text_hash"], how="anti").height:
+        raise _damaged(path, "texts do not have the hashes that are kept of them")
+    return texts
 
 
 def read_source_hashes(path: Path, spec: TextSpec) -> pl.DataFrame | None:

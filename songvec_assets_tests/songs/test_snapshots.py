@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
+from songvec_assets.errors import StoreError
 from songvec_assets.songs import snapshots
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import (
@@ -27,6 +28,7 @@ from songvec_assets.songs.snapshots import (
     merge_songs,
     read_footer,
     read_text_hashes,
+    render_songs,
     snapshot_digest,
     snapshot_path,
     write_snapshot,
@@ -45,18 +47,22 @@ rows = st.dictionaries(st.integers(0, 2**31 - 1), st.tuples(texts, texts, texts,
 )
 
 
+def content(songs: list[Row]) -> pa.Table:
+    """Rows without hashes."""
+    columns = list(zip(*songs, strict=True)) if songs else [[]] * 5
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, SNAPSHOT_SCHEMA, strict=True)],
+                    schema=SNAPSHOT_SCHEMA)  # fmt: skip
+
+
 def table(songs: list[Row]) -> pa.Table:
     """Rows as an export makes them."""
-    columns = list(zip(*songs, strict=True)) if songs else [[]] * 5
-    content = pa.table([pa.array(column, field.type) for column, field in zip(columns, SNAPSHOT_SCHEMA, strict=True)],
-                       schema=SNAPSHOT_SCHEMA)  # fmt: skip
     hashes = pa.array([hash(row) for row in songs], pa.int64())
-    return add_text_hashes(content.append_column("source_hash", hashes), TextSpec())
+    return add_text_hashes(content(songs).append_column("source_hash", hashes), TextSpec())
 
 
 def hashed(songs: list[Row]) -> pl.DataFrame:
     """Rows as they are compared."""
-    return hash_content(pl.DataFrame(table(songs)))
+    return hash_content(pl.DataFrame(content(songs)))
 
 
 def rows_of(songs: pa.Table) -> list[Row]:
@@ -78,23 +84,23 @@ def write(path: Path, songs: list[Row]) -> Path:
 
 class TestDigest:
     def test_it_stays_what_it_was_or_every_store_would_be_written_anew(self) -> None:
-        assert digest_songs(table(ROWS)) == "50cccbb2e78f5b392695b7dcbaa357c6"
-        assert digest_songs(table([])) == "e5189a9599e3f86205ea23ef06e28b2d"
+        assert digest_songs(content(ROWS)) == "50cccbb2e78f5b392695b7dcbaa357c6"
+        assert digest_songs(content([])) == "e5189a9599e3f86205ea23ef06e28b2d"
 
     @given(rows, st.lists(st.integers(0, 12), max_size=4))
     def test_chunks_make_no_difference(self, songs: list[Row], cuts: list[int]) -> None:
-        whole = table(songs)
+        whole = content(songs)
         ends = sorted(min(cut, len(songs)) for cut in cuts)
         pieces = [whole.slice(start, stop - start) for start, stop in zip([0, *ends], [*ends, len(songs)], strict=True)]
         assert digest_songs(pa.concat_tables(pieces)) == digest_songs(whole)
 
     @given(rows, rows)
     def test_other_rows_have_another(self, some: list[Row], others: list[Row]) -> None:
-        assert (digest_songs(table(some)) == digest_songs(table(others))) == (some == others)
+        assert (digest_songs(content(some)) == digest_songs(content(others))) == (some == others)
 
     def test_a_text_that_moves_to_the_next_song_or_column_changes_it(self) -> None:
         digests = {
-            digest_songs(table(songs))
+            digest_songs(content(songs))
             for songs in (
                 [(1, "ab", "", None, None), (2, "c", "", None, None)],
                 [(1, "a", "", None, None), (2, "bc", "", None, None)],
@@ -202,3 +208,15 @@ def test_hashes_are_those_of_the_texts(path: Path) -> None:
     accepted = load_songs_from_parquet(path).filter(pl.col("set_aside").is_null())
     assert hashes is not None
     assert_frame_equal(hashes, render_texts(accepted, TextSpec()).drop("text"))
+
+
+def test_a_text_that_does_not_fit_its_hash_is_named(path: Path) -> None:
+    write(path, ROWS)
+    assert render_songs(path, TextSpec(), pl.Series([1, 8]))["text"].to_list() == ["Füße by Ann\nla la", "🎵 by Cy"]
+    other = table([(1, "Füße", "Ann", "other words", None), *ROWS[1:]]).set_column(
+        6, "text_hash", table(ROWS)["text_hash"]
+    )
+    write_snapshot(path, other, Footer.of(other, TextSpec().identity))
+    assert render_songs(path, TextSpec(), pl.Series([8]))["text"].to_list() == ["🎵 by Cy"]
+    with pytest.raises(StoreError, match="texts do not have the hashes that are kept of them"):
+        render_songs(path, TextSpec(), pl.Series([1, 8]))
