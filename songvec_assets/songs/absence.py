@@ -158,22 +158,13 @@ class AbsenceGuard:
                 missing[song_range] = count_missing(song_ids, read_song_ids(database, source, song_range))
         return Absence(known, {each: n for each, n in missing.items() if n}, not counts, self.limits)
 
-    def check(
-        self,
-        database: Database,
-        source: SongsSource,
-        folder: Path,
-        counts: Mapping[SongIdRange, RangeCount],
-        check_stop: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Refuse an export before it begins; the arguments are those of `find`.
+    def check(self, absence: Absence, source: SongsSource) -> None:
+        """Refuse an export before it begins.
 
         Raises:
             BulkDeletionError: too many songs are missing.
         """
-        if self.confirmed:
-            return
-        self._absence = absence = self.find(database, source, folder, counts, check_stop)
+        self._absence = absence
         if absence.is_bulk:
             hidden = "Row security is active for this user and may hide them. " if source.row_security else ""
             raise BulkDeletionError(

@@ -89,21 +89,21 @@ class ExportReport:
 
     Attributes:
         ranges: every range that holds songs now or did before.
-        set_aside: number of rejected songs by reason, of those with an id that a range can hold.
-        unreachable: the same of those with an id that none can hold.
-        text_sizes: songs of the snapshots, by size.
+        unreachable: number of songs with an id that no range can hold, by reason.
     """
 
     ranges: list[RangeExport] = field(default_factory=list)
-    set_aside: Counter[str] = field(default_factory=Counter)
     unreachable: Counter[str] = field(default_factory=Counter)
-    text_sizes: Counter[int] = field(default_factory=Counter)
 
-    def add(self, exported: RangeExport) -> None:
-        """Add a range."""
-        self.ranges.append(exported)
-        self.set_aside.update(exported.set_aside)
-        self.text_sizes.update(exported.text_sizes)
+    @property
+    def set_aside(self) -> Counter[str]:
+        """Number of rejected songs by reason, of those with an id that a range can hold."""
+        return sum((each.set_aside for each in self.ranges), Counter())
+
+    @property
+    def text_sizes(self) -> Counter[int]:
+        """Songs of the snapshots, by size."""
+        return sum((each.text_sizes for each in self.ranges), Counter())
 
     def total(self, name: str) -> int:
         """The sum of a count over all ranges."""
@@ -238,29 +238,30 @@ def cache_songs_to_parquet(
     counts = count_ranges(database, source, tiling)
     check_ids(database, source, tiling, counts)
     # an append deletes no song that has a snapshot
-    if options.guard and not is_append:
-        options.guard.check(database, source, folder, counts, run.check_stop)
+    guard = options.guard
+    if guard and not guard.confirmed and not is_append:
+        guard.check(guard.find(database, source, folder, counts, run.check_stop), source)
     snapshots.remove_other_ranges(folder, tiling)
     known, looks = set(snapshots.snapshot_ranges(folder)), Looks.read(folder, source)
+    is_full = not 0 <= started - looks.full_compare_at < options.full_compare_hours * 3600
     if is_append:
         exporter = RangeExporter(source, folder, counts, options, above=snapshots.get_max_cached_song_id(folder))
         # first and alone: were a later range written and this one not, the next append would begin above its songs
         first = [each for each in sorted(counts) if exporter.is_split(each)]
         others = [each for each in sorted(counts) if exporter.is_above(each) or each not in known]
-        _export_ranges(database, exporter, [first, others], report, run)
-        _raise_failures(report)
-        return report
-    report.unreachable.update(count_unreachable_ids(database, source))
-    is_full = not 0 <= started - looks.full_compare_at < options.full_compare_hours * 3600
-    exporter = RangeExporter(source, folder, counts, options, {} if is_full else looks.newest)
-    _export_ranges(database, exporter, [sorted({*counts, *known, *options.kept})], report, run)
-    if source.updated_at:
+    else:
+        report.unreachable.update(count_unreachable_ids(database, source))
+        exporter = RangeExporter(source, folder, counts, options, {} if is_full else looks.newest)
+        first, others = [], sorted({*counts, *known, *options.kept})
+    _export_ranges(database, exporter, [first, others], report, run)
+    if source.updated_at and not is_append:
         # a full compare that failed somewhere is still due
         compared_at = started if is_full and not report.failed else looks.full_compare_at
         seen = Looks(source.identity, compared_at, exporter.describe_looks(report, looks))
         if seen != looks:
             seen.write(folder)
-    _raise_failures(report)
+    if report.failed:
+        raise IncompleteExportError(report) from report.failed[0].error
     return report
 
 
@@ -277,7 +278,7 @@ def _export_ranges(
     with Readers(database, exporter.options.n_readers) as readers:
         for part in parts:
             for exported in readers.map(exporter.export, part, check=run.check_stop):
-                report.add(exported)
+                report.ranges.append(exported)
                 note = f"not exported: {_name_some(each.range.key for each in report.failed)}" if report.failed else ""
                 run.report(Progress("export songs", report.total("n_songs"), total, note=note))
                 if report.found_no_server:
@@ -285,13 +286,8 @@ def _export_ranges(
             if report.failed:
                 break
     if report.failed:
-        for each in wanted[len(report.ranges) :]:
-            report.add(RangeExport(each, error=report.failed[-1].error))
-
-
-def _raise_failures(report: ExportReport) -> None:
-    if report.failed:
-        raise IncompleteExportError(report) from report.failed[0].error
+        error = report.failed[-1].error
+        report.ranges.extend(RangeExport(each, error=error) for each in wanted[len(report.ranges) :])
 
 
 @dataclass(frozen=True)

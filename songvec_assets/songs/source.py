@@ -176,7 +176,10 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
         updated_at = columns.get(names.updated_at_column or "")
         by_field = {"name": names.name_column, "artist": names.artist_column, "lyrics": names.lyrics_column}
         texts = {name: column for name, column in by_field.items() if name in spec.fields}
-        _check_columns(connection, table, {"song_id": song_id, **texts, "updated_at": names.updated_at_column})
+        wanted = {"song_id": song_id, **texts, "updated_at": names.updated_at_column}
+        _check_columns(
+            connection, table, {f"SONGVEC_{name.upper()}_COLUMN": each for name, each in wanted.items() if each}
+        )
         if columns[song_id].kind not in _ID_TYPES:
             raise SourceError(
                 f"the id column {song_id!r} of {table.name} is {columns[song_id].kind}; song_embeddings.song_id is "
@@ -214,14 +217,12 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
         )
 
 
-def _check_columns(connection: sa.Connection, table: catalogue.Table, columns: dict[str, str | None]) -> None:
-    """Refuse a table without these columns, given by field, or one that this user may not read."""
-    wanted = {name: column for name, column in columns.items() if column}
-    for name, column in wanted.items():
+def _check_columns(connection: sa.Connection, table: catalogue.Table, wanted: dict[str, str]) -> None:
+    """Refuse a table without these columns, given by their settings, or one that this user may not read."""
+    for variable, column in wanted.items():
         if column not in table.columns:
             raise SourceError(
-                f"table {table.name} has no column {column!r}; it has {', '.join(table.columns)}: set "
-                f"SONGVEC_{name.upper()}_COLUMN"
+                f"table {table.name} has no column {column!r}; it has {', '.join(table.columns)}: set {variable}"
             )
     if grants := list_grants(connection, table, [*wanted.values()]):
         raise SourceError(
