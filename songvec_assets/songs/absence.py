@@ -1,7 +1,7 @@
-"""Songs that have a vector or a row and are no longer in the source: whether that is plausible, or stops an export.
+"""Songs that are cached or loaded and no longer in the source: plausible deletions, or a reason to stop the export.
 
-When to add here: another reason not to believe that songs were deleted. Keep out: what is known of songs (the caller
-passes it) and what follows from a deletion.
+When to add here: another reason not to believe that songs were deleted. Keep out: which songs are cached or loaded (the
+caller passes it) and what follows from a deletion. `share`s are fractions from 0 to 1.
 """
 
 import threading
@@ -78,17 +78,17 @@ class Absence:
 
     @property
     def is_bulk(self) -> bool:
-        """Whether so many are missing that an export stops."""
+        """Whether enough songs are missing to stop an export."""
         return self.is_bulk_of_all or any(map(self.is_bulk_of, self.missing))
 
     @property
     def is_bulk_of_all(self) -> bool:
-        """Whether so many of all ranges together are, or the source is empty."""
+        """Whether enough are missing in all ranges together, or the source is empty."""
         too_many = self.n_missing >= MIN_MISSING and self.n_missing > self.limits.share * self.n_known
         return too_many or bool(self.n_missing and self.is_empty)
 
     def is_bulk_of(self, song_range: SongIdRange) -> bool:
-        """Whether so many of one range are."""
+        """Whether enough are missing in one range."""
         n_missing = self.missing.get(song_range, 0)
         n_allowed = self.limits.range_share * self.known.get(song_range, 0)
         return n_missing >= MIN_MISSING_OF_RANGE and n_missing > n_allowed
@@ -102,7 +102,7 @@ class Absence:
 
 
 def count_missing(song_ids: pl.Series, there: pl.Series) -> int:
-    """How many of some song_ids are not among others."""
+    """Number of song_ids that are not among others."""
     return len(song_ids) - int(song_ids.is_in(there.implode()).sum())
 
 

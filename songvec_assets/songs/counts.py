@@ -12,11 +12,11 @@ import numpy as np
 import polars as pl
 
 from songvec_assets.errors import SettingsError, SourceError
-from songvec_assets.postgres.engine import Database, raw_cursor
+from songvec_assets.postgres.engine import Database
 from songvec_assets.songs import catalogue
 from songvec_assets.songs.advice import describe_numbering
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
-from songvec_assets.songs.source import PRESENT, SongsSource
+from songvec_assets.songs.source import PRESENT, SongsSource, fetch_rows
 
 _PRIME = 2**31 - 1
 
@@ -67,25 +67,19 @@ def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dic
     if source.updated_at:
         present = PRESENT[str(source.updated_at_type)]
         newest = f"(max({source.updated_at}) FILTER (WHERE {source.updated_at} <= {present}))::text"
-    with database.get_connection() as connection, raw_cursor(connection) as cursor:
-        cursor.execute(
-            f"SELECT least({source.song_id}, {tiling.stop}) / {tiling.width} AS tile, {newest}, "
-            f"{IdSums.columns(source.song_id)} "
-            f"FROM {source.relation} WHERE {source.song_id} BETWEEN {tiling.start} AND {MAX_SONG_ID} GROUP BY tile"
-        )
-        return {
-            tiling.range_of(tile * tiling.width): RangeCount(IdSums(*sums), newest) for tile, newest, *sums in cursor
-        }
+    rows = fetch_rows(
+        database,
+        f"SELECT least({source.song_id}, {tiling.stop}) / {tiling.width} AS number, {newest}, "
+        f"{IdSums.columns(source.song_id)} "
+        f"FROM {source.relation} WHERE {source.song_id} BETWEEN {tiling.start} AND {MAX_SONG_ID} GROUP BY number",
+    )
+    return {tiling.range_of(number * tiling.width): RangeCount(IdSums(*sums), newest) for number, newest, *sums in rows}
 
 
 def read_song_ids(database: Database, source: SongsSource, song_range: SongIdRange) -> pl.Series:
-    """The ids of a range's songs, in no order."""
-    with database.get_connection() as connection, raw_cursor(connection) as cursor:
-        cursor.execute(
-            f"SELECT {source.song_id} FROM {source.relation} "
-            f"WHERE {source.song_id} >= {song_range.start} AND {source.song_id} < {song_range.stop}"
-        )
-        return pl.Series([song_id for (song_id,) in cursor], dtype=pl.Int32)
+    """The ids of a range's songs, in order."""
+    rows = fetch_rows(database, f"SELECT song_id FROM {source.rows(song_range)}")
+    return pl.Series([song_id for (song_id,) in rows], dtype=pl.Int32)
 
 
 def check_ids(
@@ -105,26 +99,26 @@ def check_ids(
     """
     tiling.check_tail(tiling.tail, counts.get(tiling.tail, RangeCount()).n_songs)
     song_id, start = source.song_id, tiling.start
-    with database.get_connection() as connection, raw_cursor(connection) as cursor:
-        cursor.execute(
-            f"SELECT count(*) FILTER (WHERE {song_id} < {start}), min({song_id}), "
-            f"count(*) FILTER (WHERE {song_id} > {MAX_SONG_ID}) FROM {source.relation} "
-            # negative ids are rejected one by one
-            f"WHERE {song_id} > {MAX_SONG_ID} OR {song_id} >= 0 AND {song_id} < {start}"
+    [(n_below, lowest, n_beyond)] = fetch_rows(
+        database,
+        f"SELECT count(*) FILTER (WHERE {song_id} < {start}), min({song_id}), "
+        f"count(*) FILTER (WHERE {song_id} > {MAX_SONG_ID}) FROM {source.relation} "
+        # negative ids are rejected one by one
+        f"WHERE {song_id} > {MAX_SONG_ID} OR {song_id} >= 0 AND {song_id} < {start}",
+    )
+    if n_below:
+        raise SettingsError(
+            f"{n_below:,} songs of {source.table} have an id below SONGVEC_SONG_ID_START, which is {start}; "
+            f"the lowest is {lowest}: set it to {lowest // tiling.width * tiling.width} or less"
         )
-        n_below, lowest, n_beyond = cursor.fetchone()
-        if n_below:
-            raise SettingsError(
-                f"{n_below:,} songs of {source.table} have an id below SONGVEC_SONG_ID_START, which is {start}; "
-                f"the lowest is {lowest}: set it to {lowest // tiling.width * tiling.width} or less"
-            )
-        if n_beyond > sum(each.n_songs for each in counts.values()):
+    if n_beyond > sum(each.n_songs for each in counts.values()):
+        with database.get_connection() as connection:
             table = catalogue.find_table(connection, source.table)
             cure = f": {describe_numbering(connection, table, source.song_id_column)}" if table else ""
-            raise SourceError(
-                f"{n_beyond:,} songs of {source.table} have an id above {MAX_SONG_ID}, the highest INTEGER, which is "
-                f"the type of song_embeddings.song_id{cure}"
-            )
+        raise SourceError(
+            f"{n_beyond:,} songs of {source.table} have an id above {MAX_SONG_ID}, the highest INTEGER, which is "
+            f"the type of song_embeddings.song_id{cure}"
+        )
 
 
 def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[str]:
@@ -134,9 +128,7 @@ def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[st
         "the id is negative": f"{source.song_id} < 0",
         "the id is NULL": f"{source.song_id} IS NULL",
     }
-    with database.get_connection() as connection, raw_cursor(connection) as cursor:
-        # a subquery each: indexes serve them one by one
-        cursor.execute(
-            f"SELECT {', '.join(f'(SELECT count(*) FROM {source.relation} WHERE {each})' for each in reasons.values())}"
-        )
-        return +Counter(dict(zip(reasons, cursor.fetchone(), strict=True)))
+    # a subquery each: indexes serve them one by one
+    numbers = (f"(SELECT count(*) FROM {source.relation} WHERE {each})" for each in reasons.values())
+    [row] = fetch_rows(database, f"SELECT {', '.join(numbers)}")
+    return +Counter(dict(zip(reasons, row, strict=True)))

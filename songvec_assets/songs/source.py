@@ -6,12 +6,13 @@ When to add here: another demand on the table, or another statement that reads t
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import sqlalchemy as sa
 from psycopg2.extensions import encodings
 
 from songvec_assets.errors import SourceError
-from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs import catalogue
 from songvec_assets.songs.advice import describe_missing, describe_numbering, describe_types, list_grants
 from songvec_assets.songs.ranges import SongIdRange
@@ -151,6 +152,13 @@ class SongsSource:
         quoted = time.replace("'", "''")
         since = f"CAST('{quoted}' AS {self.updated_at_type}) - INTERVAL '{OVERLAP}'"
         return f" AND ({self.updated_at} >= {since} OR {self.updated_at} IS NULL)"
+
+
+def fetch_rows(database: Database, statement: str) -> list[tuple[Any, ...]]:
+    """The rows of a statement, which is taken as it is: names may hold percent signs."""
+    with database.get_connection() as connection, raw_cursor(connection) as cursor:
+        cursor.execute(statement)
+        return list(cursor)
 
 
 def find_source(database: Database, names: SourceNames, spec: TextSpec | None = None) -> SongsSource:

@@ -10,7 +10,7 @@ import msgspec
 from psycopg2 import sql
 
 from songvec_assets.postgres.engine import Database, raw_cursor
-from songvec_assets.songs.source import SongsSource
+from songvec_assets.songs.source import SongsSource, fetch_rows
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class SourceState:
 
     Attributes:
         n_songs: its rows.
-        highest_id: or None where there are none.
+        highest_id: or None if there are none.
         newest: the latest time of its updated_at column, as text; None without one.
-        sum_of_ids: of all rows; "0" where there are none.
-        n_writes: rows inserted, updated and deleted since the server counts; None where it does not count them all:
+        sum_of_ids: of all rows; "0" if there are none.
+        n_writes: rows inserted, updated and deleted since the server counts; None if it does not count them all:
             of views, of foreign tables and of tables that have one as a part.
     """
 
@@ -34,7 +34,7 @@ class SourceState:
 
     @property
     def ids(self) -> tuple[int, int | None, str]:
-        """Another one where songs came or went."""
+        """Differs if songs were added or deleted."""
         return self.n_songs, self.highest_id, self.sum_of_ids
 
     def describe(self) -> str:
@@ -68,9 +68,8 @@ def measure_source(database: Database, source: SongsSource) -> SourceState:
 
 def digest_source(database: Database, source: SongsSource) -> str:
     """An identity of all texts and whose they are. Reads the whole table, at the server."""
-    with database.get_connection() as connection, raw_cursor(connection) as cursor:
-        cursor.execute(source.select_digest())
-        return str(cursor.fetchone()[0])
+    [(digest,)] = fetch_rows(database, source.select_digest())
+    return str(digest)
 
 
 _DIGEST_REST = 20
@@ -135,7 +134,7 @@ class SourceLook:
             digest: of the texts now; None: it was not taken.
 
         Returns:
-            What is known now; and why nothing is to be reported, None where a song's text or id changed.
+            What is known now; and why nothing is to be reported, None if a song's text or id changed.
         """
         if state.ids != self.state.ids:
             return replace(self, state=state, digest=digest or self.digest, is_current=digest is not None), None
