@@ -8,7 +8,7 @@ When to add here: what is kept of a song. Keep out: where songs come from.
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -103,7 +103,7 @@ def remove_other_ranges(folder: Path, tiling: Tiling) -> None:
 
 
 def load_songs_from_parquet(
-    path: Path, columns: list[str] | None = None, song_ids: Iterable[int] | None = None
+    path: Path, columns: list[str] | None = None, song_ids: Sequence[int] | pl.Series | None = None
 ) -> pl.DataFrame:
     """One range's snapshot; see the module for its columns. No file is a range without songs.
 
@@ -116,13 +116,13 @@ def load_songs_from_parquet(
         StoreError: the file is damaged: what it holds is not what was exported.
     """
     columns = columns or SNAPSHOT_SCHEMA.names
-    if not path.exists():
+    if not path.exists() or (song_ids is not None and not len(song_ids)):
         return pl.DataFrame(FILE_SCHEMA.empty_table().select(columns))
     try:
         with _open(path) as file:
             if song_ids is None:
                 return pl.DataFrame(file.read(columns))
-            wanted = pa.array(list(song_ids), pa.int32())
+            wanted = pl.Series(song_ids, dtype=pl.Int32).to_arrow()
             batches = [
                 batch.filter(pc.is_in(batch.column("song_id"), wanted))
                 for batch in file.iter_batches(_BATCH_ROWS, columns=columns)
@@ -178,7 +178,7 @@ def render_songs(path: Path, spec: TextSpec, song_ids: pl.Series) -> pl.DataFram
         StoreError: the file is damaged, or a text is not the one whose hash the snapshot keeps.
     """
     texts = render_texts(load_songs_from_parquet(path, song_ids=song_ids), spec)
-    hashes = read_text_hashes(path, spec)
+    hashes = read_text_hashes(path, spec) if len(song_ids) else None
     if hashes is not None and texts.join(hashes, on=["song_id", "text_hash"], how="anti").height:
         raise _damaged(path, "texts do not have the hashes that are kept of them")
     return texts

@@ -238,6 +238,8 @@ def test_only_the_texts_that_are_sent_are_rendered(
     again.filler().fill_ranges(list(again.tiling), reports.append)
     assert [(each.n_songs, each.n_embedded, each.error) for each in reports] == [(5_000, 28, None)]
     assert n_rendered == 56
+    assert again.estimate().n_texts == 0
+    assert n_rendered == 56, "an estimate over a complete cache renders nothing"
 
 
 def test_a_later_fill_reports_what_changed_came_and_went(
