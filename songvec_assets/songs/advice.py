@@ -112,8 +112,14 @@ def _make_text(connection: sa.Connection, table: Table, column: str, alias: str)
         return [f"LEFT JOIN {other} AS {alias} ON {alias}.{key} = {value}"], f"{alias}.{words}"
     if facts.is_array:
         return [], f"array_to_string({value}, ', ')"
-    made = {"json": f"{value} ->> 'text'", "jsonb": f"{value} ->> 'text'", "bytea": f"convert_from({value}, 'UTF8')"}
-    return [], made.get(facts.kind, f"{value}::text")
+    kind = facts.kind
+    if kind in ("json", "jsonb"):
+        return [], (
+            f"CASE {kind}_typeof({value}) WHEN 'object' THEN {value} ->> 'text' WHEN 'array' THEN "
+            f"(SELECT string_agg(line, E'\\n') FROM {kind}_array_elements_text({value}) AS line) "
+            f"ELSE {value} #>> '{{}}' END"
+        )
+    return [], f"convert_from({value}, 'UTF8')" if kind == "bytea" else f"{value}::text"
 
 
 def describe_numbering(connection: sa.Connection, table: Table, column: str) -> str:

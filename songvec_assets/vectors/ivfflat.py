@@ -4,6 +4,7 @@
 `catalogue` the index as it is.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,6 +139,7 @@ def bring_index_up_to_date(
     table: str = TABLE,
     progress: ReportProgress = ignore_progress,
     stop: StopSignal | None = None,
+    check_held: Callable[[], None] | None = None,
 ) -> IndexReport:
     """Build the index where that is worth it, and measure recall where it was built, or rows changed since.
 
@@ -151,6 +153,8 @@ def bring_index_up_to_date(
         table: its name.
         progress: told percents of the build, then rows and searches of the measurement.
         stop: ends it, the server's work included.
+        check_held: of the lock under which the caller alone works on this table; None: a lock is taken here. Each takes
+            a session, and a pooler may have two in all.
 
     Raises:
         TableMismatchError: the table is missing or empty: an index built on nothing finds nothing later.
@@ -163,7 +167,10 @@ def bring_index_up_to_date(
     def tell_waiting() -> None:
         progress(Progress(STEP, 0, 100, unit="%", note="waiting for another run that sees to it"))
 
-    with hold_lock(database, fact_key("index", table), on_wait=tell_waiting, check=stop.check) as check_held:
+    with contextlib.ExitStack() as held:
+        check_held = check_held or held.enter_context(
+            hold_lock(database, fact_key("index", table), on_wait=tell_waiting, check=stop.check)
+        )
         return _Upkeep(database, cache, spec, wanted, table, progress, stop, check_held).run()
 
 

@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.vectors.capacity import read_capacity
 from songvec_assets.vectors.ivfflat import IndexSettings, find_index, plan_lists, reason_to_build
 from songvec_assets.vectors.ledger import read_ledger
@@ -58,6 +59,8 @@ def check_target(database: Database, spec: TableSpec, wanted: IndexSettings, n_s
         DatabaseError: says which right, schema, memory or disk is wanting, and the statement that helps.
         SettingsError: the lists that were set do not fit into memory.
     """
+    with database.get_connection() as connection:
+        check_search_path(connection)
     index, loaded = find_index(database, target), read_ledger(database, target)
     capacity = read_capacity(database, wanted.memory_bytes, searched=find_index(database) is not None)
     n_new = max(0, n_songs - sum(entry.n_songs for entry in loaded.values()))

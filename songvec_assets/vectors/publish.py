@@ -143,7 +143,9 @@ def publish_embeddings(
         )  # fmt: skip
         if place.table == TABLE:
             return PublishReport(place, loads, n_foreign=backlog.n_foreign)
-        report = bring_index_up_to_date(database, cache, spec, index, table=BESIDE, progress=progress, stop=stop)
+        report = bring_index_up_to_date(
+            database, cache, spec, index, table=BESIDE, progress=progress, stop=stop, check_held=check_held
+        )
         compared = _read_ledgers(database)
         missing.check_table()
         comparison = compare_tables(database)

@@ -11,8 +11,15 @@ from numpy.typing import NDArray
 
 from songvec_assets.embedding.client import Embedder
 from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
-from songvec_assets.errors import ProviderError, ProviderUnavailableError, TableMismatchError, VectorSizeError
+from songvec_assets.errors import (
+    ProviderError,
+    ProviderUnavailableError,
+    SettingsError,
+    TableMismatchError,
+    VectorSizeError,
+)
 from songvec_assets.postgres.engine import Database, raw_cursor
+from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.songs.source import SongsSource
 from songvec_assets.vectors.catalogue import search_lists
 from songvec_assets.vectors.table import TableSpec, define_table, loaded_spec, read_spec
@@ -43,8 +50,18 @@ def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) 
         embedder: of the model that made the table's vectors.
         query: in the words of who asks.
         prompt: what that model is given for a query.
+
+    Raises:
+        SettingsError: it holds bytes that are no UTF-8, as Python keeps those of a command line.
+        ProviderError: no answer, or none that helps.
     """
     words = fill_query(prompt, query)
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        raise SettingsError(
+            "the query is not valid UTF-8: type it in a terminal whose encoding is UTF-8, or convert it first"
+        ) from None
 
     async def embed() -> NDArray[np.float32]:
         try:
@@ -110,6 +127,7 @@ def check_searchable(database: Database, spec: TableSpec) -> None:
 
     Raises:
         TableMismatchError: nothing is loaded yet, or the table holds another model, size or type.
+        DatabaseError: this user's search_path does not lead to the extension.
     """
     loaded = loaded_spec(database)
     if loaded is None:
@@ -120,6 +138,8 @@ def check_searchable(database: Database, spec: TableSpec) -> None:
             f"{spec.column_type} by {spec.model!r}: `songvec swap` builds its table, or set back the model or key that "
             "filled this one"
         )
+    with database.get_connection("web") as connection:
+        check_search_path(connection)
 
 
 def check_server(
