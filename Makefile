@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dev test check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
@@ -63,6 +63,9 @@ bench-serving: $(INSTALLED)  ## Searches while a table is loaded, rebuilt and sw
 
 bench-operating: $(INSTALLED)  ## The graph in Dagster beside the bare core, and the first minutes of its UI: 8 min
 	$(BIN)/python -m benchmarks.operating
+
+bench-size: $(INSTALLED)  ## Commands over a million songs: nothing to do, 0.1 % changed, status, estimate: 10 min
+	$(BIN)/python -m benchmarks.at_size
 
 chaos: $(INSTALLED)  ## Fills killed 25 times in a row, and shards damaged, held against the provider's ledger: 4 min
 	$(BIN)/python -m benchmarks.chaos

@@ -31,14 +31,15 @@ from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table,
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, has_tables, hold_lock, read_fact, write_fact
 from songvec_assets.postgres.urls import parse_url
-from songvec_assets.progress import ReportProgress, StopSignal, ignore_progress
+from songvec_assets.progress import ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.settings import OFFLINE_MODEL, Settings
-from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits, find_absence
+from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
-from songvec_assets.songs.export import ExportMode, ExportReport, cache_songs_to_parquet
+from songvec_assets.songs.counts import check_ids, count_ranges
+from songvec_assets.songs.export import ExportMode, ExportOptions, ExportReport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path, snapshot_ranges
-from songvec_assets.songs.source import SongsSource, SourceNames, check_ids, count_ranges, find_source
+from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date
 from songvec_assets.vectors.known import CachedOrLoaded
@@ -223,29 +224,25 @@ class Deployment:
         return AbsenceLimits(self.settings.max_missing_share, self.settings.max_missing_range_share)
 
     def find_absence(self) -> Absence:
-        """The songs that an export would take for deleted; see the function of that name. Changes nothing."""
+        """The songs that an export would take for deleted; see `AbsenceGuard.find`. Changes nothing."""
         counts = count_ranges(self.database, self.source, self.tiling)
-        given = self.database, self.source, self.store.songs, counts, self.known_songs, self.absence_limits
-        return find_absence(*given, self.stop.check)
+        guard = AbsenceGuard(self.known_songs, self.absence_limits)
+        return guard.find(self.database, self.source, self.store.songs, counts, self.stop.check)
 
     def export(
         self, mode: ExportMode = "all", progress: ReportProgress = ignore_progress, confirm_deletions: bool = False
     ) -> ExportReport:
         """Bring the snapshots to the state of the source; see `cache_songs_to_parquet`."""
         self.bind()
-        return cache_songs_to_parquet(
-            self.database,
-            self.source,
-            self.store.songs,
-            self.tiling,
+        options = ExportOptions(
             mode,
             # an empty snapshot says that a range's songs were deleted; none says nothing
-            also={*self.cache.ranges(), *find_loaded_ranges(self.database, self.tiling)},
-            progress=progress,
-            stop=self.stop,
+            kept={*self.cache.ranges(), *find_loaded_ranges(self.database, self.tiling)},
             guard=AbsenceGuard(self.known_songs, self.absence_limits, confirm_deletions),
             full_compare_hours=self.settings.full_compare_hours,
         )
+        run = RunContext(progress, self.stop)
+        return cache_songs_to_parquet(self.database, self.source, self.store.songs, self.tiling, options, run)
 
     def estimate(self, ranges: Collection[SongIdRange] | None = None, anew: bool = False) -> Estimate:
         """What a run over the snapshots would send, and its price.

@@ -10,7 +10,7 @@ from songvec_assets.errors import StoreError
 from songvec_assets.progress import describe_seconds
 from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.source import SourceState, measure_source
+from songvec_assets.songs.watch import SourceState, measure_source
 from songvec_assets.vectors.backlog import Backlog, compare_with_cache
 from songvec_assets.vectors.catalogue import IndexFacts, find_index
 

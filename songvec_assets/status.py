@@ -8,9 +8,9 @@ from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.errors import StoreError
 from songvec_assets.postgres.schema import read_pgvector_caution
+from songvec_assets.songs.counts import count_ranges, count_unreachable_ids
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import count_songs, load_songs_from_parquet, snapshot_path, snapshot_ranges
-from songvec_assets.songs.source import count_ranges, count_unreachable_ids
 from songvec_assets.vectors.ivfflat import IndexFacts, find_index
 from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
 from songvec_assets.vectors.recall import read_recall

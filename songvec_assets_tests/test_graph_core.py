@@ -12,7 +12,7 @@ from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path
-from songvec_assets.songs.source import look_at_source
+from songvec_assets.songs.watch import look_at_source
 from songvec_assets.status import measure_status
 from songvec_assets.vectors.ivfflat import bring_index_up_to_date
 from songvec_assets.vectors.load import RangeLoad, upload_cached_embeddings_to_database

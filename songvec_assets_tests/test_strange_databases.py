@@ -17,7 +17,8 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.samples import read_sample_songs
 from songvec_assets.settings import variables
 from songvec_assets.songs.boilerplate import find_boilerplate
-from songvec_assets.songs.source import SourceNames, digest_source, find_source
+from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.songs.watch import digest_source
 from songvec_assets_tests.administration import dispose, execute, own_engine, wait_until, with_parts
 from songvec_assets_tests.conftest import environment_of
 from songvec_assets_tests.pooler import running_pgbouncer

@@ -11,8 +11,8 @@ from songvec_assets.cache.texts import is_made_otherwise
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path
-from songvec_assets.songs.text import TextSpec, render_texts
+from songvec_assets.songs.snapshots import load_songs_from_parquet, read_text_hashes, render_songs, snapshot_path
+from songvec_assets.songs.text import TextSpec
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,11 @@ def plan_fill(
         raise StoreError(
             f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first"
         )
-    songs = load_songs_from_parquet(path)
+    songs = load_songs_from_parquet(path, ["song_id", "set_aside"])
     embeddable = songs.filter(pl.col("set_aside").is_null())
-    texts = render_texts(embeddable, spec)
+    hashes = read_text_hashes(path, spec)
+    if hashes is None:
+        hashes = render_songs(path, spec, embeddable["song_id"]).drop("text")
     known = shard.rows.select("song_id", "text_hash")
     rejected = shard.rejected.select("song_id", "text_hash", "reason")
     holds = pl.lit(False) if rejected_by is None or since else pl.col("reason").str.starts_with(f"{rejected_by} ")
@@ -110,19 +112,22 @@ def plan_fill(
             rejected.filter(holds).select("song_id", before="text_hash", refused=pl.lit(True)),
         ]
     )
-    compared = texts.join(answered, on="song_id", how="left", maintain_order="left")
+    compared = hashes.join(answered, on="song_id", how="left", maintain_order="left")
     unchanged = compared.filter(pl.col("before") == pl.col("text_hash"))
     missing = compared.filter(pl.col("before").ne_missing(pl.col("text_hash")))
     # whatever was paid for serves again: another song's vector, and one that no longer holds (a lyric changed back)
     stored = shard.all_rows.slice(since).join(missing, on="text_hash", how="semi")
     vectors = shard.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
     reused = missing.join(vectors, on="text_hash", how="inner", maintain_order="left")
-    to_send = (
+    unpaid = (
         missing.join(vectors, on="text_hash", how="anti", maintain_order="left")
         .group_by("text_hash", maintain_order=True)
-        .agg(pl.col("text").first(), pl.col("song_id"), (~pl.col("refused")).any().alias("again"))
+        .agg(pl.col("song_id"), (~pl.col("refused")).any().alias("again"))
         .with_columns(rejected_before=pl.col("text_hash").is_in(rejected.filter(~holds)["text_hash"].implode()))
     )
+    # the rest is cached, or has the text of one of these
+    texts = render_songs(path, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
+    to_send = unpaid.join(texts, on="text_hash", how="inner", maintain_order="left")
     n_bytes = pl.col("text").str.len_bytes().alias("n_bytes")
     cached = pl.concat([known["song_id"], rejected["song_id"]])
     n_new = missing.filter(~pl.col("song_id").is_in(cached.implode())).height
@@ -140,7 +145,7 @@ def plan_fill(
         ],
         n_new=n_new,
         n_changed=missing.height - n_new,
-        n_truncated=int(texts["truncated"].sum()),
+        n_truncated=int(hashes["truncated"].sum()),
         n_set_aside=songs["set_aside"].count() + n_refused,
         n_rejected=n_refused,
         made_otherwise=is_made_otherwise(shard.cache, shard.range, spec),

@@ -12,7 +12,7 @@ from songvec_assets.defs.jobs import refresh_job
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, RunResource, StorageResource
 from songvec_assets.defs.steps import failing_clearly
 from songvec_assets.settings import Settings
-from songvec_assets.songs.source import SourceState, look_at_source
+from songvec_assets.songs.watch import SourceState, look_at_source
 
 AUTOMATION = "automation"
 FRESHNESS = dg.FreshnessPolicy.time_window(warn_window=timedelta(hours=26), fail_window=timedelta(hours=50))

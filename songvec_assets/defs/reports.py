@@ -43,6 +43,9 @@ SNAPSHOT_SCHEMA = _schema(
     artist=("string", "As in the source."),
     lyrics=("string", "As in the source; null for instrumentals."),
     set_aside=("string", "Why the song cannot be embedded; null for most."),
+    source_hash=("bigint", "The server's hash of name, artist and lyrics: finds what changed."),
+    text_hash=("binary(16)", "BLAKE2b of the text to embed; null if the song cannot be embedded."),
+    truncated=("boolean", "Whether that text was cut to SONGVEC_MAX_TEXT_CHARS; null if the song cannot be embedded."),
 )
 SHARD_SCHEMA = _schema(
     song_id=_SONG_ID,

@@ -1,12 +1,12 @@
-"""Songs that have a vector or a row and are no longer in the source: whether that is plausible, or stops an export.
+"""Songs that are cached or loaded and no longer in the source: plausible deletions, or a reason to stop the export.
 
-When to add here: another reason not to believe that songs were deleted. Keep out: what is known of songs (the caller
-passes it) and what follows from a deletion.
+When to add here: another reason not to believe that songs were deleted. Keep out: which songs are cached or loaded (the
+caller passes it) and what follows from a deletion. `share`s are fractions from 0 to 1.
 """
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,9 +14,10 @@ import polars as pl
 
 from songvec_assets.errors import BulkDeletionError
 from songvec_assets.postgres.engine import Database
+from songvec_assets.songs.counts import IdSums, RangeCount, read_song_ids
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import read_snapshot_ids
-from songvec_assets.songs.source import IdSums, RangeCount, SongsSource, has_row_security, read_song_ids
+from songvec_assets.songs.source import SongsSource
 
 MIN_MISSING = 20
 """Fewer missing songs of the catalogue never stop an export, whatever their share: small catalogues change."""
@@ -77,17 +78,17 @@ class Absence:
 
     @property
     def is_bulk(self) -> bool:
-        """Whether so many are missing that an export stops."""
+        """Whether enough songs are missing to stop an export."""
         return self.is_bulk_of_all or any(map(self.is_bulk_of, self.missing))
 
     @property
     def is_bulk_of_all(self) -> bool:
-        """Whether so many of all ranges together are, or the source is empty."""
+        """Whether enough are missing in all ranges together, or the source is empty."""
         too_many = self.n_missing >= MIN_MISSING and self.n_missing > self.limits.share * self.n_known
         return too_many or bool(self.n_missing and self.is_empty)
 
     def is_bulk_of(self, song_range: SongIdRange) -> bool:
-        """Whether so many of one range are."""
+        """Whether enough are missing in one range."""
         n_missing = self.missing.get(song_range, 0)
         n_allowed = self.limits.range_share * self.known.get(song_range, 0)
         return n_missing >= MIN_MISSING_OF_RANGE and n_missing > n_allowed
@@ -100,49 +101,8 @@ class Absence:
         return f"{self.n_missing:,} of {self.n_known:,} songs that are loaded or cached ({', '.join(named)}{more})"
 
 
-def find_absence(
-    database: Database,
-    source: SongsSource,
-    folder: Path,
-    counts: Mapping[SongIdRange, RangeCount],
-    known: KnownSongs,
-    limits: AbsenceLimits,
-    check_stop: Callable[[], None] = lambda: None,
-) -> Absence:
-    """Compare the known songs with the source.
-
-    Reads ids only of ranges where songs came or went since their snapshot, or where fewer are left than known.
-
-    Args:
-        database: where the source is.
-        source: which table and columns.
-        folder: of the snapshots.
-        counts: of the source, by range.
-        known: what to compare with.
-        limits: how many songs may be missing.
-        check_stop: called for each range; raises to end it.
-    """
-    known_counts, missing = dict(known.counts()), {}
-    for song_range, n_known in known_counts.items():
-        check_stop()
-        there = counts.get(song_range, RangeCount()).ids
-        snapshot = read_snapshot_ids(folder, song_range)
-        before = snapshot if snapshot is not None and IdSums.of(snapshot[0]) == there else None
-        if before is not None and n_known <= len(before[1]):
-            continue
-        song_ids = known.song_ids(song_range)
-        known_counts[song_range] = len(song_ids)
-        if before is not None:
-            # what earlier exports found without a name counts, too: else an emptied column passes range by range
-            missing[song_range] = count_missing(song_ids, before[1])
-        elif IdSums.of(song_ids) != there:
-            missing[song_range] = count_missing(song_ids, read_song_ids(database, source, song_range))
-    found = {song_range: n_missing for song_range, n_missing in missing.items() if n_missing}
-    return Absence(known_counts, found, not counts, limits)
-
-
 def count_missing(song_ids: pl.Series, there: pl.Series) -> int:
-    """How many of some song_ids are not among others."""
+    """Number of song_ids that are not among others."""
     return len(song_ids) - int(song_ids.is_in(there.implode()).sum())
 
 
@@ -162,27 +122,51 @@ class AbsenceGuard:
     _absence: Absence | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def check(
+    def find(
         self,
         database: Database,
         source: SongsSource,
         folder: Path,
         counts: Mapping[SongIdRange, RangeCount],
         check_stop: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Refuse an export before it begins; the arguments are those of `find_absence`.
+    ) -> Absence:
+        """Compare the known songs with the source.
+
+        Reads ids only of ranges that gained or lost songs since their snapshot, or that hold fewer than are known.
+
+        Args:
+            database: where the source is.
+            source: which table and columns.
+            folder: of the snapshots.
+            counts: of the source, by range.
+            check_stop: called for each range; raises to end it.
+        """
+        known, missing = dict(self.known.counts()), {}
+        for song_range, n_known in known.items():
+            check_stop()
+            there = counts.get(song_range, RangeCount()).ids
+            snapshot = read_snapshot_ids(folder, song_range)
+            before = snapshot[1] if snapshot is not None and IdSums.of(snapshot[0]) == there else None
+            if before is not None and n_known <= len(before):
+                continue
+            song_ids = self.known.song_ids(song_range)
+            known[song_range] = len(song_ids)
+            if before is not None:
+                # what earlier exports found without a name counts, too: else an emptied column passes range by range
+                missing[song_range] = count_missing(song_ids, before)
+            elif IdSums.of(song_ids) != there:
+                missing[song_range] = count_missing(song_ids, read_song_ids(database, source, song_range))
+        return Absence(known, {each: n for each, n in missing.items() if n}, not counts, self.limits)
+
+    def check(self, absence: Absence, source: SongsSource) -> None:
+        """Refuse an export before it begins.
 
         Raises:
             BulkDeletionError: too many songs are missing.
         """
-        if self.confirmed:
-            return
-        absence = find_absence(database, source, folder, counts, self.known, self.limits, check_stop)
         self._absence = absence
         if absence.is_bulk:
-            hidden = (
-                "Row security is active for this user and may hide them. " if has_row_security(database, source) else ""
-            )
+            hidden = "Row security is active for this user and may hide them. " if source.row_security else ""
             raise BulkDeletionError(
                 f"{absence.describe()} are no longer in {source.table}: nothing was changed. {hidden}Check whether the "
                 "table was truncated, is filtered by a view or a policy, is still being loaded or restored, or is the "
@@ -208,10 +192,11 @@ class AbsenceGuard:
         n_missing = count_missing(song_ids, embeddable)
         with self._lock:
             before = self._absence or Absence(self.known.counts(), {}, False, self.limits)
-            known = {**before.known, song_range: len(song_ids)}
-            # also where it is refused: what vanishes from the next ranges is part of the same
-            self._absence = absence = Absence(
-                known, {**before.missing, song_range: n_missing}, before.is_empty, self.limits
+            # also if it is refused: what vanishes from the next ranges is part of the same
+            self._absence = absence = replace(
+                before,
+                known={**before.known, song_range: len(song_ids)},
+                missing={**before.missing, song_range: n_missing},
             )
         if n_missing and (absence.is_bulk_of(song_range) or absence.is_bulk_of_all):
             raise BulkDeletionError(

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from songvec_assets.postgres.engine import Database, raw_cursor
+from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.source import SongsSource
+from songvec_assets.songs.source import SongsSource, fetch_rows
 
 PATTERNS = {
     "LRC time stamps": r"[\[<]\d{1,3}:\d\d([.:]\d{1,3})?[\]>][ \t]*",
@@ -42,7 +42,7 @@ class Boilerplate:
         n_sampled: songs looked at.
         n_found: those that have any of it.
         n_bytes, n_bytes_found: of all sampled lyrics, and of what was found in them.
-        kinds: number of sampled songs by what was found, where enough have it.
+        kinds: number of sampled songs by what was found, if enough have it.
         lines: number of sampled songs by a line that is the same in many.
     """
 
@@ -56,7 +56,7 @@ class Boilerplate:
 
     @property
     def is_common(self) -> bool:
-        """Whether so many songs have it that a person should know."""
+        """Whether enough songs have it to report it."""
         return bool(self.kinds or self.lines)
 
     def describe(self, bytes_per_token: float) -> str:
@@ -74,7 +74,7 @@ class Boilerplate:
         )
 
     def view(self, source: SongsSource) -> str:
-        """The statement of a view without it, and the settings that embed that view; empty where nothing was found."""
+        """The statement of a view without it, and the settings that embed that view; empty if nothing was found."""
         if not self.is_common:
             return ""
         lyrics = f"{source.lyrics}::text"
@@ -135,7 +135,7 @@ def find_boilerplate(lyrics: Sequence[str], n_songs: int) -> Boilerplate:
 
 
 def sample_lyrics(database: Database, source: SongsSource, ranges: Sequence[SongIdRange]) -> list[str]:
-    """The lyrics of a few songs of each range, empty ones left out; of some ranges where there are many.
+    """The lyrics of a few songs of each range, empty ones left out; of some ranges if there are many.
 
     Args:
         database: where the songs are.
@@ -146,12 +146,12 @@ def sample_lyrics(database: Database, source: SongsSource, ranges: Sequence[Song
     if not some:
         return []
     edges = ", ".join(f"({each.start}::bigint, {each.stop}::bigint)" for each in some)
-    with database.get_connection() as connection, raw_cursor(connection) as cursor:
-        cursor.execute(
-            f"SELECT song.lyrics FROM (VALUES {edges}) AS edge (start, stop) CROSS JOIN LATERAL ("
-            f"SELECT {source.as_bytes(source.lyrics)} AS lyrics FROM {source.relation} AS source "
-            f"WHERE {source.song_id} >= edge.start AND {source.song_id} < edge.stop "
-            f"ORDER BY source.{source.song_id} LIMIT {max(1, SAMPLE_SONGS // len(some))}) AS song"
-        )
-        texts = [bytes(words).decode(source.codec, "replace") for (words,) in cursor if words is not None]
+    rows = fetch_rows(
+        database,
+        f"SELECT song.lyrics FROM (VALUES {edges}) AS edge (start, stop) CROSS JOIN LATERAL ("
+        f"SELECT {source.as_bytes(source.lyrics)} AS lyrics FROM {source.relation} AS source "
+        f"WHERE {source.song_id} >= edge.start AND {source.song_id} < edge.stop "
+        f"ORDER BY source.{source.song_id} LIMIT {max(1, SAMPLE_SONGS // len(some))}) AS song",
+    )
+    texts = [bytes(words).decode(source.codec, "replace") for (words,) in rows if words is not None]
     return [words for words in texts if words.strip()]

@@ -1,75 +1,67 @@
-"""Postgres to Parquet: each range's songs are read, some ranges side by side, and written where their content changed.
+"""Postgres to Parquet: songs that changed are found by their hashes, read, and written to the snapshot of their range.
 
-What a snapshot file is, `snapshots.py` says. Memory is bounded by the ranges being read.
+A range costs a scan at the server that sends an id and a hash per song, or only of rows that were updated lately; texts
+are sent of changed songs only. Some ranges are read at once; memory is bounded by these. What a snapshot is:
+`snapshots`. When to add here: another way to find what changed. Keep out: what is SQL (`source`).
 """
 
-import contextlib
-import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import adbc_driver_postgresql.dbapi as adbc
+import msgspec
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from songvec_assets.errors import BulkDeletionError, DatabaseError, SongvecError, SourceError
+from songvec_assets.errors import BulkDeletionError, DatabaseError, SongvecError, SourceError, StoreError
 from songvec_assets.files import replace_atomically
 from songvec_assets.postgres.engine import Database
-from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
+from songvec_assets.progress import Progress, RunContext
+from songvec_assets.songs import snapshots
 from songvec_assets.songs.absence import AbsenceGuard
+from songvec_assets.songs.counts import IdSums, RangeCount, check_ids, count_ranges, count_unreachable_ids
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.readers import Reader, Readers, is_server_gone
 from songvec_assets.songs.snapshots import (
+    FILE_SCHEMA,
     SNAPSHOT_SCHEMA,
+    Changes,
     Footer,
-    compare_snapshot,
-    count_songs,
-    count_text_sizes,
-    digest_songs,
-    get_max_cached_song_id,
-    merge_songs,
-    read_footer,
-    remove_foreign_cuts,
+    add_text_hashes,
+    snapshot_digest,
     snapshot_path,
-    snapshot_ranges,
-    write_snapshot,
 )
-from songvec_assets.songs.source import (
-    IdSums,
-    RangeCount,
-    SongsSource,
-    check_ids,
-    count_ranges,
-    count_unreachable_ids,
-)
+from songvec_assets.songs.source import SongsSource
 
 ExportMode = Literal["all", "append"]
 
 N_READERS = 2
-"""Connections that read side by side: one leaves the server idle while it writes, three take more than 450 MB."""
+"""Connections that read at once: one leaves the server idle while it writes, three take more than 450 MB."""
 
 FULL_COMPARE_HOURS = 24.0
 
-_FULL_COMPARE = "full_compare.json"
+_LOOKS = "looks.json"
 _BATCH_BYTES = 4 << 20
 # no equivalent in UTF-8; invalid in the database's own encoding: PostgreSQL's appendix of error codes, read 2026-11
 _UNDECODABLE = ("22P05", "22021")
+_MOST_NAMED_SHARE = 0.25
+"""If a larger share of a range's songs changed, the range is read as a whole."""
 _MAX_GONE = 3
 _MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
 class RangeExport:
-    """What happened to one range's snapshot: counts of songs against the snapshot before.
+    """What happened to one range's snapshot: numbers of songs compared with the snapshot before.
 
     Attributes:
-        set_aside: reason to number of songs.
+        set_aside: number of rejected songs by reason.
         text_sizes: songs by size, see `count_text_sizes`.
         written: whether the file was.
         error: why the range was not exported, if it was not: its snapshot is as it was before.
@@ -97,21 +89,21 @@ class ExportReport:
 
     Attributes:
         ranges: every range that holds songs now or did before.
-        set_aside: reason to number of songs, of those with an id that a range can hold.
-        unreachable: the same of those with an id that none can hold.
-        text_sizes: songs that were read, by size.
+        unreachable: number of songs with an id that no range can hold, by reason.
     """
 
     ranges: list[RangeExport] = field(default_factory=list)
-    set_aside: Counter[str] = field(default_factory=Counter)
     unreachable: Counter[str] = field(default_factory=Counter)
-    text_sizes: Counter[int] = field(default_factory=Counter)
 
-    def add(self, exported: RangeExport) -> None:
-        """Add a range."""
-        self.ranges.append(exported)
-        self.set_aside.update(exported.set_aside)
-        self.text_sizes.update(exported.text_sizes)
+    @property
+    def set_aside(self) -> Counter[str]:
+        """Number of rejected songs by reason, of those with an id that a range can hold."""
+        return sum((each.set_aside for each in self.ranges), Counter())
+
+    @property
+    def text_sizes(self) -> Counter[int]:
+        """Songs of the snapshots, by size."""
+        return sum((each.text_sizes for each in self.ranges), Counter())
 
     def total(self, name: str) -> int:
         """The sum of a count over all ranges."""
@@ -144,13 +136,13 @@ class IncompleteExportError(DatabaseError):
         reasons = (f"{_name_some(ranges)}: {error}" for error, ranges in self.reasons.items())
         super().__init__(
             f"{len(report.failed)} of {len(report.ranges)} ranges were not exported; the others are done and kept, the "
-            f"same command again tries them anew. {_name_some(reasons, '; ')}"
+            f"same command tries them again. {_name_some(reasons, '; ')}"
         )
         self.report = report
 
     @property
     def is_partial(self) -> bool:
-        """Whether a run may go on with the others: some there are, the database answers, and nobody is to confirm."""
+        """Whether a run may go on with the others: there are some, the database answers, and nobody is to confirm."""
         asks = any(isinstance(each.error, BulkDeletionError) for each in self.report.failed)
         return len(self.report.failed) < len(self.report.ranges) and not (asks or self.report.found_no_server)
 
@@ -161,18 +153,66 @@ def _name_some(names: Iterable[str], separator: str = ", ") -> str:
     return separator.join(known[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How an export is done.
+
+    Attributes:
+        mode: `all` compares every range; `append` reads only above the highest song_id already there, and ranges that
+            have no snapshot.
+        kept: ranges that get a snapshot even if they hold no song: an empty one says that their songs were deleted.
+        guard: refuses songs that are missing in bulk; None: whatever is missing is deleted.
+        n_readers: ranges read at once.
+        full_compare_hours: after this time an export of `all` compares every song, whatever its updated_at column says;
+            0: each one does.
+    """
+
+    mode: ExportMode = "all"
+    kept: Collection[SongIdRange] = ()
+    guard: AbsenceGuard | None = None
+    n_readers: int = N_READERS
+    full_compare_hours: float = FULL_COMPARE_HOURS
+
+
+_DEFAULT_OPTIONS = ExportOptions()
+
+
+class Looks(msgspec.Struct, frozen=True):
+    """What earlier exports looked at: from there on, one by updated_at reads.
+
+    Attributes:
+        source: identity of the table and columns.
+        full_compare_at: when every song was compared last, seconds since the epoch.
+        newest: by range key, the digest of the snapshot as it was left, and the latest updated_at that was looked at,
+            as text. It holds for that snapshot only: another one may lack what was seen before.
+    """
+
+    source: str
+    full_compare_at: float = 0.0
+    newest: dict[str, tuple[str, str]] = {}
+
+    @classmethod
+    def read(cls, folder: Path, source: SongsSource) -> "Looks":
+        """What is known of a source; nothing, if it is another one or cannot be read: then all songs are compared."""
+        try:
+            found = msgspec.json.decode((folder / _LOOKS).read_bytes(), type=cls)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return cls(source.identity)
+        return found if found.source == source.identity else cls(source.identity)
+
+    def write(self, folder: Path) -> None:
+        """Keep it with the snapshots."""
+        with replace_atomically(folder / _LOOKS) as file:
+            file.write(msgspec.json.encode(self))
+
+
 def cache_songs_to_parquet(
     database: Database,
     source: SongsSource,
     folder: Path,
     tiling: Tiling,
-    mode: ExportMode = "all",
-    also: Iterable[SongIdRange] = (),
-    progress: ReportProgress = ignore_progress,
-    stop: StopSignal | None = None,
-    n_readers: int = N_READERS,
-    guard: AbsenceGuard | None = None,
-    full_compare_hours: float = FULL_COMPARE_HOURS,
+    options: ExportOptions = _DEFAULT_OPTIONS,
+    run: RunContext | None = None,
 ) -> ExportReport:
     """Bring the snapshots to the state of the source table.
 
@@ -180,85 +220,203 @@ def cache_songs_to_parquet(
         database: where the songs are.
         source: which table and columns.
         folder: of the snapshot files.
-        tiling: how song_ids are cut into ranges.
-        mode: `all` compares every range; `append` reads only above the highest song_id already there, and ranges that
-            have no snapshot.
-        also: ranges that get a snapshot even where they hold no song: an empty one says that their songs are gone.
-        progress: told the songs exported so far.
-        stop: ends the export; ranges that are done stay.
-        n_readers: ranges read side by side.
-        guard: refuses songs that are missing in bulk; None: whatever is missing is deleted.
-        full_compare_hours: after this time an export of `all` reads every range in full, whatever its updated_at
-            column says; 0: each one does.
+        tiling: how song_ids are divided into ranges.
+        options: see there.
+        run: receives the number of songs exported so far, and ends the export; ranges that are done stay.
 
     Raises:
         BulkDeletionError: too many songs are missing; nothing was touched.
-        IncompleteExportError: some ranges could not be read; all others are done. Only where three in a row found no
-            server are the rest not tried.
+        IncompleteExportError: some ranges could not be read; all others are done. Only if three in a row found no
+            server, the rest are not tried.
         DatabaseError: the songs could not be counted.
         SettingsError: the open tail holds more songs than a range may, or songs have ids below the first range.
         SourceError: most songs have ids that no range can hold.
     """
+    run = run or RunContext()
     folder.mkdir(parents=True, exist_ok=True)
-    started = time.time()
+    started, report, is_append = time.time(), ExportReport(), options.mode == "append"
     counts = count_ranges(database, source, tiling)
     check_ids(database, source, tiling, counts)
-    check_stop = stop.check if stop else lambda: None
     # an append deletes no song that has a snapshot
-    if guard and mode == "all":
-        guard.check(database, source, folder, counts, check_stop)
-    remove_foreign_cuts(folder, tiling)
-    report, known = ExportReport(), set(snapshot_ranges(folder))
-    is_full = mode == "all" and _owes_full_compare(folder, source, full_compare_hours)
-    if mode == "append":
-        export = _Export(source, folder, counts, guard, above=get_max_cached_song_id(folder))
+    guard = options.guard
+    if guard and not guard.confirmed and not is_append:
+        guard.check(guard.find(database, source, folder, counts, run.check_stop), source)
+    snapshots.remove_other_ranges(folder, tiling)
+    known, looks = set(snapshots.snapshot_ranges(folder)), Looks.read(folder, source)
+    is_full = not 0 <= started - looks.full_compare_at < options.full_compare_hours * 3600
+    if is_append:
+        exporter = RangeExporter(source, folder, counts, options, above=snapshots.get_max_cached_song_id(folder))
         # first and alone: were a later range written and this one not, the next append would begin above its songs
-        first = [each for each in sorted(counts) if export.holds_highest(each)]
-        others = [each for each in sorted(counts) if export.is_above(each) or each not in known]
+        first = [each for each in sorted(counts) if exporter.is_split(each)]
+        others = [each for each in sorted(counts) if exporter.is_above(each) or each not in known]
     else:
         report.unreachable.update(count_unreachable_ids(database, source))
-        export = _Export(source, folder, counts, guard, frozenset(also), reads_in_full=is_full)
-        first, others = [], sorted({*counts, *known, *export.kept})
-    wanted = [*first, *others]
-    total = sum(counts[each].n_songs for each in wanted if each in counts)
-    with Readers(database, n_readers) as readers:
-        for part in (first, others):
-            for exported in readers.map(export.export_range, part, check=check_stop):
-                report.add(exported)
+        exporter = RangeExporter(source, folder, counts, options, {} if is_full else looks.newest)
+        first, others = [], sorted({*counts, *known, *options.kept})
+    _export_ranges(database, exporter, [first, others], report, run)
+    if source.updated_at and not is_append:
+        # a full compare that failed somewhere is still due
+        compared_at = started if is_full and not report.failed else looks.full_compare_at
+        seen = Looks(source.identity, compared_at, exporter.describe_looks(report, looks))
+        if seen != looks:
+            seen.write(folder)
+    if report.failed:
+        raise IncompleteExportError(report) from report.failed[0].error
+    return report
+
+
+def _export_ranges(
+    database: Database,
+    exporter: "RangeExporter",
+    parts: list[list[SongIdRange]],
+    report: ExportReport,
+    run: RunContext,
+) -> None:
+    """Export some ranges, part after part; after a failure no further part, and without a server no further range."""
+    wanted = [each for part in parts for each in part]
+    total = sum(exporter.count(each).n_songs for each in wanted)
+    with Readers(database, exporter.options.n_readers) as readers:
+        for part in parts:
+            for exported in readers.map(exporter.export, part, check=run.check_stop):
+                report.ranges.append(exported)
                 note = f"not exported: {_name_some(each.range.key for each in report.failed)}" if report.failed else ""
-                progress(Progress("export songs", report.total("n_songs"), total, note=note))
+                run.report(Progress("export songs", report.total("n_songs"), total, note=note))
                 if report.found_no_server:
                     break
             if report.failed:
                 break
     if report.failed:
-        for each in wanted[len(report.ranges) :]:
-            report.add(RangeExport(each, error=report.failed[-1].error))
-        raise IncompleteExportError(report) from report.failed[0].error
-    if is_full and source.updated_at:
-        with replace_atomically(folder / _FULL_COMPARE) as file:
-            file.write(json.dumps({"source": source.identity, "at": started}).encode())
-    return report
+        error = report.failed[-1].error
+        report.ranges.extend(RangeExport(each, error=error) for each in wanted[len(report.ranges) :])
 
 
-def _owes_full_compare(folder: Path, source: SongsSource, hours: float) -> bool:
-    """Whether it is time to read every range in full: the newest times hide some changes, for no longer than this."""
-    if not source.updated_at:
-        return True
-    try:
-        last = json.loads((folder / _FULL_COMPARE).read_bytes())
-        age_s = time.time() - last["at"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return True
-    return last["source"] != source.identity or not 0 <= age_s < hours * 3600
+@dataclass(frozen=True)
+class RangeExporter:
+    """Exports ranges of one source; its methods may be called from any thread.
+
+    Attributes:
+        source: which table and columns.
+        folder: of the snapshots.
+        counts: of the source, by range.
+        options: of the export.
+        newest: see `Looks`; empty: every song is compared.
+        above: the highest song_id of all snapshots, if the export appends.
+    """
+
+    source: SongsSource
+    folder: Path
+    counts: Mapping[SongIdRange, RangeCount]
+    options: ExportOptions
+    newest: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    above: int | None = None
+
+    def is_above(self, song_range: SongIdRange) -> bool:
+        """Whether an append reads the range from its start."""
+        return self.above is None or song_range.start > self.above
+
+    def is_split(self, song_range: SongIdRange) -> bool:
+        """Whether an append reads only the upper part of the range."""
+        return self.above is not None and song_range.start <= self.above < song_range.stop - 1
+
+    def count(self, song_range: SongIdRange) -> RangeCount:
+        """What the source holds in a range."""
+        return self.counts.get(song_range, RangeCount())
+
+    def describe_looks(self, report: ExportReport, before: Looks) -> dict[str, tuple[str, str]]:
+        """What `Looks` keeps of these ranges; those that failed stay as they were."""
+        newest = {}
+        for song_range, failed in ((each.range, bool(each.error)) for each in report.ranges):
+            digest, at = snapshot_digest(snapshot_path(self.folder, song_range)), self.count(song_range).newest
+            if failed and song_range.key in before.newest:
+                newest[song_range.key] = before.newest[song_range.key]
+            elif not failed and digest and at:
+                newest[song_range.key] = (digest, at)
+        return newest
+
+    def export(self, reader: Reader, song_range: SongIdRange) -> RangeExport:
+        """Bring one range's snapshot to the state of its songs, or say why not."""
+        path = snapshot_path(self.folder, song_range)
+        if song_range not in self.counts and song_range not in self.options.kept:
+            n_gone = snapshots.count_songs(self.folder, song_range)
+            path.unlink()
+            return RangeExport(song_range, n_gone=n_gone, written=True)
+        try:
+            before = snapshots.read_source_hashes(path, self.source.spec)
+            after, newer = reader.read(lambda connection: self._read(connection, song_range, before))
+            footer = snapshots.read_footer(path)
+            if before is None or footer is None:
+                return self._write(song_range, newer, Changes(newer.num_rows, 0, 0))
+            is_whole = footer.text == self.source.spec.identity
+            # an append renders no songs that it does not read
+            if not newer.num_rows and len(after) == len(before) and (is_whole or self.is_split(song_range)):
+                return RangeExport(song_range, footer.n_songs, set_aside=footer.set_aside, text_sizes=footer.text_sizes)
+            try:
+                songs = snapshots.merge_songs(path, newer, after["song_id"].to_numpy())
+                changes = self._count_changes(path, before, songs, is_whole)
+            except (pa.ArrowException, OSError, StoreError):  # damaged: as if there were none
+                _, songs = reader.read(lambda connection: self._read(connection, song_range, None))
+                changes = Changes(songs.num_rows, 0, 0)
+            return self._write(song_range, songs, changes, is_whole or not self.is_split(song_range))
+        except (DatabaseError, SourceError) as error:
+            return RangeExport(song_range, error=error)
+
+    def _read(
+        self, connection: adbc.Connection, song_range: SongIdRange, before: pl.DataFrame | None
+    ) -> tuple[pl.DataFrame, pa.Table]:
+        """The song_ids that the range has now, and the rows that differ from before, as of one moment."""
+        if before is None:
+            songs = read_songs_from_postgres(connection, self.source, song_range)
+            return pl.DataFrame(songs.select(["song_id"])), _to_snapshot(songs, self.source)
+        with connection.cursor() as cursor:
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        for condition in self._conditions(song_range, before):
+            seen = _read_hashes(connection, self.source, song_range, condition)
+            after = seen.select("song_id")
+            if condition:
+                after = pl.concat([before.select("song_id"), after]).unique().sort("song_id")
+            # else songs were deleted, or came with an old time: look at all of them
+            if self.is_split(song_range) or IdSums.of(after["song_id"]) == self.count(song_range).ids:
+                break
+        changed = seen.join(before, on=["song_id", "source_hash"], how="anti")["song_id"]
+        if changed.is_empty():
+            return after, FILE_SCHEMA.empty_table()
+        if len(changed) <= _MOST_NAMED_SHARE * len(after):
+            condition = self.source.among(changed)
+        songs = read_songs_from_postgres(connection, self.source, song_range, condition)
+        return after, _to_snapshot(songs.filter(pc.is_in(songs["song_id"], changed.to_arrow())), self.source)
+
+    def _conditions(self, song_range: SongIdRange, before: pl.DataFrame) -> list[str]:
+        """Which rows to look at; the next one if the rows of one are not all that changed."""
+        if self.above is not None and self.is_split(song_range):
+            return [self.source.above(self.above)]
+        digest, newest = self.newest.get(song_range.key, (None, ""))
+        is_hashed = not before["source_hash"].null_count()
+        if is_hashed and digest == snapshot_digest(snapshot_path(self.folder, song_range)):
+            return [self.source.updated_since(newest), ""]
+        return [""]
+
+    def _count_changes(self, path: Path, before: pl.DataFrame, songs: pa.Table, is_whole: bool) -> Changes:
+        if is_whole:
+            return snapshots.count_changes(before, pl.DataFrame(songs.select(["song_id", "source_hash"])))
+        after = pl.DataFrame(songs.select(SNAPSHOT_SCHEMA.names))
+        contents = (snapshots.load_songs_from_parquet(path), after)
+        return snapshots.count_changes(*map(snapshots.hash_content, contents))
+
+    def _write(self, song_range: SongIdRange, songs: pa.Table, changes: Changes, is_whole: bool = True) -> RangeExport:
+        path = snapshot_path(self.folder, song_range)
+        footer = Footer.of(songs, self.source.spec.identity if is_whole else "")
+        if snapshot_digest(path) == footer.digest:
+            changes = Changes(0, 0, 0)
+        elif self.options.guard:
+            accepted = pl.Series(songs["song_id"]).filter(pl.Series(songs["set_aside"]).is_null())
+            self.options.guard.check_range(song_range, accepted)
+        snapshots.write_snapshot(path, songs, footer)
+        counts = footer.n_songs, *changes
+        return RangeExport(song_range, *counts, footer.set_aside, footer.text_sizes, written=True)
 
 
 def read_songs_from_postgres(
-    connection: adbc.Connection,
-    source: SongsSource,
-    song_range: SongIdRange,
-    above: int | None = None,
-    updated_since: str | None = None,
+    connection: adbc.Connection, source: SongsSource, song_range: SongIdRange, condition: str = ""
 ) -> pa.Table:
     """Read a range's songs as Arrow, ordered by song_id.
 
@@ -266,125 +424,75 @@ def read_songs_from_postgres(
         connection: of ADBC.
         source: which table and columns.
         song_range: song_ids to read.
-        above: only song_ids above this one.
-        updated_since: only rows whose updated_at column is not before this time, or null.
+        condition: of SongsSource: only rows that it holds for.
 
     Returns:
-        Columns song_id (int32), name, artist, lyrics; where some cannot be decoded, also undecodable: why, or null.
+        Columns song_id (int32), name, artist, lyrics, source_hash; if some cannot be decoded, also undecodable: why, or
+        null.
     """
-    lowest = song_range.start if above is None else max(song_range.start, above + 1)
-
-    def select(as_bytes: bool) -> pa.Table:
-        with connection.cursor() as cursor:
-            cursor.adbc_statement.set_options(**{"adbc.postgresql.batch_size_hint_bytes": str(_BATCH_BYTES)})
-            cursor.execute(source.select_statement(lowest, song_range.stop, updated_since, as_bytes))
-            return cursor.fetch_arrow_table()
-
+    rows = source.rows(song_range, condition)
     try:
-        songs = select(as_bytes=False)
+        songs = _select(connection, source.select_songs(rows))
         # the server converts texts to UTF-8, and checks none that need no conversion. 10 ms for 50,000 songs
         songs.validate(full=True)
-        return songs
     except adbc.Error as error:
         if not (error.sqlstate or "").startswith(_UNDECODABLE):
             raise
         connection.rollback()
     except pa.ArrowInvalid:
         pass
-    return _decode(select(as_bytes=True), source)
+    else:
+        return songs
+    return _decode(_select(connection, source.select_songs(rows, as_bytes=True)), source)
+
+
+def _read_hashes(
+    connection: adbc.Connection, source: SongsSource, song_range: SongIdRange, condition: str
+) -> pl.DataFrame:
+    seen = _select(connection, source.select_hashes(source.rows(song_range, condition)))
+    _check_unique(seen, source)
+    return pl.DataFrame(seen)
+
+
+def _select(connection: adbc.Connection, statement: str) -> pa.Table:
+    with connection.cursor() as cursor:
+        cursor.adbc_statement.set_options(**{"adbc.postgresql.batch_size_hint_bytes": str(_BATCH_BYTES)})
+        cursor.execute(statement)
+        return cursor.fetch_arrow_table()
 
 
 def _decode(songs: pa.Table, source: SongsSource) -> pa.Table:
     """Decode texts one by one; what is no text in the database's encoding is named, and shown as far as it can be."""
     reasons: list[str | None] = [None] * songs.num_rows
-    columns = [songs["song_id"]]
-    for name in ("name", "artist", "lyrics"):
+    for place, name in enumerate(("name", "artist", "lyrics"), start=1):
         texts: list[str | None] = []
-        for place, value in enumerate(songs[name].to_pylist()):
+        for row, value in enumerate(songs[name].to_pylist()):
             try:
                 texts.append(None if value is None else value.decode(source.codec))
             except UnicodeDecodeError:
                 texts.append(value.decode(source.codec, "replace"))
-                reasons[place] = reasons[place] or f"the song's {name} is not valid {source.codec.upper()}"
-        columns.append(pa.array(texts, pa.string()))
-    return pa.table([*columns, pa.array(reasons, pa.string())], ["song_id", "name", "artist", "lyrics", "undecodable"])
-
-
-@dataclass(frozen=True)
-class _Export:
-    """What all ranges of an export share; its methods may be called from any thread."""
-
-    source: SongsSource
-    folder: Path
-    counts: dict[SongIdRange, RangeCount]
-    guard: AbsenceGuard | None
-    kept: frozenset[SongIdRange] = frozenset()
-    above: int | None = None
-    reads_in_full: bool = False
-
-    def is_above(self, song_range: SongIdRange) -> bool:
-        """Whether an append reads the range from its start."""
-        return self.above is None or song_range.start > self.above
-
-    def holds_highest(self, song_range: SongIdRange) -> bool:
-        """Whether an append reads only a part of the range."""
-        return self.above is not None and song_range.start <= self.above < song_range.stop - 1
-
-    def export_range(self, reader: Reader, song_range: SongIdRange) -> RangeExport:
-        """Bring one range's snapshot to the state of its songs, or say why not."""
-        count = self.counts.get(song_range, RangeCount())
-        if not count.n_songs and song_range not in self.kept:
-            n_gone = count_songs(self.folder, song_range)
-            snapshot_path(self.folder, song_range).unlink()
-            return RangeExport(song_range, n_gone=n_gone, written=True)
-        try:
-            return self._write(song_range, *self._read(reader, song_range, count))
-        except (DatabaseError, SourceError) as error:
-            return RangeExport(song_range, error=error)
-
-    def _read(self, reader: Reader, song_range: SongIdRange, count: RangeCount) -> tuple[pa.Table, str | None]:
-        """The range's rows, and the newest time among those that were looked at."""
-        path = snapshot_path(self.folder, song_range)
-        before = read_footer(path)
-        # a snapshot that is damaged is none
-        with contextlib.suppress(pa.ArrowException, OSError):
-            if before and self.holds_highest(song_range):
-                return merge_songs(path, self._select(reader, song_range, above=self.above)), before.newest
-            if before and self._knows_times(before) and not self.reads_in_full:
-                songs = merge_songs(path, self._select(reader, song_range, updated_since=before.newest))
-                # else songs went, or came with an old time: look at all of them
-                if IdSums.of(pl.Series(songs["song_id"])) == count.ids:
-                    return songs, count.newest
-        return self._select(reader, song_range), count.newest
-
-    def _knows_times(self, before: Footer) -> bool:
-        return before.newest is not None and before.source == self.source.identity
-
-    def _select(self, reader: Reader, song_range: SongIdRange, **newer: Any) -> pa.Table:
-        return _to_snapshot(
-            reader.read(partial(read_songs_from_postgres, source=self.source, song_range=song_range, **newer)),
-            self.source,
-        )
-
-    def _write(self, song_range: SongIdRange, songs: pa.Table, newest: str | None) -> RangeExport:
-        path = snapshot_path(self.folder, song_range)
-        before, footer = read_footer(path), Footer(digest_songs(songs), self.source.identity, newest)
-        exported = partial(
-            RangeExport, song_range, songs.num_rows,
-            set_aside=_count_reasons(songs), text_sizes=count_text_sizes(songs),
-        )  # fmt: skip
-        if before and before.digest == footer.digest and (newest is None or self._knows_times(before)):
-            return exported()
-        if self.guard and not (before and before.digest == footer.digest):
-            embeddable = pl.Series(songs["song_id"]).filter(pl.Series(songs["set_aside"]).is_null())
-            self.guard.check_range(song_range, embeddable)
-        changes = compare_snapshot(path, songs)
-        write_snapshot(path, songs, footer)
-        return exported(*changes, written=True)
+                reasons[row] = reasons[row] or f"the song's {name} is not valid {source.codec.upper()}"
+        songs = songs.set_column(place, name, pa.array(texts, pa.string()))
+    return songs.append_column("undecodable", pa.array(reasons, pa.string()))
 
 
 def _to_snapshot(songs: pa.Table, source: SongsSource) -> pa.Table:
-    """Check a range's rows and name what cannot be embedded."""
+    """Check a range's rows, name what cannot be embedded, and hash the texts of the others."""
+    _check_unique(songs, source)
+    # texts stay where they are: lyrics are most of a song, and are looked at only if nothing else is embedded
+    reasons = pl.repeat(None, songs.num_rows, dtype=pl.String, eager=True)
+    for column in ("lyrics", "artist", "name"):
+        if column in source.spec.required:
+            blank = pl.Series(songs[column]).fill_null("").str.strip_chars() == ""
+            reasons = pl.select(pl.when(blank).then(pl.lit(f"the song has no {column}")).otherwise(reasons)).to_series()
+    if "undecodable" in songs.column_names:
+        reasons = pl.Series(songs["undecodable"]).zip_with(pl.Series(songs["undecodable"]).is_not_null(), reasons)
+    # from a list: polars leaves words under its nulls, and the digest would see them
+    set_aside = pa.array(reasons.to_list(), pa.string())
+    return add_text_hashes(songs.append_column("set_aside", set_aside), source.spec)
+
+
+def _check_unique(songs: pa.Table, source: SongsSource) -> None:
     song_ids = songs["song_id"].to_numpy()
     twice = song_ids[1:][np.diff(song_ids) == 0]
     if len(twice):
@@ -392,17 +500,3 @@ def _to_snapshot(songs: pa.Table, source: SongsSource) -> pa.Table:
             f"column {source.song_id_column!r} of {source.table} must be unique, {twice[0]} is there more than once: "
             "name another with SONGVEC_SONG_ID_COLUMN"
         )
-    # texts stay where they are: lyrics are most of a song, and are looked at only where nothing else is embedded
-    reasons = pl.repeat(None, songs.num_rows, dtype=pl.String, eager=True)
-    for column in ("lyrics", "artist", "name"):
-        if column in source.required:
-            blank = pl.Series(songs[column]).fill_null("").str.strip_chars() == ""
-            reasons = pl.select(pl.when(blank).then(pl.lit(f"the song has no {column}")).otherwise(reasons)).to_series()
-    if "undecodable" in songs.column_names:
-        reasons = pl.Series(songs["undecodable"]).zip_with(pl.Series(songs["undecodable"]).is_not_null(), reasons)
-    # built anew: polars leaves words under its nulls, and the digest would see them
-    return pa.table([*songs.columns[:4], pa.array(reasons.to_list(), pa.string())], schema=SNAPSHOT_SCHEMA)
-
-
-def _count_reasons(songs: pa.Table) -> Counter[str]:
-    return Counter(songs["set_aside"].drop_null().to_pylist())

@@ -1,6 +1,6 @@
-"""Connections that read side by side, through ADBC: what fails in passing is tried again on a new connection.
+"""Connections that read in parallel, through ADBC: a transient failure is retried on a new connection.
 
-What is read is its caller's matter. Pauses are seconds.
+When to add here: another failure that passes. Keep out: what is read. Pauses are seconds.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def _may_pass(error: adbc.Error) -> bool:
 
 
 class Reader:
-    """One connection, opened when it is needed, and anew after an error."""
+    """One connection, opened when it is needed, and again after an error."""
 
     def __init__(self, address: str, ended: threading.Event) -> None:
         self._address = address
@@ -53,7 +53,7 @@ class Reader:
         self._lock = threading.Lock()
 
     def read(self, read: Callable[[adbc.Connection], Result]) -> Result:
-        """Call `read` in a transaction of its own; again, after a pause, where another attempt may pass.
+        """Call `read` in a transaction of its own; again, after a pause, if another attempt may succeed.
 
         Raises:
             DatabaseError: its cause is the last attempt's error.
@@ -100,7 +100,7 @@ class Readers:
         self._tasks: SimpleQueue[Callable[[Reader], None] | None] = SimpleQueue()
         self._readers = [Reader(address, self._ended) for _ in range(n_readers)]
         self._threads = [
-            # daemons: where a server no longer answers, an interrupted process must be able to end
+            # daemons: if a server no longer answers, an interrupted process must be able to end
             threading.Thread(target=self._serve, args=(reader,), daemon=True, name="songvec-reader")
             for reader in self._readers
         ]

@@ -1,13 +1,15 @@
-"""What a snapshot is: one Parquet file a range, its rows in the order of their song_ids, their identity in its footer.
+"""What a snapshot is: a Parquet file per range, its rows in the order of their song_ids, their identity in its footer.
 
-Columns: song_id (int32), name, artist, lyrics and set_aside (strings); set_aside is null, or says why the song cannot
-be embedded. Where songs come from is not known here.
+Content: song_id (int32), name, artist, lyrics and set_aside (strings); set_aside is null, or the reason why the song
+is rejected. Hashes: source_hash (int64) is the server's hash of name, artist and lyrics; text_hash (16 bytes) and
+truncated (Boolean) are of the text to embed, null for rejected songs. The digest covers the content alone.
+When to add here: what is kept of a song. Keep out: where songs come from.
 """
 
-import threading
+import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,45 +19,54 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+from numpy.typing import NDArray
 
 from songvec_assets.errors import StoreError
 from songvec_assets.files import replace_atomically
 from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.text import TEXT_HASH_BYTES, TextSpec, render_texts
 
 SNAPSHOT_SCHEMA = pa.schema(
     [
         pa.field("song_id", pa.int32(), nullable=False),
-        pa.field("name", pa.string()),
-        pa.field("artist", pa.string()),
-        pa.field("lyrics", pa.string()),
-        pa.field("set_aside", pa.string()),
+        *(pa.field(name, pa.string()) for name in ("name", "artist", "lyrics", "set_aside")),
     ]
 )
-# the newest time is under its second name: under the first one it may be in the future
-_DIGEST, _SOURCE, _NEWEST = b"songvec.digest2", b"songvec.source", b"songvec.updated_at2"
-_COMPARED_ROWS = 1024
-_comparing = threading.Lock()
+_TEXT_HASHES = [pa.field("text_hash", pa.binary(TEXT_HASH_BYTES)), pa.field("truncated", pa.bool_())]
+FILE_SCHEMA = pa.schema([*SNAPSHOT_SCHEMA, pa.field("source_hash", pa.int64()), *_TEXT_HASHES])
+_DIGEST, _TEXT, _COUNTS = b"songvec.digest2", b"songvec.text", b"songvec.counts"
+_BATCH_ROWS = 4096
 SIZE_CLASS_BYTES = 128
-"""Songs are counted by their texts' sizes in classes of so many bytes."""
+"""Songs are counted by the sizes of their texts in classes of this width."""
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What a snapshot says of its rows.
+    """What a snapshot's footer says.
 
     Attributes:
-        digest: their identity.
-        source: the identity of the table and columns they came from.
-        newest: the latest updated_at of all rows that was no future at the time, as text; None without such a column.
+        digest: identity of the content.
+        text: identity of the settings that its hashes and rejections were made with; empty if there are no hashes.
+        n_songs: rows.
+        set_aside: number of rejected songs by reason.
+        text_sizes: number of songs by size, see `count_text_sizes`.
     """
 
     digest: str
-    source: str
-    newest: str | None = None
+    text: str = ""
+    n_songs: int = 0
+    set_aside: Counter[str] = field(default_factory=Counter)
+    text_sizes: Counter[int] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, songs: pa.Table, text: str) -> "Footer":
+        """The footer of these songs."""
+        reasons = Counter[str](songs["set_aside"].drop_null().to_pylist())
+        return cls(digest_songs(songs), text, songs.num_rows, reasons, count_text_sizes(songs))
 
 
 class Changes(NamedTuple):
-    """Songs of a range against its snapshot before."""
+    """Numbers of songs that a range gained, changed and lost."""
 
     n_new: int
     n_changed: int
@@ -84,66 +95,135 @@ def ranges_of(paths: Iterable[Path]) -> list[SongIdRange]:
         raise StoreError(f"a file that is not ours lies in the storage folder: {error}; move it away") from error
 
 
-def remove_foreign_cuts(folder: Path, tiling: Tiling) -> None:
+def remove_other_ranges(folder: Path, tiling: Tiling) -> None:
     """Remove snapshots of ranges that the present tiling does not have: the tail before its stop was raised."""
     for song_range in snapshot_ranges(folder):
         if tiling.range_of(song_range.start) != song_range:
             snapshot_path(folder, song_range).unlink()
 
 
-def load_songs_from_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
+def load_songs_from_parquet(
+    path: Path, columns: list[str] | None = None, song_ids: Sequence[int] | pl.Series | None = None
+) -> pl.DataFrame:
     """One range's snapshot; see the module for its columns. No file is a range without songs.
+
+    Args:
+        path: of the snapshot.
+        columns: to read, song_id among them; None: the content.
+        song_ids: only these songs, in the order of the file; None: all.
 
     Raises:
         StoreError: the file is damaged: what it holds is not what was exported.
     """
-    if not path.exists():
-        empty = pl.DataFrame(pa.Table.from_batches([], SNAPSHOT_SCHEMA))
-        return empty.select(columns) if columns else empty
+    columns = columns or SNAPSHOT_SCHEMA.names
+    if not path.exists() or (song_ids is not None and not len(song_ids)):
+        return pl.DataFrame(FILE_SCHEMA.empty_table().select(columns))
     try:
         with _open(path) as file:
-            return pl.DataFrame(file.read(columns))
+            if song_ids is None:
+                return pl.DataFrame(file.read(columns))
+            wanted = pl.Series(song_ids, dtype=pl.Int32).to_arrow()
+            batches = [
+                batch.filter(pc.is_in(batch.column("song_id"), wanted))
+                for batch in file.iter_batches(_BATCH_ROWS, columns=columns)
+            ]
+            return pl.DataFrame(
+                pa.Table.from_batches(batches, pa.schema([FILE_SCHEMA.field(each) for each in columns]))
+            )
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> StoreError:
+def _damaged(path: Path, error: Exception | str) -> StoreError:
     return StoreError(
-        f"{path} is damaged ({error}): remove it and materialize songs_parquet, which exports the range anew"
+        f"{path} is damaged ({error}): remove it and materialize songs_parquet, which exports the range again"
     )
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    """A snapshot whose pages are held against their checksums as they are read."""
+    """A snapshot whose pages are checked against their checksums as they are read."""
     return pq.ParquetFile(path, page_checksum_verification=True)
 
 
-def read_footer(path: Path) -> Footer | None:
-    """The footer of a snapshot; None where there is no file, or none that can be read."""
+def read_text_hashes(path: Path, spec: TextSpec) -> pl.DataFrame | None:
+    """The hash of the text of each song that is not rejected.
+
+    Args:
+        path: of the snapshot.
+        spec: how songs become texts.
+
+    Returns:
+        Columns song_id (Int32), text_hash (Binary, 16 bytes) and truncated (Boolean), in the order of song_id. None if
+        the snapshot was written with other settings, or before hashes were kept: its texts must be rendered.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    footer = read_footer(path)
+    if footer is None or footer.text != spec.identity:
+        return None
+    hashes = load_songs_from_parquet(path, ["song_id", "text_hash", "truncated"])
+    return hashes.filter(pl.col("text_hash").is_not_null())
+
+
+def render_songs(path: Path, spec: TextSpec, song_ids: pl.Series) -> pl.DataFrame:
+    """The texts of some songs, rendered, see `render_texts`.
+
+    Args:
+        path: of the snapshot.
+        spec: how songs become texts.
+        song_ids: of songs that are not rejected.
+
+    Raises:
+        StoreError: the file is damaged, or a text is not the one whose hash the snapshot keeps.
+    """
+    texts = render_texts(load_songs_from_parquet(path, song_ids=song_ids), spec)
+    hashes = read_text_hashes(path, spec) if len(song_ids) else None
+    if hashes is not None and texts.join(hashes, on=["song_id", "text_hash"], how="anti").height:
+        raise _damaged(path, "texts do not have the hashes that are kept of them")
+    return texts
+
+
+def read_source_hashes(path: Path, spec: TextSpec) -> pl.DataFrame | None:
+    """song_id and source_hash of a snapshot; None if there is no file that can be read.
+
+    The hashes are null if the snapshot was written with other settings: its songs are compared by their content.
+    """
+    footer = read_footer(path)
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        if footer and footer.text == spec.identity:
+            return load_songs_from_parquet(path, ["song_id", "source_hash"])
+        songs = load_songs_from_parquet(path, ["song_id"]) if footer else None
+    except StoreError:  # the export replaces it
+        return None
+    return None if songs is None else songs.with_columns(source_hash=pl.lit(None, pl.Int64))
+
+
+def read_footer(path: Path) -> Footer | None:
+    """The footer of a snapshot; None if there is no file that can be read."""
+    try:
+        file = pq.read_metadata(path)
     except (FileNotFoundError, pa.ArrowInvalid):
         return None
-    digest, source, newest = (metadata.get(key, b"").decode() for key in (_DIGEST, _SOURCE, _NEWEST))
-    return Footer(digest, source, newest or None)
+    digest, text, counts = ((file.metadata or {}).get(key, b"").decode() for key in (_DIGEST, _TEXT, _COUNTS))
+    reasons, sizes = json.loads(counts) if counts else ({}, [])
+    return Footer(digest, text, file.num_rows, Counter(reasons), Counter(dict(sizes)))
 
 
 def snapshot_digest(path: Path) -> str | None:
-    """The identity of a snapshot's rows, from its footer; None where it has none."""
+    """The identity of a snapshot's content, from its footer; None if it has none."""
     footer = read_footer(path)
     return footer.digest or None if footer else None
 
 
 def count_songs(folder: Path, song_range: SongIdRange) -> int:
-    """Songs of a snapshot, from its footer; 0 where there is none that can be read: reading it says what is wrong."""
-    try:
-        return int(pq.read_metadata(snapshot_path(folder, song_range)).num_rows)
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return 0
+    """Songs of a snapshot, from its footer; 0 if there is none that can be read: reading it says what is wrong."""
+    footer = read_footer(snapshot_path(folder, song_range))
+    return footer.n_songs if footer else 0
 
 
 def read_snapshot_ids(folder: Path, song_range: SongIdRange) -> tuple[pl.Series, pl.Series] | None:
-    """The song_ids of a snapshot, and those that can be embedded, in order; None without one that can be read."""
+    """The song_ids of a snapshot, and those that are not rejected, in order; None without one that can be read."""
     path = snapshot_path(folder, song_range)
     try:
         songs = load_songs_from_parquet(path, ["song_id", "set_aside"]) if path.exists() else None
@@ -161,100 +241,119 @@ def digest_snapshots(folder: Path) -> str:
 
 
 def get_max_cached_song_id(folder: Path) -> int | None:
-    """The highest song_id of all snapshots, or None where there are none."""
+    """The highest song_id of all snapshots, or None if there are none."""
     for song_range in reversed(snapshot_ranges(folder)):
-        path = snapshot_path(folder, song_range)
-        try:
-            statistics = pq.read_metadata(path)
-        except pa.ArrowException as error:
-            raise _damaged(path, error) from error
-        highest = [
-            statistics.row_group(group).column(0).statistics.max
-            for group in range(statistics.num_row_groups)
-            if statistics.row_group(group).num_rows
-        ]
-        if highest:
-            return int(max(highest))
+        song_ids = load_songs_from_parquet(snapshot_path(folder, song_range), ["song_id"])["song_id"]
+        if len(song_ids):
+            return int(song_ids[-1])
     return None
 
 
 def write_snapshot(path: Path, songs: pa.Table, footer: Footer) -> None:
-    """Write a range's songs, whole and durable or not at all."""
-    metadata = {_DIGEST: footer.digest, _SOURCE: footer.source} | ({_NEWEST: footer.newest} if footer.newest else {})
+    """Write a range's songs, whole and durable or not at all.
+
+    Args:
+        path: of the snapshot.
+        songs: of FILE_SCHEMA.
+        footer: of these songs.
+    """
+    counts = json.dumps([footer.set_aside, sorted(footer.text_sizes.items())])
     with replace_atomically(path) as file:
         pq.write_table(
-            songs.replace_schema_metadata(metadata),
+            songs.replace_schema_metadata({_DIGEST: footer.digest, _TEXT: footer.text, _COUNTS: counts}),
             file,
             compression="zstd",
             compression_level=1,
             # names and lyrics hardly repeat: looking for it costs a twentieth of the time
             use_dictionary=["artist", "set_aside"],
-            write_statistics=["song_id"],
+            write_statistics=False,
             write_page_checksum=True,
         )
 
 
-def merge_songs(path: Path, newer: pa.Table) -> pa.Table:
+def add_text_hashes(songs: pa.Table, spec: TextSpec) -> pa.Table:
+    """The songs with the hashes of their texts; a few rows at a time, since rendered texts are several times theirs."""
+    columns = pl.DataFrame(songs.select(SNAPSHOT_SCHEMA.names))
+    accepted = columns.filter(pl.col("set_aside").is_null())
+    pieces = [render_texts(piece, spec).drop("text") for piece in accepted.iter_slices(_BATCH_ROWS)]
+    if not pieces:
+        hashes = [pa.nulls(songs.num_rows, each.type) for each in _TEXT_HASHES]
+    else:
+        joined = columns.select("song_id").join(pl.concat(pieces), on="song_id", how="left", maintain_order="left")
+        hashes = [pa.array(joined[each.name].to_list(), each.type) for each in _TEXT_HASHES]
+    content = [songs[each.name] for each in FILE_SCHEMA if each not in _TEXT_HASHES]
+    return pa.table([*content, *hashes], schema=FILE_SCHEMA)
+
+
+def merge_songs(path: Path, newer: pa.Table, song_ids: NDArray[np.int32]) -> pa.Table:
     """The snapshot on disk with newer rows in place of those of the same song_id.
+
+    Args:
+        path: of the snapshot.
+        newer: of FILE_SCHEMA.
+        song_ids: that the range has now; the others are left out.
+
+    Returns:
+        Of FILE_SCHEMA, in the order of song_id.
 
     Raises:
         pa.ArrowException, OSError: it is damaged.
     """
+    newer = newer.filter(pc.is_in(newer["song_id"], pa.array(song_ids)))
+    newer_ids, pieces, start = newer["song_id"].to_numpy(), [], 0
     with _open(path) as file:
-        both = pa.concat_tables([file.read().replace_schema_metadata(), newer])
-    song_ids = both["song_id"].to_numpy()
-    order = np.argsort(song_ids, kind="stable")
-    return both.take(order[np.append(np.diff(song_ids[order]) != 0, True)] if len(order) else order)
+        # a few rows at a time: the range is in memory once. A thread per column gains nothing here, and takes 30 MB
+        for batch in file.iter_batches(_BATCH_ROWS, use_threads=False):
+            before = pa.Table.from_batches([batch]).replace_schema_metadata()
+            for each in FILE_SCHEMA:
+                if each.name not in before.column_names:  # written before hashes were kept
+                    before = before.append_column(each, pa.nulls(before.num_rows, each.type))
+            stop = int(np.searchsorted(newer_ids, before["song_id"][-1].as_py(), side="right"))
+            pieces.append(_merge(before, newer.slice(start, stop - start), song_ids))
+            start = stop
+    return pa.concat_tables([*pieces, newer.slice(start)])
 
 
-def compare_snapshot(path: Path, songs: pa.Table) -> Changes:
-    """Count what is new, changed and gone in a range against its snapshot on disk, a few rows at a time.
+def _merge(before: pa.Table, newer: pa.Table, song_ids: NDArray[np.int32]) -> pa.Table:
+    both = pa.concat_tables([before, newer])
+    found = both["song_id"].to_numpy()
+    order = np.argsort(found, kind="stable")
+    is_last = np.append(np.diff(found[order]) != 0, True)
+    return both.take(order[is_last & np.isin(found[order], song_ids)])
 
-    A snapshot that is damaged is none: it is about to be replaced. One at a time, whoever calls: the old songs are read
-    beside the new ones, and what reading took goes back.
+
+def hash_content(songs: pl.DataFrame) -> pl.DataFrame:
+    """song_id and source_hash of songs whose snapshot has no hashes: not the server's, the same within this process."""
+    return songs.select("song_id", source_hash=pl.struct("name", "artist", "lyrics", "set_aside").hash())
+
+
+def count_changes(before: pl.DataFrame, after: pl.DataFrame) -> Changes:
+    """Count songs that are new, changed and missing.
+
+    Args:
+        before: columns song_id and source_hash.
+        after: the same.
     """
-    song_ids = songs["song_id"].to_numpy()
-    n_before = n_both = n_changed = 0
-    try:
-        with _comparing, _open(path) as file:
-            # a thread a column gains nothing here, and takes 30 MB
-            for batch in file.iter_batches(_COMPARED_ROWS, use_threads=False):
-                ends = batch.column("song_id")[0].as_py(), batch.column("song_id")[-1].as_py() + 1
-                start, stop = np.searchsorted(song_ids, ends)
-                both = _join(pl.DataFrame(batch), pl.DataFrame(songs.slice(start, stop - start)))
-                n_before, n_both, n_changed = n_before + batch.num_rows, n_both + len(both), n_changed + int(both.sum())
-    except FileNotFoundError:
-        pass
-    except (pa.ArrowInvalid, OSError):
-        n_before = n_both = n_changed = 0
-    pa.default_memory_pool().release_unused()
-    return Changes(songs.num_rows - n_both, n_changed, n_before - n_both)
-
-
-def _join(before: pl.DataFrame, after: pl.DataFrame) -> pl.Series:
-    """Whether each song of both differs."""
     both = after.join(before, on="song_id", how="inner", suffix="_before")
-    columns = [column for column in after.columns if column != "song_id"]
-    return both.select(
-        differs=pl.any_horizontal(pl.col(column).ne_missing(pl.col(f"{column}_before")) for column in columns)
-    ).to_series()
+    n_changed = int((both["source_hash"] != both["source_hash_before"]).sum())
+    return Changes(after.height - both.height, n_changed, before.height - both.height)
 
 
 def count_text_sizes(songs: pa.Table) -> Counter[int]:
-    """How many songs have a name, artist and lyrics of so many times SIZE_CLASS_BYTES, in UTF-8, rounded down."""
+    """Number of songs by the size of name, artist and lyrics in UTF-8, in units of SIZE_CLASS_BYTES, rounded down."""
     sizes = sum(pc.fill_null(pc.binary_length(songs[name]), 0).to_numpy() for name in ("name", "artist", "lyrics"))
     classes, counts = np.unique(sizes // SIZE_CLASS_BYTES, return_counts=True)
     return Counter(dict(zip(classes.tolist(), counts.tolist(), strict=True)))
 
 
 def digest_songs(songs: pa.Table) -> str:
-    """An identity of the rows: the same rows give the same digest, whatever their chunks. Copies no text.
+    """An identity of the content: the same rows give the same digest, whatever their chunks. Copies no text.
 
     Args:
-        songs: of SNAPSHOT_SCHEMA; no bytes under its nulls.
+        songs: with the columns of SNAPSHOT_SCHEMA; no bytes under their nulls.
     """
     state = xxhash.xxh3_128()
-    for column in songs.columns:
+    for column in songs.select(SNAPSHOT_SCHEMA.names).columns:
         for chunk in column.chunks:
             state.update(np.asarray(chunk.is_null()).data)
         if pa.types.is_string(column.type):

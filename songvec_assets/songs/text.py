@@ -38,7 +38,7 @@ class TextSpec:
     @property
     def identity(self) -> str:
         """Differs from that of every other way of rendering."""
-        # without a prompt it is as it was before there were prompts: what is marked as complete stays complete
+        # without a prompt it is that of versions without prompts: what their manifests call complete stays complete
         prompt = "" if self.document_prompt == NO_PROMPT else f"\0{self.document_prompt}"
         return hash_text(f"{self.max_chars}:{self.template}{prompt}").hex()
 
@@ -49,7 +49,7 @@ class TextSpec:
 
     @property
     def required(self) -> frozenset[str]:
-        """The fields without which a song is not embedded; lyrics only where nothing else is named."""
+        """The fields without which a song is not embedded; lyrics only if nothing else is named."""
         return self.fields & {"name", "artist"} or self.fields
 
     def __post_init__(self) -> None:

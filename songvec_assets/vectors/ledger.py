@@ -14,8 +14,8 @@ from sqlalchemy import text
 
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import has_tables
+from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.source import IdSums
 from songvec_assets.vectors.table import TABLE, TableSpec, table_exists
 
 

@@ -32,10 +32,12 @@ from songvec_assets.errors import (
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import Progress
+from songvec_assets.songs import snapshots
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.text import hash_text
+from songvec_assets.songs.text import TextSpec, hash_text, render_texts
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
+from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import TILING, deploy
 from songvec_assets_tests.provider import Provider, running_provider, vector_of
 
@@ -223,6 +225,40 @@ def test_a_range_is_filled_and_its_report_counts_what_was_done(songs: Songs, run
     assert_stored(first, plain_texts(song_ids))
     assert billed(provider) == dict.fromkeys(plain_texts(song_ids).values(), 1)
     assert provider.ledger()["max_texts_in_request"] == 8
+
+
+def test_only_the_texts_that_are_sent_are_rendered(
+    songs: Songs, database: Database, run: Run, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = {"range_size": 5_000, "song_id_stop": 5_000}
+    deployment = run(**wide)
+    execute(
+        database.adbc_uri,
+        """
+        CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text);
+        INSERT INTO songs SELECT n, 'Song ' || n, 'Ann', 'la' FROM generate_series(0, 4999) n
+        """,
+    )
+    fill(deployment)
+    n_rendered = 0
+
+    def count_and_render(songs: pl.DataFrame, spec: TextSpec) -> pl.DataFrame:
+        nonlocal n_rendered
+        n_rendered += songs.height
+        return render_texts(songs, spec)
+
+    monkeypatch.setattr(snapshots, "render_texts", count_and_render)
+    provider.reset_ledger()
+    execute(database.adbc_uri, "UPDATE songs SET lyrics = 'new' WHERE id % 180 = 7")
+    export(deployment)
+    assert n_rendered == 28
+    reports: list[FillReport] = []
+    again = run(**wide)
+    again.filler().fill_ranges(list(again.tiling), reports.append)
+    assert [(each.n_songs, each.n_embedded, each.error) for each in reports] == [(5_000, 28, None)]
+    assert n_rendered == 56
+    assert again.estimate().n_texts == 0
+    assert n_rendered == 56, "an estimate over a complete cache renders nothing"
 
 
 def test_a_later_fill_reports_what_changed_came_and_went(

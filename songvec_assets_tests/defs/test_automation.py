@@ -19,15 +19,8 @@ from songvec_assets.defs.resources import FireworksResource, PostgresResource, R
 from songvec_assets.errors import AlertError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.source import (
-    Digest,
-    SourceLook,
-    SourceNames,
-    SourceState,
-    find_source,
-    look_at_source,
-    measure_source,
-)
+from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.songs.watch import Digest, SourceLook, SourceState, look_at_source, measure_source
 from songvec_assets_tests.administration import execute, free_port
 from songvec_assets_tests.conftest import environment_of
 from songvec_assets_tests.provider import Provider
@@ -278,7 +271,7 @@ class TestSource:
     def _without_rest(self, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
         """Looks in tests follow each other at once."""
         if "database" in request.fixturenames:
-            monkeypatch.setattr("songvec_assets.songs.source._DIGEST_REST", 0)
+            monkeypatch.setattr("songvec_assets.songs.watch._DIGEST_REST", 0)
 
     @staticmethod
     def create(database: Database, kind: str) -> SourceNames:

@@ -6,25 +6,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
+from polars.testing import assert_frame_equal
 
 from songvec_assets.errors import BulkDeletionError, DatabaseError, SourceError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.progress import Progress
+from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs import export as export_module
 from songvec_assets.songs import snapshots
-from songvec_assets.songs.export import ExportReport, IncompleteExportError, RangeExport, cache_songs_to_parquet
+from songvec_assets.songs.export import (
+    ExportOptions,
+    ExportReport,
+    IncompleteExportError,
+    RangeExport,
+    cache_songs_to_parquet,
+)
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.snapshots import (
+    FILE_SCHEMA,
     SNAPSHOT_SCHEMA,
+    digest_snapshots,
     get_max_cached_song_id,
     load_songs_from_parquet,
+    read_text_hashes,
     snapshot_path,
     snapshot_ranges,
 )
 from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.songs.text import TextSpec, render_texts
 from songvec_assets_tests.administration import execute
 
 TILING = Tiling(width=100, stop=1_000)
@@ -54,11 +66,12 @@ def run(
     folder: Path,
     names: SourceNames | None = None,
     mode: export_module.ExportMode = "all",
+    spec: TextSpec | None = None,
     **options: Any,
 ) -> ExportReport:
     """One export of the table."""
-    source = find_source(database, names or SourceNames())
-    return cache_songs_to_parquet(database, source, folder, TILING, mode, **options)
+    source = find_source(database, names or SourceNames(), spec)
+    return cache_songs_to_parquet(database, source, folder, TILING, ExportOptions(mode, **options))
 
 
 def change(database: Database, statement: str) -> None:
@@ -114,7 +127,7 @@ class TestContent:
         assert read(tmp_path) == rows
         assert report.set_aside == Counter()
         assert report.total("n_new") == report.total("n_songs") == len(rows)
-        assert pq.read_schema(snapshot_path(tmp_path, FIRST)).equals(SNAPSHOT_SCHEMA)
+        assert pq.read_schema(snapshot_path(tmp_path, FIRST)).equals(FILE_SCHEMA)
 
     def test_each_song_is_in_the_file_of_its_range(
         self, database: Database, songs: Callable[..., None], tmp_path: Path
@@ -164,7 +177,8 @@ class TestContent:
     ) -> None:
         songs(*((song_id, "Sea", "Ann", None) for song_id in (1, 2, 150, 5000)))
         told: list[Progress] = []
-        cache_songs_to_parquet(database, find_source(database, SourceNames()), tmp_path, TILING, progress=told.append)
+        source = find_source(database, SourceNames())
+        cache_songs_to_parquet(database, source, tmp_path, TILING, run=RunContext(told.append))
         assert [(each.done, each.total) for each in told] == [(2, 4), (3, 4), (4, 4)]
 
 
@@ -242,7 +256,7 @@ class TestUnchanged:
         songs((1, "Sea", "Ann", None), (1001, "Hill", "Ben", None), (5000, "Moon", "Cy", None))
         run(database, tmp_path)
         source = find_source(database, SourceNames())
-        cache_songs_to_parquet(database, source, tmp_path, Tiling(width=100, stop=2_000), mode)
+        cache_songs_to_parquet(database, source, tmp_path, Tiling(width=100, stop=2_000), ExportOptions(mode))
         assert [each.key for each in snapshot_ranges(tmp_path)] == [
             "000000000-000000100", "000001000-000001100", "000002000-max"
         ]  # fmt: skip
@@ -313,7 +327,7 @@ class TestBadInput:
         assert caught.value.report.total("n_changed") == 2
 
     @pytest.mark.parametrize("damage", [slice(None, -1), slice(None, 1000), slice(0, 0)])
-    def test_a_damaged_snapshot_is_written_anew(
+    def test_a_damaged_snapshot_is_written_again(
         self, database: Database, songs: Callable[..., None], tmp_path: Path, damage: slice
     ) -> None:
         songs((1, "Sea", "Ann", None), (150, "Hill", "Ben", None), (160, "Moon", "Cy", None))
@@ -325,7 +339,7 @@ class TestBadInput:
         assert counts_of(report) == {FIRST.key: (1, 0, 0, 0, False), SECOND.key: (2, 2, 0, 0, True)}
         assert path.read_bytes() == whole
 
-    def test_a_snapshot_whose_rows_are_damaged_is_written_anew_once_its_songs_change(
+    def test_a_snapshot_whose_rows_are_damaged_is_written_again(
         self, database: Database, songs: Callable[..., None], tmp_path: Path
     ) -> None:
         songs((1, "Sea" * 50, "Ann", "la " * 500))
@@ -395,6 +409,19 @@ class TestUpdatedAt:
         assert files_of(tmp_path) == before
         assert counts_of(report)[FIRST.key] == (5, 0, 0, 0, False)
         assert names_of(tmp_path)[1] == "Song 1"
+
+    def test_rows_that_an_export_looked_at_are_not_read_again_though_no_text_of_theirs_changed(
+        self, dated: Database, tmp_path: Path
+    ) -> None:
+        run(dated, tmp_path, DATED)
+        change(dated, "UPDATE songs SET at = '2026-03-01' WHERE id < 100")
+        before = read(tmp_path)
+        run(dated, tmp_path, DATED)
+        assert read(tmp_path) == before
+        # newer than the last change of a text, and older than what the export before looked at
+        change(dated, "UPDATE songs SET name = 'unseen', at = '2026-02-01' WHERE id = 2")
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[2] == "Song 2"
 
     def test_a_change_that_was_committed_late_is_found_with_the_next_newer_one(
         self, dated: Database, tmp_path: Path
@@ -519,15 +546,18 @@ class TestUpdatedAt:
         run(dated, tmp_path, DATED)
         assert names_of(tmp_path)[2] == "late"
 
-    def test_a_newest_time_that_may_be_in_the_future_as_older_versions_wrote_it_is_not_believed(
-        self, dated: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_a_snapshot_that_was_replaced_by_an_older_one_hides_no_change(
+        self, dated: Database, tmp_path: Path
     ) -> None:
-        with monkeypatch.context() as older:
-            older.setattr(snapshots, "_NEWEST", b"songvec.updated_at")
-            run(dated, tmp_path, DATED)
-        change(dated, "UPDATE songs SET name = 'hidden' WHERE id = 2")
         run(dated, tmp_path, DATED)
-        assert names_of(tmp_path)[2] == "hidden"
+        path = snapshot_path(tmp_path, FIRST)
+        older = path.read_bytes()
+        change(dated, "UPDATE songs SET name = 'changed', at = '2026-02-01' WHERE id = 2")
+        change(dated, "UPDATE songs SET at = '2026-03-01' WHERE id = 3")
+        run(dated, tmp_path, DATED)
+        path.write_bytes(older)
+        run(dated, tmp_path, DATED)
+        assert names_of(tmp_path)[2] == "changed"
 
     @pytest.mark.parametrize("at", ["at", "'2025-06-01'", "NULL"])
     def test_what_the_times_hide_is_found_after_a_day(
@@ -569,3 +599,120 @@ class TestUpdatedAt:
         change(dated, "DELETE FROM songs WHERE id = 101; UPDATE songs SET name = 'hidden' WHERE id = 2")
         run(dated, tmp_path, names)
         assert names_of(tmp_path)[2] == "hidden"
+
+
+class TestHashes:
+    @pytest.mark.parametrize("names", [SourceNames(), DATED])
+    def test_only_songs_whose_content_changed_are_rendered(
+        self, dated: Database, tmp_path: Path, rendered: list[int], names: SourceNames
+    ) -> None:
+        run(dated, tmp_path, names)
+        assert sorted(rendered) == [1, 2, 3, 4, 5, 101]
+        rendered.clear()
+        change(dated, "UPDATE songs SET name = 'new', at = '2026-01-02' WHERE id = 3")
+        change(dated, "UPDATE songs SET at = '2026-01-02' WHERE id = 4")
+        change(dated, "DELETE FROM songs WHERE id = 5")
+        run(dated, tmp_path, names)
+        assert rendered == [3]
+        assert_hashed(tmp_path, TextSpec())
+
+    def test_rejected_songs_have_none(self, database: Database, songs: Callable[..., None], tmp_path: Path) -> None:
+        songs((1, None, "Ann", "la"), (2, "Sea", "Ann", "waves"), (101, "", "Ann", None))
+        run(database, tmp_path)
+        assert_hashed(tmp_path, TextSpec())
+        hashes = read_text_hashes(snapshot_path(tmp_path, FIRST), TextSpec())
+        assert hashes is not None
+        assert hashes["song_id"].to_list() == [2]
+
+    def test_other_settings_have_none_until_the_next_export_which_changes_no_identity(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs((1, "Sea", "Ann", "waves and salt"), (2, "Hill", "Ben", None))
+        run(database, tmp_path)
+        path, digest = snapshot_path(tmp_path, FIRST), digest_snapshots(tmp_path)
+        short = TextSpec(max_chars=9)
+        assert read_text_hashes(path, short) is None
+        report = run(database, tmp_path, spec=short)
+        assert_hashed(tmp_path, short)
+        assert (digest_snapshots(tmp_path), report.total("n_changed")) == (digest, 0)
+        before = files_of(tmp_path)
+        run(database, tmp_path, spec=short)
+        assert files_of(tmp_path) == before
+
+    def test_other_settings_reject_other_songs(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs((1, "Sea", None, "waves"), (2, None, None, "stones"))
+        assert run(database, tmp_path).set_aside.total() == 2
+        report = run(database, tmp_path, spec=TextSpec("{name}: {lyrics}"))
+        assert report.set_aside == Counter({"the song has no name": 1})
+        assert_hashed(tmp_path, TextSpec("{name}: {lyrics}"))
+
+    def test_a_snapshot_from_before_there_were_hashes_keeps_its_identity_and_gets_them(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", None), (101, "Moon", "Cy", None))
+        run(database, tmp_path)
+        digest = digest_snapshots(tmp_path)
+        for each in snapshot_ranges(tmp_path):
+            remove_hashes(snapshot_path(tmp_path, each))
+        assert read_text_hashes(snapshot_path(tmp_path, FIRST), TextSpec()) is None
+        assert digest_snapshots(tmp_path) == digest
+        songs((2, "Hill", "Ben", "stones"), (3, "New", "Di", None))
+        change(database, "DELETE FROM songs WHERE id = 1")
+        report = run(database, tmp_path)
+        assert counts_of(report) == {FIRST.key: (2, 1, 1, 1, True), SECOND.key: (1, 0, 0, 0, True)}
+        assert_hashed(tmp_path, TextSpec())
+
+    def test_an_append_to_a_snapshot_without_hashes_reads_no_other_song_and_the_next_export_all(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", None))
+        run(database, tmp_path)
+        remove_hashes(snapshot_path(tmp_path, FIRST))
+        songs((1, "changed", "Ann", None), (3, "New", "Di", None))
+        run(database, tmp_path, mode="append")
+        assert names_of(tmp_path) == {1: "Sea", 2: "Hill", 3: "New"}
+        assert read_text_hashes(snapshot_path(tmp_path, FIRST), TextSpec()) is None
+        run(database, tmp_path)
+        assert names_of(tmp_path) == {1: "changed", 2: "Hill", 3: "New"}
+        assert_hashed(tmp_path, TextSpec())
+
+    def test_texts_that_are_exchanged_or_move_to_another_column_are_changes(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    ) -> None:
+        songs((1, "Sea", "Ann", None), (2, "Hill", "Ann", None), (3, "Moon", "Cy", None), (4, "Sun", "Ed", ""))
+        run(database, tmp_path)
+        songs((1, "Hill", "Ann", None), (2, "Sea", "Ann", None), (3, "Cy", "Moon", None), (4, "Sun", "Ed", None))
+        assert run(database, tmp_path).total("n_changed") == 4
+        assert read(tmp_path) == execute(database.adbc_uri, "SELECT * FROM songs ORDER BY id")
+
+
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The songs whose texts are rendered, as they are."""
+    song_ids: list[int] = []
+
+    def count_and_render(songs: pl.DataFrame, spec: TextSpec) -> pl.DataFrame:
+        song_ids.extend(songs["song_id"])
+        return render_texts(songs, spec)
+
+    monkeypatch.setattr(snapshots, "render_texts", count_and_render)
+    return song_ids
+
+
+def assert_hashed(folder: Path, spec: TextSpec) -> None:
+    """Every snapshot has the hashes of the texts of its songs."""
+    for each in snapshot_ranges(folder):
+        path = snapshot_path(folder, each)
+        accepted = load_songs_from_parquet(path).filter(pl.col("set_aside").is_null())
+        hashes = read_text_hashes(path, spec)
+        assert hashes is not None
+        assert_frame_equal(hashes, render_texts(accepted, spec).drop("text"))
+
+
+def remove_hashes(path: Path) -> None:
+    """Write a snapshot as it was before hashes were kept."""
+    songs = pq.read_table(path)
+    metadata = {key: value for key, value in songs.schema.metadata.items() if key == b"songvec.digest2"}
+    pq.write_table(songs.select(SNAPSHOT_SCHEMA.names).replace_schema_metadata(metadata), path)

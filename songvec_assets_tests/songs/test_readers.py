@@ -10,9 +10,9 @@ import sqlalchemy as sa
 
 from songvec_assets.errors import DatabaseError, StoppedError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.progress import Progress, StopSignal
+from songvec_assets.progress import Progress, RunContext, StopSignal
 from songvec_assets.songs import readers
-from songvec_assets.songs.export import IncompleteExportError, cache_songs_to_parquet
+from songvec_assets.songs.export import ExportMode, ExportOptions, IncompleteExportError, cache_songs_to_parquet
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import SourceNames, find_source
@@ -56,11 +56,14 @@ def misbehave(database: Database) -> Callable[..., None]:
     return create
 
 
-def run(database: Database, folder: Path, n_readers: int = 2, **arguments: object) -> list[Progress]:
-    """One export of FRAGILE; what it told."""
+def run(
+    database: Database, folder: Path, n_readers: int = 2, mode: ExportMode = "all", context: RunContext | None = None
+) -> list[Progress]:
+    """One export of FRAGILE; its progress."""
     told: list[Progress] = []
+    options = ExportOptions(mode, n_readers=n_readers)
     source = find_source(database, FRAGILE)
-    cache_songs_to_parquet(database, source, folder, TILING, progress=told.append, n_readers=n_readers, **arguments)
+    cache_songs_to_parquet(database, source, folder, TILING, options, context or RunContext(told.append))
     return told
 
 
@@ -150,9 +153,7 @@ class TestLastingFaults:
         misbehave("1 / 0", 150, 250, 350, 450)
         told: list[Progress] = []
         with pytest.raises(IncompleteExportError, match="division by zero"):
-            cache_songs_to_parquet(
-                database, find_source(database, FRAGILE), tmp_path, TILING, progress=told.append, n_readers=1
-            )
+            run(database, tmp_path, n_readers=1, context=RunContext(told.append))
         # four in a row are no reason to give the others up: the server answers
         assert exported(tmp_path) == all_but(1, 2, 3, 4)
         assert execute(database.adbc_uri, "SELECT last_value FROM faults.attempts") == [(4,)]
@@ -194,9 +195,7 @@ class TestLastingFaults:
         misbehave("pg_sleep(0.02)", *range(0, 4000, 50), n_ranges=40)
         try:
             with pytest.raises(IncompleteExportError, match="not currently accepting connections") as caught:
-                cache_songs_to_parquet(
-                    database, find_source(database, FRAGILE), tmp_path, TILING, progress=close_doors, n_readers=2
-                )
+                run(database, tmp_path, context=RunContext(close_doors))
         finally:
             execute(server_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
         assert len(caught.value.report.ranges) == 40
@@ -242,7 +241,7 @@ class TestStop:
         stopper = Thread(target=stop_later)
         stopper.start()
         with pytest.raises(StoppedError):
-            run(database, tmp_path, stop=stop)
+            run(database, tmp_path, context=RunContext(stop=stop))
         stopper.join()
         assert exported(tmp_path) == all_but(*range(3, 10))
         wait_until(lambda: not execute(database.adbc_uri, sleeping))
@@ -252,7 +251,7 @@ class TestStop:
     ) -> None:
         misbehave(END_CONNECTION, 350)
         monkeypatch.setattr(readers, "_PAUSES_S", (0.0, 3600.0))
-        stop, source = StopSignal(), find_source(database, FRAGILE)
+        stop = StopSignal()
 
         def stop_at_three(progress: Progress) -> None:
             if progress.done == 6:
@@ -261,14 +260,14 @@ class TestStop:
                 stop.set()
 
         with pytest.raises(StoppedError):
-            cache_songs_to_parquet(database, source, tmp_path, TILING, progress=stop_at_three, stop=stop)
+            run(database, tmp_path, context=RunContext(stop_at_three, stop))
         assert exported(tmp_path)[:6] == all_but(*range(3, 10))
 
     def test_no_more_is_read_ahead_than_a_few_ranges(
         self, database: Database, misbehave: Callable[..., None], tmp_path: Path
     ) -> None:
         misbehave("1")
-        stop, source = StopSignal(), find_source(database, FRAGILE)
+        stop = StopSignal()
 
         def stop_at_first(progress: Progress) -> None:
             wait_until(lambda: len(snapshot_ranges(tmp_path)) == 4)
@@ -276,7 +275,7 @@ class TestStop:
             stop.set()
 
         with pytest.raises(StoppedError):
-            cache_songs_to_parquet(database, source, tmp_path, TILING, progress=stop_at_first, stop=stop, n_readers=2)
+            run(database, tmp_path, context=RunContext(stop_at_first, stop))
         assert exported(tmp_path) == all_but(*range(4, 10))
 
 
@@ -288,7 +287,8 @@ class TestSideBySide:
         misbehave("pg_sleep(0.2)", 0, 400)
         told: list[Progress] = []
         source = find_source(database, FRAGILE)
-        report = cache_songs_to_parquet(database, source, tmp_path, TILING, progress=told.append, n_readers=n_readers)
+        options = ExportOptions(n_readers=n_readers)
+        report = cache_songs_to_parquet(database, source, tmp_path, TILING, options, RunContext(told.append))
         assert [each.range.start for each in report.ranges] == list(range(0, 1000, 100))
         assert [(each.done, each.total) for each in told] == [(2 * n, 20) for n in range(1, 11)]
 
@@ -311,7 +311,7 @@ class TestSideBySide:
             "pg_backend_pid()::text AS lyrics FROM faults.rows",
         )
         source = find_source(database, SourceNames("faults.named", song_id_column="id"))
-        cache_songs_to_parquet(database, source, tmp_path, TILING, n_readers=2)
+        cache_songs_to_parquet(database, source, tmp_path, TILING, ExportOptions(n_readers=2))
         songs = [load_songs_from_parquet(snapshot_path(tmp_path, each)) for each in snapshot_ranges(tmp_path)]
         assert {name for each in songs for name in each["artist"]} == {"songvec"}
         assert len({pid for each in songs for pid in each["lyrics"]}) <= 2

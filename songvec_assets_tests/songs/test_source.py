@@ -14,17 +14,11 @@ from songvec_assets.cli import app
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DatabaseError, SourceError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.songs.export import cache_songs_to_parquet
+from songvec_assets.songs.counts import IdSums, RangeCount, count_ranges, count_unreachable_ids
+from songvec_assets.songs.export import ExportOptions, cache_songs_to_parquet
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
-from songvec_assets.songs.source import (
-    IdSums,
-    RangeCount,
-    SourceNames,
-    count_ranges,
-    count_unreachable_ids,
-    find_source,
-)
+from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets.vectors.search import read_songs
 from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.provider import Provider
@@ -102,7 +96,7 @@ class TestNames:
         run(database, f"INSERT INTO {schema}.{schema} VALUES (8, 'Hill', 'Ben', NULL, '2026-01-02')")
         assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves"), (8, "Hill", "Ben", None)]
         run(database, f"INSERT INTO {schema}.{schema} VALUES (9, 'Moon', 'Cy', NULL, '2026-01-03')")
-        cache_songs_to_parquet(database, find_source(database, names), tmp_path, TILING, "append")
+        cache_songs_to_parquet(database, find_source(database, names), tmp_path, TILING, ExportOptions("append"))
         assert load_songs_from_parquet(snapshot_path(tmp_path, SongIdRange(0, 100)))["song_id"].to_list() == [7, 8, 9]
         assert count_unreachable_ids(database, find_source(database, names)) == Counter()
 
@@ -233,10 +227,12 @@ class TestIds:
             "INSERT INTO songs SELECT n, 'Sea', 'Ann', repeat('la ', 100) FROM generate_series(0, 9999) n",
             "VACUUM ANALYZE songs",
         )
-        statement = find_source(database, SourceNames(name_column="title")).select_statement(5_000, 5_100)
-        plan = [line for (line,) in execute(database.adbc_uri, f"EXPLAIN {statement}")]
-        assert any("Index Scan using songs_pkey" in line for line in plan)
-        assert not any("Sort" in line for line in plan)
+        source = find_source(database, SourceNames(name_column="title"))
+        rows = source.rows(SongIdRange(5_000, 5_100))
+        for statement in (source.select_songs(rows), source.select_hashes(rows)):
+            plan = [line for (line,) in execute(database.adbc_uri, f"EXPLAIN {statement}")]
+            assert any("Index Scan using songs_pkey" in line for line in plan)
+            assert not any("Sort" in line for line in plan)
 
     def test_songs_are_counted_by_range_up_to_the_highest_integer(self, database: Database) -> None:
         run(

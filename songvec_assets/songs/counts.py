@@ -1,0 +1,134 @@
+"""The songs of the source by range: how many there are, which ids they have, and ids that no range can hold.
+
+When to add here: another figure of the source that is read from its indexes. Keep out: texts.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from songvec_assets.errors import SettingsError, SourceError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.songs import catalogue
+from songvec_assets.songs.advice import describe_numbering
+from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
+from songvec_assets.songs.source import PRESENT, SongsSource, fetch_rows
+
+_PRIME = 2**31 - 1
+
+
+class IdSums(NamedTuple):
+    """A set of song_ids in short: equal for the same ids, and hardly ever for others."""
+
+    n_rows: int = 0
+    sum_of_ids: int = 0
+    sum_of_squares: int = 0
+
+    @classmethod
+    def of(cls, song_ids: pl.Series) -> "IdSums":
+        """The sums of these ids, each there once."""
+        ids = song_ids.to_numpy().astype(np.int64)
+        return cls(len(ids), int(ids.sum()), int((ids * ids % _PRIME).sum()))
+
+    @staticmethod
+    def columns(song_id: str) -> str:
+        """The SQL expressions that compute the sums, of a quoted column."""
+        return (
+            f"count(*), sum({song_id}::bigint)::bigint, sum({song_id}::bigint * {song_id}::bigint % {_PRIME})::bigint"
+        )
+
+
+@dataclass(frozen=True)
+class RangeCount:
+    """What the source holds in a range.
+
+    Attributes:
+        ids: of its rows.
+        newest: the latest updated_at that is not after the server's present time, as text; None without such a column,
+            or such a row.
+    """
+
+    ids: IdSums = field(default_factory=IdSums)
+    newest: str | None = None
+
+    @property
+    def n_songs(self) -> int:
+        """Rows."""
+        return self.ids.n_rows
+
+
+def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dict[SongIdRange, RangeCount]:
+    """Count the source's songs by range; ranges without songs are left out. Reads the id's index only, if it can."""
+    newest = "NULL"
+    if source.updated_at:
+        present = PRESENT[str(source.updated_at_type)]
+        newest = f"(max({source.updated_at}) FILTER (WHERE {source.updated_at} <= {present}))::text"
+    rows = fetch_rows(
+        database,
+        f"SELECT least({source.song_id}, {tiling.stop}) / {tiling.width} AS number, {newest}, "
+        f"{IdSums.columns(source.song_id)} "
+        f"FROM {source.relation} WHERE {source.song_id} BETWEEN {tiling.start} AND {MAX_SONG_ID} GROUP BY number",
+    )
+    return {tiling.range_of(number * tiling.width): RangeCount(IdSums(*sums), newest) for number, newest, *sums in rows}
+
+
+def read_song_ids(database: Database, source: SongsSource, song_range: SongIdRange) -> pl.Series:
+    """The ids of a range's songs, in order."""
+    rows = fetch_rows(database, f"SELECT song_id FROM {source.rows(song_range)}")
+    return pl.Series([song_id for (song_id,) in rows], dtype=pl.Int32)
+
+
+def check_ids(
+    database: Database, source: SongsSource, tiling: Tiling, counts: Mapping[SongIdRange, RangeCount]
+) -> None:
+    """Refuse ids that the ranges do not reach.
+
+    Args:
+        database: where the songs are.
+        source: which table and columns.
+        tiling: how song_ids are divided into ranges.
+        counts: see `count_ranges`.
+
+    Raises:
+        SettingsError: songs have ids below the first range, or the open tail holds more songs than a range may.
+        SourceError: more songs have ids beyond INTEGER than within; has the statements that number them.
+    """
+    tiling.check_tail(tiling.tail, counts.get(tiling.tail, RangeCount()).n_songs)
+    song_id, start = source.song_id, tiling.start
+    [(n_below, lowest, n_beyond)] = fetch_rows(
+        database,
+        f"SELECT count(*) FILTER (WHERE {song_id} < {start}), min({song_id}), "
+        f"count(*) FILTER (WHERE {song_id} > {MAX_SONG_ID}) FROM {source.relation} "
+        # negative ids are rejected one by one
+        f"WHERE {song_id} > {MAX_SONG_ID} OR {song_id} >= 0 AND {song_id} < {start}",
+    )
+    if n_below:
+        raise SettingsError(
+            f"{n_below:,} songs of {source.table} have an id below SONGVEC_SONG_ID_START, which is {start}; "
+            f"the lowest is {lowest}: set it to {lowest // tiling.width * tiling.width} or less"
+        )
+    if n_beyond > sum(each.n_songs for each in counts.values()):
+        with database.get_connection() as connection:
+            table = catalogue.find_table(connection, source.table)
+            cure = f": {describe_numbering(connection, table, source.song_id_column)}" if table else ""
+        raise SourceError(
+            f"{n_beyond:,} songs of {source.table} have an id above {MAX_SONG_ID}, the highest INTEGER, which is "
+            f"the type of song_embeddings.song_id{cure}"
+        )
+
+
+def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[str]:
+    """Number of songs whose id no range can hold, by reason."""
+    reasons = {
+        f"the id is above {MAX_SONG_ID}, the highest INTEGER": f"{source.song_id} > {MAX_SONG_ID}",
+        "the id is negative": f"{source.song_id} < 0",
+        "the id is NULL": f"{source.song_id} IS NULL",
+    }
+    # a subquery each: indexes serve them one by one
+    numbers = (f"(SELECT count(*) FROM {source.relation} WHERE {each})" for each in reasons.values())
+    [row] = fetch_rows(database, f"SELECT {', '.join(numbers)}")
+    return +Counter(dict(zip(reasons, row, strict=True)))
