@@ -28,11 +28,14 @@ from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import NO_PROMPTS, Prompts, default_prompts
 from songvec_assets.errors import ProviderError
+from songvec_assets.known import CachedOrLoaded
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, has_tables, hold_lock, read_fact, write_fact
 from songvec_assets.postgres.urls import parse_url
-from songvec_assets.progress import ReportProgress, StopSignal, ignore_progress
+from songvec_assets.progress import ReportProgress, RunContext, StopSignal, ignore_progress
+from songvec_assets.search.nearest import check_searchable, check_server, embed_query
+from songvec_assets.search.preview import Preview, preview_table
 from songvec_assets.settings import OFFLINE_MODEL, Settings
 from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits, find_absence
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
@@ -41,15 +44,12 @@ from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import SongsSource, SourceNames, check_ids, count_ranges, find_source
 from songvec_assets.songs.text import TextSpec
-from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.known import CachedOrLoaded
-from songvec_assets.vectors.ledger import find_loaded_ranges
-from songvec_assets.vectors.neighbours import LoadedRows
-from songvec_assets.vectors.preflight import check_target
-from songvec_assets.vectors.preview import Preview, preview_table
-from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
-from songvec_assets.vectors.search import check_searchable, check_server, embed_query
-from songvec_assets.vectors.table import TableSpec, loaded_spec
+from songvec_assets.vectors.index.neighbors import LoadedRows
+from songvec_assets.vectors.index.preflight import check_target
+from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.swap import PublishReport, WantedTable, check_publishable, publish_embeddings
+from songvec_assets.vectors.table import TableSpec, VectorTable
 
 SPENDING = "spending of the last run"
 DAY_S = 86_400.0
@@ -164,6 +164,21 @@ class Deployment:
         return TableSpec(each.model, each.embedding_dimensions, each.vector_type, prompts.query, document)
 
     @property
+    def table(self) -> VectorTable:
+        """What searches read."""
+        return VectorTable(self.database)
+
+    @property
+    def wanted_table(self) -> WantedTable:
+        """What searches are to find."""
+        return WantedTable(self.table_spec, self.index_settings, self.settings.swap)
+
+    @property
+    def load_source(self) -> LoadSource:
+        """What the table is loaded from."""
+        return LoadSource(self.cache, self.tiling, self.store.songs)
+
+    @property
     def index_settings(self) -> IndexSettings:
         """How the table is to be indexed."""
         each = self.settings
@@ -240,7 +255,7 @@ class Deployment:
             self.tiling,
             mode,
             # an empty snapshot says that a range's songs were deleted; none says nothing
-            also={*self.cache.ranges(), *find_loaded_ranges(self.database, self.tiling)},
+            also={*self.cache.ranges(), *self.table.ledger.find_ranges(self.tiling)},
             progress=progress,
             stop=self.stop,
             guard=AbsenceGuard(self.known_songs, self.absence_limits, confirm_deletions),
@@ -282,18 +297,13 @@ class Deployment:
 
     def index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
         """Build the index where that is worth it; see `bring_index_up_to_date`."""
-        return bring_index_up_to_date(
-            self.database,
-            self.cache,
-            self.table_spec,
-            replace(self.index_settings, rebuild=rebuild),
-            progress=progress,
-            stop=self.stop,
-        )
+        wanted = replace(self.index_settings, rebuild=rebuild)
+        run = RunContext(progress, self.stop)
+        return bring_index_up_to_date(self.table, self.cache, self.table_spec, wanted, run)
 
     def preview(self) -> Preview:
         """What a person looks at to see that the vectors mean something; see `preview_table`."""
-        return preview_table(self.database, LoadedRows.of(self.database, self.cache), self.source, self.table_spec)
+        return preview_table(LoadedRows.of(self.table, self.cache), self.source, self.table_spec)
 
     @property
     def text_spec(self) -> TextSpec:
@@ -427,31 +437,22 @@ class Deployment:
         """What is asked before each range's first request; what the server can give, before the first one only."""
 
         @functools.cache
-        def check_once(target: str) -> None:
+        def check_once(target: VectorTable) -> None:
             n_songs = sum(count_songs(self.store.songs, each) for each in snapshot_ranges(self.store.songs))
-            check_target(self.database, self.table_spec, self.index_settings, n_songs, target)
+            check_target(target, self.table_spec, self.index_settings, n_songs)
 
-        return lambda: check_once(check_publishable(self.database, self.table_spec, self.settings.swap))
+        return lambda: check_once(check_publishable(self.database, self.wanted_table))
 
     def publish(self, progress: ReportProgress = ignore_progress) -> PublishReport:
         """Make what searches find equal the cache; see `publish_embeddings`."""
         if self.cache.ranges():  # else nothing is written: an empty cache is refused
             self.bind()
-        return publish_embeddings(
-            self.database,
-            self.cache,
-            self.table_spec,
-            self.tiling,
-            self.store.songs,
-            self.index_settings,
-            swap=self.settings.swap,
-            progress=progress,
-            stop=self.stop,
-        )
+        run = RunContext(progress, self.stop)
+        return publish_embeddings(self.database, self.load_source, self.wanted_table, run)
 
     def as_loaded(self) -> "Deployment":
         """This deployment with the model, size and type that searches find: after a swap they need no new settings."""
-        loaded = loaded_spec(self.database)
+        loaded = self.table.spec
         if loaded is None or (loaded.model == OFFLINE_MODEL) != self.settings.offline:
             return self
         # what is set goes with the model that is set

@@ -13,10 +13,8 @@ from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import count_songs, load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import count_ranges, count_unreachable_ids
-from songvec_assets.vectors.ivfflat import IndexFacts, find_index
-from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
-from songvec_assets.vectors.recall import read_recall
-from songvec_assets.vectors.table import describe_tables
+from songvec_assets.vectors.index.recall import read_recall
+from songvec_assets.vectors.table import IndexFacts, describe_tables
 
 _NOTHING_CACHED = pl.DataFrame(schema={"song_id": pl.Int32, "reason": pl.String})
 
@@ -127,7 +125,7 @@ class Status:
 
 def measure_coverage(deployment: Deployment) -> list[RangeCoverage]:
     """Every range that holds songs, in order. Reads no column of a file whose range is complete."""
-    songs, cache, ledger = deployment.store.songs, deployment.cache, read_ledger(deployment.database)
+    songs, cache, ledger = deployment.store.songs, deployment.cache, deployment.table.ledger.read()
     ranges = []
     for song_range in snapshot_ranges(songs):
         n_songs, mark = count_songs(songs, song_range), read_mark(cache.mark_of(song_range))
@@ -154,22 +152,21 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
     """
     songs, cache = deployment.store.songs, deployment.cache
     unreadable: list[str] = []
-    index = find_index(deployment.database)
+    table = deployment.table
+    index = table.index
     set_aside: list[tuple[int, str]] = []
     ranges = []
     source = deployment.source
     # cut as the files are, which a raised stop does not change before the next export
     counts = count_ranges(deployment.database, source, deployment.store.tiling)
-    for song_range in sorted({*counts, *snapshot_ranges(songs), *cache.ranges(), *read_ledger(deployment.database)}):
+    for song_range in sorted({*counts, *snapshot_ranges(songs), *cache.ranges(), *table.ledger.read()}):
         snapshot = load_songs_from_parquet(snapshot_path(songs, song_range), ["song_id", "set_aside"])
         try:
             live = load_embeddings_from_cache(cache, song_range)[1]
         except StoreError as error:
             live = _NOTHING_CACHED
             unreadable.append(str(error))
-        with deployment.database.get_connection("web") as connection:
-            rows = read_loaded_rows(connection, song_range)
-        loaded = pl.Series(dtype=pl.Int32) if rows is None else rows["song_id"]
+        loaded = table.ledger.read_song_ids(song_range)
         refused = pl.concat(
             [
                 snapshot.filter(pl.col("set_aside").is_not_null()).rename({"set_aside": "reason"}),
@@ -195,7 +192,7 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
         )
     unreachable = count_unreachable_ids(deployment.database, source)
     with deployment.database.get_connection() as connection:
-        recall = read_recall(connection)
+        recall = read_recall(connection, table)
     tables, month = describe_tables(deployment.database), deployment.month_spending()
     words = recall.describe() if recall else ""
     pgvector = read_pgvector_caution(deployment.database)

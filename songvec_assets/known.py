@@ -1,6 +1,7 @@
 """The songs that were paid for or are served: those with a vector in the cache, or a row in the serving table.
 
-What a deletion in the source is compared with. Reads ledgers, marks and narrow columns; no vector.
+What a deletion in the source is compared with. Reads ledgers, marks and narrow columns; no vector. When to add here:
+another place where a song may be known. Keep out: whether its absence is plausible (`songs/absence`).
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from songvec_assets.cache.shards import ModelCache
 from songvec_assets.errors import StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.vectors.backlog import read_vectors
-from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
+from songvec_assets.vectors.ledger import Ledger
+from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.table import VectorTable
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,13 @@ class CachedOrLoaded:
     cache: ModelCache
     tiling: Tiling
 
+    @property
+    def _ledger(self) -> Ledger:
+        return VectorTable(self.database).ledger
+
     @cached_property
     def _loaded(self) -> dict[SongIdRange, int]:
-        return {song_range: entry.n_songs for song_range, entry in read_ledger(self.database).items()}
+        return {song_range: entry.n_songs for song_range, entry in self._ledger.read().items()}
 
     def _is_cut(self, song_range: SongIdRange) -> bool:
         return self.tiling.range_of(song_range.start) == song_range
@@ -41,7 +47,7 @@ class CachedOrLoaded:
         """Songs by range; of a range where the cache and the table differ, the greater number."""
         counts = {each: n_songs for each, n_songs in self._loaded.items() if self._is_cut(each)}
         for other in self._loaded.keys() - counts.keys():
-            for song_id in self._read_loaded(other):
+            for song_id in self._ledger.read_song_ids(other):
                 song_range = self.tiling.range_of(song_id)
                 counts[song_range] = counts.get(song_range, 0) + 1
         for song_range in self.cache.ranges():
@@ -54,7 +60,7 @@ class CachedOrLoaded:
         found = [cached]
         for each in self._loaded:
             if each.start < song_range.stop and song_range.start < each.stop:
-                loaded = self._read_loaded(each)
+                loaded = self._ledger.read_song_ids(each)
                 found.append(loaded.filter(loaded.is_between(song_range.start, song_range.stop - 1)))
         known = pl.concat(found).unique()
         return known.filter(~known.is_in(deleted.implode()))
@@ -68,12 +74,7 @@ class CachedOrLoaded:
     def _read_cached(self, song_range: SongIdRange) -> tuple[pl.Series, pl.Series]:
         """Songs with a vector, and deleted ones."""
         try:
-            shard, vectors = read_vectors(self.cache, song_range)
+            shard, vectors = LoadSource(self.cache, self.tiling).read(song_range)
             return vectors["song_id"], shard.deleted_song_ids()
         except StoreError:  # the fill or the load names what is wrong with the file
             return pl.Series([], dtype=pl.Int32), pl.Series([], dtype=pl.Int32)
-
-    def _read_loaded(self, song_range: SongIdRange) -> pl.Series:
-        with self.database.get_connection() as connection:
-            rows = read_loaded_rows(connection, song_range)
-        return pl.Series([], dtype=pl.Int32) if rows is None else rows["song_id"]
