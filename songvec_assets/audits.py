@@ -13,8 +13,7 @@ from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SongvecError
 from songvec_assets.status import RangeStatus, measure_status
 from songvec_assets.vectors.index.recall import audit_recall
-from songvec_assets.vectors.index.sizing import read_capacity
-from songvec_assets.vectors.index.upkeep import audit_index, plan_lists, reason_to_build
+from songvec_assets.vectors.index.upkeep import audit_index, plan_build
 from songvec_assets.vectors.samples import audit_vectors, measure_drift
 
 MAX_SET_ASIDE_SHARE = 0.01
@@ -172,13 +171,11 @@ class Auditor:
 
     def index_is_fresh(self) -> Finding:
         """Was the index built of the rows that the table has, but for a fifth?"""
-        database, wanted = self.deployment.database, self.deployment.index_settings
         index, n_rows = self.deployment.table.index, self.deployment.table.count_rows()
         if index is None:
             return Finding(False, "there is no valid index: materialize ivfflat_index")
-        capacity = read_capacity(database, wanted.memory_bytes)
-        lists, _ = plan_lists(n_rows, wanted, index.lists, capacity, self.deployment.table_spec)
-        reason = reason_to_build(n_rows, lists, index.lists, index.n_changed, exact=wanted.lists is not None)
+        spec, wanted = self.deployment.table_spec, self.deployment.index_settings
+        reason = plan_build(self.deployment.table, spec, wanted, n_rows, index.n_changed).reason
         words = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
         told = f"{reason}: materialize ivfflat_index" if reason else words
         return Finding(reason is None, told, {"rows changed": index.n_changed, "lists": index.lists})

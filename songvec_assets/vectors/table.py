@@ -423,7 +423,7 @@ def describe_tables(database: Database) -> dict[str, str]:
 
 
 def set_probes(connection: sa.Connection, probes: int | None) -> None:
-    """Let this transaction's searches visit so many lists; None leaves the server's default.
+    """Let this transaction's searches visit n lists; None leaves the server's default.
 
     Without just-in-time compilation: it costs a large table's searches a tenth of a second each, and they have nothing
     that it makes faster.

@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psycopg2
@@ -474,6 +475,37 @@ class TestLock:
         publish(database, cache, songs_folder)
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
 
+    def test_nothing_is_built_when_the_lock_was_lost_before(
+        self, database: Database, cache: ModelCache, songs_folder: Path
+    ) -> None:
+        put(cache, range(150))
+        publish(database, cache, songs_folder)
+        put(cache, range(80), version=1)
+        lose = CallingStop(once(lambda: self.end_holder(database)))
+        with pytest.raises(DatabaseError):
+            publish(database, cache, songs_folder, stop=lose)
+        assert relations(database) == ALONE
+
+    def test_all_guards_are_asked_before_the_build_after_it_and_in_the_swap(
+        self, database: Database, cache: ModelCache, songs_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        locked = """
+            SELECT count(*) FROM pg_locks
+            WHERE mode = 'AccessExclusiveLock' AND relation = to_regclass('song_embeddings')
+        """
+        check, asked = SwapGuards.check, []
+
+        def note(guards: SwapGuards, *given: Any) -> None:
+            asked.append((STAGING in relations(database), execute(database.adbc_uri, locked) == [(1,)]))
+            check(guards, *given)
+
+        put(cache, range(150))
+        publish(database, cache, songs_folder)
+        put(cache, range(80), version=1)
+        monkeypatch.setattr(SwapGuards, "check", note)
+        publish(database, cache, songs_folder)
+        assert asked == [(False, False), (True, False), (True, True)]
+
     @pytest.mark.parametrize("undo", [roll_back, drop_others])
     def test_neither_the_way_back_nor_a_drop_is_committed_when_it_was_lost(
         self, database: Database, cache: ModelCache, songs_folder: Path, undo: Callable[..., object]
@@ -746,6 +778,7 @@ class TestSwap:
 _PUBLISHER = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import RunContext

@@ -15,7 +15,7 @@ from sqlalchemy import text
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.index import sizing
-from songvec_assets.vectors.index.upkeep import IndexSettings, plan_lists, reason_to_build
+from songvec_assets.vectors.index.upkeep import IndexSettings, plan_build
 from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable, define_table
 
 _LOCK_TIMEOUT = "250ms"
@@ -56,19 +56,15 @@ def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_
         DatabaseError: says which right, schema, memory or disk is wanting, and the statement that helps.
         SettingsError: the lists that were set do not fit into memory.
     """
-    database, index = target.database, target.index
-    capacity = sizing.read_capacity(database, wanted.memory_bytes, VectorTable(database).index is not None)
     n_new = max(0, n_songs - sum(entry.n_songs for entry in target.ledger.read().values()))
-    lists_now = index.lists if index else None
-    lists, _ = plan_lists(max(1, n_songs), wanted, lists_now, capacity, spec)
-    with database.get_connection() as connection:
+    with target.database.get_connection() as connection:
         n_changed = target.read_changes(connection) + n_new
-        builds = reason_to_build(n_songs, lists, lists_now, n_changed, exact=wanted.lists is not None) is not None
-        schema = _check_rights(connection, builds or not target.is_serving)
-    if builds:
-        _try_out(database, spec, schema)
-        estimate = sizing.estimate_build(n_songs, lists, spec.dimensions, spec.vector_type, capacity.workers)
-        capacity.check_disk(estimate, sizing.table_bytes(n_new, spec.dimensions, spec.vector_type))
+    plan = plan_build(target, spec, wanted, n_songs, n_changed)
+    with target.database.get_connection() as connection:
+        schema = _check_rights(connection, plan.reason is not None or not target.is_serving)
+    if plan.reason is not None:
+        _try_out(target.database, spec, schema)
+        plan.capacity.check_disk(plan.estimate, sizing.table_bytes(n_new, spec.dimensions, spec.vector_type))
 
 
 def _check_rights(connection: sa.Connection, builds: bool) -> str:

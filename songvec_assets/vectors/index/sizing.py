@@ -169,7 +169,6 @@ class Capacity:
         temporary_bytes: of files while it sorts; None: no limit.
         free_bytes: on the disk of the server's data; None where that is not seen from here.
         workers: parallel processes beside the one that builds.
-        cores: of the server; None where that is not seen from here.
     """
 
     memory_bytes: int
@@ -177,7 +176,6 @@ class Capacity:
     temporary_bytes: int | None
     free_bytes: int | None
     workers: int
-    cores: int | None = None
 
     def fit_lists(self, lists: int, dimensions: int, vector_type: str) -> tuple[int, str]:
         """As many of these lists as fit into memory, and why no more do; no reason where all do.
@@ -189,13 +187,13 @@ class Capacity:
         needed = build_bytes(lists, dimensions, vector_type)
         if fitting >= lists:
             return lists, ""
-        told = (
+        shortage = (
             f"{lists:,} lists need {format_bytes(needed)} of memory, {format_bytes(self.memory_bytes)} may be taken "
             f"({self.memory_source})"
         )
         if not fitting:
-            raise DatabaseError(f"{told}: raise SONGVEC_INDEX_MEMORY_MB, or give the server more memory")
-        return fitting, told
+            raise DatabaseError(f"{shortage}: raise SONGVEC_INDEX_MEMORY_MB, or give the server more memory")
+        return fitting, shortage
 
     def check_disk(self, estimate: BuildEstimate, table_bytes: int = 0) -> None:
         """Raise DatabaseError where the build would run into a limit of temporary files, or out of disk.
@@ -258,7 +256,6 @@ def read_capacity(database: Database, memory_bytes: int | None = None, searched:
         limits.temporary_bytes if limits.temporary_bytes >= 0 else None,
         _free_bytes(folder),
         max(0, min(workers, limits.workers, memory_bytes // SORT_MEMORY_A_PROCESS - 1)),
-        cores,
     )
 
 

@@ -110,17 +110,70 @@ def plan_lists(
     lists = wanted.lists or choose_lists(n_rows)
     if lists == lists_now:
         return lists, ""
-    fitting, told = capacity.fit_lists(lists, spec.dimensions, spec.vector_type)
-    if not told:
+    fitting, shortage = capacity.fit_lists(lists, spec.dimensions, spec.vector_type)
+    if not shortage:
         return lists, ""
     if wanted.lists:
         raise SettingsError(
-            f"SONGVEC_LISTS: {told}: set {fitting:,} or fewer, or none, or raise SONGVEC_INDEX_MEMORY_MB"
+            f"SONGVEC_LISTS: {shortage}: set {fitting:,} or fewer, or none, or raise SONGVEC_INDEX_MEMORY_MB"
         )
     # memory that was there when it was built, and is not now, makes it no worse
     if lists_now is not None and fitting <= lists_now <= lists:
         return lists_now, ""
-    return fitting, f"{told}, so it gets {fitting:,}"
+    return fitting, f"{shortage}, so it gets {fitting:,}"
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Whether an index is to be built, and what that takes.
+
+    Attributes:
+        n_rows, n_changed: of the table, and since its index was built.
+        lists_now: of its valid index; None where there is none.
+        reason: why it is to be built; None: it need not.
+        lists: that it is to have.
+        limit: why not the number that suits the rows, if so.
+        capacity: of the server.
+        estimate: what a build takes.
+    """
+
+    n_rows: int
+    n_changed: int
+    lists_now: int | None
+    reason: str | None
+    lists: int
+    limit: str
+    capacity: Capacity
+    estimate: BuildEstimate
+
+
+def plan_build(table: VectorTable, spec: TableSpec, wanted: IndexSettings, n_rows: int, n_changed: int) -> BuildPlan:
+    """Decide whether an index is to be built.
+
+    Args:
+        table: whose; it need not exist.
+        spec: what it holds.
+        wanted: what a person set.
+        n_rows: that it has, or is to have.
+        n_changed: of them, since the index was built.
+
+    Raises:
+        SettingsError, DatabaseError: see `plan_lists`.
+    """
+    database = table.database
+    with database.get_connection() as connection:
+        lists_now = table.read_lists(connection)
+        is_searched = VectorTable(database).read_lists(connection) is not None
+    capacity = read_capacity(database, wanted.memory_bytes, is_searched)
+    lists, limit = plan_lists(max(1, n_rows), wanted, lists_now, capacity, spec)
+    reason = reason_to_build(n_rows, lists, lists_now, n_changed, exact=wanted.lists is not None)
+    if reason is None and wanted.rebuild:
+        reason = "it was asked for"
+    if reason is not None:
+        # what it has now may have fitted into memory once
+        lists, limit = plan_lists(max(1, n_rows), wanted, None, capacity, spec)
+    estimate = estimate_build(n_rows, lists, spec.dimensions, spec.vector_type, capacity.workers)
+    return BuildPlan(n_rows, n_changed, lists_now, reason, lists, limit, capacity, estimate)
 
 
 def bring_index_up_to_date(
@@ -154,46 +207,39 @@ def bring_index_up_to_date(
 
     lock = table.metadata_key("index")
     with hold_lock(table.database, lock, on_wait=report_waiting, check=run.check_stop) as check_held:
-        n_rows, n_changed, lists_now = _read_table(table)
-        is_searched = VectorTable(table.database).index is not None
-        capacity = read_capacity(table.database, wanted.memory_bytes, is_searched)
-        lists, _ = plan_lists(n_rows, wanted, lists_now, capacity, spec)
-        reason = reason_to_build(n_rows, lists, lists_now, n_changed, exact=wanted.lists is not None)
-        if reason is None and wanted.rebuild:
-            reason = "it was asked for"
-        words, recall, seconds = [], None, 0.0
-        if reason is None and lists_now is not None:
+        n_rows, n_changed = _count(table)
+        plan = plan_build(table, spec, wanted, n_rows, n_changed)
+        reason, words, recall, seconds = plan.reason, [], None, 0.0
+        if reason is None:
             build.remove_leftovers(table, run)
-            recall, measured, reason = _review_recall(table, cache, lists_now, wanted.target_recall, run)
-            words = [
-                f"{lists_now:,} lists fit {n_rows:,} rows, {n_changed:,} rows changed since it was built",
-                measured,
-            ]
+            recall, measured, reason = _review_recall(table, cache, plan.lists_now or 0, wanted.target_recall, run)
+            words = [f"{plan.lists_now:,} lists fit {n_rows:,} rows, {n_changed:,} rows changed since it was built"]
+            words.append(measured)
+            if reason is not None:
+                plan = plan_build(table, spec, replace(wanted, rebuild=True), n_rows, n_changed)
         if reason is not None:
             started = time.monotonic()
-            # what it has now may have fitted into memory once
-            lists, limit = plan_lists(n_rows, wanted, None, capacity, spec)
-            how = _Build(table, spec, n_rows, n_changed, run).run(lists, capacity, check_held)
+            how = _build(table, spec, plan, run, check_held)
             seconds = time.monotonic() - started
-            recall, measured = _measure(table, cache, lists, wanted.target_recall, run)
-            words = [reason, limit, how, measured]
+            recall, measured = _measure(table, cache, plan.lists, wanted.target_recall, run)
+            words = [reason, plan.limit, how, measured]
         index = table.index
         assert index is not None
-        estimate = estimate_build(n_rows, lists, spec.dimensions, spec.vector_type, capacity.workers)
-        return IndexReport("; ".join(filter(None, words)), reason is not None, index, seconds, recall, estimate)
+        return IndexReport("; ".join(filter(None, words)), reason is not None, index, seconds, recall, plan.estimate)
 
 
-def _read_table(table: VectorTable) -> tuple[int, int, int | None]:
-    """Rows, rows changed since the index was built, and the lists of the valid index, or None."""
+def _count(table: VectorTable) -> tuple[int, int]:
+    """Rows, and rows changed since the index was built."""
     with table.database.get_connection() as connection:
         if not table.exists(connection):
             raise TableMismatchError(f"there is no table {table.name} yet: materialize song_embeddings_table first")
-        n_rows = int(connection.scalar(text(f"SELECT count(*) FROM {table.name}")) or 0)
-        if not n_rows:
-            raise TableMismatchError(
-                f"table {table.name} is empty: an index built now would find nothing later; load it first"
-            )
-        return n_rows, table.read_changes(connection), table.read_lists(connection)
+        n_changed = table.read_changes(connection)
+    n_rows = table.count_rows()
+    if not n_rows:
+        raise TableMismatchError(
+            f"table {table.name} is empty: an index built now would find nothing later; load it first"
+        )
+    return n_rows, n_changed
 
 
 @dataclass(frozen=True)
@@ -203,51 +249,38 @@ class _Begun:
     n_changed: int
 
 
-@dataclass(frozen=True)
-class _Build:
-    """One build, from the decision to the name that searches use."""
-
-    table: VectorTable
-    spec: TableSpec
-    n_rows: int
-    n_changed: int
-    context: RunContext
-
-    def run(self, lists: int, capacity: Capacity, check_held: Callable[[], None]) -> str:
-        """Build and swap, or only swap where a killed run came no further; returns what else to report."""
-        table, context, n_counted = self.table, self.context, self.n_changed
+def _build(
+    table: VectorTable, spec: TableSpec, plan: BuildPlan, run: RunContext, check_held: Callable[[], None]
+) -> str:
+    """Build and swap, or only swap where a killed run came no further; returns what else to report."""
+    with table.database.get_connection() as connection:
+        begun = table.read(connection, "building", _Begun)
+        whole = table.read_lists(connection, table.building_index) == plan.lists
+    taken_over = begun if whole and begun and plan.n_changed - begun.n_changed <= _CHANGED_SHARE * plan.n_rows else None
+    n_counted = taken_over.n_changed if taken_over else plan.n_changed
+    build.remove_leftovers(table, run, keep_whole=taken_over is not None)
+    how = "a killed run had built it, and it was put in its place"
+    if not taken_over:
+        plan.capacity.check_disk(plan.estimate)
         with table.database.get_connection() as connection:
-            begun = table.read(connection, "building", _Begun)
-            whole = table.read_lists(connection, table.building_index) == lists
-        taken_over = whole and begun is not None and n_counted - begun.n_changed <= _CHANGED_SHARE * self.n_rows
-        build.remove_leftovers(table, context, keep_whole=taken_over)
-        how = ""
-        if taken_over and begun is not None:
-            n_counted = begun.n_changed
-        else:
-            estimate = estimate_build(self.n_rows, lists, self.spec.dimensions, self.spec.vector_type, capacity.workers)
-            capacity.check_disk(estimate)
-            with table.database.get_connection() as connection:
-                table.write(connection, "building", vars(_Begun(n_counted)))
-            how = build.create_index(table, self.spec, estimate, capacity.workers, context)
+            table.write(connection, "building", vars(_Begun(n_counted)))
+        how = build.create_index(table, spec, plan.estimate, plan.capacity.workers, run)
 
-        def record(connection: sa.Connection) -> None:
-            # of what was measured of the old index, only that its searches needed n probes is worth keeping till then
-            probes = max(choose_probes(lists, self.n_rows), min(table.read_probes(connection) or 1, lists))
-            values = {"index": vars(BuiltIndex(self.n_rows)), "probes": probes, "recall": None, "building": None}
-            for name, value in values.items():
-                table.write(connection, name, value)
-            # rows that changed while it was built stay counted; others wait for this row, so it is the last
-            table.count_changes(connection, -n_counted)
+    def record(connection: sa.Connection) -> None:
+        # of what was measured of the old index, only that its searches needed n probes is worth keeping till then
+        probes = max(choose_probes(plan.lists, plan.n_rows), min(table.read_probes(connection) or 1, plan.lists))
+        values = {"index": vars(BuiltIndex(plan.n_rows)), "probes": probes, "recall": None, "building": None}
+        for name, value in values.items():
+            table.write(connection, name, value)
+        # rows that changed while it was built stay counted; others wait for this row, so it is the last
+        table.count_changes(connection, -n_counted)
 
-        check_held()
-        build.swap_names(table, record, context)
-        if taken_over:
-            return "a killed run had built it, and it was put in its place"
-        if table.is_serving and not build.lets_writers_in(table):
-            waited = "loads waited meanwhile: a pooler in transaction mode takes no build that lets them go on"
-            return "; ".join(filter(None, [how, waited]))
-        return how
+    check_held()
+    build.swap_names(table, record, run)
+    if not taken_over and table.is_serving and not build.lets_writers_in(table):
+        waited = "loads waited meanwhile: a pooler in transaction mode takes no build that lets them go on"
+        return "; ".join(filter(None, [how, waited]))
+    return how
 
 
 def _review_recall(
