@@ -160,7 +160,8 @@ class Settings:
     )
     max_request_tokens: int = _setting(
         "SONGVEC_MAX_REQUEST_TOKENS", _whole(1, _MANY),
-        "Tokens a request at most; never more than 1/50 of the token quota", default=100_000,
+        "Tokens a request at most; never more than 1/50 of the token quota, or one request's share of it where fewer "
+        "than 50 requests a minute are allowed", default=100_000,
     )  # fmt: skip
     concurrency: int = _setting(
         "SONGVEC_CONCURRENCY", _whole(1, 1000),

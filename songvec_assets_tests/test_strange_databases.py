@@ -4,6 +4,8 @@ import contextlib
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from songvec_assets.samples import read_sample_songs
 from songvec_assets.settings import variables
 from songvec_assets.songs.boilerplate import find_boilerplate
 from songvec_assets.songs.source import SourceNames, digest_source, find_source
-from songvec_assets_tests.administration import dispose, execute, with_parts
+from songvec_assets_tests.administration import dispose, execute, own_engine, wait_until, with_parts
 from songvec_assets_tests.conftest import environment_of
+from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.warm import start as start_warm
 
@@ -264,6 +267,130 @@ class TestEncodings:
         with database.get_connection() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM song_embeddings WHERE song_id IN (7, 32)")) == 0
         assert digest_source(database, find_source(database, SourceNames()))
+
+
+class TestRoles:
+    """What a host sets for a role or a database, or puts before it."""
+
+    def test_an_extension_outside_the_search_path_is_refused_before_payment_with_the_statement_that_helps(
+        self, command: Command, database: Database, songs: Callable[..., None], provider: Provider
+    ) -> None:
+        songs(*((n, f"Song {n}", "Ann", "la") for n in range(1, 31)))
+        assert command("run")[0] == 0
+        before = provider.ledger()["requests"]
+        execute(database.adbc_uri, 'CREATE SCHEMA "My Ext"; ALTER EXTENSION vector SET SCHEMA "My Ext"')
+        for words in (("run",), ("search", "sea"), ("swap", "--dimensions", "32")):
+            code, output = command(*words)
+            assert code == 1, output
+            statement = re.search(r"ALTER ROLE .*?(?=; and let)", output)
+            assert statement, output
+        assert provider.ledger()["requests"] == before
+        execute(database.adbc_uri, statement.group())  # type: ignore[union-attr]
+        try:
+            dispose(database.url)
+            code, output = command("search", "sea")
+            assert code == 0, output
+        finally:
+            name = sa.make_url(database.url).database
+            execute(database.adbc_uri, f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET search_path")
+
+    def test_timeouts_made_for_queries_do_not_end_a_run_that_waits_its_turn(
+        self, command: Command, database: Database, songs: Callable[..., None], provider: Provider
+    ) -> None:
+        songs(*((n, f"Song {n}", "Ann", "la") for n in range(1, 31)))
+        name = sa.make_url(database.url).database
+        for timeout in ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout"):
+            execute(database.adbc_uri, f"ALTER DATABASE {name} SET {timeout} = '100ms'")
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = ANY ('{%s}'::regclass[])"
+        waiting %= "songvec.budgets,songvec.rate_limits"
+
+        def hold() -> None:
+            """As another process's request does, which has a slow disk."""
+            with own_engine(database).connect() as connection:
+                connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+                connection.execute(sa.text("LOCK TABLE songvec.budgets, songvec.rate_limits IN EXCLUSIVE MODE"))
+                held.set()
+                wait_until(lambda: execute(database.adbc_uri, waiting) != [(0,)])
+                time.sleep(0.3)
+
+        held = threading.Event()
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert held.wait(10)
+        code, output = command("run")
+        holder.join()
+        assert code == 0, output
+        assert count_paid(provider) == 30
+
+    def test_a_database_that_takes_no_writes_is_refused_before_payment(
+        self, command: Command, database: Database, songs: Callable[..., None], provider: Provider
+    ) -> None:
+        songs((1, "Sea", "Ann", "la"))
+        execute(
+            database.adbc_uri,
+            f"ALTER DATABASE {sa.make_url(database.url).database} SET default_transaction_read_only = on",
+        )
+        code, output = command("run")
+        assert code == 1, output
+        assert "default_transaction_read_only" in output
+        assert provider.ledger()["requests"] == 0
+
+    def test_a_pooler_with_two_sessions_is_enough_for_every_command(
+        self, command: Command, database: Database, songs: Callable[..., None], provider: Provider
+    ) -> None:
+        songs(*((n, f"Song {n}", "Ann", f"la {n}") for n in range(1, 61)))
+        # a session that is not there in time is an error at once
+        with running_pgbouncer(database.url, pool_size=2, query_wait_timeout=5) as url:
+            try:
+                for words in (("run",), ("search", "sea"), ("swap", "--dimensions", "32"), ("verify",)):
+                    settings = {"POSTGRES_URL": url}
+                    if words == ("verify",):
+                        settings["SONGVEC_EMBEDDING_DIMENSIONS"] = "32"
+                    code, output = command(*words, **settings)
+                    assert code == 0, output
+            finally:
+                dispose(url)
+        assert count_paid(provider) == 120
+
+
+class TestTypes:
+    def test_a_query_of_bytes_that_are_no_text_is_refused_and_one_with_nul_is_answered(
+        self, command: Command, songs: Callable[..., None], provider: Provider
+    ) -> None:
+        songs((1, "Sea", "Ann", "la"), (2, "Rain", "Bo", "lu"))
+        # a server may repeat a text with NUL in it: Postgres takes none, in a text or in JSON
+        refusal = {"error": {"message": "bad\0text", "code": "a\0b"}}
+        provider.control(poison=["Rain"], statuses=[{"status": 400, "count": 1, "body": refusal}])
+        code, output = command("run")
+        assert code == 0, output
+        code, output = command("search", "a\0b")
+        assert code == 0, output
+        code, output = command("search", "caf\udce9")
+        assert (code, "the query is not valid UTF-8" in output) == (1, True), output
+
+    def test_lyrics_in_json_are_refused_with_a_view_that_reads_strings_lists_and_objects(
+        self, command: Command, database: Database, provider: Provider
+    ) -> None:
+        execute(
+            database.adbc_uri,
+            """
+            CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text[], lyrics jsonb, tags uuid[]);
+            INSERT INTO songs VALUES
+                (1, 'Sea', '{Ann,Bo}', '"la"', ARRAY[gen_random_uuid()]), (2, 'Rain', '{Ann}', '["la", "lu"]', NULL),
+                (3, 'Hill', '{Ann}', '{"text": "lo"}', '{}'), (4, 'Star', '{Ann}', 'null', '{}')
+            """,
+        )
+        code, output = command("run")
+        assert code == 1, output
+        assert "column 'lyrics' is jsonb" in output
+        assert provider.ledger()["requests"] == 0
+        execute(database.adbc_uri, re.search(r"CREATE VIEW .*?;", output).group())  # type: ignore[union-attr]
+        settings = dict(re.findall(r"(SONGVEC_SONGS_TABLE|SONGVEC_SONG_ID_COLUMN)=([\w.]+)", output))
+        code, output = command("run", **settings)
+        assert code == 0, output
+        assert [text for text in provider.texts() if " by " in text] == [
+            "Sea by Ann, Bo\nla", "Rain by Ann\nla\nlu", "Hill by Ann\nlo", "Star by Ann",
+        ]  # fmt: skip
 
 
 class TestVersions:

@@ -82,6 +82,7 @@ class Postage:
         slow_bytes: of a request; smaller, once one took too long, and larger with each answer since.
         n_refused_in_a_row: texts that were refused since one was accepted, in any range.
         n_reserved: payments that hold a share of the budget and do not wait for more.
+        n_reserving: payments that wait for the budget's answer: it may have given them a share already.
         n_settled: payments that were settled.
     """
 
@@ -99,6 +100,7 @@ class Postage:
     slow_bytes: float = math.inf
     n_refused_in_a_row: int = 0
     n_reserved: int = 0
+    n_reserving: int = 0
     n_settled: int = 0
 
     def next_request(self) -> tuple[float, float]:
@@ -396,13 +398,16 @@ class _Payment(Watch):
         while True:
             self.sender.check_going_on()
             n_settled = postage.n_settled
+            postage.n_reserving += 1
             try:
                 self.month = await asyncio.to_thread(postage.budget.reserve, n_tokens)
                 return
             except BudgetExceededError:
                 # estimates may be above the bill: what is in flight then gives the difference back
-                if postage.n_settled == n_settled and not postage.n_reserved:
+                if postage.n_settled == n_settled and not postage.n_reserved and postage.n_reserving == 1:
                     raise
+            finally:
+                postage.n_reserving -= 1
             await asyncio.sleep(_BUDGET_POLL_S)
 
     def check_size(self) -> None:

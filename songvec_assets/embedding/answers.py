@@ -6,8 +6,11 @@ Sources: the provider's documentation and issue threads, read in November 2026.
 import enum
 import math
 import re
+from email.utils import parsedate_to_datetime
 
 import msgspec
+
+from songvec_assets.embedding.wire import BYTE_ORDER_MARK
 
 
 class Action(enum.Enum):
@@ -60,6 +63,13 @@ class _Envelope(msgspec.Struct):
     error: _ErrorBody | str | None = None
 
 
+class _NativeAnswer(msgspec.Struct):
+    """What Ollama's own API answers: `embeddings` under /api/embed, `embedding` under /api/embeddings."""
+
+    embedding: list[msgspec.Raw] | None = None
+    embeddings: list[msgspec.Raw] | None = None
+
+
 def status_of(status: int, body: bytes) -> int:
     """The status that an answer means: the code of an error object in it, else the one it came with.
 
@@ -73,7 +83,7 @@ def status_of(status: int, body: bytes) -> int:
         An HTTP status; 500 for a 200 whose error names no status.
     """
     try:
-        error = msgspec.json.decode(body, type=_Envelope).error
+        error = msgspec.json.decode(body.removeprefix(BYTE_ORDER_MARK), type=_Envelope).error
     except msgspec.DecodeError:
         return status
     if error is None:
@@ -89,10 +99,16 @@ def action_for(status: int) -> Action:
     return ACTIONS.get(status, Action.RETRY)
 
 
-def describe_answer(status: int, body: str, came_with: int) -> str:
+def names_parameter(body: bytes) -> bool:
+    """Whether an error is about a parameter that not all servers know."""
+    return b"encoding_format" in body or b"dimensions" in body
+
+
+def describe_answer(status: int, body: str, came_with: int, base_url: str) -> str:
     """The provider's words for a status, and what to do about it; `came_with`: the response's own status."""
     inside = "" if came_with == status else f", inside of a {came_with}"
-    advice = _ADVICE.get(status)
+    meant_base = compatible_base_of(base_url) if status in (404, 405) else None
+    advice = ": ".join(filter(None, [_ADVICE.get(status), meant_base]))
     return f"answered {status}: {' '.join(body.split())[:300]}{inside}" + (f" ({advice})" if advice else "")
 
 
@@ -101,6 +117,21 @@ def base_url_of(url: str) -> str | None:
     path, _, rest = url.partition("?")
     path = path.rstrip("/")
     return path.removesuffix("/embeddings") if path.endswith("/embeddings") and not rest else None
+
+
+def is_native_answer(body: bytes) -> bool:
+    """Whether it is an answer of Ollama's own API, which is not OpenAI's."""
+    try:
+        answer = msgspec.json.decode(body, type=_NativeAnswer)
+    except msgspec.DecodeError:
+        return False
+    return answer.embedding is not None or answer.embeddings is not None
+
+
+def compatible_base_of(base_url: str) -> str | None:
+    """The base URL of OpenAI's API where one of Ollama's own API is set; None for any other."""
+    base, n_found = re.subn(r"/api(/embed)?/?$", "/v1", base_url)
+    return base if n_found else None
 
 
 def hinted_texts(words: str, n_texts: int) -> int | None:
@@ -117,10 +148,18 @@ def hinted_texts(words: str, n_texts: int) -> int | None:
     return min((number for number in named if 0 < number < n_texts), default=None)
 
 
-def parse_retry_after(value: str) -> float | None:
-    """Seconds of a Retry-After header; None where it is absent, a date, or no number."""
+def parse_retry_after(value: str, sent_at: str) -> float | None:
+    """Seconds of a Retry-After header, a number or an HTTP date; None where it is absent, or neither.
+
+    Args:
+        value: of the header.
+        sent_at: the HTTP date of the response, by the server's clock where it gives one.
+    """
     try:
         seconds = float(value)
     except ValueError:
-        return None
+        try:
+            seconds = (parsedate_to_datetime(value) - parsedate_to_datetime(sent_at)).total_seconds()
+        except (ValueError, TypeError):  # no date, or one of them without a time zone
+            return None
     return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S) if math.isfinite(seconds) else None

@@ -13,8 +13,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from email.utils import formatdate
 from typing import Literal, NoReturn, Protocol
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import httpx2
@@ -26,7 +28,10 @@ from songvec_assets.embedding.answers import (
     Action,
     action_for,
     base_url_of,
+    compatible_base_of,
     describe_answer,
+    is_native_answer,
+    names_parameter,
     parse_retry_after,
     status_of,
 )
@@ -61,6 +66,8 @@ MAX_ALIKE = 5
 """So many failures of one request that are alike, while others succeed, are the request's own: it is divided."""
 MAX_ALIKE_OF_PART = 2
 """The same for a part of a request that was divided for it; a text that stands alone gets all its tries."""
+QUOTA_WINDOW_S = 60.0
+"""A request that is answered 429 for longer, while no other texts are served, is larger than all of the quota."""
 BASE_TIMEOUT_S, TOKENS_PER_SECOND = 60.0, 200.0
 """A request is answered in time if a slow server could have computed it; after a time-out it gets twice as long."""
 MAX_TIMEOUT_S = 600.0
@@ -275,7 +282,7 @@ class EmbeddingClient:
         self._gate = asyncio.Lock()
         self._window = InFlightWindow(concurrency)
         self._checking = asyncio.Lock()
-        self._last_good_at = self._found_sick_at = float("-inf")
+        self._last_good_at = self._last_served_at = self._found_sick_at = float("-inf")
         self._failing_since: float | None = None
         self._unreached_since: float | None = None
         self._newest_grant_at = self._limited_until = 0.0
@@ -368,18 +375,36 @@ class EmbeddingClient:
             _Dialect("base64", True), _Dialect("float", True), _Dialect("base64", False), _Dialect("float", False)
         ):  # fmt: skip
             try:
-                batch = await self._request_patiently(_PROBE, dialect, _ProbeWatch(self), refuse_bad=True)
+                found = await self._probe_size(dialect)
             except RequestRefusedError as error:
                 refusals.append(str(error))
                 continue
-            self.count_probe_tokens(batch.n_tokens)
-            n_values = batch.embeddings.shape[1]
-            self._check_size(n_values)
-            return _Dialect(dialect.encoding_format, dialect.sends_dimensions, n_values)
+            if found.n_values != self.dimensions and found.encoding_format == "base64":
+                found = await self._check_base64(found)
+            self._check_size(found.n_values)
+            return found
         raise ProviderError(
             f"{self.base_url} refuses even one short text for model {self.model!r}, with and without base64 and "
             f"`dimensions`. Its words: {refusals[-1]}"
         )
+
+    async def _probe_size(self, dialect: _Dialect) -> _Dialect:
+        """The dialect with the size of the vectors that come.
+
+        Raises:
+            RequestRefusedError: the server does not understand it.
+        """
+        batch = await self._request_patiently(_PROBE, dialect, _ProbeWatch(self), refuse_bad=True)
+        self.count_probe_tokens(batch.n_tokens)
+        return replace(dialect, n_values=batch.embeddings.shape[1])
+
+    async def _check_base64(self, found: _Dialect) -> _Dialect:
+        """The dialect, or that of numbers where these show another size: then it is not float32 that base64 holds."""
+        try:
+            as_numbers = await self._probe_size(replace(found, encoding_format="float"))
+        except RequestRefusedError:
+            return found
+        return found if as_numbers.n_values == found.n_values else as_numbers
 
     def _check_size(self, n_values: int) -> None:
         if n_values == self.dimensions:
@@ -408,18 +433,20 @@ class EmbeddingClient:
         """Try until there is an answer; `refuse_bad`: one whose vectors are all bad is none."""
         request = self._encode(texts, dialect)
         n_retries = n_limited = n_alike = n_timeouts = n_proofs = 0
-        kind = ""
+        kind, first_at = "", time.monotonic()
         while True:
             await watch.before_try()
             started = time.monotonic()
             outcome = await self._try_once(request, dialect, watch, refuse_bad)
             self._note_contact(outcome, started)
             if isinstance(outcome, EmbeddingBatch):
+                if texts is not _PROBE:
+                    self._last_served_at = time.monotonic()
                 return replace(outcome, n_retries=n_retries, n_limited=n_limited)
             if outcome.may_be_billed:
                 watch.count_spoilt(request.n_tokens)
             if outcome.kind != kind:
-                kind, n_alike, n_proofs = outcome.kind, 0, 0
+                kind, n_alike, n_proofs, first_at = outcome.kind, 0, 0, started
             n_retries, n_alike = n_retries + 1, n_alike + 1
             n_limited += outcome.status == 429
             n_timeouts += outcome.kind == _TIMEOUT
@@ -427,9 +454,14 @@ class EmbeddingClient:
                 raise RequestTooSlowError(f"{self.base_url}: {outcome.words}")
             most = MAX_ALIKE_OF_PART if watch.is_part and len(texts) > 1 else MAX_ALIKE
             # whose fault it is shows in how other requests fare
-            may_be_the_texts = outcome.sent and outcome.status != 429 and texts is not _PROBE
+            may_be_the_texts = outcome.sent and texts is not _PROBE
+            if outcome.status == 429:
+                since = time.monotonic() - QUOTA_WINDOW_S
+                may_be_the_texts &= len(texts) > 1 and max(first_at, self._last_served_at) < since
             if may_be_the_texts and n_alike >= most and await self.answers_well(started):
                 n_proofs += 1
+                if n_proofs >= _N_PROOFS and outcome.status == 429:
+                    raise RequestTooLargeError(f"{self.base_url} {outcome.words}")
                 if n_proofs >= _N_PROOFS:
                     raise RequestFailsError(f"{self.base_url} {outcome.words}")
                 continue  # a server that was away is back: now the request has its try among good ones
@@ -499,8 +531,10 @@ class EmbeddingClient:
             return await self._decode(answer, request.n_texts, dialect)
         except openai.APIStatusError as error:
             # no cause is chained to what is raised below: the library's error holds the provider's words unredacted
-            retry_after_s = parse_retry_after(error.response.headers.get("retry-after", ""))
-            location = error.response.headers.get("location", "")
+            headers = error.response.headers
+            sent_at = headers.get("date") or formatdate(usegmt=True)
+            retry_after_s = parse_retry_after(headers.get("retry-after", ""), sent_at)
+            location = headers.get("location", "")
             return self._take_in_status(error.status_code, error.response.content, retry_after_s, location)
         except TimeoutError:
             words = f"no whole answer within {timeout_s:.0f} s"
@@ -510,8 +544,13 @@ class EmbeddingClient:
                 return self._take_in_status(200, answer, None)
             # what is answered was billed, whatever of it came
             words = self._redact(str(error))
-            advice = "correct FIREWORKS_BASE_URL"
-            return _Failure("malformed", words, may_be_billed=True, first_patience_s=FIRST_PATIENCE_S, advice=advice)
+            is_native = is_native_answer(answer)
+            first_patience_s, advice = 0.0 if is_native else FIRST_PATIENCE_S, "correct FIREWORKS_BASE_URL"
+            if is_native:
+                words = f"the server's own API answers there, not the one that is OpenAI's ({answer[:80]!r})"
+                if meant_base := compatible_base_of(self.base_url):
+                    advice = f"set FIREWORKS_BASE_URL={meant_base}"
+            return _Failure("malformed", words, may_be_billed=True, first_patience_s=first_patience_s, advice=advice)
         except (openai.APIConnectionError, aiohttp.ClientError) as error:
             # the transport names most broken connections a time-out of connecting: aiohttp's own error is the cause of
             # its error, or comes through as it is where the transport knows no name for it
@@ -524,7 +563,7 @@ class EmbeddingClient:
             # what broke after the request was sent, the server may have computed
             return _Failure(
                 "connection", words, sent=sent, may_be_billed=sent, first_patience_s=first_patience_s,
-                advice=_ADVICE_UNREACHED[kind],
+                advice=_ADVICE_UNREACHED[kind] + _describe_proxy(self.base_url),
             )  # fmt: skip
 
     def _take_in_status(self, status: int, body: bytes, retry_after_s: float | None, location: str = "") -> _Failure:
@@ -534,8 +573,10 @@ class EmbeddingClient:
             ProviderError: it ends the run, or refuses this very request.
         """
         meant = status_of(status, body)
-        words = describe_answer(meant, self._redact(body.decode(errors="replace")), status)
+        words = describe_answer(meant, self._redact(body.decode(errors="replace")), status, self.base_url)
         action = action_for(meant)
+        if meant == 500 and not self._has_answered and names_parameter(body):
+            action = Action.ISOLATE  # LiteLLM refuses so what the server behind it does not know (its #42426)
         if action in _REFUSALS:
             raise _REFUSALS[action](f"{self.base_url} {words}") from None
         if action is Action.STOP:
@@ -696,6 +737,18 @@ class EmbeddingClient:
         while (left := end - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.2))
             self._stop.check()
+
+
+def _describe_proxy(url: str) -> str:
+    """What to know where the environment sends requests to a URL through a proxy; empty where it does not."""
+    parts, proxies = urlsplit(url), getproxies()
+    if not (proxies.get(parts.scheme) or proxies.get("all")) or proxy_bypass(parts.hostname or ""):
+        return ""
+    # its URL may hold a password
+    return (
+        f"; or the proxy that the environment sets for it: correct {parts.scheme.upper()}_PROXY or ALL_PROXY, or add "
+        f"{parts.hostname} to NO_PROXY"
+    )
 
 
 def _find_unreached(cause: BaseException) -> tuple[str, float]:

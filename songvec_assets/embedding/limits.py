@@ -20,7 +20,8 @@ from sqlalchemy import Engine, TextClause
 from songvec_assets.postgres.engine import atomic, error_border
 
 DEPTH_SHARE = 1 / 50
-"""Depth of a bucket as a share of the quota; the largest request is as large."""
+"""Depth of a bucket as a share of the quota; the largest request is as large, but where less than 50 go a minute: a
+larger one waits until all of it has accrued."""
 KEPT_SHARE = 0.96
 """Kept of what a provider was seen to allow; the rest is room for the next request, and for what arrives unevenly."""
 MIN_SHARE = 0.02

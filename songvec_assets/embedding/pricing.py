@@ -111,7 +111,7 @@ class Quota:
         requests_per_minute, tokens_per_minute: over all processes of a deployment.
         max_request_texts: texts a request at most.
         max_request_tokens: the lesser of the setting and 1/50 of the token quota, so that no single request is a
-            large part of a minute.
+            large part of a minute; of a quota of fewer than 50 requests a minute, the share of one of them.
     """
 
     requests_per_minute: int
@@ -120,7 +120,8 @@ class Quota:
     max_request_tokens: int
 
     def __post_init__(self) -> None:
-        lesser = max(1, min(self.max_request_tokens, self.tokens_per_minute // 50))
+        share = self.tokens_per_minute // min(50, self.requests_per_minute)
+        lesser = max(1, min(self.max_request_tokens, share))
         object.__setattr__(self, "max_request_tokens", lesser)
 
     def n_requests(self, n_texts: int, n_tokens: int) -> float:

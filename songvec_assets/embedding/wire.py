@@ -48,7 +48,7 @@ class EmbeddingBatch:
 class _Request(msgspec.Struct, omit_defaults=True):
     model: str
     input: Sequence[str]
-    encoding_format: str
+    encoding_format: str | None = None
     dimensions: int | None = None
 
 
@@ -58,14 +58,17 @@ class _Item(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = 0
+    prompt_tokens: int | None = None
+    total_tokens: int | None = None
 
 
 class _Response(msgspec.Struct):
     data: list[_Item]
-    usage: _Usage | None = None
+    usage: msgspec.Raw = msgspec.Raw(b"null")
 
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Some servers and gateways write it before their JSON, which does not have one."""
 _NULL = b"null"
 _HAS_OTHERS = re.compile(rb'.\[|[{"]|true|false', re.DOTALL)
 _NOT_JSON = re.compile(rb"-?\b(?:NaN|Infinity)\b")
@@ -77,8 +80,12 @@ _encode_request = msgspec.json.Encoder().encode
 def encode_request(
     model: str, texts: Sequence[str], encoding_format: Literal["base64", "float"], dimensions: int | None
 ) -> bytes:
-    """One request's JSON; without `dimensions` the server answers with the model's native size."""
-    return _encode_request(_Request(model, texts, encoding_format, dimensions))
+    """One request's JSON; without `dimensions` the server answers with the model's native size.
+
+    Floats are what a server gives that is not asked for a format. They are not asked for: some refuse the field,
+    whatever it holds (litellm #42426, read 2026-11).
+    """
+    return _encode_request(_Request(model, texts, None if encoding_format == "float" else encoding_format, dimensions))
 
 
 @np.errstate(over="ignore")  # what float32 cannot hold becomes infinite, and is a bad vector as such
@@ -95,7 +102,7 @@ def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
         MalformedResponseError: not JSON of that shape, an index missing or twice, vectors of unequal size.
     """
     try:
-        response = _decode_response(body)
+        response = _decode_response(body.removeprefix(BYTE_ORDER_MARK))
     except msgspec.DecodeError as error:
         # Python's own encoder writes NaN and Infinity, which JSON does not have
         nulled = _NOT_JSON.sub(b"null", body)
@@ -128,8 +135,7 @@ def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
         embeddings = np.full((n_texts, 0), np.nan, dtype=np.float32)
     bad = find_bad_vectors(embeddings)
     embeddings[bad] = np.nan
-    n_tokens = response.usage.prompt_tokens if response.usage else 0
-    return EmbeddingBatch(embeddings, max(0, n_tokens or 0), tuple(bad))
+    return EmbeddingBatch(embeddings, _count_billed(response.usage), tuple(bad))
 
 
 def find_bad_vectors(embeddings: Float32Matrix) -> list[int]:
@@ -159,6 +165,18 @@ def _fill_in(named: list[int | None], n_texts: int) -> list[int]:
     left = {*range(n_texts)} - {*named}
     missing = left.pop() if n_missing == len(left) == 1 else -1
     return [missing if index is None else index for index in named]
+
+
+def _count_billed(usage: msgspec.Raw) -> int:
+    """The tokens of a `usage`, in any of the forms that servers give it; 0 where it does not say: vectors that were
+    paid for are not worth less for it.
+    """
+    try:
+        # not strict: numbers also come as text
+        found = msgspec.json.decode(usage, type=_Usage | None, strict=False)
+    except msgspec.ValidationError:
+        return 0
+    return max(0, found.prompt_tokens or found.total_tokens or 0) if found else 0
 
 
 def _decode_base64(value: memoryview) -> NDArray[np.float32] | None:

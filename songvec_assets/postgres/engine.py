@@ -48,6 +48,9 @@ _BEGIN_LONG = """
            CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
            THEN set_config('transaction_timeout', '0', true) END
 """
+_BEGIN_ATOMIC = (
+    "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '60s'"
+)
 
 
 def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
@@ -97,8 +100,12 @@ def _begin(connection: sa.Connection, statement: str) -> None:
 
 
 def atomic(statement: str) -> sa.TextClause:
-    """A statement for AUTOCOMMIT that is READ COMMITTED whatever the role's default, in one round trip."""
-    return sa.text(f"SET TRANSACTION ISOLATION LEVEL READ COMMITTED; {statement}")
+    """A statement for AUTOCOMMIT, in one round trip, that is READ COMMITTED and has no timeout of the role's.
+
+    Such statements share a row with every thread and process that sends requests: one that waited for its turn and was
+    ended by a timeout that hosts set for queries would end a run that has paid already.
+    """
+    return sa.text(f"{_BEGIN_ATOMIC}; {statement}")
 
 
 @contextlib.contextmanager

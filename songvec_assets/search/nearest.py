@@ -14,8 +14,15 @@ from numpy.typing import NDArray
 
 from songvec_assets.embedding.client import Embedder
 from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
-from songvec_assets.errors import ProviderError, ProviderUnavailableError, TableMismatchError, VectorSizeError
+from songvec_assets.errors import (
+    ProviderError,
+    ProviderUnavailableError,
+    SettingsError,
+    TableMismatchError,
+    VectorSizeError,
+)
 from songvec_assets.postgres.engine import Database, raw_cursor
+from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.songs.source import SongsSource
 from songvec_assets.vectors.table import TableSpec, VectorTable, define_table
 
@@ -45,8 +52,18 @@ def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) 
         embedder: of the model that made the table's vectors.
         query: in the words of who asks.
         prompt: what that model is given for a query.
+
+    Raises:
+        SettingsError: it holds bytes that are no UTF-8, as Python keeps those of a command line.
+        ProviderError: no answer, or none that helps.
     """
     words = fill_query(prompt, query)
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        raise SettingsError(
+            "the query is not valid UTF-8: type it in a terminal whose encoding is UTF-8, or convert it first"
+        ) from None
 
     async def embed() -> NDArray[np.float32]:
         try:
@@ -88,7 +105,7 @@ def search_songs(
     distance = columns.embedding.cosine_distance(embedding)
     nearest = sa.select(columns.song_id, (1 - distance).label("similarity")).order_by(distance)
     with database.get_connection("web") as connection:
-        _check_spec(table.read_spec(connection), spec)
+        _check_searchable(connection, table, spec)
         # once more where songs were deleted from the source since they were loaded; no further, lest a source that is
         # being filled again makes a search read the whole table
         for n_rows in (limit, _SPARE * limit):
@@ -112,11 +129,14 @@ def check_searchable(database: Database, spec: TableSpec) -> None:
 
     Raises:
         TableMismatchError: nothing is loaded yet, or the table holds another model, size or type.
+        DatabaseError: this user's search_path does not lead to the extension.
     """
-    _check_spec(VectorTable(database).spec, spec)
+    with database.get_connection("web") as connection:
+        _check_searchable(connection, VectorTable(database), spec)
 
 
-def _check_spec(loaded: TableSpec | None, spec: TableSpec) -> None:
+def _check_searchable(connection: sa.Connection, table: VectorTable, spec: TableSpec) -> None:
+    loaded = table.read_spec(connection)
     if loaded is None:
         raise TableMismatchError("nothing is loaded yet, so nothing can be found: `songvec run` first")
     if loaded != spec:
@@ -125,6 +145,7 @@ def _check_spec(loaded: TableSpec | None, spec: TableSpec) -> None:
             f"{spec.column_type} by {spec.model!r}: `songvec swap` builds its table, or set back the model or key that "
             "filled this one"
         )
+    check_search_path(connection)
 
 
 def check_server(

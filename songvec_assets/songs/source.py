@@ -736,7 +736,12 @@ def _make_text(connection: sa.Connection, table: _Table, column: str, alias: str
     if facts.is_array:
         return [], f"array_to_string({value}, ', ')"
     if facts.kind in ("json", "jsonb"):
-        return [], f"{value} ->> 'text'"
+        kind = facts.kind
+        return [], (
+            f"CASE {kind}_typeof({value}) WHEN 'object' THEN {value} ->> 'text' WHEN 'array' THEN "
+            f"(SELECT string_agg(line, E'\\n') FROM {kind}_array_elements_text({value}) AS line) "
+            f"ELSE {value} #>> '{{}}' END"
+        )
     if facts.kind == "bytea":
         return [], f"convert_from({value}, 'UTF8')"
     return [], f"{value}::text"

@@ -136,8 +136,8 @@ def publish_embeddings(
         )
         if not is_staged:
             return PublishReport(target, loads, n_unmanaged=plan.n_unmanaged)
-        report = bring_index_up_to_date(staging, source.cache, wanted.spec, wanted.index, run)
-        guards.check_before_swap()
+        report = bring_index_up_to_date(staging, source.cache, wanted.spec, wanted.index, run, check_held)
+        guards.check()
         comparison = compare_tables(database)
         put_in_place(database, target.keep, guards, run)
         return PublishReport(target, loads, report, comparison)
@@ -256,32 +256,32 @@ class SwapGuards:
         """Ask of the cache, before anything is built. A damaged shard counts as whole: its load says what is wrong.
 
         Raises:
-            TableMismatchError: a guard does not hold.
+            TableMismatchError, DatabaseError: see `check`.
         """
-        with self._database.get_connection() as connection:
-            self.check(connection, lambda _: self._compare("the cache", self._source.ranges(), self._read_loadable))
+        self.check(None, lambda _: self._compare("the cache", self._source.ranges(), self._read_loadable))
 
-    def check_before_swap(self) -> None:
-        """Ask of the staging table, once it is complete.
+    def check(
+        self,
+        connection: sa.Connection | None = None,
+        check_missing: Callable[[sa.Connection | None], None] | None = None,
+    ) -> None:
+        """Ask all guards.
 
-        Raises:
-            TableMismatchError: a guard does not hold.
-        """
-        with self._database.get_connection() as connection:
-            self.check(connection)
-
-    def check(self, connection: sa.Connection, check_missing: Callable[[sa.Connection], None] | None = None) -> None:
-        """Ask all guards, in the connection's transaction.
+        Args:
+            connection: in whose transaction; None: in short ones, since comparing takes a while, and a pooler may have
+                no session to spare.
+            check_missing: whether songs would get lost; None: asked of the staging table.
 
         Raises:
             TableMismatchError: a guard does not hold.
             DatabaseError: LOCK was lost.
         """
-        check_attachments(connection, self._serving)
+        with contextlib.nullcontext(connection) if connection else self._database.get_connection() as connected:
+            check_attachments(connected, self._serving)
         (check_missing or self._check_staging)(connection)
         self.check_held()
 
-    def _check_staging(self, connection: sa.Connection) -> None:
+    def _check_staging(self, connection: sa.Connection | None) -> None:
         ledgers = [self._serving.ledger.read(connection), self._staging.ledger.read(connection)]
         if self._compared is None:
             self._compare(STAGING, ledgers[1], lambda each: set(self._staging.ledger.read_song_ids(each)))

@@ -364,6 +364,85 @@ class TestAServerThatIsOdd:
         assert (song_id, f"answered {status}" in reason) == (117, True)
 
 
+def billed_once(provider: Provider, song_ids: range) -> bool:
+    """Whether each of these plain songs, and no other, was billed, and once."""
+    return billed(provider) == dict.fromkeys(plain_texts(song_ids).values(), 1)
+
+
+class TestAServerOfAPublicReport:
+    """Each was somebody's bug: `provider/modes.py` has where it was read."""
+
+    @pytest.mark.parametrize(
+        ("mode", "faults"),
+        [("vertex", {"max_texts": 25, "max_request_tokens": 160}), ("openai", {"max_request_tokens": 160})],
+    )
+    def test_and_takes_few_tokens_in_a_request_gets_smaller_ones(
+        self, songs: Songs, run: Run, provider: Provider, mode: str, faults: dict[str, Any]
+    ) -> None:
+        song_ids = range(1, 61)
+        songs(*plain_songs(song_ids))
+        provider.control(mode=mode, **faults)
+        deployment = run()
+        fill(deployment)
+        assert_stored(deployment, plain_texts(song_ids))
+        assert billed_once(provider, song_ids)
+        assert refusals(provider) == 2
+
+    def test_and_forgets_a_connection_is_asked_again_on_another(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        song_ids = range(1, 61)
+        songs(*plain_songs(song_ids))
+        provider.control(mode="idle reset")
+        deployment, notes = run(max_request_texts=20, concurrency=1), list[Progress]()
+        export(deployment)
+        deployment.filler(progress=notes.append).fill_ranges([SongIdRange(0, 100)], lambda _: None)
+        assert_stored(deployment, plain_texts(song_ids))
+        assert billed_once(provider, song_ids)
+        assert provider.ledger()["requests_by_status"] == {"200": 4, "reset": 3}
+        assert sum("Connection reset" in each.note for each in notes) == 3, "each is said"
+
+    def test_and_answers_429_to_the_first_request_and_later_gets_whole_ones(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        song_ids = range(1, 61)
+        songs(*plain_songs(song_ids))
+        limited = {"status": 429, "count": 2, "retry_after_s": 0.2}
+        provider.control(mode="voyage", quota=None, statuses=[limited, limited | {"after": 4}], retry_after_date=False)
+        deployment = run(max_request_texts=20)
+        fill(deployment)
+        assert_stored(deployment, plain_texts(song_ids))
+        assert billed_once(provider, song_ids)
+        assert provider.ledger()["requests_by_status"] == {"429": 4, "200": 1 + 3}
+
+    def test_of_fewer_tokens_a_minute_than_a_request_has_gets_smaller_ones(
+        self, songs: Songs, run: Run, provider: Provider, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No time to wait would ever be enough for the request, though a plain text is served at once."""
+        monkeypatch.setattr(client_module, "QUOTA_WINDOW_S", 0.5)
+        song_ids = range(1, 61)
+        songs(*plain_songs(song_ids))
+        quota = {"tokens_per_minute": 15_000, "window_s": 1, "retry_after_s": 0.1}
+        provider.control(mode="voyage", quota=quota, retry_after_date=False)
+        deployment = run()
+        fill(deployment)
+        assert_stored(deployment, plain_texts(song_ids))
+        assert billed_once(provider, song_ids)
+
+    def test_and_finds_a_text_blank_has_it_rejected_with_its_words(
+        self, songs: Songs, run: Run, provider: Provider
+    ) -> None:
+        songs(*songs_but({5: ("\u200b", "\u200d", "x"), 9: ("\u200b\x07", "\x01", "x")}, 60))
+        provider.control(mode="tei blank")
+        deployment = run(text_template="{name}{artist}")
+        (report,) = fill(deployment)
+        assert [song_id for song_id, _ in report.set_aside] == [5, 9]
+        assert all("`inputs` cannot be empty" in reason for _, reason in report.set_aside)
+        times = billed(provider)
+        assert len(times) == 58
+        assert set(times.values()) == {1}
+
+
 @pytest.mark.usefixtures("hasty")
 class TestAServerThatIsSlow:
     def test_gets_fewer_requests_until_it_answers(self, songs: Songs, run: Run, provider: Provider) -> None:

@@ -96,6 +96,16 @@ def test_a_request_is_never_more_than_a_fiftieth_of_the_token_quota_nor_less_tha
     assert quota.max_request_tokens == max(1, min(max_tokens, per_minute // 50))
 
 
+@PROFILE
+@given(st.integers(1, 49), st.integers(1, 2**31))
+def test_where_few_requests_are_allowed_each_is_its_share_of_the_token_quota(requests_per_minute, tokens_per_minute):
+    """Three requests and 10,000 tokens a minute would else allow 600 tokens."""
+    quota = Quota(requests_per_minute, tokens_per_minute, 2_048, 2**31)
+    left = tokens_per_minute - quota.max_request_tokens * requests_per_minute
+    assert left < requests_per_minute
+    assert left >= 0 or quota.max_request_tokens == 1
+
+
 def test_requests_are_counted_by_the_limit_that_binds():
     quota = Quota(6_000, 10**9, max_request_texts=100, max_request_tokens=1_000)
     assert quota.n_requests(n_texts=1_000, n_tokens=1_000) == 10

@@ -5,7 +5,11 @@ the computation's. Bodies of 404 and 429 as seen at Fireworks (facts read in Nov
 """
 
 import asyncio
+import gzip
+import time
+import unicodedata
 from collections.abc import Mapping
+from email.utils import formatdate
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -47,6 +51,20 @@ class RefusedError(Exception):
         retry = {} if after_s is None else {"retry-after": f"{after_s:g}"}
         self.answer = Answer(status, msgspec.json.encode(body), {**headers, **retry})
 
+    def answer_as(self, faults: Faults) -> Answer:
+        """The answer with its words and its time where this server puts them."""
+        answer, headers = self.answer, dict(self.answer.headers)
+        if faults.retry_after_date and "retry-after" in headers:
+            headers["retry-after"] = formatdate(time.time() + float(headers["retry-after"]), usegmt=True)
+        body = msgspec.json.decode(answer.body)
+        error = body.get("error") if isinstance(body, dict) else None
+        if isinstance(error, dict) and error.get("type") == "invalid_request_error":
+            error |= {"type": faults.error_type, "code": faults.error_type}
+            if faults.errors_as != "error":
+                words = error["message"]
+                body = {"detail": words if faults.errors_as == "detail" else [{"loc": ["body"], "msg": words}]}
+        return answer._replace(body=msgspec.json.encode(body), headers=headers)
+
 
 class EmbeddingsRequest(msgspec.Struct, forbid_unknown_fields=True):
     """What a client may send."""
@@ -54,7 +72,7 @@ class EmbeddingsRequest(msgspec.Struct, forbid_unknown_fields=True):
     model: str
     input: str | list[str]
     dimensions: int | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
 
 
@@ -105,9 +123,15 @@ class Endpoint:
         self.ledger.bill(texts, digests, n_tokens, faults.keep_texts)
         if faults.reset_when == "after" and plan.happens(faults.reset):
             return Answer(0, b"", delivery="reset")
-        usage = b'{"prompt_tokens":%d,"total_tokens":%d}' % (n_tokens, n_tokens)
-        envelope = b'{"object":"list","data":[%b],"model":%b,"usage":%b}'
+        usage = faults.usage.replace("{n}", str(n_tokens)).encode()
+        envelope = b'{"object":"list","data":[%b],"model":%b%b}'
+        usage = usage and b',"usage":' + usage
         response = envelope % (b",".join(items), msgspec.json.encode(request.model), usage)
+        response = b"\xef\xbb\xbf" * faults.mark + response
+        if faults.gzip:
+            response, headroom = gzip.compress(response, 1), headroom | {"content-encoding": "gzip"}
+        if faults.content_type != "application/json":
+            headroom = headroom | {"content-type": faults.content_type}
         is_cut = plan.happens(faults.truncate)
         delivery: Literal["truncate", "stall", "whole"] = (
             "truncate" if is_cut else "stall" if plan.happens(faults.stall) else "whole"
@@ -118,10 +142,12 @@ class Endpoint:
         """The number of dimensions to answer with."""
         if request.model not in ({faults.model} if faults.model else self._models):
             raise RefusedError(404, {"error": _MISSING})
-        if faults.refuse_base64 and request.encoding_format == "base64":
-            raise RefusedError(400, "Extra inputs are not permitted, field: 'encoding_format'")
+        asks_in_vain = faults.refuse_base64 and request.encoding_format == "base64"
+        if asks_in_vain or (faults.refuse_encoding and request.encoding_format):
+            raise RefusedError(faults.refuse_base64_status, faults.refuse_base64_words)
         if faults.refuse_dimensions and request.dimensions is not None:
-            raise RefusedError(400, faults.refuse_dimensions_words.format(model=request.model))
+            words = faults.refuse_dimensions_words.format(model=request.model, n=request.dimensions)
+            raise RefusedError(faults.refuse_dimensions_status, words)
         native = faults.native_dimensions
         if request.dimensions is None or faults.ignore_dimensions:
             return native
@@ -135,6 +161,10 @@ def _answer_strangely(faults: Faults) -> Answer | None:
     if faults.redirect is not None:
         return Answer(301, b"", {"location": faults.redirect})
     return None if faults.page is None else Answer(200, faults.page.encode())
+
+
+def _is_visible(text: str) -> bool:
+    return any(unicodedata.category(character)[0] not in "CZ" for character in text)
 
 
 def _names(text: str, words: list[str]) -> bool:
@@ -151,7 +181,10 @@ def _check_texts(texts: list[str], n_tokens: int, faults: Faults) -> Answer | No
     if not all(texts):
         raise RefusedError(400, "input must not hold an empty text")
     if n_tokens > faults.max_request_tokens:
-        raise RefusedError(413, f"{n_tokens} tokens in one request, at most {faults.max_request_tokens:.0f}")
+        words = faults.max_request_tokens_words.format(n=n_tokens, most=f"{faults.max_request_tokens:.0f}")
+        raise RefusedError(faults.max_request_tokens_status, words)
+    if faults.blank_status and not all(map(_is_visible, texts)):
+        raise RefusedError(faults.blank_status, "Input validation error: `inputs` cannot be empty")
     if any(_names(text, faults.fail) for text in texts):
         if not faults.fail_status:
             return Answer(0, b"", delivery="reset")
@@ -181,8 +214,10 @@ def _compute_items(
     for vector, is_nan in zip(vectors, without, strict=True):
         if is_nan:
             vector[0] = np.nan
-    encode = _encode_base64 if as_base64 and not faults.ignore_base64 else _encode_floats
-    encoded = [encode(vector) for vector in vectors]
+    if as_base64 and not faults.ignore_base64:
+        encoded = [_encode_base64(vector, faults.base64_of) for vector in vectors]
+    else:
+        encoded = [_encode_floats(vector) for vector in vectors]
     if spoil == "bad_base64":
         encoded[victim] = b'"*not base64*"'
     elif spoil == "not_json":
@@ -202,8 +237,9 @@ def _compute_items(
     return items
 
 
-def _encode_base64(vector: NDArray[np.float32]) -> bytes:
-    return b'"%b"' % pybase64.b64encode(vector.data)
+def _encode_base64(vector: NDArray[np.float32], number_type: str) -> bytes:
+    numbers = vector if number_type == "float32" else (vector * 127 if number_type == "int8" else vector)
+    return b'"%b"' % pybase64.b64encode(numbers.astype(number_type, copy=False).data)
 
 
 def _encode_floats(vector: NDArray[np.float32]) -> bytes:

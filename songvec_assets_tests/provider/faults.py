@@ -52,13 +52,22 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     of each request that are answered after `late_s`, and billed. What whole servers do is named in `modes.py`:
     `max_texts` of a request; `every` n-th request answered with `every_status`; `index` of the items; `cold_s`, in
     which the first request loads a model, from the beginning again where the client hangs up; `page`, answered to
-    everything; `redirect`, a Location; `wrong_path_200`; `model`, the alias that it is served under.
+    everything; `redirect`, a Location; `wrong_path_200`; `model`, the alias that it is served under; `refuse_encoding`,
+    of any format that is asked for; `errors_as`, where
+    an error's words are, and `error_type`; `usage`, the JSON of it, with `{n}` for the tokens, or nothing for no such
+    field; `base64_of`, the number type of its base64; `blank_status`, for a text without a visible character;
+    `idle`, what becomes of a connection after an answer: it is closed, or reset at the next request;
+    `native_at_api`, Ollama's own answer under `/api`; `gzip`, `mark` (a byte order mark) and `content_type`.
     """
 
     seed: int = 0
     # Plain floats: msgspec 0.22.0 crashes in the garbage collector on constrained float | fixed tuple.
     latency_s: float | tuple[float, float] = 0.0
     refuse_base64: bool = False
+    refuse_encoding: bool = False
+    refuse_base64_status: int = 400
+    refuse_base64_words: str = "Extra inputs are not permitted, field: 'encoding_format'"
+    base64_of: Literal["float32", "int8", "float64"] = "float32"
     ignore_base64: bool = False
     refuse_dimensions: bool = False
     ignore_dimensions: bool = False
@@ -82,9 +91,12 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     late: int = 0
     late_s: float = 0.0
     max_request_tokens: float = math.inf
+    max_request_tokens_status: int = 413
+    max_request_tokens_words: str = "{n} tokens in one request, at most {most}"
     max_texts: int | None = None
     max_texts_status: int = 400
     max_texts_words: str = "Invalid value"
+    refuse_dimensions_status: int = 400
     refuse_dimensions_words: str = "Extra inputs are not permitted, field: 'dimensions'"
     every: int | None = None
     every_status: int = 424
@@ -95,6 +107,16 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     redirect: str | None = None
     wrong_path_200: bool = False
     model: str | None = None
+    errors_as: Literal["error", "detail", "detail list"] = "error"
+    error_type: str = "invalid_request_error"
+    usage: str = '{"prompt_tokens":{n},"total_tokens":{n}}'
+    blank_status: int | None = None
+    idle: Literal["kept", "closed", "reset"] = "kept"
+    native_at_api: bool = False
+    gzip: bool = False
+    mark: bool = False
+    content_type: str = "application/json"
+    retry_after_date: bool = False
     quota: Quota | None = None
     keep_texts: bool = True
 

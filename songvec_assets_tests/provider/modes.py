@@ -58,4 +58,67 @@ MODES = {
     "llama.cpp": Mode(
         {"fail": ["LONG"], "fail_status": 500}, "llama.cpp #11105: 500 for a text longer than the physical batch"
     ),
+    "vertex": Mode(
+        {
+            "max_texts": 250, "max_request_tokens": 20_000, "max_request_tokens_status": 400, "errors_as": "detail",
+            "max_texts_words": "{n} instances in one request, the limit is {most}",
+            "max_request_tokens_words": "The input token count is {n} but the model supports up to {most}.",
+        },
+        "a gateway before Vertex: https://github.com/zosmaai/pi-llm-wiki/pull/103",
+    ),
+    "openai": Mode(
+        {
+            "max_request_tokens": 600_000, "max_request_tokens_status": 400, "error_type": "max_tokens_per_request",
+            "max_request_tokens_words": "Requested {n} tokens, max {most} tokens per request",
+        },
+        "OpenAI's embeddings: https://github.com/timescale/pgai/issues/481",
+    ),
+    "litellm-ollama": Mode(
+        {
+            "refuse_encoding": True, "refuse_base64_status": 500,
+            "refuse_base64_words": "litellm.UnsupportedParamsError: Setting {'encoding_format': 'base64'} is not "
+            "supported by ollama, model=bge-m3.",
+        },
+        "LiteLLM before Ollama, which refuses floats that are asked for, too: "
+        "https://github.com/BerriAI/litellm/pull/42421, https://github.com/BerriAI/litellm/issues/42426",
+    ),
+    "bge-m3": Mode(
+        {
+            "refuse_dimensions": True, "refuse_dimensions_status": 422, "errors_as": "detail list",
+            "refuse_dimensions_words": "extra fields not permitted", "native_dimensions": 1024,
+        },
+        "servers that check with pydantic, for a model of one size: https://github.com/murtaza-nasir/speakr/pull/352",
+    ),
+    "int8 base64": Mode(
+        {"base64_of": "int8"},
+        "base64 that is read as a quarter of the width: https://github.com/pietheinstrengholt/rssmonster/issues/276",
+    ),
+    "no usage": Mode({"usage": "null"}, "LitServe: https://github.com/Lightning-AI/LitServe/pull/369"),
+    "odd usage": Mode(
+        {"usage": '{"prompt_tokens":"{n}"}'}, "another form of it: https://github.com/Lightning-AI/LitServe/pull/369"
+    ),
+    "byte order mark": Mode(
+        {"mark": True}, "no report: what gateways on Windows write before JSON; gzip and other content types as well"
+    ),
+    "idle reset": Mode(
+        {"idle": "reset"},
+        "a server or a router in between that forgets connections: https://github.com/openai/openai-python/issues/371",
+    ),
+    "voyage": Mode(
+        {
+            "quota": {"requests_per_minute": 3, "tokens_per_minute": 10_000, "retry_after_s": 20},
+            "errors_as": "detail", "retry_after_date": True,
+        },
+        "Voyage's free tier: https://github.com/pgEdge/pgedge-vectorizer/issues/69",
+    ),
+    "tei blank": Mode(
+        {"blank_status": 413},
+        "text-embeddings-inference for an empty text: "
+        "https://github.com/huggingface/text-embeddings-inference/pull/727, and others with 400: "
+        "https://github.com/kenn-io/msgvault/issues/291",
+    ),
+    "ollama native": Mode(
+        {"native_at_api": True},
+        "Ollama's own API, where its base URL was meant: https://github.com/cocoindex-io/cocoindex/issues/1226",
+    ),
 }  # fmt: skip

@@ -29,17 +29,23 @@ class Server:
         """Serve one connection until either side ends it (the callback of `asyncio.start_server`)."""
         # Cancelled only at the end of the process, where asyncio would print a traceback a connection.
         with suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            while await self._exchange(reader, writer):
-                pass
+            is_first = True
+            while await self._exchange(reader, writer, is_first):
+                is_first = False
         writer.close()
 
-    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_first: bool) -> bool:
         """One request and its response; whether the connection stays open."""
         request_line, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
         method, path, _ = request_line.split(" ")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
+        faults = self._endpoint.plan.faults
         if path == "/v1/embeddings" and method == "POST":
+            if faults.idle == "reset" and not is_first:
+                self._endpoint.ledger.answer(0)
+                await _send(writer, Answer(0, b"", delivery="reset"))
+                return False
             if not await self._load(reader):
                 return False
             answer = await self._embed(headers, body, writer)
@@ -50,7 +56,7 @@ class Server:
             # Reading ends when the client hangs up, so that abandoned connections do not pile up.
             with suppress(TimeoutError):
                 await asyncio.wait_for(reader.read(1), self._endpoint.plan.faults.stall_s)
-        return answer.delivery == "whole" and headers.get("connection") != "close"
+        return answer.delivery == "whole" and headers.get("connection") != "close" and faults.idle != "closed"
 
     async def _embed(self, headers: dict[str, str], body: bytes, writer: asyncio.StreamWriter) -> Answer:
         self._n_in_flight += 1
@@ -59,7 +65,7 @@ class Server:
             try:
                 answer = await self._endpoint.embed(headers, body)
             except RefusedError as refusal:
-                answer = refusal.answer
+                answer = refusal.answer_as(self._endpoint.plan.faults)
             except msgspec.DecodeError as error:
                 answer = RefusedError(400, str(error)).answer
             self._endpoint.ledger.answer(answer.status)
@@ -100,6 +106,10 @@ class Server:
                 found = endpoint.ledger.texts()
             case "DELETE", "/ledger":
                 endpoint.ledger = Ledger(endpoint.ledger.file)
+            case "POST", "/api/embeddings" if endpoint.plan.faults.native_at_api:
+                found = {"embedding": []}
+            case "POST", "/api/embed/embeddings" if endpoint.plan.faults.native_at_api:
+                return RefusedError(404, "404 page not found").answer
             case "POST", _ if endpoint.plan.faults.wrong_path_200:
                 found = {"error": f"Unexpected endpoint or method. ({method} {path})"}
             case _:
@@ -115,8 +125,8 @@ async def _send(writer: asyncio.StreamWriter, answer: Answer) -> None:
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         writer.transport.abort()
         return
-    head = [f"HTTP/1.1 {answer.status} {responses.get(answer.status, '')}", "content-type: application/json"]
-    head += [f"content-length: {len(answer.body)}", *(f"{k}: {v}" for k, v in answer.headers.items())]
+    headers = {"content-type": "application/json", "content-length": len(answer.body), **answer.headers}
+    head = [f"HTTP/1.1 {answer.status} {responses.get(answer.status, '')}", *(f"{k}: {v}" for k, v in headers.items())]
     writer.write("\r\n".join([*head, "\r\n"]).encode())
     whole = answer.delivery == "whole"
     writer.write(answer.body if whole else answer.body[: len(answer.body) // 2])

@@ -14,6 +14,7 @@ from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.vectors.index import sizing
 from songvec_assets.vectors.index.upkeep import IndexSettings, plan_build
 from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable, define_table
@@ -58,6 +59,7 @@ def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_
     """
     n_new = max(0, n_songs - sum(entry.n_songs for entry in target.ledger.read().values()))
     with target.database.get_connection() as connection:
+        check_search_path(connection)
         n_changed = target.read_changes(connection) + n_new
     plan = plan_build(target, spec, wanted, n_songs, n_changed)
     with target.database.get_connection() as connection:

@@ -4,6 +4,7 @@ When to add here: another reason to build, or another thing to report about it. 
 how it is done (`build`) and measured (`recall`).
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -182,6 +183,7 @@ def bring_index_up_to_date(
     spec: TableSpec,
     wanted: IndexSettings = IndexSettings(),
     run: RunContext = SILENT,
+    check_held: Callable[[], None] | None = None,
 ) -> IndexReport:
     """Build the index where that is worth it, and measure recall where it was built, or rows changed since.
 
@@ -194,6 +196,8 @@ def bring_index_up_to_date(
         wanted: what a person set.
         run: notified of the build's phases, then of rows and searches of the measurement; a stop ends it, the server's
             work included.
+        check_held: of the lock under which the caller alone works on this table; None: a lock is taken here. Each takes
+            a session, and a pooler may have two in all.
 
     Raises:
         TableMismatchError: the table is missing or empty: an index built on nothing finds nothing later.
@@ -206,7 +210,10 @@ def bring_index_up_to_date(
         run.report(Progress(build.STEP, 0, 100, unit="%", note="waiting for another run that sees to it"))
 
     lock = table.metadata_key("index")
-    with hold_lock(table.database, lock, on_wait=report_waiting, check=run.check_stop) as check_held:
+    with contextlib.ExitStack() as held:
+        check_held = check_held or held.enter_context(
+            hold_lock(table.database, lock, on_wait=report_waiting, check=run.check_stop)
+        )
         n_rows, n_changed = _count(table)
         plan = plan_build(table, spec, wanted, n_rows, n_changed)
         reason, words, recall, seconds = plan.reason, [], None, 0.0
