@@ -289,7 +289,7 @@ class Campaign:
             connection.execute(sa.text("DROP TABLE IF EXISTS song_embeddings"))
         each = self.deployment
         try:
-            upload_cached_embeddings_to_database(each.database, each.cache, each.table_spec, each.tiling)
+            upload_cached_embeddings_to_database(each.table, each.load_source, each.table_spec)
         except SongvecError as error:
             return error
         return None

@@ -25,14 +25,15 @@ from songvec_assets.deployment import Deployment
 from songvec_assets.postgres import brief, engine
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
+from songvec_assets.search.nearest import embed_query, search_songs
 from songvec_assets.settings import Settings
 from songvec_assets.songs.export import cache_songs_to_parquet
-from songvec_assets.vectors import recall
-from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.neighbours import LoadedRows, Queries, sample_queries
-from songvec_assets.vectors.publish import PublishReport, publish_embeddings
-from songvec_assets.vectors.search import embed_query, search_songs
-from songvec_assets.vectors.table import TableSpec
+from songvec_assets.vectors.index import recall
+from songvec_assets.vectors.index.neighbors import LoadedRows, Queries, sample_queries
+from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.swap import PublishReport, WantedTable, publish_embeddings
+from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute, wait_until
 from songvec_assets_tests.proxy import Direction, Proxy
 from songvec_assets_tests.servers import (
@@ -76,21 +77,15 @@ Fault = Callable[[World, Random], None]
 def load(world: World, database: Database | None = None) -> PublishReport:
     """Make what searches find equal the cache, as a deployment does: under the index, or built beside."""
     ensure_schema(database or world.database)
-    return publish_embeddings(
-        database or world.database,
-        world.cache,
-        world.spec,
-        world.tiling,
-        world.folder / "songs",
-        IndexSettings(world.lists),
-        swap=world.may_swap,
-        beside_from_rows=world.beside_from_rows,
-    )
+    source = LoadSource(world.cache, world.tiling, world.folder / "songs")
+    wanted = WantedTable(world.spec, IndexSettings(world.lists), world.may_swap, world.staged_from_rows)
+    return publish_embeddings(database or world.database, source, wanted)
 
 
 def build_index(world: World, database: Database | None = None) -> IndexReport:
     """Build the index where that is worth it."""
-    return bring_index_up_to_date(database or world.database, world.cache, world.spec, IndexSettings(world.lists))
+    table = VectorTable(database or world.database)
+    return bring_index_up_to_date(table, world.cache, world.spec, IndexSettings(world.lists))
 
 
 def attempt(world: World, step: Step, database: Database | None = None) -> Attempt:
@@ -112,14 +107,14 @@ def prepare_load(world: World, draw: Random) -> None:
     if kind != "first load":
         world.run()
         world.change(1, 0.3 if kind == "a third changed" else 1.0)
-        world.beside_from_rows = 1 if kind == "built beside" else 20_000
+        world.staged_from_rows = 1 if kind == "built beside" else 20_000
     world.moment = kind
 
 
 def prepare_swap(world: World, other_model: bool = False) -> None:
     """All rows changed, or another model: built beside, and put in place of the table that serves."""
     world.run()
-    world.beside_from_rows = 1
+    world.staged_from_rows = 1
     if other_model:
         world.use_model(TableSpec("model-b", world.spec.dimensions // 2))
     else:
@@ -345,7 +340,7 @@ def lock_released(world: World, _: Random) -> None:
     expect_completed(world, load, WRITE_LOCK)
     expect_completed(world, build_index, WRITE_LOCK)
     world.change(2)
-    world.beside_from_rows = 1
+    world.staged_from_rows = 1
     expect_completed(world, load, READ_LOCK, "LOCK TABLE")
     world.finish()
 
@@ -362,8 +357,8 @@ def lock_kept(world: World, _: Random) -> None:
         world.proxied() as (_, database),
     ):
         steps: list[tuple[Step, str, int]] = [(load, WRITE_LOCK, 20_000), (load, READ_LOCK, 1)]
-        for step, statement, beside_from_rows in [*steps, (build_index, WRITE_LOCK, 1)]:
-            world.beside_from_rows = beside_from_rows
+        for step, statement, staged_from_rows in [*steps, (build_index, WRITE_LOCK, 1)]:
+            world.staged_from_rows = staged_from_rows
             with world.session(statement):
                 world.moment = f"{step.__name__}, {statement.partition(' IN ')[2]}"
                 world.expect_clear(error_of(world, step, database), "another session holds a lock.*wait for it")
@@ -394,7 +389,7 @@ def foreign_row(statement: str) -> Fault:
         world.moment = statement.format(**values)
         world.admin(world.moment)
         if "{mine}" not in statement and "{free}" not in statement:
-            n_foreign = load(world).n_foreign
+            n_foreign = load(world).n_unmanaged
             world.expect(CLEAR, n_foreign == 1, f"{n_foreign} rows of somebody else were told, not 1")
             world.admin(f"DELETE FROM song_embeddings WHERE song_id < 0 OR song_id > {world.tiling.stop}")
         world.finish()
@@ -470,8 +465,8 @@ def read_only_standby(world: World, _: Random) -> None:
         replayed = "SELECT pg_last_wal_replay_lsn() >= %s"
         wait_until(lambda: execute(standby.url(), replayed, (position,)) == [(True,)])
         world.lists = 12
-        for step, beside_from_rows in ((load, 20_000), (load, 1), (build_index, 1)):
-            world.beside_from_rows = beside_from_rows
+        for step, staged_from_rows in ((load, 20_000), (load, 1), (build_index, 1)):
+            world.staged_from_rows = staged_from_rows
             world.moment = f"{step.__name__} of what is there"
             world.expect_clear(error_of(world, step, there), "put the primary's address into POSTGRES_URL")
     world.finish()
@@ -493,7 +488,7 @@ def statement_timeout(world: World, draw: Random) -> None:
     world.lists = 12
     expect_completed(world, build_index, "LOCK TABLE song_embeddings IN ROW EXCLUSIVE MODE", held_s=held_s)
     world.change(2)
-    world.beside_from_rows = 1
+    world.staged_from_rows = 1
     expect_completed(world, load, READ_LOCK, "LOCK TABLE", held_s)
     world.finish()
 

@@ -36,26 +36,24 @@ from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
-from songvec_assets.progress import StopSignal, ignore_progress
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.build import building_name, create_index, swap_names
-from songvec_assets.vectors.capacity import read_capacity
-from songvec_assets.vectors.load import upload_cached_embeddings_to_database
-from songvec_assets.vectors.recall import RecallPoint, RecallReport, measure_recall
-from songvec_assets.vectors.sizes import (
-    BuildEstimate,
+from songvec_assets.vectors.index.build import create_index, swap_names
+from songvec_assets.vectors.index.recall import RecallPoint, RecallReport, measure_recall
+from songvec_assets.vectors.index.sizing import (
     choose_lists,
     estimate_build,
     format_bytes,
     kmeans_bytes,
+    read_capacity,
 )
-from songvec_assets.vectors.table import BESIDE, TABLE, TableSpec, drop_table, ensure_table, index_name
+from songvec_assets.vectors.load import LoadSource, upload_cached_embeddings_to_database
+from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable
 
 FASTER, WITHIN = 1.2, 0.01
 DIMENSIONS = 2_000
-STOCK, HALF = f"{TABLE}_stock", f"{TABLE}_half"
+STOCK, HALF = f"{SERVING}_stock", f"{SERVING}_half"
 OURS, HALVED = "ours", "ours, halfvec"
 _LATENT, _SPREAD, _EVERYWHERE = 64, 0.7, 0.02
 _BATCH = 2_000
@@ -63,13 +61,12 @@ _BATCH = 2_000
 
 @dataclass(frozen=True)
 class Build:
-    """A build: seconds and bytes; what was estimated, where it was."""
+    """A build: seconds and bytes."""
 
     seconds: float
     index_bytes: int
     table_bytes: int
     temporary_bytes: int
-    estimate: BuildEstimate | None = None
 
 
 @dataclass
@@ -142,7 +139,8 @@ def measure(database: Database, cache: ModelCache, n_rows: int, n_rounds: int, w
     for song_ids, vectors in make_rows(n_rows, cache.dimensions):
         shard, _ = load_embeddings_from_cache(cache, tiling.range_of(song_ids[0]))
         write_embeddings_to_file(shard, song_ids, [hash_text(str(each)) for each in song_ids], vectors)
-    upload_cached_embeddings_to_database(database, cache, spec, tiling, table=BESIDE)
+    source = LoadSource(cache, tiling)
+    upload_cached_embeddings_to_database(VectorTable(database, STAGING), source, spec)
     result = Result(n_rows, choose_lists(n_rows))
     with database.get_connection() as connection:
         data_folder = Path(str(connection.scalar(sa.text("SHOW data_directory"))))
@@ -152,17 +150,17 @@ def measure(database: Database, cache: ModelCache, n_rows: int, n_rounds: int, w
     _copy_table(database, HALF, half, "PLAIN")
     for _ in range(n_rounds):
         run.build_stock(spec)
-        run.build_ours(OURS, BESIDE, spec)
+        run.build_ours(OURS, STAGING, spec)
         run.build_ours(HALVED, HALF, half)
-    for name, table, of in (("stock", STOCK, spec), (OURS, BESIDE, spec), (HALVED, HALF, half)):
-        run.search(name, table, of)
-        if table != BESIDE:
+    for name, table in (("stock", STOCK), (OURS, STAGING), (HALVED, HALF)):
+        run.search(name, table)
+        if table != STAGING:
             _drop(database, table)
     if writers_go_on:
-        upload_cached_embeddings_to_database(database, cache, spec, tiling)
-        run.build_ours("ours, while writers go on", TABLE, spec)
-        _drop(database, TABLE)
-    _drop(database, BESIDE)
+        upload_cached_embeddings_to_database(VectorTable(database), source, spec)
+        run.build_ours("ours, while writers go on", SERVING, spec)
+        _drop(database, SERVING)
+    _drop(database, STAGING)
     return result
 
 
@@ -173,15 +171,20 @@ class _Run:
     cache: ModelCache
     result: Result
 
+    @property
+    def stock(self) -> VectorTable:
+        """The table as CREATE TABLE makes it."""
+        return VectorTable(self.database, STOCK)
+
     def build_stock(self, spec: TableSpec) -> None:
         """With the server's defaults; where that is an error, with the least memory that it accepts."""
         build = sa.text(
-            f"CREATE INDEX {index_name(STOCK)} ON {STOCK} USING ivfflat (embedding {spec.vector_type}_cosine_ops) "
+            f"CREATE INDEX {self.stock.index_name} ON {STOCK} USING ivfflat (embedding {spec.vector_type}_cosine_ops) "
             f"WITH (lists = {self.result.lists})"
         )
         needed = kmeans_bytes(self.result.lists, spec.dimensions, spec.vector_type) * 1001 // 1000
         with self.database.get_connection() as connection:
-            connection.execute(sa.text(f"DROP INDEX IF EXISTS {index_name(STOCK)}"))
+            connection.execute(sa.text(f"DROP INDEX IF EXISTS {self.stock.index_name}"))
 
         def build_with(kilobytes: int) -> None:
             with self._timed("stock", STOCK), self.database.get_connection() as connection:
@@ -197,20 +200,17 @@ class _Run:
     def build_ours(self, name: str, table: str, spec: TableSpec) -> None:
         """As the package builds: CONCURRENTLY where the table serves, else in a transaction."""
         capacity, result = read_capacity(self.database), self.result
-        estimate = estimate_build(
-            result.n_rows, result.lists, spec.dimensions, spec.vector_type, capacity.workers, capacity.cores,
-            concurrently=table == TABLE,
-        )  # fmt: skip
-        with self._timed(name, table, estimate):
-            create_index(self.database, spec, table, estimate, capacity.workers, ignore_progress, StopSignal())
-        swap_names(self.database, table, lambda _: None, lambda: None)
+        estimate = estimate_build(result.n_rows, result.lists, spec.dimensions, spec.vector_type, capacity.workers)
+        with self._timed(name, table):
+            create_index(VectorTable(self.database, table), spec, estimate, capacity.workers)
+        swap_names(VectorTable(self.database, table), lambda _: None)
 
-    def search(self, name: str, table: str, spec: TableSpec) -> None:
+    def search(self, name: str, table: str) -> None:
         """The sweep of probes."""
-        self.result.recalls[name] = measure_recall(self.database, self.cache, spec, self.result.lists, table=table)
+        self.result.recalls[name] = measure_recall(VectorTable(self.database, table), self.cache, self.result.lists)
 
     @contextmanager
-    def _timed(self, name: str, table: str, estimate: BuildEstimate | None = None) -> Iterator[None]:
+    def _timed(self, name: str, table: str) -> Iterator[None]:
         peak, ended = [0], threading.Event()
 
         def watch() -> None:
@@ -231,28 +231,29 @@ class _Run:
         with self.database.get_connection() as connection:
             sizes = sa.text("SELECT pg_table_size(:table), coalesce(pg_relation_size(to_regclass(:building)), "
                             "pg_relation_size(to_regclass(:index)))")  # fmt: skip
-            names = {"table": table, "building": building_name(table), "index": index_name(table)}
+            of = VectorTable(self.database, table)
+            names = {"table": table, "building": of.building_index, "index": of.index_name}
             table_bytes, index_bytes = connection.execute(sizes, names).one()
-        build = Build(seconds, index_bytes, table_bytes, peak[0], estimate)
+        build = Build(seconds, index_bytes, table_bytes, peak[0])
         self.result.builds.setdefault(name, []).append(build)
 
 
 def _copy_table(database: Database, table: str, spec: TableSpec, storage: str) -> None:
-    """The rows of BESIDE in another table, with the ledger of what is loaded."""
-    ensure_table(database, spec, table)
+    """The rows of the staging table in another one, with the ledger of what is loaded."""
+    VectorTable(database, table).ensure(spec)
     columns = "range_start, range_stop, model, dimensions, n_songs, digest, song_ids, checksums"
     with database.get_connection() as connection:
         connection.execute(sa.text(f"ALTER TABLE {table} ALTER COLUMN embedding SET STORAGE {storage}"))
         connection.execute(
             sa.text(
                 f"INSERT INTO {table} (song_id, embedding) "
-                f"SELECT song_id, embedding::{spec.column_type} FROM {BESIDE} ORDER BY song_id"
+                f"SELECT song_id, embedding::{spec.column_type} FROM {STAGING} ORDER BY song_id"
             )
         )
         connection.execute(
             sa.text(
                 f"INSERT INTO songvec.loaded_ranges (table_name, {columns}) "
-                f"SELECT :table, {columns} FROM songvec.loaded_ranges WHERE table_name = '{BESIDE}'"
+                f"SELECT :table, {columns} FROM songvec.loaded_ranges WHERE table_name = '{STAGING}'"
             ),
             {"table": table},
         )
@@ -262,7 +263,7 @@ def _copy_table(database: Database, table: str, spec: TableSpec, storage: str) -
 
 def _drop(database: Database, table: str) -> None:
     with database.get_connection() as connection:
-        drop_table(connection, table)
+        VectorTable(database, table).drop(connection)
 
 
 def _folder_bytes(folder: Path) -> int:
@@ -278,8 +279,8 @@ def _folder_bytes(folder: Path) -> int:
 def render(results: list[Result]) -> str:
     """The results as Markdown tables."""
     builds = [
-        "| rows | lists | build | seconds | min–max | estimated | index | table | peak temporary files |",
-        "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| rows | lists | build | seconds | min–max | index | table | peak temporary files |",
+        "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     recalls = [
         "| rows | probes | index | recall@10 | rows | made-up queries | median ms | p99 ms |",
@@ -293,10 +294,9 @@ def render(results: list[Result]) -> str:
     for each in results:
         for name, rounds in each.builds.items():
             build, seconds = rounds[-1], [one.seconds for one in rounds]
-            estimated = f"{build.estimate.total_seconds:.0f}" if build.estimate else ""
             builds.append(
                 f"| {each.n_rows:,} | {each.lists:,} | {name} | {median(seconds):.1f} "
-                f"| {min(seconds):.1f}–{max(seconds):.1f} | {estimated} "
+                f"| {min(seconds):.1f}–{max(seconds):.1f} "
                 f"| {format_bytes(build.index_bytes)} | {format_bytes(build.table_bytes)} "
                 f"| {format_bytes(max(one.temporary_bytes for one in rounds))} |"
             )

@@ -19,8 +19,8 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.load import N_CONNECTIONS, upload_cached_embeddings_to_database
-from songvec_assets.vectors.table import TABLE, TableSpec, define_table, drop_table
+from songvec_assets.vectors.load import N_CONNECTIONS, LoadSource, upload_cached_embeddings_to_database
+from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable, define_table
 from songvec_assets_tests.administration import execute
 
 _STORAGES = {"p": "PLAIN", "e": "EXTERNAL", "x": "EXTENDED"}
@@ -129,19 +129,19 @@ class Bench:
     def reset(self, plain: bool | None) -> None:
         """Drop the table, and what is recorded of it; make it anew where a storage is given. Then CHECKPOINT."""
         with self.database.get_connection() as connection:
-            drop_table(connection, TABLE)
+            VectorTable(self.database).drop(connection)
             if plain is not None:
                 define_table(self.spec).create(connection)
         if plain:
-            execute(self.database.adbc_uri, f"ALTER TABLE {TABLE} ALTER COLUMN embedding SET STORAGE PLAIN")
+            execute(self.database.adbc_uri, f"ALTER TABLE {SERVING} ALTER COLUMN embedding SET STORAGE PLAIN")
         execute(self.database.adbc_uri, "CHECKPOINT")
 
     def check_rows(self, n_rows: int) -> None:
         """Raise where the table does not hold just the first rows, or not the vectors of some of them."""
-        if (found := self.ask(f"SELECT count(*) FROM {TABLE}")) != n_rows:
+        if (found := self.ask(f"SELECT count(*) FROM {SERVING}")) != n_rows:
             raise RuntimeError(f"expected {n_rows:,} rows in the table, got {found:,}")
         for song_id in (0, n_rows // 2, n_rows - 1):
-            values = self.ask(f"SELECT embedding::real[]::text FROM {TABLE} WHERE song_id = {song_id}")
+            values = self.ask(f"SELECT embedding::real[]::text FROM {SERVING} WHERE song_id = {song_id}")
             stored = np.array(values.strip("{}").split(","), dtype=np.float32)
             expected = make_vectors(np.array([song_id], dtype=np.int32), self.size.dimensions)[0]
             if not np.allclose(stored, expected, rtol=0 if self.spec.vector_type == "vector" else 1e-3):
@@ -152,7 +152,7 @@ class Bench:
         vector = json.dumps(make_vectors(np.array([7], dtype=np.int32), self.size.dimensions)[0].tolist())
         statement = (
             "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) "
-            f"SELECT song_id FROM {TABLE} ORDER BY embedding <=> '{vector}'::{self.spec.vector_type} LIMIT 10"
+            f"SELECT song_id FROM {SERVING} ORDER BY embedding <=> '{vector}'::{self.spec.vector_type} LIMIT 10"
         )
         [first], [following] = self.ask(statement), self.ask(statement)
         return Search(first["Execution Time"], following["Execution Time"], first["Plan"]["Shared Dirtied Blocks"])
@@ -160,12 +160,12 @@ class Bench:
     @property
     def n_pages(self) -> int:
         """Of the table, of 8 KiB."""
-        return int(self.ask(f"SELECT pg_relation_size('{TABLE}') / 8192"))
+        return int(self.ask(f"SELECT pg_relation_size('{SERVING}') / 8192"))
 
     @property
     def n_dead(self) -> int:
         """Dead rows of the table, as the server counts them."""
-        return int(self.ask(f"SELECT n_dead_tup FROM pg_stat_user_tables WHERE relid = '{TABLE}'::regclass"))
+        return int(self.ask(f"SELECT n_dead_tup FROM pg_stat_user_tables WHERE relid = '{SERVING}'::regclass"))
 
     @contextmanager
     def count_wal(self) -> Iterator[list[int]]:
@@ -192,7 +192,7 @@ def run_rounds(bench: Bench, clients: list[str], result: Result) -> None:
             outcome = run_client(name, job._replace(n_rows=max(1, round(n_rows * client.share))))
             result.outcomes.setdefault(name, []).append(outcome)
             storage = bench.ask(
-                f"SELECT attstorage FROM pg_attribute WHERE attrelid = '{TABLE}'::regclass AND attname = 'embedding'"
+                f"SELECT attstorage FROM pg_attribute WHERE attrelid = '{SERVING}'::regclass AND attname = 'embedding'"
             )
             result.storages[name] = _STORAGES[storage]
             if name in (THIS, SERVER):
@@ -265,8 +265,10 @@ def _load_changed(bench: Bench, cache: ModelCache, cache_bytes: int) -> Change:
     execute(bench.database.adbc_uri, "CHECKPOINT")
     started = time.perf_counter()
     with bench.count_wal() as wal:
-        loads = upload_cached_embeddings_to_database(bench.database, cache, bench.spec, bench.tiling)
+        loads = upload_cached_embeddings_to_database(
+            VectorTable(bench.database), LoadSource(cache, bench.tiling), bench.spec
+        )
     seconds = time.perf_counter() - started
-    execute(bench.database.adbc_uri, f"VACUUM {TABLE}")
+    execute(bench.database.adbc_uri, f"VACUUM {SERVING}")
     n_written = sum(each.n_written for each in loads)
     return Change(n_written, cache_bytes, wal[0], seconds, bench.n_pages, bench.n_dead)

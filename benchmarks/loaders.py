@@ -25,11 +25,11 @@ from songvec_assets.cache.shards import CachedRange, ModelCache, load_embeddings
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.sessions import widen_send_buffer
-from songvec_assets.progress import Progress
+from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.vectors.copy import HEADER, TRAILER, encode_rows
-from songvec_assets.vectors.load import upload_cached_embeddings_to_database
-from songvec_assets.vectors.table import TableSpec
+from songvec_assets.vectors.load import LoadSource, upload_cached_embeddings_to_database
+from songvec_assets.vectors.table import TableSpec, VectorTable
 
 
 class Job(NamedTuple):
@@ -99,8 +99,8 @@ def prepare_this(job: Job, n_connections: int) -> Load:
             while progress.total and len(marks) <= 100 * progress.done // progress.total:
                 marks.append(told_at)
 
-        options = {"n_connections": n_connections}
-        upload_cached_embeddings_to_database(database, job.cache, job.spec, job.tiling, tell, **options)
+        source, run = LoadSource(job.cache, job.tiling), RunContext(tell)
+        upload_cached_embeddings_to_database(VectorTable(database), source, job.spec, run, n_connections=n_connections)
         # its last word comes after the last commit, and before VACUUM
         return Loading(told_at, [*marks[:100], told_at])
 

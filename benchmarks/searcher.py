@@ -23,8 +23,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.ivfflat import read_probes, set_probes
-from songvec_assets.vectors.table import TableSpec, define_table, read_spec
+from songvec_assets.vectors.table import TableSpec, VectorTable, define_table, set_probes
 
 SLOWER_AT_MOST = 3.0
 MISSING = "missing"
@@ -119,13 +118,14 @@ def search(url: str, known: Known, per_s: float, stop: Event, to: Connection) ->
 
 def _search(database: Database, song_id: int, vector: NDArray[np.float32]) -> str:
     """A search, as `search_songs` does it: `missing` where the song is not among the ten."""
-    table = define_table(TableSpec("", len(vector)))
-    distance = table.c.embedding.cosine_distance(vector)
-    nearest = sa.select(table.c.song_id, (1 - distance).label("similarity")).order_by(distance).limit(10)
+    table, columns = VectorTable(database), define_table(TableSpec("", len(vector))).c
+    distance = columns.embedding.cosine_distance(vector)
+    nearest = sa.select(columns.song_id, (1 - distance).label("similarity")).order_by(distance).limit(10)
     with database.get_connection("web") as connection:
-        set_probes(connection, read_probes(connection))
+        table.read_spec(connection)
+        set_probes(connection, table.read_probes(connection))
         found = connection.execute(nearest).all()
-        read_spec(connection)
+        table.read_spec(connection)
     return "" if song_id in {row.song_id for row in found} else MISSING
 
 

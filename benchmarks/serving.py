@@ -31,14 +31,14 @@ from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, 
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
-from songvec_assets.progress import Progress
+from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.ivfflat import IndexSettings, bring_index_up_to_date, find_index
-from songvec_assets.vectors.publish import BESIDE_FROM_ROWS, publish_embeddings
-from songvec_assets.vectors.swap import drop_others, roll_back
-from songvec_assets.vectors.table import BESIDE, TABLE, TableSpec
+from songvec_assets.vectors.index.upkeep import IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.swap import STAGED_FROM_ROWS, WantedTable, drop_others, publish_embeddings, roll_back
+from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable
 
 MODEL = "made-up"
 QUIET = "quiet"
@@ -58,7 +58,7 @@ class Size:
         quiet_s: seconds without anything else.
         small_s: seconds for which small changes are published one after the other.
         settle_s: seconds after a swap that are counted with it: searches then read what none has read before.
-        beside_from_rows: as `publish_embeddings` takes it.
+        staged_from_rows: as `WantedTable` has it.
     """
 
     n_songs: int = 80_000
@@ -69,7 +69,7 @@ class Size:
     quiet_s: float = 25.0
     small_s: float = 12.0
     settle_s: float = 2.0
-    beside_from_rows: int = BESIDE_FROM_ROWS
+    staged_from_rows: int = STAGED_FROM_ROWS
 
     @property
     def tiling(self) -> Tiling:
@@ -85,7 +85,7 @@ SHORT = Size(
     quiet_s=0.1,
     small_s=0.0,
     settle_s=0.1,
-    beside_from_rows=100,
+    staged_from_rows=100,
 )
 
 
@@ -177,27 +177,20 @@ class World:
             shard.add_written()
             upkeep.complete(shard, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
 
-    def publish(self, place: str = TABLE, *, swap: bool = False) -> int:
-        """Make the table equal the cache, in this place; rows written."""
-        report = publish_embeddings(
-            self.database,
-            self.cache,
-            self.spec,
-            self.size.tiling,
-            self.folder / "songs",
-            IndexSettings(),
-            swap=swap,
-            beside_from_rows=self.size.beside_from_rows,
-            progress=self.log.tell,
-        )
-        assert report.place.table == place, report.place
+    def publish(self, target: str = SERVING, *, swap: bool = False) -> int:
+        """Make the serving table equal the cache, through this table; rows written."""
+        source = LoadSource(self.cache, self.size.tiling, self.folder / "songs")
+        wanted = WantedTable(self.spec, IndexSettings(), swap, self.size.staged_from_rows)
+        report = publish_embeddings(self.database, source, wanted, RunContext(self.log.tell))
+        assert report.target.table.name == target, report.target
         return sum(load.n_written for load in report.loads)
 
     def index(self, more_lists: int = 0) -> None:
         """Build the index; also where there is one, if it is to have more lists."""
-        index = find_index(self.database)
+        table = VectorTable(self.database)
+        index = table.index
         wanted = IndexSettings(lists=index.lists + more_lists if index else None)
-        bring_index_up_to_date(self.database, self.cache, self.spec, wanted, progress=self.log.tell)
+        bring_index_up_to_date(table, self.cache, self.spec, wanted, RunContext(self.log.tell))
 
 
 def run(database: Database, folder: Path, size: Size) -> tuple[Log, list[Sample]]:
@@ -217,12 +210,12 @@ def run(database: Database, folder: Path, size: Size) -> tuple[Log, list[Sample]
             world.index(more_lists=1)
         world.change(next(versions))
         with log.phase("all changed, built beside and swapped in"):
-            world.publish(BESIDE)
+            world.publish(STAGING)
             log.swapped("swap")
             time.sleep(size.settle_s)
         world.spec = replace(world.spec, vector_type="halfvec")
         with log.phase("another type, built beside and swapped in"):
-            world.publish(BESIDE, swap=True)
+            world.publish(STAGING, swap=True)
             log.swapped("swap of another type")
             time.sleep(size.settle_s)
         with log.phase("rolled back, and the other dropped"):

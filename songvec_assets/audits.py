@@ -12,11 +12,9 @@ from typing import Any
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SongvecError
 from songvec_assets.status import RangeStatus, measure_status
-from songvec_assets.vectors.audit import audit_index, audit_models, audit_recall, audit_vectors, count_rows
-from songvec_assets.vectors.capacity import read_capacity
-from songvec_assets.vectors.catalogue import find_index
-from songvec_assets.vectors.drift import measure_drift
-from songvec_assets.vectors.ivfflat import plan_lists, reason_to_build
+from songvec_assets.vectors.index.recall import audit_recall
+from songvec_assets.vectors.index.upkeep import audit_index, plan_build
+from songvec_assets.vectors.samples import audit_vectors, measure_drift
 
 MAX_SET_ASIDE_SHARE = 0.01
 _BILLED_OFF_BY = 0.25
@@ -93,7 +91,7 @@ class Auditor:
 
     def no_orphans(self) -> Finding:
         """Has every row of the table a song, and does the ledger know it?"""
-        n_rows, total = count_rows(self.deployment.database), self._total
+        n_rows, total = self.deployment.table.count_rows(), self._total
         n_unknown = n_rows - total.n_loaded
         passed = not n_unknown and not total.n_orphans
         return Finding(
@@ -116,10 +114,11 @@ class Auditor:
 
     def one_model(self) -> Finding:
         """Are all loaded ranges of the configured model and size?"""
-        models = audit_models(self.deployment.database)
+        held = self.deployment.table.ledger.read_models()
+        models = {f"{model} ({dimensions})": n_songs for (model, dimensions), n_songs in held.items()}
         expected = f"{self.deployment.settings.model} ({self.deployment.settings.embedding_dimensions})"
         words = f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}"
-        return Finding(list(models) == [expected], words, dict(models))
+        return Finding(list(models) == [expected], words, models)
 
     def no_drift(self) -> Finding:
         """Do the vectors lie where they lay after the load before, in length and in the mean?"""
@@ -172,13 +171,11 @@ class Auditor:
 
     def index_is_fresh(self) -> Finding:
         """Was the index built of the rows that the table has, but for a fifth?"""
-        database, wanted = self.deployment.database, self.deployment.index_settings
-        index, n_rows = find_index(database), count_rows(database)
+        index, n_rows = self.deployment.table.index, self.deployment.table.count_rows()
         if index is None:
             return Finding(False, "there is no valid index: materialize ivfflat_index")
-        capacity = read_capacity(database, wanted.memory_bytes)
-        lists, _ = plan_lists(n_rows, wanted, index.lists, capacity, self.deployment.table_spec)
-        reason = reason_to_build(n_rows, lists, index.lists, index.n_changed, exact=wanted.lists is not None)
+        spec, wanted = self.deployment.table_spec, self.deployment.index_settings
+        reason = plan_build(self.deployment.table, spec, wanted, n_rows, index.n_changed).reason
         words = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
         told = f"{reason}: materialize ivfflat_index" if reason else words
         return Finding(reason is None, told, {"rows changed": index.n_changed, "lists": index.lists})
@@ -186,7 +183,7 @@ class Auditor:
     def recall_reaches_target(self) -> Finding:
         """Do searches find the target share of the true ten nearest songs?"""
         target = self.deployment.settings.target_recall
-        audit = audit_recall(self.deployment.database, self.deployment.cache, self.deployment.table_spec, target)
+        audit = audit_recall(self.deployment.table, self.deployment.cache, target)
         figures: dict[str, Any] = {"target": audit.target}
         if audit.point is not None:
             point = audit.point

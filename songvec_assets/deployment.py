@@ -5,7 +5,7 @@ The composition root below Dagster: the assets and the command line both start h
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -15,6 +15,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
+from songvec_assets import inventory
 from songvec_assets.cache.fill import Filler, Spending
 from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
 from songvec_assets.cache.shards import ModelCache, lock_name
@@ -27,29 +28,30 @@ from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import NO_PROMPTS, Prompts, default_prompts
 from songvec_assets.errors import ProviderError
+from songvec_assets.inventory import Inventory
+from songvec_assets.known import CachedOrLoaded
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, has_tables, hold_lock, read_fact, write_fact
 from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import ReportProgress, RunContext, StopSignal, ignore_progress
+from songvec_assets.search.nearest import check_searchable, check_server, embed_query
+from songvec_assets.search.preview import Preview, preview_table
 from songvec_assets.settings import OFFLINE_MODEL, Settings
 from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
-from songvec_assets.songs.counts import check_ids, count_ranges
+from songvec_assets.songs.counts import RangeCount, check_ids, count_ranges
 from songvec_assets.songs.export import ExportMode, ExportOptions, ExportReport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path, snapshot_ranges
+from songvec_assets.songs.snapshots import count_songs, snapshot_ranges
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
-from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.known import CachedOrLoaded
-from songvec_assets.vectors.ledger import find_loaded_ranges
-from songvec_assets.vectors.neighbours import LoadedRows
-from songvec_assets.vectors.preflight import check_target
-from songvec_assets.vectors.preview import Preview, preview_table
-from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
-from songvec_assets.vectors.search import check_searchable, check_server, embed_query
-from songvec_assets.vectors.table import TableSpec, loaded_spec
+from songvec_assets.vectors.index.neighbors import LoadedRows
+from songvec_assets.vectors.index.preflight import check_target
+from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.swap import PublishReport, WantedTable, check_publishable, publish_embeddings
+from songvec_assets.vectors.table import TableSpec, VectorTable
 
 SPENDING = "spending of the last run"
 DAY_S = 86_400.0
@@ -164,6 +166,21 @@ class Deployment:
         return TableSpec(each.model, each.embedding_dimensions, each.vector_type, prompts.query, document)
 
     @property
+    def table(self) -> VectorTable:
+        """What searches read."""
+        return VectorTable(self.database)
+
+    @property
+    def wanted_table(self) -> WantedTable:
+        """What searches are to find."""
+        return WantedTable(self.table_spec, self.index_settings, self.settings.swap)
+
+    @property
+    def load_source(self) -> LoadSource:
+        """What the table is loaded from."""
+        return LoadSource(self.cache, self.tiling, self.store.songs)
+
+    @property
     def index_settings(self) -> IndexSettings:
         """How the table is to be indexed."""
         each = self.settings
@@ -196,17 +213,21 @@ class Deployment:
         return sorted(held)
 
     def ranges_behind(self) -> list[SongIdRange]:
-        """The ranges whose snapshot is not answered in full by the cache, in order; from footers and manifests."""
-        songs, cache, behind, tiles = self.store.songs, self.cache, [], {*self.tiling}
-        text = self.text_spec.identity
-        for song_range in snapshot_ranges(songs):
-            if song_range not in tiles:  # cut otherwise, before the stop was raised: the next export replaces it
-                continue
-            digest = snapshot_digest(snapshot_path(songs, song_range))
-            done = cache.find_completion(song_range)
-            if done is None or not done.fits(digest, text, self.server) or not cache.is_complete(song_range):
-                behind.append(song_range)
-        return behind
+        """The ranges whose snapshot is not answered in full by the cache, in order."""
+        tiles = {*self.tiling}
+        # a range that was divided otherwise, before the stop was raised, is replaced by the next export
+        return [
+            row.range
+            for row in self.read_inventory().rows
+            if row.snapshot and row.range in tiles and not row.is_answered
+        ]
+
+    def read_inventory(
+        self, table: VectorTable | None = None, counts: Mapping[SongIdRange, RangeCount] | None = None
+    ) -> Inventory:
+        """What state each range is in; see `inventory.read`."""
+        question = inventory.Question(self.text_spec.identity, self.server)
+        return inventory.read(self.load_source, question, table, counts)
 
     def month_spending(self) -> MonthSpending:
         """Dollars of this month, over all runs on this database."""
@@ -237,7 +258,7 @@ class Deployment:
         options = ExportOptions(
             mode,
             # an empty snapshot says that a range's songs were deleted; none says nothing
-            kept={*self.cache.ranges(), *find_loaded_ranges(self.database, self.tiling)},
+            kept={*self.cache.ranges(), *self.table.ledger.find_ranges(self.tiling)},
             guard=AbsenceGuard(self.known_songs, self.absence_limits, confirm_deletions),
             full_compare_hours=self.settings.full_compare_hours,
         )
@@ -251,16 +272,24 @@ class Deployment:
             ranges: to embed; None: all.
             anew: whether all their songs are to be embedded again.
         """
-        tiles, spec = {*self.tiling}, self.text_spec
+        tiles = {*self.tiling}
+        rows = [
+            row
+            for row in self.read_inventory().rows
+            if row.snapshot and (ranges is None or row.range in ranges or row.range not in tiles)
+        ]
+        answered = [] if anew else [row for row in rows if row.is_answered]
 
         def plan() -> Iterator[FillPlan]:
-            for each in snapshot_ranges(self.store.songs):
-                if ranges is None or each in ranges or each not in tiles:
+            for row in rows:
+                if row not in answered:
                     self.stop.check()
-                    shard = self.cache.open(each)
-                    yield plan_fill(self.store.songs, shard, spec, shard.n_rows if anew else 0, self.server)
+                    shard = self.cache.open(row.range)
+                    since = shard.n_rows if anew else 0
+                    yield plan_fill(self.store.songs, shard, self.text_spec, since, self.server)
 
-        return estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
+        estimate = estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
+        return replace(estimate, n_songs=estimate.n_songs + sum(row.n_songs for row in answered))
 
     def find_boilerplate(self) -> Boilerplate:
         """What a sample of the lyrics in the source has that is no lyric; nothing where lyrics are not embedded."""
@@ -280,18 +309,13 @@ class Deployment:
 
     def index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
         """Build the index where that is worth it; see `bring_index_up_to_date`."""
-        return bring_index_up_to_date(
-            self.database,
-            self.cache,
-            self.table_spec,
-            replace(self.index_settings, rebuild=rebuild),
-            progress=progress,
-            stop=self.stop,
-        )
+        wanted = replace(self.index_settings, rebuild=rebuild)
+        run = RunContext(progress, self.stop)
+        return bring_index_up_to_date(self.table, self.cache, self.table_spec, wanted, run)
 
     def preview(self) -> Preview:
         """What a person looks at to see that the vectors mean something; see `preview_table`."""
-        return preview_table(self.database, LoadedRows.of(self.database, self.cache), self.source, self.table_spec)
+        return preview_table(LoadedRows.of(self.table, self.cache), self.source, self.table_spec)
 
     @property
     def text_spec(self) -> TextSpec:
@@ -425,31 +449,22 @@ class Deployment:
         """What is asked before each range's first request; what the server can give, before the first one only."""
 
         @functools.cache
-        def check_once(target: str) -> None:
+        def check_once(target: VectorTable) -> None:
             n_songs = sum(count_songs(self.store.songs, each) for each in snapshot_ranges(self.store.songs))
-            check_target(self.database, self.table_spec, self.index_settings, n_songs, target)
+            check_target(target, self.table_spec, self.index_settings, n_songs)
 
-        return lambda: check_once(check_publishable(self.database, self.table_spec, self.settings.swap))
+        return lambda: check_once(check_publishable(self.database, self.wanted_table))
 
     def publish(self, progress: ReportProgress = ignore_progress) -> PublishReport:
         """Make what searches find equal the cache; see `publish_embeddings`."""
         if self.cache.ranges():  # else nothing is written: an empty cache is refused
             self.bind()
-        return publish_embeddings(
-            self.database,
-            self.cache,
-            self.table_spec,
-            self.tiling,
-            self.store.songs,
-            self.index_settings,
-            swap=self.settings.swap,
-            progress=progress,
-            stop=self.stop,
-        )
+        run = RunContext(progress, self.stop)
+        return publish_embeddings(self.database, self.load_source, self.wanted_table, run)
 
     def as_loaded(self) -> "Deployment":
         """This deployment with the model, size and type that searches find: after a swap they need no new settings."""
-        loaded = loaded_spec(self.database)
+        loaded = self.table.spec
         if loaded is None or (loaded.model == OFFLINE_MODEL) != self.settings.offline:
             return self
         # what is set goes with the model that is set

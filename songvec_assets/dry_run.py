@@ -7,12 +7,12 @@ from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import StoreError
-from songvec_assets.progress import describe_seconds
+from songvec_assets.progress import RunContext, describe_seconds
 from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.watch import SourceState, measure_source
-from songvec_assets.vectors.backlog import Backlog, compare_with_cache
-from songvec_assets.vectors.catalogue import IndexFacts, find_index
+from songvec_assets.vectors.load import LoadPlan, plan_load
+from songvec_assets.vectors.table import IndexFacts
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RunPlan:
         source: the table of songs as it is.
         absence: songs that are cached or loaded and no longer in that table.
         estimate: of what would be sent, over the ranges asked for.
-        backlog: what the table lacks against the cache as it is; None where nothing is cached yet.
+        load: what the table lacks compared with the cache as it is; None where nothing is cached yet.
         index: as it is, or None.
         max_usd: the run's budget, or None.
         month, max_usd_a_month: what this month has cost, and its budget, or None.
@@ -33,7 +33,7 @@ class RunPlan:
     source: SourceState
     absence: Absence
     estimate: Estimate
-    backlog: Backlog | None
+    load: LoadPlan | None
     index: IndexFacts | None
     max_usd: float | None
     month: MonthSpending
@@ -42,7 +42,7 @@ class RunPlan:
 
     def describe(self) -> list[str]:
         """A line a step."""
-        each, backlog, index = self.estimate, self.backlog, self.index
+        each, load, index = self.estimate, self.load, self.index
         limits = [f"the run's budget is ${self.max_usd:,.2f}"] if self.max_usd is not None else ["no budget a run"]
         month = f"this month {self.month.describe()}"
         limits.append(month if self.max_usd_a_month is None else f"{month} of ${self.max_usd_a_month:,.2f}")
@@ -53,8 +53,8 @@ class RunPlan:
             f"embed: {each.n_texts:,} texts, about {each.n_tokens:,} tokens, about ${each.usd:,.4f}, "
             f"{describe_seconds(each.hours * 3600)} at the full quota; {', '.join(limits)}"
             + (f". {each.describe_again()}" if each.n_again else ""),
-            "load: nothing is cached yet" if backlog is None else
-            f"load: {backlog.n_changed:,} of {backlog.n_rows:,} rows cached so far are to be written",
+            "load: nothing is cached yet" if load is None else
+            f"load: {load.n_changed:,} of {load.n_rows:,} rows cached so far are to be written",
             "index: there is none yet" if index is None else
             f"index: {index.lists:,} lists over {index.n_rows:,} rows; {index.n_changed:,} rows changed since",
             *self.boilerplate,
@@ -79,15 +79,15 @@ def plan_run(deployment: Deployment, ranges: Sequence[SongIdRange], anew: bool =
         anew: whether all their songs are to be embedded again.
     """
     try:
-        backlog = compare_with_cache(deployment.database, deployment.cache, deployment.tiling, deployment.stop)
+        load = plan_load(deployment.table, deployment.load_source, RunContext(stop=deployment.stop))
     except StoreError:
-        backlog = None
+        load = None
     return RunPlan(
         measure_source(deployment.database, deployment.source),
         deployment.find_absence(),
         deployment.estimate(set(ranges), anew),
-        backlog,
-        find_index(deployment.database),
+        load,
+        deployment.table.index,
         deployment.settings.max_usd,
         deployment.month_spending(),
         deployment.settings.max_usd_a_month,

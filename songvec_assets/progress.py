@@ -98,6 +98,10 @@ class RunContext:
         self.stop.check()
 
 
+SILENT = RunContext()
+"""The context of callers who neither listen nor stop a step: the default of core functions."""
+
+
 @dataclass(frozen=True)
 class _End(Generic[Result]):
     result: Result | None = None

@@ -2,21 +2,13 @@
 
 from dataclasses import dataclass, field, fields
 
-import polars as pl
-
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.budget import MonthSpending
-from songvec_assets.errors import StoreError
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.songs.counts import count_ranges, count_unreachable_ids
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import count_songs, load_songs_from_parquet, snapshot_path, snapshot_ranges
-from songvec_assets.vectors.ivfflat import IndexFacts, find_index
-from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
-from songvec_assets.vectors.recall import read_recall
-from songvec_assets.vectors.table import describe_tables
-
-_NOTHING_REJECTED = pl.DataFrame(schema={"song_id": pl.Int32, "reason": pl.String})
+from songvec_assets.vectors.index.recall import read_recall
+from songvec_assets.vectors.table import IndexFacts, describe_tables
 
 
 @dataclass(frozen=True)
@@ -84,6 +76,7 @@ class Status:
         unreadable: what is wrong with cache files that cannot be read; their ranges count as not cached.
         caution: why the source may hold more songs than this user sees; empty where it does not.
         pgvector: what is wrong with the server's version; empty where nothing is.
+        n_below: rows of the table with a negative song_id: nobody here put them there.
     """
 
     ranges: list[RangeStatus]
@@ -97,6 +90,7 @@ class Status:
     caution: str = ""
     unreadable: list[str] = field(default_factory=list)
     pgvector: str = ""
+    n_below: int = 0
 
     def describe(self) -> list[str]:
         """What there is beyond the ranges, a line each."""
@@ -124,80 +118,59 @@ class Status:
 
 
 def measure_coverage(deployment: Deployment) -> list[RangeCoverage]:
-    """Every range that holds songs, in order. Reads no column of a file whose range is complete."""
-    songs, cache, ledger = deployment.store.songs, deployment.cache, read_ledger(deployment.database)
-    ranges = []
-    for song_range in snapshot_ranges(songs):
-        n_songs, done = count_songs(songs, song_range), cache.read_manifest(song_range).complete
-        if done is not None:
-            n_cached, n_set_aside = done.n_vectors, done.n_rejected
-        else:
-            shard = cache.open(song_range)
-            n_cached, n_set_aside = shard.rows.height, shard.rejected.height
-        n_loaded = min(ledger[song_range].n_songs if song_range in ledger else 0, n_songs)
-        n_set_aside = min(n_set_aside, n_songs - n_loaded)
-        n_waiting = min(max(0, n_cached - n_loaded), n_songs - n_loaded - n_set_aside)
-        n_missing = n_songs - n_loaded - n_set_aside - n_waiting
-        if n_songs:
-            ranges.append(RangeCoverage(song_range, n_loaded, n_waiting, n_set_aside, n_missing))
+    """Every range that holds songs, in order."""
+    found, ranges = deployment.read_inventory(deployment.table), []
+    for row in found.rows:
+        n_loaded = min(row.n_loaded, row.n_songs)
+        n_set_aside = min(found.count_songs(row).n_rejected, row.n_songs - n_loaded)
+        n_left = row.n_songs - n_loaded - n_set_aside
+        n_waiting = min(max(0, row.state.cached.n_vectors - n_loaded), n_left)
+        if row.n_songs:
+            ranges.append(RangeCoverage(row.range, n_loaded, n_waiting, n_set_aside, n_left - n_waiting))
     return ranges
 
 
 def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
-    """Look at the source's ids, snapshots, shards and ledger.
+    """Look at the source's ids, and at all that is exported, cached, loaded and indexed.
 
     Args:
         deployment: whose.
-        max_set_aside: songs set aside to name.
+        max_set_aside: rejected songs to name.
     """
-    songs, cache = deployment.store.songs, deployment.cache
-    unreadable: list[str] = []
-    index = find_index(deployment.database)
+    database, source, table = deployment.database, deployment.source, deployment.table
+    # divided as the files are, which a raised stop does not change before the next export
+    found = deployment.read_inventory(table, count_ranges(database, source, deployment.store.tiling))
+    index, ranges = table.index, []
     set_aside: list[tuple[int, str]] = []
-    ranges = []
-    source = deployment.source
-    # cut as the files are, which a raised stop does not change before the next export
-    counts = count_ranges(deployment.database, source, deployment.store.tiling)
-    for song_range in sorted({*counts, *snapshot_ranges(songs), *cache.ranges(), *read_ledger(deployment.database)}):
-        snapshot = load_songs_from_parquet(snapshot_path(songs, song_range), ["song_id", "set_aside"])
-        try:
-            shard = cache.open(song_range)
-            n_cached, rejected = shard.rows.height, shard.rejected.select("song_id", "reason")
-        except StoreError as error:
-            n_cached, rejected = 0, _NOTHING_REJECTED
-            unreadable.append(str(error))
-        with deployment.database.get_connection("web") as connection:
-            rows = read_loaded_rows(connection, song_range)
-        loaded = pl.Series(dtype=pl.Int32) if rows is None else rows["song_id"]
-        refused = pl.concat(
-            [
-                snapshot.filter(pl.col("set_aside").is_not_null()).rename({"set_aside": "reason"}),
-                rejected,
-            ]
-        )
-        answered = pl.concat([refused["song_id"], loaded])
-        n_unexported = max(0, counts[song_range].n_songs - snapshot.height) if song_range in counts else 0
-        n_missing = snapshot.filter(~pl.col("song_id").is_in(answered.to_list())).height
-        set_aside.extend(refused.head(max_set_aside - len(set_aside)).rows())
+    for row in found.rows:
+        counts = found.count_songs(row)
+        if counts.n_rejected and len(set_aside) < max_set_aside:
+            set_aside += found.read_rejected(row.range).head(max_set_aside - len(set_aside)).rows()
         ranges.append(
             RangeStatus(
-                key=song_range.key,
-                n_songs=snapshot.height,
-                n_unexported=n_unexported,
-                n_cached=n_cached,
-                n_set_aside=refused.height,
-                n_loaded=len(loaded),
-                n_indexed=len(loaded) if index else 0,
-                n_missing=n_missing + n_unexported,
-                n_orphans=len(loaded) - int(loaded.is_in(snapshot["song_id"].implode()).sum()),
+                key=row.range.key,
+                n_songs=row.n_songs,
+                n_unexported=row.n_unexported,
+                n_cached=row.state.cached.n_vectors,
+                n_set_aside=counts.n_rejected,
+                n_loaded=row.n_loaded,
+                n_indexed=row.n_loaded if index else 0,
+                n_missing=counts.n_missing,
+                n_orphans=counts.n_orphans,
             )
         )
-    unreachable = count_unreachable_ids(deployment.database, source)
-    with deployment.database.get_connection() as connection:
-        recall = read_recall(connection)
-    tables, month = describe_tables(deployment.database), deployment.month_spending()
-    words = recall.describe() if recall else ""
-    pgvector = read_pgvector_caution(deployment.database)
+    with database.get_connection() as connection:
+        recall = read_recall(connection, table)
     return Status(
-        ranges, tables, index, set_aside, dict(unreachable), words, *month, source.caution, unreadable, pgvector
+        ranges,
+        describe_tables(database),
+        index,
+        set_aside,
+        dict(count_unreachable_ids(database, source)),
+        recall.describe() if recall else "",
+        *deployment.month_spending(),
+        source.caution,
+        [row.state.cached.error for row in found.rows if row.state.cached.error],
+        read_pgvector_caution(database),
+        n_below=found.n_below,
     )

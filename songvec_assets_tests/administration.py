@@ -75,7 +75,7 @@ _CLEAN = """
             EXECUTE format('DROP TYPE IF EXISTS public.%I CASCADE', made.typname);
         END LOOP;
     END $$;
-    DELETE FROM songvec.settings;
+    DELETE FROM songvec.settings WHERE key <> 'schema_version';
     DELETE FROM songvec.rate_limits;
     DELETE FROM songvec.rate_seconds;
     DELETE FROM songvec.budgets;
@@ -128,8 +128,7 @@ def with_parts(url: str, **parts: object) -> str:
 
 def dispose(url: str) -> None:
     """Close the connections that the package's pools keep to a URL."""
-    for profile in ("batch", "web", "parallel"):
-        Database(url).get_engine(profile).dispose()
+    Database(url).close()
 
 
 def own_engine(database: Database, **given: object) -> sa.Engine:

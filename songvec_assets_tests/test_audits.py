@@ -14,7 +14,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
 from songvec_assets.settings import Settings
 from songvec_assets.status import measure_coverage, measure_status
-from songvec_assets.vectors.capacity import Capacity
+from songvec_assets.vectors.index.sizing import Capacity
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.provider import Provider, running_provider

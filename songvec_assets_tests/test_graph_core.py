@@ -10,16 +10,17 @@ import sqlalchemy as sa
 from songvec_assets.cache.fill import FillReport
 from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.engine import Database
+from songvec_assets.search.nearest import embed_query, search_songs
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path
 from songvec_assets.songs.watch import look_at_source
 from songvec_assets.status import measure_status
-from songvec_assets.vectors.ivfflat import bring_index_up_to_date
-from songvec_assets.vectors.load import RangeLoad, upload_cached_embeddings_to_database
-from songvec_assets.vectors.search import embed_query, search_songs
+from songvec_assets.vectors.load import RangeLoad
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.provider import Provider, vector_of
+from songvec_assets_tests.vectors.conftest import upload
+from songvec_assets_tests.vectors.indexes import build_index
 
 
 def run_all(deployment: Deployment) -> tuple[list[FillReport], list[RangeLoad]]:
@@ -27,9 +28,7 @@ def run_all(deployment: Deployment) -> tuple[list[FillReport], list[RangeLoad]]:
     cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, deployment.tiling)
     fills: list[FillReport] = []
     deployment.filler().fill_ranges(list(deployment.tiling), fills.append)
-    loads = upload_cached_embeddings_to_database(
-        deployment.database, deployment.cache, deployment.table_spec, deployment.tiling
-    )
+    loads = upload(deployment.database, deployment.cache, deployment.table_spec, deployment.tiling)
     return fills, loads
 
 
@@ -53,7 +52,7 @@ def test_songs_become_a_table_that_a_search_finds(
     table = read_table(deployment.database)
     np.testing.assert_allclose(table[1], vector_of("Sea by Ann\nwaves and salt", 64), atol=1e-6)
     np.testing.assert_allclose(table[2], vector_of("Hill by Ben", 64), atol=1e-6)
-    bring_index_up_to_date(deployment.database, deployment.cache, deployment.table_spec)
+    build_index(deployment.database, deployment.cache, deployment.table_spec)
     hits = search_songs(deployment.database, deployment.source, deployment.table_spec, table[150], limit=2)
     assert (hits[0].song_id, hits[0].name, round(hits[0].similarity, 3)) == (150, "Moon", 1.0)
     assert embed_query(deployment.embedder(), "moonlight").shape == (64,)

@@ -19,7 +19,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.swap import roll_back
-from songvec_assets.vectors.table import loaded_spec
+from songvec_assets.vectors.table import VectorTable
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.provider import Provider, running_provider
 
@@ -270,7 +270,7 @@ def test_a_document_prompt_that_is_not_embedded_yet_is_not_recorded_with_the_tab
     run_all(begin())
     changed = begin(document_prompt="passage: {text}")
     changed.publish()
-    loaded = loaded_spec(changed.database)
+    loaded = VectorTable(changed.database).spec
     assert loaded and loaded.document_prompt == "{text}"
 
 

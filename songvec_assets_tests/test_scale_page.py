@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.scale import CASES, PAGE, update, work_out
-from songvec_assets.vectors.sizes import kmeans_bytes
+from songvec_assets.vectors.index.sizing import kmeans_bytes
 
 
 def test_the_page_holds_what_its_formulas_give() -> None:

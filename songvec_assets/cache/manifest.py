@@ -60,6 +60,7 @@ class Completion(msgspec.Struct, frozen=True):
         server: that rejected songs; empty if none was rejected.
         n_vectors: songs with a vector.
         digest: of their song_ids and checksums; see `digest_rows`.
+        ids: of their song_ids: `IdSums`.
     """
 
     snapshot: str | None
@@ -70,6 +71,7 @@ class Completion(msgspec.Struct, frozen=True):
     server: str
     n_vectors: int
     digest: bytes
+    ids: tuple[int, ...] = ()
 
     def fits(self, snapshot: str | None, text: str, server: str) -> bool:
         """Whether it is complete still: of the same songs, rendered the same way; another server is asked again for

@@ -32,6 +32,7 @@ from songvec_assets.cache.parts import (
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import StoreError
+from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TEXT_HASH_BYTES
 from songvec_assets.storage import Storage
@@ -134,6 +135,17 @@ class ModelCache:
             and not manifest.find_garbage(sizes)
         )
 
+    def summarize(self, song_range: SongIdRange) -> "RangeSummary":
+        """What is cached of a range, in short; opens a file with vectors only if its last fill was not complete."""
+        try:
+            done = self.read_manifest(song_range).complete if self.is_complete(song_range) else None
+            if done is not None:
+                return RangeSummary(done.n_vectors, done.digest, IdSums(*done.ids), done)
+            rows = self.open(song_range).rows
+        except StoreError as error:
+            return RangeSummary(error=str(error))
+        return RangeSummary(rows.height, manifests.digest_rows(rows), IdSums.of(rows["song_id"]))
+
     def digest(self) -> str:
         """An identity of all that is cached; opens no file with vectors."""
         state = xxhash.xxh3_128(f"{self.model} {self.dimensions}".encode())
@@ -148,6 +160,24 @@ class ModelCache:
         key = _manifest_key(song_range)
         read = self.storage.read(key)
         return (manifests.decode(read.content, self.storage.describe(key)), read.version) if read else (None, None)
+
+
+@dataclass(frozen=True)
+class RangeSummary:
+    """What is cached of a range, in short.
+
+    Attributes:
+        n_vectors: songs that have one.
+        digest, ids: of these songs and their checksums, and of their song_ids alone.
+        complete: the last fill, if it was complete and the files are as it left them.
+        error: why the range cannot be read; empty if it can.
+    """
+
+    n_vectors: int = 0
+    digest: bytes = b""
+    ids: IdSums = field(default_factory=IdSums)
+    complete: Completion | None = None
+    error: str = ""
 
 
 @dataclass

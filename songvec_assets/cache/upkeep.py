@@ -15,6 +15,7 @@ from songvec_assets.cache.parts import PIECE_ROWS, Rows
 from songvec_assets.cache.shards import CachedRange
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.embedding.wire import Float32Matrix
+from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange
 
 _MOST_FILES = 16
@@ -30,7 +31,7 @@ def complete(shard: CachedRange, filled: Completion, retention_s: float) -> None
         retention_s: for how long the vectors of deleted songs are kept.
     """
     kept = shard.deleted_rows(time.time() - retention_s) if retention_s else shard.rows.clear()
-    digest = replace(filled, n_vectors=shard.rows.height, digest=digest_rows(shard.rows))
+    digest = _count_vectors(filled, shard.rows)
     consumed = tuple(name for name in shard.manifest.consumed if name in shard.sizes)
     manifest = replace(shard.manifest, complete=digest, consumed=consumed)
     n_dead = shard.n_rows - shard.rows.height - kept.height
@@ -57,7 +58,7 @@ def complete_asked(
         rejected: songs that the provider rejected.
     """
     kept = shard.deleted_rows(time.time() - retention_s) if retention_s else rows.clear()
-    digest = replace(filled, n_vectors=rows.height, digest=digest_rows(rows))
+    digest = _count_vectors(filled, rows)
     before = shard.manifest
     manifest = replace(before, rejected=tuple(rejected), asked_by=None, complete=digest)
     manifest = replace(manifest, served=(*before.served, str(before.asked_by)))
@@ -81,6 +82,10 @@ def write_rows(source: CachedRange, rows: pl.DataFrame, song_range: SongIdRange,
     writer = PartWriter(cache.storage, song_range.key, cache.identity(song_range), manifest.generation)
     files = (writer.write_base(Rows.of_frame(rows), _read(source, rows)),) if rows.height else ()
     cache.storage.put(f"{song_range.key}/{manifests.NAME}", manifests.encode(replace(manifest, files=files)))
+
+
+def _count_vectors(filled: Completion, rows: pl.DataFrame) -> Completion:
+    return replace(filled, n_vectors=rows.height, digest=digest_rows(rows), ids=IdSums.of(rows["song_id"]))
 
 
 def _older_rows(shard: CachedRange, kept: pl.DataFrame) -> pl.DataFrame:

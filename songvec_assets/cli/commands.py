@@ -80,10 +80,9 @@ def demo(
 ) -> None:
     """Fill an embedded Postgres with sample songs, run the whole graph on it, and search."""
     from songvec_assets.postgres.embedded import add_generated_songs
-    from songvec_assets.vectors.table import loaded_spec
 
     deployment = _deploy()
-    held = loaded_spec(deployment.database)
+    held = deployment.table.spec
     if held is not None and held.model != deployment.settings.model:
         _fail(
             f"the embedded database holds vectors of {held.model}, made with a key: the demo would put offline ones in "
@@ -246,7 +245,7 @@ def swap(
     drop_old: Annotated[bool, typer.Option("--drop-old", help="Drop what earlier swaps kept.")] = False,
 ) -> None:
     """Build another model, size or type beside the serving table, compare, and put it in its place."""
-    from songvec_assets.vectors.table import KEPT, loaded_spec
+    from songvec_assets.vectors.table import PREVIOUS
 
     if rollback or drop_old:
         with _interruptible():
@@ -260,36 +259,31 @@ def swap(
     resources = {name: {key: value for key, value in each.items() if value is not None} for name, each in given.items()}
     deployment = _deploy(**resources["postgres"], **resources["fireworks"], **resources["run"])
     resources["run"] |= {"confirm_deletions": confirm_deletions, "confirm_reembedding": confirm_reembedding}
-    if loaded_spec(deployment.database) == deployment.table_spec:
+    if deployment.table.spec == deployment.table_spec:
         _fail(f"searches find {deployment.table_spec} already: name another --model, --dimensions or --vector-type")
     _run_job("swap", deployment, _span(deployment, ""), **resources)
     each = deployment.settings
     out.print(
         f"Searches now find {deployment.table_spec}. Keep it so: SONGVEC_EMBEDDING_MODEL={each.model} "
         f"SONGVEC_EMBEDDING_DIMENSIONS={each.embedding_dimensions} SONGVEC_VECTOR_TYPE={each.vector_type}\n"
-        f"The table before is kept as {KEPT}: `songvec swap --rollback` lets it serve again, `songvec swap --drop-old` "
-        "drops it.",
+        f"The table before is kept as {PREVIOUS}: `songvec swap --rollback` lets it serve again, `songvec swap "
+        "--drop-old` drops it.",
         markup=False,
     )
 
 
 def _undo_swap(rollback: bool) -> None:
-    from songvec_assets.postgres.schema import hold_lock
-    from songvec_assets.vectors.swap import LOCK, drop_others, roll_back
+    from songvec_assets.progress import RunContext
+    from songvec_assets.vectors.swap import drop_others, roll_back
 
     deployment = _deploy()
-
-    def tell_waiting() -> None:
-        err.print("Waiting for a load or swap to end.", style="yellow")
-
-    check = deployment.stop.check
-    with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=check) as check_held:
-        if rollback:
-            serving = roll_back(deployment.database, check, check_held)
-            out.print(f"Searches now find {serving}; set the settings back to it.", markup=False)
-        else:
-            dropped = drop_others(deployment.database, check, check_held)
-            out.print(f"Dropped: {', '.join(dropped) or 'nothing, there was no other table'}", markup=False)
+    run = RunContext(lambda _: err.print("Waiting for a load or swap to end.", style="yellow"), deployment.stop)
+    if rollback:
+        serving = roll_back(deployment.database, run)
+        out.print(f"Searches now find {serving}; set the settings back to it.", markup=False)
+    else:
+        dropped = drop_others(deployment.database, run)
+        out.print(f"Dropped: {', '.join(dropped) or 'nothing, there was no other table'}", markup=False)
 
 
 @app.command()
@@ -429,7 +423,7 @@ def _print_plan(ranges: str, anew: bool) -> None:
 
 def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:
     from songvec_assets.cli.render import hits_table
-    from songvec_assets.vectors.search import search_songs
+    from songvec_assets.search.nearest import search_songs
 
     vector = deployment.embed_query(query, on_trouble=lambda words: err.print(words, style="yellow", markup=False))
     hits = search_songs(deployment.database, deployment.source, deployment.as_loaded().table_spec, vector, limit)

@@ -20,8 +20,8 @@ from songvec_assets.cli.run import RunResult
 from songvec_assets.defs.pace import Pace, describe_progress, describe_time_left
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.progress import Progress, describe_seconds
+from songvec_assets.search.nearest import Hit
 from songvec_assets.status import Status
-from songvec_assets.vectors.search import Hit
 
 _MOST_REASONS, _MOST_KEYS = 2, 3
 

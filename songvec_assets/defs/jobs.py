@@ -10,8 +10,8 @@ from dagster._core.execution.build_resources import wrap_resources_for_execution
 from songvec_assets.defs.resources import RunResource, make_resources, present_values
 from songvec_assets.defs.steps import failing_clearly
 from songvec_assets.dry_run import plan_run
-from songvec_assets.postgres.schema import hold_lock
-from songvec_assets.vectors.swap import LOCK, roll_back
+from songvec_assets.progress import RunContext
+from songvec_assets.vectors.swap import roll_back
 
 _OPTIONS = "Its options are in the run config under resources, run: budget, ranges, concurrency and others."
 
@@ -91,13 +91,8 @@ def put_back_table_before(context: dg.OpExecutionContext, run: RunResource) -> N
     """See `roll_back`."""
     with failing_clearly():
         deployment = run.open()
-
-        def tell_waiting() -> None:
-            context.log.info("waiting for a load or swap to end")
-
-        check = deployment.stop.check
-        with hold_lock(deployment.database, LOCK, on_wait=tell_waiting, check=check) as check_held:
-            context.log.info(f"searches now find {roll_back(deployment.database, check, check_held)}")
+        waiting = RunContext(lambda progress: context.log.info(progress.note), deployment.stop)
+        context.log.info(f"searches now find {roll_back(deployment.database, waiting)}")
 
 
 @dg.job(name="rollback", description="Undo the last swap: the table before serves again.")

@@ -7,7 +7,8 @@ from songvec_assets.progress import Progress, describe_seconds
 
 
 class Pace:
-    """Units per second of each step since its work began; a step that starts again with less done is measured again.
+    """Units per second of each step since its work began; a step that starts again with less done, or in
+    another unit, is measured again.
 
     Units that took no work (`Progress.n_free`) do not count, nor does the time before the first one that took some.
     """
@@ -21,7 +22,8 @@ class Pace:
         worked = progress.done - progress.n_free
         start = self._starts.setdefault(progress.step, _Start(now, worked, progress))
         only_skipped = worked == start.n_worked and progress.n_free > start.latest.n_free
-        if progress.done < start.latest.done or only_skipped:
+        another_phase = progress.unit != start.latest.unit
+        if progress.done < start.latest.done or only_skipped or another_phase:
             start.at, start.n_worked = now, worked
         start.latest = progress
         return (worked - start.n_worked) / (now - start.at) if now > start.at else 0.0

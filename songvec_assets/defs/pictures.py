@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import numpy as np
 
+from songvec_assets.search.preview import SongMap
 from songvec_assets.status import RangeCoverage
-from songvec_assets.vectors.preview import SongMap
-from songvec_assets.vectors.recall import RecallReport
+from songvec_assets.vectors.index.recall import RecallReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,14 +10,13 @@ from songvec_assets.cache.fill import FillReport
 from songvec_assets.defs.pictures import draw_coverage, draw_map, draw_recall, draw_tokens, show_picture
 from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.schema import read_pgvector_caution
+from songvec_assets.search.preview import Preview
 from songvec_assets.songs.export import ExportReport
 from songvec_assets.songs.snapshots import SIZE_CLASS_BYTES, digest_snapshots
 from songvec_assets.status import measure_coverage
-from songvec_assets.vectors.ivfflat import IndexReport
-from songvec_assets.vectors.ledger import digest_ledger, read_ledger
-from songvec_assets.vectors.preview import Preview
-from songvec_assets.vectors.publish import PublishReport
-from songvec_assets.vectors.recall import RecallReport
+from songvec_assets.vectors.index.recall import RecallReport
+from songvec_assets.vectors.index.upkeep import IndexReport
+from songvec_assets.vectors.swap import PublishReport
 
 Metadata = dict[str, Any]
 _MAX_TABLE_ROWS = 50
@@ -82,16 +81,16 @@ def report_export(report: ExportReport, deployment: Deployment, log: Any) -> dg.
 
 def report_publish(report: PublishReport, deployment: Deployment, log: Any) -> dg.MaterializeResult[None]:
     """A load's totals and what every range came to; its version is that of the ledger."""
-    log.info(report.place.reason)
+    log.info(report.target.reason)
     if report.comparison is not None:
         log.info(f"swapped in: {report.comparison.describe()}")
-    if report.n_foreign:
+    if report.n_unmanaged:
         log.warning(
-            f"{report.n_foreign:,} rows of song_embeddings are somebody else's: nothing was ever loaded of their "
+            f"{report.n_unmanaged:,} rows of song_embeddings are somebody else's: nothing was ever loaded of their "
             "ranges. Searches find them; delete them if they should not"
         )
     metadata = describe_publish(report, deployment) | _illustrate(log, lambda: _describe_coverage(deployment))
-    version = digest_ledger(read_ledger(deployment.database), deployment.table_spec)
+    version = deployment.table.ledger.digest(deployment.table_spec)
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(version))
 
 
@@ -238,9 +237,9 @@ def describe_publish(report: PublishReport, deployment: Deployment) -> Metadata:
         "query prompt": spec.query_prompt or "",
         "document prompt": spec.document_prompt or "",
         "database": deployment.database.describe(),
-        "reason": report.place.reason,
+        "reason": report.target.reason,
         "swapped": compared is not None,
-        "rows of somebody else": report.n_foreign,
+        "rows of somebody else": report.n_unmanaged,
         **swapped,
         "ranges": len(loads),
         "ranges written": len(written),
@@ -270,7 +269,6 @@ def describe_index(report: IndexReport) -> Metadata:
         "probes": report.index.probes,
         "bytes": report.index.n_bytes,
         "seconds": round(report.seconds, 3),
-        "estimated seconds of a build": round(estimate.total_seconds, 1),
         "estimated bytes of memory": estimate.memory_bytes,
         "estimated bytes while it sorts": estimate.temporary_bytes,
     }
@@ -313,7 +311,7 @@ def describe_preview(preview: Preview) -> Metadata:
                     f"nearest {place}": f"{hit.name} — {hit.artist} ({hit.similarity:.2f})"
                     for place, hit in enumerate(each.nearest, 1)
                 }
-                for each in preview.neighbourhoods
+                for each in preview.neighborhoods
             ],
         ),
     }

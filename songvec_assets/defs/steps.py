@@ -19,7 +19,6 @@ from songvec_assets.deployment import Deployment
 from songvec_assets.errors import BudgetExceededError, DamagedShardError, ProviderError, SongvecError, StoppedError
 from songvec_assets.progress import Progress, run_in_worker
 from songvec_assets.songs.export import IncompleteExportError
-from songvec_assets.vectors.table import loaded_spec
 
 Result = TypeVar("Result")
 
@@ -207,7 +206,7 @@ class FillRecorder:
         """The ranges that are not complete, where something can be loaded without them; else nothing."""
         n_vectors = sum(map(_count_vectors, self._reports))
         deployment = self._deployment
-        serving = loaded_spec(deployment.database)
+        serving = deployment.table.spec
         # another model's table would be built and indexed, and then refused for what it lacks
         is_swap = deployment.settings.swap and serving not in (None, deployment.table_spec)
         if not n_vectors or is_swap:

@@ -9,7 +9,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import psycopg2
 import sqlalchemy as sa
@@ -27,6 +27,8 @@ from songvec_assets.postgres.urls import describe_url, libpq_uri, parse_url
 from songvec_assets.postgres.words import describe_database_error
 
 Profile = Literal["batch", "web", "parallel"]
+
+PROFILES: tuple[Profile, ...] = get_args(Profile)
 
 _POOLS: dict[Profile, dict[str, Any]] = {
     "batch": {"poolclass": NullPool},
@@ -74,6 +76,14 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
             sa.event.listen(engine, "begin", functools.partial(_begin, statement=begin))
             _engines[url, profile] = engine
         return _engines[url, profile]
+
+
+def close_engines(url: str) -> None:
+    """Close the process's pooled connections to a URL. Whoever asks for an engine again is given a new one."""
+    with _engines_lock:
+        engines = [_engines.pop(key) for key in list(_engines) if key[0] == url]
+    for engine in engines:
+        engine.dispose()
 
 
 def _begin(connection: sa.Connection, statement: str) -> None:
@@ -135,6 +145,8 @@ def raw_cursor(connection: sa.Connection) -> Iterator[Any]:
 class Database:
     """One database, by URL; hands out engines and connections and can cancel what they are doing.
 
+    As a context manager it closes them at the end: `with Database(url) as database: …`.
+
     Attributes:
         url: where it is.
         embedded: whether it is the server that this package brings along.
@@ -147,6 +159,17 @@ class Database:
     _active: set[Backend] = field(default_factory=set, repr=False, compare=False)
     # a signal handler may cancel in the thread that holds it
     _lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
+
+    def __enter__(self) -> "Database":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the pooled connections, of all that use this URL in this process. It can be used again afterwards."""
+        for url in filter(None, {self.url, self.direct_url}):
+            close_engines(url)
 
     def get_engine(self, profile: Profile = "batch") -> sa.Engine:
         """See the function of that name."""

@@ -1,6 +1,7 @@
 """Schema `songvec`: the small tables that the package keeps beside its data, and the locks taken on ranges.
 
-One row a fact in `songvec.settings`; JSON values. Nothing here knows what the facts mean.
+A value a row in `songvec.settings`, as JSON. When to add here: nothing but access to these tables; a change of them is
+another file in `migrations/`, `0002_….sql`, which runs once. Keep out: what the values mean.
 """
 
 import contextlib
@@ -10,8 +11,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
-from typing import Any
+from importlib import resources
+from typing import Any, TypeVar
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy import text
 
@@ -28,79 +31,70 @@ _MENDED = {
 }
 """What is wrong before a version; pgvector's changelog, read 2026-11."""
 
+_Record = TypeVar("_Record")
+
 _LOCK_POLL_S = 0.5
 _NO_SCHEMA = "3F000"
 
-_TABLES = """
-    CREATE SCHEMA IF NOT EXISTS songvec;
-    CREATE TABLE IF NOT EXISTS songvec.settings (
-        key text PRIMARY KEY,
-        value jsonb NOT NULL
-    );
-    CREATE TABLE IF NOT EXISTS songvec.rate_limits (
-        name text PRIMARY KEY
-    );
-    ALTER TABLE songvec.rate_limits
-        ADD COLUMN IF NOT EXISTS requests_at timestamptz NOT NULL DEFAULT 'epoch',
-        ADD COLUMN IF NOT EXISTS tokens_at timestamptz NOT NULL DEFAULT 'epoch',
-        ADD COLUMN IF NOT EXISTS paused_until timestamptz NOT NULL DEFAULT 'epoch',
-        ADD COLUMN IF NOT EXISTS busy_since timestamptz NOT NULL DEFAULT 'epoch',
-        ADD COLUMN IF NOT EXISTS slowed_at timestamptz NOT NULL DEFAULT 'epoch',
-        ADD COLUMN IF NOT EXISTS share double precision NOT NULL DEFAULT 1,
-        ADD COLUMN IF NOT EXISTS seen_at timestamptz NOT NULL DEFAULT 'epoch',
-        ADD COLUMN IF NOT EXISTS ahead_s double precision NOT NULL DEFAULT 0;
-    CREATE TABLE IF NOT EXISTS songvec.rate_seconds (
-        name text,
-        slot smallint,
-        second bigint NOT NULL,
-        n_requests bigint NOT NULL,
-        n_tokens bigint NOT NULL,
-        PRIMARY KEY (name, slot)
-    );
-    CREATE TABLE IF NOT EXISTS songvec.loaded_ranges (
-        range_start bigint NOT NULL,
-        range_stop bigint NOT NULL,
-        model text NOT NULL,
-        dimensions integer NOT NULL,
-        n_songs integer NOT NULL,
-        digest bytea NOT NULL,
-        song_ids bytea NOT NULL,
-        checksums bytea NOT NULL,
-        loaded_at timestamptz NOT NULL DEFAULT now()
-    );
-    ALTER TABLE songvec.loaded_ranges
-        ADD COLUMN IF NOT EXISTS table_name text NOT NULL DEFAULT 'song_embeddings',
-        DROP CONSTRAINT IF EXISTS loaded_ranges_pkey,
-        ADD PRIMARY KEY (table_name, range_start, range_stop);
-    CREATE TABLE IF NOT EXISTS songvec.budgets (
-        name text PRIMARY KEY,
-        updated_at timestamptz NOT NULL DEFAULT now()
-    );
-    ALTER TABLE songvec.budgets
-        DROP COLUMN IF EXISTS n_tokens,
-        ADD COLUMN IF NOT EXISTS usd numeric NOT NULL DEFAULT 0,
-        ADD COLUMN IF NOT EXISTS reserved_usd numeric NOT NULL DEFAULT 0;
-"""
-# all of it is made in one transaction: where the newest part is there, so is the rest
-_HAS_NEWEST = """
+_VERSION = "schema_version"
+# of the releases that recorded no version, the last one made all of version 1
+_HAS_VERSION_1 = """
     SELECT EXISTS (
         SELECT FROM pg_attribute WHERE attrelid = to_regclass('songvec.budgets') AND attname = 'reserved_usd'
     )
 """
+_MAY_RECORD = """
+    SELECT current_setting('transaction_read_only') = 'off' AND has_table_privilege('songvec.settings', 'INSERT')
+"""
+
+
+def read_migrations() -> list[str]:
+    """The SQL of each version of schema `songvec`, from version 1 on: the files of `migrations/`, by number."""
+    folder = resources.files("songvec_assets.postgres") / "migrations"
+    names = sorted(each.name for each in folder.iterdir() if each.name.endswith(".sql"))
+    numbers = [int(name[:4]) for name in names]
+    assert numbers == list(range(1, len(names) + 1)), f"migrations are numbered from 1 on, got {names}"
+    return [(folder / name).read_text(encoding="utf-8") for name in names]
 
 
 def ensure_schema(database: Database) -> None:
-    """Create the `vector` extension and our tables where they are missing.
+    """Bring schema `songvec` to the newest version, and create the `vector` extension if it is missing.
+
+    All in one transaction: a migration that fails leaves the version that was there. A schema from before versions were
+    recorded is taken over as it is, with what it holds.
 
     Raises:
-        DatabaseError: the extension is not installed, not permitted or too old, or the user may not create a schema.
+        DatabaseError: a newer release made the schema; the extension is not installed, not permitted or too old; or the
+            user may not create a schema.
     """
+    migrations = read_migrations()
     with database.get_connection() as connection:
-        # two first runs at once would collide in the catalogue
+        # two first runs at once would collide in the catalog
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key("schema")})
-        if not connection.scalar(text(_HAS_NEWEST)):
-            connection.execute(text(_TABLES))
+        recorded = _read_version(connection)
+        version = recorded if recorded is not None else int(bool(connection.scalar(text(_HAS_VERSION_1))))
+        if version > len(migrations):
+            raise DatabaseError(
+                f"this database was migrated by a newer songvec, to version {version} of schema songvec, and this one "
+                f"knows version {len(migrations)}: upgrade songvec-assets here. Nothing was changed"
+            )
+        with raw_cursor(connection) as cursor:  # SQL may hold colons
+            for migration in migrations[version:]:
+                cursor.execute(migration)
+        if version < len(migrations):
+            write_fact(connection, _VERSION, len(migrations))
+        elif recorded is None and connection.scalar(text(_MAY_RECORD)):  # else who only looks could not
+            write_first_fact(connection, _VERSION, version)
         _ensure_extension(connection)
+
+
+def _read_version(connection: sa.Connection) -> int | None:
+    """The recorded version; None where there is none."""
+    if not connection.scalar(text("SELECT to_regclass('songvec.settings') IS NOT NULL")):
+        return None
+    statement = text("SELECT value FROM songvec.settings WHERE key = :key")
+    version = connection.scalar(statement, {"key": _VERSION})
+    return None if version is None else int(version)
 
 
 def _ensure_extension(connection: sa.Connection) -> None:
@@ -214,6 +208,19 @@ def read_fact(connection: sa.Connection, key: str) -> Any:
     if not has_tables(connection):
         return None
     return connection.scalar(text("SELECT value FROM songvec.settings WHERE key = :key"), {"key": key})
+
+
+def read_record(connection: sa.Connection, key: str, kind: type[_Record]) -> _Record | None:
+    """A value of `songvec.settings` as a number, text, dataclass or list of them.
+
+    None where there is none, or another version wrote it with other fields: what cannot be read counts as not
+    recorded. Fields that `kind` does not have are passed over.
+    """
+    value = read_fact(connection, key)
+    try:
+        return None if value is None else msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return None
 
 
 def write_fact(connection: sa.Connection, key: str, value: Any) -> None:

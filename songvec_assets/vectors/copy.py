@@ -1,5 +1,7 @@
 """Float32 matrices to Postgres' binary COPY format, encoded as they are sent. Pure.
 
+When to add here: another type of column. Keep out: connections, and which rows (`load`).
+
 Layout of a row, big-endian (PostgreSQL documentation, COPY, "Binary Format"; pgvector's vector_send and halfvec_send;
 read 2026-11): int16 number of fields; for each field int32 length and its bytes; a vector is int16 dimensions, int16
 unused, then its values. Every row has the same size, so one numpy record lays out a whole chunk.

@@ -1,10 +1,14 @@
-"""The ledger of what is loaded, in `songvec.loaded_ranges`, and the table's own song_ids to hold it against.
+"""The ledger of what is loaded into a table, by range: `songvec.loaded_ranges`.
 
 A range's row names every song_id and checksum that the table holds for it, and is written in the transaction that
-loads them: 12 bytes a song beside 8,008.
+loads them: 12 bytes a song beside 8,008. When to add here: another question about what is loaded. Keep out: what the
+table itself holds (`table`).
 """
 
+import contextlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -12,11 +16,13 @@ import sqlalchemy as sa
 import xxhash
 from sqlalchemy import text
 
+from songvec_assets.cache.manifest import digest_rows
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import has_tables
-from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.vectors.table import TABLE, TableSpec, table_exists
+
+if TYPE_CHECKING:
+    from songvec_assets.vectors.table import TableSpec
 
 
 @dataclass(frozen=True)
@@ -29,128 +35,132 @@ class LedgerEntry:
     @classmethod
     def of(cls, vectors: pl.DataFrame) -> "LedgerEntry":
         """The entry that a load of these rows (song_id, checksum; ordered by song_id) leaves."""
-        state = xxhash.xxh3_128(vectors["song_id"].to_numpy().tobytes())
-        state.update(vectors["checksum"].to_numpy().tobytes())
-        return cls(vectors.height, state.digest())
+        return cls(vectors.height, digest_rows(vectors))
 
 
-def read_ledger(database: Database, table: str = TABLE) -> dict[SongIdRange, LedgerEntry]:
-    """What is loaded into a table, by range."""
-    with database.get_connection() as connection:
-        return read_ledger_within(connection, table)
+@dataclass(frozen=True)
+class Ledger:
+    """The ledger of one table. Each method reads in the connection's transaction, or in one of its own.
 
+    Attributes:
+        database: where it is.
+        table: whose.
+    """
 
-def read_ledger_within(connection: sa.Connection, table: str = TABLE) -> dict[SongIdRange, LedgerEntry]:
-    """See `read_ledger`; within the connection's transaction."""
-    if not has_tables(connection):
-        return {}
-    rows = connection.execute(
-        text("SELECT range_start, range_stop, n_songs, digest FROM songvec.loaded_ranges WHERE table_name = :table"),
-        {"table": table},
-    )
-    return {SongIdRange(start, stop): LedgerEntry(n_songs, bytes(digest)) for start, stop, n_songs, digest in rows}
+    database: Database
+    table: str
 
+    def _connect(self, connection: sa.Connection | None) -> AbstractContextManager[sa.Connection]:
+        return self.database.get_connection() if connection is None else contextlib.nullcontext(connection)
 
-def find_loaded_ranges(database: Database, tiling: Tiling) -> set[SongIdRange]:
-    """The ranges of the serving table's songs, as song_ids are cut now: a ledger may know the tail before."""
-    ranges, tiles = set(), set(tiling)
-    for song_range, entry in read_ledger(database).items():
-        if song_range in tiles:
-            ranges.add(song_range)
-        elif entry.n_songs:
-            with database.get_connection() as connection:
-                loaded = read_loaded_rows(connection, song_range)
-            song_ids = () if loaded is None else (loaded["song_id"] // tiling.width).unique() * tiling.width
-            ranges.update(tiling.range_of(song_id) for song_id in song_ids)
-    return ranges
+    def read(self, connection: sa.Connection | None = None) -> dict[SongIdRange, LedgerEntry]:
+        """What is loaded, by range: all rows at once, without their song_ids."""
+        with self._connect(connection) as connected:
+            if not has_tables(connected):
+                return {}
+            rows = connected.execute(
+                text("""
+                    SELECT range_start, range_stop, n_songs, digest
+                    FROM songvec.loaded_ranges WHERE table_name = :table
+                """),
+                {"table": self.table},
+            )
+            return {
+                SongIdRange(start, stop): LedgerEntry(n_songs, bytes(digest)) for start, stop, n_songs, digest in rows
+            }
 
+    def read_rows(self, song_range: SongIdRange, connection: sa.Connection | None = None) -> pl.DataFrame | None:
+        """The rows (song_id Int32, checksum UInt64) loaded of a range; None: the range was never loaded."""
+        with self._connect(connection) as connected:
+            if not has_tables(connected):
+                return None
+            row = connected.execute(
+                text("""
+                    SELECT song_ids, checksums FROM songvec.loaded_ranges
+                    WHERE table_name = :table AND range_start = :start AND range_stop = :stop
+                """),
+                {"table": self.table, "start": song_range.start, "stop": song_range.stop},
+            ).one_or_none()
+        if row is None:
+            return None
+        song_ids, checksums = np.frombuffer(row.song_ids, dtype="<i4"), np.frombuffer(row.checksums, dtype="<u8")
+        return pl.DataFrame({"song_id": song_ids, "checksum": checksums})
 
-def digest_ledger(ledger: dict[SongIdRange, LedgerEntry], spec: TableSpec) -> str:
-    """An identity of all that is loaded."""
-    state = xxhash.xxh3_128(str(spec).encode())
-    for song_range in sorted(ledger):
-        state.update(f"{song_range.key} {ledger[song_range].digest.hex()}\n".encode())
-    return state.hexdigest()
+    def read_song_ids(self, song_range: SongIdRange) -> pl.Series:
+        """The songs loaded of a range; empty where it was never loaded."""
+        rows = self.read_rows(song_range)
+        return pl.Series("song_id", [], dtype=pl.Int32) if rows is None else rows["song_id"]
 
+    def read_models(self, connection: sa.Connection | None = None) -> dict[tuple[str, int], int]:
+        """Model and dimensions of the loaded ranges, with their songs."""
+        with self._connect(connection) as connected:
+            if not has_tables(connected):
+                return {}
+            rows = connected.execute(
+                text("""
+                    SELECT model, dimensions, sum(n_songs)::bigint FROM songvec.loaded_ranges
+                    WHERE table_name = :table GROUP BY model, dimensions
+                """),
+                {"table": self.table},
+            )
+            return {(model, dimensions): n_songs for model, dimensions, n_songs in rows}
 
-def read_loaded_rows(connection: sa.Connection, song_range: SongIdRange, table: str = TABLE) -> pl.DataFrame | None:
-    """The rows (song_id Int32, checksum UInt64) loaded of a range; None for none."""
-    if not has_tables(connection):
-        return None
-    row = connection.execute(
-        text("""
-            SELECT song_ids, checksums FROM songvec.loaded_ranges
-            WHERE table_name = :table AND range_start = :start AND range_stop = :stop
-        """),
-        {"table": table, "start": song_range.start, "stop": song_range.stop},
-    ).one_or_none()
-    if row is None:
-        return None
-    song_ids, checksums = np.frombuffer(row.song_ids, dtype="<i4"), np.frombuffer(row.checksums, dtype="<u8")
-    return pl.DataFrame({"song_id": song_ids, "checksum": checksums})
+    def find_ranges(self, tiling: Tiling) -> set[SongIdRange]:
+        """The ranges of the loaded songs, as song_ids are divided now: a ledger may know the tail before."""
+        ranges, tiles = set(), set(tiling)
+        for song_range, entry in self.read().items():
+            if song_range in tiles:
+                ranges.add(song_range)
+            elif entry.n_songs:
+                starts = (self.read_song_ids(song_range) // tiling.width).unique() * tiling.width
+                ranges.update(map(tiling.range_of, starts))
+        return ranges
 
+    def digest(self, spec: "TableSpec") -> str:
+        """An identity of all that is loaded."""
+        state = xxhash.xxh3_128(str(spec).encode())
+        for song_range, entry in sorted(self.read().items()):
+            state.update(f"{song_range.key} {entry.digest.hex()}\n".encode())
+        return state.hexdigest()
 
-TableRows = IdSums
-"""Which rows a table has of a range, by its primary key."""
-_ROWS = IdSums.columns("song_id")
-
-
-def read_table_rows(
-    database: Database, tiling: Tiling, table: str = TABLE
-) -> tuple[dict[SongIdRange, TableRows], TableRows]:
-    """A table's rows by range, and those with a negative song_id; reads its primary key. No table has none."""
-    with database.get_connection() as connection:
-        if not table_exists(connection, table):
-            return {}, TableRows()
-        rows = connection.execute(
-            text(f"""
-                SELECT CASE WHEN song_id < 0 THEN -1 ELSE least(song_id, :stop) / :width END AS tile, {_ROWS}
-                FROM {table} GROUP BY tile
+    def write(
+        self, connection: sa.Connection, song_range: SongIdRange, vectors: pl.DataFrame, spec: "TableSpec"
+    ) -> None:
+        """Record a range as loaded with these rows (song_id, checksum), within the transaction that loads them."""
+        entry = LedgerEntry.of(vectors)
+        bounds = {"table": self.table, "start": song_range.start, "stop": song_range.stop}
+        # a raised stop leaves the old tail's row behind, which overlaps the new ranges
+        connection.execute(
+            text("""
+                DELETE FROM songvec.loaded_ranges
+                WHERE table_name = :table AND range_start < :stop AND range_stop > :start
             """),
-            {"stop": tiling.stop, "width": tiling.width},
+            bounds,
         )
-        found = {tile: TableRows(*counts) for tile, *counts in rows}
-    below = found.pop(-1, TableRows())
-    return {tiling.range_of(tile * tiling.width): counts for tile, counts in found.items()}, below
+        connection.execute(
+            text("""
+                INSERT INTO songvec.loaded_ranges
+                    (table_name, range_start, range_stop, model, dimensions, n_songs, digest, song_ids, checksums)
+                VALUES (:table, :start, :stop, :model, :dimensions, :n_songs, :digest, :song_ids, :checksums)
+            """),
+            bounds
+            | {
+                "model": spec.model,
+                "dimensions": spec.dimensions,
+                "n_songs": entry.n_songs,
+                "digest": entry.digest,
+                "song_ids": vectors["song_id"].to_numpy().astype("<i4").tobytes(),
+                "checksums": vectors["checksum"].to_numpy().astype("<u8").tobytes(),
+            },
+        )
 
+    def rename_to(self, connection: sa.Connection, table: str) -> None:
+        """Let the rows follow a table that is renamed."""
+        connection.execute(
+            text("UPDATE songvec.loaded_ranges SET table_name = :new WHERE table_name = :table"),
+            {"table": self.table, "new": table},
+        )
 
-def read_range_rows(connection: sa.Connection, song_range: SongIdRange, table: str = TABLE) -> TableRows:
-    """A table's rows of one range."""
-    n_rows, *sums = connection.execute(
-        text(f"SELECT {_ROWS} FROM {table} WHERE song_id >= :start AND song_id < :stop"),
-        {"start": song_range.start, "stop": song_range.stop},
-    ).one()
-    return TableRows(n_rows, *(each or 0 for each in sums))
-
-
-def write_ledger(
-    connection: sa.Connection, song_range: SongIdRange, vectors: pl.DataFrame, spec: TableSpec, table: str = TABLE
-) -> None:
-    """Record a range as loaded with these rows (song_id, checksum), within the transaction that loads them."""
-    entry = LedgerEntry.of(vectors)
-    # a raised stop leaves the old tail's row behind, which overlaps the new ranges
-    connection.execute(
-        text(
-            "DELETE FROM songvec.loaded_ranges "
-            "WHERE table_name = :table AND range_start < :stop AND range_stop > :start"
-        ),
-        {"table": table, "start": song_range.start, "stop": song_range.stop},
-    )
-    connection.execute(
-        text("""
-            INSERT INTO songvec.loaded_ranges
-                (table_name, range_start, range_stop, model, dimensions, n_songs, digest, song_ids, checksums)
-            VALUES (:table, :start, :stop, :model, :dimensions, :n_songs, :digest, :song_ids, :checksums)
-        """),
-        {
-            "table": table,
-            "start": song_range.start,
-            "stop": song_range.stop,
-            "model": spec.model,
-            "dimensions": spec.dimensions,
-            "n_songs": entry.n_songs,
-            "digest": entry.digest,
-            "song_ids": vectors["song_id"].to_numpy().astype("<i4").tobytes(),
-            "checksums": vectors["checksum"].to_numpy().astype("<u8").tobytes(),
-        },
-    )
+    def clear(self, connection: sa.Connection) -> None:
+        """Remove all rows: the table does not exist."""
+        connection.execute(text("DELETE FROM songvec.loaded_ranges WHERE table_name = :table"), {"table": self.table})

@@ -1,299 +1,427 @@
-"""The table built beside takes the serving one's place, in one short transaction; and the way back."""
+"""From the cache to what searches find: under the index where little changed, else through a staging table.
+
+Searches see the old rows or the new ones, never a part: a range is one transaction, and a swap is one short one. When
+to add here: another reason to stage or to refuse a swap, as one more guard of `SwapGuards`. Keep out: what people hang
+on a table (`postgres/relations`) and how two tables compare (`samples`).
+"""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
+import polars as pl
 import sqlalchemy as sa
-from sqlalchemy import text
 
-from songvec_assets.errors import TableMismatchError
+from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchError
+from songvec_assets.postgres import relations
 from songvec_assets.postgres.brief import run_briefly
-from songvec_assets.postgres.engine import Database, raw_cursor
-from songvec_assets.vectors.build import building_name, replaced_name
-from songvec_assets.vectors.table import (
-    BESIDE,
-    FACTS,
-    KEPT,
-    TABLE,
-    TableSpec,
-    drop_table,
-    fact_key,
-    forget_table,
-    index_name,
-    read_spec,
-    table_exists,
-)
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.progress import SILENT, Progress, RunContext
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
+from songvec_assets.vectors import load
+from songvec_assets.vectors.index.preflight import check_target
+from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.ledger import LedgerEntry
+from songvec_assets.vectors.load import LoadPlan, LoadSource, RangeLoad
+from songvec_assets.vectors.samples import Comparison, compare_tables
+from songvec_assets.vectors.table import PREVIOUS, SERVING, STAGING, TableSpec, VectorTable
 
 LOCK = "publish"
-"""Held by whoever loads, builds beside, swaps or drops: one at a time."""
+"""Held by whoever loads, stages, swaps or drops: one at a time."""
 
-_ATTACHMENTS = """
-    WITH target AS (
-        SELECT c.*, ARRAY[c.reltype, t.typarray] AS row_types
-        FROM pg_class c LEFT JOIN pg_type t ON t.oid = c.reltype WHERE c.oid = to_regclass(:table)
-    ), dependents AS (
-        SELECT d.classid, d.objid, d.objsubid FROM pg_depend d, target
-        WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = target.oid
-           OR d.refclassid = 'pg_type'::regclass AND d.refobjid = ANY (target.row_types)
-    )
-    SELECT 'view ' || r.ev_class::regclass::text
-    FROM dependents d JOIN pg_rewrite r ON r.oid = d.objid, target
-    WHERE d.classid = 'pg_rewrite'::regclass AND r.ev_class <> target.oid
-    UNION SELECT 'rule ' || rulename FROM pg_rewrite, target WHERE ev_class = target.oid
-    UNION SELECT 'trigger ' || tgname FROM pg_trigger, target WHERE tgrelid = target.oid AND NOT tgisinternal
-    UNION SELECT 'foreign key ' || conname FROM pg_constraint, target
-    WHERE contype = 'f' AND target.oid IN (conrelid, confrelid)
-    UNION SELECT 'constraint ' || conname FROM pg_constraint, target WHERE contype = 'c' AND conrelid = target.oid
-    UNION SELECT 'column ' || attname FROM pg_attribute, target
-    WHERE attrelid = target.oid AND attnum > 0 AND NOT attisdropped
-      AND attname NOT IN ('song_id', 'embedding', 'created_at')
-    UNION SELECT 'default of column ' || attname
-    FROM pg_attribute a JOIN pg_attrdef e ON (e.adrelid, e.adnum) = (a.attrelid, a.attnum), target
-    WHERE a.attrelid = target.oid AND a.attname IN ('song_id', 'embedding', 'created_at')
-      AND (a.attname <> 'created_at' OR pg_get_expr(e.adbin, e.adrelid) NOT IN ('now()', 'CURRENT_TIMESTAMP'))
-    UNION SELECT 'index ' || i.indexrelid::regclass::text
-    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid, target
-    WHERE i.indrelid = target.oid AND NOT i.indisprimary AND i.indisvalid AND c.relname <> ALL (:indexes)
-    UNION SELECT 'row security' FROM target WHERE relrowsecurity
-    UNION SELECT 'row security of its owner' FROM target WHERE relforcerowsecurity
-    UNION SELECT 'replica identity' FROM target WHERE relreplident <> 'd'
-    UNION SELECT 'security label of ' || provider FROM pg_seclabel, target
-    WHERE classoid = 'pg_class'::regclass AND objoid = target.oid
-    UNION SELECT 'parent ' || inhparent::regclass::text FROM pg_inherits, target WHERE inhrelid = target.oid
-    UNION SELECT 'publication ' || p.pubname
-    FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid, target WHERE r.prrelid = target.oid
-    UNION SELECT 'a subscription' FROM pg_subscription_rel, target WHERE srrelid = target.oid
-    UNION SELECT 'order CLUSTER ON ' || indexrelid::regclass::text FROM pg_index, target
-    WHERE indrelid = target.oid AND indisclustered
-    UNION SELECT 'tablespace ' || spcname FROM pg_tablespace t, target WHERE t.oid = target.reltablespace
-    UNION SELECT 'comment on ' || pg_describe_object(e.classoid, e.objoid, 0)
-    FROM pg_description e, target
-    WHERE e.classoid = 'pg_class'::regclass
-          AND e.objoid IN (SELECT indexrelid FROM pg_index WHERE indrelid = target.oid)
-       OR e.classoid = 'pg_constraint'::regclass
-          AND e.objoid IN (SELECT oid FROM pg_constraint WHERE conrelid = target.oid AND contype = 'p')
-       OR e.classoid = 'pg_statistic_ext'::regclass
-          AND e.objoid IN (SELECT oid FROM pg_statistic_ext WHERE stxrelid = target.oid)
-    UNION SELECT 'options of index ' || i.indexrelid::regclass::text
-    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid, target
-    WHERE i.indrelid = target.oid AND i.indisprimary AND c.reloptions <> '{}'
-    UNION SELECT 'statistics target of ' || stxname FROM pg_statistic_ext s, target
-    WHERE s.stxrelid = target.oid AND (to_jsonb(s) ->> 'stxstattarget')::int >= 0
-    -- policies, functions, columns of the row's type, children, sequences, and whatever later servers know
-    UNION SELECT pg_describe_object(d.classid, d.objid, d.objsubid) FROM dependents d, target
-    WHERE d.classid <> ALL (ARRAY[
-        'pg_rewrite', 'pg_attrdef', 'pg_publication_rel', 'pg_statistic_ext']::regclass[]::oid[])
-      AND NOT (d.classid = 'pg_type'::regclass AND d.objid = ANY (target.row_types))
-      AND NOT EXISTS (SELECT FROM pg_trigger WHERE d.classid = 'pg_trigger'::regclass AND oid = d.objid
-                      AND tgrelid = target.oid)
-      AND NOT EXISTS (SELECT FROM pg_constraint WHERE d.classid = 'pg_constraint'::regclass AND oid = d.objid
-                      AND target.oid IN (conrelid, confrelid))
-      AND NOT EXISTS (SELECT FROM pg_index WHERE d.classid = 'pg_class'::regclass AND indexrelid = d.objid)
-      AND NOT (d.classid = 'pg_class'::regclass AND d.objid IN (target.oid, target.reltoastrelid))
-    ORDER BY 1
-"""
-
-# what a table that takes another's name is given, as statements about %(new)s; their order matters
-_PROPERTIES = """
-    WITH target AS (SELECT * FROM pg_class WHERE oid = %(table)s::regclass),
-    columns AS (
-        SELECT a.* FROM pg_attribute a, target WHERE a.attrelid = target.oid AND a.attnum > 0 AND NOT a.attisdropped
-    ),
-    grants AS (
-        SELECT '' AS columns, acl.* FROM target, aclexplode(relacl) acl WHERE acl.grantee <> relowner
-        UNION ALL SELECT format('(%%I)', attname), acl.* FROM columns, aclexplode(attacl) acl
-    ),
-    old_grants AS (
-        SELECT DISTINCT acl.grantee FROM target, (
-            SELECT (aclexplode(relacl)).grantee FROM pg_class WHERE oid = %(new)s::regclass
-            UNION ALL SELECT (aclexplode(attacl)).grantee FROM pg_attribute WHERE attrelid = %(new)s::regclass
-        ) acl, pg_class c
-        WHERE c.oid = %(new)s::regclass AND acl.grantee NOT IN (c.relowner, target.relowner)
-    )
-    SELECT statement FROM (
-        SELECT 1 AS step, format('ALTER TABLE {new} OWNER TO %%I', pg_get_userbyid(target.relowner)) AS statement
-        FROM target JOIN pg_class c ON c.oid = %(new)s::regclass WHERE c.relowner <> target.relowner
-        UNION ALL SELECT 2, format('REVOKE ALL ON {new} FROM %%s CASCADE', {grantee}) FROM old_grants
-        UNION ALL SELECT 3, format(
-            'GRANT %%s %%s ON {new} TO %%s%%s', privilege_type, columns, {grantee},
-            CASE WHEN is_grantable THEN ' WITH GRANT OPTION' END
-        ) FROM grants
-        UNION ALL SELECT 4, format('ALTER TABLE {new} SET (%%s)', array_to_string(reloptions, ', '))
-        FROM target WHERE reloptions <> '{{}}'
-        UNION ALL SELECT 4, format('ALTER TABLE {new} SET (toast.%%s)', array_to_string(t.reloptions, ', toast.'))
-        FROM target JOIN pg_class t ON t.oid = target.reltoastrelid WHERE t.reloptions <> '{{}}'
-        UNION ALL SELECT 4, format(
-            'ALTER TABLE {new} ALTER COLUMN %%I SET (%%s)', attname, array_to_string(attoptions, ', ')
-        ) FROM columns WHERE attoptions <> '{{}}'
-        UNION ALL SELECT 4, format('ALTER TABLE {new} ALTER COLUMN %%I SET STATISTICS %%s', attname, attstattarget)
-        FROM columns WHERE attstattarget >= 0
-        UNION ALL SELECT 4, format('COMMENT ON TABLE {new} IS %%L', obj_description(oid, 'pg_class'))
-        FROM target WHERE obj_description(oid, 'pg_class') IS NOT NULL
-        UNION ALL SELECT 4, format('COMMENT ON COLUMN {new}.%%I IS %%L', attname, col_description(attrelid, attnum))
-        FROM columns WHERE col_description(attrelid, attnum) IS NOT NULL
-    ) AS statements ORDER BY step
-"""
-_GRANTEE = "CASE WHEN grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END"
-
-_STATISTICS = """
-    SELECT quote_ident(n.nspname) || '.' || quote_ident(s.stxname), pg_get_statisticsobjdef(s.oid)
-    FROM pg_statistic_ext s JOIN pg_namespace n ON n.oid = s.stxnamespace WHERE s.stxrelid = to_regclass(:table)
-"""
+STAGED_SHARE = 0.2
+"""Rows changed beyond this share want a new index anyway: a new table is loaded five times as fast without one."""
+STAGED_FROM_ROWS = 20_000
+"""Fewer rows go in under the index in seconds."""
 
 
-def find_attachments(connection: sa.Connection) -> list[str]:
-    """What people have added to the serving table that would stay with it when another takes its name."""
-    indexes = [index_name(), building_name(TABLE), replaced_name(TABLE)]
-    found = connection.scalars(text(_ATTACHMENTS), {"table": TABLE, "indexes": indexes})
-    return list(found)
+@dataclass(frozen=True)
+class WantedTable:
+    """What searches are to find.
+
+    Attributes:
+        spec: what the table is to hold.
+        index: how a staging table is indexed.
+        may_swap: whether another model, size or type may replace what serves now.
+        staged_from_rows: changed rows from which an indexed table is not changed but replaced.
+    """
+
+    spec: TableSpec
+    index: IndexSettings = field(default_factory=IndexSettings)
+    may_swap: bool = False
+    staged_from_rows: int = STAGED_FROM_ROWS
 
 
-def check_attachments(connection: sa.Connection) -> None:
+@dataclass(frozen=True)
+class Target:
+    """Where the rows go.
+
+    Attributes:
+        table: the serving table, or the staging table.
+        reason: why there.
+        keep: whether what serves now is kept as the previous table.
+    """
+
+    table: VectorTable
+    reason: str
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """What was decided and done.
+
+    Attributes:
+        target: where the rows went, and why.
+        loads: a row a range.
+        index: of the table that was swapped in; None where none was.
+        comparison: of the two tables; None where none was swapped in.
+        n_unmanaged: rows of the serving table that somebody else put where nothing was ever loaded.
+    """
+
+    target: Target
+    loads: list[RangeLoad]
+    index: IndexReport | None = None
+    comparison: Comparison | None = None
+    n_unmanaged: int = 0
+
+
+def check_publishable(database: Database, wanted: WantedTable) -> VectorTable:
+    """Refuse, before anything is paid for, what could not be loaded afterwards; see also `index/preflight`.
+
+    Returns:
+        The table that the rows are to go to: the serving one, or the staging table for a swap.
+
+    Raises:
+        TableMismatchError: the serving table holds something else and may not be swapped, or something is in the way.
+    """
+    if _holds(database, wanted):
+        return VectorTable(database)
+    _check_swappable(database, wanted.spec)
+    return VectorTable(database, STAGING)
+
+
+def publish_embeddings(
+    database: Database, source: LoadSource, wanted: WantedTable, run: RunContext = SILENT
+) -> PublishReport:
+    """Make the serving table equal the cache.
+
+    Args:
+        database: where the table is.
+        source: the cache and the snapshots.
+        wanted: what the table is to hold.
+        run: notified of each step; a stop ends it, and the next call goes on from there.
+
+    Raises:
+        StoreError: the cache is empty.
+        DamagedShardError: see `upload_cached_embeddings_to_database`; what serves stays as it is.
+        TableMismatchError: see `check_publishable` and `SwapGuards`.
+    """
+    serving, staging = VectorTable(database), VectorTable(database, STAGING)
+    with _holding_lock(database, run) as check_held:
+        plan = load.plan_load(serving, source, run)
+        target = _choose_target(database, wanted, plan, check_held)
+        guards = SwapGuards(database, source, run, check_held)
+        is_staged = target.table == staging
+        if is_staged:
+            guards.check_before_build()
+            plan = load.plan_load(staging, source, run)
+        if is_staged or plan.changed:
+            check_target(target.table, wanted.spec, wanted.index, plan.n_rows)
+        n_connections = 1 if serving.index else load.N_CONNECTIONS
+        loads = load.upload_cached_embeddings_to_database(
+            target.table, source, wanted.spec, run, plan=plan, n_connections=n_connections
+        )
+        if not is_staged:
+            return PublishReport(target, loads, n_unmanaged=plan.n_unmanaged)
+        report = bring_index_up_to_date(staging, source.cache, wanted.spec, wanted.index, run, check_held)
+        guards.check()
+        comparison = compare_tables(database)
+        put_in_place(database, target.keep, guards, run)
+        return PublishReport(target, loads, report, comparison)
+
+
+@contextlib.contextmanager
+def _holding_lock(database: Database, run: RunContext) -> Iterator[Callable[[], None]]:
+    def report_waiting() -> None:
+        run.report(Progress("load rows", 0, 0, unit="rows", note="waiting for another load or swap to end"))
+
+    with hold_lock(database, LOCK, on_wait=report_waiting, check=run.check_stop) as check_held:
+        yield check_held
+
+
+def _choose_target(database: Database, wanted: WantedTable, plan: LoadPlan, check_held: Callable[[], None]) -> Target:
+    serving, staging, spec = VectorTable(database), VectorTable(database, STAGING), wanted.spec
+    if not _holds(database, wanted):
+        served = _check_swappable(database, spec)
+        return Target(staging, f"{served or 'the old table'} serves until {spec} is complete and indexed", keep=True)
+    changes = f"{plan.n_changed:,} of {plan.n_rows:,} rows changed"
+    if serving.index is None:
+        return Target(serving, f"{changes}, and there is no index yet that they would slow down")
+    with database.get_connection() as connection:
+        staged, attachments = staging.read_spec(connection), find_attachments(connection, serving)
+    if plan.n_changed <= max(wanted.staged_from_rows, STAGED_SHARE * plan.n_rows):
+        if staged == spec:  # left by a load that was killed
+            check_held()
+            with database.get_connection() as connection:
+                staging.drop(connection)
+        return Target(serving, f"{changes}: few enough to go in under the index")
+    if plan.n_unmanaged:
+        attachments.append(f"{plan.n_unmanaged:,} rows that somebody else put there")
+    if attachments:
+        return Target(serving, f"{changes}, but {', '.join(attachments)} would stay with the old table")
+    if staged not in (None, spec):
+        return Target(serving, f"{changes}, but the staging table holds {staged}: `songvec swap` finishes or drops it")
+    return Target(staging, f"{changes}: loaded into a staging table and swapped in, faster than under the index")
+
+
+def _holds(database: Database, wanted: WantedTable) -> bool:
+    """Whether the serving table is for the spec; raises where it is not, and no other may replace it."""
+    serving = VectorTable(database)
+    if wanted.may_swap and serving.spec not in (None, wanted.spec):
+        return False  # even where it would be replaced without
+    try:
+        serving.check(wanted.spec)
+    except TableMismatchError:
+        if not wanted.may_swap:
+            raise
+        return False
+    return True
+
+
+def _check_swappable(database: Database, spec: TableSpec) -> TableSpec | None:
+    """What serves now; raises where another table cannot replace it."""
+    serving, staging, previous = (VectorTable(database, name) for name in (SERVING, STAGING, PREVIOUS))
+    with database.get_connection() as connection:
+        staged = staging.read_spec(connection)
+        if previous.exists(connection):
+            raise TableMismatchError(
+                f"table {PREVIOUS} still holds {previous.read_spec(connection)} from an earlier swap: `songvec swap "
+                "--rollback` lets it serve again, `songvec swap --drop-old` drops it; then swap"
+            )
+        if staging.exists(connection) and staged != spec:
+            raise TableMismatchError(
+                f"table {STAGING} holds {staged}, which never served, expected {spec} or none: finish it with its "
+                "settings, or drop it with `songvec swap --drop-old`; then swap"
+            )
+        check_attachments(connection, serving)
+        return serving.read_spec(connection)
+
+
+def find_attachments(connection: sa.Connection, serving: VectorTable) -> list[str]:
+    """What people added to the serving table that would stay with it when another one takes its name."""
+    indexes = serving.index_name, serving.building_index, serving.replaced_index
+    return relations.find_attachments(connection, serving.name, indexes)
+
+
+def check_attachments(connection: sa.Connection, serving: VectorTable) -> None:
     """Refuse to give the serving table's name to another while people's additions would stay behind.
 
     Raises:
         TableMismatchError: names them.
     """
-    attachments = find_attachments(connection)
-    if attachments:
+    if attachments := find_attachments(connection, serving):
         raise TableMismatchError(
-            f"{', '.join(attachments)} of table {TABLE} would stay with the old table: drop them, start the same "
+            f"{', '.join(attachments)} of table {SERVING} would stay with the old table: drop them, start the same "
             "command again, which goes on from here, and create them again afterwards"
         )
 
 
-def put_in_place(
-    database: Database,
-    keep: bool,
-    check: Callable[[], None],
-    check_held: Callable[[], None] = lambda: None,
-    confirm: Callable[[sa.Connection], None] = lambda _: None,
-) -> None:
-    """Let the table built beside take the serving one's place, with its rights, settings, index and records.
+class SwapGuards:
+    """What must hold for a staging table to replace the serving one: one list, asked at each stage.
+
+    It is asked before the build, of the cache; again once the staging table is complete; and again in the swap's own
+    transaction, since people and other runs go on working during a build of hours.
+
+    No guard lets songs get lost that the serving table has and the other one lacks. Songs are compared by their ids,
+    whatever ranges they were divided into: since they were loaded the stop may have been raised. Not missing is a song
+    that was deleted from the source or rejected by the export, so that it is not in the snapshots, or that was
+    rejected by the provider. Where a range has no snapshot, nothing is known of its songs.
+
+    Args:
+        database: where the tables are.
+        source: what the staging table is loaded from.
+        run: ends a comparison between two ranges.
+        check_held: raises where LOCK was lost.
+    """
+
+    def __init__(self, database: Database, source: LoadSource, run: RunContext, check_held: Callable[[], None]) -> None:
+        self._database, self._source, self._run, self.check_held = database, source, run, check_held
+        self._serving, self._staging = VectorTable(database), VectorTable(database, STAGING)
+        self._compared: list[dict[SongIdRange, LedgerEntry]] | None = None
+
+    def check_before_build(self) -> None:
+        """Ask of the cache, before anything is built. A damaged range counts as whole: its load says what is wrong.
+
+        Raises:
+            TableMismatchError, DatabaseError: see `check`.
+        """
+        self.check(None, lambda _: self._compare("the cache", self._source.ranges(), self._read_loadable))
+
+    def check(
+        self,
+        connection: sa.Connection | None = None,
+        check_missing: Callable[[sa.Connection | None], None] | None = None,
+    ) -> None:
+        """Ask all guards.
+
+        Args:
+            connection: in whose transaction; None: in short ones, since comparing takes a while, and a pooler may have
+                no session to spare.
+            check_missing: whether songs would get lost; None: asked of the staging table.
+
+        Raises:
+            TableMismatchError: a guard does not hold.
+            DatabaseError: LOCK was lost.
+        """
+        with contextlib.nullcontext(connection) if connection else self._database.get_connection() as connected:
+            check_attachments(connected, self._serving)
+        (check_missing or self._check_staging)(connection)
+        self.check_held()
+
+    def _check_staging(self, connection: sa.Connection | None) -> None:
+        ledgers = [self._serving.ledger.read(connection), self._staging.ledger.read(connection)]
+        if self._compared is None:
+            self._compare(STAGING, ledgers[1], lambda each: set(self._staging.ledger.read_song_ids(each)))
+            self._compared = ledgers
+        elif ledgers != self._compared:
+            # the song_ids of millions are not compared while searches wait: what was compared must be what is there
+            raise TableMismatchError(
+                f"{SERVING} or {STAGING} was loaded by another run meanwhile: {SERVING} was not replaced. Start the "
+                "same command again, which goes on from here"
+            )
+
+    def _compare(self, name: str, given: Iterable[SongIdRange], read: Callable[[SongIdRange], set[int] | None]) -> None:
+        missing: list[int] = []
+        cached, exported = self._source.cache.ranges(), snapshot_ranges(self._source.songs_folder)
+        for song_range in sorted(self._serving.ledger.read()):
+            self._run.check_stop()
+            songs = set(self._serving.ledger.read_song_ids(song_range))
+            for each in _overlapping(song_range, given):
+                there = read(each)
+                songs = {song_id for song_id in songs if song_id not in each} if there is None else songs - there
+            if not songs:
+                continue
+            for each in _overlapping(song_range, cached):
+                songs -= {rejection.song_id for rejection in self._source.cache.read_manifest(each).rejected}
+            known = _overlapping(song_range, exported)
+            kept = set[int]().union(*map(self._read_exported, known))
+            missing += [song_id for song_id in songs if song_id in kept or not any(song_id in each for each in known)]
+        if missing:
+            missing.sort()
+            keys = [each.key for each in sorted({self._source.tiling.range_of(song_id) for song_id in missing})]
+            raise TableMismatchError(
+                f"{name} lacks {len(missing):,} songs that {SERVING} has and that were not deleted from the source "
+                f"(song_id {', '.join(map(str, missing[:5]))}, …; range {', '.join(keys[:5])}, …): {SERVING} was not "
+                f"replaced. Export and fill these ranges for {self._source.cache.model}, then start the same command "
+                "again; `songvec swap` does all of it, and names the ranges that fail"
+            )
+
+    def _read_loadable(self, song_range: SongIdRange) -> set[int] | None:
+        try:
+            cached = self._source.cache.open(song_range)
+            self._source.check_whole(cached)
+        except (StoreError, DamagedShardError):
+            return None
+        return set(cached.rows["song_id"])
+
+    def _read_exported(self, song_range: SongIdRange) -> set[int]:
+        path = snapshot_path(self._source.songs_folder, song_range)
+        songs = load_songs_from_parquet(path, ["song_id", "set_aside"])
+        return set(songs.filter(pl.col("set_aside").is_null())["song_id"])
+
+
+def _overlapping(song_range: SongIdRange, ranges: Iterable[SongIdRange]) -> list[SongIdRange]:
+    return [each for each in ranges if each.start < song_range.stop and song_range.start < each.stop]
+
+
+def put_in_place(database: Database, keep: bool, guards: SwapGuards, run: RunContext) -> None:
+    """Let the staging table replace the serving one, with its rights, settings, indexes and records.
 
     Args:
         database: where they are.
-        keep: whether what served till now stays as KEPT, or is dropped.
-        check: called while another session holds a lock on a table; raises to give up.
-        check_held: called right before the commit; raises where LOCK was lost.
-        confirm: called while nobody else can change either table; raises to give up.
+        keep: whether what served is kept as the previous table, or dropped.
+        guards: asked while nobody else can change either table.
+        run: ends the wait while another session holds a lock on a table.
 
     Raises:
         DatabaseError: another session held its lock for ten minutes; the old table still serves.
-        TableMismatchError: see `check_attachments`; both tables are as they were.
+        TableMismatchError: a guard does not hold; both tables are as they were.
     """
+    serving, staging = VectorTable(database), VectorTable(database, STAGING)
 
     def swap(connection: sa.Connection) -> None:
-        connection.execute(text(f"LOCK TABLE {TABLE}, {BESIDE} IN ACCESS EXCLUSIVE MODE"))
-        # again: a build takes hours, in which people go on working
-        check_attachments(connection)
-        confirm(connection)
-        with _copying_properties(connection, BESIDE):
+        connection.execute(sa.text(f"LOCK TABLE {SERVING}, {STAGING} IN ACCESS EXCLUSIVE MODE"))
+        guards.check(connection)
+        with relations.copying_properties(connection, SERVING, STAGING):
             if keep:
-                _rename(connection, TABLE, KEPT)
+                serving.rename_to(connection, PREVIOUS)
             else:
-                drop_table(connection, TABLE)
-            _rename(connection, BESIDE, TABLE)
-        check_held()
+                serving.drop(connection)
+            staging.rename_to(connection, SERVING)
+        guards.check_held()
 
-    run_briefly(database, swap, check)
+    run_briefly(database, swap, run.check_stop)
 
 
-def roll_back(
-    database: Database, check: Callable[[], None] = lambda: None, check_held: Callable[[], None] = lambda: None
-) -> TableSpec:
-    """Let what served before the last swap serve again; what serves now stays as BESIDE.
+def roll_back(database: Database, run: RunContext = SILENT) -> TableSpec | None:
+    """Let what served before the last swap serve again; what serves now stays as the staging table.
 
     Args:
         database: where they are.
-        check: called while another session holds a lock on a table; raises to give up.
-        check_held: called right before the commit; raises where LOCK was lost.
+        run: notified where another load or swap is waited for; ends the wait.
 
     Returns:
-        What serves now.
+        What serves now; None where that was recorded by another version, and cannot be read.
 
     Raises:
-        TableMismatchError: no table was kept, one is being built beside, or see `check_attachments`.
+        TableMismatchError: there is no previous table, one is being staged, or see `check_attachments`.
     """
+    serving, staging, previous = (VectorTable(database, name) for name in (SERVING, STAGING, PREVIOUS))
 
     def swap(connection: sa.Connection) -> None:
-        if not table_exists(connection, KEPT):
-            raise TableMismatchError(f"there is no table {KEPT} to go back to: it was dropped, or nothing was swapped")
-        if table_exists(connection, BESIDE):
+        if not previous.exists(connection):
             raise TableMismatchError(
-                f"table {BESIDE} is in the way: {read_spec(connection, BESIDE)} is being built there. Finish that with "
-                f"`songvec swap`, or let its owner run DROP TABLE {BESIDE}; then roll back"
+                f"there is no table {PREVIOUS} to go back to: it was dropped, or nothing was swapped"
             )
-        connection.execute(text(f"LOCK TABLE {TABLE}, {KEPT} IN ACCESS EXCLUSIVE MODE"))
-        check_attachments(connection)
-        with _copying_properties(connection, KEPT):
-            _rename(connection, TABLE, BESIDE)
-            _rename(connection, KEPT, TABLE)
+        if staging.exists(connection):
+            raise TableMismatchError(
+                f"table {STAGING} is in the way: {staging.read_spec(connection)} is being built there. Finish that "
+                f"with `songvec swap`, or let its owner run DROP TABLE {STAGING}; then roll back"
+            )
+        connection.execute(sa.text(f"LOCK TABLE {SERVING}, {PREVIOUS} IN ACCESS EXCLUSIVE MODE"))
+        check_attachments(connection, serving)
+        with relations.copying_properties(connection, SERVING, PREVIOUS):
+            serving.rename_to(connection, STAGING)
+            previous.rename_to(connection, SERVING)
         check_held()
 
-    run_briefly(database, swap, check)
-    with database.get_connection() as connection:
-        serving = read_spec(connection)
-    assert serving is not None
-    return serving
+    with _holding_lock(database, run) as check_held:
+        run_briefly(database, swap, run.check_stop)
+    return serving.spec
 
 
-def drop_others(
-    database: Database, check: Callable[[], None] = lambda: None, check_held: Callable[[], None] = lambda: None
-) -> list[str]:
-    """Drop what an earlier swap kept, and what was built beside and does not serve.
+def drop_others(database: Database, run: RunContext = SILENT) -> list[str]:
+    """Drop the previous table and the staging table.
 
     Args:
         database: where they are.
-        check: called while another session holds a lock on a table; raises to give up.
-        check_held: called right before the commit; raises where LOCK was lost.
+        run: notified where another load or swap is waited for; ends the wait.
 
     Returns:
         The names of the tables that were there.
     """
+    others = [VectorTable(database, name) for name in (STAGING, PREVIOUS)]
     dropped: list[str] = []
 
     def drop(connection: sa.Connection) -> None:
-        dropped[:] = [table for table in (BESIDE, KEPT) if table_exists(connection, table)]
-        for table in (BESIDE, KEPT):
-            drop_table(connection, table)
+        dropped[:] = [table.name for table in others if table.exists(connection)]
+        for table in others:
+            table.drop(connection)
         check_held()
 
-    run_briefly(database, drop, check)
+    with _holding_lock(database, run) as check_held:
+        run_briefly(database, drop, run.check_stop)
     return dropped
-
-
-def _rename(connection: sa.Connection, table: str, new: str) -> None:
-    """Rename a table with its indexes and all that is recorded of it."""
-    forget_table(connection, new)
-    connection.execute(text(f"ALTER TABLE {table} RENAME TO {new}"))
-    for index, name in {f"{table}_pkey": f"{new}_pkey", index_name(table): index_name(new)}.items():
-        connection.execute(text(f"ALTER INDEX IF EXISTS {index} RENAME TO {name}"))
-    connection.execute(
-        text("UPDATE songvec.loaded_ranges SET table_name = :new WHERE table_name = :table"),
-        {"table": table, "new": new},
-    )
-    for fact in FACTS:
-        connection.execute(
-            text("UPDATE songvec.settings SET key = :new WHERE key = :key"),
-            {"key": fact_key(fact, table), "new": fact_key(fact, new)},
-        )
-
-
-@contextlib.contextmanager
-def _copying_properties(connection: sa.Connection, new: str) -> Iterator[None]:
-    """Give the serving table's owner, rights, options, comments and statistics to the one that takes its name.
-
-    Rights that the new table alone has, by default privileges or from an earlier day, are taken away. Objects of
-    extended statistics have names of their own, so they move: created again when the block has renamed the tables.
-    """
-    statistics = connection.execute(text(_STATISTICS), {"table": TABLE}).all()
-    with raw_cursor(connection) as cursor:  # names and comments may hold colons and percent signs
-        cursor.execute(_PROPERTIES.format(new=new, grantee=_GRANTEE), {"table": TABLE, "new": new})
-        for (statement,) in cursor.fetchall():
-            cursor.execute(statement)
-        for name, _ in statistics:
-            cursor.execute(f"DROP STATISTICS {name}")
-        yield
-        for _, definition in statistics:
-            cursor.execute(definition)

@@ -1,36 +1,47 @@
-"""The pgvector tables: their names and definition, what each is recorded to hold, and what is refused.
+"""The pgvector tables: their names, definition and recorded metadata, and their index as the server's catalog has it.
 
-Searches read `TABLE`. `BESIDE` is built while they do, and takes its place whole and indexed (see `swap`); what `TABLE`
-held before another model took its place stays as `KEPT`. What is recorded of a table goes by its name.
+Searches read the `SERVING` table. A `STAGING` table is loaded and indexed while they do, and then replaces it (see
+`swap`); the `PREVIOUS` table is what served before another model replaced it. When to add here: another fact that is
+read or recorded about one table. Keep out: what is loaded by range (`ledger`), and everything that builds or measures
+an index (`index/`).
 """
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from pgvector.sqlalchemy import HALFVEC, VECTOR
 from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError, TableMismatchError
+from songvec_assets.postgres import schema
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import check_search_path, lock_key, read_fact, write_fact
 from songvec_assets.settings import OFFLINE_MODEL
+from songvec_assets.songs.counts import IdSums
+from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.vectors.index.sizing import choose_probes
+from songvec_assets.vectors.ledger import Ledger
 
-TABLE, BESIDE, KEPT = "song_embeddings", "song_embeddings_new", "song_embeddings_old"
-_SPEC, _CHANGES = "table", "rows_changed_since_index"
-FACTS = (_SPEC, _CHANGES, "index", "building", "probes", "recall")
-"""The names of all facts about a table."""
+SERVING, STAGING, PREVIOUS = "song_embeddings", "song_embeddings_new", "song_embeddings_old"
+
+_METADATA = ("table", "rows_changed_since_index", "index", "building", "probes", "recall")
+_CHANGES = "rows_changed_since_index"
+_ID_SUMS = IdSums.columns("song_id")
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class TableSpec:
-    """What the table holds.
+    """What a table holds.
 
     Attributes:
         model: the embedding model's name.
         dimensions: values a vector.
         vector_type: `vector` or `halfvec`.
-        query_prompt, document_prompt: see `Prompts`; None: not recorded. Another one makes no other table.
+        query_prompt, document_prompt: see `Prompts`; None: not recorded. Specs that differ in them alone are equal.
     """
 
     model: str
@@ -48,21 +59,54 @@ class TableSpec:
         return f"{self.column_type} by {self.model}"
 
 
-def index_name(table: str = TABLE) -> str:
-    """The index of a table."""
-    return f"embeddings_ivfflat_idx{table.removeprefix(TABLE)}"
+@dataclass(frozen=True)
+class _SpecRecord:
+    model: str
+    column_type: str
+    query_prompt: str | None = None
+    document_prompt: str | None = None
 
 
-def fact_key(name: str, table: str = TABLE) -> str:
-    """Where a fact about a table is in `songvec.settings`: the serving table's facts have the plain names."""
-    return name if table == TABLE else f"{table}.{name}"
+@dataclass(frozen=True)
+class BuiltIndex:
+    """What is recorded of an index when it is built.
+
+    Attributes:
+        n_rows: of the table then; 0: not recorded.
+        target, probes: the recall first asked for, and the probes that it took; None before recall was measured.
+    """
+
+    n_rows: int = 0
+    target: float | None = None
+    probes: int | None = None
 
 
-def define_table(spec: TableSpec, table: str = TABLE) -> sa.Table:
+@dataclass(frozen=True)
+class IndexFacts:
+    """A table's index as the server has it.
+
+    Attributes:
+        n_rows: of the table when it was built.
+        lists: of the index.
+        probes: lists that a search visits.
+        n_bytes: its size.
+        n_changed: rows changed since it was built.
+        version: differs for each build.
+    """
+
+    n_rows: int
+    lists: int
+    probes: int
+    n_bytes: int
+    n_changed: int = 0
+    version: str = ""
+
+
+def define_table(spec: TableSpec, name: str = SERVING) -> sa.Table:
     """A table as SQLAlchemy sees it."""
     vector = {"vector": VECTOR, "halfvec": HALFVEC}[spec.vector_type](spec.dimensions)
     return sa.Table(
-        table,
+        name,
         sa.MetaData(),
         sa.Column("song_id", sa.Integer, primary_key=True, autoincrement=False),
         sa.Column("embedding", vector, nullable=False),
@@ -70,46 +114,325 @@ def define_table(spec: TableSpec, table: str = TABLE) -> sa.Table:
     )
 
 
-def table_exists(connection: sa.Connection, table: str) -> bool:
-    """Whether there is one of that name in the schemas searched."""
-    return bool(connection.scalar(text("SELECT to_regclass(:name) IS NOT NULL"), {"name": table}))
+@dataclass(frozen=True)
+class VectorTable:
+    """One table of embeddings, with what is recorded about it: `VectorTable(database).spec` is what searches find.
 
-
-def check_table(database: Database, spec: TableSpec) -> None:
-    """Refuse a serving table that holds something else than `spec`.
-
-    Raises:
-        TableMismatchError: another model, size or type; or the table has other columns than ours.
-        DatabaseError: there is none, and this user may not create one.
+    Attributes:
+        database: where it is.
+        name: `SERVING`, `STAGING` or `PREVIOUS`; a plain identifier, which SQL may hold as it is.
     """
-    with database.get_connection() as connection:
-        if not gives_way(database, connection, spec):
-            _check_table(connection, spec, TABLE)
 
+    database: Database
+    name: str = SERVING
 
-def ensure_table(database: Database, spec: TableSpec, table: str = TABLE) -> bool:
-    """Create a table where there is none, else check it. The embedded database's offline table gives way.
+    @property
+    def is_serving(self) -> bool:
+        """Whether searches read it."""
+        return self.name == SERVING
 
-    Returns:
-        Whether it was created.
+    @property
+    def index_name(self) -> str:
+        """The name of its index."""
+        return f"embeddings_ivfflat_idx{self.name.removeprefix(SERVING)}"
 
-    Raises:
-        TableMismatchError: see `check_table`.
-    """
-    with database.get_connection() as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key("table")})
-        if gives_way(database, connection, spec, table):
-            drop_table(connection, table)
-        elif _check_table(connection, spec, table):
-            _record_spec(connection, spec, table)
+    @property
+    def building_index(self) -> str:
+        """What an index of it is called while it is built, until it replaces the one that searches use."""
+        return f"{self.index_name}_building"
+
+    @property
+    def replaced_index(self) -> str:
+        """What the index that was replaced is called until it is dropped."""
+        return f"{self.index_name}_replaced"
+
+    @property
+    def ledger(self) -> Ledger:
+        """What is loaded, by range."""
+        return Ledger(self.database, self.name)
+
+    @property
+    def spec(self) -> TableSpec | None:
+        """What it is recorded to hold, or None before a first load."""
+        with self.database.get_connection("web") as connection:  # each search asks: by a pooled connection
+            return self.read_spec(connection)
+
+    @property
+    def index(self) -> IndexFacts | None:
+        """Its valid index, or None."""
+        with self.database.get_connection() as connection:
+            lists = self.read_lists(connection)
+            if lists is None:
+                return None
+            n_rows = (self.read(connection, "index", BuiltIndex) or BuiltIndex()).n_rows
+            n_bytes, file = connection.execute(
+                text("SELECT pg_relation_size(to_regclass(:name)), pg_relation_filenode(to_regclass(:name))"),
+                {"name": self.index_name},
+            ).one()
+            probes = self.read_probes(connection) or choose_probes(lists, n_rows)
+            return IndexFacts(n_rows, lists, probes, int(n_bytes or 0), self.read_changes(connection), str(file))
+
+    # metadata
+
+    def metadata_key(self, name: str) -> str:
+        """The key of a value in `songvec.settings`: the serving table's values have the plain names."""
+        return name if self.is_serving else f"{self.name}.{name}"
+
+    def read(self, connection: sa.Connection, name: str, kind: type[_Value]) -> _Value | None:
+        """A recorded value; None where there is none of this kind, such as one that another version wrote."""
+        return schema.read_record(connection, self.metadata_key(name), kind)
+
+    def write(self, connection: sa.Connection, name: str, value: Any) -> None:
+        """Record a value within the connection's transaction."""
+        schema.write_fact(connection, self.metadata_key(name), value)
+
+    def read_spec(self, connection: sa.Connection) -> TableSpec | None:
+        """See `spec`; within the connection's transaction."""
+        record = self.read(connection, "table", _SpecRecord)
+        column = re.fullmatch(r"(vector|halfvec)\((\d+)\)", record.column_type) if record else None
+        if record is None or column is None:
+            return None
+        return TableSpec(record.model, int(column[2]), column[1], record.query_prompt, record.document_prompt)
+
+    def _write_spec(self, connection: sa.Connection, spec: TableSpec) -> None:
+        record = _SpecRecord(spec.model, spec.column_type, spec.query_prompt, spec.document_prompt)
+        if self.read(connection, "table", _SpecRecord) != record:
+            self.write(connection, "table", vars(record))
+
+    def count_changes(self, connection: sa.Connection, n_rows: int) -> None:
+        """Add to the rows changed since the index was built. Last in a transaction: others wait for its row."""
+        connection.execute(
+            text("""
+                INSERT INTO songvec.settings (key, value) VALUES (:key, to_jsonb(CAST(:n_rows AS bigint)))
+                ON CONFLICT (key) DO UPDATE SET value = to_jsonb(:n_rows +
+                    CASE WHEN jsonb_typeof(settings.value) = 'number' THEN settings.value::bigint ELSE 0 END)
+            """),
+            {"key": self.metadata_key(_CHANGES), "n_rows": n_rows},
+        )
+
+    def read_changes(self, connection: sa.Connection) -> int:
+        """Rows written or deleted since the index was built."""
+        return self.read(connection, _CHANGES, int) or 0
+
+    # the index, as the catalog has it
+
+    def read_lists(self, connection: sa.Connection, index: str | None = None) -> int | None:
+        """The lists of its index, or of another one of its indexes that is named; None unless it is valid and ours."""
+        row = connection.execute(
+            text("""
+                SELECT c.reloptions
+                FROM pg_index i
+                JOIN pg_class c ON c.oid = i.indexrelid
+                JOIN pg_am a ON a.oid = c.relam
+                JOIN pg_opclass o ON o.oid = i.indclass[0]
+                WHERE i.indexrelid = to_regclass(:index) AND i.indrelid = to_regclass(:table) AND i.indisvalid
+                  AND a.amname = 'ivfflat' AND o.opcname IN ('vector_cosine_ops', 'halfvec_cosine_ops')
+            """),
+            {"index": index or self.index_name, "table": self.name},
+        ).one_or_none()
+        if row is None:
+            return None
+        return int(dict(option.split("=") for option in row.reloptions or []).get("lists", 100))
+
+    def read_probes(self, connection: sa.Connection) -> int | None:
+        """The lists that searches visit, as recorded with the index; None before there is one."""
+        return self.read(connection, "probes", int)
+
+    def search(
+        self,
+        connection: sa.Connection,
+        fetch: Callable[[], Sequence[_Value]],
+        limit: int,
+        probes: int | None = None,
+    ) -> Sequence[_Value]:
+        """Run a search, and again over more lists while those it visited hold fewer rows than it wants.
+
+        pgvector ends a scan with the last row of the lists visited, however many rows LIMIT still wants. A first answer
+        that is full costs no further round trip. Each answer is in strict order, unlike those of pgvector's relaxed
+        scans.
+
+        Args:
+            connection: in a transaction, whose probes are set.
+            fetch: runs the search; returns its rows, at most `limit`.
+            limit: rows wanted.
+            probes: lists to visit first; None: those recorded with the index.
+        """
+        probes = probes or self.read_probes(connection)
+        set_probes(connection, probes)
+        rows = fetch()
+        if len(rows) >= limit:
+            return rows
+        lists, probes = self.read_lists(connection) or 0, probes or 1
+        while len(rows) < limit and probes < lists:
+            # at least twice as many, else by the rows that a list was found to hold
+            probes = min(lists, max(2 * probes, -(-probes * limit // max(1, len(rows)))))
+            set_probes(connection, probes)
+            rows = fetch()
+        return rows
+
+    # rows
+
+    def exists(self, connection: sa.Connection) -> bool:
+        """Whether there is a table of this name in the schemas searched."""
+        return bool(connection.scalar(text("SELECT to_regclass(:name) IS NOT NULL"), {"name": self.name}))
+
+    def count_rows(self) -> int:
+        """Its rows; 0 where there is no such table."""
+        with self.database.get_connection() as connection:
+            if not self.exists(connection):
+                return 0
+            return int(connection.scalar(text(f"SELECT count(*) FROM {self.name}")) or 0)
+
+    def read_id_sums(self, tiling: Tiling) -> tuple[dict[SongIdRange, IdSums], IdSums]:
+        """Its rows by range, and those with a negative song_id, in one scan of its primary key. No table has none."""
+        with self.database.get_connection() as connection:
+            if not self.exists(connection):
+                return {}, IdSums()
+            rows = connection.execute(
+                text(f"""
+                    SELECT CASE WHEN song_id < 0 THEN -1 ELSE least(song_id, :stop) / :width END AS tile, {_ID_SUMS}
+                    FROM {self.name} GROUP BY tile
+                """),
+                {"stop": tiling.stop, "width": tiling.width},
+            )
+            found = {tile: IdSums(*counts) for tile, *counts in rows}
+        below = found.pop(-1, IdSums())
+        return {tiling.range_of(tile * tiling.width): counts for tile, counts in found.items()}, below
+
+    def read_id_sums_of(self, connection: sa.Connection, song_range: SongIdRange) -> IdSums:
+        """Its rows of one range."""
+        n_rows, *sums = connection.execute(
+            text(f"SELECT {_ID_SUMS} FROM {self.name} WHERE song_id >= :start AND song_id < :stop"),
+            {"start": song_range.start, "stop": song_range.stop},
+        ).one()
+        return IdSums(n_rows, *(each or 0 for each in sums))
+
+    # making, checking, renaming and dropping
+
+    def ensure(self, spec: TableSpec) -> bool:
+        """Create it where it is missing, else check it. The embedded database's offline table is replaced.
+
+        Returns:
+            Whether it was created.
+
+        Raises:
+            TableMismatchError: see `check`.
+        """
+        with self.database.get_connection() as connection:
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": schema.lock_key("table")})
+            if self.is_replaceable(connection, spec):
+                self.drop(connection)
+            elif self._check(connection, spec):
+                self._write_spec(connection, spec)
+                return False
+            self.forget(connection)
+            _search_schema_of_serving_table(connection)
+            define_table(spec, self.name).create(connection)
+            # a vector of 2,000 values then stays in its row's page: no TOAST look-ups, and parallel index builds
+            connection.execute(text(f"ALTER TABLE {self.name} ALTER COLUMN embedding SET STORAGE PLAIN"))
+            self._write_spec(connection, spec)
+            return True
+
+    def check(self, spec: TableSpec) -> None:
+        """Refuse a table that holds something other than `spec`.
+
+        Raises:
+            TableMismatchError: another model, size or type; or the table has other columns than ours.
+            DatabaseError: there is none, and this user may not create one.
+        """
+        with self.database.get_connection() as connection:
+            if not self.is_replaceable(connection, spec):
+                self._check(connection, spec)
+
+    def is_replaceable(self, connection: sa.Connection, spec: TableSpec) -> bool:
+        """Whether it holds offline vectors of the embedded database, and other ones are to be loaded."""
+        loaded = self.read_spec(connection)
+        return self.database.embedded and loaded is not None and loaded.model == OFFLINE_MODEL and loaded != spec
+
+    def _check(self, connection: sa.Connection, spec: TableSpec) -> bool:
+        """Whether the table exists; raises if it does not fit."""
+        schema.check_search_path(connection)
+        rows = connection.execute(
+            text("""
+                SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute
+                WHERE attrelid = to_regclass(:name) AND attnum > 0 AND NOT attisdropped
+            """),
+            {"name": self.name},
+        )
+        columns: dict[str, str] = {name: kind for name, kind in rows}  # noqa: C416 - rows are no pairs to mypy
+        if not columns:
+            if not connection.scalar(text("SELECT has_schema_privilege(current_schema(), 'CREATE')")):
+                raise DatabaseError(
+                    f"this user may not create table {self.name} in the schema its search_path names first: let the "
+                    "owner run GRANT CREATE ON SCHEMA … TO …, or use another user in POSTGRES_URL"
+                )
             return False
-        forget_table(connection, table)
-        _search_schema_of_serving_table(connection)
-        define_table(spec, table).create(connection)
-        # a vector of 2,000 values then stays in its row's page: no TOAST look-ups, and parallel index builds
-        connection.execute(text(f"ALTER TABLE {table} ALTER COLUMN embedding SET STORAGE PLAIN"))
-        _record_spec(connection, spec, table)
+        expected = {"song_id": "integer", "embedding": spec.column_type}
+        wrong = {name: columns.get(name, "missing") for name, kind in expected.items() if columns.get(name) != kind}
+        if wrong:
+            raise TableMismatchError(
+                f"table {self.name} has {wrong}, expected {expected}: set SONGVEC_EMBEDDING_DIMENSIONS and "
+                "SONGVEC_VECTOR_TYPE to what it holds, or let `songvec swap` build a staging table and replace it"
+            )
+        # the ledger names the model of each range, also where the record of the whole table cannot be read
+        others = {model for model, _ in self.ledger.read_models(connection)} - {spec.model}
+        if others:
+            held = min(others)
+            raise TableMismatchError(
+                f"table {self.name} holds vectors of {held!r}, the configured model is {spec.model!r}: one table holds "
+                f"one model. Set SONGVEC_EMBEDDING_MODEL={held}, or let `songvec swap` build a staging table and "
+                "replace it"
+            )
         return True
+
+    def rename_to(self, connection: sa.Connection, name: str) -> None:
+        """Rename it with its indexes and all that is recorded about it; no table of the new name may exist."""
+        new = VectorTable(self.database, name)
+        new.forget(connection)
+        connection.execute(text(f"ALTER TABLE {self.name} RENAME TO {name}"))
+        for index, renamed in {f"{self.name}_pkey": f"{name}_pkey", self.index_name: new.index_name}.items():
+            connection.execute(text(f"ALTER INDEX IF EXISTS {index} RENAME TO {renamed}"))
+        self.ledger.rename_to(connection, name)
+        for each in _METADATA:
+            connection.execute(
+                text("UPDATE songvec.settings SET key = :new WHERE key = :key"),
+                {"key": self.metadata_key(each), "new": new.metadata_key(each)},
+            )
+
+    def drop(self, connection: sa.Connection) -> None:
+        """Drop it if it exists, and what is recorded about it."""
+        connection.execute(text(f"DROP TABLE IF EXISTS {self.name}"))
+        self.forget(connection)
+
+    def forget(self, connection: sa.Connection) -> None:
+        """Remove what is recorded about it: there is no table of this name."""
+        self.ledger.clear(connection)
+        keys = [self.metadata_key(name) for name in _METADATA]
+        connection.execute(text("DELETE FROM songvec.settings WHERE key = ANY (:keys)"), {"keys": keys})
+
+
+def describe_tables(database: Database) -> dict[str, str]:
+    """What each table that exists holds, by its name."""
+    with database.get_connection() as connection:
+        tables = [VectorTable(database, name) for name in (SERVING, STAGING, PREVIOUS)]
+        return {
+            table.name: str(table.read_spec(connection) or "nothing that was loaded")
+            for table in tables
+            if table.exists(connection)
+        }
+
+
+def set_probes(connection: sa.Connection, probes: int | None) -> None:
+    """Let this transaction's searches visit n lists; None leaves the server's default.
+
+    Without just-in-time compilation: it costs a large table's searches a tenth of a second each, and they have nothing
+    that it makes faster.
+    """
+    if probes is not None:
+        connection.execute(
+            text("SELECT set_config('ivfflat.probes', :probes, true), set_config('jit', 'off', true)"),
+            {"probes": str(probes)},
+        )
 
 
 def _search_schema_of_serving_table(connection: sa.Connection) -> None:
@@ -119,108 +442,5 @@ def _search_schema_of_serving_table(connection: sa.Connection) -> None:
             SELECT set_config('search_path', relnamespace::regnamespace || ', ' || current_setting('search_path'), true)
             FROM pg_class WHERE oid = to_regclass(:table)
         """),
-        {"table": TABLE},
+        {"table": SERVING},
     )
-
-
-def drop_table(connection: sa.Connection, table: str) -> None:
-    """Drop a table, and what is recorded of it."""
-    connection.execute(text(f"DROP TABLE IF EXISTS {table}"))
-    forget_table(connection, table)
-
-
-def forget_table(connection: sa.Connection, table: str) -> None:
-    """Remove what is recorded of a table: there is none of that name."""
-    connection.execute(text("DELETE FROM songvec.loaded_ranges WHERE table_name = :table"), {"table": table})
-    for name in FACTS:
-        connection.execute(text("DELETE FROM songvec.settings WHERE key = :key"), {"key": fact_key(name, table)})
-
-
-def _record_spec(connection: sa.Connection, spec: TableSpec, table: str) -> None:
-    prompts = {"query_prompt": spec.query_prompt, "document_prompt": spec.document_prompt}
-    fact = {"model": spec.model, "column_type": spec.column_type, **prompts}
-    if read_fact(connection, fact_key(_SPEC, table)) != fact:
-        write_fact(connection, fact_key(_SPEC, table), fact)
-
-
-def gives_way(database: Database, connection: sa.Connection, spec: TableSpec, table: str = TABLE) -> bool:
-    """Whether the table holds offline vectors of the embedded database, and something better comes."""
-    loaded = read_spec(connection, table)
-    return database.embedded and loaded is not None and loaded.model == OFFLINE_MODEL and loaded != spec
-
-
-def read_spec(connection: sa.Connection, table: str = TABLE) -> TableSpec | None:
-    """What a table is recorded to hold, or None before a first load."""
-    fact: Any = read_fact(connection, fact_key(_SPEC, table))
-    if fact is None:
-        return None
-    vector_type, _, dimensions = fact["column_type"].rstrip(")").partition("(")
-    prompts = fact.get("query_prompt"), fact.get("document_prompt")
-    return TableSpec(fact["model"], int(dimensions), vector_type, *prompts)
-
-
-def loaded_spec(database: Database) -> TableSpec | None:
-    """What searches find, or None before a first load."""
-    with database.get_connection() as connection:
-        return read_spec(connection)
-
-
-def describe_tables(database: Database) -> dict[str, str]:
-    """What each table that is there holds, by its name."""
-    with database.get_connection() as connection:
-        there = [table for table in (TABLE, BESIDE, KEPT) if table_exists(connection, table)]
-        return {table: str(read_spec(connection, table) or "nothing that was loaded") for table in there}
-
-
-def count_changes(connection: sa.Connection, n_rows: int, table: str = TABLE) -> None:
-    """Add to the rows changed since the index was built. Last in a transaction: others wait for its row."""
-    connection.execute(
-        text("""
-            INSERT INTO songvec.settings (key, value) VALUES (:key, to_jsonb(CAST(:n_rows AS bigint)))
-            ON CONFLICT (key) DO UPDATE SET value = to_jsonb(settings.value::bigint + :n_rows)
-        """),
-        {"key": fact_key(_CHANGES, table), "n_rows": n_rows},
-    )
-
-
-def read_changes(connection: sa.Connection, table: str = TABLE) -> int:
-    """Rows written or deleted since the index was built."""
-    return int(read_fact(connection, fact_key(_CHANGES, table)) or 0)
-
-
-def _check_table(connection: sa.Connection, spec: TableSpec, table: str) -> bool:
-    """Whether the table exists; raises where it does not fit."""
-    check_search_path(connection)
-    rows = connection.execute(
-        text("""
-            SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute
-            WHERE attrelid = to_regclass(:name) AND attnum > 0 AND NOT attisdropped
-        """),
-        {"name": table},
-    )
-    columns: dict[str, str] = {name: kind for name, kind in rows}  # noqa: C416 - rows are no pairs to mypy
-    if not columns:
-        if not connection.scalar(text("SELECT has_schema_privilege(current_schema(), 'CREATE')")):
-            raise DatabaseError(
-                f"this user may not create table {table} in the schema its search_path names first: let the owner run "
-                "GRANT CREATE ON SCHEMA … TO …, or use another user in POSTGRES_URL"
-            )
-        return False
-    expected = {"song_id": "integer", "embedding": spec.column_type}
-    wrong = {name: columns.get(name, "missing") for name, kind in expected.items() if columns.get(name) != kind}
-    if wrong:
-        raise TableMismatchError(
-            f"table {table} has {wrong}, expected {expected}: set SONGVEC_EMBEDDING_DIMENSIONS and SONGVEC_VECTOR_TYPE "
-            "to what it holds, or let `songvec swap` build the new one beside it and put it in its place"
-        )
-    loaded = read_spec(connection, table)
-    n_ranges = connection.scalar(
-        text("SELECT count(*) FROM songvec.loaded_ranges WHERE table_name = :table"), {"table": table}
-    )
-    if loaded is not None and loaded.model != spec.model and n_ranges:
-        raise TableMismatchError(
-            f"table {table} holds vectors of {loaded.model!r}, the configured model is {spec.model!r}: one table holds "
-            f"one model. Set SONGVEC_EMBEDDING_MODEL={loaded.model}, or let `songvec swap` build the new one beside it "
-            "and put it in its place"
-        )
-    return True

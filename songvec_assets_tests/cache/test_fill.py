@@ -36,10 +36,10 @@ from songvec_assets.songs import snapshots
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import TextSpec, hash_text, render_texts
-from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import TILING, deploy
 from songvec_assets_tests.provider import Provider, running_provider, vector_of
+from songvec_assets_tests.vectors.conftest import upload
 
 FIRST = SongIdRange(0, 100)
 
@@ -908,7 +908,7 @@ def test_a_table_of_another_model_or_size_is_refused_before_any_request(
     songs(*plain_songs([*range(1, 5), 200]))
     first = run()
     fill(first)
-    upload_cached_embeddings_to_database(first.database, first.cache, first.table_spec, first.tiling)
+    upload(first.database, first.cache, first.table_spec, first.tiling)
     provider.reset_ledger()
     second = run(**other)
     reports, error = try_fill(second)

@@ -16,9 +16,9 @@ from songvec_assets.defs.resources import OF_RUNS, FireworksResource, PostgresRe
 from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import Settings, variables
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.ivfflat import IndexSettings
-from songvec_assets.vectors.publish import publish_embeddings
-from songvec_assets.vectors.table import TableSpec, loaded_spec
+from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.swap import WantedTable, publish_embeddings
+from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.vectors.conftest import SPEC, put
 from songvec_assets_tests.vectors.conftest import TILING as SMALL_TILING
 
@@ -109,13 +109,13 @@ def test_the_rollback_job_lets_the_table_before_serve_again(
     cache = ModelCache(Storage(tmp_path / "embeddings"), SPEC.model, SPEC.dimensions)
     put(cache, range(30))
     for spec in (SPEC, TableSpec(SPEC.model, SPEC.dimensions, "halfvec")):
-        publish_embeddings(database, cache, spec, SMALL_TILING, tmp_path, IndexSettings(), swap=True)
+        publish_embeddings(database, LoadSource(cache, SMALL_TILING, tmp_path), WantedTable(spec, may_swap=True))
     monkeypatch.setenv("POSTGRES_URL", database.url)
     monkeypatch.setenv("FIREWORKS_API_KEY", "never-used")
     with dg.DagsterInstance.ephemeral() as instance:
         job = defs.resolve_job_def("rollback")
         assert job.execute_in_process(instance=instance).success
-        assert loaded_spec(database) == SPEC
+        assert VectorTable(database).spec == SPEC
         failed = job.execute_in_process(instance=instance, raise_on_error=False)
     (failure,) = [event for event in failed.all_events if event.is_step_failure]
     assert "there is no table song_embeddings_old" in str(failure.step_failure_data.user_failure_data)

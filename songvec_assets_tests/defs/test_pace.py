@@ -38,6 +38,16 @@ def test_a_pace_is_that_of_a_step_since_it_began_and_begins_anew_with_it(monkeyp
     assert pace.rate(Progress("build index", 50, 100, unit="%")) == 0.0
 
 
+def test_a_phase_that_counts_in_another_unit_has_a_pace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    pace, rates = Pace(), []
+    phases = ((0.0, 0, "rows"), (50.0, 0, "blocks"), (60.0, 100, "blocks"), (61.0, 100, "rows"), (71.0, 600, "rows"))
+    for now, done, unit in phases:  # noqa: B007 - the clock reads it
+        rates.append(pace.rate(Progress("build index", done, 1_000, unit=unit)))
+    assert rates == [0.0, 0.0, 10.0, 0.0, 50.0]
+
+
 RESUMED = (
     # seconds, done, of which cached
     (0.0, 9_000, 9_000),

@@ -8,8 +8,7 @@ import pytest
 
 from songvec_assets import cli
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.ivfflat import find_index
-from songvec_assets.vectors.table import table_exists
+from songvec_assets.vectors.table import STAGING, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import environment_of
 from songvec_assets_tests.provider import Provider
@@ -62,7 +61,7 @@ def run(
 
 def read_table_if_any(database: Database) -> dict[int, object]:
     with database.get_connection() as connection:
-        is_there = table_exists(connection, "song_embeddings")
+        is_there = VectorTable(database).exists(connection)
     return dict(read_table(database)) if is_there else {}
 
 
@@ -84,7 +83,7 @@ def test_a_range_that_cannot_be_filled_keeps_no_other_from_being_loaded_and_inde
     code, lines = run("run")
     assert code == 1, lines
     assert set(read_table(database)) == {*ids(0), *ids(2)}
-    assert find_index(database) is not None
+    assert VectorTable(database).index is not None
     assert lines[-1].startswith(
         f"Incomplete: {N_SONGS} songs are missing, in 1 of 3 ranges; the rest is loaded and indexed. {SECOND}: "
     ), lines
@@ -112,7 +111,7 @@ def test_a_range_that_cannot_be_filled_keeps_no_other_from_being_loaded_and_inde
 
 def test_what_a_budget_allowed_is_loaded_and_indexed(run: Run, database: Database, provider: Provider) -> None:
     code, lines = run("run", "--max-usd", "0.00003")
-    n_loaded, index = len(read_table(database)), find_index(database)
+    n_loaded, index = len(read_table(database)), VectorTable(database).index
     assert code == 1, lines
     assert 0 < n_loaded < 3 * N_SONGS
     assert index is not None
@@ -136,7 +135,7 @@ def test_what_was_embedded_before_the_provider_refuses_is_loaded_and_indexed(
     assert code == 1, lines
     assert set(read_table(database)) >= set(ids(0))
     assert not set(read_table(database)) & set(ids(1))
-    assert find_index(database) is not None
+    assert VectorTable(database).index is not None
     assert lines[-1].startswith("Incomplete: "), lines
     assert SECOND in lines[-1]
 
@@ -158,7 +157,7 @@ def test_a_range_that_cannot_be_exported_keeps_no_other_from_being_embedded_load
     code, lines = run("run")
     assert code == 1, lines
     assert set(read_table(database)) == {*ids(0), *ids(2)}
-    assert find_index(database) is not None
+    assert VectorTable(database).index is not None
     assert "; the rest is loaded and indexed. " in lines[-1]
     assert f"{SECOND}: column 'id' of " in lines[-1]
     assert "must be unique" in lines[-1]
@@ -188,5 +187,5 @@ def test_half_a_model_is_not_loaded_beside_the_one_that_serves(run: Run, databas
     code, lines = run("swap", "--dimensions", "32", "--max-usd", "0.00003")
     assert (code, "raise SONGVEC_MAX_USD" in lines[-1]) == (1, True), lines
     with database.get_connection() as connection:
-        assert not table_exists(connection, "song_embeddings_new")
+        assert not VectorTable(database, STAGING).exists(connection)
     assert len(read_table(database)[ids(0)[0]]) == 64

@@ -12,13 +12,14 @@ from PIL import Image
 
 from songvec_assets.defs.pictures import draw_coverage, draw_map, draw_recall, draw_tokens, show_picture
 from songvec_assets.defs.reports import describe_index, describe_preview, describe_recall
+from songvec_assets.search.nearest import Hit
+from songvec_assets.search.preview import Neighborhood, Preview, SongMap
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange
 from songvec_assets.status import RangeCoverage
-from songvec_assets.vectors.ivfflat import IndexFacts, IndexReport
-from songvec_assets.vectors.preview import Neighbourhood, Preview, SongMap
-from songvec_assets.vectors.recall import RecallPoint, RecallReport
-from songvec_assets.vectors.search import Hit
-from songvec_assets.vectors.sizes import estimate_build
+from songvec_assets.vectors.index.recall import RecallPoint, RecallReport
+from songvec_assets.vectors.index.sizing import estimate_build
+from songvec_assets.vectors.index.upkeep import IndexReport
+from songvec_assets.vectors.table import IndexFacts
 
 POINTS = tuple(
     RecallPoint(probes, min(rows, made_up), rows, made_up, ms, 3 * ms)
@@ -117,7 +118,7 @@ class TestMap:
 
     def test_neighbours_are_a_table_with_the_song_first(self) -> None:
         near = [Hit(2, "Hill", "Ben", None, 0.987)]
-        told = describe_preview(Preview(self.MAP, [Neighbourhood("Sea", "Ann", near)]))
+        told = describe_preview(Preview(self.MAP, [Neighborhood("Sea", "Ann", near)]))
         table = told["songs and their nearest"]
         assert [column.name for column in table.schema.columns] == ["song", "nearest 1", "nearest 2", "nearest 3"]
         assert table.records[0].data["nearest 1"] == "Hill — Ben (0.99)"

@@ -77,6 +77,23 @@ class Stream:
         return next(self._pieces, b"")
 
 
+class TestClose:
+    def test_a_database_that_is_closed_keeps_no_session_and_can_be_used_again(self, database: Database) -> None:
+        with Database(database.url, direct_url=f"{database.url}&application_name=songvec" if "?" in database.url else
+                      f"{database.url}?application_name=songvec") as opened:  # fmt: skip
+            for profile in ("web", "parallel"):
+                with opened.get_connection(profile) as connection:
+                    connection.execute(sa.text("SELECT 1"))
+            with opened.get_autocommit():
+                assert len(read_sessions(database)) == 3
+            assert len(read_sessions(database)) == 2
+        wait_until(lambda: read_sessions(database) == [])
+        with opened.get_connection("web") as connection:
+            assert connection.scalar(sa.text("SELECT 1")) == 1
+        opened.close()
+        wait_until(lambda: read_sessions(database) == [])
+
+
 class TestPools:
     @pytest.mark.parametrize(("profile", "n_at_once", "n_kept"), [("web", 15, 5), ("parallel", 15, 15)])
     def test_a_pool_lends_so_many_connections_and_keeps_so_many(

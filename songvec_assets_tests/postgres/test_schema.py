@@ -5,12 +5,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import sqlalchemy as sa
 
 from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.errors import DatabaseError, StoppedError
+from songvec_assets.postgres import schema
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import (
     check_pgvector_version,
@@ -19,6 +21,8 @@ from songvec_assets.postgres.schema import (
     hold_lock,
     lock_key,
     read_fact,
+    read_migrations,
+    read_record,
     write_fact,
 )
 from songvec_assets.progress import StopSignal
@@ -68,7 +72,22 @@ LATER_TABLES = (
     );
 """
 )
-"""Of the version before this one."""
+"""Of a later release, which recorded no version either."""
+
+UNVERSIONED_TABLES = (
+    LATER_TABLES
+    + """
+    ALTER TABLE songvec.rate_limits
+        ADD seen_at timestamptz NOT NULL DEFAULT 'epoch', ADD ahead_s double precision NOT NULL DEFAULT 0,
+        ALTER requests_at SET DEFAULT 'epoch', ALTER tokens_at SET DEFAULT 'epoch';
+    ALTER TABLE songvec.loaded_ranges
+        ADD table_name text NOT NULL DEFAULT 'song_embeddings', DROP CONSTRAINT loaded_ranges_pkey,
+        ADD PRIMARY KEY (table_name, range_start, range_stop);
+    ALTER TABLE songvec.budgets
+        DROP n_tokens, ADD usd numeric NOT NULL DEFAULT 0, ADD reserved_usd numeric NOT NULL DEFAULT 0;
+"""
+)
+"""Of the last release that recorded no version."""
 
 READ_COLUMNS = """
     SELECT table_name, column_name, data_type, is_nullable
@@ -93,6 +112,13 @@ with hold_lock(Database(sys.argv[1]), "range", on_wait=lambda: None, check=lambd
     print("held", flush=True)
     time.sleep(120)
 """
+
+
+@dataclass(frozen=True)
+class Mine:
+    """A record."""
+
+    n: int
 
 
 def nothing() -> None:
@@ -147,7 +173,7 @@ class TestEnsureSchema:
         with database.get_connection() as connection:
             assert read_fact(connection, "mine") == 1
 
-    @pytest.mark.parametrize("tables", [EARLIER_TABLES, LATER_TABLES], ids=["the first", "the one before"])
+    @pytest.mark.parametrize("tables", [EARLIER_TABLES, LATER_TABLES], ids=["the first", "a later one"])
     def test_the_tables_of_an_earlier_version_get_what_is_new_and_keep_what_they_hold(
         self, bare_url: str, server_url: str, tables: str
     ) -> None:
@@ -170,6 +196,66 @@ class TestEnsureSchema:
         limiter = RateLimiter(database.get_engine("web"), "provider", 1, 1)
         limiter.slow_down(limiter.reserve(1), 100)
         assert limiter.reserve(0).wait_s > 50
+
+    def test_the_last_schema_without_a_version_is_taken_over_as_it_is(self, bare_url: str, server_url: str) -> None:
+        execute(bare_url, UNVERSIONED_TABLES)
+        # whatever is done to a table, were it only that it is locked and left as it is, writes its rows of the catalog
+        catalog = "SELECT oid, xmin::text FROM pg_class WHERE relnamespace = 'songvec'::regnamespace ORDER BY 1"
+        ranges = "SELECT *, xmin::text FROM songvec.loaded_ranges"
+        before = execute(bare_url, catalog), execute(bare_url, ranges)
+        database = Database(bare_url)
+        ensure_schema(database)
+        assert (execute(bare_url, catalog), execute(bare_url, ranges)) == before
+        assert execute(bare_url, READ_COLUMNS) == execute(with_parts(server_url, database=TEMPLATE), READ_COLUMNS)
+        with database.get_connection() as connection:
+            assert (read_fact(connection, "mine"), read_fact(connection, "schema_version")) == (1, 1)
+
+    def test_who_may_not_write_can_look_at_the_last_schema_without_a_version(self, bare_url: str) -> None:
+        execute(bare_url, f"{UNVERSIONED_TABLES}; CREATE EXTENSION vector")
+        database = Database(bare_url)
+        with as_role(database) as seen:
+            role = sa.make_url(seen.url).username
+            execute(bare_url, f"GRANT USAGE ON SCHEMA songvec TO {role}; GRANT SELECT ON songvec.settings TO {role}")
+            ensure_schema(seen)
+        with database.get_connection() as connection:
+            assert read_fact(connection, "schema_version") is None
+
+    def test_a_schema_of_a_newer_version_is_refused_and_left_as_it_is(self, bare_url: str) -> None:
+        database = Database(bare_url)
+        ensure_schema(database)
+        with database.get_connection() as connection:
+            write_fact(connection, "schema_version", 7)
+        with pytest.raises(DatabaseError, match=r"newer songvec, to version 7 .* knows version 1: upgrade"):
+            ensure_schema(database)
+        with database.get_connection() as connection:
+            assert read_fact(connection, "schema_version") == 7
+
+    def test_a_later_migration_runs_once_over_what_is_there_and_one_that_fails_changes_nothing(
+        self, bare_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        execute(bare_url, UNVERSIONED_TABLES)
+        database, first = Database(bare_url), read_migrations()
+        second = "ALTER TABLE songvec.loaded_ranges ADD note text NOT NULL DEFAULT ':a 50% b'"
+        for broken in (["CREATE TABLE songvec.half (n integer)", "SELECT 1 / 0"], ["SELECT 1 / 0"]):
+            monkeypatch.setattr(schema, "read_migrations", lambda each=broken: [*first, second, *each])
+            with pytest.raises(DatabaseError, match="division by zero"):
+                ensure_schema(database)
+            assert read_tables(bare_url) == TABLES
+        monkeypatch.setattr(schema, "read_migrations", lambda: [*first, second])
+        ensure_schema(database)
+        ensure_schema(database)
+        assert execute(bare_url, "SELECT range_stop, note FROM songvec.loaded_ranges") == [(100, ":a 50% b")]
+        with database.get_connection() as connection:
+            assert read_fact(connection, "schema_version") == 2
+
+    def test_what_another_version_recorded_counts_as_not_recorded(self, database: Database) -> None:
+        with database.get_connection() as connection:
+            for value in ({"n": "one"}, {"m": 1}, [1], "n", None):
+                write_fact(connection, "mine", value)
+                assert read_record(connection, "mine", Mine) is None
+            write_fact(connection, "mine", {"n": 1, "since": 2030})
+            assert read_record(connection, "mine", Mine) == Mine(1)
+            assert read_record(connection, "none", Mine) is None
 
     def test_first_uses_at_once_over_an_earlier_version_do_not_collide(self, bare_url: str) -> None:
         execute(bare_url, EARLIER_TABLES)

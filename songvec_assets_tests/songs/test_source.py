@@ -14,12 +14,12 @@ from songvec_assets.cli import app
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DatabaseError, SourceError
 from songvec_assets.postgres.engine import Database
+from songvec_assets.search.nearest import read_songs
 from songvec_assets.songs.counts import IdSums, RangeCount, count_ranges, count_unreachable_ids
 from songvec_assets.songs.export import ExportOptions, cache_songs_to_parquet
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.songs.source import SourceNames, find_source
-from songvec_assets.vectors.search import read_songs
 from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.provider import Provider
 

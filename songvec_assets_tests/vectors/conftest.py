@@ -1,7 +1,7 @@
 """Shards of made-up vectors, and the table as an administrator sees it."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,12 @@ from songvec_assets.cache import upkeep
 from songvec_assets.cache.manifest import Completion, Rejection
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.postgres.engine import Database
+from songvec_assets.progress import ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.load import RangeLoad, upload_cached_embeddings_to_database
-from songvec_assets.vectors.table import TableSpec
+from songvec_assets.vectors.load import LoadSource, RangeLoad, upload_cached_embeddings_to_database
+from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 
 DIMENSIONS = 8
@@ -92,7 +93,34 @@ def damage(cache: ModelCache, song_id: int, version: int = 0) -> None:
 
 def load(database: Database, cache: ModelCache, spec: TableSpec = SPEC) -> dict[str, tuple[int, int, int]]:
     """Load the cache; each range's rows, rows written and rows deleted."""
-    return told(upload_cached_embeddings_to_database(database, cache, spec, TILING))
+    return told(upload(database, cache, spec))
+
+
+def upload(
+    database: Database,
+    cache: ModelCache,
+    spec: TableSpec = SPEC,
+    tiling: Tiling = TILING,
+    progress: ReportProgress = ignore_progress,
+    stop: StopSignal | None = None,
+    **options: int,
+) -> list[RangeLoad]:
+    """Load the cache into the serving table."""
+    run = RunContext(progress, stop or StopSignal())
+    return upload_cached_embeddings_to_database(VectorTable(database), LoadSource(cache, tiling), spec, run, **options)
+
+
+class CallingStop(StopSignal):
+    """Calls something whenever a step asks whether to stop."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__()
+        self._call = call
+
+    def check(self) -> None:
+        """Call, then check as usual."""
+        self._call()
+        super().check()
 
 
 def told(loads: Iterable[RangeLoad]) -> dict[str, tuple[int, int, int]]:

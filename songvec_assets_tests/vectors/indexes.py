@@ -11,17 +11,17 @@ import psycopg2
 
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.postgres.engine import Database
-from songvec_assets.progress import Progress, StopSignal
+from songvec_assets.progress import Progress, ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.songs.text import hash_text
-from songvec_assets.vectors.ivfflat import IndexReport, IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.table import TABLE, TableSpec, count_changes
+from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable
 from songvec_assets_tests.administration import execute, wait_until
 from songvec_assets_tests.vectors.conftest import SPEC, TILING
 
 INDEX, BUILDING, REPLACED = (f"embeddings_ivfflat_idx{end}" for end in ("", "_building", "_replaced"))
 
 
-def fill(database: Database, first: int, last: int, spec: TableSpec = SPEC, table: str = TABLE) -> None:
+def fill(database: Database, first: int, last: int, spec: TableSpec = SPEC, table: str = SERVING) -> None:
     """Insert random rows past the cache, and count them as changes, as a load does."""
     execute(
         database.adbc_uri,
@@ -33,10 +33,25 @@ def fill(database: Database, first: int, last: int, spec: TableSpec = SPEC, tabl
     change(database, last - first + 1, table)
 
 
-def change(database: Database, n_rows: int, table: str = TABLE) -> None:
+def change(database: Database, n_rows: int, table: str = SERVING) -> None:
     """Count rows as changed since the index was built."""
     with database.get_connection() as connection:
-        count_changes(connection, n_rows, table)
+        VectorTable(database, table).count_changes(connection, n_rows)
+
+
+def build_index(
+    database: Database,
+    cache: ModelCache,
+    spec: TableSpec = SPEC,
+    wanted: IndexSettings | None = None,
+    *,
+    table: str = SERVING,
+    progress: ReportProgress = ignore_progress,
+    stop: StopSignal | None = None,
+) -> IndexReport:
+    """Bring a table's index up to date."""
+    run = RunContext(progress, stop or StopSignal())
+    return bring_index_up_to_date(VectorTable(database, table), cache, spec, wanted or IndexSettings(), run)
 
 
 def put_clusters(cache: ModelCache, first: int, stop: int, n_clusters: int, seed: int = 0) -> None:
@@ -53,7 +68,7 @@ def put_clusters(cache: ModelCache, first: int, stop: int, n_clusters: int, seed
         write_embeddings_to_file(shard, song_ids[here].tolist(), hashes, vectors[here])
 
 
-def read_indexes(database: Database, table: str = TABLE) -> dict[str, tuple[bool, str]]:
+def read_indexes(database: Database, table: str = SERVING) -> dict[str, tuple[bool, str]]:
     """Every index of a table but its key: name to validity and definition."""
     rows = execute(
         database.adbc_uri,
@@ -70,7 +85,7 @@ def read_identity(database: Database, index: str = INDEX) -> tuple:
     return execute(database.adbc_uri, f"SELECT oid, relfilenode FROM pg_class WHERE relname = '{index}'")[0]
 
 
-def definition(lists: int, opclass: str = "vector_cosine_ops", index: str = INDEX, table: str = TABLE) -> str:
+def definition(lists: int, opclass: str = "vector_cosine_ops", index: str = INDEX, table: str = SERVING) -> str:
     """The index as Postgres spells it; for vector columns the operator class is not the default one, so it is shown."""
     return f"CREATE INDEX {index} ON public.{table} USING ivfflat (embedding {opclass}) WITH (lists='{lists}')"
 
@@ -97,7 +112,7 @@ class Builder(threading.Thread):
         database: Database,
         cache: ModelCache,
         wanted: IndexSettings | None = None,
-        table: str = TABLE,
+        table: str = SERVING,
         stop: StopSignal | None = None,
     ) -> None:
         super().__init__(daemon=True)
@@ -110,7 +125,7 @@ class Builder(threading.Thread):
     def run(self) -> None:
         """Build; keep what it returns or raises."""
         try:
-            self.report = bring_index_up_to_date(
+            self.report = build_index(
                 self._database,
                 self._cache,
                 SPEC,
@@ -139,10 +154,11 @@ from pathlib import Path
 from songvec_assets.storage import Storage
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.ivfflat import bring_index_up_to_date
-from songvec_assets.vectors.table import TableSpec
+from songvec_assets.vectors.index.upkeep import bring_index_up_to_date
+from songvec_assets.vectors.table import TableSpec, VectorTable
 url, folder = sys.argv[1:]
-bring_index_up_to_date(Database(url), ModelCache(Storage(Path(folder)), "model-a", 8), TableSpec("model-a", 8))
+cache = ModelCache(Storage(Path(folder)), "model-a", 8)
+bring_index_up_to_date(VectorTable(Database(url)), cache, TableSpec("model-a", 8))
 """
 
 

@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 
 from benchmarks.chaos_db import FAULTS, find_usual_relations, prepared_server, run_fault
-from songvec_assets.vectors import drift
-from songvec_assets.vectors.audit import audit_vectors
+from songvec_assets.vectors import samples
+from songvec_assets.vectors.samples import audit_vectors
 from songvec_assets_tests.servers import Server
 from songvec_assets_tests.vectors.world import Report
 
@@ -25,7 +25,7 @@ Prepared = tuple[Server, Path, set[str]]
 def prepared() -> Iterator[Prepared]:
     """A server that may be killed, a folder for caches, and the relations that an undisturbed run leaves."""
     # how the vectors lie is measured elsewhere, and reading them as text takes longer than loading them
-    profile_few = mock.patch.object(drift, "audit_vectors", partial(audit_vectors, n_rows=20))
+    profile_few = mock.patch.object(samples, "audit_vectors", partial(audit_vectors, n_rows=20))
     with prepared_server() as (server, folder), profile_few:
         yield server, folder, find_usual_relations(server, folder, N_SONGS)
 

@@ -20,15 +20,15 @@ from songvec_assets.errors import (
     TableMismatchError,
 )
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.postgres.schema import hold_lock, write_fact
 from songvec_assets.progress import Progress, StopSignal
 from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.ledger import read_ledger, read_table_rows
-from songvec_assets.vectors.load import upload_cached_embeddings_to_database
-from songvec_assets.vectors.table import TableSpec, check_table, ensure_table, loaded_spec, read_changes
-from songvec_assets.vectors.write import store_embeddings_batch, store_embeddings_copy_bulk
+from songvec_assets.vectors.index.recall import audit_recall, read_recall
+from songvec_assets.vectors.load import LoadSource, plan_load, store_embeddings_batch, store_embeddings_copy_bulk
+from songvec_assets.vectors.samples import measure_drift
+from songvec_assets.vectors.table import TableSpec, VectorTable, describe_tables
 from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.vectors.conftest import (
     DIMENSIONS,
@@ -50,15 +50,17 @@ from songvec_assets_tests.vectors.conftest import (
     read_writers,
     reject,
     told,
+    upload,
     vectors_of,
 )
+from songvec_assets_tests.vectors.indexes import build_index
 
 HALF = TableSpec("model-a", DIMENSIONS, "halfvec")
 
 
 def loaded_ranges(database: Database) -> dict[SongIdRange, int]:
     """Songs by range, as the ledger has them."""
-    return {song_range: entry.n_songs for song_range, entry in read_ledger(database).items()}
+    return {song_range: entry.n_songs for song_range, entry in VectorTable(database).ledger.read().items()}
 
 
 class StopDuringCopy(StopSignal):
@@ -108,7 +110,7 @@ class TestLoad:
         assert read_vectors(database) == vectors_of(song_ids)
         assert_ledger_fits_table(database)
         assert loaded_ranges(database) == {FIRST: 3, SECOND: 2, TAIL: 2}
-        rows, below = read_table_rows(database, TILING)
+        rows, below = VectorTable(database).read_id_sums(TILING)
         assert ({each: counts.n_rows for each, counts in rows.items()}, below.n_rows) == (loaded_ranges(database), 0)
 
     def test_a_load_without_changes_writes_nothing(self, database: Database, cache: ModelCache) -> None:
@@ -186,17 +188,17 @@ class TestLoad:
         forget(cache, [120])
         load(database, cache)
         with database.get_connection() as connection:
-            assert read_changes(connection) == 150 + 1 + 1
+            assert VectorTable(database).read_changes(connection) == 150 + 1 + 1
 
     def test_progress_counts_the_rows_of_ranges_that_differ(self, database: Database, cache: ModelCache) -> None:
         put(cache, [1, 2, 150])
         seen: list[Progress] = []
-        upload_cached_embeddings_to_database(database, cache, SPEC, TILING, progress=seen.append)
+        upload(database, cache, SPEC, TILING, progress=seen.append)
         assert [(each.done, each.total) for each in (seen[0], seen[-1])] == [(0, 3), (3, 3)]
         assert {each.note for each in seen} == {"", FIRST.key, SECOND.key}
         seen.clear()
         put(cache, [3])
-        upload_cached_embeddings_to_database(database, cache, SPEC, TILING, progress=seen.append)
+        upload(database, cache, SPEC, TILING, progress=seen.append)
         assert [(each.done, each.total, each.note) for each in seen] == [(0, 1, ""), (1, 1, FIRST.key), (1, 1, "")]
 
     def test_a_bulk_load_is_vacuumed_and_a_small_one_not(self, database: Database, cache: ModelCache) -> None:
@@ -247,14 +249,14 @@ class TestLoad:
         wider = Tiling(width=100, stop=2_000)
         cut = ModelCache(Storage(tmp_path / "cut"), SPEC.model, SPEC.dimensions)
         put(cut, [1, 1050, 2050, 1051], tiling=wider)
-        upload_cached_embeddings_to_database(database, cut, SPEC, wider)
+        upload(database, cut, SPEC, wider)
         assert read_vectors(database) == vectors_of([1, 1050, 1051, 2050])
         assert {each.key: n for each, n in loaded_ranges(database).items()} == {
             FIRST.key: 1, "000001000-000001100": 2, "000002000-max": 1
         }  # fmt: skip
         assert_ledger_fits_table(database)
         assert {written for _, written, _ in
-                told(upload_cached_embeddings_to_database(database, cut, SPEC, wider)).values()} == {0}  # fmt: skip
+                told(upload(database, cut, SPEC, wider)).values()} == {0}  # fmt: skip
 
 
 class TestForeignChanges:
@@ -351,7 +353,7 @@ class TestErrorsInTheMiddle:
         before = self.prepare(database, cache)
         stop = StopDuringCopy(database)
         with pytest.raises(StoppedError, match="the same command goes on from there"):
-            upload_cached_embeddings_to_database(database, cache, SPEC, TILING, stop=stop, n_connections=1)
+            upload(database, cache, SPEC, TILING, stop=stop, n_connections=1)
         assert read_vectors(database) == before
         assert_ledger_fits_table(database)
         self.finish(database, cache)
@@ -365,9 +367,7 @@ class TestErrorsInTheMiddle:
                 stop.set()
 
         with pytest.raises(StoppedError):
-            upload_cached_embeddings_to_database(
-                database, cache, SPEC, TILING, progress=stop_after_the_first, stop=stop, n_connections=1
-            )
+            upload(database, cache, SPEC, TILING, progress=stop_after_the_first, stop=stop, n_connections=1)
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(90), 1) | {101: 0})
         assert_ledger_fits_table(database)
         self.finish(database, cache)
@@ -378,7 +378,7 @@ class TestErrorsInTheMiddle:
         before = self.prepare(database, cache)
         stop = StopDuringCopy(database, lambda: kill_copy(database))
         with pytest.raises(DatabaseError, match="start the same command again"):
-            upload_cached_embeddings_to_database(database, cache, SPEC, TILING, stop=stop, n_connections=1)
+            upload(database, cache, SPEC, TILING, stop=stop, n_connections=1)
         assert read_vectors(database) == before
         assert_ledger_fits_table(database)
         self.finish(database, cache)
@@ -387,7 +387,7 @@ class TestErrorsInTheMiddle:
         before = self.prepare(database, cache)
         stop = StopDuringCopy(database, lambda: cancel(database))
         with pytest.raises(SongvecError):
-            upload_cached_embeddings_to_database(database, cache, SPEC, TILING, stop=stop, n_connections=1)
+            upload(database, cache, SPEC, TILING, stop=stop, n_connections=1)
         assert read_vectors(database) == before
         assert_ledger_fits_table(database)
         self.finish(database, cache)
@@ -400,6 +400,28 @@ class TestErrorsInTheMiddle:
         assert read_vectors(database) == before
         execute(database.adbc_uri, "ALTER TABLE songvec.loaded_ranges DROP CONSTRAINT full_disk")
         self.finish(database, cache)
+
+
+class TestPlan:
+    def test_it_changes_nothing_not_even_for_a_range_that_cannot_be_read(
+        self, database: Database, cache: ModelCache
+    ) -> None:
+        put(cache, range(150))
+        load(database, cache)
+        put(cache, [3], version=1)
+        manifest = cache.storage.root / SECOND.key / "manifest.json"
+        manifest.write_bytes(b"no manifest")
+        before = read_folder(cache.storage.root), read_writers(database)
+        plan = plan_load(VectorTable(database), LoadSource(cache, TILING))
+        assert (plan.changed, plan.unchanged, plan.n_changed, list(plan.damaged)) == ({FIRST: 100}, {}, 1, [SECOND])
+        assert (read_folder(cache.storage.root), read_writers(database)) == before
+        with pytest.raises(DamagedShardError, match=r"manifest\.json does not parse"):
+            load(database, cache)
+
+
+def read_folder(folder: Path) -> dict[Path, bytes]:
+    """The content of every file."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class TestDamage:
@@ -588,12 +610,12 @@ class TestMismatch:
         load(database, cache)
         other = ModelCache(Storage(tmp_path / "other"), spec.model, spec.dimensions)
         put(other, [1, 2, 3])
-        for refuse in (lambda: check_table(database, spec), lambda: load(database, other, spec)):
+        for refuse in (lambda: VectorTable(database).check(spec), lambda: load(database, other, spec)):
             with pytest.raises(TableMismatchError, match=words):
                 refuse()
         assert read_vectors(database) == vectors_of([1, 2])
-        assert loaded_spec(database) == SPEC
-        check_table(database, SPEC)
+        assert VectorTable(database).spec == SPEC
+        VectorTable(database).check(SPEC)
 
     @pytest.mark.parametrize(
         "columns", ["song_id bigint, embedding vector(8)", "song_id integer, vec vector(8)", "id integer"]
@@ -601,11 +623,11 @@ class TestMismatch:
     def test_a_table_of_other_columns_is_refused_with_what_it_has(self, database: Database, columns: str) -> None:
         execute(database.adbc_uri, f"CREATE TABLE song_embeddings ({columns})")
         with pytest.raises(TableMismatchError, match=r"expected \{'song_id': 'integer', 'embedding': 'vector\(8\)'\}"):
-            check_table(database, SPEC)
+            VectorTable(database).check(SPEC)
 
     def test_before_the_first_load_nothing_is_refused(self, database: Database) -> None:
-        check_table(database, SPEC)
-        assert loaded_spec(database) is None
+        VectorTable(database).check(SPEC)
+        assert VectorTable(database).spec is None
 
     def test_the_table_that_was_made_beforehand_is_taken_and_then_held_to_its_model(
         self, database: Database, cache: ModelCache
@@ -620,19 +642,19 @@ class TestMismatch:
         put(cache, [1, 2])
         load(database, cache)
         assert read_vectors(database) == vectors_of([1, 2])
-        assert loaded_spec(database) == SPEC
+        assert VectorTable(database).spec == SPEC
         with pytest.raises(TableMismatchError, match="model-a"):
-            check_table(database, TableSpec("model-b", DIMENSIONS))
+            VectorTable(database).check(TableSpec("model-b", DIMENSIONS))
 
     def test_a_table_into_which_nothing_was_loaded_takes_another_model_for_good(
         self, database: Database, tmp_path: Path
     ) -> None:
-        ensure_table(database, SPEC)
+        VectorTable(database).ensure(SPEC)
         other = TableSpec("model-b", DIMENSIONS)
         cache = ModelCache(Storage(tmp_path), other.model, other.dimensions)
         put(cache, [1, 2])
         load(database, cache, other)
-        assert loaded_spec(database) == other
+        assert VectorTable(database).spec == other
         assert load(database, cache, other) == {FIRST.key: (2, 0, 0)}
 
     def test_an_offline_table_of_the_embedded_database_gives_way(self, database: Database, tmp_path: Path) -> None:
@@ -643,12 +665,12 @@ class TestMismatch:
         spec = TableSpec("model-b", 16, "halfvec")
         better = ModelCache(Storage(tmp_path / "better"), spec.model, spec.dimensions)
         put(better, [1, 101])
-        check_table(embedded, spec)
+        VectorTable(embedded).check(spec)
         with pytest.raises(TableMismatchError):
-            check_table(database, spec)
+            VectorTable(database).check(spec)
         assert load(embedded, better, spec) == {FIRST.key: (1, 1, 0), SECOND.key: (1, 1, 0)}
         assert set(read_vectors(embedded)) == {1, 101}
-        assert loaded_spec(embedded) == spec
+        assert VectorTable(embedded).spec == spec
 
     def test_what_gives_way_to_another_type_of_the_same_model_is_loaded_again(
         self, database: Database, tmp_path: Path
@@ -665,15 +687,53 @@ class TestMismatch:
         put(cache, [1, 2])
         load(embedded, cache)
         for spec in (TableSpec(OFFLINE_MODEL, DIMENSIONS), TableSpec("model-b", DIMENSIONS), TableSpec("model-a", 16)):
-            for refuse in (check_table, ensure_table):
+            for refuse in (VectorTable(embedded).check, VectorTable(embedded).ensure):
                 with pytest.raises(TableMismatchError):
-                    refuse(embedded, spec)
+                    refuse(spec)
         assert read_vectors(embedded) == vectors_of([1, 2])
+
+
+class TestRecords:
+    """What another version recorded with other fields counts as not recorded, and stops nothing."""
+
+    @pytest.mark.parametrize("value", [{}, {"model": 7}, {"of": "another version"}, [1, 2], "text", True])
+    def test_none_of_them_stops_a_look_a_load_or_a_build(
+        self, database: Database, cache: ModelCache, value: object
+    ) -> None:
+        put(cache, range(60))
+        load(database, cache)
+        build_index(database, cache)
+        names = ("table", "rows_changed_since_index", "index", "building", "probes", "recall")
+        with database.get_connection() as connection:
+            for name in (*names, "profiles"):
+                write_fact(connection, name, value)
+        table = VectorTable(database)
+        assert table.spec is None
+        assert describe_tables(database) == {"song_embeddings": "nothing that was loaded"}
+        assert table.index is not None
+        with database.get_connection() as connection:
+            assert read_recall(connection, table) is None
+        assert audit_recall(table, cache, 0.95).reached
+        assert measure_drift(database, SPEC) is None
+        put(cache, [1, 2], version=1)
+        assert load(database, cache) == {FIRST.key: (60, 2, 2)}
+        assert table.spec == SPEC
+        assert build_index(database, cache).recall is not None
+        with database.get_connection() as connection:
+            assert table.read_changes(connection) == 2
+
+    def test_the_ledger_still_keeps_another_model_out(self, database: Database, cache: ModelCache) -> None:
+        put(cache, [1, 2])
+        load(database, cache)
+        with database.get_connection() as connection:
+            write_fact(connection, "table", {"of": "another version"})
+        with pytest.raises(TableMismatchError, match="'model-a', the configured model is 'model-b'"):
+            VectorTable(database).check(TableSpec("model-b", DIMENSIONS))
 
 
 class TestColumn:
     def test_the_column_has_the_configured_size_and_stays_in_its_row(self, database: Database) -> None:
-        ensure_table(database, TableSpec("model-a", 2000))
+        VectorTable(database).ensure(TableSpec("model-a", 2000))
         column = """
             SELECT format_type(atttypid, atttypmod), attstorage, attnotnull FROM pg_attribute
             WHERE attrelid = 'song_embeddings'::regclass AND attname = 'embedding'
@@ -685,7 +745,7 @@ class TestColumn:
         assert execute(database.adbc_uri, pages) == [(8192, 8008)]
 
     def test_other_columns_are_what_the_design_says(self, database: Database) -> None:
-        ensure_table(database, SPEC)
+        VectorTable(database).ensure(SPEC)
         columns = """
             SELECT column_name, data_type, is_nullable, column_default FROM information_schema.columns
             WHERE table_name = 'song_embeddings' AND column_name <> 'embedding' ORDER BY ordinal_position
@@ -732,13 +792,13 @@ class TestStoring:
     ) -> None:
         put(cache, range(60))
         put(cache, range(40, 100), version=1)
-        ensure_table(database, spec)
+        VectorTable(database).ensure(spec)
         copied = self.store(database, cache, spec, bulk=True)
         assert len(copied) == 100
         assert self.store(database, cache, spec, bulk=False) == copied
 
     def test_batches_update_rows_that_are_there(self, database: Database) -> None:
-        ensure_table(database, SPEC)
+        VectorTable(database).ensure(SPEC)
         for version in (0, 1):
             with database.get_connection() as connection:
                 vectors = np.stack([make_vector(song_id, version) for song_id in (1, 2)])
@@ -746,7 +806,7 @@ class TestStoring:
             assert read_vectors(database) == vectors_of({1: version, 2: version})
 
     def test_copy_takes_as_many_rows_as_there_are_and_none(self, database: Database) -> None:
-        ensure_table(database, SPEC)
+        VectorTable(database).ensure(SPEC)
         n_rows = 30_000  # several chunks
         vectors = np.random.default_rng(1).standard_normal((n_rows, DIMENSIONS), dtype=np.float32)
         song_ids, checksums = np.arange(n_rows, dtype=np.int32), np.zeros(n_rows, dtype=np.uint64)
@@ -769,7 +829,7 @@ class TestStoring:
                 GRANT ALL ON ALL TABLES IN SCHEMA songvec TO {role}
                 """,
             )
-            ensure_table(seen, SPEC)
+            VectorTable(seen).ensure(SPEC)
             # Postgres takes no COPY FROM into a table with row-level security
             execute(
                 database.adbc_uri,

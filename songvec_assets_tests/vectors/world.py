@@ -154,7 +154,7 @@ class World:
     Attributes:
         name: of the database and of the role that owns it.
         load, build: what the package is asked to do: to make the table equal the cache, and to index it.
-        lists, beside_from_rows, may_swap: how.
+        lists, staged_from_rows, may_swap: how.
         moment: what is being done, for people.
         told: the words of the last error.
         before: rows that the table had before the cache changed.
@@ -171,7 +171,7 @@ class World:
     load: Callable[["World", Database | None], Any]
     build: Callable[["World", Database | None], Any]
     lists: int | None = None
-    beside_from_rows: int = 20_000
+    staged_from_rows: int = 20_000
     may_swap: bool = True
     moment: str = ""
     told: str = ""

@@ -1,7 +1,7 @@
-"""What shows at a glance that the vectors mean something: a map of a sample, and some songs' nearest neighbours.
+"""What shows at a glance that the vectors mean something: a map of a sample, and some songs' nearest neighbors.
 
-Vectors come from the cache, as in `neighbours`; the neighbours are found as a search finds them. Pictures are drawn
-elsewhere.
+Vectors come from the cache, as in `vectors/index/neighbors`; the neighbors are found as a search finds them. When to
+add here: another look at a sample. Keep out: pictures, which are drawn elsewhere.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import StoreError
-from songvec_assets.postgres.engine import Database
+from songvec_assets.search.nearest import Hit, read_songs, search_songs
 from songvec_assets.songs.source import SongsSource
-from songvec_assets.vectors.neighbours import LoadedRows, sample_rows
-from songvec_assets.vectors.search import Hit, read_songs, search_songs
+from songvec_assets.vectors.index.neighbors import LoadedRows, sample_rows
 from songvec_assets.vectors.table import TableSpec
 
 _MAP_SONGS = 600
-_PREVIEW_SONGS, _PREVIEW_NEIGHBOURS = 8, 3
+_PREVIEW_SONGS, _PREVIEW_NEIGHBORS = 8, 3
 _CLUSTERS, _CLUSTERED_AXES, _ROUNDS = 8, 16, 20
 _MIDDLE = 5
 
@@ -43,7 +42,7 @@ class SongMap:
 
 
 @dataclass(frozen=True)
-class Neighbourhood:
+class Neighborhood:
     """A song, and those that a search for its vector finds."""
 
     name: str
@@ -56,14 +55,13 @@ class Preview:
     """What a person looks at."""
 
     map: SongMap
-    neighbourhoods: list[Neighbourhood]
+    neighborhoods: list[Neighborhood]
 
 
-def preview_table(database: Database, rows: LoadedRows, source: SongsSource, spec: TableSpec, seed: int = 0) -> Preview:
+def preview_table(rows: LoadedRows, source: SongsSource, spec: TableSpec, seed: int = 0) -> Preview:
     """Draw a sample of the table; the same table gives the same sample.
 
     Args:
-        database: where songs and table are.
         rows: of the cache, that the table holds.
         source: the songs table.
         spec: what the table holds.
@@ -72,10 +70,11 @@ def preview_table(database: Database, rows: LoadedRows, source: SongsSource, spe
     Raises:
         StoreError: the cache does not hold what is loaded.
     """
+    database = rows.table.database
     song_ids, vectors = sample_rows(rows, _MAP_SONGS, np.random.default_rng(seed))
     if not song_ids:
         raise StoreError(
-            f"the cache in {rows.cache.storage} holds no row that table {rows.table} has: fill it, then load"
+            f"the cache in {rows.cache.storage} holds no row that table {rows.table.name} has: fill it, then load"
         )
     components, share = project(vectors)
     clusters, middles = find_clusters(components[:, :_CLUSTERED_AXES])
@@ -84,13 +83,13 @@ def preview_table(database: Database, rows: LoadedRows, source: SongsSource, spe
         inner = [song_ids[place] for places in middles for place in places]
         songs = read_songs(connection, source, [*shown, *inner])
     titles = [[songs[song_ids[each]][0] for each in places if song_ids[each] in songs] for places in middles]
-    neighbourhoods = []
+    neighborhoods = []
     for song_id in shown.keys() & songs.keys():
-        hits = search_songs(database, source, spec, shown[song_id], _PREVIEW_NEIGHBOURS + 1)
-        nearest = [hit for hit in hits if hit.song_id != song_id][:_PREVIEW_NEIGHBOURS]
-        neighbourhoods.append(Neighbourhood(*songs[song_id][:2], nearest))
+        hits = search_songs(database, source, spec, shown[song_id], _PREVIEW_NEIGHBORS + 1)
+        nearest = [hit for hit in hits if hit.song_id != song_id][:_PREVIEW_NEIGHBORS]
+        neighborhoods.append(Neighborhood(*songs[song_id][:2], nearest))
     song_map = SongMap(components[:, :2], clusters, titles, share, rows.n_rows)
-    return Preview(song_map, sorted(neighbourhoods, key=lambda each: each.name))
+    return Preview(song_map, sorted(neighborhoods, key=lambda each: each.name))
 
 
 def project(vectors: Float32Matrix) -> tuple[Float32Matrix, float]:

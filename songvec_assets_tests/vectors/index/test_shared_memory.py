@@ -10,11 +10,10 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.progress import Progress
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.ivfflat import bring_index_up_to_date
-from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets_tests.administration import dispose, execute
 from songvec_assets_tests.servers import NotPermittedError, Server, running_server
-from songvec_assets_tests.vectors.conftest import SPEC, TILING, assert_ledger_fits_table, put
+from songvec_assets_tests.vectors.conftest import SPEC, TILING, assert_ledger_fits_table, put, upload
+from songvec_assets_tests.vectors.indexes import build_index
 
 # even a small table and a small index are for parallel workers
 PARALLEL = {
@@ -36,11 +35,11 @@ def test_a_build_goes_on_without_workers_and_a_load_stays_done(server: Server, t
     database, cache = Database(server.url()), ModelCache(Storage(tmp_path), SPEC.model, SPEC.dimensions)
     ensure_schema(database)
     put(cache, range(600))
-    upload_cached_embeddings_to_database(database, cache, SPEC, TILING)
+    upload(database, cache, SPEC, TILING)
     execute(database.adbc_uri, "ALTER TABLE song_embeddings SET (parallel_workers = 1)")
     told: list[Progress] = []
     server.fill_shared_memory(32 << 10)
-    report = bring_index_up_to_date(database, cache, SPEC, progress=told.append)
+    report = build_index(database, cache, SPEC, progress=told.append)
     assert report.built
     assert "the server's /dev/shm is too small for parallel workers" in report.reason
     assert [each.note for each in told if each.is_trouble] == [
@@ -51,7 +50,7 @@ def test_a_build_goes_on_without_workers_and_a_load_stays_done(server: Server, t
     # the table has two indexes now, which VACUUM cleans side by side
     put(cache, range(600), version=1)
     told.clear()
-    loads = upload_cached_embeddings_to_database(database, cache, SPEC, TILING, progress=told.append)
+    loads = upload(database, cache, SPEC, TILING, progress=told.append)
     assert sum(load.n_written for load in loads) == 600
     (warning,) = [each.note for each in told if each.is_trouble]
     assert warning.startswith("the rows are loaded; VACUUM failed")

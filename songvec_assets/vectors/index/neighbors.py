@@ -1,8 +1,9 @@
-"""Queries like those that people make, and their exact nearest neighbours: from the cache that filled the table.
+"""Queries like those that people make, and their exact nearest neighbors: from the cache that filled the table.
 
 The table equals the cache, and the ledger says which of its rows are loaded: one pass of matrix products over the
-mapped shards answers all queries at once, where the server would read the whole table for each. Vectors are float32, so
-what a `halfvec` table loses shows. Memory is bounded by a stored batch.
+mapped files answers all queries at once, where the server would read the whole table for each. Vectors are float32, so
+what a `halfvec` table loses shows. Memory is bounded by a stored batch. When to add here: another kind of query. Keep
+out: what searches find (`recall`).
 """
 
 import os
@@ -16,15 +17,17 @@ from threadpoolctl import threadpool_limits
 
 from songvec_assets.cache.shards import CachedRange, ModelCache
 from songvec_assets.embedding.wire import Float32Matrix
-from songvec_assets.postgres.engine import Database
-from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress
+from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
-from songvec_assets.vectors.table import TABLE
+from songvec_assets.vectors.table import VectorTable
 
-NEIGHBOURS = 10
-TIE = 1e-6
-"""Similarities this near are equal: songs with the same text, summed in another order."""
+NEIGHBORS = 10
+EPSILON = 1e-6
+"""Cosine distances this near are equal. A row counts as found if it is no farther than the exact tenth nearest plus
+this, so that ties and duplicates do not count against an index; so does ann-benchmarks (`plotting/metrics.py`, distance
+of the k-th + epsilon, read 2026-11). Its 1e-3 would count half a cluster of similar songs here, and hide what halfvec
+loses: a few millionths at 2,000 dimensions. By about 1e-6 two float32 sums of 2,000 products differ that are added in
+another order."""
 
 _KEPT = 50
 _MOST_QUERIES = 100
@@ -36,20 +39,18 @@ class LoadedRows:
     """The rows of the cache that a table holds.
 
     Attributes:
-        database, cache, table: where they are.
+        table, cache: where they are.
         ranges: that are loaded, with their number of rows.
     """
 
-    database: Database
+    table: VectorTable
     cache: ModelCache
-    table: str
     ranges: dict[SongIdRange, int]
 
     @classmethod
-    def of(cls, database: Database, cache: ModelCache, table: str = TABLE) -> "LoadedRows":
+    def of(cls, table: VectorTable, cache: ModelCache) -> "LoadedRows":
         """By the ledger."""
-        ledger = read_ledger(database, table)
-        return cls(database, cache, table, {each: ledger[each].n_songs for each in sorted(ledger)})
+        return cls(table, cache, {each: entry.n_songs for each, entry in sorted(table.ledger.read().items())})
 
     @property
     def n_rows(self) -> int:
@@ -57,14 +58,13 @@ class LoadedRows:
         return sum(self.ranges.values())
 
     def read(self, song_range: SongIdRange) -> tuple[CachedRange, pl.DataFrame]:
-        """A range's shard, and its rows (song_id, row) that are loaded, also where a newer one waits for a load."""
-        shard = self.cache.open(song_range)
-        with self.database.get_connection() as connection:
-            loaded = read_loaded_rows(connection, song_range, self.table)
-        stored = shard.all_rows.unique(["song_id", "checksum"], keep="last")
+        """A range, and its rows (song_id, row) that are loaded, also where a newer one waits for a load."""
+        cached = self.cache.open(song_range)
+        loaded = self.table.ledger.read_rows(song_range)
+        stored = cached.all_rows.unique(["song_id", "checksum"], keep="last")
         if loaded is None:
-            return shard, stored.select("song_id", "row").clear()
-        return shard, stored.join(loaded, on=["song_id", "checksum"], how="semi").select("song_id", "row").sort("row")
+            return cached, stored.select("song_id", "row").clear()
+        return cached, stored.join(loaded, on=["song_id", "checksum"], how="semi").select("song_id", "row").sort("row")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Queries:
     """What is searched for.
 
     Attributes:
-        vectors: unit vectors, (n, dimensions): rows of the table first, then made-up ones.
+        vectors: unit vectors, (n, dimensions): rows of the table first, then synthetic ones.
         n_rows: how many are rows.
     """
 
@@ -83,11 +83,11 @@ class Queries:
 def sample_queries(rows: LoadedRows, seed: int = 0) -> Queries:
     """Draw rows, and mix as many queries of them: a tenth of the table's rows, ten at least and a hundred at most.
 
-    A row is one of its own ten neighbours, as a song is the first answer to its own words. A made-up query lies between
-    two rows, nearer to one, with noise of a fifth of its length: nothing in the table is like it.
+    A row is one of its own ten neighbors, as a song is the first answer to its own words. A synthetic query lies
+    between two rows, nearer to one, with noise of a fifth of its length: nothing in the table is like it.
     """
     draw = np.random.default_rng(seed)
-    _, sampled = sample_rows(rows, min(_MOST_QUERIES, max(NEIGHBOURS, rows.n_rows // 10)), draw)
+    _, sampled = sample_rows(rows, min(_MOST_QUERIES, max(NEIGHBORS, rows.n_rows // 10)), draw)
     weights = draw.uniform(0.5, 0.9, (len(sampled), 1)).astype(np.float32)
     noise = _normalise(draw.standard_normal(sampled.shape, dtype=np.float32))
     mixed = weights * sampled + (1 - weights) * np.roll(sampled, 1, axis=0) + _NOISE * noise
@@ -95,7 +95,7 @@ def sample_queries(rows: LoadedRows, seed: int = 0) -> Queries:
 
 
 def sample_rows(rows: LoadedRows, n_rows: int, draw: np.random.Generator) -> tuple[list[int], Float32Matrix]:
-    """Draw so many rows, or all where there are fewer: their song_ids, and unit vectors, (n, dimensions)."""
+    """Draw n rows, or all where there are fewer: their song_ids, and unit vectors, (n, dimensions)."""
     counts = np.array(list(rows.ranges.values()), dtype=np.int64)
     song_ids: list[int] = []
     picked = [np.empty((0, rows.cache.dimensions), dtype=np.float32)]
@@ -103,22 +103,22 @@ def sample_rows(rows: LoadedRows, n_rows: int, draw: np.random.Generator) -> tup
     shares = draw.multivariate_hypergeometric(counts, n_wanted, method="marginals") if len(counts) else counts
     for song_range, n_picked in zip(rows.ranges, shares.tolist(), strict=True):
         if n_picked:
-            shard, loaded = rows.read(song_range)
+            cached, loaded = rows.read(song_range)
             places = draw.choice(loaded.height, min(n_picked, loaded.height), replace=False)
             song_ids += loaded["song_id"].gather(places).to_list()
-            picked.append(shard.embeddings_at(loaded["row"].gather(places).to_list()))
+            picked.append(cached.embeddings_at(loaded["row"].gather(places).to_list()))
     return song_ids, _normalise(np.concatenate(picked))
 
 
 @dataclass
-class ExactNeighbours:
+class ExactNeighbors:
     """The nearest rows of each query, by exact arithmetic.
 
     Attributes:
         rows: among which.
         queries: unit vectors, (n, dimensions).
         song_ids: int32, (n, 50), nearest first; -1 where there are fewer rows.
-        similarities: float32, (n, 50); -inf where there are fewer rows.
+        similarities: float32, (n, 50); -inf where there are fewer rows. A distance is 1 less it.
         n_found: rows that the cache held.
     """
 
@@ -131,12 +131,15 @@ class ExactNeighbours:
 
     @property
     def n_wanted(self) -> int:
-        """Neighbours of each query: ten, or all rows of a table that has fewer."""
-        return min(NEIGHBOURS, self.n_found)
+        """Neighbors of each query: ten, or all rows of a table that has fewer."""
+        return min(NEIGHBORS, self.n_found)
 
     def count_hits(self, found: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-        """How many song_ids of each query's search are as near as its tenth nearest, ties included; (n,)."""
-        floors = self.similarities[:, max(0, self.n_wanted - 1)] - TIE
+        """How many rows of each query's search are as near as its tenth nearest, give or take EPSILON; (n,).
+
+        Exact distances decide, not the server's, which those of a `halfvec` table would flatter.
+        """
+        floors = self.similarities[:, max(0, self.n_wanted - 1)] - EPSILON
         hits, unsure = np.zeros(len(found), dtype=np.int64), []
         for query, ids in enumerate(found):
             near = set(self.song_ids[query][self.similarities[query] >= floors[query]].tolist())
@@ -149,54 +152,48 @@ class ExactNeighbours:
         return hits
 
     def _look_up(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Work out the similarities of (query, song_id), a shard at a time."""
+        """Work out the similarities of (query, song_id), a range at a time."""
+        self._looked_up.update(dict.fromkeys(pairs, -np.inf))
         for song_range in self.rows.ranges:
             here = [(query, song_id) for query, song_id in pairs if song_id in song_range]
             if not here:
                 continue
-            shard, loaded = self.rows.read(song_range)
+            cached, loaded = self.rows.read(song_range)
             wanted = loaded.filter(pl.col("song_id").is_in({song_id for _, song_id in here}))
-            vectors = _normalise(shard.embeddings_at(wanted["row"].to_list()))
+            vectors = _normalise(cached.embeddings_at(wanted["row"].to_list()))
             places = {song_id: place for place, song_id in enumerate(wanted["song_id"].to_list())}
             for query, song_id in here:
-                near = float(vectors[places[song_id]] @ self.queries[query]) if song_id in places else -np.inf
-                self._looked_up[query, song_id] = near
+                if song_id in places:
+                    self._looked_up[query, song_id] = float(vectors[places[song_id]] @ self.queries[query])
 
 
-def find_exact_neighbours(
-    rows: LoadedRows,
-    queries: Float32Matrix,
-    progress: ReportProgress = ignore_progress,
-    stop: StopSignal | None = None,
-) -> ExactNeighbours:
-    """Hold every loaded row against every query, in one pass over the cache.
+def find_exact_neighbors(rows: LoadedRows, queries: Float32Matrix, run: RunContext = SILENT) -> ExactNeighbors:
+    """Compare every loaded row with every query, in one pass over the cache.
 
     Args:
         rows: the table's.
         queries: unit vectors, (n, dimensions).
-        progress: told the rows.
-        stop: ends it between two batches.
+        run: notified of the rows; a stop ends it between two batches.
     """
     shape = (len(queries), _KEPT)
-    best = ExactNeighbours(rows, queries, np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32))
+    best = ExactNeighbors(rows, queries, np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32))
     # a core is left to the server's searches
     with threadpool_limits(max(1, (os.cpu_count() or 2) - 1), "blas"):
         for song_range in rows.ranges:
-            shard, loaded = rows.read(song_range)
-            for batch in shard.iter_vectors(loaded["row"]):
-                if stop is not None:
-                    stop.check()
+            cached, loaded = rows.read(song_range)
+            for batch in cached.iter_vectors(loaded["row"]):
+                run.check_stop()
                 lengths = np.sqrt(np.einsum("ij,ij->i", batch.embeddings, batch.embeddings))
                 _keep_best(best, batch.song_ids, (queries @ batch.embeddings.T) / lengths)
                 best.n_found += len(batch.song_ids)
-                progress(Progress("find exact neighbours", best.n_found, rows.n_rows, unit="rows"))
+                run.report(Progress("find exact neighbors", best.n_found, rows.n_rows, unit="rows"))
     order = np.argsort(-best.similarities, axis=1, kind="stable")
     best.song_ids = np.take_along_axis(best.song_ids, order, axis=1)
     best.similarities = np.take_along_axis(best.similarities, order, axis=1)
     return best
 
 
-def _keep_best(best: ExactNeighbours, song_ids: NDArray[np.int32], similarities: Float32Matrix) -> None:
+def _keep_best(best: ExactNeighbors, song_ids: NDArray[np.int32], similarities: Float32Matrix) -> None:
     """Take the better ones of a batch, (n queries, n rows), in the places of the worst that are kept."""
     for query in np.flatnonzero((similarities > best.similarities.min(axis=1, keepdims=True)).any(axis=1)):
         values = np.concatenate([best.similarities[query], similarities[query]])

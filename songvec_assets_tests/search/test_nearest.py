@@ -9,23 +9,23 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets import cli
 from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cli import commands
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import ProviderError, TableMismatchError
-from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.engine import PROFILES, Database, Profile
 from songvec_assets.postgres.schema import write_fact
+from songvec_assets.search.nearest import Hit, check_searchable, embed_query, search_songs
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
-from songvec_assets.vectors.comparison import find_neighbours
-from songvec_assets.vectors.ivfflat import bring_index_up_to_date
-from songvec_assets.vectors.search import Hit, embed_query, search_songs
-from songvec_assets.vectors.table import TableSpec
+from songvec_assets.vectors.samples import find_neighbors
+from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import dispose, execute
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.provider import Provider, running_provider
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, make_vector, put
+from songvec_assets_tests.vectors.indexes import build_index
 
 
 class RecordingEmbedder:
@@ -102,7 +102,7 @@ def test_no_more_songs_come_than_asked_for_or_there(database: Database, source: 
 @pytest.fixture
 def indexed(database: Database, source: SongsSource, cache: ModelCache) -> SongsSource:
     """The hundred songs under ten lists, of which searches visit one."""
-    bring_index_up_to_date(database, cache, SPEC)
+    build_index(database, cache, SPEC)
     use_index(database)
     with database.get_connection() as connection:
         write_fact(connection, "probes", 1)
@@ -127,6 +127,21 @@ def executed(database: Database) -> "contextlib.AbstractContextManager[list[str]
             sa.event.remove(engine, "before_cursor_execute", listen)
 
     return listening()
+
+
+def test_searches_share_one_pooled_connection(database: Database, source: SongsSource) -> None:
+    opened: list[str] = []
+
+    def note(profile: Profile) -> Callable[..., None]:
+        return lambda *_: opened.append(profile)
+
+    listeners = {profile: note(profile) for profile in PROFILES}
+    for profile, listener in listeners.items():
+        sa.event.listen(database.get_engine(profile), "connect", listener)
+    for _ in range(3):
+        check_searchable(database, SPEC)
+        assert len(search_songs(database, source, SPEC, make_vector(8), limit=3)) == 3
+    assert opened == ["web"]
 
 
 def test_through_the_index_a_search_visits_the_lists_that_are_stored_or_asked_for(
@@ -173,9 +188,9 @@ def test_the_command_shows_as_many_songs_as_asked_for(
     use_index(database)
     with database.get_connection() as connection:
         write_fact(connection, "probes", 1)
-    monkeypatch.setattr(cli, "_deploy", lambda: deployment)
+    monkeypatch.setattr(commands, "_deploy", lambda: deployment)
     with pytest.raises(SystemExit) as ended:
-        cli.app(["search", "a storm at sea", "-n", "100"])
+        commands.app(["search", "a storm at sea", "-n", "100"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.count("Tune ") == 100
 
@@ -184,7 +199,7 @@ def test_the_comparison_of_two_tables_sees_ten_neighbours_of_each_song(
     database: Database, indexed: SongsSource
 ) -> None:
     with database.get_connection() as connection:
-        found = find_neighbours(connection, "song_embeddings", [7, 8])
+        found = find_neighbors(connection, VectorTable(database), [7, 8])
     assert [len(each) for each in found.values()] == [10, 10]
 
 

@@ -6,20 +6,15 @@ from songvec_assets.cache.shards import ModelCache
 from songvec_assets.errors import TableMismatchError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
-from songvec_assets.vectors.audit import audit_recall
-from songvec_assets.vectors.ivfflat import (
-    IndexReport,
-    IndexSettings,
-    bring_index_up_to_date,
-    find_index,
-    reason_to_build,
-)
-from songvec_assets.vectors.recall import read_recall
-from songvec_assets.vectors.table import BESIDE, TableSpec, ensure_table, read_changes
+from songvec_assets.vectors.index import build
+from songvec_assets.vectors.index.recall import audit_recall, read_recall
+from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, reason_to_build
+from songvec_assets.vectors.table import STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import SPEC, load
 from songvec_assets_tests.vectors.indexes import (
     INDEX,
+    build_index,
     change,
     definition,
     fill,
@@ -34,14 +29,14 @@ UNMEASURED = "recall was not measured: the cache in"
 @pytest.fixture
 def table(database: Database) -> Database:
     """A database whose table has 400 rows, song_ids 1 to 400, that no cache knows."""
-    ensure_table(database, SPEC)
+    VectorTable(database).ensure(SPEC)
     fill(database, 1, 400)
     return database
 
 
 def bring(database: Database, cache: ModelCache, **wanted: object) -> IndexReport:
     """Bring the index of SPEC's table up to date."""
-    return bring_index_up_to_date(database, cache, SPEC, IndexSettings(**wanted))  # type: ignore[arg-type]
+    return build_index(database, cache, SPEC, IndexSettings(**wanted))  # type: ignore[arg-type]
 
 
 class TestReason:
@@ -72,7 +67,7 @@ class TestReason:
 
 class TestBuild:
     def test_the_first_build_makes_the_index_that_the_design_names(self, table: Database, cache: ModelCache) -> None:
-        assert find_index(table) is None
+        assert VectorTable(table).index is None
         report = bring(table, cache)
         assert read_indexes(table) == {INDEX: (True, definition(20))}
         assert report.built
@@ -80,7 +75,7 @@ class TestBuild:
         assert (report.index.lists, report.index.n_rows, report.index.probes) == (20, 400, 20)
         size = execute(table.adbc_uri, f"SELECT pg_relation_size('{INDEX}')")
         assert [(report.index.n_bytes,)] == size
-        assert report.index == find_index(table)
+        assert report.index == VectorTable(table).index
         assert report.seconds > 0
         assert report.estimate.lists == 20
 
@@ -121,9 +116,9 @@ class TestBuild:
 
     def test_halfvec_gets_its_own_operator_class(self, database: Database, cache: ModelCache) -> None:
         spec = TableSpec("model-a", 8, "halfvec")
-        ensure_table(database, spec)
+        VectorTable(database).ensure(spec)
         fill(database, 1, 400, spec)
-        bring_index_up_to_date(database, cache, spec)
+        build_index(database, cache, spec)
         assert read_indexes(database) == {INDEX: (True, definition(20, "halfvec_cosine_ops"))}
 
     @pytest.mark.parametrize("opclass", ["vector_l2_ops", "vector_cosine_ops"])
@@ -135,27 +130,27 @@ class TestBuild:
             f"CREATE INDEX {INDEX} ON song_embeddings USING ivfflat (embedding {opclass}) WITH (lists = 20);"
             f"UPDATE pg_index SET indisvalid = {opclass == 'vector_l2_ops'} WHERE indexrelid = '{INDEX}'::regclass",
         )
-        assert find_index(table) is None
+        assert VectorTable(table).index is None
         assert bring(table, cache).reason.startswith("there is none")
         assert read_indexes(table) == {INDEX: (True, definition(20))}
 
     def test_the_table_beside_gets_an_index_and_records_of_its_own(self, table: Database, cache: ModelCache) -> None:
         serving = bring(table, cache)
-        ensure_table(table, SPEC, BESIDE)
-        fill(table, 1, 900, table=BESIDE)
-        report = bring_index_up_to_date(table, cache, SPEC, table=BESIDE)
+        VectorTable(table, STAGING).ensure(SPEC)
+        fill(table, 1, 900, table=STAGING)
+        report = build_index(table, cache, SPEC, table=STAGING)
         index = "embeddings_ivfflat_idx_new"
-        assert read_indexes(table, BESIDE) == {index: (True, definition(30, index=index, table=BESIDE))}
+        assert read_indexes(table, STAGING) == {index: (True, definition(30, index=index, table=STAGING))}
         assert (report.index.lists, report.index.n_rows) == (30, 900)
-        assert find_index(table, BESIDE) == report.index
-        assert find_index(table) == serving.index
+        assert VectorTable(table, STAGING).index == report.index
+        assert VectorTable(table).index == serving.index
         assert read_indexes(table) == {INDEX: (True, definition(20))}
-        assert not bring_index_up_to_date(table, cache, SPEC, table=BESIDE).built
+        assert not build_index(table, cache, SPEC, table=STAGING).built
 
     def test_without_a_table_or_rows_it_is_refused(self, database: Database, cache: ModelCache) -> None:
         with pytest.raises(TableMismatchError, match="materialize song_embeddings_table first"):
             bring(database, cache)
-        ensure_table(database, SPEC)
+        VectorTable(database).ensure(SPEC)
         with pytest.raises(TableMismatchError, match=r"empty: .* load it first"):
             bring(database, cache)
         assert read_indexes(database) == {}
@@ -164,8 +159,8 @@ class TestBuild:
 @pytest.fixture
 def clustered(database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> Database:
     """A database whose table has 600 clustered rows, loaded from the cache, and counts as no small one."""
-    monkeypatch.setattr("songvec_assets.vectors.recall.SMALL_TABLE_ROWS", 500)
-    monkeypatch.setattr("songvec_assets.vectors.sizes.SMALL_TABLE_ROWS", 500)
+    monkeypatch.setattr("songvec_assets.vectors.index.recall.SMALL_TABLE_ROWS", 500)
+    monkeypatch.setattr("songvec_assets.vectors.index.sizing.SMALL_TABLE_ROWS", 500)
     put_clusters(cache, 0, 600, n_clusters=24)
     load(database, cache)
     return database
@@ -197,7 +192,7 @@ class TestRecall:
         assert report.recall.probes - 1 in {0, *by_probes}, "the next smaller was tried"
         assert report.index.probes == read(clustered, "probes") == report.recall.probes
         with clustered.get_connection() as connection:
-            assert read_recall(connection) == report.recall
+            assert read_recall(connection, VectorTable(clustered)) == report.recall
         assert report.reason == f"there is none; {report.recall.describe()}"
 
     def test_a_rerun_with_nothing_changed_searches_nothing(
@@ -210,7 +205,7 @@ class TestRecall:
         def refuse(*_: object, **__: object) -> None:
             raise AssertionError
 
-        monkeypatch.setattr("songvec_assets.vectors.ivfflat.measure_recall", refuse)
+        monkeypatch.setattr("songvec_assets.vectors.index.upkeep.measure_recall", refuse)
         again = bring(clustered, cache)
         assert (again.built, again.recall) == (False, first.recall)
         assert again.reason.startswith("24 lists fit 606 rows, 6 rows changed since it was built; recall ")
@@ -232,7 +227,7 @@ class TestRecall:
     ) -> None:
         good = bring(clustered, cache)
         assert good.recall is not None
-        assert audit_recall(clustered, cache, SPEC, 0.95).reached
+        assert audit_recall(VectorTable(clustered), cache, 0.95).reached
         identity = read_identity(clustered)
         # the worst that can be: its centres know 12 rows, all of another kind
         execute(clustered.adbc_uri, f"DROP INDEX {INDEX}; CREATE TABLE kept AS TABLE song_embeddings; "
@@ -242,7 +237,7 @@ class TestRecall:
                 "DROP TABLE kept")  # fmt: skip
         change(clustered, 100)  # under a fifth: only recall can tell
         put_aside(clustered, "probes", 1)
-        audit = audit_recall(clustered, cache, SPEC, 0.95)
+        audit = audit_recall(VectorTable(clustered), cache, 0.95)
         assert not audit.reached
         assert audit.point is not None
         assert audit.point.probes == 1
@@ -253,22 +248,23 @@ class TestRecall:
         assert report.reason.startswith("a recall of 95% takes ")
         assert "1 when it was built; 100 rows changed since; recall " in report.reason
         assert read_identity(clustered) != identity
-        assert audit_recall(clustered, cache, SPEC, 0.95).reached
+        assert audit_recall(VectorTable(clustered), cache, 0.95).reached
         assert not bring(clustered, cache).built
 
     def test_rows_that_changed_while_it_was_built_stay_counted(
         self, clustered: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        build = bring_index_up_to_date.__globals__["create_index"]
+        create_index = build.create_index
 
-        def build_while_rows_change(*arguments: object) -> None:
-            build(*arguments)
+        def build_while_rows_change(*arguments: object) -> str:
+            note = create_index(*arguments)
             change(clustered, 7)
+            return note
 
-        monkeypatch.setattr("songvec_assets.vectors.ivfflat.create_index", build_while_rows_change)
+        monkeypatch.setattr(build, "create_index", build_while_rows_change)
         bring(clustered, cache)
         with clustered.get_connection() as connection:
-            assert read_changes(connection) == 7
+            assert VectorTable(clustered).read_changes(connection) == 7
 
     def test_a_small_table_visits_all_lists_and_records_what_fewer_would_find(
         self, database: Database, cache: ModelCache

@@ -11,22 +11,24 @@ from numpy.typing import NDArray
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.errors import DatabaseError, StoppedError, StoreError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.progress import Progress, StopSignal
+from songvec_assets.progress import Progress, RunContext, StopSignal
 from songvec_assets.songs.text import hash_text
-from songvec_assets.vectors.ivfflat import IndexReport, bring_index_up_to_date
-from songvec_assets.vectors.neighbours import LoadedRows, find_exact_neighbours, sample_queries
-from songvec_assets.vectors.recall import (
+from songvec_assets.vectors.index.neighbors import LoadedRows, find_exact_neighbors, sample_queries
+from songvec_assets.vectors.index.recall import (
     RecallPoint,
     RecallReport,
+    Searches,
     find_smallest,
     measure_recall,
-    measure_recall_at,
+    read_recall,
     to_literal,
+    write_recall,
 )
-from songvec_assets.vectors.table import TABLE, TableSpec
+from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings
+from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, TILING, forget, load, make_vector, put, reject
-from songvec_assets_tests.vectors.indexes import fill, put_clusters
+from songvec_assets_tests.vectors.indexes import build_index, fill, put_clusters
 
 HALF = TableSpec("model-a", DIMENSIONS, "halfvec")
 
@@ -43,9 +45,9 @@ class TestExactNeighbours:
     def test_they_are_what_arithmetic_in_float64_finds(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(250))
         load(database, cache)
-        rows = LoadedRows.of(database, cache)
+        rows = LoadedRows.of(VectorTable(database), cache)
         queries = sample_queries(rows).vectors
-        exact = find_exact_neighbours(rows, queries)
+        exact = find_exact_neighbors(rows, queries)
         everything = np.stack([make_vector(song_id) for song_id in range(250)]).astype(np.float64)
         similarities = queries.astype(np.float64) @ everything.T
         assert exact.n_found == rows.n_rows == 250
@@ -55,16 +57,16 @@ class TestExactNeighbours:
     def test_lengths_other_than_one_do_not_count(self, database: Database, cache: ModelCache) -> None:
         put_clusters(cache, 0, 300, n_clusters=5)
         load(database, cache)
-        rows = LoadedRows.of(database, cache)
-        exact = find_exact_neighbours(rows, sample_queries(rows).vectors)
+        rows = LoadedRows.of(VectorTable(database), cache)
+        exact = find_exact_neighbors(rows, sample_queries(rows).vectors)
         assert float(exact.similarities.max()) == pytest.approx(1, abs=1e-6)
 
     def test_only_rows_that_are_loaded_count(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(120))
         load(database, cache)
         put(cache, range(90, 200), version=1)  # newer vectors and songs wait for a load
-        rows = LoadedRows.of(database, cache)
-        exact = find_exact_neighbours(rows, np.stack([make_vector(song_id) for song_id in range(120)]))
+        rows = LoadedRows.of(VectorTable(database), cache)
+        exact = find_exact_neighbors(rows, np.stack([make_vector(song_id) for song_id in range(120)]))
         assert exact.n_found == 120
         assert exact.song_ids[:, 0].tolist() == list(range(120))
         assert set(exact.song_ids.ravel().tolist()) <= set(range(120))
@@ -74,16 +76,16 @@ class TestExactNeighbours:
         forget(cache, [7])
         reject(cache, [8], "refused")
         load(database, cache)
-        rows = LoadedRows.of(database, cache)
-        exact = find_exact_neighbours(rows, np.stack([make_vector(song_id) for song_id in (7, 8)]))
+        rows = LoadedRows.of(VectorTable(database), cache)
+        exact = find_exact_neighbors(rows, np.stack([make_vector(song_id) for song_id in (7, 8)]))
         assert exact.n_found == 48
         assert not {7, 8}.intersection(exact.song_ids.ravel().tolist())
 
     def test_a_table_of_fewer_than_ten_rows_has_that_many(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(3))
         load(database, cache)
-        rows = LoadedRows.of(database, cache)
-        exact = find_exact_neighbours(rows, sample_queries(rows).vectors)
+        rows = LoadedRows.of(VectorTable(database), cache)
+        exact = find_exact_neighbors(rows, sample_queries(rows).vectors)
         assert exact.n_wanted == 3
         assert exact.count_hits([[0, 1, 2], [0, 2, 99], []]).tolist() == [3, 2, 0]
 
@@ -92,8 +94,8 @@ class TestExactNeighbours:
         put_vectors(cache, np.tile(same, (180, 1)))
         put(cache, range(200, 260))
         load(database, cache)
-        rows = LoadedRows.of(database, cache)
-        exact = find_exact_neighbours(rows, np.stack([same, make_vector(200)]))
+        rows = LoadedRows.of(VectorTable(database), cache)
+        exact = find_exact_neighbors(rows, np.stack([same, make_vector(200)]))
         nearest = exact.song_ids[1, :10].tolist()
         for found, hits in (
             ([range(10), nearest], [10, 10]),
@@ -105,25 +107,25 @@ class TestExactNeighbours:
     def test_it_is_told_how_far_it_is_and_can_be_stopped(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(250))
         load(database, cache)
-        rows, told, stop = LoadedRows.of(database, cache), [], StopSignal()
+        rows, told, stop = LoadedRows.of(VectorTable(database), cache), [], StopSignal()
         queries = sample_queries(rows).vectors
-        find_exact_neighbours(rows, queries, told.append)
+        find_exact_neighbors(rows, queries, RunContext(told.append))
         assert [(each.done, each.total, each.unit) for each in told] == [
             (100, 250, "rows"), (200, 250, "rows"), (250, 250, "rows")]  # fmt: skip
         stop.set()
         with pytest.raises(StoppedError):
-            find_exact_neighbours(rows, queries, stop=stop)
+            find_exact_neighbors(rows, queries, RunContext(stop=stop))
 
 
 class TestQueries:
     def test_half_are_rows_and_half_are_like_none(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(300))
         load(database, cache)
-        rows = LoadedRows.of(database, cache)
+        rows = LoadedRows.of(VectorTable(database), cache)
         queries = sample_queries(rows)
         assert (queries.n_rows, queries.vectors.shape) == (30, (60, DIMENSIONS))
         np.testing.assert_allclose(np.linalg.norm(queries.vectors, axis=1), 1, atol=1e-6)
-        nearest = find_exact_neighbours(rows, queries.vectors).similarities[:, 0]
+        nearest = find_exact_neighbors(rows, queries.vectors).similarities[:, 0]
         assert (nearest[:30] > 1 - 1e-5).all()
         assert (nearest[30:] < 1 - 1e-4).all()
 
@@ -132,11 +134,11 @@ class TestQueries:
     ) -> None:
         put(cache, range(1_500))
         load(database, cache)
-        rows = LoadedRows.of(database, cache)
+        rows = LoadedRows.of(VectorTable(database), cache)
         queries = sample_queries(rows)
         np.testing.assert_array_equal(queries.vectors, sample_queries(rows).vectors)
         assert queries.n_rows == 100
-        drawn = find_exact_neighbours(rows, queries.vectors[:100]).song_ids[:, 0]
+        drawn = find_exact_neighbors(rows, queries.vectors[:100]).song_ids[:, 0]
         assert len(set(drawn.tolist())) == 100
         assert {song_id // 100 for song_id in drawn.tolist()} >= set(range(10))
 
@@ -146,7 +148,7 @@ class TestQueries:
     ) -> None:
         put(cache, range(n_songs))
         load(database, cache)
-        assert sample_queries(LoadedRows.of(database, cache)).n_rows == n_rows
+        assert sample_queries(LoadedRows.of(VectorTable(database), cache)).n_rows == n_rows
 
 
 @pytest.fixture
@@ -160,19 +162,19 @@ def indexed(database: Database, cache: ModelCache) -> Database:
 
 def bring(database: Database, cache: ModelCache, spec: TableSpec = SPEC) -> IndexReport:
     """Bring the index up to date."""
-    return bring_index_up_to_date(database, cache, spec)
+    return build_index(database, cache, spec)
 
 
 class TestMeasurement:
     def test_visiting_all_lists_finds_everything(self, indexed: Database, cache: ModelCache) -> None:
-        point = measure_recall_at(indexed, cache, SPEC, 20)
+        point = Searches.over(VectorTable(indexed), cache).measure(20)
         assert (point.recall, point.recall_of_rows, point.recall_of_synthetic) == (1, 1, 1)
         assert 0 < point.ms_median <= point.ms_p99
 
     def test_recall_grows_with_probes_and_is_the_lower_of_both_kinds(
         self, indexed: Database, cache: ModelCache
     ) -> None:
-        report = measure_recall(indexed, cache, SPEC, 20)
+        report = measure_recall(VectorTable(indexed), cache, 20)
         assert [point.probes for point in report.points][:3] == [1, 2, 4]
         recalls = [point.recall for point in report.points]
         assert recalls == sorted(recalls)
@@ -180,11 +182,20 @@ class TestMeasurement:
         assert all(point.recall == min(point.recall_of_rows, point.recall_of_synthetic) for point in report.points)
         assert (report.n_rows, report.n_queries) == (400, 80)
 
+    def test_duplicates_of_one_vector_do_not_count_against_the_index(
+        self, database: Database, cache: ModelCache
+    ) -> None:
+        put_vectors(cache, np.concatenate([np.tile(make_vector(1), (120, 1)), np.tile(make_vector(2), (120, 1))]))
+        load(database, cache)
+        build_index(database, cache, wanted=IndexSettings(lists=2))
+        # any ten of the hundred and twenty are as near as any other
+        assert Searches.over(VectorTable(database), cache).measure(2).recall == 1
+
     def test_it_is_what_searches_find(self, indexed: Database, cache: ModelCache) -> None:
-        point = measure_recall_at(indexed, cache, SPEC, 2)
-        rows = LoadedRows.of(indexed, cache)
+        point = Searches.over(VectorTable(indexed), cache).measure(2)
+        rows = LoadedRows.of(VectorTable(indexed), cache)
         queries = sample_queries(rows)
-        exact = find_exact_neighbours(rows, queries.vectors)
+        exact = find_exact_neighbors(rows, queries.vectors)
         hits = []
         for query, vector in enumerate(queries.vectors[: queries.n_rows]):
             found = execute(
@@ -212,30 +223,30 @@ class TestMeasurement:
     def test_probes_that_still_reach_the_target_are_kept(
         self, indexed: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("songvec_assets.vectors.recall.SMALL_TABLE_ROWS", 0)
-        smallest = measure_recall(indexed, cache, SPEC, 20).probes
-        assert measure_recall(indexed, cache, SPEC, 20, kept=smallest + 3).probes == smallest + 3
-        assert measure_recall(indexed, cache, SPEC, 20, kept=99).probes == 20
-        with_less = measure_recall(indexed, cache, SPEC, 20, target=0.999, kept=1)
+        monkeypatch.setattr("songvec_assets.vectors.index.recall.SMALL_TABLE_ROWS", 0)
+        smallest = measure_recall(VectorTable(indexed), cache, 20).probes
+        assert measure_recall(VectorTable(indexed), cache, 20, kept=smallest + 3).probes == smallest + 3
+        assert measure_recall(VectorTable(indexed), cache, 20, kept=99).probes == 20
+        with_less = measure_recall(VectorTable(indexed), cache, 20, target=0.999, kept=1)
         assert with_less.probes > 1
         assert with_less.recall >= 0.999
 
     def test_it_takes_the_index_whatever_the_planner_would_rather(self, indexed: Database, cache: ModelCache) -> None:
         name = sa.make_url(indexed.url).database
         execute(indexed.adbc_uri, f"ALTER DATABASE {name} SET enable_indexscan = off")
-        assert measure_recall_at(indexed, cache, SPEC, 1).recall < 1
+        assert Searches.over(VectorTable(indexed), cache).measure(1).recall < 1
 
     def test_without_an_index_it_says_what_to_do(self, indexed: Database, cache: ModelCache) -> None:
         execute(indexed.adbc_uri, "DROP INDEX embeddings_ivfflat_idx")
         with pytest.raises(DatabaseError, match="materialize ivfflat_index"):
-            measure_recall_at(indexed, cache, SPEC, 1)
+            Searches.over(VectorTable(indexed), cache).measure(1)
 
     def test_rows_that_the_cache_does_not_hold_are_no_ground_for_figures(
         self, indexed: Database, cache: ModelCache
     ) -> None:
         shutil.rmtree(cache.storage.root / TILING.range_of(0).key)
         with pytest.raises(StoreError, match=r"holds 300 of the 400 rows .* fill the cache"):
-            measure_recall_at(indexed, cache, SPEC, 1)
+            Searches.over(VectorTable(indexed), cache).measure(1)
 
     def test_a_few_of_them_are_left_out(self, indexed: Database, cache: ModelCache) -> None:
         execute(
@@ -243,7 +254,7 @@ class TestMeasurement:
             "UPDATE songvec.loaded_ranges SET checksums = overlay(checksums placing decode(repeat('ab', 8), 'hex') "
             "FROM 1) WHERE range_start = 100",
         )
-        assert measure_recall(indexed, cache, SPEC, 20).n_rows == 399
+        assert measure_recall(VectorTable(indexed), cache, 20).n_rows == 399
 
     def test_searches_are_told_and_can_be_stopped(self, indexed: Database, cache: ModelCache) -> None:
         stop = StopSignal()
@@ -255,7 +266,7 @@ class TestMeasurement:
                 stop.set()
 
         with pytest.raises(StoppedError):
-            measure_recall(indexed, cache, SPEC, 20, progress=tell, stop=stop)
+            measure_recall(VectorTable(indexed), cache, 20, run=RunContext(tell, stop))
         assert (told[-1].step, told[-1].done, told[-1].unit, told[-1].note) == (
             "measure recall", 1, "searches", "1 probes")  # fmt: skip
         assert execute(indexed.adbc_uri, "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%'") == [(0,)]
@@ -264,9 +275,12 @@ class TestMeasurement:
 class TestReport:
     POINTS = tuple(RecallPoint(probes, recall, recall, recall, 1.0, 2.0) for probes, recall in ((1, 0.5), (2, 0.96)))
 
-    def test_it_comes_back_from_the_settings_as_it_was(self) -> None:
+    def test_it_comes_back_from_the_settings_as_it_was(self, database: Database) -> None:
         report = RecallReport(80, 400, 0.95, self.POINTS, 2, 7)
-        assert RecallReport.from_fact(json.loads(json.dumps(report.to_fact()))) == report
+        with database.get_connection() as connection:
+            write_recall(connection, VectorTable(database), report)
+            assert read_recall(connection, VectorTable(database)) == report
+            assert VectorTable(database).read_probes(connection) == 2
         assert (report.recall, report.reached) == (0.96, True)
         assert report.describe() == "recall 96.0% at 2 probes"
 
@@ -310,4 +324,4 @@ def test_rows_put_past_the_cache_are_not_measured(database: Database, cache: Mod
     report = bring(database, cache)
     assert report.built
     assert report.recall is None
-    assert f"holds 0 of the 0 rows that the ledger of table {TABLE} names" in report.reason
+    assert f"holds 0 of the 0 rows that the ledger of table {SERVING} names" in report.reason

@@ -1,8 +1,11 @@
-"""What the server has for an index build, and whether a build fits: refused or made smaller before it begins.
+"""What an IVFFlat index takes, what the server has for it, and whether a build fits. Add here what a build costs.
 
-Sizes are bytes. What cannot be seen from here is not assumed: the build then says what it needs.
+Refused or made smaller before it begins. What cannot be seen from here is not assumed: the build then says what it
+needs. Sizes are bytes. Memory: pgvector 0.8.5's ivfbuild.c and ivfkmeans.c, Elkan's k-means (read 2026-11). Keep out:
+how long it takes, which the server's own progress shows (`build`).
 """
 
+import math
 import shutil
 from dataclasses import dataclass
 
@@ -10,10 +13,23 @@ from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.sizes import SORT_MEMORY_A_PROCESS, BuildEstimate, build_bytes, format_bytes, most_lists
 
+MIN_BUILD_MEMORY = 64 << 20
+"""Postgres' own default of maintenance_work_mem, which no build goes below."""
+SORT_MEMORY_A_PROCESS = 32 << 20
+"""Less for each, and the planner takes fewer parallel workers (PostgreSQL's plan_create_index_workers)."""
+SMALL_TABLE_ROWS = 10_000
+"""Up to here a search visits all lists: it costs nothing, and nothing is missed."""
 MOST_WORKERS = 8
 """More parallel processes than this wait for the disk."""
+
+_PAGE_BYTES = 8192
+_PAGE_OVERHEAD_BYTES = 24 + 8  # header, and pgvector's own at the end
+_POINTER_BYTES = 4
+_TUPLE_BYTES, _LIST_BYTES = 8, 12  # before a row's vector, and before a centre's
+_SORT_TUPLE_BYTES = 40
+_ROW_BYTES, _KEY_BYTES = 24 + 16, 22  # a row's header, song_id and created_at; its entry in the primary key
+_VALUE_BYTES = {"vector": 4, "halfvec": 2}
 
 _FILES = ("/proc/meminfo", "/proc/cpuinfo", "/sys/fs/cgroup/memory.max")
 _LIMITS = """
@@ -32,6 +48,118 @@ _LIMITS = """
 
 
 @dataclass(frozen=True)
+class BuildEstimate:
+    """What a build is expected to take.
+
+    Attributes:
+        n_rows: to be indexed.
+        lists: of the index.
+        memory_bytes: of the server, while it clusters.
+        index_bytes: of disk, which stay.
+        temporary_bytes: of disk, at most, while it sorts.
+    """
+
+    n_rows: int
+    lists: int
+    memory_bytes: int
+    index_bytes: int
+    temporary_bytes: int
+
+    def describe(self) -> str:
+        """One line."""
+        disk = f"{format_bytes(self.index_bytes)} of disk"
+        if self.temporary_bytes:
+            disk += f" and up to {format_bytes(self.temporary_bytes)} more while it sorts"
+        return f"{self.lists:,} lists, {format_bytes(self.memory_bytes)} of memory, {disk}"
+
+
+def choose_lists(n_rows: int) -> int:
+    """The square root of the rows: at equal recall it beat rows/1000 on clustered data."""
+    return max(1, round(math.sqrt(n_rows)))
+
+
+def choose_probes(lists: int, n_rows: int) -> int:
+    """Lists that a search visits before recall is measured: the square root of all; all of a small table's."""
+    return lists if n_rows <= SMALL_TABLE_ROWS else max(1, round(math.sqrt(lists)))
+
+
+def kmeans_bytes(lists: int, dimensions: int, vector_type: str = "vector") -> int:
+    """Memory that k-means needs; maintenance_work_mem under it is a hard error of the server.
+
+    Samples, their bounds to every centre, three sets of centres of which one is float32 sums, and the distances
+    between centres.
+    """
+    samples = max(10_000, 50 * lists)
+    vector = math.ceil((_VALUE_BYTES[vector_type] * dimensions + 8) / 8) * 8
+    sums = 4 * dimensions * lists
+    bounds = 4 * samples * lists + 4 * lists**2 + 8 * samples + 12 * lists
+    return samples * vector + 2 * lists * vector + sums + bounds
+
+
+def build_bytes(lists: int, dimensions: int, vector_type: str = "vector", workers: int = 0) -> int:
+    """The maintenance_work_mem that a build is given: what k-means needs, a little more, and the workers' share."""
+    needed = math.ceil(1.02 * kmeans_bytes(lists, dimensions, vector_type))
+    return max(needed, (workers + 1) * SORT_MEMORY_A_PROCESS, MIN_BUILD_MEMORY)
+
+
+def most_lists(memory_bytes: int, dimensions: int, vector_type: str = "vector") -> int:
+    """The most lists whose build fits into so much memory; 0 where not even one does."""
+    low, high = 0, 32_768
+    while low < high:
+        lists = (low + high + 1) // 2
+        if build_bytes(lists, dimensions, vector_type) <= memory_bytes:
+            low = lists
+        else:
+            high = lists - 1
+    return low
+
+
+def index_bytes(n_rows: int, lists: int, dimensions: int, vector_type: str = "vector") -> int:
+    """The size of an index: the centres' pages, and each list's own, of which the last is half full on average."""
+    vector = _VALUE_BYTES[vector_type] * dimensions + 8
+    centres = math.ceil(lists / _a_page(vector + _LIST_BYTES))
+    rows_a_page = _a_page(vector + _TUPLE_BYTES)
+    rows = math.ceil(n_rows / rows_a_page) + (lists // 2 if rows_a_page > 1 else 0)
+    return _PAGE_BYTES * (1 + centres + max(lists, rows))
+
+
+def table_bytes(n_rows: int, dimensions: int, vector_type: str = "vector") -> int:
+    """The size of a table and its primary key; a vector that fits into a page stays in its row's."""
+    row = _ROW_BYTES + _VALUE_BYTES[vector_type] * dimensions + 8
+    pages = math.ceil(row / _PAGE_BYTES) if row > _PAGE_BYTES - _PAGE_OVERHEAD_BYTES else 1 / _a_page(row)
+    return math.ceil(n_rows * (_PAGE_BYTES * pages + _KEY_BYTES))
+
+
+def _a_page(n_bytes: int) -> int:
+    return max(1, (_PAGE_BYTES - _PAGE_OVERHEAD_BYTES) // (math.ceil(n_bytes / 8) * 8 + _POINTER_BYTES))
+
+
+def estimate_build(
+    n_rows: int, lists: int, dimensions: int, vector_type: str = "vector", workers: int = 0
+) -> BuildEstimate:
+    """Work out what a build takes.
+
+    Args:
+        n_rows: in the table.
+        lists: of the index.
+        dimensions: values a vector.
+        vector_type: the column's type.
+        workers: parallel processes beside the one that builds.
+    """
+    size = index_bytes(n_rows, lists, dimensions, vector_type)
+    memory = build_bytes(lists, dimensions, vector_type, workers)
+    sorted_bytes = n_rows * (_VALUE_BYTES[vector_type] * dimensions + 8 + _SORT_TUPLE_BYTES)
+    # parallel workers hand their sorted rows over in files, however few they are
+    spills = workers > 0 or sorted_bytes > memory
+    return BuildEstimate(n_rows, lists, memory, size, sorted_bytes if spills else 0)
+
+
+def format_bytes(n_bytes: int) -> str:
+    """`512 MiB`, `3.8 GiB`."""
+    return f"{n_bytes / (1 << 20):,.0f} MiB" if n_bytes < 1 << 30 else f"{n_bytes / (1 << 30):,.1f} GiB"
+
+
+@dataclass(frozen=True)
 class Capacity:
     """What a build may take.
 
@@ -41,7 +169,6 @@ class Capacity:
         temporary_bytes: of files while it sorts; None: no limit.
         free_bytes: on the disk of the server's data; None where that is not seen from here.
         workers: parallel processes beside the one that builds.
-        cores: of the server; None where that is not seen from here.
     """
 
     memory_bytes: int
@@ -49,7 +176,6 @@ class Capacity:
     temporary_bytes: int | None
     free_bytes: int | None
     workers: int
-    cores: int | None = None
 
     def fit_lists(self, lists: int, dimensions: int, vector_type: str) -> tuple[int, str]:
         """As many of these lists as fit into memory, and why no more do; no reason where all do.
@@ -61,13 +187,13 @@ class Capacity:
         needed = build_bytes(lists, dimensions, vector_type)
         if fitting >= lists:
             return lists, ""
-        told = (
+        shortage = (
             f"{lists:,} lists need {format_bytes(needed)} of memory, {format_bytes(self.memory_bytes)} may be taken "
             f"({self.memory_source})"
         )
         if not fitting:
-            raise DatabaseError(f"{told}: raise SONGVEC_INDEX_MEMORY_MB, or give the server more memory")
-        return fitting, told
+            raise DatabaseError(f"{shortage}: raise SONGVEC_INDEX_MEMORY_MB, or give the server more memory")
+        return fitting, shortage
 
     def check_disk(self, estimate: BuildEstimate, table_bytes: int = 0) -> None:
         """Raise DatabaseError where the build would run into a limit of temporary files, or out of disk.
@@ -130,7 +256,6 @@ def read_capacity(database: Database, memory_bytes: int | None = None, searched:
         limits.temporary_bytes if limits.temporary_bytes >= 0 else None,
         _free_bytes(folder),
         max(0, min(workers, limits.workers, memory_bytes // SORT_MEMORY_A_PROCESS - 1)),
-        cores,
     )
 
 

@@ -1,8 +1,9 @@
 """Whether what is about to be paid for or loaded can be indexed afterwards: asked of the server before it begins.
 
 What a table needs is tried on a scratch table of one row, in the schema of the serving one, and rolled back; rights are
-read from the catalogue; memory and disk are worked out, for an index on a small table shows neither. Nothing here
-touches the serving table. Add what can be known beforehand; what depends on the rows themselves belongs to the load.
+read from the catalog; memory and disk are worked out, for an index on a small table shows neither. Nothing here touches
+the serving table. When to add here: what can be known beforehand. Keep out: what depends on the rows themselves, which
+belongs to the load.
 """
 
 from uuid import uuid4
@@ -14,11 +15,9 @@ from sqlalchemy import text
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import check_search_path
-from songvec_assets.vectors.capacity import read_capacity
-from songvec_assets.vectors.ivfflat import IndexSettings, find_index, plan_lists, reason_to_build
-from songvec_assets.vectors.ledger import read_ledger
-from songvec_assets.vectors.sizes import build_bytes, estimate_build, table_bytes
-from songvec_assets.vectors.table import BESIDE, TABLE, TableSpec, define_table, read_changes
+from songvec_assets.vectors.index import sizing
+from songvec_assets.vectors.index.upkeep import IndexSettings, plan_build
+from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable, define_table
 
 _LOCK_TIMEOUT = "250ms"
 _NEEDED = "SELECT, INSERT, UPDATE, DELETE"
@@ -45,37 +44,29 @@ _SCHEMA = """
 """
 
 
-def check_target(database: Database, spec: TableSpec, wanted: IndexSettings, n_songs: int, target: str = TABLE) -> None:
+def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_songs: int) -> None:
     """Refuse what could not be loaded or indexed. The serving table must fit: see `check_publishable`.
 
     Args:
-        database: where the table is to be.
+        target: the serving table, or the staging table where that is built.
         spec: what it is to hold.
         wanted: how it is to be indexed.
         n_songs: rows that it is to have.
-        target: TABLE, or BESIDE where that is built.
 
     Raises:
         DatabaseError: says which right, schema, memory or disk is wanting, and the statement that helps.
         SettingsError: the lists that were set do not fit into memory.
     """
-    with database.get_connection() as connection:
+    n_new = max(0, n_songs - sum(entry.n_songs for entry in target.ledger.read().values()))
+    with target.database.get_connection() as connection:
         check_search_path(connection)
-    index, loaded = find_index(database, target), read_ledger(database, target)
-    capacity = read_capacity(database, wanted.memory_bytes, searched=find_index(database) is not None)
-    n_new = max(0, n_songs - sum(entry.n_songs for entry in loaded.values()))
-    lists_now = index.lists if index else None
-    lists, _ = plan_lists(max(1, n_songs), wanted, lists_now, capacity, spec)
-    with database.get_connection() as connection:
-        n_changed = read_changes(connection, target) + n_new
-        builds = reason_to_build(n_songs, lists, lists_now, n_changed, exact=wanted.lists is not None) is not None
-        schema = _check_rights(connection, builds or target == BESIDE)
-    if builds:
-        _try_out(database, spec, schema)
-        estimate = estimate_build(
-            n_songs, lists, spec.dimensions, spec.vector_type, capacity.workers, capacity.cores
-        )  # fmt: skip
-        capacity.check_disk(estimate, table_bytes(n_new, spec.dimensions, spec.vector_type))
+        n_changed = target.read_changes(connection) + n_new
+    plan = plan_build(target, spec, wanted, n_songs, n_changed)
+    with target.database.get_connection() as connection:
+        schema = _check_rights(connection, plan.reason is not None or not target.is_serving)
+    if plan.reason is not None:
+        _try_out(target.database, spec, schema)
+        plan.capacity.check_disk(plan.estimate, sizing.table_bytes(n_new, spec.dimensions, spec.vector_type))
 
 
 def _check_rights(connection: sa.Connection, builds: bool) -> str:
@@ -83,17 +74,17 @@ def _check_rights(connection: sa.Connection, builds: bool) -> str:
 
     To VACUUM needs no right of its own: the owner may, and anybody else is only warned by the server.
     """
-    lacking = connection.execute(text(_LACKING), {"table": TABLE, "needed": _NEEDED.split(", ")}).all()
+    lacking = connection.execute(text(_LACKING), {"table": SERVING, "needed": _NEEDED.split(", ")}).all()
     if lacking:
         tables, role = ", ".join(table for table, _ in lacking), lacking[0][1]
         raise DatabaseError(
             f"this user may not read and write {tables}: let the owner run GRANT {_NEEDED} ON {tables} TO {role}"
         )
-    schema = connection.execute(text(_SCHEMA), {"table": TABLE}).one()
+    schema = connection.execute(text(_SCHEMA), {"table": SERVING}).one()
     if schema.hides_rows:
         raise DatabaseError(
-            f"row security of table {TABLE} applies to {schema.role}, so that rows cannot be loaded or counted: let "
-            f"{schema.owner} run ALTER TABLE {TABLE} NO FORCE ROW LEVEL SECURITY, or use a user that it does not bind"
+            f"row security of table {SERVING} applies to {schema.role}, so that rows cannot be loaded or counted: let "
+            f"{schema.owner} run ALTER TABLE {SERVING} NO FORCE ROW LEVEL SECURITY, or use a user that it does not bind"
         )
     if not builds:
         return str(schema.name)
@@ -104,8 +95,9 @@ def _check_rights(connection: sa.Connection, builds: bool) -> str:
         )
     if schema.is_owner is False:
         raise DatabaseError(
-            f"table {TABLE} belongs to {schema.owner}, and only its owner may index or replace it: let {schema.owner} "
-            f"or a superuser run GRANT {schema.owner} TO {schema.role}, or ALTER TABLE {TABLE} OWNER TO {schema.role}"
+            f"table {SERVING} belongs to {schema.owner}, and only its owner may index or replace it: let "
+            f"{schema.owner} or a superuser run GRANT {schema.owner} TO {schema.role}, or ALTER TABLE {SERVING} "
+            f"OWNER TO {schema.role}"
         )
     return str(schema.name)
 
@@ -115,9 +107,10 @@ def _try_out(database: Database, spec: TableSpec, schema: str) -> None:
     scratch = f"songvec_preflight_{uuid4().hex[:16]}"  # two runs at once must not meet
     try:
         with database.get_connection() as connection:
+            memory_kib = -(-sizing.build_bytes(1, spec.dimensions, spec.vector_type) // 1024)
             settings = {
                 "lock_timeout": _LOCK_TIMEOUT,
-                "maintenance_work_mem": f"{-(-build_bytes(1, spec.dimensions, spec.vector_type) // 1024)}kB",
+                "maintenance_work_mem": f"{memory_kib}kB",
             }
             for name, value in settings.items():
                 connection.execute(text("SELECT set_config(:name, :value, true)"), {"name": name, "value": value})

@@ -1,6 +1,7 @@
 """The songs that were paid for or are served: those with a vector in the cache, or a row in the serving table.
 
 What a deletion in the source is compared with. Reads ledgers, manifests and narrow columns; no vector.
+When to add here: another place where a song may be known. Keep out: whether its absence is plausible (`songs/absence`).
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from songvec_assets.cache.shards import ModelCache
 from songvec_assets.errors import StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.vectors.ledger import read_ledger, read_loaded_rows
+from songvec_assets.vectors.ledger import Ledger
+from songvec_assets.vectors.table import VectorTable
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,13 @@ class CachedOrLoaded:
     cache: ModelCache
     tiling: Tiling
 
+    @property
+    def _ledger(self) -> Ledger:
+        return VectorTable(self.database).ledger
+
     @cached_property
     def _loaded(self) -> dict[SongIdRange, int]:
-        return {song_range: entry.n_songs for song_range, entry in read_ledger(self.database).items()}
+        return {song_range: entry.n_songs for song_range, entry in self._ledger.read().items()}
 
     def _is_cut(self, song_range: SongIdRange) -> bool:
         return self.tiling.range_of(song_range.start) == song_range
@@ -39,7 +45,7 @@ class CachedOrLoaded:
         """Songs by range; of a range where the cache and the table differ, the greater number."""
         counts = {each: n_songs for each, n_songs in self._loaded.items() if self._is_cut(each)}
         for other in self._loaded.keys() - counts.keys():
-            for song_id in self._read_loaded(other):
+            for song_id in self._ledger.read_song_ids(other):
                 song_range = self.tiling.range_of(song_id)
                 counts[song_range] = counts.get(song_range, 0) + 1
         for song_range in self.cache.ranges():
@@ -52,26 +58,18 @@ class CachedOrLoaded:
         found = [cached]
         for each in self._loaded:
             if each.start < song_range.stop and song_range.start < each.stop:
-                loaded = self._read_loaded(each)
+                loaded = self._ledger.read_song_ids(each)
                 found.append(loaded.filter(loaded.is_between(song_range.start, song_range.stop - 1)))
         known = pl.concat(found).unique()
         return known.filter(~known.is_in(deleted.implode()))
 
     def _count_cached(self, song_range: SongIdRange) -> int:
-        done = self.cache.find_completion(song_range)
-        if done and self.cache.is_complete(song_range):
-            return done.n_vectors
-        return len(self._read_cached(song_range)[0])
+        return self.cache.summarize(song_range).n_vectors
 
     def _read_cached(self, song_range: SongIdRange) -> tuple[pl.Series, pl.Series]:
         """Songs with a vector, and deleted ones."""
         try:
-            shard = self.cache.open(song_range)
-            return shard.rows["song_id"], shard.deleted_song_ids()
+            cached = self.cache.open(song_range)
+            return cached.rows["song_id"], cached.deleted_song_ids()
         except StoreError:  # the fill or the load names what is wrong with the files
             return pl.Series([], dtype=pl.Int32), pl.Series([], dtype=pl.Int32)
-
-    def _read_loaded(self, song_range: SongIdRange) -> pl.Series:
-        with self.database.get_connection() as connection:
-            rows = read_loaded_rows(connection, song_range)
-        return pl.Series([], dtype=pl.Int32) if rows is None else rows["song_id"]

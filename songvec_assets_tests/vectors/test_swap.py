@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psycopg2
@@ -15,27 +16,36 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets import cli
 from songvec_assets.cache.parts import CachedRows
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
+from songvec_assets.cli import commands
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DamagedShardError, DatabaseError, StoppedError, TableMismatchError
 from songvec_assets.postgres import brief
 from songvec_assets.postgres.brief import run_briefly
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import hold_lock, lock_key
-from songvec_assets.progress import Progress, StopSignal
+from songvec_assets.postgres.schema import lock_key
+from songvec_assets.progress import Progress, ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import SNAPSHOT_SCHEMA, snapshot_path
 from songvec_assets.storage import Storage
-from songvec_assets.vectors import publish as publishing
-from songvec_assets.vectors import swap, table
-from songvec_assets.vectors.comparison import Comparison
-from songvec_assets.vectors.ivfflat import IndexSettings, bring_index_up_to_date, find_index, read_probes
-from songvec_assets.vectors.publish import PublishReport, check_publishable, publish_embeddings
-from songvec_assets.vectors.swap import LOCK, drop_others, find_attachments, put_in_place, roll_back
-from songvec_assets.vectors.table import BESIDE, KEPT, TABLE, TableSpec, ensure_table, loaded_spec, read_changes
-from songvec_assets.vectors.write import store_embeddings_batch, store_embeddings_copy_bulk
+from songvec_assets.vectors import swap
+from songvec_assets.vectors.index.upkeep import IndexSettings
+from songvec_assets.vectors.load import LoadSource, store_embeddings_batch, store_embeddings_copy_bulk
+from songvec_assets.vectors.samples import Comparison
+from songvec_assets.vectors.swap import (
+    LOCK,
+    PublishReport,
+    SwapGuards,
+    WantedTable,
+    check_publishable,
+    drop_others,
+    find_attachments,
+    publish_embeddings,
+    put_in_place,
+    roll_back,
+)
+from songvec_assets.vectors.table import PREVIOUS, SERVING, STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, dispose, execute, wait_until
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.pooler import running_pgbouncer
@@ -46,6 +56,7 @@ from songvec_assets_tests.vectors.conftest import (
     SECOND,
     SPEC,
     TILING,
+    CallingStop,
     assert_ledger_fits_table,
     complete,
     files_of,
@@ -55,7 +66,7 @@ from songvec_assets_tests.vectors.conftest import (
     reject,
     vectors_of,
 )
-from songvec_assets_tests.vectors.indexes import running
+from songvec_assets_tests.vectors.indexes import build_index, running
 
 OTHER = TableSpec("model-b", 16)
 HALF = TableSpec(SPEC.model, DIMENSIONS, "halfvec")
@@ -81,13 +92,17 @@ def publish(
     songs_folder: Path,
     spec: TableSpec = SPEC,
     tiling: Tiling = TILING,
-    **given: object,
+    *,
+    swap: bool = False,
+    staged_from_rows: int = 20,
+    progress: ReportProgress = ignore_progress,
+    stop: StopSignal | None = None,
 ) -> PublishReport:
-    """Publish and index as the graph does; tables are built beside from 20 changed rows on."""
-    index = IndexSettings()
-    given = {"beside_from_rows": 20} | given
-    report = publish_embeddings(database, cache, spec, tiling, songs_folder, index, **given)  # type: ignore[arg-type]
-    bring_index_up_to_date(database, cache, spec, index)
+    """Publish and index as the graph does; tables are staged from 20 changed rows on."""
+    wanted = WantedTable(spec, IndexSettings(), swap, staged_from_rows)
+    run = RunContext(progress, stop or StopSignal())
+    report = publish_embeddings(database, LoadSource(cache, tiling, songs_folder), wanted, run)
+    build_index(database, cache, spec)
     return report
 
 
@@ -97,11 +112,11 @@ def relations(database: Database) -> set[str]:
     return {name for (name,) in execute(database.adbc_uri, statement)}
 
 
-SERVING = {"song_embeddings", "song_embeddings_pkey", "embeddings_ivfflat_idx"}
-BOTH = SERVING | {"song_embeddings_old", "song_embeddings_old_pkey", "embeddings_ivfflat_idx_old"}
+ALONE = {"song_embeddings", "song_embeddings_pkey", "embeddings_ivfflat_idx"}
+BOTH = ALONE | {"song_embeddings_old", "song_embeddings_old_pkey", "embeddings_ivfflat_idx_old"}
 
 
-def oid_of(database: Database, table: str = TABLE) -> int:
+def oid_of(database: Database, table: str = SERVING) -> int:
     """What tells a table from another that took its name."""
     return int(execute(database.adbc_uri, f"SELECT '{table}'::regclass::oid")[0][0])
 
@@ -112,9 +127,9 @@ class TestPlace:
     ) -> None:
         put(cache, range(150))
         report = publish(database, cache, songs_folder)
-        assert report.place.table == TABLE
+        assert report.target.table.name == SERVING
         assert read_vectors(database) == vectors_of(range(150))
-        assert relations(database) == SERVING
+        assert relations(database) == ALONE
 
     def test_a_small_change_goes_in_under_the_index(
         self, database: Database, cache: ModelCache, songs_folder: Path
@@ -124,8 +139,8 @@ class TestPlace:
         before = oid_of(database)
         put(cache, range(10), version=1)
         report = publish(database, cache, songs_folder)
-        assert report.place.table == TABLE
-        assert "10 of 150 rows changed" in report.place.reason
+        assert report.target.table.name == SERVING
+        assert "10 of 150 rows changed" in report.target.reason
         assert oid_of(database) == before
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(10), 1))
 
@@ -137,17 +152,17 @@ class TestPlace:
         before = oid_of(database)
         put(cache, range(80), version=1)
         report = publish(database, cache, songs_folder)
-        assert (report.place.table, report.place.keep) == (BESIDE, False)
+        assert (report.target.table.name, report.target.keep) == (STAGING, False)
         assert oid_of(database) != before
-        assert relations(database) == SERVING
+        assert relations(database) == ALONE
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
         assert_ledger_fits_table(database)
-        index = find_index(database)
+        index = VectorTable(database).index
         assert index is not None
         assert index.n_rows == 150
         with database.get_connection() as connection:
-            assert read_changes(connection) == 0
-            assert read_probes(connection) == index.probes
+            assert VectorTable(database).read_changes(connection) == 0
+            assert VectorTable(database).read_probes(connection) == index.probes
         keys = execute(database.adbc_uri, "SELECT key FROM songvec.settings WHERE key LIKE 'song_embeddings%'")
         assert keys == []
         assert publish(database, cache, songs_folder).loads == [*report.loads[:0], *publish_again(report)]
@@ -160,8 +175,8 @@ class TestPlace:
         execute(database.adbc_uri, 'CREATE VIEW "Hot: 100%" AS SELECT song_id FROM song_embeddings')
         put(cache, range(80), version=1)
         report = publish(database, cache, songs_folder)
-        assert report.place.table == TABLE
-        assert "Hot: 100%" in report.place.reason
+        assert report.target.table.name == SERVING
+        assert "Hot: 100%" in report.target.reason
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
 
 
@@ -254,12 +269,12 @@ class TestAttachments:
         publish(database, cache, songs_folder)
         for named, (statement, undo) in ATTACHMENTS.items():
             with database.get_connection() as connection:
-                assert find_attachments(connection) == []
+                assert find_attachments(connection, VectorTable(database)) == []
             execute(database.adbc_uri, statement)
             with database.get_connection() as connection:
-                assert find_attachments(connection) == [named]
+                assert find_attachments(connection, VectorTable(database)) == [named]
             with pytest.raises(TableMismatchError, match=re.escape(named)):
-                check_publishable(database, OTHER, swap=True)
+                check_publishable(database, WantedTable(OTHER, may_swap=True))
             execute(database.adbc_uri, undo)
 
     @pytest.mark.parametrize("named", ["policy secret on table song_embeddings", "trigger noted", "function n_songs()"])
@@ -279,13 +294,13 @@ class TestAttachments:
 
         with pytest.raises(TableMismatchError, match=re.escape(named)):
             publish(database, other_cache, songs_folder, OTHER, swap=True, progress=listen)
-        assert (oid_of(database), loaded_spec(database)) == (serving, SPEC)
+        assert (oid_of(database), VectorTable(database).spec) == (serving, SPEC)
         with database.get_connection() as connection:
-            assert find_attachments(connection) == [named]
-        built = oid_of(database, BESIDE)
+            assert find_attachments(connection, VectorTable(database)) == [named]
+        built = oid_of(database, STAGING)
         execute(database.adbc_uri, undo)
         report = publish(database, other_cache, songs_folder, OTHER, swap=True)
-        assert (oid_of(database), loaded_spec(database)) == (built, OTHER)
+        assert (oid_of(database), VectorTable(database).spec) == (built, OTHER)
         assert report.index is not None
         assert not report.index.built
 
@@ -306,7 +321,7 @@ class TestAttachments:
             publish(database, cache, songs_folder, progress=listen)
         assert read_vectors(database) == vectors_of(range(150))
         execute(database.adbc_uri, undo)
-        built = oid_of(database, BESIDE)
+        built = oid_of(database, STAGING)
         publish(database, cache, songs_folder)
         assert oid_of(database) == built
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
@@ -322,7 +337,7 @@ class TestAttachments:
             execute(database.adbc_uri, statement)
             with pytest.raises(TableMismatchError, match=named):
                 roll_back(database)
-            assert loaded_spec(database) == HALF
+            assert VectorTable(database).spec == HALF
             execute(database.adbc_uri, undo)
         assert roll_back(database) == SPEC
 
@@ -337,8 +352,8 @@ class TestAttachments:
         )
         put(cache, range(80), version=1)
         report = publish(database, cache, songs_folder)
-        assert report.place.table == TABLE
-        assert "1 rows that somebody else put there" in report.place.reason
+        assert report.target.table.name == SERVING
+        assert "1 rows that somebody else put there" in report.target.reason
         assert 700 in read_vectors(database)
 
 
@@ -426,7 +441,7 @@ class TestProperties:
             publish(database, cache, songs_folder)
             execute(database.adbc_uri, f"REVOKE SELECT ON song_embeddings FROM {role}")
             put(cache, range(80), version=1)
-            assert publish(database, cache, songs_folder).place.table == BESIDE
+            assert publish(database, cache, songs_folder).target.table.name == STAGING
             with pytest.raises(psycopg2.errors.InsufficientPrivilege):
                 execute(reader.adbc_uri, "SELECT count(*) FROM song_embeddings")
 
@@ -464,6 +479,37 @@ class TestLock:
         publish(database, cache, songs_folder)
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
 
+    def test_nothing_is_built_when_the_lock_was_lost_before(
+        self, database: Database, cache: ModelCache, songs_folder: Path
+    ) -> None:
+        put(cache, range(150))
+        publish(database, cache, songs_folder)
+        put(cache, range(80), version=1)
+        lose = CallingStop(once(lambda: self.end_holder(database)))
+        with pytest.raises(DatabaseError):
+            publish(database, cache, songs_folder, stop=lose)
+        assert relations(database) == ALONE
+
+    def test_all_guards_are_asked_before_the_build_after_it_and_in_the_swap(
+        self, database: Database, cache: ModelCache, songs_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        locked = """
+            SELECT count(*) FROM pg_locks
+            WHERE mode = 'AccessExclusiveLock' AND relation = to_regclass('song_embeddings')
+        """
+        check, asked = SwapGuards.check, []
+
+        def note(guards: SwapGuards, *given: Any) -> None:
+            asked.append((STAGING in relations(database), execute(database.adbc_uri, locked) == [(1,)]))
+            check(guards, *given)
+
+        put(cache, range(150))
+        publish(database, cache, songs_folder)
+        put(cache, range(80), version=1)
+        monkeypatch.setattr(SwapGuards, "check", note)
+        publish(database, cache, songs_folder)
+        assert asked == [(False, False), (True, False), (True, True)]
+
     @pytest.mark.parametrize("undo", [roll_back, drop_others])
     def test_neither_the_way_back_nor_a_drop_is_committed_when_it_was_lost(
         self, database: Database, cache: ModelCache, songs_folder: Path, undo: Callable[..., object]
@@ -471,14 +517,11 @@ class TestLock:
         put(cache, range(30))
         publish(database, cache, songs_folder)
         publish(database, cache, songs_folder, HALF, swap=True)
-        with (
-            pytest.raises(DatabaseError),
-            hold_lock(database, LOCK, on_wait=lambda: None, check=lambda: None) as check_held,
-        ):
-            self.end_holder(database)
-            undo(database, check_held=check_held)
+        lose = CallingStop(once(lambda: self.end_holder(database)))
+        with pytest.raises(DatabaseError):
+            undo(database, RunContext(stop=lose))
         assert relations(database) == BOTH
-        assert loaded_spec(database) == HALF
+        assert VectorTable(database).spec == HALF
 
     @pytest.mark.parametrize("option", ["--rollback", "--drop-old"])
     def test_the_command_asks_too(
@@ -489,14 +532,13 @@ class TestLock:
         publish(database, cache, songs_folder)
         publish(database, cache, songs_folder, HALF, swap=True)
         deployment = deploy(database, provider, tmp_path / "store")
-        monkeypatch.setattr(cli, "_deploy", lambda: deployment)
+        monkeypatch.setattr(commands, "_deploy", lambda: deployment)
         ended = once(lambda: self.end_holder(database))
-        monkeypatch.setattr(swap, "drop_table", lambda *given: (ended(), table.drop_table(*given)))
-        monkeypatch.setattr(swap, "check_attachments", lambda *_: ended())
+        deployment.stop = CallingStop(ended)
         with pytest.raises(DatabaseError):
-            cli.app(["swap", option], standalone_mode=False)
+            commands.app(["swap", option], standalone_mode=False)
         assert relations(database) == BOTH
-        assert loaded_spec(database) == HALF
+        assert VectorTable(database).spec == HALF
 
 
 class TestMissing:
@@ -514,7 +556,7 @@ class TestMissing:
             publish(database, other_cache, songs_folder, OTHER, self.RAISED, swap=True)
         put(other_cache, [1_959], tiling=self.RAISED)
         publish(database, other_cache, songs_folder, OTHER, self.RAISED, swap=True)
-        assert loaded_spec(database) == OTHER
+        assert VectorTable(database).spec == OTHER
         assert_ledger_fits_table(database)
 
     def test_a_raised_stop_does_not_stop_a_large_change(
@@ -527,7 +569,7 @@ class TestMissing:
         song_ids = [*range(50), *range(1_000, 1_050), *range(1_100, 1_200)]
         put(divided, song_ids, tiling=self.RAISED)
         report = publish(database, divided, songs_folder, tiling=self.RAISED)
-        assert report.place.table == BESIDE
+        assert report.target.table.name == STAGING
         assert read_vectors(database) == vectors_of(song_ids)
 
     def test_what_the_cache_lacks_is_said_before_anything_is_built(
@@ -538,7 +580,7 @@ class TestMissing:
         put(other_cache, range(100))
         with pytest.raises(TableMismatchError, match=r"the cache lacks 30 songs .*range 000000100-000000200"):
             publish(database, other_cache, songs_folder, OTHER, swap=True)
-        assert relations(database) == SERVING
+        assert relations(database) == ALONE
 
     def test_a_damaged_shard_is_said_to_be_damaged_not_to_lack_songs(
         self, database: Database, cache: ModelCache, songs_folder: Path
@@ -560,21 +602,21 @@ class TestMissing:
         put(cache, range(30))
         put(other_cache, range(30))
         publish(database, cache, songs_folder)
-        compare = publishing.compare_tables
+        compare = swap.compare_tables
 
         def compare_and_lose(database: Database) -> Comparison:
             compared = compare(database)
             execute(
                 database.adbc_uri,
                 "DELETE FROM songvec.loaded_ranges WHERE table_name = %s",
-                (BESIDE,),
+                (STAGING,),
             )
             return compared
 
-        monkeypatch.setattr(publishing, "compare_tables", compare_and_lose)
+        monkeypatch.setattr(swap, "compare_tables", compare_and_lose)
         with pytest.raises(TableMismatchError, match="by another run meanwhile"):
             publish(database, other_cache, songs_folder, OTHER, swap=True)
-        assert loaded_spec(database) == SPEC
+        assert VectorTable(database).spec == SPEC
 
     @pytest.mark.parametrize("stop", [1_000, 2_000])
     def test_songs_deleted_from_the_source_are_not_missing(
@@ -587,7 +629,7 @@ class TestMissing:
         execute(database.adbc_uri, "DELETE FROM songs WHERE id >= 1000 OR id BETWEEN 200 AND 210 OR id < 4")
         other = deploy(database, provider, tmp_path / "store", embedding_dimensions=32, swap=True, song_id_stop=stop)
         run(other)
-        assert loaded_spec(database) == other.table_spec
+        assert VectorTable(database).spec == other.table_spec
         assert sorted(read_vectors(database)) == list(range(4, 90))
 
 
@@ -607,10 +649,10 @@ class TestSwap:
         put(other_cache, range(30))
         publish(database, cache, songs_folder)
         with pytest.raises(TableMismatchError, match="songvec swap"):
-            check_publishable(database, OTHER, swap=False)
+            check_publishable(database, WantedTable(OTHER))
         with pytest.raises(TableMismatchError, match="songvec swap"):
             publish(database, other_cache, songs_folder, OTHER)
-        check_publishable(database, OTHER, swap=True)
+        check_publishable(database, WantedTable(OTHER, may_swap=True))
         assert read_vectors(database) == vectors_of(range(30))
 
     def test_another_model_takes_the_tables_place_and_can_be_undone_and_redone(
@@ -620,27 +662,27 @@ class TestSwap:
         put(other_cache, range(130))
         publish(database, cache, songs_folder)
         report = publish(database, other_cache, songs_folder, OTHER, swap=True)
-        assert loaded_spec(database) == OTHER
+        assert VectorTable(database).spec == OTHER
         assert report.comparison is not None
-        assert (report.comparison.n_serving, report.comparison.n_beside) == (130, 130)
+        assert (report.comparison.n_serving, report.comparison.n_staged) == (130, 130)
         assert relations(database) == BOTH
         assert len(read_vectors(database)[0]) == OTHER.dimensions
         with pytest.raises(TableMismatchError, match="--drop-old"):
-            check_publishable(database, SPEC, swap=True)
+            check_publishable(database, WantedTable(SPEC, may_swap=True))
 
         assert roll_back(database) == SPEC
-        assert loaded_spec(database) == SPEC
+        assert VectorTable(database).spec == SPEC
         assert read_vectors(database) == vectors_of(range(130))
         assert_ledger_fits_table(database)
-        assert publish(database, cache, songs_folder).place.table == TABLE
+        assert publish(database, cache, songs_folder).target.table.name == SERVING
         with pytest.raises(TableMismatchError, match="nothing was swapped"):
             roll_back(database)
 
         again = publish(database, other_cache, songs_folder, OTHER, swap=True)
         assert [each.n_written for each in again.loads] == [0, 0]
-        assert loaded_spec(database) == OTHER
-        assert drop_others(database) == [KEPT]
-        assert relations(database) == SERVING
+        assert VectorTable(database).spec == OTHER
+        assert drop_others(database) == [PREVIOUS]
+        assert relations(database) == ALONE
 
     def test_halfvec_is_a_swap_from_the_same_cache(
         self, database: Database, cache: ModelCache, songs_folder: Path
@@ -648,7 +690,7 @@ class TestSwap:
         put(cache, range(120))
         publish(database, cache, songs_folder)
         report = publish(database, cache, songs_folder, HALF, swap=True)
-        assert loaded_spec(database) == HALF
+        assert VectorTable(database).spec == HALF
         assert report.comparison is not None
         assert report.comparison.describe() == (
             "120 rows, 120 before; recall 100.0% at 11 probes, before: recall 100.0% at 11 probes; "
@@ -666,7 +708,7 @@ class TestSwap:
         cache = ModelCache(Storage(tmp_path / "wide"), wide.model, wide.dimensions)
         put(cache, range(40))
         publish(database, cache, songs_folder, wide)
-        assert find_index(database) is not None
+        assert VectorTable(database).index is not None
         nearest = """
             SELECT song_id FROM song_embeddings
             ORDER BY embedding <=> (SELECT embedding FROM song_embeddings WHERE song_id = 7) LIMIT 1
@@ -683,11 +725,11 @@ class TestSwap:
         put(other_cache, range(27))
         with pytest.raises(TableMismatchError, match=r"lacks 3 songs .*27, 28, 29"):
             publish(database, other_cache, songs_folder, OTHER, swap=True)
-        assert loaded_spec(database) == SPEC
+        assert VectorTable(database).spec == SPEC
         reject(other_cache, [27], "the provider refused it")
         write_snapshot(songs_folder, [*range(28), 29], set_aside=[29])
         publish(database, other_cache, songs_folder, OTHER, swap=True)
-        assert loaded_spec(database) == OTHER
+        assert VectorTable(database).spec == OTHER
 
     def test_rights_that_others_were_given_go_with_the_name(
         self, database: Database, cache: ModelCache, songs_folder: Path
@@ -698,7 +740,7 @@ class TestSwap:
             role = sa.make_url(reader.url).username
             execute(database.adbc_uri, f"GRANT SELECT ON song_embeddings TO {role} WITH GRANT OPTION")
             put(cache, range(80), version=1)
-            assert publish(database, cache, songs_folder).place.table == BESIDE
+            assert publish(database, cache, songs_folder).target.table.name == STAGING
             assert execute(reader.adbc_uri, "SELECT count(*) FROM song_embeddings") == [(150,)]
             grants = "SELECT privilege_type, is_grantable FROM information_schema.role_table_grants WHERE grantee = %s"
             assert execute(database.adbc_uri, grants, (role,)) == [("SELECT", "YES")]
@@ -721,7 +763,7 @@ class TestSwap:
                 if len(tries) == 3:
                     holder.rollback()
 
-            assert roll_back(database, look) == SPEC
+            assert roll_back(database, RunContext(stop=CallingStop(look))) == SPEC
         assert len(tries) >= 3
 
     def test_a_lock_that_is_never_let_go_is_an_error_that_changes_nothing(self, database: Database) -> None:
@@ -740,19 +782,21 @@ _PUBLISHER = """
 import os, signal, sys
 from pathlib import Path
 from songvec_assets.storage import Storage
+from typing import Any
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
+from songvec_assets.progress import RunContext
 from songvec_assets.songs.ranges import Tiling
-from songvec_assets.vectors.ivfflat import IndexSettings
-from songvec_assets.vectors.publish import publish_embeddings
+from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.swap import WantedTable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec
 url, cache, songs, step = sys.argv[1:]
 def listen(progress):
     if progress.step == step and progress.done:
         os.kill(os.getpid(), signal.SIGKILL)
+source = LoadSource(ModelCache(Storage(Path(cache)), "model-b", 16), Tiling(100, 1_000), Path(songs))
 publish_embeddings(
-    Database(url), ModelCache(Storage(Path(cache)), "model-b", 16), TableSpec("model-b", 16), Tiling(100, 1_000),
-    Path(songs), IndexSettings(), swap=True, progress=listen,
+    Database(url), source, WantedTable(TableSpec("model-b", 16), may_swap=True), RunContext(listen)
 )
 """
 
@@ -785,10 +829,10 @@ class TestInterrupted:
         put(other_cache, range(230))
         publish(database, cache, songs_folder)
         yield
-        assert loaded_spec(database) == SPEC
+        assert VectorTable(database).spec == SPEC
         assert read_vectors(database) == vectors_of(range(230))
         publish(database, other_cache, songs_folder, OTHER, swap=True)
-        assert loaded_spec(database) == OTHER
+        assert VectorTable(database).spec == OTHER
         assert relations(database) == BOTH
 
     @pytest.mark.parametrize("step", ["load rows", "build index", "measure recall"])
@@ -833,9 +877,9 @@ class TestInterrupted:
         stop, listen = self.stop_at("build index")
         with pytest.raises(StoppedError):
             publish(database, cache, songs_folder, stop=stop, progress=listen)
-        assert BESIDE in relations(database)
-        assert publish(database, cache, songs_folder, beside_from_rows=1000).place.table == TABLE
-        assert relations(database) == SERVING
+        assert STAGING in relations(database)
+        assert publish(database, cache, songs_folder, staged_from_rows=1000).target.table.name == SERVING
+        assert relations(database) == ALONE
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(230), 0) | dict.fromkeys(range(120), 1))
 
     def test_another_models_half_built_table_stays_while_the_serving_one_is_refreshed(
@@ -849,9 +893,9 @@ class TestInterrupted:
             publish(database, other_cache, songs_folder, OTHER, swap=True, stop=stop, progress=listen)
         put(cache, range(130), version=1)
         report = publish(database, cache, songs_folder)
-        assert report.place.table == TABLE
-        assert "songvec swap" in report.place.reason
-        assert BESIDE in relations(database)
+        assert report.target.table.name == SERVING
+        assert "songvec swap" in report.target.reason
+        assert STAGING in relations(database)
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(130), 1))
 
 
@@ -863,7 +907,7 @@ class TestSearchesMeanwhile:
         publish(database, cache, songs_folder)
         with searching(database) as counts:
             put(cache, range(230), version=1)
-            assert publish(database, cache, songs_folder).place.table == BESIDE
+            assert publish(database, cache, songs_folder).target.table.name == STAGING
             publish(database, cache, songs_folder, HALF, swap=True)
             roll_back(database)
         assert set(counts) == {230}
@@ -875,7 +919,7 @@ class TestSearchesMeanwhile:
             for version in (1, 2, 3):
                 put(cache, range(40), version=version)
                 forget(cache, [50 + version])
-                publish(database, cache, songs_folder, beside_from_rows=1000)
+                publish(database, cache, songs_folder, staged_from_rows=1000)
         assert set(counts) <= {230, 229, 228, 227}
         assert sorted(counts, reverse=True) == counts
 
@@ -926,7 +970,8 @@ def test_put_in_place_without_a_table_beside_changes_nothing(
     put(cache, range(30))
     publish(database, cache, songs_folder)
     with pytest.raises(DatabaseError, match="song_embeddings_new"):
-        put_in_place(database, False, lambda: None)
+        guards = SwapGuards(database, LoadSource(cache, TILING, songs_folder), RunContext(), lambda: None)
+        put_in_place(database, False, guards, RunContext())
     assert read_vectors(database) == vectors_of(range(30))
 
 
@@ -953,16 +998,16 @@ class TestThroughAPooler:
             pooled = Database(url, direct_url=database.url if past else None)
             try:
                 put(cache, range(150))
-                assert publish(pooled, cache, songs_folder).place.table == TABLE
+                assert publish(pooled, cache, songs_folder).target.table.name == SERVING
                 rows = execute(database.adbc_uri, "SELECT reltuples FROM pg_class WHERE relname = 'song_embeddings'")
                 assert rows == [(150,)], "the planner knows the table, whether it was vacuumed or only analyzed"
                 put(cache, range(80), version=1)
-                assert publish(pooled, cache, songs_folder).place.table == BESIDE
+                assert publish(pooled, cache, songs_folder).target.table.name == STAGING
                 publish(pooled, cache, songs_folder, HALF, swap=True)
                 roll_back(pooled)
                 assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
                 assert_ledger_fits_table(database)
-                assert find_index(database) is not None
+                assert VectorTable(database).index is not None
                 assert execute(database.adbc_uri, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(0,)]
             finally:
                 dispose(url)
@@ -973,7 +1018,7 @@ class TestThroughAPooler:
     ) -> None:
         put(cache, range(90))
         shard, live = load_embeddings_from_cache(cache, FIRST)
-        ensure_table(database, SPEC)
+        VectorTable(database).ensure(SPEC)
         with running_pgbouncer(database.url) if pooled else contextlib.nullcontext(database.url) as url:
             stored = []
             for store in (store_embeddings_copy_bulk, store_each_batch):

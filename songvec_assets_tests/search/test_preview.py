@@ -7,12 +7,13 @@ import pytest
 
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
+from songvec_assets.search.preview import find_clusters, preview_table, project
 from songvec_assets.songs.source import SourceNames, find_source
-from songvec_assets.vectors.ivfflat import bring_index_up_to_date
-from songvec_assets.vectors.neighbours import LoadedRows, sample_rows
-from songvec_assets.vectors.preview import find_clusters, preview_table, project
+from songvec_assets.vectors.index.neighbors import LoadedRows, sample_rows
+from songvec_assets.vectors.table import VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import SPEC, load, make_vector, put
+from songvec_assets_tests.vectors.indexes import build_index
 
 
 def two_heaps(n: int, dimensions: int = 16) -> np.ndarray:
@@ -64,7 +65,7 @@ class TestClusters:
 def test_a_sample_is_of_rows_of_the_table_each_once(database: Database, cache: ModelCache) -> None:
     put(cache, range(250))
     load(database, cache)
-    song_ids, vectors = sample_rows(LoadedRows.of(database, cache), 100, np.random.default_rng(0))
+    song_ids, vectors = sample_rows(LoadedRows.of(VectorTable(database), cache), 100, np.random.default_rng(0))
     assert len(set(song_ids)) == len(vectors) == 100
     np.testing.assert_allclose(vectors, [make_vector(song_id) for song_id in song_ids], atol=1e-6)
 
@@ -74,19 +75,19 @@ def test_neighbours_are_the_nearest_songs_without_the_song_itself(
 ) -> None:
     put(cache, range(60))
     load(database, cache)
-    bring_index_up_to_date(database, cache, SPEC)
+    build_index(database, cache, SPEC)
     execute(
         database.adbc_uri,
         "CREATE TABLE songs AS SELECT n AS id, 'song ' || n AS name, 'a' AS artist, 'la' AS lyrics "
         "FROM generate_series(0, 59) AS n; ALTER TABLE songs ADD PRIMARY KEY (id)",
     )
-    preview = preview_table(database, LoadedRows.of(database, cache), find_source(database, SourceNames()), SPEC)
-    assert (preview.map.n_rows, preview.map.points.shape, len(preview.neighbourhoods)) == (60, (60, 2), 8)
+    preview = preview_table(LoadedRows.of(VectorTable(database), cache), find_source(database, SourceNames()), SPEC)
+    assert (preview.map.n_rows, preview.map.points.shape, len(preview.neighborhoods)) == (60, (60, 2), 8)
     assert {title for titles in preview.map.titles for title in titles} <= {f"song {n}" for n in range(60)}
-    for each in preview.neighbourhoods:
+    for each in preview.neighborhoods:
         song_id = int(each.name.removeprefix("song "))
         others = sorted(set(range(60)) - {song_id}, key=lambda n: -make_vector(n) @ make_vector(song_id))
         assert [hit.song_id for hit in each.nearest] == others[:3]
     execute(database.adbc_uri, "DELETE FROM songs WHERE id < 50")
-    gone = preview_table(database, LoadedRows.of(database, cache), find_source(database, SourceNames()), SPEC)
-    assert len(gone.neighbourhoods) < 8, "songs that are gone from the source are left out"
+    gone = preview_table(LoadedRows.of(VectorTable(database), cache), find_source(database, SourceNames()), SPEC)
+    assert len(gone.neighborhoods) < 8, "songs that are gone from the source are left out"

@@ -1,4 +1,7 @@
-"""From a query's words to the nearest songs."""
+"""From a query's words to the nearest songs.
+
+When to add here: another way to ask for the nearest songs. Keep out: how an index is built or measured (`vectors/`).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +24,7 @@ from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.progress import run_event_loop
 from songvec_assets.songs.source import SongsSource
-from songvec_assets.vectors.catalogue import search_lists
-from songvec_assets.vectors.table import TableSpec, define_table, loaded_spec, read_spec
+from songvec_assets.vectors.table import TableSpec, VectorTable, define_table
 
 _SPARE = 4
 
@@ -99,18 +101,18 @@ def search_songs(
     Raises:
         TableMismatchError: nothing is loaded yet, or the table holds another model.
     """
-    check_searchable(database, spec)
-    table = define_table(spec)
-    distance = table.c.embedding.cosine_distance(embedding)
-    nearest = sa.select(table.c.song_id, (1 - distance).label("similarity")).order_by(distance)
+    table, columns = VectorTable(database), define_table(spec).c
+    distance = columns.embedding.cosine_distance(embedding)
+    nearest = sa.select(columns.song_id, (1 - distance).label("similarity")).order_by(distance)
     with database.get_connection("web") as connection:
+        _check_searchable(connection, table, spec)
         # once more where songs were deleted from the source since they were loaded; no further, lest a source that is
         # being filled again makes a search read the whole table
         for n_rows in (limit, _SPARE * limit):
             find = partial(_fetch, connection, nearest.limit(n_rows))
-            similarities = dict(search_lists(connection, find, n_rows, probes))
-            if read_spec(connection) != spec:  # the query holds the table: what is recorded now is what it read
-                raise TableMismatchError("another table took the searched one's place just now: search again")
+            similarities = dict(table.search(connection, find, n_rows, probes))
+            if table.read_spec(connection) != spec:  # the query holds the table: what is recorded now is what it read
+                raise TableMismatchError("the embeddings table was swapped during the search: retry")
             songs = read_songs(connection, source, list(similarities)) if similarities else {}
             if len(songs) >= limit or len(similarities) < n_rows:
                 break
@@ -129,7 +131,12 @@ def check_searchable(database: Database, spec: TableSpec) -> None:
         TableMismatchError: nothing is loaded yet, or the table holds another model, size or type.
         DatabaseError: this user's search_path does not lead to the extension.
     """
-    loaded = loaded_spec(database)
+    with database.get_connection("web") as connection:
+        _check_searchable(connection, VectorTable(database), spec)
+
+
+def _check_searchable(connection: sa.Connection, table: VectorTable, spec: TableSpec) -> None:
+    loaded = table.read_spec(connection)
     if loaded is None:
         raise TableMismatchError("nothing is loaded yet, so nothing can be found: `songvec run` first")
     if loaded != spec:
@@ -138,8 +145,7 @@ def check_searchable(database: Database, spec: TableSpec) -> None:
             f"{spec.column_type} by {spec.model!r}: `songvec swap` builds its table, or set back the model or key that "
             "filled this one"
         )
-    with database.get_connection("web") as connection:
-        check_search_path(connection)
+    check_search_path(connection)
 
 
 def check_server(

@@ -6,18 +6,13 @@ import sqlalchemy as sa
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
-from songvec_assets.vectors.audit import (
-    IndexAudit,
-    VectorAudit,
-    audit_index,
-    audit_models,
-    audit_recall,
-    audit_vectors,
-)
-from songvec_assets.vectors.ivfflat import bring_index_up_to_date
-from songvec_assets.vectors.table import TableSpec, ensure_table
+from songvec_assets.vectors.index.recall import audit_recall
+from songvec_assets.vectors.index.upkeep import IndexAudit, audit_index
+from songvec_assets.vectors.samples import VectorAudit, audit_vectors
+from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, put
+from songvec_assets_tests.vectors.indexes import build_index
 
 HALF = TableSpec("model-a", DIMENSIONS, "halfvec")
 
@@ -34,7 +29,7 @@ class TestVectors:
         assert audit.mean_norm == pytest.approx(1.0, abs=1e-3)
 
     def test_a_mean_length_other_than_one_shows(self, database: Database) -> None:
-        ensure_table(database, SPEC)
+        VectorTable(database).ensure(SPEC)
         execute(
             database.adbc_uri, "INSERT INTO song_embeddings VALUES (1, '[3,4,0,0,0,0,0,0]'), (2, '[0,0,0,0,0,0,0,1]')"
         )
@@ -67,18 +62,18 @@ class TestVectors:
         assert tenths == set(range(10))
 
     def test_an_empty_table_has_nothing_to_look_at(self, database: Database) -> None:
-        ensure_table(database, SPEC)
+        VectorTable(database).ensure(SPEC)
         assert audit_vectors(database, SPEC) == VectorAudit(0, [], 0.0)
 
 
 class TestModels:
     def test_the_ledgers_models_come_with_their_songs(self, database: Database, cache: ModelCache) -> None:
-        assert audit_models(database) == {}
+        assert VectorTable(database).ledger.read_models() == {}
         put(cache, range(150))
         load(database, cache)
-        assert audit_models(database) == {"model-a (8)": 150}
+        assert VectorTable(database).ledger.read_models() == {("model-a", 8): 150}
         execute(database.adbc_uri, "UPDATE songvec.loaded_ranges SET model = 'model-b' WHERE range_start = 100")
-        assert audit_models(database) == {"model-a (8)": 100, "model-b (8)": 50}
+        assert VectorTable(database).ledger.read_models() == {("model-a", 8): 100, ("model-b", 8): 50}
 
 
 class TestIndex:
@@ -92,7 +87,7 @@ class TestIndex:
     def test_few_rows_are_rightly_scanned(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(50))
         load(database, cache)
-        bring_index_up_to_date(database, cache, SPEC)
+        build_index(database, cache, SPEC)
         execute(database.adbc_uri, f"ALTER DATABASE {sa.make_url(database.url).database} SET enable_indexscan = off")
         audit = audit_index(database, SPEC)
         assert (audit.valid, audit.used, audit.should_be_used) == (True, False, False)
@@ -104,7 +99,7 @@ class TestIndex:
     ) -> None:
         put(cache, range(1000))
         load(database, cache, spec)
-        bring_index_up_to_date(database, cache, spec)
+        build_index(database, cache, spec)
         execute(database.adbc_uri, f"ALTER DATABASE {sa.make_url(database.url).database} SET enable_seqscan = off")
         audit = audit_index(database, spec)
         assert (audit.valid, audit.used) == (True, True)
@@ -113,7 +108,7 @@ class TestIndex:
     def test_an_index_that_is_not_valid_shows(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(100))
         load(database, cache)
-        bring_index_up_to_date(database, cache, SPEC)
+        build_index(database, cache, SPEC)
         execute(
             database.adbc_uri,
             "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'embeddings_ivfflat_idx'::regclass",
@@ -131,7 +126,7 @@ class TestRecall:
     def test_without_an_index_it_says_what_to_materialize(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(100))
         load(database, cache)
-        audit = audit_recall(database, cache, SPEC, 0.95)
+        audit = audit_recall(VectorTable(database), cache, 0.95)
         assert not audit.reached
         assert "materialize ivfflat_index" in audit.describe()
 
@@ -140,9 +135,9 @@ class TestRecall:
     ) -> None:
         put(cache, range(100))
         load(database, cache)
-        report = bring_index_up_to_date(database, cache, SPEC)
+        report = build_index(database, cache, SPEC)
         assert report.recall is not None
-        audit = audit_recall(database, cache, SPEC, 0.95)
+        audit = audit_recall(VectorTable(database), cache, 0.95)
         assert audit.point == report.recall.chosen, "to the last digit of its times"
         assert audit.reached
         assert audit.describe() == (
@@ -153,16 +148,16 @@ class TestRecall:
             for point in fact["points"]:
                 point["recall"] = 0.9
             write_fact(connection, "recall", fact)
-        assert not audit_recall(database, cache, SPEC, 0.95).reached
-        assert audit_recall(database, cache, SPEC, 0.9).reached
+        assert not audit_recall(VectorTable(database), cache, 0.95).reached
+        assert audit_recall(VectorTable(database), cache, 0.9).reached
 
     def test_rows_that_changed_since_are_reason_to_measure_anew(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(100))
         load(database, cache)
-        report = bring_index_up_to_date(database, cache, SPEC)
+        report = build_index(database, cache, SPEC)
         put(cache, range(5), version=1)
         load(database, cache)
-        audit = audit_recall(database, cache, SPEC, 0.95)
+        audit = audit_recall(VectorTable(database), cache, 0.95)
         assert report.recall is not None
         assert audit.point != report.recall.chosen
         assert audit.reached

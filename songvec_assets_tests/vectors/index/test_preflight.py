@@ -13,17 +13,18 @@ from songvec_assets.cache.shards import ModelCache
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DatabaseError, SettingsError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.ivfflat import IndexSettings, bring_index_up_to_date, find_index
-from songvec_assets.vectors.preflight import check_target
-from songvec_assets.vectors.publish import publish_embeddings
-from songvec_assets.vectors.search import search_songs
-from songvec_assets.vectors.swap import roll_back
-from songvec_assets.vectors.table import BESIDE, TableSpec, ensure_table
+from songvec_assets.search.nearest import search_songs
+from songvec_assets.vectors.index.preflight import check_target
+from songvec_assets.vectors.index.upkeep import IndexSettings
+from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.swap import WantedTable, publish_embeddings, roll_back
+from songvec_assets.vectors.table import STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, dispose, execute
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.vectors.conftest import SPEC, TILING, load, make_vector, put, read_vectors, vectors_of
+from songvec_assets_tests.vectors.indexes import build_index
 
 WIDE = TableSpec("model-a", 2000)
 HALF = TableSpec(SPEC.model, SPEC.dimensions, "halfvec")
@@ -87,7 +88,7 @@ class TestSearchPath:
         dispose(database.url)
         run(deploy(database, provider, tmp_path / "store"))
         assert len(execute(database.adbc_uri, "SELECT song_id FROM song_embeddings")) == 30
-        assert find_index(database) is not None
+        assert VectorTable(database).index is not None
 
     def test_a_load_alone_and_a_search_say_it_too(
         self, database: Database, cache: ModelCache, tmp_path: Path, songs: Callable[..., None],
@@ -100,7 +101,7 @@ class TestSearchPath:
         dispose(database.url)
         put(cache, range(40))
         with pytest.raises(DatabaseError, match="SET search_path ="):
-            publish_embeddings(database, cache, SPEC, TILING, tmp_path, IndexSettings())
+            publish_embeddings(database, LoadSource(cache, TILING, tmp_path), WantedTable(SPEC))
         source = deploy(database, provider, tmp_path / "store").source
         with pytest.raises(DatabaseError, match=r"ALTER ROLE .+ SET search_path = .+, ext;"):
             search_songs(database, source, SPEC, make_vector(1))
@@ -112,9 +113,9 @@ class TestSearchPath:
             role = sa.make_url(seen.url).username
             execute(database.adbc_uri, f"GRANT CREATE ON SCHEMA public TO {role}; {RIGHTS.format(role=role)}")
             with pytest.raises(DatabaseError, match="which this user may not use") as refused:
-                ensure_table(seen, SPEC)
+                VectorTable(seen).ensure(SPEC)
             execute(database.adbc_uri, helping_statement(str(refused.value)))
-            ensure_table(seen, SPEC)
+            VectorTable(seen).ensure(SPEC)
 
     def test_a_table_that_is_built_is_made_where_the_serving_one_is(
         self, database: Database, cache: ModelCache, tmp_path: Path
@@ -125,7 +126,7 @@ class TestSearchPath:
             database.adbc_uri, f"CREATE SCHEMA mine; ALTER DATABASE {name_of(database)} SET search_path = mine, public"
         )
         dispose(database.url)
-        publish_embeddings(database, cache, HALF, TILING, tmp_path, IndexSettings(), swap=True)
+        publish_embeddings(database, LoadSource(cache, TILING, tmp_path), WantedTable(HALF, may_swap=True))
         places = "SELECT tablename, schemaname FROM pg_tables WHERE tablename ~ '^song_emb'"
         assert sorted(execute(database.adbc_uri, places)) == [
             ("song_embeddings", "public"),
@@ -164,19 +165,19 @@ class TestRights:
         with as_role(database) as seen:
             role = sa.make_url(seen.url).username
             execute(database.adbc_uri, f"GRANT CREATE ON SCHEMA public TO {role}; {RIGHTS.format(role=role)}")
-            check_target(seen, SPEC, IndexSettings(), 100)
+            check_target(VectorTable(seen), SPEC, IndexSettings(), 100)
             execute(database.adbc_uri, before.format(role=role))
             with pytest.raises(DatabaseError, match=words) as refused:
-                check_target(seen, SPEC, IndexSettings(), 100)
+                check_target(VectorTable(seen), SPEC, IndexSettings(), 100)
             execute(database.adbc_uri, helping_statement(str(refused.value)))
             with contextlib.suppress(DatabaseError):
-                check_target(seen, SPEC, IndexSettings(), 100)
+                check_target(VectorTable(seen), SPEC, IndexSettings(), 100)
                 return
             # a table that may be written belongs to somebody else still
             with pytest.raises(DatabaseError, match="only its owner") as refused:
-                check_target(seen, SPEC, IndexSettings(), 100)
+                check_target(VectorTable(seen), SPEC, IndexSettings(), 100)
             execute(database.adbc_uri, str(refused.value).partition(", or ")[2])
-            check_target(seen, SPEC, IndexSettings(), 100)
+            check_target(VectorTable(seen), SPEC, IndexSettings(), 100)
 
     def test_a_user_that_may_only_read_pays_for_nothing(
         self, database: Database, songs: Callable[..., None], provider: Provider, tmp_path: Path
@@ -199,12 +200,12 @@ class TestRights:
     ) -> None:
         put(cache, range(150))
         load(database, cache)
-        bring_index_up_to_date(database, cache, SPEC)
+        build_index(database, cache, SPEC)
         put(cache, range(10), version=1)
         with as_role(database) as seen:
             role = sa.make_url(seen.url).username
             execute(database.adbc_uri, f"{RIGHTS.format(role=role)}; GRANT ALL ON song_embeddings TO {role}")
-            publish_embeddings(seen, cache, SPEC, TILING, tmp_path, IndexSettings())
+            publish_embeddings(seen, LoadSource(cache, TILING, tmp_path), WantedTable(SPEC))
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(10), 1))
 
 
@@ -215,7 +216,8 @@ class TestScratchTable:
         rows = read_vectors(database)
         with scratch_tables(database) as made:
             threads = [
-                threading.Thread(target=check_target, args=(database, SPEC, IndexSettings(), 30)) for _ in range(4)
+                threading.Thread(target=check_target, args=(VectorTable(database), SPEC, IndexSettings(), 30))
+                for _ in range(4)
             ]
             for thread in threads:
                 thread.start()
@@ -229,12 +231,12 @@ class TestScratchTable:
         "spec", [SPEC, HALF, WIDE, TableSpec("wide", 4000, "halfvec")], ids=lambda spec: spec.column_type
     )
     def test_what_can_be_indexed_passes(self, database: Database, spec: TableSpec) -> None:
-        check_target(database, spec, IndexSettings(), 1_000)
+        check_target(VectorTable(database), spec, IndexSettings(), 1_000)
         assert left_behind(database) == []
 
     def test_what_pgvector_cannot_index_is_said_with_the_servers_words(self, database: Database) -> None:
         with pytest.raises(DatabaseError, match=r"a table of vector\(8192\) cannot be made and indexed.*2000"):
-            check_target(database, TableSpec("model-a", 8192), IndexSettings(), 1_000)
+            check_target(VectorTable(database), TableSpec("model-a", 8192), IndexSettings(), 1_000)
         assert left_behind(database) == []
 
     def test_an_event_trigger_that_forbids_indexes_is_found(self, database: Database) -> None:
@@ -248,13 +250,13 @@ class TestScratchTable:
         )
         try:
             with pytest.raises(DatabaseError, match=r"nothing was sent or loaded.*ask Ann first"):
-                check_target(database, SPEC, IndexSettings(), 1_000)
+                check_target(VectorTable(database), SPEC, IndexSettings(), 1_000)
         finally:
             execute(database.adbc_uri, "DROP EVENT TRIGGER no_indexes; DROP FUNCTION forbid()")
 
     def test_through_a_pooler(self, database: Database) -> None:
         with running_pgbouncer(database.url) as url:
-            check_target(Database(url), SPEC, IndexSettings(), 1_000)
+            check_target(VectorTable(Database(url)), SPEC, IndexSettings(), 1_000)
             dispose(url)
         assert left_behind(database) == []
 
@@ -285,28 +287,28 @@ class TestRoom:
 
     def test_lists_that_do_not_fit(self, database: Database) -> None:
         with pytest.raises(SettingsError, match="SONGVEC_LISTS"):
-            check_target(database, WIDE, IndexSettings(lists=10_000, memory_bytes=2**30), 1_000_000)
+            check_target(VectorTable(database), WIDE, IndexSettings(lists=10_000, memory_bytes=2**30), 1_000_000)
 
     def test_a_disk_that_is_too_small_for_rows_and_index(self, database: Database) -> None:
         settings = IndexSettings(memory_bytes=2**50)
-        check_target(database, WIDE, settings, 1_000)
+        check_target(VectorTable(database), WIDE, settings, 1_000)
         with pytest.raises(DatabaseError, match=r"the build needs .* for the rows to come, .* are free"):
-            check_target(database, WIDE, settings, 10**9)
+            check_target(VectorTable(database), WIDE, settings, 10**9)
 
     def test_a_limit_of_temporary_files(self, database: Database) -> None:
         execute(database.adbc_uri, f"ALTER DATABASE {name_of(database)} SET temp_file_limit = '1MB'")
         dispose(database.url)
         with pytest.raises(DatabaseError, match="temp_file_limit is 1 MiB"):
-            check_target(database, WIDE, IndexSettings(), 1_000_000)
+            check_target(VectorTable(database), WIDE, IndexSettings(), 1_000_000)
 
     def test_where_nothing_is_to_be_built_no_room_is_needed(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(150))
         load(database, cache)
-        bring_index_up_to_date(database, cache, SPEC)
+        build_index(database, cache, SPEC)
         execute(database.adbc_uri, f"ALTER DATABASE {name_of(database)} SET temp_file_limit = '1kB'")
         dispose(database.url)
         with scratch_tables(database) as made:
-            check_target(database, SPEC, IndexSettings(), 160)
+            check_target(VectorTable(database), SPEC, IndexSettings(), 160)
         assert made == []
         with pytest.raises(DatabaseError, match="temp_file_limit"):
-            check_target(database, WIDE, IndexSettings(), 1_000_000, BESIDE)
+            check_target(VectorTable(database, STAGING), WIDE, IndexSettings(), 1_000_000)

@@ -1,0 +1,258 @@
+"""Building an index while another one serves: the statement, its progress, the swap of names, and leftovers.
+
+Searches never wait. Writers do not either, except for a build inside a transaction: of a table that nobody uses yet, or
+where a pooler gives no session of the server's own. When to add here: what happens between CREATE INDEX and the name
+that searches use. Keep out: whether to build (`upkeep`), and with what memory (`sizing`).
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import text
+
+from songvec_assets.errors import DatabaseError
+from songvec_assets.postgres.brief import is_lock_timeout, run_briefly
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.words import lacks_shared_memory
+from songvec_assets.progress import SILENT, Progress, RunContext
+from songvec_assets.vectors.index.sizing import BuildEstimate
+from songvec_assets.vectors.table import TableSpec, VectorTable
+
+STEP = "build index"
+_POLL_S = 1.0
+_DROP_LOCK_TIMEOUT = "5s"
+_DROP_PATIENCE_S = 600.0
+_REPLACED_PATIENCE_S = 30.0
+
+
+def _report(run: RunContext, note: str, is_trouble: bool = False) -> None:
+    run.report(Progress(STEP, 0, 100, unit="%", note=note, is_trouble=is_trouble))
+
+
+def lets_writers_in(table: VectorTable) -> bool:
+    """Whether the build is CONCURRENTLY: a fourth slower, and not possible in a transaction."""
+    return table.is_serving and table.database.has_sessions
+
+
+def create_index(
+    table: VectorTable, spec: TableSpec, estimate: BuildEstimate, workers: int, run: RunContext = SILENT
+) -> str:
+    """Build the index under its building name.
+
+    Args:
+        table: to index.
+        spec: what it holds.
+        estimate: of the build: how much memory it is given.
+        workers: parallel processes it may take.
+        run: notified of the server's progress; a stop cancels the server's work.
+
+    Returns:
+        What a person should know of how it was built; mostly empty.
+
+    Raises:
+        DatabaseError: the server refused, or the statement was cancelled. What it left is removed, or is by the next
+            build where a transaction holds on to it. Where only shared memory for the workers is missing, it is built
+            again without them.
+        StoppedError: a stop was asked for.
+    """
+    concurrently = lets_writers_in(table)
+    settings = {
+        "maintenance_work_mem": f"{-(-estimate.memory_bytes // 1024)}kB",
+        "max_parallel_maintenance_workers": str(workers),
+    }
+    statement = (
+        f"CREATE INDEX {'CONCURRENTLY ' if concurrently else ''}{table.building_index} ON {table.name} "
+        f"USING ivfflat (embedding {spec.vector_type}_cosine_ops) WITH (lists = {estimate.lists:d})"
+    )
+    _report(run, f"estimated: {estimate.describe()}")
+    try:
+        with _session(table.database, concurrently, settings) as connection:
+            pid = int(connection.scalar(text("SELECT pg_backend_pid()")) or 0)
+            with _watching(table.database, pid, run):
+                connection.execute(text(statement))
+    except (DatabaseError, sa.exc.DBAPIError) as error:
+        # a server that is gone, or a transaction's lock: the next build drops it
+        with contextlib.suppress(DatabaseError):
+            drop_index(table, table.building_index, patience_s=0)
+        run.check_stop()
+        if not workers or not lacks_shared_memory(error):
+            raise
+        note = (
+            "the server's /dev/shm is too small for parallel workers, so it is built without them, which takes longer"
+        )
+        _report(run, note, is_trouble=True)
+        create_index(table, spec, estimate, 0, run)
+        return note
+    run.report(Progress(STEP, 100, 100, unit="%"))
+    return ""
+
+
+@contextlib.contextmanager
+def _session(database: Database, concurrently: bool, settings: dict[str, str]) -> Iterator[sa.Connection]:
+    if concurrently:
+        with database.get_autocommit(**settings) as connection:
+            yield connection
+        return
+    with database.get_connection() as connection:
+        for name, value in settings.items():
+            connection.execute(text("SELECT set_config(:name, :value, true)"), {"name": name, "value": value})
+        yield connection
+
+
+@contextlib.contextmanager
+def _watching(database: Database, pid: int, run: RunContext) -> Iterator[None]:
+    """Report the server's progress, and cancel its work where a stop is asked for, while the block runs."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_POLL_S):
+            if run.stop.is_set():
+                database.cancel()
+            # the build goes on where its progress cannot be read
+            with contextlib.suppress(DatabaseError), database.get_connection("web") as connection:
+                row = connection.execute(
+                    text("""
+                        SELECT phase, blocks_done, blocks_total, tuples_done, tuples_total
+                        FROM pg_stat_progress_create_index WHERE pid = :pid
+                    """),
+                    {"pid": pid},
+                ).one_or_none()
+                if row is not None:
+                    run.report(read_progress(row))
+
+    watcher = threading.Thread(target=watch, daemon=True, name="songvec-index-progress")
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join(timeout=5)
+
+
+def read_progress(row: Any) -> Progress:
+    """What the server reports of the phase that a build is in: rows or blocks of it, where it counts any.
+
+    Args:
+        row: of `pg_stat_progress_create_index`. Its counters keep their values in phases that do not use them: only
+            those count that have a total and are not at it yet, rows before blocks.
+    """
+    counters = {"rows": (row.tuples_done, row.tuples_total), "blocks": (row.blocks_done, row.blocks_total)}
+    for unit, (done, total) in counters.items():
+        if done < total:
+            return Progress(STEP, done, total, unit=unit, note=row.phase)
+    return Progress(STEP, 0, 0, unit="rows", note=row.phase)
+
+
+def swap_names(table: VectorTable, record: Callable[[sa.Connection], None], run: RunContext = SILENT) -> None:
+    """Let the index that was built take the serving one's name, and drop that.
+
+    Renaming an index needs no lock that a search has to wait for; dropping it CONCURRENTLY does not either.
+
+    Args:
+        table: whose.
+        record: called in the transaction that renames.
+        run: a stop ends the wait while another session holds a lock.
+
+    Raises:
+        DatabaseError: the index is not valid, or another session held its lock for ten minutes.
+    """
+
+    def swap(connection: sa.Connection) -> None:
+        if not connection.scalar(
+            text("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:name)"),
+            {"name": table.building_index},
+        ):
+            raise DatabaseError(
+                f"the build of {table.building_index} ended without a valid index: materialize ivfflat_index again"
+            )
+        connection.execute(text(f"ALTER INDEX IF EXISTS {table.index_name} RENAME TO {table.replaced_index}"))
+        connection.execute(text(f"ALTER INDEX {table.building_index} RENAME TO {table.index_name}"))
+        record(connection)
+
+    run_briefly(table.database, swap, run.check_stop)
+    try:
+        drop_index(table, table.replaced_index, run, _REPLACED_PATIENCE_S)
+    except DatabaseError as error:
+        if not is_lock_timeout(error):
+            raise
+        # no search takes it any more; a transaction that once did goes on, and the next run drops it
+
+
+def drop_index(table: VectorTable, name: str, run: RunContext = SILENT, patience_s: float = _DROP_PATIENCE_S) -> None:
+    """Drop an index of a table, if it is there; searches go on meanwhile.
+
+    Raises:
+        DatabaseError: another session held a lock on it all the time.
+    """
+    if not lets_writers_in(table):
+
+        def drop(connection: sa.Connection) -> None:
+            connection.execute(text(f"DROP INDEX IF EXISTS {name}"))
+
+        run_briefly(table.database, drop, run.check_stop, patience_s)
+        return
+    deadline = time.monotonic() + patience_s
+    while True:
+        run.check_stop()
+        try:
+            with table.database.get_autocommit(lock_timeout=_DROP_LOCK_TIMEOUT) as connection:
+                connection.execute(text(f"DROP INDEX CONCURRENTLY IF EXISTS {name}"))
+                return
+        except DatabaseError as error:
+            if not is_lock_timeout(error) or time.monotonic() > deadline:
+                raise
+
+
+def remove_leftovers(table: VectorTable, run: RunContext, keep_whole: bool = False) -> None:
+    """Drop what interrupted builds left: ended first, where the server is still at it for a client that is gone.
+
+    Args:
+        table: whose.
+        run: notified of what is waited for; a stop ends the wait.
+        keep_whole: whether a valid index under the building name stays, to be used.
+    """
+    _end_orphans(table, run)
+    with table.database.get_connection() as connection:
+        names = connection.scalars(
+            text("""
+                SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+                WHERE i.indrelid = to_regclass(:table) AND starts_with(c.relname, :index) AND c.relname <> :index
+                  AND (NOT i.indisvalid OR c.relname = :replaced OR c.relname = :building AND NOT :keep_whole)
+                  AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index p
+                                  WHERE p.datname = current_database() AND p.index_relid = i.indexrelid)
+            """),
+            {
+                "table": table.name,
+                "index": table.index_name,
+                "replaced": table.replaced_index,
+                "building": table.building_index,
+                "keep_whole": keep_whole,
+            },
+        ).all()
+    for name in names:
+        _report(run, f"dropping {name}, left by an interrupted build")
+        drop_index(table, name, run)
+
+
+def _end_orphans(table: VectorTable, run: RunContext) -> None:
+    """Cancel builds under our building name: whoever ordered them had the lock that is ours now, so is gone."""
+    while True:
+        with table.database.get_connection() as connection:
+            n_orphans = connection.scalar(
+                text("""
+                    SELECT count(pg_cancel_backend(p.pid))
+                    FROM pg_stat_progress_create_index p JOIN pg_stat_activity a USING (pid)
+                    WHERE p.datname = current_database()
+                      AND p.relid = to_regclass(:table) AND strpos(a.query, ' ' || :building || ' ') > 0
+                """),
+                {"table": table.name, "building": table.building_index},
+            )
+        if not n_orphans:
+            return
+        _report(run, "ending a build whose run was killed")
+        run.check_stop()
+        time.sleep(_POLL_S)

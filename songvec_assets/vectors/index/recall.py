@@ -1,0 +1,327 @@
+"""Recall, measured: how many of the true ten nearest rows searches find, and how fast, over a sweep of probes.
+
+Searches run as `search/nearest` runs them, through the server, but never past the index. Times are milliseconds of a
+round trip. When to add here: another figure of the same searches. Keep out: what is searched for and the exact answers
+(`neighbors`).
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+
+import numpy as np
+import sqlalchemy as sa
+
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.embedding.wire import Float32Matrix
+from songvec_assets.errors import DatabaseError, StoreError
+from songvec_assets.postgres.engine import raw_cursor
+from songvec_assets.progress import SILENT, Progress, RunContext
+from songvec_assets.vectors.index.neighbors import (
+    NEIGHBORS,
+    ExactNeighbors,
+    LoadedRows,
+    Queries,
+    find_exact_neighbors,
+    sample_queries,
+)
+from songvec_assets.vectors.index.sizing import SMALL_TABLE_ROWS
+from songvec_assets.vectors.table import VectorTable, set_probes
+
+STEP = "measure recall"
+DEFAULT_TARGET = 0.95
+_ENOUGH = 0.99
+_MOST_UNSEEN = _UNMEASURED_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class RecallPoint:
+    """Searches at one number of probes.
+
+    Attributes:
+        probes: lists visited.
+        recall: the lower of the two that follow: whatever people ask is to be found.
+        recall_of_rows: share of the ten nearest found, where the query is a row of the table.
+        recall_of_synthetic: the same, where it is like nothing in the table.
+        ms_median, ms_p99: a search's round trip, once its pages were read.
+    """
+
+    probes: int
+    recall: float
+    recall_of_rows: float
+    recall_of_synthetic: float
+    ms_median: float
+    ms_p99: float
+
+
+@dataclass(frozen=True)
+class RecallReport:
+    """What was measured.
+
+    Attributes:
+        n_queries: rows and synthetic ones together.
+        n_rows: of the table, that they were compared with.
+        target: the recall wanted.
+        points: by probes, ascending.
+        probes: the smallest that reach the target; all lists where the table is small, or where none do.
+        n_changed: rows that had changed by then since the index was built.
+    """
+
+    n_queries: int
+    n_rows: int
+    target: float
+    points: tuple[RecallPoint, ...]
+    probes: int
+    n_changed: int
+
+    @property
+    def chosen(self) -> RecallPoint:
+        """At the chosen probes."""
+        return next(point for point in self.points if point.probes == self.probes)
+
+    @property
+    def recall(self) -> float:
+        """At the chosen probes."""
+        return self.chosen.recall
+
+    @property
+    def reached(self) -> bool:
+        """Whether the target was."""
+        return self.recall >= self.target
+
+    def holds(self, n_changed: int) -> bool:
+        """Whether so few rows changed that it is still true: fewer do not move it by more than the sample's own error.
+
+        Args:
+            n_changed: rows changed since the index was built.
+        """
+        return n_changed - self.n_changed <= _UNMEASURED_SHARE * self.n_rows
+
+    def describe(self) -> str:
+        """One line."""
+        short = "" if self.reached else f", under the target of {self.target:.0%}"
+        return f"recall {self.recall:.1%} at {self.probes:,} probes{short}"
+
+
+def read_recall(connection: sa.Connection, table: VectorTable) -> RecallReport | None:
+    """Recall as measured last of the index that is there, or None."""
+    report = table.read(connection, "recall", RecallReport)
+    is_whole = report is not None and any(point.probes == report.probes for point in report.points)
+    return report if is_whole else None
+
+
+def write_recall(connection: sa.Connection, table: VectorTable, report: RecallReport) -> None:
+    """Record a measurement, and let searches visit the probes that it chose."""
+    table.write(connection, "recall", asdict(report))
+    table.write(connection, "probes", report.probes)
+
+
+def measure_recall(
+    table: VectorTable,
+    cache: ModelCache,
+    lists: int,
+    target: float = DEFAULT_TARGET,
+    kept: int | None = None,
+    run: RunContext = SILENT,
+) -> RecallReport:
+    """Measure over the powers of two until recall is beyond doubt, then narrow down the smallest probes that reach it.
+
+    Args:
+        table: with its index.
+        cache: the shards that it was loaded from.
+        lists: of the index.
+        target: the recall wanted, of both kinds of queries.
+        kept: probes that searches use now, chosen again where they reach the target.
+        run: notified of the rows, then of the searches; a stop ends it between two batches or searches.
+
+    Raises:
+        StoreError: the cache does not hold what is loaded, so that nothing exact is known.
+        DatabaseError: the planner does not take the index even where it should.
+    """
+    with table.database.get_connection() as connection:
+        n_changed = table.read_changes(connection)
+    searches = Searches.over(table, cache, run)
+    probes = 1
+    while searches.measure(probes).recall < max(target, _ENOUGH) and probes < lists:
+        probes = min(2 * probes, lists)
+    n_rows = searches.exact.n_found
+    if n_rows <= SMALL_TABLE_ROWS:
+        chosen = searches.measure(lists).probes
+    elif kept is not None and searches.measure(min(kept, lists)).recall >= target:
+        chosen = min(kept, lists)
+    else:
+        chosen = find_smallest(lambda probes: searches.measure(probes).recall >= target, set(searches.points), lists)
+    points = tuple(searches.points[probes] for probes in sorted(searches.points))
+    report = RecallReport(len(searches.queries.vectors), n_rows, target, points, chosen, n_changed)
+    run.report(Progress(STEP, searches.n_done, searches.n_done, unit="searches", note=report.describe()))
+    return report
+
+
+def find_smallest(reaches: Callable[[int], bool], tried: set[int], lists: int) -> int:
+    """Halve the gap between the most probes that fail and the fewest that do not; recall grows with probes.
+
+    Args:
+        reaches: whether n probes reach the target.
+        tried: that were measured; all lists among them where none reaches it.
+        lists: of the index.
+    """
+    high = min((probes for probes in tried if reaches(probes)), default=None)
+    if high is None:
+        return lists
+    low = max((probes for probes in tried if probes < high), default=0)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return high
+
+
+@dataclass
+class Searches:
+    """The same searches at several numbers of probes; each number is measured once: `Searches.over(…).measure(8)`.
+
+    Attributes:
+        table: with its index.
+        queries: what is searched for.
+        exact: the true neighbors.
+        run: notified of each search; a stop ends them.
+        points: what was measured, by probes.
+        n_done: searches so far.
+    """
+
+    table: VectorTable
+    queries: Queries
+    exact: ExactNeighbors
+    run: RunContext
+    points: dict[int, RecallPoint] = field(default_factory=dict)
+    n_done: int = 0
+
+    @classmethod
+    def over(cls, table: VectorTable, cache: ModelCache, run: RunContext = SILENT) -> "Searches":
+        """Draw queries and find their exact neighbors.
+
+        Raises:
+            StoreError: the cache does not hold what is loaded.
+        """
+        rows = LoadedRows.of(table, cache)
+        queries = sample_queries(rows)
+        exact = find_exact_neighbors(rows, queries.vectors, run)
+        if not exact.n_found or rows.n_rows - exact.n_found > _MOST_UNSEEN * rows.n_rows:
+            raise StoreError(
+                f"the cache in {cache.storage} holds {exact.n_found:,} of the {rows.n_rows:,} rows that the ledger of "
+                f"table {table.name} names, so recall cannot be measured: fill the cache and load it, then materialize "
+                "ivfflat_index"
+            )
+        return cls(table, queries, exact, run)
+
+    @cached_property
+    def _literals(self) -> list[str]:
+        return [to_literal(vector) for vector in self.queries.vectors]
+
+    @property
+    def _statement(self) -> str:
+        return f"SELECT song_id FROM {self.table.name} ORDER BY embedding <=> %s LIMIT {NEIGHBORS}"
+
+    def measure(self, probes: int) -> RecallPoint:
+        """Search for every query, then for every other one again, whose pages were read by then: those are timed.
+
+        Raises:
+            DatabaseError: the planner does not take the index even where it should.
+        """
+        if probes not in self.points:
+            with self.table.database.get_connection() as connection:
+                set_probes(connection, probes)
+                connection.execute(sa.text("SET LOCAL enable_seqscan = off; SET LOCAL enable_indexscan = on"))
+                self._check_plan(connection)
+                found, _ = self._search_all(connection, probes, self._literals)
+                _, times = self._search_all(connection, probes, self._literals[::2])
+            shares = self.exact.count_hits(found) / max(1, self.exact.n_wanted)
+            of_rows, of_synthetic = (
+                float(part.mean()) for part in (shares[: self.queries.n_rows], shares[self.queries.n_rows :])
+            )
+            median, p99 = np.percentile(times, [50, 99])
+            recall = min(of_rows, of_synthetic)
+            self.points[probes] = RecallPoint(probes, recall, of_rows, of_synthetic, float(median), float(p99))
+        return self.points[probes]
+
+    def _search_all(
+        self, connection: sa.Connection, probes: int, literals: list[str]
+    ) -> tuple[list[list[int]], list[float]]:
+        found, times = [], []
+        with raw_cursor(connection) as cursor:
+            for vector in literals:
+                self.run.check_stop()
+                started = time.perf_counter()
+                cursor.execute(self._statement, (vector,))
+                found.append([song_id for (song_id,) in cursor])
+                times.append(1000 * (time.perf_counter() - started))
+                self.n_done += 1
+                self.run.report(Progress(STEP, self.n_done, 0, unit="searches", note=f"{probes:,} probes"))
+        return found, times
+
+    def _check_plan(self, connection: sa.Connection) -> None:
+        with raw_cursor(connection) as cursor:
+            cursor.execute(f"EXPLAIN (FORMAT JSON) {self._statement}", (self._literals[0],))
+            plan = json.dumps(cursor.fetchone()[0])
+        if f'"{self.table.index_name}"' not in plan:
+            raise DatabaseError(
+                f"expected the planner to take {self.table.index_name} with enable_seqscan off, it does not: "
+                "materialize ivfflat_index, which builds a valid one"
+            )
+
+
+def to_literal(vector: Float32Matrix) -> str:
+    """A vector as the server reads it; every float32 comes back as it was."""
+    return "[" + ",".join(map(repr, vector.tolist())) + "]"
+
+
+@dataclass(frozen=True)
+class RecallAudit:
+    """What searches find of the true ten nearest.
+
+    Attributes:
+        point: recall and latency at the probes that searches visit; None where there is no index.
+        target: the recall wanted.
+        n_changed: rows changed since the index was built.
+    """
+
+    point: RecallPoint | None
+    target: float
+    n_changed: int
+
+    @property
+    def reached(self) -> bool:
+        """Whether the target is."""
+        return self.point is not None and self.point.recall >= self.target
+
+    def describe(self) -> str:
+        """One sentence."""
+        if self.point is None:
+            return "there is no valid index to measure: materialize ivfflat_index"
+        words = (
+            f"recall@10 is {self.point.recall:.1%} at {self.point.probes:,} probes, the target {self.target:.0%}; "
+            f"{self.n_changed:,} rows changed since the index was built"
+        )
+        return words if self.reached else f"{words}: materialize ivfflat_index, which takes more probes or rebuilds it"
+
+
+def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> RecallAudit:
+    """Take what was measured last of the index, or measure again where rows changed since.
+
+    Args:
+        table: whose index.
+        cache: the shards that it was loaded from.
+        target: the recall wanted.
+
+    Raises:
+        StoreError: the cache does not hold what is loaded.
+    """
+    index = table.index
+    if index is None:
+        return RecallAudit(None, target, 0)
+    with table.database.get_connection() as connection:
+        last = read_recall(connection, table)
+    if last is not None and last.holds(index.n_changed):
+        return RecallAudit(last.chosen, target, index.n_changed)
+    return RecallAudit(Searches.over(table, cache).measure(index.probes), target, index.n_changed)

@@ -1,0 +1,376 @@
+"""The upkeep of an IVFFlat index: whether it is built, of how many lists, and bringing it up to date.
+
+When to add here: another reason to build, or another thing to report about it. Keep out: what a build takes (`sizing`),
+how it is done (`build`) and measured (`recall`).
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import sqlalchemy as sa
+from sqlalchemy import text
+
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.errors import SettingsError, StoreError, TableMismatchError
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.progress import SILENT, Progress, RunContext
+from songvec_assets.vectors.index import build
+from songvec_assets.vectors.index.recall import (
+    DEFAULT_TARGET,
+    RecallReport,
+    measure_recall,
+    read_recall,
+    write_recall,
+)
+from songvec_assets.vectors.index.sizing import (
+    BuildEstimate,
+    Capacity,
+    choose_lists,
+    choose_probes,
+    estimate_build,
+    read_capacity,
+)
+from songvec_assets.vectors.table import SERVING, BuiltIndex, IndexFacts, TableSpec, VectorTable, set_probes
+
+_LISTS_OFF_BY = 0.25
+_CHANGED_SHARE = 0.2
+_PROBES_GROWN = 1.5
+_INDEX_WORTH_FROM_ROWS = 50_000
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """What a person may set about the index.
+
+    Attributes:
+        lists: how many; None: the square root of the rows.
+        target_recall: the share of the true ten nearest that searches must find.
+        memory_bytes: that a build may take on the server; None: half of what is available, as far as it shows.
+        rebuild: whether it is to be built even where it fits.
+    """
+
+    lists: int | None = None
+    target_recall: float = DEFAULT_TARGET
+    memory_bytes: int | None = None
+    rebuild: bool = False
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What was decided and done.
+
+    Attributes:
+        reason: why it was built, or why not; and what else a person should know.
+        built: whether it was.
+        index: as it now is.
+        seconds: of the build; 0 where there was none.
+        recall: as measured last; None where the cache does not hold what is loaded.
+        estimate: what a build takes.
+    """
+
+    reason: str
+    built: bool
+    index: IndexFacts
+    seconds: float
+    recall: RecallReport | None
+    estimate: BuildEstimate
+
+
+def reason_to_build(n_rows: int, lists: int, lists_now: int | None, n_changed: int, exact: bool = False) -> str | None:
+    """Why the index should be built now, or None.
+
+    Args:
+        n_rows: in the table.
+        lists: that fit them.
+        lists_now: of the valid index that is there, or None.
+        n_changed: rows written or deleted since it was built.
+        exact: whether a person set the number of lists; then no other fits.
+    """
+    if lists_now is None:
+        return "there is none"
+    if abs(lists - lists_now) > (0 if exact else _LISTS_OFF_BY * lists_now):
+        return f"{n_rows:,} rows want {lists:,} lists, it has {lists_now:,}"
+    if n_changed > _CHANGED_SHARE * n_rows:
+        return f"{n_changed:,} rows changed since it was built, over a fifth of {n_rows:,}"
+    return None
+
+
+def plan_lists(
+    n_rows: int, wanted: IndexSettings, lists_now: int | None, capacity: Capacity, spec: TableSpec
+) -> tuple[int, str]:
+    """How many lists the index is to have, and why not the number that suits the rows, if so.
+
+    Raises:
+        SettingsError: a person set more than fit into memory.
+        DatabaseError: not even one fits.
+    """
+    lists = wanted.lists or choose_lists(n_rows)
+    if lists == lists_now:
+        return lists, ""
+    fitting, shortage = capacity.fit_lists(lists, spec.dimensions, spec.vector_type)
+    if not shortage:
+        return lists, ""
+    if wanted.lists:
+        raise SettingsError(
+            f"SONGVEC_LISTS: {shortage}: set {fitting:,} or fewer, or none, or raise SONGVEC_INDEX_MEMORY_MB"
+        )
+    # memory that was there when it was built, and is not now, makes it no worse
+    if lists_now is not None and fitting <= lists_now <= lists:
+        return lists_now, ""
+    return fitting, f"{shortage}, so it gets {fitting:,}"
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Whether an index is to be built, and what that takes.
+
+    Attributes:
+        n_rows, n_changed: of the table, and since its index was built.
+        lists_now: of its valid index; None where there is none.
+        reason: why it is to be built; None: it need not.
+        lists: that it is to have.
+        limit: why not the number that suits the rows, if so.
+        capacity: of the server.
+        estimate: what a build takes.
+    """
+
+    n_rows: int
+    n_changed: int
+    lists_now: int | None
+    reason: str | None
+    lists: int
+    limit: str
+    capacity: Capacity
+    estimate: BuildEstimate
+
+
+def plan_build(table: VectorTable, spec: TableSpec, wanted: IndexSettings, n_rows: int, n_changed: int) -> BuildPlan:
+    """Decide whether an index is to be built.
+
+    Args:
+        table: whose; it need not exist.
+        spec: what it holds.
+        wanted: what a person set.
+        n_rows: that it has, or is to have.
+        n_changed: of them, since the index was built.
+
+    Raises:
+        SettingsError, DatabaseError: see `plan_lists`.
+    """
+    database = table.database
+    with database.get_connection() as connection:
+        lists_now = table.read_lists(connection)
+        is_searched = VectorTable(database).read_lists(connection) is not None
+    capacity = read_capacity(database, wanted.memory_bytes, is_searched)
+    lists, limit = plan_lists(max(1, n_rows), wanted, lists_now, capacity, spec)
+    reason = reason_to_build(n_rows, lists, lists_now, n_changed, exact=wanted.lists is not None)
+    if reason is None and wanted.rebuild:
+        reason = "it was asked for"
+    if reason is not None:
+        # what it has now may have fitted into memory once
+        lists, limit = plan_lists(max(1, n_rows), wanted, None, capacity, spec)
+    estimate = estimate_build(n_rows, lists, spec.dimensions, spec.vector_type, capacity.workers)
+    return BuildPlan(n_rows, n_changed, lists_now, reason, lists, limit, capacity, estimate)
+
+
+def bring_index_up_to_date(
+    table: VectorTable,
+    cache: ModelCache,
+    spec: TableSpec,
+    wanted: IndexSettings = IndexSettings(),
+    run: RunContext = SILENT,
+    check_held: Callable[[], None] | None = None,
+) -> IndexReport:
+    """Build the index where that is worth it, and measure recall where it was built, or rows changed since.
+
+    Searches use the old index until the new one replaces it, and as many probes as reach the target.
+
+    Args:
+        table: to index.
+        cache: the shards that it was loaded from.
+        spec: what it holds.
+        wanted: what a person set.
+        run: notified of the build's phases, then of rows and searches of the measurement; a stop ends it, the server's
+            work included.
+        check_held: of the lock under which the caller alone works on this table; None: a lock is taken here. Each takes
+            a session, and a pooler may have two in all.
+
+    Raises:
+        TableMismatchError: the table is missing or empty: an index built on nothing finds nothing later.
+        SettingsError: the lists that were set do not fit into memory.
+        DatabaseError: the build does not fit, the server refused, or the statement was cancelled.
+        StoppedError: a stop was asked for.
+    """
+
+    def report_waiting() -> None:
+        run.report(Progress(build.STEP, 0, 100, unit="%", note="waiting for another run that sees to it"))
+
+    lock = table.metadata_key("index")
+    with contextlib.ExitStack() as held:
+        check_held = check_held or held.enter_context(
+            hold_lock(table.database, lock, on_wait=report_waiting, check=run.check_stop)
+        )
+        n_rows, n_changed = _count(table)
+        plan = plan_build(table, spec, wanted, n_rows, n_changed)
+        reason, words, recall, seconds = plan.reason, [], None, 0.0
+        if reason is None:
+            build.remove_leftovers(table, run)
+            recall, measured, reason = _review_recall(table, cache, plan.lists_now or 0, wanted.target_recall, run)
+            words = [f"{plan.lists_now:,} lists fit {n_rows:,} rows, {n_changed:,} rows changed since it was built"]
+            words.append(measured)
+            if reason is not None:
+                plan = plan_build(table, spec, replace(wanted, rebuild=True), n_rows, n_changed)
+        if reason is not None:
+            started = time.monotonic()
+            how = _build(table, spec, plan, run, check_held)
+            seconds = time.monotonic() - started
+            recall, measured = _measure(table, cache, plan.lists, wanted.target_recall, run)
+            words = [reason, plan.limit, how, measured]
+        index = table.index
+        assert index is not None
+        return IndexReport("; ".join(filter(None, words)), reason is not None, index, seconds, recall, plan.estimate)
+
+
+def _count(table: VectorTable) -> tuple[int, int]:
+    """Rows, and rows changed since the index was built."""
+    with table.database.get_connection() as connection:
+        if not table.exists(connection):
+            raise TableMismatchError(f"there is no table {table.name} yet: materialize song_embeddings_table first")
+        n_changed = table.read_changes(connection)
+    n_rows = table.count_rows()
+    if not n_rows:
+        raise TableMismatchError(
+            f"table {table.name} is empty: an index built now would find nothing later; load it first"
+        )
+    return n_rows, n_changed
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Recorded when a build begins: rows changed since the last one."""
+
+    n_changed: int
+
+
+def _build(
+    table: VectorTable, spec: TableSpec, plan: BuildPlan, run: RunContext, check_held: Callable[[], None]
+) -> str:
+    """Build and swap, or only swap where a killed run came no further; returns what else to report."""
+    with table.database.get_connection() as connection:
+        begun = table.read(connection, "building", _Begun)
+        whole = table.read_lists(connection, table.building_index) == plan.lists
+    taken_over = begun if whole and begun and plan.n_changed - begun.n_changed <= _CHANGED_SHARE * plan.n_rows else None
+    n_counted = taken_over.n_changed if taken_over else plan.n_changed
+    build.remove_leftovers(table, run, keep_whole=taken_over is not None)
+    how = "a killed run had built it, and it was put in its place"
+    if not taken_over:
+        plan.capacity.check_disk(plan.estimate)
+        with table.database.get_connection() as connection:
+            table.write(connection, "building", vars(_Begun(n_counted)))
+        how = build.create_index(table, spec, plan.estimate, plan.capacity.workers, run)
+
+    def record(connection: sa.Connection) -> None:
+        # of what was measured of the old index, only that its searches needed n probes is worth keeping till then
+        probes = max(choose_probes(plan.lists, plan.n_rows), min(table.read_probes(connection) or 1, plan.lists))
+        values = {"index": vars(BuiltIndex(plan.n_rows)), "probes": probes, "recall": None, "building": None}
+        for name, value in values.items():
+            table.write(connection, name, value)
+        # rows that changed while it was built stay counted; others wait for this row, so it is the last
+        table.count_changes(connection, -n_counted)
+
+    check_held()
+    build.swap_names(table, record, run)
+    if not taken_over and table.is_serving and not build.lets_writers_in(table):
+        waited = "loads waited meanwhile: a pooler in transaction mode takes no build that lets them go on"
+        return "; ".join(filter(None, [how, waited]))
+    return how
+
+
+def _review_recall(
+    table: VectorTable, cache: ModelCache, lists: int, target: float, run: RunContext
+) -> tuple[RecallReport | None, str, str | None]:
+    """The recall of the index that is there, measured where that is due; what to report, and why to build, if so."""
+    with table.database.get_connection() as connection:
+        built = table.read(connection, "index", BuiltIndex) or BuiltIndex()
+        last, n_changed = read_recall(connection, table), table.read_changes(connection)
+    if last is not None and last.target != target:
+        last = None
+    if last is not None and last.holds(n_changed):
+        return last, last.describe(), None
+    report, words = _measure(table, cache, lists, target, run, last.probes if last else None)
+    if report is None or built.probes is None or built.target != target or not n_changed:
+        return report, words, None
+    if report.probes > _PROBES_GROWN * built.probes + 1:
+        then = f"{built.probes:,} when it was built; {n_changed:,} rows changed since"
+        return report, words, f"a recall of {target:.0%} takes {report.probes:,} probes, {then}"
+    return report, words, None
+
+
+def _measure(
+    table: VectorTable, cache: ModelCache, lists: int, target: float, run: RunContext, kept: int | None = None
+) -> tuple[RecallReport | None, str]:
+    """Measure and record; returns what to report. A cache that is not at hand costs nobody the index."""
+    try:
+        report = measure_recall(table, cache, lists, target, kept, run)
+    except StoreError as error:
+        return None, f"recall was not measured: {error}"
+    with table.database.get_connection() as connection:
+        write_recall(connection, table, report)
+        built = table.read(connection, "index", BuiltIndex) or BuiltIndex()
+        if built.target != target:  # the first since the build: decay is compared with it
+            table.write(connection, "index", vars(replace(built, target=target, probes=report.probes)))
+    return report, report.describe()
+
+
+@dataclass(frozen=True)
+class IndexAudit:
+    """What the planner makes of the index.
+
+    Attributes:
+        valid: whether it is there and whole.
+        used: whether a search of ten neighbors takes it.
+        n_rows: of the table.
+    """
+
+    valid: bool
+    used: bool
+    n_rows: int
+
+    @property
+    def should_be_used(self) -> bool:
+        """Whether the table is large enough for an index to be the better plan."""
+        return self.n_rows >= _INDEX_WORTH_FROM_ROWS
+
+    def describe(self) -> str:
+        """One sentence."""
+        if not self.valid:
+            return "the index is missing or invalid: materialize ivfflat_index"
+        if self.used:
+            return f"the planner uses the index for {self.n_rows:,} rows"
+        if self.should_be_used:
+            return (
+                f"the planner passes the index by for {self.n_rows:,} rows: ANALYZE the table, check enable_indexscan"
+            )
+        return f"{self.n_rows:,} rows are few: the planner rightly scans them all"
+
+
+def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
+    """Ask the catalog and the planner about the serving table's index."""
+    table = VectorTable(database)
+    vector = json.dumps([1.0] + [0.0] * (spec.dimensions - 1))
+    n_rows = table.count_rows()
+    with database.get_connection() as connection:
+        valid = table.read_lists(connection) is not None
+        set_probes(connection, table.read_probes(connection))
+        plan = connection.scalar(
+            text(
+                f"EXPLAIN (FORMAT JSON) SELECT song_id FROM {SERVING} "
+                f"ORDER BY embedding <=> CAST(:vector AS {spec.vector_type}) LIMIT 10"
+            ),
+            {"vector": vector},
+        )
+    return IndexAudit(valid, f'"{table.index_name}"' in json.dumps(plan), n_rows)
