@@ -8,17 +8,17 @@ are read only if its digests differ. When to add here: another fact of a range. 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import polars as pl
 
+from songvec_assets.cache.manifest import Manifest
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.counts import IdSums, RangeCount
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import Footer, load_songs_from_parquet, read_footer, snapshot_path, snapshot_ranges
 from songvec_assets.vectors.load import LoadSource, RangeState, compare
 from songvec_assets.vectors.table import VectorTable
-
-_REJECTED = {"song_id": pl.Int32, "reason": pl.String}
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,12 @@ class RangeRow:
         """Songs in the snapshot."""
         return self.snapshot.n_songs if self.snapshot else 0
 
-    @property
-    def n_unexported(self) -> int:
-        """Songs in the source beyond those of the snapshot, by count."""
-        return max(0, (self.n_source or 0) - self.n_songs)
 
-    @property
-    def n_loaded(self) -> int:
-        """Songs in the table, by its ledger."""
-        return self.state.loaded.n_songs if self.state.loaded else 0
-
-    @property
-    def is_current(self) -> bool:
-        """Whether source, snapshot, cache, ledger and table agree, as far as counts and digests say."""
-        return self.is_answered and self.state.is_loaded
+_SCHEMA: dict[str, type[pl.DataType]] = {
+    "key": pl.String, "n_source": pl.Int64, "n_songs": pl.Int64, "n_unexported": pl.Int64, "n_cached": pl.Int64,
+    "n_rejected": pl.Int64, "n_loaded": pl.Int64, "n_rows": pl.Int64, "n_missing": pl.Int64, "n_orphans": pl.Int64,
+    "is_answered": pl.Boolean, "is_loaded": pl.Boolean, "snapshot": pl.String, "cache": pl.Binary, "ledger": pl.Binary,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,85 +73,70 @@ class Inventory:
         source: the cache and the snapshots.
         rows: in the order of the ranges.
         table: that was looked at; None: none was.
-        n_below: rows of the table with a negative song_id.
     """
 
     source: LoadSource
     rows: list[RangeRow]
     table: VectorTable | None = None
-    n_below: int = 0
 
     @cached_property
     def frame(self) -> pl.DataFrame:
-        """One row per range: key, n_source, n_songs, n_unexported, n_cached, n_rejected, n_loaded, n_rows (of the
-        table), n_missing, n_orphans, is_answered, is_loaded; and the digests snapshot, cache and ledger."""
-        rows = []
-        for each in self.rows:
-            counts = self.count_songs(each)
-            rows.append(
-                {
-                    "key": each.range.key,
-                    "n_source": each.n_source,
-                    "n_songs": each.n_songs,
-                    "n_unexported": each.n_unexported,
-                    "n_cached": each.state.cached.n_vectors,
-                    "n_rejected": counts.n_rejected,
-                    "n_loaded": each.n_loaded,
-                    "n_rows": each.state.in_table.n_rows,
-                    "n_missing": counts.n_missing,
-                    "n_orphans": counts.n_orphans,
-                    "is_answered": each.is_answered,
-                    "is_loaded": each.state.is_loaded,
-                    "snapshot": each.snapshot.digest if each.snapshot else None,
-                    "cache": each.state.cached.digest,
-                    "ledger": each.state.loaded.digest if each.state.loaded else None,
-                }
-            )
-        return pl.DataFrame(rows, infer_schema_length=None)
+        """One row per range; reads the song_ids of those that counts and digests leave open.
 
-    def count_songs(self, row: RangeRow) -> "SongCounts":
-        """What became of a range's songs; reads their ids if the digests leave it open."""
-        done = row.state.cached.complete
-        if row.is_current and done is not None:
-            return SongCounts(done.n_rejected, row.n_unexported, 0)
-        songs, rejected = self._read_songs(row.range), self.read_rejected(row.range)
-        loaded = pl.Series([], dtype=pl.Int32) if self.table is None else self.table.ledger.read_song_ids(row.range)
+        Returns:
+            Columns key; n_source (null: not asked), n_songs (of the snapshot), n_unexported, n_cached, n_rejected (by
+            the export or the provider), n_loaded (by the ledger), n_rows (of the table), n_missing (with neither a row
+            nor a reason; those not exported yet too), n_orphans (loaded, and not in the snapshot); is_answered,
+            is_loaded; and digests: snapshot, cache, ledger.
+        """
+        return pl.DataFrame([self._describe(each) for each in self.rows], _SCHEMA, orient="row")
+
+    @property
+    def errors(self) -> list[str]:
+        """Why ranges of the cache cannot be read; they count as not cached."""
+        return [each.state.cached.error for each in self.rows if each.state.cached.error]
+
+    def name_rejected(self, n_songs: int) -> list[tuple[int, str]]:
+        """song_id and reason of the first rejected songs."""
+        named: list[tuple[int, str]] = []
+        for row, n_rejected in zip(self.rows, self.frame["n_rejected"], strict=True):
+            if n_rejected and len(named) < n_songs:
+                named += self._read_rejected(row.range).head(n_songs - len(named)).rows()
+        return named
+
+    def _describe(self, row: RangeRow) -> tuple[Any, ...]:
+        cached, loaded, n_songs = row.state.cached, row.state.loaded, row.n_songs
+        n_unexported = max(0, (row.n_source or 0) - n_songs)
+        if cached.complete is not None and row.is_answered and row.state.is_loaded:
+            n_rejected, n_missing, n_orphans = cached.complete.n_rejected, 0, 0
+        else:
+            n_rejected, n_missing, n_orphans = self._count_exactly(row.range)
+        return (
+            row.range.key, row.n_source, n_songs, n_unexported, cached.n_vectors,
+            n_rejected, loaded.n_songs if loaded else 0, row.state.in_table.n_rows, n_missing + n_unexported, n_orphans,
+            row.is_answered, row.state.is_loaded, row.snapshot.digest if row.snapshot else None, cached.digest,
+            loaded.digest if loaded else None,
+        )  # fmt: skip
+
+    def _count_exactly(self, song_range: SongIdRange) -> tuple[int, int, int]:
+        path = snapshot_path(self.source.songs_folder, song_range)
+        songs, rejected = load_songs_from_parquet(path, ["song_id"])["song_id"], self._read_rejected(song_range)
+        loaded = pl.Series([], dtype=pl.Int32) if self.table is None else self.table.ledger.read_song_ids(song_range)
         answered = pl.concat([rejected["song_id"], loaded])
-        n_missing = songs.len() - int(songs.is_in(answered.implode()).sum())
-        n_orphans = len(loaded) - int(loaded.is_in(songs.implode()).sum())
-        return SongCounts(rejected.height, n_missing + row.n_unexported, n_orphans)
+        n_missing = int((~songs.is_in(answered.implode())).sum())
+        return rejected.height, n_missing, int((~loaded.is_in(songs.implode())).sum())
 
-    def read_rejected(self, song_range: SongIdRange) -> pl.DataFrame:
+    def _read_rejected(self, song_range: SongIdRange) -> pl.DataFrame:
         """Songs of a range that the export or the provider rejected: columns song_id and reason."""
-        snapshot = load_songs_from_parquet(
-            snapshot_path(self.source.songs_folder, song_range), ["song_id", "set_aside"]
-        ).rename({"set_aside": "reason"})
+        path = snapshot_path(self.source.songs_folder, song_range)
+        songs = load_songs_from_parquet(path, ["song_id", "set_aside"]).rename({"set_aside": "reason"})
         try:
             manifest = self.source.cache.read_manifest(song_range)
-        except StoreError:  # the range counts as not cached; its `error` says why
-            return snapshot.filter(pl.col("reason").is_not_null())
+        except StoreError:  # the range counts as not cached, see `errors`
+            manifest = Manifest()
         refused = [(each.song_id, each.reason) for each in manifest.rejected]
-        return pl.concat(
-            [snapshot.filter(pl.col("reason").is_not_null()), pl.DataFrame(refused, _REJECTED, orient="row")]
-        )
-
-    def _read_songs(self, song_range: SongIdRange) -> pl.Series:
-        return load_songs_from_parquet(snapshot_path(self.source.songs_folder, song_range), ["song_id"])["song_id"]
-
-
-@dataclass(frozen=True)
-class SongCounts:
-    """Songs of a range.
-
-    Attributes:
-        n_rejected: that cannot be embedded, for a named reason.
-        n_missing: with neither a row in the table nor a reason; those not exported yet too.
-        n_orphans: rows in the table, as its ledger says, whose song is not in the snapshot.
-    """
-
-    n_rejected: int
-    n_missing: int
-    n_orphans: int
+        provider = pl.DataFrame(refused, {"song_id": pl.Int32, "reason": pl.String}, orient="row")
+        return pl.concat([songs.filter(pl.col("reason").is_not_null()), provider])
 
 
 def read(
@@ -177,9 +154,9 @@ def read(
         counts: of the source; None: it is not asked.
     """
     if table is None:
-        states, n_below = {each: _unloaded(source, each) for each in source.cache.ranges()}, 0
+        states = {each: _unloaded(source, each) for each in source.cache.ranges()}
     else:
-        states, n_below = compare(table, source.cache, source.tiling)
+        states, _ = compare(table, source.cache, source.tiling)
     rows = []
     for each in sorted({*snapshot_ranges(source.songs_folder), *states, *(counts or {})}):
         state = states.get(each) or _unloaded(source, each)
@@ -188,7 +165,7 @@ def read(
         is_answered = bool(done and footer and done.fits(footer.digest, question.text, question.server))
         n_source = None if counts is None else counts.get(each, RangeCount()).n_songs
         rows.append(RangeRow(each, n_source, footer, state, is_answered))
-    return Inventory(source, rows, table, n_below)
+    return Inventory(source, rows, table)
 
 
 def _unloaded(source: LoadSource, song_range: SongIdRange) -> RangeState:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, fields
 
+import polars as pl
+
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.postgres.schema import read_pgvector_caution
@@ -76,7 +78,6 @@ class Status:
         unreadable: what is wrong with cache files that cannot be read; their ranges count as not cached.
         caution: why the source may hold more songs than this user sees; empty where it does not.
         pgvector: what is wrong with the server's version; empty where nothing is.
-        n_below: rows of the table with a negative song_id: nobody here put them there.
     """
 
     ranges: list[RangeStatus]
@@ -90,7 +91,6 @@ class Status:
     caution: str = ""
     unreadable: list[str] = field(default_factory=list)
     pgvector: str = ""
-    n_below: int = 0
 
     def describe(self) -> list[str]:
         """What there is beyond the ranges, a line each."""
@@ -119,14 +119,14 @@ class Status:
 
 def measure_coverage(deployment: Deployment) -> list[RangeCoverage]:
     """Every range that holds songs, in order."""
-    found, ranges = deployment.read_inventory(deployment.table), []
-    for row in found.rows:
-        n_loaded = min(row.n_loaded, row.n_songs)
-        n_set_aside = min(found.count_songs(row).n_rejected, row.n_songs - n_loaded)
-        n_left = row.n_songs - n_loaded - n_set_aside
-        n_waiting = min(max(0, row.state.cached.n_vectors - n_loaded), n_left)
-        if row.n_songs:
-            ranges.append(RangeCoverage(row.range, n_loaded, n_waiting, n_set_aside, n_left - n_waiting))
+    ranges = []
+    for row in deployment.read_inventory(deployment.table).frame.filter(pl.col("n_songs") > 0).iter_rows(named=True):
+        n_loaded = min(row["n_loaded"], row["n_songs"])
+        n_set_aside = min(row["n_rejected"], row["n_songs"] - n_loaded)
+        n_left = row["n_songs"] - n_loaded - n_set_aside
+        n_waiting = min(max(0, row["n_cached"] - n_loaded), n_left)
+        song_range = SongIdRange.from_key(row["key"])
+        ranges.append(RangeCoverage(song_range, n_loaded, n_waiting, n_set_aside, n_left - n_waiting))
     return ranges
 
 
@@ -140,37 +140,21 @@ def measure_status(deployment: Deployment, max_set_aside: int = 20) -> Status:
     database, source, table = deployment.database, deployment.source, deployment.table
     # divided as the files are, which a raised stop does not change before the next export
     found = deployment.read_inventory(table, count_ranges(database, source, deployment.store.tiling))
-    index, ranges = table.index, []
-    set_aside: list[tuple[int, str]] = []
-    for row in found.rows:
-        counts = found.count_songs(row)
-        if counts.n_rejected and len(set_aside) < max_set_aside:
-            set_aside += found.read_rejected(row.range).head(max_set_aside - len(set_aside)).rows()
-        ranges.append(
-            RangeStatus(
-                key=row.range.key,
-                n_songs=row.n_songs,
-                n_unexported=row.n_unexported,
-                n_cached=row.state.cached.n_vectors,
-                n_set_aside=counts.n_rejected,
-                n_loaded=row.n_loaded,
-                n_indexed=row.n_loaded if index else 0,
-                n_missing=counts.n_missing,
-                n_orphans=counts.n_orphans,
-            )
-        )
+    index = table.index
+    counts = found.frame.with_columns(
+        n_set_aside="n_rejected", n_indexed=pl.col("n_loaded") if index else pl.lit(0)
+    ).select(each.name for each in fields(RangeStatus))
     with database.get_connection() as connection:
         recall = read_recall(connection, table)
     return Status(
-        ranges,
+        [RangeStatus(**row) for row in counts.iter_rows(named=True)],
         describe_tables(database),
         index,
-        set_aside,
+        found.name_rejected(max_set_aside),
         dict(count_unreachable_ids(database, source)),
         recall.describe() if recall else "",
         *deployment.month_spending(),
         source.caution,
-        [row.state.cached.error for row in found.rows if row.state.cached.error],
+        found.errors,
         read_pgvector_caution(database),
-        n_below=found.n_below,
     )

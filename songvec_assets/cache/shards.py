@@ -135,11 +135,17 @@ class ModelCache:
             and not manifest.find_garbage(sizes)
         )
 
-    def summarize(self, song_range: SongIdRange) -> "RangeSummary":
-        """What is cached of a range, in short; opens a file with vectors only if its last fill was not complete."""
+    def summarize(self, song_range: SongIdRange, opens_files: bool = False) -> "RangeSummary":
+        """What is cached of a range, in short.
+
+        Args:
+            song_range: which.
+            opens_files: whether its files are opened, which finds damage to all but vectors, also if its last fill was
+                complete and they are as large as then.
+        """
         try:
             done = self.read_manifest(song_range).complete if self.is_complete(song_range) else None
-            if done is not None:
+            if done is not None and not opens_files:
                 return RangeSummary(done.n_vectors, done.digest, IdSums(*done.ids), done)
             rows = self.open(song_range).rows
         except StoreError as error:

@@ -184,8 +184,16 @@ class RangeState:
         return is_recorded and self.in_table == self.cached.ids
 
 
-def compare(table: VectorTable, cache: ModelCache, tiling: Tiling) -> tuple[dict[SongIdRange, RangeState], int]:
-    """What there is of each range, in order. Opens no file of a range that was filled completely.
+def compare(
+    table: VectorTable, cache: ModelCache, tiling: Tiling, opens_files: bool = False
+) -> tuple[dict[SongIdRange, RangeState], int]:
+    """What there is of each range, in order.
+
+    Args:
+        table: whose rows and ledger are looked at.
+        cache: of its model.
+        tiling: how song_ids are divided into ranges.
+        opens_files: see `ModelCache.summarize`.
 
     Returns:
         Every range that is cached, loaded or has rows; and the number of rows with a negative song_id.
@@ -193,7 +201,8 @@ def compare(table: VectorTable, cache: ModelCache, tiling: Tiling) -> tuple[dict
     ledger, (in_table, below) = table.ledger.read(), table.read_id_sums(tiling)
     ranges = sorted({*cache.ranges(), *ledger, *in_table})
     states = {
-        each: RangeState(cache.summarize(each), ledger.get(each), in_table.get(each, IdSums())) for each in ranges
+        each: RangeState(cache.summarize(each, opens_files), ledger.get(each), in_table.get(each, IdSums()))
+        for each in ranges
     }
     return states, below.n_rows
 
@@ -205,7 +214,8 @@ def plan_load(table: VectorTable, source: LoadSource, run: RunContext = SILENT) 
         StoreError: the cache is empty: nothing was ever filled.
     """
     ranges = source.ranges()
-    states, n_unmanaged = compare(table, source.cache, source.tiling)
+    # each file is opened once: a load that has nothing to do still finds what a disk changed
+    states, n_unmanaged = compare(table, source.cache, source.tiling, opens_files=True)
     unchanged, changed, damaged, n_changed = {}, {}, {}, 0
     for song_range, state in states.items():
         run.check_stop()
