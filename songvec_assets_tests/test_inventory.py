@@ -1,0 +1,105 @@
+"""One row per range, and what is read for it."""
+
+from collections.abc import Callable
+
+import pytest
+import sqlalchemy as sa
+
+from songvec_assets.cache import plan
+from songvec_assets.deployment import Deployment
+from songvec_assets.songs import snapshots
+from songvec_assets.songs.counts import count_ranges
+from songvec_assets.status import measure_status
+from songvec_assets.storage import Storage
+
+Songs = Callable[..., None]
+COUNTS = ["key", "n_source", "n_songs", "n_unexported", "n_cached", "n_rejected", "n_loaded", "n_rows"]
+DIFFERENCES = ["key", "n_missing", "n_orphans", "is_answered", "is_loaded"]
+
+
+@pytest.fixture
+def filled(deployment: Deployment, songs: Songs) -> Deployment:
+    """Songs 1 to 3 and 101 are loaded; song 4 has no name."""
+    songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in (1, 2, 3, 101)), (4, None, "Ann", "la"))
+    deployment.export()
+    deployment.filler().fill_ranges(list(deployment.tiling), lambda _: None)
+    deployment.publish()
+    return deployment
+
+
+def change(deployment: Deployment, statement: str) -> None:
+    with deployment.database.get_connection() as connection:
+        connection.execute(sa.text(statement))
+
+
+def read(deployment: Deployment, columns: list[str]) -> list[tuple[object, ...]]:
+    counts = count_ranges(deployment.database, deployment.source, deployment.tiling)
+    return deployment.read_inventory(deployment.table, counts).frame.select(columns).rows()
+
+
+def test_a_row_has_what_each_place_holds_of_a_range(filled: Deployment) -> None:
+    assert read(filled, COUNTS) == [
+        ("000000000-000000100", 4, 4, 0, 3, 1, 3, 3),
+        ("000000100-000000200", 1, 1, 0, 1, 0, 1, 1),
+    ]
+    assert read(filled, DIFFERENCES) == [
+        ("000000000-000000100", 0, 0, True, True),
+        ("000000100-000000200", 0, 0, True, True),
+    ]
+
+
+def test_songs_are_missing_until_they_are_loaded_and_orphans_until_their_rows_are_removed(
+    filled: Deployment, songs: Songs
+) -> None:
+    songs((5, "Song 5", "Ann", "la"), (901, "Song 901", "Ann", "la"))
+    change(filled, "DELETE FROM songs WHERE id = 2")
+    expected = {"000000000-000000100": 0, "000000100-000000200": 0, "000000900-000001000": 1}
+    assert {key: n_missing for key, n_missing, *_ in read(filled, DIFFERENCES)} == expected, (
+        "by count, before an export"
+    )
+    filled.export()
+    first, second, last = read(filled, DIFFERENCES)
+    assert first == ("000000000-000000100", 1, 1, False, True)
+    assert second == ("000000100-000000200", 0, 0, True, True)
+    assert last == ("000000900-000001000", 1, 0, False, False)
+    filled.filler().fill_ranges(list(filled.tiling), lambda _: None)
+    assert read(filled, DIFFERENCES)[0] == ("000000000-000000100", 1, 1, True, False)
+    filled.publish()
+    assert all(row[1:] == (0, 0, True, True) for row in read(filled, DIFFERENCES))
+
+
+def test_rows_that_somebody_else_removed_leave_a_range_not_loaded(filled: Deployment) -> None:
+    change(filled, "DELETE FROM song_embeddings WHERE song_id = 3")
+    assert [row[-1] for row in read(filled, DIFFERENCES)] == [False, True]
+
+
+def test_status_and_estimate_of_a_complete_catalogue_open_no_file_with_vectors_and_render_no_text(
+    filled: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("opened or rendered")
+
+    monkeypatch.setattr(Storage, "open", refuse)
+    monkeypatch.setattr(snapshots, "render_texts", refuse)
+    monkeypatch.setattr(plan, "render_songs", refuse)
+    assert measure_status(filled).total.n_missing == 0
+    estimate = filled.estimate()
+    assert (estimate.n_songs, estimate.n_texts, estimate.usd) == (5, 0, 0)
+    assert filled.ranges_behind() == []
+
+
+def test_a_run_with_nothing_to_do_opens_each_file_with_vectors_at_most_once(
+    filled: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    open_file = Storage.open
+
+    def note(storage: Storage, key: str) -> object:
+        opened.append(key)
+        return open_file(storage, key)
+
+    monkeypatch.setattr(Storage, "open", note)
+    filled.export()
+    filled.filler().fill_ranges(list(filled.tiling), lambda _: None)
+    filled.publish()
+    assert len(opened) == len({*opened})
