@@ -187,16 +187,20 @@ def render_songs(path: Path, spec: TextSpec, song_ids: pl.Series) -> pl.DataFram
 def read_source_hashes(path: Path, spec: TextSpec) -> pl.DataFrame | None:
     """song_id and source_hash of a snapshot; None if there is no file that can be read.
 
-    The hashes are null if the snapshot was written with other settings: its songs are compared by their content.
+    The hashes are null if the snapshot was written with other settings: then songs may be rejected for other reasons.
     """
     footer = read_footer(path)
+    if footer and footer.text == spec.identity:
+        return _try_to_load(path, ["song_id", "source_hash"])
+    songs = _try_to_load(path, ["song_id"])
+    return None if songs is None else songs.with_columns(source_hash=pl.lit(None, pl.Int64))
+
+
+def _try_to_load(path: Path, columns: list[str]) -> pl.DataFrame | None:
     try:
-        if footer and footer.text == spec.identity:
-            return load_songs_from_parquet(path, ["song_id", "source_hash"])
-        songs = load_songs_from_parquet(path, ["song_id"]) if footer else None
+        return load_songs_from_parquet(path, columns) if path.exists() else None
     except StoreError:  # the export replaces it
         return None
-    return None if songs is None else songs.with_columns(source_hash=pl.lit(None, pl.Int64))
 
 
 def read_footer(path: Path) -> Footer | None:
@@ -224,11 +228,7 @@ def count_songs(folder: Path, song_range: SongIdRange) -> int:
 
 def read_snapshot_ids(folder: Path, song_range: SongIdRange) -> tuple[pl.Series, pl.Series] | None:
     """The song_ids of a snapshot, and those that are not rejected, in order; None without one that can be read."""
-    path = snapshot_path(folder, song_range)
-    try:
-        songs = load_songs_from_parquet(path, ["song_id", "set_aside"]) if path.exists() else None
-    except StoreError:  # the export replaces it
-        songs = None
+    songs = _try_to_load(snapshot_path(folder, song_range), ["song_id", "set_aside"])
     return None if songs is None else (songs["song_id"], songs.filter(pl.col("set_aside").is_null())["song_id"])
 
 

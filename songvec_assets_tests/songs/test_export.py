@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
@@ -23,6 +24,7 @@ from songvec_assets.songs.export import (
     IncompleteExportError,
     RangeExport,
     cache_songs_to_parquet,
+    read_songs_from_postgres,
 )
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.snapshots import (
@@ -615,6 +617,28 @@ class TestHashes:
         run(dated, tmp_path, names)
         assert rendered == [3]
         assert_hashed(tmp_path, TextSpec())
+
+    @pytest.mark.parametrize("names", [SourceNames(), DATED])
+    def test_the_server_sends_the_texts_of_changed_songs_only(
+        self, dated: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: SourceNames
+    ) -> None:
+        run(dated, tmp_path, names)
+        sent: list[int] = []
+
+        def read_and_count(*arguments: Any) -> pa.Table:
+            songs = read_songs_from_postgres(*arguments)
+            sent.extend(songs["song_id"].to_pylist())
+            return songs
+
+        monkeypatch.setattr(export_module, "read_songs_from_postgres", read_and_count)
+        change(dated, "UPDATE songs SET at = '2026-01-02'")
+        run(dated, tmp_path, names)
+        assert sent == []
+        change(dated, "UPDATE songs SET lyrics = 'new' WHERE id = 4")
+        change(dated, "DELETE FROM songs WHERE id = 1")
+        run(dated, tmp_path, names)
+        assert sent == [4]
+        assert read(tmp_path) == execute(dated.adbc_uri, "SELECT id, name, artist, lyrics FROM songs ORDER BY id")
 
     def test_rejected_songs_have_none(self, database: Database, songs: Callable[..., None], tmp_path: Path) -> None:
         songs((1, None, "Ann", "la"), (2, "Sea", "Ann", "waves"), (101, "", "Ann", None))
