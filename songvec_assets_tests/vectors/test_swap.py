@@ -778,6 +778,7 @@ class TestSwap:
 _PUBLISHER = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import RunContext
