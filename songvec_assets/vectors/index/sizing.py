@@ -5,6 +5,7 @@ needs. Sizes are bytes. Memory: pgvector 0.8.5's ivfbuild.c and ivfkmeans.c, Elk
 how long it takes, which the server's own progress shows (`build`).
 """
 
+import bisect
 import math
 import shutil
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ SMALL_TABLE_ROWS = 10_000
 MOST_WORKERS = 8
 """More parallel processes than this wait for the disk."""
 
+_MOST_LISTS = 32_768  # pgvector's own limit
 _PAGE_BYTES = 8192
 _PAGE_OVERHEAD_BYTES = 24 + 8  # header, and pgvector's own at the end
 _POINTER_BYTES = 4
@@ -103,15 +105,9 @@ def build_bytes(lists: int, dimensions: int, vector_type: str = "vector", worker
 
 
 def most_lists(memory_bytes: int, dimensions: int, vector_type: str = "vector") -> int:
-    """The most lists whose build fits into so much memory; 0 where not even one does."""
-    low, high = 0, 32_768
-    while low < high:
-        lists = (low + high + 1) // 2
-        if build_bytes(lists, dimensions, vector_type) <= memory_bytes:
-            low = lists
-        else:
-            high = lists - 1
-    return low
+    """The most lists whose build fits into this memory; 0 where not even one does."""
+    lists = range(1, _MOST_LISTS + 1)
+    return bisect.bisect_right(lists, memory_bytes, key=lambda each: build_bytes(each, dimensions, vector_type))
 
 
 def index_bytes(n_rows: int, lists: int, dimensions: int, vector_type: str = "vector") -> int:
