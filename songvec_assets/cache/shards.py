@@ -140,7 +140,7 @@ class ModelCache:
         for song_range in self.ranges():
             read = self.storage.read(_manifest_key(song_range))
             state.update(f"{song_range.key} {read.version if read else None}\n".encode())
-            if read is None or self.read_manifest(song_range).complete is None:
+            if read is None or self.find_completion(song_range) is None:
                 state.update(repr(sorted(self.list_files(song_range))).encode())
         return state.hexdigest()
 
