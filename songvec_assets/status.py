@@ -128,7 +128,7 @@ def measure_coverage(deployment: Deployment) -> list[RangeCoverage]:
     songs, cache, ledger = deployment.store.songs, deployment.cache, read_ledger(deployment.database)
     ranges = []
     for song_range in snapshot_ranges(songs):
-        n_songs, done = count_songs(songs, song_range), cache.read_manifest(song_range).complete
+        n_songs, done = count_songs(songs, song_range), cache.find_completion(song_range)
         if done is not None:
             n_cached, n_set_aside = done.n_vectors, done.n_rejected
         else:

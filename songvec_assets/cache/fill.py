@@ -275,7 +275,7 @@ class Filler:
         done, owed = known.complete, known.is_owed(self.anew)
         retries = self.retry_rejected and done is not None and done.n_rejected > 0
         fits = done is not None and done.fits(snapshot, self.spec.identity, self.server)
-        if done and fits and not owed and not retries and self.cache.is_complete(report.range):
+        if done and fits and not owed and not retries and self.cache.is_complete(report.range, known):
             report.n_songs, report.n_set_aside, report.n_truncated = done.n_songs, done.n_rejected, done.n_truncated
             report.n_unchanged = done.n_vectors
             self.advance(report.n_songs, report.range, are_free=True)

@@ -122,9 +122,9 @@ class ModelCache:
                 return ModelCache(self.storage, found.model_id, found.dimensions).open(song_range)
         return self.open(song_range)
 
-    def is_complete(self, song_range: SongIdRange) -> bool:
+    def is_complete(self, song_range: SongIdRange, manifest: Manifest | None = None) -> bool:
         """Whether a range was filled completely and has just the files of then, as far as their sizes tell."""
-        manifest = self.read_manifest(song_range)
+        manifest = manifest or self.read_manifest(song_range)
         sizes = self.list_files(song_range)
         named = {each.name: each.n_bytes for each in manifest.files}
         return (
