@@ -360,9 +360,10 @@ class CachedRange:
         name = self.cache.storage.describe(key)
         try:
             content = self.cache.storage.open(key)
+            batches = open_part(content, self.cache.identity(self.range), name)
             if content.size != file.n_bytes:
-                raise DamagedPartError(f"it has {content.size:,} bytes, expected {file.n_bytes:,}")
-            self._batches += open_part(content, self.cache.identity(self.range), name)
+                raise DamagedPartError(f"it has {content.size:,} bytes, expected {file.n_bytes:,}", batches)
+            self._batches += batches
         except FileNotFoundError:
             self.damaged[file.name] = "it is missing"
         except DamagedPartError as error:
