@@ -323,9 +323,9 @@ def test_a_merge_of_many_pieces_keeps_every_vector_with_its_song(cache):
     wide = SongIdRange(0, 10_000)
     song_ids = np.random.default_rng(0).permutation(5_000)
     embeddings = np.stack([song_ids + 1, song_ids * 2, song_ids % 7], axis=1).astype(np.float32)
-    for start in range(0, 5_000, 1_000):
-        ids = song_ids[start : start + 1_000].tolist()
-        write_embeddings_to_file(cache.open(wide), ids, hashes_of(ids), embeddings[start : start + 1_000])
+    for start in range(0, 5_000, 500):
+        ids = song_ids[start : start + 500].tolist()
+        write_embeddings_to_file(cache.open(wide), ids, hashes_of(ids), embeddings[start : start + 500])
     shard = cache.open(wide)
     upkeep.complete(shard, FILLED, 0.0)
     shard = cache.open(wide)
