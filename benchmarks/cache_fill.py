@@ -1,6 +1,6 @@
 """Songs a second from request to durable cache file: one range of 50,000 songs, a provider without latency.
 
-    python -m benchmarks.cache_fill
+    python -m benchmarks.cache_fill [--texts 2048] [--fsync-ms 10]
 
 The real fill with its locks, limiter and fsyncs, in a fresh process, database and storage a round; quotas are set out
 of the way. The songs (1,600 characters, about 400 tokens) are exported before. A step is the whole call: reading and
@@ -8,6 +8,7 @@ comparing the songs, sending, storing.
 """
 
 import argparse
+import os
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -31,8 +32,16 @@ N_SONGS = 50_000
 TILING = Tiling(width=N_SONGS, stop=N_SONGS)
 
 
-def fill(settings: dict[str, Any]) -> tuple[float, float, int]:
-    """Fill the range, in a process of its own; seconds of the step, peak memory in MB, bytes of the shard."""
+def fill(settings: dict[str, Any], fsync_ms: float) -> tuple[float, float, int]:
+    """Fill the range, in a process of its own; seconds of the step, peak memory in MB, bytes of its files."""
+    fsync = os.fsync
+
+    def fsync_slowly(descriptor: int) -> None:
+        time.sleep(fsync_ms / 1000)
+        fsync(descriptor)
+
+    if fsync_ms:
+        os.fsync = fsync_slowly
     deployment = Deployment(Settings.from_environment({}, **settings))
     [song_range] = [each for each in TILING if each.start == 0]
     started = time.perf_counter()
@@ -43,7 +52,9 @@ def fill(settings: dict[str, Any]) -> tuple[float, float, int]:
     return seconds, peak_kib * 1024 / 1e6, sum(deployment.cache.list_files(song_range).values())
 
 
-def run_round(server_url: str, provider: Provider, folder: Path, number: int) -> tuple[float, float, int]:
+def run_round(
+    server_url: str, provider: Provider, folder: Path, number: int, n_texts: int, fsync_ms: float
+) -> tuple[float, float, int]:
     """Export into a store of its own, then fill it."""
     execute(server_url, f"CREATE DATABASE round_{number} TEMPLATE catalogue")
     settings = {
@@ -53,13 +64,14 @@ def run_round(server_url: str, provider: Provider, folder: Path, number: int) ->
         "storage": str(folder / f"store-{number}"),
         "tokens_per_minute": 2_000_000_000,
         "requests_per_minute": 1_000_000,
+        "max_request_texts": n_texts,
         "range_size": TILING.width,
         "song_id_stop": TILING.stop,
     }
     deployment = Deployment(Settings.from_environment({}, **settings))
     cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, TILING)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
-        return processes.submit(fill, settings).result()
+        return processes.submit(fill, settings, fsync_ms).result()
 
 
 def create_catalogue(server_url: str) -> None:
@@ -82,6 +94,8 @@ def main() -> None:
     """Print a table with a row a round, and the median."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cache_fill")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--texts", type=int, default=256, help="per request, at most")
+    parser.add_argument("--fsync-ms", type=float, default=0.0, help="by which each fsync is slower than the disk's")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fill-", ignore_cleanup_errors=True) as folder:
         # the embedded server may run as another user
@@ -89,11 +103,11 @@ def main() -> None:
         url = start_embedded_server(Path(folder) / "pg").url
         create_catalogue(url)
         rates = []
-        print("| round | songs/s (to reach: >= 6,000) | seconds | peak MB | shard MB |")
+        print("| round | songs/s (to reach: >= 6,000) | seconds | peak MB | files MB |")
         print("| ---: | ---: | ---: | ---: | ---: |")
         with running_provider(keep_texts=False) as provider:
             for number in range(1, asked.rounds + 1):
-                seconds, peak_mb, n_bytes = run_round(url, provider, Path(folder), number)
+                seconds, peak_mb, n_bytes = run_round(url, provider, Path(folder), number, asked.texts, asked.fsync_ms)
                 rates.append(N_SONGS / seconds)
                 print(f"| {number} | {rates[-1]:,.0f} | {seconds:.1f} | {peak_mb:,.0f} | {n_bytes / 1e6:,.0f} |")
         print(f"| median | {median(rates):,.0f} ({min(rates):,.0f}–{max(rates):,.0f}) | | | |")

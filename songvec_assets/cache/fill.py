@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from songvec_assets.cache import asks, manifest, upkeep
 from songvec_assets.cache.parts import PIECE_ROWS
 from songvec_assets.cache.plan import FillPlan, plan_fill
-from songvec_assets.cache.send import Postage, RangeSender
+from songvec_assets.cache.requests import RangeSender, SendContext
 from songvec_assets.cache.shards import CachedRange, ModelCache, write_embeddings_to_file
 from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.budget import Budget
@@ -210,14 +210,14 @@ class Filler:
         return self.embedder_factory(self._tell_trouble)
 
     @cached_property
-    def _postage(self) -> Postage:
+    def _context(self) -> SendContext:
         slots = asyncio.Semaphore(self.concurrency)
         shared = self._embedder, self.quota, self.budget, self.estimator, slots
-        postage = Postage(*shared, self._check_halted, self._note_error, self.server, self._tell_trouble)
+        context = SendContext(*shared, self._check_halted, self._note_error, self.server, self._tell_trouble)
         for each in self._ranges:
             done = self.cache.find_completion(each)
-            postage.health.count_known(done.n_vectors if done else 0)
-        return postage
+            context.health.count_known(done.n_vectors if done else 0)
+        return context
 
     def _note_error(self, error: Exception) -> None:
         """Let no further request start where going on is pointless: one range may fail for what is in it."""
@@ -275,7 +275,7 @@ class Filler:
         done, owed = known.complete, known.is_owed(self.anew)
         retries = self.retry_rejected and done is not None and done.n_rejected > 0
         fits = done is not None and done.fits(snapshot, self.spec.identity, self.server)
-        if done and fits and not owed and not retries and self.cache.is_complete(report.range):
+        if done and fits and not owed and not retries and self.cache.is_complete(report.range, known):
             report.n_songs, report.n_set_aside, report.n_truncated = done.n_songs, done.n_rejected, done.n_truncated
             report.n_unchanged = done.n_vectors
             self.advance(report.n_songs, report.range, are_free=True)
@@ -296,7 +296,7 @@ class Filler:
         report.n_gone, report.n_reused = len(plan.deleted), plan.reused.height
         n_to_embed = sum(len(each.song_ids) for each in plan.texts)
         self.advance(plan.n_songs - n_to_embed, report.range, are_free=True)
-        rejected = await self._send(shard, plan, _Tally(report, self, let_next_begin), check_held)
+        rejected = await self._send(shard, plan, _Counters(report, self, let_next_begin), check_held)
         server = self.server if plan.n_rejected or rejected else ""
         counts = report.n_songs, report.n_set_aside, report.n_truncated
         filled = manifest.Completion(snapshot, self.spec.identity, *counts, server, 0, b"")
@@ -331,13 +331,13 @@ class Filler:
             write_embeddings_to_file(shard, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
 
     async def _send(
-        self, shard: CachedRange, plan: FillPlan, tally: "_Tally", check_held: Callable[[], None]
+        self, shard: CachedRange, plan: FillPlan, counters: "_Counters", check_held: Callable[[], None]
     ) -> list[manifest.Rejection]:
         """Send what is missing; the songs that the provider was found to reject."""
         if not plan.texts:
             return []
-        self._postage.health.count_known(plan.n_unchanged)
-        sender = RangeSender(self._postage, AnswerGatherer(shard.writer), check_held, tally)
+        self._context.health.count_known(plan.n_unchanged)
+        sender = RangeSender(self._context, AnswerGatherer(shard.writer), check_held, counters)
         try:
             await sender.send(plan.texts)
         except Exception:
@@ -392,7 +392,7 @@ class Filler:
 
 
 @dataclass
-class _Tally:
+class _Counters:
     """Counts what a range's sender tells, into the range's report and the run's progress."""
 
     report: FillReport

@@ -206,21 +206,20 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
         DamagedPartError: it is not as it was written.
         StoreError: it is whole, and of another model, size or range.
     """
-    try:
-        reader = pa.ipc.open_file(content)
-        stored: Iterable[pa.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches))
-        problem = ""
-    except _UNREADABLE as error:  # its end is damaged or missing: what comes before is read in order
-        problem, reader, stored = f"it does not open ({error})", None, ()
-    try:
-        if reader is None:
-            reader = stored = pa.ipc.open_stream(content.slice(_HEAD_BYTES))
-        metadata = json.loads(reader.schema.metadata[b"songvec"])
-        found, digest, layout = _identity_of(metadata), metadata["digest"], metadata["format"]
-        if not reader.schema.equals(found.schema()):
-            raise ValueError("its columns are not a part's")
-    except _UNREADABLE as error:
-        raise DamagedPartError(problem or f"it does not open ({error})") from error
+    problem = ""
+    # where its end is damaged or missing, what comes before is read in order
+    for opener, start in ((pa.ipc.open_file, 0), (pa.ipc.open_stream, _HEAD_BYTES)):
+        try:
+            reader = opener(content.slice(start))
+            metadata = json.loads(reader.schema.metadata[b"songvec"])
+            found, digest, layout = _identity_of(metadata), metadata["digest"], metadata["format"]
+            if not reader.schema.equals(found.schema()):
+                raise ValueError("its columns are not a part's")
+            break
+        except _UNREADABLE as error:
+            problem = problem or f"it does not open ({error})"
+    else:
+        raise DamagedPartError(problem)
     if layout != _FORMAT:
         raise StoreError(
             f"{name} has format {layout}, expected {_FORMAT}: another version of songvec wrote it. "
@@ -228,6 +227,7 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
         )
     batches: list[CachedRows] = []
     try:
+        stored = map(reader.get_batch, range(reader.num_record_batches)) if opener is pa.ipc.open_file else reader
         batches.extend(_read_batch(batch, found) for batch in stored)
     except _UNREADABLE as error:
         problem = problem or f"a batch does not open ({error})"

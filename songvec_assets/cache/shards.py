@@ -123,9 +123,9 @@ class ModelCache:
                 return ModelCache(self.storage, found.model_id, found.dimensions).open(song_range)
         return self.open(song_range)
 
-    def is_complete(self, song_range: SongIdRange) -> bool:
+    def is_complete(self, song_range: SongIdRange, manifest: Manifest | None = None) -> bool:
         """Whether a range was filled completely and has just the files of then, as far as their sizes tell."""
-        manifest = self.read_manifest(song_range)
+        manifest = manifest or self.read_manifest(song_range)
         sizes = self.list_files(song_range)
         named = {each.name: each.n_bytes for each in manifest.files}
         return (
@@ -158,7 +158,7 @@ class ModelCache:
         for song_range in self.ranges():
             read = self.storage.read(_manifest_key(song_range))
             state.update(f"{song_range.key} {read.version if read else None}\n".encode())
-            if read is None or self.read_manifest(song_range).complete is None:
+            if read is None or self.find_completion(song_range) is None:
                 state.update(repr(sorted(self.list_files(song_range))).encode())
         return state.hexdigest()
 
@@ -396,9 +396,10 @@ class CachedRange:
         name = self.cache.storage.describe(key)
         try:
             content = self.cache.storage.open(key)
+            batches = open_part(content, self.cache.identity(self.range), name)
             if content.size != file.n_bytes:
-                raise DamagedPartError(f"it has {content.size:,} bytes, expected {file.n_bytes:,}")
-            self._batches += open_part(content, self.cache.identity(self.range), name)
+                raise DamagedPartError(f"it has {content.size:,} bytes, expected {file.n_bytes:,}", batches)
+            self._batches += batches
         except FileNotFoundError:
             self.damaged[file.name] = "it is missing"
         except DamagedPartError as error:

@@ -18,7 +18,8 @@ from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange
 
-_MOST_FILES = 16
+_MOST_FILES = 64
+"""A range of 50,000 songs that is filled at once has 25 to 50 parts: they need not be written twice."""
 _DEAD_SHARE = _PARTS_SHARE = 0.2
 
 
@@ -104,7 +105,7 @@ def _is_merge_due(shard: CachedRange) -> bool:
     return (
         bool(shard.damaged or shard.manifest.damaged)
         or len(files) > _MOST_FILES
-        or (n_parts > 1 and not n_based)
+        or (n_parts > 1 and not n_based and shard.n_rows < n_parts * PIECE_ROWS // 4)
         or (n_based > 0 and n_in_parts > _PARTS_SHARE * n_based)
     )
 

@@ -171,7 +171,8 @@ class AnswerGatherer:
     def _is_due(self) -> bool:
         n_rows = sum(len(song_ids) for song_ids, *_ in self._waiting)
         late = time.monotonic() >= self._first_at + GATHER_S
-        return not self._n_expected or n_rows >= PIECE_ROWS or late
+        # who waits holds a place in flight: more than half of them must not be idle
+        return len(self._waiting) >= self._n_expected or n_rows >= PIECE_ROWS or late
 
     def _write(self, taken: list[tuple[Sequence[int], Sequence[bytes], Float32Matrix, asyncio.Future[None]]]) -> None:
         song_ids = [song_id for each in taken for song_id in each[0]]

@@ -6,7 +6,10 @@ billed, such as one that timed out, stays counted. So does what a killed process
 what it was sent. Months are UTC's, by the database's clock.
 """
 
+import asyncio
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -45,6 +48,8 @@ _RESERVE = atomic(
 _SETTLE = atomic(f"{_LOCK}; {_CHARGE}, {_BILLED} WHERE name IN {_NAMES}")
 _EXCEEDED = atomic(f"{_EXCEEDED_ROWS} ORDER BY name DESC")
 
+_POLL_S = 0.05
+
 _SPENT = sa.text(f"SELECT usd, reserved_usd FROM songvec.budgets WHERE name = {_MONTH}")
 
 
@@ -75,7 +80,7 @@ def read_month_spending(connection: sa.Connection) -> MonthSpending:
 class Budget:
     """Counts what this process spends; all processes that name the same run keep to its limit, and all to the month's.
 
-    Thread-safe. Nothing is asked of the database where nothing costs anything.
+    Thread-safe, but for what reservations count here. Nothing is asked of the database where nothing costs anything.
 
     Args:
         price: of tokens.
@@ -83,6 +88,12 @@ class Budget:
         run: whose budget it is.
         max_usd: the run's limit in dollars; None: none.
         max_usd_a_month: that of a calendar month, over all runs; None: none.
+
+    Attributes:
+        n_tokens: billed so far.
+        n_held: reservations of this process that hold a share and do not wait for more.
+        n_asking: those that wait for the database's answer: it may have given them a share already.
+        n_settled: those that were settled.
     """
 
     def __init__(
@@ -95,6 +106,7 @@ class Budget:
     ) -> None:
         self.price = price
         self.n_tokens = 0
+        self.n_held = self.n_asking = self.n_settled = 0
         self._lock = threading.Lock()
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         # as written, not as binary floats: a price of 0.1 divides a limit of 0.3 evenly
@@ -154,6 +166,67 @@ class Budget:
             }
             with error_border(), self._engine.connect() as connection:
                 connection.execute(_SETTLE, given)
+
+
+@dataclass
+class Reservation:
+    """What one request holds of a budget and was billed, over all its tries. Settle it once, whatever happens.
+
+    Attributes:
+        budget: of the run.
+        n_tokens: of one try, as estimated.
+        check: raises where it must not wait any longer.
+        n_reserved, n_billed: tokens.
+        month: that it counts for.
+    """
+
+    budget: Budget
+    n_tokens: int
+    check: Callable[[], None]
+    n_reserved: int = 0
+    n_billed: int = 0
+    month: str | None = None
+
+    async def grow(self) -> None:
+        """Reserve what the next try needs: those that may be billed are paid for, and this one comes on top.
+
+        Raises:
+            BudgetExceededError: it does not fit, and nothing is in flight that could give something back.
+        """
+        if (missing := self.n_billed + self.n_tokens - self.n_reserved) <= 0:
+            return
+        # who waits for more gives nothing back
+        self.budget.n_held -= self.n_reserved > 0
+        try:
+            await self._reserve(missing)
+            self.n_reserved += missing
+        finally:
+            self.budget.n_held += self.n_reserved > 0
+
+    async def _reserve(self, n_tokens: int) -> None:
+        budget = self.budget
+        while True:
+            self.check()
+            n_settled = budget.n_settled
+            budget.n_asking += 1
+            try:
+                self.month = await asyncio.to_thread(budget.reserve, n_tokens)
+                return
+            except BudgetExceededError:
+                # estimates may be above the bill: what is in flight then gives the difference back
+                if budget.n_settled == n_settled and not budget.n_held and budget.n_asking == 1:
+                    raise
+            finally:
+                budget.n_asking -= 1
+            await asyncio.sleep(_POLL_S)
+
+    async def settle(self) -> None:
+        """Replace what is reserved by what was billed."""
+        try:
+            await asyncio.to_thread(self.budget.settle, self.n_reserved, self.n_billed, self.month)
+        finally:
+            self.budget.n_held -= self.n_reserved > 0
+            self.budget.n_settled += 1
 
 
 def _describe(name: str, billed: Decimal, reserved: Decimal, max_usd: Decimal, after: Decimal) -> str:

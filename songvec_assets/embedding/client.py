@@ -105,7 +105,7 @@ _N_PROOFS = 2
 _TIMEOUT = "time-out"
 
 
-class Watch:
+class RequestHooks:
     """What a caller wants to be asked and notified about the tries of one request; this one wants nothing.
 
     Attributes:
@@ -137,7 +137,7 @@ class Embedder(Protocol):
         """Share of the provider's quota that all processes used in the last minute; None where there is no quota."""
         ...
 
-    async def generate_embeddings_batch(self, texts: Sequence[str], watch: Watch = ...) -> EmbeddingBatch:
+    async def generate_embeddings_batch(self, texts: Sequence[str], hooks: RequestHooks = ...) -> EmbeddingBatch:
         """Embed one request's texts."""
         ...
 
@@ -213,11 +213,11 @@ class _Failure:
     advice: str = ""
 
 
-_NO_WATCH = Watch()
+_NO_HOOKS = RequestHooks()
 
 
 @dataclass
-class _ProbeWatch(Watch):
+class _ProbeHooks(RequestHooks):
     """Counts what plain texts may be billed for nothing."""
 
     client: "EmbeddingClient"
@@ -299,12 +299,12 @@ class EmbeddingClient:
         await self._api.close()
         self._decoder.shutdown(wait=False)
 
-    async def generate_embeddings_batch(self, texts: Sequence[str], watch: Watch = _NO_WATCH) -> EmbeddingBatch:
+    async def generate_embeddings_batch(self, texts: Sequence[str], hooks: RequestHooks = _NO_HOOKS) -> EmbeddingBatch:
         """Embed the texts of one request, trying again as long as that can help.
 
         Args:
             texts: none empty; the caller keeps to the limits of a request.
-            watch: asked before each try, told of each that was billed for nothing.
+            hooks: asked before each try, told of each that was billed for nothing.
 
         Returns:
             Float32 vectors, (n texts, dimensions), the tokens billed for them, and the tries it took; texts in whose
@@ -319,7 +319,7 @@ class EmbeddingClient:
             StoppedError: the stop signal was set before the request could go.
         """
         dialect = await self._learn_dialect()
-        batch = await self._request_patiently(texts, dialect, watch)
+        batch = await self._request_patiently(texts, dialect, hooks)
         batch = replace(batch, n_tokens=batch.n_tokens + self.take_probe_tokens())
         if len(batch.bad) == len(texts):
             return batch
@@ -342,7 +342,7 @@ class EmbeddingClient:
                 if self._last_good_at > since or self._found_sick_at > since:
                     break
                 try:
-                    batch = await self._request_patiently(_PROBE, dialect, _ProbeWatch(self))
+                    batch = await self._request_patiently(_PROBE, dialect, _ProbeHooks(self))
                 except RequestRefusedError:
                     break
                 self.count_probe_tokens(batch.n_tokens)
@@ -394,7 +394,7 @@ class EmbeddingClient:
         Raises:
             RequestRefusedError: the server does not understand it.
         """
-        batch = await self._request_patiently(_PROBE, dialect, _ProbeWatch(self), refuse_bad=True)
+        batch = await self._request_patiently(_PROBE, dialect, _ProbeHooks(self), refuse_bad=True)
         self.count_probe_tokens(batch.n_tokens)
         return replace(dialect, n_values=batch.embeddings.shape[1])
 
@@ -428,23 +428,23 @@ class EmbeddingClient:
         )
 
     async def _request_patiently(
-        self, texts: Sequence[str], dialect: _Dialect, watch: Watch, refuse_bad: bool = False
+        self, texts: Sequence[str], dialect: _Dialect, hooks: RequestHooks, refuse_bad: bool = False
     ) -> EmbeddingBatch:
         """Try until there is an answer; `refuse_bad`: one whose vectors are all bad is none."""
         request = self._encode(texts, dialect)
         n_retries = n_limited = n_alike = n_timeouts = n_proofs = 0
         kind, first_at = "", time.monotonic()
         while True:
-            await watch.before_try()
+            await hooks.before_try()
             started = time.monotonic()
-            outcome = await self._try_once(request, dialect, watch, refuse_bad)
+            outcome = await self._try_once(request, dialect, hooks, refuse_bad)
             self._note_contact(outcome, started)
             if isinstance(outcome, EmbeddingBatch):
                 if texts is not _PROBE:
                     self._last_served_at = time.monotonic()
                 return replace(outcome, n_retries=n_retries, n_limited=n_limited)
             if outcome.may_be_billed:
-                watch.count_spoilt(request.n_tokens)
+                hooks.count_spoilt(request.n_tokens)
             if outcome.kind != kind:
                 kind, n_alike, n_proofs, first_at = outcome.kind, 0, 0, started
             n_retries, n_alike = n_retries + 1, n_alike + 1
@@ -452,7 +452,7 @@ class EmbeddingClient:
             n_timeouts += outcome.kind == _TIMEOUT
             if outcome.alone and n_timeouts > 1 and len(texts) > 1:
                 raise RequestTooSlowError(f"{self.base_url}: {outcome.words}")
-            most = MAX_ALIKE_OF_PART if watch.is_part and len(texts) > 1 else MAX_ALIKE
+            most = MAX_ALIKE_OF_PART if hooks.is_part and len(texts) > 1 else MAX_ALIKE
             # whose fault it is shows in how other requests fare
             may_be_the_texts = outcome.sent and texts is not _PROBE
             if outcome.status == 429:
@@ -475,7 +475,7 @@ class EmbeddingClient:
         return _Request(body, len(texts), n_bytes, n_tokens)
 
     async def _try_once(
-        self, request: _Request, dialect: _Dialect, watch: Watch, refuse_bad: bool
+        self, request: _Request, dialect: _Dialect, hooks: RequestHooks, refuse_bad: bool
     ) -> EmbeddingBatch | _Failure:
         """Send a request once, when there is a place for it; settle the quota with what became of it.
 
@@ -485,11 +485,11 @@ class EmbeddingClient:
         usual_s = min(MAX_TIMEOUT_S, self._window.stretch * (BASE_TIMEOUT_S + request.n_tokens / TOKENS_PER_SECOND))
         timeout_s = usual_s if self._has_answered else FIRST_TIMEOUT_S
         async with self._window.place(self._stop.check):
-            watch.check_size()
+            hooks.check_size()
             grant = await self._next_grant(request.n_tokens)
             billed_tokens: int | None = 0
             try:
-                await watch.before_send()
+                await hooks.before_send()
                 billed_tokens = None
                 sent_at = time.monotonic()
                 async with self._saying_that_it_waits():

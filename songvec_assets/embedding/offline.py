@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import xxhash
 
-from songvec_assets.embedding.client import Watch
+from songvec_assets.embedding.client import RequestHooks
 from songvec_assets.embedding.wire import EmbeddingBatch, Float32Matrix
 
 _WORD = re.compile(r"\w+")
@@ -44,15 +44,17 @@ class OfflineEmbedder:
         """Nothing is billed."""
         return 0
 
-    async def generate_embeddings_batch(self, texts: Sequence[str], watch: Watch | None = None) -> EmbeddingBatch:
+    async def generate_embeddings_batch(
+        self, texts: Sequence[str], hooks: RequestHooks | None = None
+    ) -> EmbeddingBatch:
         """Embed texts.
 
         Returns:
             Unit vectors, float32, (n texts, dimensions); no tokens, since nothing is billed.
         """
-        if watch:
-            await watch.before_try()
-            await watch.before_send()
+        if hooks:
+            await hooks.before_try()
+            await hooks.before_send()
         return EmbeddingBatch(np.stack([self._embed(text) for text in texts]), n_tokens=0)
 
     async def close(self) -> None:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from songvec_assets.cache import fill as fill_module
 from songvec_assets.cache.fill import MAX_OPEN_RANGES, FillReport
-from songvec_assets.cache.send import MAX_REFUSALS_IN_A_ROW
+from songvec_assets.cache.requests import MAX_REFUSALS_IN_A_ROW
 from songvec_assets.cache.shards import lock_name
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding import client as client_module
@@ -495,7 +495,7 @@ def test_a_manifest_that_does_not_parse_is_named_and_costs_no_request(
     fill(first)
     path = first.cache.storage.root / FIRST.key / "manifest.json"
     good = path.read_text()
-    flipped = good.replace('"n_bytes":1', '"n_bytes":3')
+    flipped = good.replace('"n_songs":8', '"n_songs":9')
     assert flipped != good
     path.write_text(flipped if content == "flip" else content)
     provider.reset_ledger()

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from songvec_assets.cache import fill as fill_module
-from songvec_assets.cache.send import _Payment
 from songvec_assets.embedding import client as client_module
+from songvec_assets.embedding.budget import Reservation
 from songvec_assets.embedding.health import MAX_BAD_TEXTS
 from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.errors import (
@@ -603,9 +603,8 @@ def test_a_try_that_is_called_off_leaves_the_count_of_reservations_as_it_was() -
     def call_off() -> None:
         raise StoppedError("another request of the range failed")
 
-    postage = SimpleNamespace(n_reserved=1, n_settled=0)
-    sender = SimpleNamespace(postage=postage, check_going_on=call_off)
-    payment = _Payment(sender, [], n_tokens=10, n_reserved=10, n_billed=10)
+    budget: Any = SimpleNamespace(n_held=1, n_settled=0)
+    reservation = Reservation(budget, 10, call_off, n_reserved=10, n_billed=10)
     with pytest.raises(StoppedError):
-        asyncio.run(payment.before_try())
-    assert postage.n_reserved == 1
+        asyncio.run(reservation.grow())
+    assert budget.n_held == 1

@@ -15,8 +15,8 @@ from songvec_assets.cache.plan import Text
 from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.answers import hinted_texts
 from songvec_assets.embedding.batching import LearnedLimits, bisect, pack_requests
-from songvec_assets.embedding.budget import Budget
-from songvec_assets.embedding.client import Embedder, Watch
+from songvec_assets.embedding.budget import Budget, Reservation
+from songvec_assets.embedding.client import Embedder, RequestHooks
 from songvec_assets.embedding.health import ServerHealth
 from songvec_assets.embedding.pricing import Quota, TokenEstimator
 from songvec_assets.embedding.wire import EmbeddingBatch
@@ -39,7 +39,6 @@ _N_BAD_ALONE = 3
 """Answers without a vector for a text, the last of them alone, before it is rejected."""
 _GROWTH = 1.1
 """By which requests grow again with each answer, after one took too long."""
-_BUDGET_POLL_S = 0.05
 _LEAST_HINT = 8
 """Texts per request that a server's words may hint at, at least: real limits begin at 10 (DashScope)."""
 
@@ -48,7 +47,7 @@ class _OutgrownError(Exception):
     """A limit was learned while the request waited for its place: it is divided, and was not sent."""
 
 
-class Tally(Protocol):
+class Counters(Protocol):
     """What is told of a range's texts."""
 
     def all_started(self) -> None:
@@ -65,7 +64,7 @@ class Tally(Protocol):
 
 
 @dataclass
-class Postage:
+class SendContext:
     """What all requests of a run share.
 
     Attributes:
@@ -82,9 +81,6 @@ class Postage:
         limits: of a request, as the server was found to have them; for all ranges of the run.
         slow_bytes: of a request; smaller, once one took too long, and larger with each answer since.
         n_refused_in_a_row: texts that were refused since one was accepted, in any range.
-        n_reserved: payments that hold a share of the budget and do not wait for more.
-        n_reserving: payments that wait for the budget's answer: it may have given them a share already.
-        n_settled: payments that were settled.
     """
 
     embedder: Embedder
@@ -100,9 +96,6 @@ class Postage:
     limits: LearnedLimits = field(default_factory=LearnedLimits)
     slow_bytes: float = math.inf
     n_refused_in_a_row: int = 0
-    n_reserved: int = 0
-    n_reserving: int = 0
-    n_settled: int = 0
 
     def next_request(self) -> tuple[float, float]:
         """Texts and bytes that the next request may hold, as far as tokens and the server's limits are known."""
@@ -124,17 +117,17 @@ class RangeSender:
     """Sends one range's texts and stores what comes back.
 
     Attributes:
-        postage: what all requests share.
+        context: what all requests share.
         gatherer: where the vectors go.
         check_held: raises where the range's lock was lost.
-        tally: is notified.
+        counters: is notified.
         rejected: songs that the provider was found to reject.
     """
 
-    postage: Postage
+    context: SendContext
     gatherer: AnswerGatherer
     check_held: Callable[[], None]
-    tally: Tally
+    counters: Counters
     rejected: list[Rejection] = field(default_factory=list)
     _errors: list[Exception] = field(default_factory=list)
     _refused: list[tuple[Text, str]] = field(default_factory=list)
@@ -148,20 +141,20 @@ class RangeSender:
         Raises:
             SongvecError: the first thing that went wrong, when nothing is on its way any more.
         """
-        pieces = pack_requests([each.n_bytes for each in texts], self.postage.next_request)
+        pieces = pack_requests([each.n_bytes for each in texts], self.context.next_request)
         sending: list[asyncio.Task[None]] = []
         while True:
-            await self.postage.slots.acquire()
+            await self.context.slots.acquire()
             # cut now, not before: answers that came meanwhile may have taught what a request may hold
             piece = next(pieces, None) if self._may_go_on() else None
             if piece is None:
-                self.postage.slots.release()
+                self.context.slots.release()
                 break
             sending.append(asyncio.create_task(self._send_one(texts[piece])))
-        self.tally.all_started()
+        self.counters.all_started()
         await asyncio.gather(*sending)
         if self._errors:
-            if not self._is_blamed and self.postage.health.last_good_at > self._refused_at:
+            if not self._is_blamed and self.context.health.last_good_at > self._refused_at:
                 self._reject()  # they are proven, whatever else went wrong
             raise next((error for error in self._errors if not isinstance(error, StoppedError)), self._errors[0])
         await self._check_rejections()
@@ -176,7 +169,7 @@ class RangeSender:
 
     def check_going_on(self) -> None:
         """Raise where no request of the range may go any more; one that has its share of the budget still may."""
-        self.postage.check_halted()
+        self.context.check_halted()
         if any(not isinstance(error, BudgetExceededError) for error in self._errors):
             raise StoppedError("another request of the range failed")
 
@@ -193,9 +186,9 @@ class RangeSender:
             self._errors.append(error)
             # what had its share of the budget before may still go; what was stopped had its reason elsewhere
             if not isinstance(error, (BudgetExceededError, StoppedError)):
-                self.postage.on_error(error)
+                self.context.on_error(error)
         finally:
-            self.postage.slots.release()
+            self.context.slots.release()
 
     async def _send_divided(self, texts: Sequence[Text], n_bad_before: int = 0, is_part: bool = False) -> bool:
         """Send one request; one that fails is halved until the text that makes it fail stands alone.
@@ -210,35 +203,37 @@ class RangeSender:
         """
         if self.is_too_large(texts):
             return await self._send_in_turn(texts, n_bad_before, is_part)
-        payment = _Payment(self, texts, sum(self.postage.estimator.estimate(each.n_bytes for each in texts)), is_part)
+        n_tokens = sum(self.context.estimator.estimate(each.n_bytes for each in texts))
+        reservation = Reservation(self.context.budget, n_tokens, self.check_going_on)
+        hooks = _Hooks(self, texts, reservation, is_part)
         refusal: RequestRefusedError | None = None
         batch: EmbeddingBatch | None = None
         n_songs, bad, asked_at = 0, list(texts), time.monotonic()
         try:
             # before anything goes, the provider's probe included
-            await payment.before_try()
+            await hooks.before_try()
             await self.check_sendable()
             with self.gatherer.expecting():
-                batch = await self.postage.embedder.generate_embeddings_batch([each.text for each in texts], payment)
-            payment.n_billed += batch.n_tokens
+                batch = await self.context.embedder.generate_embeddings_batch([each.text for each in texts], hooks)
+            reservation.n_billed += batch.n_tokens
             bad = [texts[row] for row in batch.bad]
             n_songs = await self._store(texts, batch)
-            self.postage.limits.count_accepted(len(texts), sum(each.n_bytes for each in texts))
+            self.context.limits.count_accepted(len(texts), sum(each.n_bytes for each in texts))
         except RequestRefusedError as error:
             refusal = error
         except _OutgrownError:
             batch = None
         finally:
             # after the answer is stored: what goes wrong here must not cost it
-            self.tally.count_tokens(payment.n_billed)
-            await payment.settle()
+            self.counters.count_tokens(reservation.n_billed)
+            await reservation.settle()
         if refusal:
             return await self._divide(texts, refusal)
         if batch is None:
             return await self._send_in_turn(texts, n_bad_before, is_part)
         if len(bad) < len(texts):
-            self.postage.count_accepted(len(texts) - len(bad))
-        self.tally.count_answer(n_songs, batch)
+            self.context.count_accepted(len(texts) - len(bad))
+        self.counters.count_answer(n_songs, batch)
         return not bad or await self._send_bad(bad, n_bad_before + 1, len(texts) == 1, asked_at)
 
     async def _store(self, texts: Sequence[Text], batch: EmbeddingBatch) -> int:
@@ -258,11 +253,11 @@ class RangeSender:
 
     def is_too_large(self, texts: Sequence[Text]) -> bool:
         """Whether a request of these texts is known to be refused for its size."""
-        return self.postage.limits.are_exceeded_by(len(texts), sum(each.n_bytes for each in texts))
+        return self.context.limits.are_exceeded_by(len(texts), sum(each.n_bytes for each in texts))
 
     async def _send_in_turn(self, texts: Sequence[Text], n_bad_before: int, is_part: bool) -> bool:
         """Send texts in requests of the size that the server takes, one after the other."""
-        pieces = pack_requests([each.n_bytes for each in texts], self.postage.next_request)
+        pieces = pack_requests([each.n_bytes for each in texts], self.context.next_request)
         return all([await self._send_divided(texts[piece], n_bad_before, is_part) for piece in pieces])
 
     async def _send_bad(self, bad: Sequence[Text], n_bad: int, was_alone: bool, asked_at: float) -> bool:
@@ -282,17 +277,17 @@ class RangeSender:
             )
         if was_alone and n_bad >= _N_BAD_ALONE:
             reason = "gives no vector for the text, alone or with others: its values are zero, null or not finite"
-            self._refuse(bad[0], f"{self.postage.server} {reason}", is_refusal=False)
+            self._refuse(bad[0], f"{self.context.server} {reason}", is_refusal=False)
             return False
         parts = [bad] if n_bad == 1 or len(bad) == 1 else bisect(bad)
         # one after the other: the first may show whether the server is the fault
         return all([await self._send_divided(part, n_bad) for part in parts])
 
     async def _answers_well(self, since: float) -> bool:
-        answers = await self.postage.embedder.answers_well(since)
-        n_tokens = self.postage.embedder.take_probe_tokens()
-        self.tally.count_tokens(n_tokens)
-        await asyncio.to_thread(self.postage.budget.settle, 0, n_tokens)
+        answers = await self.context.embedder.answers_well(since)
+        n_tokens = self.context.embedder.take_probe_tokens()
+        self.counters.count_tokens(n_tokens)
+        await asyncio.to_thread(self.context.budget.settle, 0, n_tokens)
         return answers
 
     async def _divide(self, texts: Sequence[Text], refusal: RequestRefusedError) -> bool:
@@ -302,8 +297,8 @@ class RangeSender:
             return False
         if isinstance(refusal, RequestTooSlowError):
             half_bytes = sum(each.n_bytes for each in texts) / 2
-            self.postage.slow_bytes = min(self.postage.slow_bytes, half_bytes)
-        limits, n_bytes = self.postage.limits, sum(each.n_bytes for each in texts)
+            self.context.slow_bytes = min(self.context.slow_bytes, half_bytes)
+        limits, n_bytes = self.context.limits, sum(each.n_bytes for each in texts)
         hint = hinted_texts(str(refusal), len(texts)) or 0
         size = max(limits.most_texts if limits.are_known else 0, hint if hint >= _LEAST_HINT else 0)
         parts: Sequence[Sequence[Text]] = bisect(texts)
@@ -314,8 +309,8 @@ class RangeSender:
             # it was the size, and not one text
             is_for_size = isinstance(refusal, RequestTooLargeError)
             if limits.count_refused(len(texts), n_bytes, is_for_size):
-                self.postage.on_learned(
-                    f"{self.postage.server} refused a request of {len(texts):,} texts and {n_bytes:,} bytes, and took "
+                self.context.on_learned(
+                    f"{self.context.server} refused a request of {len(texts):,} texts and {n_bytes:,} bytes, and took "
                     f"its parts: from now on requests have up to {limits.most_texts:,} texts and {limits.most_bytes:,} "
                     f"bytes, and grow slowly. Set SONGVEC_MAX_REQUEST_TEXTS={limits.most_texts} to begin so"
                 )
@@ -332,8 +327,8 @@ class RangeSender:
         if text.rejected_before:  # that it is refused again says nothing new of the server
             return
         if is_refusal:
-            self.postage.n_refused_in_a_row += 1
-            if self.postage.n_refused_in_a_row > MAX_REFUSALS_IN_A_ROW:
+            self.context.n_refused_in_a_row += 1
+            if self.context.n_refused_in_a_row > MAX_REFUSALS_IN_A_ROW:
                 self._is_blamed = True
                 raise ProviderError(
                     f"{MAX_REFUSALS_IN_A_ROW} texts in a row were refused, so the fault is not the songs'. {reason}. "
@@ -341,7 +336,7 @@ class RangeSender:
                     "same command again"
                 )
             return
-        health = self.postage.health
+        health = self.context.health
         health.count_bad(text.text_hash)
         if health.is_sick() and health.n_texts() >= _ENOUGH_TEXTS:
             self._is_blamed = True
@@ -360,7 +355,7 @@ class RangeSender:
         """
         if not self._refused:
             return
-        health = self.postage.health
+        health = self.context.health
         if health.is_sick() and not all(text.rejected_before for text, _ in self._refused):
             raise ServerSickError(
                 f"of {health.n_texts():,} texts {health.n_bad:,} fail though others succeed, more than songs can be at "
@@ -376,55 +371,20 @@ class RangeSender:
     def _reject(self) -> None:
         for text, reason in self._refused:
             self.rejected += [Rejection(song_id, text.text_hash, reason) for song_id in text.song_ids]
-            self.tally.count_set_aside(text.song_ids, reason)
+            self.counters.count_set_aside(text.song_ids, reason)
 
 
 @dataclass
-class _Payment(Watch):
-    """What one request has reserved of the budget and was billed, over all its tries."""
+class _Hooks(RequestHooks):
+    """What is asked and counted around the tries of one request of a range."""
 
     sender: RangeSender
     texts: Sequence[Text]
-    n_tokens: int
+    reservation: Reservation
     is_part: bool = False
-    n_reserved: int = 0
-    n_billed: int = 0
-    month: str | None = None
 
     async def before_try(self) -> None:
-        # tries that may be billed are paid for, and this one comes on top
-        if (missing := self.n_billed + self.n_tokens - self.n_reserved) <= 0:
-            return
-        postage = self.sender.postage
-        # who waits for more gives nothing back
-        postage.n_reserved -= self.n_reserved > 0
-        try:
-            await self._reserve(missing)
-            self.n_reserved += missing
-        finally:
-            postage.n_reserved += self.n_reserved > 0
-
-    async def _reserve(self, n_tokens: int) -> None:
-        """Reserve so many tokens more, as soon as requests in flight have given back enough.
-
-        Raises:
-            BudgetExceededError: nothing is in flight that could.
-        """
-        postage = self.sender.postage
-        while True:
-            self.sender.check_going_on()
-            n_settled = postage.n_settled
-            postage.n_reserving += 1
-            try:
-                self.month = await asyncio.to_thread(postage.budget.reserve, n_tokens)
-                return
-            except BudgetExceededError:
-                # estimates may be above the bill: what is in flight then gives the difference back
-                if postage.n_settled == n_settled and not postage.n_reserved and postage.n_reserving == 1:
-                    raise
-            finally:
-                postage.n_reserving -= 1
-            await asyncio.sleep(_BUDGET_POLL_S)
+        await self.reservation.grow()
 
     def check_size(self) -> None:
         if self.sender.is_too_large(self.texts):
@@ -434,13 +394,4 @@ class _Payment(Watch):
         await self.sender.check_sendable()
 
     def count_spoilt(self, n_tokens: int) -> None:
-        self.n_billed += n_tokens
-
-    async def settle(self) -> None:
-        """Replace what is reserved by what was billed."""
-        postage = self.sender.postage
-        try:
-            await asyncio.to_thread(postage.budget.settle, self.n_reserved, self.n_billed, self.month)
-        finally:
-            postage.n_reserved -= self.n_reserved > 0
-            postage.n_settled += 1
+        self.reservation.n_billed += n_tokens
