@@ -497,6 +497,17 @@ class Deployment:
             mismatch = check_server(asked.table_spec, self.table_spec, self.server, error)
             raise mismatch or error from None
 
+    def __enter__(self) -> "Deployment":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the pooled connections to the database, if it was used."""
+        if "database" in self.__dict__:
+            self.database.close()
+
     def cancel(self) -> None:
         """Ask whatever is running to end early, keeping what it has. Callable from any thread."""
         self.stop.set()

@@ -62,8 +62,7 @@ def songs_parquet(context: dg.AssetExecutionContext, run: RunResource) -> dg.Mat
 
     Grain: a row a song. Key: song_id.
     """
-    with failing_clearly():
-        deployment = run.open()
+    with failing_clearly(), run.open() as deployment:
         return run_step(
             context,
             deployment,
@@ -87,8 +86,7 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
 
     Grain: a row a song, its last one holds. Key: song_id, with the hash of the text that was embedded.
     """
-    with failing_clearly():
-        deployment = run.open()
+    with failing_clearly(), run.open() as deployment:
         recorder = FillRecorder(context, deployment)
 
         def fill(emit: Emit) -> None:
@@ -119,8 +117,7 @@ def song_embeddings_table(context: dg.AssetExecutionContext, run: RunResource) -
 
     Grain: a row a song. Key: song_id.
     """
-    with failing_clearly():
-        deployment = run.open()
+    with failing_clearly(), run.open() as deployment:
         return run_step(
             context, deployment, lambda emit: reports.report_publish(deployment.publish(emit), deployment, context.log)
         )
@@ -138,8 +135,7 @@ def ivfflat_index(context: dg.AssetExecutionContext, run: RunResource) -> dg.Mat
 
     Grain: one index. Key: its name.
     """
-    with failing_clearly():
-        deployment = run.open()
+    with failing_clearly(), run.open() as deployment:
         return run_step(
             context,
             deployment,

@@ -27,7 +27,8 @@ class RangesBehind(dg.AutomationCondition[dg.AssetKey]):
         if context.candidate_subset.is_empty:
             return dg.AutomationResult(context, context.get_empty_subset())
         run = RunResource(postgres=PostgresResource(), fireworks=FireworksResource(), storage=StorageResource())
-        keys = {song_range.key for song_range in run.open().ranges_behind()}
+        with run.open() as deployment:
+            keys = {song_range.key for song_range in deployment.ranges_behind()}
         return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))
 
 
@@ -73,8 +74,7 @@ automation_sensor = dg.AutomationConditionSensorDefinition(
 )
 def songs_source_sensor(context: dg.SensorEvaluationContext, run: RunResource) -> dg.SensorResult | dg.SkipReason:
     """See `look_at_source`."""
-    with failing_clearly():
-        deployment = run.open()
+    with failing_clearly(), run.open() as deployment:
         look, quiet = look_at_source(deployment.database, deployment.source, context.cursor)
     if quiet:
         context.update_cursor(look.dump())

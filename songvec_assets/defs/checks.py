@@ -32,8 +32,8 @@ def _ask(asset: dg.AssetsDefinition, name: str, *questions: Question) -> dg.Asse
 
     @dg.multi_asset_check(name=name, specs=specs, can_subset=True)
     def ask(context: dg.AssetCheckExecutionContext, run: RunResource) -> Iterator[dg.AssetCheckResult]:
-        with failing_clearly():
-            auditor = Auditor(run.open())
+        with failing_clearly(), run.open() as deployment:
+            auditor = Auditor(deployment)
             for spec in specs:
                 if spec.key in context.selected_asset_check_keys:
                     question = by_name[spec.name]

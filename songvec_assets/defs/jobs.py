@@ -89,8 +89,7 @@ verify_job = dg.define_asset_job(
 @dg.op(description="The table that served before the last swap serves again; the present one stays beside it.")
 def put_back_table_before(context: dg.OpExecutionContext, run: RunResource) -> None:
     """See `roll_back`."""
-    with failing_clearly():
-        deployment = run.open()
+    with failing_clearly(), run.open() as deployment:
         waiting = RunContext(lambda progress: context.log.info(progress.note), deployment.stop)
         context.log.info(f"searches now find {roll_back(deployment.database, waiting)}")
 
@@ -104,8 +103,7 @@ def rollback_job() -> None:
 @dg.op(description="What a refresh would send, write and build, and what it would cost.")
 def plan(context: dg.OpExecutionContext, run: RunResource) -> None:
     """See `plan_run`."""
-    with failing_clearly():
-        deployment = run.open()
+    with failing_clearly(), run.open() as deployment:
         planned = plan_run(deployment, run.choose_ranges(deployment, None), run.embed_anew)
         for line in planned.describe():
             context.log.info(line)
