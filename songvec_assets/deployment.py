@@ -30,6 +30,7 @@ from songvec_assets.embedding.prompts import NO_PROMPTS, Prompts, default_prompt
 from songvec_assets.errors import ProviderError
 from songvec_assets.inventory import Inventory
 from songvec_assets.known import CachedOrLoaded
+from songvec_assets.postgres import schema
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, has_tables, hold_lock, read_fact, write_fact
@@ -350,10 +351,9 @@ class Deployment:
             write_fact(connection, SPENDING, asdict(spending))
 
     def read_spending(self) -> Spending | None:
-        """What the last run sent that sent anything."""
+        """What the last run sent that sent anything; None also if another version recorded it otherwise."""
         with self.database.get_connection() as connection:
-            fact = read_fact(connection, SPENDING)
-        return Spending(**fact) if fact else None
+            return schema.read_record(connection, SPENDING, Spending)
 
     @property
     def server(self) -> str:

@@ -782,7 +782,6 @@ _PUBLISHER = """
 import os, signal, sys
 from pathlib import Path
 from songvec_assets.storage import Storage
-from typing import Any
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import RunContext
