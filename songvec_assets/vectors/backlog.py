@@ -69,13 +69,15 @@ def compare_with_cache(
     for song_range in ranges:
         stop.check()
         try:
-            vectors = cache.open(song_range).rows
+            shard = cache.open(song_range)
+            vectors = shard.rows
         except StoreError as error:
             backlog.damaged.append(str(error))
             continue
         entry = ledger.get(song_range)
         there = rows.get(song_range, TableRows())
-        if entry == LedgerEntry.of(vectors) and there == TableRows.of(vectors["song_id"]):
+        # a damaged file is named, also where all rows of it could be read
+        if not shard.damaged and entry == LedgerEntry.of(vectors) and there == TableRows.of(vectors["song_id"]):
             backlog.unchanged[song_range] = vectors.height
             continue
         backlog.changed[song_range] = vectors.height
