@@ -256,7 +256,7 @@ def test_many_small_parts_are_merged_and_a_few_beside_a_base_are_not(tmp_path):
 
     assert put_each(range(60)) == [True]
     assert put_each([60]) == [True, False]
-    assert put_each(range(0, 64)) == [True]
+    assert put_each(range(64)) == [True]
     assert cache.open(RANGE).rows.height == 64
 
 
