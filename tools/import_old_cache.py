@@ -3,7 +3,7 @@
     python tools/import_old_cache.py STORAGE_FOLDER
 
 `<range>.arrow` becomes the folder `<range>`, and is renamed to `<range>.arrow.imported`, which you may remove. Vectors
-that do not fit their checksums are left out: the next run embeds those songs. Stop all runs before. A crash does no harm.
+that do not fit their checksums are left out: the next run embeds those songs. Stop all runs before.
 """
 
 import sys
@@ -92,8 +92,7 @@ def import_file(path: Path) -> tuple[int, int]:
     )
     storage.put(f"{song_range.key}/{manifests.NAME}", manifests.encode(found))
     path.rename(path.with_name(f"{path.name}.imported"))
-    n_songs = len({int(song_id) for each in sound for song_id in each.song_ids} - words.keys())
-    return n_songs, n_left_out
+    return len({int(song_id) for each in sound for song_id in each.song_ids} - words.keys()), n_left_out
 
 
 if __name__ == "__main__":
