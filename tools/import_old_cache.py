@@ -2,9 +2,8 @@
 
     python tools/import_old_cache.py STORAGE_FOLDER
 
-A model's file `<range>.arrow` becomes the folder `<range>`; afterwards it is renamed to `<range>.arrow.imported`, which
-nothing reads, and which you may remove. Vectors that do not fit their checksums are left out: the next run embeds those
-songs. Stop all runs before. A crash is no harm: start it again.
+`<range>.arrow` becomes the folder `<range>`, and is renamed to `<range>.arrow.imported`, which you may remove. Vectors
+that do not fit their checksums are left out: the next run embeds those songs. Stop all runs before.
 """
 
 import sys
@@ -23,7 +22,6 @@ from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
 
 MARKER = b"\xff\xff\xff\xff"
-"""Where a message begins."""
 
 
 def read_batches(content: pa.Buffer, schema: pa.Schema) -> list[pa.RecordBatch]:
@@ -80,8 +78,7 @@ def import_file(path: Path) -> tuple[int, int]:
         sound += [rows if len(good) == len(rows) else rows.take(good)] if len(good) else []
         for song_id in rows.song_ids.tolist():
             words.pop(song_id, None)
-    storage = Storage(path.parent)
-    files: tuple[manifests.DataFile, ...] = ()
+    storage, files = Storage(path.parent), ()
     if sound:
         narrow = zip(*((each.song_ids, each.text_hashes, each.checksums) for each in sound), strict=True)
         pieces = (each.embeddings[at : at + PIECE_ROWS] for each in sound for at in range(0, len(each), PIECE_ROWS))
@@ -95,8 +92,7 @@ def import_file(path: Path) -> tuple[int, int]:
     )
     storage.put(f"{song_range.key}/{manifests.NAME}", manifests.encode(found))
     path.rename(path.with_name(f"{path.name}.imported"))
-    n_songs = len({int(song_id) for each in sound for song_id in each.song_ids} - words.keys())
-    return n_songs, n_left_out
+    return len({int(song_id) for each in sound for song_id in each.song_ids} - words.keys()), n_left_out
 
 
 if __name__ == "__main__":

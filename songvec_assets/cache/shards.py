@@ -147,10 +147,11 @@ class ModelCache:
             done = self.read_manifest(song_range).complete if self.is_complete(song_range) else None
             if done is not None and not opens_files:
                 return RangeSummary(done.n_vectors, done.digest, IdSums(*done.ids), done)
-            rows = self.open(song_range).rows
+            opened = self.open(song_range)
         except StoreError as error:
             return RangeSummary(error=str(error))
-        return RangeSummary(rows.height, manifests.digest_rows(rows), IdSums.of(rows["song_id"]))
+        rows, is_damaged = opened.rows, bool(opened.damaged)
+        return RangeSummary(rows.height, manifests.digest_rows(rows), IdSums.of(rows["song_id"]), None, is_damaged)
 
     def digest(self) -> str:
         """An identity of all that is cached; opens no file with vectors."""
@@ -176,6 +177,7 @@ class RangeSummary:
         n_vectors: songs that have one.
         digest, ids: of these songs and their checksums, and of their song_ids alone.
         complete: the last fill, if it was complete and the files are as it left them.
+        is_damaged: whether a file was found damaged, also if all its rows could be read.
         error: why the range cannot be read; empty if it can.
     """
 
@@ -183,6 +185,7 @@ class RangeSummary:
     digest: bytes = b""
     ids: IdSums = field(default_factory=IdSums)
     complete: Completion | None = None
+    is_damaged: bool = False
     error: str = ""
 
 

@@ -179,9 +179,9 @@ class RangeState:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether all three have the same rows."""
+        """Whether all three have the same rows, and no file is damaged: a load names it."""
         is_recorded = self.loaded == LedgerEntry(self.cached.n_vectors, self.cached.digest)
-        return is_recorded and self.in_table == self.cached.ids
+        return is_recorded and self.in_table == self.cached.ids and not self.cached.is_damaged
 
 
 def compare(
