@@ -306,7 +306,10 @@ def test_songs_that_are_not_exported_yet_are_missing(
         look()
 
 
-def test_spending_that_another_version_recorded_otherwise_counts_as_not_recorded(deployment: Deployment) -> None:
+def test_spending_that_another_version_recorded_otherwise_counts_as_not_recorded(
+    deployment: Deployment, songs: Callable[..., None]
+) -> None:
+    songs((1, "Sea", "Ann", "waves"))
     deployment.bind()
     with deployment.database.get_connection() as connection:
         write_fact(connection, SPENDING, {"tokens": 12, "dollars": 3})
