@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets import cli
 from songvec_assets.cache.parts import CachedRows
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
+from songvec_assets.cli import commands as cli
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DamagedShardError, DatabaseError, StoppedError, TableMismatchError
 from songvec_assets.postgres import brief
