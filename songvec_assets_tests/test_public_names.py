@@ -19,8 +19,8 @@ KEPT = {
     "read_embeddings_from_file": "songvec_assets.cache.shards",
     "load_embeddings_from_cache": "songvec_assets.cache.shards",
     "upload_cached_embeddings_to_database": "songvec_assets.vectors.load",
-    "store_embeddings_copy_bulk": "songvec_assets.vectors.write",
-    "store_embeddings_batch": "songvec_assets.vectors.write",
+    "store_embeddings_copy_bulk": "songvec_assets.vectors.load",
+    "store_embeddings_batch": "songvec_assets.vectors.load",
 }
 
 

@@ -78,11 +78,11 @@ def import_file(path: Path) -> tuple[int, int]:
         sound += [rows if len(good) == len(rows) else rows.take(good)] if len(good) else []
         for song_id in rows.song_ids.tolist():
             words.pop(song_id, None)
-    storage, files = Storage(path.parent), ()
+    storage, files, identity = Storage(path.parent), (), PartIdentity(metadata["model"], width, song_range)
     if sound:
         narrow = zip(*((each.song_ids, each.text_hashes, each.checksums) for each in sound), strict=True)
         pieces = (each.embeddings[at : at + PIECE_ROWS] for each in sound for at in range(0, len(each), PIECE_ROWS))
-        writer = PartWriter(storage, song_range.key, PartIdentity(metadata["model"], width, song_range), 0)
+        writer = PartWriter(storage, song_range.key, identity, 0)
         files = (writer.write_base(Rows(*map(np.concatenate, narrow)), pieces),)
     found = Manifest(
         files=files,
@@ -90,7 +90,7 @@ def import_file(path: Path) -> tuple[int, int]:
         deleted_at={song_id: at for song_id, at in words.items() if isinstance(at, float)},
         damaged=tuple(song_id for song_id, each in words.items() if each is None),
     )
-    storage.put(f"{song_range.key}/{manifests.NAME}", manifests.encode(found))
+    storage.put(f"{song_range.key}/{manifests.NAME}", manifests.encode(found, identity))
     path.rename(path.with_name(f"{path.name}.imported"))
     return len({int(song_id) for each in sound for song_id in each.song_ids} - words.keys()), n_left_out
 

@@ -13,7 +13,9 @@ import polars as pl
 import xxhash
 from msgspec.structs import replace
 
+from songvec_assets.cache.parts import PartIdentity
 from songvec_assets.errors import StoreError
+from songvec_assets.songs.ranges import SongIdRange
 
 NAME = "manifest.json"
 _VERSION = 1
@@ -84,6 +86,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     Attributes:
         version: of this format.
+        model_id, dimensions, range: whose it is, see `PartIdentity`; empty until it is stored.
         generation: of the files that hold; files of earlier ones are garbage.
         files: in order: of a song's rows the last one holds.
         rejected: songs that the provider rejected.
@@ -97,6 +100,9 @@ class Manifest(msgspec.Struct, frozen=True):
     """
 
     version: int = _VERSION
+    model_id: str = ""
+    dimensions: int = 0
+    range: str = ""
     generation: int = 0
     files: tuple[DataFile, ...] = ()
     rejected: tuple[Rejection, ...] = ()
@@ -107,6 +113,11 @@ class Manifest(msgspec.Struct, frozen=True):
     asked_by: str | None = None
     asked_generation: int = 0
     served: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> PartIdentity:
+        """Whose it is, of one that was stored."""
+        return PartIdentity(self.model_id, self.dimensions, SongIdRange.from_key(self.range))
 
     def is_owed(self, asked_by: str | None) -> bool:
         """Whether somebody asks who was not served."""
@@ -181,11 +192,16 @@ def _order(name: str) -> tuple[bool, str, int]:
     return not is_base(name), found[2], 0 if is_base(name) else int(found[3])
 
 
-def decode(content: bytes, name: str) -> Manifest:
+def decode(content: bytes, name: str, identity: PartIdentity | None = None) -> Manifest:
     """A manifest as it was stored.
 
+    Args:
+        content: of the file.
+        name: of the file, for messages.
+        identity: whose it must be; None: anybody's.
+
     Raises:
-        StoreError: it does not parse, or another version wrote it.
+        StoreError: it does not parse, another version wrote it, or it is of another model, size or range.
     """
     content, _, digest = content.rstrip(b"\n").partition(b"\n")
     try:
@@ -197,21 +213,28 @@ def decode(content: bytes, name: str) -> Manifest:
             )
         if digest != _digest(content):
             raise msgspec.DecodeError("its checksum, which is the second line, does not fit the first")
-        return msgspec.json.decode(content, type=Manifest)
+        found = msgspec.json.decode(content, type=Manifest)
     except msgspec.DecodeError as error:
         raise StoreError(
             f"{name} does not parse ({error}): restore it from a backup. Or remove it: the next fill compares the "
             "range with its parts and sends what they lack, and songs that were rejected"
         ) from error
+    if identity is not None and found.identity != identity:
+        raise StoreError(
+            f"{name} holds {found.identity}, expected {identity}: restore it from a backup; or move it away, and its "
+            "songs are embedded again"
+        )
+    return found
 
 
 class _Versioned(msgspec.Struct):
     version: int
 
 
-def encode(manifest: Manifest) -> bytes:
+def encode(manifest: Manifest, identity: PartIdentity) -> bytes:
     """The inverse of `decode`: one line of JSON, and its checksum: a flipped bit must not make a file garbage."""
-    content = msgspec.json.encode(manifest)
+    whose = {"model_id": identity.model_id, "dimensions": identity.dimensions, "range": identity.range.key}
+    content = msgspec.json.encode(replace(manifest, **whose))
     return content + b"\n" + _digest(content) + b"\n"
 
 

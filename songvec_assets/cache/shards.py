@@ -117,11 +117,16 @@ class ModelCache:
 
     def open_as_found(self, song_range: SongIdRange) -> "CachedRange":
         """The same, whatever model its files say they are of: a folder's name does not give it back."""
-        for name in self.list_files(song_range):
-            found = read_identity(self.storage.open(f"{song_range.key}/{name}"))
-            if found is not None:
-                return ModelCache(self.storage, found.model_id, found.dimensions).open(song_range)
-        return self.open(song_range)
+        key = _manifest_key(song_range)
+        read = self.storage.read(key)
+        found = manifests.decode(read.content, self.storage.describe(key)).identity if read else None
+        for name in () if found else self.list_files(song_range):
+            found = found or read_identity(self.storage.open(f"{song_range.key}/{name}"))
+        return (
+            ModelCache(self.storage, found.model_id, found.dimensions).open(song_range)
+            if found
+            else self.open(song_range)
+        )
 
     def is_complete(self, song_range: SongIdRange, manifest: Manifest | None = None) -> bool:
         """Whether a range was filled completely and has just the files of then, as far as their sizes tell."""
@@ -166,7 +171,9 @@ class ModelCache:
     def _read(self, song_range: SongIdRange) -> tuple[Manifest | None, str | None]:
         key = _manifest_key(song_range)
         read = self.storage.read(key)
-        return (manifests.decode(read.content, self.storage.describe(key)), read.version) if read else (None, None)
+        if read is None:
+            return None, None
+        return manifests.decode(read.content, self.storage.describe(key), self.identity(song_range)), read.version
 
 
 @dataclass(frozen=True)
@@ -345,7 +352,9 @@ class CachedRange:
             StoreError: somebody else replaced it since it was read. Nothing is written.
         """
         key = _manifest_key(self.range)
-        self.version = self.cache.storage.put_if_unchanged(key, manifests.encode(manifest), self.version)
+        self.version = self.cache.storage.put_if_unchanged(
+            key, manifests.encode(manifest, self.cache.identity(self.range)), self.version
+        )
         self.stored = self.manifest = manifest
         self.n_unnamed = 0
         self.__dict__.pop("rows", None)

@@ -82,7 +82,10 @@ def write_rows(source: CachedRange, rows: pl.DataFrame, song_range: SongIdRange,
     cache = source.cache
     writer = PartWriter(cache.storage, song_range.key, cache.identity(song_range), manifest.generation)
     files = (writer.write_base(Rows.of_frame(rows), _read(source, rows)),) if rows.height else ()
-    cache.storage.put(f"{song_range.key}/{manifests.NAME}", manifests.encode(replace(manifest, files=files)))
+    cache.storage.put(
+        f"{song_range.key}/{manifests.NAME}",
+        manifests.encode(replace(manifest, files=files), cache.identity(song_range)),
+    )
 
 
 def _count_vectors(filled: Completion, rows: pl.DataFrame) -> Completion:
