@@ -376,8 +376,12 @@ class Campaign:
         told_by = " and ".join(["load"] * by_load + ["fill"] * by_fill)
         expect(FOUND, bool(told_by or not lost), f"{what}: {len(lost)} texts")
         expect(SMALL, "flip" not in kind or len(lost) <= PROMISED_TEXTS, f"{what}: {len(lost)} texts")
-        if any(isinstance(error, StoreError) and path.name in str(error) for error in (load_error, report.error)):
-            path.rename(path.with_name(f"{path.name}.damaged"))  # as the message says
+        # as the words say, whoever found it: a fill does not open files that are as large as its manifest has them
+        told = [words for words in (str(load_error), str(report.error)) if path.name in words]
+        if any(advice in words for words in told for advice in ("move it away", "remove it")):
+            path.rename(path.with_name(f"{path.name}.damaged"))
+            # without its manifest a range still has the vectors of its parts
+            lost = before - self.read_shard(song_range)
             [report] = self.fill([song_range])
         wrong = [] if report.error else self.find_wrong_songs(song_range)
         expect(REBUILT, not wrong and not report.error, f"{what}: {len(wrong)} songs left without, {report.error!r}")
