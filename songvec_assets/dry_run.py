@@ -1,10 +1,12 @@
-"""What a refresh would do and cost, from what is there now. Sends nothing; writes no snapshot, no vector, no row."""
+"""What a refresh would do and cost, from what is there now. Sends no text and no key; writes no snapshot, no vector
+and no row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.budget import MonthSpending
+from songvec_assets.embedding.contact import check_redirect
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import StoreError
 from songvec_assets.progress import RunContext, describe_seconds
@@ -77,7 +79,12 @@ def plan_run(deployment: Deployment, ranges: Sequence[SongIdRange], anew: bool =
         deployment: whose.
         ranges: to embed.
         anew: whether all their songs are to be embedded again.
+
+    Raises:
+        ProviderError: the server's URL leads elsewhere.
     """
+    if not deployment.settings.offline:
+        check_redirect(deployment.server)
     try:
         load = plan_load(deployment.table, deployment.load_source, RunContext(stop=deployment.stop))
     except StoreError:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from songvec_assets.cli import app
 from songvec_assets.deployment import Deployment
+from songvec_assets.dry_run import plan_run
 from songvec_assets.embedding import client as client_module
 from songvec_assets.errors import ProviderError, ProviderUnavailableError, SettingsError
 from songvec_assets.postgres.engine import Database
@@ -153,6 +154,18 @@ class TestAWrongUrl:
         monkeypatch.setenv("FIREWORKS_BASE_URL", wrong)
         result = CliRunner().invoke(app, ["run", "--dry-run"])
         assert right in str(result.exception)
+
+    def test_that_redirects_is_refused_with_the_right_one_by_a_dry_run_that_sends_nothing(
+        self, deployment_at: Callable[..., Deployment], provider: Provider
+    ) -> None:
+        deployment = deployment_at()
+        deployment.export()
+        provider.control(redirect="https://music.example/v1/embeddings")
+        with pytest.raises(ProviderError, match=r"answered 301.*set FIREWORKS_BASE_URL=https://music\.example/v1$"):
+            plan_run(deployment, list(deployment.tiling))
+        assert provider.ledger()["requests"] == 0
+        provider.control()
+        assert plan_run(deployment, list(deployment.tiling)).estimate.n_texts > 0
 
     @pytest.mark.parametrize("url", ["http:///v1", "http://localhost:99999/v1", "http://localhost:port/v1"])
     def test_without_a_host_or_port_is_refused(self, deployment_at: Callable[..., Deployment], url: str) -> None:

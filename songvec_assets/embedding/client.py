@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from email.utils import formatdate
 from typing import Literal, NoReturn, Protocol
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -27,7 +27,6 @@ from songvec_assets.embedding.answers import (
     MAY_BE_BILLED,
     Action,
     action_for,
-    base_url_of,
     compatible_base_of,
     describe_answer,
     is_native_answer,
@@ -35,6 +34,7 @@ from songvec_assets.embedding.answers import (
     parse_retry_after,
     status_of,
 )
+from songvec_assets.embedding.contact import refuse_redirect
 from songvec_assets.embedding.limits import Grant, RateLimiter
 from songvec_assets.embedding.pricing import TokenEstimator
 from songvec_assets.embedding.window import InFlightWindow
@@ -582,7 +582,7 @@ class EmbeddingClient:
         if action is Action.STOP:
             raise ProviderError(f"{self.base_url} {words}") from None
         if action is Action.MOVED:
-            self._refuse_redirect(meant, self._redact(location))
+            refuse_redirect(self.base_url, meant, self._redact(location))
         # LM Studio answers 200 with an error of no status for a path that it does not have
         is_strange = meant != status < 400 and meant == 500
         first_patience_s = FIRST_PATIENCE_S if is_strange else FIRST_PATIENCE_CLOSED_S if meant < 500 else None
@@ -591,14 +591,6 @@ class EmbeddingClient:
             first_patience_s=None if meant in ACTIONS and not is_strange else first_patience_s,
             advice="see what answers at FIREWORKS_BASE_URL",
         )  # fmt: skip
-
-    def _refuse_redirect(self, status: int, location: str) -> NoReturn:
-        url = urljoin(f"{self.base_url.rstrip('/')}/embeddings", location)
-        moved_to = base_url_of(url)
-        advice = f"set FIREWORKS_BASE_URL={moved_to}" if moved_to else "correct FIREWORKS_BASE_URL"
-        raise ProviderError(
-            f"{self.base_url} answered {status}: it redirects to {url}, where the key was not sent: {advice}"
-        ) from None
 
     def _narrow(self, failure: _Failure, sent_at: float, now: float) -> _Failure:
         """Let fewer requests be in flight after a time-out, and say so."""

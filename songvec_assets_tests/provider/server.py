@@ -93,6 +93,8 @@ class Server:
         endpoint = self._endpoint
         found: object = {"status": "ok"}
         match method, path:
+            case "GET", "/v1/embeddings" if self._endpoint.plan.faults.redirect is not None:
+                return Answer(301, b"", {"location": self._endpoint.plan.faults.redirect})
             case "GET", "/health":
                 pass
             case "PUT", "/control":
