@@ -1,5 +1,7 @@
-"""What a refresh would do and cost, from what is there now. Sends no text and no key; writes no snapshot, no vector
-and no row."""
+"""What a refresh would do and cost, from what is there now.
+
+Sends no text and no key; writes no snapshot, no vector and no row.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
