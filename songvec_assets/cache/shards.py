@@ -149,9 +149,11 @@ class ModelCache:
                 complete and they are as large as then.
         """
         try:
-            done = self.read_manifest(song_range).complete if self.is_complete(song_range) else None
-            if done is not None and not opens_files:
-                return RangeSummary(done.n_vectors, done.digest, IdSums(*done.ids), done)
+            if not opens_files:
+                manifest = self.read_manifest(song_range)
+                done = manifest.complete
+                if done is not None and self.is_complete(song_range, manifest):
+                    return RangeSummary(done.n_vectors, done.digest, IdSums(*done.ids), done)
             opened = self.open(song_range)
         except StoreError as error:
             return RangeSummary(error=str(error))
