@@ -14,7 +14,7 @@ from songvec_assets.errors import SongvecError
 from songvec_assets.status import RangeStatus, measure_status
 from songvec_assets.vectors.index.recall import audit_recall
 from songvec_assets.vectors.index.upkeep import audit_index, plan_build
-from songvec_assets.vectors.samples import audit_vectors, measure_drift
+from songvec_assets.vectors.samples import audit_vectors
 
 MAX_SET_ASIDE_SHARE = 0.01
 _BILLED_OFF_BY = 0.25
@@ -119,14 +119,6 @@ class Auditor:
         expected = f"{self.deployment.settings.model} ({self.deployment.settings.embedding_dimensions})"
         words = f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}"
         return Finding(list(models) == [expected], words, models)
-
-    def no_drift(self) -> Finding:
-        """Do the vectors lie where they lay after the load before, in length and in the mean?"""
-        drift = measure_drift(self.deployment.database, self.deployment.table_spec)
-        if drift is None:
-            return Finding(True, "there is no load before of the same model to hold this one against")
-        figures = {"change of mean norm": round(drift.norm, 6), "distance of means": round(drift.distance, 6)}
-        return Finding(not drift.is_large, drift.describe(), figures | {"chance": round(drift.allowed, 6)})
 
     def billed_as_estimated(self) -> Finding:
         """Did the provider bill what was estimated before the last run that sent anything?"""

@@ -1,31 +1,24 @@
-"""What a sample of the vectors says: whether they are sound, how they shifted since an earlier load, how tables differ.
+"""What a sample of the vectors says: whether they are sound, and how the staging table differs from the serving one.
 
-Never all of a large table is read. A provider that changes its model under its old name changes no count and no size:
-it shows as a shift. When to add here: another figure that a sample of rows answers. Keep out: recall (`index/recall`)
-and what follows from a figure (the checks). Lengths are norms of vectors; distances are in mean norms.
+A large table is never read as a whole. When to add here: another figure that a sample of rows answers. Keep out: recall
+(`index/recall`) and what follows from a figure (the checks).
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy import text
 
-from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
-from songvec_assets.postgres import schema
+from songvec_assets.embedding.wire import find_bad_vectors
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.index.recall import read_recall
 from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable, define_table
 
 SAMPLE_ROWS = 1000
 
-_PROFILES = "profiles"
-"""Of two loads, whichever tables they went to: a change of all rows is a table of its own."""
-_NORM_OFF_BY = 0.02
-_NOISE_TIMES = 3.0
 _SHARED_SONGS, _NEIGHBORS = 50, 10
 
 
@@ -37,13 +30,11 @@ class VectorAudit:
         n_sampled: rows looked at.
         bad_song_ids: those zero, not finite, or of another size.
         mean_norm: their mean norm; 1 for models that normalise; 0 for an empty table.
-        mean: their mean vector, (dimensions,); empty where there is none.
     """
 
     n_sampled: int
     bad_song_ids: list[int]
     mean_norm: float
-    mean: Float32Matrix = field(default_factory=lambda: np.empty(0, np.float32), compare=False, repr=False)
 
 
 def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS) -> VectorAudit:
@@ -71,78 +62,7 @@ def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS
         return VectorAudit(len(rows), wrong_size, 0.0)
     matrix = np.stack(vectors)
     bad = [song_ids[row] for row in find_bad_vectors(matrix)]
-    return VectorAudit(len(rows), bad, float(np.linalg.norm(matrix, axis=1).mean()), matrix.mean(axis=0))
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A sample of the table as of one load.
-
-    Attributes:
-        version: of what is loaded.
-        spec: what the table holds, in words.
-        n_sampled: rows.
-        mean_norm: their mean norm.
-        mean: their mean vector.
-    """
-
-    version: str
-    spec: str
-    n_sampled: int
-    mean_norm: float
-    mean: list[float]
-
-
-@dataclass(frozen=True)
-class Drift:
-    """The shift of the vectors between two loads.
-
-    Attributes:
-        norm: change of the mean norm, as a share.
-        distance: between the mean vectors, in mean norms.
-        allowed: distance that two samples of the same vectors hardly reach.
-    """
-
-    norm: float
-    distance: float
-    allowed: float
-
-    @property
-    def is_large(self) -> bool:
-        """Whether the vectors are no longer those they were."""
-        return abs(self.norm) > _NORM_OFF_BY or self.distance > self.allowed
-
-    def describe(self) -> str:
-        """One sentence."""
-        words = (
-            f"since the previous load, the mean norm changed by {self.norm:+.1%} and the mean vector moved by "
-            f"{self.distance:.3f} norms (up to {self.allowed:.3f} is chance)"
-        )
-        return f"{words}: has the provider changed the model under its name?" if self.is_large else words
-
-
-def measure_drift(database: Database, spec: TableSpec) -> Drift | None:
-    """How far the last load shifted the vectors; None unless a load before it, of the same kind, was sampled.
-
-    Takes a sample of the serving table if it changed since the last one, and keeps it for the next.
-    """
-    version = VectorTable(database).ledger.digest(spec)
-    with database.get_connection() as connection:
-        profiles = schema.read_record(connection, _PROFILES, list[Profile]) or []
-    if not profiles or profiles[-1].version != version:
-        audit = audit_vectors(database, spec)
-        if not audit.n_sampled or audit.bad_song_ids:
-            return None
-        now = Profile(version, str(spec), audit.n_sampled, audit.mean_norm, np.round(audit.mean, 6).tolist())
-        profiles = [*profiles[-1:], now]
-        with database.get_connection() as connection:
-            schema.write_fact(connection, _PROFILES, [asdict(each) for each in profiles])
-    if len(profiles) < 2 or profiles[0].spec != profiles[1].spec:
-        return None
-    before, now = profiles
-    distance = float(np.linalg.norm(np.subtract(now.mean, before.mean))) / before.mean_norm
-    allowed = _NOISE_TIMES * math.sqrt(1 / before.n_sampled + 1 / now.n_sampled)
-    return Drift(now.mean_norm / before.mean_norm - 1, distance, allowed)
+    return VectorAudit(len(rows), bad, float(np.linalg.norm(matrix, axis=1).mean()))
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,6 @@ def test_wrong_vectors_and_mixed_models_block_what_is_downstream() -> None:
         "song_embeddings_table:no_orphans": False,
         "song_embeddings_table:vectors_are_sound": True,
         "song_embeddings_table:one_model": True,
-        "song_embeddings_table:no_drift": False,
         "song_embeddings_table:billed_as_estimated": False,
         "song_embeddings_table:price_is_sane": False,
         "ivfflat_index:index_is_used": False,

@@ -27,7 +27,6 @@ from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.storage import Storage
 from songvec_assets.vectors.index.recall import audit_recall, read_recall
 from songvec_assets.vectors.load import LoadSource, plan_load, store_embeddings_batch, store_embeddings_copy_bulk
-from songvec_assets.vectors.samples import measure_drift
 from songvec_assets.vectors.table import TableSpec, VectorTable, describe_tables
 from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.vectors.conftest import (
@@ -705,7 +704,7 @@ class TestRecords:
         build_index(database, cache)
         names = ("table", "rows_changed_since_index", "index", "building", "probes", "recall")
         with database.get_connection() as connection:
-            for name in (*names, "profiles"):
+            for name in names:
                 write_fact(connection, name, value)
         table = VectorTable(database)
         assert table.spec is None
@@ -714,7 +713,6 @@ class TestRecords:
         with database.get_connection() as connection:
             assert read_recall(connection, table) is None
         assert audit_recall(table, cache, 0.95).reached
-        assert measure_drift(database, SPEC) is None
         put(cache, [1, 2], version=1)
         assert load(database, cache) == {FIRST.key: (60, 2, 2)}
         assert table.spec == SPEC
