@@ -12,9 +12,9 @@ from typing import Any
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SongvecError
 from songvec_assets.status import RangeStatus, measure_status
+from songvec_assets.vectors.index.audit import audit_index, audit_vectors
 from songvec_assets.vectors.index.recall import audit_recall
-from songvec_assets.vectors.index.upkeep import audit_index, plan_build
-from songvec_assets.vectors.samples import audit_vectors
+from songvec_assets.vectors.index.upkeep import plan_build
 
 MAX_SET_ASIDE_SHARE = 0.01
 _BILLED_OFF_BY = 0.25
@@ -175,13 +175,18 @@ class Auditor:
     def recall_reaches_target(self) -> Finding:
         """Do searches find the target share of the true ten nearest songs?"""
         target = self.deployment.settings.target_recall
-        audit = audit_recall(self.deployment.table, self.deployment.cache, target)
-        figures: dict[str, Any] = {"target": audit.target}
-        if audit.point is not None:
-            point = audit.point
-            figures |= {
+        found = audit_recall(self.deployment.table, self.deployment.cache, target)
+        if found is None:
+            return Finding(False, "there is no valid index to measure: materialize ivfflat_index", {"target": target})
+        words = f"{found.describe()}; {found.n_changed:,} rows changed since the index was built"
+        point = found.chosen
+        return Finding(
+            found.reached,
+            words if found.reached else f"{words}: materialize ivfflat_index, which takes more probes or rebuilds it",
+            {
+                "target": target,
                 "recall": round(point.recall, 4),
                 "probes": point.probes,
                 "median ms": round(point.ms_median, 3),
-            }
-        return Finding(audit.reached, audit.describe(), figures)
+            },
+        )

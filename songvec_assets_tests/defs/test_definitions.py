@@ -16,7 +16,7 @@ from songvec_assets.defs.resources import OF_RUNS, FireworksResource, PostgresRe
 from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import Settings, variables
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.vectors.conftest import SPEC, put
