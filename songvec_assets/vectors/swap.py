@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import polars as pl
 import sqlalchemy as sa
 
 from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchError
@@ -19,7 +18,6 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.vectors import load
 from songvec_assets.vectors.index.audit import Comparison, compare_tables
 from songvec_assets.vectors.index.preflight import check_target
@@ -252,7 +250,7 @@ def check_missing(
         TableMismatchError: names some of the songs and their ranges.
     """
     missing: list[int] = []
-    ranges, cached, exported = list(ranges), source.cache.ranges(), snapshot_ranges(source.songs_folder)
+    ranges, cached, exported = list(ranges), source.cache.ranges(), source.snapshots.ranges()
     for song_range in sorted(serving.ledger.read()):
         run.check_stop()
         songs = set(serving.ledger.read_song_ids(song_range))
@@ -263,10 +261,8 @@ def check_missing(
             continue
         for each in _overlapping(song_range, cached):
             songs -= {rejection.song_id for rejection in source.cache.read_manifest(each).rejected}
-        known, kept = _overlapping(song_range, exported), set[int]()
-        for each in known:
-            rows = load_songs_from_parquet(snapshot_path(source.songs_folder, each), ["song_id", "set_aside"])
-            kept.update(rows.filter(pl.col("set_aside").is_null())["song_id"])
+        known = _overlapping(song_range, exported)
+        kept = set[int]().union(*map(source.snapshots.read_embeddable, known))
         missing += [song_id for song_id in songs if song_id in kept or not any(song_id in each for each in known)]
     if missing:
         missing.sort()

@@ -45,12 +45,12 @@ class TestNothingToDo:
     """A run that has nothing to do reads each thing once."""
 
     def test_the_ledger_is_read_once_the_primary_key_scanned_once_and_each_file_opened_once(
-        self, database: Database, cache: ModelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         put(cache, range(150))
         for song_range in (FIRST, SECOND):
             complete(cache, song_range)
-        wanted, source = WantedTable(SPEC), LoadSource(cache, TILING, tmp_path)
+        wanted, source = WantedTable(SPEC), LoadSource(cache, TILING)
         publish_embeddings(database, source, wanted)
         build_index(database, cache)
         opened: list[str] = []
