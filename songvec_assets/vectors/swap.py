@@ -22,10 +22,10 @@ from songvec_assets.vectors import load
 from songvec_assets.vectors.index.audit import Comparison, compare_tables
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.ledger import LedgerEntry
+from songvec_assets.vectors.ledger import PREVIOUS, SERVING, STAGING, LedgerEntry
 from songvec_assets.vectors.load import RangeLoad
 from songvec_assets.vectors.plan import LoadPlan, LoadSource, plan_load
-from songvec_assets.vectors.table import PREVIOUS, SERVING, STAGING, TableSpec, VectorTable
+from songvec_assets.vectors.table import TableSpec, VectorTable
 
 LOCK = "publish"
 """Held by each run that loads, stages, swaps or drops: one at a time."""

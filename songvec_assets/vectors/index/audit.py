@@ -13,8 +13,10 @@ import sqlalchemy as sa
 from sqlalchemy import text
 
 from songvec_assets.postgres.engine import Database
+from songvec_assets.vectors.index.probes import search, set_probes
 from songvec_assets.vectors.index.recall import read_recall
-from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable, set_probes
+from songvec_assets.vectors.ledger import SERVING, STAGING
+from songvec_assets.vectors.table import TableSpec, VectorTable
 
 SAMPLE_ROWS = 1000
 
@@ -159,4 +161,4 @@ def find_neighbors(connection: sa.Connection, table: VectorTable, song_ids: list
     def fetch(song_id: int) -> Sequence[int]:
         return connection.scalars(statement, {"song_id": song_id}).all()
 
-    return {song_id: set(table.search(connection, partial(fetch, song_id), _NEIGHBORS)) for song_id in song_ids}
+    return {song_id: set(search(table, connection, partial(fetch, song_id), _NEIGHBORS)) for song_id in song_ids}

@@ -17,7 +17,8 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.vectors.index import sizing
 from songvec_assets.vectors.index.upkeep import IndexSettings, plan_build
-from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable, define_table
+from songvec_assets.vectors.ledger import SERVING
+from songvec_assets.vectors.table import TableSpec, VectorTable, define_table
 
 _LOCK_TIMEOUT = "250ms"
 _NEEDED = "SELECT, INSERT, UPDATE, DELETE"

@@ -5,10 +5,8 @@ round trip. When to add here: another figure of the same searches. Keep out: wha
 (`neighbors`).
 """
 
-import bisect
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
@@ -27,8 +25,8 @@ from songvec_assets.vectors.index.neighbors import (
     find_exact_neighbors,
     sample_queries,
 )
-from songvec_assets.vectors.index.sizing import SMALL_TABLE_ROWS
-from songvec_assets.vectors.table import VectorTable, set_probes
+from songvec_assets.vectors.index.probes import SMALL_TABLE_ROWS, find_smallest, set_probes
+from songvec_assets.vectors.table import VectorTable
 
 STEP = "measure recall"
 DEFAULT_TARGET = 0.95
@@ -154,21 +152,6 @@ def measure_recall(
     report = searches.report(target, chosen, n_changed)
     run.report(Progress(STEP, searches.n_done, searches.n_done, unit="searches", note=report.describe()))
     return report
-
-
-def find_smallest(reaches: Callable[[int], bool], tried: set[int], lists: int) -> int:
-    """Halve the gap between the most probes that fail and the fewest that do not; recall grows with probes.
-
-    Args:
-        reaches: whether n probes reach the target.
-        tried: that were measured; all lists among them where none reaches it.
-        lists: of the index.
-    """
-    high = min((probes for probes in tried if reaches(probes)), default=None)
-    if high is None:
-        return lists
-    low = max((probes for probes in tried if probes < high), default=0)
-    return bisect.bisect_left(range(lists + 1), True, low + 1, high, key=reaches)
 
 
 @dataclass

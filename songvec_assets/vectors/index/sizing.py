@@ -19,8 +19,6 @@ MIN_BUILD_MEMORY = 64 << 20
 """Postgres' own default of maintenance_work_mem, which no build goes below."""
 SORT_MEMORY_A_PROCESS = 32 << 20
 """Less for each, and the planner takes fewer parallel workers (PostgreSQL's plan_create_index_workers)."""
-SMALL_TABLE_ROWS = 10_000
-"""Up to here a search visits all lists: it costs nothing, and nothing is missed."""
 MOST_WORKERS = 8
 """More parallel processes than this wait for the disk."""
 
@@ -78,11 +76,6 @@ class BuildEstimate:
 def choose_lists(n_rows: int) -> int:
     """The square root of the rows: at equal recall it beat rows/1000 on clustered data."""
     return max(1, round(math.sqrt(n_rows)))
-
-
-def choose_probes(lists: int, n_rows: int) -> int:
-    """Lists that a search visits before recall is measured: the square root of all; all of a small table's."""
-    return lists if n_rows <= SMALL_TABLE_ROWS else max(1, round(math.sqrt(lists)))
 
 
 def kmeans_bytes(lists: int, dimensions: int, vector_type: str = "vector") -> int:

@@ -16,6 +16,7 @@ from songvec_assets.errors import SettingsError, StoreError, TableMismatchError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.index import build
+from songvec_assets.vectors.index.probes import choose_probes
 from songvec_assets.vectors.index.recall import (
     DEFAULT_TARGET,
     RecallReport,
@@ -27,7 +28,6 @@ from songvec_assets.vectors.index.sizing import (
     BuildEstimate,
     Capacity,
     choose_lists,
-    choose_probes,
     estimate_build,
     read_capacity,
 )
