@@ -213,7 +213,7 @@ def test_a_server_of_ones_own_without_a_key_costs_nothing(
     ],
 )
 def test_the_price_is_what_is_set_else_that_of_who_sends_a_bill(environment: dict[str, str], price: float) -> None:
-    assert Settings.from_environment(environment).price == price
+    assert Settings(**environment).price == price
 
 
 @pytest.mark.parametrize(
