@@ -12,8 +12,7 @@ from typing import Any
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SongvecError
 from songvec_assets.status import RangeStatus, measure_status
-from songvec_assets.vectors.index.audit import audit_index, audit_vectors
-from songvec_assets.vectors.index.recall import audit_recall
+from songvec_assets.vectors.index.audit import audit_index, audit_recall, audit_vectors
 from songvec_assets.vectors.index.upkeep import plan_build
 
 MAX_SET_ASIDE_SHARE = 0.01

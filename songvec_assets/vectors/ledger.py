@@ -53,7 +53,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The ledger of one table. Each method reads in the connection's transaction, or in one of its own.
+    """The ledger of one table. Each method reads in the connection's transaction, or in a new one.
 
     Attributes:
         database: where it is.

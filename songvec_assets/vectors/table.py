@@ -9,6 +9,7 @@ an index (`index/`).
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import sqlalchemy as sa
 from pgvector.sqlalchemy import HALFVEC, VECTOR
@@ -66,7 +67,7 @@ class BuiltIndex:
 
     Attributes:
         n_rows: of the table then; 0: not recorded.
-        target, probes: the recall first asked for, and the probes that it took; None before recall was measured.
+        target, probes: the recall wanted when it was first measured, and the probes that it took; None: not yet.
     """
 
     n_rows: int = 0
@@ -142,16 +143,12 @@ class VectorTable(Records):
     def index(self) -> IndexFacts | None:
         """Its valid index, or None."""
         with self.database.get_connection() as connection:
-            lists = self.read_lists(connection)
-            if lists is None:
+            found = self._find_index(connection, self.index_name)
+            if found is None:
                 return None
             n_rows = (self.read(connection, "index", BuiltIndex) or BuiltIndex()).n_rows
-            n_bytes, file = connection.execute(
-                text("SELECT pg_relation_size(to_regclass(:name)), pg_relation_filenode(to_regclass(:name))"),
-                {"name": self.index_name},
-            ).one()
-            probes = self.read_probes(connection) or choose_probes(lists, n_rows)
-            return IndexFacts(n_rows, lists, probes, int(n_bytes or 0), self.read_changes(connection), str(file))
+            probes = self.read_probes(connection) or choose_probes(found.lists, n_rows)
+            return IndexFacts(n_rows, found.lists, probes, found.n_bytes, self.read_changes(connection), found.file)
 
     def read_spec(self, connection: sa.Connection) -> TableSpec | None:
         """See `spec`; within the connection's transaction."""
@@ -170,9 +167,15 @@ class VectorTable(Records):
 
     def read_lists(self, connection: sa.Connection, index: str | None = None) -> int | None:
         """The lists of its index, or of another one of its indexes that is named; None unless it is valid and ours."""
-        row = connection.execute(
+        found = self._find_index(connection, index or self.index_name)
+        return found.lists if found else None
+
+    def _find_index(self, connection: sa.Connection, index: str) -> Any:
+        return connection.execute(
             text("""
-                SELECT c.reloptions
+                SELECT coalesce((SELECT option_value::int FROM pg_options_to_table(c.reloptions)
+                                 WHERE option_name = 'lists'), 100) AS lists,
+                    pg_relation_size(c.oid) AS n_bytes, pg_relation_filenode(c.oid)::text AS file
                 FROM pg_index i
                 JOIN pg_class c ON c.oid = i.indexrelid
                 JOIN pg_am a ON a.oid = c.relam
@@ -180,11 +183,8 @@ class VectorTable(Records):
                 WHERE i.indexrelid = to_regclass(:index) AND i.indrelid = to_regclass(:table) AND i.indisvalid
                   AND a.amname = 'ivfflat' AND o.opcname IN ('vector_cosine_ops', 'halfvec_cosine_ops')
             """),
-            {"index": index or self.index_name, "table": self.name},
+            {"index": index, "table": self.name},
         ).one_or_none()
-        if row is None:
-            return None
-        return int(dict(option.split("=") for option in row.reloptions or []).get("lists", 100))
 
     # rows
 
@@ -246,7 +246,7 @@ class VectorTable(Records):
                 self._write_spec(connection, spec)
                 return False
             self.forget(connection)
-            _search_schema_of_serving_table(connection)
+            search_schema_of_serving_table(connection)
             define_table(spec, self.name).create(connection)
             # a vector of 2,000 values then stays in its row's page: no TOAST look-ups, and parallel index builds
             connection.execute(text(f"ALTER TABLE {self.name} ALTER COLUMN embedding SET STORAGE PLAIN"))
@@ -332,11 +332,13 @@ def describe_tables(database: Database) -> dict[str, str]:
         }
 
 
-def _search_schema_of_serving_table(connection: sa.Connection) -> None:
+def search_schema_of_serving_table(connection: sa.Connection) -> None:
     """Let this transaction create tables where the serving one is, which need not be the first schema searched."""
     connection.execute(
         text("""
-            SELECT set_config('search_path', relnamespace::regnamespace || ', ' || current_setting('search_path'), true)
+            SELECT set_config('search_path', concat_ws(
+                ', ', relnamespace::regnamespace::text, nullif(current_setting('search_path'), '')
+            ), true)
             FROM pg_class WHERE oid = to_regclass(:table)
         """),
         {"table": SERVING},

@@ -6,15 +6,16 @@ follows from an answer.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import sqlalchemy as sa
 from sqlalchemy import text
 
+from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.index.probes import search, set_probes
-from songvec_assets.vectors.index.recall import read_recall
+from songvec_assets.vectors.index.recall import RecallReport, Searches, read_recall
 from songvec_assets.vectors.ledger import SERVING, STAGING
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
@@ -109,6 +110,29 @@ def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
             {"vector": json.dumps(vector)},
         )
     return IndexAudit(valid, f'"{table.index_name}"' in json.dumps(plan), table.count_rows())
+
+
+def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> RecallReport | None:
+    """Take what was measured last of the index, or measure again if rows changed since; None: there is no valid index.
+
+    Args:
+        table: whose index.
+        cache: the shards that it was loaded from.
+        target: the recall wanted.
+
+    Raises:
+        StoreError: the cache does not hold what is loaded.
+    """
+    index = table.index
+    if index is None:
+        return None
+    with table.database.get_connection() as connection:
+        report = read_recall(connection, table)
+    if report is None or not report.holds(index.n_changed):
+        searches = Searches.over(table, cache)
+        searches.measure(index.probes)
+        report = searches.report(target, index.probes, index.n_changed)
+    return replace(report, target=target, n_changed=index.n_changed)
 
 
 @dataclass(frozen=True)

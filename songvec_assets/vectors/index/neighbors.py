@@ -70,7 +70,7 @@ class LoadedRows:
 def sample_queries(rows: LoadedRows, seed: int = 0) -> Float32Matrix:
     """Draw rows, a tenth of the table's, ten at least and a hundred at most; then mix as many queries of them.
 
-    A row is one of its own ten neighbors, as a song is the first answer to its own words. A synthetic query lies
+    A row is among its ten neighbors, as a song is the first answer to its own words. A synthetic query lies
     between two rows, nearer to one, with noise of a fifth of its length: nothing in the table is like it.
 
     Returns:

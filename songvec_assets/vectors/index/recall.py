@@ -26,7 +26,7 @@ from songvec_assets.vectors.index.neighbors import (
     sample_queries,
 )
 from songvec_assets.vectors.index.probes import SMALL_TABLE_ROWS, find_smallest, set_probes
-from songvec_assets.vectors.table import VectorTable
+from songvec_assets.vectors.table import BuiltIndex, VectorTable
 
 STEP = "measure recall"
 DEFAULT_TARGET = 0.95
@@ -154,6 +154,22 @@ def measure_recall(
     return report
 
 
+def measure_and_record(
+    table: VectorTable, cache: ModelCache, lists: int, target: float, run: RunContext, kept: int | None = None
+) -> tuple[RecallReport | None, str]:
+    """Measure and record; returns what to report. Without the cache there is an index all the same."""
+    try:
+        report = measure_recall(table, cache, lists, target, kept, run)
+    except StoreError as error:
+        return None, f"recall was not measured: {error}"
+    with table.database.get_connection() as connection:
+        write_recall(connection, table, report)
+        built = table.read(connection, "index", BuiltIndex) or BuiltIndex()
+        if built.target != target:  # the first since the build: decay is compared with it
+            table.write(connection, "index", asdict(replace(built, target=target, probes=report.probes)))
+    return report, report.describe()
+
+
 @dataclass
 class Searches:
     """The same searches at several numbers of probes; each number is measured once: `Searches.over(…).measure(8)`.
@@ -248,28 +264,5 @@ class Searches:
 
 
 def to_literal(vector: Float32Matrix) -> str:
-    """A vector as the server reads it; every float32 comes back as it was."""
+    """A vector as the server reads it; every float32 comes back unchanged."""
     return "[" + ",".join(map(repr, vector.tolist())) + "]"
-
-
-def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> RecallReport | None:
-    """Take what was measured last of the index, or measure again if rows changed since; None: there is no valid index.
-
-    Args:
-        table: whose index.
-        cache: the shards that it was loaded from.
-        target: the recall wanted.
-
-    Raises:
-        StoreError: the cache does not hold what is loaded.
-    """
-    index = table.index
-    if index is None:
-        return None
-    with table.database.get_connection() as connection:
-        report = read_recall(connection, table)
-    if report is None or not report.holds(index.n_changed):
-        searches = Searches.over(table, cache)
-        searches.measure(index.probes)
-        report = searches.report(target, index.probes, index.n_changed)
-    return replace(report, target=target, n_changed=index.n_changed)

@@ -133,7 +133,7 @@ def estimate_build(
         lists: of the index.
         dimensions: values a vector.
         vector_type: the column's type.
-        workers: parallel processes beside the one that builds.
+        workers: parallel processes in addition to the one that builds.
     """
     size = index_bytes(n_rows, lists, dimensions, vector_type)
     memory = build_bytes(lists, dimensions, vector_type, workers)
@@ -157,7 +157,7 @@ class Capacity:
         memory_source: how that is known, in words.
         temporary_bytes: of files while it sorts; None: no limit.
         free_bytes: on the disk of the server's data; None where that is not seen from here.
-        workers: parallel processes beside the one that builds.
+        workers: parallel processes in addition to the one that builds.
     """
 
     memory_bytes: int
@@ -213,7 +213,7 @@ def read_capacity(database: Database, memory_bytes: int | None = None, searched:
 
     Args:
         database: of the table.
-        memory_bytes: that may be taken, where a person said it; else half of what is available, where that shows.
+        memory_bytes: that may be taken, if it is set; else half of what is available, if that can be read.
         searched: whether searches go on meanwhile: a core is left to them.
     """
     with database.get_connection() as connection:
