@@ -91,8 +91,7 @@ def check_publishable(database: Database, wanted: WantedTable, models: frozenset
     """Refuse, before anything is paid for, what could not be loaded afterwards; see also `index/preflight`.
 
     Args:
-        database: where the tables are.
-        wanted: what is to be loaded.
+        database, wanted: where, and what is to be loaded.
         models: of the ranges that the serving table holds, if they are known.
 
     Returns:
@@ -220,7 +219,6 @@ def put_in_place(
     """Let the staging table replace the serving one, with its rights, settings, indexes and records.
 
     Args:
-        database: where they are.
         keep: whether what served is kept as the previous table, or dropped.
         compared: the ledgers of both tables when their songs were compared.
         check_held: raises where LOCK was lost.

@@ -1,4 +1,4 @@
-"""What a look at a loaded table finds: bad vectors, a planner that passes the index by, two tables that differ.
+"""Audits of loaded tables: bad vectors, whether the planner uses the index, recall, and how two tables differ.
 
 A large table is never read as a whole. When to add here: another question about a table or its index. Keep out: what
 follows from an answer.
@@ -38,7 +38,7 @@ class VectorAudit:
     """A sample of the table's vectors.
 
     Attributes:
-        n_sampled: rows looked at.
+        n_sampled: rows.
         bad_song_ids: those zero or of another size; values that are not finite are refused by pgvector.
         mean_norm: their mean length; 1 for models that normalise; 0 for an empty table.
     """
@@ -49,7 +49,7 @@ class VectorAudit:
 
 
 def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS) -> VectorAudit:
-    """Look at about `n_rows` rows of the serving table, spread over all of it."""
+    """Check about `n_rows` rows of the serving table, spread over all of it."""
     statement = text(f"""
         SELECT count(*), coalesce(array_agg(song_id) FILTER (WHERE norm = 0 OR size <> :size), '{{}}'),
             coalesce(avg(norm), 0)

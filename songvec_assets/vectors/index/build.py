@@ -134,7 +134,7 @@ def _watching(database: Database, pid: int, run: RunContext) -> Iterator[None]:
 
 
 def read_progress(row: Any) -> Progress:
-    """What the server reports of the phase that a build is in: rows or blocks of it, where it counts any.
+    """What the server reports of the phase that a build is in: rows or blocks of it, if it counts any.
 
     Args:
         row: of `pg_stat_progress_create_index`. Its counters keep their values in phases that do not use them: only

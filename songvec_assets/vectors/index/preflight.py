@@ -1,4 +1,4 @@
-"""Whether what is about to be paid for or loaded can be indexed afterwards: asked of the server before it begins.
+"""Whether what is about to be paid for or loaded can be indexed afterwards: checked with the server before it begins.
 
 What a table needs is tried on a scratch table of one row, in the schema of the serving one, and rolled back; rights are
 read from the catalog; memory and disk are worked out, for an index on a small table shows neither. Nothing here touches
@@ -50,7 +50,7 @@ def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_
     """Refuse what could not be loaded or indexed. The serving table must fit: see `check_publishable`.
 
     Args:
-        target: the serving table, or the staging table where that is built.
+        target: the serving table, or the staging table if that is built.
         spec: what it is to hold.
         wanted: how it is to be indexed.
         n_songs: rows that it is to have.
@@ -72,7 +72,7 @@ def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_
 
 
 def _check_rights(connection: sa.Connection, builds: bool) -> str:
-    """The schema of the table, quoted; raises where a right is missing.
+    """The schema of the table, quoted; raises if a right is missing.
 
     VACUUM needs no further right: the owner may, and the server only warns anybody else.
     """

@@ -30,7 +30,7 @@ def find_smallest(reaches: Callable[[int], bool], tried: set[int], lists: int) -
 
     Args:
         reaches: whether n probes reach the target.
-        tried: that were measured; all lists among them where none reaches it.
+        tried: that were measured; all lists among them if none reaches it.
         lists: of the index.
     """
     high = min((probes for probes in tried if reaches(probes)), default=None)

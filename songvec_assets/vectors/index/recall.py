@@ -41,8 +41,8 @@ class RecallPoint:
     Attributes:
         probes: lists visited.
         recall: the lower of the two that follow: whatever people ask is to be found.
-        recall_of_rows: share of the ten nearest found, where the query is a row of the table.
-        recall_of_synthetic: the same, where it is like nothing in the table.
+        recall_of_rows: share of the ten nearest found, if the query is a row of the table.
+        recall_of_synthetic: the same, if it is like nothing in the table.
         ms_median, ms_p99: a search's round trip, once its pages were read.
     """
 
@@ -63,7 +63,7 @@ class RecallReport:
         n_rows: of the table, that they were compared with.
         target: the recall wanted.
         points: by probes, ascending.
-        probes: the smallest that reach the target; all lists where the table is small, or where none do.
+        probes: the smallest that reach the target; all lists if the table is small, or if none do.
         n_changed: rows that had changed by then since the index was built.
     """
 
@@ -131,7 +131,7 @@ def measure_recall(
         cache: the shards that it was loaded from.
         lists: of the index.
         target: the recall wanted, of both kinds of queries.
-        kept: probes that searches use now, chosen again where they reach the target.
+        kept: probes that searches use now, chosen again if they reach the target.
         run: notified of the rows, then of the searches; a stop ends it between two batches or searches.
 
     Raises:
@@ -157,7 +157,7 @@ def measure_recall(
 def measure_and_record(
     table: VectorTable, cache: ModelCache, lists: int, target: float, run: RunContext, kept: int | None = None
 ) -> tuple[RecallReport | None, str]:
-    """Measure and record; returns what to report. Without the cache there is an index all the same."""
+    """Measure and record; returns what to report. A cache that lacks rows is no error: the index is there."""
     try:
         report = measure_recall(table, cache, lists, target, kept, run)
     except StoreError as error:

@@ -98,7 +98,7 @@ def build_bytes(lists: int, dimensions: int, vector_type: str = "vector", worker
 
 
 def most_lists(memory_bytes: int, dimensions: int, vector_type: str = "vector") -> int:
-    """The most lists whose build fits into this memory; 0 where not even one does."""
+    """The most lists whose build fits into this memory; 0 if not even one does."""
     lists = range(1, _MOST_LISTS + 1)
     return bisect.bisect_right(lists, memory_bytes, key=lambda each: build_bytes(each, dimensions, vector_type))
 
