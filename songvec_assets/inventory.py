@@ -1,14 +1,13 @@
-"""One row per range: what the source, its snapshot, the cache, the ledger and the table have of it.
+"""One row per range: what the source, its snapshot, the cache, the ledger and the table hold of it.
 
-Everything that asks what state a range is in asks here. Counts and digests are read first: an index scan of the source,
-the footers of snapshots, manifests, the ledger without its song_ids, the table's primary key. The song_ids of a range
-are read only if its digests differ. When to add here: another fact of a range. Keep out: what follows from it.
+Every question about the state of ranges is answered from here. Counts and digests are read first: an index scan of the
+source, the footers of snapshots, manifests, the ledger without its song_ids, the table's primary key. The song_ids of a
+range are read only if its digests differ. When to add here: another column. Keep out: what follows from it.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import polars as pl
 
@@ -16,52 +15,14 @@ from songvec_assets.cache.manifest import Manifest
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.counts import IdSums, RangeCount
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import Footer, load_songs_from_parquet, read_footer, snapshot_path, snapshot_ranges
+from songvec_assets.songs.snapshots import load_songs_from_parquet, read_footer, snapshot_path, snapshot_ranges
 from songvec_assets.vectors.load import LoadSource, RangeState, compare
 from songvec_assets.vectors.table import VectorTable
 
-
-@dataclass(frozen=True)
-class Question:
-    """What the answers depend on.
-
-    Attributes:
-        text: identity of how songs become texts.
-        server: that is asked for vectors.
-    """
-
-    text: str
-    server: str
-
-
-@dataclass(frozen=True)
-class RangeRow:
-    """A range.
-
-    Attributes:
-        range: which.
-        n_source: songs in the source; None: not asked.
-        snapshot: footer of its snapshot; None: there is none that can be read.
-        state: of cache, ledger and table.
-        is_answered: whether the cache answers the snapshot in full.
-    """
-
-    range: SongIdRange
-    n_source: int | None
-    snapshot: Footer | None
-    state: RangeState
-    is_answered: bool
-
-    @property
-    def n_songs(self) -> int:
-        """Songs in the snapshot."""
-        return self.snapshot.n_songs if self.snapshot else 0
-
-
-_SCHEMA: dict[str, type[pl.DataType]] = {
-    "key": pl.String, "n_source": pl.Int64, "n_songs": pl.Int64, "n_unexported": pl.Int64, "n_cached": pl.Int64,
-    "n_rejected": pl.Int64, "n_loaded": pl.Int64, "n_rows": pl.Int64, "n_missing": pl.Int64, "n_orphans": pl.Int64,
-    "is_answered": pl.Boolean, "is_loaded": pl.Boolean, "snapshot": pl.String, "cache": pl.Binary, "ledger": pl.Binary,
+_COUNTS = {"n_rejected": pl.Int64, "n_missing": pl.Int64, "n_orphans": pl.Int64}
+_COLUMNS: dict[str, type[pl.DataType]] = {
+    "key": pl.String, "n_source": pl.Int64, "n_songs": pl.Int64, "n_cached": pl.Int64, "n_loaded": pl.Int64,
+    "n_rows": pl.Int64, "is_answered": pl.Boolean, "is_loaded": pl.Boolean, "error": pl.String, **_COUNTS,
 }  # fmt: skip
 
 
@@ -71,54 +32,77 @@ class Inventory:
 
     Attributes:
         source: the cache and the snapshots.
-        rows: in the order of the ranges.
-        table: that was looked at; None: none was.
+        table: whose rows and ledger were read; None: none.
+        known: a row per range, in order: key; n_source (songs of the source; null: not counted), n_songs (of the
+            snapshot; null: there is none that can be read), n_cached (songs with a vector), n_loaded (by the ledger),
+            n_rows (of the table); is_answered (whether the cache answers the snapshot in full), is_loaded; error (why
+            the cache cannot be read: then nothing counts as cached); and n_rejected, n_missing and n_orphans of
+            `frame`, null where they take a look at song_ids.
     """
 
     source: LoadSource
-    rows: list[RangeRow]
-    table: VectorTable | None = None
+    table: VectorTable | None
+    known: pl.DataFrame
+
+    @property
+    def behind(self) -> list[SongIdRange]:
+        """The ranges whose snapshot is not answered in full by the cache, in order."""
+        keys = self.known.filter(pl.col("n_songs").is_not_null(), ~pl.col("is_answered"))["key"]
+        ranges = {*self.source.tiling}
+        # a range from before the stop was raised is replaced by the next export
+        return [each for each in map(SongIdRange.from_key, keys) if each in ranges]
 
     @cached_property
     def frame(self) -> pl.DataFrame:
-        """One row per range; reads the song_ids of those that counts and digests leave open.
+        """The same with every count; reads the song_ids of those ranges that counts and digests leave open.
 
         Returns:
-            Columns key; n_source (null: not asked), n_songs (of the snapshot), n_unexported, n_cached, n_rejected (by
-            the export or the provider), n_loaded (by the ledger), n_rows (of the table), n_missing (with neither a row
-            nor a reason; those not exported yet too), n_orphans (loaded, and not in the snapshot); is_answered,
-            is_loaded; and digests: snapshot, cache, ledger.
+            The columns of `known`, without nulls in n_songs and n_unexported; n_unexported: songs of the source beyond
+            those of the snapshot, by count; n_rejected: by the export or the provider; n_missing: with neither a row
+            nor a reason, those not exported yet included; n_orphans: loaded, and not in the snapshot.
         """
-        return pl.DataFrame([self._describe(each) for each in self.rows], _SCHEMA, orient="row")
+        unclear = self.known.filter(pl.col("n_missing").is_null())["key"]
+        counted = [(key, *self._count(SongIdRange.from_key(key))) for key in unclear]
+        found = self.known.update(pl.DataFrame(counted, {"key": pl.String, **_COUNTS}, orient="row"), on="key")
+        n_songs = pl.col("n_songs").fill_null(0)
+        n_unexported = (pl.col("n_source").fill_null(0) - n_songs).clip(0)
+        return found.with_columns(
+            n_songs=n_songs, n_unexported=n_unexported, n_missing=pl.col("n_missing") + n_unexported
+        )
+
+    @property
+    def total(self) -> dict[str, int]:
+        """The sum of each count of `frame`."""
+        return dict(self.frame.select(pl.col(pl.Int64).sum()).row(0, named=True))
+
+    @property
+    def coverage(self) -> pl.DataFrame:
+        """What became of the songs of each snapshot, each song counted once: key, loaded, cached, rejected, missing."""
+        # by counts: a loaded song counts as that until the next load, whatever the snapshot says of it by now
+        left = pl.col("n_songs") - pl.col("loaded") - pl.col("rejected")
+        return (
+            self.frame.filter(pl.col("n_songs") > 0)
+            .with_columns(loaded=pl.min_horizontal("n_loaded", "n_songs"))
+            .with_columns(rejected=pl.min_horizontal("n_rejected", pl.col("n_songs") - pl.col("loaded")))
+            .with_columns(cached=pl.min_horizontal((pl.col("n_cached") - pl.col("loaded")).clip(0), left))
+            .select("key", "loaded", "cached", "rejected", missing=left - pl.col("cached"))
+        )
 
     @property
     def errors(self) -> list[str]:
         """Why ranges of the cache cannot be read; they count as not cached."""
-        return [each.state.cached.error for each in self.rows if each.state.cached.error]
+        return self.known.filter(pl.col("error") != "")["error"].to_list()
 
     def name_rejected(self, n_songs: int) -> list[tuple[int, str]]:
         """song_id and reason of the first rejected songs."""
         named: list[tuple[int, str]] = []
-        for row, n_rejected in zip(self.rows, self.frame["n_rejected"], strict=True):
-            if n_rejected and len(named) < n_songs:
-                named += self._read_rejected(row.range).head(n_songs - len(named)).rows()
+        for key in self.frame.filter(pl.col("n_rejected") > 0)["key"]:
+            if len(named) < n_songs:
+                named += self._read_rejected(SongIdRange.from_key(key)).head(n_songs - len(named)).rows()
         return named
 
-    def _describe(self, row: RangeRow) -> tuple[Any, ...]:
-        cached, loaded, n_songs = row.state.cached, row.state.loaded, row.n_songs
-        n_unexported = max(0, (row.n_source or 0) - n_songs)
-        if cached.complete is not None and row.is_answered and row.state.is_loaded:
-            n_rejected, n_missing, n_orphans = cached.complete.n_rejected, 0, 0
-        else:
-            n_rejected, n_missing, n_orphans = self._count_exactly(row.range)
-        return (
-            row.range.key, row.n_source, n_songs, n_unexported, cached.n_vectors,
-            n_rejected, loaded.n_songs if loaded else 0, row.state.in_table.n_rows, n_missing + n_unexported, n_orphans,
-            row.is_answered, row.state.is_loaded, row.snapshot.digest if row.snapshot else None, cached.digest,
-            loaded.digest if loaded else None,
-        )  # fmt: skip
-
-    def _count_exactly(self, song_range: SongIdRange) -> tuple[int, int, int]:
+    def _count(self, song_range: SongIdRange) -> tuple[int, int, int]:
+        """Rejected, missing and orphaned songs, by song_id."""
         path = snapshot_path(self.source.songs_folder, song_range)
         songs, rejected = load_songs_from_parquet(path, ["song_id"])["song_id"], self._read_rejected(song_range)
         loaded = pl.Series([], dtype=pl.Int32) if self.table is None else self.table.ledger.read_song_ids(song_range)
@@ -141,32 +125,38 @@ class Inventory:
 
 def read(
     source: LoadSource,
-    question: Question,
+    text: str,
+    server: str,
     table: VectorTable | None = None,
     counts: Mapping[SongIdRange, RangeCount] | None = None,
 ) -> Inventory:
-    """Look at every range that holds anything. Changes nothing.
+    """Read the state of every range that holds anything. Changes nothing.
 
     Args:
         source: the cache and the snapshots.
-        question: what the cache is to answer.
-        table: whose ledger and rows are looked at; None: neither is.
-        counts: of the source; None: it is not asked.
+        text: identity of how songs become texts, which the cache is to answer.
+        server: that is asked for vectors: songs that another one rejected are not answered.
+        table: whose ledger and rows are read; None: neither is.
+        counts: of the source; None: it is not counted.
     """
-    if table is None:
-        states = {each: _unloaded(source, each) for each in source.cache.ranges()}
-    else:
-        states, _ = compare(table, source.cache, source.tiling)
+    states = {} if table is None else compare(table, source.cache, source.tiling)[0]
     rows = []
-    for each in sorted({*snapshot_ranges(source.songs_folder), *states, *(counts or {})}):
-        state = states.get(each) or _unloaded(source, each)
-        footer = read_footer(snapshot_path(source.songs_folder, each))
-        done = state.cached.complete
-        is_answered = bool(done and footer and done.fits(footer.digest, question.text, question.server))
-        n_source = None if counts is None else counts.get(each, RangeCount()).n_songs
-        rows.append(RangeRow(each, n_source, footer, state, is_answered))
-    return Inventory(source, rows, table)
-
-
-def _unloaded(source: LoadSource, song_range: SongIdRange) -> RangeState:
-    return RangeState(source.cache.summarize(song_range), None, IdSums())
+    for each in sorted({*snapshot_ranges(source.songs_folder), *source.cache.ranges(), *states, *(counts or {})}):
+        state = states.get(each) or RangeState(source.cache.summarize(each), None, IdSums())
+        footer, done = read_footer(snapshot_path(source.songs_folder, each)), state.cached.complete
+        is_answered = bool(done and footer and done.fits(footer.digest, text, server))
+        rows.append(
+            (
+                each.key,
+                None if counts is None else counts.get(each, RangeCount()).n_songs,
+                footer.n_songs if footer else None,
+                state.cached.n_vectors,
+                state.loaded.n_songs if state.loaded else 0,
+                state.in_table.n_rows,
+                is_answered,
+                state.is_loaded,
+                state.cached.error,
+                *((done.n_rejected, 0, 0) if done and is_answered and state.is_loaded else (None, None, None)),
+            )
+        )
+    return Inventory(source, table, pl.DataFrame(rows, _COLUMNS, orient="row"))

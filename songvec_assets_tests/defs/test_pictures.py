@@ -9,13 +9,13 @@ import dagster as dg
 import numpy as np
 import pytest
 from PIL import Image
+from songvec_assets.status import RangeCoverage
 
 from songvec_assets.defs.pictures import draw_coverage, draw_map, draw_recall, draw_tokens, show_picture
 from songvec_assets.defs.reports import describe_index, describe_preview, describe_recall
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.preview import Neighborhood, Preview, SongMap
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange
-from songvec_assets.status import RangeCoverage
 from songvec_assets.vectors.index.recall import RecallPoint, RecallReport
 from songvec_assets.vectors.index.sizing import estimate_build
 from songvec_assets.vectors.index.upkeep import IndexReport
