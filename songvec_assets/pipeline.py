@@ -26,7 +26,7 @@ from songvec_assets.reports import RunReport
 from songvec_assets.search import nearest
 from songvec_assets.search.nearest import Hit
 from songvec_assets.settings import Settings
-from songvec_assets.songs import export, snapshots
+from songvec_assets.songs import export
 from songvec_assets.songs.export import ExportMode, ExportReport
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import swap
@@ -231,7 +231,7 @@ class Pipeline(Questions):
         estimator, given = self.token_estimator(), self.settings
         limits = given.max_usd, given.max_usd_a_month
         return Filler(
-            songs_folder=self.store.songs,
+            snapshots=self.store.songs,
             cache=self.cache,
             spec=self.text_spec,
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble),
@@ -267,9 +267,7 @@ class Pipeline(Questions):
 
         @functools.cache
         def check_once(target: VectorTable) -> None:
-            n_songs = sum(
-                snapshots.count_songs(self.store.songs, each) for each in snapshots.snapshot_ranges(self.store.songs)
-            )
+            n_songs = sum(map(self.store.songs.count, self.store.songs.ranges()))
             check_target(target, self.table_spec, self.index_settings, n_songs)
 
         return lambda: check_once(swap.check_publishable(self.database, self.wanted_table))

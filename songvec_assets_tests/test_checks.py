@@ -148,7 +148,7 @@ def test_a_check_that_cannot_run_does_not_pass_and_stops_no_other(
     begin: Callable[..., Deployment],
 ) -> None:
     evidence = Evidence(begin())
-    snapshot = next(evidence.wiring.store.songs.glob("*.parquet"))
+    snapshot = next(evidence.wiring.store.songs.storage.root.glob("*.parquet"))
     snapshot.write_bytes(b"PAR1" + b"x" * 100 + b"PAR1")
     finding = evidence.answer(CHECKS["coverage"])
     assert (finding.passed, "is damaged" in finding.words) == (False, True)
