@@ -94,7 +94,7 @@ def draw_coverage(coverage: pl.DataFrame) -> bytes:
     starts = np.array([each.start for each in ranges])
     below = np.zeros(len(ranges))
     edge = 0.5 if len(ranges) <= _SEPARATE_BARS else 0
-    for (name, colour), heights in zip(_STATES.items(), counts, strict=True):
+    for (name, colour), heights in zip(_STATES.items(), counts.to_numpy().T, strict=True):
         label = f"{name}: {sum(heights):,}"
         axes.bar(
             starts, heights, width, below, align="edge", color=colour, label=label, edgecolor="white", linewidth=edge
