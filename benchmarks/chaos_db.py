@@ -519,7 +519,7 @@ def names(world: World, _: Random) -> None:
         "range_size": world.tiling.width,
         "song_id_stop": world.tiling.stop,
     }
-    deployment = Deployment(Settings.from_environment({}, **settings))
+    deployment = Deployment(Settings(**settings))
     cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, world.tiling)
     deployment.filler().fill_ranges(list(world.tiling), lambda _: None)
     world.cache, world.spec = deployment.cache, deployment.table_spec

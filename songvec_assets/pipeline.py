@@ -25,7 +25,7 @@ from songvec_assets.questions import Questions
 from songvec_assets.reports import RunReport
 from songvec_assets.search import nearest
 from songvec_assets.search.nearest import Hit
-from songvec_assets.settings import Settings
+from songvec_assets.settings import Settings, variables
 from songvec_assets.songs import export
 from songvec_assets.songs.export import ExportMode, ExportReport
 from songvec_assets.songs.ranges import SongIdRange
@@ -64,8 +64,9 @@ class Pipeline(Questions):
         Raises:
             SettingsError: a setting does not parse, or settings contradict each other.
         """
-        dotenv = {name: value for name, value in dotenv_values(".env").items() if value is not None}
-        return cls(Settings.from_environment(dotenv | os.environ, **settings))
+        names = {*variables()} - os.environ.keys()
+        dotenv = {name: value for name, value in dotenv_values(".env").items() if name in names}
+        return cls(Settings(**dotenv | settings))
 
     def __enter__(self) -> Self:
         return self
@@ -202,7 +203,7 @@ class Pipeline(Questions):
             "vector_type": vector_type,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        return replace(self, settings=replace(self.settings, swap=True, **given)).run(progress=progress)
+        return replace(self, settings=self.settings.model_copy(update=given | {"swap": True})).run(progress=progress)
 
     def roll_back(self, progress: ReportProgress = ignore_progress) -> TableSpec | None:
         """Let the table from before the last swap serve again; see `vectors.swap.roll_back`."""

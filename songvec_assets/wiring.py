@@ -276,14 +276,13 @@ class Wiring:
             return self
         # a prompt that is set belongs to the model that is set
         is_set = self.settings.query_prompt and loaded.model == self.settings.model
-        settings = replace(
-            self.settings,
-            query_prompt=self.settings.query_prompt if is_set else loaded.query_prompt,
-            embedding_model=loaded.model,
-            embedding_dimensions=loaded.dimensions,
-            vector_type=loaded.vector_type,
-        )
-        return replace(self, settings=settings)
+        changed = {
+            "query_prompt": self.settings.query_prompt if is_set else loaded.query_prompt,
+            "embedding_model": loaded.model,
+            "embedding_dimensions": loaded.dimensions,
+            "vector_type": loaded.vector_type,
+        }
+        return replace(self, settings=self.settings.model_copy(update=changed))
 
     # the ranges
 

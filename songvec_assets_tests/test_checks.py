@@ -1,7 +1,6 @@
 """Each check passes for a sound pipeline, and fails for one in which that thing is wrong."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -233,7 +232,7 @@ def test_a_server_of_ones_own_without_a_key_costs_nothing(
     ],
 )
 def test_the_price_is_what_is_set_else_that_of_who_sends_a_bill(environment: dict[str, str], price: float) -> None:
-    assert Settings.from_environment(environment).price == price
+    assert Settings(**environment).price == price
 
 
 @pytest.mark.parametrize(
@@ -277,7 +276,7 @@ def test_ranges_behind_are_those_whose_songs_changed(begin: Callable[..., Deploy
         "000000100-000000200"
     ]
     rendered = begin()
-    rendered.settings = replace(rendered.settings, max_text_chars=5)
+    rendered.settings = rendered.settings.model_copy(update={"max_text_chars": 5})
     assert len(rendered.read_inventory(with_table=False, with_source=False).behind) == 2, (
         "another way of rendering changes them all"
     )

@@ -4,7 +4,6 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,7 +154,7 @@ def test_looking_does_not_cut_the_tail_where_the_stop_was_raised(
     deployment.export()
     deployment.filler().fill_ranges(list(TILING), lambda _: None)
     before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
-    raised = Deployment(replace(deployment.settings, song_id_stop=2_000))
+    raised = Deployment(deployment.settings.model_copy(update={"song_id_stop": 2_000}))
     assert raised.read_inventory(with_table=False, with_source=False).behind == []
     assert raised.held_ranges() == [SongIdRange(1_000, 1_100), raised.tiling.tail]
     assert raised.estimate({*raised.held_ranges()}).n_songs == 2
@@ -183,7 +182,7 @@ for n in range(20):
 while time.time() < start + 1.2:
     pass
 given = {"postgres_url": url, "fireworks_api_key": "k", "storage": str(folder / "bound")}
-deployment = Deployment(Settings.from_environment({}, range_size=100, song_id_stop=1_000, **given))
+deployment = Deployment(Settings(range_size=100, song_id_stop=1_000, **given))
 deployment.bind()
 print(*stores, deployment.store.store_id)
 """
