@@ -15,7 +15,7 @@ from songvec_assets.cache.manifest import Manifest
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.counts import IdSums, RangeCount
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.vectors.load import LoadSource, RangeState, compare
+from songvec_assets.vectors.plan import LoadSource, RangeState, compare
 from songvec_assets.vectors.table import VectorTable
 
 _COUNTS = {"n_rejected": pl.Int64, "n_missing": pl.Int64, "n_orphans": pl.Int64}

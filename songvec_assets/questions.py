@@ -26,7 +26,7 @@ from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.watch import measure_source
 from songvec_assets.vectors.index.neighbors import LoadedRows
 from songvec_assets.vectors.index.recall import read_recall
-from songvec_assets.vectors.load import plan_load
+from songvec_assets.vectors.plan import plan_load
 from songvec_assets.vectors.table import describe_tables
 from songvec_assets.wiring import Wiring
 

@@ -16,7 +16,7 @@ from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.export import ExportReport
 from songvec_assets.songs.watch import SourceState
 from songvec_assets.vectors.index.upkeep import IndexReport
-from songvec_assets.vectors.load import LoadPlan
+from songvec_assets.vectors.plan import LoadPlan
 from songvec_assets.vectors.swap import PublishReport
 from songvec_assets.vectors.table import IndexFacts
 

@@ -32,7 +32,7 @@ from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.spending import SpendingLog
 from songvec_assets.vectors.index.upkeep import IndexSettings
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
