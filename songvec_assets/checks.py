@@ -69,10 +69,10 @@ class Evidence:
 def coverage(evidence: Evidence) -> Finding:
     """Does every song of the source have an embedding in the table, or a named reason why not?"""
     total = evidence.total
-    n_songs, n_missing, n_unexported = (
-        total["n_songs"] + total["n_unexported"],
+    n_missing, n_unexported, n_songs = (
         total["n_missing"],
         total["n_unexported"],
+        total["n_songs"] + total["n_unexported"],
     )
     unexported = f" ({n_unexported:,} of them not exported yet)" if n_unexported else ""
     cure = ": `songvec run` embeds and loads them" if n_missing else ""
@@ -80,13 +80,8 @@ def coverage(evidence: Evidence) -> Finding:
         n_missing == 0,
         f"{total['n_loaded']:,} of {n_songs:,} songs are loaded, {total['n_rejected']:,} rejected, "
         f"{n_missing:,} missing{unexported}{cure}",
-        {
-            "songs": n_songs,
-            "loaded": total["n_loaded"],
-            "rejected": total["n_rejected"],
-            "missing": n_missing,
-            "not exported yet": n_unexported,
-        },
+        {"songs": n_songs, "not exported yet": n_unexported}
+        | {name: total[f"n_{name}"] for name in ("loaded", "rejected", "missing")},
     )
 
 

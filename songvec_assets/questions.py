@@ -54,7 +54,9 @@ class Questions(Wiring):
     def status(self, max_rejected: int = 20) -> Status:
         """What is exported, cached, loaded and indexed; names up to `max_rejected` rejected songs."""
         inventory, index = self.read_inventory(), self.table.index
-        ranges = inventory.frame.with_columns(n_indexed=pl.col("n_loaded") if index else pl.lit(0, pl.Int64))
+        ranges = inventory.frame.with_columns(
+            pl.col("n_songs").fill_null(0), n_indexed=pl.col("n_loaded") if index else pl.lit(0, pl.Int64)
+        )
         with self.database.get_connection() as connection:
             recall = read_recall(connection, self.table)
         return Status(
@@ -82,7 +84,7 @@ class Questions(Wiring):
             ranges: to embed; None: all.
             reembed: whether all their songs are to be embedded again.
         """
-        known = self.read_inventory(with_table=False, with_source=False).known.drop_nulls("n_songs")
+        known = self.read_inventory(with_table=False, with_source=False).frame.drop_nulls("n_songs")
         tiling, answered = {*self.tiling}, 0
 
         def plan() -> Iterator[FillPlan]:
