@@ -49,7 +49,7 @@ from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.index.neighbors import LoadedRows
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import PublishReport, WantedTable, check_publishable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec, VectorTable
 

@@ -30,7 +30,7 @@ from songvec_assets.settings import (
     variables,
 )
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.vectors.conftest import SPEC, put
@@ -79,7 +79,6 @@ def test_wrong_vectors_and_mixed_models_block_what_is_downstream() -> None:
         "song_embeddings_table:no_orphans": False,
         "song_embeddings_table:vectors_are_sound": True,
         "song_embeddings_table:one_model": True,
-        "song_embeddings_table:no_drift": False,
         "song_embeddings_table:billed_as_estimated": False,
         "song_embeddings_table:price_is_sane": False,
         "ivfflat_index:index_is_used": False,
