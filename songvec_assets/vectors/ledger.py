@@ -155,17 +155,6 @@ class Ledger:
             },
         )
 
-    def rename_to(self, connection: sa.Connection, table: str) -> None:
-        """Let the rows follow a table that is renamed."""
-        connection.execute(
-            text("UPDATE songvec.loaded_ranges SET table_name = :new WHERE table_name = :table"),
-            {"table": self.table, "new": table},
-        )
-
-    def clear(self, connection: sa.Connection) -> None:
-        """Remove all rows: the table does not exist."""
-        connection.execute(text("DELETE FROM songvec.loaded_ranges WHERE table_name = :table"), {"table": self.table})
-
 
 @dataclass(frozen=True)
 class Records:
@@ -222,16 +211,18 @@ class Records:
 
     def rename_records(self, connection: sa.Connection, name: str) -> None:
         """Let all that is recorded follow a table that is renamed."""
-        self.ledger.rename_to(connection, name)
         new = Records(self.database, name)
-        for each in _METADATA:
-            connection.execute(
-                text("UPDATE songvec.settings SET key = :new WHERE key = :key"),
-                {"key": self.metadata_key(each), "new": new.metadata_key(each)},
-            )
+        connection.execute(
+            text("UPDATE songvec.loaded_ranges SET table_name = :new WHERE table_name = :old"),
+            {"old": self.name, "new": name},
+        )
+        connection.execute(
+            text("UPDATE songvec.settings SET key = :new WHERE key = :old"),
+            [{"old": self.metadata_key(each), "new": new.metadata_key(each)} for each in _METADATA],
+        )
 
     def forget(self, connection: sa.Connection) -> None:
         """Remove what is recorded about it: there is no table of this name."""
-        self.ledger.clear(connection)
+        connection.execute(text("DELETE FROM songvec.loaded_ranges WHERE table_name = :table"), {"table": self.name})
         keys = [self.metadata_key(name) for name in _METADATA]
         connection.execute(text("DELETE FROM songvec.settings WHERE key = ANY (:keys)"), {"keys": keys})
