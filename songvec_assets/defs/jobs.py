@@ -104,7 +104,7 @@ def rollback_job() -> None:
 def plan(context: dg.OpExecutionContext, run: RunResource) -> None:
     """See `Pipeline.dry_run`."""
     with failing_clearly(), run.open() as deployment:
-        planned = deployment.dry_run(run.choose_ranges(deployment, None), run.embed_anew)
+        planned = deployment.dry_run(run.choose_ranges(deployment, None), run.reembed)
         for line in planned.describe():
             context.log.info(line)
 
