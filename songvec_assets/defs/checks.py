@@ -1,4 +1,7 @@
-"""Asset checks: the auditor's questions, each with the severity that fits. A wrong vector blocks what is downstream."""
+"""Asset checks: the auditor's questions, each with its severity. Invalid vectors block what is downstream.
+
+When to add here: another question. Keep out: how it is answered (`audits`).
+"""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -8,15 +11,22 @@ import dagster as dg
 from songvec_assets.audits import Auditor, Finding
 from songvec_assets.defs.assets import ivfflat_index, song_embeddings_table
 from songvec_assets.defs.resources import RunResource
-from songvec_assets.defs.steps import failing_clearly
+from songvec_assets.defs.steps import failing_clearly, notify
 
 
 class Question(NamedTuple):
-    """A question, and what a bad answer means."""
+    """A question, and what it means if the answer is no."""
 
     ask: Callable[[Auditor], Finding]
     severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.WARN
     blocking: bool = False
+
+
+class Answer(NamedTuple):
+    """What a check found."""
+
+    check: str
+    finding: Finding
 
 
 _ERROR = dg.AssetCheckSeverity.ERROR
@@ -34,14 +44,18 @@ def _ask(asset: dg.AssetsDefinition, name: str, *questions: Question) -> dg.Asse
     def ask(context: dg.AssetCheckExecutionContext, run: RunResource) -> Iterator[dg.AssetCheckResult]:
         with failing_clearly(), run.open() as deployment:
             auditor = Auditor(deployment)
-            for spec in specs:
-                if spec.key in context.selected_asset_check_keys:
-                    question = by_name[spec.name]
-                    finding = auditor.answer(question.ask)
-                    yield dg.AssetCheckResult(
-                        check_name=spec.name, asset_key=spec.asset_key, passed=finding.passed,
-                        severity=question.severity, description=finding.words, metadata=finding.figures,
-                    )  # fmt: skip
+            for spec in (each for each in specs if each.key in context.selected_asset_check_keys):
+                question = by_name[spec.name]
+                finding = auditor.answer(question.ask)
+                notify(Answer(spec.name, finding))
+                yield dg.AssetCheckResult(
+                    check_name=spec.name,
+                    asset_key=spec.asset_key,
+                    passed=finding.passed,
+                    severity=question.severity,
+                    description=finding.words,
+                    metadata=finding.figures,
+                )
 
     return ask
 
