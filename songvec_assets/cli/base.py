@@ -13,7 +13,6 @@ from dotenv import dotenv_values, load_dotenv
 
 from songvec_assets.cli.terminal import fail
 from songvec_assets.errors import SettingsError, SongvecError
-from songvec_assets.settings import variables
 from songvec_assets.signals import discard_unwritable_output, interrupted_by_hangup
 
 if TYPE_CHECKING:
@@ -38,6 +37,8 @@ def read_dotenv(context: typer.Context) -> None:
     """Read `.env`, as dagster does; the demo ignores it and the environment."""
     dotenv = Path.cwd() / ".env"
     if context.invoked_subcommand == "demo":
+        from songvec_assets.settings import variables
+
         context.obj = any((os.environ | dotenv_values(dotenv)).get(variable) for variable in variables())
         for variable in variables():
             os.environ.pop(variable, None)
@@ -62,7 +63,7 @@ def deploy(**overrides: Any) -> "Deployment":
     from songvec_assets.deployment import Deployment
     from songvec_assets.settings import Settings
 
-    return Deployment(Settings.from_environment(**overrides))
+    return Deployment(Settings(**overrides))
 
 
 def choose_span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRange]":

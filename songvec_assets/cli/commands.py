@@ -16,7 +16,6 @@ import typer
 from songvec_assets.cli import base
 from songvec_assets.cli.base import ConfirmDeletions, app
 from songvec_assets.cli.terminal import EXIT_INCOMPLETE, err, fail, hint, interruptible, say
-from songvec_assets.settings import variables
 
 if TYPE_CHECKING:
     from songvec_assets.cli.run import RunResult
@@ -70,6 +69,8 @@ def dev(
     from songvec_assets.defs.instance import WORKSPACE, choose_home
 
     if demo:
+        from songvec_assets.settings import variables
+
         # empty, not unset: dagster reads `.env`, too
         os.environ.update(dict.fromkeys(variables(), ""))
     os.environ["DAGSTER_HOME"] = str(choose_home())
@@ -113,7 +114,7 @@ def refresh(
         return
     options: dict[str, Any] = {
         "export_mode": "append" if append else "all",
-        "embed_anew": reembed or anew,
+        "reembed": reembed or anew,
         "retry_rejected": retry_rejected,
         "confirm_deletions": confirm_deletions,
         "confirm_reembedding": confirm_reembedding,

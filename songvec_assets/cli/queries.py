@@ -16,7 +16,6 @@ from songvec_assets.cli import base
 from songvec_assets.cli.base import ConfirmDeletions, app
 from songvec_assets.cli.terminal import EXIT_INCOMPLETE, err, hint, interruptible, out, say, showing_progress
 from songvec_assets.progress import Progress, run_in_worker
-from songvec_assets.settings import settings_table
 
 if TYPE_CHECKING:
     from songvec_assets.deployment import Deployment
@@ -92,6 +91,8 @@ def search(
 @app.command("settings")
 def print_settings() -> None:
     """Print all settings as a Markdown table, and the prompts of the configured model."""
+    from songvec_assets.settings import settings_table
+
     print(settings_table())
     deployment = base.deploy()
     prompts = deployment.prompts

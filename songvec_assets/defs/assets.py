@@ -102,7 +102,7 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
         recorder = FillRecorder(context, deployment)
 
         def fill(emit: Emit) -> None:
-            request = reembed_request_of(context.run) if run.embed_anew else None
+            request = reembed_request_of(context.run) if run.reembed else None
             # first: it binds the store, and divides its tail if the stop was raised
             confirmed = run.confirm_reembedding
             filler = deployment.filler(emit, budget_of(context.run), request, run.retry_rejected, confirmed)

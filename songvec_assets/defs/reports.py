@@ -15,7 +15,6 @@ from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.search.preview import Preview
 from songvec_assets.songs.export import ExportReport
-from songvec_assets.songs.snapshots import digest_snapshots
 from songvec_assets.status import measure_coverage
 from songvec_assets.vectors.index.recall import RecallReport
 from songvec_assets.vectors.index.upkeep import IndexReport
@@ -46,16 +45,16 @@ def table_schema(column_type: str = "vector", model: str = "the configured model
 
 def report_export(report: ExportReport, deployment: Deployment, log: Any) -> dg.MaterializeResult[None]:
     """An export's totals; its version is that of all snapshots."""
-    folder, caution = deployment.store.songs, deployment.source.caution
+    snapshots, caution = deployment.store.songs, deployment.source.caution
     if caution:
         log.warning(caution)
     if any(each.written for each in report.ranges):
         # before anything is paid for
         for line in deployment.describe_boilerplate():
             log.warning(line)
-    metadata = describe_export(report) | {"folder": dg.MetadataValue.path(str(folder.resolve()))}
+    metadata = describe_export(report) | {"folder": dg.MetadataValue.path(str(snapshots.storage.root.resolve()))}
     metadata |= {"row security": caution} if caution else {}
-    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(digest_snapshots(folder)))
+    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(snapshots.digest_all()))
 
 
 def report_publish(

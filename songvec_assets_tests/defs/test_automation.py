@@ -396,9 +396,9 @@ class TestRuns:
         [
             ({"ranges": "000000000"}, "expected a range key like"),
             ({"ranges": "000050000-000100000...000000000-000050000"}, "no ranges of this graph in their order"),
-            ({"max_usd": -1.0}, "SONGVEC_MAX_USD: expected a number of at least 0"),
-            ({"concurrency": 0}, "SONGVEC_CONCURRENCY: expected a whole number from 1 to 1,000"),
-            ({"target_recall": 1.5}, "SONGVEC_TARGET_RECALL: expected a share over 0"),
+            ({"max_usd": -1.0}, "SONGVEC_MAX_USD: expected a number greater than or equal to 0"),
+            ({"concurrency": 0}, "SONGVEC_CONCURRENCY: expected a number greater than or equal to 1"),
+            ({"target_recall": 1.5}, "SONGVEC_TARGET_RECALL: expected a number less than or equal to 1"),
         ],
     )
     def test_a_bad_option_is_refused_by_name_before_anything_is_done(
@@ -413,7 +413,7 @@ class TestRuns:
     ) -> None:
         job = defs.resolve_job_def("refresh")
         assert job.execute_in_process(instance=instance).success
-        config = {"resources": {"run": {"config": {"embed_anew": True}}}}
+        config = {"resources": {"run": {"config": {"reembed": True}}}}
         first = job.execute_in_process(instance=instance, run_config=config)
         assert {count for text, count in provider.texts().items() if text != "probe"} == {2}
         with dg.DagsterInstance.local_temp(instance.root_directory) as same:
