@@ -4,7 +4,6 @@ When to add here: another table. Keep out: what the figures are, and when to pri
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -14,8 +13,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from songvec_assets.cli.run import RunResult
     from songvec_assets.embedding.pricing import Estimate
+    from songvec_assets.reports import Status
     from songvec_assets.search.nearest import Hit
-    from songvec_assets.status import Status
 
 _MAX_REASONS, _MAX_KEYS = 2, 3
 
@@ -59,8 +58,9 @@ def describe_incomplete_run(result: "RunResult", status: "Status | None", loads:
         loads: whether the run was to load what it embedded.
     """
     missing = [] if status is None else [
-        n_songs for each in status.ranges
-        if (n_songs := each.n_missing if loads else each.n_songs + each.n_unexported - each.n_cached - each.n_set_aside)
+        n_songs for each in status.ranges.iter_rows(named=True)
+        if (n_songs := each["n_missing"] if loads
+            else each["n_songs"] + each["n_unexported"] - each["n_cached"] - each["n_rejected"])
     ]  # fmt: skip
     if status is None:
         counted = "some songs may be missing"
@@ -102,8 +102,7 @@ def estimate_table(estimate: "Estimate", offline: bool) -> Table:
 def status_table(status: "Status") -> Table:
     """A row per range, and their sum."""
     table = _table("Range", "Songs", "New", "Cached", "Rejected", "Loaded", "Indexed", "Missing", "Orphans")
-    for each in (*status.ranges, status.total):
-        key, *counts = astuple(each)
+    for key, *counts in (*status.ranges.iter_rows(), [*status.total.values()]):
         table.add_row(key, *(f"{count:,}" for count in counts), style="bold" if key == "all" else None)
     return table
 

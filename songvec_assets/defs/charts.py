@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import msgspec
 import numpy as np
+import polars as pl
 
 from songvec_assets.search.preview import SongMap
-from songvec_assets.status import RangeCoverage
+from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.index.recall import RecallReport
 
 if TYPE_CHECKING:
@@ -109,14 +110,13 @@ def draw_recall(report: RecallReport) -> bytes:
     return _finish(figure)
 
 
-def draw_coverage(ranges: Sequence[RangeCoverage]) -> bytes:
-    """Songs by range of song_ids, stacked by their state, as PNG. At least one range."""
-    n_songs, n_missing = sum(each.n_songs for each in ranges), sum(each.n_missing for each in ranges)
-    width = min(each.range.stop - each.range.start for each in ranges)
-    figure, axes = _begin(f"{n_songs:,} songs by range: {n_missing:,} missing", "first song_id of the range", "songs")
-    starts = np.array([each.range.start for each in ranges])
-    counts = np.array([(each.n_loaded, each.n_waiting, each.n_set_aside, each.n_missing) for each in ranges]).T
-    bottoms = counts.cumsum(axis=0) - counts
+def draw_coverage(coverage: pl.DataFrame) -> bytes:
+    """Songs by range of song_ids, stacked by their state, as PNG; see `Inventory.coverage`. At least one row."""
+    ranges, counts = [SongIdRange.from_key(key) for key in coverage["key"]], coverage.drop("key").to_numpy().T
+    width = min(each.stop - each.start for each in ranges)
+    title = f"{counts.sum():,} songs by range: {coverage['missing'].sum():,} missing"
+    figure, axes = _begin(title, "first song_id of the range", "songs")
+    starts, bottoms = np.array([each.start for each in ranges]), counts.cumsum(axis=0) - counts
     edge = 0.5 if len(ranges) <= _SEPARATE_BARS else 0
     for (name, color), heights, bottom in zip(_STATES.items(), counts, bottoms, strict=True):
         label = f"{name}: {heights.sum():,}"
