@@ -25,7 +25,7 @@ HOLE = "…"
 UNREADABLE = {
     ("cli/base.py", "str(error)"): "an error of the package, whose own words have a row",
     ("cli/run.py", "'\\n'.join(result.failures)"): "the failures of a run's steps, whose own words have rows",
-    ("cli/run.py", "'\\n'.join([*result.failures, _describe_incomplete(result, deployment, job)])"): (
+    ("cli/run.py", "'\\n'.join([*result.failures, _describe_incomplete(result, pipeline, job)])"): (
         "the same, and what is missing after a run that went on without some ranges: see Partial runs"
     ),
     ("defs/steps.py", "str(error)"): "an error of the package, whose own words have a row",
