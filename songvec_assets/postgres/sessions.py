@@ -32,18 +32,13 @@ CONNECT_ARGS: dict[str, Any] = {
 Backend = tuple[int, datetime.datetime]
 """A process of the server, and when it or its transaction began: together they are unique."""
 
-_SETTINGS = {
-    "statement_timeout": "0",
-    "lock_timeout": "0",
-    "idle_in_transaction_session_timeout": "0",
-    "default_transaction_isolation": "read committed",
-}
-_SETTINGS_WHERE_KNOWN = {
-    "idle_session_timeout": "0",
-    "transaction_timeout": "0",
-    # the server then notices that a client was killed, and ends its index build
-    "client_connection_check_interval": "10s",
-}
+# only those that the server knows
+_NO_TIMEOUTS = """
+    SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN (
+        'statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout',
+        'transaction_timeout'
+    )
+"""
 _SET = "SELECT set_config(%s, %s, false)"
 
 _N_TRIES = 5
@@ -76,11 +71,11 @@ def keeps_sessions(url: str) -> bool:
 @contextlib.contextmanager
 def configure_session(cursor: Any, settings: dict[str, str]) -> Iterator[Backend]:
     """Set a session's server settings for the block, and no timeouts, whatever its role has."""
-    for name, value in _SETTINGS_WHERE_KNOWN.items():
-        # unknown to an older server, or unsupported on its platform
-        with contextlib.suppress(psycopg2.errors.UndefinedObject, psycopg2.errors.InvalidParameterValue):
-            cursor.execute(_SET, (name, value))
-    for name, value in (_SETTINGS | settings).items():
+    cursor.execute(_NO_TIMEOUTS)
+    # the server then notices that a client was killed, and ends its index build; older ones and some platforms cannot
+    with contextlib.suppress(psycopg2.errors.UndefinedObject, psycopg2.errors.InvalidParameterValue):
+        cursor.execute(_SET, ("client_connection_check_interval", "10s"))
+    for name, value in {"default_transaction_isolation": "read committed", **settings}.items():
         cursor.execute(_SET, (name, value))
     cursor.execute("SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
     try:
