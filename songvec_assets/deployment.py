@@ -39,7 +39,7 @@ from songvec_assets.progress import ReportProgress, RunContext, StopSignal, igno
 from songvec_assets.search.nearest import check_searchable, check_server, embed_query
 from songvec_assets.search.preview import Preview, preview_table
 from songvec_assets.settings import OFFLINE_MODEL, Settings
-from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits
+from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
 from songvec_assets.songs.counts import RangeCount, check_ids, count_ranges
 from songvec_assets.songs.export import ExportMode, ExportOptions, ExportReport, cache_songs_to_parquet
@@ -234,21 +234,18 @@ class Deployment:
         with self.database.get_connection() as connection:
             return read_month_spending(connection)
 
-    @property
-    def known_songs(self) -> CachedOrLoaded:
-        """The songs that were paid for or are served."""
-        return CachedOrLoaded(self.database, self.cache, self.tiling)
-
-    @property
-    def absence_limits(self) -> AbsenceLimits:
-        """How many of them may be missing in the source."""
-        return AbsenceLimits(self.settings.max_missing_share, self.settings.max_missing_range_share)
-
     def find_absence(self) -> Absence:
-        """The songs that an export would take for deleted; see `AbsenceGuard.find`. Changes nothing."""
+        """The songs that an export would take for deleted. Changes nothing."""
+        absence = self._known_songs()
         counts = count_ranges(self.database, self.source, self.tiling)
-        guard = AbsenceGuard(self.known_songs, self.absence_limits)
-        return guard.find(self.database, self.source, self.store.songs, counts, self.stop.check)
+        absence.find(self.database, self.source, self.store.songs, counts, RunContext(stop=self.stop))
+        return absence
+
+    def _known_songs(self) -> Absence:
+        """The songs that were paid for or are served, none of them looked for yet."""
+        known = CachedOrLoaded(self.database, self.cache, self.tiling)
+        limits = self.settings.max_missing_share, self.settings.max_missing_range_share
+        return Absence(known.counts(), known.song_ids, *limits)
 
     def export(
         self, mode: ExportMode = "all", progress: ReportProgress = ignore_progress, confirm_deletions: bool = False
@@ -259,7 +256,7 @@ class Deployment:
             mode,
             # an empty snapshot says that a range's songs were deleted; none says nothing
             kept={*self.cache.ranges(), *self.table.ledger.find_ranges(self.tiling)},
-            guard=AbsenceGuard(self.known_songs, self.absence_limits, confirm_deletions),
+            guard=None if confirm_deletions else self._known_songs(),
             full_compare_hours=self.settings.full_compare_hours,
         )
         run = RunContext(progress, self.stop)
@@ -449,7 +446,7 @@ class Deployment:
 
         @functools.cache
         def check_once(target: VectorTable) -> None:
-            n_songs = sum(map(self.store.songs.count, self.store.songs.ranges()))
+            n_songs = sum(self.store.songs.footer(each).n_songs for each in self.store.songs.ranges())
             check_target(target, self.table_spec, self.index_settings, n_songs)
 
         return lambda: check_once(check_publishable(self.database, self.wanted_table))

@@ -160,9 +160,9 @@ def read(
         state = states.get(each) or _unloaded(source, each)
         footer = source.snapshots.footer(each)
         done = state.cached.complete
-        is_answered = bool(done and footer and done.fits(footer.digest, question.text, question.server))
+        is_answered = bool(done and done.fits(footer.digest, question.text, question.server))
         n_source = None if counts is None else counts.get(each, RangeCount()).n_songs
-        rows.append(RangeRow(each, n_source, footer, state, is_answered))
+        rows.append(RangeRow(each, n_source, footer if footer.digest else None, state, is_answered))
     return Inventory(source, rows, table)
 
 

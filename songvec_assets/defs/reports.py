@@ -41,7 +41,7 @@ SNAPSHOT_SCHEMA = _schema(
     name=("string", "As in the source."),
     artist=("string", "As in the source."),
     lyrics=("string", "As in the source; null for instrumentals."),
-    set_aside=("string", "Why the song cannot be embedded; null for most."),
+    rejected=("string", "Why the song cannot be embedded; null for most."),
     source_hash=("bigint", "The server's hash of name, artist and lyrics: finds what changed."),
     text_hash=("binary(16)", "BLAKE2b of the text to embed; null if the song cannot be embedded."),
     truncated=("boolean", "Whether that text was cut to SONGVEC_MAX_TEXT_CHARS; null if the song cannot be embedded."),
@@ -125,22 +125,22 @@ def _describe_coverage(deployment: Deployment) -> Metadata:
 
 
 def describe_export(report: ExportReport) -> Metadata:
-    """Totals of an export, a row a changed range, reasons of songs set aside."""
+    """Totals of an export, a row a changed range, reasons of rejected songs."""
     written = [each for each in report.ranges if each.written]
     return {
-        "dagster/row_count": report.total("n_songs"),
+        "dagster/row_count": report.n_songs,
         "ranges": len(report.ranges),
         "ranges written": len(written),
-        "songs new": report.total("n_new"),
-        "songs changed": report.total("n_changed"),
-        "songs gone": report.total("n_gone"),
-        "songs set aside": sum(report.set_aside.values()),
-        "songs out of reach": sum(report.unreachable.values()),
+        "songs new": report.changes.n_new,
+        "songs changed": report.changes.n_changed,
+        "songs deleted": report.changes.n_deleted,
+        "songs rejected": report.rejected.total(),
+        "songs out of reach": report.unreachable.total(),
         **_table(
-            "set aside",
+            "rejected",
             [
                 {"reason": reason, "songs": count}
-                for reason, count in (report.set_aside + report.unreachable).most_common(_MAX_TABLE_ROWS)
+                for reason, count in (report.rejected + report.unreachable).most_common(_MAX_TABLE_ROWS)
             ],
         ),
         **_table(
@@ -148,10 +148,10 @@ def describe_export(report: ExportReport) -> Metadata:
             [
                 {
                     "range": each.range.key,
-                    "songs": each.n_songs,
-                    "new": each.n_new,
-                    "changed": each.n_changed,
-                    "gone": each.n_gone,
+                    "songs": each.footer.n_songs,
+                    "new": each.changes.n_new,
+                    "changed": each.changes.n_changed,
+                    "deleted": each.changes.n_deleted,
                 }
                 for each in written[:_MAX_TABLE_ROWS]
             ],

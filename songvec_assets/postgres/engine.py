@@ -40,10 +40,12 @@ _engines: dict[tuple[str, Profile], sa.Engine] = {}
 _engines_lock = threading.Lock()
 
 # `cancel` knows a transaction again by its process and its beginning
-_BEGIN = "SELECT pg_backend_pid(), now()"
+# names of types are compared, not shown only: a server that quotes all names (quote_all_identifiers) is not to
+_UNQUOTED = "set_config('quote_all_identifiers', 'off', true)"
+_BEGIN = f"SELECT pg_backend_pid(), now(), {_UNQUOTED}"
 # a role's timeouts are made for queries, not for loads and locks of hours; PostgreSQL before 17 has three of them
-_BEGIN_LONG = """
-    SELECT pg_backend_pid(), now(), set_config('statement_timeout', '0', true),
+_BEGIN_LONG = f"""
+    SELECT pg_backend_pid(), now(), {_UNQUOTED}, set_config('statement_timeout', '0', true),
            set_config('idle_in_transaction_session_timeout', '0', true), set_config('lock_timeout', '60s', true),
            CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
            THEN set_config('transaction_timeout', '0', true) END

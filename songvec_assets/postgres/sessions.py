@@ -37,6 +37,7 @@ _SETTINGS = {
     "lock_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
     "default_transaction_isolation": "read committed",
+    "quote_all_identifiers": "off",
 }
 _SETTINGS_WHERE_KNOWN = {
     "idle_session_timeout": "0",

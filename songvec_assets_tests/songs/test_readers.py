@@ -133,7 +133,7 @@ class TestLastingFaults:
         assert "terminating connection due to administrator command" in words
         assert isinstance(caught.value, DatabaseError)
         report = caught.value.report
-        assert [each.n_songs for each in report.ranges] == [2, 2, 2, 0, 2, 2, 2, 2, 2, 2]
+        assert [each.footer.n_songs for each in report.ranges] == [2, 2, 2, 0, 2, 2, 2, 2, 2, 2]
         assert [each.range.key for each in report.failed] == ["000000300-000000400"]
 
     def test_a_range_that_always_times_out_is_named_and_exported_once_it_no_longer_does(

@@ -42,7 +42,7 @@ def export(database: Database, names: SourceNames, folder: Path) -> list[tuple]:
     """Find the source, export it, and read all that was written."""
     cache_songs_to_parquet(database, find_source(database, names), Snapshots(Storage(folder)), TILING)
     tables = [Snapshots(Storage(folder)).read(each) for each in Snapshots(Storage(folder)).ranges()]
-    return [row for table in tables for row in table.drop("set_aside").rows()]
+    return [row for table in tables for row in table.drop("rejected").rows()]
 
 
 class TestNames:
