@@ -12,7 +12,7 @@ import polars as pl
 
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.source import SongsSource, fetch_rows
+from songvec_assets.songs.source import SongsSource, as_bytes, fetch_rows
 
 PATTERNS = {
     "LRC time stamps": r"[\[<]\d{1,3}:\d\d([.:]\d{1,3})?[\]>][ \t]*",
@@ -148,7 +148,7 @@ def sample_lyrics(database: Database, source: SongsSource, ranges: Sequence[Song
     rows = fetch_rows(
         database,
         f"SELECT song.lyrics FROM (VALUES {edges}) AS edge (start, stop) CROSS JOIN LATERAL ("
-        f"SELECT {source.as_bytes(source.lyrics)} AS lyrics FROM {source.relation} AS source "
+        f"SELECT {as_bytes(source.lyrics)} AS lyrics FROM {source.relation} AS source "
         f"WHERE {source.song_id} >= edge.start AND {source.song_id} < edge.stop "
         f"ORDER BY source.{source.song_id} LIMIT {max(1, SAMPLE_SONGS // len(some))}) AS song",
     )

@@ -14,7 +14,6 @@ from typing import Literal
 
 import adbc_driver_postgresql.dbapi as adbc
 import msgspec
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,7 +34,7 @@ from songvec_assets.songs.snapshots import (
     add_text_hashes,
     count_changes,
 )
-from songvec_assets.songs.source import SongsSource
+from songvec_assets.songs.source import HASHES, SONGS, SONGS_AS_BYTES, SongsSource
 from songvec_assets.storage import Storage
 
 ExportMode = Literal["all", "append"]
@@ -238,10 +237,10 @@ def cache_songs_to_parquet(
     is_full = not 0 <= started - looks.full_compare_at < options.full_compare_hours * 3600
     exporter = _Exporter(source, snapshots, counts, options)
     if is_append:
-        exporter.above = snapshots.find_max_song_id()
+        above = exporter.above = snapshots.find_max_song_id()
         # first and alone: were a later range written and this one not, the next append would begin above its songs
         first = [each for each in sorted(counts) if exporter.is_split(each)]
-        others = [each for each in sorted(counts) if exporter.is_above(each) or each not in known]
+        others = [each for each in sorted(counts) if each not in known or above is None or each.start > above]
     else:
         report.unreachable.update(count_unreachable_ids(database, source))
         exporter.newest = {} if is_full else looks.newest
@@ -299,10 +298,6 @@ class _Exporter:
     newest: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     above: int | None = None
 
-    def is_above(self, song_range: SongIdRange) -> bool:
-        """Whether an append reads the range from its start."""
-        return self.above is None or song_range.start > self.above
-
     def is_split(self, song_range: SongIdRange) -> bool:
         """Whether an append reads only the upper part of the range."""
         return self.above is not None and song_range.start <= self.above < song_range.stop - 1
@@ -351,7 +346,8 @@ class _Exporter:
         with connection.cursor() as cursor:
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         for condition in self._conditions(song_range):
-            seen = _read_hashes(connection, self.source, song_range, condition)
+            seen = pl.DataFrame(_select(connection, self.source.select(HASHES, song_range, condition)))
+            _check_unique(seen["song_id"], self.source)
             after = seen["song_id"]
             if condition:
                 after = pl.concat([before["song_id"], after]).unique().sort()
@@ -402,9 +398,8 @@ def read_songs_from_postgres(
         Columns song_id (int32), name, artist, lyrics, source_hash; if some cannot be decoded, also undecodable: why, or
         null.
     """
-    rows = source.rows(song_range, condition)
     try:
-        songs = _select(connection, source.select_songs(rows))
+        songs = _select(connection, source.select(SONGS, song_range, condition))
         # the server converts texts to UTF-8, and checks none that need no conversion. 10 ms for 50,000 songs
         songs.validate(full=True)
     except adbc.Error as error:
@@ -415,15 +410,7 @@ def read_songs_from_postgres(
         pass
     else:
         return songs
-    return _decode(_select(connection, source.select_songs(rows, as_bytes=True)), source)
-
-
-def _read_hashes(
-    connection: adbc.Connection, source: SongsSource, song_range: SongIdRange, condition: str
-) -> pl.DataFrame:
-    seen = _select(connection, source.select_hashes(source.rows(song_range, condition)))
-    _check_unique(seen, source)
-    return pl.DataFrame(seen)
+    return _decode(_select(connection, source.select(SONGS_AS_BYTES, song_range, condition)), source)
 
 
 def _select(connection: adbc.Connection, statement: str) -> pa.Table:
@@ -450,7 +437,7 @@ def _decode(songs: pa.Table, source: SongsSource) -> pa.Table:
 
 def _to_snapshot(songs: pa.Table, source: SongsSource) -> pa.Table:
     """Check a range's rows, name what cannot be embedded, and hash the texts of the others."""
-    _check_unique(songs, source)
+    _check_unique(pl.Series(songs["song_id"]), source)
     reasons = [pl.Series(songs["undecodable"])] if "undecodable" in songs.column_names else []
     for column in ("name", "artist", "lyrics"):
         # texts stay where they are: lyrics are most of a song, and are looked at only if nothing else is embedded
@@ -462,11 +449,10 @@ def _to_snapshot(songs: pa.Table, source: SongsSource) -> pa.Table:
     return add_text_hashes(songs.append_column("rejected", rejected), source.spec)
 
 
-def _check_unique(songs: pa.Table, source: SongsSource) -> None:
-    song_ids = songs["song_id"].to_numpy()
-    twice = song_ids[1:][np.diff(song_ids) == 0]
-    if len(twice):
+def _check_unique(song_ids: pl.Series, source: SongsSource) -> None:
+    repeated = song_ids.filter(song_ids.diff() == 0)
+    if len(repeated):
         raise SourceError(
-            f"column {source.song_id_column!r} of {source.table} must be unique, {twice[0]} is there more than once: "
-            "name another with SONGVEC_SONG_ID_COLUMN"
+            f"column {source.song_id_column!r} of {source.table} must be unique, {repeated[0]} is there more than "
+            "once: name another with SONGVEC_SONG_ID_COLUMN"
         )

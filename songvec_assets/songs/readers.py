@@ -55,7 +55,7 @@ class Reader:
         self._lock = threading.Lock()
 
     def read(self, read: Callable[[adbc.Connection], Result]) -> Result:
-        """Call `read` in a transaction of its own; again, after a pause, if another attempt may succeed.
+        """Call `read` in its own transaction; again, after a pause, if another attempt may succeed.
 
         Raises:
             DatabaseError: its cause is the last attempt's error.

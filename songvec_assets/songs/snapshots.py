@@ -125,7 +125,10 @@ class Snapshots:
         try:
             file = self._open(song_range)
             if not {*columns} <= {*file.schema_arrow.names}:
-                raise self._unusable(song_range, "was written by an earlier version")
+                raise StoreError(
+                    f"{self.storage.describe(_key(song_range))} was written by an earlier version: materialize "
+                    "songs_parquet, which exports the range again"
+                )
             if song_ids is None:
                 return pl.DataFrame(file.read(columns))
             wanted = pl.Series(song_ids, dtype=pl.Int32).to_arrow()
@@ -133,16 +136,16 @@ class Snapshots:
             found = [batch.filter(pc.is_in(batch["song_id"], wanted)) for batch in batches]
             return pl.DataFrame(pa.Table.from_batches(found, empty.schema))
         except (pa.ArrowException, OSError) as error:
-            raise self._unusable(song_range, f"is damaged ({error})") from error
+            raise self._damaged(song_range, error) from error
 
     def _open(self, song_range: SongIdRange) -> pq.ParquetFile:
         """A snapshot whose pages are checked against their checksums as they are read."""
         return pq.ParquetFile(pa.BufferReader(self.storage.open(_key(song_range))), page_checksum_verification=True)
 
-    def _unusable(self, song_range: SongIdRange, why: str) -> StoreError:
+    def _damaged(self, song_range: SongIdRange, why: Exception | str) -> StoreError:
         return StoreError(
-            f"{self.storage.describe(_key(song_range))} {why}: remove it and materialize songs_parquet, which exports "
-            "the range again"
+            f"{self.storage.describe(_key(song_range))} is damaged ({why}): remove it and materialize songs_parquet, "
+            "which exports the range again"
         )
 
     def try_to_read(self, song_range: SongIdRange, columns: list[str]) -> pl.DataFrame | None:
@@ -193,7 +196,7 @@ class Snapshots:
         if texts.height and self.footer(song_range).text == spec.identity:
             hashes = self.read(song_range, ["song_id", "text_hash"], song_ids)
             if texts.join(hashes, on=["song_id", "text_hash"], how="anti").height:
-                raise self._unusable(song_range, "is damaged (texts do not have the hashes that are kept of them)")
+                raise self._damaged(song_range, "texts do not have the hashes that are kept of them")
         return texts
 
     def footer(self, song_range: SongIdRange) -> Footer:

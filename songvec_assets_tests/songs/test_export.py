@@ -191,10 +191,10 @@ class TestContent:
         self, database: Database, songs: Callable[..., None], tmp_path: Path
     ) -> None:
         songs(*((song_id, "Sea", "Ann", None) for song_id in (1, 2, 150, 5000)))
-        told: list[Progress] = []
+        reported: list[Progress] = []
         source = find_source(database, SourceNames())
-        cache_songs_to_parquet(database, source, stored(tmp_path), TILING, run=RunContext(told.append))
-        assert [(each.done, each.total) for each in told] == [(2, 4), (3, 4), (4, 4)]
+        cache_songs_to_parquet(database, source, stored(tmp_path), TILING, run=RunContext(reported.append))
+        assert [(each.done, each.total) for each in reported] == [(2, 4), (3, 4), (4, 4)]
 
 
 class TestUnchanged:
@@ -694,7 +694,7 @@ class TestHashes:
         for each in stored(tmp_path).ranges():
             make_old(path_of(tmp_path, each), columns)
         with pytest.raises(
-            StoreError, match=r"000000000-000000100\.parquet was written by an earlier version: remove it"
+            StoreError, match=r"000000000-000000100\.parquet was written by an earlier version: materialize"
         ):
             stored(tmp_path).read_text_hashes(FIRST, TextSpec())
         assert stored(tmp_path).digest_all() == digest

@@ -77,7 +77,7 @@ def write(stored: Snapshots, songs: list[Row]) -> Snapshots:
 
 
 class TestDigest:
-    def test_it_stays_what_it_was_or_every_store_would_be_written_anew(self) -> None:
+    def test_it_stays_what_it_was_or_every_store_would_be_written_again(self) -> None:
         assert digest_songs(content(ROWS)) == "50cccbb2e78f5b392695b7dcbaa357c6"
         assert digest_songs(content([])) == "e5189a9599e3f86205ea23ef06e28b2d"
 
