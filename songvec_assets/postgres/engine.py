@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
 from songvec_assets.errors import DatabaseError
+from songvec_assets.postgres.messages import describe_database_error
 from songvec_assets.postgres.sessions import (
     CONNECT_ARGS,
     Backend,
@@ -24,7 +25,6 @@ from songvec_assets.postgres.sessions import (
     keeps_sessions,
 )
 from songvec_assets.postgres.urls import describe_url, libpq_uri, parse_url
-from songvec_assets.postgres.words import describe_database_error
 
 Profile = Literal["batch", "web", "parallel"]
 
@@ -39,9 +39,9 @@ _POOLS: dict[Profile, dict[str, Any]] = {
 _engines: dict[tuple[str, Profile], sa.Engine] = {}
 _engines_lock = threading.Lock()
 
-# `cancel` knows a transaction again by its process and its beginning
-# names of types are compared, not shown only: a server that quotes all names (quote_all_identifiers) is not to
+# names of types are compared: no server is to quote all of them
 _UNQUOTED = "set_config('quote_all_identifiers', 'off', true)"
+# `cancel` knows a transaction again by its process and its beginning
 _BEGIN = f"SELECT pg_backend_pid(), now(), {_UNQUOTED}"
 # a role's timeouts are made for queries, not for loads and locks of hours; PostgreSQL before 17 has three of them
 _BEGIN_LONG = f"""

@@ -26,6 +26,11 @@ MIN_MISSING_OF_RANGE = 100
 _MAX_NAMED = 5
 
 
+def count_missing(song_ids: pl.Series, others: pl.Series) -> int:
+    """Number of song_ids that are not among others."""
+    return len(song_ids) - int(song_ids.is_in(others.implode()).sum())
+
+
 @dataclass
 class Absence:
     """Known songs that are missing in the source; stops an export that would delete them in bulk.
@@ -84,7 +89,7 @@ class Absence:
 
     def _note(self, song_range: SongIdRange, known: pl.Series, found: pl.Series) -> None:
         self.known[song_range] = len(known)
-        self.missing[song_range] = len(known) - int(known.is_in(found.implode()).sum())
+        self.missing[song_range] = count_missing(known, found)
 
     @property
     def n_known(self) -> int:
