@@ -110,24 +110,21 @@ def find_boilerplate(lyrics: Sequence[str], n_songs: int) -> Boilerplate:
     for name, pattern in PATTERNS.items():
         before, rest = rest, rest.str.replace_all(pattern, "")
         kinds[name] = int((before != rest).sum())
+    # a line counts once per song
     lines = pl.DataFrame({"song": range(len(whole)), "line": rest.str.split("\n")}).explode("line")
     lines = lines.with_columns(pl.col("line").str.strip_chars()).unique()
     counts = lines.filter(pl.col("line").str.len_chars() >= _LINE_CHARS)["line"].value_counts()
     enough = max(_LINE_SONGS, _LINE_SHARE * len(whole))
     repeated = counts.filter(pl.col("count") >= enough).sort("count", descending=True).head(_MOST_LINES)
-    removed = lines.filter(pl.col("line").is_in(repeated["line"].implode())).select(
-        "song", pl.col("line").str.len_bytes()
-    )
-    found = pl.DataFrame({"song": range(len(whole)), "line": whole.str.len_bytes() - rest.str.len_bytes()}).vstack(
-        removed
-    )
-    found = found.group_by("song").sum().filter(pl.col("line") > 0)
+    of_kinds = pl.DataFrame({"song": range(len(whole)), "n_bytes": whole.str.len_bytes() - rest.str.len_bytes()})
+    of_lines = lines.join(repeated, on="line").select("song", n_bytes=pl.col("line").str.len_bytes())
+    found = pl.concat([of_kinds, of_lines]).group_by("song").sum().filter(pl.col("n_bytes") > 0)
     return Boilerplate(
         n_songs,
         len(whole),
         found.height,
         int(whole.str.len_bytes().sum()),
-        int(found["line"].sum()),
+        int(found["n_bytes"].sum()),
         {name: count for name, count in kinds.items() if count >= max(1.0, _LEAST_SHARE * len(whole))},
         dict(repeated.iter_rows()),
     )

@@ -133,6 +133,8 @@ class Readers:
             yield begun.popleft().get()
 
     def _lend(self, work: Callable[[Reader, Item], Result], item: Item) -> Result:
+        if self._ended.is_set():
+            raise StoppedError("interrupted")
         reader = self._idle.get()
         try:
             return work(reader, item)

@@ -281,6 +281,18 @@ class TestStop:
             run(database, tmp_path, context=RunContext(stop_at_first, stop))
         assert exported(tmp_path) == all_but(*range(4, 10))
 
+    def test_what_waits_for_a_reader_when_they_end_is_not_begun(self, database: Database) -> None:
+        begun: list[int] = []
+
+        def work(_: readers.Reader, item: int) -> None:
+            begun.append(item)
+            time.sleep(0.5 if item else 0)
+
+        with readers.Readers(database, 2) as two:
+            next(two.map(work, range(9), RunContext()))
+            wait_until(lambda: len(begun) == 3)
+        assert sorted(begun) == [0, 1, 2]
+
 
 class TestSideBySide:
     @pytest.mark.parametrize("n_readers", [1, 2, 5])
