@@ -276,7 +276,8 @@ class Snapshots:
         for batch in self._open(song_range).iter_batches(_BATCH_ROWS, use_threads=False):
             stop = int(np.searchsorted(newer_ids, batch["song_id"][-1].as_py(), side="right"))
             before = pa.Table.from_batches([batch.filter(pc.is_in(batch["song_id"], kept))]).cast(FILE_SCHEMA)
-            pieces.append(pa.concat_tables([before, newer.slice(start, stop - start)]).sort_by("song_id"))
+            both = pa.concat_tables([before, newer.slice(start, stop - start)])
+            pieces.append(both.sort_by("song_id") if start < stop else both)
             start = stop
         return pa.concat_tables([*pieces, newer.slice(start)])
 
