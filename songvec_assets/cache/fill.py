@@ -174,7 +174,7 @@ class Filler:
             if self.anew:
                 self.anew = asks.begin(self.cache, ranges, self.anew)
             self._ranges = ranges
-            self._n_songs = sum(map(self.snapshots.count, ranges))
+            self._n_songs = sum(self.snapshots.footer(each).n_songs for each in ranges)
             for song_range in filter(self._holds_anything, ranges):
                 await places.acquire()
                 if self._fatal or self._over_budget or self.stop.is_set():
@@ -269,7 +269,7 @@ class Filler:
         self, report: FillReport, check_held: Callable[[], None], let_next_begin: Callable[[], None]
     ) -> None:
         # taken before the songs are read: an export that comes in between leaves a manifest that does not fit
-        snapshot = self.snapshots.digest(report.range)
+        snapshot = self.snapshots.footer(report.range).digest
         known = self.cache.read_manifest(report.range)
         done, owed = known.complete, known.is_owed(self.anew)
         retries = self.retry_rejected and done is not None and done.n_rejected > 0

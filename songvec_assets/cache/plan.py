@@ -96,7 +96,7 @@ def plan_fill(
         raise StoreError(
             f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first"
         )
-    hashes, n_songs = snapshots.read_text_hashes(shard.range, spec), snapshots.count(shard.range)
+    hashes, n_songs = snapshots.read_text_hashes(shard.range, spec), snapshots.footer(shard.range).n_songs
     known = shard.rows.select("song_id", "text_hash")
     rejected = shard.rejected.select("song_id", "text_hash", "reason")
     holds = pl.lit(False) if rejected_by is None or since else pl.col("reason").str.starts_with(f"{rejected_by} ")
