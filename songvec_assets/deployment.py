@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from songvec_assets import inventory
 from songvec_assets.cache.fill import Filler, Spending
 from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
+from songvec_assets.cache.requests import SendContext
 from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
 from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
@@ -266,12 +267,12 @@ class Deployment:
         run = RunContext(progress, self.stop)
         return cache_songs_to_parquet(self.database, self.source, self.store.songs, self.tiling, options, run)
 
-    def estimate(self, ranges: Collection[SongIdRange] | None = None, anew: bool = False) -> Estimate:
+    def estimate(self, ranges: Collection[SongIdRange] | None = None, reembed: bool = False) -> Estimate:
         """What a run over the snapshots would send, and its price.
 
         Args:
             ranges: to embed; None: all.
-            anew: whether all their songs are to be embedded again.
+            reembed: whether all their songs are to be embedded again.
         """
         tiles = {*self.tiling}
         rows = [
@@ -279,15 +280,15 @@ class Deployment:
             for row in self.read_inventory().rows
             if row.snapshot and (ranges is None or row.range in ranges or row.range not in tiles)
         ]
-        answered = [] if anew else [row for row in rows if row.is_answered]
+        answered = [] if reembed else [row for row in rows if row.is_answered]
 
         def plan() -> Iterator[FillPlan]:
             for row in rows:
                 if row not in answered:
                     self.stop.check()
-                    shard = self.cache.open(row.range)
-                    since = shard.n_rows if anew else 0
-                    yield plan_fill(self.store.songs, shard, self.text_spec, since, self.server)
+                    generation = self.cache.look(row.range).last_generation + 1 if reembed else None
+                    shard = self.cache.open(row.range, generation)
+                    yield plan_fill(self.store.songs, shard, self.text_spec, None if reembed else self.server)
 
         estimate = estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
         return replace(estimate, n_songs=estimate.n_songs + sum(row.n_songs for row in answered))
@@ -392,7 +393,7 @@ class Deployment:
         self,
         progress: ReportProgress = ignore_progress,
         run: str | None = None,
-        anew: str | None = None,
+        reembed: str | None = None,
         retry_rejected: bool = False,
         confirm_reembedding: bool = False,
     ) -> Filler:
@@ -401,44 +402,46 @@ class Deployment:
         Args:
             progress: told as it goes.
             run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
-            anew: who asks that songs be embedded again; see `Filler`.
+            reembed: who requests that songs be embedded again; see `Filler`.
             retry_rejected: whether songs that were rejected before are sent again.
             confirm_reembedding: whether somebody said for this run that texts are paid for again because settings
-                changed; who asks for all songs again has said so.
+                changed; a request to embed all songs again confirms it too.
         """
         self.bind()
         estimator, each = self.token_estimator(), self.settings
         limits = each.max_usd, each.max_usd_a_month
-        return Filler(
-            songs_folder=self.store.songs,
-            cache=self.cache,
-            spec=self.text_spec,
+        context = SendContext(
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble),
             quota=self.quota,
             budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
             estimator=estimator,
             concurrency=each.concurrency,
             server=self.server,
-            lock_range=self.lock_range,
+            run=RunContext(progress, self.stop),
+        )
+        return Filler(
+            songs_folder=self.store.songs,
+            cache=self.cache,
             tiling=self.tiling,
-            before_fill=self._reembedding_check(confirmed=confirm_reembedding or anew is not None),
+            spec=self.text_spec,
+            context=context,
+            lock_range=self.lock_range,
+            before_fill=self._reembedding_check(confirmed=confirm_reembedding or reembed is not None),
             before_payment=self._payment_check(),
             keep_spending=functools.partial(self._keep_spending, self._learned_bytes_per_token() is None),
             retention_s=each.retention_days * DAY_S,
-            anew=anew,
+            reembed=reembed,
             retry_rejected=retry_rejected,
-            stop=self.stop,
-            progress=progress,
         )
 
     def _reembedding_check(self, confirmed: bool) -> Callable[[Sequence[SongIdRange]], None]:
         """What is asked before the first range is begun; where it passes, these settings are recorded."""
         spec, record = self.text_spec, TextRecord.of(self.text_spec, self.prompts.query)
 
-        def check(ranges: Sequence[SongIdRange]) -> None:
+        def check(changed: Sequence[SongIdRange]) -> None:
             if not confirmed:
-                check_reembedding(self.cache, ranges, spec, lambda changed: self.estimate({*changed}))
-            if ranges and read_record(self.cache) != record:
+                check_reembedding(self.cache, changed, spec, lambda ranges: self.estimate({*ranges}))
+            if read_record(self.cache) != record:
                 # two first runs at once would write to one file
                 with hold_lock(self.database, "texts", on_wait=lambda: None, check=self.stop.check):
                     write_record(self.cache, record)

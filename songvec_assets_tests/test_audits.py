@@ -215,7 +215,7 @@ def test_a_server_of_ones_own_without_a_key_costs_nothing(
         return deploy(database, own_server, tmp_path, fireworks_api_key=None, **settings)
 
     deployment = embed_cyrillic(begin(max_usd=0.0, max_usd_a_month=0.0), songs, 1)
-    assert (deployment.estimate(anew=True).usd, deployment.month_spending().billed) == (0.0, 0.0)
+    assert (deployment.estimate(reembed=True).usd, deployment.month_spending().billed) == (0.0, 0.0)
     assert measure_status(deployment).month_usd == 0.0
     found = {name: ask(begin(), name) for name in QUESTIONS}
     assert {name: finding.words for name, finding in found.items() if not finding.passed} == {}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache.fill import FillReport
+from songvec_assets.cache.plan import FillReport
 from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import embed_query, search_songs

@@ -215,8 +215,8 @@ def test_an_unfinished_cache_of_other_settings_asks_too(begin: Begin) -> None:
 def test_who_embeds_all_again_is_not_asked(begin: Begin) -> None:
     run_all(begin())
     changed = begin(text_template="{name}")
-    assert changed.estimate(anew=True).n_again == 0
-    assert run_all(changed, anew="a person") == N_SONGS
+    assert changed.estimate(reembed=True).n_again == 0
+    assert run_all(changed, reembed="a person") == N_SONGS
 
 
 def test_a_record_that_does_not_parse_stops_before_payment(begin: Begin, provider: Provider) -> None:

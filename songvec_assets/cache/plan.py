@@ -1,7 +1,7 @@
 """What the cache lacks of a range's snapshot, and what that will cost. Writes nothing."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import polars as pl
@@ -36,35 +36,67 @@ class Text:
     rejected_before: bool = False
 
 
+@dataclass
+class FillReport:
+    """What a fill does to one range: counts of songs, and what it cost.
+
+    Attributes:
+        range: which.
+        n_songs: of the snapshot, those included that the export rejected.
+        n_new, n_changed, n_deleted, n_reused, n_unchanged: compared with the cache as it was; a reused vector is that
+            of another song with the same text, or of an older text.
+        n_embedded: songs that got a vector from the provider.
+        n_rejected: songs without a vector, for a reason: the export's and the provider's.
+        n_truncated: songs whose text was cut.
+        n_retries, n_limited: bad answers before good ones, and those of them that were 429.
+        n_tokens: billed; estimated where the provider does not say, or if the answer is unusable.
+        n_tokens_expected: as estimated before the first request.
+        usd: their price.
+        seconds: of this range.
+        n_bytes_damaged: of files that were found damaged or missing.
+        rejected: (song_id, reason) of songs that the provider rejected in this fill.
+        error: why the range is not complete, if it is not.
+    """
+
+    range: SongIdRange
+    n_songs: int = 0
+    n_new: int = 0
+    n_changed: int = 0
+    n_deleted: int = 0
+    n_reused: int = 0
+    n_unchanged: int = 0
+    n_embedded: int = 0
+    n_rejected: int = 0
+    n_truncated: int = 0
+    n_retries: int = 0
+    n_limited: int = 0
+    n_tokens: int = 0
+    n_tokens_expected: int = 0
+    usd: float = 0.0
+    seconds: float = 0.0
+    n_bytes_damaged: int = 0
+    rejected: list[tuple[int, str]] = field(default_factory=list)
+    error: Exception | None = None
+
+
 @dataclass(frozen=True)
 class FillPlan:
     """What a range lacks.
 
     Attributes:
-        range: which.
-        n_songs: songs of the snapshot, those set aside by the export included.
-        n_unchanged: songs whose text has its vector already.
-        song_ids: songs of the snapshot that can be embedded.
-        deleted: song_ids that are cached but no longer among those.
+        report: the counts of the plan.
+        deleted: song_ids that are cached but no longer among the songs that can be embedded.
         reused: songs (song_id, text_hash, row) whose text has a vector already, under another song or an older text.
         texts: what must be sent.
-        n_new, n_changed, n_truncated, n_set_aside: songs; set aside by the export, or by the provider before.
-        n_rejected: those of the last that the provider rejected before.
+        has_rejected: whether the provider rejected a song before, and is not asked again.
         made_otherwise: whether the cached texts were made with other settings.
     """
 
-    range: SongIdRange
-    n_songs: int
-    n_unchanged: int
-    song_ids: pl.Series
+    report: FillReport
     deleted: list[int]
     reused: pl.DataFrame
     texts: list[Text]
-    n_new: int
-    n_changed: int
-    n_truncated: int
-    n_set_aside: int
-    n_rejected: int = 0
+    has_rejected: bool = False
     made_otherwise: bool = False
 
     def estimate_tokens(self, estimator: TokenEstimator) -> int:
@@ -77,16 +109,13 @@ class FillPlan:
         return [each for each in self.texts if each.again] if self.made_otherwise else []
 
 
-def plan_fill(
-    songs_folder: Path, shard: CachedRange, spec: TextSpec, since: int = 0, rejected_by: str | None = None
-) -> FillPlan:
+def plan_fill(songs_folder: Path, shard: CachedRange, spec: TextSpec, rejected_by: str | None = None) -> FillPlan:
     """Compare a range's snapshot with what is cached of it.
 
     Args:
         songs_folder: of the snapshots.
         shard: the range.
         spec: how songs become texts.
-        since: number of the first row that counts as an answer.
         rejected_by: the server whose rejections hold; songs that another one rejected are sent again; None: no
             rejection holds.
 
@@ -99,16 +128,16 @@ def plan_fill(
             f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first"
         )
     songs = load_songs_from_parquet(path, ["song_id", "set_aside"])
-    embeddable = songs.filter(pl.col("set_aside").is_null())
+    embeddable = songs.filter(pl.col("set_aside").is_null())["song_id"]
     hashes = read_text_hashes(path, spec)
     if hashes is None:
-        hashes = render_songs(path, spec, embeddable["song_id"]).drop("text")
+        hashes = render_songs(path, spec, embeddable).drop("text")
     known = shard.rows.select("song_id", "text_hash")
     rejected = shard.rejected.select("song_id", "text_hash", "reason")
-    holds = pl.lit(False) if rejected_by is None or since else pl.col("reason").str.starts_with(f"{rejected_by} ")
+    holds = pl.lit(False) if rejected_by is None else pl.col("reason").str.starts_with(f"{rejected_by} ")
     answered = pl.concat(
         [
-            (shard.asked_rows() if since else known).select("song_id", before="text_hash", refused=pl.lit(False)),
+            known.select("song_id", before="text_hash", refused=pl.lit(False)),
             rejected.filter(holds).select("song_id", before="text_hash", refused=pl.lit(True)),
         ]
     )
@@ -116,7 +145,7 @@ def plan_fill(
     unchanged = compared.filter(pl.col("before") == pl.col("text_hash"))
     missing = compared.filter(pl.col("before").ne_missing(pl.col("text_hash")))
     # whatever was paid for serves again: another song's vector, and one that no longer holds (a lyric changed back)
-    stored = shard.all_rows.slice(since).join(missing, on="text_hash", how="semi")
+    stored = shard.all_rows.join(missing, on="text_hash", how="semi")
     vectors = shard.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
     reused = missing.join(vectors, on="text_hash", how="inner", maintain_order="left")
     unpaid = (
@@ -127,28 +156,34 @@ def plan_fill(
     )
     # the rest is cached, or has the text of one of these
     texts = render_songs(path, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
-    to_send = unpaid.join(texts, on="text_hash", how="inner", maintain_order="left")
     n_bytes = pl.col("text").str.len_bytes().alias("n_bytes")
-    cached = pl.concat([known["song_id"], rejected["song_id"]])
+    to_send = unpaid.join(texts, on="text_hash", how="inner", maintain_order="left").select(
+        "text", "text_hash", "song_id", n_bytes, "again", "rejected_before"
+    )
+    replaced = (shard.replaces or shard).rows["song_id"]
+    cached = pl.concat([replaced, known["song_id"], rejected["song_id"]]).unique()
+    deleted = cached.filter(~cached.is_in(embeddable.implode())).to_list()
     n_new = missing.filter(~pl.col("song_id").is_in(cached.implode())).height
     n_refused = int(unchanged["refused"].sum())
-    return FillPlan(
+    report = FillReport(
         range=shard.range,
         n_songs=songs.height,
-        n_unchanged=unchanged.height - n_refused,
-        song_ids=embeddable["song_id"],
-        deleted=cached.filter(~cached.is_in(embeddable["song_id"].implode())).to_list(),
-        reused=reused.select("song_id", "text_hash", "row"),
-        texts=[
-            Text(*row)
-            for row in to_send.select("text", "text_hash", "song_id", n_bytes, "again", "rejected_before").iter_rows()
-        ],
         n_new=n_new,
         n_changed=missing.height - n_new,
+        n_deleted=len(deleted),
+        n_reused=reused.height,
+        n_unchanged=unchanged.height - n_refused,
+        n_rejected=songs["set_aside"].count() + n_refused,
         n_truncated=int(hashes["truncated"].sum()),
-        n_set_aside=songs["set_aside"].count() + n_refused,
-        n_rejected=n_refused,
-        made_otherwise=is_made_otherwise(shard.cache, shard.range, spec),
+        n_bytes_damaged=sum(each.n_bytes for each in shard.manifest.files if each.name in shard.damaged),
+    )
+    return FillPlan(
+        report=report,
+        deleted=deleted,
+        reused=reused.select("song_id", "text_hash", "row"),
+        texts=[Text(*row) for row in to_send.iter_rows()],
+        has_rejected=n_refused > 0,
+        made_otherwise=is_made_otherwise(shard.cache, shard.files, spec),
     )
 
 
@@ -156,7 +191,7 @@ def estimate_fills(plans: Iterable[FillPlan], estimator: TokenEstimator, price: 
     """Tokens, dollars and hours of some plans together."""
     n_songs = n_texts = n_tokens = n_again = n_tokens_again = 0
     for plan in plans:
-        n_songs += plan.n_songs
+        n_songs += plan.report.n_songs
         n_texts += len(plan.texts)
         n_tokens += plan.estimate_tokens(estimator)
         n_again += len(plan.texts_again)

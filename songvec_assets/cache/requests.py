@@ -1,4 +1,4 @@
-"""A range's missing texts on their way: packed into requests, divided where refused, stored as the answers come.
+"""A range's missing texts: packed into requests, divided where refused, stored as the answers come.
 
 What goes wrong with a request is decided in `embedding.client`; here, what becomes of the texts in it.
 """
@@ -8,10 +8,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
 
 from songvec_assets.cache.manifest import Rejection
-from songvec_assets.cache.plan import Text
+from songvec_assets.cache.plan import FillReport, Text
 from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.answers import hinted_texts
 from songvec_assets.embedding.batching import LearnedLimits, bisect, pack_requests
@@ -23,18 +23,22 @@ from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import (
     BudgetExceededError,
     ProviderError,
+    ProviderUnavailableError,
     RequestFailsError,
     RequestRefusedError,
     RequestTooLargeError,
     RequestTooSlowError,
     ServerSickError,
     StoppedError,
+    StoreError,
 )
+from songvec_assets.progress import Progress, RunContext
+from songvec_assets.songs.ranges import SongIdRange
 
 MAX_REFUSALS_IN_A_ROW = 25
-"""So many texts refused one after another, and none accepted between them, are not the songs' fault."""
+"""If more texts are refused one after another, and none accepted between them, the fault is not the songs'."""
 _ENOUGH_TEXTS = 400
-"""From so many texts on, too many bad ones end the run at once; of fewer, a handful in one place may be chance."""
+"""From this number of texts on, too many bad ones end the run at once; of fewer, a few in one place may be chance."""
 _N_BAD_ALONE = 3
 """Answers without a vector for a text, the last of them alone, before it is rejected."""
 _GROWTH = 1.1
@@ -47,55 +51,68 @@ class _OutgrownError(Exception):
     """A limit was learned while the request waited for its place: it is divided, and was not sent."""
 
 
-class Counters(Protocol):
-    """What is told of a range's texts."""
-
-    def all_started(self) -> None:
-        """The last request has begun: another range may use what is left of the quota."""
-
-    def count_tokens(self, n_tokens: int) -> None:
-        """So many tokens were billed."""
-
-    def count_answer(self, n_songs: int, batch: EmbeddingBatch) -> None:
-        """So many songs have their vectors on disk."""
-
-    def count_set_aside(self, song_ids: list[int], reason: str) -> None:
-        """These songs are set aside."""
-
-
 @dataclass
 class SendContext:
-    """What all requests of a run share.
+    """What all requests of a run share: the means, the rules, what was learned and counted so far.
 
     Attributes:
-        embedder: makes the vectors.
+        embedder_factory: makes what makes the vectors; called once, in the event loop, when a first text must be sent.
+            Its argument is notified of every bad answer, and of long waits for the first.
         quota: limits of a request.
         budget: stops before the request that would exceed it.
         estimator: of tokens; the embedder corrects it.
-        slots: requests begun at most, over all ranges.
-        check_halted: raises where no further request may start.
-        on_error: notified of each request's error at once.
+        concurrency: requests in flight at most; how many there are follows from the quota and the latency.
         server: that is asked; the reason of a rejection begins with it, so that another server is asked again.
-        on_learned: notified of a limit of the server.
+        run: is notified of songs, rate and dollars; once it is stopped, no further request starts.
         health: of the server.
         limits: of a request, as the server was found to have them; for all ranges of the run.
         slow_bytes: of a request; smaller, once one took too long, and larger with each answer since.
         n_refused_in_a_row: texts that were refused since one was accepted, in any range.
+        is_proven: whether the provider has answered well in this run.
+        n_songs, n_done, n_free: of all ranges; done so far; and of those the ones that no request was sent for.
+        n_expected: tokens, as estimated before the first request of each range.
+        fatal: why no further request may start.
+        over_budget: why no further range may begin.
     """
 
-    embedder: Embedder
+    embedder_factory: Callable[[Callable[[str], None]], Embedder]
     quota: Quota
     budget: Budget
     estimator: TokenEstimator
-    slots: asyncio.Semaphore
-    check_halted: Callable[[], None]
-    on_error: Callable[[Exception], None]
+    concurrency: int
     server: str
-    on_learned: Callable[[str], None]
+    run: RunContext
     health: ServerHealth = field(default_factory=ServerHealth)
     limits: LearnedLimits = field(default_factory=LearnedLimits)
     slow_bytes: float = math.inf
     n_refused_in_a_row: int = 0
+    is_proven: bool = False
+    n_songs: int = 0
+    n_done: int = 0
+    n_free: int = 0
+    n_retries: int = 0
+    n_limited: int = 0
+    n_expected: int = 0
+    fatal: Exception | None = None
+    over_budget: BudgetExceededError | None = None
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """What makes the vectors; it belongs to the event loop that first asks for it."""
+        return self.embedder_factory(self.report_trouble)
+
+    @cached_property
+    def slots(self) -> asyncio.Semaphore:
+        """Requests begun at most, over all ranges."""
+        return asyncio.Semaphore(self.concurrency)
+
+    async def close(self) -> None:
+        """Give the embedder's connections back, if it was used, and settle what its plain texts were billed."""
+        if "embedder" in self.__dict__:
+            try:
+                await asyncio.to_thread(self.budget.settle, 0, self.embedder.take_probe_tokens())
+            finally:
+                await self.embedder.close()
 
     def next_request(self) -> tuple[float, float]:
         """Texts and bytes that the next request may hold, as far as tokens and the server's limits are known."""
@@ -104,12 +121,46 @@ class SendContext:
         return min(self.quota.max_request_texts, n_texts), min(most_bytes, n_bytes, self.slow_bytes)
 
     def count_accepted(self, n_texts: int) -> None:
-        """So many texts got their vectors in one answer."""
+        """Record that n texts got their vectors in one answer."""
         self.health.count_good(n_texts)
         self.n_refused_in_a_row = 0
         self.slow_bytes *= _GROWTH
         if self.slow_bytes > self.estimator.n_bytes(self.quota.max_request_tokens):
             self.slow_bytes = math.inf
+
+    def note_error(self, error: Exception) -> None:
+        """Let no further request start where going on is pointless: one range may fail for what is in it."""
+        if isinstance(error, BudgetExceededError):
+            # no further range begins, but what has its share of the budget is still sent
+            self.over_budget = self.over_budget or error
+        elif not isinstance(error, (StoreError, ProviderUnavailableError)):
+            self.fatal = self.fatal or error
+
+    def check_halted(self) -> None:
+        """Raise where no further request may start."""
+        if self.fatal:
+            raise self.fatal
+        self.run.check_stop()
+
+    def advance(self, n_songs: int, song_range: SongIdRange, are_free: bool = False) -> None:
+        """Report n_songs more that need nothing further; `are_free` if no request was sent for them."""
+        self.n_done += n_songs
+        self.n_free += n_songs if are_free else 0
+        self.report(song_range.key)
+
+    def report_trouble(self, words: str) -> None:
+        """Report that something goes wrong, or a limit of the server."""
+        self.report(words, is_trouble=True)
+
+    def report(self, what: str, is_trouble: bool = False) -> None:
+        """Report how far the run has come, with a few words on what it does."""
+        note = f"{what}, ${self.budget.usd:,.4f} so far"
+        used = self.embedder.quota_used if "embedder" in self.__dict__ else None
+        if used is not None:
+            note += f", {used:.0%} of the quota used, {self.n_retries:,} retries, {self.n_limited:,} of them after 429"
+        if self.run.stop.is_set():
+            note += "; stopping: requests in flight are still stored"
+        self.run.report(Progress("embed songs", self.n_done, self.n_songs, "songs", note, is_trouble, self.n_free))
 
 
 @dataclass
@@ -117,18 +168,21 @@ class RangeSender:
     """Sends one range's texts and stores what comes back.
 
     Attributes:
-        context: what all requests share.
+        context: what all requests of the run share.
+        report: of the range; counts what is sent and what comes back.
         gatherer: where the vectors go.
         check_held: raises where the range's lock was lost.
-        counters: is notified.
+        let_next_begin: called when another range may use what is left of the quota.
         rejected: songs that the provider was found to reject.
     """
 
     context: SendContext
+    report: FillReport
     gatherer: AnswerGatherer
     check_held: Callable[[], None]
-    counters: Counters
+    let_next_begin: Callable[[], None]
     rejected: list[Rejection] = field(default_factory=list)
+    _all_started: bool = False
     _errors: list[Exception] = field(default_factory=list)
     _refused: list[tuple[Text, str]] = field(default_factory=list)
     _refused_at: float = 0.0
@@ -136,10 +190,10 @@ class RangeSender:
     _checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def send(self, texts: Sequence[Text]) -> None:
-        """Send all texts, each once; answers that are on their way when something fails are still stored.
+        """Send all texts, each once; requests in flight when something fails are still stored.
 
         Raises:
-            SongvecError: the first thing that went wrong, when nothing is on its way any more.
+            SongvecError: the first thing that went wrong, when nothing is in flight any more.
         """
         pieces = pack_requests([each.n_bytes for each in texts], self.context.next_request)
         sending: list[asyncio.Task[None]] = []
@@ -151,7 +205,8 @@ class RangeSender:
                 self.context.slots.release()
                 break
             sending.append(asyncio.create_task(self._send_one(texts[piece])))
-        self.counters.all_started()
+        self._all_started = True
+        self._pass_turn()
         await asyncio.gather(*sending)
         if self._errors:
             if not self._is_blamed and self.context.health.last_good_at > self._refused_at:
@@ -163,7 +218,7 @@ class RangeSender:
     def _may_go_on(self) -> bool:
         try:
             self.check_going_on()
-        except Exception as error:  # noqa: BLE001 - raised when the answers on their way are stored
+        except Exception as error:  # noqa: BLE001 - raised when the requests in flight are stored
             self._errors.append(error)
         return not self._errors
 
@@ -186,7 +241,7 @@ class RangeSender:
             self._errors.append(error)
             # what had its share of the budget before may still go; what was stopped had its reason elsewhere
             if not isinstance(error, (BudgetExceededError, StoppedError)):
-                self.context.on_error(error)
+                self.context.note_error(error)
         finally:
             self.context.slots.release()
 
@@ -225,7 +280,7 @@ class RangeSender:
             batch = None
         finally:
             # after the answer is stored: what goes wrong here must not cost it
-            self.counters.count_tokens(reservation.n_billed)
+            self.report.n_tokens += reservation.n_billed
             await reservation.settle()
         if refusal:
             return await self._divide(texts, refusal)
@@ -233,8 +288,22 @@ class RangeSender:
             return await self._send_in_turn(texts, n_bad_before, is_part)
         if len(bad) < len(texts):
             self.context.count_accepted(len(texts) - len(bad))
-        self.counters.count_answer(n_songs, batch)
+        self._count_answer(n_songs, batch)
         return not bad or await self._send_bad(bad, n_bad_before + 1, len(texts) == 1, asked_at)
+
+    def _count_answer(self, n_songs: int, batch: EmbeddingBatch) -> None:
+        self.report.n_embedded += n_songs
+        for counts in (self.report, self.context):
+            counts.n_retries += batch.n_retries
+            counts.n_limited += batch.n_limited
+        self.context.is_proven = self.context.is_proven or n_songs > 0
+        self.context.advance(n_songs, self.report.range)
+        self._pass_turn()
+
+    def _pass_turn(self) -> None:
+        # a provider that has not answered well yet may refuse the run: one range is enough to find out
+        if self._all_started and self.context.is_proven:
+            self.let_next_begin()
 
     async def _store(self, texts: Sequence[Text], batch: EmbeddingBatch) -> int:
         """Store an answer: each text's vector for every song that has the text; how many songs that are."""
@@ -286,7 +355,7 @@ class RangeSender:
     async def _answers_well(self, since: float) -> bool:
         answers = await self.context.embedder.answers_well(since)
         n_tokens = self.context.embedder.take_probe_tokens()
-        self.counters.count_tokens(n_tokens)
+        self.report.n_tokens += n_tokens
         await asyncio.to_thread(self.context.budget.settle, 0, n_tokens)
         return answers
 
@@ -309,7 +378,7 @@ class RangeSender:
             # it was the size, and not one text
             is_for_size = isinstance(refusal, RequestTooLargeError)
             if limits.count_refused(len(texts), n_bytes, is_for_size):
-                self.context.on_learned(
+                self.context.report_trouble(
                     f"{self.context.server} refused a request of {len(texts):,} texts and {n_bytes:,} bytes, and took "
                     f"its parts: from now on requests have up to {limits.most_texts:,} texts and {limits.most_bytes:,} "
                     f"bytes, and grow slowly. Set SONGVEC_MAX_REQUEST_TEXTS={limits.most_texts} to begin so"
@@ -371,7 +440,9 @@ class RangeSender:
     def _reject(self) -> None:
         for text, reason in self._refused:
             self.rejected += [Rejection(song_id, text.text_hash, reason) for song_id in text.song_ids]
-            self.counters.count_set_aside(text.song_ids, reason)
+            self.report.rejected += [(song_id, reason) for song_id in text.song_ids]
+            self.report.n_rejected += len(text.song_ids)
+            self.context.advance(len(text.song_ids), self.report.range)
 
 
 @dataclass

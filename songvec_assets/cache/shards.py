@@ -9,7 +9,7 @@ Embeddings are float32, (n, dimensions).
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -26,6 +26,7 @@ from songvec_assets.cache.parts import (
     CachedRows,
     DamagedPartError,
     PartIdentity,
+    Rows,
     open_part,
     read_identity,
 )
@@ -83,62 +84,49 @@ class ModelCache:
         Raises:
             StoreError: it does not parse.
         """
-        return self._read(song_range)[0] or Manifest()
+        read = self.storage.read(_manifest_key(song_range))
+        return self._decode(song_range, read.content) if read else Manifest()
 
-    def find_completion(self, song_range: SongIdRange) -> Completion | None:
-        """The last fill of a range, if it was complete; None also where the manifest does not parse, as its own fill
-        or load says."""
+    def look(self, song_range: SongIdRange) -> "RangeFiles":
+        """What there is of a range: one read and one listing."""
+        read, manifest, error = self.storage.read(_manifest_key(song_range)), None, None
         try:
-            return self.read_manifest(song_range).complete
-        except StoreError:
-            return None
-
-    def list_files(self, song_range: SongIdRange) -> dict[str, int]:
-        """The range's files with vectors, and their sizes."""
+            manifest = self._decode(song_range, read.content) if read else None
+        except StoreError as caught:
+            error = caught
         files = self.storage.list_objects(song_range.key)
-        return {name: size for name, size in files.items() if manifests.generation_of(name) is not None}
+        sizes = {name: size for name, size in files.items() if manifests.generation_of(name) is not None}
+        return RangeFiles(manifest, read.version if read else None, sizes, error)
 
-    def open(self, song_range: SongIdRange, asked: bool = False) -> "CachedRange":
+    def open(self, song_range: SongIdRange, generation: int | None = None) -> "CachedRange":
         """A range as it is now.
 
         Args:
             song_range: which.
-            asked: whether to add, at the end, what was embedded again so far for whoever asked.
+            generation: a later one than the range has: only its files are read, and it replaces what there is when it
+                is saved.
 
         Raises:
             StoreError: its manifest does not parse, or a file is of another model, size or range.
         """
         for tries_left in reversed(range(_TRIES)):
-            manifest, version = self._read(song_range)
-            opened = CachedRange(self, song_range, manifest, version, self.list_files(song_range), asked)
-            if not opened.damaged or not tries_left or self._read(song_range)[1] == version:
+            files = self.look(song_range)
+            if files.error:
+                raise files.error
+            opened = CachedRange(self, song_range, files)
+            if not opened.damaged or not tries_left or self.look(song_range).version == files.version:
                 break
-        return opened
+        return opened if generation is None else CachedRange(self, song_range, files, opened, generation)
 
     def open_as_found(self, song_range: SongIdRange) -> "CachedRange":
         """The same, whatever model its files say they are of: a folder's name does not give it back."""
         key = _manifest_key(song_range)
         read = self.storage.read(key)
         found = manifests.decode(read.content, self.storage.describe(key)).identity if read else None
-        for name in () if found else self.list_files(song_range):
+        for name in () if found else self.look(song_range).sizes:
             found = found or read_identity(self.storage.open(f"{song_range.key}/{name}"))
-        return (
-            ModelCache(self.storage, found.model_id, found.dimensions).open(song_range)
-            if found
-            else self.open(song_range)
-        )
-
-    def is_complete(self, song_range: SongIdRange, manifest: Manifest | None = None) -> bool:
-        """Whether a range was filled completely and has just the files of then, as far as their sizes tell."""
-        manifest = manifest or self.read_manifest(song_range)
-        sizes = self.list_files(song_range)
-        named = {each.name: each.n_bytes for each in manifest.files}
-        return (
-            manifest.complete is not None
-            and not manifest.find_unnamed(sizes)
-            and named.items() <= sizes.items()
-            and not manifest.find_garbage(sizes)
-        )
+        cache = ModelCache(self.storage, found.model_id, found.dimensions) if found else self
+        return cache.open(song_range)
 
     def summarize(self, song_range: SongIdRange, opens_files: bool = False) -> "RangeSummary":
         """What is cached of a range, in short.
@@ -149,11 +137,9 @@ class ModelCache:
                 complete and they are as large as then.
         """
         try:
-            if not opens_files:
-                manifest = self.read_manifest(song_range)
-                done = manifest.complete
-                if done is not None and self.is_complete(song_range, manifest):
-                    return RangeSummary(done.n_vectors, done.digest, IdSums(*done.ids), done)
+            done = None if opens_files else self.look(song_range).done
+            if done is not None:
+                return RangeSummary(done.n_vectors, done.digest, IdSums(*done.ids), done)
             opened = self.open(song_range)
         except StoreError as error:
             return RangeSummary(error=str(error))
@@ -164,18 +150,46 @@ class ModelCache:
         """An identity of all that is cached; opens no file with vectors."""
         state = xxhash.xxh3_128(f"{self.model} {self.dimensions}".encode())
         for song_range in self.ranges():
-            read = self.storage.read(_manifest_key(song_range))
-            state.update(f"{song_range.key} {read.version if read else None}\n".encode())
-            if read is None or self.find_completion(song_range) is None:
-                state.update(repr(sorted(self.list_files(song_range))).encode())
+            files = self.look(song_range)
+            names = [] if files.manifest and files.manifest.complete else sorted(files.sizes)
+            state.update(f"{song_range.key} {files.version} {names}\n".encode())
         return state.hexdigest()
 
-    def _read(self, song_range: SongIdRange) -> tuple[Manifest | None, str | None]:
-        key = _manifest_key(song_range)
-        read = self.storage.read(key)
-        if read is None:
-            return None, None
-        return manifests.decode(read.content, self.storage.describe(key), self.identity(song_range)), read.version
+    def _decode(self, song_range: SongIdRange, content: bytes) -> Manifest:
+        name = self.storage.describe(_manifest_key(song_range))
+        return manifests.decode(content, name, self.identity(song_range))
+
+
+@dataclass(frozen=True)
+class RangeFiles:
+    """What there is of a range; no file with vectors is opened for it.
+
+    Attributes:
+        manifest: as it is stored; None if there is none or it does not parse.
+        version: of the stored manifest.
+        sizes: of all files with vectors.
+        error: why the manifest does not parse.
+    """
+
+    manifest: Manifest | None = None
+    version: str | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    error: StoreError | None = None
+
+    @property
+    def done(self) -> Completion | None:
+        """The last fill, if it was complete and just its files are there, as far as their sizes tell."""
+        manifest = self.manifest
+        if manifest is None or manifest.find_unnamed(self.sizes) or manifest.find_garbage(self.sizes):
+            return None
+        is_whole = {each.name: each.n_bytes for each in manifest.files}.items() <= self.sizes.items()
+        return manifest.complete if is_whole else None
+
+    @property
+    def last_generation(self) -> int:
+        """The highest one of its files, begun or complete."""
+        begun = [manifests.generation_of(name) or 0 for name in self.sizes]
+        return max([self.manifest.generation if self.manifest else 0, *begun])
 
 
 @dataclass(frozen=True)
@@ -200,45 +214,40 @@ class RangeSummary:
 
 @dataclass
 class CachedRange:
-    """A range as it was when it was opened, and whoever holds its lock writes it through this.
+    """A range as it was when it was opened; the holder of its lock writes it through this.
 
     Attributes:
         cache, range: whose.
-        stored: its manifest; None if there is none.
-        version: of that manifest.
-        sizes: of all files with vectors.
-        asked: see `ModelCache.open`.
+        files: what there was of it.
+        replaces: what holds until this is saved, if this is a later generation; see `ModelCache.open`.
+        generation: of the files, if it is a later one.
         manifest: what holds: the stored manifest, and the parts that are newer.
         damaged: files that are not as they were written, and why. What is sound of them is read.
         n_unnamed: files that the stored manifest does not name.
-        first_asked: number of the first row that answers who asked for all songs again.
     """
 
     cache: ModelCache
     range: SongIdRange
-    stored: Manifest | None
-    version: str | None
-    sizes: dict[str, int]
-    asked: bool = False
+    files: RangeFiles
+    replaces: "CachedRange | None" = None
+    generation: InitVar[int] = 0
+    manifest: Manifest = field(init=False)
     damaged: dict[str, str] = field(default_factory=dict)
     n_unnamed: int = 0
-    first_asked: int = 0
     _batches: list[CachedRows] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, generation: int) -> None:
+        sizes, is_read = self.files.sizes, self.files.manifest is not None
         # without a manifest nobody says which generation holds: the lowest one is complete, if any is
-        lowest = min((manifests.generation_of(name) or 0 for name in self.sizes), default=0)
-        manifest = self.stored or Manifest(generation=lowest)
+        lowest = min((manifests.generation_of(name) or 0 for name in sizes), default=0)
+        manifest = self.files.manifest or Manifest(generation=lowest)
+        if self.replaces is not None:
+            manifest, is_read = self.replaces.manifest.begin_generation(generation), True
         for each in manifest.files:
             self._open(each)
-        unnamed = manifest.find_unnamed(self.sizes, self.stored is not None)
+        unnamed = manifest.find_unnamed(sizes, is_read)
         self.n_unnamed = len(unnamed)
         self.manifest = self._add(manifest, unnamed)
-        self.first_asked = self.n_rows
-        if self.asked:
-            asked = replace(manifest, generation=manifest.asked_generation, files=(), consumed=())
-            for name in asked.find_unnamed(self.sizes):
-                self._open(DataFile(name, self.sizes[name]))
 
     @property
     def describe(self) -> str:
@@ -251,14 +260,9 @@ class CachedRange:
         return sum(map(len, self._batches))
 
     @property
-    def n_bytes_damaged(self) -> int:
-        """Of the files that cannot be read."""
-        return sum(each.n_bytes for each in self.manifest.files if each.name in self.damaged)
-
-    @property
-    def is_read(self) -> bool:
-        """Whether the range has a manifest."""
-        return self.stored is not None
+    def n_batches(self) -> int:
+        """Record batches of all files."""
+        return len(self._batches)
 
     @property
     def rejected(self) -> pl.DataFrame:
@@ -274,8 +278,7 @@ class CachedRange:
         Returns:
             Columns song_id (Int32), text_hash (Binary), checksum (UInt64), and row (Int64, the row's number).
         """
-        empty = CachedRows(np.empty(0, np.int32), np.empty(0, f"V{TEXT_HASH_BYTES}"), np.empty(0, np.uint64), _NOTHING)
-        batches = [empty, *self._batches]
+        batches = [Rows.of((), (), np.empty((0, 0), np.float32)), *self._batches]
         hashes = np.concatenate([each.text_hashes for each in batches])
         binary = pa.Array.from_buffers(pa.binary(TEXT_HASH_BYTES), len(hashes), [None, pa.py_buffer(hashes)])
         return pl.DataFrame(
@@ -286,33 +289,22 @@ class CachedRange:
             }
         ).with_columns(row=pl.int_range(pl.len()))
 
-    @property
-    def _held_rows(self) -> pl.DataFrame:
-        return self.all_rows.head(self.first_asked) if self.asked else self.all_rows
-
     @cached_property
     def rows(self) -> pl.DataFrame:
         """The songs that have a vector: the columns of `all_rows`, ordered by song_id. Reads no vector."""
-        held = _last_rows(self._held_rows)
-        without = [
-            *(each.song_id for each in self.manifest.rejected),
-            *self.manifest.deleted_at,
-            *self.manifest.damaged,
-        ]
-        return held.filter(~pl.col("song_id").is_in(without))
-
-    def asked_rows(self) -> pl.DataFrame:
-        """Of the rows that answer who asked for all songs again, each song's last; the columns of `all_rows`."""
-        return _last_rows(self.all_rows.slice(self.first_asked))
+        rejected = (each.song_id for each in self.manifest.rejected)
+        without = [*rejected, *self.manifest.deleted_at, *self.manifest.damaged]
+        return self.last_rows().filter(~pl.col("song_id").is_in(without))
 
     def deleted_rows(self, since_s: float) -> pl.DataFrame:
         """The last rows of songs that were deleted at this time or later; the columns of `all_rows`."""
         ids = [song_id for song_id, at in self.manifest.deleted_at.items() if at >= since_s]
-        return _last_rows(self._held_rows).filter(pl.col("song_id").is_in(ids))
+        return self.last_rows().filter(pl.col("song_id").is_in(ids))
 
-    def deleted_song_ids(self) -> pl.Series:
-        """The songs that were deleted, and whose vectors are kept."""
-        return pl.Series("song_id", [*self.manifest.deleted_at], dtype=pl.Int32)
+    def last_rows(self) -> pl.DataFrame:
+        """Each song's last row, ordered by song_id, whether it holds or not; the columns of `all_rows`."""
+        ordered = self.all_rows.sort("song_id", maintain_order=True)
+        return ordered.filter(pl.col("song_id").ne_missing(pl.col("song_id").shift(-1)))
 
     def find_sound(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Those of some rows whose vector is good and fits its checksum. Reads their vectors."""
@@ -351,33 +343,34 @@ class CachedRange:
         """Replace the manifest.
 
         Raises:
-            StoreError: somebody else replaced it since it was read. Nothing is written.
+            StoreError: another process replaced it since it was read. Nothing is written.
         """
         key = _manifest_key(self.range)
-        self.version = self.cache.storage.put_if_unchanged(
-            key, manifests.encode(manifest, self.cache.identity(self.range)), self.version
-        )
-        self.stored = self.manifest = manifest
-        self.n_unnamed = 0
+        content = manifests.encode(manifest, self.cache.identity(self.range))
+        version = self.cache.storage.put_if_unchanged(key, content, self.files.version)
+        if version is None:
+            raise StoreError(
+                f"{self.cache.storage.describe(key)} was changed by another process while this one filled it: its "
+                "lock was lost, as when the database restarts. Start the same command again; what both have stored "
+                "is kept"
+            )
+        self.files = RangeFiles(manifest, version, self.files.sizes)
+        self.manifest, self.replaces, self.n_unnamed = manifest, None, 0
         self.__dict__.pop("rows", None)
 
     @cached_property
     def writer(self) -> PartWriter:
         """Writes parts of this range. What others have written is named first: unnamed parts are of one writer."""
-        if self.n_unnamed:
+        if self.n_unnamed and self.replaces is None:
             self.save(self.manifest)
-        generation = self.manifest.asked_generation if self.asked else self.manifest.generation
-        return PartWriter(self.cache.storage, self.range.key, self.cache.identity(self.range), generation)
+        identity = self.cache.identity(self.range)
+        return PartWriter(self.cache.storage, self.range.key, identity, self.manifest.generation)
 
     def add_written(self) -> None:
-        """Read what the writer has written, as if the range were opened again."""
-        names = [each.name for each in self.writer.files]
-        self.sizes |= {each.name: each.n_bytes for each in self.writer.files}
-        if self.asked:
-            for name in names:
-                self._open(DataFile(name, self.sizes[name]))
-        else:
-            self.manifest = self._add(self.manifest, names)
+        """Read what the writer has written since, as if the range were opened again."""
+        written = {each.name: each.n_bytes for each in self.writer.files if each.name not in self.files.sizes}
+        self.files.sizes.update(written)
+        self.manifest = self._add(self.manifest, [*written])
         for name in ("all_rows", "rows", "_starts"):
             self.__dict__.pop(name, None)
 
@@ -388,9 +381,9 @@ class CachedRange:
 
     def delete_garbage(self) -> None:
         """Remove files that nothing needs any more: the manifest that replaces them is durable."""
-        for name in self.manifest.find_garbage(self.sizes, self.is_read):
+        for name in self.manifest.find_garbage(self.files.sizes) if self.files.manifest else ():
             self.cache.storage.delete(f"{self.range.key}/{name}")
-            del self.sizes[name]
+            del self.files.sizes[name]
         self.cache.storage.delete_leftovers(self.range.key)
 
     @cached_property
@@ -399,7 +392,7 @@ class CachedRange:
 
     def _add(self, manifest: Manifest, names: Sequence[str]) -> Manifest:
         """A manifest with files adopted that are newer, their rows read."""
-        files = [DataFile(name, self.sizes[name]) for name in names]
+        files = [DataFile(name, self.files.sizes[name]) for name in names]
         n_before = len(self._batches)
         for each in files:
             self._open(each)
@@ -419,15 +412,6 @@ class CachedRange:
         except DamagedPartError as error:
             self.damaged[file.name] = str(error)
             self._batches += error.sound
-
-
-def _last_rows(rows: pl.DataFrame) -> pl.DataFrame:
-    """Each song's last row, ordered by song_id."""
-    ordered = rows.sort("song_id", maintain_order=True)
-    return ordered.filter(pl.col("song_id").ne_missing(pl.col("song_id").shift(-1)))
-
-
-_NOTHING = np.empty((0, 0), np.float32)
 
 
 def load_embeddings_from_cache(cache: ModelCache, song_range: SongIdRange) -> tuple[CachedRange, pl.DataFrame]:
@@ -454,7 +438,7 @@ def read_embeddings_from_file(shard: CachedRange, rows: pl.Series) -> Iterator[C
 
 
 def lock_name(song_range: SongIdRange) -> str:
-    """The lock that whoever writes a range holds."""
+    """The lock of the process that writes a range."""
     return f"fill {song_range.key}"
 
 

@@ -1,14 +1,14 @@
-"""How the texts of a model's cache are made: the record beside its shards, and what a change of it would send again.
+"""How the texts of a model's cache are made: the recorded settings, and what a change of them would send again.
 
 `texts.json` in the model's folder is written by the first fill, and again when a fill may go on with other settings.
-When to add here: another setting that changes every text. Keep out: who confirms, and what a fill does range by range.
+When to add here: another setting that changes every text. Keep out: the confirmation, and what a fill does to a range.
 """
 
 from collections.abc import Callable, Sequence
 
 import msgspec
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.shards import ModelCache, RangeFiles
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import ReembeddingError, StoreError
 from songvec_assets.songs.ranges import SongIdRange
@@ -57,24 +57,18 @@ def write_record(cache: ModelCache, record: TextRecord) -> None:
     cache.storage.put(_KEY, msgspec.json.encode(record))
 
 
-def is_made_otherwise(cache: ModelCache, song_range: SongIdRange, spec: TextSpec) -> bool:
+def is_made_otherwise(cache: ModelCache, files: RangeFiles, spec: TextSpec) -> bool:
     """Whether a range's cached texts were made with other settings, so far as that is recorded."""
-    try:
-        done = cache.read_manifest(song_range).complete
-    except StoreError:  # its own fill says what is wrong, and sends nothing
-        return False
-    if done is not None:
-        return done.text != spec.identity
-    if not cache.list_files(song_range):
-        return False
-    # its last fill was not completed
-    record = read_record(cache)
+    if files.manifest is not None and files.manifest.complete is not None:
+        return files.manifest.complete.text != spec.identity
+    # its last fill was not completed; one whose manifest does not parse is refused by its own fill
+    record = read_record(cache) if files.sizes and not files.error else None
     return record is not None and record.spec.identity != spec.identity
 
 
 def check_reembedding(
     cache: ModelCache,
-    ranges: Sequence[SongIdRange],
+    changed: Sequence[SongIdRange],
     spec: TextSpec,
     estimate: Callable[[Sequence[SongIdRange]], Estimate],
 ) -> None:
@@ -82,14 +76,13 @@ def check_reembedding(
 
     Args:
         cache: of the model.
-        ranges: to be filled.
+        changed: the ranges whose texts were made with other settings.
         spec: how songs are to become texts.
-        estimate: of what filling some ranges would send; called only where settings changed.
+        estimate: of what filling some ranges would send; called only if there are such ranges.
 
     Raises:
         ReembeddingError: says how many texts, and at what price.
     """
-    changed = [song_range for song_range in ranges if is_made_otherwise(cache, song_range, spec)]
     planned = estimate(changed) if changed else None
     if planned is not None and planned.n_again:
         raise ReembeddingError(

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from songvec_assets.errors import BulkDeletionError, DatabaseError, SongvecError, SourceError, StoreError
-from songvec_assets.files import replace_atomically
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs import snapshots
@@ -38,6 +37,7 @@ from songvec_assets.songs.snapshots import (
     snapshot_path,
 )
 from songvec_assets.songs.source import SongsSource
+from songvec_assets.storage import replace_atomically
 
 ExportMode = Literal["all", "append"]
 

@@ -22,9 +22,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from songvec_assets.errors import StoreError
-from songvec_assets.files import replace_atomically
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import TEXT_HASH_BYTES, TextSpec, render_texts
+from songvec_assets.storage import replace_atomically
 
 SNAPSHOT_SCHEMA = pa.schema(
     [

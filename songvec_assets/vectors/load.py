@@ -90,7 +90,7 @@ class LoadSource:
         n_lost = 0
         if loaded is not None:
             found = loaded["song_id"].is_in(cached.rows["song_id"].implode())
-            lost = loaded["song_id"].is_in([*cached.manifest.damaged]) if cached.is_read else pl.lit(True)
+            lost = loaded["song_id"].is_in([*cached.manifest.damaged]) if cached.files.manifest else pl.lit(True)
             n_lost = loaded.filter(~found & lost).height
         if cached.damaged or n_lost:
             named = "; ".join(f"{name}: {why}" for name, why in cached.damaged.items()) or "none"
