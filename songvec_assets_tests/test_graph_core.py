@@ -122,7 +122,7 @@ def test_only_the_columns_that_the_template_names_are_needed(
     create_songs(database, columns, rows)
     deployment = deploy(database, provider, tmp_path / "store", text_template=template)
     fills, loads = run_all(deployment)
-    assert [(fill.n_songs, fill.n_set_aside, fill.error) for fill in fills] == [(2, 0, None)]
+    assert [(fill.n_songs, fill.n_rejected, fill.error) for fill in fills] == [(2, 0, None)]
     assert {*provider.texts()} - {"probe"} == texts
     assert sum(load.n_written for load in loads) == 2
     vector = deployment.embed_query("waves")
@@ -154,7 +154,7 @@ def test_a_song_is_rejected_for_what_the_template_names_and_it_lacks(
     snapshot = load_songs_from_parquet(snapshot_path(deployment.store.songs, fill.range))
     found = {song_id: reason for song_id, reason in snapshot.select("song_id", "set_aside").iter_rows() if reason}
     assert found == rejected
-    assert (fill.n_set_aside, fill.n_embedded) == (len(rejected), 4 - len(rejected))
+    assert (fill.n_rejected, fill.n_embedded) == (len(rejected), 4 - len(rejected))
 
 
 def test_a_template_that_needs_less_takes_songs_that_were_rejected_even_where_exports_read_only_what_is_newer(
