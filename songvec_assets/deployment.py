@@ -45,7 +45,6 @@ from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, samp
 from songvec_assets.songs.counts import RangeCount, check_ids, count_ranges
 from songvec_assets.songs.export import ExportMode, ExportOptions, ExportReport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.snapshots import count_songs, snapshot_ranges
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.index.neighbors import LoadedRows
@@ -420,7 +419,7 @@ class Deployment:
             run=RunContext(progress, self.stop),
         )
         return Filler(
-            songs_folder=self.store.songs,
+            snapshots=self.store.songs,
             cache=self.cache,
             tiling=self.tiling,
             spec=self.text_spec,
@@ -453,7 +452,7 @@ class Deployment:
 
         @functools.cache
         def check_once(target: VectorTable) -> None:
-            n_songs = sum(count_songs(self.store.songs, each) for each in snapshot_ranges(self.store.songs))
+            n_songs = sum(map(self.store.songs.count, self.store.songs.ranges()))
             check_target(target, self.table_spec, self.index_settings, n_songs)
 
         return lambda: check_once(check_publishable(self.database, self.wanted_table))

@@ -42,6 +42,9 @@ class Storage:
     def __str__(self) -> str:
         return str(self.root)
 
+    def __contains__(self, key: str) -> bool:
+        return (self.root / key).is_file()
+
     def within(self, prefix: str) -> "Storage":
         """The storage of all keys that begin with `prefix/`."""
         return Storage(self.root / prefix)
@@ -94,10 +97,19 @@ class Storage:
             StoreError: the disk refuses.
         """
         path = self.root / key
+        # one name per process, so that two writers never share a file
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with _refusals(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_atomically(path, tidy=False) as file:
-                yield file
+            try:
+                with temporary.open("wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync_folder(path.parent)
 
     def put(self, key: str, content: bytes) -> str:
         """Write an object, whole and durable, whatever was there before; its version."""
@@ -157,30 +169,6 @@ def _refusals(path: Path) -> Iterator[None]:
 
 def _version_of(content: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(content)
-
-
-@contextlib.contextmanager
-def replace_atomically(path: Path, tidy: bool = True) -> Iterator[BinaryIO]:
-    """Write a file that replaces `path`, durably, when the block ends well; else nothing changes.
-
-    Args:
-        path: of the file.
-        tidy: whether to look for what killed writers of the same file left; in a large folder that takes its time.
-    """
-    # one name per process, so that two writers never share a file
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for leftover in path.parent.glob(f".{path.name}.*.tmp") if tidy else ():
-        if time.time() - leftover.stat().st_mtime > LEFTOVER_S:
-            leftover.unlink(missing_ok=True)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,7 +12,6 @@ from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import embed_query, search_songs
 from songvec_assets.songs.export import cache_songs_to_parquet
-from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path
 from songvec_assets.songs.watch import look_at_source
 from songvec_assets.status import measure_status
 from songvec_assets.vectors.load import RangeLoad
@@ -83,7 +82,7 @@ def test_a_changed_a_new_and_a_deleted_song_cost_two_texts(
         connection.execute(sa.text("DELETE FROM songs WHERE id = 7"))
     provider.reset_ledger()
     fills, loads = run_all(deploy(database, provider, tmp_path))
-    assert (fills[0].n_new, fills[0].n_changed, fills[0].n_gone, fills[0].n_unchanged) == (1, 1, 1, 8)
+    assert (fills[0].n_new, fills[0].n_changed, fills[0].n_deleted, fills[0].n_unchanged) == (1, 1, 1, 8)
     assert set(provider.texts()) - {"probe"} == {"Song 3 by Ann\nnew words", "Song 11 by Ann\nla la"}
     assert (loads[0].n_written, loads[0].n_deleted) == (2, 2)
     assert set(read_table(database)) == {*range(1, 12)} - {7}
@@ -151,7 +150,7 @@ def test_a_song_is_rejected_for_what_the_template_names_and_it_lacks(
     songs((1, " ", "Ann", "waves"), (2, "Sea", None, " \n"), (3, None, "", None), (4, "Hill", "Ben", "la"))
     deployment = deploy(database, provider, tmp_path / "store", text_template=template)
     (fill,), _ = run_all(deployment)
-    snapshot = load_songs_from_parquet(snapshot_path(deployment.store.songs, fill.range))
+    snapshot = deployment.store.songs.read(fill.range)
     found = {song_id: reason for song_id, reason in snapshot.select("song_id", "set_aside").iter_rows() if reason}
     assert found == rejected
     assert (fill.n_rejected, fill.n_embedded) == (len(rejected), 4 - len(rejected))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from msgspec.structs import replace
 
@@ -25,7 +24,7 @@ from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.errors import ProviderUnavailableError
 from songvec_assets.progress import run_event_loop
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path
+from songvec_assets.songs.snapshots import Footer, Snapshots
 from songvec_assets.songs.text import TextSpec
 
 MAX_OPEN_RANGES = 4
@@ -58,7 +57,7 @@ class Filler:
     """Fills ranges with one embedder. One call of `fill_ranges` each.
 
     Attributes:
-        songs_folder: of the snapshots.
+        snapshots: of the store.
         cache: of the model.
         tiling: how song_ids are cut.
         spec: how songs become texts.
@@ -74,7 +73,7 @@ class Filler:
         retry_rejected: whether songs that this server rejected before are sent again.
     """
 
-    songs_folder: Path
+    snapshots: Snapshots
     cache: ModelCache
     tiling: Tiling
     spec: TextSpec
@@ -87,6 +86,7 @@ class Filler:
     reembed: str | None = None
     retry_rejected: bool = False
     _found: dict[SongIdRange, RangeFiles] = field(default_factory=dict)
+    _footers: dict[SongIdRange, Footer | None] = field(default_factory=dict)
     _generation: int = 0
     _has_failed: bool = False
     _was_unavailable: bool = False
@@ -102,9 +102,10 @@ class Filler:
             SongvecError: where going on is pointless (budget, key, model, stop); the range is reported first.
         """
         cached = {*self.cache.ranges()}
-        held = [each for each in ranges if each in cached or snapshot_path(self.songs_folder, each).exists()]
+        held = [each for each in ranges if each in cached or each in self.snapshots]
         # once for all that is asked of a range before its lock is taken
         self._found = {each: self.cache.look(each) if each in cached else RangeFiles() for each in held}
+        self._footers = {each: self.snapshots.footer(each) for each in held}
         if not held:
             return
         self.before_fill([each for each in held if texts.is_made_otherwise(self.cache, self._found[each], self.spec)])
@@ -116,7 +117,7 @@ class Filler:
             if self.reembed:
                 generations = (files.last_generation for files in self._found.values())
                 self._generation = reembedding.begin(self.cache, [*self._found], self.reembed, generations)
-            context.n_songs = sum(count_songs(self.songs_folder, each) for each in self._found)
+            context.n_songs = sum(each.n_songs for each in self._footers.values() if each)
             for files in self._found.values():
                 context.health.count_known(files.done.n_vectors if files.done else 0)
             for song_range in self._found:
@@ -148,12 +149,11 @@ class Filler:
 
     def _find_answer(self, song_range: SongIdRange) -> Completion | None:
         """The fill that answers the range's snapshot in full already: nothing is to be done, and no lock is needed."""
-        done, manifest = self._found[song_range].done, self._found[song_range].manifest
-        if done is None or manifest is None or manifest.generation < self._generation:
+        files, footer = self._found[song_range], self._footers[song_range]
+        done, snapshot = files.done, footer.digest if footer else None
+        generation = files.manifest.generation if files.manifest else 0
+        if done is None or generation < self._generation or (self.retry_rejected and done.n_rejected):
             return None
-        if self.retry_rejected and done.n_rejected:
-            return None
-        snapshot = snapshot_digest(snapshot_path(self.songs_folder, song_range))
         return done if done.fits(snapshot, self.spec.identity, self.context.server) else None
 
     async def _fill_reported(
@@ -210,7 +210,7 @@ class _RangeFill:
         """Fill the range; its report has the counts, whatever is raised."""
         filler, context, song_range = self.filler, self.filler.context, self.report.range
         # taken before the songs are read: an export that comes in between leaves a manifest that does not fit
-        snapshot = snapshot_digest(snapshot_path(filler.songs_folder, song_range))
+        snapshot = filler.snapshots.digest(song_range)
         shard, plan = await asyncio.to_thread(self._plan, song_range, generation)
         self.report = plan.report
         if plan.texts:
@@ -233,7 +233,7 @@ class _RangeFill:
         if shard.manifest.generation < generation:
             shard = filler.cache.open(song_range, generation)
         rejected_by = None if filler.retry_rejected or shard.replaces else filler.context.server
-        return shard, plan_fill(filler.songs_folder, shard, filler.spec, rejected_by)
+        return shard, plan_fill(filler.snapshots, shard, filler.spec, rejected_by)
 
     def _begin(self, shard: CachedRange, plan: FillPlan) -> None:
         """Record deletions and parts of killed runs before anything is written; store the vectors that are free."""

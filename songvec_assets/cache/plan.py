@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import polars as pl
 
@@ -11,7 +10,7 @@ from songvec_assets.cache.texts import is_made_otherwise
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import load_songs_from_parquet, read_text_hashes, render_songs, snapshot_path
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import TextSpec
 
 
@@ -109,11 +108,11 @@ class FillPlan:
         return [each for each in self.texts if each.again] if self.made_otherwise else []
 
 
-def plan_fill(songs_folder: Path, shard: CachedRange, spec: TextSpec, rejected_by: str | None = None) -> FillPlan:
+def plan_fill(snapshots: Snapshots, shard: CachedRange, spec: TextSpec, rejected_by: str | None = None) -> FillPlan:
     """Compare a range's snapshot with what is cached of it.
 
     Args:
-        songs_folder: of the snapshots.
+        snapshots: of the store.
         shard: the range.
         spec: how songs become texts.
         rejected_by: the server whose rejections hold; songs that another one rejected are sent again; None: no
@@ -122,16 +121,11 @@ def plan_fill(songs_folder: Path, shard: CachedRange, spec: TextSpec, rejected_b
     Raises:
         StoreError: there is no snapshot: a cache alone does not say that its songs are deleted.
     """
-    path = snapshot_path(songs_folder, shard.range)
-    if not path.exists():
+    if shard.range not in snapshots:
         raise StoreError(
             f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first"
         )
-    songs = load_songs_from_parquet(path, ["song_id", "set_aside"])
-    embeddable = songs.filter(pl.col("set_aside").is_null())["song_id"]
-    hashes = read_text_hashes(path, spec)
-    if hashes is None:
-        hashes = render_songs(path, spec, embeddable).drop("text")
+    hashes, n_songs = snapshots.read_text_hashes(shard.range, spec), snapshots.count(shard.range)
     known = shard.rows.select("song_id", "text_hash")
     rejected = shard.rejected.select("song_id", "text_hash", "reason")
     holds = pl.lit(False) if rejected_by is None else pl.col("reason").str.starts_with(f"{rejected_by} ")
@@ -155,25 +149,25 @@ def plan_fill(songs_folder: Path, shard: CachedRange, spec: TextSpec, rejected_b
         .with_columns(rejected_before=pl.col("text_hash").is_in(rejected.filter(~holds)["text_hash"].implode()))
     )
     # the rest is cached, or has the text of one of these
-    texts = render_songs(path, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
+    texts = snapshots.render(shard.range, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
     n_bytes = pl.col("text").str.len_bytes().alias("n_bytes")
     to_send = unpaid.join(texts, on="text_hash", how="inner", maintain_order="left").select(
         "text", "text_hash", "song_id", n_bytes, "again", "rejected_before"
     )
     replaced = (shard.replaces or shard).rows["song_id"]
     cached = pl.concat([replaced, known["song_id"], rejected["song_id"]]).unique()
-    deleted = cached.filter(~cached.is_in(embeddable.implode())).to_list()
+    deleted = cached.filter(~cached.is_in(hashes["song_id"].implode())).to_list()
     n_new = missing.filter(~pl.col("song_id").is_in(cached.implode())).height
     n_refused = int(unchanged["refused"].sum())
     report = FillReport(
         range=shard.range,
-        n_songs=songs.height,
+        n_songs=n_songs,
         n_new=n_new,
         n_changed=missing.height - n_new,
         n_deleted=len(deleted),
         n_reused=reused.height,
         n_unchanged=unchanged.height - n_refused,
-        n_rejected=songs["set_aside"].count() + n_refused,
+        n_rejected=n_songs - hashes.height + n_refused,
         n_truncated=int(hashes["truncated"].sum()),
         n_bytes_damaged=sum(each.n_bytes for each in shard.manifest.files if each.name in shard.damaged),
     )
