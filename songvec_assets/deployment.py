@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from songvec_assets import inventory
 from songvec_assets.cache.fill import Filler, Spending
 from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
-from songvec_assets.cache.requests import SendContext
+from songvec_assets.cache.context import SendContext
 from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
 from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
@@ -151,7 +151,7 @@ class Deployment:
         each, default = self.settings, default_prompts(self.settings.model)
         query, document = each.query_prompt or default.query, each.document_prompt or default.document
         cache = Store(self.storage_root, "", self.tiling).embeddings(each.model, each.embedding_dimensions)
-        record = read_record(cache)
+        record = read_record(cache.storage)
         if record is not None:
             return Prompts(each.query_prompt or record.query_prompt, each.document_prompt or record.document_prompt)
         if cache.ranges():
@@ -161,7 +161,7 @@ class Deployment:
     @property
     def table_spec(self) -> TableSpec:
         """What the table is to hold."""
-        each, prompts, record = self.settings, self.prompts, read_record(self.cache)
+        each, prompts, record = self.settings, self.prompts, read_record(self.cache.storage)
         # of the vectors that are there, also while another one is set and not embedded yet
         document = record.document_prompt if record else prompts.document
         return TableSpec(each.model, each.embedding_dimensions, each.vector_type, prompts.query, document)
@@ -439,11 +439,11 @@ class Deployment:
 
         def check(changed: Sequence[SongIdRange]) -> None:
             if not confirmed:
-                check_reembedding(self.cache, changed, spec, lambda ranges: self.estimate({*ranges}))
-            if read_record(self.cache) != record:
+                check_reembedding(self.cache.storage, changed, spec, lambda ranges: self.estimate({*ranges}))
+            if read_record(self.cache.storage) != record:
                 # two first runs at once would write to one file
                 with hold_lock(self.database, "texts", on_wait=lambda: None, check=self.stop.check):
-                    write_record(self.cache, record)
+                    write_record(self.cache.storage, record)
 
         return check
 

@@ -82,7 +82,7 @@ def import_file(path: Path) -> tuple[int, int]:
     files: tuple[DataFile, ...] = ()
     if sound:
         pieces = (each.embeddings[at : at + PIECE_ROWS] for each in sound for at in range(0, len(each), PIECE_ROWS))
-        writer = PartWriter(storage, song_range.key, identity, 0)
+        writer = PartWriter(storage, identity, 0)
         files = (writer.write_base(join_rows(sound), pieces),)
     found = Manifest(
         files=files,
@@ -90,7 +90,7 @@ def import_file(path: Path) -> tuple[int, int]:
         deleted_at={song_id: at for song_id, at in words.items() if isinstance(at, float)},
         damaged=tuple(song_id for song_id, each in words.items() if each is None),
     )
-    storage.put(f"{song_range.key}/{manifests.NAME}", manifests.encode(found, identity))
+    storage.put(manifests.key_of(song_range), manifests.encode(found, identity))
     path.rename(path.with_name(f"{path.name}.imported"))
     return len({int(song_id) for each in sound for song_id in each.song_ids} - words.keys()), n_left_out
 

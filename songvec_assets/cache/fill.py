@@ -15,11 +15,13 @@ from functools import partial
 from msgspec.structs import replace
 
 from songvec_assets.cache import reembedding, texts, upkeep
+from songvec_assets.cache.cached_range import CachedRange, RangeFiles
+from songvec_assets.cache.context import SendContext
 from songvec_assets.cache.manifest import Completion, Manifest, Rejection
 from songvec_assets.cache.parts import PIECE_ROWS
 from songvec_assets.cache.plan import FillPlan, FillReport, plan_fill
-from songvec_assets.cache.requests import RangeSender, SendContext
-from songvec_assets.cache.shards import CachedRange, ModelCache, RangeFiles, write_embeddings_to_file
+from songvec_assets.cache.requests import RangeSender
+from songvec_assets.cache.shards import ModelCache, write_embeddings_to_file
 from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.errors import ProviderUnavailableError
 from songvec_assets.progress import run_event_loop
@@ -108,7 +110,7 @@ class Filler:
         self._footers = {each: self.snapshots.footer(each) for each in held}
         if not held:
             return
-        self.before_fill([each for each in held if texts.is_made_otherwise(self.cache, self._found[each], self.spec)])
+        self.before_fill([each for each in held if texts.is_made_otherwise(self.cache.storage, self._found[each], self.spec)])
         run_event_loop(self._fill_ranges(report))
 
     async def _fill_ranges(self, report: Callable[[FillReport], None]) -> None:
@@ -116,7 +118,7 @@ class Filler:
         try:
             if self.reembed:
                 generations = (files.last_generation for files in self._found.values())
-                self._generation = reembedding.begin(self.cache, [*self._found], self.reembed, generations)
+                self._generation = reembedding.begin(self.cache.storage, [*self._found], self.reembed, generations)
             context.n_songs = sum(each.n_songs for each in self._footers.values() if each)
             for files in self._found.values():
                 context.health.count_known(files.done.n_vectors if files.done else 0)
@@ -136,12 +138,12 @@ class Filler:
                 await turn.wait()
             await asyncio.gather(*filling)
             if self._generation and not self._has_failed and not context.run.stop.is_set():
-                reembedding.end(self.cache, self._generation)
+                reembedding.end(self.cache.storage, self._generation)
         finally:
             await context.close()
         try:
             if n_tokens := context.budget.n_tokens:
-                self.keep_spending(Spending(context.n_expected, n_tokens, context.estimator.bytes_per_token))
+                self.keep_spending(Spending(context.total("n_tokens_expected"), n_tokens, context.estimator.bytes_per_token))
         finally:
             context.check_halted()
             if context.over_budget:
@@ -215,10 +217,10 @@ class _RangeFill:
         self.report = plan.report
         if plan.texts:
             plan.report.n_tokens_expected = plan.estimate_tokens(context.estimator)
-            context.n_expected += plan.report.n_tokens_expected
             filler.tiling.check_tail(song_range, plan.report.n_songs)
             await asyncio.to_thread(filler.before_payment)
         await asyncio.to_thread(self._begin, shard, plan)
+        context.reports.append(plan.report)
         n_to_embed = sum(len(each.song_ids) for each in plan.texts)
         context.advance(plan.report.n_songs - n_to_embed, song_range, are_free=True)
         rejected = await self._send(shard, plan, check_held)
@@ -263,8 +265,8 @@ class _RangeFill:
         try:
             await sender.send(plan.texts)
         except Exception:
-            if sender.rejected and shard.replaces is None:
+            if sender.refused.rejected and shard.replaces is None:
                 shard.add_written()
-                await asyncio.to_thread(shard.save, shard.manifest.reject(sender.rejected))
+                await asyncio.to_thread(shard.save, shard.manifest.reject(sender.refused.rejected))
             raise
-        return sender.rejected
+        return sender.refused.rejected

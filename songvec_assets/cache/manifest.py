@@ -166,6 +166,11 @@ class Manifest(msgspec.Struct, frozen=True):
         ]
 
 
+def key_of(song_range: SongIdRange) -> str:
+    """Where a range's manifest is, in the storage of its model."""
+    return f"{song_range.key}/{NAME}"
+
+
 def generation_of(name: str) -> int | None:
     """The generation of a file with vectors; None if the name is no such file's."""
     found = _FILE.fullmatch(name)

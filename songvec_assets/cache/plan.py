@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 
-from songvec_assets.cache.shards import CachedRange
+from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.texts import is_made_otherwise
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
 from songvec_assets.errors import StoreError
@@ -177,7 +177,7 @@ def plan_fill(snapshots: Snapshots, shard: CachedRange, spec: TextSpec, rejected
         reused=reused.select("song_id", "text_hash", "row"),
         texts=[Text(*row) for row in to_send.iter_rows()],
         has_rejected=n_refused > 0,
-        made_otherwise=is_made_otherwise(shard.cache, shard.files, spec),
+        made_otherwise=is_made_otherwise(shard.storage, shard.files, spec),
     )
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 import msgspec
 from msgspec.structs import replace
 
-from songvec_assets.cache.shards import ModelCache
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.storage import Storage
 
 _KEY = "reembed.json"
 
@@ -24,11 +24,11 @@ class _Request(msgspec.Struct, frozen=True):
     is_ended: bool = False
 
 
-def begin(cache: ModelCache, ranges: Sequence[SongIdRange], requested_by: str, generations: Iterable[int]) -> int:
+def begin(storage: Storage, ranges: Sequence[SongIdRange], requested_by: str, generations: Iterable[int]) -> int:
     """The generation of a request: an earlier one of the same requester, or one over these ranges that has not ended.
 
     Args:
-        cache: of the model.
+        storage: of the model.
         ranges: to embed again; at least one.
         requested_by: the requester.
         generations: of the files in these ranges.
@@ -39,35 +39,35 @@ def begin(cache: ModelCache, ranges: Sequence[SongIdRange], requested_by: str, g
     first_and_last = min(ranges).key, max(ranges).key
     generation = 1 + max(generations, default=0)
     while True:
-        requests, version = _read(cache)
+        requests, version = _read(storage)
         known = [each for each in requests if each.requested_by == requested_by]
         known = known or [each for each in requests if each.ranges == first_and_last and not each.is_ended]
         generation = max([generation, *(1 + each.generation for each in requests)])
         found = known[-1] if known else _Request(requested_by, first_and_last, generation)
         request = replace(found, requested_by=requested_by)
-        if request in requests or _write(cache, [*requests, request], version):
+        if request in requests or _write(storage, [*requests, request], version):
             return request.generation
 
 
-def end(cache: ModelCache, generation: int) -> None:
+def end(storage: Storage, generation: int) -> None:
     """Every range was served: the next request over the same ranges is another one."""
     is_written = False
     while not is_written:
-        requests, version = _read(cache)
+        requests, version = _read(storage)
         ended = [replace(each, is_ended=each.is_ended or each.generation == generation) for each in requests]
-        is_written = _write(cache, ended, version)
+        is_written = _write(storage, ended, version)
 
 
-def _read(cache: ModelCache) -> tuple[list[_Request], str | None]:
-    read = cache.storage.read(_KEY)
+def _read(storage: Storage) -> tuple[list[_Request], str | None]:
+    read = storage.read(_KEY)
     try:
         return (msgspec.json.decode(read.content, type=list[_Request]), read.version) if read else ([], None)
     except msgspec.DecodeError as error:
         raise StoreError(
-            f"{cache.storage.describe(_KEY)} does not parse ({error}): remove it, and songs that were embedded again "
+            f"{storage.describe(_KEY)} does not parse ({error}): remove it, and songs that were embedded again "
             "before are embedded once more"
         ) from error
 
 
-def _write(cache: ModelCache, requests: Sequence[_Request], version: str | None) -> bool:
-    return cache.storage.put_if_unchanged(_KEY, msgspec.json.encode(requests), version) is not None
+def _write(storage: Storage, requests: Sequence[_Request], version: str | None) -> bool:
+    return storage.put_if_unchanged(_KEY, msgspec.json.encode(requests), version) is not None

@@ -239,5 +239,5 @@ def _cut_tail(cache: ModelCache, store: Store, tiling: Tiling) -> None:
     names = tuple(tail.files.sizes)
     tail.save(Manifest(generation=manifest.generation, consumed=names))
     for name in names:
-        tail.cache.storage.delete(f"{tail.range.key}/{name}")
-    tail.cache.storage.delete_all(tail.range.key)
+        tail.storage.delete(f"{tail.range.key}/{name}")
+    tail.storage.delete_all(tail.range.key)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from songvec_assets.cache.shards import ModelCache, RangeFiles
+from songvec_assets.cache.cached_range import RangeFiles
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import ReembeddingError, StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TextSpec
+from songvec_assets.storage import Storage
 
 _KEY = "texts.json"
 
@@ -36,38 +37,38 @@ class TextRecord(msgspec.Struct, frozen=True):
         return TextSpec(self.template, self.max_chars, self.document_prompt)
 
 
-def read_record(cache: ModelCache) -> TextRecord | None:
-    """The record of a model's cache; None: there is none, as in caches from before there were records.
+def read_record(storage: Storage) -> TextRecord | None:
+    """The record in the storage of a model; None: there is none, as in caches from before there were records.
 
     Raises:
         StoreError: it does not parse.
     """
-    read = cache.storage.read(_KEY)
+    read = storage.read(_KEY)
     try:
         return msgspec.json.decode(read.content, type=TextRecord) if read else None
     except msgspec.DecodeError as error:
         raise StoreError(
-            f"{cache.storage.describe(_KEY)} does not parse ({error}), so it is not known how the cached texts were "
+            f"{storage.describe(_KEY)} does not parse ({error}), so it is not known how the cached texts were "
             "made: restore it, or set SONGVEC_QUERY_PROMPT and SONGVEC_DOCUMENT_PROMPT to what they were, and remove it"
         ) from error
 
 
-def write_record(cache: ModelCache, record: TextRecord) -> None:
+def write_record(storage: Storage, record: TextRecord) -> None:
     """Write the record; one writer at a time."""
-    cache.storage.put(_KEY, msgspec.json.encode(record))
+    storage.put(_KEY, msgspec.json.encode(record))
 
 
-def is_made_otherwise(cache: ModelCache, files: RangeFiles, spec: TextSpec) -> bool:
+def is_made_otherwise(storage: Storage, files: RangeFiles, spec: TextSpec) -> bool:
     """Whether a range's cached texts were made with other settings, so far as that is recorded."""
     if files.manifest is not None and files.manifest.complete is not None:
         return files.manifest.complete.text != spec.identity
     # its last fill was not completed; one whose manifest does not parse is refused by its own fill
-    record = read_record(cache) if files.sizes and not files.error else None
+    record = read_record(storage) if files.sizes and not files.error else None
     return record is not None and record.spec.identity != spec.identity
 
 
 def check_reembedding(
-    cache: ModelCache,
+    storage: Storage,
     changed: Sequence[SongIdRange],
     spec: TextSpec,
     estimate: Callable[[Sequence[SongIdRange]], Estimate],
@@ -75,7 +76,7 @@ def check_reembedding(
     """Refuse to pay again for cached texts only because a setting makes other texts of the same songs.
 
     Args:
-        cache: of the model.
+        storage: of the model.
         changed: the ranges whose texts were made with other settings.
         spec: how songs are to become texts.
         estimate: of what filling some ranges would send; called only if there are such ranges.
@@ -87,7 +88,7 @@ def check_reembedding(
     if planned is not None and planned.n_again:
         raise ReembeddingError(
             f"{planned.n_again:,} texts that are cached would be embedded again, for about ${planned.usd_again:,.4f}: "
-            f"{_name_changes(read_record(cache), spec)}. Nothing was sent. Set it back, or confirm it for one run with "
+            f"{_name_changes(read_record(storage), spec)}. Nothing was sent. Set it back, or confirm it for one run with "
             "`--confirm-reembedding`, or `confirm_reembedding` in the run config"
         )
 

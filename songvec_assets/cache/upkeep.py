@@ -3,6 +3,7 @@
 Hold the range's lock. When to add here: another thing that a complete range needs. Keep out: what is sent and why.
 """
 
+import dataclasses
 import time
 from collections.abc import Collection, Iterator
 
@@ -10,9 +11,10 @@ import polars as pl
 from msgspec.structs import replace
 
 from songvec_assets.cache import manifest as manifests
+from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.manifest import Completion, DataFile, Manifest, Rejection, digest_rows
 from songvec_assets.cache.parts import PIECE_ROWS, Rows
-from songvec_assets.cache.shards import CachedRange, write_embeddings_to_file
+from songvec_assets.cache.shards import write_embeddings_to_file
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.songs.counts import IdSums
@@ -61,11 +63,10 @@ def write_rows(source: CachedRange, rows: pl.DataFrame, song_range: SongIdRange,
         song_range: of the same model.
         manifest: what else is known of that range.
     """
-    cache = source.cache
-    writer = PartWriter(cache.storage, song_range.key, cache.identity(song_range), manifest.generation)
+    storage, identity = source.storage, dataclasses.replace(source.identity, range=song_range)
+    writer = PartWriter(storage, identity, manifest.generation)
     files = (writer.write_base(Rows.of_frame(rows), _read(source, rows)),) if rows.height else ()
-    content = manifests.encode(replace(manifest, files=files), cache.identity(song_range))
-    cache.storage.put(f"{song_range.key}/{manifests.NAME}", content)
+    storage.put(manifests.key_of(song_range), manifests.encode(replace(manifest, files=files), identity))
 
 
 def _copy_deleted(shard: CachedRange, replaced: CachedRange, since_s: float) -> None:

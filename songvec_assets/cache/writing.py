@@ -29,14 +29,13 @@ class PartWriter:
     """Writes parts of a range, each whole and durable or not there.
 
     Attributes:
-        storage, folder: where to.
+        storage: of the model.
         identity: of the parts.
         generation: of the parts.
         files: that were written, in order.
     """
 
     storage: Storage
-    folder: str
     identity: PartIdentity
     generation: int
     files: list[DataFile] = field(default_factory=list)
@@ -69,7 +68,7 @@ class PartWriter:
 
     def _write(self, rows: Rows, pieces: Iterable[Float32Matrix], number: str = "") -> DataFile:
         name = f"{self.generation}-{self._writer}-{number or self._n_parts}.arrow"
-        key = f"{self.folder}/{name}"
+        key = f"{self.identity.range.key}/{name}"
         with self.storage.write(key) as file:
             write_part(file, self.identity, rows, pieces)
             n_bytes = file.tell()
@@ -82,7 +81,7 @@ class PartWriter:
     def _unite_small_parts(self) -> None:
         """Write small parts again as one. A crash in between leaves rows twice, which does no harm."""
         small, self._small = self._small, []
-        keys = [f"{self.folder}/{each.name}" for each in small]
+        keys = [f"{self.identity.range.key}/{each.name}" for each in small]
         batches = [rows for key in keys for rows in open_part(self.storage.open(key), self.identity, key)]
         self._write(join_rows(batches), (each.embeddings for each in batches))
         self.files = [each for each in self.files if each not in small]

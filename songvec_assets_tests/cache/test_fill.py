@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from songvec_assets.cache import fill as fill_module
 from songvec_assets.cache.fill import MAX_OPEN_RANGES
 from songvec_assets.cache.plan import FillReport
-from songvec_assets.cache.requests import MAX_REFUSALS_IN_A_ROW
+from songvec_assets.cache.rejections import MAX_REFUSALS_IN_A_ROW
 from songvec_assets.cache.shards import lock_name
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding import client as client_module

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from songvec_assets.cache import reembedding, upkeep
 from songvec_assets.cache.plan import FillReport
-from songvec_assets.cache.shards import CachedRange
+from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import BudgetExceededError, SongvecError, StoreError
 from songvec_assets.postgres.engine import Database
@@ -177,15 +177,15 @@ def test_of_two_requests_at_once_none_is_lost(begin: Begin, monkeypatch: pytest.
 
     def put_after_another(*given: Any) -> str | None:
         monkeypatch.undo()
-        assert reembedding.begin(cache, [other], "another", [0]) == 1
+        assert reembedding.begin(cache.storage, [other], "another", [0]) == 1
         return put(*given)
 
     monkeypatch.setattr(Storage, "put_if_unchanged", put_after_another)
-    assert reembedding.begin(cache, [FIRST], "one", [0]) == 2
-    assert reembedding.begin(cache, [other], "another", [0]) == 1
-    reembedding.end(cache, 1)
-    assert reembedding.begin(cache, [FIRST], "the same again", [0]) == 2, "it has not ended"
-    assert reembedding.begin(cache, [other], "again, when it has ended", [1]) == 3
+    assert reembedding.begin(cache.storage, [FIRST], "one", [0]) == 2
+    assert reembedding.begin(cache.storage, [other], "another", [0]) == 1
+    reembedding.end(cache.storage, 1)
+    assert reembedding.begin(cache.storage, [FIRST], "the same again", [0]) == 2, "it has not ended"
+    assert reembedding.begin(cache.storage, [other], "again, when it has ended", [1]) == 3
 
 
 def test_another_version_of_all_vectors_is_another_version_of_the_cache(begin: Begin) -> None:

@@ -469,7 +469,7 @@ def test_a_later_generation_keeps_the_vectors_of_deleted_songs_and_not_of_those_
 
 
 def test_a_writer_names_its_files_after_their_generation(cache):
-    writer = PartWriter(cache.storage, RANGE.key, cache.identity(RANGE), 3)
+    writer = PartWriter(cache.storage, cache.identity(RANGE), 3)
     writer.write([1], hashes_of([1]), vectors_of([1]))
     assert writer.files[0].name.startswith("3-")
     assert writer.files[0].n_bytes == cache.look(RANGE).sizes[writer.files[0].name]
