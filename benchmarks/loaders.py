@@ -21,14 +21,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from songvec_assets.cache.shards import CachedRange, ModelCache, load_embeddings_from_cache
+from songvec_assets.cache.cached_range import CachedRange
+from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.sessions import widen_send_buffer
 from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.vectors.copy import HEADER, TRAILER, encode_rows
-from songvec_assets.vectors.load import LoadSource, upload_cached_embeddings_to_database
+from songvec_assets.vectors.load import upload_cached_embeddings_to_database
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from songvec_assets import inventory
+from songvec_assets.cache.context import SendContext
 from songvec_assets.cache.fill import Filler, Spending
 from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
-from songvec_assets.cache.context import SendContext
 from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
 from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
@@ -50,7 +50,7 @@ from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.index.neighbors import LoadedRows
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import PublishReport, WantedTable, check_publishable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
@@ -471,14 +471,13 @@ class Deployment:
             return self
         # what is set goes with the model that is set
         is_set = self.settings.query_prompt and loaded.model == self.settings.model
-        settings = replace(
-            self.settings,
-            query_prompt=self.settings.query_prompt if is_set else loaded.query_prompt,
-            embedding_model=loaded.model,
-            embedding_dimensions=loaded.dimensions,
-            vector_type=loaded.vector_type,
-        )
-        return replace(self, settings=settings)
+        changed = {
+            "query_prompt": self.settings.query_prompt if is_set else loaded.query_prompt,
+            "embedding_model": loaded.model,
+            "embedding_dimensions": loaded.dimensions,
+            "vector_type": loaded.vector_type,
+        }
+        return replace(self, settings=self.settings.model_copy(update=changed))
 
     def embed_query(self, query: str, on_trouble: Callable[[str], None] = lambda _: None) -> NDArray[np.float32]:
         """A query's vector, (dimensions,), by the model that searches find; see `as_loaded`.

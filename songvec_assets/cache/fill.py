@@ -110,7 +110,9 @@ class Filler:
         self._footers = {each: self.snapshots.footer(each) for each in held}
         if not held:
             return
-        self.before_fill([each for each in held if texts.is_made_otherwise(self.cache.storage, self._found[each], self.spec)])
+        self.before_fill(
+            [each for each in held if texts.is_made_otherwise(self.cache.storage, self._found[each], self.spec)]
+        )
         run_event_loop(self._fill_ranges(report))
 
     async def _fill_ranges(self, report: Callable[[FillReport], None]) -> None:
@@ -143,7 +145,9 @@ class Filler:
             await context.close()
         try:
             if n_tokens := context.budget.n_tokens:
-                self.keep_spending(Spending(context.total("n_tokens_expected"), n_tokens, context.estimator.bytes_per_token))
+                self.keep_spending(
+                    Spending(context.total("n_tokens_expected"), n_tokens, context.estimator.bytes_per_token)
+                )
         finally:
             context.check_halted()
             if context.over_budget:

@@ -126,18 +126,9 @@ def plan_fill(snapshots: Snapshots, shard: CachedRange, spec: TextSpec, rejected
             f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first"
         )
     hashes, n_songs = snapshots.read_text_hashes(shard.range, spec), snapshots.count(shard.range)
-    known = shard.rows.select("song_id", "text_hash")
     rejected = shard.rejected.select("song_id", "text_hash", "reason")
     holds = pl.lit(False) if rejected_by is None else pl.col("reason").str.starts_with(f"{rejected_by} ")
-    answered = pl.concat(
-        [
-            known.select("song_id", before="text_hash", refused=pl.lit(False)),
-            rejected.filter(holds).select("song_id", before="text_hash", refused=pl.lit(True)),
-        ]
-    )
-    compared = hashes.join(answered, on="song_id", how="left", maintain_order="left")
-    unchanged = compared.filter(pl.col("before") == pl.col("text_hash"))
-    missing = compared.filter(pl.col("before").ne_missing(pl.col("text_hash")))
+    unchanged, missing = _compare(hashes, shard.rows, rejected.filter(holds))
     # whatever was paid for serves again: another song's vector, and one that no longer holds (a lyric changed back)
     stored = shard.all_rows.join(missing, on="text_hash", how="semi")
     vectors = shard.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
@@ -150,12 +141,11 @@ def plan_fill(snapshots: Snapshots, shard: CachedRange, spec: TextSpec, rejected
     )
     # the rest is cached, or has the text of one of these
     texts = snapshots.render(shard.range, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
-    n_bytes = pl.col("text").str.len_bytes().alias("n_bytes")
     to_send = unpaid.join(texts, on="text_hash", how="inner", maintain_order="left").select(
-        "text", "text_hash", "song_id", n_bytes, "again", "rejected_before"
+        "text", "text_hash", "song_id", pl.col("text").str.len_bytes().alias("n_bytes"), "again", "rejected_before"
     )
-    replaced = (shard.replaces or shard).rows["song_id"]
-    cached = pl.concat([replaced, known["song_id"], rejected["song_id"]]).unique()
+    before = (shard.replaces or shard).rows
+    cached = pl.concat([before["song_id"], shard.rows["song_id"], rejected["song_id"]]).unique()
     deleted = cached.filter(~cached.is_in(hashes["song_id"].implode())).to_list()
     n_new = missing.filter(~pl.col("song_id").is_in(cached.implode())).height
     n_refused = int(unchanged["refused"].sum())
@@ -171,14 +161,22 @@ def plan_fill(snapshots: Snapshots, shard: CachedRange, spec: TextSpec, rejected
         n_truncated=int(hashes["truncated"].sum()),
         n_bytes_damaged=sum(each.n_bytes for each in shard.manifest.files if each.name in shard.damaged),
     )
-    return FillPlan(
-        report=report,
-        deleted=deleted,
-        reused=reused.select("song_id", "text_hash", "row"),
-        texts=[Text(*row) for row in to_send.iter_rows()],
-        has_rejected=n_refused > 0,
-        made_otherwise=is_made_otherwise(shard.storage, shard.files, spec),
+    sent = [Text(*row) for row in to_send.iter_rows()]
+    made_otherwise = is_made_otherwise(shard.storage, shard.files, spec)
+    return FillPlan(report, deleted, reused.select("song_id", "text_hash", "row"), sent, n_refused > 0, made_otherwise)
+
+
+def _compare(hashes: pl.DataFrame, rows: pl.DataFrame, refused: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The songs whose text has its answer, a vector or a rejection that holds; and the others."""
+    answered = pl.concat(
+        [
+            rows.select("song_id", before="text_hash", refused=pl.lit(False)),
+            refused.select("song_id", before="text_hash", refused=pl.lit(True)),
+        ]
     )
+    compared = hashes.join(answered, on="song_id", how="left", maintain_order="left")
+    is_missing = pl.col("before").ne_missing(pl.col("text_hash"))
+    return compared.filter(~is_missing), compared.filter(is_missing)
 
 
 def estimate_fills(plans: Iterable[FillPlan], estimator: TokenEstimator, price: Price, quota: Quota) -> Estimate:

@@ -1,4 +1,4 @@
-"""Texts of a range that got no vector, each sent alone: rejected by name if others succeed, else the server is at fault.
+"""Texts of a range that got no vector, each sent alone: rejected if others succeed, else the server is at fault.
 
 When to add here: another sign that it is the server. Keep out: how a request is divided until a text stands alone.
 """

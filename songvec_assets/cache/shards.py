@@ -1,8 +1,8 @@
 """What is cached of a model, range by range: files of vectors that were paid for.
 
 A range of a model is a folder: parts and bases (`parts`), which are never changed, and a manifest that names them
-(`manifest`). When to add here: another question about a range of a model. Keep out: its rows (`cached_range`), the bytes
-of a file (`parts`).
+(`manifest`). When to add here: another question about a range of a model. Keep out: its rows (`cached_range`), and the
+bytes of a file (`parts`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -181,4 +181,3 @@ def read_embeddings_from_file(shard: CachedRange, rows: pl.Series) -> Iterator[C
 def lock_name(song_range: SongIdRange) -> str:
     """The lock of the process that writes a range."""
     return f"fill {song_range.key}"
-

@@ -86,9 +86,10 @@ def check_reembedding(
     """
     planned = estimate(changed) if changed else None
     if planned is not None and planned.n_again:
+        changes = _name_changes(read_record(storage), spec)
         raise ReembeddingError(
             f"{planned.n_again:,} texts that are cached would be embedded again, for about ${planned.usd_again:,.4f}: "
-            f"{_name_changes(read_record(storage), spec)}. Nothing was sent. Set it back, or confirm it for one run with "
+            f"{changes}. Nothing was sent. Set it back, or confirm it for one run with "
             "`--confirm-reembedding`, or `confirm_reembedding` in the run config"
         )
 

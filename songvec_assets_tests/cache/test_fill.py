@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +112,7 @@ def try_fill(
 
     try:
         if max_usd is not None:
-            deployment.settings = replace(deployment.settings, max_usd=max_usd)
+            deployment.settings = deployment.settings.model_copy(update={"max_usd": max_usd})
         deployment.filler(confirm_reembedding=confirm_reembedding).fill_ranges(list(deployment.tiling), keep)
     except SongvecError as error:
         return reports, error

@@ -1,7 +1,6 @@
 """Songs that are embedded again because a person asked for it: once for each who asks, and resumable as any fill."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.cache import reembedding, upkeep
-from songvec_assets.cache.plan import FillReport
 from songvec_assets.cache.cached_range import CachedRange
+from songvec_assets.cache.plan import FillReport
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import BudgetExceededError, SongvecError, StoreError
 from songvec_assets.postgres.engine import Database
@@ -199,7 +198,7 @@ def test_another_version_of_all_vectors_is_another_version_of_the_cache(begin: B
 def test_nothing_is_spent_where_the_table_could_not_take_it(begin: Begin, server: Provider) -> None:
     begin().publish()
     other = begin()
-    other.settings = replace(other.settings, vector_type="halfvec")
+    other.settings = other.settings.model_copy(update={"vector_type": "halfvec"})
     report, _ = fill(other, reembed="one")
     assert "expected" in str(report.error)
     assert sent(server) == {}
