@@ -228,13 +228,14 @@ def _cut_tail(cache: ModelCache, store: Store, tiling: Tiling) -> None:
     kept = pl.concat([tail.rows, tail.deleted_rows(0.0)])
     manifest = tail.manifest
     _check_start(store.root, [*kept["song_id"], *(each.song_id for each in manifest.rejected)], tiling)
-    for song_range in (tile for tile in tiling if tile.start >= store.tiling.stop):
+    for song_range in (each for each in tiling if each.start >= store.tiling.stop):
         rows = kept.filter(pl.col("song_id").is_between(song_range.start, song_range.stop - 1))
         rejected = tuple(each for each in manifest.rejected if each.song_id in song_range)
         if rows.height or rejected:
             deleted_at = {song_id: at for song_id, at in manifest.deleted_at.items() if song_id in song_range}
             damaged = tuple(song_id for song_id in manifest.damaged if song_id in song_range)
-            write_rows(tail, rows, song_range, Manifest(rejected=rejected, deleted_at=deleted_at, damaged=damaged))
+            found = Manifest(generation=manifest.generation, rejected=rejected, deleted_at=deleted_at, damaged=damaged)
+            write_rows(tail, rows, song_range, found)
     # from here on there is nothing to divide, whatever of the files is left
     names = tuple(tail.files.sizes)
     tail.save(Manifest(generation=manifest.generation, consumed=names))

@@ -146,5 +146,15 @@ class AnswerGatherer:
             await asyncio.to_thread(self._write, taken)
 
     def _write(self, taken: Sequence[Answer]) -> None:
-        song_ids, text_hashes, embeddings = zip(*taken, strict=True)
-        self.writer.write([*chain(*song_ids)], [*chain(*text_hashes)], np.concatenate(embeddings))
+        """Write answers as parts of up to PIECE_ROWS rows: joining them copies them."""
+        parts: list[list[Answer]] = []
+        n_rows = PIECE_ROWS
+        for answer in taken:
+            n_rows += len(answer[0])
+            if n_rows > PIECE_ROWS:
+                parts.append([])
+                n_rows = len(answer[0])
+            parts[-1].append(answer)
+        for part in parts:
+            song_ids, text_hashes, embeddings = zip(*part, strict=True)
+            self.writer.write([*chain(*song_ids)], [*chain(*text_hashes)], np.concatenate(embeddings))
