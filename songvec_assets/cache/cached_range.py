@@ -181,7 +181,7 @@ class CachedRange:
         return rows.filter(pl.concat(sound))
 
     def embeddings_at(self, rows: pl.Series | Sequence[int]) -> Float32Matrix:
-        """The vectors of a few rows, by their numbers, in the order asked for."""
+        """The vectors of a few rows, by their numbers, in the order of these."""
         wanted = np.asarray(rows, dtype=np.int64)
         embeddings = np.empty((len(wanted), self.identity.dimensions), dtype=np.float32)
         places = np.searchsorted(self._starts, wanted, side="right") - 1

@@ -1,4 +1,4 @@
-"""What is known of a range's files, in one small file that is replaced as a whole: `manifest.json` beside the parts.
+"""What is known of a range's files, in one small file that is replaced as a whole: `manifest.json` next to the parts.
 
 A manifest names its generation's files in their order, the songs that have no vector and why, and what a complete fill
 depended on. Parts of that generation that it does not name are newer than all it says; see `Manifest.adopt`. Pure.
@@ -121,7 +121,7 @@ class Manifest(msgspec.Struct, frozen=True):
         """The parts, in order, that are newer than this manifest.
 
         Args:
-            names: of the files beside it.
+            names: of the files in its folder.
             is_read: whether there is a manifest; if it was lost, bases are adopted too.
         """
         known = {each.name for each in self.files} | {*self.consumed}

@@ -207,7 +207,7 @@ class RangeSender:
             bad: the texts.
             n_bad: answers in a row that had no vector for them.
             was_alone: whether the last of these was of one text.
-            asked_at: when the last of them was asked for.
+            asked_at: when the last of them was sent.
         """
         if not await self.refused.answers_well(asked_at):
             raise ProviderError(

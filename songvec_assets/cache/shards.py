@@ -67,10 +67,10 @@ class ModelCache:
         Raises:
             StoreError: it does not parse.
         """
-        files = self.look(song_range)
-        if files.error:
-            raise files.error
-        return files.manifest or Manifest()
+        key = manifests.key_of(song_range)
+        read = self.storage.read(key)
+        name, identity = self.storage.describe(key), self.identity(song_range)
+        return manifests.decode(read.content, name, identity) if read else Manifest()
 
     def look(self, song_range: SongIdRange) -> RangeFiles:
         """What there is of a range: one read and one listing."""

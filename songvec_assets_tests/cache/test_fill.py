@@ -405,7 +405,7 @@ def test_a_lyric_that_is_changed_back_has_the_vector_of_its_old_text_again(
     assert fill(run())[0].n_unchanged == 20
 
 
-def test_another_template_embeds_every_song_anew_and_leaves_nothing_of_the_old(
+def test_another_template_embeds_every_song_again_and_leaves_nothing_of_the_old(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
     songs(*plain_songs(range(1, 6)))
@@ -435,10 +435,10 @@ def test_texts_above_the_limit_are_cut_and_counted_in_every_run(songs: Songs, ru
     provider.reset_ledger()
     (longer,) = fill(run(max_text_chars=50), confirm_reembedding=True)
     assert (longer.n_truncated, longer.n_changed) == (1, 1)
-    assert set(billed(provider)) == {"Long by Ann\n" + "x" * 38}, "only the text that was cut is embedded anew"
+    assert set(billed(provider)) == {"Long by Ann\n" + "x" * 38}, "only the text that was cut is embedded again"
 
 
-def test_a_song_that_the_export_set_aside_is_counted_and_its_neighbours_are_embedded(
+def test_a_song_that_the_export_rejected_is_counted_and_its_neighbours_are_embedded(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
     songs((1, None, "Ann", "la"), (2, "Sea", "  ", "la"), (3, "Hill", "Ben", "la"))
@@ -635,7 +635,7 @@ def test_a_song_without_lyrics_and_one_with_empty_lyrics_share_a_text(
 # Refused songs
 
 
-def test_a_poison_song_is_set_aside_with_its_reason_and_its_neighbours_are_paid_once(
+def test_a_poison_song_is_rejected_with_its_reason_and_its_neighbours_are_paid_once(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
     songs(*plain_songs(range(1, 41)), (17, "POISON", "Ann", "x"), (18, "Two", "POISON", "x"), (40, "N", "A", "POISON"))
@@ -681,7 +681,7 @@ def test_a_song_that_becomes_poison_loses_its_old_vector(songs: Songs, run: Run,
     assert isinstance(stored(last)[5], str)
 
 
-def test_all_songs_of_a_refused_text_are_set_aside(songs: Songs, run: Run, provider: Provider) -> None:
+def test_all_songs_of_a_refused_text_are_rejected(songs: Songs, run: Run, provider: Provider) -> None:
     songs((1, "POISON", "Ann", "x"), (2, "Sea", "Ann", "x"), (3, "POISON", "Ann", "x"))
     provider.control(poison=["POISON"])
     (report,) = fill(run())
@@ -721,7 +721,7 @@ def test_one_text_that_is_too_large_does_not_make_the_other_requests_small(
     assert provider.ledger()["max_texts_in_request"] == 20
 
 
-def test_a_single_text_that_is_too_large_is_set_aside(songs: Songs, run: Run, provider: Provider) -> None:
+def test_a_single_text_that_is_too_large_is_rejected(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*plain_songs(range(1, 9)), (4, "Epic", "Ann", "la " * 200))
     provider.control(max_request_tokens=60)
     (report,) = fill(run())
@@ -772,7 +772,7 @@ def test_refusals_are_counted_over_ranges(songs: Songs, run: Run, provider: Prov
 def test_songs_that_were_refused_for_no_fault_of_theirs_are_sent_again(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
-    """The run ended because the fault was found not to be the songs': none of them may stay set aside for it."""
+    """The run ended because the fault was found not to be the songs': none of them may stay rejected for it."""
     songs(*plain_songs(range(1, 61)))
     provider.control(poison=["Song"])
     _, error = try_fill(run())

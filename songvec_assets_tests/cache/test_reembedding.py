@@ -1,4 +1,4 @@
-"""Songs that are embedded again because a person asked for it: once for each who asks, and resumable as any fill."""
+"""Songs that are embedded again on request: once for each request, and resumable as any fill."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_each_text_is_paid_for_again_once_for_each_who_asks(begin: Begin, server
     assert set(sent(server).values()) == {2}
     fill(begin(), reembed="one")
     fill(begin())
-    assert set(sent(server).values()) == {2}, "who was served is, whoever came after"
+    assert set(sent(server).values()) == {2}, "what was served stays served, whatever came after"
 
 
 @pytest.mark.parametrize("again", ["one", "the same command in another run"])

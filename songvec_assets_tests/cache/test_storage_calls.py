@@ -137,7 +137,7 @@ def test_a_dry_run_leaves_every_byte_of_the_store_also_of_what_a_run_would_remov
     # of a merge that was not named, of a killed writer, and what the next fill adopts
     for name in (f"0-{'a' * 32}-base.arrow", ".manifest.json.1.tmp", f"0-{'b' * 32}-0.arrow"):
         (folder / name).write_bytes((folder / named.name).read_bytes())
-    # what a damaged snapshot folder and a deletion leave to do
+    # of a killed export, and a change that a run would embed
     (root / "songs" / ".000000000-000000100.parquet.1.tmp").write_bytes(b"half")
     songs((2, "Hill", "Ben", "other stones"))
     before = bytes_under(root)
