@@ -220,15 +220,14 @@ class Pipeline(Questions):
             progress: notified of songs, rate and dollars.
             run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
             reembed: who requests that songs are embedded again; see `Filler`.
-            choices: see `EmbedChoices`; who embeds all songs again has confirmed it.
+            choices: see `EmbedChoices`; `reembed` confirms re-embedding.
         """
-        from songvec_assets.cache.context import SendContext
-        from songvec_assets.cache.fill import Filler
+        from songvec_assets.cache import context, fill
 
         self.bind()
         estimator, given = self.token_estimator(), self.settings
-        limits = given.max_usd, given.max_usd_a_month
-        context = SendContext(
+        confirmed, limits = choices.get("confirm_reembedding") or reembed, (given.max_usd, given.max_usd_a_month)
+        shared = context.SendContext(
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble),
             quota=self.quota,
             budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
@@ -237,16 +236,14 @@ class Pipeline(Questions):
             server=self.server,
             run=RunContext(progress, self.stop),
         )
-        return Filler(
+        return fill.Filler(
             snapshots=self.store.songs,
             cache=self.cache,
             tiling=self.tiling,
             spec=self.text_spec,
-            context=context,
+            context=shared,
             lock_range=self.lock_range,
-            before_fill=functools.partial(
-                self._check_texts, choices.get("confirm_reembedding", False) or reembed is not None
-            ),
+            before_fill=functools.partial(self._check_texts, bool(confirmed)),
             before_payment=self._payment_check(),
             keep_spending=self.spending.write,
             retention_s=given.retention_days * DAY_S,
