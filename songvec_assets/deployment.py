@@ -22,7 +22,9 @@ from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
 from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
 from songvec_assets.embedding.budget import Budget, MonthSpending, read_month_spending
-from songvec_assets.embedding.client import Embedder, EmbeddingClient
+from songvec_assets.embedding.client import EmbeddingClient
+from songvec_assets.embedding.drift import ModelRecord
+from songvec_assets.embedding.embedder import Embedder, Endpoint, Patience
 from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
@@ -365,28 +367,22 @@ class Deployment:
         return f"bytes per token of {self.settings.model}"
 
     def embedder(
-        self, estimator: TokenEstimator | None = None, on_trouble: Callable[[str], None] = lambda _: None
+        self,
+        estimator: TokenEstimator | None = None,
+        on_trouble: Callable[[str], None] = lambda _: None,
+        check_probe: Callable[[NDArray[np.float32]], None] = lambda _: None,
     ) -> Embedder:
-        """A new embedder; it belongs to one event loop. `on_trouble` is notified of bad answers and of long waits."""
+        """A new embedder, for one event loop; see `EmbeddingClient` and `Patience`."""
         each = self.settings
         if each.offline:
             return OfflineEmbedder(each.embedding_dimensions)
         limiter = RateLimiter(
             self.database.get_engine("web"), each.fireworks_base_url, each.requests_per_minute, each.tokens_per_minute
         )
-        return EmbeddingClient(
-            each.fireworks_base_url,
-            each.fireworks_api_key,
-            each.embedding_model,
-            each.embedding_dimensions,
-            limiter,
-            patience_s=each.patience_s,
-            concurrency=each.concurrency,
-            stop=self.stop,
-            estimator=estimator,
-            on_trouble=on_trouble,
-            truncate=each.truncate,
-        )
+        model = each.embedding_model, each.embedding_dimensions, each.truncate
+        endpoint = Endpoint(each.fireworks_base_url, each.fireworks_api_key, *model)
+        patience = Patience(each.patience_s, each.concurrency, self.stop, on_trouble)
+        return EmbeddingClient(endpoint, limiter, patience, estimator, check_probe)
 
     def filler(
         self,
@@ -395,6 +391,7 @@ class Deployment:
         anew: str | None = None,
         retry_rejected: bool = False,
         confirm_reembedding: bool = False,
+        confirm_model_change: bool = False,
     ) -> Filler:
         """What fills ranges of the cache.
 
@@ -405,15 +402,17 @@ class Deployment:
             retry_rejected: whether songs that were rejected before are sent again.
             confirm_reembedding: whether somebody said for this run that texts are paid for again because settings
                 changed; who asks for all songs again has said so.
+            confirm_model_change: whether the provider may give other vectors under the model's name than before.
         """
         self.bind()
         estimator, each = self.token_estimator(), self.settings
         limits = each.max_usd, each.max_usd_a_month
+        record = ModelRecord(self.database, each.model, each.embedding_dimensions, confirm_model_change)
         return Filler(
             songs_folder=self.store.songs,
             cache=self.cache,
             spec=self.text_spec,
-            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble),
+            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
             quota=self.quota,
             budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
             estimator=estimator,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.budget import MonthSpending
-from songvec_assets.embedding.contact import check_redirect
 from songvec_assets.embedding.pricing import Estimate
+from songvec_assets.embedding.transport import check_redirect
 from songvec_assets.errors import StoreError
 from songvec_assets.progress import RunContext, describe_seconds
 from songvec_assets.songs.absence import Absence

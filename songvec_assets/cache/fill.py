@@ -22,7 +22,7 @@ from songvec_assets.cache.requests import RangeSender, SendContext
 from songvec_assets.cache.shards import CachedRange, ModelCache, write_embeddings_to_file
 from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.budget import Budget
-from songvec_assets.embedding.client import Embedder
+from songvec_assets.embedding.embedder import Embedder
 from songvec_assets.embedding.pricing import Quota, TokenEstimator
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import BudgetExceededError, ProviderUnavailableError, StoreError

@@ -16,7 +16,7 @@ from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.answers import hinted_texts
 from songvec_assets.embedding.batching import LearnedLimits, bisect, pack_requests
 from songvec_assets.embedding.budget import Budget, Reservation
-from songvec_assets.embedding.client import Embedder, RequestHooks
+from songvec_assets.embedding.embedder import Embedder, RequestHooks
 from songvec_assets.embedding.health import ServerHealth
 from songvec_assets.embedding.pricing import Quota, TokenEstimator
 from songvec_assets.embedding.wire import EmbeddingBatch

@@ -59,6 +59,13 @@ ConfirmReembedding = Annotated[
     bool,
     typer.Option("--confirm-reembedding", help="Pay again for cached texts that a changed setting makes otherwise."),
 ]
+ConfirmModelChange = Annotated[
+    bool,
+    typer.Option(
+        "--confirm-model-change",
+        help="Go on though the provider changed the model under its name.",
+    ),
+]
 
 
 @app.callback()
@@ -130,6 +137,7 @@ def run(
     retry_rejected: RetryRejected = False,
     confirm_deletions: ConfirmDeletions = False,
     confirm_reembedding: ConfirmReembedding = False,
+    confirm_model_change: ConfirmModelChange = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a run would do and cost; do nothing.")] = False,
 ) -> None:
     """Run the whole graph: export, embed, load, index. Does what changed, and nothing else."""
@@ -137,7 +145,7 @@ def run(
         _print_plan(ranges, anew)
         return
     choices = {"embed_anew": anew, "retry_rejected": retry_rejected, "confirm_deletions": confirm_deletions}
-    choices["confirm_reembedding"] = confirm_reembedding
+    choices |= {"confirm_reembedding": confirm_reembedding, "confirm_model_change": confirm_model_change}
     _embed("refresh", ranges, max_usd, append, **choices)
 
 
@@ -150,10 +158,11 @@ def embed(
     retry_rejected: RetryRejected = False,
     confirm_deletions: ConfirmDeletions = False,
     confirm_reembedding: ConfirmReembedding = False,
+    confirm_model_change: ConfirmModelChange = False,
 ) -> None:
     """Export and embed: pays for what is missing; the table stays as it is."""
     choices = {"embed_anew": anew, "retry_rejected": retry_rejected, "confirm_deletions": confirm_deletions}
-    choices["confirm_reembedding"] = confirm_reembedding
+    choices |= {"confirm_reembedding": confirm_reembedding, "confirm_model_change": confirm_model_change}
     _embed("embed", ranges, max_usd, append, **choices)
 
 

@@ -132,6 +132,10 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         default=False,
         description="Pay again for cached texts that a changed setting makes otherwise (template, length, prompt).",
     )
+    confirm_model_change: bool = Field(
+        default=False,
+        description="Go on though the provider gives other vectors under the model's name than in earlier runs.",
+    )
     rebuild_index: bool = Field(default=False, description="Build the index even where the one there still fits.")
     concurrency: int | None = _setting("SONGVEC_CONCURRENCY", "Requests in flight, 1 to 1,000.")
     target_recall: float | None = _setting("SONGVEC_TARGET_RECALL", "Recall that searches must reach, over 0, up to 1.")

@@ -11,7 +11,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from songvec_assets.embedding.client import Embedder
+from songvec_assets.embedding.embedder import Embedder
 from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
 from songvec_assets.errors import (
     ProviderError,

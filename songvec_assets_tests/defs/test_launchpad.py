@@ -14,7 +14,7 @@ from songvec_assets.defs.resources import RESOURCES, make_resources, present_val
 from songvec_assets.settings import FIREWORKS_MODEL
 
 OF_ANY_RUN = {
-    "confirm_deletions": False,
+    "confirm_deletions": False, "confirm_model_change": False,
     "confirm_reembedding": False, "embed_anew": False, "export_mode": "all", "ranges": "", "rebuild_index": False,
     "retry_rejected": False,
 }  # fmt: skip
