@@ -28,6 +28,8 @@ from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.search.nearest import embed_query, search_songs
 from songvec_assets.settings import Settings
 from songvec_assets.songs.export import cache_songs_to_parquet
+from songvec_assets.songs.snapshots import Snapshots
+from songvec_assets.storage import Storage
 from songvec_assets.vectors.index import recall
 from songvec_assets.vectors.index.neighbors import LoadedRows, Queries, sample_queries
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
@@ -77,7 +79,7 @@ Fault = Callable[[World, Random], None]
 def load(world: World, database: Database | None = None) -> PublishReport:
     """Make what searches find equal the cache, as a deployment does: under the index, or built beside."""
     ensure_schema(database or world.database)
-    source = LoadSource(world.cache, world.tiling, world.folder / "songs")
+    source = LoadSource(world.cache, world.tiling, Snapshots(Storage(world.folder / "songs")))
     wanted = WantedTable(world.spec, IndexSettings(world.lists), world.may_swap, world.staged_from_rows)
     return publish_embeddings(database or world.database, source, wanted)
 

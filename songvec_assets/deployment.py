@@ -46,7 +46,6 @@ from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, samp
 from songvec_assets.songs.counts import RangeCount, check_ids, count_ranges
 from songvec_assets.songs.export import ExportMode, ExportOptions, ExportReport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.snapshots import count_songs, snapshot_ranges
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.index.neighbors import LoadedRows
@@ -409,7 +408,7 @@ class Deployment:
         limits = each.max_usd, each.max_usd_a_month
         record = ModelRecord(self.database, each.model, each.embedding_dimensions, confirm_model_change)
         return Filler(
-            songs_folder=self.store.songs,
+            snapshots=self.store.songs,
             cache=self.cache,
             spec=self.text_spec,
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
@@ -449,7 +448,7 @@ class Deployment:
 
         @functools.cache
         def check_once(target: VectorTable) -> None:
-            n_songs = sum(count_songs(self.store.songs, each) for each in snapshot_ranges(self.store.songs))
+            n_songs = sum(map(self.store.songs.count, self.store.songs.ranges()))
             check_target(target, self.table_spec, self.index_settings, n_songs)
 
         return lambda: check_once(check_publishable(self.database, self.wanted_table))

@@ -150,7 +150,7 @@ def test_a_question_that_cannot_be_answered_is_no_good_answer_and_stops_no_other
     begin: Callable[..., Deployment],
 ) -> None:
     auditor = Auditor(begin())
-    snapshot = next(auditor.deployment.store.songs.glob("*.parquet"))
+    snapshot = next(auditor.deployment.store.songs.storage.root.glob("*.parquet"))
     snapshot.write_bytes(b"PAR1" + b"x" * 100 + b"PAR1")
     finding = auditor.answer(Auditor.coverage)
     assert (finding.passed, "is damaged" in finding.words) == (False, True)

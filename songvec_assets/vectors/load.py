@@ -33,6 +33,8 @@ from songvec_assets.postgres.sessions import widen_send_buffer
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.snapshots import Snapshots
+from songvec_assets.storage import Storage
 from songvec_assets.vectors import copy
 from songvec_assets.vectors.ledger import LedgerEntry
 from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable
@@ -55,12 +57,12 @@ class LoadSource:
     Attributes:
         cache: of the table's model.
         tiling: how song_ids are divided into ranges.
-        songs_folder: the snapshots, which say what songs there are; only a swap reads them.
+        snapshots: say what songs there are; only a swap reads them.
     """
 
     cache: ModelCache
     tiling: Tiling
-    songs_folder: Path = Path()
+    snapshots: Snapshots = field(default_factory=lambda: Snapshots(Storage(Path())))
 
     def ranges(self) -> list[SongIdRange]:
         """The ranges that are cached, as song_ids are divided now.

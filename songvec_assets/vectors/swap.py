@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import polars as pl
 import sqlalchemy as sa
 
 from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchError
@@ -19,7 +18,6 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.vectors import load
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
@@ -295,7 +293,7 @@ class SwapGuards:
 
     def _compare(self, name: str, given: Iterable[SongIdRange], read: Callable[[SongIdRange], set[int] | None]) -> None:
         missing: list[int] = []
-        cached, exported = self._source.cache.ranges(), snapshot_ranges(self._source.songs_folder)
+        cached, exported = self._source.cache.ranges(), self._source.snapshots.ranges()
         for song_range in sorted(self._serving.ledger.read()):
             self._run.check_stop()
             songs = set(self._serving.ledger.read_song_ids(song_range))
@@ -328,9 +326,7 @@ class SwapGuards:
         return set(cached.rows["song_id"])
 
     def _read_exported(self, song_range: SongIdRange) -> set[int]:
-        path = snapshot_path(self._source.songs_folder, song_range)
-        songs = load_songs_from_parquet(path, ["song_id", "set_aside"])
-        return set(songs.filter(pl.col("set_aside").is_null())["song_id"])
+        return set(self._source.snapshots.read_embeddable(song_range))
 
 
 def _overlapping(song_range: SongIdRange, ranges: Iterable[SongIdRange]) -> list[SongIdRange]:

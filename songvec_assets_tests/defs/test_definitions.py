@@ -109,7 +109,7 @@ def test_the_rollback_job_lets_the_table_before_serve_again(
     cache = ModelCache(Storage(tmp_path / "embeddings"), SPEC.model, SPEC.dimensions)
     put(cache, range(30))
     for spec in (SPEC, TableSpec(SPEC.model, SPEC.dimensions, "halfvec")):
-        publish_embeddings(database, LoadSource(cache, SMALL_TILING, tmp_path), WantedTable(spec, may_swap=True))
+        publish_embeddings(database, LoadSource(cache, SMALL_TILING), WantedTable(spec, may_swap=True))
     monkeypatch.setenv("POSTGRES_URL", database.url)
     monkeypatch.setenv("FIREWORKS_API_KEY", "never-used")
     with dg.DagsterInstance.ephemeral() as instance:

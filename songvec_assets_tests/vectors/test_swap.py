@@ -27,7 +27,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import lock_key
 from songvec_assets.progress import Progress, ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import Tiling
-from songvec_assets.songs.snapshots import SNAPSHOT_SCHEMA, snapshot_path
+from songvec_assets.songs.snapshots import SNAPSHOT_SCHEMA, Snapshots
 from songvec_assets.storage import Storage
 from songvec_assets.vectors import swap
 from songvec_assets.vectors.index.upkeep import IndexSettings
@@ -101,7 +101,7 @@ def publish(
     """Publish and index as the graph does; tables are staged from 20 changed rows on."""
     wanted = WantedTable(spec, IndexSettings(), swap, staged_from_rows)
     run = RunContext(progress, stop or StopSignal())
-    report = publish_embeddings(database, LoadSource(cache, tiling, songs_folder), wanted, run)
+    report = publish_embeddings(database, LoadSource(cache, tiling, Snapshots(Storage(songs_folder))), wanted, run)
     build_index(database, cache, spec)
     return report
 
@@ -786,6 +786,7 @@ from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import RunContext
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.vectors.load import LoadSource
 from songvec_assets.vectors.swap import WantedTable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec
@@ -793,7 +794,8 @@ url, cache, songs, step = sys.argv[1:]
 def listen(progress):
     if progress.step == step and progress.done:
         os.kill(os.getpid(), signal.SIGKILL)
-source = LoadSource(ModelCache(Storage(Path(cache)), "model-b", 16), Tiling(100, 1_000), Path(songs))
+snapshots = Snapshots(Storage(Path(songs)))
+source = LoadSource(ModelCache(Storage(Path(cache)), "model-b", 16), Tiling(100, 1_000), snapshots)
 publish_embeddings(
     Database(url), source, WantedTable(TableSpec("model-b", 16), may_swap=True), RunContext(listen)
 )
@@ -969,7 +971,9 @@ def test_put_in_place_without_a_table_beside_changes_nothing(
     put(cache, range(30))
     publish(database, cache, songs_folder)
     with pytest.raises(DatabaseError, match="song_embeddings_new"):
-        guards = SwapGuards(database, LoadSource(cache, TILING, songs_folder), RunContext(), lambda: None)
+        guards = SwapGuards(
+            database, LoadSource(cache, TILING, Snapshots(Storage(songs_folder))), RunContext(), lambda: None
+        )
         put_in_place(database, False, guards, RunContext())
     assert read_vectors(database) == vectors_of(range(30))
 
@@ -983,7 +987,7 @@ def write_snapshot(folder: Path, song_ids: list[int], set_aside: list[int]) -> N
         "lyrics": [""] * len(song_ids),
         "set_aside": ["the song has no name" if song_id in set_aside else None for song_id in song_ids],
     }
-    pq.write_table(pa.table(rows, SNAPSHOT_SCHEMA), snapshot_path(folder, FIRST))
+    pq.write_table(pa.table(rows, SNAPSHOT_SCHEMA), folder / f"{FIRST.key}.parquet")
 
 
 class TestThroughAPooler:
