@@ -35,15 +35,11 @@ class SongvecError(Exception):
         code: a stable name of the cause; None: that of the class.
     """
 
-    code: str = "songvec.failed"
+    code: str
 
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
         self.code = code or self.code
-
-    def describe(self) -> str:
-        """The message and the code, as a person is shown them."""
-        return f"{self} [{self.code}]"
 
 
 class SettingsError(SongvecError):
@@ -158,3 +154,8 @@ class StoppedError(SongvecError):
     """The run was interrupted. What was paid for is kept; the same command goes on."""
 
     code = "run.interrupted"
+
+
+def describe(error: BaseException) -> str:
+    """An error's message as a person is shown it: with its code, where it is one of these."""
+    return f"{error} [{error.code}]" if isinstance(error, SongvecError) else str(error)
