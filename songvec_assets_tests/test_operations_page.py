@@ -115,21 +115,15 @@ def _codes_of(path: Path, tree: ast.Module, errors: set[str]) -> Iterator[tuple[
                     yield str(ast.literal_eval(each.value)), each.lineno
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in errors:
             for given in [*node.args[1:2], *(each.value for each in node.keywords if each.arg == "code")]:
-                codes = _constants(given) or _constants(_find_table(tree, given))
-                assert codes, f"{path}:{node.lineno}: expected a code, or a table of codes of its module"
+                # where it is worked out, any that the module has
+                codes = _constants(given) or _constants(tree)
+                assert codes, f"{path}:{node.lineno}: expected a code, or one somewhere in its module"
                 yield from ((code, node.lineno) for code in codes)
 
 
 def _constants(node: ast.AST) -> list[str]:
     values = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
     return [value for value in values if isinstance(value, str) and CODE.fullmatch(value)]
-
-
-def _find_table(tree: ast.Module, use: ast.expr) -> ast.AST:
-    """The module's constant that an expression looks into."""
-    names = {each.id for each in ast.walk(use) if isinstance(each, ast.Name)}
-    assigned = [each for each in tree.body if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) in names]
-    return ast.Module(body=list(assigned), type_ignores=[])
 
 
 def _subclasses(of: type[SongvecError]) -> Iterator[type[SongvecError]]:
