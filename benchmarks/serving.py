@@ -37,7 +37,7 @@ from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage import Storage
 from songvec_assets.vectors.index.upkeep import IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import STAGED_FROM_ROWS, WantedTable, drop_others, publish_embeddings, roll_back
 from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable
 

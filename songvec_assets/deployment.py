@@ -51,7 +51,7 @@ from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.index.neighbors import LoadedRows
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import PublishReport, WantedTable, check_publishable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
@@ -467,14 +467,13 @@ class Deployment:
             return self
         # what is set goes with the model that is set
         is_set = self.settings.query_prompt and loaded.model == self.settings.model
-        settings = replace(
-            self.settings,
-            query_prompt=self.settings.query_prompt if is_set else loaded.query_prompt,
-            embedding_model=loaded.model,
-            embedding_dimensions=loaded.dimensions,
-            vector_type=loaded.vector_type,
-        )
-        return replace(self, settings=settings)
+        changed = {
+            "query_prompt": self.settings.query_prompt if is_set else loaded.query_prompt,
+            "embedding_model": loaded.model,
+            "embedding_dimensions": loaded.dimensions,
+            "vector_type": loaded.vector_type,
+        }
+        return replace(self, settings=self.settings.model_copy(update=changed))
 
     def embed_query(self, query: str, on_trouble: Callable[[str], None] = lambda _: None) -> NDArray[np.float32]:
         """A query's vector, (dimensions,), by the model that searches find; see `as_loaded`.

@@ -17,7 +17,7 @@ from songvec_assets.errors import StoreError
 from songvec_assets.songs.counts import IdSums, RangeCount
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import Footer
-from songvec_assets.vectors.load import LoadSource, RangeState, compare
+from songvec_assets.vectors.plan import LoadSource, RangeState, compare
 from songvec_assets.vectors.table import VectorTable
 
 

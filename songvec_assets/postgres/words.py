@@ -17,8 +17,8 @@ _SHARED_MEMORY = r"could not \w+ shared memory segment"
 _ADVICE = {
     "database.full": {
         _SHARED_MEMORY: "the server's shared memory, /dev/shm, is full, not its disk: give its container more, as "
-        "`docker run --shm-size=1g` does (64 MB otherwise), or let it work without parallel workers: ALTER DATABASE … SET "
-        "max_parallel_maintenance_workers = 0, and max_parallel_workers_per_gather = 0",
+        "`docker run --shm-size=1g` does (64 MB otherwise), or let it work without parallel workers: ALTER DATABASE … "
+        "SET max_parallel_maintenance_workers = 0, and max_parallel_workers_per_gather = 0",
         r"^53100": f"the server's disk is full: free space, then {_GO_ON}; nothing is half-loaded",
         r"^53200": "the server ran out of memory: lower SONGVEC_INDEX_MEMORY_MB or SONGVEC_LISTS",
         r"^53300|too many clients|too many connections|remaining connection slots": "the server has no "
@@ -50,7 +50,8 @@ _ADVICE = {
     "database.extension": {
         r"^3F000": "the search_path of this user names no schema that is there: ALTER ROLE … SET search_path = public",
         r'type "(vector|halfvec)" does not exist|operator does not exist: \S+ <=> ': "the extension `vector` is not "
-        "in this database, or in a schema that this user's search_path lacks: ALTER ROLE … SET search_path = …, its schema",
+        "in this database, or in a schema that this user's search_path lacks: ALTER ROLE … SET search_path = …, "
+        "its schema",
     },
     "database.unavailable": {
         r"^57014": f"the statement was cancelled, by a person or the role's statement_timeout; {_GO_ON}",

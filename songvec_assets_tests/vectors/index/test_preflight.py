@@ -16,7 +16,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import search_songs
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexSettings
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable, publish_embeddings, roll_back
 from songvec_assets.vectors.table import STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, dispose, execute
