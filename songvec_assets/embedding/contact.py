@@ -9,7 +9,6 @@ import contextlib
 import random
 import time
 from collections.abc import Iterator
-from typing import NoReturn
 
 from songvec_assets.embedding.embedder import Patience
 from songvec_assets.embedding.transport import Failure
@@ -71,7 +70,7 @@ class ServerContact:
         if self._unreached_since is not None and not self.has_answered:
             first_left_s = (failure.first_patience_s or 0.0) - (now - self._unreached_since)
             if wait_s > first_left_s:
-                self._give_up_first_contact(failure)
+                raise self._describe_first_contact(failure)
             left_s = min(left_s, first_left_s)
         if wait_s > left_s:
             raise ProviderUnavailableError(
@@ -81,15 +80,14 @@ class ServerContact:
         self._patience.on_trouble(f"{failure.words}; next try in {wait_s:.0f} s, for {left_s:.0f} s at most")
         await self._patience.sleep(wait_s)
 
-    def _give_up_first_contact(self, failure: Failure) -> NoReturn:
-        """Raise for a server that has given no good answer yet, and gives what a wrong URL gives."""
-        url = f"{self._url.rstrip('/')}/embeddings"
+    def _describe_first_contact(self, failure: Failure) -> ProviderError:
+        """The error of a server that has given no good answer yet, and gives what a wrong URL gives."""
+        url, words = f"{self._url.rstrip('/')}/embeddings", f"{failure.words} ({failure.advice})"
         if failure.kind == "connection":
-            raise ProviderUnavailableError(
-                f"{url} cannot be reached: {failure.words} ({failure.advice}). All that was paid for is kept",
-                "provider.unreachable",
+            return ProviderUnavailableError(
+                f"{url} cannot be reached: {words}. All that was paid for is kept", "provider.unreachable"
             )
-        raise ProviderError(f"{url} gives no embeddings: {failure.words} ({failure.advice})", "provider.wrong-url")
+        return ProviderError(f"{url} gives no embeddings: {words}", "provider.wrong-url")
 
     @contextlib.contextmanager
     def reporting_the_wait(self) -> Iterator[None]:

@@ -224,46 +224,40 @@ def check_redirect(url: str) -> None:
 def _describe_unreached(cause: BaseException, words: str, url: str) -> Failure:
     """What a connection that could not be made, or that broke, means."""
     reason = cause.os_error if isinstance(cause, aiohttp.ClientConnectorError) else cause.__cause__
-    # types of the error or of its reason, how long it is tried again at first, whether the request had left, advice
-    rows: list[tuple[tuple[type[BaseException], ...], float, bool, str]] = [
-        (
-            (aiohttp.ClientConnectorDNSError, socket.gaierror), FIRST_PATIENCE_S, False,
-            "the host's name does not resolve: correct FIREWORKS_BASE_URL",
-        ),
-        (
-            (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError), 0.0, False,
+
+    def is_a(*types: type[BaseException]) -> bool:
+        return isinstance(cause, types) or isinstance(reason, types)
+
+    first_patience_s, sent = FIRST_PATIENCE_S, False
+    if is_a(aiohttp.ClientConnectorDNSError, socket.gaierror):
+        advice = "the host's name does not resolve: correct FIREWORKS_BASE_URL"
+    elif is_a(aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError):
+        first_patience_s = 0.0
+        advice = (
             "its certificate is not valid for this machine: correct the host in FIREWORKS_BASE_URL, or let the system "
-            "trust its authority (SSL_CERT_FILE)",
-        ),
-        (
-            (aiohttp.ClientConnectorSSLError, ssl.SSLError), 0.0, False,
-            "the server there does not speak TLS: FIREWORKS_BASE_URL begins with http://, or its port is another",
-        ),
-        (
-            (aiohttp.ClientConnectorError,), FIRST_PATIENCE_CLOSED_S, False,
-            "nothing listens there: start the server, or correct host and port of FIREWORKS_BASE_URL",
-        ),
-        (
-            (aiohttp.ConnectionTimeoutError,), FIRST_PATIENCE_S, False,
-            "the host does not answer: correct FIREWORKS_BASE_URL, or see to the network",
-        ),
-        (
-            (aiohttp.ClientResponseError, aiohttp.InvalidURL), FIRST_PATIENCE_S, True,
-            "what listens there does not speak HTTP: correct the port of FIREWORKS_BASE_URL",
-        ),
-        (
-            (BaseException,), FIRST_PATIENCE_CLOSED_S, True,
-            "something listens there and hangs up: start the server, or correct FIREWORKS_BASE_URL",
-        ),
-    ]  # fmt: skip
-    _, first_patience_s, sent, advice = next(
-        row for row in rows if isinstance(cause, row[0]) or isinstance(reason, row[0])
-    )
-    # what broke after the request was sent, the server may have computed
+            "trust its authority (SSL_CERT_FILE)"
+        )
+    elif is_a(aiohttp.ClientConnectorSSLError, ssl.SSLError):
+        first_patience_s = 0.0
+        advice = "the server there does not speak TLS: FIREWORKS_BASE_URL begins with http://, or its port is another"
+    elif is_a(aiohttp.ClientConnectorError):
+        first_patience_s = FIRST_PATIENCE_CLOSED_S
+        advice = "nothing listens there: start the server, or correct host and port of FIREWORKS_BASE_URL"
+    elif is_a(aiohttp.ConnectionTimeoutError):
+        advice = "the host does not answer: correct FIREWORKS_BASE_URL, or see to the network"
+    elif is_a(aiohttp.ClientResponseError, aiohttp.InvalidURL):
+        sent, advice = True, "what listens there does not speak HTTP: correct the port of FIREWORKS_BASE_URL"
+    else:
+        sent, first_patience_s = True, FIRST_PATIENCE_CLOSED_S
+        advice = "something listens there and hangs up: start the server, or correct FIREWORKS_BASE_URL"
     return Failure(
-        "connection", words, sent=sent, may_be_billed=sent, first_patience_s=first_patience_s,
+        "connection",
+        words,
+        sent=sent,
+        may_be_billed=sent,  # what broke after the request was sent, the server may have computed
+        first_patience_s=first_patience_s,
         advice=advice + _describe_proxy(url),
-    )  # fmt: skip
+    )
 
 
 def _describe_proxy(url: str) -> str:
