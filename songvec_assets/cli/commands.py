@@ -147,7 +147,7 @@ def run(
     if dry_run:
         _print_plan(ranges, anew)
         return
-    choices = {"embed_anew": anew, "retry_rejected": retry_rejected, "confirm_deletions": confirm_deletions}
+    choices = {"reembed": anew, "retry_rejected": retry_rejected, "confirm_deletions": confirm_deletions}
     choices |= {"confirm_reembedding": confirm_reembedding, "confirm_model_change": confirm_model_change}
     _embed("refresh", ranges, max_usd, append, **choices)
 
@@ -164,7 +164,7 @@ def embed(
     confirm_model_change: ConfirmModelChange = False,
 ) -> None:
     """Export and embed: pays for what is missing; the table stays as it is."""
-    choices = {"embed_anew": anew, "retry_rejected": retry_rejected, "confirm_deletions": confirm_deletions}
+    choices = {"reembed": anew, "retry_rejected": retry_rejected, "confirm_deletions": confirm_deletions}
     choices |= {"confirm_reembedding": confirm_reembedding, "confirm_model_change": confirm_model_change}
     _embed("embed", ranges, max_usd, append, **choices)
 

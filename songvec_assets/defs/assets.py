@@ -90,7 +90,7 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
         recorder = FillRecorder(context, deployment)
 
         def fill(emit: Emit) -> None:
-            anew = asked_anew_by(context.run) if run.embed_anew else None
+            anew = asked_anew_by(context.run) if run.reembed else None
             # first: it binds the store, and cuts its tail where the stop was raised
             confirmed = run.confirm_reembedding, run.confirm_model_change
             filler = deployment.filler(emit, budget_of(context.run), anew, run.retry_rejected, *confirmed)

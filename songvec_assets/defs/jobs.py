@@ -105,7 +105,7 @@ def rollback_job() -> None:
 def plan(context: dg.OpExecutionContext, run: RunResource) -> None:
     """See `plan_run`."""
     with failing_clearly(), run.open() as deployment:
-        planned = plan_run(deployment, run.choose_ranges(deployment, None), run.embed_anew)
+        planned = plan_run(deployment, run.choose_ranges(deployment, None), run.reembed)
         for line in planned.describe():
             context.log.info(line)
 

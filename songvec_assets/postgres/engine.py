@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
 from songvec_assets.errors import DatabaseError
+from songvec_assets.postgres.messages import read_database_error
 from songvec_assets.postgres.sessions import (
     CONNECT_ARGS,
     Backend,
@@ -24,7 +25,6 @@ from songvec_assets.postgres.sessions import (
     keeps_sessions,
 )
 from songvec_assets.postgres.urls import describe_url, libpq_uri, parse_url
-from songvec_assets.postgres.words import read_database_error
 
 Profile = Literal["batch", "web", "parallel"]
 

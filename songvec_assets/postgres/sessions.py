@@ -13,15 +13,15 @@ from typing import Any
 
 import psycopg2
 
+from songvec_assets.postgres.messages import ReportingCursor
 from songvec_assets.postgres.urls import libpq_uri
-from songvec_assets.postgres.words import TellingCursor
 
 CONNECT_ARGS: dict[str, Any] = {
     "connect_timeout": 10,
     "application_name": "songvec",
     # whatever the database's encoding and PGCLIENTENCODING are: all that we read and write is UTF-8
     "client_encoding": "UTF8",
-    "cursor_factory": TellingCursor,
+    "cursor_factory": ReportingCursor,
     # a load or an index build is silent for hours: firewalls forget such connections, and dead peers go unnoticed
     "keepalives": 1,
     "keepalives_idle": 30,

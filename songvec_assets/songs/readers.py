@@ -18,8 +18,8 @@ from psycopg2.extensions import make_dsn
 
 from songvec_assets.errors import StoppedError
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.messages import read_database_error
 from songvec_assets.postgres.sessions import CONNECT_ARGS
-from songvec_assets.postgres.words import read_database_error
 
 _PAUSES_S = (0.0, 1.0, 4.0)
 """Before each attempt: a server that starts again is back after a few seconds."""

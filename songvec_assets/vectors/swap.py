@@ -13,9 +13,9 @@ import sqlalchemy as sa
 
 from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchError
 from songvec_assets.postgres import relations
-from songvec_assets.postgres.brief import run_briefly
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.postgres.short_lock import run_with_short_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import load
@@ -334,7 +334,7 @@ def put_in_place(
             staging.rename_to(connection, SERVING)
         check_held()
 
-    run_briefly(database, swap, run.check_stop)
+    run_with_short_lock(database, swap, run.check_stop)
 
 
 def roll_back(database: Database, run: RunContext = SILENT) -> TableSpec | None:
@@ -370,7 +370,7 @@ def roll_back(database: Database, run: RunContext = SILENT) -> TableSpec | None:
         check_held()
 
     with _holding_lock(database, run) as check_held:
-        run_briefly(database, swap, run.check_stop)
+        run_with_short_lock(database, swap, run.check_stop)
     return serving.spec
 
 
@@ -394,5 +394,5 @@ def drop_others(database: Database, run: RunContext = SILENT) -> list[str]:
         check_held()
 
     with _holding_lock(database, run) as check_held:
-        run_briefly(database, drop, run.check_stop)
+        run_with_short_lock(database, drop, run.check_stop)
     return dropped

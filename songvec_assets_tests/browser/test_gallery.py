@@ -97,7 +97,7 @@ def test_launchpad(ui: DagsterUI) -> None:
 
 
 def test_run(ui: DagsterUI) -> None:
-    ui.launch("refresh", "resources:", "  run:", "    config:", "      embed_anew: true")
+    ui.launch("refresh", "resources:", "  run:", "    config:", "      reembed: true")
     ui.filter_log("left")
     ui.see(re.compile(r"^embed songs: ([6-9]|1\d),"))
     keep(ui, "run")

@@ -115,11 +115,11 @@ def test_the_launchpad_explains_its_options_and_refuses_wrong_ones(scene: Scene)
     scene.ui.open_launchpad("refresh")
     scene.ui.type_config("resources:", "  run:", "    config:", "      ")
     for option in (
-        "max_usd", "max_usd_a_month", "ranges", "export_mode", "embed_anew", "rebuild_index", "concurrency",
+        "max_usd", "max_usd_a_month", "ranges", "export_mode", "reembed", "rebuild_index", "concurrency",
         "target_recall", "swap",
     ):  # fmt: skip
         scene.ui.see(option)
-    scene.ui.see(re.compile("Budget in dollars, 0 or more: the run stops before it"))
+    scene.ui.see(re.compile("Budget of a run in dollars, over all its processes"))
     scene.ui.type_config("resources:", "  run:", "    config:", "      export_mode: some")
     scene.ui.see(re.compile(r"export_mode not in enum type Literal\['all', 'append'\] got some"))
     scene.ui.type_config("resources:", "  run:", "    config:", "      export_mode: append")

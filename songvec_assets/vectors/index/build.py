@@ -15,9 +15,9 @@ import sqlalchemy as sa
 from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError
-from songvec_assets.postgres.brief import is_lock_timeout, run_briefly
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.words import lacks_shared_memory
+from songvec_assets.postgres.messages import lacks_shared_memory
+from songvec_assets.postgres.short_lock import is_lock_timeout, run_with_short_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.index.sizing import BuildEstimate
 from songvec_assets.vectors.table import TableSpec, VectorTable
@@ -173,7 +173,7 @@ def swap_names(table: VectorTable, record: Callable[[sa.Connection], None], run:
         connection.execute(text(f"ALTER INDEX {table.building_index} RENAME TO {table.index_name}"))
         record(connection)
 
-    run_briefly(table.database, swap, run.check_stop)
+    run_with_short_lock(table.database, swap, run.check_stop)
     try:
         drop_index(table, table.replaced_index, run, _REPLACED_PATIENCE_S)
     except DatabaseError as error:
@@ -193,7 +193,7 @@ def drop_index(table: VectorTable, name: str, run: RunContext = SILENT, patience
         def drop(connection: sa.Connection) -> None:
             connection.execute(text(f"DROP INDEX IF EXISTS {name}"))
 
-        run_briefly(table.database, drop, run.check_stop, patience_s)
+        run_with_short_lock(table.database, drop, run.check_stop, patience_s)
         return
     deadline = time.monotonic() + patience_s
     while True:

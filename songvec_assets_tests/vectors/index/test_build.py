@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.errors import DatabaseError, StoppedError
-from songvec_assets.postgres import brief
+from songvec_assets.postgres import short_lock
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
 from songvec_assets.progress import Progress, StopSignal
@@ -48,7 +48,7 @@ BUILDS = f"""
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is looked at ten times a second, and a lock that is held is tried for again as soon."""
     monkeypatch.setattr(build, "_POLL_S", 0.1)
-    monkeypatch.setattr(brief, "_PAUSE_S", 0.1)
+    monkeypatch.setattr(short_lock, "_PAUSE_S", 0.1)
 
 
 @pytest.fixture

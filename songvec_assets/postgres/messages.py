@@ -1,4 +1,7 @@
-"""What a person reads when the database refuses: the server's, the driver's or a pooler's words, and what to do."""
+"""Error messages of the database: what the server, the driver or a pooler said, and what to do about it.
+
+When to add here: advice for another error, in `_ADVICE`. Keep out: errors of our own, which have their advice.
+"""
 
 import contextlib
 import re
@@ -11,7 +14,6 @@ import psycopg2.extensions
 from songvec_assets.errors import DatabaseError
 
 _GO_ON = "start the same command again"
-
 _SHARED_MEMORY = r"could not \w+ shared memory segment"
 
 _ADVICE = {
@@ -57,7 +59,7 @@ _ADVICE = {
         r"^57014": f"the statement was cancelled, by a person or the role's statement_timeout; {_GO_ON}",
         r"^57P01|administrator command|unexpected postmaster exit": "the server was shut down; "
         f"{_GO_ON} when it is back",
-        r"^57P02|crash of another server process": "the server lost a process, often for want of memory, and restarts: "
+        r"^57P02|crash of another server process": "the server lost a process, often for lack of memory, and restarts: "
         f"see its log, then {_GO_ON}",
         r"^57P03|is (starting up|shutting down|in recovery mode|not accepting|not yet accepting)": "the server is "
         f"starting or shutting down; {_GO_ON} when it is up",
@@ -87,31 +89,31 @@ def read_database_error(error: BaseException | None) -> DatabaseError:
 
 
 def lacks_shared_memory(error: BaseException) -> bool:
-    """Whether the server had no shared memory for parallel workers: the same without them may do."""
+    """Whether the server had no shared memory for parallel workers: without them the statement may succeed."""
     return re.search(_SHARED_MEMORY, str(error)) is not None
 
 
-class TellingCursor(psycopg2.extensions.cursor):  # type: ignore[misc]
-    """psycopg2's, whose errors repeat why the server ended a connection: psycopg2's own only say that it did."""
+class ReportingCursor(psycopg2.extensions.cursor):  # type: ignore[misc]
+    """psycopg2's cursor, whose errors also report why the server ended a connection."""
 
     def execute(self, query: Any, parameters: Any = None) -> None:
-        """As psycopg2's."""
-        with _last_words(self.connection):
+        """See psycopg2."""
+        with _with_last_words(self.connection):
             super().execute(query, parameters)
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
-        """As psycopg2's."""
-        with _last_words(self.connection):
+        """See psycopg2."""
+        with _with_last_words(self.connection):
             super().copy_expert(sql, file, size)
 
 
 @contextlib.contextmanager
-def _last_words(connection: Any) -> Iterator[None]:
+def _with_last_words(connection: Any) -> Iterator[None]:
     try:
         yield
     except psycopg2.OperationalError as error:
         if not connection.closed:
             raise
-        # a crash is told by a notice, all else as the connection's error
+        # a crash is reported by a notice, all else as the connection's error
         notices = [notice.partition("\n")[0] for notice in connection.notices if "terminating connection" in notice]
         raise psycopg2.OperationalError("\n".join([*notices, connection.info.error_message or str(error)])) from error
