@@ -13,7 +13,6 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import embed_query, search_songs
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.watch import look_at_source
-from songvec_assets.status import measure_status
 from songvec_assets.vectors.load import RangeLoad
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import deploy
@@ -55,7 +54,7 @@ def test_songs_become_a_table_that_a_search_finds(
     hits = search_songs(deployment.database, deployment.source, deployment.table_spec, table[150], limit=2)
     assert (hits[0].song_id, hits[0].name, round(hits[0].similarity, 3)) == (150, "Moon", 1.0)
     assert embed_query(deployment.embedder(), "moonlight").shape == (64,)
-    assert measure_status(deployment).total.n_missing == 0
+    assert deployment.status().total["n_missing"] == 0
 
 
 def test_a_second_run_sends_no_request_and_writes_nothing(

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from songvec_assets.cli import commands
 from songvec_assets.deployment import Deployment
-from songvec_assets.dry_run import plan_run
 from songvec_assets.embedding.prompts import TASK
 from songvec_assets.errors import BudgetExceededError, ReembeddingError, StoreError
 from songvec_assets.postgres.engine import Database
@@ -156,7 +155,7 @@ def test_a_setting_that_would_embed_cached_texts_again_stops_with_count_and_pric
     assert words in str(refusal.value)
     assert provider.ledger()["requests"] == 0, "something was paid for"
     changed = begin(**settings)
-    planned = plan_run(changed, [*changed.tiling]).describe()
+    planned = changed.dry_run([*changed.tiling]).describe()
     assert any(f"{N_SONGS} of the texts" in line and "--confirm-reembedding" in line for line in planned)
     assert run_all(begin()) == 0, "a refused run left something behind"
     assert run_all(begin(**settings), confirm_reembedding=True) == N_SONGS
@@ -215,7 +214,7 @@ def test_an_unfinished_cache_of_other_settings_asks_too(begin: Begin) -> None:
 def test_who_embeds_all_again_is_not_asked(begin: Begin) -> None:
     run_all(begin())
     changed = begin(text_template="{name}")
-    assert changed.estimate(anew=True).n_again == 0
+    assert changed.estimate(reembed=True).n_again == 0
     assert run_all(changed, anew="a person") == N_SONGS
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.embedding.pricing import Estimate
+from songvec_assets.embedding.prompts import NO_PROMPTS, Prompts, default_prompts
 from songvec_assets.errors import ReembeddingError, StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TextSpec
@@ -55,6 +56,19 @@ def read_record(cache: ModelCache) -> TextRecord | None:
 def write_record(cache: ModelCache, record: TextRecord) -> None:
     """Write the record; one writer at a time."""
     cache.storage.put(_KEY, msgspec.json.encode(record))
+
+
+def choose_prompts(cache: ModelCache, query: str | None, document: str | None) -> Prompts:
+    """The prompts of a model: as set, else as recorded with its cache, else its family's.
+
+    A cache from before there were records has no document prompt.
+    """
+    record, default = read_record(cache), default_prompts(cache.model)
+    if record is not None:
+        default = Prompts(record.query_prompt, record.document_prompt)
+    elif cache.ranges():
+        default = Prompts(default.query, NO_PROMPTS.document)
+    return Prompts(query or default.query, document or default.document)
 
 
 def is_made_otherwise(cache: ModelCache, song_range: SongIdRange, spec: TextSpec) -> bool:

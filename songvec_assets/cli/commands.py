@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -222,18 +221,17 @@ def status(
 ) -> None:
     """Say per range what is exported, cached, loaded and indexed. Exit code 3 where songs are missing."""
     from songvec_assets.cli.render import status_table
-    from songvec_assets.status import measure_status
 
     deployment = _deploy()
-    measured = measure_status(deployment)
+    measured = deployment.status()
     if as_json:
-        print(json.dumps(asdict(measured) | {"total": asdict(measured.total), "missing": measured.total.n_missing}))
+        print(json.dumps(measured.as_dict()))
     else:
         out.print(deployment.describe())
         out.print(status_table(measured))
         for line in measured.describe():
             out.print(line, markup=False, highlight=False)
-    raise typer.Exit(EXIT_INCOMPLETE if measured.total.n_missing else 0)
+    raise typer.Exit(EXIT_INCOMPLETE if measured.total["n_missing"] else 0)
 
 
 @app.command()
@@ -414,22 +412,19 @@ def _run_job(
 
 def _describe_incomplete(result: "RunResult", deployment: "Deployment", job: str) -> str:
     from songvec_assets.cli.render import describe_incomplete_run
-    from songvec_assets.status import measure_status
 
     try:
-        status = measure_status(deployment)
+        status = deployment.status()
     except SongvecError:  # why the run failed is what counts
         status = None
     return describe_incomplete_run(result, status, loads=job != "embed")
 
 
 def _print_plan(ranges: str, anew: bool) -> None:
-    from songvec_assets.dry_run import plan_run
-
     deployment = _deploy()
     first, last = _span(deployment, ranges)
     out.print(deployment.describe())
-    planned = plan_run(deployment, [each for each in deployment.tiling if first <= each <= last], anew)
+    planned = deployment.dry_run([each for each in deployment.tiling if first <= each <= last], anew)
     for line in planned.describe():
         # statements are to be copied
         out.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -437,10 +432,8 @@ def _print_plan(ranges: str, anew: bool) -> None:
 
 def _print_hits(deployment: "Deployment", query: str, limit: int) -> None:
     from songvec_assets.cli.render import hits_table
-    from songvec_assets.search.nearest import search_songs
 
-    vector = deployment.embed_query(query, on_trouble=lambda words: err.print(words, style="yellow", markup=False))
-    hits = search_songs(deployment.database, deployment.source, deployment.as_loaded().table_spec, vector, limit)
+    hits = deployment.search(query, limit, on_trouble=lambda words: err.print(words, style="yellow", markup=False))
     out.print(Text(f"“{query}”", style="bold"))
     out.print(hits_table(hits))
 

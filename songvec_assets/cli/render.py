@@ -6,7 +6,6 @@ When to add here: another table, or another way to show progress. Keep out: what
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import astuple
 from types import TracebackType
 
 from rich import box
@@ -20,8 +19,8 @@ from songvec_assets.cli.run import RunResult
 from songvec_assets.defs.pace import Pace, describe_progress, describe_time_left
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.progress import Progress, describe_seconds
+from songvec_assets.reports import Status
 from songvec_assets.search.nearest import Hit
-from songvec_assets.status import Status
 
 _MOST_REASONS, _MOST_KEYS = 2, 3
 
@@ -46,8 +45,9 @@ def describe_incomplete_run(result: RunResult, status: Status | None, loads: boo
         loads: whether the run was to load what it embedded.
     """
     missing = [] if status is None else [
-        n_songs for each in status.ranges
-        if (n_songs := each.n_missing if loads else each.n_songs + each.n_unexported - each.n_cached - each.n_set_aside)
+        n_songs for each in status.ranges.iter_rows(named=True)
+        if (n_songs := each["n_missing"] if loads
+            else each["n_songs"] + each["n_unexported"] - each["n_cached"] - each["n_rejected"])
     ]  # fmt: skip
     if status is None:
         counted = "some songs may be missing"
@@ -90,8 +90,7 @@ def status_table(status: Status) -> Table:
     table.add_column("Songs by range", no_wrap=True, min_width=19)
     for name in ("Songs", "New", "Cached", "Rejected", "Loaded", "Indexed", "Missing", "Orphans"):
         table.add_column(name, justify="right", overflow="fold")
-    for each in (*status.ranges, status.total):
-        key, *counts = astuple(each)
+    for key, *counts in (*status.ranges.iter_rows(), [*status.total.values()]):
         table.add_row(key, *(f"{count:,}" for count in counts), style="bold" if key == "all" else None)
     return table
 

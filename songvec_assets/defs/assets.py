@@ -92,8 +92,8 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
         def fill(emit: Emit) -> None:
             anew = asked_anew_by(context.run) if run.reembed else None
             # first: it binds the store, and cuts its tail where the stop was raised
-            confirmed = run.confirm_reembedding, run.confirm_model_change
-            filler = deployment.filler(emit, budget_of(context.run), anew, run.retry_rejected, *confirmed)
+            confirmed = run.confirm_reembedding
+            filler = deployment.filler(emit, budget_of(context.run), anew, run.retry_rejected, confirmed)
             filler.fill_ranges(run.choose_ranges(deployment, launched_keys(context)), report=emit)
 
         with failing_clearly(recorder.describe_stop):

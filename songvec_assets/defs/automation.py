@@ -28,7 +28,9 @@ class RangesBehind(dg.AutomationCondition[dg.AssetKey]):
             return dg.AutomationResult(context, context.get_empty_subset())
         run = RunResource(postgres=PostgresResource(), fireworks=FireworksResource(), storage=StorageResource())
         with run.open() as deployment:
-            keys = {song_range.key for song_range in deployment.ranges_behind()}
+            keys = {
+                song_range.key for song_range in deployment.read_inventory(with_table=False, with_source=False).behind
+            }
         return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))
 
 

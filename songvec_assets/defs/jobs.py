@@ -9,7 +9,6 @@ from dagster._core.execution.build_resources import wrap_resources_for_execution
 
 from songvec_assets.defs.resources import RunResource, make_resources, present_values
 from songvec_assets.defs.steps import failing_clearly
-from songvec_assets.dry_run import plan_run
 from songvec_assets.progress import RunContext
 from songvec_assets.settings import PostgresSettings, ProviderSettings
 from songvec_assets.vectors.swap import roll_back
@@ -103,9 +102,9 @@ def rollback_job() -> None:
 
 @dg.op(description="What a refresh would send, write and build, and what it would cost.")
 def plan(context: dg.OpExecutionContext, run: RunResource) -> None:
-    """See `plan_run`."""
+    """See `Pipeline.dry_run`."""
     with failing_clearly(), run.open() as deployment:
-        planned = plan_run(deployment, run.choose_ranges(deployment, None), run.reembed)
+        planned = deployment.dry_run(run.choose_ranges(deployment, None), run.reembed)
         for line in planned.describe():
             context.log.info(line)
 

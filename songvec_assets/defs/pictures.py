@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import numpy as np
+import polars as pl
 
 from songvec_assets.search.preview import SongMap
-from songvec_assets.status import RangeCoverage
+from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.index.recall import RecallReport
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _TITLE_LETTERS = 20
 _LABELS_APART = 0.12
 _SEPARATE_BARS = 100
 _INK, _MARK, _LINE, _GRID = "#1f3a5f", "#d1495b", "#8a8a8a", "#e6e6e6"
-_STATES = {"loaded": _INK, "cached, not loaded": "#7fa7d1", "set aside": "#c9c9c9", "missing": _MARK}
+_STATES = {"loaded": _INK, "cached, not loaded": "#7fa7d1", "rejected": "#c9c9c9", "missing": _MARK}
 _CLUSTERS = ("#1f3a5f", "#d1495b", "#2a9d8f", "#e9a03b", "#7b5ea7", "#6a994e", "#3f88c5", "#8d6e63")
 
 
@@ -84,22 +85,16 @@ def draw_recall(report: RecallReport) -> bytes:
     return _finish(figure)
 
 
-def draw_coverage(ranges: Sequence[RangeCoverage]) -> bytes:
-    """Songs by range of song_ids, stacked by what became of them, as PNG. At least one range."""
-    n_songs = sum(each.n_songs for each in ranges)
-    n_missing = sum(each.n_missing for each in ranges)
-    width = min(each.range.stop - each.range.start for each in ranges)
+def draw_coverage(coverage: pl.DataFrame) -> bytes:
+    """Songs by range, stacked by what became of them, as PNG; see `Inventory.coverage`. At least one row."""
+    ranges, counts = [SongIdRange.from_key(key) for key in coverage["key"]], coverage.drop("key")
+    n_songs, n_missing = sum(counts.sum().row(0)), counts["missing"].sum()
+    width = min(each.stop - each.start for each in ranges)
     figure, axes = _begin(f"{n_songs:,} songs by range: {n_missing:,} missing", "first song_id of the range", "songs")
-    starts = np.array([each.range.start for each in ranges])
-    counts = (
-        [each.n_loaded for each in ranges],
-        [each.n_waiting for each in ranges],
-        [each.n_set_aside for each in ranges],
-        [each.n_missing for each in ranges],
-    )
+    starts = np.array([each.start for each in ranges])
     below = np.zeros(len(ranges))
     edge = 0.5 if len(ranges) <= _SEPARATE_BARS else 0
-    for (name, colour), heights in zip(_STATES.items(), counts, strict=True):
+    for (name, colour), heights in zip(_STATES.items(), counts.to_numpy().T, strict=True):
         label = f"{name}: {sum(heights):,}"
         axes.bar(
             starts, heights, width, below, align="edge", color=colour, label=label, edgecolor="white", linewidth=edge

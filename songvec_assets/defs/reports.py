@@ -13,7 +13,6 @@ from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.search.preview import Preview
 from songvec_assets.songs.export import ExportReport
 from songvec_assets.songs.snapshots import SIZE_CLASS_BYTES
-from songvec_assets.status import measure_coverage
 from songvec_assets.vectors.index.recall import RecallReport
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.swap import PublishReport
@@ -117,10 +116,10 @@ def _illustrate(log: Any, describe: Callable[[], Metadata]) -> Metadata:
 
 
 def _describe_coverage(deployment: Deployment) -> Metadata:
-    coverage = measure_coverage(deployment)
-    if not coverage:
+    coverage = deployment.read_inventory(with_source=False).coverage
+    if coverage.is_empty():
         return {}
-    words = "songs by range: loaded, cached, set aside, missing"
+    words = "songs by range: loaded, cached, rejected, missing"
     return {"coverage by range": show_picture(draw_coverage(coverage), words)}
 
 

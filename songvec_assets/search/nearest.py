@@ -3,11 +3,12 @@
 When to add here: another way to ask for the nearest songs. Keep out: how an index is built or measured (`vectors/`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import polars as pl
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
@@ -24,7 +25,7 @@ from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.progress import run_event_loop
 from songvec_assets.songs.source import SongsSource
-from songvec_assets.vectors.table import TableSpec, VectorTable, define_table
+from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable, define_table
 
 _SPARE = 4
 
@@ -136,9 +137,7 @@ def check_searchable(database: Database, spec: TableSpec) -> None:
 
 
 def _check_searchable(connection: sa.Connection, table: VectorTable, spec: TableSpec) -> None:
-    loaded = table.read_spec(connection)
-    if loaded is None:
-        raise TableMismatchError("nothing is loaded yet, so nothing can be found: `songvec run` first")
+    loaded = _read_loaded(connection, table)
     if loaded != spec:
         raise TableMismatchError(
             f"the table holds {loaded.column_type} by {loaded.model!r}, the configured embedder makes "
@@ -146,6 +145,40 @@ def _check_searchable(connection: sa.Connection, table: VectorTable, spec: Table
             "filled this one"
         )
     check_search_path(connection)
+
+
+def _read_loaded(connection: sa.Connection, table: VectorTable) -> TableSpec:
+    loaded = table.read_spec(connection)
+    if loaded is None:
+        raise TableMismatchError("nothing is loaded yet, so nothing can be found: `songvec run` first")
+    return loaded
+
+
+def read_embeddings(database: Database, song_ids: Collection[int]) -> pl.DataFrame:
+    """The vectors that the table holds of some songs, by song_id; songs without one are left out.
+
+    Returns:
+        Columns song_id (Int32) and embedding (Array of Float32, dimensions).
+
+    Raises:
+        TableMismatchError: nothing is loaded yet.
+    """
+    with database.get_connection("web") as connection:
+        n_values = _read_loaded(connection, VectorTable(database)).dimensions
+        check_search_path(connection)
+        rows = connection.execute(
+            sa.text(f"""
+                SELECT song_id, vector_send(embedding::vector) FROM {SERVING}
+                WHERE song_id = ANY (:song_ids) ORDER BY song_id
+            """),
+            {"song_ids": [int(song_id) for song_id in song_ids]},
+        ).all()
+    # pgvector sends two 16-bit integers, then the values, all big-endian
+    values = np.frombuffer(b"".join(content[4:] for _, content in rows), dtype=">f4").astype(np.float32)
+    return pl.DataFrame(
+        {"song_id": [song_id for song_id, _ in rows], "embedding": values.reshape(-1, n_values)},
+        {"song_id": pl.Int32, "embedding": pl.Array(pl.Float32, n_values)},
+    )
 
 
 def check_server(

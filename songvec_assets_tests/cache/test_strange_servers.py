@@ -147,7 +147,7 @@ class TestATextThatGetsNoVector:
         assert isinstance(stored(again)[5], str)
         provider.control()
         other = run(fireworks_base_url=provider.base_url.replace("127.0.0.1", "localhost"))
-        assert other.ranges_behind() == [SongIdRange(0, 100)]
+        assert other.read_inventory(with_table=False, with_source=False).behind == [SongIdRange(0, 100)]
         (report,) = fill(other)
         assert (report.n_embedded, report.n_set_aside) == (1, 0)
         assert not isinstance(stored(other)[5], str)

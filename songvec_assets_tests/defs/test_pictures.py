@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import dagster as dg
 import numpy as np
+import polars as pl
 import pytest
 from PIL import Image
 
@@ -15,7 +16,6 @@ from songvec_assets.defs.reports import describe_index, describe_preview, descri
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.preview import Neighborhood, Preview, SongMap
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange
-from songvec_assets.status import RangeCoverage
 from songvec_assets.vectors.index.recall import RecallPoint, RecallReport
 from songvec_assets.vectors.index.sizing import estimate_build
 from songvec_assets.vectors.index.upkeep import IndexReport
@@ -71,20 +71,26 @@ def share_of(png: bytes, colour: tuple[int, int, int]) -> float:
     return float((np.asarray(open_picture(png)) == colour).all(axis=2).mean())
 
 
+def make_coverage(*ranges: tuple[SongIdRange, int, int]) -> pl.DataFrame:
+    """The inventory's frame of ranges with n songs loaded and n missing."""
+    rows = [(each.key, n_loaded, 0, 0, n_missing) for each, n_loaded, n_missing in ranges]
+    return pl.DataFrame(rows, ["key", "loaded", "cached", "rejected", "missing"], orient="row")
+
+
 class TestCoverage:
     LOADED, MISSING = (0x1F, 0x3A, 0x5F), (0xD1, 0x49, 0x5B)
 
     def test_what_is_missing_is_red_and_as_much_as_it_is(self) -> None:
-        full = [RangeCoverage(SongIdRange(start, start + 100), 100, 0, 0, 0) for start in range(0, 1000, 100)]
-        half = [RangeCoverage(each.range, 50, 0, 0, 50) for each in full]
+        ranges = [SongIdRange(start, start + 100) for start in range(0, 1000, 100)]
+        full = make_coverage(*((each, 100, 0) for each in ranges))
+        half = make_coverage(*((each, 50, 50) for each in ranges))
         assert share_of(draw_coverage(full), self.MISSING) < 0.005
         assert share_of(draw_coverage(half), self.MISSING) > 0.15
         assert share_of(draw_coverage(full), self.LOADED) > 1.8 * share_of(draw_coverage(half), self.LOADED)
 
     def test_the_tail_is_as_wide_as_the_others(self) -> None:
-        first = RangeCoverage(SongIdRange(0, 100), 100, 0, 0, 0)
-        tail = RangeCoverage(SongIdRange(100, MAX_SONG_ID + 1), 0, 0, 0, 100)
-        picture = draw_coverage([first, tail])
+        tail = SongIdRange(100, MAX_SONG_ID + 1)
+        picture = draw_coverage(make_coverage((SongIdRange(0, 100), 100, 0), (tail, 0, 100)))
         assert share_of(picture, self.MISSING) == pytest.approx(share_of(picture, self.LOADED), rel=0.1)
 
 
