@@ -255,7 +255,7 @@ def swap(
     drop_old: Annotated[bool, typer.Option("--drop-old", help="Drop what earlier swaps kept.")] = False,
 ) -> None:
     """Build another model, size or type beside the serving table, compare, and put it in its place."""
-    from songvec_assets.vectors.table import PREVIOUS
+    from songvec_assets.vectors.ledger import PREVIOUS
 
     if rollback or drop_old:
         with _interruptible():
