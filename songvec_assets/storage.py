@@ -102,7 +102,8 @@ class Storage:
         except OSError as error:
             raise StoreError(
                 f"could not write {path}: {error}. What was stored before is kept: make room, or give access, and "
-                "start the same command again"
+                "start the same command again",
+                "store.not-writable",
             ) from error
 
     def put(self, key: str, content: bytes) -> str:
@@ -132,7 +133,8 @@ class Storage:
             if (found.version if found else None) != version:
                 raise StoreError(
                     f"{path} was changed by another process while this one filled it: its lock was lost, as when the "
-                    "database restarts. Start the same command again; what both have stored is kept"
+                    "database restarts. Start the same command again; what both have stored is kept",
+                    "store.lock-lost",
                 )
             return self.put(key, content)
 

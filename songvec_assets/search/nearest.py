@@ -75,7 +75,9 @@ def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) 
             await embedder.close()
         if batch.bad:
             raise ProviderError(
-                "the server gives no vector for this query: its values are zero, null or not finite. Ask in other words"
+                "the server gives no vector for this query: its values are zero, null or not finite. Ask in other "
+                "words",
+                "provider.no-vector",
             )
         vector: NDArray[np.float32] = batch.embeddings[0]
         return vector
@@ -115,7 +117,7 @@ def search_songs(
             find = partial(_fetch, connection, nearest.limit(n_rows))
             similarities = dict(search(table, connection, find, n_rows, probes))
             if table.read_spec(connection) != spec:  # the query holds the table: what is recorded now is what it read
-                raise TableMismatchError("the embeddings table was swapped during the search: retry")
+                raise TableMismatchError("the embeddings table was swapped during the search: retry", "table.swapped")
             songs = read_songs(connection, source, list(similarities)) if similarities else {}
             if len(songs) >= limit or len(similarities) < n_rows:
                 break
@@ -152,7 +154,9 @@ def _check_searchable(connection: sa.Connection, table: VectorTable, spec: Table
 def _read_loaded(connection: sa.Connection, table: VectorTable) -> TableSpec:
     loaded = table.read_spec(connection)
     if loaded is None:
-        raise TableMismatchError("nothing is loaded yet, so nothing can be found: `songvec run` first")
+        raise TableMismatchError(
+            "nothing is loaded yet, so nothing can be found: `songvec run` first", "table.not-loaded"
+        )
     return loaded
 
 
