@@ -97,9 +97,9 @@ class Questions(Wiring):
                     answered += n_songs
                     continue
                 self.stop.check()
-                cached = self.cache.open(song_range)
-                since = cached.n_rows if reembed else 0
-                yield plan_fill(self.store.songs, cached, self.text_spec, since, self.server)
+                generation = self.cache.look(song_range).last_generation + 1 if reembed else None
+                cached = self.cache.open(song_range, generation)
+                yield plan_fill(self.store.songs, cached, self.text_spec, None if reembed else self.server)
 
         estimate = estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
         return replace(estimate, n_songs=estimate.n_songs + answered)

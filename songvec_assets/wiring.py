@@ -253,7 +253,7 @@ class Wiring:
     @property
     def table_spec(self) -> TableSpec:
         """What the table is to hold."""
-        given, prompts, record = self.settings, self.prompts, read_record(self.cache)
+        given, prompts, record = self.settings, self.prompts, read_record(self.cache.storage)
         # of the vectors that are cached, also while another prompt is set and nothing is embedded with it yet
         document = record.document_prompt if record else prompts.document
         return TableSpec(given.model, given.embedding_dimensions, given.vector_type, prompts.query, document)

@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from songvec_assets.cache.fill import FillReport
+from songvec_assets.cache.plan import FillReport
 from songvec_assets.defs.pictures import draw_coverage, draw_map, draw_recall, draw_tokens, show_picture
 from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.schema import read_pgvector_caution
@@ -161,15 +161,15 @@ def describe_export(report: ExportReport) -> Metadata:
 def describe_fill(report: FillReport, path: str, embedder: str) -> Metadata:
     """One range's fill, as numbers that the UI plots over ranges and time."""
     return {
-        "dagster/partition_row_count": report.n_songs - report.n_set_aside,
+        "dagster/partition_row_count": report.n_songs - report.n_rejected,
         "songs": report.n_songs,
         "songs new": report.n_new,
         "songs changed": report.n_changed,
-        "songs gone": report.n_gone,
+        "songs gone": report.n_deleted,
         "songs unchanged": report.n_unchanged,
         "songs reused": report.n_reused,
         "songs embedded": report.n_embedded,
-        "songs set aside": report.n_set_aside,
+        "songs set aside": report.n_rejected,
         "songs truncated": report.n_truncated,
         "bytes damaged": report.n_bytes_damaged,
         "retries": report.n_retries,
@@ -183,7 +183,7 @@ def describe_fill(report: FillReport, path: str, embedder: str) -> Metadata:
         "file": dg.MetadataValue.path(path),
         **_table(
             "set aside by the provider",
-            [{"song_id": song_id, "reason": reason} for song_id, reason in report.set_aside[:_MAX_TABLE_ROWS]],
+            [{"song_id": song_id, "reason": reason} for song_id, reason in report.rejected[:_MAX_TABLE_ROWS]],
         ),
     }
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import dagster as dg
 
-from songvec_assets.cache.fill import FillReport
+from songvec_assets.cache.plan import FillReport
 from songvec_assets.defs.pace import Pace, describe_progress
 from songvec_assets.defs.reports import Incomplete, Metadata, describe_fill, describe_incomplete
 from songvec_assets.deployment import Deployment
@@ -181,7 +181,7 @@ class FillRecorder:
         done = self._reports
         self._context.log.info(
             f"{sum(each.n_embedded for each in done):,} songs embedded in {len(done):,} ranges, "
-            f"{sum(each.n_set_aside for each in done):,} set aside; {sum(each.n_tokens for each in done):,} tokens, "
+            f"{sum(each.n_rejected for each in done):,} set aside; {sum(each.n_tokens for each in done):,} tokens, "
             f"${sum(each.usd for each in done):,.4f} as billed; {sum(each.n_retries for each in done):,} retries, "
             f"{sum(each.n_limited for each in done):,} of them after 429"
         )

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import polars as pl
 
-from songvec_assets.cache.shards import CachedRange, ModelCache, RangeSummary
+from songvec_assets.cache.cached_range import CachedRange
+from songvec_assets.cache.shards import ModelCache, RangeSummary
 from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchError
 from songvec_assets.progress import SILENT, RunContext
 from songvec_assets.songs.counts import IdSums
@@ -183,7 +184,7 @@ def check_whole(cached: CachedRange, loaded: pl.DataFrame | None = None) -> None
     n_lost = 0
     if loaded is not None:
         found = loaded["song_id"].is_in(cached.rows["song_id"].implode())
-        lost = loaded["song_id"].is_in([*cached.manifest.damaged]) if cached.is_read else pl.lit(True)
+        lost = loaded["song_id"].is_in([*cached.manifest.damaged]) if cached.files.manifest else pl.lit(True)
         n_lost = loaded.filter(~found & lost).height
     if cached.damaged or n_lost:
         named = "; ".join(f"{name}: {why}" for name, why in cached.damaged.items()) or "none"
