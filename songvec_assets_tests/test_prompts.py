@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from songvec_assets.cli import commands
+from songvec_assets.cli import app, base
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.prompts import TASK
 from songvec_assets.errors import BudgetExceededError, ReembeddingError, StoreError
@@ -70,8 +70,8 @@ def sent(provider: Provider) -> set[str]:
 
 
 def search(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(commands, "_deploy", lambda: deployment)
-    result = CliRunner().invoke(commands.app, ["search", "waves"])
+    monkeypatch.setattr(base, "deploy", lambda: deployment)
+    result = CliRunner().invoke(app, ["search", "waves"])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -291,15 +291,15 @@ def environment(begin: Begin, provider: Provider, tmp_path: Path, monkeypatch: p
 @pytest.mark.usefixtures("environment")
 @pytest.mark.filterwarnings("ignore::dagster.BetaWarning", "ignore:InitResourceContext.dagster_run:DeprecationWarning")
 def test_the_commands_show_the_prompts_and_take_the_confirmation(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = CliRunner().invoke(commands.app, ["settings"])
+    result = CliRunner().invoke(app, ["settings"])
     assert f"`Instruct: {TASK}\\nQuery:{{query}}` for queries, none for songs." in result.output
-    assert CliRunner().invoke(commands.app, ["run"]).exit_code == 0
+    assert CliRunner().invoke(app, ["run"]).exit_code == 0
     monkeypatch.setenv("SONGVEC_DOCUMENT_PROMPT", "passage: {text}")
-    result = CliRunner().invoke(commands.app, ["settings"])
+    result = CliRunner().invoke(app, ["settings"])
     assert "`passage: {text}` for songs" in result.output
-    result = CliRunner().invoke(commands.app, ["estimate"])
+    result = CliRunner().invoke(app, ["estimate"])
     assert f"{N_SONGS} of the texts" in result.output
-    result = CliRunner().invoke(commands.app, ["run"])
+    result = CliRunner().invoke(app, ["run"])
     assert (result.exit_code, f"{N_SONGS} texts that are cached would be embedded again" in result.output) == (1, True)
-    result = CliRunner().invoke(commands.app, ["run", "--confirm-reembedding"])
+    result = CliRunner().invoke(app, ["run", "--confirm-reembedding"])
     assert result.exit_code == 0, result.output

@@ -1,13 +1,24 @@
-"""Asset checks: those of the core, each with the severity that fits. A wrong vector blocks what is downstream."""
+"""Asset checks: those of the core, each with its severity. Invalid vectors block what is downstream.
+
+When to add here: nothing for another check, which goes into `checks` of the core. Keep out: how a check is answered.
+"""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import dagster as dg
 
-from songvec_assets.checks import INDEX_CHECKS, TABLE_CHECKS, Check, Evidence
+from songvec_assets.checks import INDEX_CHECKS, TABLE_CHECKS, Check, Evidence, Finding
 from songvec_assets.defs.assets import ivfflat_index, song_embeddings_table
 from songvec_assets.defs.resources import RunResource
-from songvec_assets.defs.steps import failing_clearly
+from songvec_assets.defs.steps import failing_clearly, notify
+
+
+class Answer(NamedTuple):
+    """What a check found."""
+
+    check: str
+    finding: Finding
 
 
 def _define(asset: dg.AssetsDefinition, name: str, checks: Sequence[Check]) -> dg.AssetChecksDefinition:
@@ -20,13 +31,14 @@ def _define(asset: dg.AssetsDefinition, name: str, checks: Sequence[Check]) -> d
 
     @dg.multi_asset_check(name=name, specs=specs, can_subset=True)
     def run_checks(context: dg.AssetCheckExecutionContext, run: RunResource) -> Iterator[dg.AssetCheckResult]:
-        with failing_clearly(), run.open() as deployment:
-            evidence = Evidence(deployment)
+        with failing_clearly(), run.open() as pipeline:
+            evidence = Evidence(pipeline)
             evidence.check_loaded()
             for spec in specs:
                 if spec.key in context.selected_asset_check_keys:
                     check = by_name[spec.name]
                     finding = evidence.answer(check)
+                    notify(Answer(check.name, finding))
                     yield dg.AssetCheckResult(
                         check_name=spec.name,
                         asset_key=spec.asset_key,

@@ -77,8 +77,8 @@ def test_ranges(ui: DagsterUI) -> None:
 @pytest.mark.parametrize(
     ("asset", "metadata", "name"),
     [
-        ("ivfflat_index", "recall by probes", "recall"),
-        ("ivfflat_index", "map of the catalogue", "map"),
+        ("ivfflat_index", "recall against latency", "recall"),
+        ("ivfflat_index", "map of the songs", "map"),
         ("song_embeddings_table", "coverage by range", "coverage"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 
 from songvec_assets.cli.run import run_job
 from songvec_assets.definitions import defs
-from songvec_assets.defs.alerts import post_alert
+from songvec_assets.defs.automation import post_alert
 from songvec_assets.defs.reports import report_export
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, RunResource, StorageResource
 from songvec_assets.errors import AlertError

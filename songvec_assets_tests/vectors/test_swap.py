@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.parts import CachedRows
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
-from songvec_assets.cli import commands
+from songvec_assets.cli import app, base
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DamagedShardError, DatabaseError, StoppedError, TableMismatchError
 from songvec_assets.postgres import short_lock
@@ -543,11 +543,11 @@ class TestLock:
         publish(database, cache, songs_folder)
         publish(database, cache, songs_folder, HALF, swap=True)
         deployment = deploy(database, provider, tmp_path / "store")
-        monkeypatch.setattr(commands, "_deploy", lambda: deployment)
+        monkeypatch.setattr(base, "deploy", lambda: deployment)
         ended = once(lambda: self.end_holder(database))
         deployment.stop = CallingStop(ended)
         with pytest.raises(DatabaseError):
-            commands.app(["swap", option], standalone_mode=False)
+            app(["swap", option], standalone_mode=False)
         assert relations(database) == BOTH
         assert VectorTable(database).spec == HALF
 
