@@ -6,18 +6,18 @@ whole graph. Keep out: what a step works with (`wiring`), and how it is done (th
 
 import functools
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 from uuid import uuid4
 
 import numpy as np
-import polars as pl
 from dotenv import dotenv_values
 from numpy.typing import NDArray
 
 from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
 from songvec_assets.embedding.budget import Budget
+from songvec_assets.embedding.drift import ModelRecord
 from songvec_assets.errors import BudgetExceededError, DamagedShardError, ProviderError, SongvecError, StoreError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
@@ -40,6 +40,20 @@ if TYPE_CHECKING:  # imports the HTTP client of providers, which a search by off
     from songvec_assets.cache.plan import FillReport
 
 DAY_S = 86_400.0
+
+
+class EmbedChoices(TypedDict, total=False):
+    """What a caller may choose for one run; all are False unless given.
+
+    Attributes:
+        retry_rejected: whether songs that the provider rejected before are sent again.
+        confirm_reembedding: whether cached texts may be paid for again because settings changed.
+        confirm_model_change: whether the provider may give other vectors under the model's name than in earlier runs.
+    """
+
+    retry_rejected: bool
+    confirm_reembedding: bool
+    confirm_model_change: bool
 
 
 class Pipeline(Questions):
@@ -69,12 +83,6 @@ class Pipeline(Questions):
         dotenv = {name: value for name, value in dotenv_values(".env").items() if name in names}
         return cls(Settings(**dotenv | settings))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     # the steps
 
     def export(
@@ -97,8 +105,7 @@ class Pipeline(Questions):
         ranges: Sequence[SongIdRange] | None = None,
         progress: ReportProgress = ignore_progress,
         reembed: bool = False,
-        retry_rejected: bool = False,
-        confirm_reembedding: bool = False,
+        **choices: Unpack[EmbedChoices],
     ) -> "list[FillReport]":
         """Embed, and pay for, what the cache lacks of the snapshots.
 
@@ -106,8 +113,7 @@ class Pipeline(Questions):
             ranges: to embed, in this order; None: all that hold songs.
             progress: notified of songs, rate and dollars.
             reembed: whether to pay for all their songs again.
-            retry_rejected: whether songs that the provider rejected before are sent again.
-            confirm_reembedding: whether cached texts may be paid for again because settings changed.
+            choices: see `EmbedChoices`.
 
         Returns:
             What happened to each range that holds anything.
@@ -116,15 +122,12 @@ class Pipeline(Questions):
             SongvecError: the first range's that is not complete, after the others were done; or what made going on
                 pointless.
         """
-        filler = self.filler(progress, None, uuid4().hex if reembed else None, retry_rejected, confirm_reembedding)
+        filler = self.filler(progress, reembed=uuid4().hex if reembed else None, **choices)
         reports: list[FillReport] = []
         filler.fill_ranges(self.held_ranges() if ranges is None else ranges, reports.append)
-        if failed := [each for each in reports if each.error]:
-            error = failed[0].error
-            assert error is not None
-            error.add_note(
-                f"not complete: {', '.join(each.range.key for each in failed)}; the other ranges are embedded"
-            )
+        if failed := {each.range.key: each.error for each in reports if each.error}:
+            error = next(iter(failed.values()))
+            error.add_note(f"not complete: {', '.join(failed)}; the other ranges are embedded")
             raise error
         return reports
 
@@ -145,7 +148,7 @@ class Pipeline(Questions):
         ranges: Sequence[SongIdRange] | None = None,
         progress: ReportProgress = ignore_progress,
         confirm_deletions: bool = False,
-        confirm_reembedding: bool = False,
+        **choices: Unpack[EmbedChoices],
     ) -> RunReport:
         """Export, embed, load and index what changed.
 
@@ -153,7 +156,7 @@ class Pipeline(Questions):
             ranges: to embed; None: all that hold songs.
             progress: notified of each step.
             confirm_deletions: whether songs that are missing in bulk are meant to be deleted.
-            confirm_reembedding: see `embed`.
+            choices: see `EmbedChoices`.
 
         Raises:
             SongvecError: what failed first. If that leaves complete ranges, they are loaded and indexed before;
@@ -167,7 +170,7 @@ class Pipeline(Questions):
                 raise
             failures.append(error)
         try:
-            filled = self.embed(ranges, progress, confirm_reembedding=confirm_reembedding)
+            filled = self.embed(ranges, progress, **choices)
         except (BudgetExceededError, ProviderError, StoreError, DamagedShardError) as error:
             if self.settings.swap or not self.cache.ranges():  # an incomplete staging table would not be swapped in
                 raise
@@ -198,13 +201,10 @@ class Pipeline(Questions):
             model, dimensions, vector_type: of the new table; None: those of the settings.
             progress: notified of each step.
         """
-        given: dict[str, Any] = {
-            "embedding_model": model,
-            "embedding_dimensions": dimensions,
-            "vector_type": vector_type,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        return replace(self, settings=self.settings.model_copy(update=given | {"swap": True})).run(progress=progress)
+        names = "embedding_model", "embedding_dimensions", "vector_type"
+        given = {name: value for name, value in zip(names, (model, dimensions, vector_type), strict=True) if value}
+        settings = Settings(**self.settings.model_dump(exclude_none=True) | given | {"swap": True})
+        return replace(self, settings=settings).run(progress=progress)
 
     def roll_back(self, progress: ReportProgress = ignore_progress) -> TableSpec | None:
         """Let the table from before the last swap serve again; see `vectors.swap.roll_back`."""
@@ -215,8 +215,7 @@ class Pipeline(Questions):
         progress: ReportProgress = ignore_progress,
         run: str | None = None,
         reembed: str | None = None,
-        retry_rejected: bool = False,
-        confirm_reembedding: bool = False,
+        **choices: Unpack[EmbedChoices],
     ) -> "Filler":
         """What fills ranges of the cache.
 
@@ -224,8 +223,7 @@ class Pipeline(Questions):
             progress: notified of songs, rate and dollars.
             run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
             reembed: who requests that songs are embedded again; see `Filler`.
-            retry_rejected: whether songs that were rejected before are sent again.
-            confirm_reembedding: whether this run may pay again for texts because settings changed; always if `reembed`.
+            choices: see `EmbedChoices`; who embeds all songs again has confirmed it.
         """
         from songvec_assets.cache.context import SendContext
         from songvec_assets.cache.fill import Filler
@@ -233,8 +231,10 @@ class Pipeline(Questions):
         self.bind()
         estimator, given = self.token_estimator(), self.settings
         limits = given.max_usd, given.max_usd_a_month
+        is_confirmed = choices.get("confirm_model_change", False)
+        record = ModelRecord(self.database, given.model, given.embedding_dimensions, is_confirmed)
         context = SendContext(
-            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, self.model_record.check),
+            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
             quota=self.quota,
             budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
             estimator=estimator,
@@ -249,12 +249,14 @@ class Pipeline(Questions):
             spec=self.text_spec,
             context=context,
             lock_range=self.lock_range,
-            before_fill=functools.partial(self._check_texts, confirm_reembedding or reembed is not None),
+            before_fill=functools.partial(
+                self._check_texts, choices.get("confirm_reembedding", False) or reembed is not None
+            ),
             before_payment=self._payment_check(),
             keep_spending=self.spending.write,
             retention_s=given.retention_days * DAY_S,
             reembed=reembed,
-            retry_rejected=retry_rejected,
+            retry_rejected=choices.get("retry_rejected", False),
         )
 
     def _check_texts(self, confirmed: bool, changed: Sequence[SongIdRange]) -> None:
@@ -304,12 +306,3 @@ class Pipeline(Questions):
         except ProviderError as error:
             mismatch = nearest.check_server(loaded.table_spec, self.table_spec, self.server, error)
             raise mismatch or error from None
-
-    def embeddings(self, song_ids: Collection[int]) -> pl.DataFrame:
-        """The vectors that the table holds of some songs, in the order of their ids; songs without one are left out.
-
-        Returns:
-            Columns song_id (Int32) and embedding (Array of Float32); `frame["embedding"].to_numpy()` is the matrix,
-            float32, (n, dimensions).
-        """
-        return nearest.read_embeddings(self.database, song_ids)

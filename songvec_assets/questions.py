@@ -6,6 +6,7 @@ When to add here: another question. Keep out: what an answer looks like (`report
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Self
 
 import polars as pl
 
@@ -18,7 +19,9 @@ from songvec_assets.known import CachedOrLoaded
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.progress import RunContext
 from songvec_assets.reports import RunPlan, Status
+from songvec_assets.search.nearest import read_embeddings
 from songvec_assets.search.preview import Preview, preview_table
+from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits
 from songvec_assets.songs.counts import check_ids, count_ranges, count_unreachable_ids
 from songvec_assets.songs.ranges import SongIdRange
@@ -162,6 +165,30 @@ class Questions(Wiring):
         evidence.check_loaded()
         return {each.name: evidence.answer(each) for each in (*checks.TABLE_CHECKS, *checks.INDEX_CHECKS)}
 
+    def embeddings(self, song_ids: Collection[int]) -> pl.DataFrame:
+        """The vectors that the table holds of some songs, in the order of their ids; songs without one are left out.
+
+        Returns:
+            Columns song_id (Int32) and embedding (Array of Float32); `frame["embedding"].to_numpy()` is the matrix,
+            float32, (n, dimensions).
+        """
+        return read_embeddings(self.database, song_ids)
+
     def preview(self) -> Preview:
         """A map of a sample of the songs, and some with their nearest; see `preview_table`."""
         return preview_table(LoadedRows.of(self.table, self.cache), self.source, self.table_spec)
+
+    def as_loaded(self) -> Self:
+        """The same with the model, size and type that searches find: after a swap they need no new settings."""
+        loaded = self.table.spec
+        if loaded is None or (loaded.model == OFFLINE_MODEL) != self.settings.offline:
+            return self
+        # a prompt that is set belongs to the model that is set
+        is_set = self.settings.query_prompt and loaded.model == self.settings.model
+        changed = {
+            "query_prompt": self.settings.query_prompt if is_set else loaded.query_prompt,
+            "embedding_model": loaded.model,
+            "embedding_dimensions": loaded.dimensions,
+            "vector_type": loaded.vector_type,
+        }
+        return replace(self, settings=self.settings.model_copy(update=changed))

@@ -7,7 +7,7 @@ does with them (`pipeline`).
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -16,7 +16,6 @@ from songvec_assets import inventory
 from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
 from songvec_assets.cache.texts import choose_prompts, read_record
-from songvec_assets.embedding.drift import ModelRecord
 from songvec_assets.embedding.embedder import Embedder, Endpoint, Patience
 from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Price, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import Prompts
@@ -47,12 +46,10 @@ class Wiring:
     Attributes:
         settings: parsed.
         stop: once set, ends the step that is running.
-        confirm_model_change: whether the provider may give other vectors under the model's name than in earlier runs.
     """
 
     settings: Settings
     stop: StopSignal = field(default_factory=StopSignal)
-    confirm_model_change: bool = False
 
     def describe(self) -> str:
         """One line: where songs come from, and where vectors are made."""
@@ -144,6 +141,12 @@ class Wiring:
         if "database" in self.__dict__:
             self.database.cancel()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the pooled connections to the database, if it was used."""
         if "database" in self.__dict__:
@@ -212,12 +215,6 @@ class Wiring:
         """An estimator that starts from what earlier runs learned about the model."""
         return TokenEstimator(self.spending.read_bytes_per_token() or UTF8_BYTES_PER_TOKEN)
 
-    @property
-    def model_record(self) -> ModelRecord:
-        """The model's vector of a short text, as earlier runs have it."""
-        given = self.settings
-        return ModelRecord(self.database, given.model, given.embedding_dimensions, self.confirm_model_change)
-
     def embedder(
         self,
         estimator: TokenEstimator | None = None,
@@ -274,21 +271,6 @@ class Wiring:
     def load_source(self) -> LoadSource:
         """What the table is loaded from."""
         return LoadSource(self.cache, self.tiling, self.store.songs)
-
-    def as_loaded(self) -> Self:
-        """The same with the model, size and type that searches find: after a swap they need no new settings."""
-        loaded = self.table.spec
-        if loaded is None or (loaded.model == OFFLINE_MODEL) != self.settings.offline:
-            return self
-        # a prompt that is set belongs to the model that is set
-        is_set = self.settings.query_prompt and loaded.model == self.settings.model
-        changed = {
-            "query_prompt": self.settings.query_prompt if is_set else loaded.query_prompt,
-            "embedding_model": loaded.model,
-            "embedding_dimensions": loaded.dimensions,
-            "vector_type": loaded.vector_type,
-        }
-        return replace(self, settings=self.settings.model_copy(update=changed))
 
     # the ranges
 

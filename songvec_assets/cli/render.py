@@ -57,11 +57,11 @@ def describe_incomplete_run(result: "RunResult", status: "Status | None", loads:
         status: as it is now; None if it could not be measured.
         loads: whether the run was to load what it embedded.
     """
-    missing = [] if status is None else [
-        n_songs for each in status.ranges.iter_rows(named=True)
-        if (n_songs := each["n_missing"] if loads
-            else each["n_songs"] + each["n_unexported"] - each["n_cached"] - each["n_rejected"])
-    ]  # fmt: skip
+    missing = []
+    for each in [] if status is None else status.ranges.iter_rows(named=True):
+        n_without_vector = each["n_songs"] + each["n_unexported"] - each["n_cached"] - each["n_rejected"]
+        missing.append(each["n_missing"] if loads else n_without_vector)
+    missing = [n_songs for n_songs in missing if n_songs]
     if status is None:
         counted = "some songs may be missing"
     elif missing:
