@@ -55,7 +55,9 @@ class Evidence:
             TableMismatchError: nothing is loaded.
         """
         if self.wiring.table.spec is None:
-            raise TableMismatchError("nothing is loaded yet, so there is nothing to check: `songvec run` first")
+            raise TableMismatchError(
+                "nothing is loaded yet, so there is nothing to check: `songvec run` first", "table.not-loaded"
+            )
 
     def answer(self, check: "Check") -> Finding:
         """The finding of one check. An error is a finding, too, so that it does not keep the others from running."""

@@ -13,7 +13,6 @@ import polars as pl
 from songvec_assets import checks
 from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
 from songvec_assets.embedding.budget import MonthSpending, read_month_spending
-from songvec_assets.embedding.contact import check_redirect
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import StoreError
 from songvec_assets.known import CachedOrLoaded
@@ -119,6 +118,8 @@ class Questions(Wiring):
             ProviderError: the server's URL redirects to another one.
         """
         if not self.settings.offline:
+            from songvec_assets.embedding.transport import check_redirect
+
             check_redirect(self.server)
         try:
             load = plan_load(self.table, self.load_source, RunContext(stop=self.stop))

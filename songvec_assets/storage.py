@@ -163,7 +163,8 @@ def _refusals(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StoreError(
             f"could not write {path}: {error}. What was stored before is kept: make room, or give access, and start "
-            "the same command again"
+            "the same command again",
+            "store.not-writable",
         ) from error
 
 

@@ -217,7 +217,8 @@ class CachedRange:
             raise StoreError(
                 f"{self.storage.describe(key)} was changed by another process while this one filled it: its "
                 "lock was lost, as when the database restarts. Start the same command again; what both have stored "
-                "is kept"
+                "is kept",
+                "store.lock-lost",
             )
         self.files = RangeFiles(manifest, version, self.files.sizes)
         self.manifest, self.replaces, self.n_unnamed = manifest, None, 0

@@ -12,7 +12,7 @@ from functools import cached_property
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.embedding.batching import LearnedLimits
 from songvec_assets.embedding.budget import Budget
-from songvec_assets.embedding.client import Embedder
+from songvec_assets.embedding.embedder import Embedder
 from songvec_assets.embedding.health import ServerHealth
 from songvec_assets.embedding.pricing import Quota, TokenEstimator
 from songvec_assets.errors import BudgetExceededError, ProviderUnavailableError, StoreError

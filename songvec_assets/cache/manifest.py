@@ -206,7 +206,8 @@ def decode(content: bytes, name: str, identity: PartIdentity | None = None) -> M
         if version != _VERSION:
             raise StoreError(
                 f"{name} has version {version}, expected {_VERSION}: another version of songvec wrote it. Work with "
-                "that version"
+                "that version",
+                "store.other-version",
             )
         if digest != _digest(content):
             raise msgspec.DecodeError("its checksum, which is the second line, does not fit the first")
@@ -214,12 +215,14 @@ def decode(content: bytes, name: str, identity: PartIdentity | None = None) -> M
     except msgspec.DecodeError as error:
         raise StoreError(
             f"{name} does not parse ({error}): restore it from a backup. Or remove it: the next fill compares the "
-            "range with its parts and sends what they lack, and songs that were rejected"
+            "range with its parts and sends what they lack, and songs that were rejected",
+            "store.damaged",
         ) from error
     if identity is not None and found.identity != identity:
         raise StoreError(
             f"{name} holds {found.identity}, expected {identity}: restore it from a backup; or move it away, and its "
-            "songs are embedded again"
+            "songs are embedded again",
+            "store.foreign-file",
         )
     return found
 

@@ -223,7 +223,8 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
     if layout != _FORMAT:
         raise StoreError(
             f"{name} has format {layout}, expected {_FORMAT}: another version of songvec wrote it. "
-            "Work with that version"
+            "Work with that version",
+            "store.other-version",
         )
     batches: list[CachedRows] = []
     try:
@@ -236,7 +237,8 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
     if found != identity and not problem:
         raise StoreError(
             f"{name} holds {found}, expected {identity}: restore it from a backup; or move it away, and its songs are "
-            "embedded again"
+            "embedded again",
+            "store.foreign-file",
         )
     if problem:
         raise DamagedPartError(problem, batches if found == identity else [])

@@ -123,7 +123,8 @@ def plan_fill(snapshots: Snapshots, shard: CachedRange, spec: TextSpec, rejected
     """
     if shard.range not in snapshots:
         raise StoreError(
-            f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first"
+            f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first",
+            "cache.missing",
         )
     hashes, n_songs = snapshots.read_text_hashes(shard.range, spec), snapshots.footer(shard.range).n_songs
     rejected = shard.rejected.select("song_id", "text_hash", "reason")

@@ -65,7 +65,8 @@ def _read(storage: Storage) -> tuple[list[_Request], str | None]:
     except msgspec.DecodeError as error:
         raise StoreError(
             f"{storage.describe(_KEY)} does not parse ({error}): remove it, and songs that were embedded again "
-            "before are embedded once more"
+            "before are embedded once more",
+            "store.damaged",
         ) from error
 
 

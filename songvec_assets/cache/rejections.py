@@ -65,7 +65,8 @@ class RefusedTexts:
                 raise ProviderError(
                     f"{MAX_REFUSALS_IN_A_ROW} texts in a row were refused, so the fault is not the songs'. {reason}. "
                     "None of this range's is rejected. Check the model, its dimensions and the account, then start the "
-                    "same command again"
+                    "same command again",
+                    "provider.refuses-all",
                 )
             return
         health = self.context.health
@@ -75,7 +76,8 @@ class RefusedTexts:
             raise ProviderError(
                 f"of the last {health.n_texts():,} texts {health.n_bad:,} fail though others succeed, more than songs "
                 f"can be at fault for: the server is. {reason}. None of this range's is rejected, and nothing more is "
-                "sent. See the server's log, then start the same command again"
+                "sent. See the server's log, then start the same command again",
+                "provider.sick",
             )
 
     async def check(self) -> None:
@@ -97,7 +99,8 @@ class RefusedTexts:
         if not await self.answers_well(self._last_at):
             raise ProviderError(
                 f"the last {len(self._texts)} texts were refused, and so is a plain one: {self._texts[-1][1]}. "
-                "None of them is rejected. Check the model and the account, then start the same command again"
+                "None of them is rejected. Check the model and the account, then start the same command again",
+                "provider.refuses-all",
             )
 
     def reject(self) -> None:

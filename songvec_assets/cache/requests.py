@@ -15,7 +15,7 @@ from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.answers import hinted_texts
 from songvec_assets.embedding.batching import bisect, pack_requests
 from songvec_assets.embedding.budget import Reservation
-from songvec_assets.embedding.client import RequestHooks
+from songvec_assets.embedding.embedder import RequestHooks
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import (
     BudgetExceededError,
@@ -213,7 +213,8 @@ class RangeSender:
             raise ProviderError(
                 f"{len(bad):,} texts got a vector that is zero, null or not finite, and so does a plain one: the fault "
                 "is the server's. No song is rejected for it, and nothing more is sent. See the server's log and its "
-                "precision (some models give NaN in fp16), then start the same command again"
+                "precision (some models give NaN in fp16), then start the same command again",
+                "provider.sick",
             )
         if was_alone and n_bad >= _N_BAD_ALONE:
             reason = "gives no vector for the text, alone or with others: its values are zero, null or not finite"

@@ -54,12 +54,15 @@ class ModelCache:
             raise StoreError(
                 f"{self.storage} holds {len(old):,} files of an earlier format ({old[0]}, …): copy what they hold with "
                 "`python tools/import_old_cache.py STORAGE_FOLDER`, which pays nothing, then start the same command "
-                "again"
+                "again",
+                "store.other-version",
             )
         try:
             return sorted(SongIdRange.from_key(name) for name in self.storage.list_prefixes())
         except ValueError as error:
-            raise StoreError(f"a folder that is not ours lies in {self.storage}: {error}; move it away") from error
+            raise StoreError(
+                f"a folder that is not ours lies in {self.storage}: {error}; move it away", "store.foreign-file"
+            ) from error
 
     def read_manifest(self, song_range: SongIdRange) -> Manifest:
         """What is known of a range; of one that was never filled, nothing.

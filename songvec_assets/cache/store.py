@@ -98,16 +98,20 @@ def find_store(root: Path, tiling: Tiling) -> Store | None:
     except (msgspec.DecodeError, SettingsError) as error:
         raise StoreError(
             f"{storage.describe(_KEY)} does not parse ({error}): restore it, or remove it and run `songvec adopt` to "
-            "bind the store again"
+            "bind the store again",
+            "store.damaged",
         ) from error
     if store.tiling.width != tiling.width:
         raise StoreError(
             f"{root} is cut into ranges of {store.tiling.width} song_ids, SONGVEC_RANGE_SIZE is {tiling.width}: set it "
-            f"back to {store.tiling.width}, or name another folder with SONGVEC_STORAGE"
+            f"back to {store.tiling.width}, or name another folder with SONGVEC_STORAGE",
+            "store.other-ranges",
         )
     if store.tiling.stop > tiling.stop:
         raise StoreError(
-            f"the tail of {root} begins at {store.tiling.stop}, SONGVEC_SONG_ID_STOP is {tiling.stop}: it may only grow"
+            f"the tail of {root} begins at {store.tiling.stop}, SONGVEC_SONG_ID_STOP is {tiling.stop}: it may only "
+            "grow",
+            "store.other-ranges",
         )
     if store.tiling.start < tiling.start:
         held = store.songs.ranges()
@@ -122,7 +126,8 @@ def _check_start(root: Path, song_ids: Iterable[int], tiling: Tiling) -> None:
     if lowest < tiling.start:
         raise StoreError(
             f"{root} holds songs from song_id {lowest} on, SONGVEC_SONG_ID_START is {tiling.start}: set it to "
-            f"{lowest // tiling.width * tiling.width} or less"
+            f"{lowest // tiling.width * tiling.width} or less",
+            "store.other-ranges",
         )
 
 
@@ -147,7 +152,8 @@ def open_store(
         except StoreError as error:
             raise StoreError(
                 f"cannot write to the storage folder {root.absolute()}: {getattr(error.__cause__, 'strerror', error)}. "
-                "Work in a folder that you may write to, or set SONGVEC_STORAGE to one"
+                "Work in a folder that you may write to, or set SONGVEC_STORAGE to one",
+                "store.not-writable",
             ) from error
         store = find_store(root, tiling)
         assert store is not None
@@ -223,7 +229,8 @@ def _cut_tail(cache: ModelCache, store: Store, tiling: Tiling) -> None:
         raise StoreError(
             f"{tail.describe} is damaged, so that it cannot be divided ({named}): restore it from a backup; or set "
             f"SONGVEC_SONG_ID_STOP back to {store.tiling.stop}, run all ranges, which embeds what is lost, and raise "
-            "it again"
+            "it again",
+            "store.damaged",
         )
     kept = pl.concat([tail.rows, tail.deleted_rows(0.0)])
     manifest = tail.manifest

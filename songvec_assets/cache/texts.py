@@ -51,7 +51,9 @@ def read_record(storage: Storage) -> TextRecord | None:
     except msgspec.DecodeError as error:
         raise StoreError(
             f"{storage.describe(_KEY)} does not parse ({error}), so it is not known how the cached texts were "
-            "made: restore it, or set SONGVEC_QUERY_PROMPT and SONGVEC_DOCUMENT_PROMPT to what they were, and remove it"
+            "made: restore it, or set SONGVEC_QUERY_PROMPT and SONGVEC_DOCUMENT_PROMPT to what they were, and "
+            "remove it",
+            "store.damaged",
         ) from error
 
 

@@ -28,7 +28,7 @@ _CREATE = atomic(f"""
     INSERT INTO songvec.budgets (name) VALUES (:run), ({_MONTH}) ON CONFLICT (name) DO NOTHING
 """)
 
-# locked first, in one order, by a statement of its own: what follows sees what others committed meanwhile, and two
+# locked first, in one order, by a separate statement: what follows sees what others committed meanwhile, and two
 # processes never wait for each other
 _LOCK = f"SELECT FROM songvec.budgets WHERE name IN {_NAMES} ORDER BY name FOR UPDATE"
 _EXCEEDED_ROWS = f"""
@@ -84,7 +84,7 @@ class Budget:
 
     Args:
         price: of tokens.
-        engine: a pooled engine; each call is one short statement of its own.
+        engine: a pooled engine; each call is one short statement.
         run: whose budget it is.
         max_usd: the run's limit in dollars; None: none.
         max_usd_a_month: that of a calendar month, over all runs; None: none.
@@ -154,7 +154,7 @@ class Budget:
         Args:
             reserved_tokens: of the request.
             billed_tokens: 0 for one that failed.
-            month: as `reserve` told it; None: the present one.
+            month: as `reserve` returned it; None: the present one.
         """
         with self._lock:
             self.n_tokens += billed_tokens
@@ -195,30 +195,27 @@ class Reservation:
         """
         if (missing := self.n_billed + self.n_tokens - self.n_reserved) <= 0:
             return
-        # who waits for more gives nothing back
-        self.budget.n_held -= self.n_reserved > 0
-        try:
-            await self._reserve(missing)
-            self.n_reserved += missing
-        finally:
-            self.budget.n_held += self.n_reserved > 0
-
-    async def _reserve(self, n_tokens: int) -> None:
         budget = self.budget
-        while True:
-            self.check()
-            n_settled = budget.n_settled
-            budget.n_asking += 1
-            try:
-                self.month = await asyncio.to_thread(budget.reserve, n_tokens)
-                return
-            except BudgetExceededError:
-                # estimates may be above the bill: what is in flight then gives the difference back
-                if budget.n_settled == n_settled and not budget.n_held and budget.n_asking == 1:
-                    raise
-            finally:
-                budget.n_asking -= 1
-            await asyncio.sleep(_POLL_S)
+        # who waits for more gives nothing back
+        budget.n_held -= self.n_reserved > 0
+        try:
+            while True:
+                self.check()
+                n_settled = budget.n_settled
+                budget.n_asking += 1
+                try:
+                    self.month = await asyncio.to_thread(budget.reserve, missing)
+                    self.n_reserved += missing
+                    return
+                except BudgetExceededError:
+                    # estimates may be above the bill: what is in flight then gives the difference back
+                    if budget.n_settled == n_settled and not budget.n_held and budget.n_asking == 1:
+                        raise
+                finally:
+                    budget.n_asking -= 1
+                await asyncio.sleep(_POLL_S)
+        finally:
+            budget.n_held += self.n_reserved > 0
 
     async def settle(self) -> None:
         """Replace what is reserved by what was billed."""

@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from songvec_assets.errors import BulkDeletionError, DatabaseError, SongvecError, SourceError
+from songvec_assets.errors import BulkDeletionError, DatabaseError, SongvecError, SourceError, describe
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.absence import Absence
@@ -125,10 +125,12 @@ class IncompleteExportError(DatabaseError):
         reasons: keys of the ranges that failed, by the reason.
     """
 
+    code = "source.not-exported"
+
     def __init__(self, report: ExportReport) -> None:
         self.reasons: dict[str, list[str]] = {}
         for each in report.failed:
-            self.reasons.setdefault(str(each.error), []).append(each.range.key)
+            self.reasons.setdefault(describe(each.error), []).append(each.range.key)
         reasons = (f"{_name_some(ranges)}: {error}" for error, ranges in self.reasons.items())
         super().__init__(
             f"{len(report.failed)} of {len(report.ranges)} ranges were not exported; the others are done and kept, the "
@@ -454,5 +456,6 @@ def _check_unique(song_ids: pl.Series, source: SongsSource) -> None:
     if len(repeated):
         raise SourceError(
             f"column {source.song_id_column!r} of {source.table} must be unique, {repeated[0]} is there more than "
-            "once: name another with SONGVEC_SONG_ID_COLUMN"
+            "once: name another with SONGVEC_SONG_ID_COLUMN",
+            "source.id-column",
         )

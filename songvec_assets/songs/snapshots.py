@@ -100,7 +100,9 @@ class Snapshots:
         try:
             return sorted(SongIdRange.from_key(name.stem) for name in names if name.suffix == _SUFFIX)
         except ValueError as error:
-            raise StoreError(f"a file that is not ours lies in the storage folder: {error}; move it away") from error
+            raise StoreError(
+                f"a file that is not ours lies in the storage folder: {error}; move it away", "store.foreign-file"
+            ) from error
 
     def read(
         self,
@@ -145,7 +147,8 @@ class Snapshots:
     def _damaged(self, song_range: SongIdRange, why: Exception | str) -> StoreError:
         return StoreError(
             f"{self.storage.describe(_key(song_range))} is damaged ({why}): remove it and materialize songs_parquet, "
-            "which exports the range again"
+            "which exports the range again",
+            "store.damaged",
         )
 
     def try_to_read(self, song_range: SongIdRange, columns: list[str]) -> pl.DataFrame | None:

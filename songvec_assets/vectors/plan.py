@@ -50,7 +50,8 @@ class LoadSource:
             raise StoreError(
                 f"no embeddings are cached for model {self.cache.model!r} in {self.cache.storage}: fill the cache "
                 "first, with `songvec run`, or with `dagster asset materialize --select '*' --partition-range "
-                "FIRST...LAST`"
+                "FIRST...LAST`",
+                "cache.missing",
             )
         return ranges
 
@@ -241,7 +242,8 @@ def check_missing(
             f"{name} lacks {len(missing):,} songs that {SERVING} has and that were not deleted from the source "
             f"(song_id {', '.join(map(str, missing[:5]))}, …; range {', '.join(keys[:5])}, …): {SERVING} was not "
             f"replaced. Export and fill these ranges for {source.cache.model}, then start the same command again; "
-            "`songvec swap` does all of it, and names the ranges that fail"
+            "`songvec swap` does all of it, and names the ranges that fail",
+            "table.swap-blocked",
         )
 
 

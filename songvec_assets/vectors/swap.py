@@ -113,13 +113,15 @@ def check_publishable(database: Database, wanted: WantedTable, models: frozenset
         if previous.exists(connection):
             raise TableMismatchError(
                 f"table {PREVIOUS} still holds {previous.read_spec(connection)} from an earlier swap: `songvec swap "
-                "--rollback` lets it serve again, `songvec swap --drop-old` drops it; then swap"
+                "--rollback` lets it serve again, `songvec swap --drop-old` drops it; then swap",
+                "table.swap-blocked",
             )
         staged = staging.read_spec(connection)
         if staging.exists(connection) and staged != wanted.spec:
             raise TableMismatchError(
                 f"table {STAGING} holds {staged}, which never served, expected {wanted.spec} or none: finish it with "
-                "its settings, or drop it with `songvec swap --drop-old`; then swap"
+                "its settings, or drop it with `songvec swap --drop-old`; then swap",
+                "table.swap-blocked",
             )
         check_attachments(connection, serving)
     return staging
@@ -238,7 +240,8 @@ def put_in_place(
         if _read_ledgers(database, connection) != compared:
             raise TableMismatchError(
                 f"{SERVING} or {STAGING} was loaded by another run meanwhile: {SERVING} was not replaced. Start the "
-                "same command again, which goes on from here"
+                "same command again, which goes on from here",
+                "table.swap-blocked",
             )
         with relations.copying_properties(connection, SERVING, STAGING):
             if keep:
@@ -265,12 +268,14 @@ def roll_back(database: Database, run: RunContext = SILENT) -> TableSpec | None:
     def swap(connection: sa.Connection) -> None:
         if not previous.exists(connection):
             raise TableMismatchError(
-                f"there is no table {PREVIOUS} to go back to: it was dropped, or nothing was swapped"
+                f"there is no table {PREVIOUS} to go back to: it was dropped, or nothing was swapped",
+                "table.swap-blocked",
             )
         if staging.exists(connection):
             raise TableMismatchError(
                 f"table {STAGING} is in the way: {staging.read_spec(connection)} is being built there. Finish that "
-                f"with `songvec swap`, or let its owner run DROP TABLE {STAGING}; then roll back"
+                f"with `songvec swap`, or let its owner run DROP TABLE {STAGING}; then roll back",
+                "table.swap-blocked",
             )
         connection.execute(sa.text(f"LOCK TABLE {SERVING}, {PREVIOUS} IN ACCESS EXCLUSIVE MODE"))
         check_attachments(connection, serving)

@@ -284,7 +284,8 @@ class VectorTable(Records):
             if not connection.scalar(text("SELECT has_schema_privilege(current_schema(), 'CREATE')")):
                 raise DatabaseError(
                     f"this user may not create table {self.name} in the schema its search_path names first: let the "
-                    "owner run GRANT CREATE ON SCHEMA … TO …, or use another user in POSTGRES_URL"
+                    "owner run GRANT CREATE ON SCHEMA … TO …, or use another user in POSTGRES_URL",
+                    "database.no-right",
                 )
             return False
         expected = {"song_id": "integer", "embedding": spec.column_type}

@@ -17,7 +17,7 @@ from songvec_assets.cache.plan import FillReport
 from songvec_assets.cache.rejections import MAX_REFUSALS_IN_A_ROW
 from songvec_assets.cache.shards import lock_name
 from songvec_assets.deployment import Deployment
-from songvec_assets.embedding import client as client_module
+from songvec_assets.embedding import contact as contact_module
 from songvec_assets.errors import (
     BudgetExceededError,
     DatabaseError,
@@ -63,7 +63,7 @@ def provider(server: Provider) -> Provider:
 
 @pytest.fixture(autouse=True)
 def _quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "MAX_BACKOFF_S", 0.02)
+    monkeypatch.setattr(contact_module, "MAX_BACKOFF_S", 0.02)
 
 
 @pytest.fixture

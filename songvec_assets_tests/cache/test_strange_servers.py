@@ -16,6 +16,7 @@ import pytest
 
 from songvec_assets.cache import fill as fill_module
 from songvec_assets.embedding import client as client_module
+from songvec_assets.embedding import contact as contact_module
 from songvec_assets.embedding.budget import Reservation
 from songvec_assets.embedding.health import MAX_BAD_TEXTS
 from songvec_assets.embedding.limits import RateLimiter
@@ -56,7 +57,7 @@ PAID = {"usd_per_million_tokens": 1e6}
 
 @pytest.fixture(autouse=True)
 def _quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "MAX_BACKOFF_S", 0.02)
+    monkeypatch.setattr(contact_module, "MAX_BACKOFF_S", 0.02)
 
 
 @pytest.fixture

@@ -80,26 +80,31 @@ def _check_rights(connection: sa.Connection, builds: bool) -> str:
     if lacking:
         tables, role = ", ".join(table for table, _ in lacking), lacking[0][1]
         raise DatabaseError(
-            f"this user may not read and write {tables}: let the owner run GRANT {_NEEDED} ON {tables} TO {role}"
+            f"this user may not read and write {tables}: let the owner run GRANT {_NEEDED} ON {tables} TO {role}",
+            "database.no-right",
         )
     schema = connection.execute(text(_SCHEMA), {"table": SERVING}).one()
     if schema.hides_rows:
         raise DatabaseError(
             f"row security of table {SERVING} applies to {schema.role}, so that rows cannot be loaded or counted: let "
-            f"{schema.owner} run ALTER TABLE {SERVING} NO FORCE ROW LEVEL SECURITY, or use a user that it does not bind"
+            f"{schema.owner} run ALTER TABLE {SERVING} NO FORCE ROW LEVEL SECURITY, or use a user that it "
+            "does not bind",
+            "database.no-right",
         )
     if not builds:
         return str(schema.name)
     if not schema.may_create:
         raise DatabaseError(
             f"this user may not create tables and indexes in schema {schema.name}: let its owner run GRANT CREATE ON "
-            f"SCHEMA {schema.name} TO {schema.role}, or use another user in POSTGRES_URL"
+            f"SCHEMA {schema.name} TO {schema.role}, or use another user in POSTGRES_URL",
+            "database.no-right",
         )
     if schema.is_owner is False:
         raise DatabaseError(
             f"table {SERVING} belongs to {schema.owner}, and only its owner may index or replace it: let "
             f"{schema.owner} or a superuser run GRANT {schema.owner} TO {schema.role}, or ALTER TABLE {SERVING} "
-            f"OWNER TO {schema.role}"
+            f"OWNER TO {schema.role}",
+            "database.no-right",
         )
     return str(schema.name)
 
@@ -149,5 +154,6 @@ def check_attachments(connection: sa.Connection, serving: VectorTable) -> None:
     if attachments := find_attachments(connection, serving):
         raise TableMismatchError(
             f"{', '.join(attachments)} of table {SERVING} would stay with the old table: drop them, start the same "
-            "command again, which goes on from here, and create them again afterwards"
+            "command again, which goes on from here, and create them again afterwards",
+            "table.swap-blocked",
         )

@@ -201,7 +201,8 @@ class Searches:
             raise StoreError(
                 f"the cache in {cache.storage} holds {exact.n_found:,} of the {rows.n_rows:,} rows that the ledger of "
                 f"table {table.name} names, so recall cannot be measured: fill the cache and load it, then materialize "
-                "ivfflat_index"
+                "ivfflat_index",
+                "cache.missing",
             )
         return cls(table, exact, run)
 
@@ -259,7 +260,8 @@ class Searches:
         if f'"{self.table.index_name}"' not in plan:
             raise DatabaseError(
                 f"expected the planner to take {self.table.index_name} with enable_seqscan off, it does not: "
-                "materialize ivfflat_index, which builds a valid one"
+                "materialize ivfflat_index, which builds a valid one",
+                "index.failed",
             )
 
 

@@ -181,7 +181,9 @@ class Capacity:
             f"({self.memory_source})"
         )
         if not fitting:
-            raise DatabaseError(f"{shortage}: raise SONGVEC_INDEX_MEMORY_MB, or give the server more memory")
+            raise DatabaseError(
+                f"{shortage}: raise SONGVEC_INDEX_MEMORY_MB, or give the server more memory", "index.no-room"
+            )
         return fitting, shortage
 
     def check_disk(self, estimate: BuildEstimate, table_bytes: int = 0) -> None:
@@ -196,7 +198,8 @@ class Capacity:
             raise DatabaseError(
                 f"the build sorts in up to {format_bytes(needed)} of temporary files, temp_file_limit is "
                 f"{format_bytes(self.temporary_bytes)}: let an administrator raise it, with ALTER ROLE … SET "
-                f"temp_file_limit = '{needed // (1 << 20) + 1}MB'"
+                f"temp_file_limit = '{needed // (1 << 20) + 1}MB'",
+                "index.no-room",
             )
         needed += estimate.index_bytes + table_bytes
         rows = f", after {format_bytes(table_bytes)} for the rows to come" if table_bytes else ""
@@ -204,7 +207,8 @@ class Capacity:
             raise DatabaseError(
                 f"the build needs {format_bytes(estimate.index_bytes)} of disk for the index and up to "
                 f"{format_bytes(estimate.temporary_bytes)} while it sorts{rows}, {format_bytes(self.free_bytes)} are "
-                "free: make room, or halve it with SONGVEC_VECTOR_TYPE=halfvec"
+                "free: make room, or halve it with SONGVEC_VECTOR_TYPE=halfvec",
+                "index.no-room",
             )
 
 

@@ -100,7 +100,8 @@ def plan_lists(
         return lists, ""
     if wanted.lists:
         raise SettingsError(
-            f"SONGVEC_LISTS: {shortage}: set {fitting:,} or fewer, or none, or raise SONGVEC_INDEX_MEMORY_MB"
+            f"SONGVEC_LISTS: {shortage}: set {fitting:,} or fewer, or none, or raise SONGVEC_INDEX_MEMORY_MB",
+            "index.no-room",
         )
     # memory that was there when it was built, and is not now, makes it no worse
     if lists_now is not None and fitting <= lists_now <= lists:
@@ -219,12 +220,15 @@ def _count(table: VectorTable) -> tuple[int, int]:
     """Rows, and rows changed since the index was built."""
     with table.database.get_connection() as connection:
         if not table.exists(connection):
-            raise TableMismatchError(f"there is no table {table.name} yet: materialize song_embeddings_table first")
+            raise TableMismatchError(
+                f"there is no table {table.name} yet: materialize song_embeddings_table first", "table.not-loaded"
+            )
         n_changed = table.read_changes(connection)
     n_rows = table.count_rows()
     if not n_rows:
         raise TableMismatchError(
-            f"table {table.name} is empty: an index built now would find nothing later; load it first"
+            f"table {table.name} is empty: an index built now would find nothing later; load it first",
+            "table.not-loaded",
         )
     return n_rows, n_changed
 
