@@ -12,12 +12,15 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
-from songvec_assets.embedding.client import RequestHooks
 from songvec_assets.embedding.wire import EmbeddingBatch, Float32Matrix
+
+if TYPE_CHECKING:
+    from songvec_assets.embedding.client import RequestHooks
 
 _WORD = re.compile(r"\w+")
 _FIRST_UNSPACED = 0x0E00  # from Thai on, scripts put few spaces between words
@@ -45,7 +48,7 @@ class OfflineEmbedder:
         return 0
 
     async def generate_embeddings_batch(
-        self, texts: Sequence[str], hooks: RequestHooks | None = None
+        self, texts: Sequence[str], hooks: "RequestHooks | None" = None
     ) -> EmbeddingBatch:
         """Embed texts.
 
