@@ -11,8 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from songvec_assets.errors import SongvecError, TableMismatchError
-from songvec_assets.vectors.index.audit import audit_index, audit_vectors
-from songvec_assets.vectors.index.recall import audit_recall
+from songvec_assets.vectors.index.audit import audit_index, audit_recall, audit_vectors
 from songvec_assets.vectors.index.upkeep import plan_build
 from songvec_assets.wiring import Wiring
 

@@ -6,13 +6,12 @@ whole graph. Keep out: what a step works with (`wiring`), and how it is done (th
 
 import functools
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 from uuid import uuid4
 
 import numpy as np
-import polars as pl
 from dotenv import dotenv_values
 from numpy.typing import NDArray
 
@@ -34,10 +33,23 @@ from songvec_assets.vectors.swap import PublishReport
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
 if TYPE_CHECKING:  # the HTTP client of providers and the driver of exports, which a search does not need
-    from songvec_assets.cache.fill import Filler, FillReport
+    from songvec_assets.cache.fill import Filler
+    from songvec_assets.cache.plan import FillReport
     from songvec_assets.songs.export import ExportMode, ExportReport
 
 DAY_S = 86_400.0
+
+
+class EmbedChoices(TypedDict, total=False):
+    """What a caller may choose for one run; all are False unless given.
+
+    Attributes:
+        retry_rejected: whether songs that the provider rejected before are sent again.
+        confirm_reembedding: whether cached texts may be paid for again because settings changed.
+    """
+
+    retry_rejected: bool
+    confirm_reembedding: bool
 
 
 class Pipeline(Questions):
@@ -67,12 +79,6 @@ class Pipeline(Questions):
         dotenv = {name: value for name, value in dotenv_values(".env").items() if name in names}
         return cls(Settings(**dotenv | settings))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     # the steps
 
     def export(
@@ -86,7 +92,7 @@ class Pipeline(Questions):
             mode,
             # an empty snapshot says that a range's songs were deleted; none says nothing
             kept={*self.cache.ranges(), *self.table.ledger.find_ranges(self.tiling)},
-            guard=self.absence_guard(confirm_deletions),
+            guard=None if confirm_deletions else self.known_songs(),
             full_compare_hours=self.settings.full_compare_hours,
         )
         run = RunContext(progress, self.stop)
@@ -97,8 +103,7 @@ class Pipeline(Questions):
         ranges: Sequence[SongIdRange] | None = None,
         progress: ReportProgress = ignore_progress,
         reembed: bool = False,
-        retry_rejected: bool = False,
-        confirm_reembedding: bool = False,
+        **choices: Unpack[EmbedChoices],
     ) -> "list[FillReport]":
         """Embed, and pay for, what the cache lacks of the snapshots.
 
@@ -106,8 +111,7 @@ class Pipeline(Questions):
             ranges: to embed, in this order; None: all that hold songs.
             progress: notified of songs, rate and dollars.
             reembed: whether to pay for all their songs again.
-            retry_rejected: whether songs that the provider rejected before are sent again.
-            confirm_reembedding: whether cached texts may be paid for again because settings changed.
+            choices: see `EmbedChoices`.
 
         Returns:
             What happened to each range that holds anything.
@@ -116,15 +120,12 @@ class Pipeline(Questions):
             SongvecError: the first range's that is not complete, after the others were done; or what made going on
                 pointless.
         """
-        filler = self.filler(progress, None, uuid4().hex if reembed else None, retry_rejected, confirm_reembedding)
+        filler = self.filler(progress, reembed=uuid4().hex if reembed else None, **choices)
         reports: list[FillReport] = []
         filler.fill_ranges(self.held_ranges() if ranges is None else ranges, reports.append)
-        if failed := [each for each in reports if each.error]:
-            error = failed[0].error
-            assert error is not None
-            error.add_note(
-                f"not complete: {', '.join(each.range.key for each in failed)}; the other ranges are embedded"
-            )
+        if failed := {each.range.key: each.error for each in reports if each.error}:
+            error = next(iter(failed.values()))
+            error.add_note(f"not complete: {', '.join(failed)}; the other ranges are embedded")
             raise error
         return reports
 
@@ -145,7 +146,7 @@ class Pipeline(Questions):
         ranges: Sequence[SongIdRange] | None = None,
         progress: ReportProgress = ignore_progress,
         confirm_deletions: bool = False,
-        confirm_reembedding: bool = False,
+        **choices: Unpack[EmbedChoices],
     ) -> RunReport:
         """Export, embed, load and index what changed.
 
@@ -153,7 +154,7 @@ class Pipeline(Questions):
             ranges: to embed; None: all that hold songs.
             progress: notified of each step.
             confirm_deletions: whether songs that are missing in bulk are meant to be deleted.
-            confirm_reembedding: see `embed`.
+            choices: see `EmbedChoices`.
 
         Raises:
             SongvecError: what failed first. If that leaves complete ranges, they are loaded and indexed before;
@@ -169,7 +170,7 @@ class Pipeline(Questions):
                 raise
             failures.append(error)
         try:
-            filled = self.embed(ranges, progress, confirm_reembedding=confirm_reembedding)
+            filled = self.embed(ranges, progress, **choices)
         except (BudgetExceededError, ProviderError, StoreError, DamagedShardError) as error:
             if self.settings.swap or not self.cache.ranges():  # an incomplete staging table would not be swapped in
                 raise
@@ -200,13 +201,10 @@ class Pipeline(Questions):
             model, dimensions, vector_type: of the new table; None: those of the settings.
             progress: notified of each step.
         """
-        given: dict[str, Any] = {
-            "embedding_model": model,
-            "embedding_dimensions": dimensions,
-            "vector_type": vector_type,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        return replace(self, settings=self.settings.model_copy(update=given | {"swap": True})).run(progress=progress)
+        names = "embedding_model", "embedding_dimensions", "vector_type"
+        given = {name: value for name, value in zip(names, (model, dimensions, vector_type), strict=True) if value}
+        settings = Settings(**self.settings.model_dump(exclude_none=True) | given | {"swap": True})
+        return replace(self, settings=settings).run(progress=progress)
 
     def roll_back(self, progress: ReportProgress = ignore_progress) -> TableSpec | None:
         """Let the table from before the last swap serve again; see `vectors.swap.roll_back`."""
@@ -216,62 +214,65 @@ class Pipeline(Questions):
         self,
         progress: ReportProgress = ignore_progress,
         run: str | None = None,
-        anew: str | None = None,
-        retry_rejected: bool = False,
-        confirm_reembedding: bool = False,
+        reembed: str | None = None,
+        **choices: Unpack[EmbedChoices],
     ) -> "Filler":
         """What fills ranges of the cache.
 
         Args:
             progress: notified of songs, rate and dollars.
             run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
-            anew: who asks that songs are embedded again; see `Filler`.
-            retry_rejected: whether songs that were rejected before are sent again.
-            confirm_reembedding: whether this run may pay again for texts because settings changed; always if `anew`.
+            reembed: who requests that songs are embedded again; see `Filler`.
+            choices: see `EmbedChoices`; who embeds all songs again has confirmed it.
         """
+        from songvec_assets.cache.context import SendContext
         from songvec_assets.cache.fill import Filler
 
         self.bind()
         estimator, given = self.token_estimator(), self.settings
         limits = given.max_usd, given.max_usd_a_month
-        return Filler(
-            snapshots=self.store.songs,
-            cache=self.cache,
-            spec=self.text_spec,
+        context = SendContext(
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble),
             quota=self.quota,
             budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
             estimator=estimator,
             concurrency=given.concurrency,
             server=self.server,
-            lock_range=self.lock_range,
+            run=RunContext(progress, self.stop),
+        )
+        return Filler(
+            snapshots=self.store.songs,
+            cache=self.cache,
             tiling=self.tiling,
-            before_fill=functools.partial(self._check_texts, confirm_reembedding or anew is not None),
+            spec=self.text_spec,
+            context=context,
+            lock_range=self.lock_range,
+            before_fill=functools.partial(
+                self._check_texts, choices.get("confirm_reembedding", False) or reembed is not None
+            ),
             before_payment=self._payment_check(),
             keep_spending=self.spending.write,
             retention_s=given.retention_days * DAY_S,
-            anew=anew,
-            retry_rejected=retry_rejected,
-            stop=self.stop,
-            progress=progress,
+            reembed=reembed,
+            retry_rejected=choices.get("retry_rejected", False),
         )
 
-    def _check_texts(self, confirmed: bool, ranges: Sequence[SongIdRange]) -> None:
+    def _check_texts(self, confirmed: bool, changed: Sequence[SongIdRange]) -> None:
         """Refuse to embed texts again only because settings changed, unless confirmed; then record these settings."""
-        record = TextRecord.of(self.text_spec, self.prompts.query)
+        record, storage = TextRecord.of(self.text_spec, self.prompts.query), self.cache.storage
         if not confirmed:
-            check_reembedding(self.cache, ranges, self.text_spec, lambda changed: self.estimate({*changed}))
-        if ranges and read_record(self.cache) != record:
+            check_reembedding(storage, changed, self.text_spec, lambda ranges: self.estimate({*ranges}))
+        if read_record(storage) != record:
             # two first runs at once would write to one file
             with hold_lock(self.database, "texts", on_wait=lambda: None, check=self.stop.check):
-                write_record(self.cache, record)
+                write_record(storage, record)
 
     def _payment_check(self) -> Callable[[], None]:
         """What is checked before each range's first request; what the server can take, only before the very first."""
 
         @functools.cache
         def check_once(target: VectorTable) -> None:
-            n_songs = sum(map(self.store.songs.count, self.store.songs.ranges()))
+            n_songs = sum(self.store.songs.footer(each).n_songs for each in self.store.songs.ranges())
             check_target(target, self.table_spec, self.index_settings, n_songs)
 
         return lambda: check_once(swap.check_publishable(self.database, self.wanted_table))
@@ -303,12 +304,3 @@ class Pipeline(Questions):
         except ProviderError as error:
             mismatch = nearest.check_server(loaded.table_spec, self.table_spec, self.server, error)
             raise mismatch or error from None
-
-    def embeddings(self, song_ids: Collection[int]) -> pl.DataFrame:
-        """The vectors that the table holds of some songs, in the order of their ids; songs without one are left out.
-
-        Returns:
-            Columns song_id (Int32) and embedding (Array of Float32); `frame["embedding"].to_numpy()` is the matrix,
-            float32, (n, dimensions).
-        """
-        return nearest.read_embeddings(self.database, song_ids)

@@ -6,6 +6,7 @@ When to add here: another question. Keep out: what an answer looks like (`report
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Self
 
 import polars as pl
 
@@ -19,8 +20,10 @@ from songvec_assets.known import CachedOrLoaded
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.progress import RunContext
 from songvec_assets.reports import RunPlan, Status
+from songvec_assets.search.nearest import read_embeddings
 from songvec_assets.search.preview import Preview, preview_table
-from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits
+from songvec_assets.settings import OFFLINE_MODEL
+from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.counts import check_ids, count_ranges, count_unreachable_ids
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.watch import measure_source
@@ -98,9 +101,9 @@ class Questions(Wiring):
                     answered += n_songs
                     continue
                 self.stop.check()
-                cached = self.cache.open(song_range)
-                since = cached.n_rows if reembed else 0
-                yield plan_fill(self.store.songs, cached, self.text_spec, since, self.server)
+                generation = self.cache.look(song_range).last_generation + 1 if reembed else None
+                cached = self.cache.open(song_range, generation)
+                yield plan_fill(self.store.songs, cached, self.text_spec, None if reembed else self.server)
 
         estimate = estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
         return replace(estimate, n_songs=estimate.n_songs + answered)
@@ -133,15 +136,17 @@ class Questions(Wiring):
             self.describe_boilerplate(),
         )
 
-    def absence_guard(self, confirmed: bool = False) -> AbsenceGuard:
-        """What compares the songs that are cached or loaded with the source, and stops an export if too many miss."""
-        limits = AbsenceLimits(self.settings.max_missing_share, self.settings.max_missing_range_share)
-        return AbsenceGuard(CachedOrLoaded(self.database, self.cache, self.tiling), limits, confirmed)
+    def known_songs(self) -> Absence:
+        """The songs that are cached or loaded; compared with the source it stops an export if too many are missing."""
+        known = CachedOrLoaded(self.database, self.cache, self.tiling)
+        limits = self.settings.max_missing_share, self.settings.max_missing_range_share
+        return Absence(known.counts(), known.song_ids, *limits)
 
     def find_absence(self) -> Absence:
-        """The cached or loaded songs that an export would take for deleted; see `AbsenceGuard.find`."""
-        counts = count_ranges(self.database, self.source, self.tiling)
-        return self.absence_guard().find(self.database, self.source, self.store.songs, counts, self.stop.check)
+        """The cached or loaded songs that an export would take for deleted; see `Absence.find`."""
+        absence, counts = self.known_songs(), count_ranges(self.database, self.source, self.tiling)
+        absence.find(self.database, self.source, self.store.songs, counts, RunContext(stop=self.stop))
+        return absence
 
     def describe_boilerplate(self) -> list[str]:
         """What the lyrics hold that is no lyric, and the view that removes it; empty if there is little of it."""
@@ -161,6 +166,30 @@ class Questions(Wiring):
         evidence.check_loaded()
         return {each.name: evidence.answer(each) for each in (*checks.TABLE_CHECKS, *checks.INDEX_CHECKS)}
 
+    def embeddings(self, song_ids: Collection[int]) -> pl.DataFrame:
+        """The vectors that the table holds of some songs, in the order of their ids; songs without one are left out.
+
+        Returns:
+            Columns song_id (Int32) and embedding (Array of Float32); `frame["embedding"].to_numpy()` is the matrix,
+            float32, (n, dimensions).
+        """
+        return read_embeddings(self.database, song_ids)
+
     def preview(self) -> Preview:
         """A map of a sample of the songs, and some with their nearest; see `preview_table`."""
         return preview_table(LoadedRows.of(self.table, self.cache), self.source, self.table_spec)
+
+    def as_loaded(self) -> Self:
+        """The same with the model, size and type that searches find: after a swap they need no new settings."""
+        loaded = self.table.spec
+        if loaded is None or (loaded.model == OFFLINE_MODEL) != self.settings.offline:
+            return self
+        # a prompt that is set belongs to the model that is set
+        is_set = self.settings.query_prompt and loaded.model == self.settings.model
+        changed = {
+            "query_prompt": self.settings.query_prompt if is_set else loaded.query_prompt,
+            "embedding_model": loaded.model,
+            "embedding_dimensions": loaded.dimensions,
+            "vector_type": loaded.vector_type,
+        }
+        return replace(self, settings=self.settings.model_copy(update=changed))

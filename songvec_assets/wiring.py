@@ -7,7 +7,7 @@ does with them (`pipeline`).
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -142,6 +142,12 @@ class Wiring:
         if "database" in self.__dict__:
             self.database.cancel()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the pooled connections to the database, if it was used."""
         if "database" in self.__dict__:
@@ -247,7 +253,7 @@ class Wiring:
     @property
     def table_spec(self) -> TableSpec:
         """What the table is to hold."""
-        given, prompts, record = self.settings, self.prompts, read_record(self.cache)
+        given, prompts, record = self.settings, self.prompts, read_record(self.cache.storage)
         # of the vectors that are cached, also while another prompt is set and nothing is embedded with it yet
         document = record.document_prompt if record else prompts.document
         return TableSpec(given.model, given.embedding_dimensions, given.vector_type, prompts.query, document)
@@ -268,21 +274,6 @@ class Wiring:
     def load_source(self) -> LoadSource:
         """What the table is loaded from."""
         return LoadSource(self.cache, self.tiling, self.store.songs)
-
-    def as_loaded(self) -> Self:
-        """The same with the model, size and type that searches find: after a swap they need no new settings."""
-        loaded = self.table.spec
-        if loaded is None or (loaded.model == OFFLINE_MODEL) != self.settings.offline:
-            return self
-        # a prompt that is set belongs to the model that is set
-        is_set = self.settings.query_prompt and loaded.model == self.settings.model
-        changed = {
-            "query_prompt": self.settings.query_prompt if is_set else loaded.query_prompt,
-            "embedding_model": loaded.model,
-            "embedding_dimensions": loaded.dimensions,
-            "vector_type": loaded.vector_type,
-        }
-        return replace(self, settings=self.settings.model_copy(update=changed))
 
     # the ranges
 

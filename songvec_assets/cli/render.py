@@ -21,7 +21,7 @@ _MAX_REASONS, _MAX_KEYS = 2, 3
 
 def run_table(result: "RunResult") -> Table:
     """A row per asset."""
-    from songvec_assets.cache.fill import FillReport
+    from songvec_assets.cache.plan import FillReport
     from songvec_assets.defs.reports import count_vectors
     from songvec_assets.songs.export import ExportReport
     from songvec_assets.vectors.index.upkeep import IndexReport
@@ -36,7 +36,8 @@ def run_table(result: "RunResult") -> Table:
         )
 
     for export in result.of(ExportReport):
-        add("songs_parquet", export.total("n_songs"), "", "", "", export.total("n_new"), export.total("n_changed"))
+        changes = export.changes
+        add("songs_parquet", export.n_songs, "", "", "", changes.n_new, changes.n_changed)
     if fills := result.of(FillReport):
         names = ("n_tokens", "usd", "n_unchanged", "n_new", "n_changed")
         n_tokens, usd, *counts = (sum(getattr(each, name) for each in fills) for name in names)
@@ -57,11 +58,11 @@ def describe_incomplete_run(result: "RunResult", status: "Status | None", loads:
         status: as it is now; None if it could not be measured.
         loads: whether the run was to load what it embedded.
     """
-    missing = [] if status is None else [
-        n_songs for each in status.ranges.iter_rows(named=True)
-        if (n_songs := each["n_missing"] if loads
-            else each["n_songs"] + each["n_unexported"] - each["n_cached"] - each["n_rejected"])
-    ]  # fmt: skip
+    missing = []
+    for each in [] if status is None else status.ranges.iter_rows(named=True):
+        n_without_vector = each["n_songs"] + each["n_unexported"] - each["n_cached"] - each["n_rejected"]
+        missing.append(each["n_missing"] if loads else n_without_vector)
+    missing = [n_songs for n_songs in missing if n_songs]
     if status is None:
         counted = "some songs may be missing"
     elif missing:

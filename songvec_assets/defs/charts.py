@@ -113,10 +113,11 @@ def draw_recall(report: RecallReport) -> bytes:
 def draw_coverage(coverage: pl.DataFrame) -> bytes:
     """Songs by range of song_ids, stacked by their state, as PNG; see `Inventory.coverage`. At least one row."""
     ranges, counts = [SongIdRange.from_key(key) for key in coverage["key"]], coverage.drop("key").to_numpy().T
+    n_songs, n_missing = counts.sum(), coverage["missing"].sum()
     width = min(each.stop - each.start for each in ranges)
-    title = f"{counts.sum():,} songs by range: {coverage['missing'].sum():,} missing"
-    figure, axes = _begin(title, "first song_id of the range", "songs")
-    starts, bottoms = np.array([each.start for each in ranges]), counts.cumsum(axis=0) - counts
+    figure, axes = _begin(f"{n_songs:,} songs by range: {n_missing:,} missing", "first song_id of the range", "songs")
+    starts = np.array([each.start for each in ranges])
+    bottoms = counts.cumsum(axis=0) - counts
     edge = 0.5 if len(ranges) <= _SEPARATE_BARS else 0
     for (name, color), heights, bottom in zip(_STATES.items(), counts, bottoms, strict=True):
         label = f"{name}: {heights.sum():,}"

@@ -1,6 +1,6 @@
-"""Asset checks: those of the core, each with its severity. Invalid vectors block what is downstream.
+"""Asset checks: those of the core, as Dagster's. Invalid vectors block what is downstream.
 
-When to add here: nothing for another check, which goes into `checks` of the core. Keep out: how a check is answered.
+When to add here: another asset that is checked. Keep out: the checks (`songvec_assets.checks`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,22 +31,21 @@ def _define(asset: dg.AssetsDefinition, name: str, checks: Sequence[Check]) -> d
 
     @dg.multi_asset_check(name=name, specs=specs, can_subset=True)
     def run_checks(context: dg.AssetCheckExecutionContext, run: RunResource) -> Iterator[dg.AssetCheckResult]:
-        with failing_clearly(), run.open() as pipeline:
-            evidence = Evidence(pipeline)
+        with failing_clearly(), run.open() as deployment:
+            evidence = Evidence(deployment)
             evidence.check_loaded()
-            for spec in specs:
-                if spec.key in context.selected_asset_check_keys:
-                    check = by_name[spec.name]
-                    finding = evidence.answer(check)
-                    notify(Answer(check.name, finding))
-                    yield dg.AssetCheckResult(
-                        check_name=spec.name,
-                        asset_key=spec.asset_key,
-                        passed=finding.passed,
-                        severity=dg.AssetCheckSeverity.ERROR if check.is_error else dg.AssetCheckSeverity.WARN,
-                        description=finding.words,
-                        metadata=finding.figures,
-                    )
+            for spec in (each for each in specs if each.key in context.selected_asset_check_keys):
+                check = by_name[spec.name]
+                finding = evidence.answer(check)
+                notify(Answer(spec.name, finding))
+                yield dg.AssetCheckResult(
+                    check_name=spec.name,
+                    asset_key=spec.asset_key,
+                    passed=finding.passed,
+                    severity=dg.AssetCheckSeverity.ERROR if check.is_error else dg.AssetCheckSeverity.WARN,
+                    description=finding.words,
+                    metadata=finding.figures,
+                )
 
     return run_checks
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import dagster as dg
 
-from songvec_assets.cache.fill import FillReport
+from songvec_assets.cache.plan import FillReport
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.defs.charts import digest_data, draw_coverage, draw_if_changed, draw_map, draw_recall, show_chart
-from songvec_assets.pipeline import Pipeline
+from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.search.preview import Preview
 from songvec_assets.songs.export import ExportReport
@@ -42,14 +42,14 @@ def table_schema(column_type: str = "vector", model: str = "the configured model
     )
 
 
-def report_export(report: ExportReport, pipeline: Pipeline, log: Any) -> dg.MaterializeResult[None]:
+def report_export(report: ExportReport, deployment: Deployment, log: Any) -> dg.MaterializeResult[None]:
     """An export's totals; its version is that of all snapshots."""
-    snapshots, caution = pipeline.store.songs, pipeline.source.caution
+    snapshots, caution = deployment.store.songs, deployment.source.caution
     if caution:
         log.warning(caution)
     if any(each.written for each in report.ranges):
         # before anything is paid for
-        for line in pipeline.describe_boilerplate():
+        for line in deployment.describe_boilerplate():
             log.warning(line)
     metadata = describe_export(report) | {"folder": dg.MetadataValue.path(str(snapshots.storage.root.resolve()))}
     metadata |= {"row security": caution} if caution else {}
@@ -57,7 +57,7 @@ def report_export(report: ExportReport, pipeline: Pipeline, log: Any) -> dg.Mate
 
 
 def report_publish(
-    report: PublishReport, pipeline: Pipeline, context: dg.AssetExecutionContext
+    report: PublishReport, deployment: Deployment, context: dg.AssetExecutionContext
 ) -> dg.MaterializeResult[None]:
     """A load's totals and the changed ranges; its version is that of the ledger."""
     context.log.info(report.target.reason)
@@ -68,24 +68,24 @@ def report_publish(
             f"{report.n_unmanaged:,} rows of song_embeddings are unmanaged: nothing was ever loaded into their ranges. "
             "Searches find them; delete them if they should not"
         )
-    version = pipeline.table.ledger.digest(pipeline.table_spec)
-    coverage = pipeline.read_inventory(with_source=False).coverage
+    version = deployment.table.ledger.digest(deployment.table_spec)
+    coverage = deployment.read_inventory(with_source=False).coverage
 
     def draw() -> Metadata:
         return {COVERAGE: show_chart(draw_coverage(coverage), "songs by range: loaded, cached, rejected, missing")}
 
     charts = draw_if_changed(context, (COVERAGE,), digest_data(coverage.rows()), draw) if len(coverage) else {}
     return dg.MaterializeResult(
-        metadata=describe_publish(report, pipeline) | charts, data_version=dg.DataVersion(version)
+        metadata=describe_publish(report, deployment) | charts, data_version=dg.DataVersion(version)
     )
 
 
 def report_index(
-    report: IndexReport, pipeline: Pipeline, context: dg.AssetExecutionContext
+    report: IndexReport, deployment: Deployment, context: dg.AssetExecutionContext
 ) -> dg.MaterializeResult[None]:
     """What was decided and measured, and what the vectors look like; its version is that of the build."""
     context.log.info(report.reason)
-    if caution := read_pgvector_caution(pipeline.database):
+    if caution := read_pgvector_caution(deployment.database):
         context.log.warning(caution)
     metadata, recall = describe_index(report), report.recall
     if recall is not None:
@@ -94,34 +94,34 @@ def report_index(
             return {RECALL: show_chart(draw_recall(recall), "recall@10 against milliseconds, by probes")}
 
         metadata |= draw_if_changed(context, (RECALL,), digest_data(recall), draw)
-    loaded = pipeline.table.ledger.digest(pipeline.table_spec)
-    metadata |= draw_if_changed(context, (MAP, NEAREST), loaded, lambda: describe_preview(pipeline.preview()))
+    loaded = deployment.table.ledger.digest(deployment.table_spec)
+    metadata |= draw_if_changed(context, (MAP, NEAREST), loaded, lambda: describe_preview(deployment.preview()))
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(report.index.version))
 
 
 def describe_export(report: ExportReport) -> Metadata:
     """Totals of an export, a row per changed range, reasons of rejected songs."""
     written = [each for each in report.ranges if each.written]
-    rejected = (report.set_aside + report.unreachable).most_common(_MAX_TABLE_ROWS)
+    rejected = (report.rejected + report.unreachable).most_common(_MAX_TABLE_ROWS)
     return {
-        "dagster/row_count": report.total("n_songs"),
+        "dagster/row_count": report.n_songs,
         "ranges": len(report.ranges),
         "ranges written": len(written),
-        "songs new": report.total("n_new"),
-        "songs changed": report.total("n_changed"),
-        "songs deleted": report.total("n_gone"),
-        "songs rejected": sum(report.set_aside.values()),
-        "songs outside all ranges": sum(report.unreachable.values()),
+        "songs new": report.changes.n_new,
+        "songs changed": report.changes.n_changed,
+        "songs deleted": report.changes.n_deleted,
+        "songs rejected": report.rejected.total(),
+        "songs outside all ranges": report.unreachable.total(),
         **_table("rejected songs", [{"reason": reason, "songs": count} for reason, count in rejected]),
         **_table(
             "changed ranges",
             [
                 {
                     "range": each.range.key,
-                    "songs": each.n_songs,
-                    "new": each.n_new,
-                    "changed": each.n_changed,
-                    "deleted": each.n_gone,
+                    "songs": each.footer.n_songs,
+                    "new": each.changes.n_new,
+                    "changed": each.changes.n_changed,
+                    "deleted": each.changes.n_deleted,
                 }
                 for each in written[:_MAX_TABLE_ROWS]
             ],
@@ -131,17 +131,17 @@ def describe_export(report: ExportReport) -> Metadata:
 
 def describe_fill(report: FillReport, cache: ModelCache) -> Metadata:
     """One range's fill, as numbers that the UI plots over ranges and time."""
-    rejected = report.set_aside[:_MAX_TABLE_ROWS]
+    rejected = report.rejected[:_MAX_TABLE_ROWS]
     return {
         "dagster/partition_row_count": count_vectors(report),
         "songs": report.n_songs,
         "songs new": report.n_new,
         "songs changed": report.n_changed,
-        "songs deleted": report.n_gone,
+        "songs deleted": report.n_deleted,
         "songs unchanged": report.n_unchanged,
         "songs reused": report.n_reused,
         "songs embedded": report.n_embedded,
-        "songs rejected": report.n_set_aside,
+        "songs rejected": report.n_rejected,
         "songs truncated": report.n_truncated,
         "damaged data (MB)": round(report.n_bytes_damaged / 1e6, 3),
         "retries": report.n_retries,
@@ -169,15 +169,15 @@ def describe_fills(reports: Sequence[FillReport]) -> str:
         return sum(getattr(each, name) for each in reports)
 
     return (
-        f"{total('n_embedded'):,} songs embedded in {len(reports):,} ranges, {total('n_set_aside'):,} rejected; "
+        f"{total('n_embedded'):,} songs embedded in {len(reports):,} ranges, {total('n_rejected'):,} rejected; "
         f"{total('n_tokens'):,} tokens, ${total('usd'):,.4f} as billed; {total('n_retries'):,} retries, "
         f"{total('n_limited'):,} of them after 429"
     )
 
 
-def describe_publish(report: PublishReport, pipeline: Pipeline) -> Metadata:
+def describe_publish(report: PublishReport, deployment: Deployment) -> Metadata:
     """Totals of a load, what was swapped in, a row per range that was written."""
-    compared, spec = report.comparison, pipeline.table_spec
+    compared, spec = report.comparison, deployment.table_spec
     swapped = {}
     if compared is not None:
         swapped = {
@@ -194,7 +194,7 @@ def describe_publish(report: PublishReport, pipeline: Pipeline) -> Metadata:
         "column type": spec.column_type,
         "query prompt": spec.query_prompt or "",
         "document prompt": spec.document_prompt or "",
-        "database": pipeline.database.describe(),
+        "database": deployment.database.describe(),
         "reason": report.target.reason,
         "swapped": compared is not None,
         "rows unmanaged": report.n_unmanaged,

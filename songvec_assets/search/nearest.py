@@ -24,8 +24,10 @@ from songvec_assets.errors import (
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.progress import run_event_loop
-from songvec_assets.songs.source import SongsSource
-from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable, define_table
+from songvec_assets.songs.source import SongsSource, as_bytes
+from songvec_assets.vectors.index.probes import search
+from songvec_assets.vectors.ledger import SERVING
+from songvec_assets.vectors.table import TableSpec, VectorTable, define_table
 
 if TYPE_CHECKING:  # imports the HTTP client of providers
     from songvec_assets.embedding.client import Embedder
@@ -114,7 +116,7 @@ def search_songs(
         # being filled again makes a search read the whole table
         for n_rows in (limit, _SPARE * limit):
             find = partial(_fetch, connection, nearest.limit(n_rows))
-            similarities = dict(table.search(connection, find, n_rows, probes))
+            similarities = dict(search(table, connection, find, n_rows, probes))
             if table.read_spec(connection) != spec:  # the query holds the table: what is recorded now is what it read
                 raise TableMismatchError("the embeddings table was swapped during the search: retry")
             songs = read_songs(connection, source, list(similarities)) if similarities else {}
@@ -219,7 +221,7 @@ def read_songs(
     def decode(value: memoryview | None) -> str:
         return "" if value is None else bytes(value).decode(source.codec, "replace")
 
-    columns = ", ".join(map(source.as_bytes, (source.name, source.artist, source.lyrics)))
+    columns = ", ".join(map(as_bytes, (source.name, source.artist, source.lyrics)))
     with raw_cursor(connection) as cursor:
         cursor.execute(
             f"SELECT {source.song_id}, {columns} FROM {source.relation} "
