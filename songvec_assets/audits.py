@@ -116,7 +116,7 @@ class Auditor:
         """Are all loaded ranges of the configured model and size?"""
         held = self.deployment.table.ledger.read_models()
         models = {f"{model} ({dimensions})": n_songs for (model, dimensions), n_songs in held.items()}
-        expected = f"{self.deployment.settings.model} ({self.deployment.settings.embedding_dimensions})"
+        expected = f"{self.deployment.settings.model} ({self.deployment.settings.dimensions})"
         words = f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}"
         return Finding(list(models) == [expected], words, models)
 

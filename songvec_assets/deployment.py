@@ -23,6 +23,7 @@ from songvec_assets.cache.store import Store, bind_store, check_pair, find_store
 from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
 from songvec_assets.embedding.budget import Budget, MonthSpending, read_month_spending
 from songvec_assets.embedding.client import Embedder, EmbeddingClient
+from songvec_assets.embedding.demo import DemoEmbedder
 from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
@@ -38,7 +39,7 @@ from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.search.nearest import check_searchable, check_server, embed_query
 from songvec_assets.search.preview import Preview, preview_table
-from songvec_assets.settings import OFFLINE_MODEL, Settings
+from songvec_assets.settings import DEMO_MODEL, LOCAL_MODELS, Settings
 from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
 from songvec_assets.songs.counts import RangeCount, check_ids, count_ranges
@@ -140,7 +141,7 @@ class Deployment:
     @property
     def cache(self) -> ModelCache:
         """What is cached of the configured model."""
-        return self.store.embeddings(self.settings.model, self.settings.embedding_dimensions)
+        return self.store.embeddings(self.settings.model, self.settings.dimensions)
 
     @property
     def prompts(self) -> Prompts:
@@ -150,7 +151,7 @@ class Deployment:
         """
         each, default = self.settings, default_prompts(self.settings.model)
         query, document = each.query_prompt or default.query, each.document_prompt or default.document
-        cache = Store(self.storage_root, "", self.tiling).embeddings(each.model, each.embedding_dimensions)
+        cache = Store(self.storage_root, "", self.tiling).embeddings(each.model, each.dimensions)
         record = read_record(cache)
         if record is not None:
             return Prompts(each.query_prompt or record.query_prompt, each.document_prompt or record.document_prompt)
@@ -164,7 +165,7 @@ class Deployment:
         each, prompts, record = self.settings, self.prompts, read_record(self.cache)
         # of the vectors that are there, also while another one is set and not embedded yet
         document = record.document_prompt if record else prompts.document
-        return TableSpec(each.model, each.embedding_dimensions, each.vector_type, prompts.query, document)
+        return TableSpec(each.model, each.dimensions, each.vector_type, prompts.query, document)
 
     @property
     def table(self) -> VectorTable:
@@ -358,7 +359,7 @@ class Deployment:
     @property
     def server(self) -> str:
         """What makes the vectors, as the reasons of rejections name it."""
-        return OFFLINE_MODEL if self.settings.offline else self.settings.fireworks_base_url
+        return self.settings.model if self.settings.offline else self.settings.fireworks_base_url
 
     @property
     def _bytes_per_token_fact(self) -> str:
@@ -370,7 +371,7 @@ class Deployment:
         """A new embedder; it belongs to one event loop. `on_trouble` is notified of bad answers and of long waits."""
         each = self.settings
         if each.offline:
-            return OfflineEmbedder(each.embedding_dimensions)
+            return DemoEmbedder() if each.model == DEMO_MODEL else OfflineEmbedder(each.dimensions)
         limiter = RateLimiter(
             self.database.get_engine("web"), each.fireworks_base_url, each.requests_per_minute, each.tokens_per_minute
         )
@@ -378,7 +379,7 @@ class Deployment:
             each.fireworks_base_url,
             each.fireworks_api_key,
             each.embedding_model,
-            each.embedding_dimensions,
+            each.dimensions,
             limiter,
             patience_s=each.patience_s,
             concurrency=each.concurrency,
@@ -465,7 +466,7 @@ class Deployment:
     def as_loaded(self) -> "Deployment":
         """This deployment with the model, size and type that searches find: after a swap they need no new settings."""
         loaded = self.table.spec
-        if loaded is None or (loaded.model == OFFLINE_MODEL) != self.settings.offline:
+        if loaded is None or (loaded.model in LOCAL_MODELS) != self.settings.offline:
             return self
         # what is set goes with the model that is set
         is_set = self.settings.query_prompt and loaded.model == self.settings.model
@@ -518,10 +519,11 @@ class Deployment:
         """One line: where songs come from and where vectors are made."""
         each = self.settings
         if each.offline:
-            embedder = f"OFFLINE vectors ({each.model}: spelling, not meaning; FIREWORKS_API_KEY makes real ones)"
+            what = "a small model" if each.model == DEMO_MODEL else "spelling, not meaning"
+            embedder = f"DEMO vectors ({each.model}: {what}; FIREWORKS_API_KEY makes real ones)"
         else:
             embedder = f"{each.model} at {each.fireworks_base_url}"
-        return f"{self.database.describe()}, {embedder}, {each.embedding_dimensions} dimensions"
+        return f"{self.database.describe()}, {embedder}, {each.dimensions} dimensions"
 
     def lock_range(
         self, song_range: SongIdRange, on_wait: Callable[[], None], check: Callable[[], None]

@@ -15,6 +15,12 @@ FIREWORKS_BASE_URL = "https://api.fireworks.ai/inference/v1"
 FIREWORKS_MODEL = "fireworks/qwen3-embedding-8b"
 FIREWORKS_USD_PER_MILLION_TOKENS = 0.10
 OFFLINE_MODEL = "offline-v1"
+"""Hashed words, vectors of any size, for tests. They know spelling, not meaning."""
+DEMO_MODEL = "demo-v2"
+"""The small model of the extra `demo`: what is used if nothing is configured."""
+DEMO_DIMENSIONS, DEFAULT_DIMENSIONS = 512, 2000
+LOCAL_MODELS = frozenset({OFFLINE_MODEL, DEMO_MODEL})
+"""Models that run in this process and cost nothing."""
 DEFAULT_TEMPLATE = "{name} by {artist}\n{lyrics}"
 
 When = Literal["graph", "run"]
@@ -116,7 +122,7 @@ class Settings:
         secret=True,
     )  # fmt: skip
     fireworks_api_key: str | None = _setting(
-        "FIREWORKS_API_KEY", _text, "Key of the embeddings provider; unset: the offline embedder", secret=True
+        "FIREWORKS_API_KEY", _text, "Key of the embeddings provider; unset: the demo's model", secret=True
     )
     fireworks_base_url: str = _setting(
         "FIREWORKS_BASE_URL", _text, "Any OpenAI-compatible server: vLLM, TEI, Ollama, Infinity, …",
@@ -127,12 +133,14 @@ class Settings:
         "Folder of snapshots and cached embeddings; unset: `.songvec/demo` (embedded) or `.songvec/main`",
     )  # fmt: skip
     embedding_model: str = _setting(
-        "SONGVEC_EMBEDDING_MODEL", _text, f"Model name; `{OFFLINE_MODEL}` asks for the offline embedder by name",
+        "SONGVEC_EMBEDDING_MODEL", _text,
+        f"Model name; `{DEMO_MODEL}` is the demo's model, `{OFFLINE_MODEL}` hashes words",
         default=FIREWORKS_MODEL, identity=True,
     )  # fmt: skip
     embedding_dimensions: int = _setting(
         "SONGVEC_EMBEDDING_DIMENSIONS", _whole(2, 4000),
-        "Values a vector; over 2,000 needs `SONGVEC_VECTOR_TYPE=halfvec`", default=2000, identity=True,
+        f"Values per vector; over 2,000 needs `SONGVEC_VECTOR_TYPE=halfvec`; `{DEMO_MODEL}` always makes "
+        f"{DEMO_DIMENSIONS}", default=DEFAULT_DIMENSIONS, identity=True,
     )  # fmt: skip
     query_prompt: str | None = _setting(
         "SONGVEC_QUERY_PROMPT", _prompt("{query}"),
@@ -290,10 +298,10 @@ class Settings:
 
     def check(self) -> None:
         """Raise SettingsError where settings contradict each other."""
-        if self.embedding_dimensions > 2000 and self.vector_type == "vector":
+        if self.dimensions > 2000 and self.vector_type == "vector":
             raise SettingsError(
                 f"pgvector indexes `vector` columns up to 2,000 dimensions, SONGVEC_EMBEDDING_DIMENSIONS is "
-                f"{self.embedding_dimensions}: lower it, or set SONGVEC_VECTOR_TYPE=halfvec (up to 4,000)"
+                f"{self.dimensions}: lower it, or set SONGVEC_VECTOR_TYPE=halfvec (up to 4,000)"
             )
         if self.direct_url and not self.postgres_url:
             raise SettingsError("SONGVEC_DIRECT_URL is set but POSTGRES_URL is not: set both, to the same database")
@@ -301,20 +309,25 @@ class Settings:
             raise SettingsError(
                 "FIREWORKS_API_KEY holds a space, a line end or a character that no key has: copy it again"
             )
+        if self.model == DEMO_MODEL and self.embedding_dimensions not in (DEMO_DIMENSIONS, DEFAULT_DIMENSIONS):
+            raise SettingsError(
+                f"the demo's model {DEMO_MODEL} makes vectors of {DEMO_DIMENSIONS} values, and "
+                f"SONGVEC_EMBEDDING_DIMENSIONS is {self.embedding_dimensions}: unset it, or set FIREWORKS_API_KEY"
+            )
         if self.offline:
             return
         if self.postgres_url and not self.fireworks_api_key and self.fireworks_base_url == FIREWORKS_BASE_URL:
             raise SettingsError(
                 "POSTGRES_URL is set but FIREWORKS_API_KEY is not: put the key into the environment or into .env, "
-                "point FIREWORKS_BASE_URL at a server that needs none, or ask for offline vectors by name with "
-                f"SONGVEC_EMBEDDING_MODEL={OFFLINE_MODEL}"
+                "point FIREWORKS_BASE_URL at a server that needs none, or ask for the demo's vectors by name with "
+                f"SONGVEC_EMBEDDING_MODEL={DEMO_MODEL}"
             )
         _check_base_url(self.fireworks_base_url)
 
     @property
     def offline(self) -> bool:
-        """Whether vectors come from the offline embedder: asked for by name, or nothing else is configured."""
-        asked = self.embedding_model == OFFLINE_MODEL
+        """Whether vectors are made in this process: a local model is asked for by name, or nothing else is set."""
+        asked = self.embedding_model in LOCAL_MODELS
         real = self.fireworks_api_key or self.postgres_url or self.fireworks_base_url != FIREWORKS_BASE_URL
         return asked or not real
 
@@ -329,7 +342,14 @@ class Settings:
     @property
     def model(self) -> str:
         """The model's name in cache, ledger and table."""
-        return OFFLINE_MODEL if self.offline else self.embedding_model
+        if self.offline and self.embedding_model not in LOCAL_MODELS:
+            return DEMO_MODEL
+        return self.embedding_model
+
+    @property
+    def dimensions(self) -> int:
+        """Values per vector; the demo's model has its own number of them."""
+        return DEMO_DIMENSIONS if self.model == DEMO_MODEL else self.embedding_dimensions
 
 
 _ENDPOINTS = ("/embeddings", "/chat/completions", "/completions", "/models")

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from songvec_assets.errors import SettingsError, SongvecError
 from songvec_assets.progress import Progress, run_in_worker
-from songvec_assets.settings import settings_table, variables
+from songvec_assets.settings import LOCAL_MODELS, settings_table, variables
 from songvec_assets.signals import discard_unwritable_output, interrupted_by_hangup
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-DEMO_QUERIES = ("a lighthouse and a storm at sea", "whales singing in the deep", "der Winter und der Schnee")
+DEMO_QUERIES = ("leaving home to begin a new life overseas", "cycling", "nonna in cucina")
 EXIT_FAILED, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
 
 Ranges = Annotated[str, typer.Option(help="FIRST...LAST range keys; default: all that hold songs.")]
@@ -79,14 +79,16 @@ def demo(
     songs: Annotated[int, typer.Option(min=0, help="Generated songs to have beyond the samples, for trying size.")] = 0,
 ) -> None:
     """Fill an embedded Postgres with sample songs, run the whole graph on it, and search."""
+    from songvec_assets.embedding.demo import find_files
     from songvec_assets.postgres.embedded import add_generated_songs
 
+    find_files()
     deployment = _deploy()
     held = deployment.table.spec
-    if held is not None and held.model != deployment.settings.model:
+    if held is not None and held.model not in LOCAL_MODELS:
         _fail(
-            f"the embedded database holds vectors of {held.model}, made with a key: the demo would put offline ones in "
-            "their place. Search them with `songvec search` and the key, or remove .songvec to begin anew"
+            f"the embedded database holds vectors of {held.model}, made with a key: the demo would replace them. "
+            "Search them with `songvec search` and the key, or remove .songvec to start again"
         )
     if songs:
         add_generated_songs(deployment.database, songs)
@@ -265,7 +267,7 @@ def swap(
     each = deployment.settings
     out.print(
         f"Searches now find {deployment.table_spec}. Keep it so: SONGVEC_EMBEDDING_MODEL={each.model} "
-        f"SONGVEC_EMBEDDING_DIMENSIONS={each.embedding_dimensions} SONGVEC_VECTOR_TYPE={each.vector_type}\n"
+        f"SONGVEC_EMBEDDING_DIMENSIONS={each.dimensions} SONGVEC_VECTOR_TYPE={each.vector_type}\n"
         f"The table before is kept as {PREVIOUS}: `songvec swap --rollback` lets it serve again, `songvec swap "
         "--drop-old` drops it.",
         markup=False,

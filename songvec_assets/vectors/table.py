@@ -18,7 +18,7 @@ from sqlalchemy import text
 from songvec_assets.errors import DatabaseError, TableMismatchError
 from songvec_assets.postgres import schema
 from songvec_assets.postgres.engine import Database
-from songvec_assets.settings import OFFLINE_MODEL
+from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.vectors.index.sizing import choose_probes
@@ -310,7 +310,7 @@ class VectorTable:
     # making, checking, renaming and dropping
 
     def ensure(self, spec: TableSpec) -> bool:
-        """Create it where it is missing, else check it. The embedded database's offline table is replaced.
+        """Create it where it is missing, else check it. The embedded database's table of a local model is replaced.
 
         Returns:
             Whether it was created.
@@ -345,9 +345,9 @@ class VectorTable:
                 self._check(connection, spec)
 
     def is_replaceable(self, connection: sa.Connection, spec: TableSpec) -> bool:
-        """Whether it holds offline vectors of the embedded database, and other ones are to be loaded."""
+        """Whether it holds a local model's vectors in the embedded database, and other ones are to be loaded."""
         loaded = self.read_spec(connection)
-        return self.database.embedded and loaded is not None and loaded.model == OFFLINE_MODEL and loaded != spec
+        return self.database.embedded and loaded is not None and loaded.model in LOCAL_MODELS and loaded != spec
 
     def _check(self, connection: sa.Connection, spec: TableSpec) -> bool:
         """Whether the table exists; raises if it does not fit."""
