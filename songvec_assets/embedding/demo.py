@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from songvec_assets.embedding.offline import LocalEmbedder
 from songvec_assets.embedding.wire import Float32Matrix
@@ -50,7 +51,9 @@ class DemoEmbedder(LocalEmbedder):
 
     def embed(self, texts: Sequence[str]) -> Float32Matrix:
         """Unit vectors, (n texts, 512)."""
-        return np.stack([_encode(_tokenize(text)) for text in texts])
+        # matrices this small are multiplied no faster by two threads, and much slower where cores are shared
+        with threadpool_limits(1, "blas"):
+            return np.stack([_encode(_tokenize(text)) for text in texts])
 
 
 def find_files() -> Path:
