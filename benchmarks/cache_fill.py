@@ -42,7 +42,7 @@ def fill(settings: dict[str, Any], fsync_ms: float) -> tuple[float, float, int]:
 
     if fsync_ms:
         os.fsync = fsync_slowly
-    deployment = Deployment(Settings.from_environment({}, **settings))
+    deployment = Deployment(Settings(**settings))
     [song_range] = [each for each in TILING if each.start == 0]
     started = time.perf_counter()
     deployment.filler().fill_ranges([song_range], lambda report: None)
@@ -68,7 +68,7 @@ def run_round(
         "range_size": TILING.width,
         "song_id_stop": TILING.stop,
     }
-    deployment = Deployment(Settings.from_environment({}, **settings))
+    deployment = Deployment(Settings(**settings))
     cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, TILING)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
         return processes.submit(fill, settings, fsync_ms).result()

@@ -547,7 +547,7 @@ def _deployed(tiling: Tiling, songs: Sequence[Song]) -> Iterator[tuple[Deploymen
                 "SONGVEC_SONG_ID_STOP": str(tiling.stop),
             }
             own = {name: value for name, value in os.environ.items() if name not in {*variables(), "DAGSTER_HOME"}}
-            deployment = Deployment(Settings.from_environment(settings))
+            deployment = Deployment(Settings(**settings))
             cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, tiling)
             try:
                 yield deployment, provider, folder, own | settings | {"PYTHONPATH": str(ROOT)}
@@ -575,7 +575,7 @@ def _table(rows: Sequence[dict[str, object]], markdown: bool) -> str:
 
 def fill_when_told(asked: str) -> None:
     """What is killed: wait for a line, then fill."""
-    deployment = Deployment(Settings.from_environment())
+    deployment = Deployment(Settings())
     first, last = (SongIdRange.from_key(key) for key in asked.split("..."))
     ranges = [song_range for song_range in deployment.tiling if first <= song_range <= last]
     sys.stdin.readline()

@@ -22,16 +22,19 @@ from typing import Any
 from unittest import mock
 
 from songvec_assets.deployment import Deployment
+from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.postgres import brief, engine
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.search.nearest import embed_query, search_songs
 from songvec_assets.settings import Settings
 from songvec_assets.songs.export import cache_songs_to_parquet
+from songvec_assets.songs.snapshots import Snapshots
+from songvec_assets.storage import Storage
 from songvec_assets.vectors.index import recall
-from songvec_assets.vectors.index.neighbors import LoadedRows, Queries, sample_queries
+from songvec_assets.vectors.index.neighbors import LoadedRows, sample_queries
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import PublishReport, WantedTable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute, wait_until
@@ -77,7 +80,7 @@ Fault = Callable[[World, Random], None]
 def load(world: World, database: Database | None = None) -> PublishReport:
     """Make what searches find equal the cache, as a deployment does: under the index, or built beside."""
     ensure_schema(database or world.database)
-    source = LoadSource(world.cache, world.tiling, world.folder / "songs")
+    source = LoadSource(world.cache, world.tiling, Snapshots(Storage(world.folder / "songs")))
     wanted = WantedTable(world.spec, IndexSettings(world.lists), world.may_swap, world.staged_from_rows)
     return publish_embeddings(database or world.database, source, wanted)
 
@@ -517,7 +520,7 @@ def names(world: World, _: Random) -> None:
         "range_size": world.tiling.width,
         "song_id_stop": world.tiling.stop,
     }
-    deployment = Deployment(Settings.from_environment({}, **settings))
+    deployment = Deployment(Settings(**settings))
     cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, world.tiling)
     deployment.filler().fill_ranges(list(world.tiling), lambda _: None)
     world.cache, world.spec = deployment.cache, deployment.table_spec
@@ -609,10 +612,11 @@ def prepared_server() -> Iterator[tuple[Server, Path]]:
         yield server, Path(folder)
 
 
-def sample_few_queries(rows: LoadedRows) -> Queries:
+def sample_few_queries(rows: LoadedRows) -> Float32Matrix:
     """Ten: how well searches find is measured elsewhere, and takes longer than all else here."""
     queries = sample_queries(rows)
-    return Queries(queries.vectors[queries.n_rows - 5 : queries.n_rows + 5], 5)
+    n_rows = len(queries) // 2
+    return queries[n_rows - 5 : n_rows + 5]
 
 
 def run_campaign(

@@ -48,7 +48,8 @@ from songvec_assets.vectors.index.sizing import (
     kmeans_bytes,
     read_capacity,
 )
-from songvec_assets.vectors.load import LoadSource, upload_cached_embeddings_to_database
+from songvec_assets.vectors.load import upload_cached_embeddings_to_database
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable
 
 FASTER, WITHIN = 1.2, 0.01

@@ -19,7 +19,8 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.load import N_CONNECTIONS, LoadSource, upload_cached_embeddings_to_database
+from songvec_assets.vectors.load import N_CONNECTIONS, upload_cached_embeddings_to_database
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable, define_table
 from songvec_assets_tests.administration import execute
 

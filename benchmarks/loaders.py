@@ -28,7 +28,8 @@ from songvec_assets.postgres.sessions import widen_send_buffer
 from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.vectors.copy import HEADER, TRAILER, encode_rows
-from songvec_assets.vectors.load import LoadSource, upload_cached_embeddings_to_database
+from songvec_assets.vectors.load import upload_cached_embeddings_to_database
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
 

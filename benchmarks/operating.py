@@ -45,7 +45,7 @@ CORE = """
 from songvec_assets.deployment import Deployment
 from songvec_assets.settings import Settings
 
-deployment = Deployment(Settings.from_environment())
+deployment = Deployment(Settings())
 deployment.export()
 deployment.filler().fill_ranges(deployment.held_ranges(), lambda report: print(report.error) if report.error else None)
 deployment.publish()

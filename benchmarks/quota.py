@@ -104,7 +104,7 @@ def run_scenario(scenario: Scenario, server_url: str, folder: Path, seconds: flo
             "range_size": TILING.width,
             "song_id_stop": TILING.stop,
         }
-        _export(Deployment(Settings.from_environment({}, **settings)), n_songs)
+        _export(Deployment(Settings(**settings)), n_songs)
         with _filling(settings, scenario.n_processes):
             return _watch(scenario, provider, folder / "ledger", seconds)
 
@@ -140,7 +140,7 @@ def _filling(settings: dict[str, Any], n_processes: int) -> Iterator[None]:
 def fill(settings: dict[str, Any], part: str) -> None:
     """Fill every n-th range, in this process."""
     first, step = map(int, part.split("/"))
-    deployment = Deployment(Settings.from_environment({}, **settings))
+    deployment = Deployment(Settings(**settings))
     deployment.filler().fill_ranges(list(TILING)[first::step], lambda _: None)
 
 

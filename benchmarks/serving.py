@@ -33,10 +33,11 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage import Storage
 from songvec_assets.vectors.index.upkeep import IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import STAGED_FROM_ROWS, WantedTable, drop_others, publish_embeddings, roll_back
 from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable
 
@@ -179,7 +180,7 @@ class World:
 
     def publish(self, target: str = SERVING, *, swap: bool = False) -> int:
         """Make the serving table equal the cache, through this table; rows written."""
-        source = LoadSource(self.cache, self.size.tiling, self.folder / "songs")
+        source = LoadSource(self.cache, self.size.tiling, Snapshots(Storage(self.folder / "songs")))
         wanted = WantedTable(self.spec, IndexSettings(), swap, self.size.staged_from_rows)
         report = publish_embeddings(self.database, source, wanted, RunContext(self.log.tell))
         assert report.target.table.name == target, report.target

@@ -12,9 +12,9 @@ from typing import Any
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SongvecError
 from songvec_assets.status import RangeStatus, measure_status
+from songvec_assets.vectors.index.audit import audit_index, audit_vectors
 from songvec_assets.vectors.index.recall import audit_recall
-from songvec_assets.vectors.index.upkeep import audit_index, plan_build
-from songvec_assets.vectors.samples import audit_vectors, measure_drift
+from songvec_assets.vectors.index.upkeep import plan_build
 
 MAX_SET_ASIDE_SHARE = 0.01
 _BILLED_OFF_BY = 0.25
@@ -120,14 +120,6 @@ class Auditor:
         words = f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}"
         return Finding(list(models) == [expected], words, models)
 
-    def no_drift(self) -> Finding:
-        """Do the vectors lie where they lay after the load before, in length and in the mean?"""
-        drift = measure_drift(self.deployment.database, self.deployment.table_spec)
-        if drift is None:
-            return Finding(True, "there is no load before of the same model to hold this one against")
-        figures = {"change of mean norm": round(drift.norm, 6), "distance of means": round(drift.distance, 6)}
-        return Finding(not drift.is_large, drift.describe(), figures | {"chance": round(drift.allowed, 6)})
-
     def billed_as_estimated(self) -> Finding:
         """Did the provider bill what was estimated before the last run that sent anything?"""
         spending = self.deployment.read_spending()
@@ -183,13 +175,18 @@ class Auditor:
     def recall_reaches_target(self) -> Finding:
         """Do searches find the target share of the true ten nearest songs?"""
         target = self.deployment.settings.target_recall
-        audit = audit_recall(self.deployment.table, self.deployment.cache, target)
-        figures: dict[str, Any] = {"target": audit.target}
-        if audit.point is not None:
-            point = audit.point
-            figures |= {
+        found = audit_recall(self.deployment.table, self.deployment.cache, target)
+        if found is None:
+            return Finding(False, "there is no valid index to measure: materialize ivfflat_index", {"target": target})
+        words = f"{found.describe()}; {found.n_changed:,} rows changed since the index was built"
+        point = found.chosen
+        return Finding(
+            found.reached,
+            words if found.reached else f"{words}: materialize ivfflat_index, which takes more probes or rebuilds it",
+            {
+                "target": target,
                 "recall": round(point.recall, 4),
                 "probes": point.probes,
                 "median ms": round(point.ms_median, 3),
-            }
-        return Finding(audit.reached, audit.describe(), figures)
+            },
+        )

@@ -45,13 +45,12 @@ from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, samp
 from songvec_assets.songs.counts import RangeCount, check_ids, count_ranges
 from songvec_assets.songs.export import ExportMode, ExportOptions, ExportReport, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.snapshots import count_songs, snapshot_ranges
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.index.neighbors import LoadedRows
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import PublishReport, WantedTable, check_publishable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
@@ -411,7 +410,7 @@ class Deployment:
         estimator, each = self.token_estimator(), self.settings
         limits = each.max_usd, each.max_usd_a_month
         return Filler(
-            songs_folder=self.store.songs,
+            snapshots=self.store.songs,
             cache=self.cache,
             spec=self.text_spec,
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble),
@@ -451,7 +450,7 @@ class Deployment:
 
         @functools.cache
         def check_once(target: VectorTable) -> None:
-            n_songs = sum(count_songs(self.store.songs, each) for each in snapshot_ranges(self.store.songs))
+            n_songs = sum(map(self.store.songs.count, self.store.songs.ranges()))
             check_target(target, self.table_spec, self.index_settings, n_songs)
 
         return lambda: check_once(check_publishable(self.database, self.wanted_table))
@@ -470,14 +469,13 @@ class Deployment:
             return self
         # what is set goes with the model that is set
         is_set = self.settings.query_prompt and loaded.model == self.settings.model
-        settings = replace(
-            self.settings,
-            query_prompt=self.settings.query_prompt if is_set else loaded.query_prompt,
-            embedding_model=loaded.model,
-            embedding_dimensions=loaded.dimensions,
-            vector_type=loaded.vector_type,
-        )
-        return replace(self, settings=settings)
+        changed = {
+            "query_prompt": self.settings.query_prompt if is_set else loaded.query_prompt,
+            "embedding_model": loaded.model,
+            "embedding_dimensions": loaded.dimensions,
+            "vector_type": loaded.vector_type,
+        }
+        return replace(self, settings=self.settings.model_copy(update=changed))
 
     def embed_query(self, query: str, on_trouble: Callable[[str], None] = lambda _: None) -> NDArray[np.float32]:
         """A query's vector, (dimensions,), by the model that searches find; see `as_loaded`.

@@ -15,7 +15,7 @@ from songvec_assets.progress import RunContext, describe_seconds
 from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.watch import SourceState, measure_source
-from songvec_assets.vectors.load import LoadPlan, plan_load
+from songvec_assets.vectors.plan import LoadPlan, plan_load
 from songvec_assets.vectors.table import IndexFacts
 
 

@@ -16,8 +16,8 @@ from songvec_assets.cache.manifest import Manifest
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.counts import IdSums, RangeCount
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import Footer, load_songs_from_parquet, read_footer, snapshot_path, snapshot_ranges
-from songvec_assets.vectors.load import LoadSource, RangeState, compare
+from songvec_assets.songs.snapshots import Footer
+from songvec_assets.vectors.plan import LoadSource, RangeState, compare
 from songvec_assets.vectors.table import VectorTable
 
 
@@ -119,8 +119,8 @@ class Inventory:
         )  # fmt: skip
 
     def _count_exactly(self, song_range: SongIdRange) -> tuple[int, int, int]:
-        path = snapshot_path(self.source.songs_folder, song_range)
-        songs, rejected = load_songs_from_parquet(path, ["song_id"])["song_id"], self._read_rejected(song_range)
+        songs = self.source.snapshots.read(song_range, ["song_id"])["song_id"]
+        rejected = self._read_rejected(song_range)
         loaded = pl.Series([], dtype=pl.Int32) if self.table is None else self.table.ledger.read_song_ids(song_range)
         answered = pl.concat([rejected["song_id"], loaded])
         n_missing = int((~songs.is_in(answered.implode())).sum())
@@ -128,15 +128,13 @@ class Inventory:
 
     def _read_rejected(self, song_range: SongIdRange) -> pl.DataFrame:
         """Songs of a range that the export or the provider rejected: columns song_id and reason."""
-        path = snapshot_path(self.source.songs_folder, song_range)
-        songs = load_songs_from_parquet(path, ["song_id", "set_aside"]).rename({"set_aside": "reason"})
         try:
             manifest = self.source.cache.read_manifest(song_range)
         except StoreError:  # the range counts as not cached, see `errors`
             manifest = Manifest()
         refused = [(each.song_id, each.reason) for each in manifest.rejected]
         provider = pl.DataFrame(refused, {"song_id": pl.Int32, "reason": pl.String}, orient="row")
-        return pl.concat([songs.filter(pl.col("reason").is_not_null()), provider])
+        return pl.concat([self.source.snapshots.read_rejected(song_range), provider])
 
 
 def read(
@@ -158,9 +156,9 @@ def read(
     else:
         states, _ = compare(table, source.cache, source.tiling)
     rows = []
-    for each in sorted({*snapshot_ranges(source.songs_folder), *states, *(counts or {})}):
+    for each in sorted({*source.snapshots.ranges(), *states, *(counts or {})}):
         state = states.get(each) or _unloaded(source, each)
-        footer = read_footer(snapshot_path(source.songs_folder, each))
+        footer = source.snapshots.footer(each)
         done = state.cached.complete
         is_answered = bool(done and footer and done.fits(footer.digest, question.text, question.server))
         n_source = None if counts is None else counts.get(each, RangeCount()).n_songs

@@ -1,13 +1,16 @@
-"""Every setting: its variable, default, meaning, when it is read, and whether the store is bound to it.
+"""Every setting: its environment variable, type, default and meaning, in one group per resource.
 
-The one place that knows the environment's names. Parsing only: what a setting does is decided where it is used.
+A value given to `Settings(...)` replaces that of its variable; an empty variable counts as unset. `GraphSettings` are
+read when the graph loads, all others when a run starts. When to add here: a field in its group, of a type that
+Dagster's run config takes (text, number, yes or no, one of several words). Keep out: what a setting does.
 """
 
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from songvec_assets.errors import SettingsError
 
@@ -17,291 +20,302 @@ FIREWORKS_USD_PER_MILLION_TOKENS = 0.10
 OFFLINE_MODEL = "offline-v1"
 """Hashed words, vectors of any size, for tests. They know spelling, not meaning."""
 DEMO_MODEL = "demo-v2"
-"""The small model of the extra `demo`: what is used if nothing is configured."""
+"""The small model of the extra `demo`, used if nothing is configured."""
 DEMO_DIMENSIONS, DEFAULT_DIMENSIONS = 512, 2000
 LOCAL_MODELS = frozenset({OFFLINE_MODEL, DEMO_MODEL})
 """Models that run in this process and cost nothing."""
 DEFAULT_TEMPLATE = "{name} by {artist}\n{lyrics}"
+STORE_IDENTITY = {
+    "embedding_model", "embedding_dimensions", "vector_type", "song_id_start", "song_id_stop", "range_size",
+}  # fmt: skip
+"""Settings that a storage folder and its table are bound to."""
 
-When = Literal["graph", "run"]
+_MAX_INT = 2**31 - 1
+_KEY_CHARACTERS = {chr(code) for code in range(0x21, 0x7F)}
+_ENDPOINTS = ("/embeddings", "/chat/completions", "/completions", "/models")
 
-
-def _text(value: str) -> str:
-    return value
-
-
-def _number(lowest: float) -> Callable[[str], float]:
-    def parse(value: str) -> float:
-        number = float(value)
-        if not lowest <= number < float("inf"):
-            raise ValueError
-        return number
-
-    parse.__doc__ = f"a number of at least {lowest:g}"
-    return parse
+Share = Annotated[float, Field(gt=0, le=1)]
+Escaped = Annotated[str, AfterValidator(lambda value: value.replace("\\n", "\n"))]
 
 
-def _whole(lowest: int, highest: int) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        number = int(value)
-        if not lowest <= number <= highest:
-            raise ValueError
-        return number
-
-    parse.__doc__ = f"a whole number from {lowest:,} to {highest:,}"
-    return parse
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return name.upper() if name.startswith(("postgres_", "fireworks_")) else f"SONGVEC_{name.upper()}"
 
 
-def _share(value: str) -> float:
-    """a share over 0, and 1 at most"""
-    share = float(value)
-    if not 0 < share <= 1:
-        raise ValueError
-    return share
+class _Group(BaseSettings):
+    """Settings from explicit values, else the environment, else their defaults.
+
+    Args:
+        given: values by the setting's name or its variable's; None or empty: not given.
+
+    Raises:
+        SettingsError: a value does not parse; one line names the variable and, unless it is a secret, the value.
+    """
+
+    model_config = SettingsConfigDict(
+        alias_generator=variable, case_sensitive=True, frozen=True, str_strip_whitespace=True, allow_inf_nan=False
+    )
+
+    def __init__(self, **given: Any) -> None:
+        fields = {variable(name): field for name, field in type(self).model_fields.items()}
+        named = {name if name in fields else variable(name): value for name, value in given.items()}
+        try:
+            super().__init__(**{name: value for name, value in named.items() if value not in (None, "")})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name, value = str(first["loc"][0]), first["input"]
+            if name not in fields:
+                raise TypeError(f"{type(self).__name__} has no setting for {name}") from None
+            expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            expected = re.sub("^(greater|less)", r"a number \1", expected)
+            came = repr(value) if fields[name].repr else type(value).__name__
+            # not chained: pydantic's error shows the values, secrets among them
+            raise SettingsError(f"{name}: expected {expected}, got {came}") from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_blank(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if str(value).strip()}
 
 
-def _yes_or_no(value: str) -> bool:
-    """yes or no"""
-    if value.lower() not in ("yes", "true", "no", "false"):
-        raise ValueError
-    return value.lower() in ("yes", "true")
+class PostgresSettings(_Group):
+    """The database, its songs, and how vectors are stored and indexed there."""
+
+    postgres_url: str | None = Field(
+        default=None, repr=False, description="Database with the songs and the embeddings; unset: the embedded server"
+    )
+    direct_url: str | None = Field(
+        default=None,
+        repr=False,
+        description=(
+            "URL of the same database that bypasses a pooler in transaction mode, for index builds and VACUUM; unset: "
+            "`POSTGRES_URL`"
+        ),
+    )
+    songs_table: str = Field(default="songs", description="Source table, as `table` or `schema.table`")
+    song_id_column: str | None = Field(
+        default=None, description="Integer id column; unset: the table's single-column primary key"
+    )
+    name_column: str = Field(default="name", description="Column of the song's name")
+    artist_column: str = Field(default="artist", description="Column of the artist")
+    lyrics_column: str = Field(default="lyrics", description="Column of the lyrics; may be NULL")
+    updated_at_column: str | None = Field(
+        default=None, description="Date or timestamp column of a song's last change; exports then read only newer rows"
+    )
+    full_compare_hours: float = Field(
+        default=24.0,
+        ge=0,
+        description="Hours after which an export reads all songs even if `SONGVEC_UPDATED_AT_COLUMN` is set; 0: always",
+    )
+    max_missing_share: Share = Field(
+        default=0.1,
+        description=(
+            "Share of all cached or loaded songs that may be missing in the source before a run stops (checked from 20 "
+            "songs on)"
+        ),
+    )
+    max_missing_range_share: Share = Field(
+        default=0.5, description="The same limit for a single range (checked from 100 songs on)"
+    )
+    vector_type: Literal["vector", "halfvec"] = Field(
+        default="vector", description="Column type: `vector`, or `halfvec` at half the size"
+    )
+    lists: int | None = Field(
+        default=None,
+        ge=1,
+        le=32_768,
+        description="Lists of the IVFFlat index; unset: the square root of the number of rows",
+    )
+    index_memory_mb: int | None = Field(
+        default=None,
+        ge=64,
+        le=_MAX_INT,
+        description="Memory in MB that an index build may use on the server; unset: half of what is available there",
+    )
 
 
-def _prompt(field: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        prompt = field if value.lower() == "none" else value.replace("\\n", "\n")
-        if prompt.count(field) != 1:
-            raise ValueError
+class ProviderSettings(_Group):
+    """The embeddings provider, the model, and the provider's quotas."""
+
+    fireworks_api_key: str | None = Field(
+        default=None, repr=False, description="API key of the embeddings provider; unset: the demo's model"
+    )
+    fireworks_base_url: str = Field(
+        default=FIREWORKS_BASE_URL, description="Any OpenAI-compatible server: vLLM, TEI, Ollama, Infinity, …"
+    )
+    embedding_model: str = Field(
+        default=FIREWORKS_MODEL,
+        description=f"Model name; `{DEMO_MODEL}`: the demo's model; `{OFFLINE_MODEL}`: hashed words",
+    )
+    embedding_dimensions: int = Field(
+        default=DEFAULT_DIMENSIONS,
+        ge=2,
+        le=4000,
+        description=(
+            "Dimensions per vector; over 2,000 needs `SONGVEC_VECTOR_TYPE=halfvec`; "
+            f"`{DEMO_MODEL}` always has {DEMO_DIMENSIONS}"
+        ),
+    )
+    query_prompt: str | None = Field(
+        default=None,
+        description=(
+            "Text sent for a query, such as `query: {query}`; `\\n` is a line end; `none`: the query alone; unset: as "
+            "recorded with the store, initially by the model's family"
+        ),
+    )
+    document_prompt: str | None = Field(
+        default=None,
+        description=(
+            "Text sent for a song, such as `passage: {text}`; a change re-embeds all songs, after confirmation"
+        ),
+    )
+    truncate: bool | None = Field(
+        default=None,
+        description=(
+            "Whether to truncate longer vectors to the configured dimensions; unset: only for models known to be "
+            "trained for it (Matryoshka)"
+        ),
+    )
+    requests_per_minute: int = Field(
+        default=6000, ge=1, le=_MAX_INT, description="The provider's request quota, shared by all processes"
+    )
+    tokens_per_minute: int = Field(
+        default=900_000, ge=1, le=_MAX_INT, description="The provider's token quota, shared by all processes"
+    )
+    max_request_texts: int = Field(default=2048, ge=1, le=2048, description="Maximum texts per request")
+    max_request_tokens: int = Field(
+        default=100_000,
+        ge=1,
+        le=_MAX_INT,
+        description=(
+            "Maximum tokens per request; never more than 1/50 of the token quota, or one request's share of it if "
+            "fewer than 50 requests per minute are allowed"
+        ),
+    )
+    patience_s: float = Field(
+        default=600.0, ge=0, description="Seconds to retry a failing provider before the run ends"
+    )
+    usd_per_million_tokens: float | None = Field(
+        default=None,
+        ge=0,
+        description=(
+            f"The provider's price; unset: {FIREWORKS_USD_PER_MILLION_TOKENS:g}, or 0 for another `FIREWORKS_BASE_URL` "
+            "without a key"
+        ),
+    )
+
+    @field_validator("query_prompt", "document_prompt")
+    @classmethod
+    def _parse_prompt(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        placeholder = "{query}" if info.field_name == "query_prompt" else "{text}"
+        prompt = placeholder if value.lower() == "none" else value.replace("\\n", "\n")
+        if prompt.count(placeholder) != 1:
+            raise ValueError(f"a text that contains {placeholder} once, or none")
         return prompt
 
-    parse.__doc__ = f"a text that holds {field} once, or none"
-    return parse
 
+class StorageSettings(_Group):
+    """The folder of snapshots and cached embeddings, and how songs become texts."""
 
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        if value not in choices:
-            raise ValueError
-        return value
-
-    parse.__doc__ = " or ".join(choices)
-    return parse
-
-
-def _setting(
-    variable: str,
-    parse: Callable[[str], Any],
-    help: str,
-    *,
-    default: Any = None,
-    when: When = "run",
-    identity: bool = False,
-    secret: bool = False,
-) -> Any:
-    metadata = {"variable": variable, "parse": parse, "help": help, "when": when, "identity": identity}
-    return field(default=default, repr=not secret, metadata=metadata)
-
-
-_MANY = 2**31 - 1
-_KEY_CHARACTERS = {chr(code) for code in range(0x21, 0x7F)}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All settings of a run, parsed; secrets stay out of the repr."""
-
-    postgres_url: str | None = _setting(
-        "POSTGRES_URL",
-        _text,
-        "Database with the songs and the embeddings; unset: the embedded one",
-        secret=True,
+    storage: str | None = Field(
+        default=None,
+        description=(
+            "Folder of snapshots and cached embeddings; unset: `.songvec/demo` (embedded server) or `.songvec/main`"
+        ),
     )
-    direct_url: str | None = _setting(
-        "SONGVEC_DIRECT_URL", _text,
-        "The same database past a pooler in transaction mode, for index builds and VACUUM; unset: `POSTGRES_URL`",
-        secret=True,
-    )  # fmt: skip
-    fireworks_api_key: str | None = _setting(
-        "FIREWORKS_API_KEY", _text, "Key of the embeddings provider; unset: the demo's model", secret=True
+    retention_days: float = Field(
+        default=30.0, ge=0, description="Minimum days that the cache keeps vectors of deleted songs; 0: none"
     )
-    fireworks_base_url: str = _setting(
-        "FIREWORKS_BASE_URL", _text, "Any OpenAI-compatible server: vLLM, TEI, Ollama, Infinity, …",
-        default=FIREWORKS_BASE_URL,
-    )  # fmt: skip
-    storage: str | None = _setting(
-        "SONGVEC_STORAGE", _text,
-        "Folder of snapshots and cached embeddings; unset: `.songvec/demo` (embedded) or `.songvec/main`",
-    )  # fmt: skip
-    embedding_model: str = _setting(
-        "SONGVEC_EMBEDDING_MODEL", _text,
-        f"Model name; `{DEMO_MODEL}` is the demo's model, `{OFFLINE_MODEL}` hashes words",
-        default=FIREWORKS_MODEL, identity=True,
-    )  # fmt: skip
-    embedding_dimensions: int = _setting(
-        "SONGVEC_EMBEDDING_DIMENSIONS", _whole(2, 4000),
-        f"Values per vector; over 2,000 needs `SONGVEC_VECTOR_TYPE=halfvec`; `{DEMO_MODEL}` always makes "
-        f"{DEMO_DIMENSIONS}", default=DEFAULT_DIMENSIONS, identity=True,
-    )  # fmt: skip
-    query_prompt: str | None = _setting(
-        "SONGVEC_QUERY_PROMPT", _prompt("{query}"),
-        "What is sent for a query, such as `query: {query}`; `\\n` is a line end; `none`: the query alone; unset: as "
-        "recorded with the store, at first by the model's family",
-    )  # fmt: skip
-    document_prompt: str | None = _setting(
-        "SONGVEC_DOCUMENT_PROMPT", _prompt("{text}"),
-        "The same of a song's text, such as `passage: {text}`; a change embeds all again, once it is confirmed",
-    )  # fmt: skip
-    truncate: bool | None = _setting(
-        "SONGVEC_TRUNCATE", _yes_or_no,
-        "Whether vectors of more values than that are cut; unset: of models known to be trained for it (Matryoshka)",
-    )  # fmt: skip
-    requests_per_minute: int = _setting(
-        "SONGVEC_REQUESTS_PER_MINUTE", _whole(1, _MANY), "The provider's request quota, over all processes",
-        default=6000,
-    )  # fmt: skip
-    tokens_per_minute: int = _setting(
-        "SONGVEC_TOKENS_PER_MINUTE", _whole(1, _MANY), "The provider's token quota, over all processes",
-        default=900_000,
-    )  # fmt: skip
-    max_request_texts: int = _setting(
-        "SONGVEC_MAX_REQUEST_TEXTS", _whole(1, 2048), "Texts a request at most", default=2048
-    )
-    max_request_tokens: int = _setting(
-        "SONGVEC_MAX_REQUEST_TOKENS", _whole(1, _MANY),
-        "Tokens a request at most; never more than 1/50 of the token quota, or one request's share of it where fewer "
-        "than 50 requests a minute are allowed", default=100_000,
-    )  # fmt: skip
-    concurrency: int = _setting(
-        "SONGVEC_CONCURRENCY", _whole(1, 1000),
-        "Requests in flight at most; how many there are follows from the quota and the latency", default=32,
-    )  # fmt: skip
-    patience_s: float = _setting(
-        "SONGVEC_PATIENCE_S",
-        _number(0),
-        "Seconds a failing provider is retried before the run ends",
-        default=600.0,
-    )
-    max_usd: float | None = _setting(
-        "SONGVEC_MAX_USD", _number(0), "Budget of a run in dollars, over all its processes; unset: none"
-    )
-    max_usd_a_month: float | None = _setting(
-        "SONGVEC_MAX_USD_A_MONTH", _number(0), "Budget of a calendar month (UTC) over all runs; unset: none"
-    )
-    usd_per_million_tokens: float | None = _setting(
-        "SONGVEC_USD_PER_MILLION_TOKENS", _number(0),
-        f"The provider's price; unset: {FIREWORKS_USD_PER_MILLION_TOKENS:g}, or 0 for another `FIREWORKS_BASE_URL` "
-        "without a key",
-    )  # fmt: skip
-    songs_table: str = _setting("SONGVEC_SONGS_TABLE", _text, "Source table, also as `schema.table`", default="songs")
-    song_id_column: str | None = _setting(
-        "SONGVEC_SONG_ID_COLUMN", _text, "Integer id column; unset: the table's single-column primary key"
-    )
-    name_column: str = _setting("SONGVEC_NAME_COLUMN", _text, "Column of the song's name", default="name")
-    artist_column: str = _setting("SONGVEC_ARTIST_COLUMN", _text, "Column of the artist", default="artist")
-    lyrics_column: str = _setting("SONGVEC_LYRICS_COLUMN", _text, "Column of the lyrics; may be NULL", default="lyrics")
-    updated_at_column: str | None = _setting(
-        "SONGVEC_UPDATED_AT_COLUMN", _text,
-        "Date or timestamp column that says when a song changed: exports then read only newer rows",
-    )  # fmt: skip
-    full_compare_hours: float = _setting(
-        "SONGVEC_FULL_COMPARE_HOURS", _number(0),
-        "Hours after which an export reads all songs, whatever `SONGVEC_UPDATED_AT_COLUMN` says; 0: every time",
-        default=24.0,
-    )  # fmt: skip
-    max_missing_share: float = _setting(
-        "SONGVEC_MAX_MISSING_SHARE", _share,
-        "Share of all cached or loaded songs that may be missing in the source, before a run stops (from 20 songs on)",
-        default=0.1,
-    )  # fmt: skip
-    max_missing_range_share: float = _setting(
-        "SONGVEC_MAX_MISSING_RANGE_SHARE", _share, "The same of one range (from 100 songs on)", default=0.5
-    )
-    retention_days: float = _setting(
-        "SONGVEC_RETENTION_DAYS", _number(0),
-        "Days for which the cache keeps at least the vectors of songs that were deleted; 0: none", default=30.0,
-    )  # fmt: skip
-    text_template: str = _setting(
-        "SONGVEC_TEXT_TEMPLATE", lambda value: value.replace("\\n", "\n"),
-        "What is embedded, of `{name}`, `{artist}`, `{lyrics}`; `\\n` is a line end; a change embeds all again, once "
-        "it is confirmed",
+    text_template: Escaped = Field(
         default=DEFAULT_TEMPLATE,
-    )  # fmt: skip
-    max_text_chars: int = _setting(
-        "SONGVEC_MAX_TEXT_CHARS", _whole(1, 1_000_000),
-        "Longer texts are cut here; a change embeds again what it cuts otherwise, once it is confirmed", default=24_000,
-    )  # fmt: skip
-    vector_type: str = _setting(
-        "SONGVEC_VECTOR_TYPE", _one_of("vector", "halfvec"), "Column type: `vector`, or `halfvec` at half the size",
-        default="vector", identity=True,
-    )  # fmt: skip
-    lists: int | None = _setting(
-        "SONGVEC_LISTS", _whole(1, 32_768), "Lists of the IVFFlat index; unset: the square root of the rows"
+        description=(
+            "Text to embed, from `{name}`, `{artist}` and `{lyrics}`; `\\n` is a line end; a change re-embeds all "
+            "songs, after confirmation"
+        ),
     )
-    target_recall: float = _setting(
-        "SONGVEC_TARGET_RECALL", _share, "Share of the true ten nearest songs that a search must find, measured",
+    max_text_chars: int = Field(
+        default=24_000,
+        ge=1,
+        le=1_000_000,
+        description="Longer texts are truncated; a change re-embeds the songs it affects, after confirmation",
+    )
+
+
+class RunSettings(_Group):
+    """What a run may spend, and how."""
+
+    max_usd: float | None = Field(
+        default=None, ge=0, description="Budget of a run in dollars, over all its processes; unset: none"
+    )
+    max_usd_a_month: float | None = Field(
+        default=None, ge=0, description="Budget in dollars of a calendar month (UTC), over all runs; unset: none"
+    )
+    concurrency: int = Field(
+        default=32,
+        ge=1,
+        le=1000,
+        description="Maximum requests in flight; the actual number follows from quota and latency",
+    )
+    target_recall: Share = Field(
         default=0.95,
-    )  # fmt: skip
-    index_memory_mb: int | None = _setting(
-        "SONGVEC_INDEX_MEMORY_MB", _whole(64, _MANY),
-        "Memory an index build may take on the server; unset: half of what is available there, as far as it shows",
-    )  # fmt: skip
-    swap: bool = _setting(
-        "SONGVEC_SWAP", _yes_or_no,
-        "Whether another model, size or type is built beside the serving table and takes its place, or is refused",
-        default=False,
-    )  # fmt: skip
-    webhook_url: str | None = _setting(
-        "SONGVEC_WEBHOOK_URL", _text,
-        "Where failed runs are told, as JSON with a `text` (Slack, Mattermost, Teams, …); unset: nowhere", secret=True,
-    )  # fmt: skip
-    song_id_start: int = _setting(
-        "SONGVEC_SONG_ID_START", _whole(0, 2**31 - 1),
-        "Where the first range begins, a multiple of the range size; never above what is cached",
-        default=0, when="graph", identity=True,
-    )  # fmt: skip
-    song_id_stop: int = _setting(
-        "SONGVEC_SONG_ID_STOP", _whole(1, 2**31), "Where the open tail range begins; may only grow",
-        default=16_000_000, when="graph", identity=True,
-    )  # fmt: skip
-    range_size: int = _setting(
-        "SONGVEC_RANGE_SIZE",
-        _whole(1, 1_000_000),
-        "song_ids a range",
-        default=50_000,
-        when="graph",
-        identity=True,
+        description="Measured recall that searches must reach: the share found of the true ten nearest songs",
     )
-    ranges_per_run: int | None = _setting(
-        "SONGVEC_RANGES_PER_RUN", _whole(1, 1_000_000), "Splits backfills into runs of so many ranges; unset: one run",
-        when="graph",
-    )  # fmt: skip
+    swap: bool = Field(
+        default=False,
+        description=(
+            "Whether another model, size or type is built as a staging table and swapped in; otherwise it is refused"
+        ),
+    )
+    webhook_url: str | None = Field(
+        default=None,
+        repr=False,
+        description=(
+            "Webhook URL that receives a message for each failed run, as JSON with a `text` (Slack, Mattermost, Teams, "
+            "…); unset: none"
+        ),
+    )
 
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None, **overrides: Any) -> "Settings":
-        """Read every setting; an override that is not None wins over its variable.
 
-        Args:
-            environment: names to values; None reads the process's own.
-            overrides: field names to parsed values.
+class GraphSettings(_Group):
+    """What shapes the graph: its partitions, and how backfills are split."""
 
-        Raises:
-            SettingsError: a value does not parse, or settings contradict each other.
-        """
-        source = os.environ if environment is None else environment
-        values = {each.name: read_setting(each, source) for each in fields(cls)}
-        for name, value in overrides.items():
-            if value is not None:
-                values[name] = _parse(cls.__dataclass_fields__[name], str(value))
-        settings = cls(**values)
-        settings.check()
-        return settings
+    song_id_start: int = Field(
+        default=0,
+        ge=0,
+        le=_MAX_INT,
+        description="Start of the first range, a multiple of the range size; never above the first cached range",
+    )
+    song_id_stop: int = Field(
+        default=16_000_000, ge=1, le=2**31, description="Start of the open last range; may only be increased"
+    )
+    range_size: int = Field(default=50_000, ge=1, le=1_000_000, description="song_ids per range")
+    ranges_per_run: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="Splits backfills into runs of up to n ranges; unset: one run"
+    )
 
-    def check(self) -> None:
-        """Raise SettingsError where settings contradict each other."""
-        if self.dimensions > 2000 and self.vector_type == "vector":
+
+GROUPS = (PostgresSettings, ProviderSettings, StorageSettings, RunSettings, GraphSettings)
+
+
+class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings, GraphSettings):
+    """All settings, immutable; secrets stay out of the repr.
+
+        Settings()                    # environment and defaults
+        Settings(max_usd=20)          # explicit values replace those of the environment
+
+    Raises:
+        SettingsError: a value does not parse, or settings contradict each other.
+    """
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.embedding_dimensions > 2000 and self.vector_type == "vector":
             raise SettingsError(
                 f"pgvector indexes `vector` columns up to 2,000 dimensions, SONGVEC_EMBEDDING_DIMENSIONS is "
-                f"{self.dimensions}: lower it, or set SONGVEC_VECTOR_TYPE=halfvec (up to 4,000)"
+                f"{self.embedding_dimensions}: lower it, or set SONGVEC_VECTOR_TYPE=halfvec (up to 4,000)"
             )
         if self.direct_url and not self.postgres_url:
             raise SettingsError("SONGVEC_DIRECT_URL is set but POSTGRES_URL is not: set both, to the same database")
@@ -315,7 +329,7 @@ class Settings:
                 f"SONGVEC_EMBEDDING_DIMENSIONS is {self.embedding_dimensions}: unset it, or set FIREWORKS_API_KEY"
             )
         if self.offline:
-            return
+            return self
         if self.postgres_url and not self.fireworks_api_key and self.fireworks_base_url == FIREWORKS_BASE_URL:
             raise SettingsError(
                 "POSTGRES_URL is set but FIREWORKS_API_KEY is not: put the key into the environment or into .env, "
@@ -323,40 +337,35 @@ class Settings:
                 f"SONGVEC_EMBEDDING_MODEL={DEMO_MODEL}"
             )
         _check_base_url(self.fireworks_base_url)
+        return self
 
     @property
     def offline(self) -> bool:
-        """Whether vectors are made in this process: a local model is asked for by name, or nothing else is set."""
-        asked = self.embedding_model in LOCAL_MODELS
+        """Whether vectors are made in this process: by a local model's name, or because nothing else is configured."""
         real = self.fireworks_api_key or self.postgres_url or self.fireworks_base_url != FIREWORKS_BASE_URL
-        return asked or not real
+        return self.embedding_model in LOCAL_MODELS or not real
 
     @property
     def price(self) -> float:
-        """Dollars per million tokens; a server of one's own, which needs no key, sends no bill."""
+        """Dollars per million tokens; a self-hosted server, which needs no key, sends no bill."""
         if self.usd_per_million_tokens is not None:
             return self.usd_per_million_tokens
-        is_own = self.fireworks_base_url != FIREWORKS_BASE_URL and not self.fireworks_api_key
-        return 0.0 if is_own else FIREWORKS_USD_PER_MILLION_TOKENS
+        is_self_hosted = self.fireworks_base_url != FIREWORKS_BASE_URL and not self.fireworks_api_key
+        return 0.0 if is_self_hosted else FIREWORKS_USD_PER_MILLION_TOKENS
 
     @property
     def model(self) -> str:
         """The model's name in cache, ledger and table."""
-        if self.offline and self.embedding_model not in LOCAL_MODELS:
-            return DEMO_MODEL
-        return self.embedding_model
+        return DEMO_MODEL if self.offline and self.embedding_model not in LOCAL_MODELS else self.embedding_model
 
     @property
     def dimensions(self) -> int:
-        """Values per vector; the demo's model has its own number of them."""
+        """Dimensions per vector, as set; the demo's model has its own."""
         return DEMO_DIMENSIONS if self.model == DEMO_MODEL else self.embedding_dimensions
 
 
-_ENDPOINTS = ("/embeddings", "/chat/completions", "/completions", "/models")
-
-
 def _check_base_url(url: str) -> None:
-    """Raise SettingsError for a URL that cannot be the root of an API; where it is to be seen, with the right one."""
+    """Raise SettingsError for a URL that cannot be the root of an API; if possible, with the right one."""
     parts = urlsplit(url)
     if "@" in parts.netloc:
         raise SettingsError("FIREWORKS_BASE_URL holds a user or password, which logs would show: use FIREWORKS_API_KEY")
@@ -364,7 +373,7 @@ def _check_base_url(url: str) -> None:
         raise SettingsError(f"FIREWORKS_BASE_URL must begin with http:// or https://, got {url!r}")
     try:
         has_host = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of a port that is none
+    except ValueError:  # of an invalid port
         has_host = False
     if not has_host:
         raise SettingsError(f"FIREWORKS_BASE_URL names no host, or no port that can be, got {url!r}")
@@ -382,38 +391,21 @@ def _check_base_url(url: str) -> None:
             )
 
 
-def read_setting(setting: "Field[Any]", environment: Mapping[str, str]) -> Any:
-    """One setting's value from the environment, or its default where it is unset or empty.
-
-    Raises:
-        SettingsError: it does not parse; the message names the variable and, unless it is a secret, the value.
-    """
-    value = environment.get(setting.metadata["variable"], "").strip()
-    return _parse(setting, value) if value else setting.default
-
-
-def _parse(setting: "Field[Any]", value: str) -> Any:
-    parse = setting.metadata["parse"]
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise SettingsError(f"{setting.metadata['variable']}: expected {parse.__doc__}, got {value!r}") from error
-
-
 def settings_table() -> str:
     """All settings as the Markdown table that the README shows."""
     lines = [
         "| Variable | Default | Meaning | Read | Store identity |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for each in fields(Settings):
-        default = "" if each.default is None else f"`{each.default!s}`".replace("\n", "\\n")
-        read = "when the graph loads" if each.metadata["when"] == "graph" else "when a run starts"
-        identity = "yes" if each.metadata["identity"] else ""
-        lines.append(f"| `{each.metadata['variable']}` | {default} | {each.metadata['help']} | {read} | {identity} |")
+    for group in GROUPS:
+        read = "when the graph loads" if group is GraphSettings else "when a run starts"
+        for name, field in group.model_fields.items():
+            default = "" if field.default is None else f"`{field.default!s}`".replace("\n", "\\n")
+            identity = "yes" if name in STORE_IDENTITY else ""
+            lines.append(f"| `{variable(name)}` | {default} | {field.description} | {read} | {identity} |")
     return "\n".join(lines)
 
 
 def variables() -> list[str]:
     """The names of all variables, in the table's order."""
-    return [each.metadata["variable"] for each in fields(Settings)]
+    return [variable(name) for group in GROUPS for name in group.model_fields]

@@ -40,6 +40,9 @@ class Storage:
     def __str__(self) -> str:
         return str(self.root)
 
+    def __contains__(self, key: str) -> bool:
+        return (self.root / key).is_file()
+
     def within(self, prefix: str) -> "Storage":
         """The storage of all keys that begin with `prefix/`."""
         return Storage(self.root / prefix)

@@ -105,7 +105,7 @@ def deploy(database: Database, provider: Provider, storage: Path, **settings: ob
         "range_size": TILING.width,
         "song_id_stop": TILING.stop,
     }
-    return Deployment(Settings.from_environment({}, **(given | settings)))
+    return Deployment(Settings(**(given | settings)))
 
 
 def environment_of(database: Database, provider: Provider, folder: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ from songvec_assets.audits import Auditor, Finding
 from songvec_assets.deployment import SPENDING, Deployment
 from songvec_assets.errors import BudgetExceededError, SourceError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import read_fact, write_fact
+from songvec_assets.postgres.schema import write_fact
 from songvec_assets.settings import Settings
 from songvec_assets.status import measure_coverage, measure_status
 from songvec_assets.vectors.index.sizing import Capacity
@@ -124,33 +124,11 @@ def test_rows_changed_beyond_a_fifth_make_the_index_stale(begin: Callable[..., D
     assert (finding.passed, "9 rows changed" in finding.words) == (False, True)
 
 
-def test_vectors_that_moved_under_the_same_model_are_drift(begin: Callable[..., Deployment]) -> None:
-    assert ask(begin(), "no_drift").figures == {}, "there is nothing to hold the first load against"
-    execute(begin().database.adbc_uri, "UPDATE songs SET lyrics = lyrics || 'x'")
-    run_all(begin())
-    finding = ask(begin(), "no_drift")
-    assert (finding.passed, len(finding.figures)) == (True, 3), "other texts of the same model are no drift"
-    assert ask(begin(), "no_drift") == finding, "the same load is looked at once"
-    with begin().database.get_connection() as connection:
-        before, now = read_fact(connection, "profiles")
-
-    def ask_after(**change: object) -> Finding:
-        with begin().database.get_connection() as connection:
-            write_fact(connection, "profiles", [before, now | change])
-        return ask(begin(), "no_drift")
-
-    longer = ask_after(mean_norm=1.1 * before["mean_norm"])
-    assert (longer.passed, "+10.0%" in longer.words) == (False, True)
-    assert not ask_after(mean_norm=before["mean_norm"], mean=[1 - 3 * each for each in before["mean"]]).passed
-    assert ask_after(spec="another model").passed, "two models are not held against each other"
-    assert ask_after().passed
-
-
 def test_a_question_that_cannot_be_answered_is_no_good_answer_and_stops_no_other(
     begin: Callable[..., Deployment],
 ) -> None:
     auditor = Auditor(begin())
-    snapshot = next(auditor.deployment.store.songs.glob("*.parquet"))
+    snapshot = next(auditor.deployment.store.songs.storage.root.glob("*.parquet"))
     snapshot.write_bytes(b"PAR1" + b"x" * 100 + b"PAR1")
     finding = auditor.answer(Auditor.coverage)
     assert (finding.passed, "is damaged" in finding.words) == (False, True)
@@ -235,7 +213,7 @@ def test_a_server_of_ones_own_without_a_key_costs_nothing(
     ],
 )
 def test_the_price_is_what_is_set_else_that_of_who_sends_a_bill(environment: dict[str, str], price: float) -> None:
-    assert Settings.from_environment(environment).price == price
+    assert Settings(**environment).price == price
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import embed_query, search_songs
 from songvec_assets.songs.export import cache_songs_to_parquet
-from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path
 from songvec_assets.songs.watch import look_at_source
 from songvec_assets.status import measure_status
 from songvec_assets.vectors.load import RangeLoad
@@ -151,7 +150,7 @@ def test_a_song_is_rejected_for_what_the_template_names_and_it_lacks(
     songs((1, " ", "Ann", "waves"), (2, "Sea", None, " \n"), (3, None, "", None), (4, "Hill", "Ben", "la"))
     deployment = deploy(database, provider, tmp_path / "store", text_template=template)
     (fill,), _ = run_all(deployment)
-    snapshot = load_songs_from_parquet(snapshot_path(deployment.store.songs, fill.range))
+    snapshot = deployment.store.songs.read(fill.range)
     found = {song_id: reason for song_id, reason in snapshot.select("song_id", "set_aside").iter_rows() if reason}
     assert found == rejected
     assert (fill.n_set_aside, fill.n_embedded) == (len(rejected), 4 - len(rejected))

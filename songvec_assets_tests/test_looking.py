@@ -178,7 +178,7 @@ for n in range(20):
 while time.time() < start + 1.2:
     pass
 given = {"postgres_url": url, "fireworks_api_key": "k", "storage": str(folder / "bound")}
-deployment = Deployment(Settings.from_environment({}, range_size=100, song_id_stop=1_000, **given))
+deployment = Deployment(Settings(range_size=100, song_id_stop=1_000, **given))
 deployment.bind()
 print(*stores, deployment.store.store_id)
 """

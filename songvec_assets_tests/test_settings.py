@@ -1,8 +1,10 @@
 """Every setting by its variable: default, good and bad values; what contradicts; what stays secret."""
 
+import os
 import re
-from dataclasses import fields
+import traceback
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -14,6 +16,9 @@ from songvec_assets.settings import (
     FIREWORKS_BASE_URL,
     FIREWORKS_MODEL,
     OFFLINE_MODEL,
+    GraphSettings,
+    ProviderSettings,
+    RunSettings,
     Settings,
     settings_table,
     variables,
@@ -27,23 +32,6 @@ BASE = {"POSTGRES_URL": "postgresql://ann:geheim@db/songs", "FIREWORKS_API_KEY":
 GOOD = {
     "POSTGRES_URL": ("postgres_url", None, {"postgresql://x@y/z": "postgresql://x@y/z"}),
     "SONGVEC_DIRECT_URL": ("direct_url", None, {"postgresql://x@y/z": "postgresql://x@y/z"}),
-    "FIREWORKS_API_KEY": ("fireworks_api_key", None, {" fw_1 ": "fw_1"}),
-    "FIREWORKS_BASE_URL": ("fireworks_base_url", FIREWORKS_BASE_URL, {"http://localhost:8000/v1": "http://localhost:8000/v1"}),
-    "SONGVEC_STORAGE": ("storage", None, {"/data/songs": "/data/songs"}),
-    "SONGVEC_EMBEDDING_MODEL": ("embedding_model", FIREWORKS_MODEL, {"nomic": "nomic", OFFLINE_MODEL: OFFLINE_MODEL}),
-    "SONGVEC_EMBEDDING_DIMENSIONS": ("embedding_dimensions", 2000, {"2": 2, "2000": 2000}),
-    "SONGVEC_QUERY_PROMPT": ("query_prompt", None, {r"to\n{query}": "to\n{query}", "None": "{query}"}),
-    "SONGVEC_DOCUMENT_PROMPT": ("document_prompt", None, {"passage: {text}": "passage: {text}", "none": "{text}"}),
-    "SONGVEC_TRUNCATE": ("truncate", None, {"yes": True, "true": True, "no": False, "False": False}),
-    "SONGVEC_REQUESTS_PER_MINUTE": ("requests_per_minute", 6000, {"1": 1, " 10 ": 10}),
-    "SONGVEC_TOKENS_PER_MINUTE": ("tokens_per_minute", 900_000, {"5400000": 5_400_000}),
-    "SONGVEC_MAX_REQUEST_TEXTS": ("max_request_texts", 2048, {"1": 1, "2048": 2048}),
-    "SONGVEC_MAX_REQUEST_TOKENS": ("max_request_tokens", 100_000, {"1": 1}),
-    "SONGVEC_CONCURRENCY": ("concurrency", 32, {"1": 1, "1000": 1000}),
-    "SONGVEC_PATIENCE_S": ("patience_s", 600.0, {"0": 0.0, "1.5": 1.5}),
-    "SONGVEC_MAX_USD": ("max_usd", None, {"0": 0.0, "12.34": 12.34}),
-    "SONGVEC_MAX_USD_A_MONTH": ("max_usd_a_month", None, {"0": 0.0, "480": 480.0}),
-    "SONGVEC_USD_PER_MILLION_TOKENS": ("usd_per_million_tokens", None, {"0": 0.0, "0.2": 0.2}),
     "SONGVEC_SONGS_TABLE": ("songs_table", "songs", {"music.tracks": "music.tracks"}),
     "SONGVEC_SONG_ID_COLUMN": ("song_id_column", None, {"track_id": "track_id"}),
     "SONGVEC_NAME_COLUMN": ("name_column", "name", {"title": "title"}),
@@ -53,13 +41,30 @@ GOOD = {
     "SONGVEC_FULL_COMPARE_HOURS": ("full_compare_hours", 24.0, {"0": 0.0, "168": 168.0}),
     "SONGVEC_MAX_MISSING_SHARE": ("max_missing_share", 0.1, {"1": 1.0, "0.02": 0.02}),
     "SONGVEC_MAX_MISSING_RANGE_SHARE": ("max_missing_range_share", 0.5, {"1": 1.0, "0.2": 0.2}),
+    "SONGVEC_VECTOR_TYPE": ("vector_type", "vector", {"vector": "vector", "halfvec": "halfvec"}),
+    "SONGVEC_LISTS": ("lists", None, {"1": 1, "32768": 32_768}),
+    "SONGVEC_INDEX_MEMORY_MB": ("index_memory_mb", None, {"64": 64}),
+    "FIREWORKS_API_KEY": ("fireworks_api_key", None, {" fw_1 ": "fw_1"}),
+    "FIREWORKS_BASE_URL": ("fireworks_base_url", FIREWORKS_BASE_URL, {"http://localhost:8000/v1": "http://localhost:8000/v1"}),
+    "SONGVEC_EMBEDDING_MODEL": ("embedding_model", FIREWORKS_MODEL, {"nomic": "nomic", OFFLINE_MODEL: OFFLINE_MODEL}),
+    "SONGVEC_EMBEDDING_DIMENSIONS": ("embedding_dimensions", 2000, {"2": 2, "2000": 2000}),
+    "SONGVEC_QUERY_PROMPT": ("query_prompt", None, {r"to\n{query}": "to\n{query}", "None": "{query}"}),
+    "SONGVEC_DOCUMENT_PROMPT": ("document_prompt", None, {"passage: {text}": "passage: {text}", "none": "{text}"}),
+    "SONGVEC_TRUNCATE": ("truncate", None, {"yes": True, "true": True, "no": False, "False": False}),
+    "SONGVEC_REQUESTS_PER_MINUTE": ("requests_per_minute", 6000, {"1": 1, " 10 ": 10}),
+    "SONGVEC_TOKENS_PER_MINUTE": ("tokens_per_minute", 900_000, {"5400000": 5_400_000}),
+    "SONGVEC_MAX_REQUEST_TEXTS": ("max_request_texts", 2048, {"1": 1, "2048": 2048}),
+    "SONGVEC_MAX_REQUEST_TOKENS": ("max_request_tokens", 100_000, {"1": 1}),
+    "SONGVEC_PATIENCE_S": ("patience_s", 600.0, {"0": 0.0, "1.5": 1.5}),
+    "SONGVEC_USD_PER_MILLION_TOKENS": ("usd_per_million_tokens", None, {"0": 0.0, "0.2": 0.2}),
+    "SONGVEC_STORAGE": ("storage", None, {"/data/songs": "/data/songs"}),
     "SONGVEC_RETENTION_DAYS": ("retention_days", 30.0, {"0": 0.0, "365": 365.0}),
     "SONGVEC_TEXT_TEMPLATE": ("text_template", "{name} by {artist}\n{lyrics}", {r"a\n{name}": "a\n{name}"}),
     "SONGVEC_MAX_TEXT_CHARS": ("max_text_chars", 24_000, {"1": 1, "1000000": 1_000_000}),
-    "SONGVEC_VECTOR_TYPE": ("vector_type", "vector", {"vector": "vector", "halfvec": "halfvec"}),
-    "SONGVEC_LISTS": ("lists", None, {"1": 1, "32768": 32_768}),
+    "SONGVEC_MAX_USD": ("max_usd", None, {"0": 0.0, "12.34": 12.34}),
+    "SONGVEC_MAX_USD_A_MONTH": ("max_usd_a_month", None, {"0": 0.0, "480": 480.0}),
+    "SONGVEC_CONCURRENCY": ("concurrency", 32, {"1": 1, "1000": 1000}),
     "SONGVEC_TARGET_RECALL": ("target_recall", 0.95, {"1": 1.0, "0.9": 0.9}),
-    "SONGVEC_INDEX_MEMORY_MB": ("index_memory_mb", None, {"64": 64}),
     "SONGVEC_SWAP": ("swap", False, {"yes": True, "True": True, "no": False, "false": False}),
     "SONGVEC_WEBHOOK_URL": ("webhook_url", None, {"https://x.example/hook": "https://x.example/hook"}),
     "SONGVEC_SONG_ID_START": ("song_id_start", 0, {"0": 0, "1500000000": 1_500_000_000}),
@@ -103,7 +108,7 @@ BAD = (
         for value in NOT_A_NUMBER
     ]
     + [("SONGVEC_SONG_ID_START", value) for value in ("-1", "2147483648", "many")]
-    + [(variable, value) for variable in ("SONGVEC_SWAP", "SONGVEC_TRUNCATE") for value in ("1", "perhaps")]
+    + [(variable, value) for variable in ("SONGVEC_SWAP", "SONGVEC_TRUNCATE") for value in ("2", "perhaps")]
     + [("SONGVEC_QUERY_PROMPT", value) for value in ("query:", "{text}", "{query} or {query}")]
     + [("SONGVEC_DOCUMENT_PROMPT", value) for value in ("passage:", "{query}", "{name}")]
     + [("SONGVEC_EMBEDDING_DIMENSIONS", value) for value in ("1", "2001")]
@@ -113,12 +118,14 @@ BAD = (
 
 
 def read(**environment):
-    return Settings.from_environment(environment)
+    """Settings of an environment that holds these variables."""
+    with mock.patch.dict(os.environ, environment):
+        return Settings()
 
 
 def test_every_variable_is_tested_here():
     assert list(GOOD) == variables()
-    assert [field for field, _, _ in GOOD.values()] == [each.name for each in fields(Settings)]
+    assert {field for field, _, _ in GOOD.values()} == set(Settings.model_fields)
 
 
 @pytest.mark.parametrize("variable", GOOD)
@@ -126,7 +133,8 @@ def test_an_unset_variable_has_its_default(variable):
     field, default, _ = GOOD[variable]
     assert getattr(read(), field) == default
     assert type(getattr(read(), field)) is type(default)
-    assert getattr(read(**{variable: ""}), field) == default
+    for blank in ("", "  "):
+        assert getattr(read(**{variable: blank}), field) == default
 
 
 @pytest.mark.parametrize(
@@ -134,35 +142,44 @@ def test_an_unset_variable_has_its_default(variable):
     [(variable, value, parsed) for variable, (_, _, good) in GOOD.items() for value, parsed in good.items()],
 )
 def test_a_good_value_is_parsed(variable, value, parsed):
-    settings = Settings.from_environment({**BASE, variable: value})
+    settings = read(**{**BASE, variable: value})
     field = GOOD[variable][0]
     assert getattr(settings, field) == parsed
     assert type(getattr(settings, field)) is type(parsed)
     untouched = {each: getattr(settings, each) for each, _, _ in GOOD.values() if each != field}
-    assert untouched == {each: getattr(Settings.from_environment(BASE), each) for each in untouched}
+    assert untouched == {each: getattr(read(**BASE), each) for each in untouched}
 
 
 @pytest.mark.parametrize(("variable", "value"), BAD)
 def test_a_bad_value_is_refused_by_the_name_of_its_variable(variable, value):
     with pytest.raises(SettingsError, match=variable) as refusal:
-        Settings.from_environment({**BASE, variable: value})
+        read(**{**BASE, variable: value})
     assert value in str(refusal.value)
 
 
-def test_a_refusal_says_what_was_expected():
-    with pytest.raises(SettingsError, match="expected a whole number from 1 to 2,048, got '2049'"):
-        read(SONGVEC_MAX_REQUEST_TEXTS="2049")
-    with pytest.raises(SettingsError, match="expected a number of at least 0, got '-1'"):
-        read(SONGVEC_MAX_USD="-1")
-    with pytest.raises(SettingsError, match="expected vector or halfvec, got 'bit'"):
-        read(SONGVEC_VECTOR_TYPE="bit")
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("SONGVEC_MAX_REQUEST_TEXTS", "2049", "expected a number less than or equal to 2048, got '2049'"),
+        ("SONGVEC_LISTS", "many", "expected a valid integer, unable to parse string as an integer, got 'many'"),
+        ("SONGVEC_MAX_USD", "-1", "expected a number greater than or equal to 0, got '-1'"),
+        ("SONGVEC_MAX_USD", "inf", "expected a finite number, got 'inf'"),
+        ("SONGVEC_VECTOR_TYPE", "bit", "expected 'vector' or 'halfvec', got 'bit'"),
+        ("SONGVEC_SWAP", "perhaps", "expected a valid boolean, unable to interpret input, got 'perhaps'"),
+        ("SONGVEC_QUERY_PROMPT", "a\nb", r"expected a text that contains {query} once, or none, got 'a\nb'"),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_one_line_that_says_what_was_expected(variable, value, words):
+    with pytest.raises(SettingsError) as refusal:
+        read(**{variable: value})
+    assert str(refusal.value) == f"{variable}: {words}"
 
 
 def test_over_2000_dimensions_need_halfvec():
     settings = read(**BASE, SONGVEC_EMBEDDING_DIMENSIONS="4000", SONGVEC_VECTOR_TYPE="halfvec")
     assert settings.embedding_dimensions == settings.dimensions == 4000
     with pytest.raises(SettingsError, match="SONGVEC_VECTOR_TYPE=halfvec"):
-        read(**BASE, SONGVEC_EMBEDDING_DIMENSIONS="2001")
+        read(SONGVEC_EMBEDDING_DIMENSIONS="2001")
 
 
 def test_the_demos_model_has_its_own_dimensions():
@@ -180,17 +197,16 @@ def test_the_demos_model_has_its_own_dimensions():
         (BASE, FIREWORKS_MODEL),
         ({"FIREWORKS_BASE_URL": "http://localhost/v1"}, FIREWORKS_MODEL),
         ({"FIREWORKS_BASE_URL": "http://localhost/v1", "POSTGRES_URL": "postgresql://x/y"}, FIREWORKS_MODEL),
-        ({**BASE, "SONGVEC_EMBEDDING_MODEL": DEMO_MODEL}, DEMO_MODEL),
         ({**BASE, "SONGVEC_EMBEDDING_MODEL": OFFLINE_MODEL}, OFFLINE_MODEL),
         ({"SONGVEC_EMBEDDING_MODEL": OFFLINE_MODEL}, OFFLINE_MODEL),
-        ({"POSTGRES_URL": "postgresql://x/y", "SONGVEC_EMBEDDING_MODEL": OFFLINE_MODEL}, OFFLINE_MODEL),
         ({"POSTGRES_URL": "postgresql://x/y", "SONGVEC_EMBEDDING_MODEL": DEMO_MODEL}, DEMO_MODEL),
+        ({"POSTGRES_URL": "postgresql://x/y", "SONGVEC_EMBEDDING_MODEL": OFFLINE_MODEL}, OFFLINE_MODEL),
     ],
 )
 def test_vectors_are_made_here_only_if_nothing_is_configured_or_a_local_model_is_asked_for_by_name(environment, model):
-    settings = Settings.from_environment(environment)
+    settings = read(**environment)
     assert settings.model == model
-    assert settings.offline is (model in (DEMO_MODEL, OFFLINE_MODEL))
+    assert settings.offline is (model != FIREWORKS_MODEL)
 
 
 def test_a_url_without_a_key_is_refused_with_every_way_out():
@@ -200,31 +216,43 @@ def test_a_url_without_a_key_is_refused_with_every_way_out():
         assert way_out in str(refusal.value)
 
 
-def test_an_override_wins_over_its_variable_unless_it_is_none():
-    environment = {**BASE, "SONGVEC_CONCURRENCY": "8", "SONGVEC_MAX_USD": "3"}
-    settings = Settings.from_environment(environment, concurrency=2, max_usd=None)
-    assert (settings.concurrency, settings.max_usd) == (2, 3.0)
+def test_a_given_value_replaces_its_variable_unless_it_is_none_or_empty():
+    with mock.patch.dict(os.environ, {"SONGVEC_CONCURRENCY": "8", "SONGVEC_MAX_USD": "3", "SONGVEC_STORAGE": "/data"}):
+        settings = Settings(concurrency=2, max_usd=None, storage="")
+    assert (settings.concurrency, settings.max_usd, settings.storage) == (2, 3.0, "/data")
 
 
-def test_an_override_is_checked_like_a_variable():
-    with pytest.raises(SettingsError, match="SONGVEC_EMBEDDING_DIMENSIONS"):
-        Settings.from_environment({}, embedding_dimensions=3000)
-    with pytest.raises(SettingsError, match="SONGVEC_CONCURRENCY"):
-        Settings.from_environment({}, concurrency=0)
+def test_a_given_value_is_checked_like_a_variable():
+    with pytest.raises(SettingsError, match="SONGVEC_EMBEDDING_DIMENSIONS is 3000"):
+        Settings(embedding_dimensions=3000)
+    with pytest.raises(SettingsError, match=r"SONGVEC_CONCURRENCY: expected .* got 0"):
+        Settings(concurrency=0)
+    with pytest.raises(TypeError, match="no setting for SONGVEC_CONCURENCY"):
+        Settings(concurency=2)
 
 
-def test_the_processs_own_environment_is_read_where_none_is_given(monkeypatch):
-    assert Settings.from_environment().concurrency == 32
-    monkeypatch.setenv("SONGVEC_CONCURRENCY", "5")
-    assert Settings.from_environment().concurrency == 5
-    assert Settings.from_environment({}).concurrency == 32
+def test_a_variable_has_one_spelling():
+    assert read(songvec_concurrency="5", SONGVEC_concurrency="5", concurrency="5").concurrency == 32
+
+
+def test_settings_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().concurrency = 5
+
+
+def test_a_group_is_read_without_the_others():
+    with mock.patch.dict(os.environ, {"SONGVEC_CONCURRENCY": "many", "SONGVEC_RANGE_SIZE": "100"}):
+        assert GraphSettings().range_size == 100
+        assert ProviderSettings().embedding_model == FIREWORKS_MODEL
+        with pytest.raises(SettingsError, match="SONGVEC_CONCURRENCY"):
+            RunSettings()
 
 
 SECRETS = ("geheim", "fw_secret")
 
 
 def test_no_secret_is_in_the_repr():
-    settings = Settings.from_environment(BASE)
+    settings = read(**BASE)
     assert (settings.postgres_url, settings.fireworks_api_key) == tuple(BASE.values())
     for text in (repr(settings), str(settings), f"{settings}"):
         assert not [secret for secret in SECRETS if secret in text]
@@ -245,8 +273,17 @@ def test_no_secret_is_in_the_repr():
 )
 def test_no_secret_is_in_a_refusal(environment):
     with pytest.raises(SettingsError) as refusal:
-        Settings.from_environment({**BASE, **environment})
-    assert not [secret for secret in SECRETS if secret in str(refusal.value)]
+        read(**{**BASE, **environment})
+    shown = "".join(traceback.format_exception(refusal.value))
+    assert not [secret for secret in SECRETS if secret in shown]
+
+
+def test_a_secret_of_the_wrong_type_is_refused_without_its_value():
+    key = b"\xff" + SECRETS[1].encode()
+    with pytest.raises(SettingsError) as refusal:
+        Settings(fireworks_api_key=key)
+    assert str(refusal.value).startswith("FIREWORKS_API_KEY: expected a valid string")
+    assert "fw_secret" not in "".join(traceback.format_exception(refusal.value))
 
 
 def test_the_table_has_a_row_for_every_variable():
@@ -277,5 +314,5 @@ def test_the_readme_names_no_setting_that_is_none():
 
 
 def test_how_song_ids_are_cut_follows_from_the_settings_alone() -> None:
-    settings = Settings.from_environment({}, range_size=100, song_id_start=200, song_id_stop=1_000)
+    settings = Settings(range_size=100, song_id_start=200, song_id_stop=1_000)
     assert Deployment(settings).tiling == Tiling(width=100, stop=1_000, start=200)

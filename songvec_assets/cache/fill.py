@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 
 import polars as pl
 from msgspec.structs import replace
@@ -28,7 +27,7 @@ from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import BudgetExceededError, ProviderUnavailableError, StoreError
 from songvec_assets.progress import Progress, ReportProgress, StopSignal, ignore_progress, run_event_loop
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.snapshots import count_songs, snapshot_digest, snapshot_path
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import TextSpec
 
 MAX_OPEN_RANGES = 4
@@ -97,7 +96,7 @@ class Filler:
     """Fills ranges with one embedder; holds what all of them share. One call of `fill_ranges` each.
 
     Attributes:
-        songs_folder: of the snapshots.
+        snapshots: of the store.
         cache: of the model.
         spec: how songs become texts.
         embedder_factory: makes what makes the vectors; called once, in the event loop, when a first text must be sent.
@@ -122,7 +121,7 @@ class Filler:
         proven: whether the provider has answered well in this run.
     """
 
-    songs_folder: Path
+    snapshots: Snapshots
     cache: ModelCache
     spec: TextSpec
     embedder_factory: Callable[[Callable[[str], None]], Embedder]
@@ -175,7 +174,7 @@ class Filler:
             if self.anew:
                 self.anew = asks.begin(self.cache, ranges, self.anew)
             self._ranges = ranges
-            self._n_songs = sum(count_songs(self.songs_folder, song_range) for song_range in ranges)
+            self._n_songs = sum(map(self.snapshots.count, ranges))
             for song_range in filter(self._holds_anything, ranges):
                 await places.acquire()
                 if self._fatal or self._over_budget or self.stop.is_set():
@@ -234,7 +233,7 @@ class Filler:
         self.stop.check()
 
     def _holds_anything(self, song_range: SongIdRange) -> bool:
-        return snapshot_path(self.songs_folder, song_range).exists() or song_range in self._cached
+        return song_range in self.snapshots or song_range in self._cached
 
     async def _fill_reported(
         self, song_range: SongIdRange, let_next_begin: Callable[[], None], report: Callable[[FillReport], None]
@@ -270,7 +269,7 @@ class Filler:
         self, report: FillReport, check_held: Callable[[], None], let_next_begin: Callable[[], None]
     ) -> None:
         # taken before the songs are read: an export that comes in between leaves a manifest that does not fit
-        snapshot = snapshot_digest(snapshot_path(self.songs_folder, report.range))
+        snapshot = self.snapshots.digest(report.range)
         known = self.cache.read_manifest(report.range)
         done, owed = known.complete, known.is_owed(self.anew)
         retries = self.retry_rejected and done is not None and done.n_rejected > 0
@@ -306,7 +305,7 @@ class Filler:
         shard = self.cache.open(song_range, asked=goes_on)
         rejected_by = None if self.retry_rejected or owed else self.server
         since = shard.first_asked if owed else 0
-        return shard, plan_fill(self.songs_folder, shard, self.spec, since, rejected_by)
+        return shard, plan_fill(self.snapshots, shard, self.spec, since, rejected_by)
 
     def _begin(self, shard: CachedRange, plan: FillPlan, asked_by: str | None) -> None:
         """Record what is known before anything is written: deletions, parts of killed runs, who asks for all songs."""

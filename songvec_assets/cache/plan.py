@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import polars as pl
 
@@ -11,7 +10,7 @@ from songvec_assets.cache.texts import is_made_otherwise
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import load_songs_from_parquet, read_text_hashes, render_songs, snapshot_path
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import TextSpec
 
 
@@ -78,12 +77,12 @@ class FillPlan:
 
 
 def plan_fill(
-    songs_folder: Path, shard: CachedRange, spec: TextSpec, since: int = 0, rejected_by: str | None = None
+    snapshots: Snapshots, shard: CachedRange, spec: TextSpec, since: int = 0, rejected_by: str | None = None
 ) -> FillPlan:
     """Compare a range's snapshot with what is cached of it.
 
     Args:
-        songs_folder: of the snapshots.
+        snapshots: of the store.
         shard: the range.
         spec: how songs become texts.
         since: number of the first row that counts as an answer.
@@ -93,16 +92,11 @@ def plan_fill(
     Raises:
         StoreError: there is no snapshot: a cache alone does not say that its songs are deleted.
     """
-    path = snapshot_path(songs_folder, shard.range)
-    if not path.exists():
+    if shard.range not in snapshots:
         raise StoreError(
             f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first"
         )
-    songs = load_songs_from_parquet(path, ["song_id", "set_aside"])
-    embeddable = songs.filter(pl.col("set_aside").is_null())
-    hashes = read_text_hashes(path, spec)
-    if hashes is None:
-        hashes = render_songs(path, spec, embeddable["song_id"]).drop("text")
+    hashes, n_songs = snapshots.read_text_hashes(shard.range, spec), snapshots.count(shard.range)
     known = shard.rows.select("song_id", "text_hash")
     rejected = shard.rejected.select("song_id", "text_hash", "reason")
     holds = pl.lit(False) if rejected_by is None or since else pl.col("reason").str.starts_with(f"{rejected_by} ")
@@ -126,7 +120,7 @@ def plan_fill(
         .with_columns(rejected_before=pl.col("text_hash").is_in(rejected.filter(~holds)["text_hash"].implode()))
     )
     # the rest is cached, or has the text of one of these
-    texts = render_songs(path, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
+    texts = snapshots.render(shard.range, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
     to_send = unpaid.join(texts, on="text_hash", how="inner", maintain_order="left")
     n_bytes = pl.col("text").str.len_bytes().alias("n_bytes")
     cached = pl.concat([known["song_id"], rejected["song_id"]])
@@ -134,10 +128,10 @@ def plan_fill(
     n_refused = int(unchanged["refused"].sum())
     return FillPlan(
         range=shard.range,
-        n_songs=songs.height,
+        n_songs=n_songs,
         n_unchanged=unchanged.height - n_refused,
-        song_ids=embeddable["song_id"],
-        deleted=cached.filter(~cached.is_in(embeddable["song_id"].implode())).to_list(),
+        song_ids=hashes["song_id"],
+        deleted=cached.filter(~cached.is_in(hashes["song_id"].implode())).to_list(),
         reused=reused.select("song_id", "text_hash", "row"),
         texts=[
             Text(*row)
@@ -146,7 +140,7 @@ def plan_fill(
         n_new=n_new,
         n_changed=missing.height - n_new,
         n_truncated=int(hashes["truncated"].sum()),
-        n_set_aside=songs["set_aside"].count() + n_refused,
+        n_set_aside=n_songs - hashes.height + n_refused,
         n_rejected=n_refused,
         made_otherwise=is_made_otherwise(shard.cache, shard.range, spec),
     )

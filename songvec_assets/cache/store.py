@@ -2,7 +2,7 @@
 
 store.json                                 identity, range width, start and stop of the tiling
 songs/<key>.parquet                        snapshots
-songs/full_compare.json                    when an export last read all songs, where they have an updated_at column
+songs/looks.json                           when an export last read all songs, where they have an updated_at column
 embeddings/<model>-<dimensions>/texts.json     how their texts are made
 embeddings/<model>-<dimensions>/<key>/         parts, bases and the manifest of a range
 """
@@ -25,7 +25,7 @@ from songvec_assets.files import replace_atomically, sync_folder
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact, write_first_fact
 from songvec_assets.songs.ranges import Tiling
-from songvec_assets.songs.snapshots import ranges_of
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.storage import Storage
 
 _FACT = "store_id"
@@ -48,9 +48,9 @@ class Store:
     bound: bool = False
 
     @property
-    def songs(self) -> Path:
-        """The folder of snapshots."""
-        return self.root / "songs"
+    def songs(self) -> Snapshots:
+        """Its snapshots."""
+        return Snapshots(Storage(self.root).within("songs"))
 
     def embeddings(self, model: str, dimensions: int) -> ModelCache:
         """What is cached of a model."""
@@ -95,7 +95,7 @@ def find_store(root: Path, tiling: Tiling) -> Store | None:
             f"the tail of {root} begins at {store.tiling.stop}, SONGVEC_SONG_ID_STOP is {tiling.stop}: it may only grow"
         )
     if store.tiling.start < tiling.start:
-        held = ranges_of(store.songs.glob("*.parquet"))
+        held = store.songs.ranges()
         held += [song_range for cache in store.model_caches() for song_range in cache.ranges()]
         # what the tail holds is looked at when it is cut
         _check_start(root, (each.start for each in held if each != store.tiling.tail), tiling)

@@ -22,7 +22,6 @@ from rich.text import Text
 
 from songvec_assets.errors import SettingsError, SongvecError
 from songvec_assets.progress import Progress, run_in_worker
-from songvec_assets.settings import LOCAL_MODELS, settings_table, variables
 from songvec_assets.signals import discard_unwritable_output, interrupted_by_hangup
 
 if TYPE_CHECKING:
@@ -66,6 +65,8 @@ def read_dotenv(context: typer.Context) -> None:
     """Read `.env`, as dagster does; the demo looks at neither it nor the environment."""
     dotenv = Path.cwd() / ".env"
     if context.invoked_subcommand == "demo":
+        from songvec_assets.settings import variables
+
         context.obj = any((os.environ | dotenv_values(dotenv)).get(variable) for variable in variables())
         for variable in variables():
             os.environ.pop(variable, None)
@@ -81,8 +82,9 @@ def demo(
     """Fill an embedded Postgres with sample songs, run the whole graph on it, and search."""
     from songvec_assets.embedding.demo import find_files
     from songvec_assets.postgres.embedded import add_generated_songs
+    from songvec_assets.settings import LOCAL_MODELS
 
-    find_files()
+    find_files()  # a model that is not installed is refused before anything starts
     deployment = _deploy()
     held = deployment.table.spec
     if held is not None and held.model not in LOCAL_MODELS:
@@ -113,6 +115,8 @@ def dev(
     from songvec_assets.defs.instance import WORKSPACE, choose_home
 
     if demo:
+        from songvec_assets.settings import variables
+
         # empty, not unset: dagster reads `.env`, too
         os.environ.update(dict.fromkeys(variables(), ""))
     os.environ["DAGSTER_HOME"] = str(choose_home())
@@ -304,6 +308,8 @@ def adopt() -> None:
 @app.command("settings")
 def print_settings() -> None:
     """Print every setting as a Markdown table, and the prompts of the configured model."""
+    from songvec_assets.settings import settings_table
+
     print(settings_table())
     deployment = _deploy()
     prompts = deployment.prompts
@@ -340,7 +346,7 @@ def _deploy(**overrides: Any) -> "Deployment":
     from songvec_assets.deployment import Deployment
     from songvec_assets.settings import Settings
 
-    return Deployment(Settings.from_environment(**overrides))
+    return Deployment(Settings(**overrides))
 
 
 def _span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRange]":

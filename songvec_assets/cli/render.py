@@ -77,7 +77,7 @@ def estimate_table(estimate: Estimate, offline: bool) -> Table:
         "Texts to embed": f"{estimate.n_texts:,}",
         "Tokens, about": f"{estimate.n_tokens:,}",
         "Price, about": f"${estimate.usd:,.{2 if estimate.usd >= 1 else 4}f}"
-        + (" (offline vectors cost nothing)" if offline else ""),
+        + (" (a local model costs nothing)" if offline else ""),
         "Time at full quota": "none" if offline else describe_seconds(estimate.hours * 3600),
     }.items():
         table.add_row(name, value)

@@ -11,7 +11,7 @@ from songvec_assets.defs.alerts import describe_failed_run, post_alert
 from songvec_assets.defs.jobs import refresh_job
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, RunResource, StorageResource
 from songvec_assets.defs.steps import failing_clearly
-from songvec_assets.settings import Settings
+from songvec_assets.settings import RunSettings
 from songvec_assets.songs.watch import SourceState, look_at_source
 
 AUTOMATION = "automation"
@@ -105,7 +105,7 @@ nightly_schedule = dg.ScheduleDefinition(
 def failed_runs_sensor(context: dg.RunFailureSensorContext) -> dg.SkipReason | None:
     """One message a run."""
     with failing_clearly():
-        url = Settings.from_environment().webhook_url
+        url = RunSettings().webhook_url
         if not url:
             return dg.SkipReason("SONGVEC_WEBHOOK_URL is not set: nobody is told")
         post_alert(url, describe_failed_run(context))

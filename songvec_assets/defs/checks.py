@@ -55,7 +55,6 @@ table_checks = _ask(
     Question(Auditor.no_orphans),
     Question(Auditor.vectors_are_sound, _ERROR, blocking=True),
     Question(Auditor.one_model, _ERROR, blocking=True),
-    Question(Auditor.no_drift),
     Question(Auditor.billed_as_estimated),
     Question(Auditor.price_is_sane),
 )

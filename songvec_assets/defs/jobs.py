@@ -11,6 +11,7 @@ from songvec_assets.defs.resources import RunResource, make_resources, present_v
 from songvec_assets.defs.steps import failing_clearly
 from songvec_assets.dry_run import plan_run
 from songvec_assets.progress import RunContext
+from songvec_assets.settings import PostgresSettings, ProviderSettings
 from songvec_assets.vectors.swap import roll_back
 
 _OPTIONS = "Its options are in the run config under resources, run: budget, ranges, concurrency and others."
@@ -39,8 +40,8 @@ class _Swap(_JobWithDefaults):
     # what to swap to is to be typed here: it stands there as it is now
     resources = make_resources(
         run={"swap": True},
-        fireworks=present_values("SONGVEC_EMBEDDING_MODEL", "SONGVEC_EMBEDDING_DIMENSIONS"),
-        postgres=present_values("SONGVEC_VECTOR_TYPE"),
+        fireworks=present_values(ProviderSettings, "embedding_model", "embedding_dimensions"),
+        postgres=present_values(PostgresSettings, "vector_type"),
     )
 
 

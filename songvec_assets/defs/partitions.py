@@ -1,20 +1,17 @@
 """song_id ranges as partition keys, and what else shapes the graph; read once, when the graph loads."""
 
-import os
-from dataclasses import fields
-
 import dagster as dg
 
-from songvec_assets.settings import Settings, read_setting
+from songvec_assets.settings import GraphSettings
 from songvec_assets.songs.ranges import Tiling
 
-_SHAPE = {each.name: read_setting(each, os.environ) for each in fields(Settings) if each.metadata["when"] == "graph"}
+_GRAPH = GraphSettings()
 
-TILING = Tiling(width=_SHAPE["range_size"], stop=_SHAPE["song_id_stop"], start=_SHAPE["song_id_start"])
+TILING = Tiling(width=_GRAPH.range_size, stop=_GRAPH.song_id_stop, start=_GRAPH.song_id_start)
 TILING.check_count()
 
 song_id_ranges = dg.StaticPartitionsDefinition([song_range.key for song_range in TILING])
 
 # one run takes any number of ranges; a deployment with many workers may want several runs of the partitioned asset
 one_run = dg.BackfillPolicy.single_run()
-ranges_policy = dg.BackfillPolicy.multi_run(_SHAPE["ranges_per_run"]) if _SHAPE["ranges_per_run"] else one_run
+ranges_policy = dg.BackfillPolicy.multi_run(_GRAPH.ranges_per_run) if _GRAPH.ranges_per_run else one_run

@@ -12,7 +12,7 @@ from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.search.preview import Preview
 from songvec_assets.songs.export import ExportReport
-from songvec_assets.songs.snapshots import SIZE_CLASS_BYTES, digest_snapshots
+from songvec_assets.songs.snapshots import SIZE_CLASS_BYTES
 from songvec_assets.status import measure_coverage
 from songvec_assets.vectors.index.recall import RecallReport
 from songvec_assets.vectors.index.upkeep import IndexReport
@@ -66,17 +66,17 @@ def table_schema(column_type: str = "vector", model: str = "the configured model
 
 def report_export(report: ExportReport, deployment: Deployment, log: Any) -> dg.MaterializeResult[None]:
     """An export's totals and pictures; its version is that of all snapshots."""
-    folder, caution = deployment.store.songs, deployment.source.caution
+    snapshots, caution = deployment.store.songs, deployment.source.caution
     if caution:
         log.warning(caution)
-    metadata = describe_export(report) | {"folder": dg.MetadataValue.path(str(folder.resolve()))}
+    metadata = describe_export(report) | {"folder": dg.MetadataValue.path(str(snapshots.storage.root.resolve()))}
     metadata |= {"row security": caution} if caution else {}
     if any(each.written for each in report.ranges):
         # before anything is paid for
         for line in deployment.describe_boilerplate():
             log.warning(line)
     metadata |= _illustrate(log, lambda: _describe_tokens(report, deployment))
-    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(digest_snapshots(folder)))
+    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(snapshots.digest_all()))
 
 
 def report_publish(report: PublishReport, deployment: Deployment, log: Any) -> dg.MaterializeResult[None]:

@@ -1,57 +1,61 @@
-"""Resources: configuration to core objects. A field left empty reads its variable when the run starts.
+"""Resources: the run config's options become core objects. An empty option reads its variable when the run starts.
 
-Secrets (POSTGRES_URL, FIREWORKS_API_KEY, SONGVEC_WEBHOOK_URL) are never fields, whose values Dagster stores and shows.
+Secrets (POSTGRES_URL, FIREWORKS_API_KEY, SONGVEC_WEBHOOK_URL) are never options, whose values Dagster stores and shows.
+When to add here: an option of a run that is not a setting. Settings and their descriptions come from `settings`.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, Optional, get_origin
 
 import dagster as dg
 import sqlalchemy as sa
-from pydantic import Field, create_model
+from pydantic import BaseModel, Field, create_model
 
 from songvec_assets.defs.partitions import TILING
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SettingsError
 from songvec_assets.postgres.engine import Profile
-from songvec_assets.settings import Settings, read_setting
+from songvec_assets.settings import (
+    PostgresSettings,
+    ProviderSettings,
+    RunSettings,
+    Settings,
+    StorageSettings,
+    variable,
+)
 from songvec_assets.songs.export import ExportMode
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 
-_SETTINGS = {each.metadata["variable"]: each for each in fields(Settings)}
+
+def options_of(group: type[BaseModel]) -> dict[str, str]:
+    """The options that a resource has for a group's settings: the names of settings to those of options."""
+    return {name: name.removeprefix("fireworks_") for name, field in group.model_fields.items() if field.repr}
 
 
-def _setting(variable: str, words: str = "") -> Any:
-    """A field that overrides a setting; its description is the setting's, with the default: the launchpad shows both.
+def with_options(group: type[BaseModel]) -> Any:
+    """A base class for a resource that has a group's settings as options, all empty.
 
-    Args:
-        variable: of the setting.
-        words: what the field is, where the setting's own words do not fit a run's option.
+    They are not inherited: Dagster passes a field's default as if it had been typed, so it would replace the
+    environment's value, and a resource that is part of another would read the environment when the graph loads.
     """
-    setting = _SETTINGS[variable]
-    default = "unset" if setting.default is None else str(setting.default).replace("\n", "\\n")
-    words = words or f"{setting.metadata['help']}."
-    return Field(default=None, description=f"{words} Empty: {variable}, read when the run starts (default: {default}).")
+    options: dict[str, Any] = {}
+    for name, option in options_of(group).items():
+        field = group.model_fields[name]
+        kind = str if get_origin(field.annotation) is Literal else field.annotation
+        default = "unset" if field.default is None else str(field.default).replace("\n", "\\n")
+        read = f"Empty: {variable(name)}, read when the run starts (default: {default})."
+        options[option] = Optional[kind], Field(default=None, description=f"{field.description}. {read}")  # noqa: UP045
+    return create_model(group.__name__, __base__=dg.ConfigurableResource, **options)
 
 
-class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """The database with the songs and the embeddings: POSTGRES_URL, or the embedded server where that is unset."""
+def given(group: type[BaseModel], resource: "dg.ConfigurableResource[Any]") -> dict[str, Any]:
+    """The values of a resource's options, under the names of the settings; None: empty."""
+    return {name: getattr(resource, option) for name, option in options_of(group).items()}
 
-    songs_table: str | None = _setting("SONGVEC_SONGS_TABLE")
-    song_id_column: str | None = _setting("SONGVEC_SONG_ID_COLUMN")
-    name_column: str | None = _setting("SONGVEC_NAME_COLUMN")
-    artist_column: str | None = _setting("SONGVEC_ARTIST_COLUMN")
-    lyrics_column: str | None = _setting("SONGVEC_LYRICS_COLUMN")
-    updated_at_column: str | None = _setting("SONGVEC_UPDATED_AT_COLUMN")
-    full_compare_hours: float | None = _setting("SONGVEC_FULL_COMPARE_HOURS")
-    max_missing_share: float | None = _setting("SONGVEC_MAX_MISSING_SHARE")
-    max_missing_range_share: float | None = _setting("SONGVEC_MAX_MISSING_RANGE_SHARE")
-    vector_type: str | None = _setting("SONGVEC_VECTOR_TYPE")
-    lists: int | None = _setting("SONGVEC_LISTS")
-    index_memory_mb: int | None = _setting("SONGVEC_INDEX_MEMORY_MB")
+
+class PostgresResource(with_options(PostgresSettings)):  # type: ignore[misc]
+    """The database with the songs and the embeddings: POSTGRES_URL, or the embedded server if that is unset."""
 
     def get_engine(self, profile: Profile = "batch") -> sa.Engine:
         """An SQLAlchemy engine with one of three pools: batch, web, parallel."""
@@ -64,48 +68,24 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             yield connection
 
     def _deployment(self) -> Deployment:
-        return Deployment(Settings.from_environment(**overrides(self)))
+        return Deployment(Settings(**given(PostgresSettings, self)))
 
 
-class FireworksResource(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """The embeddings provider: Fireworks AI, or any OpenAI-compatible server; offline where no key is set."""
-
-    base_url: str | None = _setting("FIREWORKS_BASE_URL")
-    embedding_model: str | None = _setting("SONGVEC_EMBEDDING_MODEL")
-    embedding_dimensions: int | None = _setting("SONGVEC_EMBEDDING_DIMENSIONS")
-    query_prompt: str | None = _setting("SONGVEC_QUERY_PROMPT")
-    document_prompt: str | None = _setting("SONGVEC_DOCUMENT_PROMPT")
-    truncate: bool | None = _setting("SONGVEC_TRUNCATE")
-    requests_per_minute: int | None = _setting("SONGVEC_REQUESTS_PER_MINUTE")
-    tokens_per_minute: int | None = _setting("SONGVEC_TOKENS_PER_MINUTE")
-    max_request_texts: int | None = _setting("SONGVEC_MAX_REQUEST_TEXTS")
-    max_request_tokens: int | None = _setting("SONGVEC_MAX_REQUEST_TOKENS")
-    patience_s: float | None = _setting("SONGVEC_PATIENCE_S")
-    usd_per_million_tokens: float | None = _setting("SONGVEC_USD_PER_MILLION_TOKENS")
+class FireworksResource(with_options(ProviderSettings)):  # type: ignore[misc]
+    """The embeddings provider: Fireworks AI, or any OpenAI-compatible server; the offline model if no key is set."""
 
 
-class StorageResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+class StorageResource(with_options(StorageSettings)):  # type: ignore[misc]
     """The folder of snapshots and cached embeddings, and how songs become texts."""
 
-    storage: str | None = _setting("SONGVEC_STORAGE")
-    retention_days: float | None = _setting("SONGVEC_RETENTION_DAYS")
-    text_template: str | None = _setting("SONGVEC_TEXT_TEMPLATE")
-    max_text_chars: int | None = _setting("SONGVEC_MAX_TEXT_CHARS")
 
-
-OF_RUNS = ("max_usd", "max_usd_a_month", "concurrency", "target_recall", "swap")
-"""Settings that are options of a run."""
-
-
-class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """What this run is to do and may spend; the same for all of its steps."""
+class RunResource(with_options(RunSettings)):  # type: ignore[misc]
+    """What this run does and may spend; the same for all of its steps."""
 
     postgres: dg.ResourceDependency[PostgresResource]
     fireworks: dg.ResourceDependency[FireworksResource]
     storage: dg.ResourceDependency[StorageResource]
 
-    max_usd: float | None = _setting("SONGVEC_MAX_USD", "Budget in dollars, 0 or more: the run stops before it.")
-    max_usd_a_month: float | None = _setting("SONGVEC_MAX_USD_A_MONTH", "Budget of the calendar month over all runs.")
     ranges: str = Field(
         default="",
         description=(
@@ -133,9 +113,6 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         description="Pay again for cached texts that a changed setting makes otherwise (template, length, prompt).",
     )
     rebuild_index: bool = Field(default=False, description="Build the index even where the one there still fits.")
-    concurrency: int | None = _setting("SONGVEC_CONCURRENCY", "Requests in flight, 1 to 1,000.")
-    target_recall: float | None = _setting("SONGVEC_TARGET_RECALL", "Recall that searches must reach, over 0, up to 1.")
-    swap: bool | None = _setting("SONGVEC_SWAP", "Build another model, size or type beside, and swap it in.")
 
     def open(self) -> Deployment:
         """What a run works with, from the environment and the resources' fields.
@@ -143,12 +120,11 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         Raises:
             SettingsError: a setting does not parse, or settings contradict each other.
         """
-        given = {name: getattr(self, name) for name in OF_RUNS}
-        for resource in (self.postgres, self.fireworks, self.storage):
-            given |= overrides(resource)
         if self.ranges:
             parse_span(self.ranges, TILING)
-        return Deployment(Settings.from_environment(**given))
+        values = given(RunSettings, self) | given(PostgresSettings, self.postgres)
+        values |= given(ProviderSettings, self.fireworks) | given(StorageSettings, self.storage)
+        return Deployment(Settings(**values))
 
     def choose_ranges(self, deployment: Deployment, launched: Sequence[str] | None) -> list[SongIdRange]:
         """The ranges to embed, in order.
@@ -170,40 +146,39 @@ class RunResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return [each for each in held if first <= each <= last]
 
 
-def make_resources(**defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The graph's resources, with defaults of some fields that differ from the usual ones.
+def make_resources(**prefilled: Mapping[str, Any]) -> dict[str, Any]:
+    """The graph's resources, some of whose options the launchpad prefills.
 
     Args:
-        defaults: field names to values, by resource; the launchpad is prefilled with them.
+        prefilled: names of options to values, by resource.
     """
 
-    def of(resource: type[Any], name: str) -> type[Any]:
-        given: dict[str, Any] = {}
-        for field, value in defaults.get(name, {}).items():
-            declared = resource.model_fields[field]
-            given[field] = declared.annotation, Field(default=value, description=declared.description)
-        # a class of the same name: Dagster takes its docstring as the resource's description
-        return (
-            create_model(resource.__name__, __base__=resource, __doc__=resource.__doc__, **given) if given else resource
-        )
+    def prefill(resource: type[Any], name: str) -> type[Any]:
+        values: dict[str, Any] = {}
+        for option, value in prefilled.get(name, {}).items():
+            field = resource.model_fields[option]
+            values[option] = field.annotation, Field(default=value, description=field.description)
+        # a class of the same name and docstring: Dagster shows them as the resource's type and description
+        return create_model(resource.__name__, __base__=resource, __doc__=resource.__doc__, **values)
 
     made: dict[str, Any] = {
-        "postgres": of(PostgresResource, "postgres").configure_at_launch(),
-        "fireworks": of(FireworksResource, "fireworks").configure_at_launch(),
-        "storage": of(StorageResource, "storage").configure_at_launch(),
+        "postgres": prefill(PostgresResource, "postgres").configure_at_launch(),
+        "fireworks": prefill(FireworksResource, "fireworks").configure_at_launch(),
+        "storage": prefill(StorageResource, "storage").configure_at_launch(),
     }
-    return made | {"run": of(RunResource, "run")(**made)}
+    return made | {"run": prefill(RunResource, "run")(**made)}
 
 
 RESOURCES = make_resources()
 
 
-def present_values(*variables: str) -> dict[str, Any]:
-    """What settings are as the code location loads, by resource; none where one does not parse: a run refuses it."""
+def present_values(group: type[BaseModel], *names: str) -> dict[str, Any]:
+    """The values that settings have as the code location loads; none if one does not parse: a run refuses it."""
     try:
-        return {_SETTINGS[each].name: read_setting(_SETTINGS[each], os.environ) for each in variables}
+        settings = group()
     except SettingsError:
         return {}
+    return {name: getattr(settings, name) for name in names}
 
 
 def parse_span(words: str, tiling: Tiling) -> tuple[SongIdRange, SongIdRange]:
@@ -220,9 +195,3 @@ def parse_span(words: str, tiling: Tiling) -> tuple[SongIdRange, SongIdRange]:
     if not {*span} <= {*tiling} or span[0] > span[1]:
         raise SettingsError(f"ranges: FIRST...LAST names no ranges of this graph in their order, got {words!r}")
     return span
-
-
-def overrides(resource: "dg.ConfigurableResource[Any]") -> dict[str, Any]:
-    """A resource's fields under the names that `Settings` has for them."""
-    names = {"base_url": "fireworks_base_url"}
-    return {names.get(name, name): getattr(resource, name) for name in type(resource).model_fields}

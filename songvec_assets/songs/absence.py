@@ -7,7 +7,6 @@ caller passes it) and what follows from a deletion. `share`s are fractions from 
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol
 
 import polars as pl
@@ -16,7 +15,7 @@ from songvec_assets.errors import BulkDeletionError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.counts import IdSums, RangeCount, read_song_ids
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import read_snapshot_ids
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SongsSource
 
 MIN_MISSING = 20
@@ -126,7 +125,7 @@ class AbsenceGuard:
         self,
         database: Database,
         source: SongsSource,
-        folder: Path,
+        snapshots: Snapshots,
         counts: Mapping[SongIdRange, RangeCount],
         check_stop: Callable[[], None] = lambda: None,
     ) -> Absence:
@@ -137,7 +136,7 @@ class AbsenceGuard:
         Args:
             database: where the source is.
             source: which table and columns.
-            folder: of the snapshots.
+            snapshots: as the export before left them.
             counts: of the source, by range.
             check_stop: called for each range; raises to end it.
         """
@@ -145,7 +144,7 @@ class AbsenceGuard:
         for song_range, n_known in known.items():
             check_stop()
             there = counts.get(song_range, RangeCount()).ids
-            snapshot = read_snapshot_ids(folder, song_range)
+            snapshot = snapshots.read_ids(song_range)
             before = snapshot[1] if snapshot is not None and IdSums.of(snapshot[0]) == there else None
             if before is not None and n_known <= len(before):
                 continue

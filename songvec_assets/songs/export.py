@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import adbc_driver_postgresql.dbapi as adbc
@@ -20,10 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from songvec_assets.errors import BulkDeletionError, DatabaseError, SongvecError, SourceError, StoreError
-from songvec_assets.files import replace_atomically
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext
-from songvec_assets.songs import snapshots
 from songvec_assets.songs.absence import AbsenceGuard
 from songvec_assets.songs.counts import IdSums, RangeCount, check_ids, count_ranges, count_unreachable_ids
 from songvec_assets.songs.ranges import SongIdRange, Tiling
@@ -33,11 +30,13 @@ from songvec_assets.songs.snapshots import (
     SNAPSHOT_SCHEMA,
     Changes,
     Footer,
+    Snapshots,
     add_text_hashes,
-    snapshot_digest,
-    snapshot_path,
+    count_changes,
+    hash_content,
 )
 from songvec_assets.songs.source import SongsSource
+from songvec_assets.storage import Storage
 
 ExportMode = Literal["all", "append"]
 
@@ -192,24 +191,24 @@ class Looks(msgspec.Struct, frozen=True):
     newest: dict[str, tuple[str, str]] = {}
 
     @classmethod
-    def read(cls, folder: Path, source: SongsSource) -> "Looks":
+    def read(cls, storage: Storage, source: SongsSource) -> "Looks":
         """What is known of a source; nothing, if it is another one or cannot be read: then all songs are compared."""
         try:
-            found = msgspec.json.decode((folder / _LOOKS).read_bytes(), type=cls)
-        except (FileNotFoundError, msgspec.DecodeError):
+            stored = storage.read(_LOOKS)
+            found = msgspec.json.decode(stored.content if stored else b"", type=cls)
+        except msgspec.DecodeError:
             return cls(source.identity)
         return found if found.source == source.identity else cls(source.identity)
 
-    def write(self, folder: Path) -> None:
+    def write(self, storage: Storage) -> None:
         """Keep it with the snapshots."""
-        with replace_atomically(folder / _LOOKS) as file:
-            file.write(msgspec.json.encode(self))
+        storage.put(_LOOKS, msgspec.json.encode(self))
 
 
 def cache_songs_to_parquet(
     database: Database,
     source: SongsSource,
-    folder: Path,
+    snapshots: Snapshots,
     tiling: Tiling,
     options: ExportOptions = _DEFAULT_OPTIONS,
     run: RunContext | None = None,
@@ -219,7 +218,7 @@ def cache_songs_to_parquet(
     Args:
         database: where the songs are.
         source: which table and columns.
-        folder: of the snapshot files.
+        snapshots: which are brought to that state.
         tiling: how song_ids are divided into ranges.
         options: see there.
         run: receives the number of songs exported so far, and ends the export; ranges that are done stay.
@@ -233,25 +232,25 @@ def cache_songs_to_parquet(
         SourceError: most songs have ids that no range can hold.
     """
     run = run or RunContext()
-    folder.mkdir(parents=True, exist_ok=True)
     started, report, is_append = time.time(), ExportReport(), options.mode == "append"
     counts = count_ranges(database, source, tiling)
     check_ids(database, source, tiling, counts)
     # an append deletes no song that has a snapshot
     guard = options.guard
     if guard and not guard.confirmed and not is_append:
-        guard.check(guard.find(database, source, folder, counts, run.check_stop), source)
-    snapshots.remove_other_ranges(folder, tiling)
-    known, looks = set(snapshots.snapshot_ranges(folder)), Looks.read(folder, source)
+        guard.check(guard.find(database, source, snapshots, counts, run.check_stop), source)
+    snapshots.storage.delete_leftovers("")
+    snapshots.delete_other_ranges(tiling)
+    known, looks = set(snapshots.ranges()), Looks.read(snapshots.storage, source)
     is_full = not 0 <= started - looks.full_compare_at < options.full_compare_hours * 3600
     if is_append:
-        exporter = RangeExporter(source, folder, counts, options, above=snapshots.get_max_cached_song_id(folder))
+        exporter = RangeExporter(source, snapshots, counts, options, above=snapshots.find_max_song_id())
         # first and alone: were a later range written and this one not, the next append would begin above its songs
         first = [each for each in sorted(counts) if exporter.is_split(each)]
         others = [each for each in sorted(counts) if exporter.is_above(each) or each not in known]
     else:
         report.unreachable.update(count_unreachable_ids(database, source))
-        exporter = RangeExporter(source, folder, counts, options, {} if is_full else looks.newest)
+        exporter = RangeExporter(source, snapshots, counts, options, {} if is_full else looks.newest)
         first, others = [], sorted({*counts, *known, *options.kept})
     _export_ranges(database, exporter, [first, others], report, run)
     if source.updated_at and not is_append:
@@ -259,7 +258,7 @@ def cache_songs_to_parquet(
         compared_at = started if is_full and not report.failed else looks.full_compare_at
         seen = Looks(source.identity, compared_at, exporter.describe_looks(report, looks))
         if seen != looks:
-            seen.write(folder)
+            seen.write(snapshots.storage)
     if report.failed:
         raise IncompleteExportError(report) from report.failed[0].error
     return report
@@ -296,7 +295,7 @@ class RangeExporter:
 
     Attributes:
         source: which table and columns.
-        folder: of the snapshots.
+        snapshots: which it writes.
         counts: of the source, by range.
         options: of the export.
         newest: see `Looks`; empty: every song is compared.
@@ -304,7 +303,7 @@ class RangeExporter:
     """
 
     source: SongsSource
-    folder: Path
+    snapshots: Snapshots
     counts: Mapping[SongIdRange, RangeCount]
     options: ExportOptions
     newest: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -326,7 +325,7 @@ class RangeExporter:
         """What `Looks` keeps of these ranges; those that failed stay as they were."""
         newest = {}
         for song_range, failed in ((each.range, bool(each.error)) for each in report.ranges):
-            digest, at = snapshot_digest(snapshot_path(self.folder, song_range)), self.count(song_range).newest
+            digest, at = self.snapshots.digest(song_range), self.count(song_range).newest
             if failed and song_range.key in before.newest:
                 newest[song_range.key] = before.newest[song_range.key]
             elif not failed and digest and at:
@@ -335,15 +334,14 @@ class RangeExporter:
 
     def export(self, reader: Reader, song_range: SongIdRange) -> RangeExport:
         """Bring one range's snapshot to the state of its songs, or say why not."""
-        path = snapshot_path(self.folder, song_range)
         if song_range not in self.counts and song_range not in self.options.kept:
-            n_gone = snapshots.count_songs(self.folder, song_range)
-            path.unlink()
+            n_gone = self.snapshots.count(song_range)
+            self.snapshots.delete(song_range)
             return RangeExport(song_range, n_gone=n_gone, written=True)
         try:
-            before = snapshots.read_source_hashes(path, self.source.spec)
+            before = self.snapshots.read_source_hashes(song_range, self.source.spec)
             after, newer = reader.read(lambda connection: self._read(connection, song_range, before))
-            footer = snapshots.read_footer(path)
+            footer = self.snapshots.footer(song_range)
             if before is None or footer is None:
                 return self._write(song_range, newer, Changes(newer.num_rows, 0, 0))
             is_whole = footer.text == self.source.spec.identity
@@ -351,8 +349,8 @@ class RangeExporter:
             if not newer.num_rows and len(after) == len(before) and (is_whole or self.is_split(song_range)):
                 return RangeExport(song_range, footer.n_songs, set_aside=footer.set_aside, text_sizes=footer.text_sizes)
             try:
-                songs = snapshots.merge_songs(path, newer, after["song_id"].to_numpy())
-                changes = self._count_changes(path, before, songs, is_whole)
+                songs = self.snapshots.merge(song_range, newer, after["song_id"].to_numpy())
+                changes = self._count_changes(song_range, before, songs, is_whole)
             except (pa.ArrowException, OSError, StoreError):  # damaged: as if there were none
                 _, songs = reader.read(lambda connection: self._read(connection, song_range, None))
                 changes = Changes(songs.num_rows, 0, 0)
@@ -391,26 +389,25 @@ class RangeExporter:
             return [self.source.above(self.above)]
         digest, newest = self.newest.get(song_range.key, (None, ""))
         is_hashed = not before["source_hash"].null_count()
-        if is_hashed and digest == snapshot_digest(snapshot_path(self.folder, song_range)):
+        if is_hashed and digest == self.snapshots.digest(song_range):
             return [self.source.updated_since(newest), ""]
         return [""]
 
-    def _count_changes(self, path: Path, before: pl.DataFrame, songs: pa.Table, is_whole: bool) -> Changes:
+    def _count_changes(self, song_range: SongIdRange, before: pl.DataFrame, songs: pa.Table, is_whole: bool) -> Changes:
         if is_whole:
-            return snapshots.count_changes(before, pl.DataFrame(songs.select(["song_id", "source_hash"])))
+            return count_changes(before, pl.DataFrame(songs.select(["song_id", "source_hash"])))
         after = pl.DataFrame(songs.select(SNAPSHOT_SCHEMA.names))
-        contents = (snapshots.load_songs_from_parquet(path), after)
-        return snapshots.count_changes(*map(snapshots.hash_content, contents))
+        contents = (self.snapshots.read(song_range), after)
+        return count_changes(*map(hash_content, contents))
 
     def _write(self, song_range: SongIdRange, songs: pa.Table, changes: Changes, is_whole: bool = True) -> RangeExport:
-        path = snapshot_path(self.folder, song_range)
         footer = Footer.of(songs, self.source.spec.identity if is_whole else "")
-        if snapshot_digest(path) == footer.digest:
+        if self.snapshots.digest(song_range) == footer.digest:
             changes = Changes(0, 0, 0)
         elif self.options.guard:
             accepted = pl.Series(songs["song_id"]).filter(pl.Series(songs["set_aside"]).is_null())
             self.options.guard.check_range(song_range, accepted)
-        snapshots.write_snapshot(path, songs, footer)
+        self.snapshots.write(song_range, songs, footer)
         counts = footer.n_songs, *changes
         return RangeExport(song_range, *counts, footer.set_aside, footer.text_sizes, written=True)
 

@@ -8,7 +8,7 @@ When to add here: what is kept of a song. Keep out: where songs come from.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +22,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from songvec_assets.errors import StoreError
-from songvec_assets.files import replace_atomically
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import TEXT_HASH_BYTES, TextSpec, render_texts
+from songvec_assets.storage import Storage
 
 SNAPSHOT_SCHEMA = pa.schema(
     [
@@ -35,6 +35,7 @@ SNAPSHOT_SCHEMA = pa.schema(
 _TEXT_HASHES = [pa.field("text_hash", pa.binary(TEXT_HASH_BYTES)), pa.field("truncated", pa.bool_())]
 FILE_SCHEMA = pa.schema([*SNAPSHOT_SCHEMA, pa.field("source_hash", pa.int64()), *_TEXT_HASHES])
 _DIGEST, _TEXT, _COUNTS = b"songvec.digest2", b"songvec.text", b"songvec.counts"
+_SUFFIX = ".parquet"
 _BATCH_ROWS = 4096
 SIZE_CLASS_BYTES = 128
 """Songs are counted by the sizes of their texts in classes of this width."""
@@ -73,53 +74,52 @@ class Changes(NamedTuple):
     n_gone: int
 
 
-def snapshot_path(folder: Path, song_range: SongIdRange) -> Path:
-    """Where a range's snapshot is."""
-    return folder / f"{song_range.key}.parquet"
+@dataclass(frozen=True)
+class Snapshots:
+    """The snapshots of a store, each an object `<key of its range>.parquet`.
 
-
-def snapshot_ranges(folder: Path) -> list[SongIdRange]:
-    """The ranges that have a snapshot, in order."""
-    return ranges_of(folder.glob("*.parquet"))
-
-
-def ranges_of(paths: Iterable[Path]) -> list[SongIdRange]:
-    """The ranges that files are named after, in order.
-
-    Raises:
-        StoreError: one is named otherwise.
+    Attributes:
+        storage: where they are; a range without a snapshot is a range without songs.
     """
-    try:
-        return sorted(SongIdRange.from_key(path.stem) for path in paths)
-    except ValueError as error:
-        raise StoreError(f"a file that is not ours lies in the storage folder: {error}; move it away") from error
 
+    storage: Storage
 
-def remove_other_ranges(folder: Path, tiling: Tiling) -> None:
-    """Remove snapshots of ranges that the present tiling does not have: the tail before its stop was raised."""
-    for song_range in snapshot_ranges(folder):
-        if tiling.range_of(song_range.start) != song_range:
-            snapshot_path(folder, song_range).unlink()
+    def __contains__(self, song_range: SongIdRange) -> bool:
+        return _key(song_range) in self.storage
 
+    def ranges(self) -> list[SongIdRange]:
+        """The ranges that have a snapshot, in order.
 
-def load_songs_from_parquet(
-    path: Path, columns: list[str] | None = None, song_ids: Sequence[int] | pl.Series | None = None
-) -> pl.DataFrame:
-    """One range's snapshot; see the module for its columns. No file is a range without songs.
+        Raises:
+            StoreError: a file is named otherwise.
+        """
+        names = [Path(name) for name in self.storage.list_objects()]
+        try:
+            return sorted(SongIdRange.from_key(name.stem) for name in names if name.suffix == _SUFFIX)
+        except ValueError as error:
+            raise StoreError(f"a file that is not ours lies in the storage folder: {error}; move it away") from error
 
-    Args:
-        path: of the snapshot.
-        columns: to read, song_id among them; None: the content.
-        song_ids: only these songs, in the order of the file; None: all.
+    def read(
+        self,
+        song_range: SongIdRange,
+        columns: list[str] | None = None,
+        song_ids: Sequence[int] | pl.Series | None = None,
+    ) -> pl.DataFrame:
+        """The songs of a range; see the module for the columns.
 
-    Raises:
-        StoreError: the file is damaged: what it holds is not what was exported.
-    """
-    columns = columns or SNAPSHOT_SCHEMA.names
-    if not path.exists() or (song_ids is not None and not len(song_ids)):
-        return pl.DataFrame(FILE_SCHEMA.empty_table().select(columns))
-    try:
-        with _open(path) as file:
+        Args:
+            song_range: which.
+            columns: to read, song_id among them; None: the content.
+            song_ids: only these songs, in the order of the file; None: all.
+
+        Raises:
+            StoreError: the file is damaged: what it holds is not what was exported.
+        """
+        columns = columns or SNAPSHOT_SCHEMA.names
+        if song_range not in self or (song_ids is not None and not len(song_ids)):
+            return pl.DataFrame(FILE_SCHEMA.empty_table().select(columns))
+        try:
+            file = self._open(song_range)
             if song_ids is None:
                 return pl.DataFrame(file.read(columns))
             wanted = pl.Series(song_ids, dtype=pl.Int32).to_arrow()
@@ -130,145 +130,198 @@ def load_songs_from_parquet(
             return pl.DataFrame(
                 pa.Table.from_batches(batches, pa.schema([FILE_SCHEMA.field(each) for each in columns]))
             )
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(song_range, error) from error
 
+    def _open(self, song_range: SongIdRange) -> pq.ParquetFile:
+        """A snapshot whose pages are checked against their checksums as they are read."""
+        return pq.ParquetFile(pa.BufferReader(self.storage.open(_key(song_range))), page_checksum_verification=True)
 
-def _damaged(path: Path, error: Exception | str) -> StoreError:
-    return StoreError(
-        f"{path} is damaged ({error}): remove it and materialize songs_parquet, which exports the range again"
-    )
+    def _damaged(self, song_range: SongIdRange, error: Exception | str) -> StoreError:
+        return StoreError(
+            f"{self.storage.describe(_key(song_range))} is damaged ({error}): remove it and materialize "
+            "songs_parquet, which exports the range again"
+        )
 
+    def read_rejected(self, song_range: SongIdRange) -> pl.DataFrame:
+        """The rejected songs of a range: columns song_id and reason."""
+        songs = self.read(song_range, ["song_id", "set_aside"])
+        return songs.rename({"set_aside": "reason"}).drop_nulls("reason")
 
-def _open(path: Path) -> pq.ParquetFile:
-    """A snapshot whose pages are checked against their checksums as they are read."""
-    return pq.ParquetFile(path, page_checksum_verification=True)
+    def read_embeddable(self, song_range: SongIdRange) -> pl.Series:
+        """The song_ids of a range that are not rejected, in order."""
+        songs = self.read(song_range, ["song_id", "set_aside"])
+        return songs.filter(pl.col("set_aside").is_null())["song_id"]
 
+    def read_text_hashes(self, song_range: SongIdRange, spec: TextSpec) -> pl.DataFrame:
+        """The hash of the text of each song that is not rejected.
 
-def read_text_hashes(path: Path, spec: TextSpec) -> pl.DataFrame | None:
-    """The hash of the text of each song that is not rejected.
+        Args:
+            song_range: which.
+            spec: how songs become texts; if the snapshot was written with other settings, all texts are rendered.
 
-    Args:
-        path: of the snapshot.
-        spec: how songs become texts.
+        Returns:
+            Columns song_id (Int32), text_hash (Binary, 16 bytes) and truncated (Boolean), in the order of song_id.
 
-    Returns:
-        Columns song_id (Int32), text_hash (Binary, 16 bytes) and truncated (Boolean), in the order of song_id. None if
-        the snapshot was written with other settings, or before hashes were kept: its texts must be rendered.
+        Raises:
+            StoreError: the file is damaged.
+        """
+        if not self._has_hashes(song_range, spec):
+            return self.render(song_range, spec, self.read_embeddable(song_range)).drop("text")
+        return self.read(song_range, ["song_id", "text_hash", "truncated"]).drop_nulls("text_hash")
 
-    Raises:
-        StoreError: the file is damaged.
-    """
-    footer = read_footer(path)
-    if footer is None or footer.text != spec.identity:
+    def _has_hashes(self, song_range: SongIdRange, spec: TextSpec) -> bool:
+        footer = self.footer(song_range)
+        return footer is not None and footer.text == spec.identity
+
+    def render(self, song_range: SongIdRange, spec: TextSpec, song_ids: pl.Series) -> pl.DataFrame:
+        """The texts of some songs, rendered, see `render_texts`.
+
+        Args:
+            song_range: which.
+            spec: how songs become texts.
+            song_ids: of songs that are not rejected.
+
+        Raises:
+            StoreError: the file is damaged, or a text is not the one whose hash the snapshot keeps.
+        """
+        texts = render_texts(self.read(song_range, song_ids=song_ids), spec)
+        if texts.height and self._has_hashes(song_range, spec):
+            hashes = self.read_text_hashes(song_range, spec)
+            if texts.join(hashes, on=["song_id", "text_hash"], how="anti").height:
+                raise self._damaged(song_range, "texts do not have the hashes that are kept of them")
+        return texts
+
+    def read_source_hashes(self, song_range: SongIdRange, spec: TextSpec) -> pl.DataFrame | None:
+        """song_id and source_hash of a snapshot; None if there is no file that can be read.
+
+        The hashes are null if the snapshot was written with other settings: then songs may be rejected for other
+        reasons.
+        """
+        if self._has_hashes(song_range, spec):
+            return self._try_to_read(song_range, ["song_id", "source_hash"])
+        songs = self._try_to_read(song_range, ["song_id"])
+        return None if songs is None else songs.with_columns(source_hash=pl.lit(None, pl.Int64))
+
+    def _try_to_read(self, song_range: SongIdRange, columns: list[str]) -> pl.DataFrame | None:
+        try:
+            return self.read(song_range, columns) if song_range in self else None
+        except StoreError:  # the export replaces it
+            return None
+
+    def read_ids(self, song_range: SongIdRange) -> tuple[pl.Series, pl.Series] | None:
+        """The song_ids of a snapshot, and those that are not rejected, in order; None without one that can be read."""
+        songs = self._try_to_read(song_range, ["song_id", "set_aside"])
+        return None if songs is None else (songs["song_id"], songs.filter(pl.col("set_aside").is_null())["song_id"])
+
+    def footer(self, song_range: SongIdRange) -> Footer | None:
+        """The footer of a snapshot; None if there is no file that can be read."""
+        try:
+            file = pq.read_metadata(pa.BufferReader(self.storage.open(_key(song_range))))
+        except (FileNotFoundError, pa.ArrowInvalid):
+            return None
+        digest, text, counts = ((file.metadata or {}).get(key, b"").decode() for key in (_DIGEST, _TEXT, _COUNTS))
+        reasons, sizes = json.loads(counts) if counts else ({}, [])
+        return Footer(digest, text, file.num_rows, Counter(reasons), Counter(dict(sizes)))
+
+    def digest(self, song_range: SongIdRange) -> str | None:
+        """The identity of a snapshot's content, from its footer; None if it has none."""
+        footer = self.footer(song_range)
+        return footer.digest or None if footer else None
+
+    def count(self, song_range: SongIdRange) -> int:
+        """Songs of a snapshot, from its footer; 0 if there is none that can be read: reading it says what is wrong."""
+        footer = self.footer(song_range)
+        return footer.n_songs if footer else 0
+
+    def digest_all(self) -> str:
+        """An identity of all snapshots, from their footers."""
+        state = xxhash.xxh3_128()
+        for song_range in self.ranges():
+            state.update(f"{song_range.key} {self.digest(song_range)}\n".encode())
+        return state.hexdigest()
+
+    def find_max_song_id(self) -> int | None:
+        """The highest song_id of all snapshots, or None if there are none."""
+        for song_range in reversed(self.ranges()):
+            song_ids = self.read(song_range, ["song_id"])["song_id"]
+            if len(song_ids):
+                return int(song_ids[-1])
         return None
-    hashes = load_songs_from_parquet(path, ["song_id", "text_hash", "truncated"])
-    return hashes.filter(pl.col("text_hash").is_not_null())
+
+    def write(self, song_range: SongIdRange, songs: pa.Table, footer: Footer) -> None:
+        """Write a range's songs, whole and durable or not at all.
+
+        Args:
+            song_range: which.
+            songs: of FILE_SCHEMA.
+            footer: of these songs.
+        """
+        counts = json.dumps([footer.set_aside, sorted(footer.text_sizes.items())])
+        with self.storage.write(_key(song_range)) as file:
+            pq.write_table(
+                songs.replace_schema_metadata({_DIGEST: footer.digest, _TEXT: footer.text, _COUNTS: counts}),
+                file,
+                compression="zstd",
+                compression_level=1,
+                # names and lyrics hardly repeat: looking for it costs a twentieth of the time
+                use_dictionary=["artist", "set_aside"],
+                write_statistics=False,
+                write_page_checksum=True,
+            )
+
+    def delete(self, song_range: SongIdRange) -> None:
+        """Delete a range's snapshot."""
+        self.storage.delete(_key(song_range))
+
+    def delete_other_ranges(self, tiling: Tiling) -> None:
+        """Delete snapshots of ranges that the present tiling does not have: the tail before its stop was raised."""
+        for song_range in self.ranges():
+            if tiling.range_of(song_range.start) != song_range:
+                self.delete(song_range)
+
+    def merge(self, song_range: SongIdRange, newer: pa.Table, song_ids: NDArray[np.int32]) -> pa.Table:
+        """The stored songs with newer rows in place of those of the same song_id.
+
+        Args:
+            song_range: which.
+            newer: of FILE_SCHEMA.
+            song_ids: that the range has now; the others are left out.
+
+        Returns:
+            Of FILE_SCHEMA, in the order of song_id.
+
+        Raises:
+            pa.ArrowException, OSError: the snapshot is damaged.
+        """
+        newer = newer.filter(pc.is_in(newer["song_id"], pa.array(song_ids)))
+        newer_ids, pieces, start = newer["song_id"].to_numpy(), [], 0
+        # a few rows at a time: the range is in memory once. A thread per column gains nothing here, and takes 30 MB
+        for batch in self._open(song_range).iter_batches(_BATCH_ROWS, use_threads=False):
+            before = pa.Table.from_batches([batch]).replace_schema_metadata()
+            for each in FILE_SCHEMA:
+                if each.name not in before.column_names:  # written before hashes were kept
+                    before = before.append_column(each, pa.nulls(before.num_rows, each.type))
+            stop = int(np.searchsorted(newer_ids, before["song_id"][-1].as_py(), side="right"))
+            pieces.append(_merge(before, newer.slice(start, stop - start), song_ids))
+            start = stop
+        return pa.concat_tables([*pieces, newer.slice(start)])
 
 
-def render_songs(path: Path, spec: TextSpec, song_ids: pl.Series) -> pl.DataFrame:
-    """The texts of some songs, rendered, see `render_texts`.
-
-    Args:
-        path: of the snapshot.
-        spec: how songs become texts.
-        song_ids: of songs that are not rejected.
-
-    Raises:
-        StoreError: the file is damaged, or a text is not the one whose hash the snapshot keeps.
-    """
-    texts = render_texts(load_songs_from_parquet(path, song_ids=song_ids), spec)
-    hashes = read_text_hashes(path, spec) if len(song_ids) else None
-    if hashes is not None and texts.join(hashes, on=["song_id", "text_hash"], how="anti").height:
-        raise _damaged(path, "texts do not have the hashes that are kept of them")
-    return texts
+def _key(song_range: SongIdRange) -> str:
+    return f"{song_range.key}{_SUFFIX}"
 
 
-def read_source_hashes(path: Path, spec: TextSpec) -> pl.DataFrame | None:
-    """song_id and source_hash of a snapshot; None if there is no file that can be read.
-
-    The hashes are null if the snapshot was written with other settings: then songs may be rejected for other reasons.
-    """
-    footer = read_footer(path)
-    if footer and footer.text == spec.identity:
-        return _try_to_load(path, ["song_id", "source_hash"])
-    songs = _try_to_load(path, ["song_id"])
-    return None if songs is None else songs.with_columns(source_hash=pl.lit(None, pl.Int64))
-
-
-def _try_to_load(path: Path, columns: list[str]) -> pl.DataFrame | None:
-    try:
-        return load_songs_from_parquet(path, columns) if path.exists() else None
-    except StoreError:  # the export replaces it
-        return None
-
-
-def read_footer(path: Path) -> Footer | None:
-    """The footer of a snapshot; None if there is no file that can be read."""
-    try:
-        file = pq.read_metadata(path)
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return None
-    digest, text, counts = ((file.metadata or {}).get(key, b"").decode() for key in (_DIGEST, _TEXT, _COUNTS))
-    reasons, sizes = json.loads(counts) if counts else ({}, [])
-    return Footer(digest, text, file.num_rows, Counter(reasons), Counter(dict(sizes)))
-
-
-def snapshot_digest(path: Path) -> str | None:
-    """The identity of a snapshot's content, from its footer; None if it has none."""
-    footer = read_footer(path)
-    return footer.digest or None if footer else None
-
-
-def count_songs(folder: Path, song_range: SongIdRange) -> int:
-    """Songs of a snapshot, from its footer; 0 if there is none that can be read: reading it says what is wrong."""
-    footer = read_footer(snapshot_path(folder, song_range))
-    return footer.n_songs if footer else 0
-
-
-def read_snapshot_ids(folder: Path, song_range: SongIdRange) -> tuple[pl.Series, pl.Series] | None:
-    """The song_ids of a snapshot, and those that are not rejected, in order; None without one that can be read."""
-    songs = _try_to_load(snapshot_path(folder, song_range), ["song_id", "set_aside"])
-    return None if songs is None else (songs["song_id"], songs.filter(pl.col("set_aside").is_null())["song_id"])
-
-
-def digest_snapshots(folder: Path) -> str:
-    """An identity of all snapshots, from their footers."""
-    state = xxhash.xxh3_128()
-    for song_range in snapshot_ranges(folder):
-        state.update(f"{song_range.key} {snapshot_digest(snapshot_path(folder, song_range))}\n".encode())
-    return state.hexdigest()
+def load_songs_from_parquet(
+    path: Path, columns: list[str] | None = None, song_ids: Sequence[int] | pl.Series | None = None
+) -> pl.DataFrame:
+    """One range's snapshot, given by its path; see `Snapshots.read`."""
+    return Snapshots(Storage(path.parent)).read(SongIdRange.from_key(path.stem), columns, song_ids)
 
 
 def get_max_cached_song_id(folder: Path) -> int | None:
-    """The highest song_id of all snapshots, or None if there are none."""
-    for song_range in reversed(snapshot_ranges(folder)):
-        song_ids = load_songs_from_parquet(snapshot_path(folder, song_range), ["song_id"])["song_id"]
-        if len(song_ids):
-            return int(song_ids[-1])
-    return None
-
-
-def write_snapshot(path: Path, songs: pa.Table, footer: Footer) -> None:
-    """Write a range's songs, whole and durable or not at all.
-
-    Args:
-        path: of the snapshot.
-        songs: of FILE_SCHEMA.
-        footer: of these songs.
-    """
-    counts = json.dumps([footer.set_aside, sorted(footer.text_sizes.items())])
-    with replace_atomically(path) as file:
-        pq.write_table(
-            songs.replace_schema_metadata({_DIGEST: footer.digest, _TEXT: footer.text, _COUNTS: counts}),
-            file,
-            compression="zstd",
-            compression_level=1,
-            # names and lyrics hardly repeat: looking for it costs a twentieth of the time
-            use_dictionary=["artist", "set_aside"],
-            write_statistics=False,
-            write_page_checksum=True,
-        )
+    """The highest song_id of all snapshots of a folder, or None if there are none."""
+    return Snapshots(Storage(folder)).find_max_song_id()
 
 
 def add_text_hashes(songs: pa.Table, spec: TextSpec) -> pa.Table:
@@ -283,35 +336,6 @@ def add_text_hashes(songs: pa.Table, spec: TextSpec) -> pa.Table:
         hashes = [pa.array(joined[each.name].to_list(), each.type) for each in _TEXT_HASHES]
     content = [songs[each.name] for each in FILE_SCHEMA if each not in _TEXT_HASHES]
     return pa.table([*content, *hashes], schema=FILE_SCHEMA)
-
-
-def merge_songs(path: Path, newer: pa.Table, song_ids: NDArray[np.int32]) -> pa.Table:
-    """The snapshot on disk with newer rows in place of those of the same song_id.
-
-    Args:
-        path: of the snapshot.
-        newer: of FILE_SCHEMA.
-        song_ids: that the range has now; the others are left out.
-
-    Returns:
-        Of FILE_SCHEMA, in the order of song_id.
-
-    Raises:
-        pa.ArrowException, OSError: it is damaged.
-    """
-    newer = newer.filter(pc.is_in(newer["song_id"], pa.array(song_ids)))
-    newer_ids, pieces, start = newer["song_id"].to_numpy(), [], 0
-    with _open(path) as file:
-        # a few rows at a time: the range is in memory once. A thread per column gains nothing here, and takes 30 MB
-        for batch in file.iter_batches(_BATCH_ROWS, use_threads=False):
-            before = pa.Table.from_batches([batch]).replace_schema_metadata()
-            for each in FILE_SCHEMA:
-                if each.name not in before.column_names:  # written before hashes were kept
-                    before = before.append_column(each, pa.nulls(before.num_rows, each.type))
-            stop = int(np.searchsorted(newer_ids, before["song_id"][-1].as_py(), side="right"))
-            pieces.append(_merge(before, newer.slice(start, stop - start), song_ids))
-            start = stop
-    return pa.concat_tables([*pieces, newer.slice(start)])
 
 
 def _merge(before: pa.Table, newer: pa.Table, song_ids: NDArray[np.int32]) -> pa.Table:

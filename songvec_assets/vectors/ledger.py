@@ -1,14 +1,15 @@
 """The ledger of what is loaded into a table, by range: `songvec.loaded_ranges`.
 
 A range's row names every song_id and checksum that the table holds for it, and is written in the transaction that
-loads them: 12 bytes a song beside 8,008. When to add here: another question about what is loaded. Keep out: what the
-table itself holds (`table`).
+loads them: 12 bytes per song, whose row takes 8,008. When to add here: another question about what is loaded. Keep
+out: what the table itself holds (`table`).
 """
 
 import contextlib
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -27,15 +28,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """What is loaded of a range, in short; equal entries are equal loads."""
+    """What is loaded of a range, in short; equal entries are equal rows.
+
+    Attributes:
+        n_songs: rows.
+        digest: of their song_ids and checksums.
+        model, dimensions: that made the vectors.
+    """
 
     n_songs: int
     digest: bytes
-
-    @classmethod
-    def of(cls, vectors: pl.DataFrame) -> "LedgerEntry":
-        """The entry that a load of these rows (song_id, checksum; ordered by song_id) leaves."""
-        return cls(vectors.height, digest_rows(vectors))
+    model: str = field(default="", compare=False)
+    dimensions: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -50,60 +54,49 @@ class Ledger:
     database: Database
     table: str
 
-    def _connect(self, connection: sa.Connection | None) -> AbstractContextManager[sa.Connection]:
-        return self.database.get_connection() if connection is None else contextlib.nullcontext(connection)
+    def _select(self, columns: str, song_range: SongIdRange | None, connection: sa.Connection | None) -> Sequence[Any]:
+        opened = self.database.get_connection() if connection is None else contextlib.nullcontext(connection)
+        with opened as connected:
+            if not has_tables(connected):
+                return []
+            condition, values = "table_name = :table", {"table": self.table}
+            if song_range:
+                condition += " AND (range_start, range_stop) = (:start, :stop)"
+                values |= asdict(song_range)
+            statement = text(f"SELECT {columns} FROM songvec.loaded_ranges WHERE {condition}")
+            return connected.execute(statement, values).all()
 
     def read(self, connection: sa.Connection | None = None) -> dict[SongIdRange, LedgerEntry]:
         """What is loaded, by range: all rows at once, without their song_ids."""
-        with self._connect(connection) as connected:
-            if not has_tables(connected):
-                return {}
-            rows = connected.execute(
-                text("""
-                    SELECT range_start, range_stop, n_songs, digest
-                    FROM songvec.loaded_ranges WHERE table_name = :table
-                """),
-                {"table": self.table},
-            )
-            return {
-                SongIdRange(start, stop): LedgerEntry(n_songs, bytes(digest)) for start, stop, n_songs, digest in rows
-            }
+        rows = self._select("range_start, range_stop, n_songs, digest, model, dimensions", None, connection)
+        return {
+            SongIdRange(start, stop): LedgerEntry(n_songs, bytes(digest), model, dimensions)
+            for start, stop, n_songs, digest, model, dimensions in rows
+        }
+
+    def count_songs(self) -> int:
+        """Rows that are loaded, over all ranges."""
+        return sum(entry.n_songs for entry in self.read().values())
 
     def read_rows(self, song_range: SongIdRange, connection: sa.Connection | None = None) -> pl.DataFrame | None:
         """The rows (song_id Int32, checksum UInt64) loaded of a range; None: the range was never loaded."""
-        with self._connect(connection) as connected:
-            if not has_tables(connected):
-                return None
-            row = connected.execute(
-                text("""
-                    SELECT song_ids, checksums FROM songvec.loaded_ranges
-                    WHERE table_name = :table AND range_start = :start AND range_stop = :stop
-                """),
-                {"table": self.table, "start": song_range.start, "stop": song_range.stop},
-            ).one_or_none()
-        if row is None:
+        found = self._select("song_ids, checksums", song_range, connection)
+        if not found:
             return None
-        song_ids, checksums = np.frombuffer(row.song_ids, dtype="<i4"), np.frombuffer(row.checksums, dtype="<u8")
-        return pl.DataFrame({"song_id": song_ids, "checksum": checksums})
+        song_ids, checksums = found[0]
+        return pl.DataFrame({"song_id": np.frombuffer(song_ids, "<i4"), "checksum": np.frombuffer(checksums, "<u8")})
 
     def read_song_ids(self, song_range: SongIdRange) -> pl.Series:
         """The songs loaded of a range; empty where it was never loaded."""
         rows = self.read_rows(song_range)
         return pl.Series("song_id", [], dtype=pl.Int32) if rows is None else rows["song_id"]
 
-    def read_models(self, connection: sa.Connection | None = None) -> dict[tuple[str, int], int]:
+    def read_models(self) -> Counter[tuple[str, int]]:
         """Model and dimensions of the loaded ranges, with their songs."""
-        with self._connect(connection) as connected:
-            if not has_tables(connected):
-                return {}
-            rows = connected.execute(
-                text("""
-                    SELECT model, dimensions, sum(n_songs)::bigint FROM songvec.loaded_ranges
-                    WHERE table_name = :table GROUP BY model, dimensions
-                """),
-                {"table": self.table},
-            )
-            return {(model, dimensions): n_songs for model, dimensions, n_songs in rows}
+        models = Counter[tuple[str, int]]()
+        for entry in self.read().values():
+            models[entry.model, entry.dimensions] += entry.n_songs
+        return models
 
     def find_ranges(self, tiling: Tiling) -> set[SongIdRange]:
         """The ranges of the loaded songs, as song_ids are divided now: a ledger may know the tail before."""
@@ -127,9 +120,8 @@ class Ledger:
         self, connection: sa.Connection, song_range: SongIdRange, vectors: pl.DataFrame, spec: "TableSpec"
     ) -> None:
         """Record a range as loaded with these rows (song_id, checksum), within the transaction that loads them."""
-        entry = LedgerEntry.of(vectors)
         bounds = {"table": self.table, "start": song_range.start, "stop": song_range.stop}
-        # a raised stop leaves the old tail's row behind, which overlaps the new ranges
+        # a raised stop leaves the row of the tail before it, which overlaps the new ranges
         connection.execute(
             text("""
                 DELETE FROM songvec.loaded_ranges
@@ -147,8 +139,8 @@ class Ledger:
             | {
                 "model": spec.model,
                 "dimensions": spec.dimensions,
-                "n_songs": entry.n_songs,
-                "digest": entry.digest,
+                "n_songs": vectors.height,
+                "digest": digest_rows(vectors),
                 "song_ids": vectors["song_id"].to_numpy().astype("<i4").tobytes(),
                 "checksums": vectors["checksum"].to_numpy().astype("<u8").tobytes(),
             },

@@ -1,18 +1,15 @@
-"""Loads that make a table equal the cache: a range per transaction, and only what changed of it.
+"""Loads that make a table equal the cache: one transaction per range, and only what changed of it.
 
-`plan_load` compares the cache with the ledger and the table's own song_ids; `upload_cached_embeddings_to_database`
-does what it found. A range whose song_ids in the table differ from the ledger's was changed by somebody else, and is
-loaded again as a whole. When to add here: another reason to load a range, or another call into the cache, all of which
-`LoadSource` has, or another way in for rows. Keep out: the format of COPY (`copy`), and whether a table may be
-replaced (`swap`).
+`plan_load` compares, `upload_cached_embeddings_to_database` does what it found. A range whose song_ids in the table
+differ from the ledger's was changed by somebody else, and is loaded again as a whole. When to add here: another way in
+for rows. Keep out: which ranges are loaded (`plan`), and the format of COPY (`copy`).
 """
 
 import contextlib
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -25,16 +22,15 @@ from psycopg2.extras import execute_values
 from sqlalchemy import text
 
 from songvec_assets.cache.parts import CachedRows
-from songvec_assets.cache.shards import CachedRange, ModelCache, RangeSummary, lock_name
+from songvec_assets.cache.shards import CachedRange, lock_name
 from songvec_assets.errors import DamagedShardError, DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.postgres.schema import hold_lock, lock_key
 from songvec_assets.postgres.sessions import widen_send_buffer
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.songs.counts import IdSums
-from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import copy
-from songvec_assets.vectors.ledger import LedgerEntry
+from songvec_assets.vectors.plan import LoadPlan, LoadSource, find_differing, plan_load
 from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable
 
 N_CONNECTIONS = 2
@@ -42,114 +38,9 @@ N_CONNECTIONS = 2
 searches use an index meanwhile: they want a core, too."""
 
 _STEP = "load rows"
-_WHOLE_RANGE_SHARE = 0.5
 _VACUUM_SHARE = 0.1
 _SLICE_ROWS = 128
 _PAGE_ROWS = 500
-
-
-@dataclass(frozen=True)
-class LoadSource:
-    """What a table is loaded from.
-
-    Attributes:
-        cache: of the table's model.
-        tiling: how song_ids are divided into ranges.
-        songs_folder: the snapshots, which say what songs there are; only a swap reads them.
-    """
-
-    cache: ModelCache
-    tiling: Tiling
-    songs_folder: Path = Path()
-
-    def ranges(self) -> list[SongIdRange]:
-        """The ranges that are cached, as song_ids are divided now.
-
-        Raises:
-            StoreError: none is: nothing was ever filled.
-        """
-        tiles = set(self.tiling)
-        ranges = [song_range for song_range in self.cache.ranges() if song_range in tiles]
-        if not ranges:
-            raise StoreError(
-                f"no embeddings are cached for model {self.cache.model!r} in {self.cache.storage}: fill the cache "
-                "first, with `songvec run`, or with `dagster asset materialize --select '*' --partition-range "
-                "FIRST...LAST`"
-            )
-        return ranges
-
-    def check_whole(self, cached: CachedRange, loaded: pl.DataFrame | None = None) -> None:
-        """Refuse a range that lost rows: that a song is not in it does not say that the song was deleted.
-
-        Its manifest names the files that must be there, and songs whose rows were found damaged. Without a manifest
-        each loaded song must be in a file.
-
-        Raises:
-            DamagedShardError: it lost rows.
-        """
-        n_lost = 0
-        if loaded is not None:
-            found = loaded["song_id"].is_in(cached.rows["song_id"].implode())
-            lost = loaded["song_id"].is_in([*cached.manifest.damaged]) if cached.is_read else pl.lit(True)
-            n_lost = loaded.filter(~found & lost).height
-        if cached.damaged or n_lost:
-            named = "; ".join(f"{name}: {why}" for name, why in cached.damaged.items()) or "none"
-            raise DamagedShardError(
-                f"{cached.describe} was changed on disk: {len(cached.damaged):,} files cannot be read ({named}), and "
-                f"the vectors of {n_lost:,} loaded songs are lost. The range was not loaded: materialize "
-                f"embedding_cache for {cached.range.key}, which embeds again what is lost, then load again"
-            )
-
-    def read_embeddings(self, cached: CachedRange, wanted: pl.DataFrame) -> Iterator[CachedRows]:
-        """Vectors of some rows, a few at a time; a vector that does not fit its checksum gets no further.
-
-        Raises:
-            DamagedShardError: some do not fit.
-        """
-        for batch in cached.iter_vectors(wanted["row"]):
-            # few rows a slice: the server goes on with what the socket holds while they are checked
-            for start in range(0, len(batch.song_ids), _SLICE_ROWS):
-                rows = batch.take(slice(start, start + _SLICE_ROWS))
-                wrong = ~rows.find_sound()
-                if wrong.any():
-                    named = ", ".join(map(str, rows.song_ids[wrong][:5].tolist()))
-                    raise DamagedShardError(
-                        f"{cached.describe} was changed on disk: the vectors of {int(wrong.sum())} or more songs do "
-                        f"not fit their checksums (song_id {named}, …). They are discarded and the range was not "
-                        f"loaded: materialize embedding_cache for {cached.range.key}, which embeds those songs again, "
-                        "then load again"
-                    )
-                yield rows
-
-    def discard_damage(self, song_range: SongIdRange) -> None:
-        """Record damaged rows of a range, so that the next fill embeds those songs again."""
-        cached = self.cache.open(song_range)
-        sound = cached.find_sound(cached.rows)
-        cached.discard(cached.rows.join(sound, on="song_id", how="anti")["song_id"].to_list())
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """What a table lacks compared with the cache.
-
-    Attributes:
-        unchanged: rows of each range with nothing to do.
-        changed: rows of each range that differs.
-        n_changed: rows of all ranges that differ.
-        damaged: what is wrong with the ranges that cannot be read.
-        n_unmanaged: rows of ranges that nothing was ever loaded of: somebody else's, and left alone.
-    """
-
-    unchanged: dict[SongIdRange, int] = field(default_factory=dict)
-    changed: dict[SongIdRange, int] = field(default_factory=dict)
-    n_changed: int = 0
-    damaged: dict[SongIdRange, str] = field(default_factory=dict)
-    n_unmanaged: int = 0
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of all ranges."""
-        return sum(self.unchanged.values()) + sum(self.changed.values())
 
 
 @dataclass(frozen=True)
@@ -161,100 +52,6 @@ class RangeLoad:
     n_written: int = 0
     n_deleted: int = 0
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class RangeState:
-    """What the cache, the ledger and the table have of a range.
-
-    Attributes:
-        cached: by the cache's manifest.
-        loaded: by the ledger; None: it was never loaded.
-        in_table: by the table's primary key.
-    """
-
-    cached: RangeSummary
-    loaded: LedgerEntry | None
-    in_table: IdSums
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether all three have the same rows, and no file is damaged: a load names it."""
-        is_recorded = self.loaded == LedgerEntry(self.cached.n_vectors, self.cached.digest)
-        return is_recorded and self.in_table == self.cached.ids and not self.cached.is_damaged
-
-
-def compare(
-    table: VectorTable, cache: ModelCache, tiling: Tiling, opens_files: bool = False
-) -> tuple[dict[SongIdRange, RangeState], int]:
-    """What there is of each range, in order.
-
-    Args:
-        table: whose rows and ledger are looked at.
-        cache: of its model.
-        tiling: how song_ids are divided into ranges.
-        opens_files: see `ModelCache.summarize`.
-
-    Returns:
-        Every range that is cached, loaded or has rows; and the number of rows with a negative song_id.
-    """
-    ledger, (in_table, below) = table.ledger.read(), table.read_id_sums(tiling)
-    ranges = sorted({*cache.ranges(), *ledger, *in_table})
-    states = {
-        each: RangeState(cache.summarize(each, opens_files), ledger.get(each), in_table.get(each, IdSums()))
-        for each in ranges
-    }
-    return states, below.n_rows
-
-
-def plan_load(table: VectorTable, source: LoadSource, run: RunContext = SILENT) -> LoadPlan:
-    """Compare the cache with the ledger and the table's own song_ids. Reads no vector and changes nothing.
-
-    Raises:
-        StoreError: the cache is empty: nothing was ever filled.
-    """
-    ranges = source.ranges()
-    # each file is opened once: a load that has nothing to do still finds what a disk changed
-    states, n_unmanaged = compare(table, source.cache, source.tiling, opens_files=True)
-    unchanged, changed, damaged, n_changed = {}, {}, {}, 0
-    for song_range, state in states.items():
-        run.check_stop()
-        n_rows = state.cached.n_vectors
-        if song_range not in ranges:
-            n_unmanaged += 0 if state.loaded else state.in_table.n_rows
-        elif state.cached.error:
-            damaged[song_range] = state.cached.error
-        elif state.is_loaded:
-            unchanged[song_range] = n_rows
-        else:
-            changed[song_range] = n_rows
-            if state.loaded is not None and state.in_table.n_rows:
-                vectors, loaded = source.cache.open(song_range).rows, table.ledger.read_rows(song_range)
-                changes = _find_changes(loaded, vectors, state.in_table)
-                n_rows = n_rows if changes is None else len(changes.rewritten)
-            n_changed += n_rows
-    return LoadPlan(unchanged, changed, n_changed, damaged, n_unmanaged)
-
-
-@dataclass(frozen=True)
-class _RangeChanges:
-    """What changed of a range: song_ids whose rows stay, and of those that are deleted or rewritten."""
-
-    kept: list[int]
-    rewritten: list[int]
-
-
-def _find_changes(loaded: pl.DataFrame | None, vectors: pl.DataFrame, in_table: IdSums) -> _RangeChanges | None:
-    """Compare what the ledger says is loaded of a range with the cache; None: write the whole range."""
-    if loaded is None or IdSums.of(loaded["song_id"]) != in_table:
-        return None
-    kept = loaded.join(vectors, on=["song_id", "checksum"], how="semi")["song_id"]
-    n_rows = max(loaded.height, vectors.height)
-    if n_rows - len(kept) > _WHOLE_RANGE_SHARE * n_rows:
-        return None
-    # the new songs' ids too: an unmanaged row may be in their place
-    songs = pl.concat([loaded["song_id"], vectors["song_id"]]).unique()
-    return _RangeChanges(kept.to_list(), songs.filter(~songs.is_in(kept.implode())).to_list())
 
 
 def upload_cached_embeddings_to_database(
@@ -289,7 +86,7 @@ def upload_cached_embeddings_to_database(
     if (source.cache.model, source.cache.dimensions) != (spec.model, spec.dimensions):
         raise ValueError(f"expected a cache of {spec}, got {source.cache.dimensions} values by {source.cache.model}")
     plan = plan or plan_load(table, source, run)
-    if table.ensure(spec) and plan.unchanged:
+    if table.ensure(spec, plan.models) and plan.unchanged:
         # a table that was replaced took with it what was compared
         plan = plan_load(table, source, run)
     load = _Load(table, source, spec, run, plan.n_changed)
@@ -350,7 +147,7 @@ class _Load:
         return loads, damaged
 
     def _load_or_discard(self, song_range: SongIdRange) -> RangeLoad:
-        """Load a range; damage is discarded, so that the next fill embeds those songs again."""
+        """Load a range; damaged rows are recorded, so that the next fill embeds those songs again."""
         with contextlib.suppress(DamagedShardError):
             return self._load_range(song_range)
         check = self._run.check_stop
@@ -359,7 +156,9 @@ class _Load:
                 # a fill that was just ending may have changed the range while it was read
                 return self._load_range(song_range)
             except DamagedShardError:
-                self._source.discard_damage(song_range)
+                cached = self._source.cache.open(song_range)
+                sound = cached.find_sound(cached.rows)
+                cached.discard(cached.rows.join(sound, on="song_id", how="anti")["song_id"].to_list())
                 raise
 
     def _load_range(self, song_range: SongIdRange) -> RangeLoad:
@@ -369,14 +168,14 @@ class _Load:
             # read under the lock: what an earlier load wrote meanwhile may be newer than what was compared
             cached = self._source.cache.open(song_range)
             vectors, loaded = cached.rows, table.ledger.read_rows(song_range, connection)
-            self._source.check_whole(cached, loaded)
-            changes = _find_changes(loaded, vectors, table.read_id_sums_of(connection, song_range))
-            if changes is None:
+            check_whole(cached, loaded)
+            differing = find_differing(loaded, vectors, table.read_id_sums_of(connection, song_range))
+            if differing is None:
                 wanted, condition = vectors, "song_id >= :start AND song_id < :stop"
-                values: dict[str, Any] = {"start": song_range.start, "stop": song_range.stop}
+                values: dict[str, Any] = asdict(song_range)
             else:
-                wanted, condition = vectors.filter(~pl.col("song_id").is_in(changes.kept)), "song_id = ANY (:song_ids)"
-                values = {"song_ids": changes.rewritten}
+                wanted, condition = vectors.filter(pl.col("song_id").is_in(differing.implode())), "song_id = ANY (:ids)"
+                values = {"ids": differing.to_list()}
             deleted = connection.execute(text(f"DELETE FROM {table.name} WHERE {condition}"), values)
             store_rows(connection, self._read(cached, wanted), self._spec, table.name)
             table.ledger.write(connection, song_range, vectors, self._spec)
@@ -385,10 +184,50 @@ class _Load:
         return RangeLoad(song_range, vectors.height, wanted.height, deleted.rowcount, time.monotonic() - started)
 
     def _read(self, cached: CachedRange, wanted: pl.DataFrame) -> Iterator[CachedRows]:
-        for rows in self._source.read_embeddings(cached, wanted):
-            self._run.check_stop()
-            yield rows
-            self.report(len(rows.song_ids), cached.range.key)
+        """Vectors of some rows, a few at a time; a vector that does not fit its checksum is not sent.
+
+        Raises:
+            DamagedShardError: some do not fit.
+        """
+        for batch in cached.iter_vectors(wanted["row"]):
+            # few rows per slice: the server goes on with what the socket holds while they are checked
+            for start in range(0, len(batch), _SLICE_ROWS):
+                self._run.check_stop()
+                rows = batch.take(slice(start, start + _SLICE_ROWS))
+                wrong = ~rows.find_sound()
+                if wrong.any():
+                    named = ", ".join(map(str, rows.song_ids[wrong][:5].tolist()))
+                    raise DamagedShardError(
+                        f"{cached.describe} was changed on disk: the vectors of {int(wrong.sum())} or more songs do "
+                        f"not fit their checksums (song_id {named}, …). They are discarded and the range was not "
+                        f"loaded: materialize embedding_cache for {cached.range.key}, which embeds those songs again, "
+                        "then load again"
+                    )
+                yield rows
+                self.report(len(rows), cached.range.key)
+
+
+def check_whole(cached: CachedRange, loaded: pl.DataFrame | None = None) -> None:
+    """Refuse a range that lost rows: that a song is not in it does not say that the song was deleted.
+
+    Its manifest names the files that must be there, and songs whose rows were found damaged. Without a manifest each
+    loaded song must be in a file.
+
+    Raises:
+        DamagedShardError: it lost rows.
+    """
+    n_lost = 0
+    if loaded is not None:
+        found = loaded["song_id"].is_in(cached.rows["song_id"].implode())
+        lost = loaded["song_id"].is_in([*cached.manifest.damaged]) if cached.is_read else pl.lit(True)
+        n_lost = loaded.filter(~found & lost).height
+    if cached.damaged or n_lost:
+        named = "; ".join(f"{name}: {why}" for name, why in cached.damaged.items()) or "none"
+        raise DamagedShardError(
+            f"{cached.describe} was changed on disk: {len(cached.damaged):,} files cannot be read ({named}), and "
+            f"the vectors of {n_lost:,} loaded songs are lost. The range was not loaded: materialize "
+            f"embedding_cache for {cached.range.key}, which embeds again what is lost, then load again"
+        )
 
 
 def _vacuum_if_worth_it(table: VectorTable, loads: list[RangeLoad]) -> None:

@@ -1,15 +1,14 @@
 """From the cache to what searches find: under the index where little changed, else through a staging table.
 
 Searches see the old rows or the new ones, never a part: a range is one transaction, and a swap is one short one. When
-to add here: another reason to stage or to refuse a swap, as one more guard of `SwapGuards`. Keep out: what people hang
-on a table (`postgres/relations`) and how two tables compare (`samples`).
+to add here: another reason to stage or to refuse a swap. Keep out: what people added to a table (`postgres/relations`)
+and how two tables compare (`index/audit`).
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import polars as pl
 import sqlalchemy as sa
 
 from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchError
@@ -19,22 +18,22 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
 from songvec_assets.vectors import load
+from songvec_assets.vectors.index.audit import Comparison, compare_tables
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
 from songvec_assets.vectors.ledger import LedgerEntry
-from songvec_assets.vectors.load import LoadPlan, LoadSource, RangeLoad
-from songvec_assets.vectors.samples import Comparison, compare_tables
+from songvec_assets.vectors.load import RangeLoad
+from songvec_assets.vectors.plan import LoadPlan, LoadSource, plan_load
 from songvec_assets.vectors.table import PREVIOUS, SERVING, STAGING, TableSpec, VectorTable
 
 LOCK = "publish"
-"""Held by whoever loads, stages, swaps or drops: one at a time."""
+"""Held by each run that loads, stages, swaps or drops: one at a time."""
 
 STAGED_SHARE = 0.2
 """Rows changed beyond this share want a new index anyway: a new table is loaded five times as fast without one."""
 STAGED_FROM_ROWS = 20_000
-"""Fewer rows go in under the index in seconds."""
+"""Fewer rows are loaded under the index in seconds."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +74,26 @@ class PublishReport:
 
     Attributes:
         target: where the rows went, and why.
-        loads: a row a range.
-        index: of the table that was swapped in; None where none was.
-        comparison: of the two tables; None where none was swapped in.
-        n_unmanaged: rows of the serving table that somebody else put where nothing was ever loaded.
+        loads: one per range.
+        n_unmanaged: rows of the serving table that somebody else wrote where nothing was ever loaded.
+        index: of the table that was swapped in; None: none was.
+        comparison: of the two tables; None: none was swapped in.
     """
 
     target: Target
     loads: list[RangeLoad]
+    n_unmanaged: int = 0
     index: IndexReport | None = None
     comparison: Comparison | None = None
-    n_unmanaged: int = 0
 
 
-def check_publishable(database: Database, wanted: WantedTable) -> VectorTable:
+def check_publishable(database: Database, wanted: WantedTable, models: frozenset[str] | None = None) -> VectorTable:
     """Refuse, before anything is paid for, what could not be loaded afterwards; see also `index/preflight`.
+
+    Args:
+        database: where the tables are.
+        wanted: what is to be loaded.
+        models: of the ranges that the serving table holds, if they are known.
 
     Returns:
         The table that the rows are to go to: the serving one, or the staging table for a swap.
@@ -97,16 +101,38 @@ def check_publishable(database: Database, wanted: WantedTable) -> VectorTable:
     Raises:
         TableMismatchError: the serving table holds something else and may not be swapped, or something is in the way.
     """
-    if _holds(database, wanted):
-        return VectorTable(database)
-    _check_swappable(database, wanted.spec)
-    return VectorTable(database, STAGING)
+    serving, staging, previous = (VectorTable(database, name) for name in (SERVING, STAGING, PREVIOUS))
+    # with a swap asked for, what differs is replaced by one, even where the table could be loaded over
+    if not wanted.may_swap or serving.spec in (None, wanted.spec):
+        try:
+            serving.check(wanted.spec, models)
+            return serving
+        except TableMismatchError:
+            if not wanted.may_swap:
+                raise
+    with database.get_connection() as connection:
+        if previous.exists(connection):
+            raise TableMismatchError(
+                f"table {PREVIOUS} still holds {previous.read_spec(connection)} from an earlier swap: `songvec swap "
+                "--rollback` lets it serve again, `songvec swap --drop-old` drops it; then swap"
+            )
+        staged = staging.read_spec(connection)
+        if staging.exists(connection) and staged != wanted.spec:
+            raise TableMismatchError(
+                f"table {STAGING} holds {staged}, which never served, expected {wanted.spec} or none: finish it with "
+                "its settings, or drop it with `songvec swap --drop-old`; then swap"
+            )
+        check_attachments(connection, serving)
+    return staging
 
 
 def publish_embeddings(
     database: Database, source: LoadSource, wanted: WantedTable, run: RunContext = SILENT
 ) -> PublishReport:
     """Make the serving table equal the cache.
+
+    What a staging table must fulfil to replace the serving one is checked before it is built, once it is complete, and
+    in the swap's own transaction: people and other runs go on working during a build of hours.
 
     Args:
         database: where the table is.
@@ -117,30 +143,31 @@ def publish_embeddings(
     Raises:
         StoreError: the cache is empty.
         DamagedShardError: see `upload_cached_embeddings_to_database`; what serves stays as it is.
-        TableMismatchError: see `check_publishable` and `SwapGuards`.
+        TableMismatchError: see `check_publishable`, `check_missing` and `put_in_place`.
     """
     serving, staging = VectorTable(database), VectorTable(database, STAGING)
     with _holding_lock(database, run) as check_held:
-        plan = load.plan_load(serving, source, run)
-        target = _choose_target(database, wanted, plan, check_held)
-        guards = SwapGuards(database, source, run, check_held)
-        is_staged = target.table == staging
+        plan = plan_load(serving, source, run)
+        target = _choose_target(serving, wanted, plan, check_held)
+        is_staged, n_unmanaged = target.table == staging, plan.n_unmanaged
         if is_staged:
-            guards.check_before_build()
-            plan = load.plan_load(staging, source, run)
+            check_missing(serving, source, "the cache", source.ranges(), lambda each: _read_loadable(source, each), run)
+            check_held()
+            plan = plan_load(staging, source, run)
         if is_staged or plan.changed:
             check_target(target.table, wanted.spec, wanted.index, plan.n_rows)
-        n_connections = 1 if serving.index else load.N_CONNECTIONS
+        n_connections = 1 if serving.is_indexed else load.N_CONNECTIONS
         loads = load.upload_cached_embeddings_to_database(
             target.table, source, wanted.spec, run, plan=plan, n_connections=n_connections
         )
         if not is_staged:
-            return PublishReport(target, loads, n_unmanaged=plan.n_unmanaged)
-        report = bring_index_up_to_date(staging, source.cache, wanted.spec, wanted.index, run, check_held)
-        guards.check()
+            return PublishReport(target, loads, n_unmanaged)
+        index = bring_index_up_to_date(staging, source.cache, wanted.spec, wanted.index, run, check_held)
+        compared = _read_ledgers(database)
+        check_missing(serving, source, STAGING, compared[1], lambda each: set(staging.ledger.read_song_ids(each)), run)
         comparison = compare_tables(database)
-        put_in_place(database, target.keep, guards, run)
-        return PublishReport(target, loads, report, comparison)
+        put_in_place(database, target.keep, compared, check_held, run)
+        return PublishReport(target, loads, 0, index, comparison)
 
 
 @contextlib.contextmanager
@@ -152,62 +179,30 @@ def _holding_lock(database: Database, run: RunContext) -> Iterator[Callable[[], 
         yield check_held
 
 
-def _choose_target(database: Database, wanted: WantedTable, plan: LoadPlan, check_held: Callable[[], None]) -> Target:
-    serving, staging, spec = VectorTable(database), VectorTable(database, STAGING), wanted.spec
-    if not _holds(database, wanted):
-        served = _check_swappable(database, spec)
-        return Target(staging, f"{served or 'the old table'} serves until {spec} is complete and indexed", keep=True)
-    changes = f"{plan.n_changed:,} of {plan.n_rows:,} rows changed"
-    if serving.index is None:
+def _choose_target(serving: VectorTable, wanted: WantedTable, plan: LoadPlan, check_held: Callable[[], None]) -> Target:
+    database, spec = serving.database, wanted.spec
+    staging = check_publishable(database, wanted, plan.models)
+    if staging != serving:
+        served = serving.spec or "the old table"
+        return Target(staging, f"{served} serves until {spec} is complete and indexed", keep=True)
+    changes, staging = f"{plan.n_changed:,} of {plan.n_rows:,} rows changed", VectorTable(database, STAGING)
+    if not serving.is_indexed:
         return Target(serving, f"{changes}, and there is no index yet that they would slow down")
     with database.get_connection() as connection:
-        staged, attachments = staging.read_spec(connection), find_attachments(connection, serving)
-    if plan.n_changed <= max(wanted.staged_from_rows, STAGED_SHARE * plan.n_rows):
-        if staged == spec:  # left by a load that was killed
-            check_held()
-            with database.get_connection() as connection:
+        staged = staging.read_spec(connection)
+        if plan.n_changed <= max(wanted.staged_from_rows, STAGED_SHARE * plan.n_rows):
+            if staged == spec:  # left by a load that was killed
+                check_held()
                 staging.drop(connection)
-        return Target(serving, f"{changes}: few enough to go in under the index")
+            return Target(serving, f"{changes}: few enough to be loaded under the index")
+        attachments = find_attachments(connection, serving)
     if plan.n_unmanaged:
-        attachments.append(f"{plan.n_unmanaged:,} rows that somebody else put there")
+        attachments.append(f"{plan.n_unmanaged:,} rows that somebody else wrote there")
     if attachments:
         return Target(serving, f"{changes}, but {', '.join(attachments)} would stay with the old table")
     if staged not in (None, spec):
         return Target(serving, f"{changes}, but the staging table holds {staged}: `songvec swap` finishes or drops it")
     return Target(staging, f"{changes}: loaded into a staging table and swapped in, faster than under the index")
-
-
-def _holds(database: Database, wanted: WantedTable) -> bool:
-    """Whether the serving table is for the spec; raises where it is not, and no other may replace it."""
-    serving = VectorTable(database)
-    if wanted.may_swap and serving.spec not in (None, wanted.spec):
-        return False  # even where it would be replaced without
-    try:
-        serving.check(wanted.spec)
-    except TableMismatchError:
-        if not wanted.may_swap:
-            raise
-        return False
-    return True
-
-
-def _check_swappable(database: Database, spec: TableSpec) -> TableSpec | None:
-    """What serves now; raises where another table cannot replace it."""
-    serving, staging, previous = (VectorTable(database, name) for name in (SERVING, STAGING, PREVIOUS))
-    with database.get_connection() as connection:
-        staged = staging.read_spec(connection)
-        if previous.exists(connection):
-            raise TableMismatchError(
-                f"table {PREVIOUS} still holds {previous.read_spec(connection)} from an earlier swap: `songvec swap "
-                "--rollback` lets it serve again, `songvec swap --drop-old` drops it; then swap"
-            )
-        if staging.exists(connection) and staged != spec:
-            raise TableMismatchError(
-                f"table {STAGING} holds {staged}, which never served, expected {spec} or none: finish it with its "
-                "settings, or drop it with `songvec swap --drop-old`; then swap"
-            )
-        check_attachments(connection, serving)
-        return serving.read_spec(connection)
 
 
 def find_attachments(connection: sa.Connection, serving: VectorTable) -> list[str]:
@@ -229,139 +224,115 @@ def check_attachments(connection: sa.Connection, serving: VectorTable) -> None:
         )
 
 
-class SwapGuards:
-    """What must hold for a staging table to replace the serving one: one list, asked at each stage.
+def check_missing(
+    serving: VectorTable,
+    source: LoadSource,
+    name: str,
+    ranges: Iterable[SongIdRange],
+    read_song_ids: Callable[[SongIdRange], set[int] | None],
+    run: RunContext,
+) -> None:
+    """Refuse to replace the serving table where songs would get lost that it has.
 
-    It is asked before the build, of the cache; again once the staging table is complete; and again in the swap's own
-    transaction, since people and other runs go on working during a build of hours.
-
-    No guard lets songs get lost that the serving table has and the other one lacks. Songs are compared by their ids,
-    whatever ranges they were divided into: since they were loaded the stop may have been raised. Not missing is a song
-    that was deleted from the source or rejected by the export, so that it is not in the snapshots, or that was
-    rejected by the provider. Where a range has no snapshot, nothing is known of its songs.
+    Songs are compared by their ids, whatever ranges they were divided into: since they were loaded the stop may have
+    been raised. Not missing is a song that was deleted from the source or rejected by the export, so that it is not in
+    the snapshots, or that was rejected by the provider. Where a range has no snapshot, nothing is known of its songs.
 
     Args:
-        database: where the tables are.
-        source: what the staging table is loaded from.
-        run: ends a comparison between two ranges.
-        check_held: raises where LOCK was lost.
+        serving: the table that would be replaced.
+        source: what the other one is loaded from.
+        name: of what is to have the songs.
+        ranges: that it has.
+        read_song_ids: the songs that it has of a range; None: all.
+        run: ends the comparison between two ranges.
+
+    Raises:
+        TableMismatchError: names some of the songs and their ranges.
     """
-
-    def __init__(self, database: Database, source: LoadSource, run: RunContext, check_held: Callable[[], None]) -> None:
-        self._database, self._source, self._run, self.check_held = database, source, run, check_held
-        self._serving, self._staging = VectorTable(database), VectorTable(database, STAGING)
-        self._compared: list[dict[SongIdRange, LedgerEntry]] | None = None
-
-    def check_before_build(self) -> None:
-        """Ask of the cache, before anything is built. A damaged range counts as whole: its load says what is wrong.
-
-        Raises:
-            TableMismatchError, DatabaseError: see `check`.
-        """
-        self.check(None, lambda _: self._compare("the cache", self._source.ranges(), self._read_loadable))
-
-    def check(
-        self,
-        connection: sa.Connection | None = None,
-        check_missing: Callable[[sa.Connection | None], None] | None = None,
-    ) -> None:
-        """Ask all guards.
-
-        Args:
-            connection: in whose transaction; None: in short ones, since comparing takes a while, and a pooler may have
-                no session to spare.
-            check_missing: whether songs would get lost; None: asked of the staging table.
-
-        Raises:
-            TableMismatchError: a guard does not hold.
-            DatabaseError: LOCK was lost.
-        """
-        with contextlib.nullcontext(connection) if connection else self._database.get_connection() as connected:
-            check_attachments(connected, self._serving)
-        (check_missing or self._check_staging)(connection)
-        self.check_held()
-
-    def _check_staging(self, connection: sa.Connection | None) -> None:
-        ledgers = [self._serving.ledger.read(connection), self._staging.ledger.read(connection)]
-        if self._compared is None:
-            self._compare(STAGING, ledgers[1], lambda each: set(self._staging.ledger.read_song_ids(each)))
-            self._compared = ledgers
-        elif ledgers != self._compared:
-            # the song_ids of millions are not compared while searches wait: what was compared must be what is there
-            raise TableMismatchError(
-                f"{SERVING} or {STAGING} was loaded by another run meanwhile: {SERVING} was not replaced. Start the "
-                "same command again, which goes on from here"
-            )
-
-    def _compare(self, name: str, given: Iterable[SongIdRange], read: Callable[[SongIdRange], set[int] | None]) -> None:
-        missing: list[int] = []
-        cached, exported = self._source.cache.ranges(), snapshot_ranges(self._source.songs_folder)
-        for song_range in sorted(self._serving.ledger.read()):
-            self._run.check_stop()
-            songs = set(self._serving.ledger.read_song_ids(song_range))
-            for each in _overlapping(song_range, given):
-                there = read(each)
-                songs = {song_id for song_id in songs if song_id not in each} if there is None else songs - there
-            if not songs:
-                continue
-            for each in _overlapping(song_range, cached):
-                songs -= {rejection.song_id for rejection in self._source.cache.read_manifest(each).rejected}
-            known = _overlapping(song_range, exported)
-            kept = set[int]().union(*map(self._read_exported, known))
-            missing += [song_id for song_id in songs if song_id in kept or not any(song_id in each for each in known)]
-        if missing:
-            missing.sort()
-            keys = [each.key for each in sorted({self._source.tiling.range_of(song_id) for song_id in missing})]
-            raise TableMismatchError(
-                f"{name} lacks {len(missing):,} songs that {SERVING} has and that were not deleted from the source "
-                f"(song_id {', '.join(map(str, missing[:5]))}, …; range {', '.join(keys[:5])}, …): {SERVING} was not "
-                f"replaced. Export and fill these ranges for {self._source.cache.model}, then start the same command "
-                "again; `songvec swap` does all of it, and names the ranges that fail"
-            )
-
-    def _read_loadable(self, song_range: SongIdRange) -> set[int] | None:
-        try:
-            cached = self._source.cache.open(song_range)
-            self._source.check_whole(cached)
-        except (StoreError, DamagedShardError):
-            return None
-        return set(cached.rows["song_id"])
-
-    def _read_exported(self, song_range: SongIdRange) -> set[int]:
-        path = snapshot_path(self._source.songs_folder, song_range)
-        songs = load_songs_from_parquet(path, ["song_id", "set_aside"])
-        return set(songs.filter(pl.col("set_aside").is_null())["song_id"])
+    missing: list[int] = []
+    ranges, cached, exported = list(ranges), source.cache.ranges(), source.snapshots.ranges()
+    for song_range in sorted(serving.ledger.read()):
+        run.check_stop()
+        songs = set(serving.ledger.read_song_ids(song_range))
+        for each in _overlapping(song_range, ranges):
+            found = read_song_ids(each)
+            songs = {song_id for song_id in songs if song_id not in each} if found is None else songs - found
+        if not songs:
+            continue
+        for each in _overlapping(song_range, cached):
+            songs -= {rejection.song_id for rejection in source.cache.read_manifest(each).rejected}
+        known = _overlapping(song_range, exported)
+        kept = set[int]().union(*map(source.snapshots.read_embeddable, known))
+        missing += [song_id for song_id in songs if song_id in kept or not any(song_id in each for each in known)]
+    if missing:
+        missing.sort()
+        keys = [each.key for each in sorted({source.tiling.range_of(song_id) for song_id in missing})]
+        raise TableMismatchError(
+            f"{name} lacks {len(missing):,} songs that {SERVING} has and that were not deleted from the source "
+            f"(song_id {', '.join(map(str, missing[:5]))}, …; range {', '.join(keys[:5])}, …): {SERVING} was not "
+            f"replaced. Export and fill these ranges for {source.cache.model}, then start the same command again; "
+            "`songvec swap` does all of it, and names the ranges that fail"
+        )
 
 
 def _overlapping(song_range: SongIdRange, ranges: Iterable[SongIdRange]) -> list[SongIdRange]:
     return [each for each in ranges if each.start < song_range.stop and song_range.start < each.stop]
 
 
-def put_in_place(database: Database, keep: bool, guards: SwapGuards, run: RunContext) -> None:
+def _read_loadable(source: LoadSource, song_range: SongIdRange) -> set[int] | None:
+    """The songs that a load of a range brings; None: it is damaged, and its load says what is wrong."""
+    try:
+        cached = source.cache.open(song_range)
+        load.check_whole(cached)
+    except (StoreError, DamagedShardError):
+        return None
+    return set(cached.rows["song_id"])
+
+
+def _read_ledgers(database: Database, connection: sa.Connection | None = None) -> list[dict[SongIdRange, LedgerEntry]]:
+    """Of the serving table, and of the staging table."""
+    return [VectorTable(database, name).ledger.read(connection) for name in (SERVING, STAGING)]
+
+
+def put_in_place(
+    database: Database,
+    keep: bool,
+    compared: list[dict[SongIdRange, LedgerEntry]],
+    check_held: Callable[[], None],
+    run: RunContext,
+) -> None:
     """Let the staging table replace the serving one, with its rights, settings, indexes and records.
 
     Args:
         database: where they are.
         keep: whether what served is kept as the previous table, or dropped.
-        guards: asked while nobody else can change either table.
+        compared: the ledgers of the two tables as `check_missing` read them.
+        check_held: raises where LOCK was lost.
         run: ends the wait while another session holds a lock on a table.
 
     Raises:
-        DatabaseError: another session held its lock for ten minutes; the old table still serves.
-        TableMismatchError: a guard does not hold; both tables are as they were.
+        DatabaseError: another session held its lock for ten minutes, or LOCK was lost; the old table still serves.
+        TableMismatchError: people added something to the table, or another run loaded one of the two; both tables are
+            as they were.
     """
     serving, staging = VectorTable(database), VectorTable(database, STAGING)
 
     def swap(connection: sa.Connection) -> None:
         connection.execute(sa.text(f"LOCK TABLE {SERVING}, {STAGING} IN ACCESS EXCLUSIVE MODE"))
-        guards.check(connection)
+        check_attachments(connection, serving)
+        # the song_ids of millions are not compared while searches wait: what was compared must be what is there
+        if _read_ledgers(database, connection) != compared:
+            raise TableMismatchError(
+                f"{SERVING} or {STAGING} was loaded by another run meanwhile: {SERVING} was not replaced. Start the "
+                "same command again, which goes on from here"
+            )
         with relations.copying_properties(connection, SERVING, STAGING):
             if keep:
                 serving.rename_to(connection, PREVIOUS)
             else:
                 serving.drop(connection)
             staging.rename_to(connection, SERVING)
-        guards.check_held()
+        check_held()
 
     run_briefly(database, swap, run.check_stop)
 

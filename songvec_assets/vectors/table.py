@@ -7,7 +7,7 @@ an index (`index/`).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -156,6 +156,12 @@ class VectorTable:
         """What it is recorded to hold, or None before a first load."""
         with self.database.get_connection("web") as connection:  # each search asks: by a pooled connection
             return self.read_spec(connection)
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether it has a valid index."""
+        with self.database.get_connection() as connection:
+            return self.read_lists(connection) is not None
 
     @property
     def index(self) -> IndexFacts | None:
@@ -309,8 +315,12 @@ class VectorTable:
 
     # making, checking, renaming and dropping
 
-    def ensure(self, spec: TableSpec) -> bool:
-        """Create it where it is missing, else check it. The embedded database's table of a local model is replaced.
+    def ensure(self, spec: TableSpec, models: Collection[str] | None = None) -> bool:
+        """Create it where it is missing, else check it. The demo's table of the embedded database is replaced.
+
+        Args:
+            spec: what it is to hold.
+            models: of the loaded ranges, where the ledger was read just now; None: it is read.
 
         Returns:
             Whether it was created.
@@ -322,7 +332,7 @@ class VectorTable:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": schema.lock_key("table")})
             if self.is_replaceable(connection, spec):
                 self.drop(connection)
-            elif self._check(connection, spec):
+            elif self._check(connection, spec, models):
                 self._write_spec(connection, spec)
                 return False
             self.forget(connection)
@@ -333,8 +343,8 @@ class VectorTable:
             self._write_spec(connection, spec)
             return True
 
-    def check(self, spec: TableSpec) -> None:
-        """Refuse a table that holds something other than `spec`.
+    def check(self, spec: TableSpec, models: Collection[str] | None = None) -> None:
+        """Refuse a table that holds something other than `spec`; for the arguments see `ensure`.
 
         Raises:
             TableMismatchError: another model, size or type; or the table has other columns than ours.
@@ -342,14 +352,14 @@ class VectorTable:
         """
         with self.database.get_connection() as connection:
             if not self.is_replaceable(connection, spec):
-                self._check(connection, spec)
+                self._check(connection, spec, models)
 
     def is_replaceable(self, connection: sa.Connection, spec: TableSpec) -> bool:
         """Whether it holds a local model's vectors in the embedded database, and other ones are to be loaded."""
         loaded = self.read_spec(connection)
         return self.database.embedded and loaded is not None and loaded.model in LOCAL_MODELS and loaded != spec
 
-    def _check(self, connection: sa.Connection, spec: TableSpec) -> bool:
+    def _check(self, connection: sa.Connection, spec: TableSpec, models: Collection[str] | None) -> bool:
         """Whether the table exists; raises if it does not fit."""
         schema.check_search_path(connection)
         rows = connection.execute(
@@ -375,8 +385,9 @@ class VectorTable:
                 "SONGVEC_VECTOR_TYPE to what it holds, or let `songvec swap` build a staging table and replace it"
             )
         # the ledger names the model of each range, also where the record of the whole table cannot be read
-        others = {model for model, _ in self.ledger.read_models(connection)} - {spec.model}
-        if others:
+        if models is None:
+            models = {entry.model for entry in self.ledger.read(connection).values()}
+        if others := set(models) - {spec.model}:
             held = min(others)
             raise TableMismatchError(
                 f"table {self.name} holds vectors of {held!r}, the configured model is {spec.model!r}: one table holds "

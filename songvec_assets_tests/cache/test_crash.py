@@ -226,7 +226,7 @@ def main() -> None:
     """Say that it is ready, wait for a line, fill; an interrupt is taken as the assets take it."""
     # a shell that starts the tests in its background would have it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    deployment = Deployment(Settings.from_environment({}, **json.loads(sys.argv[1])))
+    deployment = Deployment(Settings(**json.loads(sys.argv[1])))
     print("ready", flush=True)
     sys.stdin.readline()
     run_in_worker(

@@ -568,7 +568,7 @@ def test_a_shard_without_a_snapshot_is_left_as_it_is(songs: Songs, run: Run, pro
     songs(*plain_songs(range(1, 9)))
     first = run()
     fill(first)
-    for snapshot in first.store.songs.glob("*.parquet"):
+    for snapshot in first.store.songs.storage.root.glob("*.parquet"):
         snapshot.unlink()
     reports: list[FillReport] = []
     run().filler().fill_ranges(list(TILING), reports.append)

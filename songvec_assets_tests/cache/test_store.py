@@ -75,7 +75,7 @@ def test_two_stores_have_two_identities(tmp_path):
 
 def test_models_and_sizes_have_folders_of_their_own(root):
     store = open_store(root, TILING)
-    assert store.songs == root / "songs"
+    assert store.songs.storage.root == root / "songs"
     cache = store.embeddings("fireworks/qwen3-embedding-8b", 2000)
     assert cache.storage.root == root / "embeddings" / "fireworks--qwen3-embedding-8b-2000"
     assert (cache.model, cache.dimensions) == ("fireworks/qwen3-embedding-8b", 2000)
@@ -104,8 +104,8 @@ def test_a_start_is_lowered_at_any_time_and_raised_as_far_as_nothing_is_there(ro
     assert json.loads((root / "store.json").read_text())["song_id_start"] == 1_500
     assert open_store(root, Tiling(100, 2_000, start=1_000)).store_id == high.store_id
     assert open_store(root, Tiling(100, 2_000, start=1_200)).tiling.start == 1_200
-    high.songs.mkdir()
-    (high.songs / "000001300-000001400.parquet").touch()
+    high.songs.storage.root.mkdir()
+    (high.songs.storage.root / "000001300-000001400.parquet").touch()
     assert open_store(root, Tiling(100, 2_000, start=1_300)).tiling.start == 1_300
     with pytest.raises(StoreError, match="from song_id 1300 on, SONGVEC_SONG_ID_START is 1400: set it to 1300"):
         open_store(root, Tiling(100, 2_000, start=1_400))

@@ -396,9 +396,9 @@ class TestRuns:
         [
             ({"ranges": "000000000"}, "expected a range key like"),
             ({"ranges": "000050000-000100000...000000000-000050000"}, "no ranges of this graph in their order"),
-            ({"max_usd": -1.0}, "SONGVEC_MAX_USD: expected a number of at least 0"),
-            ({"concurrency": 0}, "SONGVEC_CONCURRENCY: expected a whole number from 1 to 1,000"),
-            ({"target_recall": 1.5}, "SONGVEC_TARGET_RECALL: expected a share over 0"),
+            ({"max_usd": -1.0}, "SONGVEC_MAX_USD: expected a number greater than or equal to 0"),
+            ({"concurrency": 0}, "SONGVEC_CONCURRENCY: expected a number greater than or equal to 1"),
+            ({"target_recall": 1.5}, "SONGVEC_TARGET_RECALL: expected a number less than or equal to 1"),
         ],
     )
     def test_a_bad_option_is_refused_by_name_before_anything_is_done(

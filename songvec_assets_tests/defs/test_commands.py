@@ -232,7 +232,7 @@ def test_errors_are_one_line_that_says_what_to_do(project: Project) -> None:
             "no server answers there",
         ),
         ({"POSTGRES_URL": "postgresql://u:secret@127.0.0.1:1/music"}, "FIREWORKS_API_KEY is not"),
-        ({"SONGVEC_EMBEDDING_DIMENSIONS": "many"}, "SONGVEC_EMBEDDING_DIMENSIONS: expected a whole number"),
+        ({"SONGVEC_EMBEDDING_DIMENSIONS": "many"}, "SONGVEC_EMBEDDING_DIMENSIONS: expected a valid integer"),
         ({"SONGVEC_SONGS_TABLE": "tracks"}, "SONGVEC_SONGS_TABLE"),
     ):
         code, output = project.run("songvec", "run", **settings)

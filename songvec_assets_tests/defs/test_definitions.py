@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import dagster as dg
@@ -12,11 +11,26 @@ import pytest
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.definitions import defs
 from songvec_assets.defs.partitions import TILING
-from songvec_assets.defs.resources import OF_RUNS, FireworksResource, PostgresResource, StorageResource, overrides
+from songvec_assets.defs.resources import (
+    RESOURCES,
+    FireworksResource,
+    PostgresResource,
+    RunResource,
+    StorageResource,
+    given,
+)
 from songvec_assets.postgres.engine import Database
-from songvec_assets.settings import Settings, variables
+from songvec_assets.settings import (
+    GraphSettings,
+    PostgresSettings,
+    ProviderSettings,
+    RunSettings,
+    Settings,
+    StorageSettings,
+    variables,
+)
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.vectors.conftest import SPEC, put
@@ -65,7 +79,6 @@ def test_wrong_vectors_and_mixed_models_block_what_is_downstream() -> None:
         "song_embeddings_table:no_orphans": False,
         "song_embeddings_table:vectors_are_sound": True,
         "song_embeddings_table:one_model": True,
-        "song_embeddings_table:no_drift": False,
         "song_embeddings_table:billed_as_estimated": False,
         "song_embeddings_table:price_is_sane": False,
         "ivfflat_index:index_is_used": False,
@@ -74,14 +87,20 @@ def test_wrong_vectors_and_mixed_models_block_what_is_downstream() -> None:
     }
 
 
-def test_every_setting_is_a_resource_field_shapes_the_graph_or_is_secret() -> None:
-    resources = (PostgresResource(), FireworksResource(), StorageResource())
-    of_resources = {name for resource in resources for name in overrides(resource)} | set(OF_RUNS)
-    shaping = {each.name for each in fields(Settings) if each.metadata["when"] == "graph"}
-    secret = {each.name for each in fields(Settings) if not each.repr}
+def test_every_setting_is_an_option_of_one_resource_shapes_the_graph_or_is_secret() -> None:
+    secret = {name for name, field in Settings.model_fields.items() if not field.repr}
     assert secret == {"postgres_url", "direct_url", "fireworks_api_key", "webhook_url"}
-    assert of_resources | shaping | secret == {each.name for each in fields(Settings)}
-    assert not of_resources & (shaping | secret)
+    options = {
+        PostgresResource: given(PostgresSettings, PostgresResource()),
+        FireworksResource: given(ProviderSettings, FireworksResource()),
+        StorageResource: given(StorageSettings, StorageResource()),
+        RunResource: given(RunSettings, RESOURCES["run"]),
+    }
+    assert {value for values in options.values() for value in values.values()} == {None}
+    names = [name for values in options.values() for name in values]
+    assert sorted([*names, *secret, *GraphSettings.model_fields]) == sorted(Settings.model_fields)
+    for resource in options:
+        assert not {*resource.model_fields} & secret
 
 
 def test_the_code_location_loads_with_an_empty_environment_and_without_warnings() -> None:
@@ -109,7 +128,7 @@ def test_the_rollback_job_lets_the_table_before_serve_again(
     cache = ModelCache(Storage(tmp_path / "embeddings"), SPEC.model, SPEC.dimensions)
     put(cache, range(30))
     for spec in (SPEC, TableSpec(SPEC.model, SPEC.dimensions, "halfvec")):
-        publish_embeddings(database, LoadSource(cache, SMALL_TILING, tmp_path), WantedTable(spec, may_swap=True))
+        publish_embeddings(database, LoadSource(cache, SMALL_TILING), WantedTable(spec, may_swap=True))
     monkeypatch.setenv("POSTGRES_URL", database.url)
     monkeypatch.setenv("FIREWORKS_API_KEY", "never-used")
     with dg.DagsterInstance.ephemeral() as instance:

@@ -10,8 +10,8 @@ from dagster._core.snap import JobSnap
 from dagster._core.snap.snap_to_yaml import default_values_yaml_from_type_snap
 
 from songvec_assets.definitions import defs
-from songvec_assets.defs.resources import RESOURCES, make_resources, present_values
-from songvec_assets.settings import FIREWORKS_MODEL
+from songvec_assets.defs.resources import RESOURCES, RunResource, make_resources, present_values
+from songvec_assets.settings import FIREWORKS_MODEL, ProviderSettings
 
 OF_ANY_RUN = {
     "confirm_deletions": False,
@@ -93,9 +93,9 @@ def test_the_present_values_are_those_of_the_environment_and_a_bad_one_is_left_t
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SONGVEC_EMBEDDING_MODEL", "some/model")
-    assert present_values("SONGVEC_EMBEDDING_MODEL") == {"embedding_model": "some/model"}
+    assert present_values(ProviderSettings, "embedding_model") == {"embedding_model": "some/model"}
     monkeypatch.setenv("SONGVEC_EMBEDDING_DIMENSIONS", "many")
-    assert present_values("SONGVEC_EMBEDDING_MODEL", "SONGVEC_EMBEDDING_DIMENSIONS") == {}
+    assert present_values(ProviderSettings, "embedding_model") == {}
 
 
 def test_defaults_of_a_job_reach_its_run_and_what_is_typed_wins() -> None:
@@ -114,3 +114,25 @@ def test_defaults_of_a_job_reach_its_run_and_what_is_typed_wins() -> None:
     given = {"resources": {"fireworks": {"config": {"embedding_model": "n"}}}}
     assert job.execute_in_process(run_config=given).success
     assert seen == {"swap": True, "model": "n"}
+
+
+def test_an_empty_option_reads_its_variable_when_the_run_starts_and_a_given_one_replaces_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+
+    @dg.op
+    def look(run: RunResource) -> None:
+        with run.open() as deployment:
+            seen.append(deployment.settings.max_text_chars)
+
+    @dg.job(resource_defs=RESOURCES)
+    def job() -> None:
+        look()
+
+    assert job.execute_in_process().success
+    monkeypatch.setenv("SONGVEC_MAX_TEXT_CHARS", "700")
+    assert job.execute_in_process().success
+    given = {"resources": {"storage": {"config": {"max_text_chars": 80}}}}
+    assert job.execute_in_process(run_config=given).success
+    assert seen == [24_000, 700, 80]

@@ -18,7 +18,9 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema, hold_lock, lock_key, read_fact, write_fact
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.storage import Storage
 from songvec_assets_tests.administration import as_role, dispose, execute, wait_until
 from songvec_assets_tests.embedding.test_limits import SPENDER
 from songvec_assets_tests.pooler import running_pgbouncer
@@ -153,7 +155,7 @@ class TestTransactions:
         )
         for n_written in (6, 0):
             report = cache_songs_to_parquet(
-                pooled, find_source(pooled, SourceNames()), tmp_path, Tiling(width=300, stop=1_500)
+                pooled, find_source(pooled, SourceNames()), Snapshots(Storage(tmp_path)), Tiling(width=300, stop=1_500)
             )
             assert sum(each.n_songs for each in report.ranges) == 1_500
             assert sum(each.written for each in report.ranges) == n_written

@@ -19,7 +19,7 @@ from songvec_assets.postgres.engine import PROFILES, Database, Profile
 from songvec_assets.postgres.schema import write_fact
 from songvec_assets.search.nearest import Hit, check_searchable, embed_query, search_songs
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
-from songvec_assets.vectors.samples import find_neighbors
+from songvec_assets.vectors.index.audit import find_neighbors
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import dispose, execute
 from songvec_assets_tests.conftest import deploy

@@ -30,15 +30,11 @@ from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.snapshots import (
     FILE_SCHEMA,
     SNAPSHOT_SCHEMA,
-    digest_snapshots,
-    get_max_cached_song_id,
-    load_songs_from_parquet,
-    read_text_hashes,
-    snapshot_path,
-    snapshot_ranges,
+    Snapshots,
 )
 from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets.songs.text import TextSpec, render_texts
+from songvec_assets.storage import Storage
 from songvec_assets_tests.administration import execute
 
 TILING = Tiling(width=100, stop=1_000)
@@ -73,7 +69,23 @@ def run(
 ) -> ExportReport:
     """One export of the table."""
     source = find_source(database, names or SourceNames(), spec)
-    return cache_songs_to_parquet(database, source, folder, TILING, ExportOptions(mode, **options))
+    return cache_songs_to_parquet(database, source, stored(folder), TILING, ExportOptions(mode, **options))
+
+
+def stored(folder: Path) -> Snapshots:
+    """The snapshots of a folder."""
+    return Snapshots(Storage(folder))
+
+
+def path_of(folder: Path, song_range: SongIdRange) -> Path:
+    """The file of a range."""
+    return folder / f"{song_range.key}.parquet"
+
+
+def has_hashes(folder: Path, spec: TextSpec, song_range: SongIdRange = FIRST) -> bool:
+    """Whether a snapshot keeps the hashes of its texts, as these settings make them."""
+    footer = stored(folder).footer(song_range)
+    return footer is not None and footer.text == spec.identity
 
 
 def change(database: Database, statement: str) -> None:
@@ -83,7 +95,7 @@ def change(database: Database, statement: str) -> None:
 
 def read(folder: Path) -> list[tuple]:
     """All snapshots' rows: song_id, name, artist, lyrics."""
-    tables = [load_songs_from_parquet(snapshot_path(folder, each)) for each in snapshot_ranges(folder)]
+    tables = [stored(folder).read(each) for each in stored(folder).ranges()]
     return [row for table in tables for row in table.drop("set_aside").rows()]
 
 
@@ -129,7 +141,7 @@ class TestContent:
         assert read(tmp_path) == rows
         assert report.set_aside == Counter()
         assert report.total("n_new") == report.total("n_songs") == len(rows)
-        assert pq.read_schema(snapshot_path(tmp_path, FIRST)).equals(FILE_SCHEMA)
+        assert pq.read_schema(path_of(tmp_path, FIRST)).equals(FILE_SCHEMA)
 
     def test_each_song_is_in_the_file_of_its_range(
         self, database: Database, songs: Callable[..., None], tmp_path: Path
@@ -137,15 +149,15 @@ class TestContent:
         song_ids = [0, 99, 100, 999, 1000, MAX_SONG_ID]
         songs(*((song_id, "Sea", "Ann", None) for song_id in song_ids))
         run(database, tmp_path)
-        found = {each.key: load_songs_from_parquet(snapshot_path(tmp_path, each))["song_id"].to_list()
-                 for each in snapshot_ranges(tmp_path)}  # fmt: skip
+        found = {each.key: stored(tmp_path).read(each)["song_id"].to_list()
+                 for each in stored(tmp_path).ranges()}  # fmt: skip
         assert found == {
             "000000000-000000100": [0, 99],
             "000000100-000000200": [100],
             "000000900-000001000": [999],
             "000001000-max": [1000, MAX_SONG_ID],
         }
-        assert get_max_cached_song_id(tmp_path) == MAX_SONG_ID
+        assert stored(tmp_path).find_max_song_id() == MAX_SONG_ID
 
     def test_songs_of_a_bigint_table_are_exported_and_those_above_integer_counted(
         self, database: Database, tmp_path: Path
@@ -164,10 +176,10 @@ class TestContent:
         )
 
     def test_a_range_without_a_file_is_a_range_without_songs(self, tmp_path: Path) -> None:
-        empty = load_songs_from_parquet(snapshot_path(tmp_path, FIRST))
+        empty = stored(tmp_path).read(FIRST)
         assert (empty.height, empty.columns) == (0, SNAPSHOT_SCHEMA.names)
-        assert load_songs_from_parquet(snapshot_path(tmp_path, FIRST), ["song_id"]).columns == ["song_id"]
-        assert get_max_cached_song_id(tmp_path) is None
+        assert stored(tmp_path).read(FIRST, ["song_id"]).columns == ["song_id"]
+        assert stored(tmp_path).find_max_song_id() is None
 
     def test_an_empty_table_gives_no_file(self, database: Database, songs: Callable[..., None], tmp_path: Path) -> None:
         songs()
@@ -180,7 +192,7 @@ class TestContent:
         songs(*((song_id, "Sea", "Ann", None) for song_id in (1, 2, 150, 5000)))
         told: list[Progress] = []
         source = find_source(database, SourceNames())
-        cache_songs_to_parquet(database, source, tmp_path, TILING, run=RunContext(told.append))
+        cache_songs_to_parquet(database, source, stored(tmp_path), TILING, run=RunContext(told.append))
         assert [(each.done, each.total) for each in told] == [(2, 4), (3, 4), (4, 4)]
 
 
@@ -249,7 +261,7 @@ class TestUnchanged:
         change(database, "DELETE FROM songs WHERE id > 100")
         report = run(database, tmp_path)
         assert counts_of(report)[SECOND.key] == (0, 0, 0, 2, True)
-        assert [path.name for path in tmp_path.iterdir()] == [snapshot_path(tmp_path, FIRST).name]
+        assert [path.name for path in tmp_path.iterdir()] == [path_of(tmp_path, FIRST).name]
 
     @pytest.mark.parametrize("mode", ["all", "append"])
     def test_a_raised_stop_gives_the_tails_songs_files_of_their_own(
@@ -258,8 +270,8 @@ class TestUnchanged:
         songs((1, "Sea", "Ann", None), (1001, "Hill", "Ben", None), (5000, "Moon", "Cy", None))
         run(database, tmp_path)
         source = find_source(database, SourceNames())
-        cache_songs_to_parquet(database, source, tmp_path, Tiling(width=100, stop=2_000), ExportOptions(mode))
-        assert [each.key for each in snapshot_ranges(tmp_path)] == [
+        cache_songs_to_parquet(database, source, stored(tmp_path), Tiling(width=100, stop=2_000), ExportOptions(mode))
+        assert [each.key for each in stored(tmp_path).ranges()] == [
             "000000000-000000100", "000001000-000001100", "000002000-max"
         ]  # fmt: skip
         assert names_of(tmp_path) == {1: "Sea", 1001: "Hill", 5000: "Moon"}
@@ -275,7 +287,7 @@ class TestBadInput:
             (7, "Sea", "Ann", None), (8, " Sea ", ".", ""), (101, "", "Ann", None),
         )  # fmt: skip
         report = run(database, tmp_path)
-        snapshot = load_songs_from_parquet(snapshot_path(tmp_path, FIRST))
+        snapshot = stored(tmp_path).read(FIRST)
         no_name, no_artist = "the song has no name", "the song has no artist"
         assert dict(snapshot.select("song_id", "set_aside").rows()) == {
             1: no_name, 2: no_name, 3: no_name, 4: no_artist, 5: no_artist, 6: no_name, 7: None, 8: None
@@ -324,7 +336,7 @@ class TestBadInput:
         with pytest.raises(IncompleteExportError, match="division by zero") as caught:
             run(database, tmp_path, names)
         after = files_of(tmp_path)
-        assert [name for name in after if after[name] == before[name]] == [snapshot_path(tmp_path, SECOND).name]
+        assert [name for name in after if after[name] == before[name]] == [path_of(tmp_path, SECOND).name]
         assert names_of(tmp_path) == {1: "New", 150: "Hill", 250: "New"}
         assert caught.value.report.total("n_changed") == 2
 
@@ -334,7 +346,7 @@ class TestBadInput:
     ) -> None:
         songs((1, "Sea", "Ann", None), (150, "Hill", "Ben", None), (160, "Moon", "Cy", None))
         run(database, tmp_path)
-        path = snapshot_path(tmp_path, SECOND)
+        path = path_of(tmp_path, SECOND)
         whole = path.read_bytes()
         path.write_bytes(whole[damage])
         report = run(database, tmp_path)
@@ -346,7 +358,7 @@ class TestBadInput:
     ) -> None:
         songs((1, "Sea" * 50, "Ann", "la " * 500))
         run(database, tmp_path)
-        path = snapshot_path(tmp_path, FIRST)
+        path = path_of(tmp_path, FIRST)
         path.write_bytes(b"PAR1" + bytes(200) + path.read_bytes()[204:])
         songs((2, "Hill", "Ben", None))
         assert counts_of(run(database, tmp_path)) == {FIRST.key: (2, 2, 0, 0, True)}
@@ -552,7 +564,7 @@ class TestUpdatedAt:
         self, dated: Database, tmp_path: Path
     ) -> None:
         run(dated, tmp_path, DATED)
-        path = snapshot_path(tmp_path, FIRST)
+        path = path_of(tmp_path, FIRST)
         older = path.read_bytes()
         change(dated, "UPDATE songs SET name = 'changed', at = '2026-02-01' WHERE id = 2")
         change(dated, "UPDATE songs SET at = '2026-03-01' WHERE id = 3")
@@ -644,8 +656,7 @@ class TestHashes:
         songs((1, None, "Ann", "la"), (2, "Sea", "Ann", "waves"), (101, "", "Ann", None))
         run(database, tmp_path)
         assert_hashed(tmp_path, TextSpec())
-        hashes = read_text_hashes(snapshot_path(tmp_path, FIRST), TextSpec())
-        assert hashes is not None
+        hashes = stored(tmp_path).read_text_hashes(FIRST, TextSpec())
         assert hashes["song_id"].to_list() == [2]
 
     def test_other_settings_have_none_until_the_next_export_which_changes_no_identity(
@@ -653,12 +664,12 @@ class TestHashes:
     ) -> None:
         songs((1, "Sea", "Ann", "waves and salt"), (2, "Hill", "Ben", None))
         run(database, tmp_path)
-        path, digest = snapshot_path(tmp_path, FIRST), digest_snapshots(tmp_path)
+        digest = stored(tmp_path).digest_all()
         short = TextSpec(max_chars=9)
-        assert read_text_hashes(path, short) is None
+        assert not has_hashes(tmp_path, short)
         report = run(database, tmp_path, spec=short)
         assert_hashed(tmp_path, short)
-        assert (digest_snapshots(tmp_path), report.total("n_changed")) == (digest, 0)
+        assert (stored(tmp_path).digest_all(), report.total("n_changed")) == (digest, 0)
         before = files_of(tmp_path)
         run(database, tmp_path, spec=short)
         assert files_of(tmp_path) == before
@@ -677,11 +688,11 @@ class TestHashes:
     ) -> None:
         songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", None), (101, "Moon", "Cy", None))
         run(database, tmp_path)
-        digest = digest_snapshots(tmp_path)
-        for each in snapshot_ranges(tmp_path):
-            remove_hashes(snapshot_path(tmp_path, each))
-        assert read_text_hashes(snapshot_path(tmp_path, FIRST), TextSpec()) is None
-        assert digest_snapshots(tmp_path) == digest
+        digest = stored(tmp_path).digest_all()
+        for each in stored(tmp_path).ranges():
+            remove_hashes(path_of(tmp_path, each))
+        assert not has_hashes(tmp_path, TextSpec())
+        assert stored(tmp_path).digest_all() == digest
         songs((2, "Hill", "Ben", "stones"), (3, "New", "Di", None))
         change(database, "DELETE FROM songs WHERE id = 1")
         report = run(database, tmp_path)
@@ -693,11 +704,11 @@ class TestHashes:
     ) -> None:
         songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", None))
         run(database, tmp_path)
-        remove_hashes(snapshot_path(tmp_path, FIRST))
+        remove_hashes(path_of(tmp_path, FIRST))
         songs((1, "changed", "Ann", None), (3, "New", "Di", None))
         run(database, tmp_path, mode="append")
         assert names_of(tmp_path) == {1: "Sea", 2: "Hill", 3: "New"}
-        assert read_text_hashes(snapshot_path(tmp_path, FIRST), TextSpec()) is None
+        assert not has_hashes(tmp_path, TextSpec())
         run(database, tmp_path)
         assert names_of(tmp_path) == {1: "changed", 2: "Hill", 3: "New"}
         assert_hashed(tmp_path, TextSpec())
@@ -727,11 +738,10 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def assert_hashed(folder: Path, spec: TextSpec) -> None:
     """Every snapshot has the hashes of the texts of its songs."""
-    for each in snapshot_ranges(folder):
-        path = snapshot_path(folder, each)
-        accepted = load_songs_from_parquet(path).filter(pl.col("set_aside").is_null())
-        hashes = read_text_hashes(path, spec)
-        assert hashes is not None
+    for each in stored(folder).ranges():
+        assert has_hashes(folder, spec, each)
+        accepted = stored(folder).read(each).filter(pl.col("set_aside").is_null())
+        hashes = stored(folder).read_text_hashes(each, spec)
         assert_frame_equal(hashes, render_texts(accepted, spec).drop("text"))
 
 

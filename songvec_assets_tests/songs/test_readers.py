@@ -14,8 +14,9 @@ from songvec_assets.progress import Progress, RunContext, StopSignal
 from songvec_assets.songs import readers
 from songvec_assets.songs.export import ExportMode, ExportOptions, IncompleteExportError, cache_songs_to_parquet
 from songvec_assets.songs.ranges import Tiling
-from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.storage import Storage
 from songvec_assets_tests.administration import execute, wait_until
 from songvec_assets_tests.pooler import running_pgbouncer
 
@@ -63,7 +64,9 @@ def run(
     told: list[Progress] = []
     options = ExportOptions(mode, n_readers=n_readers)
     source = find_source(database, FRAGILE)
-    cache_songs_to_parquet(database, source, folder, TILING, options, context or RunContext(told.append))
+    cache_songs_to_parquet(
+        database, source, Snapshots(Storage(folder)), TILING, options, context or RunContext(told.append)
+    )
     return told
 
 
@@ -71,8 +74,8 @@ def exported(folder: Path) -> list[int]:
     """The song_ids of all snapshots."""
     return [
         song_id
-        for each in snapshot_ranges(folder)
-        for song_id in load_songs_from_parquet(snapshot_path(folder, each))["song_id"]
+        for each in Snapshots(Storage(folder)).ranges()
+        for song_id in Snapshots(Storage(folder)).read(each)["song_id"]
     ]
 
 
@@ -270,7 +273,7 @@ class TestStop:
         stop = StopSignal()
 
         def stop_at_first(progress: Progress) -> None:
-            wait_until(lambda: len(snapshot_ranges(tmp_path)) == 4)
+            wait_until(lambda: len(Snapshots(Storage(tmp_path)).ranges()) == 4)
             time.sleep(0.2)  # long enough to read another
             stop.set()
 
@@ -288,7 +291,9 @@ class TestSideBySide:
         told: list[Progress] = []
         source = find_source(database, FRAGILE)
         options = ExportOptions(n_readers=n_readers)
-        report = cache_songs_to_parquet(database, source, tmp_path, TILING, options, RunContext(told.append))
+        report = cache_songs_to_parquet(
+            database, source, Snapshots(Storage(tmp_path)), TILING, options, RunContext(told.append)
+        )
         assert [each.range.start for each in report.ranges] == list(range(0, 1000, 100))
         assert [(each.done, each.total) for each in told] == [(2 * n, 20) for n in range(1, 11)]
 
@@ -311,8 +316,8 @@ class TestSideBySide:
             "pg_backend_pid()::text AS lyrics FROM faults.rows",
         )
         source = find_source(database, SourceNames("faults.named", song_id_column="id"))
-        cache_songs_to_parquet(database, source, tmp_path, TILING, ExportOptions(n_readers=2))
-        songs = [load_songs_from_parquet(snapshot_path(tmp_path, each)) for each in snapshot_ranges(tmp_path)]
+        cache_songs_to_parquet(database, source, Snapshots(Storage(tmp_path)), TILING, ExportOptions(n_readers=2))
+        songs = [Snapshots(Storage(tmp_path)).read(each) for each in Snapshots(Storage(tmp_path)).ranges()]
         assert {name for each in songs for name in each["artist"]} == {"songvec"}
         assert len({pid for each in songs for pid in each["lyrics"]}) <= 2
         wait_until(

@@ -19,23 +19,19 @@ from songvec_assets.songs.snapshots import (
     SNAPSHOT_SCHEMA,
     Changes,
     Footer,
+    Snapshots,
     add_text_hashes,
     count_changes,
-    count_songs,
     digest_songs,
+    get_max_cached_song_id,
     hash_content,
     load_songs_from_parquet,
-    merge_songs,
-    read_footer,
-    read_text_hashes,
-    render_songs,
-    snapshot_digest,
-    snapshot_path,
-    write_snapshot,
 )
 from songvec_assets.songs.text import TextSpec, render_texts
+from songvec_assets.storage import Storage
 
 Row = tuple[int, str | None, str | None, str | None, str | None]
+ALL = SongIdRange(0, 2**31)
 ROWS: list[Row] = [
     (1, "Füße", "Ann", "la la", None), (3, None, "Ben", None, "the song has no name"), (7, "", "", "", None),
     (8, "🎵", "Cy", None, None), (2**31 - 1, "Sea", None, "x" * 3000, "the song has no artist"),
@@ -71,15 +67,15 @@ def rows_of(songs: pa.Table) -> list[Row]:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """Where a snapshot goes."""
-    return snapshot_path(tmp_path, SongIdRange(0, 2**31))
+def stored(tmp_path: Path) -> Snapshots:
+    """No snapshots yet."""
+    return Snapshots(Storage(tmp_path))
 
 
-def write(path: Path, songs: list[Row]) -> Path:
-    """Write a snapshot and give its path."""
-    write_snapshot(path, table(songs), Footer.of(table(songs), TextSpec().identity))
-    return path
+def write(stored: Snapshots, songs: list[Row]) -> Snapshots:
+    """Write a snapshot."""
+    stored.write(ALL, table(songs), Footer.of(table(songs), TextSpec().identity))
+    return stored
 
 
 class TestDigest:
@@ -111,29 +107,31 @@ class TestDigest:
         }
         assert len(digests) == 5
 
-    def test_rows_read_back_have_the_same(self, path: Path) -> None:
-        write(path, ROWS)
-        merged = merge_songs(path, table([]), np.array([row[0] for row in ROWS], np.int32))
-        assert digest_songs(merged) == snapshot_digest(path) == digest_songs(table(ROWS))
+    def test_rows_read_back_have_the_same(self, stored: Snapshots) -> None:
+        write(stored, ROWS)
+        merged = stored.merge(ALL, table([]), np.array([row[0] for row in ROWS], np.int32))
+        assert digest_songs(merged) == stored.digest(ALL) == digest_songs(table(ROWS))
 
 
 class TestFile:
-    def test_it_holds_what_was_written(self, path: Path) -> None:
-        write(path, ROWS)
-        assert load_songs_from_parquet(path).rows() == ROWS
-        assert count_songs(path.parent, SongIdRange(0, 2**31)) == len(ROWS)
+    def test_it_holds_what_was_written(self, stored: Snapshots) -> None:
+        write(stored, ROWS)
+        assert stored.read(ALL).rows() == ROWS
+        assert stored.count(ALL) == len(ROWS)
+        assert load_songs_from_parquet(stored.storage.root / f"{ALL.key}.parquet").rows() == ROWS
+        assert get_max_cached_song_id(stored.storage.root) == ROWS[-1][0]
 
-    def test_its_footer_comes_back(self, path: Path) -> None:
+    def test_its_footer_comes_back(self, stored: Snapshots) -> None:
         footer = Footer.of(table(ROWS), "settings")
-        write_snapshot(path, table(ROWS), footer)
-        assert read_footer(path) == footer
+        stored.write(ALL, table(ROWS), footer)
+        assert stored.footer(ALL) == footer
         assert (footer.n_songs, footer.set_aside["the song has no name"]) == (5, 1)
         assert footer.text_sizes == {0: 4, 3003 // SIZE_CLASS_BYTES: 1}
 
-    def test_without_a_file_or_with_a_damaged_one_there_is_no_footer(self, path: Path) -> None:
-        assert (read_footer(path), snapshot_digest(path)) == (None, None)
-        path.write_bytes(b"no Parquet")
-        assert (read_footer(path), snapshot_digest(path)) == (None, None)
+    def test_without_a_file_or_with_a_damaged_one_there_is_no_footer(self, stored: Snapshots) -> None:
+        assert (stored.footer(ALL), stored.digest(ALL)) == (None, None)
+        stored.storage.put(f"{ALL.key}.parquet", b"no Parquet")
+        assert (stored.footer(ALL), stored.digest(ALL)) == (None, None)
 
 
 class TestCompare:
@@ -165,13 +163,13 @@ class TestMerge:
     def test_newer_rows_take_the_place_of_those_of_their_song_id(
         self, tmp_path_factory: pytest.TempPathFactory, before: list[Row], newer: list[Row]
     ) -> None:
-        path = write(tmp_path_factory.mktemp("merged") / "file", before)
+        stored = write(Snapshots(Storage(tmp_path_factory.mktemp("merged"))), before)
         newer = sorted(
             {row[0]: row for row in [*newer, *((row[0], "N", "N", None, None) for row in before[::2])]}.values()
         )
         expected = {row[0]: row for row in [*before, *newer]}
         kept = sorted(expected)[::3] + sorted(expected)[1::3]
-        merged = merge_songs(path, table(newer), np.array(kept, np.int32))
+        merged = stored.merge(ALL, table(newer), np.array(kept, np.int32))
         assert rows_of(merged) == [expected[song_id] for song_id in sorted(kept)]
         assert merged.schema.equals(FILE_SCHEMA, check_metadata=True)
 
@@ -181,42 +179,42 @@ class TestMerge:
         self, tmp_path_factory: pytest.TempPathFactory, songs: list[Row]
     ) -> None:
         """Rows that went leave no bytes behind."""
-        path = write(tmp_path_factory.mktemp("merged") / "file", songs)
+        stored = write(Snapshots(Storage(tmp_path_factory.mktemp("merged"))), songs)
         kept = songs[::2]
-        merged = merge_songs(path, table([]), np.array([row[0] for row in kept], np.int32))
+        merged = stored.merge(ALL, table([]), np.array([row[0] for row in kept], np.int32))
         assert digest_songs(merged) == digest_songs(table(kept))
 
 
 class TestSome:
     def test_only_the_songs_asked_for_are_loaded_in_their_order(
-        self, path: Path, monkeypatch: pytest.MonkeyPatch
+        self, stored: Snapshots, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        write(path, ROWS)
+        write(stored, ROWS)
         monkeypatch.setattr(snapshots, "_BATCH_ROWS", 2)
-        some = load_songs_from_parquet(path, song_ids=[2**31 - 1, 3, 99])
+        some = stored.read(ALL, song_ids=[2**31 - 1, 3, 99])
         assert some.rows() == [ROWS[1], ROWS[4]]
-        assert some.schema == load_songs_from_parquet(path).schema
-        assert load_songs_from_parquet(path, ["song_id", "name"], song_ids=[1]).rows() == [(1, "Füße")]
-        assert load_songs_from_parquet(path, song_ids=[]).rows() == []
-        assert load_songs_from_parquet(path.with_name("none"), song_ids=[1]).schema == some.schema
+        assert some.schema == stored.read(ALL).schema
+        assert stored.read(ALL, ["song_id", "name"], song_ids=[1]).rows() == [(1, "Füße")]
+        assert stored.read(ALL, song_ids=[]).rows() == []
+        assert stored.read(SongIdRange(0, 100), song_ids=[1]).schema == some.schema
 
 
-def test_hashes_are_those_of_the_texts(path: Path) -> None:
-    write(path, ROWS)
-    assert read_text_hashes(path, TextSpec(max_chars=5)) is None
-    hashes = read_text_hashes(path, TextSpec())
-    accepted = load_songs_from_parquet(path).filter(pl.col("set_aside").is_null())
-    assert hashes is not None
+def test_hashes_are_those_of_the_texts(stored: Snapshots) -> None:
+    write(stored, ROWS)
+    hashes = stored.read_text_hashes(ALL, TextSpec())
+    accepted = stored.read(ALL).filter(pl.col("set_aside").is_null())
     assert_frame_equal(hashes, render_texts(accepted, TextSpec()).drop("text"))
+    short = TextSpec(max_chars=5)
+    assert_frame_equal(stored.read_text_hashes(ALL, short), render_texts(accepted, short).drop("text"))
 
 
-def test_a_text_that_does_not_fit_its_hash_is_named(path: Path) -> None:
-    write(path, ROWS)
-    assert render_songs(path, TextSpec(), pl.Series([1, 8]))["text"].to_list() == ["Füße by Ann\nla la", "🎵 by Cy"]
+def test_a_text_that_does_not_fit_its_hash_is_named(stored: Snapshots) -> None:
+    write(stored, ROWS)
+    assert stored.render(ALL, TextSpec(), pl.Series([1, 8]))["text"].to_list() == ["Füße by Ann\nla la", "🎵 by Cy"]
     other = table([(1, "Füße", "Ann", "other words", None), *ROWS[1:]]).set_column(
         6, "text_hash", table(ROWS)["text_hash"]
     )
-    write_snapshot(path, other, Footer.of(other, TextSpec().identity))
-    assert render_songs(path, TextSpec(), pl.Series([8]))["text"].to_list() == ["🎵 by Cy"]
+    stored.write(ALL, other, Footer.of(other, TextSpec().identity))
+    assert stored.render(ALL, TextSpec(), pl.Series([8]))["text"].to_list() == ["🎵 by Cy"]
     with pytest.raises(StoreError, match="texts do not have the hashes that are kept of them"):
-        render_songs(path, TextSpec(), pl.Series([1, 8]))
+        stored.render(ALL, TextSpec(), pl.Series([1, 8]))

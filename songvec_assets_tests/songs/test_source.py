@@ -18,8 +18,9 @@ from songvec_assets.search.nearest import read_songs
 from songvec_assets.songs.counts import IdSums, RangeCount, count_ranges, count_unreachable_ids
 from songvec_assets.songs.export import ExportOptions, cache_songs_to_parquet
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
-from songvec_assets.songs.snapshots import load_songs_from_parquet, snapshot_path, snapshot_ranges
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.storage import Storage
 from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.provider import Provider
 
@@ -39,8 +40,8 @@ def ids(*song_ids: int) -> IdSums:
 
 def export(database: Database, names: SourceNames, folder: Path) -> list[tuple]:
     """Find the source, export it, and read all that was written."""
-    cache_songs_to_parquet(database, find_source(database, names), folder, TILING)
-    tables = [load_songs_from_parquet(snapshot_path(folder, each)) for each in snapshot_ranges(folder)]
+    cache_songs_to_parquet(database, find_source(database, names), Snapshots(Storage(folder)), TILING)
+    tables = [Snapshots(Storage(folder)).read(each) for each in Snapshots(Storage(folder)).ranges()]
     return [row for table in tables for row in table.drop("set_aside").rows()]
 
 
@@ -96,8 +97,10 @@ class TestNames:
         run(database, f"INSERT INTO {schema}.{schema} VALUES (8, 'Hill', 'Ben', NULL, '2026-01-02')")
         assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves"), (8, "Hill", "Ben", None)]
         run(database, f"INSERT INTO {schema}.{schema} VALUES (9, 'Moon', 'Cy', NULL, '2026-01-03')")
-        cache_songs_to_parquet(database, find_source(database, names), tmp_path, TILING, ExportOptions("append"))
-        assert load_songs_from_parquet(snapshot_path(tmp_path, SongIdRange(0, 100)))["song_id"].to_list() == [7, 8, 9]
+        cache_songs_to_parquet(
+            database, find_source(database, names), Snapshots(Storage(tmp_path)), TILING, ExportOptions("append")
+        )
+        assert Snapshots(Storage(tmp_path)).read(SongIdRange(0, 100))["song_id"].to_list() == [7, 8, 9]
         assert count_unreachable_ids(database, find_source(database, names)) == Counter()
 
     def test_a_table_is_looked_for_as_written_then_in_lower_case(self, database: Database) -> None:
@@ -405,7 +408,7 @@ class TestTypes:
         )
         with pytest.raises(SourceError, match="column 'artist' is integer"):
             deployment.export()
-        assert not list(deployment.store.songs.glob("*"))
+        assert not deployment.store.songs.storage.list_objects()
         assert provider.ledger()["requests"] == 0
 
 

@@ -16,7 +16,8 @@ from songvec_assets.progress import ReportProgress, RunContext, StopSignal, igno
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.load import LoadSource, RangeLoad, upload_cached_embeddings_to_database
+from songvec_assets.vectors.load import RangeLoad, upload_cached_embeddings_to_database
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 

@@ -1,16 +1,12 @@
 """Short form of `make chaos-db`: each fault once, on a small table; no figures, only what must hold."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from random import Random
-from unittest import mock
 
 import pytest
 
 from benchmarks.chaos_db import FAULTS, find_usual_relations, prepared_server, run_fault
-from songvec_assets.vectors import samples
-from songvec_assets.vectors.samples import audit_vectors
 from songvec_assets_tests.servers import Server
 from songvec_assets_tests.vectors.world import Report
 
@@ -24,9 +20,7 @@ Prepared = tuple[Server, Path, set[str]]
 @pytest.fixture(scope="module")
 def prepared() -> Iterator[Prepared]:
     """A server that may be killed, a folder for caches, and the relations that an undisturbed run leaves."""
-    # how the vectors lie is measured elsewhere, and reading them as text takes longer than loading them
-    profile_few = mock.patch.object(samples, "audit_vectors", partial(audit_vectors, n_rows=20))
-    with prepared_server() as (server, folder), profile_few:
+    with prepared_server() as (server, folder):
         yield server, folder, find_usual_relations(server, folder, N_SONGS)
 
 

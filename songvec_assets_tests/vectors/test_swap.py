@@ -27,16 +27,16 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import lock_key
 from songvec_assets.progress import Progress, ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import Tiling
-from songvec_assets.songs.snapshots import SNAPSHOT_SCHEMA, snapshot_path
+from songvec_assets.songs.snapshots import SNAPSHOT_SCHEMA, Snapshots
 from songvec_assets.storage import Storage
 from songvec_assets.vectors import swap
+from songvec_assets.vectors.index.audit import Comparison
 from songvec_assets.vectors.index.upkeep import IndexSettings
-from songvec_assets.vectors.load import LoadSource, store_embeddings_batch, store_embeddings_copy_bulk
-from songvec_assets.vectors.samples import Comparison
+from songvec_assets.vectors.load import store_embeddings_batch, store_embeddings_copy_bulk
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import (
     LOCK,
     PublishReport,
-    SwapGuards,
     WantedTable,
     check_publishable,
     drop_others,
@@ -101,7 +101,7 @@ def publish(
     """Publish and index as the graph does; tables are staged from 20 changed rows on."""
     wanted = WantedTable(spec, IndexSettings(), swap, staged_from_rows)
     run = RunContext(progress, stop or StopSignal())
-    report = publish_embeddings(database, LoadSource(cache, tiling, songs_folder), wanted, run)
+    report = publish_embeddings(database, LoadSource(cache, tiling, Snapshots(Storage(songs_folder))), wanted, run)
     build_index(database, cache, spec)
     return report
 
@@ -353,7 +353,7 @@ class TestAttachments:
         put(cache, range(80), version=1)
         report = publish(database, cache, songs_folder)
         assert report.target.table.name == SERVING
-        assert "1 rows that somebody else put there" in report.target.reason
+        assert "1 rows that somebody else wrote there" in report.target.reason
         assert 700 in read_vectors(database)
 
 
@@ -490,25 +490,36 @@ class TestLock:
             publish(database, cache, songs_folder, stop=lose)
         assert relations(database) == ALONE
 
-    def test_all_guards_are_asked_before_the_build_after_it_and_in_the_swap(
+    def test_guards_are_checked_before_the_build_after_it_and_in_the_swap(
         self, database: Database, cache: ModelCache, songs_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         locked = """
             SELECT count(*) FROM pg_locks
             WHERE mode = 'AccessExclusiveLock' AND relation = to_regclass('song_embeddings')
         """
-        check, asked = SwapGuards.check, []
+        asked: list[tuple[str, bool, bool]] = []
 
-        def note(guards: SwapGuards, *given: Any) -> None:
-            asked.append((STAGING in relations(database), execute(database.adbc_uri, locked) == [(1,)]))
-            check(guards, *given)
+        def noting(name: str) -> Callable[..., Any]:
+            check = getattr(swap, name)
+
+            def note(*given: Any) -> Any:
+                asked.append((name, STAGING in relations(database), execute(database.adbc_uri, locked) == [(1,)]))
+                return check(*given)
+
+            return note
 
         put(cache, range(150))
         publish(database, cache, songs_folder)
         put(cache, range(80), version=1)
-        monkeypatch.setattr(SwapGuards, "check", note)
+        for name in ("find_attachments", "check_missing"):
+            monkeypatch.setattr(swap, name, noting(name))
         publish(database, cache, songs_folder)
-        assert asked == [(False, False), (True, False), (True, True)]
+        assert asked == [
+            ("find_attachments", False, False),
+            ("check_missing", False, False),
+            ("check_missing", True, False),
+            ("find_attachments", True, True),
+        ]
 
     @pytest.mark.parametrize("undo", [roll_back, drop_others])
     def test_neither_the_way_back_nor_a_drop_is_committed_when_it_was_lost(
@@ -786,14 +797,16 @@ from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import RunContext
 from songvec_assets.songs.ranges import Tiling
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.songs.snapshots import Snapshots
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable, publish_embeddings
 from songvec_assets.vectors.table import TableSpec
 url, cache, songs, step = sys.argv[1:]
 def listen(progress):
     if progress.step == step and progress.done:
         os.kill(os.getpid(), signal.SIGKILL)
-source = LoadSource(ModelCache(Storage(Path(cache)), "model-b", 16), Tiling(100, 1_000), Path(songs))
+snapshots = Snapshots(Storage(Path(songs)))
+source = LoadSource(ModelCache(Storage(Path(cache)), "model-b", 16), Tiling(100, 1_000), snapshots)
 publish_embeddings(
     Database(url), source, WantedTable(TableSpec("model-b", 16), may_swap=True), RunContext(listen)
 )
@@ -969,8 +982,7 @@ def test_put_in_place_without_a_table_beside_changes_nothing(
     put(cache, range(30))
     publish(database, cache, songs_folder)
     with pytest.raises(DatabaseError, match="song_embeddings_new"):
-        guards = SwapGuards(database, LoadSource(cache, TILING, songs_folder), RunContext(), lambda: None)
-        put_in_place(database, False, guards, RunContext())
+        put_in_place(database, False, [], lambda: None, RunContext())
     assert read_vectors(database) == vectors_of(range(30))
 
 
@@ -983,7 +995,7 @@ def write_snapshot(folder: Path, song_ids: list[int], set_aside: list[int]) -> N
         "lyrics": [""] * len(song_ids),
         "set_aside": ["the song has no name" if song_id in set_aside else None for song_id in song_ids],
     }
-    pq.write_table(pa.table(rows, SNAPSHOT_SCHEMA), snapshot_path(folder, FIRST))
+    pq.write_table(pa.table(rows, SNAPSHOT_SCHEMA), folder / f"{FIRST.key}.parquet")
 
 
 class TestThroughAPooler:

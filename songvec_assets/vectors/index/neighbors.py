@@ -67,31 +67,21 @@ class LoadedRows:
         return cached, stored.join(loaded, on=["song_id", "checksum"], how="semi").select("song_id", "row").sort("row")
 
 
-@dataclass(frozen=True)
-class Queries:
-    """What is searched for.
-
-    Attributes:
-        vectors: unit vectors, (n, dimensions): rows of the table first, then synthetic ones.
-        n_rows: how many are rows.
-    """
-
-    vectors: Float32Matrix
-    n_rows: int
-
-
-def sample_queries(rows: LoadedRows, seed: int = 0) -> Queries:
-    """Draw rows, and mix as many queries of them: a tenth of the table's rows, ten at least and a hundred at most.
+def sample_queries(rows: LoadedRows, seed: int = 0) -> Float32Matrix:
+    """Draw rows, a tenth of the table's, ten at least and a hundred at most; then mix as many queries of them.
 
     A row is one of its own ten neighbors, as a song is the first answer to its own words. A synthetic query lies
     between two rows, nearer to one, with noise of a fifth of its length: nothing in the table is like it.
+
+    Returns:
+        Unit vectors, (2 n, dimensions): n rows, then n synthetic ones.
     """
     draw = np.random.default_rng(seed)
     _, sampled = sample_rows(rows, min(_MOST_QUERIES, max(NEIGHBORS, rows.n_rows // 10)), draw)
     weights = draw.uniform(0.5, 0.9, (len(sampled), 1)).astype(np.float32)
     noise = _normalise(draw.standard_normal(sampled.shape, dtype=np.float32))
     mixed = weights * sampled + (1 - weights) * np.roll(sampled, 1, axis=0) + _NOISE * noise
-    return Queries(np.concatenate([sampled, _normalise(mixed)]), len(sampled))
+    return np.concatenate([sampled, _normalise(mixed)])
 
 
 def sample_rows(rows: LoadedRows, n_rows: int, draw: np.random.Generator) -> tuple[list[int], Float32Matrix]:

@@ -57,7 +57,7 @@ def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_
         DatabaseError: says which right, schema, memory or disk is wanting, and the statement that helps.
         SettingsError: the lists that were set do not fit into memory.
     """
-    n_new = max(0, n_songs - sum(entry.n_songs for entry in target.ledger.read().values()))
+    n_new = max(0, n_songs - target.ledger.count_songs())
     with target.database.get_connection() as connection:
         check_search_path(connection)
         n_changed = target.read_changes(connection) + n_new

@@ -5,10 +5,11 @@ round trip. When to add here: another figure of the same searches. Keep out: wha
 (`neighbors`).
 """
 
+import bisect
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -23,7 +24,6 @@ from songvec_assets.vectors.index.neighbors import (
     NEIGHBORS,
     ExactNeighbors,
     LoadedRows,
-    Queries,
     find_exact_neighbors,
     sample_queries,
 )
@@ -142,19 +142,16 @@ def measure_recall(
     """
     with table.database.get_connection() as connection:
         n_changed = table.read_changes(connection)
-    searches = Searches.over(table, cache, run)
-    probes = 1
+    searches, probes = Searches.over(table, cache, run), 1
     while searches.measure(probes).recall < max(target, _ENOUGH) and probes < lists:
         probes = min(2 * probes, lists)
-    n_rows = searches.exact.n_found
-    if n_rows <= SMALL_TABLE_ROWS:
+    if searches.exact.n_found <= SMALL_TABLE_ROWS:
         chosen = searches.measure(lists).probes
     elif kept is not None and searches.measure(min(kept, lists)).recall >= target:
         chosen = min(kept, lists)
     else:
         chosen = find_smallest(lambda probes: searches.measure(probes).recall >= target, set(searches.points), lists)
-    points = tuple(searches.points[probes] for probes in sorted(searches.points))
-    report = RecallReport(len(searches.queries.vectors), n_rows, target, points, chosen, n_changed)
+    report = searches.report(target, chosen, n_changed)
     run.report(Progress(STEP, searches.n_done, searches.n_done, unit="searches", note=report.describe()))
     return report
 
@@ -171,10 +168,7 @@ def find_smallest(reaches: Callable[[int], bool], tried: set[int], lists: int) -
     if high is None:
         return lists
     low = max((probes for probes in tried if probes < high), default=0)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if reaches(middle) else (middle, high)
-    return high
+    return bisect.bisect_left(range(lists + 1), True, low + 1, high, key=reaches)
 
 
 @dataclass
@@ -183,15 +177,13 @@ class Searches:
 
     Attributes:
         table: with its index.
-        queries: what is searched for.
-        exact: the true neighbors.
+        exact: what is searched for, see `sample_queries`, and the true neighbors.
         run: notified of each search; a stop ends them.
         points: what was measured, by probes.
         n_done: searches so far.
     """
 
     table: VectorTable
-    queries: Queries
     exact: ExactNeighbors
     run: RunContext
     points: dict[int, RecallPoint] = field(default_factory=dict)
@@ -205,19 +197,23 @@ class Searches:
             StoreError: the cache does not hold what is loaded.
         """
         rows = LoadedRows.of(table, cache)
-        queries = sample_queries(rows)
-        exact = find_exact_neighbors(rows, queries.vectors, run)
+        exact = find_exact_neighbors(rows, sample_queries(rows), run)
         if not exact.n_found or rows.n_rows - exact.n_found > _MOST_UNSEEN * rows.n_rows:
             raise StoreError(
                 f"the cache in {cache.storage} holds {exact.n_found:,} of the {rows.n_rows:,} rows that the ledger of "
                 f"table {table.name} names, so recall cannot be measured: fill the cache and load it, then materialize "
                 "ivfflat_index"
             )
-        return cls(table, queries, exact, run)
+        return cls(table, exact, run)
+
+    def report(self, target: float, probes: int, n_changed: int) -> RecallReport:
+        """All that was measured, with the probes that were chosen."""
+        points = tuple(self.points[each] for each in sorted(self.points))
+        return RecallReport(len(self.exact.queries), self.exact.n_found, target, points, probes, n_changed)
 
     @cached_property
     def _literals(self) -> list[str]:
-        return [to_literal(vector) for vector in self.queries.vectors]
+        return [to_literal(vector) for vector in self.exact.queries]
 
     @property
     def _statement(self) -> str:
@@ -237,12 +233,9 @@ class Searches:
                 found, _ = self._search_all(connection, probes, self._literals)
                 _, times = self._search_all(connection, probes, self._literals[::2])
             shares = self.exact.count_hits(found) / max(1, self.exact.n_wanted)
-            of_rows, of_synthetic = (
-                float(part.mean()) for part in (shares[: self.queries.n_rows], shares[self.queries.n_rows :])
-            )
-            median, p99 = np.percentile(times, [50, 99])
-            recall = min(of_rows, of_synthetic)
-            self.points[probes] = RecallPoint(probes, recall, of_rows, of_synthetic, float(median), float(p99))
+            of_rows, of_synthetic = shares.reshape(2, -1).mean(axis=1).tolist()
+            median, p99 = np.percentile(times, [50, 99]).tolist()
+            self.points[probes] = RecallPoint(probes, min(of_rows, of_synthetic), of_rows, of_synthetic, median, p99)
         return self.points[probes]
 
     def _search_all(
@@ -276,38 +269,8 @@ def to_literal(vector: Float32Matrix) -> str:
     return "[" + ",".join(map(repr, vector.tolist())) + "]"
 
 
-@dataclass(frozen=True)
-class RecallAudit:
-    """What searches find of the true ten nearest.
-
-    Attributes:
-        point: recall and latency at the probes that searches visit; None where there is no index.
-        target: the recall wanted.
-        n_changed: rows changed since the index was built.
-    """
-
-    point: RecallPoint | None
-    target: float
-    n_changed: int
-
-    @property
-    def reached(self) -> bool:
-        """Whether the target is."""
-        return self.point is not None and self.point.recall >= self.target
-
-    def describe(self) -> str:
-        """One sentence."""
-        if self.point is None:
-            return "there is no valid index to measure: materialize ivfflat_index"
-        words = (
-            f"recall@10 is {self.point.recall:.1%} at {self.point.probes:,} probes, the target {self.target:.0%}; "
-            f"{self.n_changed:,} rows changed since the index was built"
-        )
-        return words if self.reached else f"{words}: materialize ivfflat_index, which takes more probes or rebuilds it"
-
-
-def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> RecallAudit:
-    """Take what was measured last of the index, or measure again where rows changed since.
+def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> RecallReport | None:
+    """Take what was measured last of the index, or measure again if rows changed since; None: there is no valid index.
 
     Args:
         table: whose index.
@@ -319,9 +282,11 @@ def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> Recall
     """
     index = table.index
     if index is None:
-        return RecallAudit(None, target, 0)
+        return None
     with table.database.get_connection() as connection:
-        last = read_recall(connection, table)
-    if last is not None and last.holds(index.n_changed):
-        return RecallAudit(last.chosen, target, index.n_changed)
-    return RecallAudit(Searches.over(table, cache).measure(index.probes), target, index.n_changed)
+        report = read_recall(connection, table)
+    if report is None or not report.holds(index.n_changed):
+        searches = Searches.over(table, cache)
+        searches.measure(index.probes)
+        report = searches.report(target, index.probes, index.n_changed)
+    return replace(report, target=target, n_changed=index.n_changed)

@@ -5,17 +5,14 @@ how it is done (`build`) and measured (`recall`).
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import sqlalchemy as sa
-from sqlalchemy import text
 
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.errors import SettingsError, StoreError, TableMismatchError
-from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.index import build
@@ -34,12 +31,11 @@ from songvec_assets.vectors.index.sizing import (
     estimate_build,
     read_capacity,
 )
-from songvec_assets.vectors.table import SERVING, BuiltIndex, IndexFacts, TableSpec, VectorTable, set_probes
+from songvec_assets.vectors.table import BuiltIndex, IndexFacts, TableSpec, VectorTable
 
 _LISTS_OFF_BY = 0.25
 _CHANGED_SHARE = 0.2
 _PROBES_GROWN = 1.5
-_INDEX_WORTH_FROM_ROWS = 50_000
 
 
 @dataclass(frozen=True)
@@ -129,20 +125,17 @@ class BuildPlan:
     """Whether an index is to be built, and what that takes.
 
     Attributes:
-        n_rows, n_changed: of the table, and since its index was built.
-        lists_now: of its valid index; None where there is none.
+        n_changed: rows changed since the table's index was built.
+        lists_now: of its valid index; None: there is none.
         reason: why it is to be built; None: it need not.
-        lists: that it is to have.
-        limit: why not the number that suits the rows, if so.
+        limit: why it does not get the number of lists that suits the rows, if so.
         capacity: of the server.
-        estimate: what a build takes.
+        estimate: what a build takes, and of how many lists.
     """
 
-    n_rows: int
     n_changed: int
     lists_now: int | None
     reason: str | None
-    lists: int
     limit: str
     capacity: Capacity
     estimate: BuildEstimate
@@ -161,11 +154,10 @@ def plan_build(table: VectorTable, spec: TableSpec, wanted: IndexSettings, n_row
     Raises:
         SettingsError, DatabaseError: see `plan_lists`.
     """
-    database = table.database
-    with database.get_connection() as connection:
+    with table.database.get_connection() as connection:
         lists_now = table.read_lists(connection)
-        is_searched = VectorTable(database).read_lists(connection) is not None
-    capacity = read_capacity(database, wanted.memory_bytes, is_searched)
+        is_searched = VectorTable(table.database).read_lists(connection) is not None
+    capacity = read_capacity(table.database, wanted.memory_bytes, is_searched)
     lists, limit = plan_lists(max(1, n_rows), wanted, lists_now, capacity, spec)
     reason = reason_to_build(n_rows, lists, lists_now, n_changed, exact=wanted.lists is not None)
     if reason is None and wanted.rebuild:
@@ -174,7 +166,7 @@ def plan_build(table: VectorTable, spec: TableSpec, wanted: IndexSettings, n_row
         # what it has now may have fitted into memory once
         lists, limit = plan_lists(max(1, n_rows), wanted, None, capacity, spec)
     estimate = estimate_build(n_rows, lists, spec.dimensions, spec.vector_type, capacity.workers)
-    return BuildPlan(n_rows, n_changed, lists_now, reason, lists, limit, capacity, estimate)
+    return BuildPlan(n_changed, lists_now, reason, limit, capacity, estimate)
 
 
 def bring_index_up_to_date(
@@ -207,7 +199,7 @@ def bring_index_up_to_date(
     """
 
     def report_waiting() -> None:
-        run.report(Progress(build.STEP, 0, 100, unit="%", note="waiting for another run that sees to it"))
+        run.report(Progress(build.STEP, 0, 100, unit="%", note="waiting for another run that builds or checks it"))
 
     lock = table.metadata_key("index")
     with contextlib.ExitStack() as held:
@@ -216,23 +208,23 @@ def bring_index_up_to_date(
         )
         n_rows, n_changed = _count(table)
         plan = plan_build(table, spec, wanted, n_rows, n_changed)
-        reason, words, recall, seconds = plan.reason, [], None, 0.0
-        if reason is None:
+        recall, words, seconds, is_built = None, [plan.reason], 0.0, plan.reason is not None
+        if not is_built:
             build.remove_leftovers(table, run)
             recall, measured, reason = _review_recall(table, cache, plan.lists_now or 0, wanted.target_recall, run)
-            words = [f"{plan.lists_now:,} lists fit {n_rows:,} rows, {n_changed:,} rows changed since it was built"]
-            words.append(measured)
-            if reason is not None:
+            fits = f"{plan.lists_now:,} lists fit {n_rows:,} rows, {n_changed:,} rows changed since it was built"
+            words, is_built = [reason or fits, measured], reason is not None
+            if is_built:
                 plan = plan_build(table, spec, replace(wanted, rebuild=True), n_rows, n_changed)
-        if reason is not None:
+        if is_built:
             started = time.monotonic()
             how = _build(table, spec, plan, run, check_held)
             seconds = time.monotonic() - started
-            recall, measured = _measure(table, cache, plan.lists, wanted.target_recall, run)
-            words = [reason, plan.limit, how, measured]
+            recall, measured = _measure(table, cache, plan.estimate.lists, wanted.target_recall, run)
+            words = [words[0], plan.limit, how, measured]
         index = table.index
         assert index is not None
-        return IndexReport("; ".join(filter(None, words)), reason is not None, index, seconds, recall, plan.estimate)
+        return IndexReport("; ".join(filter(None, words)), is_built, index, seconds, recall, plan.estimate)
 
 
 def _count(table: VectorTable) -> tuple[int, int]:
@@ -249,34 +241,33 @@ def _count(table: VectorTable) -> tuple[int, int]:
     return n_rows, n_changed
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """Recorded when a build begins: rows changed since the last one."""
-
-    n_changed: int
-
-
 def _build(
     table: VectorTable, spec: TableSpec, plan: BuildPlan, run: RunContext, check_held: Callable[[], None]
 ) -> str:
-    """Build and swap, or only swap where a killed run came no further; returns what else to report."""
+    """Build and swap, or only swap if a killed run had built it; returns what else to report."""
+    n_rows, lists = plan.estimate.n_rows, plan.estimate.lists
     with table.database.get_connection() as connection:
-        begun = table.read(connection, "building", _Begun)
-        whole = table.read_lists(connection, table.building_index) == plan.lists
-    taken_over = begun if whole and begun and plan.n_changed - begun.n_changed <= _CHANGED_SHARE * plan.n_rows else None
-    n_counted = taken_over.n_changed if taken_over else plan.n_changed
-    build.remove_leftovers(table, run, keep_whole=taken_over is not None)
-    how = "a killed run had built it, and it was put in its place"
-    if not taken_over:
+        # recorded when a build begins: the rows that had changed until then
+        n_counted = table.read(connection, "building", int)
+        is_whole = table.read_lists(connection, table.building_index) == lists
+    if not is_whole or n_counted is None or plan.n_changed - n_counted > _CHANGED_SHARE * n_rows:
+        n_counted = None
+    build.remove_leftovers(table, run, keep_whole=n_counted is not None)
+    how = "a killed run had built it, and it was swapped in"
+    if n_counted is None:
+        n_counted, is_whole = plan.n_changed, False
         plan.capacity.check_disk(plan.estimate)
         with table.database.get_connection() as connection:
-            table.write(connection, "building", vars(_Begun(n_counted)))
+            table.write(connection, "building", n_counted)
         how = build.create_index(table, spec, plan.estimate, plan.capacity.workers, run)
+        if table.is_serving and not build.lets_writers_in(table):
+            waited = "loads waited meanwhile: a pooler in transaction mode takes no build that lets them go on"
+            how = "; ".join(filter(None, [how, waited]))
 
     def record(connection: sa.Connection) -> None:
         # of what was measured of the old index, only that its searches needed n probes is worth keeping till then
-        probes = max(choose_probes(plan.lists, plan.n_rows), min(table.read_probes(connection) or 1, plan.lists))
-        values = {"index": vars(BuiltIndex(plan.n_rows)), "probes": probes, "recall": None, "building": None}
+        probes = max(choose_probes(lists, n_rows), min(table.read_probes(connection) or 1, lists))
+        values = {"index": asdict(BuiltIndex(n_rows)), "probes": probes, "recall": None, "building": None}
         for name, value in values.items():
             table.write(connection, name, value)
         # rows that changed while it was built stay counted; others wait for this row, so it is the last
@@ -284,9 +275,6 @@ def _build(
 
     check_held()
     build.swap_names(table, record, run)
-    if not taken_over and table.is_serving and not build.lets_writers_in(table):
-        waited = "loads waited meanwhile: a pooler in transaction mode takes no build that lets them go on"
-        return "; ".join(filter(None, [how, waited]))
     return how
 
 
@@ -313,7 +301,7 @@ def _review_recall(
 def _measure(
     table: VectorTable, cache: ModelCache, lists: int, target: float, run: RunContext, kept: int | None = None
 ) -> tuple[RecallReport | None, str]:
-    """Measure and record; returns what to report. A cache that is not at hand costs nobody the index."""
+    """Measure and record; returns what to report. Without the cache there is an index all the same."""
     try:
         report = measure_recall(table, cache, lists, target, kept, run)
     except StoreError as error:
@@ -322,55 +310,5 @@ def _measure(
         write_recall(connection, table, report)
         built = table.read(connection, "index", BuiltIndex) or BuiltIndex()
         if built.target != target:  # the first since the build: decay is compared with it
-            table.write(connection, "index", vars(replace(built, target=target, probes=report.probes)))
+            table.write(connection, "index", asdict(replace(built, target=target, probes=report.probes)))
     return report, report.describe()
-
-
-@dataclass(frozen=True)
-class IndexAudit:
-    """What the planner makes of the index.
-
-    Attributes:
-        valid: whether it is there and whole.
-        used: whether a search of ten neighbors takes it.
-        n_rows: of the table.
-    """
-
-    valid: bool
-    used: bool
-    n_rows: int
-
-    @property
-    def should_be_used(self) -> bool:
-        """Whether the table is large enough for an index to be the better plan."""
-        return self.n_rows >= _INDEX_WORTH_FROM_ROWS
-
-    def describe(self) -> str:
-        """One sentence."""
-        if not self.valid:
-            return "the index is missing or invalid: materialize ivfflat_index"
-        if self.used:
-            return f"the planner uses the index for {self.n_rows:,} rows"
-        if self.should_be_used:
-            return (
-                f"the planner passes the index by for {self.n_rows:,} rows: ANALYZE the table, check enable_indexscan"
-            )
-        return f"{self.n_rows:,} rows are few: the planner rightly scans them all"
-
-
-def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
-    """Ask the catalog and the planner about the serving table's index."""
-    table = VectorTable(database)
-    vector = json.dumps([1.0] + [0.0] * (spec.dimensions - 1))
-    n_rows = table.count_rows()
-    with database.get_connection() as connection:
-        valid = table.read_lists(connection) is not None
-        set_probes(connection, table.read_probes(connection))
-        plan = connection.scalar(
-            text(
-                f"EXPLAIN (FORMAT JSON) SELECT song_id FROM {SERVING} "
-                f"ORDER BY embedding <=> CAST(:vector AS {spec.vector_type}) LIMIT 10"
-            ),
-            {"vector": vector},
-        )
-    return IndexAudit(valid, f'"{table.index_name}"' in json.dumps(plan), n_rows)

@@ -16,7 +16,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import search_songs
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexSettings
-from songvec_assets.vectors.load import LoadSource
+from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable, publish_embeddings, roll_back
 from songvec_assets.vectors.table import STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, dispose, execute
@@ -101,7 +101,7 @@ class TestSearchPath:
         dispose(database.url)
         put(cache, range(40))
         with pytest.raises(DatabaseError, match="SET search_path ="):
-            publish_embeddings(database, LoadSource(cache, TILING, tmp_path), WantedTable(SPEC))
+            publish_embeddings(database, LoadSource(cache, TILING), WantedTable(SPEC))
         source = deploy(database, provider, tmp_path / "store").source
         with pytest.raises(DatabaseError, match=r"ALTER ROLE .+ SET search_path = .+, ext;"):
             search_songs(database, source, SPEC, make_vector(1))
@@ -118,7 +118,7 @@ class TestSearchPath:
             VectorTable(seen).ensure(SPEC)
 
     def test_a_table_that_is_built_is_made_where_the_serving_one_is(
-        self, database: Database, cache: ModelCache, tmp_path: Path
+        self, database: Database, cache: ModelCache
     ) -> None:
         put(cache, range(150))
         load(database, cache)
@@ -126,7 +126,7 @@ class TestSearchPath:
             database.adbc_uri, f"CREATE SCHEMA mine; ALTER DATABASE {name_of(database)} SET search_path = mine, public"
         )
         dispose(database.url)
-        publish_embeddings(database, LoadSource(cache, TILING, tmp_path), WantedTable(HALF, may_swap=True))
+        publish_embeddings(database, LoadSource(cache, TILING), WantedTable(HALF, may_swap=True))
         places = "SELECT tablename, schemaname FROM pg_tables WHERE tablename ~ '^song_emb'"
         assert sorted(execute(database.adbc_uri, places)) == [
             ("song_embeddings", "public"),
@@ -195,9 +195,7 @@ class TestRights:
                 run(deploy(seen, provider, tmp_path / "store"))
         assert provider.ledger()["requests"] == 0
 
-    def test_who_only_loads_a_few_rows_need_not_own_the_table(
-        self, database: Database, cache: ModelCache, tmp_path: Path
-    ) -> None:
+    def test_who_only_loads_a_few_rows_need_not_own_the_table(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(150))
         load(database, cache)
         build_index(database, cache, SPEC)
@@ -205,7 +203,7 @@ class TestRights:
         with as_role(database) as seen:
             role = sa.make_url(seen.url).username
             execute(database.adbc_uri, f"{RIGHTS.format(role=role)}; GRANT ALL ON song_embeddings TO {role}")
-            publish_embeddings(seen, LoadSource(cache, TILING, tmp_path), WantedTable(SPEC))
+            publish_embeddings(seen, LoadSource(cache, TILING), WantedTable(SPEC))
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(10), 1))
 
 

@@ -46,7 +46,7 @@ class TestExactNeighbours:
         put(cache, range(250))
         load(database, cache)
         rows = LoadedRows.of(VectorTable(database), cache)
-        queries = sample_queries(rows).vectors
+        queries = sample_queries(rows)
         exact = find_exact_neighbors(rows, queries)
         everything = np.stack([make_vector(song_id) for song_id in range(250)]).astype(np.float64)
         similarities = queries.astype(np.float64) @ everything.T
@@ -58,7 +58,7 @@ class TestExactNeighbours:
         put_clusters(cache, 0, 300, n_clusters=5)
         load(database, cache)
         rows = LoadedRows.of(VectorTable(database), cache)
-        exact = find_exact_neighbors(rows, sample_queries(rows).vectors)
+        exact = find_exact_neighbors(rows, sample_queries(rows))
         assert float(exact.similarities.max()) == pytest.approx(1, abs=1e-6)
 
     def test_only_rows_that_are_loaded_count(self, database: Database, cache: ModelCache) -> None:
@@ -85,7 +85,7 @@ class TestExactNeighbours:
         put(cache, range(3))
         load(database, cache)
         rows = LoadedRows.of(VectorTable(database), cache)
-        exact = find_exact_neighbors(rows, sample_queries(rows).vectors)
+        exact = find_exact_neighbors(rows, sample_queries(rows))
         assert exact.n_wanted == 3
         assert exact.count_hits([[0, 1, 2], [0, 2, 99], []]).tolist() == [3, 2, 0]
 
@@ -108,7 +108,7 @@ class TestExactNeighbours:
         put(cache, range(250))
         load(database, cache)
         rows, told, stop = LoadedRows.of(VectorTable(database), cache), [], StopSignal()
-        queries = sample_queries(rows).vectors
+        queries = sample_queries(rows)
         find_exact_neighbors(rows, queries, RunContext(told.append))
         assert [(each.done, each.total, each.unit) for each in told] == [
             (100, 250, "rows"), (200, 250, "rows"), (250, 250, "rows")]  # fmt: skip
@@ -123,9 +123,9 @@ class TestQueries:
         load(database, cache)
         rows = LoadedRows.of(VectorTable(database), cache)
         queries = sample_queries(rows)
-        assert (queries.n_rows, queries.vectors.shape) == (30, (60, DIMENSIONS))
-        np.testing.assert_allclose(np.linalg.norm(queries.vectors, axis=1), 1, atol=1e-6)
-        nearest = find_exact_neighbors(rows, queries.vectors).similarities[:, 0]
+        assert queries.shape == (60, DIMENSIONS)
+        np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-6)
+        nearest = find_exact_neighbors(rows, queries).similarities[:, 0]
         assert (nearest[:30] > 1 - 1e-5).all()
         assert (nearest[30:] < 1 - 1e-4).all()
 
@@ -136,9 +136,9 @@ class TestQueries:
         load(database, cache)
         rows = LoadedRows.of(VectorTable(database), cache)
         queries = sample_queries(rows)
-        np.testing.assert_array_equal(queries.vectors, sample_queries(rows).vectors)
-        assert queries.n_rows == 100
-        drawn = find_exact_neighbors(rows, queries.vectors[:100]).song_ids[:, 0]
+        np.testing.assert_array_equal(queries, sample_queries(rows))
+        assert len(queries) == 200
+        drawn = find_exact_neighbors(rows, queries[:100]).song_ids[:, 0]
         assert len(set(drawn.tolist())) == 100
         assert {song_id // 100 for song_id in drawn.tolist()} >= set(range(10))
 
@@ -148,7 +148,7 @@ class TestQueries:
     ) -> None:
         put(cache, range(n_songs))
         load(database, cache)
-        assert sample_queries(LoadedRows.of(VectorTable(database), cache)).n_rows == n_rows
+        assert len(sample_queries(LoadedRows.of(VectorTable(database), cache))) == 2 * n_rows
 
 
 @pytest.fixture
@@ -195,9 +195,9 @@ class TestMeasurement:
         point = Searches.over(VectorTable(indexed), cache).measure(2)
         rows = LoadedRows.of(VectorTable(indexed), cache)
         queries = sample_queries(rows)
-        exact = find_exact_neighbors(rows, queries.vectors)
+        exact = find_exact_neighbors(rows, queries)
         hits = []
-        for query, vector in enumerate(queries.vectors[: queries.n_rows]):
+        for query, vector in enumerate(queries[: len(queries) // 2]):
             found = execute(
                 indexed.adbc_uri,
                 "SET enable_seqscan = off; SET ivfflat.probes = 2; SELECT song_id FROM song_embeddings "

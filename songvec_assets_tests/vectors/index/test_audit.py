@@ -1,4 +1,4 @@
-"""What a look at table and index finds: bad vectors, models, and what the planner does."""
+"""What a look at a table and its index finds: bad vectors, what the planner does, recall."""
 
 import pytest
 import sqlalchemy as sa
@@ -6,9 +6,8 @@ import sqlalchemy as sa
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
+from songvec_assets.vectors.index.audit import IndexAudit, VectorAudit, audit_index, audit_vectors
 from songvec_assets.vectors.index.recall import audit_recall
-from songvec_assets.vectors.index.upkeep import IndexAudit, audit_index
-from songvec_assets.vectors.samples import VectorAudit, audit_vectors
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, put
@@ -66,16 +65,6 @@ class TestVectors:
         assert audit_vectors(database, SPEC) == VectorAudit(0, [], 0.0)
 
 
-class TestModels:
-    def test_the_ledgers_models_come_with_their_songs(self, database: Database, cache: ModelCache) -> None:
-        assert VectorTable(database).ledger.read_models() == {}
-        put(cache, range(150))
-        load(database, cache)
-        assert VectorTable(database).ledger.read_models() == {("model-a", 8): 150}
-        execute(database.adbc_uri, "UPDATE songvec.loaded_ranges SET model = 'model-b' WHERE range_start = 100")
-        assert VectorTable(database).ledger.read_models() == {("model-a", 8): 100, ("model-b", 8): 50}
-
-
 class TestIndex:
     def test_without_an_index_it_says_what_to_materialize(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(100))
@@ -123,42 +112,36 @@ class TestIndex:
 
 
 class TestRecall:
-    def test_without_an_index_it_says_what_to_materialize(self, database: Database, cache: ModelCache) -> None:
+    def test_without_an_index_there_is_nothing_to_measure(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(100))
         load(database, cache)
-        audit = audit_recall(VectorTable(database), cache, 0.95)
-        assert not audit.reached
-        assert "materialize ivfflat_index" in audit.describe()
+        assert audit_recall(VectorTable(database), cache, 0.95) is None
 
-    def test_what_was_measured_after_the_build_is_taken_and_held_against_the_target_of_now(
+    def test_what_was_measured_after_the_build_is_compared_with_the_target_of_now(
         self, database: Database, cache: ModelCache
     ) -> None:
         put(cache, range(100))
         load(database, cache)
-        report = build_index(database, cache, SPEC)
-        assert report.recall is not None
-        audit = audit_recall(VectorTable(database), cache, 0.95)
-        assert audit.point == report.recall.chosen, "to the last digit of its times"
-        assert audit.reached
-        assert audit.describe() == (
-            "recall@10 is 100.0% at 10 probes, the target 95%; 0 rows changed since the index was built"
-        )
+        report = build_index(database, cache, SPEC).recall
+        assert audit_recall(VectorTable(database), cache, 0.95) == report, "to the last digit of its times"
         with database.get_connection() as connection:
             fact = read_fact(connection, "recall")
             for point in fact["points"]:
                 point["recall"] = 0.9
             write_fact(connection, "recall", fact)
-        assert not audit_recall(VectorTable(database), cache, 0.95).reached
-        assert audit_recall(VectorTable(database), cache, 0.9).reached
+        for target, reached in ((0.95, False), (0.9, True)):
+            found = audit_recall(VectorTable(database), cache, target)
+            assert found is not None
+            assert (found.target, found.reached) == (target, reached)
 
-    def test_rows_that_changed_since_are_reason_to_measure_anew(self, database: Database, cache: ModelCache) -> None:
+    def test_rows_that_changed_since_are_reason_to_measure_again(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(100))
         load(database, cache)
-        report = build_index(database, cache, SPEC)
+        report = build_index(database, cache, SPEC).recall
         put(cache, range(5), version=1)
         load(database, cache)
-        audit = audit_recall(VectorTable(database), cache, 0.95)
-        assert report.recall is not None
-        assert audit.point != report.recall.chosen
-        assert audit.reached
-        assert "5 rows changed since the index was built" in audit.describe()
+        found = audit_recall(VectorTable(database), cache, 0.95)
+        assert found is not None
+        assert report is not None
+        assert found.chosen != report.chosen
+        assert (found.reached, found.n_changed, len(found.points)) == (True, 5, 1)

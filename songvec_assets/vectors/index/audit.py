@@ -1,0 +1,162 @@
+"""What a look at a loaded table finds: bad vectors, a planner that passes the index by, two tables that differ.
+
+A large table is never read as a whole. When to add here: another question about a table or its index. Keep out: what
+follows from an answer.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import sqlalchemy as sa
+from sqlalchemy import text
+
+from songvec_assets.postgres.engine import Database
+from songvec_assets.vectors.index.recall import read_recall
+from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable, set_probes
+
+SAMPLE_ROWS = 1000
+
+_SHARED_SONGS, _NEIGHBORS = 50, 10
+_INDEX_WORTH_FROM_ROWS = 50_000
+
+
+def _every_nth(tables: str) -> str:
+    """About :n_songs song_ids, spread over all of a table or a join."""
+    return f"""
+        SELECT song_id FROM (SELECT song_id, row_number() OVER (ORDER BY song_id) AS place FROM {tables}) AS numbered
+        WHERE place % greatest(1, (SELECT count(*) FROM {tables}) / :n_songs) = 0
+    """
+
+
+@dataclass(frozen=True)
+class VectorAudit:
+    """A sample of the table's vectors.
+
+    Attributes:
+        n_sampled: rows looked at.
+        bad_song_ids: those zero or of another size; values that are not finite are refused by pgvector.
+        mean_norm: their mean length; 1 for models that normalise; 0 for an empty table.
+    """
+
+    n_sampled: int
+    bad_song_ids: list[int]
+    mean_norm: float
+
+
+def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS) -> VectorAudit:
+    """Look at about `n_rows` rows of the serving table, spread over all of it."""
+    statement = text(f"""
+        SELECT count(*), coalesce(array_agg(song_id) FILTER (WHERE norm = 0 OR size <> :size), '{{}}'),
+            coalesce(avg(norm), 0)
+        FROM (
+            SELECT song_id, vector_norm(embedding::vector) AS norm, vector_dims(embedding::vector) AS size
+            FROM {SERVING} WHERE song_id IN ({_every_nth(SERVING)})
+        ) AS sampled
+    """)
+    with database.get_connection() as connection:
+        if not VectorTable(database).exists(connection):
+            return VectorAudit(0, [], 0.0)
+        return VectorAudit(*connection.execute(statement, {"n_songs": n_rows, "size": spec.dimensions}).one())
+
+
+@dataclass(frozen=True)
+class IndexAudit:
+    """What the planner makes of the index.
+
+    Attributes:
+        valid: whether it is there and whole.
+        used: whether a search of ten neighbors takes it.
+        n_rows: of the table.
+    """
+
+    valid: bool
+    used: bool
+    n_rows: int
+
+    @property
+    def should_be_used(self) -> bool:
+        """Whether the table is large enough for an index to be the better plan."""
+        return self.n_rows >= _INDEX_WORTH_FROM_ROWS
+
+    def describe(self) -> str:
+        """One sentence."""
+        if not self.valid:
+            return "the index is missing or invalid: materialize ivfflat_index"
+        if self.used:
+            return f"the planner uses the index for {self.n_rows:,} rows"
+        if self.should_be_used:
+            return (
+                f"the planner passes the index by for {self.n_rows:,} rows: ANALYZE the table, check enable_indexscan"
+            )
+        return f"{self.n_rows:,} rows are few: the planner rightly scans them all"
+
+
+def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
+    """Ask the catalog and the planner about the serving table's index."""
+    table, vector = VectorTable(database), [1.0] + [0.0] * (spec.dimensions - 1)
+    with database.get_connection() as connection:
+        valid = table.read_lists(connection) is not None
+        set_probes(connection, table.read_probes(connection))
+        plan = connection.scalar(
+            text(
+                f"EXPLAIN (FORMAT JSON) SELECT song_id FROM {SERVING} "
+                f"ORDER BY embedding <=> CAST(:vector AS {spec.vector_type}) LIMIT {_NEIGHBORS}"
+            ),
+            {"vector": json.dumps(vector)},
+        )
+    return IndexAudit(valid, f'"{table.index_name}"' in json.dumps(plan), table.count_rows())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The serving table and the staging table.
+
+    Attributes:
+        n_serving, n_staged: rows.
+        n_sampled: songs whose neighbors were compared.
+        overlap: mean share of a song's ten nearest that both tables agree on; two models need not agree on much.
+        recall_serving, recall_staged: as measured last, in words.
+    """
+
+    n_serving: int
+    n_staged: int
+    n_sampled: int
+    overlap: float
+    recall_serving: str
+    recall_staged: str
+
+    def describe(self) -> str:
+        """One line."""
+        return (
+            f"{self.n_staged:,} rows, {self.n_serving:,} before; {self.recall_staged}, before: {self.recall_serving}; "
+            f"{self.n_sampled:,} songs share {self.overlap:.0%} of their ten nearest with the table before"
+        )
+
+
+def compare_tables(database: Database) -> Comparison:
+    """Compare the staging table with the serving one. Both are indexed."""
+    tables = VectorTable(database, SERVING), VectorTable(database, STAGING)
+    n_serving, n_staged = (table.ledger.count_songs() for table in tables)
+    shared = text(f"{_every_nth(f'{SERVING} JOIN {STAGING} USING (song_id)')} LIMIT :n_songs")
+    with database.get_connection() as connection:
+        sample = list(connection.scalars(shared, {"n_songs": _SHARED_SONGS}))
+        before, after = (find_neighbors(connection, table, sample) for table in tables)
+        recalls = [read_recall(connection, table) for table in tables]
+    shares = [len(before[song_id] & after[song_id]) / max(1, len(before[song_id])) for song_id in sample]
+    words = [recall.describe() if recall else "recall not measured" for recall in recalls]
+    return Comparison(n_serving, n_staged, len(sample), sum(shares) / max(1, len(shares)), *words)
+
+
+def find_neighbors(connection: sa.Connection, table: VectorTable, song_ids: list[int]) -> dict[int, set[int]]:
+    """The ten nearest others of some songs, as a table's searches find them."""
+    statement = text(f"""
+        SELECT song_id FROM {table.name} WHERE song_id <> :song_id
+        ORDER BY embedding <=> (SELECT embedding FROM {table.name} WHERE song_id = :song_id) LIMIT {_NEIGHBORS}
+    """)
+
+    def fetch(song_id: int) -> Sequence[int]:
+        return connection.scalars(statement, {"song_id": song_id}).all()
+
+    return {song_id: set(table.search(connection, partial(fetch, song_id), _NEIGHBORS)) for song_id in song_ids}

@@ -1,0 +1,169 @@
+"""What a table lacks compared with the cache: the ranges to load, and those whose files are damaged.
+
+Reads the ledger, the table's primary key, manifests and narrow columns; no vector, and changes nothing. When to add
+here: another reason to load a range. Keep out: the load itself (`load`), and whether a table may be replaced (`swap`).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+
+from songvec_assets.cache.shards import ModelCache, RangeSummary
+from songvec_assets.errors import StoreError
+from songvec_assets.progress import SILENT, RunContext
+from songvec_assets.songs.counts import IdSums
+from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.snapshots import Snapshots
+from songvec_assets.storage import Storage
+from songvec_assets.vectors.ledger import LedgerEntry
+from songvec_assets.vectors.table import VectorTable
+
+_WHOLE_RANGE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class LoadSource:
+    """What a table is loaded from.
+
+    Attributes:
+        cache: of the table's model.
+        tiling: how song_ids are divided into ranges.
+        snapshots: say what songs there are; only a swap reads them.
+    """
+
+    cache: ModelCache
+    tiling: Tiling
+    snapshots: Snapshots = field(default_factory=lambda: Snapshots(Storage(Path())))
+
+    def ranges(self) -> list[SongIdRange]:
+        """The ranges that are cached, as song_ids are divided now.
+
+        Raises:
+            StoreError: none is: nothing was ever filled.
+        """
+        tiles = set(self.tiling)
+        ranges = [song_range for song_range in self.cache.ranges() if song_range in tiles]
+        if not ranges:
+            raise StoreError(
+                f"no embeddings are cached for model {self.cache.model!r} in {self.cache.storage}: fill the cache "
+                "first, with `songvec run`, or with `dagster asset materialize --select '*' --partition-range "
+                "FIRST...LAST`"
+            )
+        return ranges
+
+
+@dataclass(frozen=True)
+class RangeState:
+    """What the cache, the ledger and the table have of a range.
+
+    Attributes:
+        cached: by the cache's manifest.
+        loaded: by the ledger; None: it was never loaded.
+        in_table: by the table's primary key.
+    """
+
+    cached: RangeSummary
+    loaded: LedgerEntry | None
+    in_table: IdSums
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether all three have the same rows, and no file is damaged: a load names it."""
+        is_recorded = self.loaded == LedgerEntry(self.cached.n_vectors, self.cached.digest)
+        return is_recorded and self.in_table == self.cached.ids and not self.cached.is_damaged
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What a table lacks compared with the cache.
+
+    Attributes:
+        models: of the loaded ranges.
+        n_unmanaged: rows of ranges that nothing was ever loaded of: somebody else's, and left alone.
+        unchanged: rows of each range with nothing to do.
+        changed: rows of each range that differs.
+        damaged: what is wrong with the ranges that cannot be read.
+        n_changed: rows of all ranges that differ.
+    """
+
+    models: frozenset[str]
+    n_unmanaged: int
+    unchanged: dict[SongIdRange, int] = field(default_factory=dict)
+    changed: dict[SongIdRange, int] = field(default_factory=dict)
+    damaged: dict[SongIdRange, str] = field(default_factory=dict)
+    n_changed: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all ranges."""
+        return sum(self.unchanged.values()) + sum(self.changed.values())
+
+
+def compare(
+    table: VectorTable, cache: ModelCache, tiling: Tiling, opens_files: bool = False
+) -> tuple[dict[SongIdRange, RangeState], int]:
+    """What there is of each range, in order. One scan of the table's primary key; the ledger is read once.
+
+    Args:
+        table: whose rows and ledger are looked at.
+        cache: of its model.
+        tiling: how song_ids are divided into ranges.
+        opens_files: see `ModelCache.summarize`.
+
+    Returns:
+        Every range that is cached, loaded or has rows; and the number of rows with a negative song_id.
+    """
+    ledger, (in_table, below) = table.ledger.read(), table.read_id_sums(tiling)
+    ranges = sorted({*cache.ranges(), *ledger, *in_table})
+    states = {
+        each: RangeState(cache.summarize(each, opens_files), ledger.get(each), in_table.get(each, IdSums()))
+        for each in ranges
+    }
+    return states, below.n_rows
+
+
+def plan_load(table: VectorTable, source: LoadSource, run: RunContext = SILENT) -> LoadPlan:
+    """Compare the cache with the ledger and the table's own song_ids.
+
+    Raises:
+        StoreError: the cache is empty: nothing was ever filled.
+    """
+    ranges = source.ranges()
+    # each file is opened once: a load that has nothing to do still finds what a disk changed
+    states, n_below = compare(table, source.cache, source.tiling, opens_files=True)
+    unmanaged = [each.in_table.n_rows for key, each in states.items() if key not in ranges and each.loaded is None]
+    unchanged, changed, damaged, n_changed = {}, {}, {}, 0
+    for song_range in ranges:
+        run.check_stop()
+        state = states[song_range]
+        n_rows = state.cached.n_vectors
+        if state.cached.error:
+            damaged[song_range] = state.cached.error
+        elif state.is_loaded:
+            unchanged[song_range] = n_rows
+        else:
+            changed[song_range] = n_rows
+            differing = None
+            if state.loaded is not None and state.in_table.n_rows:
+                vectors, loaded = source.cache.open(song_range).rows, table.ledger.read_rows(song_range)
+                differing = find_differing(loaded, vectors, state.in_table)
+            n_changed += n_rows if differing is None else len(differing)
+    models = frozenset(each.loaded.model for each in states.values() if each.loaded)
+    return LoadPlan(models, n_below + sum(unmanaged), unchanged, changed, damaged, n_changed)
+
+
+def find_differing(loaded: pl.DataFrame | None, vectors: pl.DataFrame, in_table: IdSums) -> pl.Series | None:
+    """The songs of a range whose rows are to be deleted, written or both; None: the range is to be written as a whole.
+
+    Args:
+        loaded: song_id and checksum, by the ledger; None: the range was never loaded.
+        vectors: the same columns of the cache, among others.
+        in_table: the song_ids that the table has. Others than the ledger's were written by somebody else.
+    """
+    if loaded is None or IdSums.of(loaded["song_id"]) != in_table:
+        return None
+    both = pl.concat([loaded, vectors.select(loaded.columns)])
+    differing = both.unique(keep="none")
+    n_kept, n_rows = (both.height - differing.height) // 2, max(loaded.height, vectors.height)
+    return None if n_rows - n_kept > _WHOLE_RANGE_SHARE * n_rows else differing["song_id"].unique()
