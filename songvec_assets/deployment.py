@@ -85,7 +85,7 @@ class Deployment:
             database = Database(self.settings.postgres_url, direct_url=self.settings.direct_url)
         else:
             database = start_embedded_server(DEFAULT_FOLDER)
-            create_songs_table(database)
+            create_songs_table(database, self.settings.range_size)
         with database.get_connection() as connection:
             is_ours = has_tables(connection)
         # one without our tables is only looked at, until `bind`: its URL may be mistyped

