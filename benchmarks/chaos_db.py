@@ -23,7 +23,7 @@ from unittest import mock
 
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.wire import Float32Matrix
-from songvec_assets.postgres import brief, engine
+from songvec_assets.postgres import engine, short_lock
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.search.nearest import embed_query, search_songs
@@ -356,7 +356,7 @@ def lock_kept(world: World, _: Random) -> None:
     hurried = SimpleNamespace(monotonic=lambda: 1000 * time.monotonic(), sleep=time.sleep)
     with (
         mock.patch.object(engine, "_BEGIN_LONG", short),
-        mock.patch.object(brief, "time", hurried),
+        mock.patch.object(short_lock, "time", hurried),
         world.proxied() as (_, database),
     ):
         steps: list[tuple[Step, str, int]] = [(load, WRITE_LOCK, 20_000), (load, READ_LOCK, 1)]

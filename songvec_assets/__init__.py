@@ -1,1 +1,70 @@
-"""Songs in Postgres become an indexed pgvector table of embeddings, as a Dagster asset graph."""
+"""Songs in Postgres become an indexed pgvector table of embeddings, as a Dagster asset graph.
+
+The public API: `Pipeline` runs every step and answers every question, without Dagster; `Settings` configures it. Names
+are imported when they are first used, so `import songvec_assets` costs nothing. When to add here: a name that users of
+the package need. Keep out: code.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from songvec_assets.errors import (
+        BudgetExceededError,
+        BulkDeletionError,
+        DamagedShardError,
+        DatabaseError,
+        ProviderError,
+        ProviderUnavailableError,
+        ReembeddingError,
+        SettingsError,
+        SongvecError,
+        SourceError,
+        StoppedError,
+        StoreError,
+        TableMismatchError,
+    )
+    from songvec_assets.pipeline import Pipeline
+    from songvec_assets.search.nearest import Hit
+    from songvec_assets.settings import Settings
+    from songvec_assets.songs.ranges import SongIdRange
+
+    __version__: str
+
+__all__ = [
+    "BudgetExceededError",
+    "BulkDeletionError",
+    "DamagedShardError",
+    "DatabaseError",
+    "Hit",
+    "Pipeline",
+    "ProviderError",
+    "ProviderUnavailableError",
+    "ReembeddingError",
+    "Settings",
+    "SettingsError",
+    "SongIdRange",
+    "SongvecError",
+    "SourceError",
+    "StoppedError",
+    "StoreError",
+    "TableMismatchError",
+    "__version__",
+]
+
+_MODULES = {"Pipeline": "pipeline", "Hit": "search.nearest", "Settings": "settings", "SongIdRange": "songs.ranges"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("songvec-assets")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The code location: nouns listed, no logic."""
+"""The code location: a list of definitions, no logic."""
 
 import dagster as dg
 
@@ -24,6 +24,6 @@ defs = dg.Definitions(
     sensors=[automation_sensor, songs_source_sensor, failed_runs_sensor],
     schedules=[nightly_schedule],
     resources=RESOURCES,
-    # the graph is a line and every step is parallel inside; a process a step costs 10 s and halves the memory bound
+    # the graph is a line and every step is parallel inside; a process per step costs 10 s and doubles the memory
     executor=dg.in_process_executor,
 )

@@ -1,68 +1,31 @@
-"""One row per range: what the source, its snapshot, the cache, the ledger and the table have of it.
+"""One row per range: what the source, its snapshot, the cache, the ledger and the table hold of it.
 
-Everything that asks what state a range is in asks here. Counts and digests are read first: an index scan of the source,
-the footers of snapshots, manifests, the ledger without its song_ids, the table's primary key. The song_ids of a range
-are read only if its digests differ. When to add here: another fact of a range. Keep out: what follows from it.
+Every question about the state of ranges is answered from here. Counts and digests are read first: an index scan of the
+source, the footers of snapshots, manifests, the ledger without its song_ids, the table's primary key. The song_ids of a
+range are read only if its digests differ. When to add here: another column. Keep out: what follows from it.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import polars as pl
 
 from songvec_assets.cache.manifest import Manifest
 from songvec_assets.errors import StoreError
+from songvec_assets.songs.absence import count_missing
 from songvec_assets.songs.counts import IdSums, RangeCount
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.snapshots import Footer
 from songvec_assets.vectors.plan import LoadSource, RangeState, compare
 from songvec_assets.vectors.table import VectorTable
 
-
-@dataclass(frozen=True)
-class Question:
-    """What the answers depend on.
-
-    Attributes:
-        text: identity of how songs become texts.
-        server: that is asked for vectors.
-    """
-
-    text: str
-    server: str
-
-
-@dataclass(frozen=True)
-class RangeRow:
-    """A range.
-
-    Attributes:
-        range: which.
-        n_source: songs in the source; None: not asked.
-        snapshot: footer of its snapshot; None: there is none that can be read.
-        state: of cache, ledger and table.
-        is_answered: whether the cache answers the snapshot in full.
-    """
-
-    range: SongIdRange
-    n_source: int | None
-    snapshot: Footer | None
-    state: RangeState
-    is_answered: bool
-
-    @property
-    def n_songs(self) -> int:
-        """Songs in the snapshot."""
-        return self.snapshot.n_songs if self.snapshot else 0
-
-
-_SCHEMA: dict[str, type[pl.DataType]] = {
-    "key": pl.String, "n_source": pl.Int64, "n_songs": pl.Int64, "n_unexported": pl.Int64, "n_cached": pl.Int64,
-    "n_rejected": pl.Int64, "n_loaded": pl.Int64, "n_rows": pl.Int64, "n_missing": pl.Int64, "n_orphans": pl.Int64,
-    "is_answered": pl.Boolean, "is_loaded": pl.Boolean, "snapshot": pl.String, "cache": pl.Binary, "ledger": pl.Binary,
-}  # fmt: skip
+_COLUMNS: dict[str, type[pl.DataType]] = {
+    "key": pl.String,
+    "error": pl.String,
+    "is_answered": pl.Boolean,
+    "is_loaded": pl.Boolean,
+    **dict.fromkeys(["n_source", "n_songs", "n_unexported", "n_cached", "n_loaded", "n_rows"], pl.Int64),
+    **dict.fromkeys(["n_rejected", "n_missing", "n_orphans"], pl.Int64),
+}
 
 
 @dataclass(frozen=True)
@@ -71,100 +34,109 @@ class Inventory:
 
     Attributes:
         source: the cache and the snapshots.
-        rows: in the order of the ranges.
-        table: that was looked at; None: none was.
+        frame: a row per range, in order: key; error (why the cache cannot be read: then nothing counts as cached);
+            is_answered (whether the cache answers the snapshot in full), is_loaded; n_source (songs of the source;
+            null: not counted), n_songs (of the snapshot; null: there is none that can be read), n_unexported (in the
+            source beyond those, by count), n_cached (with a vector), n_loaded (by the ledger), n_rows (of the table).
+            If the table was read, also n_rejected (by the export or the provider), n_missing (with neither a row nor a
+            reason; not exported ones included) and n_orphans (loaded, and not in the snapshot); else null.
     """
 
     source: LoadSource
-    rows: list[RangeRow]
-    table: VectorTable | None = None
+    frame: pl.DataFrame
 
-    @cached_property
-    def frame(self) -> pl.DataFrame:
-        """One row per range; reads the song_ids of those that counts and digests leave open.
+    @property
+    def behind(self) -> list[SongIdRange]:
+        """The ranges whose snapshot is not answered in full by the cache, in order."""
+        keys = self.frame.filter(pl.col("n_songs").is_not_null(), ~pl.col("is_answered"))["key"]
+        ranges = {*self.source.tiling}
+        # a range from before the stop was raised is replaced by the next export
+        return [each for each in map(SongIdRange.from_key, keys) if each in ranges]
 
-        Returns:
-            Columns key; n_source (null: not asked), n_songs (of the snapshot), n_unexported, n_cached, n_rejected (by
-            the export or the provider), n_loaded (by the ledger), n_rows (of the table), n_missing (with neither a row
-            nor a reason; those not exported yet too), n_orphans (loaded, and not in the snapshot); is_answered,
-            is_loaded; and digests: snapshot, cache, ledger.
-        """
-        return pl.DataFrame([self._describe(each) for each in self.rows], _SCHEMA, orient="row")
+    @property
+    def total(self) -> dict[str, int]:
+        """The sum of each count."""
+        return dict(self.frame.select(pl.col(pl.Int64).sum()).row(0, named=True))
+
+    @property
+    def coverage(self) -> pl.DataFrame:
+        """What became of the songs of each snapshot, each song counted once: key, loaded, cached, rejected, missing."""
+        # by counts: a loaded song counts as that until the next load, whatever the snapshot says of it by now
+        left = pl.col("n_songs") - pl.col("loaded") - pl.col("rejected")
+        return (
+            self.frame.filter(pl.col("n_songs") > 0)
+            .with_columns(loaded=pl.min_horizontal("n_loaded", "n_songs"))
+            .with_columns(rejected=pl.min_horizontal("n_rejected", pl.col("n_songs") - pl.col("loaded")))
+            .with_columns(cached=pl.min_horizontal((pl.col("n_cached") - pl.col("loaded")).clip(0), left))
+            .select("key", "loaded", "cached", "rejected", missing=left - pl.col("cached"))
+        )
 
     @property
     def errors(self) -> list[str]:
         """Why ranges of the cache cannot be read; they count as not cached."""
-        return [each.state.cached.error for each in self.rows if each.state.cached.error]
+        return self.frame.filter(pl.col("error") != "")["error"].to_list()
 
     def name_rejected(self, n_songs: int) -> list[tuple[int, str]]:
         """song_id and reason of the first rejected songs."""
         named: list[tuple[int, str]] = []
-        for row, n_rejected in zip(self.rows, self.frame["n_rejected"], strict=True):
-            if n_rejected and len(named) < n_songs:
-                named += self._read_rejected(row.range).head(n_songs - len(named)).rows()
+        for key in self.frame.filter(pl.col("n_rejected") > 0)["key"]:
+            if len(named) < n_songs:
+                found = _read_rejected(self.source, SongIdRange.from_key(key))
+                named += found.head(n_songs - len(named)).rows()
         return named
-
-    def _describe(self, row: RangeRow) -> tuple[Any, ...]:
-        cached, loaded, n_songs = row.state.cached, row.state.loaded, row.n_songs
-        n_unexported = max(0, (row.n_source or 0) - n_songs)
-        if cached.complete is not None and row.is_answered and row.state.is_loaded:
-            n_rejected, n_missing, n_orphans = cached.complete.n_rejected, 0, 0
-        else:
-            n_rejected, n_missing, n_orphans = self._count_exactly(row.range)
-        return (
-            row.range.key, row.n_source, n_songs, n_unexported, cached.n_vectors,
-            n_rejected, loaded.n_songs if loaded else 0, row.state.in_table.n_rows, n_missing + n_unexported, n_orphans,
-            row.is_answered, row.state.is_loaded, row.snapshot.digest if row.snapshot else None, cached.digest,
-            loaded.digest if loaded else None,
-        )  # fmt: skip
-
-    def _count_exactly(self, song_range: SongIdRange) -> tuple[int, int, int]:
-        songs = self.source.snapshots.read(song_range, ["song_id"])["song_id"]
-        rejected = self._read_rejected(song_range)
-        loaded = pl.Series([], dtype=pl.Int32) if self.table is None else self.table.ledger.read_song_ids(song_range)
-        answered = pl.concat([rejected["song_id"], loaded])
-        n_missing = int((~songs.is_in(answered.implode())).sum())
-        return rejected.height, n_missing, int((~loaded.is_in(songs.implode())).sum())
-
-    def _read_rejected(self, song_range: SongIdRange) -> pl.DataFrame:
-        """Songs of a range that the export or the provider rejected: columns song_id and reason."""
-        try:
-            manifest = self.source.cache.read_manifest(song_range)
-        except StoreError:  # the range counts as not cached, see `errors`
-            manifest = Manifest()
-        refused = [(each.song_id, each.reason) for each in manifest.rejected]
-        provider = pl.DataFrame(refused, {"song_id": pl.Int32, "reason": pl.String}, orient="row")
-        return pl.concat([self.source.snapshots.read_rejected(song_range), provider])
 
 
 def read(
     source: LoadSource,
-    question: Question,
+    text: str,
+    server: str,
     table: VectorTable | None = None,
     counts: Mapping[SongIdRange, RangeCount] | None = None,
 ) -> Inventory:
-    """Look at every range that holds anything. Changes nothing.
+    """Read the state of every range that holds anything. Changes nothing.
 
     Args:
         source: the cache and the snapshots.
-        question: what the cache is to answer.
-        table: whose ledger and rows are looked at; None: neither is.
-        counts: of the source; None: it is not asked.
+        text: identity of how songs become texts, which the cache is to answer.
+        server: that is asked for vectors: songs that another one rejected are not answered.
+        table: whose ledger and rows are read; None: neither is.
+        counts: of the source; None: it is not counted.
     """
-    if table is None:
-        states = {each: _unloaded(source, each) for each in source.cache.ranges()}
-    else:
-        states, _ = compare(table, source.cache, source.tiling)
+    states = {} if table is None else compare(table, source.cache, source.tiling)[0]
     rows = []
-    for each in sorted({*source.snapshots.ranges(), *states, *(counts or {})}):
-        state = states.get(each) or _unloaded(source, each)
-        footer = source.snapshots.footer(each)
-        done = state.cached.complete
-        is_answered = bool(done and footer and done.fits(footer.digest, question.text, question.server))
+    for each in sorted({*source.snapshots.ranges(), *source.cache.ranges(), *states, *(counts or {})}):
+        state = states.get(each) or RangeState(source.cache.summarize(each), None, IdSums())
+        footer, done = source.snapshots.footer(each), state.cached.complete
+        n_songs = footer.n_songs if footer.digest else None
         n_source = None if counts is None else counts.get(each, RangeCount()).n_songs
-        rows.append(RangeRow(each, n_source, footer, state, is_answered))
-    return Inventory(source, rows, table)
+        n_unexported = max(0, (n_source or 0) - (n_songs or 0))
+        is_answered = bool(done and done.fits(footer.digest, text, server))
+        n_loaded = state.loaded.n_songs if state.loaded else 0
+        differing: tuple[int | None, ...] = None, None, None
+        if table is not None and done and is_answered and state.is_loaded:
+            differing = done.n_rejected, n_unexported, 0
+        elif table is not None:
+            n_rejected, n_missing, n_orphans = _count_differing(source, table, each)
+            differing = n_rejected, n_missing + n_unexported, n_orphans
+        held = n_source, n_songs, n_unexported, state.cached.n_vectors, n_loaded, state.in_table.n_rows
+        rows.append((each.key, state.cached.error, is_answered, state.is_loaded, *held, *differing))
+    return Inventory(source, pl.DataFrame(rows, _COLUMNS, orient="row"))
 
 
-def _unloaded(source: LoadSource, song_range: SongIdRange) -> RangeState:
-    return RangeState(source.cache.summarize(song_range), None, IdSums())
+def _count_differing(source: LoadSource, table: VectorTable, song_range: SongIdRange) -> tuple[int, int, int]:
+    """Rejected, missing and orphaned songs, by song_id."""
+    songs, rejected = source.snapshots.read(song_range, ["song_id"])["song_id"], _read_rejected(source, song_range)
+    loaded = table.ledger.read_song_ids(song_range)
+    answered = pl.concat([rejected["song_id"], loaded])
+    return rejected.height, count_missing(songs, answered), count_missing(loaded, songs)
+
+
+def _read_rejected(source: LoadSource, song_range: SongIdRange) -> pl.DataFrame:
+    """Songs of a range that the export or the provider rejected: columns song_id and reason."""
+    try:
+        manifest = source.cache.read_manifest(song_range)
+    except StoreError:  # the range counts as not cached, see `errors`
+        manifest = Manifest()
+    refused = [(each.song_id, each.reason) for each in manifest.rejected]
+    provider = pl.DataFrame(refused, {"song_id": pl.Int32, "reason": pl.String}, orient="row")
+    return pl.concat([source.snapshots.read_rejected(song_range), provider])

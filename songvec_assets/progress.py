@@ -1,6 +1,7 @@
-"""What a long step tells while it runs, and how it is stopped. No Dagster, no terminal.
+"""What a long step reports while it runs, how that reads as a line, and how the step is stopped.
 
-A core function takes a `ReportProgress` and calls it as often as it likes; whoever shows it thins it out.
+A core function takes a `ReportProgress` and calls it as often as it likes; the face that shows it thins it out.
+When to add here: another figure of progress. Keep out: Dagster, terminals, and signals (`signals`).
 """
 
 import asyncio
@@ -30,10 +31,10 @@ class Progress:
     Attributes:
         step: what is being done, as an imperative: "embed songs".
         done: units done so far in this step.
-        total: units in this step; 0 where it is not known.
+        total: units in this step; 0 if it is not known.
         unit: "songs", "rows", "%".
-        note: what else a person would want to know: dollars so far, the phase of an index build.
-        is_trouble: whether the note says that something goes wrong.
+        note: dollars so far, the phase of an index build, and the like.
+        is_trouble: whether the note is a warning.
         n_free: units of `done` that took no work, such as songs found in the cache; rate and time left leave them out.
     """
 
@@ -54,36 +55,112 @@ def describe_seconds(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
 
 
+@dataclass
+class _Work:
+    """When a step's work began, how many units were done by then, and the latest report."""
+
+    began_at: float
+    n_before: int
+    latest: Progress
+
+
+class RateMeter:
+    """Units per second of each step since its work began.
+
+    Units that took no work (`Progress.n_free`) do not count, nor does the time before the first one that took some. A
+    step that starts again with less done, or in another unit, is measured again.
+    """
+
+    def __init__(self) -> None:
+        self._steps: dict[str, _Work] = {}
+
+    def measure(self, progress: Progress) -> float:
+        """The rate so far; 0 at the start."""
+        now, n_worked = time.monotonic(), progress.done - progress.n_free
+        work = self._steps.setdefault(progress.step, _Work(now, n_worked, progress))
+        before, work.latest = work.latest, progress
+        only_free = n_worked == work.n_before and progress.n_free > before.n_free
+        if progress.done < before.done or progress.unit != before.unit or only_free:
+            work.began_at, work.n_before = now, n_worked
+        return (n_worked - work.n_before) / (now - work.began_at) if now > work.began_at else 0.0
+
+
+def describe_time_left(progress: Progress, rate: float) -> str:
+    """`12 min left`; empty if the rate or the total is not known, or nothing is left."""
+    if not rate or progress.total <= progress.done:
+        return ""
+    return f"{describe_seconds((progress.total - progress.done) / rate)} left"
+
+
+def describe_progress(progress: Progress, rate: float) -> str:
+    """One line: done, total, units per second, time left."""
+    if progress.unit == "%":
+        figures = [f"{progress.done:,}%"]
+    else:
+        total = f" of {progress.total:,}" if progress.total else ""
+        figures = [f"{progress.done:,}{total} {progress.unit}", f"{rate:,.0f}/s" if rate else ""]
+    line = ", ".join(filter(None, [*figures, describe_time_left(progress, rate)]))
+    return f"{progress.step}: {line}" + (f" ({progress.note})" if progress.note else "")
+
+
+class ProgressLines:
+    """Thins progress out: a line every five seconds and one when a step reaches its total; warnings as often.
+
+    Args:
+        write: called with a line.
+        warn: called with the note of progress that is trouble.
+    """
+
+    EVERY_S = 5.0
+
+    def __init__(self, write: Callable[[str], None], warn: Callable[[str], None] = lambda _: None) -> None:
+        self._write, self._warn = write, warn
+        self._rates = RateMeter()
+        self._next = self._next_warning = 0.0
+        self._last = ""
+
+    def __call__(self, progress: Progress) -> None:
+        """Write a line if it is time for one."""
+        now = time.monotonic()
+        line = describe_progress(progress, self._rates.measure(progress))
+        if progress.is_trouble and now >= self._next_warning:
+            self._next_warning = now + self.EVERY_S
+            self._warn(progress.note)
+        if now >= self._next or (progress.done == progress.total and line != self._last):
+            self._next, self._last = now + self.EVERY_S, line
+            self._write(line)
+
+
 ReportProgress = Callable[[Progress], None]
 
 
 def ignore_progress(_progress: Progress) -> None:
-    """The listener of callers who do not care."""
+    """The default of callers that show no progress."""
 
 
 class StopSignal:
-    """Asks a step that runs in another thread to end early, keeping what it has."""
+    """Asks a step that runs in another thread to end early and keep what it has."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
 
     def set(self) -> None:
-        """Ask for the end."""
+        """Ask the step to end."""
         self._event.set()
 
     def is_set(self) -> bool:
-        """Whether the end was asked for."""
+        """Whether the step was asked to end."""
         return self._event.is_set()
 
     def check(self) -> None:
-        """Raise StoppedError where the end was asked for."""
+        """Raise StoppedError if the step was asked to end."""
         if self._event.is_set():
             raise StoppedError("interrupted; what was done so far is kept, and the same command goes on from there")
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every long step of a run is given: whom it reports to, and what ends it early.
+    """What every long step of a run is given: where it reports to, and what ends it early.
 
     Attributes:
         report: called with the step's progress, as often as the step likes.
@@ -94,12 +171,12 @@ class RunContext:
     stop: StopSignal = field(default_factory=StopSignal)
 
     def check_stop(self) -> None:
-        """Raise StoppedError where the end was asked for."""
+        """Raise StoppedError if the step was asked to end."""
         self.stop.check()
 
 
 SILENT = RunContext()
-"""The context of callers who neither listen nor stop a step: the default of core functions."""
+"""The context of callers that show no progress and stop nothing: the default of core functions."""
 
 
 @dataclass(frozen=True)
@@ -117,35 +194,35 @@ def run_in_worker(
 ) -> Result:
     """Run `work(emit)` in a daemon thread; what it emits reaches `report` in the calling thread.
 
-    The calling thread waits in Python, so a signal reaches it at once while the worker may be deep in C:
-    psycopg2 alone answers a SIGINT only after its statement. An interrupt, or an error of `report`, calls
-    `stop` and gives the worker `grace_s` seconds to end, still reporting; a second interrupt abandons it. A terminal
-    that closes (SIGHUP) is an interrupt, and never a second one.
+    The calling thread waits in Python, so a signal reaches it at once while the worker may be in a C call (psycopg2
+    reacts to SIGINT only after its statement). An interrupt, or an error of `report`, calls `stop` and gives the worker
+    `grace_s` seconds to end, still reporting; a second interrupt abandons it. A terminal that closes (SIGHUP) is an
+    interrupt, and never a second one.
 
     Args:
         work: the long step; it reports by calling its argument.
-        report: told, in the calling thread, all that the step emits.
+        report: called in the calling thread with everything that the step emits.
         stop: asks the step to end early: cancels its statements, sends no further request.
         grace_s: seconds the step may still take after `stop`.
 
     Raises:
-        Whatever `work` raises; the interrupt itself, after the grace, where there was one.
+        Whatever `work` raises; the interrupt itself, after the grace, if there was one.
     """
     reports: queue.SimpleQueue[Report | _End[Result]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             reports.put(_End(result=work(reports.put)))
-        except BaseException as caught:  # noqa: BLE001 - it is raised again in the calling thread
+        except BaseException as caught:  # noqa: BLE001 - it is raised in the calling thread
             reports.put(_End(error=caught))
 
     worker = threading.Thread(target=run, daemon=True, name="songvec-worker")
 
-    def follow(tell: Callable[[Report], None], deadline: float = math.inf) -> _End[Result] | None:
+    def follow(report: Callable[[Report], None], deadline: float = math.inf) -> _End[Result] | None:
         while time.monotonic() < deadline:
             alive = worker.is_alive()
             try:
-                # short waits: a signal that another thread took wakes nobody here
+                # short waits: a signal that another thread received does not wake this one
                 item = reports.get(timeout=_POLL_S)
             except queue.Empty:
                 if not alive:
@@ -153,12 +230,12 @@ def run_in_worker(
                 continue
             if isinstance(item, _End):
                 return item
-            tell(item)
+            report(item)
         return None
 
-    def tell_if_possible(item: Report) -> None:
-        # the listener may be what failed; the step still gets its grace, and the first error is the one raised
-        with contextlib.suppress(Exception, SystemExit):  # rich exits where a pipe is closed
+    def report_if_possible(item: Report) -> None:
+        # `report` may be what failed; the step still gets its grace, and the first error is the one raised
+        with contextlib.suppress(Exception, SystemExit):  # rich exits if a pipe is closed
             report(item)
 
     with interrupted_by_hangup() as hangup:
@@ -168,7 +245,7 @@ def run_in_worker(
         except BaseException:
             hangup.is_ending = True
             stop()
-            follow(tell_if_possible, time.monotonic() + grace_s)
+            follow(report_if_possible, time.monotonic() + grace_s)
             raise
     assert end is not None
     if end.error is not None:
@@ -177,7 +254,7 @@ def run_in_worker(
 
 
 def run_event_loop(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run a coroutine to its end; where the calling thread runs an event loop already, as in a notebook, in another."""
+    """Run a coroutine to its end; in another thread if the calling one runs an event loop, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

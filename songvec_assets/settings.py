@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from songvec_assets.errors import SettingsError
@@ -34,6 +35,8 @@ _MAX_INT = 2**31 - 1
 _KEY_CHARACTERS = {chr(code) for code in range(0x21, 0x7F)}
 _ENDPOINTS = ("/embeddings", "/chat/completions", "/completions", "/models")
 
+Count = Annotated[int, Field(ge=1, le=_MAX_INT)]
+NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Escaped = Annotated[str, AfterValidator(lambda value: value.replace("\\n", "\n"))]
 
@@ -54,7 +57,12 @@ class _Group(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        alias_generator=variable, case_sensitive=True, frozen=True, str_strip_whitespace=True, allow_inf_nan=False
+        alias_generator=variable,
+        case_sensitive=True,
+        frozen=True,
+        str_strip_whitespace=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
     def __init__(self, **given: Any) -> None:
@@ -82,128 +90,70 @@ class _Group(BaseSettings):
 class PostgresSettings(_Group):
     """The database, its songs, and how vectors are stored and indexed there."""
 
-    postgres_url: str | None = Field(
-        default=None, repr=False, description="Database with the songs and the embeddings; unset: the embedded server"
-    )
-    direct_url: str | None = Field(
-        default=None,
-        repr=False,
-        description=(
-            "URL of the same database that bypasses a pooler in transaction mode, for index builds and VACUUM; unset: "
-            "`POSTGRES_URL`"
-        ),
-    )
-    songs_table: str = Field(default="songs", description="Source table, as `table` or `schema.table`")
-    song_id_column: str | None = Field(
-        default=None, description="Integer id column; unset: the table's single-column primary key"
-    )
-    name_column: str = Field(default="name", description="Column of the song's name")
-    artist_column: str = Field(default="artist", description="Column of the artist")
-    lyrics_column: str = Field(default="lyrics", description="Column of the lyrics; may be NULL")
-    updated_at_column: str | None = Field(
-        default=None, description="Date or timestamp column of a song's last change; exports then read only newer rows"
-    )
-    full_compare_hours: float = Field(
-        default=24.0,
-        ge=0,
-        description="Hours after which an export reads all songs even if `SONGVEC_UPDATED_AT_COLUMN` is set; 0: always",
-    )
-    max_missing_share: Share = Field(
-        default=0.1,
-        description=(
-            "Share of all cached or loaded songs that may be missing in the source before a run stops (checked from 20 "
-            "songs on)"
-        ),
-    )
-    max_missing_range_share: Share = Field(
-        default=0.5, description="The same limit for a single range (checked from 100 songs on)"
-    )
-    vector_type: Literal["vector", "halfvec"] = Field(
-        default="vector", description="Column type: `vector`, or `halfvec` at half the size"
-    )
-    lists: int | None = Field(
-        default=None,
-        ge=1,
-        le=32_768,
-        description="Lists of the IVFFlat index; unset: the square root of the number of rows",
-    )
-    index_memory_mb: int | None = Field(
-        default=None,
-        ge=64,
-        le=_MAX_INT,
-        description="Memory in MB that an index build may use on the server; unset: half of what is available there",
-    )
+    postgres_url: str | None = Field(default=None, repr=False)
+    """Database with the songs and the embeddings; unset: the embedded server."""
+    direct_url: str | None = Field(default=None, repr=False)
+    """URL of the same database that bypasses a pooler in transaction mode, for index builds and VACUUM; unset:
+    `POSTGRES_URL`."""
+    songs_table: str = "songs"
+    """Source table, as `table` or `schema.table`."""
+    song_id_column: str | None = None
+    """Integer id column; unset: the table's single-column primary key."""
+    name_column: str = "name"
+    """Column of the song's name."""
+    artist_column: str = "artist"
+    """Column of the artist."""
+    lyrics_column: str = "lyrics"
+    """Column of the lyrics; may be NULL."""
+    updated_at_column: str | None = None
+    """Date or timestamp column of a song's last change; exports then read only newer rows."""
+    full_compare_hours: NotNegative = 24.0
+    """Hours after which an export reads all songs even if `SONGVEC_UPDATED_AT_COLUMN` is set; 0: always."""
+    max_missing_share: Share = 0.1
+    """Share of all cached or loaded songs that may be missing in the source before a run stops (checked from 20 songs
+    on)."""
+    max_missing_range_share: Share = 0.5
+    """The same limit for a single range (checked from 100 songs on)."""
+    vector_type: Literal["vector", "halfvec"] = "vector"
+    """Column type: `vector`, or `halfvec` at half the size."""
+    lists: int | None = Field(default=None, ge=1, le=32_768)
+    """Lists of the IVFFlat index; unset: the square root of the number of rows."""
+    index_memory_mb: int | None = Field(default=None, ge=64, le=_MAX_INT)
+    """Memory in MB that an index build may use on the server; unset: half of what is available there."""
 
 
 class ProviderSettings(_Group):
     """The embeddings provider, the model, and the provider's quotas."""
 
-    fireworks_api_key: str | None = Field(
-        default=None, repr=False, description="API key of the embeddings provider; unset: the demo's model"
-    )
-    fireworks_base_url: str = Field(
-        default=FIREWORKS_BASE_URL, description="Any OpenAI-compatible server: vLLM, TEI, Ollama, Infinity, …"
-    )
-    embedding_model: str = Field(
-        default=FIREWORKS_MODEL,
-        description=f"Model name; `{DEMO_MODEL}`: the demo's model; `{OFFLINE_MODEL}`: hashed words",
-    )
-    embedding_dimensions: int = Field(
-        default=DEFAULT_DIMENSIONS,
-        ge=2,
-        le=4000,
-        description=(
-            "Dimensions per vector; over 2,000 needs `SONGVEC_VECTOR_TYPE=halfvec`; "
-            f"`{DEMO_MODEL}` always has {DEMO_DIMENSIONS}"
-        ),
-    )
-    query_prompt: str | None = Field(
-        default=None,
-        description=(
-            "Text sent for a query, such as `query: {query}`; `\\n` is a line end; `none`: the query alone; unset: as "
-            "recorded with the store, initially by the model's family"
-        ),
-    )
-    document_prompt: str | None = Field(
-        default=None,
-        description=(
-            "Text sent for a song, such as `passage: {text}`; a change re-embeds all songs, after confirmation"
-        ),
-    )
-    truncate: bool | None = Field(
-        default=None,
-        description=(
-            "Whether to truncate longer vectors to the configured dimensions; unset: only for models known to be "
-            "trained for it (Matryoshka)"
-        ),
-    )
-    requests_per_minute: int = Field(
-        default=6000, ge=1, le=_MAX_INT, description="The provider's request quota, shared by all processes"
-    )
-    tokens_per_minute: int = Field(
-        default=900_000, ge=1, le=_MAX_INT, description="The provider's token quota, shared by all processes"
-    )
-    max_request_texts: int = Field(default=2048, ge=1, le=2048, description="Maximum texts per request")
-    max_request_tokens: int = Field(
-        default=100_000,
-        ge=1,
-        le=_MAX_INT,
-        description=(
-            "Maximum tokens per request; never more than 1/50 of the token quota, or one request's share of it if "
-            "fewer than 50 requests per minute are allowed"
-        ),
-    )
-    patience_s: float = Field(
-        default=600.0, ge=0, description="Seconds to retry a failing provider before the run ends"
-    )
-    usd_per_million_tokens: float | None = Field(
-        default=None,
-        ge=0,
-        description=(
-            f"The provider's price; unset: {FIREWORKS_USD_PER_MILLION_TOKENS:g}, or 0 for another `FIREWORKS_BASE_URL` "
-            "without a key"
-        ),
-    )
+    fireworks_api_key: str | None = Field(default=None, repr=False)
+    """API key of the embeddings provider; unset: the demo's model."""
+    fireworks_base_url: str = FIREWORKS_BASE_URL
+    """Any OpenAI-compatible server: vLLM, TEI, Ollama, Infinity and others."""
+    embedding_model: str = FIREWORKS_MODEL
+    """Model name; `demo-v2`: the demo's model; `offline-v1`: hashed words."""
+    embedding_dimensions: int = Field(default=DEFAULT_DIMENSIONS, ge=2, le=4000)
+    """Dimensions per vector; over 2,000 needs `SONGVEC_VECTOR_TYPE=halfvec`; `demo-v2` always has 512."""
+    query_prompt: str | None = None
+    r"""Text sent for a query, such as `query: {query}`; `\n` is a line end; `none`: the query alone; unset: as
+    recorded with the store, initially by the model's family."""
+    document_prompt: str | None = None
+    """Text sent for a song, such as `passage: {text}`; a change re-embeds all songs, after confirmation."""
+    truncate: bool | None = None
+    """Whether to truncate longer vectors to the configured dimensions; unset: only for models known to be trained for
+    it (Matryoshka)."""
+    requests_per_minute: Count = 6000
+    """The provider's request quota, shared by all processes."""
+    tokens_per_minute: Count = 900_000
+    """The provider's token quota, shared by all processes."""
+    max_request_texts: int = Field(default=2048, ge=1, le=2048)
+    """Maximum texts per request."""
+    max_request_tokens: Count = 100_000
+    """Maximum tokens per request; never more than 1/50 of the token quota, or one request's share of it if fewer than
+    50 requests per minute are allowed."""
+    patience_s: NotNegative = 600.0
+    """Seconds to retry a failing provider before the run ends."""
+    usd_per_million_tokens: float | None = Field(default=None, ge=0)
+    """The provider's price; unset: 0.1, or 0 for another `FIREWORKS_BASE_URL` without a key."""
 
     @field_validator("query_prompt", "document_prompt")
     @classmethod
@@ -220,81 +170,46 @@ class ProviderSettings(_Group):
 class StorageSettings(_Group):
     """The folder of snapshots and cached embeddings, and how songs become texts."""
 
-    storage: str | None = Field(
-        default=None,
-        description=(
-            "Folder of snapshots and cached embeddings; unset: `.songvec/demo` (embedded server) or `.songvec/main`"
-        ),
-    )
-    retention_days: float = Field(
-        default=30.0, ge=0, description="Minimum days that the cache keeps vectors of deleted songs; 0: none"
-    )
-    text_template: Escaped = Field(
-        default=DEFAULT_TEMPLATE,
-        description=(
-            "Text to embed, from `{name}`, `{artist}` and `{lyrics}`; `\\n` is a line end; a change re-embeds all "
-            "songs, after confirmation"
-        ),
-    )
-    max_text_chars: int = Field(
-        default=24_000,
-        ge=1,
-        le=1_000_000,
-        description="Longer texts are truncated; a change re-embeds the songs it affects, after confirmation",
-    )
+    storage: str | None = None
+    """Folder of snapshots and cached embeddings; unset: `.songvec/demo` (embedded server) or `.songvec/main`."""
+    retention_days: NotNegative = 30.0
+    """Minimum days that the cache keeps vectors of deleted songs; 0: none."""
+    text_template: Escaped = DEFAULT_TEMPLATE
+    r"""Text to embed, from `{name}`, `{artist}` and `{lyrics}`; `\n` is a line end; a change re-embeds all songs,
+    after confirmation."""
+    max_text_chars: int = Field(default=24_000, ge=1, le=1_000_000)
+    """Longer texts are truncated; a change re-embeds the songs it affects, after confirmation."""
 
 
 class RunSettings(_Group):
     """What a run may spend, and how."""
 
-    max_usd: float | None = Field(
-        default=None, ge=0, description="Budget of a run in dollars, over all its processes; unset: none"
-    )
-    max_usd_a_month: float | None = Field(
-        default=None, ge=0, description="Budget in dollars of a calendar month (UTC), over all runs; unset: none"
-    )
-    concurrency: int = Field(
-        default=32,
-        ge=1,
-        le=1000,
-        description="Maximum requests in flight; the actual number follows from quota and latency",
-    )
-    target_recall: Share = Field(
-        default=0.95,
-        description="Measured recall that searches must reach: the share found of the true ten nearest songs",
-    )
-    swap: bool = Field(
-        default=False,
-        description=(
-            "Whether another model, size or type is built as a staging table and swapped in; otherwise it is refused"
-        ),
-    )
-    webhook_url: str | None = Field(
-        default=None,
-        repr=False,
-        description=(
-            "Webhook URL that receives a message for each failed run, as JSON with a `text` (Slack, Mattermost, Teams, "
-            "…); unset: none"
-        ),
-    )
+    max_usd: float | None = Field(default=None, ge=0)
+    """Budget of a run in dollars, over all its processes; unset: none."""
+    max_usd_a_month: float | None = Field(default=None, ge=0)
+    """Budget in dollars of a calendar month (UTC), over all runs; unset: none."""
+    concurrency: int = Field(default=32, ge=1, le=1000)
+    """Maximum requests in flight; the actual number follows from quota and latency."""
+    target_recall: Share = 0.95
+    """Measured recall that searches must reach: the share found of the true ten nearest songs."""
+    swap: bool = False
+    """Whether another model, size or type is built as a staging table and swapped in; otherwise it is refused."""
+    webhook_url: str | None = Field(default=None, repr=False)
+    """Webhook URL that receives a message for each failed run, as JSON with a `text` (Slack, Mattermost, Teams, …);
+    unset: none."""
 
 
 class GraphSettings(_Group):
     """What shapes the graph: its partitions, and how backfills are split."""
 
-    song_id_start: int = Field(
-        default=0,
-        ge=0,
-        le=_MAX_INT,
-        description="Start of the first range, a multiple of the range size; never above the first cached range",
-    )
-    song_id_stop: int = Field(
-        default=16_000_000, ge=1, le=2**31, description="Start of the open last range; may only be increased"
-    )
-    range_size: int = Field(default=50_000, ge=1, le=1_000_000, description="song_ids per range")
-    ranges_per_run: int | None = Field(
-        default=None, ge=1, le=1_000_000, description="Splits backfills into runs of up to n ranges; unset: one run"
-    )
+    song_id_start: int = Field(default=0, ge=0, le=_MAX_INT)
+    """Start of the first range, a multiple of the range size; never above the first cached range."""
+    song_id_stop: int = Field(default=16_000_000, ge=1, le=2**31)
+    """Start of the open last range; may only be increased."""
+    range_size: int = Field(default=50_000, ge=1, le=1_000_000)
+    """song_ids per range."""
+    ranges_per_run: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Splits backfills into runs of up to n ranges; unset: one run."""
 
 
 GROUPS = (PostgresSettings, ProviderSettings, StorageSettings, RunSettings, GraphSettings)
@@ -391,6 +306,11 @@ def _check_base_url(url: str) -> None:
             )
 
 
+def describe(field: FieldInfo) -> str:
+    """A setting's meaning on one line, as its docstring gives it."""
+    return " ".join((field.description or "").split())
+
+
 def settings_table() -> str:
     """All settings as the Markdown table that the README shows."""
     lines = [
@@ -402,7 +322,9 @@ def settings_table() -> str:
         for name, field in group.model_fields.items():
             default = "" if field.default is None else f"`{field.default!s}`".replace("\n", "\\n")
             identity = "yes" if name in STORE_IDENTITY else ""
-            lines.append(f"| `{variable(name)}` | {default} | {field.description} | {read} | {identity} |")
+            lines.append(
+                f"| `{variable(name)}` | {default} | {describe(field).removesuffix('.')} | {read} | {identity} |"
+            )
     return "\n".join(lines)
 
 

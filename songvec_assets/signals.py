@@ -1,6 +1,6 @@
-"""A terminal that closes (SIGHUP) ends a run as SIGTERM does. Signals only; what is stopped, `progress` knows.
+"""A terminal that closes (SIGHUP) ends a run as SIGTERM does. How a step is then stopped is in `progress`.
 
-Without this, SIGHUP ends the process at once: answers that are paid for and on their way are lost.
+Without this, SIGHUP ends the process at once, and the answers in flight, which are paid for, are lost.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ class Hangup:
     """A handler of SIGHUP that interrupts once, as SIGTERM does at that moment.
 
     A terminal that closes sends several: the kernel one, and the shell another. None of them is a second interrupt,
-    which would abandon what the first one is waiting for.
+    which would abandon what the first one waits for.
 
     Attributes:
         is_ending: whether the process was interrupted, by SIGHUP or otherwise; later SIGHUPs change nothing.
@@ -39,12 +39,12 @@ class Hangup:
 
 @contextlib.contextmanager
 def interrupted_by_hangup() -> Iterator[Hangup]:
-    """Let SIGHUP interrupt the block; in the main thread, and where SIGHUP would end the process.
+    """Let SIGHUP interrupt the block; in the main thread, and if SIGHUP would end the process.
 
     `nohup` ignores SIGHUP, and so does what it starts.
 
     Yields:
-        The handler in force: that of a block around this one, where there is one.
+        The handler in force: that of an enclosing block, if there is one.
     """
     # not on Windows, and only the main thread may set handlers
     is_possible = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
@@ -66,7 +66,7 @@ def interrupted_by_hangup() -> Iterator[Hangup]:
 
 
 def discard_unwritable_output() -> None:
-    """Send standard output and error nowhere where they are closed: unwritten text makes Python exit with 120."""
+    """Send standard output and error nowhere if they are closed: unwritten text makes Python exit with 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from songvec_assets.cli import app
 from songvec_assets.deployment import Deployment
-from songvec_assets.dry_run import plan_run
 from songvec_assets.embedding import client as client_module
 from songvec_assets.errors import ProviderError, ProviderUnavailableError, SettingsError
 from songvec_assets.postgres.engine import Database
@@ -162,10 +161,10 @@ class TestAWrongUrl:
         deployment.export()
         provider.control(redirect="https://music.example/v1/embeddings")
         with pytest.raises(ProviderError, match=r"answered 301.*set FIREWORKS_BASE_URL=https://music\.example/v1$"):
-            plan_run(deployment, list(deployment.tiling))
+            deployment.dry_run(list(deployment.tiling))
         assert provider.ledger()["requests"] == 0
         provider.control()
-        assert plan_run(deployment, list(deployment.tiling)).estimate.n_texts > 0
+        assert deployment.dry_run(list(deployment.tiling)).estimate.n_texts > 0
 
     @pytest.mark.parametrize("url", ["http:///v1", "http://localhost:99999/v1", "http://localhost:port/v1"])
     def test_without_a_host_or_port_is_refused(self, deployment_at: Callable[..., Deployment], url: str) -> None:

@@ -7,8 +7,6 @@ import sqlalchemy as sa
 
 from songvec_assets.deployment import Deployment
 from songvec_assets.songs import snapshots
-from songvec_assets.songs.counts import count_ranges
-from songvec_assets.status import measure_status
 from songvec_assets.storage import Storage
 
 Songs = Callable[..., None]
@@ -32,8 +30,7 @@ def change(deployment: Deployment, statement: str) -> None:
 
 
 def read(deployment: Deployment, columns: list[str]) -> list[tuple[object, ...]]:
-    counts = count_ranges(deployment.database, deployment.source, deployment.tiling)
-    return deployment.read_inventory(deployment.table, counts).frame.select(columns).rows()
+    return deployment.read_inventory().frame.select(columns).rows()
 
 
 def test_a_row_has_what_each_place_holds_of_a_range(filled: Deployment) -> None:
@@ -84,10 +81,10 @@ def test_status_and_estimate_of_a_complete_catalogue_open_no_file_with_vectors_a
     open_file = Storage.open
     monkeypatch.setattr(Storage, "open", refuse_vectors)
     monkeypatch.setattr(snapshots, "render_texts", refuse)
-    assert measure_status(filled).total.n_missing == 0
+    assert filled.status().total["n_missing"] == 0
     estimate = filled.estimate()
     assert (estimate.n_songs, estimate.n_texts, estimate.usd) == (5, 0, 0)
-    assert filled.ranges_behind() == []
+    assert filled.read_inventory(with_table=False, with_source=False).behind == []
 
 
 def test_a_run_with_nothing_to_do_opens_each_file_with_vectors_at_most_once(

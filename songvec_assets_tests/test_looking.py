@@ -4,7 +4,6 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,7 +79,10 @@ def test_looking_creates_nothing_and_binds_nothing(
         assert not (tmp_path / "store").exists(), command
         assert made_of_ours(mistyped) == [], command
     deployment = deploy(mistyped, provider, tmp_path / "store")
-    assert (deployment.ranges_behind(), deployment.held_ranges()) == ([], [SongIdRange(0, 100)])
+    assert (deployment.read_inventory(with_table=False, with_source=False).behind, deployment.held_ranges()) == (
+        [],
+        [SongIdRange(0, 100)],
+    )
     assert made_of_ours(mistyped) == []
     assert not (tmp_path / "store").exists()
 
@@ -113,7 +115,9 @@ def test_after_a_look_at_a_mistyped_database_the_right_one_is_bound(
     assert (looked.exit_code, json.loads(looked.stdout)["missing"]) == (3, 1), "the song is not exported yet"
     right = deploy(database, provider, tmp_path / "store", range_size=50_000, song_id_stop=16_000_000).settings
     early = Deployment(right)
-    assert early.ranges_behind() == [], "it looked before another one bound them"
+    assert early.read_inventory(with_table=False, with_source=False).behind == [], (
+        "it looked before another one bound them"
+    )
     Deployment(right).export()
     early.export()
     store_id = json.loads((tmp_path / "store" / "store.json").read_text())["store_id"]
@@ -124,7 +128,7 @@ def test_after_a_look_at_a_mistyped_database_the_right_one_is_bound(
     assert "belongs to another database" in str(refused.exception)
     elsewhere = deploy(database, provider, tmp_path / "another")
     with pytest.raises(StoreError, match="belongs to another database"):
-        elsewhere.ranges_behind()
+        elsewhere.read_inventory()
     with pytest.raises(StoreError, match="belongs to another database"):
         elsewhere.export()
     assert not (tmp_path / "another").exists()
@@ -150,8 +154,8 @@ def test_looking_does_not_cut_the_tail_where_the_stop_was_raised(
     deployment.export()
     deployment.filler().fill_ranges(list(TILING), lambda _: None)
     before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
-    raised = Deployment(replace(deployment.settings, song_id_stop=2_000))
-    assert raised.ranges_behind() == []
+    raised = Deployment(deployment.settings.model_copy(update={"song_id_stop": 2_000}))
+    assert raised.read_inventory(with_table=False, with_source=False).behind == []
     assert raised.held_ranges() == [SongIdRange(1_000, 1_100), raised.tiling.tail]
     assert raised.estimate({*raised.held_ranges()}).n_songs == 2
     assert {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()} == before

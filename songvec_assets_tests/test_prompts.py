@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from songvec_assets.cli import commands
+from songvec_assets.cli import app, base
 from songvec_assets.deployment import Deployment
-from songvec_assets.dry_run import plan_run
 from songvec_assets.embedding.prompts import TASK
 from songvec_assets.errors import BudgetExceededError, ReembeddingError, StoreError
 from songvec_assets.postgres.engine import Database
@@ -71,8 +70,8 @@ def sent(provider: Provider) -> set[str]:
 
 
 def search(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(commands, "_deploy", lambda: deployment)
-    result = CliRunner().invoke(commands.app, ["search", "waves"])
+    monkeypatch.setattr(base, "deploy", lambda: deployment)
+    result = CliRunner().invoke(app, ["search", "waves"])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -156,7 +155,7 @@ def test_a_setting_that_would_embed_cached_texts_again_stops_with_count_and_pric
     assert words in str(refusal.value)
     assert provider.ledger()["requests"] == 0, "something was paid for"
     changed = begin(**settings)
-    planned = plan_run(changed, [*changed.tiling]).describe()
+    planned = changed.dry_run([*changed.tiling]).describe()
     assert any(f"{N_SONGS} of the texts" in line and "--confirm-reembedding" in line for line in planned)
     assert run_all(begin()) == 0, "a refused run left something behind"
     assert run_all(begin(**settings), confirm_reembedding=True) == N_SONGS
@@ -215,8 +214,8 @@ def test_an_unfinished_cache_of_other_settings_asks_too(begin: Begin) -> None:
 def test_who_embeds_all_again_is_not_asked(begin: Begin) -> None:
     run_all(begin())
     changed = begin(text_template="{name}")
-    assert changed.estimate(anew=True).n_again == 0
-    assert run_all(changed, anew="a person") == N_SONGS
+    assert changed.estimate(reembed=True).n_again == 0
+    assert run_all(changed, reembed="a person") == N_SONGS
 
 
 def test_a_record_that_does_not_parse_stops_before_payment(begin: Begin, provider: Provider) -> None:
@@ -292,15 +291,15 @@ def environment(begin: Begin, provider: Provider, tmp_path: Path, monkeypatch: p
 @pytest.mark.usefixtures("environment")
 @pytest.mark.filterwarnings("ignore::dagster.BetaWarning", "ignore:InitResourceContext.dagster_run:DeprecationWarning")
 def test_the_commands_show_the_prompts_and_take_the_confirmation(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = CliRunner().invoke(commands.app, ["settings"])
+    result = CliRunner().invoke(app, ["settings"])
     assert f"`Instruct: {TASK}\\nQuery:{{query}}` for queries, none for songs." in result.output
-    assert CliRunner().invoke(commands.app, ["run"]).exit_code == 0
+    assert CliRunner().invoke(app, ["run"]).exit_code == 0
     monkeypatch.setenv("SONGVEC_DOCUMENT_PROMPT", "passage: {text}")
-    result = CliRunner().invoke(commands.app, ["settings"])
+    result = CliRunner().invoke(app, ["settings"])
     assert "`passage: {text}` for songs" in result.output
-    result = CliRunner().invoke(commands.app, ["estimate"])
+    result = CliRunner().invoke(app, ["estimate"])
     assert f"{N_SONGS} of the texts" in result.output
-    result = CliRunner().invoke(commands.app, ["run"])
+    result = CliRunner().invoke(app, ["run"])
     assert (result.exit_code, f"{N_SONGS} texts that are cached would be embedded again" in result.output) == (1, True)
-    result = CliRunner().invoke(commands.app, ["run", "--confirm-reembedding"])
+    result = CliRunner().invoke(app, ["run", "--confirm-reembedding"])
     assert result.exit_code == 0, result.output

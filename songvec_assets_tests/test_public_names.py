@@ -1,10 +1,15 @@
-"""The names kept from the system this grew from: importable where the README says, and the core's own."""
+"""The public names: those of the API, and those kept from the system this grew from, as the README has them."""
 
 import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+import songvec_assets
+from songvec_assets import Pipeline
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 KEPT = {
     "get_engine": "songvec_assets.postgres.engine",
@@ -28,9 +33,7 @@ KEPT = {
 def test_a_kept_name_is_where_the_readme_says(name: str, module: str) -> None:
     found = getattr(importlib.import_module(module), name)
     assert found.__module__ == module
-    rows = [
-        line for line in (Path(__file__).parents[1] / "README.md").read_text().splitlines() if line.startswith("| `")
-    ]
+    rows = [line for line in README.splitlines() if line.startswith("| `")]
     row = next(line for line in rows if re.search(rf"`{name}[.`]", line))
     assert f"`{module}`" in row
 
@@ -38,3 +41,13 @@ def test_a_kept_name_is_where_the_readme_says(name: str, module: str) -> None:
 def test_the_client_embeds_batches_under_its_kept_name() -> None:
     client = importlib.import_module("songvec_assets.embedding.client").EmbeddingClient
     assert callable(client.generate_embeddings_batch)
+
+
+def test_each_method_of_the_readme_exists_and_each_step_is_in_it() -> None:
+    named = {*re.findall(r"\bsongs\.(\w+)\(", README)}
+    assert named <= {*dir(Pipeline)}
+    steps = {"export", "embed", "load", "build_index", "run", "swap", "roll_back"}
+    questions = {"status", "estimate", "dry_run", "verify", "search", "embed_query", "embeddings"}
+    assert named == steps | questions
+    assert all(getattr(Pipeline, name).__doc__ for name in named)
+    assert {*re.findall(r"from songvec_assets import (\w+)", README)} <= {*songvec_assets.__all__}

@@ -294,6 +294,7 @@ def test_the_table_has_a_row_for_every_variable():
     # a newline or a bar within a cell would end it
     assert {row.count("|") for row in rows} == {header.count("|")}
     by_variable = {row.split("`")[1]: [cell.strip() for cell in row.split("|")[1:-1]] for row in rows}
+    assert all(meaning for _, _, meaning, *_ in by_variable.values())
     assert by_variable["SONGVEC_TEXT_TEMPLATE"][1] == r"`{name} by {artist}\n{lyrics}`"
     assert by_variable["SONGVEC_MAX_USD"][1] == ""
     assert by_variable["SONGVEC_RANGE_SIZE"][1:2] + by_variable["SONGVEC_RANGE_SIZE"][3:] == [

@@ -231,7 +231,7 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
         batches.extend(_read_batch(batch, found) for batch in stored)
     except _UNREADABLE as error:
         problem = problem or f"a batch does not open ({error})"
-    if not problem and found.digest(_join(batches)) != digest:
+    if not problem and found.digest(join_rows(batches)) != digest:
         problem = "song_ids, text hashes or checksums are not as they were written"
     if found != identity and not problem:
         raise StoreError(
@@ -243,7 +243,8 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
     return batches
 
 
-def _join(batches: Sequence[CachedRows]) -> Rows:
+def join_rows(batches: Sequence[CachedRows]) -> Rows:
+    """The narrow columns of some batches."""
     narrow = [(each.song_ids, each.text_hashes, each.checksums) for each in batches]
     return Rows(*map(np.concatenate, zip(*narrow, strict=True))) if narrow else Rows.of((), (), _NONE)
 

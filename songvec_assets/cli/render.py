@@ -1,54 +1,68 @@
-"""What `songvec` prints: tables, progress as bars or plain lines, and the last line of a run that was done in part.
+"""The tables that `songvec` prints, and the last line of an incomplete run.
 
-When to add here: another table, or another way to show progress. Keep out: what the figures are, and when to print.
+When to add here: another table. Keep out: what the figures are, and when to print.
 """
 
-import contextlib
-import time
 from collections.abc import Sequence
-from dataclasses import astuple
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as RichProgress
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
-from songvec_assets.cli.run import RunResult
-from songvec_assets.defs.pace import Pace, describe_progress, describe_time_left
-from songvec_assets.embedding.pricing import Estimate
-from songvec_assets.progress import Progress, describe_seconds
-from songvec_assets.search.nearest import Hit
-from songvec_assets.status import Status
+if TYPE_CHECKING:
+    from songvec_assets.cli.run import RunResult
+    from songvec_assets.embedding.pricing import Estimate
+    from songvec_assets.reports import Status
+    from songvec_assets.search.nearest import Hit
 
-_MOST_REASONS, _MOST_KEYS = 2, 3
+_MAX_REASONS, _MAX_KEYS = 2, 3
 
 
-def run_table(result: RunResult) -> Table:
-    """A row an asset."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.add_column("Asset", no_wrap=True, min_width=21)
-    for name in ("Rows", "Seconds", "Tokens", "Cost", "Skipped", "New", "Changed"):
-        table.add_column(name, justify="right")
-    for row in result.rows:
-        table.add_row(row.asset, *row.cells())
+def run_table(result: "RunResult") -> Table:
+    """A row per asset."""
+    from songvec_assets.cache.plan import FillReport
+    from songvec_assets.defs.reports import count_vectors
+    from songvec_assets.songs.export import ExportReport
+    from songvec_assets.vectors.index.upkeep import IndexReport
+    from songvec_assets.vectors.swap import PublishReport
+
+    table = _table("Asset", "Rows", "Seconds", "Tokens", "Cost", "Unchanged", "New", "Changed")
+
+    def add(asset: str, n_rows: int, *figures: int | str) -> None:
+        seconds = f"{result.seconds[asset]:.2f}" if asset in result.seconds else "–"
+        table.add_row(
+            asset, f"{n_rows:,}", seconds, *(each if isinstance(each, str) else f"{each:,}" for each in figures)
+        )
+
+    for export in result.of(ExportReport):
+        changes = export.changes
+        add("songs_parquet", export.n_songs, "", "", "", changes.n_new, changes.n_changed)
+    if fills := result.of(FillReport):
+        names = ("n_tokens", "usd", "n_unchanged", "n_new", "n_changed")
+        n_tokens, usd, *counts = (sum(getattr(each, name) for each in fills) for name in names)
+        n_vectors, cost = sum(map(count_vectors, fills)), f"${usd:,.4f}"
+        add("embedding_cache", n_vectors, n_tokens, cost, *counts)
+    for load in result.of(PublishReport):
+        add("song_embeddings_table", sum(each.n_rows for each in load.loads))
+    for index in result.of(IndexReport):
+        add("ivfflat_index", index.index.n_rows)
     return table
 
 
-def describe_incomplete_run(result: RunResult, status: Status | None, loads: bool) -> str:
-    """What is missing after a run that went on without some ranges, and why: one line.
+def describe_incomplete_run(result: "RunResult", status: "Status | None", loads: bool) -> str:
+    """What is missing after a run that continued without some ranges, and why: one line.
 
     Args:
         result: the run's.
-        status: as it is now; None where it could not be measured.
+        status: as it is now; None if it could not be measured.
         loads: whether the run was to load what it embedded.
     """
-    missing = [] if status is None else [
-        n_songs for each in status.ranges
-        if (n_songs := each.n_missing if loads else each.n_songs + each.n_unexported - each.n_cached - each.n_set_aside)
-    ]  # fmt: skip
+    missing = []
+    for each in [] if status is None else status.ranges.iter_rows(named=True):
+        n_without_vector = each["n_songs"] + each["n_unexported"] - each["n_cached"] - each["n_rejected"]
+        missing.append(each["n_missing"] if loads else n_without_vector)
+    missing = [n_songs for n_songs in missing if n_songs]
     if status is None:
         counted = "some songs may be missing"
     elif missing:
@@ -60,126 +74,61 @@ def describe_incomplete_run(result: RunResult, status: Status | None, loads: boo
         "the rest could not be done" if result.failures else f"the rest is {'loaded and indexed' if loads else 'kept'}"
     )
     reasons = [f"{_name_some(keys)}: {reason}" if keys else reason for reason, keys in result.incomplete.items()]
-    rest = f"; and {len(reasons) - _MOST_REASONS:,} more reasons" if len(reasons) > _MOST_REASONS else ""
-    return f"Incomplete: {counted}; {done}. {'; '.join(reasons[:_MOST_REASONS])}{rest}"
+    rest = f"; and {len(reasons) - _MAX_REASONS:,} more reasons" if len(reasons) > _MAX_REASONS else ""
+    return f"Incomplete: {counted}; {done}. {'; '.join(reasons[:_MAX_REASONS])}{rest}"
 
 
 def _name_some(keys: Sequence[str]) -> str:
-    rest = len(keys) - _MOST_KEYS
-    return ", ".join(keys[:_MOST_KEYS]) + (f" and {rest:,} more" if rest > 0 else "")
+    rest = len(keys) - _MAX_KEYS
+    return ", ".join(keys[:_MAX_KEYS]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
-def estimate_table(estimate: Estimate, offline: bool) -> Table:
+def estimate_table(estimate: "Estimate", offline: bool) -> Table:
     """What a run would cost."""
+    from songvec_assets.progress import describe_seconds
+
     table = Table(show_header=False, box=box.SIMPLE_HEAD)
+    usd = f"${estimate.usd:,.{2 if estimate.usd >= 1 else 4}f}"
     for name, value in {
         "Songs in the snapshot": f"{estimate.n_songs:,}",
         "Texts to embed": f"{estimate.n_texts:,}",
         "Tokens, about": f"{estimate.n_tokens:,}",
-        "Price, about": f"${estimate.usd:,.{2 if estimate.usd >= 1 else 4}f}"
-        + (" (a local model costs nothing)" if offline else ""),
+        "Cost, about": f"{usd} (a local model costs nothing)" if offline else usd,
         "Time at full quota": "none" if offline else describe_seconds(estimate.hours * 3600),
     }.items():
         table.add_row(name, value)
     return table
 
 
-def status_table(status: Status) -> Table:
-    """A row a range, and their sum."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.add_column("Songs by range", no_wrap=True, min_width=19)
-    for name in ("Songs", "New", "Cached", "Rejected", "Loaded", "Indexed", "Missing", "Orphans"):
-        table.add_column(name, justify="right", overflow="fold")
-    for each in (*status.ranges, status.total):
-        key, *counts = astuple(each)
+def status_table(status: "Status") -> Table:
+    """A row per range, and their sum."""
+    table = _table("Range", "Songs", "New", "Cached", "Rejected", "Loaded", "Indexed", "Missing", "Orphans")
+    for key, *counts in (*status.ranges.iter_rows(), [*status.total.values()]):
         table.add_row(key, *(f"{count:,}" for count in counts), style="bold" if key == "all" else None)
     return table
 
 
-def hits_table(hits: Sequence[Hit]) -> Table:
-    """The songs found, nearest first."""
+def hits_table(hits: Sequence["Hit"], width: int) -> Table:
+    """The songs found, nearest first.
+
+    Args:
+        hits: to show.
+        width: of the terminal. Names get what they need of it; the first line of the lyrics gets the rest.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     table.add_column("Near", width=5)
-    for name, ratio in {"Song": 3, "Artist": 2, "First line": 4}.items():
-        table.add_column(name, no_wrap=True, ratio=ratio)
+    for name, most in {"Song": 45, "Artist": 30}.items():
+        table.add_column(name, no_wrap=True, max_width=most * width // 100)
+    table.add_column("First line", no_wrap=True, ratio=1)
     for hit in hits:
         first_line = (hit.lyrics or "").partition("\n")[0]
         table.add_row(f"{hit.similarity:.3f}", *map(Text, (hit.name, hit.artist, first_line)))
     return table
 
 
-class Bars:
-    """One bar a step."""
-
-    def __init__(self, console: Console) -> None:
-        self._bars = RichProgress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[count]}", justify="right"),
-            TextColumn("{task.fields[pace]}"),
-            # not rich's own column: it would count what took no work
-            TextColumn("{task.fields[left]}"),
-            TextColumn(
-                "[{task.fields[style]}]{task.fields[note]}[/]",
-                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
-            ),
-            console=console,
-            expand=True,
-        )
-        self._tasks: dict[str, TaskID] = {}
-        self._pace = Pace()
-
-    def __enter__(self) -> "Bars":
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):  # the terminal was closed
-            self._bars.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        """Show how far a step has come."""
-        step = progress.step
-        if step not in self._tasks:
-            self._tasks[step] = self._bars.add_task(step, count="", pace="", left="", note="", style="dim")
-        percent = progress.unit == "%"
-        rate = self._pace.rate(progress)
-        self._bars.update(
-            self._tasks[step],
-            completed=progress.done,
-            total=progress.total or None,
-            count=f"{progress.done:,}" + ("%" if percent else f"/{progress.total:,}" if progress.total else ""),
-            pace=f"{rate:,.0f}/s" if rate and not percent else "",
-            left=describe_time_left(progress, rate),
-            note=progress.note,
-            style="yellow" if progress.is_trouble else "dim",
-        )
-
-
-class Lines:
-    """A line every few seconds, and one when a step has reached its total."""
-
-    EVERY_S = 5.0
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._pace = Pace()
-        self._next = 0.0
-
-    def __enter__(self) -> "Lines":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing is left open."""
-
-    def __call__(self, progress: Progress) -> None:
-        """Print how far a step has come."""
-        now = time.monotonic()
-        rate = self._pace.rate(progress)
-        if now >= self._next or progress.done == progress.total:
-            self._next = now + self.EVERY_S
-            self._console.print(describe_progress(progress, rate), markup=False, highlight=False, soft_wrap=True)
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", overflow="fold")
+    return table

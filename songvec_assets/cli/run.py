@@ -1,81 +1,80 @@
-"""A job without the UI: run in this process and the project's Dagster instance, summed up in a few rows."""
+"""Runs a job without the UI: in this process and the project's Dagster instance; and prints what became of it.
 
-from collections.abc import Iterator, Mapping, Sequence
+When to add here: how a job is run, another line about a run. Keep out: tables (`render`).
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.execution.api import execute_run
 
-from songvec_assets.defs.alerts import describe_failure
+from songvec_assets.cache.plan import FillReport
+from songvec_assets.cli.render import describe_incomplete_run, run_table
+from songvec_assets.cli.terminal import fail, interruptible, out, say, showing_progress
+from songvec_assets.definitions import defs
+from songvec_assets.defs.automation import describe_failure
+from songvec_assets.defs.checks import Answer
 from songvec_assets.defs.instance import open_instance, origin_of
-from songvec_assets.defs.reports import read_incomplete
+from songvec_assets.defs.steps import Incomplete, listener
+from songvec_assets.deployment import Deployment
+from songvec_assets.errors import SongvecError
+from songvec_assets.postgres.schema import read_pgvector_caution
+from songvec_assets.progress import Progress
+from songvec_assets.songs.export import ExportReport
 from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.vectors.swap import PublishReport
+
+Report = TypeVar("Report")
 
 _PARTITIONED = dg.AssetKey("embedding_cache")
 
 
 @dataclass
-class AssetRow:
-    """What a run did to one asset; None where a figure does not apply."""
-
-    asset: str
-    rows: int = 0
-    seconds: float = 0.0
-    tokens: int | None = None
-    usd: float | None = None
-    new: int | None = None
-    changed: int | None = None
-    unchanged: int | None = None
-
-    def cells(self) -> Iterator[str]:
-        """The figures as text, in the table's order."""
-        yield f"{self.rows:,}"
-        yield f"{self.seconds:.2f}"
-        yield "" if self.tokens is None else f"{self.tokens:,}"
-        yield "" if self.usd is None else f"${self.usd:,.4f}"
-        for count in (self.unchanged, self.new, self.changed):
-            yield "" if count is None else f"{count:,}"
-
-
-@dataclass
 class RunResult:
-    """A run's end.
+    """What a run did.
 
     Attributes:
-        rows: one an asset, in the graph's order.
-        warnings: of checks that did not pass.
-        answers: of checks that did.
-        failures: in the words of what failed.
-        incomplete: ranges that are not complete, by the reason; the run went on without them. Neither these nor
-            failures: the run succeeded.
-        n_set_aside: songs without a vector, for a named reason.
-        comparison: of a table that was swapped in with the one before; empty where none was.
+        reports: what its steps emitted: the core's reports, `Incomplete`, answers of checks.
+        seconds: of each step that succeeded, by name.
+        failures: messages of what failed. Empty, with nothing incomplete: the run succeeded.
     """
 
-    rows: list[AssetRow] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    answers: list[str] = field(default_factory=list)
+    reports: list[object] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    incomplete: dict[str, list[str]] = field(default_factory=dict)
-    n_set_aside: int = 0
-    comparison: str = ""
+
+    def of(self, kind: type[Report]) -> list[Report]:
+        """The reports of a kind, in order."""
+        return [each for each in self.reports if isinstance(each, kind)]
+
+    @property
+    def incomplete(self) -> dict[str, list[str]]:
+        """Ranges that are not complete, by the reason; the run continued without them."""
+        merged: dict[str, list[str]] = {}
+        for each in self.of(Incomplete):
+            for reason, keys in each.reasons.items():
+                merged.setdefault(reason, []).extend(keys)
+        return merged
 
 
 def run_job(
     job: dg.JobDefinition,
     span: tuple[SongIdRange, SongIdRange] | None = None,
     resources: Mapping[str, Mapping[str, Any]] | None = None,
+    show: Callable[[Progress], None] = lambda _: None,
 ) -> RunResult:
-    """Run a job of the project. Where a step fails for some ranges, the steps after it run without them.
+    """Run a job of the project. If a step fails for some ranges only, the steps after it run without them.
 
-    Dagster would skip them: a step of many partitions either succeeds for all of them or fails.
+    Dagster would skip them: a step of several partitions either succeeds for all of them or fails.
 
     Args:
         job: which.
-        span: first and last range, where it embeds.
-        resources: fields that win over the settings, by resource.
+        span: first and last range, if it embeds.
+        resources: fields that override the settings, by resource.
+        show: called with the progress of the steps.
 
     Raises:
         KeyboardInterrupt: Ctrl+C, SIGTERM or SIGHUP; what was done is kept.
@@ -87,23 +86,26 @@ def run_job(
     tags = {} if span is None else {
         "dagster/asset_partition_range_start": span[0].key, "dagster/asset_partition_range_end": span[1].key
     }  # fmt: skip
-    events: list[dg.DagsterEvent] = []
+    result = RunResult()
+    keys = [
+        key for key in job.asset_layer.asset_graph.toposorted_asset_keys if key in job.asset_layer.selected_asset_keys
+    ]
     selected: list[dg.AssetKey] | None = None
-    with open_instance() as instance:
-        while selected is None or selected:
-            if selected and _PARTITIONED not in selected:
-                tags = {}
-            try:
-                run = _execute(job, instance, config, tags, selected)
-            except dg.DagsterExecutionInterruptedError as error:
-                raise KeyboardInterrupt from error
-            # of the instance: the result lacks what a step that failed had recorded of single ranges
-            logged = [each.dagster_event for each in instance.all_logs(run.run_id) if each.dagster_event]
-            if any(_is_interrupt(event) for event in logged):
-                raise KeyboardInterrupt
-            events += logged
-            selected = _find_rest(job, logged)
-    return _summarize(events)
+    token = listener.set(lambda item: show(item) if isinstance(item, Progress) else result.reports.append(item))
+    try:
+        with open_instance() as instance:
+            while selected is None or selected:
+                if selected and _PARTITIONED not in selected:
+                    tags = {}
+                n_incomplete = len(result.of(Incomplete))
+                failed = _execute(job, instance, config, tags, selected, result)
+                if len(result.of(Incomplete)) == n_incomplete:
+                    result.failures += map(describe_failure, failed)
+                    break
+                selected = keys[[key.to_user_string() for key in keys].index(str(failed[0].step_key)) + 1 :]
+    finally:
+        listener.reset(token)
+    return result
 
 
 def _execute(
@@ -111,9 +113,13 @@ def _execute(
     instance: dg.DagsterInstance,
     config: Mapping[str, Any],
     tags: Mapping[str, str],
-    selected: Sequence[dg.AssetKey] | None,
-) -> dg.DagsterRun:
-    """Run a job in this process. Unlike `execute_in_process` the run has an origin: the UI lists it under its job."""
+    selected: list[dg.AssetKey] | None,
+    result: RunResult,
+) -> list[dg.DagsterEvent]:
+    """Run a job in this process, and give the steps that failed.
+
+    Unlike a run of `execute_in_process` the run has an origin: the UI lists it under its job.
+    """
     run = instance.create_run_for_job(
         job.get_subset(asset_selection=frozenset(selected)) if selected else job,
         run_config=config,
@@ -121,63 +127,62 @@ def _execute(
         asset_selection=frozenset(selected) if selected else None,
         remote_job_origin=origin_of(job),
     )
-    execute_run(InMemoryJob(job), run, instance)
-    return run
-
-
-def _find_rest(job: dg.JobDefinition, events: Sequence[dg.DagsterEvent]) -> list[dg.AssetKey]:
-    """The assets after one that failed for some ranges only; empty: there is nothing to go on with."""
-    partial = [event.step_key for event in events if read_incomplete(event) is not None]
-    layer = job.asset_layer
-    ordered = [key for key in layer.asset_graph.toposorted_asset_keys if key in layer.selected_asset_keys]
-    names = [key.to_user_string() for key in ordered]
-    return ordered[names.index(partial[0]) + 1 :] if partial and partial[0] in names else []
-
-
-def _summarize(events: Sequence[dg.DagsterEvent]) -> RunResult:
-    result = RunResult()
-    rows: dict[str, AssetRow] = {}
-    seconds: dict[str, float] = {}
-    latest: dict[tuple[str, str | None], Mapping[str, Any]] = {}
+    try:
+        events = execute_run(InMemoryJob(job), run, instance).all_events
+    except dg.DagsterExecutionInterruptedError as error:
+        raise KeyboardInterrupt from error
     for event in events:
-        if event.is_step_success and event.step_key:
-            seconds[event.step_key] = event.step_success_data.duration_ms / 1000
-        elif event.is_step_materialization:
-            materialization = event.step_materialization_data.materialization
-            values = {name: value.value for name, value in materialization.metadata.items()}
-            latest[materialization.asset_key.to_user_string(), materialization.partition] = values
-        elif event.event_type is dg.DagsterEventType.ASSET_CHECK_EVALUATION:
-            check = event.asset_check_evaluation_data
-            if check.passed:
-                result.answers.append(f"{check.check_name}: {check.description}")
-            else:
-                result.warnings.append(f"Check {check.check_name} did not pass: {check.description}")
-        elif (incomplete := read_incomplete(event)) is not None:
-            for reason, keys in incomplete.reasons.items():
-                result.incomplete.setdefault(reason, []).extend(keys)
-            if incomplete.figures:
-                latest[str(event.step_key), None] = incomplete.figures
-        elif event.is_step_failure:
-            result.failures.append(describe_failure(event))
-    for (asset, _), metadata in latest.items():
-        counted = {"embedding_cache": "songs set aside", "songs_parquet": "songs out of reach"}.get(asset)
-        result.n_set_aside += metadata.get(counted, 0) if counted else 0
-        result.comparison = metadata.get("comparison", result.comparison)
-        _add(rows.setdefault(asset, AssetRow(asset, seconds=seconds.get(asset, 0.0))), metadata)
-    result.rows = list(rows.values())
+        if event.is_step_success:
+            result.seconds[str(event.step_key)] = event.step_success_data.duration_ms / 1000
+    failed = [event for event in events if event.is_step_failure]
+    for event in failed:
+        cause = event.step_failure_data.error
+        if cause is not None and cause.cls_name == dg.DagsterExecutionInterruptedError.__name__:
+            raise KeyboardInterrupt
+    return failed
+
+
+def run_and_print(
+    job: str,
+    deployment: Deployment,
+    span: tuple[SongIdRange, SongIdRange] | None = None,
+    resources: Mapping[str, Mapping[str, Any]] | None = None,
+) -> RunResult:
+    """Run a job with its progress shown, and print a summary; a run that failed or is incomplete ends the command."""
+    say(deployment.describe())
+    with interruptible(), showing_progress() as show:
+        result = run_job(defs.resolve_job_def(job), span, resources, show)
+    table = run_table(result)
+    if table.row_count:
+        out.print(table)
+    for line in _describe_outcome(result):
+        say(line)
+    warnings = [
+        f"Check {each.check} did not pass: {each.finding.words}"
+        for each in result.of(Answer)
+        if not each.finding.passed
+    ]
+    for warning in filter(None, [*warnings, read_pgvector_caution(deployment.database)]):
+        say(warning, style="yellow")
+    if result.incomplete:
+        fail("\n".join([*result.failures, _describe_incomplete(result, deployment, job)]))
+    if result.failures:
+        fail("\n".join(result.failures))
     return result
 
 
-def _is_interrupt(event: dg.DagsterEvent) -> bool:
-    error = event.step_failure_data.error if event.is_step_failure else None
-    return error is not None and error.cls_name == dg.DagsterExecutionInterruptedError.__name__
+def _describe_outcome(result: RunResult) -> list[str]:
+    lines = [f"Swapped in: {each.comparison.describe()}." for each in result.of(PublishReport) if each.comparison]
+    n_rejected = sum(each.n_rejected for each in result.of(FillReport))
+    n_rejected += sum(sum(each.unreachable.values()) for each in result.of(ExportReport))
+    if n_rejected:
+        lines.append(f"Rejected: {n_rejected:,} songs; `songvec status` shows which and why.")
+    return lines
 
 
-def _add(row: AssetRow, metadata: Mapping[str, Any]) -> None:
-    row.rows += metadata.get("dagster/row_count", metadata.get("dagster/partition_row_count", 0))
-    for name, key in {
-        "tokens": "tokens", "usd": "usd", "new": "songs new", "changed": "songs changed",
-        "unchanged": "songs unchanged",
-    }.items():  # fmt: skip
-        if key in metadata:
-            setattr(row, name, (getattr(row, name) or 0) + metadata[key])
+def _describe_incomplete(result: RunResult, deployment: Deployment, job: str) -> str:
+    try:
+        status = deployment.status()
+    except SongvecError:  # why the run failed matters more
+        status = None
+    return describe_incomplete_run(result, status, loads=job != "embed")

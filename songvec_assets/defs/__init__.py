@@ -4,5 +4,5 @@ import warnings
 
 import dagster as dg
 
-# backfill policies are beta in the release that pyproject pins; the tests say so if they change
+# backfill policies are beta in the pinned release; a test fails if they change
 warnings.filterwarnings("ignore", category=dg.BetaWarning)

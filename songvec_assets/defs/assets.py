@@ -1,4 +1,7 @@
-"""The four assets, each a sentence: read, one call into the core, report; and the songs that they begin with."""
+"""The source and the four assets. The body of each is one call into the core, and its report.
+
+When to add here: another asset. Keep out: what an asset computes (the core), and how a report reads (`reports`).
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,87 +21,96 @@ from songvec_assets.defs.resources import RunResource
 from songvec_assets.defs.steps import (
     Emit,
     FillRecorder,
-    asked_anew_by,
     budget_of,
     failing_clearly,
     launched_keys,
+    reembed_request_of,
     run_step,
 )
 
-GROUP = "songvec"
-OWNERS = ["team:songvec"]
+COMMON: dict[str, Any] = {"group_name": "songvec", "owners": ["team:songvec"]}
+SONGS = {"grain": "song", "key": "song_id"}
+SOURCE_SCHEMA = reports.make_schema(
+    song_id=("integer", "The primary key, or SONGVEC_SONG_ID_COLUMN."),
+    name=("text", "SONGVEC_NAME_COLUMN. Songs without one are rejected, if the text template names it."),
+    artist=("text", "SONGVEC_ARTIST_COLUMN. Songs without one are rejected, if the text template names it."),
+    lyrics=("text", "SONGVEC_LYRICS_COLUMN. May be NULL, if the text template names more than lyrics."),
+)
+SNAPSHOT_SCHEMA = reports.make_schema(
+    song_id=reports.SONG_ID,
+    name=("string", "As in the source."),
+    artist=("string", "As in the source."),
+    lyrics=("string", "As in the source; null for instrumentals."),
+    rejected=("string", "Why the song is rejected; null for most."),
+    source_hash=("bigint", "The server's hash of name, artist and lyrics: finds what changed."),
+    text_hash=("binary(16)", "BLAKE2b of the text to embed; null if the song is rejected."),
+    truncated=("boolean", "Whether that text was cut to SONGVEC_MAX_TEXT_CHARS; null if the song is rejected."),
+)
+CACHE_SCHEMA = reports.make_schema(
+    song_id=reports.SONG_ID,
+    text_hash=("binary(16)", "BLAKE2b of the text that was embedded."),
+    checksum=("uint64", "XXH3 of the row: finds what a disk changed."),
+    reason=("string", "Why the provider rejected the song; null if there is a vector."),
+    embedding=("list<float32>", "The vector as the provider returned it."),
+)
 
 
 def _asset(**given: Any) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
-    """An asset of this graph: what all four have in common."""
-    return dg.asset(  # type: ignore[no-any-return]
-        group_name=GROUP, owners=OWNERS, code_version="1", freshness_policy=FRESHNESS, **given
-    )
+    """An asset of this graph."""
+    return dg.asset(code_version="1", freshness_policy=FRESHNESS, **{"backfill_policy": one_run, **COMMON, **given})  # type: ignore[no-any-return]
 
 
 songs = dg.AssetSpec(
     "songs",
-    group_name=GROUP,
-    owners=OWNERS,
     kinds={"postgres", "table"},
-    description=(
-        "The catalogue in Postgres: a row a song; key: its integer id. Others fill it. The sensor `songs_source` looks "
-        "whether it changed."
-    ),
-    metadata=reports.SOURCE_SCHEMA,
+    description="The table of songs in Postgres, filled by others. The sensor `songs_source` looks whether it changed.",
+    metadata=SOURCE_SCHEMA,
+    **COMMON,
 )
 
 
 @_asset(
     kinds={"postgres", "parquet"},
-    tags={"grain": "song", "key": "song_id"},
-    backfill_policy=one_run,
+    tags=SONGS,
     deps=[songs],
     automation_condition=WHEN_SONGS_CHANGED,
-    metadata=reports.SNAPSHOT_SCHEMA,
+    metadata=SNAPSHOT_SCHEMA,
 )
 def songs_parquet(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
-    """Snapshots of the songs in Postgres: one Parquet file a song_id range, rewritten only where songs changed.
-
-    Grain: a row a song. Key: song_id.
-    """
+    """Snapshots of the songs, from which later steps see what changed: one Parquet file per range of song_ids."""
     with failing_clearly(), run.open() as deployment:
         return run_step(
             context,
             deployment,
-            lambda emit: reports.report_export(
-                deployment.export(run.export_mode, emit, run.confirm_deletions), deployment, context.log
-            ),
+            lambda emit: deployment.export(run.export_mode, emit, run.confirm_deletions),
+            lambda report: reports.report_export(report, deployment, context.log),
         )
 
 
 @_asset(
     kinds={"fireworks", "arrow"},
-    tags={"grain": "song", "key": "song_id"},
+    tags=SONGS,
     partitions_def=song_id_ranges,
     backfill_policy=ranges_policy,
     deps=[songs_parquet],
     automation_condition=WHEN_RANGES_ARE_BEHIND,
-    metadata=reports.SHARD_SCHEMA,
+    metadata=CACHE_SCHEMA,
 )
 def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None:
-    """Every vector that was paid for: one Arrow file a song_id range and model; a text is sent once.
-
-    Grain: a row a song, its last one holds. Key: song_id, with the hash of the text that was embedded.
-    """
+    """Every vector that was paid for, so that no text is paid for twice: Arrow files, a folder per range and model."""
     with failing_clearly(), run.open() as deployment:
         recorder = FillRecorder(context, deployment)
 
         def fill(emit: Emit) -> None:
-            anew = asked_anew_by(context.run) if run.embed_anew else None
-            # first: it binds the store, and cuts its tail where the stop was raised
-            confirmed = run.confirm_reembedding
-            filler = deployment.filler(emit, budget_of(context.run), anew, run.retry_rejected, confirmed)
+            request = reembed_request_of(context.run) if run.reembed else None
+            # first: it binds the store, and divides its tail if the stop was raised
+            choices = {"retry_rejected": run.retry_rejected, "confirm_reembedding": run.confirm_reembedding}
+            filler = deployment.filler(emit, budget_of(context.run), request, **choices)
             filler.fill_ranges(run.choose_ranges(deployment, launched_keys(context)), report=emit)
 
-        with failing_clearly(recorder.describe_stop):
+        with failing_clearly(recorder.find_incomplete):
             try:
-                run_step(context, deployment, fill, on_report=recorder.record)
+                run_step(context, deployment, fill, lambda _: None, recorder.record)
             finally:
                 recorder.log_total()
         recorder.conclude()
@@ -106,38 +118,31 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
 
 @_asset(
     kinds={"postgres", "pgvector"},
-    tags={"grain": "song", "key": "song_id"},
-    backfill_policy=one_run,
+    tags=SONGS,
     deps=[embedding_cache],
     automation_condition=WHEN_CACHE_CHANGED,
     metadata=reports.table_schema(),
 )
 def song_embeddings_table(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
-    """Table `song_embeddings`: equal to the cache for every loaded range, one transaction a range.
-
-    Grain: a row a song. Key: song_id.
-    """
+    """The table that searches read, `song_embeddings`: equal to the cache, loaded in one transaction per range."""
     with failing_clearly(), run.open() as deployment:
         return run_step(
-            context, deployment, lambda emit: reports.report_publish(deployment.publish(emit), deployment, context.log)
+            context, deployment, deployment.publish, lambda report: reports.report_publish(report, deployment, context)
         )
 
 
 @_asset(
     kinds={"postgres", "pgvector"},
     tags={"grain": "index", "key": "embeddings_ivfflat_idx"},
-    backfill_policy=one_run,
     deps=[song_embeddings_table],
     automation_condition=WHEN_TABLE_CHANGED,
 )
 def ivfflat_index(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
-    """Index `embeddings_ivfflat_idx` for cosine distance: built when there is none or it no longer fits the rows.
-
-    Grain: one index. Key: its name.
-    """
+    """The index that makes searches fast, `embeddings_ivfflat_idx`: built if missing or out of date."""
     with failing_clearly(), run.open() as deployment:
         return run_step(
             context,
             deployment,
-            lambda emit: reports.report_index(deployment.index(run.rebuild_index, emit), deployment, context.log),
+            lambda emit: deployment.index(run.rebuild_index, emit),
+            lambda report: reports.report_index(report, deployment, context),
         )

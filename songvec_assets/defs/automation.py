@@ -1,41 +1,47 @@
-"""What runs by itself, once a person has switched it on: conditions, a look at the source, a night's run, alerts.
+"""What runs by itself once a person has switched it on: conditions, the source's sensor, a nightly run; and alerts.
 
-All of it but the alerts spends money, so it starts stopped. Each run keeps to the run's and the month's budget.
+All of it but the alerts spends money, so it starts stopped. Each run keeps to the run's and the month's budget. When to
+add here: another way to start runs. Keep out: what a run does.
 """
 
 from datetime import timedelta
 
 import dagster as dg
+import httpx2
 
-from songvec_assets.defs.alerts import describe_failed_run, post_alert
 from songvec_assets.defs.jobs import refresh_job
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, RunResource, StorageResource
 from songvec_assets.defs.steps import failing_clearly
+from songvec_assets.errors import AlertError
 from songvec_assets.settings import RunSettings
 from songvec_assets.songs.watch import SourceState, look_at_source
 
 AUTOMATION = "automation"
 FRESHNESS = dg.FreshnessPolicy.time_window(warn_window=timedelta(hours=26), fail_window=timedelta(hours=50))
-"""A night's run may be late by two hours; two in a row may not fail."""
+"""A nightly run may be late by two hours; two in a row may not fail."""
+_ALERT_TIMEOUT_S = 10.0
+_MAX_ALERT_CHARS = 1_500
 
 
 class RangesBehind(dg.AutomationCondition[dg.AssetKey]):
-    """The ranges whose snapshot is not answered in full by the cache: looked up, where Dagster only knows runs."""
+    """The ranges whose songs are not all in the cache: looked up, since Dagster knows only of runs."""
 
     def evaluate(self, context: dg.AutomationContext[dg.AssetKey]) -> dg.AutomationResult[dg.AssetKey]:
-        """Look at footers and marks, where anything asks for it."""
+        """Read footers and manifests, if a partition is a candidate."""
         if context.candidate_subset.is_empty:
             return dg.AutomationResult(context, context.get_empty_subset())
         run = RunResource(postgres=PostgresResource(), fireworks=FireworksResource(), storage=StorageResource())
         with run.open() as deployment:
-            keys = {song_range.key for song_range in deployment.ranges_behind()}
+            keys = {
+                song_range.key for song_range in deployment.read_inventory(with_table=False, with_source=False).behind
+            }
         return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))
 
 
 _FIRST_LOOK = dg.AutomationCondition.initial_evaluation()
 _HANDLED = dg.AutomationCondition.newly_requested() | dg.AutomationCondition.newly_updated()
 _NEWS = dg.AutomationCondition.any_deps_updated().since(_HANDLED)
-# what changed before the first look is no news to Dagster: then the songs are exported, and ranges looked at, once
+# Dagster does not report what changed before it was switched on: then songs are exported, and ranges checked, once
 _NEWS_OR_FIRST_LOOK = (dg.AutomationCondition.any_deps_updated() | _FIRST_LOOK).since(_HANDLED)
 _QUIET = ~dg.AutomationCondition.any_deps_in_progress() & ~dg.AutomationCondition.in_progress()
 
@@ -43,7 +49,7 @@ WHEN_SONGS_CHANGED = (_NEWS_OR_FIRST_LOOK & _QUIET).with_label("songs changed in
 WHEN_RANGES_ARE_BEHIND = (_NEWS_OR_FIRST_LOOK & _QUIET & RangesBehind()).with_label("ranges whose songs changed")
 WHEN_CACHE_CHANGED = (_NEWS & _QUIET).with_label("vectors were added")
 WHEN_TABLE_CHANGED = (_NEWS & _QUIET & dg.AutomationCondition.all_deps_blocking_checks_passed()).with_label(
-    "the table changed, and its vectors are sound"
+    "the table changed, and its vectors are valid"
 )
 
 automation_sensor = dg.AutomationConditionSensorDefinition(
@@ -51,12 +57,12 @@ automation_sensor = dg.AutomationConditionSensorDefinition(
     target=dg.AssetSelection.groups("songvec"),
     default_status=dg.DefaultSensorStatus.STOPPED,
     minimum_interval_seconds=30,
-    # one condition asks the store, which the daemon cannot
+    # one condition reads the store, which the daemon cannot
     use_user_code_server=True,
     description=(
-        "Exports once when it is switched on and then when songs changed, embeds the ranges that changed, loads them, "
-        "indexes where that is worth it. Switch `songs_source` on too: it is what sees that songs changed. Spends "
-        "money, within SONGVEC_MAX_USD a run and SONGVEC_MAX_USD_A_MONTH."
+        "Keeps the table up to date: exports once when it is switched on and then when songs changed, embeds the "
+        "ranges that changed, loads them, and indexes if that is worth it. Switch `songs_source` on too, which finds "
+        "out that songs changed. Spends money, up to SONGVEC_MAX_USD per run and SONGVEC_MAX_USD_A_MONTH."
     ),
 )
 
@@ -66,10 +72,10 @@ automation_sensor = dg.AutomationConditionSensorDefinition(
     minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.STOPPED,
     description=(
-        "Looks every minute whether a song's text or id changed: by count and ids, and by a digest of all texts where "
-        "rows were written, or where the server does not count writes (views, foreign tables). A digest reads the "
-        "whole table, for a twentieth of the time at most. Records a change as an event of the asset `songs`; what "
-        "follows is up to `automation`."
+        "Finds out each minute whether a song's text or id changed, and records it as an event of the asset `songs`, "
+        "which `automation` acts on. Compares count and ids, and a digest of all texts if rows were written or the "
+        "server does not count writes (views, foreign tables). A digest reads the whole table, for at most a twentieth "
+        "of the time. Spends nothing."
     ),
 )
 def songs_source_sensor(context: dg.SensorEvaluationContext, run: RunResource) -> dg.SensorResult | dg.SkipReason:
@@ -93,20 +99,58 @@ nightly_schedule = dg.ScheduleDefinition(
     cron_schedule="0 3 * * *",
     execution_timezone="UTC",
     default_status=dg.DefaultScheduleStatus.STOPPED,
-    description="The whole graph at three in the morning (UTC), over all ranges that hold songs. Spends money.",
+    description="Runs the whole graph at 3:00 UTC, over all ranges that hold songs. Spends money.",
 )
 
 
 @dg.run_failure_sensor(
     name="failed_runs",
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Tells SONGVEC_WEBHOOK_URL of each run that failed, in words; idle where that is not set.",
+    description="Sends a message for each failed run to SONGVEC_WEBHOOK_URL; idle if that is not set.",
 )
 def failed_runs_sensor(context: dg.RunFailureSensorContext) -> dg.SkipReason | None:
-    """One message a run."""
+    """One message per run."""
     with failing_clearly():
         url = RunSettings().webhook_url
         if not url:
-            return dg.SkipReason("SONGVEC_WEBHOOK_URL is not set: nobody is told")
+            return dg.SkipReason("SONGVEC_WEBHOOK_URL is not set: no message is sent")
         post_alert(url, describe_failed_run(context))
     return None
+
+
+def describe_failed_run(context: dg.RunFailureSensorContext) -> str:
+    """Which run failed, why, what is kept and how to continue."""
+    run = context.dagster_run
+    reasons = [describe_failure(event) for event in context.get_step_failure_events()]
+    words = "\n".join(reasons) or context.failure_event.message or "it failed before its first step"
+    return (
+        f"songvec: run {run.run_id[:8]} ({run.job_name}) failed.\n{words[:_MAX_ALERT_CHARS]}\n"
+        "What was done is kept and is not paid for again. When the cause is fixed, open the run in Dagster and choose "
+        "“From failure”, next to “Re-execute all”, or start the same command again."
+    )
+
+
+def describe_failure(event: dg.DagsterEvent) -> str:
+    """A failed step and the message of its error."""
+    data = event.step_failure_data
+    words = data.user_failure_data.description if data.user_failure_data else None
+    return f"{event.step_key}: {words or (data.error.to_string() if data.error else 'failed')}"
+
+
+def post_alert(url: str, words: str) -> None:
+    """Send a message to a webhook, as JSON with a `text`.
+
+    Raises:
+        AlertError: the webhook refused it. Its URL is a secret, and not named.
+    """
+    try:
+        response = httpx2.post(url, json={"text": words}, timeout=_ALERT_TIMEOUT_S)
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        raise AlertError(
+            f"SONGVEC_WEBHOOK_URL could not be reached ({type(error).__name__}): is the address right, may this "
+            "machine reach it?"
+        ) from None
+    if response.is_error:
+        raise AlertError(
+            f"SONGVEC_WEBHOOK_URL answered {response.status_code} to a message: it must take POST with a JSON `text`"
+        )

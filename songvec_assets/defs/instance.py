@@ -1,7 +1,7 @@
-"""Which Dagster instance remembers the runs of `songvec`, and how they are found in the UI.
+"""Which Dagster instance stores the runs of `songvec`, and how they are found in the UI.
 
-The embedded database and its store have an instance of their own, `.songvec/dagster`: what the demo did is no history
-of a database given by URL. That one's is where dagster.yaml in the working folder says, else `.dagster`.
+The embedded database and its store have a separate instance, `.songvec/dagster`: the demo's runs are not the history of
+a database given by URL. Runs on that one are stored where dagster.yaml in the working folder says, else in `.dagster`.
 """
 
 import os
@@ -21,16 +21,16 @@ from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from songvec_assets.errors import SettingsError
 
 WORKSPACE = Path(__file__).parents[1] / "workspace.yaml"
-"""What `songvec dev` serves; the one in a clone's root is the same, for Dagster's own commands."""
+"""What `songvec dev` serves; the one in a clone's root is a copy, for Dagster's commands."""
 LOCATION, MODULE = "songvec_assets", "songvec_assets.definitions"
 
 EMBEDDED_HOME = Path(".songvec") / "dagster"
 URL_HOME = Path(".dagster")
-CONFIGURATION = "telemetry:\n  enabled: false\n# no invitation over the first page\nnux:\n  enabled: false\n"
+CONFIGURATION = "telemetry:\n  enabled: false\n# no dialog over the first page\nnux:\n  enabled: false\n"
 
 
 def choose_home() -> Path:
-    """The folder that DAGSTER_HOME is to name; made, with a dagster.yaml, where it is one of this package's.
+    """The folder for DAGSTER_HOME; made, with a dagster.yaml, if it is one of this package's.
 
     Raises:
         SettingsError: it cannot be made or written.
@@ -66,7 +66,7 @@ def open_instance() -> Iterator[dg.DagsterInstance]:
 
 
 def origin_of(job: dg.JobDefinition) -> RemoteJobOrigin:
-    """Where a job's definition is, as a code location has it: by this the UI lists a run under its job."""
+    """Where a job's definition is, as a code location has it: with this the UI lists a run under its job."""
     target = LoadableTargetOrigin(executable_path=sys.executable, module_name=MODULE, working_directory=str(Path.cwd()))
     location = ManagedGrpcPythonEnvCodeLocationOrigin(target, LOCATION)
     return RemoteJobOrigin(RemoteRepositoryOrigin(location, "__repository__"), job.name)

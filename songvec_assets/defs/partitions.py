@@ -1,4 +1,4 @@
-"""song_id ranges as partition keys, and what else shapes the graph; read once, when the graph loads."""
+"""The partitions: ranges of song_ids; and the other settings that shape the graph, read once, when it loads."""
 
 import dagster as dg
 
@@ -12,6 +12,6 @@ TILING.check_count()
 
 song_id_ranges = dg.StaticPartitionsDefinition([song_range.key for song_range in TILING])
 
-# one run takes any number of ranges; a deployment with many workers may want several runs of the partitioned asset
+# one run takes any number of ranges; a deployment with many workers may want several runs
 one_run = dg.BackfillPolicy.single_run()
 ranges_policy = dg.BackfillPolicy.multi_run(_GRAPH.ranges_per_run) if _GRAPH.ranges_per_run else one_run

@@ -22,6 +22,7 @@ from songvec_assets.settings import (
     RunSettings,
     Settings,
     StorageSettings,
+    describe,
     variable,
 )
 from songvec_assets.songs.export import ExportMode
@@ -45,7 +46,7 @@ def with_options(group: type[BaseModel]) -> Any:
         kind = str if get_origin(field.annotation) is Literal else field.annotation
         default = "unset" if field.default is None else str(field.default).replace("\n", "\\n")
         read = f"Empty: {variable(name)}, read when the run starts (default: {default})."
-        options[option] = Optional[kind], Field(default=None, description=f"{field.description}. {read}")  # noqa: UP045
+        options[option] = Optional[kind], Field(default=None, description=f"{describe(field)} {read}")  # noqa: UP045
     return create_model(group.__name__, __base__=dg.ConfigurableResource, **options)
 
 
@@ -89,33 +90,32 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
     ranges: str = Field(
         default="",
         description=(
-            "Ranges to embed, FIRST...LAST as in 000000000-000050000...000100000-000150000, or one key; of a run that "
-            "is launched without partitions. Empty: all that hold songs."
+            "Ranges to embed, FIRST...LAST as in 000000000-000050000...000100000-000150000, or one key; only if the "
+            "run is launched without partitions. Empty: all ranges that hold songs."
         ),
     )
     export_mode: ExportMode = Field(
         default="all",
-        description="all compares every range with Postgres; append reads only above the highest song_id seen.",
+        description="all compares every range with Postgres; append reads only above the highest exported song_id.",
     )
     confirm_deletions: bool = Field(
-        default=False,
-        description="Songs that are missing in bulk in the source are meant to be deleted: do not stop for them.",
+        default=False, description="Many songs are missing in the source on purpose: delete them instead of stopping."
     )
-    embed_anew: bool = Field(
+    reembed: bool = Field(
         default=False,
         description="Embed, and pay for, all songs of the ranges again. Re-executions of this run do not pay again.",
     )
     retry_rejected: bool = Field(
-        default=False, description="Send songs again that the provider rejected before; what it refuses is not billed."
+        default=False, description="Send the songs again that the provider rejected before. A refusal is not billed."
     )
     confirm_reembedding: bool = Field(
         default=False,
-        description="Pay again for cached texts that a changed setting makes otherwise (template, length, prompt).",
+        description="Pay again for cached texts that a changed setting alters (template, maximum length, prompt).",
     )
-    rebuild_index: bool = Field(default=False, description="Build the index even where the one there still fits.")
+    rebuild_index: bool = Field(default=False, description="Build the index even if the present one still fits.")
 
     def open(self) -> Deployment:
-        """What a run works with, from the environment and the resources' fields.
+        """What a run works with, from the environment and the resources' options.
 
         Raises:
             SettingsError: a setting does not parse, or settings contradict each other.

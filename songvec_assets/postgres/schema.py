@@ -1,7 +1,7 @@
-"""Schema `songvec`: the small tables that the package keeps beside its data, and the locks taken on ranges.
+"""Schema `songvec`: its migrations, the values in `songvec.settings` (one row each, as JSON), and advisory locks.
 
-A value a row in `songvec.settings`, as JSON. When to add here: nothing but access to these tables; a change of them is
-another file in `migrations/`, `0002_….sql`, which runs once. Keep out: what the values mean.
+When to add here: access to these tables. A change of the tables is another file in `migrations/`, `0002_….sql`, which
+runs once. Keep out: what the values mean.
 """
 
 import contextlib
@@ -29,15 +29,19 @@ _MENDED = {
     (0, 8, 3): "HNSW indexes damaged by VACUUM",
     (0, 8, 4): "IVFFlat builds that take more than maintenance_work_mem",
 }
-"""What is wrong before a version; pgvector's changelog, read 2026-11."""
+"""Errors that a version fixed (pgvector's changelog, read 2026-11)."""
 
 _Record = TypeVar("_Record")
 
 _LOCK_POLL_S = 0.5
 _NO_SCHEMA = "3F000"
 
+_HAS_SETTINGS = "SELECT to_regclass('songvec.settings') IS NOT NULL"
+_READ_VALUE = "SELECT value FROM songvec.settings WHERE key = :key"
+_INSERT_VALUE = "INSERT INTO songvec.settings (key, value) VALUES (:key, CAST(:value AS jsonb)) ON CONFLICT"
+
 _VERSION = "schema_version"
-# of the releases that recorded no version, the last one made all of version 1
+# releases that recorded no version: the last one created all of version 1
 _HAS_VERSION_1 = """
     SELECT EXISTS (
         SELECT FROM pg_attribute WHERE attrelid = to_regclass('songvec.budgets') AND attname = 'reserved_usd'
@@ -60,8 +64,8 @@ def read_migrations() -> list[str]:
 def ensure_schema(database: Database) -> None:
     """Bring schema `songvec` to the newest version, and create the `vector` extension if it is missing.
 
-    All in one transaction: a migration that fails leaves the version that was there. A schema from before versions were
-    recorded is taken over as it is, with what it holds.
+    All in one transaction: a migration that fails changes nothing. A schema from before versions were recorded is kept
+    with its rows.
 
     Raises:
         DatabaseError: a newer release made the schema; the extension is not installed, not permitted or too old; or the
@@ -83,25 +87,22 @@ def ensure_schema(database: Database) -> None:
                 cursor.execute(migration)
         if version < len(migrations):
             write_fact(connection, _VERSION, len(migrations))
-        elif recorded is None and connection.scalar(text(_MAY_RECORD)):  # else who only looks could not
+        elif recorded is None and connection.scalar(text(_MAY_RECORD)):  # a reader may not write
             write_first_fact(connection, _VERSION, version)
         _ensure_extension(connection)
 
 
 def _read_version(connection: sa.Connection) -> int | None:
-    """The recorded version; None where there is none."""
-    if not connection.scalar(text("SELECT to_regclass('songvec.settings') IS NOT NULL")):
+    """The recorded version; None: none is recorded."""
+    if not connection.scalar(text(_HAS_SETTINGS)):
         return None
-    statement = text("SELECT value FROM songvec.settings WHERE key = :key")
-    version = connection.scalar(statement, {"key": _VERSION})
+    version = connection.scalar(text(_READ_VALUE), {"key": _VERSION})
     return None if version is None else int(version)
 
 
 def _ensure_extension(connection: sa.Connection) -> None:
-    installed = connection.scalar(text("SELECT extversion FROM pg_extension WHERE extname = 'vector'"))
-    if installed is None:
-        available = connection.scalar(text("SELECT count(*) FROM pg_available_extensions WHERE name = 'vector'"))
-        if not available:
+    if _read_pgvector_version(connection) is None:
+        if not connection.scalar(text("SELECT count(*) FROM pg_available_extensions WHERE name = 'vector'")):
             raise DatabaseError(
                 "pgvector is not installed on this Postgres server: install its package there "
                 "(see github.com/pgvector/pgvector), or use a server that has it"
@@ -109,14 +110,18 @@ def _ensure_extension(connection: sa.Connection) -> None:
         try:
             connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
         except sa.exc.ProgrammingError as error:
-            if getattr(error.orig, "pgcode", None) == _NO_SCHEMA:  # the words of error_border say more
+            if getattr(error.orig, "pgcode", None) == _NO_SCHEMA:  # the message of error_border says more
                 raise
             raise DatabaseError(
                 "the extension `vector` is not in this database and this user may not create it: let a superuser run "
                 "CREATE EXTENSION vector; in this database once"
             ) from error
-        installed = connection.scalar(text("SELECT extversion FROM pg_extension WHERE extname = 'vector'"))
-    check_pgvector_version(str(installed))
+    check_pgvector_version(_read_pgvector_version(connection) or "")
+
+
+def _read_pgvector_version(connection: sa.Connection) -> str | None:
+    version: str | None = connection.scalar(text("SELECT extversion FROM pg_extension WHERE extname = 'vector'"))
+    return version
 
 
 _EXTENSION = """
@@ -129,10 +134,10 @@ _EXTENSION = """
 
 
 def check_search_path(connection: sa.Connection) -> None:
-    """Refuse a user whose search_path does not lead to the extension's types and operators.
+    """Check that the user's search_path leads to the extension's types and operators.
 
     Raises:
-        DatabaseError: has the statement that helps.
+        DatabaseError: it does not; names the statement that helps.
     """
     found = connection.execute(text(_EXTENSION)).one_or_none()
     if found is None:
@@ -151,20 +156,17 @@ def check_search_path(connection: sa.Connection) -> None:
 
 
 def parse_pgvector_version(installed: str) -> tuple[int, ...] | None:
-    """The leading numbers of an extversion, three or more: hosts add their own, as in `0.8.0.google-4`. None: none."""
+    """The first three numbers of an extversion, as hosts add their own: `0.8.0.google-4`. None: it has no number."""
     numbers = re.match(r"v?(\d+(?:\.\d+)*)", installed)
-    if not numbers:
-        return None
-    parts = tuple(map(int, numbers.group(1).split(".")))
-    return parts + (0,) * (3 - len(parts))
+    return tuple(map(int, f"{numbers[1]}.0.0".split(".")[:3])) if numbers else None
 
 
 def describe_pgvector(installed: str) -> str:
-    """What to know about an extversion that can be used; empty where it is recent."""
+    """Known errors of a version of pgvector; empty: none."""
     version = parse_pgvector_version(installed)
     if version is None:
         return f"the version of pgvector, {installed!r}, was not understood: expected one like 0.8.5"
-    mended = [f"{what} ({'.'.join(map(str, since))})" for since, what in _MENDED.items() if version[:3] < since]
+    mended = [f"{what} ({'.'.join(map(str, since))})" for since, what in _MENDED.items() if version < since]
     if not mended:
         return ""
     return (
@@ -174,14 +176,14 @@ def describe_pgvector(installed: str) -> str:
 
 
 def read_pgvector_caution(database: Database) -> str:
-    """What to know about this database's pgvector; empty where it is recent, or not there yet."""
+    """Known errors of this database's pgvector; empty: none, or it has no pgvector yet."""
     with database.get_connection() as connection:
-        installed = connection.scalar(text("SELECT extversion FROM pg_extension WHERE extname = 'vector'"))
-    return "" if installed is None else describe_pgvector(str(installed))
+        installed = _read_pgvector_version(connection)
+    return "" if installed is None else describe_pgvector(installed)
 
 
 def check_pgvector_version(installed: str) -> None:
-    """Raise DatabaseError where pgvector is older than MIN_PGVECTOR."""
+    """Raise DatabaseError if pgvector is older than MIN_PGVECTOR."""
     version = parse_pgvector_version(installed)
     if version is not None and version < MIN_PGVECTOR:
         wanted = ".".join(map(str, MIN_PGVECTOR))
@@ -195,9 +197,9 @@ _with_tables: "weakref.WeakSet[sa.Engine]" = weakref.WeakSet()
 
 
 def has_tables(connection: sa.Connection) -> bool:
-    """Whether this database has our tables: one that was only looked at has none. Found out once per engine."""
+    """Whether this database has our tables; asked until it has, once per engine."""
     if connection.engine not in _with_tables:
-        if not connection.scalar(text("SELECT to_regclass('songvec.settings') IS NOT NULL")):
+        if not connection.scalar(text(_HAS_SETTINGS)):
             return False
         _with_tables.add(connection.engine)
     return True
@@ -207,14 +209,13 @@ def read_fact(connection: sa.Connection, key: str) -> Any:
     """A value of `songvec.settings`, or None."""
     if not has_tables(connection):
         return None
-    return connection.scalar(text("SELECT value FROM songvec.settings WHERE key = :key"), {"key": key})
+    return connection.scalar(text(_READ_VALUE), {"key": key})
 
 
 def read_record(connection: sa.Connection, key: str, kind: type[_Record]) -> _Record | None:
     """A value of `songvec.settings` as a number, text, dataclass or list of them.
 
-    None where there is none, or another version wrote it with other fields: what cannot be read counts as not
-    recorded. Fields that `kind` does not have are passed over.
+    None: there is none, or another version wrote it with other fields. Fields that `kind` does not have are ignored.
     """
     value = read_fact(connection, key)
     try:
@@ -225,23 +226,13 @@ def read_record(connection: sa.Connection, key: str, kind: type[_Record]) -> _Re
 
 def write_fact(connection: sa.Connection, key: str, value: Any) -> None:
     """Set a value of `songvec.settings` within the connection's transaction."""
-    connection.execute(
-        text("""
-            INSERT INTO songvec.settings (key, value) VALUES (:key, CAST(:value AS jsonb))
-            ON CONFLICT (key) DO UPDATE SET value = excluded.value
-        """),
-        {"key": key, "value": json.dumps(value)},
-    )
+    statement = f"{_INSERT_VALUE} (key) DO UPDATE SET value = excluded.value"
+    connection.execute(text(statement), {"key": key, "value": json.dumps(value)})
 
 
 def write_first_fact(connection: sa.Connection, key: str, value: Any) -> None:
-    """Set a value that is not there yet; of several that come at once, the first one stays."""
-    connection.execute(
-        text("""
-            INSERT INTO songvec.settings (key, value) VALUES (:key, CAST(:value AS jsonb)) ON CONFLICT DO NOTHING
-        """),
-        {"key": key, "value": json.dumps(value)},
-    )
+    """Set a value unless there is one; of several concurrent writers, the first one wins."""
+    connection.execute(text(f"{_INSERT_VALUE} DO NOTHING"), {"key": key, "value": json.dumps(value)})
 
 
 def lock_key(name: str) -> int:
@@ -253,28 +244,27 @@ def lock_key(name: str) -> int:
 def hold_lock(
     database: Database, name: str, on_wait: Callable[[], None], check: Callable[[], None]
 ) -> Iterator[Callable[[], None]]:
-    """Hold a transaction's advisory lock; it ends with the block, or with the process.
+    """Hold an advisory lock of a transaction until the end of the block or of the process.
 
-    Behind a pooler in transaction mode a session's lock would be lost, or never end; a transaction's holds. It is idle
-    and has no snapshot: neither VACUUM nor an index build waits for it.
+    Behind a pooler in transaction mode a session's lock would be lost, or never end. The transaction is idle and has no
+    snapshot: neither VACUUM nor an index build waits for it.
 
     Args:
-        database: every run on it sees the same locks.
+        database: all runs on it share the same locks.
         name: what is locked.
-        on_wait: called once where another one has the lock.
+        on_wait: called once if another transaction holds the lock.
         check: called while waiting; raises to give up.
 
     Yields:
-        A function that raises DatabaseError where the transaction, and the lock with it, was lost.
+        A function that raises DatabaseError if the transaction, and the lock with it, was lost.
     """
     with error_border(), database.get_engine().connect() as connection:
-        waiting = False
-        while not connection.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": lock_key(name)}):
-            if not waiting:
-                on_wait()
-            waiting = True
-            time.sleep(_LOCK_POLL_S)
-            check()
+        take = text("SELECT pg_try_advisory_xact_lock(:key)").bindparams(key=lock_key(name))
+        if not connection.scalar(take):
+            on_wait()
+            while not connection.scalar(take):
+                time.sleep(_LOCK_POLL_S)
+                check()
 
         def check_held() -> None:
             with error_border(), raw_cursor(connection) as cursor:

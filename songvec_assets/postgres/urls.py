@@ -1,4 +1,4 @@
-"""URLs of databases, as libpq reads them: checked, and handed to each driver unchanged.
+"""URLs of databases, as libpq reads them: checked, and passed to each driver unchanged.
 
 When to add here: options of another tool that people's URLs carry. Keep out: connections. No error holds a URL: it may
 hold a password.
@@ -12,38 +12,33 @@ from psycopg2.extensions import parse_dsn
 
 from songvec_assets.errors import SettingsError
 
-_SEARCH_PATH = "write options=-csearch_path%3D and the schema instead"
-_SSL = "write sslmode=require instead"
-_OTHERS = {
-    "pgbouncer": "Prisma",
-    "schema": ("Prisma", _SEARCH_PATH),
-    "connection_limit": "Prisma",
-    "pool_timeout": "Prisma",
-    "socket_timeout": "Prisma",
-    "single_use_connections": "Prisma",
-    "sslaccept": ("Prisma", _SSL),
-    "sslidentity": ("Prisma", "write sslcert and sslkey instead"),
-    "statement_cache_size": "Prisma or asyncpg",
-    "prepared_statement_cache_size": "SQLAlchemy's asyncpg",
-    "command_timeout": "asyncpg",
-    "server_settings": ("asyncpg", "write options=-c… instead"),
-    "currentSchema": ("JDBC", _SEARCH_PATH),
-    "ssl": ("JDBC or asyncpg", _SSL),
-    "prepareThreshold": "JDBC",
-    "ApplicationName": "JDBC",
-    "loginTimeout": "JDBC",
-    "search_path": ("pgx", _SEARCH_PATH),
-    "pool_max_conns": "pgx",
-    "default_query_exec_mode": "pgx",
-    "uselibpqcompat": "node-postgres",
-    "workaround": "Supabase",
-    "supa": "Supabase",
-    "prepared_statements": "Rails",
-    "pool": "Rails",
-    "encoding": "Rails",
-    "conn_max_age": "Django",
+_OPTIONS_OF_TOOLS = {
+    "Prisma": {
+        "pgbouncer", "schema", "connection_limit", "pool_timeout", "socket_timeout", "single_use_connections",
+        "sslaccept", "sslidentity",
+    },
+    "Prisma or asyncpg": {"statement_cache_size"},
+    "SQLAlchemy's asyncpg": {"prepared_statement_cache_size"},
+    "asyncpg": {"command_timeout", "server_settings"},
+    "JDBC": {"currentSchema", "prepareThreshold", "ApplicationName", "loginTimeout"},
+    "JDBC or asyncpg": {"ssl"},
+    "pgx": {"search_path", "pool_max_conns", "default_query_exec_mode"},
+    "node-postgres": {"uselibpqcompat"},
+    "Supabase": {"workaround", "supa"},
+    "Rails": {"prepared_statements", "pool", "encoding"},
+    "Django": {"conn_max_age"},
+}  # fmt: skip
+"""Options that libpq does not know, by the tool that does."""
+
+_REPLACEMENTS = {
+    **dict.fromkeys(
+        ("schema", "currentSchema", "search_path"), "write options=-csearch_path%3D and the schema instead"
+    ),
+    **dict.fromkeys(("ssl", "sslaccept"), "write sslmode=require instead"),
+    "sslidentity": "write sslcert and sslkey instead",
+    "server_settings": "write options=-c… instead",
 }
-"""Whose option it is that libpq does not know, and what to write in its place; none: leave it out."""
+"""What to write in their place; all others are left out."""
 
 
 def libpq_uri(url: str) -> str:
@@ -52,11 +47,11 @@ def libpq_uri(url: str) -> str:
 
 
 def parse_url(url: str, variable: str = "POSTGRES_URL") -> dict[str, str]:
-    """What a URL says, under libpq's names: `host` and `port` may be lists.
+    """The parts of a URL, under libpq's names: `host` and `port` may be lists.
 
     Args:
-        url: as it was given, with one host or several, or none where an option names it.
-        variable: that it was given by.
+        url: as given, with one host or several, or none if an option names it.
+        variable: environment variable that it comes from.
 
     Raises:
         SettingsError: it does not parse, or has an option of another tool.
@@ -84,13 +79,14 @@ def parse_url(url: str, variable: str = "POSTGRES_URL") -> dict[str, str]:
 
 
 def _check_options(uri: str, variable: str) -> None:
-    found = {name: _OTHERS[name] for name, _ in parse_qsl(uri.partition("?")[2], True) if name in _OTHERS}
-    words = []
-    for name, known in found.items():
-        tool, instead = (known, "leave it out") if isinstance(known, str) else known
-        words.append(f"{name} is {tool}'s: {instead}")
-    if words:
-        raise SettingsError(f"{variable} has options that libpq does not know: {'; '.join(words)}")
+    found = [
+        f"{name} is {tool}'s: {_REPLACEMENTS.get(name, 'leave it out')}"
+        for name in dict(parse_qsl(uri.partition("?")[2], keep_blank_values=True))
+        for tool, names in _OPTIONS_OF_TOOLS.items()
+        if name in names
+    ]
+    if found:
+        raise SettingsError(f"{variable} has options that libpq does not know: {'; '.join(found)}")
 
 
 def describe_url(url: str) -> str:
@@ -98,10 +94,8 @@ def describe_url(url: str) -> str:
     parts = parse_url(url)
     if "service" in parts and "host" not in parts:
         return f"service {parts['service']}"
-    hosts, ports = (
-        (parts.get("host") or parts.get("hostaddr") or "localhost").split(","),
-        parts.get("port", "").split(","),
-    )
-    # one port goes for all hosts
+    hosts = (parts.get("host") or parts.get("hostaddr") or "localhost").split(",")
+    ports = parts.get("port", "").split(",")
+    # a single port is that of all hosts
     pairs = zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=False)
     return ",".join(f"{host}:{port or 5432}" for host, port in pairs) + f"/{parts.get('dbname', parts.get('user', ''))}"

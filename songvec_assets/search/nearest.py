@@ -3,15 +3,16 @@
 When to add here: another way to ask for the nearest songs. Keep out: how an index is built or measured (`vectors/`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
+import polars as pl
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from songvec_assets.embedding.client import Embedder
 from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
 from songvec_assets.errors import (
     ProviderError,
@@ -23,8 +24,13 @@ from songvec_assets.errors import (
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.progress import run_event_loop
-from songvec_assets.songs.source import SongsSource
+from songvec_assets.songs.source import SongsSource, as_bytes
+from songvec_assets.vectors.index.probes import search
+from songvec_assets.vectors.ledger import SERVING
 from songvec_assets.vectors.table import TableSpec, VectorTable, define_table
+
+if TYPE_CHECKING:  # imports the HTTP client of providers
+    from songvec_assets.embedding.client import Embedder
 
 _SPARE = 4
 
@@ -45,7 +51,7 @@ class Hit:
     similarity: float
 
 
-def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) -> NDArray[np.float32]:
+def embed_query(embedder: "Embedder", query: str, prompt: str = NO_PROMPTS.query) -> NDArray[np.float32]:
     """A query's vector, (dimensions,).
 
     Args:
@@ -110,7 +116,7 @@ def search_songs(
         # being filled again makes a search read the whole table
         for n_rows in (limit, _SPARE * limit):
             find = partial(_fetch, connection, nearest.limit(n_rows))
-            similarities = dict(table.search(connection, find, n_rows, probes))
+            similarities = dict(search(table, connection, find, n_rows, probes))
             if table.read_spec(connection) != spec:  # the query holds the table: what is recorded now is what it read
                 raise TableMismatchError("the embeddings table was swapped during the search: retry")
             songs = read_songs(connection, source, list(similarities)) if similarities else {}
@@ -136,9 +142,7 @@ def check_searchable(database: Database, spec: TableSpec) -> None:
 
 
 def _check_searchable(connection: sa.Connection, table: VectorTable, spec: TableSpec) -> None:
-    loaded = table.read_spec(connection)
-    if loaded is None:
-        raise TableMismatchError("nothing is loaded yet, so nothing can be found: `songvec run` first")
+    loaded = _read_loaded(connection, table)
     if loaded != spec:
         raise TableMismatchError(
             f"the table holds {loaded.column_type} by {loaded.model!r}, the configured embedder makes "
@@ -146,6 +150,40 @@ def _check_searchable(connection: sa.Connection, table: VectorTable, spec: Table
             "filled this one"
         )
     check_search_path(connection)
+
+
+def _read_loaded(connection: sa.Connection, table: VectorTable) -> TableSpec:
+    loaded = table.read_spec(connection)
+    if loaded is None:
+        raise TableMismatchError("nothing is loaded yet, so nothing can be found: `songvec run` first")
+    return loaded
+
+
+def read_embeddings(database: Database, song_ids: Collection[int]) -> pl.DataFrame:
+    """The vectors that the table holds of some songs, by song_id; songs without one are left out.
+
+    Returns:
+        Columns song_id (Int32) and embedding (Array of Float32, dimensions).
+
+    Raises:
+        TableMismatchError: nothing is loaded yet.
+    """
+    with database.get_connection("web") as connection:
+        n_values = _read_loaded(connection, VectorTable(database)).dimensions
+        check_search_path(connection)
+        rows = connection.execute(
+            sa.text(f"""
+                SELECT song_id, vector_send(embedding::vector) FROM {SERVING}
+                WHERE song_id = ANY (:song_ids) ORDER BY song_id
+            """),
+            {"song_ids": [int(song_id) for song_id in song_ids]},
+        ).all()
+    # pgvector sends two 16-bit integers, then the values, all big-endian
+    values = np.frombuffer(b"".join(content[4:] for _, content in rows), dtype=">f4").astype(np.float32)
+    return pl.DataFrame(
+        {"song_id": [song_id for song_id, _ in rows], "embedding": values.reshape(-1, n_values)},
+        {"song_id": pl.Int32, "embedding": pl.Array(pl.Float32, n_values)},
+    )
 
 
 def check_server(
@@ -183,7 +221,7 @@ def read_songs(
     def decode(value: memoryview | None) -> str:
         return "" if value is None else bytes(value).decode(source.codec, "replace")
 
-    columns = ", ".join(map(source.as_bytes, (source.name, source.artist, source.lyrics)))
+    columns = ", ".join(map(as_bytes, (source.name, source.artist, source.lyrics)))
     with raw_cursor(connection) as cursor:
         cursor.execute(
             f"SELECT {source.song_id}, {columns} FROM {source.relation} "

@@ -52,7 +52,7 @@ class Neighborhood:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a person looks at."""
+    """A map of a sample, and the nearest songs of a few."""
 
     map: SongMap
     neighborhoods: list[Neighborhood]

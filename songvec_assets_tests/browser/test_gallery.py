@@ -79,8 +79,8 @@ def test_ranges(ui: DagsterUI) -> None:
 @pytest.mark.parametrize(
     ("asset", "metadata", "name"),
     [
-        ("ivfflat_index", "recall by probes", "recall"),
-        ("ivfflat_index", "map of the catalogue", "map"),
+        ("ivfflat_index", "recall against latency", "recall"),
+        ("ivfflat_index", "map of the songs", "map"),
         ("song_embeddings_table", "coverage by range", "coverage"),
     ],
 )
@@ -99,7 +99,7 @@ def test_launchpad(ui: DagsterUI) -> None:
 
 
 def test_run(ui: DagsterUI) -> None:
-    ui.launch("refresh", "resources:", "  run:", "    config:", "      embed_anew: true")
+    ui.launch("refresh", "resources:", "  run:", "    config:", "      reembed: true")
     ui.filter_log("left")
     ui.see(re.compile(r"^embed songs: ([6-9]|1\d),"))
     keep(ui, "run")

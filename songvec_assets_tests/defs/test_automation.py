@@ -13,7 +13,7 @@ import pytest
 
 from songvec_assets.cli.run import run_job
 from songvec_assets.definitions import defs
-from songvec_assets.defs.alerts import post_alert
+from songvec_assets.defs.automation import post_alert
 from songvec_assets.defs.reports import report_export
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, RunResource, StorageResource
 from songvec_assets.errors import AlertError
@@ -413,7 +413,7 @@ class TestRuns:
     ) -> None:
         job = defs.resolve_job_def("refresh")
         assert job.execute_in_process(instance=instance).success
-        config = {"resources": {"run": {"config": {"embed_anew": True}}}}
+        config = {"resources": {"run": {"config": {"reembed": True}}}}
         first = job.execute_in_process(instance=instance, run_config=config)
         assert {count for text, count in provider.texts().items() if text != "probe"} == {2}
         with dg.DagsterInstance.local_temp(instance.root_directory) as same:

@@ -74,7 +74,7 @@ def test_wrong_vectors_and_mixed_models_block_what_is_downstream() -> None:
     }
     assert checks == {
         "song_embeddings_table:coverage": False,
-        "song_embeddings_table:few_set_aside": False,
+        "song_embeddings_table:few_rejected": False,
         "song_embeddings_table:texts_are_lyrics": False,
         "song_embeddings_table:no_orphans": False,
         "song_embeddings_table:vectors_are_sound": True,

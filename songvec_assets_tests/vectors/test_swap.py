@@ -18,13 +18,13 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.parts import CachedRows
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
-from songvec_assets.cli import commands
+from songvec_assets.cli import app, base
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DamagedShardError, DatabaseError, StoppedError, TableMismatchError
-from songvec_assets.postgres import brief
-from songvec_assets.postgres.brief import run_briefly
+from songvec_assets.postgres import short_lock
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import lock_key
+from songvec_assets.postgres.short_lock import run_with_short_lock
 from songvec_assets.progress import Progress, ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import SNAPSHOT_SCHEMA, Snapshots
@@ -543,11 +543,11 @@ class TestLock:
         publish(database, cache, songs_folder)
         publish(database, cache, songs_folder, HALF, swap=True)
         deployment = deploy(database, provider, tmp_path / "store")
-        monkeypatch.setattr(commands, "_deploy", lambda: deployment)
+        monkeypatch.setattr(base, "deploy", lambda: deployment)
         ended = once(lambda: self.end_holder(database))
         deployment.stop = CallingStop(ended)
         with pytest.raises(DatabaseError):
-            commands.app(["swap", option], standalone_mode=False)
+            app(["swap", option], standalone_mode=False)
         assert relations(database) == BOTH
         assert VectorTable(database).spec == HALF
 
@@ -759,7 +759,7 @@ class TestSwap:
     def test_a_lock_that_another_session_holds_is_waited_for_in_short_tries(
         self, database: Database, cache: ModelCache, songs_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(brief, "_PAUSE_S", 0.05)
+        monkeypatch.setattr(short_lock, "_PAUSE_S", 0.05)
         put(cache, range(30))
         publish(database, cache, songs_folder)
         publish(database, cache, songs_folder, HALF, swap=True)
@@ -786,7 +786,7 @@ class TestSwap:
                 connection.execute(sa.text("ALTER TABLE held RENAME TO gone"))
 
             with pytest.raises(DatabaseError, match="another session holds a lock"):
-                run_briefly(database, rename, patience_s=0)
+                run_with_short_lock(database, rename, patience_s=0)
 
 
 _PUBLISHER = """
@@ -993,7 +993,7 @@ def write_snapshot(folder: Path, song_ids: list[int], set_aside: list[int]) -> N
         "name": ["n"] * len(song_ids),
         "artist": ["a"] * len(song_ids),
         "lyrics": [""] * len(song_ids),
-        "set_aside": ["the song has no name" if song_id in set_aside else None for song_id in song_ids],
+        "rejected": ["the song has no name" if song_id in set_aside else None for song_id in song_ids],
     }
     pq.write_table(pa.table(rows, SNAPSHOT_SCHEMA), folder / f"{FIRST.key}.parquet")
 

@@ -19,8 +19,6 @@ MIN_BUILD_MEMORY = 64 << 20
 """Postgres' own default of maintenance_work_mem, which no build goes below."""
 SORT_MEMORY_A_PROCESS = 32 << 20
 """Less for each, and the planner takes fewer parallel workers (PostgreSQL's plan_create_index_workers)."""
-SMALL_TABLE_ROWS = 10_000
-"""Up to here a search visits all lists: it costs nothing, and nothing is missed."""
 MOST_WORKERS = 8
 """More parallel processes than this wait for the disk."""
 
@@ -80,11 +78,6 @@ def choose_lists(n_rows: int) -> int:
     return max(1, round(math.sqrt(n_rows)))
 
 
-def choose_probes(lists: int, n_rows: int) -> int:
-    """Lists that a search visits before recall is measured: the square root of all; all of a small table's."""
-    return lists if n_rows <= SMALL_TABLE_ROWS else max(1, round(math.sqrt(lists)))
-
-
 def kmeans_bytes(lists: int, dimensions: int, vector_type: str = "vector") -> int:
     """Memory that k-means needs; maintenance_work_mem under it is a hard error of the server.
 
@@ -105,7 +98,7 @@ def build_bytes(lists: int, dimensions: int, vector_type: str = "vector", worker
 
 
 def most_lists(memory_bytes: int, dimensions: int, vector_type: str = "vector") -> int:
-    """The most lists whose build fits into this memory; 0 where not even one does."""
+    """The most lists whose build fits into this memory; 0 if not even one does."""
     lists = range(1, _MOST_LISTS + 1)
     return bisect.bisect_right(lists, memory_bytes, key=lambda each: build_bytes(each, dimensions, vector_type))
 
@@ -140,7 +133,7 @@ def estimate_build(
         lists: of the index.
         dimensions: values a vector.
         vector_type: the column's type.
-        workers: parallel processes beside the one that builds.
+        workers: parallel processes in addition to the one that builds.
     """
     size = index_bytes(n_rows, lists, dimensions, vector_type)
     memory = build_bytes(lists, dimensions, vector_type, workers)
@@ -164,7 +157,7 @@ class Capacity:
         memory_source: how that is known, in words.
         temporary_bytes: of files while it sorts; None: no limit.
         free_bytes: on the disk of the server's data; None where that is not seen from here.
-        workers: parallel processes beside the one that builds.
+        workers: parallel processes in addition to the one that builds.
     """
 
     memory_bytes: int
@@ -220,7 +213,7 @@ def read_capacity(database: Database, memory_bytes: int | None = None, searched:
 
     Args:
         database: of the table.
-        memory_bytes: that may be taken, where a person said it; else half of what is available, where that shows.
+        memory_bytes: that may be taken, if it is set; else half of what is available, if that can be read.
         searched: whether searches go on meanwhile: a core is left to them.
     """
     with database.get_connection() as connection:

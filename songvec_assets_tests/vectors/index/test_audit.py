@@ -6,8 +6,7 @@ import sqlalchemy as sa
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
-from songvec_assets.vectors.index.audit import IndexAudit, VectorAudit, audit_index, audit_vectors
-from songvec_assets.vectors.index.recall import audit_recall
+from songvec_assets.vectors.index.audit import IndexAudit, VectorAudit, audit_index, audit_recall, audit_vectors
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, put
@@ -60,7 +59,8 @@ class TestVectors:
         tenths = {song_id // 100 for song_id in audit.bad_song_ids}
         assert tenths == set(range(10))
 
-    def test_an_empty_table_has_nothing_to_look_at(self, database: Database) -> None:
+    def test_without_a_table_or_rows_there_is_nothing_to_look_at(self, database: Database) -> None:
+        assert audit_vectors(database, SPEC) == VectorAudit(0, [], 0.0)
         VectorTable(database).ensure(SPEC)
         assert audit_vectors(database, SPEC) == VectorAudit(0, [], 0.0)
 

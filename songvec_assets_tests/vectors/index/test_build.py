@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.errors import DatabaseError, StoppedError
-from songvec_assets.postgres import brief
+from songvec_assets.postgres import short_lock
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
 from songvec_assets.progress import Progress, StopSignal
@@ -48,7 +48,7 @@ BUILDS = f"""
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is looked at ten times a second, and a lock that is held is tried for again as soon."""
     monkeypatch.setattr(build, "_POLL_S", 0.1)
-    monkeypatch.setattr(brief, "_PAUSE_S", 0.1)
+    monkeypatch.setattr(short_lock, "_PAUSE_S", 0.1)
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ class TestUnderWay:
             builder.finish()
         assert [builder.error for builder in builders] == [None, None]
         assert [builder.report.built for builder in builders if builder.report] == [True, False]
-        assert builders[1].told[0].note == "waiting for another run that sees to it"
+        assert builders[1].told[0].note == "waiting for another run that builds or checks it"
         assert read_indexes(table) == WHOLE
 
     def test_a_table_beside_is_built_in_one_transaction(self, table: Database, cache: ModelCache) -> None:

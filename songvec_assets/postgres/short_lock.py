@@ -4,31 +4,30 @@ import time
 from collections.abc import Callable
 
 import sqlalchemy as sa
-from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database
 
-_LOCK_TIMEOUT = "250ms"
+_SET_LOCK_TIMEOUT = sa.text("SET LOCAL lock_timeout = '250ms'")
 _PAUSE_S = 0.5
 _LOCK_NOT_AVAILABLE = "55P03"
 
 
-def run_briefly(
+def run_with_short_lock(
     database: Database,
     work: Callable[[sa.Connection], None],
     check: Callable[[], None] = lambda: None,
     patience_s: float = 600.0,
 ) -> None:
-    """Run `work` in one transaction that waits for a lock a quarter of a second at most, then lets go and tries again.
+    """Run `work` in one transaction that waits up to 250 ms for a lock, else rolls back and tries again.
 
-    Whoever waits for a strong lock makes all later searches wait behind it, so the wait must be short.
+    All later searches wait behind a session that waits for a strong lock, so the wait must be short.
 
     Args:
-        database: where.
-        work: statements; it may run more than once.
-        check: called between tries; raises to give up.
-        patience_s: seconds until the lock's being held is an error.
+        database: of the table.
+        work: statements; may run more than once.
+        check: called before each try; raises to give up.
+        patience_s: seconds after which a lock that is still held is an error.
 
     Raises:
         DatabaseError: another session held its lock all the time; nothing is changed.
@@ -38,9 +37,7 @@ def run_briefly(
         check()
         try:
             with database.get_connection() as connection:
-                connection.execute(
-                    text("SELECT set_config('lock_timeout', :timeout, true)"), {"timeout": _LOCK_TIMEOUT}
-                )
+                connection.execute(_SET_LOCK_TIMEOUT)
                 work(connection)
                 return
         except DatabaseError as error:

@@ -1,27 +1,24 @@
-"""Each question about a deployment, answered well by a sound one, and badly by one in which that thing is wrong."""
+"""Each check passes for a sound pipeline, and fails for one in which that thing is wrong."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.audits import Auditor, Finding
-from songvec_assets.deployment import SPENDING, Deployment
+from songvec_assets.checks import INDEX_CHECKS, TABLE_CHECKS, Evidence, Finding
+from songvec_assets.deployment import Deployment
 from songvec_assets.errors import BudgetExceededError, SourceError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import write_fact
 from songvec_assets.settings import Settings
-from songvec_assets.status import measure_coverage, measure_status
+from songvec_assets.spending import SPENDING
 from songvec_assets.vectors.index.sizing import Capacity
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.provider import Provider, running_provider
 
-QUESTIONS = [
-    name for name, each in vars(Auditor).items() if not name.startswith("_") and callable(each) and name != "answer"
-]
+CHECKS = {check.name: check for check in (*TABLE_CHECKS, *INDEX_CHECKS)}
 N_SONGS = 40
 
 
@@ -43,12 +40,12 @@ def begin(
 
 
 def ask(deployment: Deployment, name: str) -> Finding:
-    return getattr(Auditor(deployment), name)()
+    return CHECKS[name].ask(Evidence(deployment))
 
 
-def test_a_sound_deployment_answers_every_question_well(begin: Callable[..., Deployment]) -> None:
-    found = {name: ask(begin(), name) for name in QUESTIONS}
-    assert len(found) == 12
+def test_every_check_passes_for_a_sound_pipeline(begin: Callable[..., Deployment]) -> None:
+    found = begin().verify()
+    assert len(found) == 11
     assert {name: finding.words for name, finding in found.items() if not finding.passed} == {}
     assert all(finding.words for finding in found.values())
 
@@ -93,9 +90,9 @@ def drop_index(url: str) -> None:
             "coverage",
             add_song,
             False,
-            "40 of 41 songs are loaded, 0 set aside, 1 missing (1 of them not exported yet): ",
+            "40 of 41 songs are loaded, 0 rejected, 1 missing (1 of them not exported yet): ",
         ),
-        ("few_set_aside", unname_songs, True, "3 of 40 songs are set aside"),
+        ("few_rejected", unname_songs, True, "3 of 40 songs are rejected"),
         ("texts_are_lyrics", stamp_lyrics, False, "LRC time stamps in 3"),
         ("no_orphans", delete_row, False, "39 rows, 40 of them in the ledger"),
         ("no_orphans", delete_song, True, "1 without a song"),
@@ -106,7 +103,7 @@ def drop_index(url: str) -> None:
         ("recall_reaches_target", drop_index, False, "materialize ivfflat_index"),
     ],
 )
-def test_what_is_wrong_is_found_and_told(
+def test_what_is_wrong_is_found_and_named(
     begin: Callable[..., Deployment], name: str, break_it: Callable[[str], None], export: bool, words: str
 ) -> None:
     break_it(begin().database.adbc_uri)
@@ -124,15 +121,15 @@ def test_rows_changed_beyond_a_fifth_make_the_index_stale(begin: Callable[..., D
     assert (finding.passed, "9 rows changed" in finding.words) == (False, True)
 
 
-def test_a_question_that_cannot_be_answered_is_no_good_answer_and_stops_no_other(
+def test_a_check_that_cannot_run_does_not_pass_and_stops_no_other(
     begin: Callable[..., Deployment],
 ) -> None:
-    auditor = Auditor(begin())
-    snapshot = next(auditor.deployment.store.songs.storage.root.glob("*.parquet"))
+    evidence = Evidence(begin())
+    snapshot = next(evidence.wiring.store.songs.storage.root.glob("*.parquet"))
     snapshot.write_bytes(b"PAR1" + b"x" * 100 + b"PAR1")
-    finding = auditor.answer(Auditor.coverage)
+    finding = evidence.answer(CHECKS["coverage"])
     assert (finding.passed, "is damaged" in finding.words) == (False, True)
-    assert auditor.answer(Auditor.vectors_are_sound).passed
+    assert evidence.answer(CHECKS["vectors_are_sound"]).passed
 
 
 def test_an_index_as_large_as_memory_allows_is_fresh(
@@ -149,7 +146,7 @@ def test_an_index_as_large_as_memory_allows_is_fresh(
     ("expected", "billed", "passed"),
     [(10**5, 124_000, True), (10**5, 126_000, False), (10**5, 70_000, False), (9_999, 20_000, True)],
 )
-def test_the_bill_is_held_against_the_estimate(
+def test_the_bill_is_compared_with_the_estimate(
     begin: Callable[..., Deployment], expected: int, billed: int, passed: bool
 ) -> None:
     deployment = begin()
@@ -193,9 +190,9 @@ def test_a_server_of_ones_own_without_a_key_costs_nothing(
         return deploy(database, own_server, tmp_path, fireworks_api_key=None, **settings)
 
     deployment = embed_cyrillic(begin(max_usd=0.0, max_usd_a_month=0.0), songs, 1)
-    assert (deployment.estimate(anew=True).usd, deployment.month_spending().billed) == (0.0, 0.0)
-    assert measure_status(deployment).month_usd == 0.0
-    found = {name: ask(begin(), name) for name in QUESTIONS}
+    assert (deployment.estimate(reembed=True).usd, deployment.month_spending().billed) == (0.0, 0.0)
+    assert deployment.status().month.billed == 0.0
+    found = begin().verify()
     assert {name: finding.words for name, finding in found.items() if not finding.passed} == {}
     with pytest.raises(BudgetExceededError):
         embed_cyrillic(begin(usd_per_million_tokens=0.5, max_usd=0.0), songs, 101)
@@ -219,7 +216,7 @@ def test_the_price_is_what_is_set_else_that_of_who_sends_a_bill(environment: dic
 @pytest.mark.parametrize(
     ("price", "bytes_per_token", "passed"), [(0.1, 4.0, True), (100.0, 4.0, False), (0.1, 0.2, False), (0.0, 0.2, True)]
 )
-def test_a_price_that_no_provider_has_is_told(
+def test_a_price_that_no_provider_has_is_named(
     begin: Callable[..., Deployment], price: float, bytes_per_token: float, passed: bool
 ) -> None:
     deployment = begin(usd_per_million_tokens=price)
@@ -228,33 +225,39 @@ def test_a_price_that_no_provider_has_is_told(
     assert ask(deployment, "price_is_sane").passed == passed
 
 
+def read_coverage(deployment: Deployment) -> list[tuple[int, ...]]:
+    return deployment.read_inventory(with_source=False).coverage.drop("key").rows()
+
+
 def test_coverage_counts_each_song_once_as_status_does(begin: Callable[..., Deployment]) -> None:
     url = begin().database.adbc_uri
     unname_songs(url)
     execute(url, "INSERT INTO songs SELECT n, 'New', 'Ann', 'la ' || n FROM generate_series(110, 119) AS n")
     begin().export()
     deployment = begin()
-    first, second = measure_coverage(deployment)
-    status = measure_status(deployment)
-    assert [each.n_songs for each in (first, second)] == [each.n_songs for each in status.ranges] == [40, 10]
-    assert (second.n_loaded, second.n_waiting, second.n_set_aside, second.n_missing) == (0, 0, 0, 10)
+    first, second = read_coverage(deployment)
+    assert [sum(first), sum(second)] == deployment.status().ranges["n_songs"].to_list() == [40, 10]
+    assert second == (0, 0, 0, 10), "loaded, cached, rejected, missing"
     deployment.filler().fill_ranges(list(deployment.tiling), lambda _: None)
-    first, second = measure_coverage(begin())
-    assert (first.n_loaded, first.n_set_aside) == (40, 0), "a song that is loaded counts as that until the next load"
-    assert (second.n_waiting, second.n_missing) == (10, 0)
+    first, second = read_coverage(begin())
+    assert first == (40, 0, 0, 0), "a song that is loaded counts as that until the next load"
+    assert second == (0, 10, 0, 0)
     begin().publish()
-    first, second = measure_coverage(begin())
-    assert (first.n_loaded, first.n_set_aside, second.n_loaded) == (37, 3, 10)
+    assert read_coverage(begin()) == [(37, 0, 3, 0), (10, 0, 0, 0)]
 
 
 def test_ranges_behind_are_those_whose_songs_changed(begin: Callable[..., Deployment]) -> None:
-    assert begin().ranges_behind() == []
+    assert begin().read_inventory(with_table=False, with_source=False).behind == []
     execute(begin().database.adbc_uri, "INSERT INTO songs VALUES (150, 'New', 'Ann', 'la')")
     begin().export()
-    assert [each.key for each in begin().ranges_behind()] == ["000000100-000000200"]
+    assert [each.key for each in begin().read_inventory(with_table=False, with_source=False).behind] == [
+        "000000100-000000200"
+    ]
     rendered = begin()
-    rendered.settings = replace(rendered.settings, max_text_chars=5)
-    assert len(rendered.ranges_behind()) == 2, "another way of rendering changes them all"
+    rendered.settings = rendered.settings.model_copy(update={"max_text_chars": 5})
+    assert len(rendered.read_inventory(with_table=False, with_source=False).behind) == 2, (
+        "another way of rendering changes them all"
+    )
 
 
 def test_songs_that_are_not_exported_yet_are_missing(
@@ -263,8 +266,9 @@ def test_songs_that_are_not_exported_yet_are_missing(
     songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in (1, 2, 3, 150, 5_000)))
 
     def look() -> dict[str, tuple[int, int, int]]:
-        status = measure_status(deploy(database, provider, tmp_path))
-        return {each.key: (each.n_songs, each.n_unexported, each.n_missing) for each in (*status.ranges, status.total)}
+        status = deploy(database, provider, tmp_path).status()
+        rows = [*status.ranges.iter_rows(named=True), status.total]
+        return {each["key"]: (each["n_songs"], each["n_unexported"], each["n_missing"]) for each in rows}
 
     first, second, tail = "000000000-000000100", "000000100-000000200", "000001000-max"
     assert look() == {first: (0, 3, 3), second: (0, 1, 1), tail: (0, 1, 1), "all": (0, 5, 5)}
@@ -291,5 +295,5 @@ def test_spending_that_another_version_recorded_otherwise_counts_as_not_recorded
     deployment.bind()
     with deployment.database.get_connection() as connection:
         write_fact(connection, SPENDING, {"tokens": 12, "dollars": 3})
-    assert deployment.read_spending() is None
-    assert Auditor(deployment).billed_as_estimated().passed
+    assert deployment.spending.read() is None
+    assert ask(deployment, "billed_as_estimated").passed

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database, get_connection
-from songvec_assets.postgres.words import describe_database_error
+from songvec_assets.postgres.messages import describe_database_error
 from songvec_assets_tests.administration import execute, wait_until
 from songvec_assets_tests.pooler import running_pgbouncer
 

@@ -1,4 +1,4 @@
-"""What the UI shows of an index: numbers, a table, and a picture that is a picture."""
+"""What the UI shows of table and index: numbers, tables, and charts that are drawn only if their data changed."""
 
 import base64
 import io
@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import dagster as dg
 import numpy as np
+import polars as pl
 import pytest
 from PIL import Image
 
-from songvec_assets.defs.pictures import draw_coverage, draw_map, draw_recall, draw_tokens, show_picture
-from songvec_assets.defs.reports import describe_index, describe_preview, describe_recall
+from songvec_assets.defs.charts import draw_coverage, draw_if_changed, draw_map, draw_recall, show_chart
+from songvec_assets.defs.reports import describe_index, describe_preview
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.preview import Neighborhood, Preview, SongMap
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange
-from songvec_assets.status import RangeCoverage
 from songvec_assets.vectors.index.recall import RecallPoint, RecallReport
 from songvec_assets.vectors.index.sizing import estimate_build
 from songvec_assets.vectors.index.upkeep import IndexReport
@@ -61,7 +61,7 @@ class TestPicture:
         open_picture(draw_recall(report))
 
     def test_in_metadata_it_is_the_picture_itself(self) -> None:
-        shown = show_picture(b"any bytes", "recall")
+        shown = show_chart(b"any bytes", "recall")
         assert isinstance(shown, dg.MarkdownMetadataValue)
         assert shown.md_str == "![recall](data:image/png;base64,YW55IGJ5dGVz)"
 
@@ -71,31 +71,27 @@ def share_of(png: bytes, colour: tuple[int, int, int]) -> float:
     return float((np.asarray(open_picture(png)) == colour).all(axis=2).mean())
 
 
+def make_coverage(*ranges: tuple[SongIdRange, int, int]) -> pl.DataFrame:
+    """The inventory's frame of ranges with n songs loaded and n missing."""
+    rows = [(each.key, n_loaded, 0, 0, n_missing) for each, n_loaded, n_missing in ranges]
+    return pl.DataFrame(rows, ["key", "loaded", "cached", "rejected", "missing"], orient="row")
+
+
 class TestCoverage:
     LOADED, MISSING = (0x1F, 0x3A, 0x5F), (0xD1, 0x49, 0x5B)
 
     def test_what_is_missing_is_red_and_as_much_as_it_is(self) -> None:
-        full = [RangeCoverage(SongIdRange(start, start + 100), 100, 0, 0, 0) for start in range(0, 1000, 100)]
-        half = [RangeCoverage(each.range, 50, 0, 0, 50) for each in full]
+        ranges = [SongIdRange(start, start + 100) for start in range(0, 1000, 100)]
+        full = make_coverage(*((each, 100, 0) for each in ranges))
+        half = make_coverage(*((each, 50, 50) for each in ranges))
         assert share_of(draw_coverage(full), self.MISSING) < 0.005
         assert share_of(draw_coverage(half), self.MISSING) > 0.15
         assert share_of(draw_coverage(full), self.LOADED) > 1.8 * share_of(draw_coverage(half), self.LOADED)
 
     def test_the_tail_is_as_wide_as_the_others(self) -> None:
-        first = RangeCoverage(SongIdRange(0, 100), 100, 0, 0, 0)
-        tail = RangeCoverage(SongIdRange(100, MAX_SONG_ID + 1), 0, 0, 0, 100)
-        picture = draw_coverage([first, tail])
+        tail = SongIdRange(100, MAX_SONG_ID + 1)
+        picture = draw_coverage(make_coverage((SongIdRange(0, 100), 100, 0), (tail, 0, 100)))
         assert share_of(picture, self.MISSING) == pytest.approx(share_of(picture, self.LOADED), rel=0.1)
-
-
-class TestTokens:
-    def test_bars_are_as_high_as_their_counts(self) -> None:
-        ink = (0x1F, 0x3A, 0x5F)
-        edges = [0.0, 100.0, 200.0]
-        assert share_of(draw_tokens([10, 10], edges), ink) > 1.5 * share_of(draw_tokens([10, 1], edges), ink)
-
-    def test_one_song_is_enough(self) -> None:
-        open_picture(draw_tokens([1], [0.0, 32.0]))
 
 
 class TestMap:
@@ -116,31 +112,69 @@ class TestMap:
     def test_any_title_can_be_drawn(self, titles: list[str]) -> None:
         open_picture(draw_map(replace(self.MAP, titles=[titles, ["B"], ["C"]])))
 
-    def test_neighbours_are_a_table_with_the_song_first(self) -> None:
+    def test_neighbors_are_a_table_with_the_song_first(self) -> None:
         near = [Hit(2, "Hill", "Ben", None, 0.987)]
-        told = describe_preview(Preview(self.MAP, [Neighborhood("Sea", "Ann", near)]))
-        table = told["songs and their nearest"]
+        shown = describe_preview(Preview(self.MAP, [Neighborhood("Sea", "Ann", near)]))
+        table = shown["songs and their nearest"]
         assert [column.name for column in table.schema.columns] == ["song", "nearest 1", "nearest 2", "nearest 3"]
         assert table.records[0].data["nearest 1"] == "Hill — Ben (0.99)"
 
 
 class TestMetadata:
-    def test_an_index_is_told_in_numbers_a_table_and_a_picture(self) -> None:
-        told = describe_index(REPORT) | describe_recall(RECALL)
-        expected = {"built": True, "lists": 141, "probes": 3, "bytes": 10_000_000, "seconds": 12.346, "recall": 0.96,
-                    "target recall": 0.95, "median ms of a search": 2.0, "dagster/row_count": 20_000}  # fmt: skip
-        assert {name: told[name] for name in expected} == expected
-        assert told["estimated bytes of memory"] == REPORT.estimate.memory_bytes
-        records = [record.data for record in told["recall and latency by probes"].records]
+    def test_an_index_is_shown_in_numbers_with_units_a_table_and_a_chart(self) -> None:
+        shown = describe_index(REPORT)
+        expected = {"built": True, "lists": 141, "probes": 3, "size (MB)": 10.0, "duration (s)": 12.346,
+                    "recall (%)": 96.0, "target recall (%)": 95.0, "median search (ms)": 2.0,
+                    "dagster/row_count": 20_000}  # fmt: skip
+        assert {name: shown[name] for name in expected} == expected
+        assert shown["memory for a build, estimated (MB)"] == round(REPORT.estimate.memory_bytes / 1e6, 1)
+        records = [record.data for record in shown["recall and latency by probes"].records]
         assert [record["probes"] for record in records] == [1, 2, 3, 4]
         assert [record["chosen"] for record in records] == [False, False, True, False]
-        assert records[2]["recall of rows"] == 0.97
-        assert records[2]["p99 ms"] == 6.0
-        encoded = re.fullmatch(r"!\[.+\]\(data:image/png;base64,(.+)\)", told["recall by probes"].md_str)
+        assert records[2]["recall of rows (%)"] == 97.0
+        assert records[2]["p99 (ms)"] == 6.0
+        chart = show_chart(draw_recall(RECALL), "recall")
+        encoded = re.fullmatch(r"!\[.+\]\(data:image/png;base64,(.+)\)", chart.md_str)
         assert encoded is not None
         open_picture(base64.b64decode(encoded[1]))
 
-    def test_where_nothing_was_measured_there_is_no_picture(self) -> None:
-        told = describe_index(replace(REPORT, recall=None))
-        assert told["reason"] == "there is none"
-        assert not [name for name in told if "recall" in name]
+    def test_without_a_measurement_there_is_no_recall(self) -> None:
+        shown = describe_index(replace(REPORT, recall=None))
+        assert shown["reason"] == "there is none"
+        assert not [name for name in shown if "recall" in name]
+
+
+class TestDrawing:
+    def materialize(self, instance: dg.DagsterInstance, digest: str, draw) -> dict:
+        """One step of an asset with a chart; its metadata."""
+
+        @dg.asset
+        def charted(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+            return dg.MaterializeResult(metadata=draw_if_changed(context, ("map", "table"), digest, draw))
+
+        assert dg.materialize([charted], instance=instance).success
+        event = instance.get_latest_materialization_event(dg.AssetKey("charted"))
+        return {name: value.value for name, value in event.asset_materialization.metadata.items()}
+
+    def test_a_chart_is_drawn_only_if_its_data_changed(self) -> None:
+        drawn = []
+
+        def draw() -> dict:
+            drawn.append(len(drawn))
+            return {"map": show_chart(bytes(drawn), "map"), "table": len(drawn)}
+
+        with dg.DagsterInstance.ephemeral() as instance:
+            first = self.materialize(instance, "a", draw)
+            again = self.materialize(instance, "a", draw)
+            assert (again, len(drawn)) == (first, 1), "what was drawn is shown again"
+            other = self.materialize(instance, "b", draw)
+            assert (other["map"] != first["map"], other["table"], len(drawn)) == (True, 2, 2)
+
+    def test_a_chart_that_fails_is_a_warning_and_is_tried_again(self, capfd: pytest.CaptureFixture[str]) -> None:
+        def draw() -> dict:
+            raise ValueError("no font")
+
+        with dg.DagsterInstance.ephemeral() as instance:
+            assert self.materialize(instance, "a", draw) == {}
+            assert "Could not render a chart; the step itself succeeded" in capfd.readouterr().err
+            assert "map" in self.materialize(instance, "a", lambda: {"map": "drawn"})

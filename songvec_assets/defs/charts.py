@@ -1,17 +1,22 @@
-"""Pictures of reports, as PNG in the Markdown that Dagster's UI shows. No decisions."""
+"""The three charts in the metadata: recall against latency, coverage by range, a map of the songs. PNG in Markdown.
+
+When to add here: a chart that people decide by. Keep out: what it shows (the core) and where it stands (`reports`).
+"""
 
 import base64
 import io
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+import msgspec
 import numpy as np
+import polars as pl
 
 from songvec_assets.search.preview import SongMap
-from songvec_assets.status import RangeCoverage
+from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.index.recall import RecallReport
 
 if TYPE_CHECKING:
@@ -21,19 +26,49 @@ if TYPE_CHECKING:
 _TITLE_LETTERS = 20
 _LABELS_APART = 0.12
 _SEPARATE_BARS = 100
-_INK, _MARK, _LINE, _GRID = "#1f3a5f", "#d1495b", "#8a8a8a", "#e6e6e6"
-_STATES = {"loaded": _INK, "cached, not loaded": "#7fa7d1", "set aside": "#c9c9c9", "missing": _MARK}
+_BLUE, _RED, _GRID = "#1f3a5f", "#d1495b", "#e6e6e6"
+_STATES = {"loaded": _BLUE, "cached, not loaded": "#7fa7d1", "rejected": "#c9c9c9", "missing": _RED}
 _CLUSTERS = ("#1f3a5f", "#d1495b", "#2a9d8f", "#e9a03b", "#7b5ea7", "#6a994e", "#3f88c5", "#8d6e63")
 
 
-def show_picture(png: bytes, words: str) -> dg.MarkdownMetadataValue:
-    """A PNG as metadata: the picture itself, not a link to one.
+def show_chart(png: bytes, words: str) -> dg.MarkdownMetadataValue:
+    """A PNG as metadata: the image itself, not a link to one.
 
     Args:
         png: the file's bytes.
-        words: for who cannot see it.
+        words: the alternative text.
     """
     return dg.MetadataValue.md(f"![{words}](data:image/png;base64,{base64.b64encode(png).decode()})")
+
+
+def digest_data(data: object) -> str:
+    """A digest of what a chart shows."""
+    return blake2b(msgspec.json.encode(data), digest_size=8).hexdigest()
+
+
+def draw_if_changed(
+    context: dg.AssetExecutionContext, names: Sequence[str], digest: str, draw: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Charts of an asset: those of its previous materialization if their data is the same.
+
+    A chart that fails is a warning: the step's work is done.
+
+    Args:
+        context: of the asset.
+        names: of the entries that `draw` makes.
+        digest: of what they show.
+        draw: makes them.
+    """
+    key = f"{names[0]}, digest of its data"
+    event = context.instance.get_latest_materialization_event(context.asset_key)
+    previous = event.asset_materialization.metadata if event and event.asset_materialization else {}
+    if key in previous and previous[key].value == digest:
+        return {name: previous[name] for name in (*names, key) if name in previous}
+    try:
+        return draw() | {key: digest}
+    except Exception as error:  # noqa: BLE001 - of a database, of a title that no font can draw
+        context.log.warning(f"Could not render a chart; the step itself succeeded: {error!r}")
+        return {}
 
 
 def draw_recall(report: RecallReport) -> bytes:
@@ -46,22 +81,13 @@ def draw_recall(report: RecallReport) -> bytes:
         "recall@10",
     )
     chosen = report.chosen
-    # between the doublings only what was chosen: times of neighbours differ by chance, and the line would go back
-    points = [
-        each for each in report.points if each.probes & (each.probes - 1) == 0 or each in (chosen, report.points[-1])
-    ]
-    times = [point.ms_median for point in points]
-    kinds = {
-        "rows of the table": [point.recall_of_rows for point in points],
-        "made-up queries": [point.recall_of_synthetic for point in points],
-    }
-    for (name, recalls), style in zip(kinds.items(), ("--", ":"), strict=True):
-        axes.plot(times, recalls, style, color=_LINE, linewidth=1, label=name)
-    lower = [point.recall for point in points]
-    axes.plot(times, lower, "o-", color=_INK, linewidth=1.5, markersize=4, label="the lower of both")
-    axes.axhline(report.target, color=_MARK, linewidth=1, label=f"target {report.target:.0%}")
+    # between the doublings only what was chosen: times of neighbors differ by chance, and the line would go back
+    points = [each for each in report.points if each.probes.bit_count() == 1 or each in (chosen, report.points[-1])]
+    times = [each.ms_median for each in points]
+    axes.plot(times, [each.recall for each in points], "o-", color=_BLUE, linewidth=1.5, markersize=4)
+    axes.axhline(report.target, color=_RED, linewidth=1, label=f"target {report.target:.0%}")
     axes.plot(
-        chosen.ms_median, chosen.recall, "o", markersize=12, markerfacecolor="none", markeredgecolor=_MARK,
+        chosen.ms_median, chosen.recall, "o", markersize=12, markerfacecolor="none", markeredgecolor=_RED,
         markeredgewidth=2, linestyle="none", label=f"chosen: {chosen.probes:,} probes, {chosen.recall:.1%}",
     )  # fmt: skip
     labelled = [chosen]
@@ -72,7 +98,7 @@ def draw_recall(report: RecallReport) -> bytes:
         side = -1 if point is chosen else 1
         axes.annotate(
             f"{point.probes:,}", (point.ms_median, point.recall), xytext=(side * -4, side * 9),
-            textcoords="offset points", ha="center", va="center", fontsize=8, color=_INK,
+            textcoords="offset points", ha="center", va="center", fontsize=8, color=_BLUE,
         )  # fmt: skip
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
@@ -84,65 +110,38 @@ def draw_recall(report: RecallReport) -> bytes:
     return _finish(figure)
 
 
-def draw_coverage(ranges: Sequence[RangeCoverage]) -> bytes:
-    """Songs by range of song_ids, stacked by what became of them, as PNG. At least one range."""
-    n_songs = sum(each.n_songs for each in ranges)
-    n_missing = sum(each.n_missing for each in ranges)
-    width = min(each.range.stop - each.range.start for each in ranges)
+def draw_coverage(coverage: pl.DataFrame) -> bytes:
+    """Songs by range of song_ids, stacked by their state, as PNG; see `Inventory.coverage`. At least one row."""
+    ranges, counts = [SongIdRange.from_key(key) for key in coverage["key"]], coverage.drop("key").to_numpy().T
+    n_songs, n_missing = counts.sum(), coverage["missing"].sum()
+    width = min(each.stop - each.start for each in ranges)
     figure, axes = _begin(f"{n_songs:,} songs by range: {n_missing:,} missing", "first song_id of the range", "songs")
-    starts = np.array([each.range.start for each in ranges])
-    counts = (
-        [each.n_loaded for each in ranges],
-        [each.n_waiting for each in ranges],
-        [each.n_set_aside for each in ranges],
-        [each.n_missing for each in ranges],
-    )
-    below = np.zeros(len(ranges))
+    starts = np.array([each.start for each in ranges])
+    bottoms = counts.cumsum(axis=0) - counts
     edge = 0.5 if len(ranges) <= _SEPARATE_BARS else 0
-    for (name, colour), heights in zip(_STATES.items(), counts, strict=True):
-        label = f"{name}: {sum(heights):,}"
+    for (name, color), heights, bottom in zip(_STATES.items(), counts, bottoms, strict=True):
+        label = f"{name}: {heights.sum():,}"
         axes.bar(
-            starts, heights, width, below, align="edge", color=colour, label=label, edgecolor="white", linewidth=edge
+            starts, heights, width, bottom, align="edge", color=color, label=label, edgecolor="white", linewidth=edge
         )
-        below += heights
     axes.set_xlim(starts[0], starts[-1] + width)
-    axes.set_ylim(0, 1.25 * max(below.max(), 1))
+    axes.set_ylim(0, 1.25 * max(counts.sum(axis=0).max(), 1))
     _count_thousands(axes.xaxis, axes.yaxis)
     axes.legend(fontsize=8, loc="upper center", ncols=len(_STATES))
     return _finish(figure)
 
 
-def draw_tokens(counts: Sequence[int], edges: Sequence[float]) -> bytes:
-    """How many songs have how many tokens, as PNG.
-
-    Args:
-        counts: songs between one edge and the next.
-        edges: tokens; one more than counts, ascending.
-    """
-    total = sum(counts)
-    middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
-    mean = sum(count * middle for count, middle in zip(counts, middles, strict=True)) / max(1, total)
-    figure, axes = _begin(f"Tokens a song, of {total:,} songs: about {mean:,.0f} on average", "tokens", "songs")
-    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=_INK, edgecolor="white", linewidth=0.5)
-    axes.axvline(mean, color=_MARK, linewidth=1, label=f"mean: {mean:,.0f}")
-    last = max((place for place, count in enumerate(counts) if count), default=0)
-    axes.set_xlim(0, edges[last + 1])
-    _count_thousands(axes.xaxis, axes.yaxis)
-    axes.legend(fontsize=8)
-    return _finish(figure)
-
-
 def draw_map(song_map: SongMap) -> bytes:
-    """A sample of the catalogue on its two main axes, coloured by cluster, each named by a song in its middle."""
+    """A sample of the songs on its two main axes, colored by cluster, each named by a song in its middle."""
     figure, axes = _begin(
-        f"{len(song_map.points):,} of {song_map.n_rows:,} songs; colours are clusters, named by a song in the middle",
+        f"{len(song_map.points):,} of {song_map.n_rows:,} songs; colors are clusters, named by a song in the middle",
         f"first principal axis (both show {song_map.share:.0%} of the variance)",
         "second principal axis",
     )
     for cluster, titles in enumerate(song_map.titles):
         points = song_map.points[song_map.clusters == cluster]
-        colour = _CLUSTERS[cluster % len(_CLUSTERS)]
-        axes.scatter(points[:, 0], points[:, 1], s=14, color=colour, alpha=0.6, linewidths=0, label=_choose(titles))
+        color = _CLUSTERS[cluster % len(_CLUSTERS)]
+        axes.scatter(points[:, 0], points[:, 1], s=14, color=color, alpha=0.6, linewidths=0, label=_choose(titles))
     figure.legend(fontsize=8, loc="outside lower center", ncols=4, frameon=False, markerscale=2, handletextpad=0.1)
     return _finish(figure)
 
@@ -158,7 +157,7 @@ def _choose(titles: list[str]) -> str:
 
 
 def _begin(title: str, x_label: str, y_label: str) -> "tuple[Figure, Axes]":
-    # 0.5 s to import, for the steps that draw
+    # 0.5 s to import: only for the steps that draw
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")

@@ -1,0 +1,251 @@
+"""The data-quality checks: functions over the inventory and samples, each named as the check, with its question first.
+
+A finding is figures, and one sentence that says what to do if something is wrong. When to add here: another check, with
+a row in docs/operations.md. Keep out: how a sample is taken or measured (the rooms below), and what a failed check
+stops (the face).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from songvec_assets.errors import SongvecError, TableMismatchError
+from songvec_assets.vectors.index.audit import audit_index, audit_recall, audit_vectors
+from songvec_assets.vectors.index.upkeep import plan_build
+from songvec_assets.wiring import Wiring
+
+MAX_REJECTED_SHARE = 0.01
+_BILLED_OFF_BY = 0.25
+_FEW_TOKENS = 10_000
+_SANE_USD_PER_MILLION = (0.001, 10.0)
+_SANE_BYTES_PER_TOKEN = (1.0, 12.0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of a check.
+
+    Attributes:
+        passed: whether all is well.
+        words: what was found, and what to do if it is wrong.
+        figures: by name.
+    """
+
+    passed: bool
+    words: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Evidence:
+    """What the checks look at; what several of them need is read once."""
+
+    wiring: Wiring
+
+    @cached_property
+    def total(self) -> dict[str, int]:
+        """The sums of the inventory."""
+        return self.wiring.read_inventory().total
+
+    def check_loaded(self) -> None:
+        """Refuse to check a table that does not exist.
+
+        Raises:
+            TableMismatchError: nothing is loaded.
+        """
+        if self.wiring.table.spec is None:
+            raise TableMismatchError("nothing is loaded yet, so there is nothing to check: `songvec run` first")
+
+    def answer(self, check: "Check") -> Finding:
+        """The finding of one check. An error is a finding, too, so that it does not keep the others from running."""
+        try:
+            return check.ask(self)
+        except SongvecError as error:
+            return Finding(False, str(error))
+
+
+def coverage(evidence: Evidence) -> Finding:
+    """Does every song of the source have an embedding in the table, or a named reason why not?"""
+    total = evidence.total
+    n_missing, n_unexported, n_songs = (
+        total["n_missing"],
+        total["n_unexported"],
+        total["n_songs"] + total["n_unexported"],
+    )
+    unexported = f" ({n_unexported:,} of them not exported yet)" if n_unexported else ""
+    cure = ": `songvec run` embeds and loads them" if n_missing else ""
+    return Finding(
+        n_missing == 0,
+        f"{total['n_loaded']:,} of {n_songs:,} songs are loaded, {total['n_rejected']:,} rejected, "
+        f"{n_missing:,} missing{unexported}{cure}",
+        {"songs": n_songs, "not exported yet": n_unexported}
+        | {name: total[f"n_{name}"] for name in ("loaded", "rejected", "missing")},
+    )
+
+
+def few_rejected(evidence: Evidence) -> Finding:
+    """Are at most 1 % of the songs rejected?"""
+    n_rejected, n_songs = evidence.total["n_rejected"], evidence.total["n_songs"]
+    share = n_rejected / max(1, n_songs)
+    return Finding(
+        share <= MAX_REJECTED_SHARE,
+        f"{n_rejected:,} of {n_songs:,} songs are rejected ({share:.2%}); `songvec status` says why",
+        {"share rejected": round(share, 6), "rejected": n_rejected},
+    )
+
+
+def texts_are_lyrics(evidence: Evidence) -> Finding:
+    """Are a sample's lyrics free of time stamps and leftovers of web pages?"""
+    found = evidence.wiring.find_boilerplate()
+    words = found.describe(evidence.wiring.token_estimator().bytes_per_token)
+    if found.is_common:
+        words += f". To embed them without it: {found.view(evidence.wiring.source)}"
+    return Finding(not found.is_common, words, {"sampled": found.n_sampled, "songs with it": found.n_found})
+
+
+def no_orphans(evidence: Evidence) -> Finding:
+    """Does every row of the table belong to a song, and is it in the ledger?"""
+    n_rows, total = evidence.wiring.table.count_rows(), evidence.total
+    n_loaded, n_orphans = total["n_loaded"], total["n_orphans"]
+    n_unknown = n_rows - n_loaded
+    cure = ""
+    if n_unknown or n_orphans:
+        cure = ": `songvec run` removes rows of deleted songs; rows that the ledger lacks are not from here"
+    return Finding(
+        not cure,
+        f"{n_rows:,} rows, {n_loaded:,} of them in the ledger, {n_orphans:,} without a song{cure}",
+        {"rows": n_rows, "not in the ledger": n_unknown, "without a song": n_orphans},
+    )
+
+
+def vectors_are_sound(evidence: Evidence) -> Finding:
+    """Is no vector of a sample zero, not finite or of another size?"""
+    audit = audit_vectors(evidence.wiring.database, evidence.wiring.table_spec)
+    return Finding(
+        not audit.bad_song_ids,
+        f"{len(audit.bad_song_ids)} of {audit.n_sampled:,} sampled vectors are bad",
+        {
+            "sampled": audit.n_sampled,
+            "bad song_ids": str(audit.bad_song_ids[:20]),
+            "mean norm": round(audit.mean_norm, 6),
+        },
+    )
+
+
+def one_model(evidence: Evidence) -> Finding:
+    """Are all loaded ranges of the configured model and size?"""
+    loaded, spec = evidence.wiring.table.ledger.read_models(), evidence.wiring.table_spec
+    models = {f"{model} ({dimensions})": n_songs for (model, dimensions), n_songs in loaded.items()}
+    expected = f"{spec.model} ({spec.dimensions})"
+    words = f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}"
+    return Finding(list(models) == [expected], words, models)
+
+
+def billed_as_estimated(evidence: Evidence) -> Finding:
+    """Did the provider bill what was estimated before the last run that sent anything?"""
+    spending, price = evidence.wiring.spending.read(), evidence.wiring.price
+    if spending is None or spending.n_tokens_expected < _FEW_TOKENS:
+        return Finding(True, "too little was sent in the last run to compare its bill with the estimate")
+    if price.is_free:
+        return Finding(True, "nothing is paid for")
+    ratio = spending.n_tokens / spending.n_tokens_expected
+    needs = "needs experience, this was the first run of the model: " if spending.is_first else ""
+    return Finding(
+        spending.is_first or abs(ratio - 1) <= _BILLED_OFF_BY,
+        f"{needs}{spending.n_tokens:,} tokens were billed, {spending.n_tokens_expected:,} estimated beforehand "
+        f"({ratio:.0%}); the next estimate assumes {spending.bytes_per_token:.2f} bytes per token",
+        {"billed / estimated": round(ratio, 4), "usd": round(price.usd(spending.n_tokens), 6)},
+    )
+
+
+def price_is_sane(evidence: Evidence) -> Finding:
+    """Are price and bytes per token of an order of magnitude that providers have?"""
+    spending, price = evidence.wiring.spending.read(), evidence.wiring.price
+    usd, figures = price.usd_per_million_tokens, {"usd per million tokens": price.usd_per_million_tokens}
+    if price.is_free or spending is None:
+        return Finding(True, "nothing is paid for, or nothing was sent yet", figures)
+    (low, high), (few, many) = _SANE_USD_PER_MILLION, _SANE_BYTES_PER_TOKEN
+    return Finding(
+        low <= usd <= high and few <= spending.bytes_per_token <= many,
+        f"${usd:g} per million tokens (expected ${low:g} to ${high:g}), {spending.bytes_per_token:.2f} bytes per token "
+        f"(expected {few:g} to {many:g}): budgets and estimates hold only if SONGVEC_USD_PER_MILLION_TOKENS is the "
+        "provider's price",
+        figures | {"bytes per token": round(spending.bytes_per_token, 3)},
+    )
+
+
+def index_is_used(evidence: Evidence) -> Finding:
+    """Is the index valid, and used if the table is large enough for that?"""
+    audit = audit_index(evidence.wiring.database, evidence.wiring.table_spec)
+    return Finding(
+        audit.valid and (audit.used or not audit.should_be_used),
+        audit.describe(),
+        {"valid": audit.valid, "used by the planner": audit.used, "rows": audit.n_rows},
+    )
+
+
+def index_is_fresh(evidence: Evidence) -> Finding:
+    """Was the index built of the rows that the table has, up to a fifth of them?"""
+    table, wiring = evidence.wiring.table, evidence.wiring
+    index, n_rows = table.index, table.count_rows()
+    if index is None:
+        return Finding(False, "there is no valid index: materialize ivfflat_index")
+    reason = plan_build(table, wiring.table_spec, wiring.index_settings, n_rows, index.n_changed).reason
+    words = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
+    words = f"{reason}: materialize ivfflat_index" if reason else words
+    return Finding(reason is None, words, {"rows changed": index.n_changed, "lists": index.lists})
+
+
+def recall_reaches_target(evidence: Evidence) -> Finding:
+    """Do searches find the target share of the true ten nearest songs?"""
+    wiring, target = evidence.wiring, evidence.wiring.settings.target_recall
+    found = audit_recall(wiring.table, wiring.cache, target)
+    if found is None:
+        return Finding(False, "there is no valid index to measure: materialize ivfflat_index", {"target": target})
+    words, point = f"{found.describe()}; {found.n_changed:,} rows changed since the index was built", found.chosen
+    if not found.reached:
+        words += ": materialize ivfflat_index, which takes more probes or rebuilds it"
+    return Finding(
+        found.reached,
+        words,
+        {
+            "target": target,
+            "recall": round(point.recall, 4),
+            "probes": point.probes,
+            "median ms": round(point.ms_median, 3),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check, and what it means if it does not pass.
+
+    Attributes:
+        ask: the function; its name is the check's name, its docstring the question.
+        is_error: whether it is an error, or else a warning.
+        blocks: whether nothing downstream is made then.
+    """
+
+    ask: Callable[[Evidence], Finding]
+    is_error: bool = False
+    blocks: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the UI and the command line call it."""
+        return self.ask.__name__
+
+
+TABLE_CHECKS = (
+    Check(coverage),
+    Check(few_rejected),
+    Check(texts_are_lyrics),
+    Check(no_orphans),
+    Check(vectors_are_sound, is_error=True, blocks=True),
+    Check(one_model, is_error=True, blocks=True),
+    Check(billed_as_estimated),
+    Check(price_is_sane),
+)
+INDEX_CHECKS = (Check(index_is_used, is_error=True), Check(index_is_fresh), Check(recall_reaches_target, is_error=True))

@@ -1,0 +1,85 @@
+"""The `songvec` application: its entry point, `.env`, and what commands start from.
+
+When to add here: what several commands need before they begin. Keep out: the commands.
+"""
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from dotenv import dotenv_values, load_dotenv
+
+from songvec_assets.cli.terminal import fail
+from songvec_assets.errors import SettingsError, SongvecError
+from songvec_assets.signals import discard_unwritable_output, interrupted_by_hangup
+
+if TYPE_CHECKING:
+    from songvec_assets.deployment import Deployment
+    from songvec_assets.songs.ranges import SongIdRange
+
+app = typer.Typer(
+    help="Songs in Postgres become an indexed pgvector table of embeddings.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+ConfirmDeletions = Annotated[
+    bool, typer.Option("--confirm-deletions", help="Accept that songs missing in bulk were deleted on purpose.")
+]
+
+
+@app.callback()
+def read_dotenv(context: typer.Context) -> None:
+    """Read `.env`, as dagster does; the demo ignores it and the environment."""
+    dotenv = Path.cwd() / ".env"
+    if context.invoked_subcommand == "demo":
+        from songvec_assets.settings import variables
+
+        context.obj = any((os.environ | dotenv_values(dotenv)).get(variable) for variable in variables())
+        for variable in variables():
+            os.environ.pop(variable, None)
+    else:
+        load_dotenv(dotenv)
+
+
+def main() -> None:
+    """Run the command; the package's errors are one line, not a traceback. SIGTERM and SIGHUP interrupt it."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with interrupted_by_hangup():
+        try:
+            app()
+        except SongvecError as error:
+            fail(str(error))
+        finally:
+            discard_unwritable_output()
+
+
+def deploy(**overrides: Any) -> "Deployment":
+    from songvec_assets.deployment import Deployment
+    from songvec_assets.settings import Settings
+
+    return Deployment(Settings(**overrides))
+
+
+def choose_span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRange]":
+    """First and last range of a run: those given, else all that hold songs or cache."""
+    from songvec_assets.defs.resources import parse_span
+
+    if ranges:
+        try:
+            return parse_span(ranges, deployment.tiling)
+        except SettingsError as error:
+            raise typer.BadParameter(str(error)) from error
+    held = deployment.held_ranges()
+    if not held:
+        caution = f" ({deployment.source.caution})" if deployment.source.caution else ""
+        fail(
+            f"table {deployment.source.table} holds no songs with an id from {deployment.tiling.start} on: nothing to "
+            f"do{caution}"
+        )
+    return held[0], held[-1]

@@ -1,0 +1,127 @@
+"""The commands that only look: estimate, status, search, settings, and the plan of a dry run.
+
+Each imports what it needs when it runs: `status` and `search` load neither Dagster nor matplotlib. When to add here:
+another command that changes nothing. Keep out: tables (`render`).
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from songvec_assets.cli import base
+from songvec_assets.cli.base import ConfirmDeletions, app
+from songvec_assets.cli.terminal import EXIT_INCOMPLETE, err, hint, interruptible, out, say, showing_progress
+from songvec_assets.progress import Progress, run_in_worker
+
+if TYPE_CHECKING:
+    from songvec_assets.deployment import Deployment
+    from songvec_assets.embedding.pricing import Estimate
+    from songvec_assets.songs.ranges import SongIdRange
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@app.command()
+def estimate(
+    refresh: Annotated[bool, typer.Option(help="Update the snapshots first; takes time, costs no money.")] = True,
+    confirm_deletions: ConfirmDeletions = False,
+) -> None:
+    """Show what a run would cost: songs, tokens, dollars, hours. Spends nothing."""
+    from songvec_assets.cli.render import estimate_table
+
+    deployment = base.deploy()
+
+    def measure(show: Callable[[Progress], None]) -> "tuple[Estimate, list[str]]":
+        if refresh:
+            deployment.export(progress=show, confirm_deletions=confirm_deletions)
+        return deployment.estimate(), deployment.describe_boilerplate()
+
+    with interruptible(), showing_progress() as show:
+        result, boilerplate = run_in_worker(measure, report=show, stop=deployment.cancel)
+    say(deployment.describe())
+    out.print(estimate_table(result, deployment.settings.offline))
+    if result.n_again:
+        say(result.describe_again(), style="yellow")
+    for line in boilerplate:
+        out.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    hint("`songvec run --max-usd N` embeds them and stops before it costs more than N dollars.")
+
+
+@app.command()
+def status(
+    as_json: AsJson = False,
+) -> None:
+    """Show per range what is exported, cached, loaded and indexed. Exit code 3 if songs are missing."""
+    from songvec_assets.cli.render import status_table
+
+    deployment = base.deploy()
+    measured = deployment.status()
+    n_missing = measured.total["n_missing"]
+    if as_json:
+        print(json.dumps(measured.as_dict()))
+    else:
+        say(deployment.describe())
+        out.print(status_table(measured))
+        for line in measured.describe():
+            say(line)
+        hint(
+            "`songvec run` exports, embeds and loads the missing songs." if n_missing
+            else "`songvec search “…”` finds songs, `songvec verify` runs all checks."
+        )  # fmt: skip
+    raise typer.Exit(EXIT_INCOMPLETE if n_missing else 0)
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="What the songs are about.")],
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="Number of songs.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Find the songs nearest to a text."""
+    print_hits(base.deploy(), query, limit, as_json)
+    if not as_json:
+        hint("-n shows more or fewer songs, --json prints them with their lyrics.")
+
+
+@app.command("settings")
+def print_settings() -> None:
+    """Print all settings as a Markdown table, and the prompts of the configured model."""
+    from songvec_assets.settings import settings_table
+
+    print(settings_table())
+    deployment = base.deploy()
+    prompts = deployment.prompts
+    print(
+        f"\nPrompts of {deployment.settings.model}: {_show_prompt(prompts.query)} for queries, "
+        f"{_show_prompt(prompts.document)} for songs."
+    )
+    hint("set them in the environment or in .env; `songvec estimate` shows what a run would cost.")
+
+
+def _show_prompt(prompt: str) -> str:
+    return "none" if prompt in ("{query}", "{text}") else f"`{prompt}`".replace("\n", "\\n")
+
+
+def print_plan(deployment: "Deployment", span: "tuple[SongIdRange, SongIdRange]", reembed: bool) -> None:
+    first, last = span
+    say(deployment.describe())
+    planned = deployment.dry_run([each for each in deployment.tiling if first <= each <= last], reembed)
+    for line in planned.describe():
+        # statements are to be copied
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    hint("the same command without --dry-run does it.")
+
+
+def print_hits(deployment: "Deployment", query: str, limit: int, as_json: bool = False) -> None:
+    from songvec_assets.cli.render import hits_table
+
+    hits = deployment.search(query, limit, on_trouble=lambda words: err.print(words, style="yellow", markup=False))
+    if as_json:
+        print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
+        return
+    out.print(Text(f"“{query}”", style="bold"))
+    out.print(hits_table(hits, out.width))

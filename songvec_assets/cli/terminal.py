@@ -1,0 +1,115 @@
+"""What all commands share of the terminal: the two outputs, errors and hints in one line, interrupts, progress.
+
+When to add here: another way to show progress. Keep out: tables (`render`), and what the commands do.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from rich.console import Console
+
+from songvec_assets.progress import Progress, ProgressLines, RateMeter, describe_time_left
+
+EXIT_FAILED, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
+
+out = Console()
+err = Console(stderr=True)
+
+
+def say(words: str, style: str | None = None) -> None:
+    """Print words as they are, without markup."""
+    out.print(words, style=style, markup=False, highlight=False)
+
+
+def fail(message: str) -> NoReturn:
+    """End the command with an error."""
+    # one line stays one line if another program reads it
+    err.print(message, style="red", markup=False, highlight=False, soft_wrap=not err.is_terminal)
+    sys.exit(EXIT_FAILED)
+
+
+def hint(words: str) -> None:
+    """Print what to do next, on standard error: what a script reads is on standard output."""
+    err.print(f"Next: {words}", style="bold", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """End on Ctrl+C with a line about what is kept, before the command line's own silent exit."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError, SystemExit):  # the terminal, or the reader of the pipe, may have ended it
+            err.print("Interrupted. What was done is kept: the same command continues from there.", style="yellow")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+@contextlib.contextmanager
+def showing_progress() -> Iterator[Callable[[Progress], None]]:
+    """Bars on a terminal that can redraw a line, else plain lines."""
+    if not err.is_terminal:
+        yield _lines(err)
+        return
+    # the terminal itself: Dagster redirects a step's standard error to a file
+    terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding=sys.stderr.encoding)
+    console = Console(file=terminal)
+    try:
+        with contextlib.nullcontext(_lines(console)) if console.is_dumb_terminal else bars(console) as show:
+            yield show
+    finally:
+        with contextlib.suppress(OSError):  # the terminal was closed
+            terminal.close()
+
+
+def _lines(console: Console) -> ProgressLines:
+    return ProgressLines(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+
+
+@contextlib.contextmanager
+def bars(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """One bar per step."""
+    from rich.progress import BarColumn, TaskID, TextColumn
+    from rich.progress import Progress as RichProgress
+    from rich.table import Column
+
+    shown = RichProgress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[count]}", justify="right"),
+        TextColumn("{task.fields[rate]}"),
+        # not rich's column, which counts what took no work
+        TextColumn("{task.fields[left]}"),
+        TextColumn(
+            "[{task.fields[style]}]{task.fields[note]}[/]",
+            table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+        ),
+        console=console,
+        expand=True,
+    )
+    tasks: dict[str, TaskID] = {}
+    rates = RateMeter()
+
+    def show(progress: Progress) -> None:
+        if progress.step not in tasks:
+            tasks[progress.step] = shown.add_task(progress.step, count="", rate="", left="", note="", style="dim")
+        percent, rate = progress.unit == "%", rates.measure(progress)
+        shown.update(
+            tasks[progress.step],
+            completed=progress.done,
+            total=progress.total or None,
+            count=f"{progress.done:,}" + ("%" if percent else f"/{progress.total:,}" if progress.total else ""),
+            rate=f"{rate:,.0f}/s" if rate and not percent else "",
+            left=describe_time_left(progress, rate),
+            note=progress.note,
+            style="yellow" if progress.is_trouble else "dim",
+        )
+
+    shown.start()
+    try:
+        yield show
+    finally:
+        with contextlib.suppress(OSError):  # the terminal was closed
+            shown.stop()

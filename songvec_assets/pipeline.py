@@ -1,0 +1,303 @@
+"""The public API: every step of the graph, and every question about all of it, as a method of `Pipeline`. No Dagster.
+
+The assets and the command line call the same methods. When to add here: another step, or another question about the
+whole graph. Keep out: what a step works with (`wiring`), and how it is done (the rooms below).
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from uuid import uuid4
+
+import numpy as np
+from dotenv import dotenv_values
+from numpy.typing import NDArray
+
+from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
+from songvec_assets.embedding.budget import Budget
+from songvec_assets.errors import BudgetExceededError, DamagedShardError, ProviderError, SongvecError, StoreError
+from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
+from songvec_assets.questions import Questions
+from songvec_assets.reports import RunReport
+from songvec_assets.search import nearest
+from songvec_assets.search.nearest import Hit
+from songvec_assets.settings import Settings, variables
+from songvec_assets.songs import export
+from songvec_assets.songs.export import ExportMode, ExportReport
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.vectors import swap
+from songvec_assets.vectors.index.preflight import check_target
+from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
+from songvec_assets.vectors.swap import PublishReport
+from songvec_assets.vectors.table import TableSpec, VectorTable
+
+if TYPE_CHECKING:  # imports the HTTP client of providers, which a search by offline vectors does not need
+    from songvec_assets.cache.fill import Filler
+    from songvec_assets.cache.plan import FillReport
+
+DAY_S = 86_400.0
+
+
+class EmbedChoices(TypedDict, total=False):
+    """What a caller may choose for one run; all are False unless given.
+
+    Attributes:
+        retry_rejected: whether songs that the provider rejected before are sent again.
+        confirm_reembedding: whether cached texts may be paid for again because settings changed.
+    """
+
+    retry_rejected: bool
+    confirm_reembedding: bool
+
+
+class Pipeline(Questions):
+    """Songs in Postgres to an indexed pgvector table of embeddings, and searches of it.
+
+    with Pipeline.from_env() as songs:
+        songs.run()
+        hits = songs.search("a storm at sea", limit=20)
+
+    Works in a notebook, too. It opens what it needs when that is first used, and closes it at the end of the block. A
+    step that is interrupted, or fails, keeps what was done: the same call goes on from there.
+
+    Every method may raise SongvecError; its message says what to do.
+    """
+
+    @classmethod
+    def from_env(cls, **settings: Any) -> Self:
+        """A pipeline with the settings of the environment, and of `.env` in the working folder where that has none.
+
+        Args:
+            settings: win over both, by their names in `Settings`: `from_env(max_usd=5.0)`.
+
+        Raises:
+            SettingsError: a setting does not parse, or settings contradict each other.
+        """
+        names = {*variables()} - os.environ.keys()
+        dotenv = {name: value for name, value in dotenv_values(".env").items() if name in names}
+        return cls(Settings(**dotenv | settings))
+
+    # the steps
+
+    def export(
+        self, mode: ExportMode = "all", progress: ReportProgress = ignore_progress, confirm_deletions: bool = False
+    ) -> ExportReport:
+        """Bring the snapshots to the state of the source; see `cache_songs_to_parquet`."""
+        self.bind()
+        options = export.ExportOptions(
+            mode,
+            # an empty snapshot says that a range's songs were deleted; none says nothing
+            kept={*self.cache.ranges(), *self.table.ledger.find_ranges(self.tiling)},
+            guard=None if confirm_deletions else self.known_songs(),
+            full_compare_hours=self.settings.full_compare_hours,
+        )
+        run = RunContext(progress, self.stop)
+        return export.cache_songs_to_parquet(self.database, self.source, self.store.songs, self.tiling, options, run)
+
+    def embed(
+        self,
+        ranges: Sequence[SongIdRange] | None = None,
+        progress: ReportProgress = ignore_progress,
+        reembed: bool = False,
+        **choices: Unpack[EmbedChoices],
+    ) -> "list[FillReport]":
+        """Embed, and pay for, what the cache lacks of the snapshots.
+
+        Args:
+            ranges: to embed, in this order; None: all that hold songs.
+            progress: notified of songs, rate and dollars.
+            reembed: whether to pay for all their songs again.
+            choices: see `EmbedChoices`.
+
+        Returns:
+            What happened to each range that holds anything.
+
+        Raises:
+            SongvecError: the first range's that is not complete, after the others were done; or what made going on
+                pointless.
+        """
+        filler = self.filler(progress, reembed=uuid4().hex if reembed else None, **choices)
+        reports: list[FillReport] = []
+        filler.fill_ranges(self.held_ranges() if ranges is None else ranges, reports.append)
+        if failed := {each.range.key: each.error for each in reports if each.error}:
+            error = next(iter(failed.values()))
+            error.add_note(f"not complete: {', '.join(failed)}; the other ranges are embedded")
+            raise error
+        return reports
+
+    def load(self, progress: ReportProgress = ignore_progress) -> PublishReport:
+        """Make what searches find equal to the cache; see `publish_embeddings`. Sends nothing to the provider."""
+        if self.cache.ranges():  # else nothing is written: an empty cache is refused
+            self.bind()
+        run = RunContext(progress, self.stop)
+        return swap.publish_embeddings(self.database, self.load_source, self.wanted_table, run)
+
+    def build_index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
+        """Build the index if that is worth it, or in any case; see `bring_index_up_to_date`."""
+        wanted, run = replace(self.index_settings, rebuild=rebuild), RunContext(progress, self.stop)
+        return bring_index_up_to_date(self.table, self.cache, self.table_spec, wanted, run)
+
+    def run(
+        self,
+        ranges: Sequence[SongIdRange] | None = None,
+        progress: ReportProgress = ignore_progress,
+        confirm_deletions: bool = False,
+        **choices: Unpack[EmbedChoices],
+    ) -> RunReport:
+        """Export, embed, load and index what changed.
+
+        Args:
+            ranges: to embed; None: all that hold songs.
+            progress: notified of each step.
+            confirm_deletions: whether songs that are missing in bulk are meant to be deleted.
+            choices: see `EmbedChoices`.
+
+        Raises:
+            SongvecError: what failed first. If that leaves complete ranges, they are loaded and indexed before;
+                `status()` says what is missing.
+        """
+        failures: list[SongvecError] = []
+        try:
+            exported = self.export("all", progress, confirm_deletions)
+        except export.IncompleteExportError as error:
+            if not error.is_partial:
+                raise
+            failures.append(error)
+        try:
+            filled = self.embed(ranges, progress, **choices)
+        except (BudgetExceededError, ProviderError, StoreError, DamagedShardError) as error:
+            if self.settings.swap or not self.cache.ranges():  # an incomplete staging table would not be swapped in
+                raise
+            failures.append(error)
+        try:
+            loaded = self.load(progress)
+        except DamagedShardError as error:
+            failures.append(error)
+        indexed = self.build_index(progress=progress)
+        if failures:
+            for other in failures[1:]:
+                failures[0].add_note(str(other))
+            raise failures[0]
+        return RunReport(exported, filled, loaded, indexed)
+
+    def swap(
+        self,
+        model: str | None = None,
+        dimensions: int | None = None,
+        vector_type: str | None = None,
+        progress: ReportProgress = ignore_progress,
+    ) -> RunReport:
+        """Build another model, size or type as a staging table, compare it, and let it replace the serving table.
+
+        Afterwards set SONGVEC_EMBEDDING_MODEL, SONGVEC_EMBEDDING_DIMENSIONS and SONGVEC_VECTOR_TYPE to it.
+
+        Args:
+            model, dimensions, vector_type: of the new table; None: those of the settings.
+            progress: notified of each step.
+        """
+        names = "embedding_model", "embedding_dimensions", "vector_type"
+        given = {name: value for name, value in zip(names, (model, dimensions, vector_type), strict=True) if value}
+        settings = Settings(**self.settings.model_dump(exclude_none=True) | given | {"swap": True})
+        return replace(self, settings=settings).run(progress=progress)
+
+    def roll_back(self, progress: ReportProgress = ignore_progress) -> TableSpec | None:
+        """Let the table from before the last swap serve again; see `vectors.swap.roll_back`."""
+        return swap.roll_back(self.database, RunContext(progress, self.stop))
+
+    def filler(
+        self,
+        progress: ReportProgress = ignore_progress,
+        run: str | None = None,
+        reembed: str | None = None,
+        **choices: Unpack[EmbedChoices],
+    ) -> "Filler":
+        """What fills ranges of the cache.
+
+        Args:
+            progress: notified of songs, rate and dollars.
+            run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
+            reembed: who requests that songs are embedded again; see `Filler`.
+            choices: see `EmbedChoices`; who embeds all songs again has confirmed it.
+        """
+        from songvec_assets.cache.context import SendContext
+        from songvec_assets.cache.fill import Filler
+
+        self.bind()
+        estimator, given = self.token_estimator(), self.settings
+        limits = given.max_usd, given.max_usd_a_month
+        context = SendContext(
+            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble),
+            quota=self.quota,
+            budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
+            estimator=estimator,
+            concurrency=given.concurrency,
+            server=self.server,
+            run=RunContext(progress, self.stop),
+        )
+        return Filler(
+            snapshots=self.store.songs,
+            cache=self.cache,
+            tiling=self.tiling,
+            spec=self.text_spec,
+            context=context,
+            lock_range=self.lock_range,
+            before_fill=functools.partial(
+                self._check_texts, choices.get("confirm_reembedding", False) or reembed is not None
+            ),
+            before_payment=self._payment_check(),
+            keep_spending=self.spending.write,
+            retention_s=given.retention_days * DAY_S,
+            reembed=reembed,
+            retry_rejected=choices.get("retry_rejected", False),
+        )
+
+    def _check_texts(self, confirmed: bool, changed: Sequence[SongIdRange]) -> None:
+        """Refuse to embed texts again only because settings changed, unless confirmed; then record these settings."""
+        record, storage = TextRecord.of(self.text_spec, self.prompts.query), self.cache.storage
+        if not confirmed:
+            check_reembedding(storage, changed, self.text_spec, lambda ranges: self.estimate({*ranges}))
+        if read_record(storage) != record:
+            # two first runs at once would write to one file
+            with hold_lock(self.database, "texts", on_wait=lambda: None, check=self.stop.check):
+                write_record(storage, record)
+
+    def _payment_check(self) -> Callable[[], None]:
+        """What is checked before each range's first request; what the server can take, only before the very first."""
+
+        @functools.cache
+        def check_once(target: VectorTable) -> None:
+            n_songs = sum(self.store.songs.footer(each).n_songs for each in self.store.songs.ranges())
+            check_target(target, self.table_spec, self.index_settings, n_songs)
+
+        return lambda: check_once(swap.check_publishable(self.database, self.wanted_table))
+
+    # searches
+
+    def search(self, query: str, limit: int = 10, on_trouble: Callable[[str], None] = lambda _: None) -> Sequence[Hit]:
+        """The songs nearest to a text, nearest first; `pl.DataFrame(hits)` has a row per song.
+
+        Args:
+            query: what the songs are about, in plain words.
+            limit: songs at most.
+            on_trouble: notified while the provider does not answer well.
+        """
+        vector = self.embed_query(query, on_trouble)
+        return nearest.search_songs(self.database, self.source, self.as_loaded().table_spec, vector, limit)
+
+    def embed_query(self, query: str, on_trouble: Callable[[str], None] = lambda _: None) -> NDArray[np.float32]:
+        """A query's vector, (dimensions,), by the model that searches find; see `as_loaded`.
+
+        Raises:
+            TableMismatchError: nothing is loaded; or the table is of another model than the settings' or the server's.
+            ProviderError: no answer, or none that helps.
+        """
+        loaded = self.as_loaded()
+        nearest.check_searchable(loaded.database, loaded.table_spec)
+        try:
+            return nearest.embed_query(loaded.embedder(on_trouble=on_trouble), query, loaded.prompts.query)
+        except ProviderError as error:
+            mismatch = nearest.check_server(loaded.table_spec, self.table_spec, self.server, error)
+            raise mismatch or error from None

@@ -1,0 +1,195 @@
+"""The questions about the whole graph. None of them changes anything, sends a text or costs anything.
+
+When to add here: another question. Keep out: what an answer looks like (`reports`, `checks`), and the steps
+(`pipeline`).
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Self
+
+import polars as pl
+
+from songvec_assets import checks
+from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
+from songvec_assets.embedding.budget import MonthSpending, read_month_spending
+from songvec_assets.embedding.contact import check_redirect
+from songvec_assets.embedding.pricing import Estimate
+from songvec_assets.errors import StoreError
+from songvec_assets.known import CachedOrLoaded
+from songvec_assets.postgres.schema import read_pgvector_caution
+from songvec_assets.progress import RunContext
+from songvec_assets.reports import RunPlan, Status
+from songvec_assets.search.nearest import read_embeddings
+from songvec_assets.search.preview import Preview, preview_table
+from songvec_assets.settings import LOCAL_MODELS
+from songvec_assets.songs.absence import Absence
+from songvec_assets.songs.counts import check_ids, count_ranges, count_unreachable_ids
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.watch import measure_source
+from songvec_assets.vectors.index.neighbors import LoadedRows
+from songvec_assets.vectors.index.recall import read_recall
+from songvec_assets.vectors.plan import plan_load
+from songvec_assets.vectors.table import describe_tables
+from songvec_assets.wiring import Wiring
+
+_COUNTS = "n_songs n_unexported n_cached n_rejected n_loaded n_indexed n_missing n_orphans".split()
+
+
+class Questions(Wiring):
+    """What can be asked about songs, cache and table."""
+
+    def held_ranges(self) -> list[SongIdRange]:
+        """The ranges that hold songs or cache, in order.
+
+        Raises:
+            SettingsError, SourceError: songs have ids that the ranges do not reach; see `check_ids`.
+        """
+        counts = count_ranges(self.database, self.source, self.tiling)
+        check_ids(self.database, self.source, self.tiling, counts)
+        ranges, held = {*self.tiling}, {*counts}
+        for song_range in self.cache.ranges():
+            # a tail from before the stop was raised is going to be divided, from its start on
+            start = max(song_range.start, self.tiling.start)
+            held |= {song_range} if song_range in ranges else {self.tiling.range_of(start), self.tiling.tail}
+        return sorted(held)
+
+    def status(self, max_rejected: int = 20) -> Status:
+        """What is exported, cached, loaded and indexed; names up to `max_rejected` rejected songs."""
+        inventory, index = self.read_inventory(), self.table.index
+        ranges = inventory.frame.with_columns(
+            pl.col("n_songs").fill_null(0), n_indexed=pl.col("n_loaded") if index else pl.lit(0, pl.Int64)
+        )
+        with self.database.get_connection() as connection:
+            recall = read_recall(connection, self.table)
+        return Status(
+            ranges.select("key", *_COUNTS),
+            describe_tables(self.database),
+            index,
+            inventory.name_rejected(max_rejected),
+            dict(count_unreachable_ids(self.database, self.source)),
+            recall.describe() if recall else "",
+            self.month_spending(),
+            inventory.errors,
+            self.source.caution,
+            read_pgvector_caution(self.database),
+        )
+
+    def month_spending(self) -> MonthSpending:
+        """Dollars of this month, over all runs on this database."""
+        with self.database.get_connection() as connection:
+            return read_month_spending(connection)
+
+    def estimate(self, ranges: Collection[SongIdRange] | None = None, reembed: bool = False) -> Estimate:
+        """What a run over the snapshots as they are would send, and its price.
+
+        Args:
+            ranges: to embed; None: all.
+            reembed: whether all their songs are to be embedded again.
+        """
+        known = self.read_inventory(with_table=False, with_source=False).frame.drop_nulls("n_songs")
+        tiling, answered = {*self.tiling}, 0
+
+        def plan() -> Iterator[FillPlan]:
+            nonlocal answered
+            for key, n_songs, is_answered in known.select("key", "n_songs", "is_answered").iter_rows():
+                song_range = SongIdRange.from_key(key)
+                # a range from before the stop was raised may hold songs of any range
+                if ranges is not None and song_range in tiling and song_range not in ranges:
+                    continue
+                if is_answered and not reembed:
+                    answered += n_songs
+                    continue
+                self.stop.check()
+                generation = self.cache.look(song_range).last_generation + 1 if reembed else None
+                cached = self.cache.open(song_range, generation)
+                yield plan_fill(self.store.songs, cached, self.text_spec, None if reembed else self.server)
+
+        estimate = estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
+        return replace(estimate, n_songs=estimate.n_songs + answered)
+
+    def dry_run(self, ranges: Sequence[SongIdRange] | None = None, reembed: bool = False) -> RunPlan:
+        """What a run would do and cost, from the snapshots as they are. Sends no text and no key.
+
+        Args:
+            ranges: to embed; None: all that hold songs.
+            reembed: whether all their songs are to be embedded again.
+
+        Raises:
+            ProviderError: the server's URL redirects to another one.
+        """
+        if not self.settings.offline:
+            check_redirect(self.server)
+        try:
+            load = plan_load(self.table, self.load_source, RunContext(stop=self.stop))
+        except StoreError:
+            load = None
+        return RunPlan(
+            measure_source(self.database, self.source),
+            self.find_absence(),
+            self.estimate(self.held_ranges() if ranges is None else ranges, reembed),
+            load,
+            self.table.index,
+            self.month_spending(),
+            self.settings.max_usd,
+            self.settings.max_usd_a_month,
+            self.describe_boilerplate(),
+        )
+
+    def known_songs(self) -> Absence:
+        """The songs that are cached or loaded; compared with the source it stops an export if too many are missing."""
+        known = CachedOrLoaded(self.database, self.cache, self.tiling)
+        limits = self.settings.max_missing_share, self.settings.max_missing_range_share
+        return Absence(known.counts(), known.song_ids, *limits)
+
+    def find_absence(self) -> Absence:
+        """The cached or loaded songs that an export would take for deleted; see `Absence.find`."""
+        absence, counts = self.known_songs(), count_ranges(self.database, self.source, self.tiling)
+        absence.find(self.database, self.source, self.store.songs, counts, RunContext(stop=self.stop))
+        return absence
+
+    def describe_boilerplate(self) -> list[str]:
+        """What the lyrics hold that is no lyric, and the view that removes it; empty if there is little of it."""
+        found = self.find_boilerplate()
+        if not found.is_common:
+            return []
+        words = found.describe(self.token_estimator().bytes_per_token)
+        return [f"lyrics: {words}", f"To embed them without it: {found.view(self.source)}"]
+
+    def verify(self) -> dict[str, checks.Finding]:
+        """The finding of each check of table and index, by the check's name.
+
+        Raises:
+            TableMismatchError: nothing is loaded yet.
+        """
+        evidence = checks.Evidence(self)
+        evidence.check_loaded()
+        return {each.name: evidence.answer(each) for each in (*checks.TABLE_CHECKS, *checks.INDEX_CHECKS)}
+
+    def embeddings(self, song_ids: Collection[int]) -> pl.DataFrame:
+        """The vectors that the table holds of some songs, in the order of their ids; songs without one are left out.
+
+        Returns:
+            Columns song_id (Int32) and embedding (Array of Float32); `frame["embedding"].to_numpy()` is the matrix,
+            float32, (n, dimensions).
+        """
+        return read_embeddings(self.database, song_ids)
+
+    def preview(self) -> Preview:
+        """A map of a sample of the songs, and some with their nearest; see `preview_table`."""
+        return preview_table(LoadedRows.of(self.table, self.cache), self.source, self.table_spec)
+
+    def as_loaded(self) -> Self:
+        """The same with the model, size and type that searches find: after a swap they need no new settings."""
+        loaded = self.table.spec
+        if loaded is None or (loaded.model in LOCAL_MODELS) != self.settings.offline:
+            return self
+        # a prompt that is set belongs to the model that is set
+        is_set = self.settings.query_prompt and loaded.model == self.settings.model
+        changed = {
+            "query_prompt": self.settings.query_prompt if is_set else loaded.query_prompt,
+            "embedding_model": loaded.model,
+            "embedding_dimensions": loaded.dimensions,
+            "vector_type": loaded.vector_type,
+        }
+        return replace(self, settings=self.settings.model_copy(update=changed))

@@ -1,0 +1,163 @@
+"""What the verbs of `Pipeline` return where no room below has a report: frozen, with polars frames for ranges.
+
+When to add here: the report of another verb over the whole graph. Keep out: how its figures are found.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from songvec_assets.embedding.budget import MonthSpending
+from songvec_assets.embedding.pricing import Estimate
+from songvec_assets.progress import describe_seconds
+from songvec_assets.songs.absence import Absence
+from songvec_assets.songs.export import ExportReport
+from songvec_assets.songs.watch import SourceState
+from songvec_assets.vectors.index.upkeep import IndexReport
+from songvec_assets.vectors.plan import LoadPlan
+from songvec_assets.vectors.swap import PublishReport
+from songvec_assets.vectors.table import IndexFacts
+
+if TYPE_CHECKING:
+    from songvec_assets.cache.plan import FillReport
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run of the whole graph did, step by step; `embed` has an entry per range that holds anything."""
+
+    export: ExportReport
+    embed: "list[FillReport]"
+    load: PublishReport
+    index: IndexReport
+
+
+@dataclass(frozen=True, eq=False)
+class Status:
+    """What is exported, cached, loaded and indexed.
+
+    Attributes:
+        ranges: a row per range that holds anything, in order: key; n_songs (of the snapshot), n_unexported (in the
+            source beyond those, by count), n_cached (with a vector), n_rejected (that cannot be embedded, for a named
+            reason), n_loaded (in the table, by its ledger), n_indexed (loaded, and covered by a valid index), n_missing
+            (with neither a row nor a reason; not exported ones included), n_orphans (rows without a song).
+        tables: what each table that exists holds, by its name.
+        index: the serving table's, or None.
+        rejected: song_id and reason of a few.
+        unreachable: number of songs whose id is outside every range, by reason.
+        recall: as measured last, in words; empty before.
+        month: what this month has cost, over all runs.
+        unreadable: what is wrong with cache files that cannot be read; their ranges count as not cached.
+        caution: why the source may hold more songs than this user sees; else empty.
+        pgvector: what is wrong with the server's version; else empty.
+    """
+
+    ranges: pl.DataFrame
+    tables: dict[str, str]
+    index: IndexFacts | None
+    rejected: list[tuple[int, str]]
+    unreachable: dict[str, int]
+    recall: str
+    month: MonthSpending
+    unreadable: list[str]
+    caution: str = ""
+    pgvector: str = ""
+
+    @property
+    def total(self) -> dict[str, Any]:
+        """The sum over all ranges, by column; its key is `all`."""
+        return {"key": "all", **self.ranges.select(pl.exclude("key").sum()).row(0, named=True)}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON, with the total."""
+        found = {name: value for name, value in vars(self).items() if name != "month"}
+        return found | {
+            "ranges": self.ranges.to_dicts(),
+            "index": asdict(self.index) if self.index else None,
+            "month_usd": self.month.billed,
+            "month_reserved_usd": self.month.reserved,
+            "total": self.total,
+            "missing": self.total["n_missing"],
+        }
+
+    def describe(self) -> list[str]:
+        """What there is besides the ranges, one line each."""
+        index, n_unexported = "none yet", self.total["n_unexported"]
+        if self.index is not None:
+            index = (
+                f"{self.index.lists:,} lists over {self.index.n_rows:,} rows, {self.index.n_bytes / 1e6:,.1f} MB, "
+                f"{self.index.probes} probes, {self.recall or 'recall not measured'}; "
+                f"{self.index.n_changed:,} rows changed since"
+            )
+        lines = [f"Table {name}: {held}" for name, held in self.tables.items()]
+        lines += [f"Index: {index}", f"Spent this month: {self.month.describe()}"]
+        lines += [f"Cannot be read: {error}" for error in self.unreadable]
+        lines += [f"Rejected: song {song_id}: {reason}" for song_id, reason in self.rejected]
+        lines += [f"Rejected: {n_songs:,} × {reason}" for reason, n_songs in self.unreachable.items()]
+        if n_unexported:
+            lines.append(f"Not exported yet: {n_unexported:,} songs: `songvec run` exports them")
+        lines += [
+            f"{name}: {caution}" for name, caution in (("Source", self.caution), ("Server", self.pgvector)) if caution
+        ]
+        return lines
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run would do and cost.
+
+    Attributes:
+        source: the table of songs as it is.
+        absence: songs that are cached or loaded and no longer in that table.
+        estimate: of what would be sent for the ranges asked for.
+        load: what the table lacks compared with the cache as it is; None if nothing is cached yet.
+        index: the serving table's, or None.
+        month: what this month has cost.
+        max_usd, max_usd_a_month: the budgets of the run and of a month; None: none.
+        boilerplate: what the lyrics hold that is no lyric, in words; empty if there is little of it.
+    """
+
+    source: SourceState
+    absence: Absence
+    estimate: Estimate
+    load: LoadPlan | None
+    index: IndexFacts | None
+    month: MonthSpending
+    max_usd: float | None = None
+    max_usd_a_month: float | None = None
+    boilerplate: Sequence[str] = ()
+
+    def describe(self) -> list[str]:
+        """One line per step."""
+        each, load, index = self.estimate, "nothing is cached yet", "there is none yet"
+        budget = "no budget per run" if self.max_usd is None else f"the run's budget is ${self.max_usd:,.2f}"
+        of_month = "" if self.max_usd_a_month is None else f" of ${self.max_usd_a_month:,.2f}"
+        if self.load is not None:
+            load = f"{self.load.n_changed:,} of {self.load.n_rows:,} rows cached so far are to be written"
+        if self.index is not None:
+            index = (
+                f"{self.index.lists:,} lists over {self.index.n_rows:,} rows; {self.index.n_changed:,} rows changed "
+                "since"
+            )
+        return [
+            f"export: {self.source.describe()}; the snapshots hold {each.n_songs:,} songs of these ranges. Songs that "
+            "changed since the last export are not in this plan: `songvec estimate` exports first",
+            f"delete: {self._describe_deletions()}",
+            f"embed: {each.n_texts:,} texts, about {each.n_tokens:,} tokens, about ${each.usd:,.4f}, "
+            f"{describe_seconds(each.hours * 3600)} at the full quota; {budget}, this month "
+            f"{self.month.describe()}{of_month}{'. ' if each.n_again else ''}{each.describe_again()}",
+            f"load: {load}",
+            f"index: {index}",
+            *self.boilerplate,
+        ]
+
+    def _describe_deletions(self) -> str:
+        if not self.absence.n_missing:
+            return f"no song; {self.absence.n_known:,} are loaded or cached, and all of them are in the source"
+        if self.absence.is_bulk:
+            consequence = ". A run would stop before it changes anything, unless it is given --confirm-deletions"
+        else:
+            consequence = "; their rows would be deleted from the table"
+        return f"{self.absence.describe()} are no longer in the source{consequence}"

@@ -1,0 +1,51 @@
+"""What the last run sent, and how many bytes a model's tokens have: kept in the database for estimates and checks.
+
+When to add here: another figure of what was sent that outlives a run. Keep out: budgets (`embedding/budget`).
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from songvec_assets.postgres import schema
+from songvec_assets.postgres.engine import Database
+
+if TYPE_CHECKING:  # imports the HTTP client of providers
+    from songvec_assets.cache.fill import Spending
+
+SPENDING = "spending of the last run"
+
+
+@dataclass(frozen=True)
+class SpendingLog:
+    """What is recorded of runs that sent anything.
+
+    Attributes:
+        database: where it is recorded.
+        model: whose tokens.
+    """
+
+    database: Database
+    model: str
+
+    @property
+    def _key(self) -> str:
+        return f"bytes per token of {self.model}"
+
+    def read_bytes_per_token(self) -> float | None:
+        """As learned by earlier runs; None before the first one."""
+        with self.database.get_connection() as connection:
+            return schema.read_record(connection, self._key, float)
+
+    def read(self) -> "Spending | None":
+        """What the last run sent that sent anything; None also if another version recorded it in another form."""
+        from songvec_assets.cache.fill import Spending
+
+        with self.database.get_connection() as connection:
+            return schema.read_record(connection, SPENDING, Spending)
+
+    def write(self, spending: "Spending") -> None:
+        """Record what a run sent, at its end."""
+        with self.database.get_connection() as connection:
+            is_first = schema.read_fact(connection, self._key) is None
+            schema.write_fact(connection, self._key, round(spending.bytes_per_token, 3))
+            schema.write_fact(connection, SPENDING, asdict(replace(spending, is_first=is_first)))

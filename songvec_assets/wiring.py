@@ -1,0 +1,294 @@
+"""From settings to core objects: which database, store, source, model and embedder belong together.
+
+Everything is opened when it is first used. When to add here: another object that a run works with. Keep out: what a run
+does with them (`pipeline`).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from songvec_assets import inventory
+from songvec_assets.cache.shards import ModelCache, lock_name
+from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
+from songvec_assets.cache.texts import choose_prompts, read_record
+from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Price, Quota, TokenEstimator
+from songvec_assets.embedding.prompts import Prompts
+from songvec_assets.inventory import Inventory
+from songvec_assets.postgres import schema
+from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
+from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.urls import parse_url
+from songvec_assets.progress import StopSignal
+from songvec_assets.settings import DEMO_MODEL, Settings
+from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
+from songvec_assets.songs.counts import check_ids, count_ranges
+from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.source import SongsSource, SourceNames, find_source
+from songvec_assets.songs.text import TextSpec
+from songvec_assets.spending import SpendingLog
+from songvec_assets.vectors.index.upkeep import IndexSettings
+from songvec_assets.vectors.plan import LoadSource
+from songvec_assets.vectors.swap import WantedTable
+from songvec_assets.vectors.table import TableSpec, VectorTable
+
+if TYPE_CHECKING:  # imported where they are made: a search with offline vectors needs no HTTP client
+    from songvec_assets.embedding.client import Embedder
+
+
+@dataclass
+class Wiring:
+    """What a run works with.
+
+    Attributes:
+        settings: parsed.
+        stop: once set, ends the step that is running.
+    """
+
+    settings: Settings
+    stop: StopSignal = field(default_factory=StopSignal)
+
+    def describe(self) -> str:
+        """One line: where songs come from, and where vectors are made."""
+        given = self.settings
+        if given.offline:
+            what = "a small model" if given.model == DEMO_MODEL else "spelling, not meaning"
+            embedder = f"DEMO vectors ({given.model}: {what}; FIREWORKS_API_KEY makes real ones)"
+        else:
+            embedder = f"{given.model} at {given.fireworks_base_url}"
+        return f"{self.database.describe()}, {embedder}, {given.dimensions} dimensions"
+
+    # the database and the store
+
+    @property
+    def tiling(self) -> Tiling:
+        """How song_ids are divided into ranges."""
+        given = self.settings
+        return Tiling(width=given.range_size, stop=given.song_id_stop, start=given.song_id_start)
+
+    @cached_property
+    def database(self) -> Database:
+        """The database given by URL, or the embedded one with the sample songs."""
+        if self.settings.postgres_url:
+            if self.settings.direct_url:
+                parse_url(self.settings.direct_url, "SONGVEC_DIRECT_URL")
+            database = Database(self.settings.postgres_url, direct_url=self.settings.direct_url)
+        else:
+            database = start_embedded_server(DEFAULT_FOLDER)
+            create_songs_table(database, self.settings.range_size)
+        with database.get_connection() as connection:
+            is_ours = schema.has_tables(connection)
+        # one without our tables is not written to until `bind`: its URL may be mistyped
+        if is_ours:
+            schema.ensure_schema(database)
+        return database
+
+    @property
+    def storage_root(self) -> Path:
+        """The folder of the store, whether it exists or not."""
+        default = Path(".songvec") / ("main" if self.settings.postgres_url else "demo")
+        return Path(self.settings.storage) if self.settings.storage else default
+
+    @cached_property
+    def store(self) -> Store:
+        """The storage root. Reading it creates, binds and divides nothing.
+
+        Until `bind` applies a raised stop, its tiling is the previous one.
+
+        Raises:
+            StoreError: it belongs to another database.
+        """
+        store = find_store(self.storage_root, self.tiling) or Store(self.storage_root, "", self.tiling)
+        check_pair(store, self.database)
+        return store
+
+    def bind(self) -> None:
+        """Prepare storage root and database for writing, and record in each that they belong together.
+
+        Everything that writes to either starts with it.
+
+        Raises:
+            StoreError: they do not belong together.
+            SourceError: they are new to each other, and the database has no songs: its URL may be mistyped.
+            DatabaseError: our schema or the extension cannot be created.
+        """
+        self.__dict__.pop("store", None)  # another process may have bound it meanwhile
+        if not self.store.bound:
+            # before there is a store: it would be bound to a tiling that cannot serve
+            check_ids(self.database, self.source, self.tiling, count_ranges(self.database, self.source, self.tiling))
+        schema.ensure_schema(self.database)
+        store = open_store(self.storage_root, self.tiling, guard=self._lock_tail)
+        bind_store(store, self.database)
+        self.store = store
+
+    @contextlib.contextmanager
+    def _lock_tail(self, store: Store) -> Iterator[None]:
+        bind_store(store, self.database)
+        with self.lock_range(store.tiling.tail, self.stop.check, self.stop.check):
+            yield
+
+    def lock_range(
+        self, song_range: SongIdRange, on_wait: Callable[[], None], check: Callable[[], None]
+    ) -> AbstractContextManager[Callable[[], None]]:
+        """Keep every other run on this database from filling a range; see `hold_lock`."""
+        return schema.hold_lock(self.database, lock_name(song_range), on_wait=on_wait, check=check)
+
+    def cancel(self) -> None:
+        """Ask the running step to end early, keeping what it has. Callable from any thread."""
+        self.stop.set()
+        if "database" in self.__dict__:
+            self.database.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the pooled connections to the database, if it was used."""
+        if "database" in self.__dict__:
+            self.database.close()
+
+    # the songs and their texts
+
+    @cached_property
+    def source(self) -> SongsSource:
+        """The songs table, found and checked."""
+        columns = ("song_id_column", "name_column", "artist_column", "lyrics_column", "updated_at_column")
+        names = SourceNames(self.settings.songs_table, **{name: getattr(self.settings, name) for name in columns})
+        return find_source(self.database, names, self.text_spec)
+
+    @property
+    def prompts(self) -> Prompts:
+        """What the model gets with queries and texts; see `choose_prompts`. Reads no database."""
+        given = self.settings
+        cache = Store(self.storage_root, "", self.tiling).embeddings(given.model, given.dimensions)
+        return choose_prompts(cache, given.query_prompt, given.document_prompt)
+
+    @property
+    def text_spec(self) -> TextSpec:
+        """How a song becomes a text."""
+        return TextSpec(self.settings.text_template, self.settings.max_text_chars, self.prompts.document)
+
+    def find_boilerplate(self) -> Boilerplate:
+        """What a sample of the source's lyrics holds that is no lyric; nothing if lyrics are not embedded."""
+        if "{lyrics}" not in self.settings.text_template:
+            return Boilerplate()
+        counts = count_ranges(self.database, self.source, self.tiling)
+        n_songs = sum(each.n_songs for each in counts.values())
+        return find_boilerplate(sample_lyrics(self.database, self.source, sorted(counts)), n_songs)
+
+    # the cache and what it costs
+
+    @property
+    def cache(self) -> ModelCache:
+        """What is cached of the configured model."""
+        return self.store.embeddings(self.settings.model, self.settings.dimensions)
+
+    @property
+    def server(self) -> str:
+        """What makes the vectors, as the reasons of rejections name it."""
+        return self.settings.model if self.settings.offline else self.settings.fireworks_base_url
+
+    @property
+    def quota(self) -> Quota:
+        """What the provider allows."""
+        given = self.settings
+        return Quota(
+            given.requests_per_minute, given.tokens_per_minute, given.max_request_texts, given.max_request_tokens
+        )
+
+    @property
+    def price(self) -> Price:
+        """What tokens cost; offline vectors cost nothing."""
+        return Price(0.0 if self.settings.offline else self.settings.price)
+
+    @property
+    def spending(self) -> SpendingLog:
+        """What is known of the last run that sent anything, and of the model's tokens."""
+        return SpendingLog(self.database, self.settings.model)
+
+    def token_estimator(self) -> TokenEstimator:
+        """An estimator that starts from what earlier runs learned about the model."""
+        return TokenEstimator(self.spending.read_bytes_per_token() or UTF8_BYTES_PER_TOKEN)
+
+    def embedder(
+        self, estimator: TokenEstimator | None = None, on_trouble: Callable[[str], None] = lambda _: None
+    ) -> "Embedder":
+        """A new embedder; it belongs to one event loop. `on_trouble` is notified of bad answers and of long waits."""
+        given = self.settings
+        if given.offline:
+            from songvec_assets.embedding.demo import DemoEmbedder
+            from songvec_assets.embedding.offline import OfflineEmbedder
+
+            return DemoEmbedder() if given.model == DEMO_MODEL else OfflineEmbedder(given.dimensions)
+        from songvec_assets.embedding.client import EmbeddingClient
+        from songvec_assets.embedding.limits import RateLimiter
+
+        quota = given.requests_per_minute, given.tokens_per_minute
+        return EmbeddingClient(
+            given.fireworks_base_url,
+            given.fireworks_api_key,
+            given.embedding_model,
+            given.dimensions,
+            RateLimiter(self.database.get_engine("web"), given.fireworks_base_url, *quota),
+            patience_s=given.patience_s,
+            concurrency=given.concurrency,
+            stop=self.stop,
+            estimator=estimator,
+            on_trouble=on_trouble,
+            truncate=given.truncate,
+        )
+
+    # the table
+
+    @property
+    def table(self) -> VectorTable:
+        """What searches read."""
+        return VectorTable(self.database)
+
+    @property
+    def table_spec(self) -> TableSpec:
+        """What the table is to hold."""
+        given, prompts, record = self.settings, self.prompts, read_record(self.cache.storage)
+        # of the vectors that are cached, also while another prompt is set and nothing is embedded with it yet
+        document = record.document_prompt if record else prompts.document
+        return TableSpec(given.model, given.dimensions, given.vector_type, prompts.query, document)
+
+    @property
+    def index_settings(self) -> IndexSettings:
+        """How the table is to be indexed."""
+        given = self.settings
+        memory = given.index_memory_mb * (1 << 20) if given.index_memory_mb else None
+        return IndexSettings(given.lists, given.target_recall, memory)
+
+    @property
+    def wanted_table(self) -> WantedTable:
+        """What searches are to find."""
+        return WantedTable(self.table_spec, self.index_settings, self.settings.swap)
+
+    @property
+    def load_source(self) -> LoadSource:
+        """What the table is loaded from."""
+        return LoadSource(self.cache, self.tiling, self.store.songs)
+
+    # the ranges
+
+    def read_inventory(self, with_table: bool = True, with_source: bool = True) -> Inventory:
+        """The state of each range; see `inventory.read`.
+
+        Args:
+            with_table: whether to look at the table and its ledger.
+            with_source: whether to count the songs of the source.
+        """
+        counts = None
+        if with_source:
+            # divided as the files are, which a raised stop does not change before the next export
+            counts = count_ranges(self.database, self.source, self.store.tiling)
+        table = self.table if with_table else None
+        return inventory.read(self.load_source, self.text_spec.identity, self.server, table, counts)
