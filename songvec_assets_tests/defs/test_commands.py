@@ -184,7 +184,7 @@ def test_a_real_run_is_estimated_then_paid_once(project: Project, provider: Prov
     code, output = project.run("songvec", "run", **settings)
     assert (code, provider.ledger()["requests"]) == (0, requests)
     code, output = project.run("songvec", "run")
-    assert (code, "one table holds one model" in output) == (1, True), output
+    assert (code, "expected {'song_id': 'integer', 'embedding': 'vector(512)'}" in output) == (1, True), output
 
 
 @pytest.mark.parametrize(
