@@ -3,9 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size bench-demo
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dev test check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
@@ -14,18 +16,24 @@ BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
 
-$(INSTALLED): pyproject.toml constraints.txt songvec_assets.pth
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python 3.11 or newer, got " + sys.version.split()[0] + ": make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+$(RUNS): pyproject.toml constraints.txt songvec_assets.pth
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python 3.11 or newer, got " + sys.version.split()[0] + ": make PYTHON=python3.11")'
+	@echo "Installing what runs, with the demo's model, into $(VENV): about a minute, the first time only."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) '.[demo]'
+	@touch $(RUNS)
+
+$(INSTALLED): $(RUNS)
+	@echo "Installing what tests and checks need: about a minute, the first time only."
+	@$(PIP) '.[dev]'
 	@touch $(INSTALLED)
 
-install: $(INSTALLED)  ## Make .venv with pinned versions
+install: $(INSTALLED)  ## Make .venv with pinned versions, for work on the project
 
-demo: $(INSTALLED)  ## Sample songs to a search result, with nothing configured
+demo: $(RUNS)  ## Sample songs to a search result, with nothing configured
 	$(BIN)/songvec demo
 
-dev: $(INSTALLED)  ## The Dagster UI on http://127.0.0.1:3000, with the runs of the demo or of your database
+dev: $(RUNS)  ## The Dagster UI on http://127.0.0.1:3000, with the runs of the demo or of your database
 	$(BIN)/songvec dev
 
 test: $(INSTALLED)  ## All tests; a browser's waits leave two cores to the others
@@ -38,7 +46,7 @@ check: $(INSTALLED)  ## Format, lint, types, floors
 	$(BIN)/lint-imports
 
 bench-installed: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@$(PIP) '.[bench]'
 
 bench: $(BENCHMARKS)  ## All benchmarks, one after the other; docs/benchmarks.md has the last results
 
@@ -66,6 +74,9 @@ bench-operating: $(INSTALLED)  ## The graph in Dagster beside the bare core, and
 
 bench-size: $(INSTALLED)  ## Commands over a million songs: nothing to do, 0.1 % changed, status, estimate: 10 min
 	$(BIN)/python -m benchmarks.at_size
+
+bench-demo: $(INSTALLED)  ## How well the demo's model finds songs by their meaning: 10 s
+	$(BIN)/python -m benchmarks.demo_quality --queries
 
 chaos: $(INSTALLED)  ## Fills killed 25 times in a row, and shards damaged, held against the provider's ledger: 4 min
 	$(BIN)/python -m benchmarks.chaos

@@ -233,9 +233,7 @@ class Pipeline(Questions):
         self.bind()
         estimator, given = self.token_estimator(), self.settings
         confirmed, limits = choices.get("confirm_reembedding") or reembed, (given.max_usd, given.max_usd_a_month)
-        record = ModelRecord(
-            self.database, given.model, given.embedding_dimensions, choices.get("confirm_model_change", False)
-        )
+        record = ModelRecord(self.database, given.model, given.dimensions, choices.get("confirm_model_change", False))
         shared = context.SendContext(
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
             quota=self.quota,

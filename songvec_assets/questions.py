@@ -21,7 +21,7 @@ from songvec_assets.progress import RunContext
 from songvec_assets.reports import RunPlan, Status
 from songvec_assets.search.nearest import read_embeddings
 from songvec_assets.search.preview import Preview, preview_table
-from songvec_assets.settings import OFFLINE_MODEL
+from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.counts import check_ids, count_ranges, count_unreachable_ids
 from songvec_assets.songs.ranges import SongIdRange
@@ -183,7 +183,7 @@ class Questions(Wiring):
     def as_loaded(self) -> Self:
         """The same with the model, size and type that searches find: after a swap they need no new settings."""
         loaded = self.table.spec
-        if loaded is None or (loaded.model == OFFLINE_MODEL) != self.settings.offline:
+        if loaded is None or (loaded.model in LOCAL_MODELS) != self.settings.offline:
             return self
         # a prompt that is set belongs to the model that is set
         is_set = self.settings.query_prompt and loaded.model == self.settings.model

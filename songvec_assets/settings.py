@@ -19,6 +19,12 @@ FIREWORKS_BASE_URL = "https://api.fireworks.ai/inference/v1"
 FIREWORKS_MODEL = "fireworks/qwen3-embedding-8b"
 FIREWORKS_USD_PER_MILLION_TOKENS = 0.10
 OFFLINE_MODEL = "offline-v1"
+"""Hashed words, vectors of any size, for tests. They know spelling, not meaning."""
+DEMO_MODEL = "demo-v2"
+"""The small model of the extra `demo`, used if nothing is configured."""
+DEMO_DIMENSIONS, DEFAULT_DIMENSIONS = 512, 2000
+LOCAL_MODELS = frozenset({OFFLINE_MODEL, DEMO_MODEL})
+"""Models that run in this process and cost nothing."""
 DEFAULT_TEMPLATE = "{name} by {artist}\n{lyrics}"
 STORE_IDENTITY = {
     "embedding_model", "embedding_dimensions", "vector_type", "song_id_start", "song_id_stop", "range_size",
@@ -120,13 +126,13 @@ class ProviderSettings(_Group):
     """The embeddings provider, the model, and the provider's quotas."""
 
     fireworks_api_key: str | None = Field(default=None, repr=False)
-    """API key of the embeddings provider; unset: the offline model."""
+    """API key of the embeddings provider; unset: the demo's model."""
     fireworks_base_url: str = FIREWORKS_BASE_URL
     """Any OpenAI-compatible server: vLLM, TEI, Ollama, Infinity and others."""
     embedding_model: str = FIREWORKS_MODEL
-    """Model name; `offline-v1` is the offline model."""
-    embedding_dimensions: int = Field(default=2000, ge=2, le=4000)
-    """Dimensions per vector; over 2,000 needs `SONGVEC_VECTOR_TYPE=halfvec`."""
+    """Model name; `demo-v2`: the demo's model; `offline-v1`: hashed words."""
+    embedding_dimensions: int = Field(default=DEFAULT_DIMENSIONS, ge=2, le=4000)
+    """Dimensions per vector; over 2,000 needs `SONGVEC_VECTOR_TYPE=halfvec`; `demo-v2` always has 512."""
     query_prompt: str | None = None
     r"""Text sent for a query, such as `query: {query}`; `\n` is a line end; `none`: the query alone; unset: as
     recorded with the store, initially by the model's family."""
@@ -232,22 +238,27 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
             raise SettingsError(
                 "FIREWORKS_API_KEY holds a space, a line end or a character that no key has: copy it again"
             )
+        if self.model == DEMO_MODEL and self.embedding_dimensions not in (DEMO_DIMENSIONS, DEFAULT_DIMENSIONS):
+            raise SettingsError(
+                f"the demo's model {DEMO_MODEL} makes vectors of {DEMO_DIMENSIONS} values, and "
+                f"SONGVEC_EMBEDDING_DIMENSIONS is {self.embedding_dimensions}: unset it, or set FIREWORKS_API_KEY"
+            )
         if self.offline:
             return self
         if self.postgres_url and not self.fireworks_api_key and self.fireworks_base_url == FIREWORKS_BASE_URL:
             raise SettingsError(
                 "POSTGRES_URL is set but FIREWORKS_API_KEY is not: put the key into the environment or into .env, "
-                "point FIREWORKS_BASE_URL at a server that needs none, or ask for offline vectors by name with "
-                f"SONGVEC_EMBEDDING_MODEL={OFFLINE_MODEL}"
+                "point FIREWORKS_BASE_URL at a server that needs none, or ask for the demo's vectors by name with "
+                f"SONGVEC_EMBEDDING_MODEL={DEMO_MODEL}"
             )
         _check_base_url(self.fireworks_base_url)
         return self
 
     @property
     def offline(self) -> bool:
-        """Whether vectors come from the offline model: by name, or because nothing else is configured."""
+        """Whether vectors are made in this process: by a local model's name, or because nothing else is configured."""
         real = self.fireworks_api_key or self.postgres_url or self.fireworks_base_url != FIREWORKS_BASE_URL
-        return self.embedding_model == OFFLINE_MODEL or not real
+        return self.embedding_model in LOCAL_MODELS or not real
 
     @property
     def price(self) -> float:
@@ -260,7 +271,12 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
     @property
     def model(self) -> str:
         """The model's name in cache, ledger and table."""
-        return OFFLINE_MODEL if self.offline else self.embedding_model
+        return DEMO_MODEL if self.offline and self.embedding_model not in LOCAL_MODELS else self.embedding_model
+
+    @property
+    def dimensions(self) -> int:
+        """Dimensions per vector, as set; the demo's model has its own."""
+        return DEMO_DIMENSIONS if self.model == DEMO_MODEL else self.embedding_dimensions
 
 
 def _check_base_url(url: str) -> None:

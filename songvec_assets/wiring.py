@@ -26,7 +26,7 @@ from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table,
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import StopSignal
-from songvec_assets.settings import OFFLINE_MODEL, Settings
+from songvec_assets.settings import DEMO_MODEL, Settings
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
 from songvec_assets.songs.counts import check_ids, count_ranges
 from songvec_assets.songs.ranges import SongIdRange, Tiling
@@ -55,10 +55,11 @@ class Wiring:
         """One line: where songs come from, and where vectors are made."""
         given = self.settings
         if given.offline:
-            embedder = f"OFFLINE vectors ({given.model}: spelling, not meaning; FIREWORKS_API_KEY makes real ones)"
+            what = "a small model" if given.model == DEMO_MODEL else "spelling, not meaning"
+            embedder = f"DEMO vectors ({given.model}: {what}; FIREWORKS_API_KEY makes real ones)"
         else:
             embedder = f"{given.model} at {given.fireworks_base_url}"
-        return f"{self.database.describe()}, {embedder}, {given.embedding_dimensions} dimensions"
+        return f"{self.database.describe()}, {embedder}, {given.dimensions} dimensions"
 
     # the database and the store
 
@@ -77,7 +78,7 @@ class Wiring:
             database = Database(self.settings.postgres_url, direct_url=self.settings.direct_url)
         else:
             database = start_embedded_server(DEFAULT_FOLDER)
-            create_songs_table(database)
+            create_songs_table(database, self.settings.range_size)
         with database.get_connection() as connection:
             is_ours = schema.has_tables(connection)
         # one without our tables is not written to until `bind`: its URL may be mistyped
@@ -165,7 +166,7 @@ class Wiring:
     def prompts(self) -> Prompts:
         """What the model gets with queries and texts; see `choose_prompts`. Reads no database."""
         given = self.settings
-        cache = Store(self.storage_root, "", self.tiling).embeddings(given.model, given.embedding_dimensions)
+        cache = Store(self.storage_root, "", self.tiling).embeddings(given.model, given.dimensions)
         return choose_prompts(cache, given.query_prompt, given.document_prompt)
 
     @property
@@ -186,12 +187,12 @@ class Wiring:
     @property
     def cache(self) -> ModelCache:
         """What is cached of the configured model."""
-        return self.store.embeddings(self.settings.model, self.settings.embedding_dimensions)
+        return self.store.embeddings(self.settings.model, self.settings.dimensions)
 
     @property
     def server(self) -> str:
         """What makes the vectors, as the reasons of rejections name it."""
-        return OFFLINE_MODEL if self.settings.offline else self.settings.fireworks_base_url
+        return self.settings.model if self.settings.offline else self.settings.fireworks_base_url
 
     @property
     def quota(self) -> Quota:
@@ -224,13 +225,14 @@ class Wiring:
         """A new embedder, for one event loop; see `EmbeddingClient` and `Patience`."""
         given = self.settings
         if given.offline:
+            from songvec_assets.embedding.demo import DemoEmbedder
             from songvec_assets.embedding.offline import OfflineEmbedder
 
-            return OfflineEmbedder(given.embedding_dimensions)
+            return DemoEmbedder() if given.model == DEMO_MODEL else OfflineEmbedder(given.dimensions)
         from songvec_assets.embedding.client import EmbeddingClient
         from songvec_assets.embedding.limits import RateLimiter
 
-        model = given.embedding_model, given.embedding_dimensions, given.truncate
+        model = given.embedding_model, given.dimensions, given.truncate
         quota = given.requests_per_minute, given.tokens_per_minute
         return EmbeddingClient(
             Endpoint(given.fireworks_base_url, given.fireworks_api_key, *model),
@@ -253,7 +255,7 @@ class Wiring:
         given, prompts, record = self.settings, self.prompts, read_record(self.cache.storage)
         # of the vectors that are cached, also while another prompt is set and nothing is embedded with it yet
         document = record.document_prompt if record else prompts.document
-        return TableSpec(given.model, given.embedding_dimensions, given.vector_type, prompts.query, document)
+        return TableSpec(given.model, given.dimensions, given.vector_type, prompts.query, document)
 
     @property
     def index_settings(self) -> IndexSettings:

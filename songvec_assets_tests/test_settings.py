@@ -11,6 +11,8 @@ import pytest
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SettingsError
 from songvec_assets.settings import (
+    DEMO_DIMENSIONS,
+    DEMO_MODEL,
     FIREWORKS_BASE_URL,
     FIREWORKS_MODEL,
     OFFLINE_MODEL,
@@ -174,33 +176,43 @@ def test_a_refusal_is_one_line_that_says_what_was_expected(variable, value, word
 
 
 def test_over_2000_dimensions_need_halfvec():
-    assert read(SONGVEC_EMBEDDING_DIMENSIONS="4000", SONGVEC_VECTOR_TYPE="halfvec").embedding_dimensions == 4000
+    settings = read(**BASE, SONGVEC_EMBEDDING_DIMENSIONS="4000", SONGVEC_VECTOR_TYPE="halfvec")
+    assert settings.embedding_dimensions == settings.dimensions == 4000
     with pytest.raises(SettingsError, match="SONGVEC_VECTOR_TYPE=halfvec"):
         read(SONGVEC_EMBEDDING_DIMENSIONS="2001")
 
 
+def test_the_demos_model_has_its_own_dimensions():
+    assert read().dimensions == read(SONGVEC_EMBEDDING_DIMENSIONS=str(DEMO_DIMENSIONS)).dimensions == DEMO_DIMENSIONS
+    with pytest.raises(SettingsError, match=f"{DEMO_MODEL}.*512 values.*SONGVEC_EMBEDDING_DIMENSIONS is 64"):
+        read(SONGVEC_EMBEDDING_DIMENSIONS="64")
+    assert read(SONGVEC_EMBEDDING_DIMENSIONS="64", SONGVEC_EMBEDDING_MODEL=OFFLINE_MODEL).dimensions == 64
+
+
 @pytest.mark.parametrize(
-    ("environment", "offline"),
+    ("environment", "model"),
     [
-        ({}, True),
-        ({"FIREWORKS_API_KEY": "fw_1"}, False),
-        (BASE, False),
-        ({"FIREWORKS_BASE_URL": "http://localhost/v1"}, False),
-        ({"FIREWORKS_BASE_URL": "http://localhost/v1", "POSTGRES_URL": "postgresql://x/y"}, False),
-        ({**BASE, "SONGVEC_EMBEDDING_MODEL": OFFLINE_MODEL}, True),
-        ({"POSTGRES_URL": "postgresql://x/y", "SONGVEC_EMBEDDING_MODEL": OFFLINE_MODEL}, True),
+        ({}, DEMO_MODEL),
+        ({"FIREWORKS_API_KEY": "fw_1"}, FIREWORKS_MODEL),
+        (BASE, FIREWORKS_MODEL),
+        ({"FIREWORKS_BASE_URL": "http://localhost/v1"}, FIREWORKS_MODEL),
+        ({"FIREWORKS_BASE_URL": "http://localhost/v1", "POSTGRES_URL": "postgresql://x/y"}, FIREWORKS_MODEL),
+        ({**BASE, "SONGVEC_EMBEDDING_MODEL": OFFLINE_MODEL}, OFFLINE_MODEL),
+        ({"SONGVEC_EMBEDDING_MODEL": OFFLINE_MODEL}, OFFLINE_MODEL),
+        ({"POSTGRES_URL": "postgresql://x/y", "SONGVEC_EMBEDDING_MODEL": DEMO_MODEL}, DEMO_MODEL),
+        ({"POSTGRES_URL": "postgresql://x/y", "SONGVEC_EMBEDDING_MODEL": OFFLINE_MODEL}, OFFLINE_MODEL),
     ],
 )
-def test_vectors_are_offline_only_where_nothing_is_configured_or_asked_for_by_name(environment, offline):
+def test_vectors_are_made_here_only_if_nothing_is_configured_or_a_local_model_is_asked_for_by_name(environment, model):
     settings = read(**environment)
-    assert settings.offline is offline
-    assert settings.model == (OFFLINE_MODEL if offline else FIREWORKS_MODEL)
+    assert settings.model == model
+    assert settings.offline is (model != FIREWORKS_MODEL)
 
 
 def test_a_url_without_a_key_is_refused_with_every_way_out():
     with pytest.raises(SettingsError) as refusal:
         read(POSTGRES_URL=BASE["POSTGRES_URL"])
-    for way_out in ("FIREWORKS_API_KEY", ".env", "FIREWORKS_BASE_URL", f"SONGVEC_EMBEDDING_MODEL={OFFLINE_MODEL}"):
+    for way_out in ("FIREWORKS_API_KEY", ".env", "FIREWORKS_BASE_URL", f"SONGVEC_EMBEDDING_MODEL={DEMO_MODEL}"):
         assert way_out in str(refusal.value)
 
 

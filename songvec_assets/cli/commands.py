@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from songvec_assets.pipeline import Pipeline
     from songvec_assets.songs.ranges import SongIdRange
 
-DEMO_QUERIES = ("a lighthouse and a storm at sea", "whales singing in the deep", "der Winter und der Schnee")
+DEMO_QUERIES = ("leaving home to begin a new life overseas", "cycling", "nonna in cucina")
 
 MaxUsd = Annotated[float | None, typer.Option(min=0, help="Budget in dollars; the run stops before it exceeds it.")]
 ConfirmReembedding = Annotated[
@@ -44,14 +44,17 @@ def demo(
 ) -> None:
     """Fill an embedded Postgres with sample songs, run the whole graph on it, and search."""
     from songvec_assets.cli.queries import print_hits
+    from songvec_assets.embedding.demo import find_files
     from songvec_assets.postgres.embedded import add_generated_songs
+    from songvec_assets.settings import LOCAL_MODELS
 
+    find_files()  # a model that is not installed is refused before anything starts
     pipeline = base.deploy()
     held = pipeline.table.spec
-    if held is not None and held.model != pipeline.settings.model:
+    if held is not None and held.model not in LOCAL_MODELS:
         fail(
-            f"the embedded database holds vectors of {held.model}, made with a key: the demo would replace them with "
-            "offline ones. Search them with `songvec search` and the key, or remove .songvec to start again"
+            f"the embedded database holds vectors of {held.model}, made with a key: the demo would replace them. "
+            "Search them with `songvec search` and the key, or remove .songvec to start again"
         )
     if songs:
         add_generated_songs(pipeline.database, songs)
@@ -203,7 +206,7 @@ def swap(
     each = pipeline.settings
     say(
         f"Searches now find {pipeline.table_spec}. Keep these settings: SONGVEC_EMBEDDING_MODEL={each.model} "
-        f"SONGVEC_EMBEDDING_DIMENSIONS={each.embedding_dimensions} SONGVEC_VECTOR_TYPE={each.vector_type}"
+        f"SONGVEC_EMBEDDING_DIMENSIONS={each.dimensions} SONGVEC_VECTOR_TYPE={each.vector_type}"
     )
     if any(load.comparison for load in swapped.of(PublishReport)):
         hint("`songvec swap --rollback` makes the previous table serve again, `songvec swap --drop-old` drops it.")

@@ -93,7 +93,7 @@ def estimate_table(estimate: "Estimate", offline: bool) -> Table:
         "Songs in the snapshot": f"{estimate.n_songs:,}",
         "Texts to embed": f"{estimate.n_texts:,}",
         "Tokens, about": f"{estimate.n_tokens:,}",
-        "Cost, about": f"{usd} (offline vectors cost nothing)" if offline else usd,
+        "Cost, about": f"{usd} (a local model costs nothing)" if offline else usd,
         "Time at full quota": "none" if offline else describe_seconds(estimate.hours * 3600),
     }.items():
         table.add_row(name, value)

@@ -1,15 +1,17 @@
-"""A deterministic embedder without a provider, for demos and tests: similar words give similar vectors.
+"""Embedders that run in this process and cost nothing: what they have in common, and one that hashes words, for tests.
 
-Words, their beginnings and (where words are not spaced) pairs of characters are hashed to a few signed dimensions
+That one hashes words, their beginnings and (where words are not spaced) pairs of characters to a few signed dimensions
 each, as in feature hashing (Weinberger et al. 2009). It knows spelling, not meaning: its vectors carry the model
-name `offline-v1` wherever they go, and cost nothing.
+name `offline-v1` wherever they go. The demo's model is in `demo`.
 """
 
+import asyncio
 import functools
 import itertools
 import math
 import re
 import unicodedata
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -29,11 +31,16 @@ _STOP_WORDS = frozenset(
 )
 
 
-class OfflineEmbedder(Embedder):
-    """Embeds texts by hashing their words; the same text gives the same vector everywhere."""
+class LocalEmbedder(Embedder):
+    """An embedder without a provider. One request is computed at a time, in a thread."""
 
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
+        self._turn = asyncio.Lock()
+
+    @abstractmethod
+    def embed(self, texts: Sequence[str]) -> Float32Matrix:
+        """Unit vectors, float32, (n texts, dimensions)."""
 
     async def generate_embeddings_batch(self, texts: Sequence[str], hooks: RequestHooks = NO_HOOKS) -> EmbeddingBatch:
         """Embed texts.
@@ -43,7 +50,16 @@ class OfflineEmbedder(Embedder):
         """
         await hooks.before_try()
         await hooks.before_send()
-        return EmbeddingBatch(np.stack([self._embed(text) for text in texts]), n_tokens=0)
+        async with self._turn:
+            return EmbeddingBatch(await asyncio.to_thread(self.embed, texts), n_tokens=0)
+
+
+class OfflineEmbedder(LocalEmbedder):
+    """Embeds texts by hashing their words; the same text gives the same vector everywhere."""
+
+    def embed(self, texts: Sequence[str]) -> Float32Matrix:
+        """Unit vectors, float32, (n texts, dimensions)."""
+        return np.stack([self._embed(text) for text in texts])
 
     def _embed(self, text: str) -> Float32Matrix:
         places: list[int] = []

@@ -124,15 +124,25 @@ def _write_configuration(server: object, folder: Path) -> None:
         configuration.writelines(f"{name} = {value}\n" for name, value in SERVER_SETTINGS.items())
 
 
-def create_songs_table(database: Database) -> None:
-    """Create `songs` with the sample catalogue, unless the table exists."""
+def create_songs_table(database: Database, range_size: int = 0) -> None:
+    """Create `songs` with the sample catalogue, unless the table exists.
+
+    Args:
+        range_size: song_ids per range; a quarter of the samples then begins each of the first four ranges, so that a
+            demo shows several. 0: their ids are consecutive.
+    """
+    samples = read_sample_songs()
+    quarter = -(-samples.height // 4)
     with database.get_connection() as connection:
         if connection.scalar(text("SELECT to_regclass('songs') IS NOT NULL")):
             return
         connection.execute(
             text("CREATE TABLE songs (id serial PRIMARY KEY, name text NOT NULL, artist text NOT NULL, lyrics text)")
         )
-        _insert(connection, read_sample_songs().rows())
+        for first in range(0, samples.height, quarter):
+            start = first // quarter * max(range_size, quarter)
+            connection.execute(text("SELECT setval('songs_id_seq', :next, false)"), {"next": start + 1})
+            _insert(connection, samples[first : first + quarter].rows())
 
 
 def add_generated_songs(database: Database, n_generated: int) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy import text
 from songvec_assets.errors import DatabaseError, TableMismatchError
 from songvec_assets.postgres import schema
 from songvec_assets.postgres.engine import Database
-from songvec_assets.settings import OFFLINE_MODEL
+from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.vectors.index.probes import choose_probes
@@ -265,9 +265,9 @@ class VectorTable(Records):
                 self._check(connection, spec, models)
 
     def is_replaceable(self, connection: sa.Connection, spec: TableSpec) -> bool:
-        """Whether it holds the demo model's vectors in the embedded database, and other ones are to be loaded."""
+        """Whether it holds a local model's vectors in the embedded database, and other ones are to be loaded."""
         loaded = self.read_spec(connection)
-        return self.database.embedded and loaded is not None and loaded.model == OFFLINE_MODEL and loaded != spec
+        return self.database.embedded and loaded is not None and loaded.model in LOCAL_MODELS and loaded != spec
 
     def _check(self, connection: sa.Connection, spec: TableSpec, models: Collection[str] | None) -> bool:
         """Whether the table exists; raises if it does not fit."""

@@ -16,6 +16,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed: 
 from PIL import Image
 from playwright.sync_api import FloatRect, expect
 
+from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets_tests.browser.pages import VIEW, DagsterUI
 from songvec_assets_tests.browser.stage import open_tab, running_project
 
@@ -25,6 +26,7 @@ N_COLOURS = 128
 SETTINGS = {
     "SONGVEC_RANGE_SIZE": "1000",
     "SONGVEC_SONG_ID_STOP": "13000",
+    "SONGVEC_EMBEDDING_MODEL": OFFLINE_MODEL,
     "SONGVEC_EMBEDDING_DIMENSIONS": "256",
 }
 

@@ -31,6 +31,8 @@ from songvec_assets_tests.warm import start as start_warm
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 FIRST = "000000000-000050000"
+OF_DEMO = {FIRST, "000050000-000100000", "000100000-000150000", "000150000-000200000"}
+"""The ranges that hold the samples in the embedded database."""
 N_SAMPLES = read_sample_songs().height
 SET_AT_START = dict.fromkeys(
     ("DAGSTER_CLI_ASSET_MATERIALIZE_MODULE_NAME", "DAGSTER_CLI_JOB_EXECUTE_MODULE_NAME"), "songvec_assets.definitions"
@@ -149,8 +151,10 @@ def test_materialize_and_dg_commands_work_with_no_flag_beyond_the_readme(project
 def test_the_demo_ends_in_search_results_and_embeds_nothing_the_second_time(demo: tuple[Project, str]) -> None:
     project, output = demo
     assert re.search(rf"embedding_cache\s+{N_SAMPLES}\s+\S+\s+0\s+\$0.0000\s+0\s+{N_SAMPLES}\s+0", output), output
-    assert "Keeper of Gull Rock Light" in output
-    assert project.materialized_partitions(".songvec/dagster") == {FIRST}
+    assert "DEMO vectors (demo-v2: a small model" in output
+    for song in ("Steerage Ticket", "Freewheel", "Le mani di nonna Ines"):
+        assert song in output
+    assert project.materialized_partitions(".songvec/dagster") == OF_DEMO
     assert not (project.folder / ".dagster").exists(), "the project's own instance knows nothing of the demo"
     assert "Next: songvec dev --demo shows this run" in output, "`.env` names another database"
     (project.folder / ".env").write_text(MISLEADING)
@@ -180,7 +184,7 @@ def test_a_real_run_is_estimated_then_paid_once(project: Project, provider: Prov
     code, output = project.run("songvec", "run", **settings)
     assert (code, provider.ledger()["requests"]) == (0, requests)
     code, output = project.run("songvec", "run")
-    assert (code, "one table holds one model" in output) == (1, True), output
+    assert (code, "expected {'song_id': 'integer', 'embedding': 'vector(512)'}" in output) == (1, True), output
 
 
 @pytest.mark.parametrize(
@@ -246,15 +250,15 @@ def test_swap_puts_another_type_in_place_and_back(demo: tuple[Project, str]) -> 
     code, output = project.run("songvec", "swap", "--vector-type", "halfvec")
     assert code == 0, output
     assert "Swapped in: 176 rows, 176 before; recall " in output
-    assert "Searches now find halfvec(2000) by offline-v1" in output
+    assert "Searches now find halfvec(512) by demo-v2" in output
     assert "SONGVEC_VECTOR_TYPE=halfvec" in output
     code, output = project.run("songvec", "search", "a storm at sea")
     assert code == 0, output
     code, output = project.run("songvec", "swap", "--rollback")
-    assert (code, "Searches now find vector(2000) by offline-v1" in output) == (0, True), output
+    assert (code, "Searches now find vector(512) by demo-v2" in output) == (0, True), output
     code, output = project.run("songvec", "swap")
-    assert (code, "searches find vector(2000) by offline-v1 already" in output) == (1, True), output
+    assert (code, "searches find vector(512) by demo-v2 already" in output) == (1, True), output
     code, output = project.run("songvec", "status")
-    assert "Table song_embeddings_new: halfvec(2000) by offline-v1" in output
+    assert "Table song_embeddings_new: halfvec(512) by demo-v2" in output
     code, output = project.run("songvec", "swap", "--drop-old")
     assert (code, "Dropped: song_embeddings_new" in output) == (0, True), output

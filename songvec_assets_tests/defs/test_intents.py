@@ -2,7 +2,7 @@
 
 import json
 
-from songvec_assets_tests.defs.test_commands import FIRST, N_SAMPLES, Project, project
+from songvec_assets_tests.defs.test_commands import FIRST, N_SAMPLES, OF_DEMO, Project, project
 
 __all__ = ["project"]
 
@@ -14,7 +14,7 @@ def test_a_refresh_is_planned_embedded_loaded_indexed_and_verified_step_by_step(
     )
     code, output = project.run("songvec", "embed")
     assert (code, "embedding_cache" in output, "song_embeddings_table" in output) == (0, True, False), output
-    assert project.materialized_partitions(".songvec/dagster") == {FIRST}
+    assert project.materialized_partitions(".songvec/dagster") == OF_DEMO
     code, output = project.run("songvec", "status", "--json")
     told = json.loads(output)
     assert (code, told["total"]["n_cached"], told["missing"]) == (3, N_SAMPLES, N_SAMPLES), "3: songs are missing"
@@ -30,7 +30,7 @@ def test_a_refresh_is_planned_embedded_loaded_indexed_and_verified_step_by_step(
     assert (code, "recall_reaches_target: recall 100.0% at" in output) == (0, True), output
     code, output = project.run("songvec", "status")
     assert code == 0, output
-    for words in ("Spent this month: $0.0000", "recall 100.0% at", "Table song_embeddings: vector(2000) by offline-v1"):
+    for words in ("Spent this month: $0.0000", "recall 100.0% at", "Table song_embeddings: vector(512) by demo-v2"):
         assert words in output
 
 

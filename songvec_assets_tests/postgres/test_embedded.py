@@ -148,6 +148,20 @@ class TestSongs:
         assert rows == [(place, *song) for place, song in enumerate(samples.rows(), start=1)]
         assert samples.height >= 100
 
+    @pytest.mark.parametrize(
+        ("range_size", "starts"), [(50_000, [0, 50_000, 100_000, 150_000]), (10, [0, 44, 88, 132])]
+    )
+    def test_the_samples_begin_four_ranges_of_a_demo(
+        self, database: Database, range_size: int, starts: list[int]
+    ) -> None:
+        create_songs_table(database, range_size)
+        rows = execute(database.adbc_uri, "SELECT id, name, artist, lyrics FROM songs ORDER BY id")
+        samples = read_sample_songs()
+        ids = [start + place for start in starts for place in range(1, 45)]
+        assert rows == [(song_id, *song) for song_id, song in zip(ids, samples.rows(), strict=True)]
+        add_generated_songs(database, 2)
+        assert execute(database.adbc_uri, "SELECT max(id) FROM songs") == [(starts[-1] + 46,)]
+
     def test_a_songs_table_that_is_there_stays_as_it_is(self, database: Database) -> None:
         execute(database.adbc_uri, "CREATE TABLE songs (id integer PRIMARY KEY, mine text)")
         execute(database.adbc_uri, "INSERT INTO songs VALUES (7, 'kept')")

@@ -11,7 +11,7 @@ from songvec_assets.errors import (
 )
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import write_fact
-from songvec_assets.settings import OFFLINE_MODEL
+from songvec_assets.settings import DEMO_MODEL, OFFLINE_MODEL
 from songvec_assets.storage import Storage
 from songvec_assets.vectors.index.audit import audit_recall
 from songvec_assets.vectors.index.recall import read_recall
@@ -96,12 +96,17 @@ class TestMismatch:
         assert VectorTable(database).spec == other
         assert load(database, cache, other) == {FIRST.key: (2, 0, 0)}
 
-    def test_an_offline_table_of_the_embedded_database_gives_way(self, database: Database, tmp_path: Path) -> None:
-        embedded, offline = Database(database.url, embedded=True), TableSpec(OFFLINE_MODEL, DIMENSIONS)
+    @pytest.mark.parametrize(
+        ("local", "other"), [(OFFLINE_MODEL, "model-b"), (OFFLINE_MODEL, DEMO_MODEL), (DEMO_MODEL, "model-b")]
+    )
+    def test_a_local_models_table_in_the_embedded_database_is_replaced(
+        self, database: Database, tmp_path: Path, local: str, other: str
+    ) -> None:
+        embedded, offline = Database(database.url, embedded=True), TableSpec(local, DIMENSIONS)
         cache = ModelCache(Storage(tmp_path / "offline"), offline.model, offline.dimensions)
         put(cache, [1, 2])
         load(embedded, cache, offline)
-        spec = TableSpec("model-b", 16, "halfvec")
+        spec = TableSpec(other, 16, "halfvec")
         better = ModelCache(Storage(tmp_path / "better"), spec.model, spec.dimensions)
         put(better, [1, 101])
         VectorTable(embedded).check(spec)

