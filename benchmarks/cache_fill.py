@@ -49,7 +49,7 @@ def fill(settings: dict[str, Any], fsync_ms: float) -> tuple[float, float, int]:
     seconds = time.perf_counter() - started
     # getrusage's peak would include what the parent held before exec
     peak_kib = int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
-    return seconds, peak_kib * 1024 / 1e6, sum(deployment.cache.list_files(song_range).values())
+    return seconds, peak_kib * 1024 / 1e6, sum(deployment.cache.look(song_range).sizes.values())
 
 
 def run_round(

@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 
-from songvec_assets.cache.fill import FillReport
 from songvec_assets.cache.manifest import NAME
+from songvec_assets.cache.plan import FillReport
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SongvecError, StoreError
 from songvec_assets.postgres.embedded import start_embedded_server

@@ -81,11 +81,12 @@ class Measure(NamedTuple):
 async def connect_this(load: Load) -> AsyncIterator[Embed]:
     """This client, with its limiter."""
     from songvec_assets.embedding.client import EmbeddingClient
+    from songvec_assets.embedding.embedder import Endpoint
     from songvec_assets.embedding.limits import RateLimiter
     from songvec_assets.postgres.engine import get_engine
 
     limiter = RateLimiter(get_engine(load.database_url, "web"), load.provider.base_url, 1e9, 1e12)
-    client = EmbeddingClient(**load.server, model=MODEL, dimensions=DIMENSIONS, limiter=limiter)
+    client = EmbeddingClient(Endpoint(load.provider.base_url, load.provider.api_key, MODEL, DIMENSIONS), limiter)
 
     async def embed(texts: list[str]) -> Any:
         return (await client.generate_embeddings_batch(texts)).embeddings

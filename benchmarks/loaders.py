@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from songvec_assets.cache.shards import CachedRange, ModelCache, load_embeddings_from_cache
+from songvec_assets.cache.cached_range import CachedRange
+from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.sessions import widen_send_buffer

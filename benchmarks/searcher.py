@@ -23,7 +23,8 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.table import TableSpec, VectorTable, define_table, set_probes
+from songvec_assets.vectors.index.probes import set_probes
+from songvec_assets.vectors.table import TableSpec, VectorTable, define_table
 
 SLOWER_AT_MOST = 3.0
 MISSING = "missing"

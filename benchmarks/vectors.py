@@ -41,7 +41,7 @@ def put_songs(cache: ModelCache, song_range: SongIdRange, song_ids: NDArray[np.i
         Bytes written.
     """
     shard, _ = load_embeddings_from_cache(cache, song_range)
-    before = set(shard.sizes)
+    before = set(shard.files.sizes)
     for start in range(0, len(song_ids), _BATCH_ROWS):
         ids = song_ids[start : start + _BATCH_ROWS]
         hashes = [song_id.tobytes() + (version + 1).to_bytes(TEXT_HASH_BYTES - 4, "little") for song_id in ids]

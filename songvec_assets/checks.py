@@ -11,8 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from songvec_assets.errors import SongvecError, TableMismatchError
-from songvec_assets.vectors.index.audit import audit_index, audit_vectors
-from songvec_assets.vectors.index.recall import audit_recall
+from songvec_assets.vectors.index.audit import audit_index, audit_recall, audit_vectors
 from songvec_assets.vectors.index.upkeep import plan_build
 from songvec_assets.wiring import Wiring
 
@@ -56,7 +55,9 @@ class Evidence:
             TableMismatchError: nothing is loaded.
         """
         if self.wiring.table.spec is None:
-            raise TableMismatchError("nothing is loaded yet, so there is nothing to check: `songvec run` first")
+            raise TableMismatchError(
+                "nothing is loaded yet, so there is nothing to check: `songvec run` first", "table.not-loaded"
+            )
 
     def answer(self, check: "Check") -> Finding:
         """The finding of one check. An error is a finding, too, so that it does not keep the others from running."""

@@ -1,67 +1,133 @@
-"""Every error the package raises on purpose. Nothing else belongs here.
+"""Every error that the package raises on purpose, in one tree. Nothing else belongs here.
 
-A message says what was expected, what came and what to do. A class says whether a rerun helps.
+    SongvecError
+    ├── SettingsError            a setting is missing or does not parse
+    ├── DatabaseError            the database refused, or could not be reached
+    ├── SourceError              the songs table is not what the settings name
+    │   └── BulkDeletionError    more songs are missing than is plausible
+    ├── StoreError               the storage folder is another database's, or cannot be used
+    ├── ReembeddingError         a changed setting would embed cached texts again
+    ├── DamagedShardError        a cache file is not as it was written
+    ├── TableMismatchError       the table holds another model, size or type
+    ├── ProviderError            the provider's answer ends the run
+    │   ├── VectorSizeError      vectors of another size than the settings name
+    │   ├── ModelChangedError    another model answers under the same name
+    │   ├── ProviderUnavailableError    no good answer within the patience
+    │   │   └── ServerSickError  more texts fail than songs can be at fault for
+    │   └── RequestRefusedError  this one request is refused
+    │       ├── RequestTooLargeError    for its size
+    │       │   └── RequestTooSlowError    it takes too long
+    │       └── RequestFailsError    it fails each time while others succeed
+    ├── BudgetExceededError      the next request would exceed a budget
+    ├── AlertError               the webhook could not be notified
+    └── StoppedError             the run was interrupted
+
+A message says what was expected, what came and what to do. A `code` names the cause for scripts and for the catalogue
+in docs/operations.md: that of the class, or one given where a class has causes with different cures.
 """
 
 
 class SongvecError(Exception):
-    """Something expected did not hold."""
+    """Something expected did not hold.
+
+    Args:
+        message: what was expected, what came, what to do.
+        code: a stable name of the cause; None: that of the class.
+    """
+
+    code: str
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code or self.code
 
 
 class SettingsError(SongvecError):
     """A setting is missing or does not parse. A rerun helps only after it is corrected."""
 
+    code = "settings.invalid"
+
 
 class DatabaseError(SongvecError):
     """The database refused or could not be reached. The message says which, and what to do."""
+
+    code = "database.failed"
 
 
 class SourceError(SongvecError):
     """The songs table, or a column of it, is not what the settings name. A rerun alone does not help."""
 
+    code = "source.mismatch"
+
 
 class BulkDeletionError(SourceError):
-    """So many songs are missing in the source that it is hardly meant. Nothing was touched; one run can confirm it."""
+    """More songs are missing in the source than is plausible. Nothing was touched; one run can confirm it."""
+
+    code = "source.bulk-deletion"
 
 
 class StoreError(SongvecError):
-    """The storage folder belongs to another database, or is cut otherwise. A rerun alone does not help."""
+    """The storage folder belongs to another database, or cannot be used. A rerun alone does not help."""
+
+    code = "store.mismatch"
 
 
 class ReembeddingError(SongvecError):
     """A changed setting would embed cached texts again. Nothing was sent; set it back, or confirm it for one run."""
 
+    code = "cache.reembedding"
+
 
 class DamagedShardError(SongvecError):
     """A cache file is not as it was written. Its range is not loaded; fill it again, then load."""
+
+    code = "cache.damaged"
 
 
 class TableMismatchError(SongvecError):
     """The table holds another model, size or type. Refused before any request is paid for."""
 
+    code = "table.mismatch"
+
 
 class ProviderError(SongvecError):
     """The provider's answer ends the run: key, model, billing, or a protocol it does not speak."""
+
+    code = "provider.failed"
 
 
 class VectorSizeError(ProviderError):
     """The model, or the server that answers for it, makes vectors of another size than the settings name."""
 
+    code = "provider.vector-size"
+
+
+class ModelChangedError(ProviderError):
+    """The provider gives other vectors under the same model name. Nothing was paid for; go back, or confirm it."""
+
+    code = "provider.model-changed"
+
 
 class ProviderUnavailableError(ProviderError):
     """The provider did not answer well within the configured patience. A later rerun helps."""
+
+    code = "provider.unavailable"
 
 
 class ServerSickError(ProviderUnavailableError):
     """More texts fail, each alone, than songs can be at fault for. None of them is rejected; a later rerun may help."""
 
+    code = "provider.sick"
+
 
 class RequestRefusedError(ProviderError):
-    """The provider refused this very request (400 or 422): one of its texts, most likely."""
+    """The provider refused this one request (400 or 422): one of its texts, most likely."""
+
+    code = "provider.request-refused"
 
 
 class RequestTooLargeError(RequestRefusedError):
-    """The provider refused this very request for its size (413). Smaller ones may pass."""
+    """The provider refused this one request for its size (413). Smaller ones may pass."""
 
 
 class RequestTooSlowError(RequestTooLargeError):
@@ -69,16 +135,27 @@ class RequestTooSlowError(RequestTooLargeError):
 
 
 class RequestFailsError(RequestRefusedError):
-    """This request fails alike again and again while others succeed: one of its texts, most likely."""
+    """This request fails in the same way each time while others succeed: one of its texts, most likely."""
 
 
 class BudgetExceededError(SongvecError):
     """The next request would exceed the budget. What was paid for is kept; raise the budget to go on."""
 
+    code = "budget.exceeded"
+
 
 class AlertError(SongvecError):
-    """Nobody could be told of a failed run. The run itself is not touched."""
+    """The webhook could not be notified of a failed run. The run itself is not touched."""
+
+    code = "alert.failed"
 
 
 class StoppedError(SongvecError):
     """The run was interrupted. What was paid for is kept; the same command goes on."""
+
+    code = "run.interrupted"
+
+
+def describe(error: BaseException) -> str:
+    """An error's message as a person is shown it: with its code, where it is one of these."""
+    return f"{error} [{error.code}]" if isinstance(error, SongvecError) else str(error)

@@ -4,6 +4,8 @@ What a deletion in the source is compared with. Reads ledgers, manifests and nar
 When to add here: another place where a song may be known. Keep out: whether its absence is plausible (`songs/absence`).
 """
 
+import contextlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,7 +32,7 @@ class CachedOrLoaded:
     cache: ModelCache
     tiling: Tiling
 
-    @property
+    @cached_property
     def _ledger(self) -> Ledger:
         return VectorTable(self.database).ledger
 
@@ -38,38 +40,27 @@ class CachedOrLoaded:
     def _loaded(self) -> dict[SongIdRange, int]:
         return {song_range: entry.n_songs for song_range, entry in self._ledger.read().items()}
 
-    def _is_cut(self, song_range: SongIdRange) -> bool:
-        return self.tiling.range_of(song_range.start) == song_range
-
     def counts(self) -> dict[SongIdRange, int]:
         """Songs by range; of a range where the cache and the table differ, the greater number."""
-        counts = {each: n_songs for each, n_songs in self._loaded.items() if self._is_cut(each)}
-        for other in self._loaded.keys() - counts.keys():
-            for song_id in self._ledger.read_song_ids(other):
-                song_range = self.tiling.range_of(song_id)
-                counts[song_range] = counts.get(song_range, 0) + 1
-        for song_range in self.cache.ranges():
-            counts[song_range] = max(counts.get(song_range, 0), self._count_cached(song_range))
+        counts: Counter[SongIdRange] = Counter()
+        for each, n_songs in self._loaded.items():
+            if self.tiling.range_of(each.start) == each:
+                counts[each] += n_songs
+            else:
+                counts.update(map(self.tiling.range_of, self._ledger.read_song_ids(each)))
+        for each in self.cache.ranges():
+            counts[each] = max(counts[each], self.cache.summarize(each).n_vectors)
         return {song_range: n_songs for song_range, n_songs in sorted(counts.items()) if n_songs}
 
     def song_ids(self, song_range: SongIdRange) -> pl.Series:
         """The songs of one range, each once; without those whose deletion was accepted, and only the load is due."""
-        cached, deleted = self._read_cached(song_range)
-        found = [cached]
-        for each in self._loaded:
-            if each.start < song_range.stop and song_range.start < each.stop:
-                loaded = self._ledger.read_song_ids(each)
-                found.append(loaded.filter(loaded.is_between(song_range.start, song_range.stop - 1)))
-        known = pl.concat(found).unique()
-        return known.filter(~known.is_in(deleted.implode()))
-
-    def _count_cached(self, song_range: SongIdRange) -> int:
-        return self.cache.summarize(song_range).n_vectors
-
-    def _read_cached(self, song_range: SongIdRange) -> tuple[pl.Series, pl.Series]:
-        """Songs with a vector, and deleted ones."""
-        try:
+        known, deleted = [pl.Series("song_id", [], dtype=pl.Int32)], []
+        # the fill or the load names what is wrong with the files
+        with contextlib.suppress(StoreError):
             cached = self.cache.open(song_range)
-            return cached.rows["song_id"], cached.deleted_song_ids()
-        except StoreError:  # the fill or the load names what is wrong with the files
-            return pl.Series([], dtype=pl.Int32), pl.Series([], dtype=pl.Int32)
+            known, deleted = [cached.rows["song_id"]], [*cached.manifest.deleted_at]
+        overlapping = (each for each in self._loaded if each.start < song_range.stop and song_range.start < each.stop)
+        for loaded in map(self._ledger.read_song_ids, overlapping):
+            known.append(loaded.filter(loaded.is_between(song_range.start, song_range.stop - 1)))
+        song_ids = pl.concat(known).unique()
+        return song_ids.filter(~song_ids.is_in(deleted))

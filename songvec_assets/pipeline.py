@@ -35,7 +35,8 @@ from songvec_assets.vectors.swap import PublishReport
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
 if TYPE_CHECKING:  # imports the HTTP client of providers, which a search by offline vectors does not need
-    from songvec_assets.cache.fill import Filler, FillReport
+    from songvec_assets.cache.fill import Filler
+    from songvec_assets.cache.plan import FillReport
 
 DAY_S = 86_400.0
 
@@ -118,7 +119,7 @@ class Pipeline(Questions):
             SongvecError: the first range's that is not complete, after the others were done; or what made going on
                 pointless.
         """
-        filler = self.filler(progress, anew=uuid4().hex if reembed else None, **choices)
+        filler = self.filler(progress, reembed=uuid4().hex if reembed else None, **choices)
         reports: list[FillReport] = []
         filler.fill_ranges(self.held_ranges() if ranges is None else ranges, reports.append)
         if failed := {each.range.key: each.error for each in reports if each.error}:
@@ -210,7 +211,7 @@ class Pipeline(Questions):
         self,
         progress: ReportProgress = ignore_progress,
         run: str | None = None,
-        anew: str | None = None,
+        reembed: str | None = None,
         **choices: Unpack[EmbedChoices],
     ) -> "Filler":
         """What fills ranges of the cache.
@@ -218,47 +219,50 @@ class Pipeline(Questions):
         Args:
             progress: notified of songs, rate and dollars.
             run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
-            anew: who asks that songs are embedded again; see `Filler`.
-            choices: see `EmbedChoices`; who embeds all songs again has confirmed it.
+            reembed: who requests that songs are embedded again; see `Filler`.
+            choices: see `EmbedChoices`; a request to embed all songs again confirms it, too.
         """
+        from songvec_assets.cache.context import SendContext
         from songvec_assets.cache.fill import Filler
 
         self.bind()
         estimator, given = self.token_estimator(), self.settings
         limits = given.max_usd, given.max_usd_a_month
-        return Filler(
-            snapshots=self.store.songs,
-            cache=self.cache,
-            spec=self.text_spec,
-            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble),
+        context = SendContext(
+            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, self.model_record.check),
             quota=self.quota,
             budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
             estimator=estimator,
             concurrency=given.concurrency,
             server=self.server,
-            lock_range=self.lock_range,
+            run=RunContext(progress, self.stop),
+        )
+        return Filler(
+            snapshots=self.store.songs,
+            cache=self.cache,
             tiling=self.tiling,
+            spec=self.text_spec,
+            context=context,
+            lock_range=self.lock_range,
             before_fill=functools.partial(
-                self._check_texts, choices.get("confirm_reembedding", False) or anew is not None
+                self._check_texts, choices.get("confirm_reembedding", False) or reembed is not None
             ),
             before_payment=self._payment_check(),
             keep_spending=self.spending.write,
             retention_s=given.retention_days * DAY_S,
-            anew=anew,
+            reembed=reembed,
             retry_rejected=choices.get("retry_rejected", False),
-            stop=self.stop,
-            progress=progress,
         )
 
-    def _check_texts(self, confirmed: bool, ranges: Sequence[SongIdRange]) -> None:
+    def _check_texts(self, confirmed: bool, changed: Sequence[SongIdRange]) -> None:
         """Refuse to embed texts again only because settings changed, unless confirmed; then record these settings."""
-        record = TextRecord.of(self.text_spec, self.prompts.query)
+        record, storage = TextRecord.of(self.text_spec, self.prompts.query), self.cache.storage
         if not confirmed:
-            check_reembedding(self.cache, ranges, self.text_spec, lambda changed: self.estimate({*changed}))
-        if ranges and read_record(self.cache) != record:
+            check_reembedding(storage, changed, self.text_spec, lambda ranges: self.estimate({*ranges}))
+        if read_record(storage) != record:
             # two first runs at once would write to one file
             with hold_lock(self.database, "texts", on_wait=lambda: None, check=self.stop.check):
-                write_record(self.cache, record)
+                write_record(storage, record)
 
     def _payment_check(self) -> Callable[[], None]:
         """What is checked before each range's first request; what the server can take, only before the very first."""

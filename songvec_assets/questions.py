@@ -13,7 +13,6 @@ import polars as pl
 from songvec_assets import checks
 from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
 from songvec_assets.embedding.budget import MonthSpending, read_month_spending
-from songvec_assets.embedding.contact import check_redirect
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import StoreError
 from songvec_assets.known import CachedOrLoaded
@@ -101,9 +100,9 @@ class Questions(Wiring):
                     answered += n_songs
                     continue
                 self.stop.check()
-                cached = self.cache.open(song_range)
-                since = cached.n_rows if reembed else 0
-                yield plan_fill(self.store.songs, cached, self.text_spec, since, self.server)
+                generation = self.cache.look(song_range).last_generation + 1 if reembed else None
+                cached = self.cache.open(song_range, generation)
+                yield plan_fill(self.store.songs, cached, self.text_spec, None if reembed else self.server)
 
         estimate = estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
         return replace(estimate, n_songs=estimate.n_songs + answered)
@@ -119,6 +118,8 @@ class Questions(Wiring):
             ProviderError: the server's URL redirects to another one.
         """
         if not self.settings.offline:
+            from songvec_assets.embedding.transport import check_redirect
+
             check_redirect(self.server)
         try:
             load = plan_load(self.table, self.load_source, RunContext(stop=self.stop))

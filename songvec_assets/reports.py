@@ -21,7 +21,7 @@ from songvec_assets.vectors.swap import PublishReport
 from songvec_assets.vectors.table import IndexFacts
 
 if TYPE_CHECKING:
-    from songvec_assets.cache.fill import FillReport
+    from songvec_assets.cache.plan import FillReport
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ import pyarrow as pa
 import xxhash
 
 from songvec_assets.errors import StoreError
-from songvec_assets.files import LEFTOVER_S, replace_atomically
+
+LEFTOVER_S = 3600.0
+"""A temporary file that was not written to for this long is of a process that was killed."""
 
 
 class Versioned(NamedTuple):
@@ -74,7 +76,7 @@ class Storage:
         """An object's content and version; None if there is no such object."""
         try:
             content = (self.root / key).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         return Versioned(content, _version_of(content))
 
@@ -95,15 +97,19 @@ class Storage:
             StoreError: the disk refuses.
         """
         path = self.root / key
-        try:
+        # one name per process, so that two writers never share a file
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with _refusals(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_atomically(path, tidy=False) as file:
-                yield file
-        except OSError as error:
-            raise StoreError(
-                f"could not write {path}: {error}. What was stored before is kept: make room, or give access, and "
-                "start the same command again"
-            ) from error
+            try:
+                with temporary.open("wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync_folder(path.parent)
 
     def put(self, key: str, content: bytes) -> str:
         """Write an object, whole and durable, whatever was there before; its version."""
@@ -111,7 +117,7 @@ class Storage:
             file.write(content)
         return _version_of(content)
 
-    def put_if_unchanged(self, key: str, content: bytes, version: str | None) -> str:
+    def put_if_unchanged(self, key: str, content: bytes, version: str | None) -> str | None:
         """Replace an object that is still as it was read; of two writers that read the same version one succeeds.
 
         Args:
@@ -120,21 +126,14 @@ class Storage:
             version: as `read` gave it; None: there must be no such object yet.
 
         Returns:
-            The new version.
-
-        Raises:
-            StoreError: somebody else wrote it since. Nothing is written.
+            The new version; None if another process wrote the object since: nothing is written then.
         """
-        path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(path.parent):
+        folder = (self.root / key).parent
+        with _refusals(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with _exclusive(folder):
             found = self.read(key)
-            if (found.version if found else None) != version:
-                raise StoreError(
-                    f"{path} was changed by another process while this one filled it: its lock was lost, as when the "
-                    "database restarts. Start the same command again; what both have stored is kept"
-                )
-            return self.put(key, content)
+            return self.put(key, content) if (found.version if found else None) == version else None
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is no error."""
@@ -156,14 +155,38 @@ class Storage:
                     path.unlink()
 
 
+@contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Name the path where the disk refuses to write."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"could not write {path}: {error}. What was stored before is kept: make room, or give access, and start "
+            "the same command again",
+            "store.not-writable",
+        ) from error
+
+
 def _version_of(content: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make a created, renamed or removed entry of a folder durable."""
+    if os.name == "nt":  # Windows opens no folders; its renames are journalled
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """Hold a folder against every other process and thread; the kernel lets go for one that is killed."""
-    if os.name == "nt":  # Windows opens no folders; the range's lock is held in the database anyway
+    """Lock a folder against every other process and thread; the kernel releases the lock of one that is killed."""
+    if os.name == "nt":  # Windows opens no folders; the database holds the range's lock anyway
         yield
         return
     import fcntl

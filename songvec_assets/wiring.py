@@ -10,14 +10,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from songvec_assets import inventory
 from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
 from songvec_assets.cache.texts import choose_prompts, read_record
+from songvec_assets.embedding.drift import ModelRecord
+from songvec_assets.embedding.embedder import Embedder, Endpoint, Patience
 from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Price, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import Prompts
+from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.inventory import Inventory
 from songvec_assets.postgres import schema
 from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
@@ -36,9 +39,6 @@ from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
-if TYPE_CHECKING:  # imported where they are made: a search with offline vectors needs no HTTP client
-    from songvec_assets.embedding.client import Embedder
-
 
 @dataclass
 class Wiring:
@@ -47,10 +47,12 @@ class Wiring:
     Attributes:
         settings: parsed.
         stop: once set, ends the step that is running.
+        confirm_model_change: whether the provider may give other vectors under the model's name than in earlier runs.
     """
 
     settings: Settings
     stop: StopSignal = field(default_factory=StopSignal)
+    confirm_model_change: bool = False
 
     def describe(self) -> str:
         """One line: where songs come from, and where vectors are made."""
@@ -216,10 +218,19 @@ class Wiring:
         """An estimator that starts from what earlier runs learned about the model."""
         return TokenEstimator(self.spending.read_bytes_per_token() or UTF8_BYTES_PER_TOKEN)
 
+    @property
+    def model_record(self) -> ModelRecord:
+        """The model's vector of a short text, as earlier runs have it."""
+        given = self.settings
+        return ModelRecord(self.database, given.model, given.embedding_dimensions, self.confirm_model_change)
+
     def embedder(
-        self, estimator: TokenEstimator | None = None, on_trouble: Callable[[str], None] = lambda _: None
-    ) -> "Embedder":
-        """A new embedder; it belongs to one event loop. `on_trouble` is notified of bad answers and of long waits."""
+        self,
+        estimator: TokenEstimator | None = None,
+        on_trouble: Callable[[str], None] = lambda _: None,
+        check_probe: Callable[[Float32Matrix], None] = lambda _: None,
+    ) -> Embedder:
+        """A new embedder, for one event loop; see `EmbeddingClient` and `Patience`."""
         given = self.settings
         if given.offline:
             from songvec_assets.embedding.offline import OfflineEmbedder
@@ -228,19 +239,14 @@ class Wiring:
         from songvec_assets.embedding.client import EmbeddingClient
         from songvec_assets.embedding.limits import RateLimiter
 
+        model = given.embedding_model, given.embedding_dimensions, given.truncate
         quota = given.requests_per_minute, given.tokens_per_minute
         return EmbeddingClient(
-            given.fireworks_base_url,
-            given.fireworks_api_key,
-            given.embedding_model,
-            given.embedding_dimensions,
+            Endpoint(given.fireworks_base_url, given.fireworks_api_key, *model),
             RateLimiter(self.database.get_engine("web"), given.fireworks_base_url, *quota),
-            patience_s=given.patience_s,
-            concurrency=given.concurrency,
-            stop=self.stop,
-            estimator=estimator,
-            on_trouble=on_trouble,
-            truncate=given.truncate,
+            Patience(given.patience_s, given.concurrency, self.stop, on_trouble),
+            estimator,
+            check_probe,
         )
 
     # the table
@@ -253,7 +259,7 @@ class Wiring:
     @property
     def table_spec(self) -> TableSpec:
         """What the table is to hold."""
-        given, prompts, record = self.settings, self.prompts, read_record(self.cache)
+        given, prompts, record = self.settings, self.prompts, read_record(self.cache.storage)
         # of the vectors that are cached, also while another prompt is set and nothing is embedded with it yet
         document = record.document_prompt if record else prompts.document
         return TableSpec(given.model, given.embedding_dimensions, given.vector_type, prompts.query, document)

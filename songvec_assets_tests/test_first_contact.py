@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from songvec_assets.cli import app
 from songvec_assets.deployment import Deployment
 from songvec_assets.embedding import client as client_module
+from songvec_assets.embedding import contact as contact_module
+from songvec_assets.embedding import transport as transport_module
 from songvec_assets.errors import ProviderError, ProviderUnavailableError, SettingsError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress
@@ -30,10 +32,11 @@ HTML = "<!doctype html><title>Welcome to nginx!</title>"
 
 @pytest.fixture(autouse=True)
 def _short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contact_module, "MAX_BACKOFF_S", 0.02)
     for name, seconds in {
-        "MAX_BACKOFF_S": 0.02, "FIRST_PATIENCE_S": 0.2, "FIRST_PATIENCE_CLOSED_S": 0.4, "FIRST_CONNECT_TIMEOUT_S": 0.5,
+        "FIRST_PATIENCE_S": 0.2, "FIRST_PATIENCE_CLOSED_S": 0.4, "FIRST_CONNECT_TIMEOUT_S": 0.5
     }.items():  # fmt: skip
-        monkeypatch.setattr(client_module, name, seconds)
+        monkeypatch.setattr(transport_module, name, seconds)
 
 
 @pytest.fixture
@@ -184,7 +187,7 @@ def test_after_a_good_answer_patience_is_as_configured(
     deployment_at: Callable[..., Deployment], provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A page for a while, such as a gateway's in maintenance, in the middle of a run."""
-    monkeypatch.setattr(client_module, "FIRST_PATIENCE_S", 0.0)
+    monkeypatch.setattr(transport_module, "FIRST_PATIENCE_S", 0.0)
     deployment, pages = deployment_at(max_request_texts=2, concurrency=1), []
     export(deployment)
 
@@ -202,7 +205,7 @@ class TestAModelThatLoads:
     def _hasty(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where a client would hang up after half a second, and says after 0.2 that it waits."""
         monkeypatch.setattr(client_module, "BASE_TIMEOUT_S", 0.5)
-        monkeypatch.setattr(client_module, "FIRST_NOTE_S", 0.2)
+        monkeypatch.setattr(contact_module, "FIRST_NOTE_S", 0.2)
 
     def test_is_waited_for_in_a_run_that_says_so(
         self, deployment_at: Callable[..., Deployment], provider: Provider

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache.fill import FillReport
+from songvec_assets.cache.plan import FillReport
 from songvec_assets.deployment import Deployment
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import embed_query, search_songs
@@ -81,7 +81,7 @@ def test_a_changed_a_new_and_a_deleted_song_cost_two_texts(
         connection.execute(sa.text("DELETE FROM songs WHERE id = 7"))
     provider.reset_ledger()
     fills, loads = run_all(deploy(database, provider, tmp_path))
-    assert (fills[0].n_new, fills[0].n_changed, fills[0].n_gone, fills[0].n_unchanged) == (1, 1, 1, 8)
+    assert (fills[0].n_new, fills[0].n_changed, fills[0].n_deleted, fills[0].n_unchanged) == (1, 1, 1, 8)
     assert set(provider.texts()) - {"probe"} == {"Song 3 by Ann\nnew words", "Song 11 by Ann\nla la"}
     assert (loads[0].n_written, loads[0].n_deleted) == (2, 2)
     assert set(read_table(database)) == {*range(1, 12)} - {7}
@@ -120,7 +120,7 @@ def test_only_the_columns_that_the_template_names_are_needed(
     create_songs(database, columns, rows)
     deployment = deploy(database, provider, tmp_path / "store", text_template=template)
     fills, loads = run_all(deployment)
-    assert [(fill.n_songs, fill.n_set_aside, fill.error) for fill in fills] == [(2, 0, None)]
+    assert [(fill.n_songs, fill.n_rejected, fill.error) for fill in fills] == [(2, 0, None)]
     assert {*provider.texts()} - {"probe"} == texts
     assert sum(load.n_written for load in loads) == 2
     vector = deployment.embed_query("waves")
@@ -152,7 +152,7 @@ def test_a_song_is_rejected_for_what_the_template_names_and_it_lacks(
     snapshot = deployment.store.songs.read(fill.range)
     found = {song_id: reason for song_id, reason in snapshot.select("song_id", "set_aside").iter_rows() if reason}
     assert found == rejected
-    assert (fill.n_set_aside, fill.n_embedded) == (len(rejected), 4 - len(rejected))
+    assert (fill.n_rejected, fill.n_embedded) == (len(rejected), 4 - len(rejected))
 
 
 def test_a_template_that_needs_less_takes_songs_that_were_rejected_even_where_exports_read_only_what_is_newer(

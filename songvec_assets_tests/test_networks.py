@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from songvec_assets.deployment import Deployment
-from songvec_assets.embedding import client as client_module
+from songvec_assets.embedding import contact as contact_module
+from songvec_assets.embedding import transport as transport_module
 from songvec_assets.errors import ProviderUnavailableError
 from songvec_assets.postgres.engine import Database
 from songvec_assets_tests.administration import free_port
@@ -37,8 +38,9 @@ def _no_network_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
-    for name, seconds in {"MAX_BACKOFF_S": 0.02, "FIRST_PATIENCE_S": 0.2, "FIRST_PATIENCE_CLOSED_S": 0.4}.items():
-        monkeypatch.setattr(client_module, name, seconds)
+    monkeypatch.setattr(contact_module, "MAX_BACKOFF_S", 0.02)
+    for name, seconds in {"FIRST_PATIENCE_S": 0.2, "FIRST_PATIENCE_CLOSED_S": 0.4}.items():
+        monkeypatch.setattr(transport_module, name, seconds)
 
 
 @pytest.fixture

@@ -215,7 +215,7 @@ def test_who_embeds_all_again_is_not_asked(begin: Begin) -> None:
     run_all(begin())
     changed = begin(text_template="{name}")
     assert changed.estimate(reembed=True).n_again == 0
-    assert run_all(changed, anew="a person") == N_SONGS
+    assert run_all(changed, reembed="a person") == N_SONGS
 
 
 def test_a_record_that_does_not_parse_stops_before_payment(begin: Begin, provider: Provider) -> None:

@@ -15,8 +15,8 @@ import pyarrow as pa
 import xxhash
 
 from songvec_assets.cache import manifest as manifests
-from songvec_assets.cache.manifest import Manifest, Rejection
-from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, PartIdentity, Rows
+from songvec_assets.cache.manifest import DataFile, Manifest, Rejection
+from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, PartIdentity, join_rows
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
@@ -78,19 +78,19 @@ def import_file(path: Path) -> tuple[int, int]:
         sound += [rows if len(good) == len(rows) else rows.take(good)] if len(good) else []
         for song_id in rows.song_ids.tolist():
             words.pop(song_id, None)
-    storage, files, identity = Storage(path.parent), (), PartIdentity(metadata["model"], width, song_range)
+    storage, identity = Storage(path.parent), PartIdentity(metadata["model"], width, song_range)
+    files: tuple[DataFile, ...] = ()
     if sound:
-        narrow = zip(*((each.song_ids, each.text_hashes, each.checksums) for each in sound), strict=True)
         pieces = (each.embeddings[at : at + PIECE_ROWS] for each in sound for at in range(0, len(each), PIECE_ROWS))
-        writer = PartWriter(storage, song_range.key, identity, 0)
-        files = (writer.write_base(Rows(*map(np.concatenate, narrow)), pieces),)
+        writer = PartWriter(storage, identity, 0)
+        files = (writer.write_base(join_rows(sound), pieces),)
     found = Manifest(
         files=files,
         rejected=tuple(each for each in words.values() if isinstance(each, Rejection)),
         deleted_at={song_id: at for song_id, at in words.items() if isinstance(at, float)},
         damaged=tuple(song_id for song_id, each in words.items() if each is None),
     )
-    storage.put(f"{song_range.key}/{manifests.NAME}", manifests.encode(found, identity))
+    storage.put(manifests.key_of(song_range), manifests.encode(found, identity))
     path.rename(path.with_name(f"{path.name}.imported"))
     return len({int(song_id) for each in sound for song_id in each.song_ids} - words.keys()), n_left_out
 

@@ -1,4 +1,4 @@
-"""What is known of a range's files, in one small file that is replaced as a whole: `manifest.json` beside the parts.
+"""What is known of a range's files, in one small file that is replaced as a whole: `manifest.json` next to the parts.
 
 A manifest names its generation's files in their order, the songs that have no vector and why, and what a complete fill
 depended on. Parts of that generation that it does not name are newer than all it says; see `Manifest.adopt`. Pure.
@@ -94,9 +94,6 @@ class Manifest(msgspec.Struct, frozen=True):
         damaged: songs whose row was found damaged: they have no vector until a newer part has one.
         consumed: files that a merge has replaced, and that may not be deleted yet.
         complete: the last fill, if it was complete and nothing was written since.
-        asked_by: who asked for all songs to be embedded again, and was not served yet.
-        asked_generation: of the parts that answer it; it becomes the generation when the answer is complete.
-        served: who asked before and was served.
     """
 
     version: int = _VERSION
@@ -110,24 +107,21 @@ class Manifest(msgspec.Struct, frozen=True):
     damaged: tuple[int, ...] = ()
     consumed: tuple[str, ...] = ()
     complete: Completion | None = None
-    asked_by: str | None = None
-    asked_generation: int = 0
-    served: tuple[str, ...] = ()
 
     @property
     def identity(self) -> PartIdentity:
         """Whose it is, of one that was stored."""
         return PartIdentity(self.model_id, self.dimensions, SongIdRange.from_key(self.range))
 
-    def is_owed(self, asked_by: str | None) -> bool:
-        """Whether somebody asks who was not served."""
-        return asked_by is not None and asked_by not in self.served
+    def begin_generation(self, generation: int) -> "Manifest":
+        """The manifest of a later generation that has no file yet."""
+        return replace(self, generation=generation, files=(), damaged=(), consumed=(), complete=None)
 
     def find_unnamed(self, names: Iterable[str], is_read: bool = True) -> list[str]:
         """The parts, in order, that are newer than this manifest.
 
         Args:
-            names: of the files beside it.
+            names: of the files in its folder.
             is_read: whether there is a manifest; if it was lost, bases are adopted too.
         """
         known = {each.name for each in self.files} | {*self.consumed}
@@ -160,10 +154,8 @@ class Manifest(msgspec.Struct, frozen=True):
         left = self.without(song_ids)
         return replace(left, deleted_at=left.deleted_at | dict.fromkeys(song_ids, at), complete=None)
 
-    def find_garbage(self, names: Iterable[str], is_read: bool = True) -> list[str]:
-        """Of the files beside it, those that nothing needs any more."""
-        if not is_read:
-            return []
+    def find_garbage(self, names: Iterable[str]) -> list[str]:
+        """Of the files in its folder, those that nothing needs any more; of a later generation, merges not named."""
         kept, consumed = {each.name for each in self.files}, {*self.consumed}
         return [
             name
@@ -172,6 +164,11 @@ class Manifest(msgspec.Struct, frozen=True):
             and name not in kept
             and (generation < self.generation or name in consumed or is_base(name))
         ]
+
+
+def key_of(song_range: SongIdRange) -> str:
+    """Where a range's manifest is, in the storage of its model."""
+    return f"{song_range.key}/{NAME}"
 
 
 def generation_of(name: str) -> int | None:
@@ -209,7 +206,8 @@ def decode(content: bytes, name: str, identity: PartIdentity | None = None) -> M
         if version != _VERSION:
             raise StoreError(
                 f"{name} has version {version}, expected {_VERSION}: another version of songvec wrote it. Work with "
-                "that version"
+                "that version",
+                "store.other-version",
             )
         if digest != _digest(content):
             raise msgspec.DecodeError("its checksum, which is the second line, does not fit the first")
@@ -217,12 +215,14 @@ def decode(content: bytes, name: str, identity: PartIdentity | None = None) -> M
     except msgspec.DecodeError as error:
         raise StoreError(
             f"{name} does not parse ({error}): restore it from a backup. Or remove it: the next fill compares the "
-            "range with its parts and sends what they lack, and songs that were rejected"
+            "range with its parts and sends what they lack, and songs that were rejected",
+            "store.damaged",
         ) from error
     if identity is not None and found.identity != identity:
         raise StoreError(
             f"{name} holds {found.identity}, expected {identity}: restore it from a backup; or move it away, and its "
-            "songs are embedded again"
+            "songs are embedded again",
+            "store.foreign-file",
         )
     return found
 

@@ -223,7 +223,8 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
     if layout != _FORMAT:
         raise StoreError(
             f"{name} has format {layout}, expected {_FORMAT}: another version of songvec wrote it. "
-            "Work with that version"
+            "Work with that version",
+            "store.other-version",
         )
     batches: list[CachedRows] = []
     try:
@@ -231,19 +232,21 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
         batches.extend(_read_batch(batch, found) for batch in stored)
     except _UNREADABLE as error:
         problem = problem or f"a batch does not open ({error})"
-    if not problem and found.digest(_join(batches)) != digest:
+    if not problem and found.digest(join_rows(batches)) != digest:
         problem = "song_ids, text hashes or checksums are not as they were written"
     if found != identity and not problem:
         raise StoreError(
             f"{name} holds {found}, expected {identity}: restore it from a backup; or move it away, and its songs are "
-            "embedded again"
+            "embedded again",
+            "store.foreign-file",
         )
     if problem:
         raise DamagedPartError(problem, batches if found == identity else [])
     return batches
 
 
-def _join(batches: Sequence[CachedRows]) -> Rows:
+def join_rows(batches: Sequence[CachedRows]) -> Rows:
+    """The narrow columns of some batches."""
     narrow = [(each.song_ids, each.text_hashes, each.checksums) for each in batches]
     return Rows(*map(np.concatenate, zip(*narrow, strict=True))) if narrow else Rows.of((), (), _NONE)
 

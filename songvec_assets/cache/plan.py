@@ -1,11 +1,11 @@
 """What the cache lacks of a range's snapshot, and what that will cost. Writes nothing."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import polars as pl
 
-from songvec_assets.cache.shards import CachedRange
+from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.texts import is_made_otherwise
 from songvec_assets.embedding.pricing import Estimate, Price, Quota, TokenEstimator
 from songvec_assets.errors import StoreError
@@ -35,35 +35,67 @@ class Text:
     rejected_before: bool = False
 
 
+@dataclass
+class FillReport:
+    """What a fill does to one range: counts of songs, and what it cost.
+
+    Attributes:
+        range: which.
+        n_songs: of the snapshot, those included that the export rejected.
+        n_new, n_changed, n_deleted, n_reused, n_unchanged: compared with the cache as it was; a reused vector is that
+            of another song with the same text, or of an older text.
+        n_embedded: songs that got a vector from the provider.
+        n_rejected: songs without a vector, for a reason: the export's and the provider's.
+        n_truncated: songs whose text was cut.
+        n_retries, n_limited: bad answers before good ones, and those of them that were 429.
+        n_tokens: billed; estimated where the provider does not say, or if the answer is unusable.
+        n_tokens_expected: as estimated before the first request.
+        usd: their price.
+        seconds: of this range.
+        n_bytes_damaged: of files that were found damaged or missing.
+        rejected: (song_id, reason) of songs that the provider rejected in this fill.
+        error: why the range is not complete, if it is not.
+    """
+
+    range: SongIdRange
+    n_songs: int = 0
+    n_new: int = 0
+    n_changed: int = 0
+    n_deleted: int = 0
+    n_reused: int = 0
+    n_unchanged: int = 0
+    n_embedded: int = 0
+    n_rejected: int = 0
+    n_truncated: int = 0
+    n_retries: int = 0
+    n_limited: int = 0
+    n_tokens: int = 0
+    n_tokens_expected: int = 0
+    usd: float = 0.0
+    seconds: float = 0.0
+    n_bytes_damaged: int = 0
+    rejected: list[tuple[int, str]] = field(default_factory=list)
+    error: Exception | None = None
+
+
 @dataclass(frozen=True)
 class FillPlan:
     """What a range lacks.
 
     Attributes:
-        range: which.
-        n_songs: songs of the snapshot, those set aside by the export included.
-        n_unchanged: songs whose text has its vector already.
-        song_ids: songs of the snapshot that can be embedded.
-        deleted: song_ids that are cached but no longer among those.
+        report: the counts of the plan.
+        deleted: song_ids that are cached but no longer among the songs that can be embedded.
         reused: songs (song_id, text_hash, row) whose text has a vector already, under another song or an older text.
         texts: what must be sent.
-        n_new, n_changed, n_truncated, n_set_aside: songs; set aside by the export, or by the provider before.
-        n_rejected: those of the last that the provider rejected before.
+        has_rejected: whether the provider rejected a song before, and is not asked again.
         made_otherwise: whether the cached texts were made with other settings.
     """
 
-    range: SongIdRange
-    n_songs: int
-    n_unchanged: int
-    song_ids: pl.Series
+    report: FillReport
     deleted: list[int]
     reused: pl.DataFrame
     texts: list[Text]
-    n_new: int
-    n_changed: int
-    n_truncated: int
-    n_set_aside: int
-    n_rejected: int = 0
+    has_rejected: bool = False
     made_otherwise: bool = False
 
     def estimate_tokens(self, estimator: TokenEstimator) -> int:
@@ -76,16 +108,13 @@ class FillPlan:
         return [each for each in self.texts if each.again] if self.made_otherwise else []
 
 
-def plan_fill(
-    snapshots: Snapshots, shard: CachedRange, spec: TextSpec, since: int = 0, rejected_by: str | None = None
-) -> FillPlan:
+def plan_fill(snapshots: Snapshots, shard: CachedRange, spec: TextSpec, rejected_by: str | None = None) -> FillPlan:
     """Compare a range's snapshot with what is cached of it.
 
     Args:
         snapshots: of the store.
         shard: the range.
         spec: how songs become texts.
-        since: number of the first row that counts as an answer.
         rejected_by: the server whose rejections hold; songs that another one rejected are sent again; None: no
             rejection holds.
 
@@ -94,23 +123,15 @@ def plan_fill(
     """
     if shard.range not in snapshots:
         raise StoreError(
-            f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first"
+            f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first",
+            "cache.missing",
         )
     hashes, n_songs = snapshots.read_text_hashes(shard.range, spec), snapshots.count(shard.range)
-    known = shard.rows.select("song_id", "text_hash")
     rejected = shard.rejected.select("song_id", "text_hash", "reason")
-    holds = pl.lit(False) if rejected_by is None or since else pl.col("reason").str.starts_with(f"{rejected_by} ")
-    answered = pl.concat(
-        [
-            (shard.asked_rows() if since else known).select("song_id", before="text_hash", refused=pl.lit(False)),
-            rejected.filter(holds).select("song_id", before="text_hash", refused=pl.lit(True)),
-        ]
-    )
-    compared = hashes.join(answered, on="song_id", how="left", maintain_order="left")
-    unchanged = compared.filter(pl.col("before") == pl.col("text_hash"))
-    missing = compared.filter(pl.col("before").ne_missing(pl.col("text_hash")))
+    holds = pl.lit(False) if rejected_by is None else pl.col("reason").str.starts_with(f"{rejected_by} ")
+    unchanged, missing = _compare(hashes, shard.rows, rejected.filter(holds))
     # whatever was paid for serves again: another song's vector, and one that no longer holds (a lyric changed back)
-    stored = shard.all_rows.slice(since).join(missing, on="text_hash", how="semi")
+    stored = shard.all_rows.join(missing, on="text_hash", how="semi")
     vectors = shard.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
     reused = missing.join(vectors, on="text_hash", how="inner", maintain_order="left")
     unpaid = (
@@ -121,36 +142,49 @@ def plan_fill(
     )
     # the rest is cached, or has the text of one of these
     texts = snapshots.render(shard.range, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
-    to_send = unpaid.join(texts, on="text_hash", how="inner", maintain_order="left")
-    n_bytes = pl.col("text").str.len_bytes().alias("n_bytes")
-    cached = pl.concat([known["song_id"], rejected["song_id"]])
+    to_send = unpaid.join(texts, on="text_hash", how="inner", maintain_order="left").select(
+        "text", "text_hash", "song_id", pl.col("text").str.len_bytes().alias("n_bytes"), "again", "rejected_before"
+    )
+    before = (shard.replaces or shard).rows
+    cached = pl.concat([before["song_id"], shard.rows["song_id"], rejected["song_id"]]).unique()
+    deleted = cached.filter(~cached.is_in(hashes["song_id"].implode())).to_list()
     n_new = missing.filter(~pl.col("song_id").is_in(cached.implode())).height
     n_refused = int(unchanged["refused"].sum())
-    return FillPlan(
+    report = FillReport(
         range=shard.range,
         n_songs=n_songs,
-        n_unchanged=unchanged.height - n_refused,
-        song_ids=hashes["song_id"],
-        deleted=cached.filter(~cached.is_in(hashes["song_id"].implode())).to_list(),
-        reused=reused.select("song_id", "text_hash", "row"),
-        texts=[
-            Text(*row)
-            for row in to_send.select("text", "text_hash", "song_id", n_bytes, "again", "rejected_before").iter_rows()
-        ],
         n_new=n_new,
         n_changed=missing.height - n_new,
+        n_deleted=len(deleted),
+        n_reused=reused.height,
+        n_unchanged=unchanged.height - n_refused,
+        n_rejected=n_songs - hashes.height + n_refused,
         n_truncated=int(hashes["truncated"].sum()),
-        n_set_aside=n_songs - hashes.height + n_refused,
-        n_rejected=n_refused,
-        made_otherwise=is_made_otherwise(shard.cache, shard.range, spec),
+        n_bytes_damaged=sum(each.n_bytes for each in shard.manifest.files if each.name in shard.damaged),
     )
+    sent = [Text(*row) for row in to_send.iter_rows()]
+    made_otherwise = is_made_otherwise(shard.storage, shard.files, spec)
+    return FillPlan(report, deleted, reused.select("song_id", "text_hash", "row"), sent, n_refused > 0, made_otherwise)
+
+
+def _compare(hashes: pl.DataFrame, rows: pl.DataFrame, refused: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The songs whose text has its answer, a vector or a rejection that holds; and the others."""
+    answered = pl.concat(
+        [
+            rows.select("song_id", before="text_hash", refused=pl.lit(False)),
+            refused.select("song_id", before="text_hash", refused=pl.lit(True)),
+        ]
+    )
+    compared = hashes.join(answered, on="song_id", how="left", maintain_order="left")
+    is_missing = pl.col("before").ne_missing(pl.col("text_hash"))
+    return compared.filter(~is_missing), compared.filter(is_missing)
 
 
 def estimate_fills(plans: Iterable[FillPlan], estimator: TokenEstimator, price: Price, quota: Quota) -> Estimate:
     """Tokens, dollars and hours of some plans together."""
     n_songs = n_texts = n_tokens = n_again = n_tokens_again = 0
     for plan in plans:
-        n_songs += plan.n_songs
+        n_songs += plan.report.n_songs
         n_texts += len(plan.texts)
         n_tokens += plan.estimate_tokens(estimator)
         n_again += len(plan.texts_again)

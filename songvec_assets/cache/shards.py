@@ -1,40 +1,24 @@
-"""What is cached of a model, range by range: files of vectors that were paid for, and the rows of them that hold.
+"""What is cached of a model, range by range: files of vectors that were paid for.
 
 A range of a model is a folder: parts and bases (`parts`), which are never changed, and a manifest that names them
-(`manifest`). Of a song's rows the last one holds, in the order of the files, unless the manifest says that the song was
-rejected or deleted. Many may read a range; one writes at a time and holds the range's lock.
-
-When to add here: another way to read cached rows. Keep out: the bytes of a file; what a fill or a load decides.
-Embeddings are float32, (n, dimensions).
+(`manifest`). When to add here: another question about a range of a model. Keep out: its rows (`cached_range`), and the
+bytes of a file (`parts`).
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
-import numpy as np
 import polars as pl
-import pyarrow as pa
 import xxhash
-from msgspec.structs import replace
-from numpy.typing import NDArray
 
 from songvec_assets.cache import manifest as manifests
-from songvec_assets.cache.manifest import Completion, DataFile, Manifest
-from songvec_assets.cache.parts import (
-    PIECE_ROWS,
-    CachedRows,
-    DamagedPartError,
-    PartIdentity,
-    open_part,
-    read_identity,
-)
-from songvec_assets.cache.writing import PartWriter
+from songvec_assets.cache.cached_range import CachedRange, RangeFiles
+from songvec_assets.cache.manifest import Completion, Manifest
+from songvec_assets.cache.parts import CachedRows, PartIdentity, read_identity
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.text import TEXT_HASH_BYTES
 from songvec_assets.storage import Storage
 
 _TRIES = 5
@@ -70,12 +54,15 @@ class ModelCache:
             raise StoreError(
                 f"{self.storage} holds {len(old):,} files of an earlier format ({old[0]}, …): copy what they hold with "
                 "`python tools/import_old_cache.py STORAGE_FOLDER`, which pays nothing, then start the same command "
-                "again"
+                "again",
+                "store.other-version",
             )
         try:
             return sorted(SongIdRange.from_key(name) for name in self.storage.list_prefixes())
         except ValueError as error:
-            raise StoreError(f"a folder that is not ours lies in {self.storage}: {error}; move it away") from error
+            raise StoreError(
+                f"a folder that is not ours lies in {self.storage}: {error}; move it away", "store.foreign-file"
+            ) from error
 
     def read_manifest(self, song_range: SongIdRange) -> Manifest:
         """What is known of a range; of one that was never filled, nothing.
@@ -83,62 +70,45 @@ class ModelCache:
         Raises:
             StoreError: it does not parse.
         """
-        return self._read(song_range)[0] or Manifest()
+        key = manifests.key_of(song_range)
+        read = self.storage.read(key)
+        name, identity = self.storage.describe(key), self.identity(song_range)
+        return manifests.decode(read.content, name, identity) if read else Manifest()
 
-    def find_completion(self, song_range: SongIdRange) -> Completion | None:
-        """The last fill of a range, if it was complete; None also where the manifest does not parse, as its own fill
-        or load says."""
-        try:
-            return self.read_manifest(song_range).complete
-        except StoreError:
-            return None
+    def look(self, song_range: SongIdRange) -> RangeFiles:
+        """What there is of a range: one read and one listing."""
+        return RangeFiles.read(self.storage, self.identity(song_range))
 
-    def list_files(self, song_range: SongIdRange) -> dict[str, int]:
-        """The range's files with vectors, and their sizes."""
-        files = self.storage.list_objects(song_range.key)
-        return {name: size for name, size in files.items() if manifests.generation_of(name) is not None}
-
-    def open(self, song_range: SongIdRange, asked: bool = False) -> "CachedRange":
+    def open(self, song_range: SongIdRange, generation: int | None = None) -> CachedRange:
         """A range as it is now.
 
         Args:
             song_range: which.
-            asked: whether to add, at the end, what was embedded again so far for whoever asked.
+            generation: a later one than the range has: only its files are read, and it replaces what there is when it
+                is saved.
 
         Raises:
             StoreError: its manifest does not parse, or a file is of another model, size or range.
         """
+        identity = self.identity(song_range)
         for tries_left in reversed(range(_TRIES)):
-            manifest, version = self._read(song_range)
-            opened = CachedRange(self, song_range, manifest, version, self.list_files(song_range), asked)
-            if not opened.damaged or not tries_left or self._read(song_range)[1] == version:
+            files = self.look(song_range)
+            if files.error:
+                raise files.error
+            opened = CachedRange(self.storage, identity, files)
+            if not opened.damaged or not tries_left or self.look(song_range).version == files.version:
                 break
-        return opened
+        return opened if generation is None else CachedRange(self.storage, identity, files, opened, generation)
 
-    def open_as_found(self, song_range: SongIdRange) -> "CachedRange":
+    def open_as_found(self, song_range: SongIdRange) -> CachedRange:
         """The same, whatever model its files say they are of: a folder's name does not give it back."""
-        key = _manifest_key(song_range)
+        key = manifests.key_of(song_range)
         read = self.storage.read(key)
         found = manifests.decode(read.content, self.storage.describe(key)).identity if read else None
-        for name in () if found else self.list_files(song_range):
+        for name in () if found else self.look(song_range).sizes:
             found = found or read_identity(self.storage.open(f"{song_range.key}/{name}"))
-        return (
-            ModelCache(self.storage, found.model_id, found.dimensions).open(song_range)
-            if found
-            else self.open(song_range)
-        )
-
-    def is_complete(self, song_range: SongIdRange, manifest: Manifest | None = None) -> bool:
-        """Whether a range was filled completely and has just the files of then, as far as their sizes tell."""
-        manifest = manifest or self.read_manifest(song_range)
-        sizes = self.list_files(song_range)
-        named = {each.name: each.n_bytes for each in manifest.files}
-        return (
-            manifest.complete is not None
-            and not manifest.find_unnamed(sizes)
-            and named.items() <= sizes.items()
-            and not manifest.find_garbage(sizes)
-        )
+        cache = ModelCache(self.storage, found.model_id, found.dimensions) if found else self
+        return cache.open(song_range)
 
     def summarize(self, song_range: SongIdRange, opens_files: bool = False) -> "RangeSummary":
         """What is cached of a range, in short.
@@ -149,11 +119,9 @@ class ModelCache:
                 complete and they are as large as then.
         """
         try:
-            if not opens_files:
-                manifest = self.read_manifest(song_range)
-                done = manifest.complete
-                if done is not None and self.is_complete(song_range, manifest):
-                    return RangeSummary(done.n_vectors, done.digest, IdSums(*done.ids), done)
+            done = None if opens_files else self.look(song_range).done
+            if done is not None:
+                return RangeSummary(done.n_vectors, done.digest, IdSums(*done.ids), done)
             opened = self.open(song_range)
         except StoreError as error:
             return RangeSummary(error=str(error))
@@ -164,18 +132,10 @@ class ModelCache:
         """An identity of all that is cached; opens no file with vectors."""
         state = xxhash.xxh3_128(f"{self.model} {self.dimensions}".encode())
         for song_range in self.ranges():
-            read = self.storage.read(_manifest_key(song_range))
-            state.update(f"{song_range.key} {read.version if read else None}\n".encode())
-            if read is None or self.find_completion(song_range) is None:
-                state.update(repr(sorted(self.list_files(song_range))).encode())
+            files = self.look(song_range)
+            names = [] if files.manifest and files.manifest.complete else sorted(files.sizes)
+            state.update(f"{song_range.key} {files.version} {names}\n".encode())
         return state.hexdigest()
-
-    def _read(self, song_range: SongIdRange) -> tuple[Manifest | None, str | None]:
-        key = _manifest_key(song_range)
-        read = self.storage.read(key)
-        if read is None:
-            return None, None
-        return manifests.decode(read.content, self.storage.describe(key), self.identity(song_range)), read.version
 
 
 @dataclass(frozen=True)
@@ -196,238 +156,6 @@ class RangeSummary:
     complete: Completion | None = None
     is_damaged: bool = False
     error: str = ""
-
-
-@dataclass
-class CachedRange:
-    """A range as it was when it was opened, and whoever holds its lock writes it through this.
-
-    Attributes:
-        cache, range: whose.
-        stored: its manifest; None if there is none.
-        version: of that manifest.
-        sizes: of all files with vectors.
-        asked: see `ModelCache.open`.
-        manifest: what holds: the stored manifest, and the parts that are newer.
-        damaged: files that are not as they were written, and why. What is sound of them is read.
-        n_unnamed: files that the stored manifest does not name.
-        first_asked: number of the first row that answers who asked for all songs again.
-    """
-
-    cache: ModelCache
-    range: SongIdRange
-    stored: Manifest | None
-    version: str | None
-    sizes: dict[str, int]
-    asked: bool = False
-    damaged: dict[str, str] = field(default_factory=dict)
-    n_unnamed: int = 0
-    first_asked: int = 0
-    _batches: list[CachedRows] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        # without a manifest nobody says which generation holds: the lowest one is complete, if any is
-        lowest = min((manifests.generation_of(name) or 0 for name in self.sizes), default=0)
-        manifest = self.stored or Manifest(generation=lowest)
-        for each in manifest.files:
-            self._open(each)
-        unnamed = manifest.find_unnamed(self.sizes, self.stored is not None)
-        self.n_unnamed = len(unnamed)
-        self.manifest = self._add(manifest, unnamed)
-        self.first_asked = self.n_rows
-        if self.asked:
-            asked = replace(manifest, generation=manifest.asked_generation, files=(), consumed=())
-            for name in asked.find_unnamed(self.sizes):
-                self._open(DataFile(name, self.sizes[name]))
-
-    @property
-    def describe(self) -> str:
-        """How messages name it."""
-        return self.cache.storage.describe(self.range.key)
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of all files, those that no longer hold among them."""
-        return sum(map(len, self._batches))
-
-    @property
-    def n_bytes_damaged(self) -> int:
-        """Of the files that cannot be read."""
-        return sum(each.n_bytes for each in self.manifest.files if each.name in self.damaged)
-
-    @property
-    def is_read(self) -> bool:
-        """Whether the range has a manifest."""
-        return self.stored is not None
-
-    @property
-    def rejected(self) -> pl.DataFrame:
-        """Songs that the provider rejected: columns song_id (Int32), text_hash (Binary) and reason (String)."""
-        rows = [(each.song_id, each.text_hash, each.reason) for each in self.manifest.rejected]
-        schema = {"song_id": pl.Int32, "text_hash": pl.Binary, "reason": pl.String}
-        return pl.DataFrame(rows, schema, orient="row").sort("song_id")
-
-    @cached_property
-    def all_rows(self) -> pl.DataFrame:
-        """Every row, in the order of the files. Reads no vector.
-
-        Returns:
-            Columns song_id (Int32), text_hash (Binary), checksum (UInt64), and row (Int64, the row's number).
-        """
-        empty = CachedRows(np.empty(0, np.int32), np.empty(0, f"V{TEXT_HASH_BYTES}"), np.empty(0, np.uint64), _NOTHING)
-        batches = [empty, *self._batches]
-        hashes = np.concatenate([each.text_hashes for each in batches])
-        binary = pa.Array.from_buffers(pa.binary(TEXT_HASH_BYTES), len(hashes), [None, pa.py_buffer(hashes)])
-        return pl.DataFrame(
-            {
-                "song_id": np.concatenate([each.song_ids for each in batches]),
-                "text_hash": pl.Series(binary, dtype=pl.Binary),
-                "checksum": np.concatenate([each.checksums for each in batches]),
-            }
-        ).with_columns(row=pl.int_range(pl.len()))
-
-    @property
-    def _held_rows(self) -> pl.DataFrame:
-        return self.all_rows.head(self.first_asked) if self.asked else self.all_rows
-
-    @cached_property
-    def rows(self) -> pl.DataFrame:
-        """The songs that have a vector: the columns of `all_rows`, ordered by song_id. Reads no vector."""
-        held = _last_rows(self._held_rows)
-        without = [
-            *(each.song_id for each in self.manifest.rejected),
-            *self.manifest.deleted_at,
-            *self.manifest.damaged,
-        ]
-        return held.filter(~pl.col("song_id").is_in(without))
-
-    def asked_rows(self) -> pl.DataFrame:
-        """Of the rows that answer who asked for all songs again, each song's last; the columns of `all_rows`."""
-        return _last_rows(self.all_rows.slice(self.first_asked))
-
-    def deleted_rows(self, since_s: float) -> pl.DataFrame:
-        """The last rows of songs that were deleted at this time or later; the columns of `all_rows`."""
-        ids = [song_id for song_id, at in self.manifest.deleted_at.items() if at >= since_s]
-        return _last_rows(self._held_rows).filter(pl.col("song_id").is_in(ids))
-
-    def deleted_song_ids(self) -> pl.Series:
-        """The songs that were deleted, and whose vectors are kept."""
-        return pl.Series("song_id", [*self.manifest.deleted_at], dtype=pl.Int32)
-
-    def find_sound(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """Those of some rows whose vector is good and fits its checksum. Reads their vectors."""
-        sound = [pl.Series([], dtype=pl.Boolean)]
-        for piece in rows.iter_slices(PIECE_ROWS):
-            embeddings, song_ids = self.embeddings_at(piece["row"]), piece["song_id"].to_numpy()
-            hashes = np.array(piece["text_hash"].to_list(), dtype=f"V{TEXT_HASH_BYTES}")
-            sound.append(pl.Series(CachedRows(song_ids, hashes, piece["checksum"].to_numpy(), embeddings).find_sound()))
-        return rows.filter(pl.concat(sound))
-
-    def embeddings_at(self, rows: pl.Series | Sequence[int]) -> Float32Matrix:
-        """The vectors of a few rows, by their numbers, in the order asked for."""
-        wanted = np.asarray(rows, dtype=np.int64)
-        embeddings = np.empty((len(wanted), self.cache.dimensions), dtype=np.float32)
-        places = np.searchsorted(self._starts, wanted, side="right") - 1
-        for place in np.unique(places):
-            here = places == place
-            embeddings[here] = self._batches[place].embeddings[wanted[here] - self._starts[place]]
-        return embeddings
-
-    def iter_vectors(self, rows: pl.Series) -> Iterator[CachedRows]:
-        """Read vectors, a stored batch at a time and in the order of the files; whole batches are not copied.
-
-        Args:
-            rows: their numbers.
-        """
-        wanted = np.sort(rows.to_numpy())
-        for first, batch in zip(self._starts, self._batches, strict=True):
-            begin, end = np.searchsorted(wanted, (first, first + len(batch)))
-            if end - begin == len(batch):
-                yield batch
-            elif begin < end:  # picking rows copies
-                yield batch.take(wanted[begin:end] - first)
-
-    def save(self, manifest: Manifest) -> None:
-        """Replace the manifest.
-
-        Raises:
-            StoreError: somebody else replaced it since it was read. Nothing is written.
-        """
-        key = _manifest_key(self.range)
-        self.version = self.cache.storage.put_if_unchanged(
-            key, manifests.encode(manifest, self.cache.identity(self.range)), self.version
-        )
-        self.stored = self.manifest = manifest
-        self.n_unnamed = 0
-        self.__dict__.pop("rows", None)
-
-    @cached_property
-    def writer(self) -> PartWriter:
-        """Writes parts of this range. What others have written is named first: unnamed parts are of one writer."""
-        if self.n_unnamed:
-            self.save(self.manifest)
-        generation = self.manifest.asked_generation if self.asked else self.manifest.generation
-        return PartWriter(self.cache.storage, self.range.key, self.cache.identity(self.range), generation)
-
-    def add_written(self) -> None:
-        """Read what the writer has written, as if the range were opened again."""
-        names = [each.name for each in self.writer.files]
-        self.sizes |= {each.name: each.n_bytes for each in self.writer.files}
-        if self.asked:
-            for name in names:
-                self._open(DataFile(name, self.sizes[name]))
-        else:
-            self.manifest = self._add(self.manifest, names)
-        for name in ("all_rows", "rows", "_starts"):
-            self.__dict__.pop(name, None)
-
-    def discard(self, song_ids: Collection[int]) -> None:
-        """Record that songs' rows were found damaged, so that the next fill embeds those songs again."""
-        damaged = sorted({*self.manifest.damaged, *song_ids})
-        self.save(replace(self.manifest, damaged=tuple(damaged), complete=None))
-
-    def delete_garbage(self) -> None:
-        """Remove files that nothing needs any more: the manifest that replaces them is durable."""
-        for name in self.manifest.find_garbage(self.sizes, self.is_read):
-            self.cache.storage.delete(f"{self.range.key}/{name}")
-            del self.sizes[name]
-        self.cache.storage.delete_leftovers(self.range.key)
-
-    @cached_property
-    def _starts(self) -> NDArray[np.int64]:
-        return np.cumsum([0, *map(len, self._batches)], dtype=np.int64)[:-1]
-
-    def _add(self, manifest: Manifest, names: Sequence[str]) -> Manifest:
-        """A manifest with files adopted that are newer, their rows read."""
-        files = [DataFile(name, self.sizes[name]) for name in names]
-        n_before = len(self._batches)
-        for each in files:
-            self._open(each)
-        return manifest.adopt(files, (int(song_id) for rows in self._batches[n_before:] for song_id in rows.song_ids))
-
-    def _open(self, file: DataFile) -> None:
-        key = f"{self.range.key}/{file.name}"
-        name = self.cache.storage.describe(key)
-        try:
-            content = self.cache.storage.open(key)
-            batches = open_part(content, self.cache.identity(self.range), name)
-            if content.size != file.n_bytes:
-                raise DamagedPartError(f"it has {content.size:,} bytes, expected {file.n_bytes:,}", batches)
-            self._batches += batches
-        except FileNotFoundError:
-            self.damaged[file.name] = "it is missing"
-        except DamagedPartError as error:
-            self.damaged[file.name] = str(error)
-            self._batches += error.sound
-
-
-def _last_rows(rows: pl.DataFrame) -> pl.DataFrame:
-    """Each song's last row, ordered by song_id."""
-    ordered = rows.sort("song_id", maintain_order=True)
-    return ordered.filter(pl.col("song_id").ne_missing(pl.col("song_id").shift(-1)))
-
-
-_NOTHING = np.empty((0, 0), np.float32)
 
 
 def load_embeddings_from_cache(cache: ModelCache, song_range: SongIdRange) -> tuple[CachedRange, pl.DataFrame]:
@@ -454,9 +182,5 @@ def read_embeddings_from_file(shard: CachedRange, rows: pl.Series) -> Iterator[C
 
 
 def lock_name(song_range: SongIdRange) -> str:
-    """The lock that whoever writes a range holds."""
+    """The lock of the process that writes a range."""
     return f"fill {song_range.key}"
-
-
-def _manifest_key(song_range: SongIdRange) -> str:
-    return f"{song_range.key}/{manifests.NAME}"

@@ -7,27 +7,26 @@ embeddings/<model>-<dimensions>/texts.json     how their texts are made
 embeddings/<model>-<dimensions>/<key>/         parts, bases and the manifest of a range
 """
 
-import json
-import os
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import polars as pl
 
 from songvec_assets.cache.manifest import Manifest
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.cache.upkeep import write_rows
 from songvec_assets.errors import SettingsError, StoreError
-from songvec_assets.files import replace_atomically, sync_folder
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact, write_first_fact
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.storage import Storage
 
+_KEY = "store.json"
 _FACT = "store_id"
 
 
@@ -48,20 +47,34 @@ class Store:
     bound: bool = False
 
     @property
+    def storage(self) -> Storage:
+        """Where its objects are."""
+        return Storage(self.root)
+
+    @property
     def songs(self) -> Snapshots:
         """Its snapshots."""
-        return Snapshots(Storage(self.root).within("songs"))
+        return Snapshots(self.storage.within("songs"))
 
     def embeddings(self, model: str, dimensions: int) -> ModelCache:
         """What is cached of a model."""
-        storage = Storage(self.root).within(f"embeddings/{model.replace('/', '--')}-{dimensions}")
-        return ModelCache(storage, model, dimensions)
+        prefix = f"embeddings/{model.replace('/', '--')}-{dimensions}"
+        return ModelCache(self.storage.within(prefix), model, dimensions)
 
     def model_caches(self) -> list[ModelCache]:
         """What is cached of every model that has a folder."""
         # a model's name is in its files; ranges are found without it
-        models = Storage(self.root).within("embeddings")
+        models = self.storage.within("embeddings")
         return [ModelCache(models.within(name), "", 0) for name in models.list_prefixes()]
+
+
+class _Record(msgspec.Struct):
+    store_id: str
+    range_size: int
+    song_id_stop: int
+    bound: bool
+    # stores of earlier versions begin at 0
+    song_id_start: int = 0
 
 
 def find_store(root: Path, tiling: Tiling) -> Store | None:
@@ -73,26 +86,32 @@ def find_store(root: Path, tiling: Tiling) -> Store | None:
         StoreError: it is cut into ranges of another width, its stop is higher, it holds ranges below the start, or its
             `store.json` does not parse.
     """
-    path = root / "store.json"
-    if not path.exists():
+    storage = Storage(root)
+    read = storage.read(_KEY)
+    if read is None:
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        # stores of earlier versions begin at 0
-        cut = Tiling(found["range_size"], found["song_id_stop"], found.get("song_id_start", 0))
-        store = Store(root, found["store_id"], cut, found["bound"])
-    except (ValueError, KeyError, TypeError, SettingsError) as error:
+        found = msgspec.json.decode(read.content, type=_Record)
+        store = Store(
+            root, found.store_id, Tiling(found.range_size, found.song_id_stop, found.song_id_start), found.bound
+        )
+    except (msgspec.DecodeError, SettingsError) as error:
         raise StoreError(
-            f"{path} does not parse ({error}): restore it, or remove it and run `songvec adopt` to bind the store anew"
+            f"{storage.describe(_KEY)} does not parse ({error}): restore it, or remove it and run `songvec adopt` to "
+            "bind the store again",
+            "store.damaged",
         ) from error
     if store.tiling.width != tiling.width:
         raise StoreError(
             f"{root} is cut into ranges of {store.tiling.width} song_ids, SONGVEC_RANGE_SIZE is {tiling.width}: set it "
-            f"back to {store.tiling.width}, or name another folder with SONGVEC_STORAGE"
+            f"back to {store.tiling.width}, or name another folder with SONGVEC_STORAGE",
+            "store.other-ranges",
         )
     if store.tiling.stop > tiling.stop:
         raise StoreError(
-            f"the tail of {root} begins at {store.tiling.stop}, SONGVEC_SONG_ID_STOP is {tiling.stop}: it may only grow"
+            f"the tail of {root} begins at {store.tiling.stop}, SONGVEC_SONG_ID_STOP is {tiling.stop}: it may only "
+            "grow",
+            "store.other-ranges",
         )
     if store.tiling.start < tiling.start:
         held = store.songs.ranges()
@@ -107,7 +126,8 @@ def _check_start(root: Path, song_ids: Iterable[int], tiling: Tiling) -> None:
     if lowest < tiling.start:
         raise StoreError(
             f"{root} holds songs from song_id {lowest} on, SONGVEC_SONG_ID_START is {tiling.start}: set it to "
-            f"{lowest // tiling.width * tiling.width} or less"
+            f"{lowest // tiling.width * tiling.width} or less",
+            "store.other-ranges",
         )
 
 
@@ -119,7 +139,7 @@ def open_store(
     Args:
         root: its folder.
         tiling: how song_ids are to be cut.
-        guard: held while the tail is cut; keeps others from filling it.
+        guard: entered while the tail is cut; keeps others from filling it.
 
     Raises:
         StoreError: see `find_store`; or the folder cannot be made or written.
@@ -127,14 +147,14 @@ def open_store(
     store = find_store(root, tiling)
     if store is None:
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            _create(Store(root, str(uuid.uuid4()), tiling))
-        except OSError as error:
+            # another process may be first: two first starts at once make one store
+            Storage(root).put_if_unchanged(_KEY, _encode(Store(root, str(uuid.uuid4()), tiling)), None)
+        except StoreError as error:
             raise StoreError(
-                f"cannot write to the storage folder {root.absolute()}: {error.strerror}. Work in a folder that you "
-                "may write to, or set SONGVEC_STORAGE to one"
+                f"cannot write to the storage folder {root.absolute()}: {getattr(error.__cause__, 'strerror', error)}. "
+                "Work in a folder that you may write to, or set SONGVEC_STORAGE to one",
+                "store.not-writable",
             ) from error
-        # another process may have been first
         store = find_store(root, tiling)
         assert store is not None
     if store.tiling != tiling:
@@ -183,41 +203,14 @@ def adopt_store(store: Store, database: Database) -> None:
     _write(replace(store, bound=True))
 
 
-def _create(store: Store) -> None:
-    """Write a new `store.json`, whole, unless there is one: two first starts at once make one store."""
-    path = store.root / "store.json"
-    # named by the store: not even another thread writes to it
-    temporary = store.root / f".store.json.{store.store_id}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            file.write(_content(store))
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links, such as a share: there two first starts are not told apart
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(store.root)
-
-
 def _write(store: Store) -> None:
-    with replace_atomically(store.root / "store.json") as file:
-        file.write(_content(store))
+    store.storage.put(_KEY, _encode(store))
 
 
-def _content(store: Store) -> bytes:
-    content = {
-        "store_id": store.store_id,
-        "range_size": store.tiling.width,
-        "song_id_start": store.tiling.start,
-        "song_id_stop": store.tiling.stop,
-        "bound": store.bound,
-    }
-    return json.dumps(content, indent=2).encode() + b"\n"
+def _encode(store: Store) -> bytes:
+    cut = store.tiling
+    record = _Record(store.store_id, cut.width, cut.stop, store.bound, cut.start)
+    return msgspec.json.format(msgspec.json.encode(record)) + b"\n"
 
 
 def _cut_tails(store: Store, tiling: Tiling) -> None:
@@ -236,20 +229,23 @@ def _cut_tail(cache: ModelCache, store: Store, tiling: Tiling) -> None:
         raise StoreError(
             f"{tail.describe} is damaged, so that it cannot be divided ({named}): restore it from a backup; or set "
             f"SONGVEC_SONG_ID_STOP back to {store.tiling.stop}, run all ranges, which embeds what is lost, and raise "
-            "it again"
+            "it again",
+            "store.damaged",
         )
     kept = pl.concat([tail.rows, tail.deleted_rows(0.0)])
     manifest = tail.manifest
     _check_start(store.root, [*kept["song_id"], *(each.song_id for each in manifest.rejected)], tiling)
-    for song_range in (tile for tile in tiling if tile.start >= store.tiling.stop):
+    for song_range in (each for each in tiling if each.start >= store.tiling.stop):
         rows = kept.filter(pl.col("song_id").is_between(song_range.start, song_range.stop - 1))
         rejected = tuple(each for each in manifest.rejected if each.song_id in song_range)
         if rows.height or rejected:
             deleted_at = {song_id: at for song_id, at in manifest.deleted_at.items() if song_id in song_range}
             damaged = tuple(song_id for song_id in manifest.damaged if song_id in song_range)
-            write_rows(tail, rows, song_range, Manifest(rejected=rejected, deleted_at=deleted_at, damaged=damaged))
+            found = Manifest(generation=manifest.generation, rejected=rejected, deleted_at=deleted_at, damaged=damaged)
+            write_rows(tail, rows, song_range, found)
     # from here on there is nothing to divide, whatever of the files is left
-    tail.save(Manifest(generation=manifest.generation, consumed=tuple(tail.sizes)))
-    for name in tail.sizes:
-        tail.cache.storage.delete(f"{tail.range.key}/{name}")
-    tail.cache.storage.delete_all(tail.range.key)
+    names = tuple(tail.files.sizes)
+    tail.save(Manifest(generation=manifest.generation, consumed=names))
+    for name in names:
+        tail.storage.delete(f"{tail.range.key}/{name}")
+    tail.storage.delete_all(tail.range.key)

@@ -1,19 +1,21 @@
-"""How the texts of a model's cache are made: the record beside its shards, and what a change of it would send again.
+"""How the texts of a model's cache are made: the recorded settings, and what a change of them would send again.
 
 `texts.json` in the model's folder is written by the first fill, and again when a fill may go on with other settings.
-When to add here: another setting that changes every text. Keep out: who confirms, and what a fill does range by range.
+When to add here: another setting that changes every text. Keep out: the confirmation, and what a fill does to a range.
 """
 
 from collections.abc import Callable, Sequence
 
 import msgspec
 
+from songvec_assets.cache.cached_range import RangeFiles
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.embedding.prompts import NO_PROMPTS, Prompts, default_prompts
 from songvec_assets.errors import ReembeddingError, StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TextSpec
+from songvec_assets.storage import Storage
 
 _KEY = "texts.json"
 
@@ -37,25 +39,27 @@ class TextRecord(msgspec.Struct, frozen=True):
         return TextSpec(self.template, self.max_chars, self.document_prompt)
 
 
-def read_record(cache: ModelCache) -> TextRecord | None:
-    """The record of a model's cache; None: there is none, as in caches from before there were records.
+def read_record(storage: Storage) -> TextRecord | None:
+    """The record in the storage of a model; None: there is none, as in caches from before there were records.
 
     Raises:
         StoreError: it does not parse.
     """
-    read = cache.storage.read(_KEY)
+    read = storage.read(_KEY)
     try:
         return msgspec.json.decode(read.content, type=TextRecord) if read else None
     except msgspec.DecodeError as error:
         raise StoreError(
-            f"{cache.storage.describe(_KEY)} does not parse ({error}), so it is not known how the cached texts were "
-            "made: restore it, or set SONGVEC_QUERY_PROMPT and SONGVEC_DOCUMENT_PROMPT to what they were, and remove it"
+            f"{storage.describe(_KEY)} does not parse ({error}), so it is not known how the cached texts were "
+            "made: restore it, or set SONGVEC_QUERY_PROMPT and SONGVEC_DOCUMENT_PROMPT to what they were, and "
+            "remove it",
+            "store.damaged",
         ) from error
 
 
-def write_record(cache: ModelCache, record: TextRecord) -> None:
+def write_record(storage: Storage, record: TextRecord) -> None:
     """Write the record; one writer at a time."""
-    cache.storage.put(_KEY, msgspec.json.encode(record))
+    storage.put(_KEY, msgspec.json.encode(record))
 
 
 def choose_prompts(cache: ModelCache, query: str | None, document: str | None) -> Prompts:
@@ -63,7 +67,7 @@ def choose_prompts(cache: ModelCache, query: str | None, document: str | None) -
 
     A cache from before there were records has no document prompt.
     """
-    record, default = read_record(cache), default_prompts(cache.model)
+    record, default = read_record(cache.storage), default_prompts(cache.model)
     if record is not None:
         default = Prompts(record.query_prompt, record.document_prompt)
     elif cache.ranges():
@@ -71,44 +75,38 @@ def choose_prompts(cache: ModelCache, query: str | None, document: str | None) -
     return Prompts(query or default.query, document or default.document)
 
 
-def is_made_otherwise(cache: ModelCache, song_range: SongIdRange, spec: TextSpec) -> bool:
+def is_made_otherwise(storage: Storage, files: RangeFiles, spec: TextSpec) -> bool:
     """Whether a range's cached texts were made with other settings, so far as that is recorded."""
-    try:
-        done = cache.read_manifest(song_range).complete
-    except StoreError:  # its own fill says what is wrong, and sends nothing
-        return False
-    if done is not None:
-        return done.text != spec.identity
-    if not cache.list_files(song_range):
-        return False
-    # its last fill was not completed
-    record = read_record(cache)
+    if files.manifest is not None and files.manifest.complete is not None:
+        return files.manifest.complete.text != spec.identity
+    # its last fill was not completed; one whose manifest does not parse is refused by its own fill
+    record = read_record(storage) if files.sizes and not files.error else None
     return record is not None and record.spec.identity != spec.identity
 
 
 def check_reembedding(
-    cache: ModelCache,
-    ranges: Sequence[SongIdRange],
+    storage: Storage,
+    changed: Sequence[SongIdRange],
     spec: TextSpec,
     estimate: Callable[[Sequence[SongIdRange]], Estimate],
 ) -> None:
     """Refuse to pay again for cached texts only because a setting makes other texts of the same songs.
 
     Args:
-        cache: of the model.
-        ranges: to be filled.
+        storage: of the model.
+        changed: the ranges whose texts were made with other settings.
         spec: how songs are to become texts.
-        estimate: of what filling some ranges would send; called only where settings changed.
+        estimate: of what filling some ranges would send; called only if there are such ranges.
 
     Raises:
         ReembeddingError: says how many texts, and at what price.
     """
-    changed = [song_range for song_range in ranges if is_made_otherwise(cache, song_range, spec)]
     planned = estimate(changed) if changed else None
     if planned is not None and planned.n_again:
+        changes = _name_changes(read_record(storage), spec)
         raise ReembeddingError(
             f"{planned.n_again:,} texts that are cached would be embedded again, for about ${planned.usd_again:,.4f}: "
-            f"{_name_changes(read_record(cache), spec)}. Nothing was sent. Set it back, or confirm it for one run with "
+            f"{changes}. Nothing was sent. Set it back, or confirm it for one run with "
             "`--confirm-reembedding`, or `confirm_reembedding` in the run config"
         )
 

@@ -3,16 +3,18 @@
 Hold the range's lock. When to add here: another thing that a complete range needs. Keep out: what is sent and why.
 """
 
+import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import polars as pl
 from msgspec.structs import replace
 
 from songvec_assets.cache import manifest as manifests
+from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.manifest import Completion, DataFile, Manifest, Rejection, digest_rows
 from songvec_assets.cache.parts import PIECE_ROWS, Rows
-from songvec_assets.cache.shards import CachedRange
+from songvec_assets.cache.shards import write_embeddings_to_file
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.songs.counts import IdSums
@@ -23,50 +25,32 @@ _MOST_FILES = 64
 _DEAD_SHARE = _PARTS_SHARE = 0.2
 
 
-def complete(shard: CachedRange, filled: Completion, retention_s: float) -> None:
+def complete(shard: CachedRange, filled: Completion, retention_s: float, rejected: Collection[Rejection] = ()) -> None:
     """Record that a range is complete: what it holds, in one base where that is worth it.
 
     Args:
-        shard: with all that was written read.
+        shard: what its writer wrote is read first. A later generation replaces what held before.
         filled: what the fill depended on, and counted; without what the files hold.
         retention_s: for how long the vectors of deleted songs are kept.
+        rejected: songs that the provider rejected in this fill.
     """
-    kept = shard.deleted_rows(time.time() - retention_s) if retention_s else shard.rows.clear()
-    digest = _count_vectors(filled, shard.rows)
-    consumed = tuple(name for name in shard.manifest.consumed if name in shard.sizes)
-    manifest = replace(shard.manifest, complete=digest, consumed=consumed)
-    n_dead = shard.n_rows - shard.rows.height - kept.height
+    since = time.time() - retention_s if retention_s else float("inf")
+    shard.add_written()
+    shard.manifest = shard.manifest.reject(rejected)
+    if shard.replaces is not None:
+        _copy_deleted(shard, shard.replaces, since)
+    rows, kept = shard.rows, shard.deleted_rows(since)
+    filled = replace(filled, n_vectors=rows.height, digest=digest_rows(rows), ids=IdSums.of(rows["song_id"]))
+    consumed = tuple(name for name in shard.manifest.consumed if name in shard.files.sizes)
+    manifest = replace(shard.manifest, complete=filled, consumed=consumed)
+    n_dead = shard.n_rows - rows.height - kept.height
     has_many_dead = n_dead > _DEAD_SHARE * shard.n_rows
     if has_many_dead or _is_merge_due(shard):
         # an older text may come back, and its vector serves again
         older = kept.clear() if has_many_dead else _older_rows(shard, kept)
-        manifest = _merge(shard, manifest, pl.concat([older, kept]), shard.rows)
-    if manifest != shard.stored:
+        manifest = _merge(shard, manifest, pl.concat([older, kept]), rows)
+    if manifest != shard.files.manifest:
         shard.save(manifest)
-    shard.delete_garbage()
-
-
-def complete_asked(
-    shard: CachedRange, filled: Completion, retention_s: float, rows: pl.DataFrame, rejected: list[Rejection]
-) -> None:
-    """Let the vectors that were asked for replace all others of the range.
-
-    Args:
-        shard: with all that was written read.
-        filled: see `complete`.
-        retention_s: see `complete`.
-        rows: that hold from now on; of `CachedRange.asked_rows`.
-        rejected: songs that the provider rejected.
-    """
-    kept = shard.deleted_rows(time.time() - retention_s) if retention_s else rows.clear()
-    digest = _count_vectors(filled, rows)
-    before = shard.manifest
-    manifest = replace(before, rejected=tuple(rejected), asked_by=None, complete=digest)
-    manifest = replace(manifest, served=(*before.served, str(before.asked_by)))
-    manifest = _merge(shard, manifest, kept, rows)
-    named = {each.name for each in manifest.files}
-    consumed = tuple(name for name in shard.sizes if name not in named)
-    shard.save(replace(manifest, generation=before.asked_generation, consumed=consumed))
     shard.delete_garbage()
 
 
@@ -79,17 +63,21 @@ def write_rows(source: CachedRange, rows: pl.DataFrame, song_range: SongIdRange,
         song_range: of the same model.
         manifest: what else is known of that range.
     """
-    cache = source.cache
-    writer = PartWriter(cache.storage, song_range.key, cache.identity(song_range), manifest.generation)
+    storage, identity = source.storage, dataclasses.replace(source.identity, range=song_range)
+    writer = PartWriter(storage, identity, manifest.generation)
     files = (writer.write_base(Rows.of_frame(rows), _read(source, rows)),) if rows.height else ()
-    cache.storage.put(
-        f"{song_range.key}/{manifests.NAME}",
-        manifests.encode(replace(manifest, files=files), cache.identity(song_range)),
-    )
+    storage.put(manifests.key_of(song_range), manifests.encode(replace(manifest, files=files), identity))
 
 
-def _count_vectors(filled: Completion, rows: pl.DataFrame) -> Completion:
-    return replace(filled, n_vectors=rows.height, digest=digest_rows(rows), ids=IdSums.of(rows["song_id"]))
+def _copy_deleted(shard: CachedRange, replaced: CachedRange, since_s: float) -> None:
+    """Keep the vectors of songs deleted at this time or later, which a later generation has not embedded."""
+    deleted_at = {song_id: at for song_id, at in shard.manifest.deleted_at.items() if at >= since_s}
+    rows = replaced.find_sound(replaced.last_rows().filter(pl.col("song_id").is_in([*deleted_at])))
+    for piece in rows.iter_slices(PIECE_ROWS):
+        embeddings = replaced.embeddings_at(piece["row"])
+        write_embeddings_to_file(shard, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
+    shard.add_written()
+    shard.manifest = replace(shard.manifest, deleted_at=deleted_at)
 
 
 def _older_rows(shard: CachedRange, kept: pl.DataFrame) -> pl.DataFrame:
@@ -102,13 +90,13 @@ def _older_rows(shard: CachedRange, kept: pl.DataFrame) -> pl.DataFrame:
 
 def _is_merge_due(shard: CachedRange) -> bool:
     files = shard.manifest.files
-    n_parts = sum(not each.is_base for each in files)
     n_based = sum(each.n_bytes for each in files if each.is_base)
     n_in_parts = sum(each.n_bytes for each in files if not each.is_base)
+    has_small_batches = shard.n_batches > 1 and shard.n_rows < shard.n_batches * PIECE_ROWS // 4
     return (
         bool(shard.damaged or shard.manifest.damaged)
         or len(files) > _MOST_FILES
-        or (n_parts > 1 and not n_based and shard.n_rows < n_parts * PIECE_ROWS // 4)
+        or (not n_based and has_small_batches)
         or (n_based > 0 and n_in_parts > _PARTS_SHARE * n_based)
     )
 
@@ -120,7 +108,7 @@ def _merge(shard: CachedRange, manifest: Manifest, kept: pl.DataFrame, rows: pl.
     files: tuple[DataFile, ...] = ()
     if chosen.height:
         files = (shard.writer.write_base(Rows.of_frame(chosen), _read(shard, chosen)),)
-        shard.sizes[files[0].name] = files[0].n_bytes
+        shard.files.sizes[files[0].name] = files[0].n_bytes
     deleted_at = {song_id: at for song_id, at in manifest.deleted_at.items() if song_id in {*kept["song_id"]}}
     consumed = tuple(each.name for each in manifest.files)
     return replace(manifest, files=files, deleted_at=deleted_at, damaged=(), consumed=consumed)

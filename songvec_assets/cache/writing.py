@@ -1,4 +1,4 @@
-"""How parts come to be: numbered files of one writer, answers gathered into them, and merges.
+"""How parts are written: numbered files of one writer, and the answers gathered into them.
 
 A part is durable before anything says that its songs are stored. When to add here: another reason to write a part.
 Keep out: which files hold, which is the manifest's.
@@ -6,22 +6,22 @@ Keep out: which files hold, which is the manifest's.
 
 import asyncio
 import contextlib
-import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
 from songvec_assets.cache.manifest import DataFile
-from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, PartIdentity, Rows, open_part, write_part
+from songvec_assets.cache.parts import PIECE_ROWS, PartIdentity, Rows, join_rows, open_part, write_part
 from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.storage import Storage
 
 GATHER_S = 0.5
 """For how long an answer waits for others to share its part."""
 _MOST_SMALL = 64
-"""So many parts of fewer rows than half a batch become one: a range must not have a file per song."""
+"""From this number on, parts of fewer rows than half a batch become one: a range must not have a file per song."""
 
 
 @dataclass
@@ -29,14 +29,13 @@ class PartWriter:
     """Writes parts of a range, each whole and durable or not there.
 
     Attributes:
-        storage, folder: where to.
+        storage: of the model.
         identity: of the parts.
         generation: of the parts.
         files: that were written, in order.
     """
 
     storage: Storage
-    folder: str
     identity: PartIdentity
     generation: int
     files: list[DataFile] = field(default_factory=list)
@@ -63,13 +62,13 @@ class PartWriter:
             if len(self._small) >= _MOST_SMALL:
                 self._unite_small_parts()
 
-    def write_base(self, rows: Rows, pieces: Iterator[Float32Matrix]) -> DataFile:
+    def write_base(self, rows: Rows, pieces: Iterable[Float32Matrix]) -> DataFile:
         """Write rows that were stored before as a base; they keep their checksums, so that damage is found later."""
         return self._write(rows, pieces, "base")
 
-    def _write(self, rows: Rows, pieces: Iterator[Float32Matrix], number: str = "") -> DataFile:
+    def _write(self, rows: Rows, pieces: Iterable[Float32Matrix], number: str = "") -> DataFile:
         name = f"{self.generation}-{self._writer}-{number or self._n_parts}.arrow"
-        key = f"{self.folder}/{name}"
+        key = f"{self.identity.range.key}/{name}"
         with self.storage.write(key) as file:
             write_part(file, self.identity, rows, pieces)
             n_bytes = file.tell()
@@ -82,27 +81,16 @@ class PartWriter:
     def _unite_small_parts(self) -> None:
         """Write small parts again as one. A crash in between leaves rows twice, which does no harm."""
         small, self._small = self._small, []
-        batches: list[CachedRows] = []
-        for each in small:
-            content = self.storage.open(f"{self.folder}/{each.name}")
-            batches += open_part(content, self.identity, each.name)
-        columns = ((each.song_ids, each.text_hashes, each.checksums) for each in batches)
-        rows = Rows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
-        self._write(rows, _regroup([each.embeddings for each in batches]))
+        keys = [f"{self.identity.range.key}/{each.name}" for each in small]
+        batches = [rows for key in keys for rows in open_part(self.storage.open(key), self.identity, key)]
+        self._write(join_rows(batches), (each.embeddings for each in batches))
         self.files = [each for each in self.files if each not in small]
-        for each in small:
-            self.storage.delete(f"{self.folder}/{each.name}")
+        for key in keys:
+            self.storage.delete(key)
 
 
-def _regroup(matrices: Sequence[Float32Matrix]) -> Iterator[Float32Matrix]:
-    """The same rows in pieces of PIECE_ROWS."""
-    waiting: list[Float32Matrix] = []
-    for each in matrices:
-        if sum(map(len, waiting)) + len(each) > PIECE_ROWS:
-            yield np.concatenate(waiting)
-            waiting = []
-        waiting.append(each)
-    yield np.concatenate(waiting)
+Answer = tuple[Sequence[int], Sequence[bytes], Float32Matrix]
+"""song_ids, text hashes and vectors."""
 
 
 @dataclass
@@ -110,17 +98,15 @@ class AnswerGatherer:
     """Gathers the answers to a range's requests into parts of PIECE_ROWS rows, or of half a second.
 
     Attributes:
-        writer: writes the parts; in a thread.
+        writer: writes the parts; in a thread, one at a time.
     """
 
     writer: PartWriter
     _n_expected: int = 0
-    _waiting: list[tuple[Sequence[int], Sequence[bytes], Float32Matrix, asyncio.Future[None]]] = field(
-        default_factory=list
-    )
-    _first_at: float = 0.0
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _writing: asyncio.Task[None] | None = None
+    _waiting: list[Answer] = field(default_factory=list)
+    _part: asyncio.Task[None] | None = None
+    _is_due: asyncio.Event = field(default_factory=asyncio.Event)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @contextlib.contextmanager
     def expecting(self) -> Iterator[None]:
@@ -130,7 +116,7 @@ class AnswerGatherer:
             yield
         finally:
             self._n_expected -= 1
-            self._changed.set()
+            self._check_due()
 
     async def store(self, song_ids: Sequence[int], text_hashes: Sequence[bytes], embeddings: Float32Matrix) -> None:
         """Store songs with their vectors; when this returns they are on disk.
@@ -138,43 +124,37 @@ class AnswerGatherer:
         Raises:
             ValueError, StoreError: see `PartWriter.write`.
         """
-        stored = asyncio.get_running_loop().create_future()
-        if not self._waiting:
-            self._first_at = time.monotonic()
-        self._waiting.append((song_ids, text_hashes, embeddings, stored))
-        self._changed.set()
-        if self._writing is None or self._writing.done():
-            self._writing = asyncio.create_task(self._write_waiting())
-        await stored
+        if self._part is None:
+            self._is_due.clear()
+            self._part = asyncio.create_task(self._write_when_due())
+        self._waiting.append((song_ids, text_hashes, embeddings))
+        self._check_due()
+        # a waiter that is cancelled must not cost the others their answers
+        await asyncio.shield(self._part)
 
-    async def _write_waiting(self) -> None:
-        while self._waiting:
-            while not self._is_due():
-                self._changed.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(max(0.0, self._first_at + GATHER_S - time.monotonic())):
-                        await self._changed.wait()
-            taken, self._waiting = self._waiting, []
-            outcome: BaseException | None = None
-            try:
-                await asyncio.to_thread(self._write, taken)
-            except BaseException as error:  # noqa: BLE001 - raised where each answer is awaited
-                outcome = error
-            for *_, stored in taken:
-                if stored.done():  # whoever awaited it was cancelled
-                    continue
-                if outcome is None:
-                    stored.set_result(None)
-                else:
-                    stored.set_exception(outcome)
+    def _check_due(self) -> None:
+        # an answer that waits holds a slot in flight: more than half of them must not be idle
+        if len(self._waiting) >= self._n_expected or sum(len(each[0]) for each in self._waiting) >= PIECE_ROWS:
+            self._is_due.set()
 
-    def _is_due(self) -> bool:
-        n_rows = sum(len(song_ids) for song_ids, *_ in self._waiting)
-        late = time.monotonic() >= self._first_at + GATHER_S
-        # who waits holds a place in flight: more than half of them must not be idle
-        return len(self._waiting) >= self._n_expected or n_rows >= PIECE_ROWS or late
+    async def _write_when_due(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._is_due.wait(), GATHER_S)
+        async with self._lock:
+            # also what came while the part before was written
+            taken, self._waiting, self._part = self._waiting, [], None
+            await asyncio.to_thread(self._write, taken)
 
-    def _write(self, taken: list[tuple[Sequence[int], Sequence[bytes], Float32Matrix, asyncio.Future[None]]]) -> None:
-        song_ids = [song_id for each in taken for song_id in each[0]]
-        text_hashes = [text_hash for each in taken for text_hash in each[1]]
-        self.writer.write(song_ids, text_hashes, np.concatenate([each[2] for each in taken]))
+    def _write(self, taken: Sequence[Answer]) -> None:
+        """Write answers as parts of up to PIECE_ROWS rows: joining them copies them."""
+        parts: list[list[Answer]] = []
+        n_rows = PIECE_ROWS
+        for answer in taken:
+            n_rows += len(answer[0])
+            if n_rows > PIECE_ROWS:
+                parts.append([])
+                n_rows = len(answer[0])
+            parts[-1].append(answer)
+        for part in parts:
+            song_ids, text_hashes, embeddings = zip(*part, strict=True)
+            self.writer.write([*chain(*song_ids)], [*chain(*text_hashes)], np.concatenate(embeddings))

@@ -28,6 +28,13 @@ MaxUsd = Annotated[float | None, typer.Option(min=0, help="Budget in dollars; th
 ConfirmReembedding = Annotated[
     bool, typer.Option("--confirm-reembedding", help="Pay again for cached texts that a changed setting alters.")
 ]
+ConfirmModelChange = Annotated[
+    bool,
+    typer.Option(
+        "--confirm-model-change",
+        help="Go on though the provider changed the model under its name.",
+    ),
+]
 
 
 @app.command()
@@ -100,6 +107,7 @@ def refresh(
     ] = False,
     confirm_deletions: ConfirmDeletions = False,
     confirm_reembedding: ConfirmReembedding = False,
+    confirm_model_change: ConfirmModelChange = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what a run would do and cost, and do nothing.")
     ] = False,
@@ -118,6 +126,7 @@ def refresh(
         "retry_rejected": retry_rejected,
         "confirm_deletions": confirm_deletions,
         "confirm_reembedding": confirm_reembedding,
+        "confirm_model_change": confirm_model_change,
     }
     options |= {} if max_usd is None else {"max_usd": max_usd}
     is_embed = context.info_name == "embed"

@@ -21,7 +21,7 @@ _MAX_REASONS, _MAX_KEYS = 2, 3
 
 def run_table(result: "RunResult") -> Table:
     """A row per asset."""
-    from songvec_assets.cache.fill import FillReport
+    from songvec_assets.cache.plan import FillReport
     from songvec_assets.defs.reports import count_vectors
     from songvec_assets.songs.export import ExportReport
     from songvec_assets.vectors.index.upkeep import IndexReport

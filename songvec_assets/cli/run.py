@@ -11,7 +11,7 @@ import dagster as dg
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.execution.api import execute_run
 
-from songvec_assets.cache.fill import FillReport
+from songvec_assets.cache.plan import FillReport
 from songvec_assets.cli.render import describe_incomplete_run, run_table
 from songvec_assets.cli.terminal import fail, interruptible, out, say, showing_progress
 from songvec_assets.definitions import defs
@@ -173,7 +173,7 @@ def run_and_print(
 
 def _describe_outcome(result: RunResult) -> list[str]:
     lines = [f"Swapped in: {each.comparison.describe()}." for each in result.of(PublishReport) if each.comparison]
-    n_rejected = sum(each.n_set_aside for each in result.of(FillReport))
+    n_rejected = sum(each.n_rejected for each in result.of(FillReport))
     n_rejected += sum(sum(each.unreachable.values()) for each in result.of(ExportReport))
     if n_rejected:
         lines.append(f"Rejected: {n_rejected:,} songs; `songvec status` shows which and why.")

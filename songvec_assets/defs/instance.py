@@ -52,7 +52,8 @@ def choose_home() -> Path:
     except OSError as error:
         raise SettingsError(
             f"cannot write runs to {home}: {error.strerror}. Work in a folder that you may write to, or set "
-            "DAGSTER_HOME to one"
+            "DAGSTER_HOME to one",
+            "store.not-writable",
         ) from error
     return home
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from songvec_assets.cache.fill import FillReport
+from songvec_assets.cache.plan import FillReport
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.defs.charts import digest_data, draw_coverage, draw_if_changed, draw_map, draw_recall, show_chart
 from songvec_assets.deployment import Deployment
@@ -131,17 +131,17 @@ def describe_export(report: ExportReport) -> Metadata:
 
 def describe_fill(report: FillReport, cache: ModelCache) -> Metadata:
     """One range's fill, as numbers that the UI plots over ranges and time."""
-    rejected = report.set_aside[:_MAX_TABLE_ROWS]
+    rejected = report.rejected[:_MAX_TABLE_ROWS]
     return {
         "dagster/partition_row_count": count_vectors(report),
         "songs": report.n_songs,
         "songs new": report.n_new,
         "songs changed": report.n_changed,
-        "songs deleted": report.n_gone,
+        "songs deleted": report.n_deleted,
         "songs unchanged": report.n_unchanged,
         "songs reused": report.n_reused,
         "songs embedded": report.n_embedded,
-        "songs rejected": report.n_set_aside,
+        "songs rejected": report.n_rejected,
         "songs truncated": report.n_truncated,
         "damaged data (MB)": round(report.n_bytes_damaged / 1e6, 3),
         "retries": report.n_retries,
@@ -169,7 +169,7 @@ def describe_fills(reports: Sequence[FillReport]) -> str:
         return sum(getattr(each, name) for each in reports)
 
     return (
-        f"{total('n_embedded'):,} songs embedded in {len(reports):,} ranges, {total('n_set_aside'):,} rejected; "
+        f"{total('n_embedded'):,} songs embedded in {len(reports):,} ranges, {total('n_rejected'):,} rejected; "
         f"{total('n_tokens'):,} tokens, ${total('usd'):,.4f} as billed; {total('n_retries'):,} retries, "
         f"{total('n_limited'):,} of them after 429"
     )

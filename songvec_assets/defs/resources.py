@@ -112,6 +112,10 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
         default=False,
         description="Pay again for cached texts that a changed setting alters (template, maximum length, prompt).",
     )
+    confirm_model_change: bool = Field(
+        default=False,
+        description="Go on though the provider gives other vectors under the model's name than in earlier runs.",
+    )
     rebuild_index: bool = Field(default=False, description="Build the index even if the present one still fits.")
 
     def open(self) -> Deployment:
@@ -124,7 +128,7 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
             parse_span(self.ranges, TILING)
         values = given(RunSettings, self) | given(PostgresSettings, self.postgres)
         values |= given(ProviderSettings, self.fireworks) | given(StorageSettings, self.storage)
-        return Deployment(Settings(**values))
+        return Deployment(Settings(**values), confirm_model_change=self.confirm_model_change)
 
     def choose_ranges(self, deployment: Deployment, launched: Sequence[str] | None) -> list[SongIdRange]:
         """The ranges to embed, in order.
@@ -136,7 +140,8 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
         if launched is not None:
             if self.ranges:
                 raise SettingsError(
-                    "ranges: this run was launched for partitions: leave `ranges` empty, or launch the job without"
+                    "ranges: this run was launched for partitions: leave `ranges` empty, or launch the job without",
+                    "settings.ranges",
                 )
             return [SongIdRange.from_key(key) for key in launched]
         held = deployment.held_ranges()
@@ -191,7 +196,9 @@ def parse_span(words: str, tiling: Tiling) -> tuple[SongIdRange, SongIdRange]:
     try:
         span = SongIdRange.from_key(first.strip()), SongIdRange.from_key((last or first).strip())
     except ValueError as error:
-        raise SettingsError(f"ranges: {error} for each end of FIRST...LAST") from error
+        raise SettingsError(f"ranges: {error} for each end of FIRST...LAST", "settings.ranges") from error
     if not {*span} <= {*tiling} or span[0] > span[1]:
-        raise SettingsError(f"ranges: FIRST...LAST names no ranges of this graph in their order, got {words!r}")
+        raise SettingsError(
+            f"ranges: FIRST...LAST names no ranges of this graph in their order, got {words!r}", "settings.ranges"
+        )
     return span

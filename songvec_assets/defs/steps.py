@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import dagster as dg
 
-from songvec_assets.cache.fill import FillReport
+from songvec_assets.cache.plan import FillReport
 from songvec_assets.defs import reports
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import BudgetExceededError, DamagedShardError, ProviderError, SongvecError, StoppedError

@@ -1,56 +1,56 @@
-"""What an answer other than 200 means: one table from status to action, and the words for it. Pure.
+"""What an answer other than a good one means: from a status and a body to an error, or to another try. Pure.
 
 Sources: the provider's documentation and issue threads, read in November 2026.
 """
 
-import enum
 import math
 import re
 from email.utils import parsedate_to_datetime
+from urllib.parse import urljoin
 
 import msgspec
 
 from songvec_assets.embedding.wire import BYTE_ORDER_MARK
+from songvec_assets.errors import ProviderError, RequestRefusedError, RequestTooLargeError
 
-
-class Action(enum.Enum):
-    """What to do about an answer other than 200."""
-
-    RETRY = "try again, later and slower"
-    STOP = "end the run: no request would fare better"
-    MOVED = "end the run: the key is not sent to another address than the one that was set"
-    SHRINK = "divide this request, and make those that follow smaller"
-    ISOLATE = "divide this request until the text that is refused stands alone"
-
-
-ACTIONS = {
-    301: Action.MOVED, 302: Action.MOVED, 303: Action.MOVED, 307: Action.MOVED, 308: Action.MOVED,
-    400: Action.ISOLATE, 401: Action.STOP, 402: Action.STOP, 403: Action.STOP, 404: Action.STOP,
-    405: Action.STOP, 408: Action.RETRY, 409: Action.RETRY, 410: Action.STOP, 412: Action.STOP,
-    413: Action.SHRINK, 422: Action.ISOLATE, 429: Action.RETRY, 500: Action.RETRY, 501: Action.STOP,
-    502: Action.RETRY, 503: Action.RETRY, 504: Action.RETRY,
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+"""End the run: the key is sent to no other address than the one that was set."""
+RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
+"""Tried again, as is every status without a meaning here: TEI answers 424 to a passing GPU error."""
+REFUSALS: dict[int, type[RequestRefusedError]] = {
+    400: RequestRefusedError, 413: RequestTooLargeError, 422: RequestRefusedError
 }  # fmt: skip
+"""The request is divided until the refused text stands alone."""
+MAY_BE_BILLED = frozenset({408, 504, 524})
+"""Statuses of a gateway that stopped waiting: the server behind it computes, and bills, the request all the same."""
 
 _WRONG_URL = "no embeddings are made at this URL: correct FIREWORKS_BASE_URL; that of most servers ends in /v1"
-_ADVICE = {
-    401: "the key is wrong or revoked: set FIREWORKS_API_KEY",
-    402: "billing: settle the provider's account",
-    403: "the key may not use this model: check the account's permissions",
-    404: "the model is not served: serverless models get retired; see the provider's list, set "
-    "SONGVEC_EMBEDDING_MODEL. Or the URL is wrong: correct FIREWORKS_BASE_URL; that of most servers ends in /v1",
-    405: _WRONG_URL,
-    410: "the model was retired: see the provider's list, set SONGVEC_EMBEDDING_MODEL",
-    412: "the account is suspended or over its monthly budget: see the provider's billing page",
-    501: _WRONG_URL,
+ENDS = {
+    401: ("provider.key-refused", "the key is wrong or revoked: set FIREWORKS_API_KEY"),
+    402: ("provider.billing", "billing: settle the provider's account"),
+    403: ("provider.not-permitted", "the key may not use this model: check the account's permissions"),
+    404: (
+        "provider.model-not-served",
+        "the model is not served: serverless models get retired; see the provider's list, set "
+        "SONGVEC_EMBEDDING_MODEL. Or the URL is wrong: correct FIREWORKS_BASE_URL; that of most servers ends in /v1",
+    ),
+    405: ("provider.wrong-url", _WRONG_URL),
+    410: (
+        "provider.model-not-served",
+        "the model was retired: see the provider's list, set SONGVEC_EMBEDDING_MODEL",
+    ),
+    412: (
+        "provider.billing",
+        "the account is suspended or over its monthly budget: see the provider's billing page",
+    ),
+    501: ("provider.wrong-url", _WRONG_URL),
 }
+"""Statuses that end the run, since no request would fare better: their code and what to do."""
 _MAX_RETRY_AFTER_S = 600.0
 
 _LIMIT = re.compile(r"(?:max\w*|at most|up to|limit\w*|no more than|larger than|exceeds?|<=)\D{0,40}(\d{1,5})\b", re.I)
 """Words of limits: TEI "batch size 33 > maximum allowed batch size 32", Gemini "at most 100 requests can be in one
 batch", DashScope "batch size is invalid, it should not be larger than 10" (read 2026-11)."""
-
-MAY_BE_BILLED = frozenset({408, 504, 524})
-"""Statuses of a gateway that stopped waiting: the server behind it computes, and bills, the request all the same."""
 
 
 class _ErrorBody(msgspec.Struct):
@@ -94,29 +94,44 @@ def status_of(status: int, body: bytes) -> int:
     return 500 if status < 400 else status
 
 
-def action_for(status: int) -> Action:
-    """The action for a status; one that is not in the table is tried again: TEI answers 424 to a passing GPU error."""
-    return ACTIONS.get(status, Action.RETRY)
-
-
-def names_parameter(body: bytes) -> bool:
-    """Whether an error is about a parameter that not all servers know."""
-    return b"encoding_format" in body or b"dimensions" in body
-
-
 def describe_answer(status: int, body: str, came_with: int, base_url: str) -> str:
     """The provider's words for a status, and what to do about it; `came_with`: the response's own status."""
     inside = "" if came_with == status else f", inside of a {came_with}"
     meant_base = compatible_base_of(base_url) if status in (404, 405) else None
-    advice = ": ".join(filter(None, [_ADVICE.get(status), meant_base]))
+    advice = ": ".join(filter(None, [ENDS.get(status, ("", ""))[1], meant_base]))
     return f"answered {status}: {' '.join(body.split())[:300]}{inside}" + (f" ({advice})" if advice else "")
 
 
-def base_url_of(url: str) -> str | None:
-    """The base URL to set for a server whose embeddings are at `url`; None where no path of embeddings is there."""
+def find_refusal(status: int, body: bytes, words: str, is_first: bool) -> ProviderError | None:
+    """The error that an answer is; None: it is tried again.
+
+    Args:
+        status: as `status_of` has it; no redirect.
+        body: of the answer.
+        words: of the error.
+        is_first: whether there was no good answer yet.
+    """
+    if status in ENDS:
+        return ProviderError(words, ENDS[status][0])
+    # LiteLLM answers 500 to a parameter that the server behind it does not know (its #42426)
+    names_parameter = b"encoding_format" in body or b"dimensions" in body
+    refusal = RequestRefusedError if status == 500 and is_first and names_parameter else REFUSALS.get(status)
+    return refusal(words) if refusal else None
+
+
+def refuse_redirect(base_url: str, status: int, location: str) -> ProviderError:
+    """The error of a server that redirects to this location; it has the URL to set."""
+    url = urljoin(f"{base_url.rstrip('/')}/embeddings", location)
     path, _, rest = url.partition("?")
     path = path.rstrip("/")
-    return path.removesuffix("/embeddings") if path.endswith("/embeddings") and not rest else None
+    is_embeddings = path.endswith("/embeddings") and not rest
+    advice = (
+        f"set FIREWORKS_BASE_URL={path.removesuffix('/embeddings')}" if is_embeddings else "correct FIREWORKS_BASE_URL"
+    )
+    return ProviderError(
+        f"{base_url} answered {status}: it redirects to {url}, where the key was not sent: {advice}",
+        "provider.wrong-url",
+    )
 
 
 def is_native_answer(body: bytes) -> bool:

@@ -195,30 +195,27 @@ class Reservation:
         """
         if (missing := self.n_billed + self.n_tokens - self.n_reserved) <= 0:
             return
-        # who waits for more gives nothing back
-        self.budget.n_held -= self.n_reserved > 0
-        try:
-            await self._reserve(missing)
-            self.n_reserved += missing
-        finally:
-            self.budget.n_held += self.n_reserved > 0
-
-    async def _reserve(self, n_tokens: int) -> None:
         budget = self.budget
-        while True:
-            self.check()
-            n_settled = budget.n_settled
-            budget.n_asking += 1
-            try:
-                self.month = await asyncio.to_thread(budget.reserve, n_tokens)
-                return
-            except BudgetExceededError:
-                # estimates may be above the bill: what is in flight then gives the difference back
-                if budget.n_settled == n_settled and not budget.n_held and budget.n_asking == 1:
-                    raise
-            finally:
-                budget.n_asking -= 1
-            await asyncio.sleep(_POLL_S)
+        # who waits for more gives nothing back
+        budget.n_held -= self.n_reserved > 0
+        try:
+            while True:
+                self.check()
+                n_settled = budget.n_settled
+                budget.n_asking += 1
+                try:
+                    self.month = await asyncio.to_thread(budget.reserve, missing)
+                    self.n_reserved += missing
+                    return
+                except BudgetExceededError:
+                    # estimates may be above the bill: what is in flight then gives the difference back
+                    if budget.n_settled == n_settled and not budget.n_held and budget.n_asking == 1:
+                        raise
+                finally:
+                    budget.n_asking -= 1
+                await asyncio.sleep(_POLL_S)
+        finally:
+            budget.n_held += self.n_reserved > 0
 
     async def settle(self) -> None:
         """Replace what is reserved by what was billed."""

@@ -1,60 +1,109 @@
-"""What shows of a server without the key and without a text: whether its URL leads elsewhere.
+"""What a server has answered so far: for how long one that answers badly is tried again, and how long each wait is.
 
-When to add here: another thing that a dry run can see before anything is sent. Keep out: requests that may be billed.
+When to add here: another reason to wait longer, or to give up. Keep out: what an answer means (`answers`), and places
+in flight and in the quota (`gate`). Times are seconds; moments are those of `time.monotonic()`.
 """
 
-import http.client
-import urllib.error
-import urllib.request
-from typing import NoReturn
-from urllib.parse import urljoin
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Iterator
 
-from songvec_assets.embedding.answers import base_url_of
-from songvec_assets.errors import ProviderError
+from songvec_assets.embedding.embedder import Patience
+from songvec_assets.embedding.transport import Failure
+from songvec_assets.errors import ProviderError, ProviderUnavailableError
 
-_TIMEOUT_S = 5.0
-_REDIRECTS = range(300, 400)
+MAX_BACKOFF_S = 120.0
+MAX_PAUSE_S = 5.0
+"""All requests pause after a 429 that names no time: 1 s, then 2, 4, and up to this."""
+FIRST_NOTE_S, NOTE_EVERY_S = 3.0, 60.0
+"""When a wait for the first answer is reported, and how often again."""
 
 
-def check_redirect(base_url: str) -> None:
-    """Refuse a URL that redirects, such as one with http where the server wants https.
+class ServerContact:
+    """Since when a server fails, over all requests of a client, and whether it ever worked.
 
-    Sends neither key nor text. A server that does not answer is no matter here: the first request says why.
-
-    Raises:
-        ProviderError: it does; names the URL to set.
+    Attributes:
+        last_good_at: when it gave a good vector; minus infinity: never.
     """
-    opener = urllib.request.build_opener(_Staying)
-    try:
-        opener.open(_embeddings_url(base_url), timeout=_TIMEOUT_S).close()
-    except urllib.error.HTTPError as answer:
-        answer.close()
-        if answer.code in _REDIRECTS and answer.headers.get("location"):
-            refuse_redirect(base_url, answer.code, answer.headers["location"])
-    except (OSError, http.client.HTTPException):
-        return
 
+    def __init__(self, url: str, patience: Patience) -> None:
+        self._url = url
+        self._patience = patience
+        self.last_good_at = float("-inf")
+        self._failing_since: float | None = None
+        self._unreached_since: float | None = None
 
-def refuse_redirect(base_url: str, status: int, location: str) -> NoReturn:
-    """Refuse a URL whose server answered with a redirect to this location.
+    @property
+    def has_answered(self) -> bool:
+        """Whether there was a good answer to any request: the URL is right."""
+        return self.last_good_at > float("-inf")
 
-    Raises:
-        ProviderError: always; names the URL to set.
-    """
-    url = urljoin(_embeddings_url(base_url), location)
-    moved_to = base_url_of(url)
-    advice = f"set FIREWORKS_BASE_URL={moved_to}" if moved_to else "correct FIREWORKS_BASE_URL"
-    raise ProviderError(
-        f"{base_url} answered {status}: it redirects to {url}, where the key was not sent: {advice}"
-    ) from None
+    def count_good(self) -> None:
+        """A text got its vector."""
+        self.last_good_at, self._failing_since = time.monotonic(), None
 
+    def count_try(self, failure: Failure | None, started: float) -> None:
+        """Note since when nothing but what a wrong URL gives has come."""
+        if failure is None or failure.first_patience_s is None:
+            self._unreached_since = None
+        elif self._unreached_since is None:
+            self._unreached_since = started
 
-def _embeddings_url(base_url: str) -> str:
-    return f"{base_url.rstrip('/')}/embeddings"
+    async def wait_to_try_again(self, failure: Failure, n_retries: int) -> None:
+        """Sleep before the next try.
 
+        Raises:
+            ProviderUnavailableError: the patience would end before it.
+            ProviderError: the URL gives something else than embeddings.
+        """
+        # full jitter (Brooker 2015)
+        wait_s = random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2 ** min(n_retries - 1, 20)))
+        if failure.status == 429:
+            wait_s = min(MAX_PAUSE_S, wait_s)
+        wait_s = max(failure.retry_after_s or 0.0, wait_s)
+        now = time.monotonic()
+        # patience begins with the first bad answer after the last good one, of any request
+        self._failing_since = now if self._failing_since is None else self._failing_since
+        left_s = self._patience.seconds - (now - self._failing_since)
+        if self._unreached_since is not None and not self.has_answered:
+            first_left_s = (failure.first_patience_s or 0.0) - (now - self._unreached_since)
+            if wait_s > first_left_s:
+                raise self._describe_first_contact(failure)
+            left_s = min(left_s, first_left_s)
+        if wait_s > left_s:
+            raise ProviderUnavailableError(
+                f"{self._url} gave no good answer for {self._patience.seconds:g} s (SONGVEC_PATIENCE_S), last: "
+                f"{failure.words}. All that was paid for is kept: start the same command again later"
+            )
+        self._patience.on_trouble(f"{failure.words}; next try in {wait_s:.0f} s, for {left_s:.0f} s at most")
+        await self._patience.sleep(wait_s)
 
-class _Staying(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: it is an answer like any other."""
+    def _describe_first_contact(self, failure: Failure) -> ProviderError:
+        """The error of a server that has given no good answer yet, and gives what a wrong URL gives."""
+        url, words = f"{self._url.rstrip('/')}/embeddings", f"{failure.words} ({failure.advice})"
+        if failure.kind == "connection":
+            return ProviderUnavailableError(
+                f"{url} cannot be reached: {words}. All that was paid for is kept", "provider.unreachable"
+            )
+        return ProviderError(f"{url} gives no embeddings: {words}", "provider.wrong-url")
 
-    def redirect_request(self, *_: object) -> None:
-        """Nothing is asked elsewhere."""
+    @contextlib.contextmanager
+    def reporting_the_wait(self) -> Iterator[None]:
+        """Report within the block that the first answer is waited for, where it takes long."""
+        loop, timers = asyncio.get_running_loop(), list[asyncio.TimerHandle]()
+
+        def report(waited_s: float) -> None:
+            self._patience.on_trouble(
+                f"waiting for {self._url}: no answer after {waited_s:.0f} s; to load a model may take minutes"
+            )
+            timers[:] = [loop.call_later(NOTE_EVERY_S, report, waited_s + NOTE_EVERY_S)]
+
+        if not self.has_answered:
+            timers.append(loop.call_later(FIRST_NOTE_S, report, FIRST_NOTE_S))
+        try:
+            yield
+        finally:
+            for timer in timers:
+                timer.cancel()

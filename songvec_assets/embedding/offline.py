@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import xxhash
 
-from songvec_assets.embedding.client import RequestHooks
+from songvec_assets.embedding.embedder import NO_HOOKS, Embedder, RequestHooks
 from songvec_assets.embedding.wire import EmbeddingBatch, Float32Matrix
 
 _WORD = re.compile(r"\w+")
@@ -29,36 +29,21 @@ _STOP_WORDS = frozenset(
 )
 
 
-class OfflineEmbedder:
+class OfflineEmbedder(Embedder):
     """Embeds texts by hashing their words; the same text gives the same vector everywhere."""
 
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
-        self.quota_used = None
 
-    async def answers_well(self, since: float) -> bool:  # noqa: ARG002 - whenever it is asked
-        """It always does."""
-        return True
-
-    def take_probe_tokens(self) -> int:
-        """Nothing is billed."""
-        return 0
-
-    async def generate_embeddings_batch(
-        self, texts: Sequence[str], hooks: RequestHooks | None = None
-    ) -> EmbeddingBatch:
+    async def generate_embeddings_batch(self, texts: Sequence[str], hooks: RequestHooks = NO_HOOKS) -> EmbeddingBatch:
         """Embed texts.
 
         Returns:
             Unit vectors, float32, (n texts, dimensions); no tokens, since nothing is billed.
         """
-        if hooks:
-            await hooks.before_try()
-            await hooks.before_send()
+        await hooks.before_try()
+        await hooks.before_send()
         return EmbeddingBatch(np.stack([self._embed(text) for text in texts]), n_tokens=0)
-
-    async def close(self) -> None:
-        """Nothing to close."""
 
     def _embed(self, text: str) -> Float32Matrix:
         places: list[int] = []

@@ -7,7 +7,7 @@ value become a Python float.
 
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +33,7 @@ class EmbeddingBatch:
     Attributes:
         embeddings: float32, (n texts, dimensions), in the order of the texts; NaN in the rows of `bad`.
         n_tokens: prompt tokens the provider says it billed; 0 where it does not say.
+        n_values: of a vector as it came, before it was cut to `dimensions`.
         bad: rows whose vector is zero, null or not finite: no vector of their texts.
         n_retries: bad answers before this one.
         n_limited: those of them that were 429.
@@ -40,6 +41,7 @@ class EmbeddingBatch:
 
     embeddings: Float32Matrix
     n_tokens: int
+    n_values: int = 0
     bad: tuple[int, ...] = ()
     n_retries: int = 0
     n_limited: int = 0
@@ -88,8 +90,8 @@ def encode_request(
     return _encode_request(_Request(model, texts, None if encoding_format == "float" else encoding_format, dimensions))
 
 
-@np.errstate(over="ignore")  # what float32 cannot hold becomes infinite, and is a bad vector as such
-def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
+@np.errstate(over="ignore", invalid="ignore")  # what float32 cannot hold, and a cut of zeros, are bad vectors as such
+def decode_response(body: bytes, n_texts: int, dimensions: int) -> EmbeddingBatch:
     """Decode and check one response.
 
     A vector that is zero, null or not finite is one text's trouble: its row is named in `bad`, the others hold.
@@ -97,6 +99,8 @@ def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
     Args:
         body: the response's JSON.
         n_texts: texts that were sent.
+        dimensions: longer vectors are cut to their first values, at unit length, each as it is decoded: a
+            Matryoshka-trained model's smaller size.
 
     Raises:
         MalformedResponseError: not JSON of that shape, an index missing or twice, vectors of unequal size.
@@ -108,7 +112,7 @@ def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
         nulled = _NOT_JSON.sub(b"null", body)
         if nulled == body:
             raise MalformedResponseError(f"expected an embeddings response, got {body[:80]!r}: {error}") from error
-        return decode_response(nulled, n_texts)
+        return decode_response(nulled, n_texts, dimensions)
     order = _fill_in([item.index for item in response.data], n_texts)
     if not order or sorted(order) != list(range(n_texts)):
         raise MalformedResponseError(f"expected each index from 0 to {n_texts - 1} once, got {_shorten(order)}")
@@ -116,26 +120,36 @@ def decode_response(body: bytes, n_texts: int) -> EmbeddingBatch:
     kinds = {bytes(value[:1]) for value in values if value != _NULL}
     if kinds not in (set(), {b'"'}, {b"["}):
         raise MalformedResponseError(f"expected all vectors as base64 or all as arrays, got {sorted(kinds)}")
-    decode = _decode_base64 if kinds == {b'"'} else _decode_array
-    embeddings: Float32Matrix | None = None
     try:
-        for index, value in zip(order, values, strict=True):
-            vector = decode(value)
-            if vector is None:
-                continue
-            if embeddings is None:
-                embeddings = np.full((n_texts, len(vector)), np.nan, dtype=np.float32)
-            if len(vector) != embeddings.shape[1] or not len(vector):
-                raise MalformedResponseError(f"expected {embeddings.shape[1]} values, got {len(vector)}")
-            embeddings[index] = vector
+        embeddings, n_values = _stack(zip(order, values, strict=True), n_texts, dimensions)
     # simdjson reports what is no number by a TypeError, and a whole number of over 64 bits by a RuntimeError
     except (msgspec.DecodeError, TypeError, ValueError, RuntimeError) as error:
         raise MalformedResponseError(f"expected an embeddings response, got {body[:80]!r}: {error}") from error
-    if embeddings is None:
-        embeddings = np.full((n_texts, 0), np.nan, dtype=np.float32)
+    if n_values > dimensions:
+        embeddings /= np.sqrt(np.vecdot(embeddings, embeddings))[:, np.newaxis]
     bad = find_bad_vectors(embeddings)
     embeddings[bad] = np.nan
-    return EmbeddingBatch(embeddings, _count_billed(response.usage), tuple(bad))
+    return EmbeddingBatch(embeddings, _count_billed(response.usage), n_values, tuple(bad))
+
+
+def _stack(values: Iterable[tuple[int, memoryview]], n_texts: int, dimensions: int) -> tuple[Float32Matrix, int]:
+    """Vectors as rows, each cut to `dimensions`, and NaN where there is none; the values of a vector as it came."""
+    embeddings, n_values = np.full((n_texts, 0), np.nan, dtype=np.float32), 0
+    for index, value in values:
+        if value == _NULL:
+            continue
+        vector = _decode_base64(value) if bytes(value[:1]) == b'"' else _decode_array(value)
+        if vector is None:
+            continue
+        if not n_values:
+            n_values = len(vector)
+            embeddings = np.full((n_texts, min(n_values, dimensions)), np.nan, dtype=np.float32)
+        if len(vector) != n_values or not n_values:
+            raise MalformedResponseError(f"expected {n_values} values, got {len(vector)}")
+        # one that is not finite behind the cut is no vector either
+        if n_values <= dimensions or np.isfinite(vector).all():
+            embeddings[index] = vector[:dimensions]
+    return embeddings, n_values
 
 
 def find_bad_vectors(embeddings: Float32Matrix) -> list[int]:
@@ -145,13 +159,6 @@ def find_bad_vectors(embeddings: Float32Matrix) -> list[int]:
         squares = np.vecdot(embeddings, embeddings)
     suspects = np.flatnonzero(~(np.isfinite(squares) & (squares > 0)))
     return [int(row) for row in suspects if not (np.isfinite(embeddings[row]).all() and embeddings[row].any())]
-
-
-def truncate_vectors(embeddings: Float32Matrix, dimensions: int) -> Float32Matrix:
-    """The first `dimensions` values of each vector, at unit length: a Matryoshka-trained model's smaller size."""
-    cut = embeddings[:, :dimensions]
-    norms: Float32Matrix = np.linalg.norm(cut, axis=1, keepdims=True)
-    return np.ascontiguousarray(cut / norms, dtype=np.float32)
 
 
 def _fill_in(named: list[int | None], n_texts: int) -> list[int]:
@@ -179,9 +186,7 @@ def _count_billed(usage: msgspec.Raw) -> int:
     return max(0, found.prompt_tokens or found.total_tokens or 0) if found else 0
 
 
-def _decode_base64(value: memoryview) -> NDArray[np.float32] | None:
-    if value == _NULL:
-        return None
+def _decode_base64(value: memoryview) -> NDArray[np.float32]:
     try:
         decoded = pybase64.b64decode(value[1:-1], validate=True)
     except binascii.Error:  # some serialisers escape the slash
@@ -192,7 +197,7 @@ def _decode_base64(value: memoryview) -> NDArray[np.float32] | None:
 def _decode_array(value: memoryview) -> NDArray[np.float64] | None:
     content = bytes(value)
     # some servers write null where a vector, or a value of one, is not a number (text-embeddings-inference #644)
-    if content == _NULL or (_NULL in content and not _HAS_OTHERS.search(content)):
+    if _NULL in content and not _HAS_OTHERS.search(content):
         return None
     numbers = simdjson.Parser().parse(content)
     if not isinstance(numbers, simdjson.Array) or b"[" in content[1:]:

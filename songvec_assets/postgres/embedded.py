@@ -63,7 +63,8 @@ def start_embedded_server(folder: Path) -> Database:
     except (OSError, RuntimeError, ValueError, AssertionError, subprocess.SubprocessError, psycopg2.Error) as error:
         raise DatabaseError(
             f"the embedded Postgres in {folder} does not start: {error}. Its log is {folder / 'log'}; a stale "
-            f"postmaster.pid there may be removed when no postgres process uses the folder; or set POSTGRES_URL"
+            f"postmaster.pid there may be removed when no postgres process uses the folder; or set POSTGRES_URL",
+            "database.embedded",
         ) from error
 
 
@@ -74,7 +75,8 @@ def _check_user_and_folder(folder: Path) -> None:
     except KeyError:
         raise DatabaseError(
             f"the embedded Postgres needs a user with a name, and uid {os.geteuid()} has none in /etc/passwd: run as "
-            "another user, add this one there, or set POSTGRES_URL to a database of your own"
+            "another user, add this one there, or set POSTGRES_URL to a database of your own",
+            "database.embedded",
         ) from None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,8 @@ def _check_user_and_folder(folder: Path) -> None:
     except OSError as error:
         raise DatabaseError(
             f"the embedded Postgres cannot write to {folder.parent}: {error.strerror}. Work in a folder that you may "
-            "write to, or set POSTGRES_URL and SONGVEC_STORAGE"
+            "write to, or set POSTGRES_URL and SONGVEC_STORAGE",
+            "store.not-writable",
         ) from error
 
 

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
 from songvec_assets.errors import DatabaseError
-from songvec_assets.postgres.messages import describe_database_error
+from songvec_assets.postgres.messages import read_database_error
 from songvec_assets.postgres.sessions import (
     CONNECT_ARGS,
     Backend,
@@ -204,7 +204,8 @@ class Database:
         if not self.has_sessions:
             raise DatabaseError(
                 "expected a session of the server's own, got a pooler in transaction mode: set SONGVEC_DIRECT_URL to "
-                "a URL that reaches the same database past it"
+                "a URL that reaches the same database past it",
+                "database.session",
             )
         engine = get_engine(self.direct_url or self.url).execution_options(isolation_level="AUTOCOMMIT")
         with (
@@ -255,8 +256,9 @@ def error_border() -> Iterator[None]:
         yield
     except (sa.exc.DBAPIError, psycopg2.Error) as error:
         original = error.orig if isinstance(error, sa.exc.DBAPIError) else error
-        raise DatabaseError(describe_database_error(original)) from error
+        raise read_database_error(original) from error
     except sa.exc.TimeoutError as error:
         raise DatabaseError(
-            "no database connection became free within 30 s: lower SONGVEC_CONCURRENCY, then start it again"
+            "no database connection became free within 30 s: lower SONGVEC_CONCURRENCY, then start it again",
+            "database.full",
         ) from error

@@ -80,7 +80,8 @@ def ensure_schema(database: Database) -> None:
         if version > len(migrations):
             raise DatabaseError(
                 f"this database was migrated by a newer songvec, to version {version} of schema songvec, and this one "
-                f"knows version {len(migrations)}: upgrade songvec-assets here. Nothing was changed"
+                f"knows version {len(migrations)}: upgrade songvec-assets here. Nothing was changed",
+                "database.newer-schema",
             )
         with raw_cursor(connection) as cursor:  # SQL may hold colons
             for migration in migrations[version:]:
@@ -105,7 +106,8 @@ def _ensure_extension(connection: sa.Connection) -> None:
         if not connection.scalar(text("SELECT count(*) FROM pg_available_extensions WHERE name = 'vector'")):
             raise DatabaseError(
                 "pgvector is not installed on this Postgres server: install its package there "
-                "(see github.com/pgvector/pgvector), or use a server that has it"
+                "(see github.com/pgvector/pgvector), or use a server that has it",
+                "database.extension",
             )
         try:
             connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
@@ -114,7 +116,8 @@ def _ensure_extension(connection: sa.Connection) -> None:
                 raise
             raise DatabaseError(
                 "the extension `vector` is not in this database and this user may not create it: let a superuser run "
-                "CREATE EXTENSION vector; in this database once"
+                "CREATE EXTENSION vector; in this database once",
+                "database.extension",
             ) from error
     check_pgvector_version(_read_pgvector_version(connection) or "")
 
@@ -141,17 +144,22 @@ def check_search_path(connection: sa.Connection) -> None:
     """
     found = connection.execute(text(_EXTENSION)).one_or_none()
     if found is None:
-        raise DatabaseError("the extension `vector` is not in this database any more: CREATE EXTENSION vector; in it")
+        raise DatabaseError(
+            "the extension `vector` is not in this database any more: CREATE EXTENSION vector; in it",
+            "database.extension",
+        )
     alter = f"ALTER ROLE {found.role} IN DATABASE {found.database} SET search_path ="
     if not found.is_usable:
         raise DatabaseError(
             f"the extension `vector` is in schema {found.home}, which this user may not use: let its owner run GRANT "
-            f"USAGE ON SCHEMA {found.home} TO {found.role}"
+            f"USAGE ON SCHEMA {found.home} TO {found.role}",
+            "database.extension",
         )
     if not found.is_searched:
         raise DatabaseError(
             f"the extension `vector` is in schema {found.home}, which is not in this user's search_path "
-            f"({found.path}): run {alter} {found.path}, {found.home}; and let a pooler connect again"
+            f"({found.path}): run {alter} {found.path}, {found.home}; and let a pooler connect again",
+            "database.extension",
         )
 
 
@@ -189,7 +197,8 @@ def check_pgvector_version(installed: str) -> None:
         wanted = ".".join(map(str, MIN_PGVECTOR))
         raise DatabaseError(
             f"expected pgvector {wanted} or newer, this database has {installed}: update the server's package, then "
-            "run ALTER EXTENSION vector UPDATE;"
+            "run ALTER EXTENSION vector UPDATE;",
+            "database.extension",
         )
 
 

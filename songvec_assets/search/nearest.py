@@ -6,13 +6,13 @@ When to add here: another way to ask for the nearest songs. Keep out: how an ind
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
+from songvec_assets.embedding.embedder import Embedder
 from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
 from songvec_assets.errors import (
     ProviderError,
@@ -25,10 +25,9 @@ from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.progress import run_event_loop
 from songvec_assets.songs.source import SongsSource
-from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable, define_table
-
-if TYPE_CHECKING:  # imports the HTTP client of providers
-    from songvec_assets.embedding.client import Embedder
+from songvec_assets.vectors.index.probes import search
+from songvec_assets.vectors.ledger import SERVING
+from songvec_assets.vectors.table import TableSpec, VectorTable, define_table
 
 _SPARE = 4
 
@@ -49,7 +48,7 @@ class Hit:
     similarity: float
 
 
-def embed_query(embedder: "Embedder", query: str, prompt: str = NO_PROMPTS.query) -> NDArray[np.float32]:
+def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) -> NDArray[np.float32]:
     """A query's vector, (dimensions,).
 
     Args:
@@ -76,7 +75,9 @@ def embed_query(embedder: "Embedder", query: str, prompt: str = NO_PROMPTS.query
             await embedder.close()
         if batch.bad:
             raise ProviderError(
-                "the server gives no vector for this query: its values are zero, null or not finite. Ask in other words"
+                "the server gives no vector for this query: its values are zero, null or not finite. Ask in other "
+                "words",
+                "provider.no-vector",
             )
         vector: NDArray[np.float32] = batch.embeddings[0]
         return vector
@@ -114,9 +115,9 @@ def search_songs(
         # being filled again makes a search read the whole table
         for n_rows in (limit, _SPARE * limit):
             find = partial(_fetch, connection, nearest.limit(n_rows))
-            similarities = dict(table.search(connection, find, n_rows, probes))
+            similarities = dict(search(table, connection, find, n_rows, probes))
             if table.read_spec(connection) != spec:  # the query holds the table: what is recorded now is what it read
-                raise TableMismatchError("the embeddings table was swapped during the search: retry")
+                raise TableMismatchError("the embeddings table was swapped during the search: retry", "table.swapped")
             songs = read_songs(connection, source, list(similarities)) if similarities else {}
             if len(songs) >= limit or len(similarities) < n_rows:
                 break
@@ -153,7 +154,9 @@ def _check_searchable(connection: sa.Connection, table: VectorTable, spec: Table
 def _read_loaded(connection: sa.Connection, table: VectorTable) -> TableSpec:
     loaded = table.read_spec(connection)
     if loaded is None:
-        raise TableMismatchError("nothing is loaded yet, so nothing can be found: `songvec run` first")
+        raise TableMismatchError(
+            "nothing is loaded yet, so nothing can be found: `songvec run` first", "table.not-loaded"
+        )
     return loaded
 
 

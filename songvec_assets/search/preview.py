@@ -52,7 +52,7 @@ class Neighborhood:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a person looks at."""
+    """A map of a sample, and the nearest songs of a few."""
 
     map: SongMap
     neighborhoods: list[Neighborhood]
@@ -74,7 +74,8 @@ def preview_table(rows: LoadedRows, source: SongsSource, spec: TableSpec, seed: 
     song_ids, vectors = sample_rows(rows, _MAP_SONGS, np.random.default_rng(seed))
     if not song_ids:
         raise StoreError(
-            f"the cache in {rows.cache.storage} holds no row that table {rows.table.name} has: fill it, then load"
+            f"the cache in {rows.cache.storage} holds no row that table {rows.table.name} has: fill it, then load",
+            "cache.missing",
         )
     components, share = project(vectors)
     clusters, middles = find_clusters(components[:, :_CLUSTERED_AXES])

@@ -109,7 +109,8 @@ def check_ids(
     if n_below:
         raise SettingsError(
             f"{n_below:,} songs of {source.table} have an id below SONGVEC_SONG_ID_START, which is {start}; "
-            f"the lowest is {lowest}: set it to {lowest // tiling.width * tiling.width} or less"
+            f"the lowest is {lowest}: set it to {lowest // tiling.width * tiling.width} or less",
+            "settings.song-ids",
         )
     if n_beyond > sum(each.n_songs for each in counts.values()):
         with database.get_connection() as connection:
@@ -117,7 +118,8 @@ def check_ids(
             cure = f": {describe_numbering(connection, table, source.song_id_column)}" if table else ""
         raise SourceError(
             f"{n_beyond:,} songs of {source.table} have an id above {MAX_SONG_ID}, the highest INTEGER, which is "
-            f"the type of song_embeddings.song_id{cure}"
+            f"the type of song_embeddings.song_id{cure}",
+            "source.id-column",
         )
 
 

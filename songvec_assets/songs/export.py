@@ -128,6 +128,8 @@ class IncompleteExportError(DatabaseError):
         reasons: keys of the ranges that failed, by the reason.
     """
 
+    code = "source.not-exported"
+
     def __init__(self, report: ExportReport) -> None:
         self.reasons: dict[str, list[str]] = {}
         for each in report.failed:
@@ -495,5 +497,6 @@ def _check_unique(songs: pa.Table, source: SongsSource) -> None:
     if len(twice):
         raise SourceError(
             f"column {source.song_id_column!r} of {source.table} must be unique, {twice[0]} is there more than once: "
-            "name another with SONGVEC_SONG_ID_COLUMN"
+            "name another with SONGVEC_SONG_ID_COLUMN",
+            "source.id-column",
         )

@@ -74,21 +74,27 @@ class Tiling:
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.stop < 1:
-            raise SettingsError(f"expected a range width and a stop of 1 or more, got {self.width} and {self.stop}")
+            raise SettingsError(
+                f"expected a range width and a stop of 1 or more, got {self.width} and {self.stop}", "settings.song-ids"
+            )
         if self.stop > MAX_SONG_ID + 1:
-            raise SettingsError(f"SONGVEC_SONG_ID_STOP: expected at most {MAX_SONG_ID + 1:,}, got {self.stop:,}")
+            raise SettingsError(
+                f"SONGVEC_SONG_ID_STOP: expected at most {MAX_SONG_ID + 1:,}, got {self.stop:,}", "settings.song-ids"
+            )
         if self.stop == MAX_SONG_ID + 1:
             # the tail holds at least one id
             object.__setattr__(self, "stop", MAX_SONG_ID // self.width * self.width)
         for name, value in (("SONGVEC_SONG_ID_STOP", self.stop), ("SONGVEC_SONG_ID_START", self.start)):
             if value % self.width:
                 raise SettingsError(
-                    f"{name} must be a multiple of SONGVEC_RANGE_SIZE: {value} is not one of {self.width}"
+                    f"{name} must be a multiple of SONGVEC_RANGE_SIZE: {value} is not one of {self.width}",
+                    "settings.song-ids",
                 )
         if not 0 <= self.start < self.stop:
             raise SettingsError(
                 f"SONGVEC_SONG_ID_START must be from 0 on and below SONGVEC_SONG_ID_STOP: got {self.start:,} and "
-                f"{self.stop:,}"
+                f"{self.stop:,}",
+                "settings.song-ids",
             )
 
     def __iter__(self) -> Iterator[SongIdRange]:
@@ -113,7 +119,8 @@ class Tiling:
         raise SettingsError(
             f"SONGVEC_SONG_ID_START, SONGVEC_SONG_ID_STOP and SONGVEC_RANGE_SIZE make {len(self) - 1:,} ranges, more "
             f"than {_MAX_RANGES:,}: set SONGVEC_RANGE_SIZE={width} SONGVEC_SONG_ID_START={start} "
-            f"SONGVEC_SONG_ID_STOP={stop}, or begin where the ids begin"
+            f"SONGVEC_SONG_ID_STOP={stop}, or begin where the ids begin",
+            "settings.song-ids",
         )
 
     @property
@@ -132,7 +139,8 @@ class Tiling:
                 f"the open tail from song_id {self.stop} on holds {n_songs:,} songs, more than the {self.width:,} of "
                 "one range: raise SONGVEC_SONG_ID_STOP above the highest song_id and start the same command again; "
                 "what the tail's cache holds is kept. Where the lowest song_id is high too, begin there with "
-                "SONGVEC_SONG_ID_START"
+                "SONGVEC_SONG_ID_START",
+                "settings.song-ids",
             )
 
     def range_of(self, song_id: int) -> SongIdRange:

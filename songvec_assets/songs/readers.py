@@ -16,9 +16,9 @@ from typing import TypeVar
 import adbc_driver_postgresql.dbapi as adbc
 from psycopg2.extensions import make_dsn
 
-from songvec_assets.errors import DatabaseError, StoppedError
+from songvec_assets.errors import StoppedError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.messages import describe_database_error
+from songvec_assets.postgres.messages import read_database_error
 from songvec_assets.postgres.sessions import CONNECT_ARGS
 
 _PAUSES_S = (0.0, 1.0, 4.0)
@@ -74,7 +74,7 @@ class Reader:
                 failure = error
                 if not _may_pass(error):
                     break
-        raise DatabaseError(describe_database_error(failure)) from failure
+        raise read_database_error(failure) from failure
 
     def cancel(self) -> None:
         """Cancel the running statement, if there is one. Callable from any thread."""

@@ -97,7 +97,9 @@ class Snapshots:
         try:
             return sorted(SongIdRange.from_key(name.stem) for name in names if name.suffix == _SUFFIX)
         except ValueError as error:
-            raise StoreError(f"a file that is not ours lies in the storage folder: {error}; move it away") from error
+            raise StoreError(
+                f"a file that is not ours lies in the storage folder: {error}; move it away", "store.foreign-file"
+            ) from error
 
     def read(
         self,
@@ -140,7 +142,8 @@ class Snapshots:
     def _damaged(self, song_range: SongIdRange, error: Exception | str) -> StoreError:
         return StoreError(
             f"{self.storage.describe(_key(song_range))} is damaged ({error}): remove it and materialize "
-            "songs_parquet, which exports the range again"
+            "songs_parquet, which exports the range again",
+            "store.damaged",
         )
 
     def read_rejected(self, song_range: SongIdRange) -> pl.DataFrame:

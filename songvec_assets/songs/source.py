@@ -192,7 +192,8 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
             raise SourceError(
                 f"the id column {song_id!r} of {table.name} is {columns[song_id].kind}; song_embeddings.song_id is "
                 "INTEGER: name an integer column with SONGVEC_SONG_ID_COLUMN, or "
-                f"{describe_numbering(connection, table, song_id)}"
+                f"{describe_numbering(connection, table, song_id)}",
+                "source.id-column",
             )
         if updated_at and updated_at.kind not in PRESENT:
             raise SourceError(
@@ -234,7 +235,8 @@ def _check_columns(connection: sa.Connection, table: catalogue.Table, wanted: di
             )
     if grants := list_grants(connection, table, [*wanted.values()]):
         raise SourceError(
-            f"table {table.name} exists, and this user lacks a right to read it: let its owner run {' '.join(grants)}"
+            f"table {table.name} exists, and this user lacks a right to read it: let its owner run {' '.join(grants)}",
+            "source.no-right",
         )
 
 
@@ -246,5 +248,6 @@ def _choose_song_id(connection: sa.Connection, table: catalogue.Table) -> str:
     found = f"its primary key is ({', '.join(primary_key)})" if primary_key else "it has no primary key"
     raise SourceError(
         f"table {table.name} has no single-column integer primary key ({found}): name its id with "
-        "SONGVEC_SONG_ID_COLUMN"
+        "SONGVEC_SONG_ID_COLUMN",
+        "source.id-column",
     )

@@ -63,7 +63,7 @@ def encode_rows(
 
 
 class CopyStream:
-    """A file that psycopg2's `copy_expert` reads: header, chunks, trailer, each made when it is asked for.
+    """A file that psycopg2's `copy_expert` reads: header, chunks, trailer, each made when it is read.
 
     A thread that made them ahead gained nothing: the socket holds what the server works on meanwhile.
 

@@ -9,7 +9,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -18,12 +18,21 @@ import xxhash
 from sqlalchemy import text
 
 from songvec_assets.cache.manifest import digest_rows
+from songvec_assets.postgres import schema
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import has_tables
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 
 if TYPE_CHECKING:
     from songvec_assets.vectors.table import TableSpec
+
+
+SERVING, STAGING, PREVIOUS = "song_embeddings", "song_embeddings_new", "song_embeddings_old"
+
+_METADATA = ("table", "rows_changed_since_index", "index", "building", "probes", "recall")
+_CHANGES = "rows_changed_since_index"
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The ledger of one table. Each method reads in the connection's transaction, or in one of its own.
+    """The ledger of one table. Each method reads in the connection's transaction, or in a new one.
 
     Attributes:
         database: where it is.
@@ -146,13 +155,74 @@ class Ledger:
             },
         )
 
-    def rename_to(self, connection: sa.Connection, table: str) -> None:
-        """Let the rows follow a table that is renamed."""
+
+@dataclass(frozen=True)
+class Records:
+    """What is recorded about one table: its ledger, and values of `songvec.settings`.
+
+    Attributes:
+        database: where it is.
+        name: `SERVING`, `STAGING` or `PREVIOUS`; a plain identifier, which SQL may hold as it is.
+    """
+
+    database: Database
+    name: str = SERVING
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether searches read it."""
+        return self.name == SERVING
+
+    @property
+    def ledger(self) -> Ledger:
+        """What is loaded, by range."""
+        return Ledger(self.database, self.name)
+
+    def metadata_key(self, name: str) -> str:
+        """The key of a value in `songvec.settings`: the serving table's values have the plain names."""
+        return name if self.is_serving else f"{self.name}.{name}"
+
+    def read(self, connection: sa.Connection, name: str, kind: type[_Value]) -> _Value | None:
+        """A recorded value; None where there is none of this kind, such as one that another version wrote."""
+        return schema.read_record(connection, self.metadata_key(name), kind)
+
+    def write(self, connection: sa.Connection, name: str, value: Any) -> None:
+        """Record a value within the connection's transaction."""
+        schema.write_fact(connection, self.metadata_key(name), value)
+
+    def count_changes(self, connection: sa.Connection, n_rows: int) -> None:
+        """Add to the rows changed since the index was built. Last in a transaction: others wait for its row."""
         connection.execute(
-            text("UPDATE songvec.loaded_ranges SET table_name = :new WHERE table_name = :table"),
-            {"table": self.table, "new": table},
+            text("""
+                INSERT INTO songvec.settings (key, value) VALUES (:key, to_jsonb(CAST(:n_rows AS bigint)))
+                ON CONFLICT (key) DO UPDATE SET value = to_jsonb(:n_rows +
+                    CASE WHEN jsonb_typeof(settings.value) = 'number' THEN settings.value::bigint ELSE 0 END)
+            """),
+            {"key": self.metadata_key(_CHANGES), "n_rows": n_rows},
         )
 
-    def clear(self, connection: sa.Connection) -> None:
-        """Remove all rows: the table does not exist."""
-        connection.execute(text("DELETE FROM songvec.loaded_ranges WHERE table_name = :table"), {"table": self.table})
+    def read_changes(self, connection: sa.Connection) -> int:
+        """Rows written or deleted since the index was built."""
+        return self.read(connection, _CHANGES, int) or 0
+
+    def read_probes(self, connection: sa.Connection) -> int | None:
+        """The lists that searches visit, as recorded with the index; None before there is one."""
+        return self.read(connection, "probes", int)
+
+    def rename_records(self, connection: sa.Connection, name: str) -> None:
+        """Let all that is recorded follow a table that is renamed."""
+        new = Records(self.database, name)
+        connection.execute(
+            text("UPDATE songvec.loaded_ranges SET table_name = :new WHERE table_name = :old"),
+            {"old": self.name, "new": name},
+        )
+        connection.execute(
+            text("UPDATE songvec.settings SET key = :new WHERE key = :old"),
+            [{"old": self.metadata_key(each), "new": new.metadata_key(each)} for each in _METADATA],
+        )
+
+    def forget(self, connection: sa.Connection) -> None:
+        """Remove what is recorded about it: there is no table of this name."""
+        connection.execute(text("DELETE FROM songvec.loaded_ranges WHERE table_name = :table"), {"table": self.name})
+        keys = [self.metadata_key(name) for name in _METADATA]
+        connection.execute(text("DELETE FROM songvec.settings WHERE key = ANY (:keys)"), {"keys": keys})

@@ -21,8 +21,9 @@ from pgvector import Vector
 from psycopg2.extras import execute_values
 from sqlalchemy import text
 
+from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.parts import CachedRows
-from songvec_assets.cache.shards import CachedRange, lock_name
+from songvec_assets.cache.shards import lock_name
 from songvec_assets.errors import DamagedShardError, DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.postgres.schema import hold_lock, lock_key
@@ -30,8 +31,9 @@ from songvec_assets.postgres.sessions import widen_send_buffer
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import copy
-from songvec_assets.vectors.plan import LoadPlan, LoadSource, find_differing, plan_load
-from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable
+from songvec_assets.vectors.ledger import SERVING
+from songvec_assets.vectors.plan import LoadPlan, LoadSource, check_whole, find_differing, plan_load
+from songvec_assets.vectors.table import TableSpec, VectorTable
 
 N_CONNECTIONS = 2
 """Ranges loaded at a time: one range is encoded, committed and synced while the server takes in another. Only one where
@@ -205,29 +207,6 @@ class _Load:
                     )
                 yield rows
                 self.report(len(rows), cached.range.key)
-
-
-def check_whole(cached: CachedRange, loaded: pl.DataFrame | None = None) -> None:
-    """Refuse a range that lost rows: that a song is not in it does not say that the song was deleted.
-
-    Its manifest names the files that must be there, and songs whose rows were found damaged. Without a manifest each
-    loaded song must be in a file.
-
-    Raises:
-        DamagedShardError: it lost rows.
-    """
-    n_lost = 0
-    if loaded is not None:
-        found = loaded["song_id"].is_in(cached.rows["song_id"].implode())
-        lost = loaded["song_id"].is_in([*cached.manifest.damaged]) if cached.is_read else pl.lit(True)
-        n_lost = loaded.filter(~found & lost).height
-    if cached.damaged or n_lost:
-        named = "; ".join(f"{name}: {why}" for name, why in cached.damaged.items()) or "none"
-        raise DamagedShardError(
-            f"{cached.describe} was changed on disk: {len(cached.damaged):,} files cannot be read ({named}), and "
-            f"the vectors of {n_lost:,} loaded songs are lost. The range was not loaded: materialize "
-            f"embedding_cache for {cached.range.key}, which embeds again what is lost, then load again"
-        )
 
 
 def _vacuum_if_worth_it(table: VectorTable, loads: list[RangeLoad]) -> None:

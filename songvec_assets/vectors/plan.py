@@ -1,22 +1,24 @@
-"""What a table lacks compared with the cache: the ranges to load, and those whose files are damaged.
+"""What a table lacks compared with the cache: the ranges to load, damaged ones, and songs that a swap would lose.
 
 Reads the ledger, the table's primary key, manifests and narrow columns; no vector, and changes nothing. When to add
-here: another reason to load a range. Keep out: the load itself (`load`), and whether a table may be replaced (`swap`).
+here: another reason to load a range, or to refuse it. Keep out: the load itself (`load`), and the swap (`swap`).
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
 
+from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.shards import ModelCache, RangeSummary
-from songvec_assets.errors import StoreError
+from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchError
 from songvec_assets.progress import SILENT, RunContext
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.ledger import LedgerEntry
+from songvec_assets.vectors.ledger import SERVING, LedgerEntry
 from songvec_assets.vectors.table import VectorTable
 
 _WHOLE_RANGE_SHARE = 0.5
@@ -48,7 +50,8 @@ class LoadSource:
             raise StoreError(
                 f"no embeddings are cached for model {self.cache.model!r} in {self.cache.storage}: fill the cache "
                 "first, with `songvec run`, or with `dagster asset materialize --select '*' --partition-range "
-                "FIRST...LAST`"
+                "FIRST...LAST`",
+                "cache.missing",
             )
         return ranges
 
@@ -167,3 +170,92 @@ def find_differing(loaded: pl.DataFrame | None, vectors: pl.DataFrame, in_table:
     differing = both.unique(keep="none")
     n_kept, n_rows = (both.height - differing.height) // 2, max(loaded.height, vectors.height)
     return None if n_rows - n_kept > _WHOLE_RANGE_SHARE * n_rows else differing["song_id"].unique()
+
+
+def check_whole(cached: CachedRange, loaded: pl.DataFrame | None = None) -> None:
+    """Refuse a range that lost rows: that a song is not in it does not say that the song was deleted.
+
+    Its manifest names the files that must be there, and songs whose rows were found damaged. Without a manifest each
+    loaded song must be in a file.
+
+    Raises:
+        DamagedShardError: it lost rows.
+    """
+    n_lost = 0
+    if loaded is not None:
+        found = loaded["song_id"].is_in(cached.rows["song_id"].implode())
+        lost = loaded["song_id"].is_in([*cached.manifest.damaged]) if cached.files.manifest else pl.lit(True)
+        n_lost = loaded.filter(~found & lost).height
+    if cached.damaged or n_lost:
+        named = "; ".join(f"{name}: {why}" for name, why in cached.damaged.items()) or "none"
+        raise DamagedShardError(
+            f"{cached.describe} was changed on disk: {len(cached.damaged):,} files cannot be read ({named}), and "
+            f"the vectors of {n_lost:,} loaded songs are lost. The range was not loaded: materialize "
+            f"embedding_cache for {cached.range.key}, which embeds again what is lost, then load again"
+        )
+
+
+def check_missing(
+    serving: VectorTable,
+    source: LoadSource,
+    name: str,
+    ranges: Iterable[SongIdRange],
+    read_song_ids: Callable[[SongIdRange], set[int] | None],
+    run: RunContext,
+) -> None:
+    """Refuse to replace the serving table where songs would get lost that it has.
+
+    Songs are compared by their ids, whatever ranges they were divided into: since they were loaded the stop may have
+    been raised. Not missing is a song that was deleted from the source or rejected by the export, so that it is not in
+    the snapshots, or that was rejected by the provider. Where a range has no snapshot, nothing is known of its songs.
+
+    Args:
+        serving: the table that would be replaced.
+        source: what the other one is loaded from.
+        name: of what is to have the songs.
+        ranges: that it has.
+        read_song_ids: the songs that it has of a range; None: all.
+        run: ends the comparison between two ranges.
+
+    Raises:
+        TableMismatchError: names some of the songs and their ranges.
+    """
+    missing: list[int] = []
+    ranges, cached, exported = list(ranges), source.cache.ranges(), source.snapshots.ranges()
+    for song_range in sorted(serving.ledger.read()):
+        run.check_stop()
+        songs = set(serving.ledger.read_song_ids(song_range))
+        for each in _overlapping(song_range, ranges):
+            found = read_song_ids(each)
+            songs = {song_id for song_id in songs if song_id not in each} if found is None else songs - found
+        if not songs:
+            continue
+        for each in _overlapping(song_range, cached):
+            songs -= {rejection.song_id for rejection in source.cache.read_manifest(each).rejected}
+        known = _overlapping(song_range, exported)
+        kept = set[int]().union(*map(source.snapshots.read_embeddable, known))
+        missing += [song_id for song_id in songs if song_id in kept or not any(song_id in each for each in known)]
+    if missing:
+        missing.sort()
+        keys = [each.key for each in sorted({source.tiling.range_of(song_id) for song_id in missing})]
+        raise TableMismatchError(
+            f"{name} lacks {len(missing):,} songs that {SERVING} has and that were not deleted from the source "
+            f"(song_id {', '.join(map(str, missing[:5]))}, …; range {', '.join(keys[:5])}, …): {SERVING} was not "
+            f"replaced. Export and fill these ranges for {source.cache.model}, then start the same command again; "
+            "`songvec swap` does all of it, and names the ranges that fail",
+            "table.swap-blocked",
+        )
+
+
+def _overlapping(song_range: SongIdRange, ranges: Iterable[SongIdRange]) -> list[SongIdRange]:
+    return [each for each in ranges if each.start < song_range.stop and song_range.start < each.stop]
+
+
+def read_loadable(source: LoadSource, song_range: SongIdRange) -> set[int] | None:
+    """The songs that a load of a range brings; None: it is damaged, and its load says what is wrong."""
+    try:
+        cached = source.cache.open(song_range)
+        check_whole(cached)
+    except (StoreError, DamagedShardError):
+        return None
+    return set(cached.rows["song_id"])

@@ -6,12 +6,12 @@ and how two tables compare (`index/audit`).
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
-from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchError
+from songvec_assets.errors import TableMismatchError
 from songvec_assets.postgres import relations
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock
@@ -20,12 +20,12 @@ from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import load
 from songvec_assets.vectors.index.audit import Comparison, compare_tables
-from songvec_assets.vectors.index.preflight import check_target
+from songvec_assets.vectors.index.preflight import check_attachments, check_target, find_attachments
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
-from songvec_assets.vectors.ledger import LedgerEntry
+from songvec_assets.vectors.ledger import PREVIOUS, SERVING, STAGING, LedgerEntry
 from songvec_assets.vectors.load import RangeLoad
-from songvec_assets.vectors.plan import LoadPlan, LoadSource, plan_load
-from songvec_assets.vectors.table import PREVIOUS, SERVING, STAGING, TableSpec, VectorTable
+from songvec_assets.vectors.plan import LoadPlan, LoadSource, check_missing, plan_load, read_loadable
+from songvec_assets.vectors.table import TableSpec, VectorTable
 
 LOCK = "publish"
 """Held by each run that loads, stages, swaps or drops: one at a time."""
@@ -91,18 +91,17 @@ def check_publishable(database: Database, wanted: WantedTable, models: frozenset
     """Refuse, before anything is paid for, what could not be loaded afterwards; see also `index/preflight`.
 
     Args:
-        database: where the tables are.
-        wanted: what is to be loaded.
+        database, wanted: where, and what is to be loaded.
         models: of the ranges that the serving table holds, if they are known.
 
     Returns:
-        The table that the rows are to go to: the serving one, or the staging table for a swap.
+        Where the rows are to go: the serving table, or the staging table for a swap.
 
     Raises:
         TableMismatchError: the serving table holds something else and may not be swapped, or something is in the way.
     """
     serving, staging, previous = (VectorTable(database, name) for name in (SERVING, STAGING, PREVIOUS))
-    # with a swap asked for, what differs is replaced by one, even where the table could be loaded over
+    # with a swap allowed, another table replaces what differs, even if it could be loaded over
     if not wanted.may_swap or serving.spec in (None, wanted.spec):
         try:
             serving.check(wanted.spec, models)
@@ -114,13 +113,15 @@ def check_publishable(database: Database, wanted: WantedTable, models: frozenset
         if previous.exists(connection):
             raise TableMismatchError(
                 f"table {PREVIOUS} still holds {previous.read_spec(connection)} from an earlier swap: `songvec swap "
-                "--rollback` lets it serve again, `songvec swap --drop-old` drops it; then swap"
+                "--rollback` lets it serve again, `songvec swap --drop-old` drops it; then swap",
+                "table.swap-blocked",
             )
         staged = staging.read_spec(connection)
         if staging.exists(connection) and staged != wanted.spec:
             raise TableMismatchError(
                 f"table {STAGING} holds {staged}, which never served, expected {wanted.spec} or none: finish it with "
-                "its settings, or drop it with `songvec swap --drop-old`; then swap"
+                "its settings, or drop it with `songvec swap --drop-old`; then swap",
+                "table.swap-blocked",
             )
         check_attachments(connection, serving)
     return staging
@@ -151,7 +152,7 @@ def publish_embeddings(
         target = _choose_target(serving, wanted, plan, check_held)
         is_staged, n_unmanaged = target.table == staging, plan.n_unmanaged
         if is_staged:
-            check_missing(serving, source, "the cache", source.ranges(), lambda each: _read_loadable(source, each), run)
+            check_missing(serving, source, "the cache", source.ranges(), lambda each: read_loadable(source, each), run)
             check_held()
             plan = plan_load(staging, source, run)
         if is_staged or plan.changed:
@@ -205,90 +206,6 @@ def _choose_target(serving: VectorTable, wanted: WantedTable, plan: LoadPlan, ch
     return Target(staging, f"{changes}: loaded into a staging table and swapped in, faster than under the index")
 
 
-def find_attachments(connection: sa.Connection, serving: VectorTable) -> list[str]:
-    """What people added to the serving table that would stay with it when another one takes its name."""
-    indexes = serving.index_name, serving.building_index, serving.replaced_index
-    return relations.find_attachments(connection, serving.name, indexes)
-
-
-def check_attachments(connection: sa.Connection, serving: VectorTable) -> None:
-    """Refuse to give the serving table's name to another while people's additions would stay behind.
-
-    Raises:
-        TableMismatchError: names them.
-    """
-    if attachments := find_attachments(connection, serving):
-        raise TableMismatchError(
-            f"{', '.join(attachments)} of table {SERVING} would stay with the old table: drop them, start the same "
-            "command again, which goes on from here, and create them again afterwards"
-        )
-
-
-def check_missing(
-    serving: VectorTable,
-    source: LoadSource,
-    name: str,
-    ranges: Iterable[SongIdRange],
-    read_song_ids: Callable[[SongIdRange], set[int] | None],
-    run: RunContext,
-) -> None:
-    """Refuse to replace the serving table where songs would get lost that it has.
-
-    Songs are compared by their ids, whatever ranges they were divided into: since they were loaded the stop may have
-    been raised. Not missing is a song that was deleted from the source or rejected by the export, so that it is not in
-    the snapshots, or that was rejected by the provider. Where a range has no snapshot, nothing is known of its songs.
-
-    Args:
-        serving: the table that would be replaced.
-        source: what the other one is loaded from.
-        name: of what is to have the songs.
-        ranges: that it has.
-        read_song_ids: the songs that it has of a range; None: all.
-        run: ends the comparison between two ranges.
-
-    Raises:
-        TableMismatchError: names some of the songs and their ranges.
-    """
-    missing: list[int] = []
-    ranges, cached, exported = list(ranges), source.cache.ranges(), source.snapshots.ranges()
-    for song_range in sorted(serving.ledger.read()):
-        run.check_stop()
-        songs = set(serving.ledger.read_song_ids(song_range))
-        for each in _overlapping(song_range, ranges):
-            found = read_song_ids(each)
-            songs = {song_id for song_id in songs if song_id not in each} if found is None else songs - found
-        if not songs:
-            continue
-        for each in _overlapping(song_range, cached):
-            songs -= {rejection.song_id for rejection in source.cache.read_manifest(each).rejected}
-        known = _overlapping(song_range, exported)
-        kept = set[int]().union(*map(source.snapshots.read_embeddable, known))
-        missing += [song_id for song_id in songs if song_id in kept or not any(song_id in each for each in known)]
-    if missing:
-        missing.sort()
-        keys = [each.key for each in sorted({source.tiling.range_of(song_id) for song_id in missing})]
-        raise TableMismatchError(
-            f"{name} lacks {len(missing):,} songs that {SERVING} has and that were not deleted from the source "
-            f"(song_id {', '.join(map(str, missing[:5]))}, …; range {', '.join(keys[:5])}, …): {SERVING} was not "
-            f"replaced. Export and fill these ranges for {source.cache.model}, then start the same command again; "
-            "`songvec swap` does all of it, and names the ranges that fail"
-        )
-
-
-def _overlapping(song_range: SongIdRange, ranges: Iterable[SongIdRange]) -> list[SongIdRange]:
-    return [each for each in ranges if each.start < song_range.stop and song_range.start < each.stop]
-
-
-def _read_loadable(source: LoadSource, song_range: SongIdRange) -> set[int] | None:
-    """The songs that a load of a range brings; None: it is damaged, and its load says what is wrong."""
-    try:
-        cached = source.cache.open(song_range)
-        load.check_whole(cached)
-    except (StoreError, DamagedShardError):
-        return None
-    return set(cached.rows["song_id"])
-
-
 def _read_ledgers(database: Database, connection: sa.Connection | None = None) -> list[dict[SongIdRange, LedgerEntry]]:
     """Of the serving table, and of the staging table."""
     return [VectorTable(database, name).ledger.read(connection) for name in (SERVING, STAGING)]
@@ -304,9 +221,8 @@ def put_in_place(
     """Let the staging table replace the serving one, with its rights, settings, indexes and records.
 
     Args:
-        database: where they are.
         keep: whether what served is kept as the previous table, or dropped.
-        compared: the ledgers of the two tables as `check_missing` read them.
+        compared: the ledgers of both tables when their songs were compared.
         check_held: raises where LOCK was lost.
         run: ends the wait while another session holds a lock on a table.
 
@@ -324,7 +240,8 @@ def put_in_place(
         if _read_ledgers(database, connection) != compared:
             raise TableMismatchError(
                 f"{SERVING} or {STAGING} was loaded by another run meanwhile: {SERVING} was not replaced. Start the "
-                "same command again, which goes on from here"
+                "same command again, which goes on from here",
+                "table.swap-blocked",
             )
         with relations.copying_properties(connection, SERVING, STAGING):
             if keep:
@@ -340,10 +257,6 @@ def put_in_place(
 def roll_back(database: Database, run: RunContext = SILENT) -> TableSpec | None:
     """Let what served before the last swap serve again; what serves now stays as the staging table.
 
-    Args:
-        database: where they are.
-        run: notified where another load or swap is waited for; ends the wait.
-
     Returns:
         What serves now; None where that was recorded by another version, and cannot be read.
 
@@ -355,12 +268,14 @@ def roll_back(database: Database, run: RunContext = SILENT) -> TableSpec | None:
     def swap(connection: sa.Connection) -> None:
         if not previous.exists(connection):
             raise TableMismatchError(
-                f"there is no table {PREVIOUS} to go back to: it was dropped, or nothing was swapped"
+                f"there is no table {PREVIOUS} to go back to: it was dropped, or nothing was swapped",
+                "table.swap-blocked",
             )
         if staging.exists(connection):
             raise TableMismatchError(
                 f"table {STAGING} is in the way: {staging.read_spec(connection)} is being built there. Finish that "
-                f"with `songvec swap`, or let its owner run DROP TABLE {STAGING}; then roll back"
+                f"with `songvec swap`, or let its owner run DROP TABLE {STAGING}; then roll back",
+                "table.swap-blocked",
             )
         connection.execute(sa.text(f"LOCK TABLE {SERVING}, {PREVIOUS} IN ACCESS EXCLUSIVE MODE"))
         check_attachments(connection, serving)
@@ -375,15 +290,7 @@ def roll_back(database: Database, run: RunContext = SILENT) -> TableSpec | None:
 
 
 def drop_others(database: Database, run: RunContext = SILENT) -> list[str]:
-    """Drop the previous table and the staging table.
-
-    Args:
-        database: where they are.
-        run: notified where another load or swap is waited for; ends the wait.
-
-    Returns:
-        The names of the tables that were there.
-    """
+    """Drop the previous table and the staging table; the names of those that were there."""
     others = [VectorTable(database, name) for name in (STAGING, PREVIOUS)]
     dropped: list[str] = []
 

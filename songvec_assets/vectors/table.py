@@ -7,9 +7,9 @@ an index (`index/`).
 """
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
 from pgvector.sqlalchemy import HALFVEC, VECTOR
@@ -21,16 +21,10 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.vectors.index.sizing import choose_probes
-from songvec_assets.vectors.ledger import Ledger
+from songvec_assets.vectors.index.probes import choose_probes
+from songvec_assets.vectors.ledger import PREVIOUS, SERVING, STAGING, Records
 
-SERVING, STAGING, PREVIOUS = "song_embeddings", "song_embeddings_new", "song_embeddings_old"
-
-_METADATA = ("table", "rows_changed_since_index", "index", "building", "probes", "recall")
-_CHANGES = "rows_changed_since_index"
 _ID_SUMS = IdSums.columns("song_id")
-
-_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class BuiltIndex:
 
     Attributes:
         n_rows: of the table then; 0: not recorded.
-        target, probes: the recall first asked for, and the probes that it took; None before recall was measured.
+        target, probes: the recall wanted when it was first measured, and the probes that it took; None: not yet.
     """
 
     n_rows: int = 0
@@ -115,21 +109,8 @@ def define_table(spec: TableSpec, name: str = SERVING) -> sa.Table:
 
 
 @dataclass(frozen=True)
-class VectorTable:
-    """One table of embeddings, with what is recorded about it: `VectorTable(database).spec` is what searches find.
-
-    Attributes:
-        database: where it is.
-        name: `SERVING`, `STAGING` or `PREVIOUS`; a plain identifier, which SQL may hold as it is.
-    """
-
-    database: Database
-    name: str = SERVING
-
-    @property
-    def is_serving(self) -> bool:
-        """Whether searches read it."""
-        return self.name == SERVING
+class VectorTable(Records):
+    """One table of embeddings, with what is recorded about it: `VectorTable(database).spec` is what searches find."""
 
     @property
     def index_name(self) -> str:
@@ -147,11 +128,6 @@ class VectorTable:
         return f"{self.index_name}_replaced"
 
     @property
-    def ledger(self) -> Ledger:
-        """What is loaded, by range."""
-        return Ledger(self.database, self.name)
-
-    @property
     def spec(self) -> TableSpec | None:
         """What it is recorded to hold, or None before a first load."""
         with self.database.get_connection("web") as connection:  # each search asks: by a pooled connection
@@ -167,30 +143,12 @@ class VectorTable:
     def index(self) -> IndexFacts | None:
         """Its valid index, or None."""
         with self.database.get_connection() as connection:
-            lists = self.read_lists(connection)
-            if lists is None:
+            found = self._find_index(connection, self.index_name)
+            if found is None:
                 return None
             n_rows = (self.read(connection, "index", BuiltIndex) or BuiltIndex()).n_rows
-            n_bytes, file = connection.execute(
-                text("SELECT pg_relation_size(to_regclass(:name)), pg_relation_filenode(to_regclass(:name))"),
-                {"name": self.index_name},
-            ).one()
-            probes = self.read_probes(connection) or choose_probes(lists, n_rows)
-            return IndexFacts(n_rows, lists, probes, int(n_bytes or 0), self.read_changes(connection), str(file))
-
-    # metadata
-
-    def metadata_key(self, name: str) -> str:
-        """The key of a value in `songvec.settings`: the serving table's values have the plain names."""
-        return name if self.is_serving else f"{self.name}.{name}"
-
-    def read(self, connection: sa.Connection, name: str, kind: type[_Value]) -> _Value | None:
-        """A recorded value; None where there is none of this kind, such as one that another version wrote."""
-        return schema.read_record(connection, self.metadata_key(name), kind)
-
-    def write(self, connection: sa.Connection, name: str, value: Any) -> None:
-        """Record a value within the connection's transaction."""
-        schema.write_fact(connection, self.metadata_key(name), value)
+            probes = self.read_probes(connection) or choose_probes(found.lists, n_rows)
+            return IndexFacts(n_rows, found.lists, probes, found.n_bytes, self.read_changes(connection), found.file)
 
     def read_spec(self, connection: sa.Connection) -> TableSpec | None:
         """See `spec`; within the connection's transaction."""
@@ -205,28 +163,19 @@ class VectorTable:
         if self.read(connection, "table", _SpecRecord) != record:
             self.write(connection, "table", vars(record))
 
-    def count_changes(self, connection: sa.Connection, n_rows: int) -> None:
-        """Add to the rows changed since the index was built. Last in a transaction: others wait for its row."""
-        connection.execute(
-            text("""
-                INSERT INTO songvec.settings (key, value) VALUES (:key, to_jsonb(CAST(:n_rows AS bigint)))
-                ON CONFLICT (key) DO UPDATE SET value = to_jsonb(:n_rows +
-                    CASE WHEN jsonb_typeof(settings.value) = 'number' THEN settings.value::bigint ELSE 0 END)
-            """),
-            {"key": self.metadata_key(_CHANGES), "n_rows": n_rows},
-        )
-
-    def read_changes(self, connection: sa.Connection) -> int:
-        """Rows written or deleted since the index was built."""
-        return self.read(connection, _CHANGES, int) or 0
-
     # the index, as the catalog has it
 
     def read_lists(self, connection: sa.Connection, index: str | None = None) -> int | None:
         """The lists of its index, or of another one of its indexes that is named; None unless it is valid and ours."""
-        row = connection.execute(
+        found = self._find_index(connection, index or self.index_name)
+        return found.lists if found else None
+
+    def _find_index(self, connection: sa.Connection, index: str) -> Any:
+        return connection.execute(
             text("""
-                SELECT c.reloptions
+                SELECT coalesce((SELECT option_value::int FROM pg_options_to_table(c.reloptions)
+                                 WHERE option_name = 'lists'), 100) AS lists,
+                    pg_relation_size(c.oid) AS n_bytes, pg_relation_filenode(c.oid)::text AS file
                 FROM pg_index i
                 JOIN pg_class c ON c.oid = i.indexrelid
                 JOIN pg_am a ON a.oid = c.relam
@@ -234,47 +183,8 @@ class VectorTable:
                 WHERE i.indexrelid = to_regclass(:index) AND i.indrelid = to_regclass(:table) AND i.indisvalid
                   AND a.amname = 'ivfflat' AND o.opcname IN ('vector_cosine_ops', 'halfvec_cosine_ops')
             """),
-            {"index": index or self.index_name, "table": self.name},
+            {"index": index, "table": self.name},
         ).one_or_none()
-        if row is None:
-            return None
-        return int(dict(option.split("=") for option in row.reloptions or []).get("lists", 100))
-
-    def read_probes(self, connection: sa.Connection) -> int | None:
-        """The lists that searches visit, as recorded with the index; None before there is one."""
-        return self.read(connection, "probes", int)
-
-    def search(
-        self,
-        connection: sa.Connection,
-        fetch: Callable[[], Sequence[_Value]],
-        limit: int,
-        probes: int | None = None,
-    ) -> Sequence[_Value]:
-        """Run a search, and again over more lists while those it visited hold fewer rows than it wants.
-
-        pgvector ends a scan with the last row of the lists visited, however many rows LIMIT still wants. A first answer
-        that is full costs no further round trip. Each answer is in strict order, unlike those of pgvector's relaxed
-        scans.
-
-        Args:
-            connection: in a transaction, whose probes are set.
-            fetch: runs the search; returns its rows, at most `limit`.
-            limit: rows wanted.
-            probes: lists to visit first; None: those recorded with the index.
-        """
-        probes = probes or self.read_probes(connection)
-        set_probes(connection, probes)
-        rows = fetch()
-        if len(rows) >= limit:
-            return rows
-        lists, probes = self.read_lists(connection) or 0, probes or 1
-        while len(rows) < limit and probes < lists:
-            # at least twice as many, else by the rows that a list was found to hold
-            probes = min(lists, max(2 * probes, -(-probes * limit // max(1, len(rows)))))
-            set_probes(connection, probes)
-            rows = fetch()
-        return rows
 
     # rows
 
@@ -336,7 +246,7 @@ class VectorTable:
                 self._write_spec(connection, spec)
                 return False
             self.forget(connection)
-            _search_schema_of_serving_table(connection)
+            search_schema_of_serving_table(connection)
             define_table(spec, self.name).create(connection)
             # a vector of 2,000 values then stays in its row's page: no TOAST look-ups, and parallel index builds
             connection.execute(text(f"ALTER TABLE {self.name} ALTER COLUMN embedding SET STORAGE PLAIN"))
@@ -374,7 +284,8 @@ class VectorTable:
             if not connection.scalar(text("SELECT has_schema_privilege(current_schema(), 'CREATE')")):
                 raise DatabaseError(
                     f"this user may not create table {self.name} in the schema its search_path names first: let the "
-                    "owner run GRANT CREATE ON SCHEMA … TO …, or use another user in POSTGRES_URL"
+                    "owner run GRANT CREATE ON SCHEMA … TO …, or use another user in POSTGRES_URL",
+                    "database.no-right",
                 )
             return False
         expected = {"song_id": "integer", "embedding": spec.column_type}
@@ -403,23 +314,12 @@ class VectorTable:
         connection.execute(text(f"ALTER TABLE {self.name} RENAME TO {name}"))
         for index, renamed in {f"{self.name}_pkey": f"{name}_pkey", self.index_name: new.index_name}.items():
             connection.execute(text(f"ALTER INDEX IF EXISTS {index} RENAME TO {renamed}"))
-        self.ledger.rename_to(connection, name)
-        for each in _METADATA:
-            connection.execute(
-                text("UPDATE songvec.settings SET key = :new WHERE key = :key"),
-                {"key": self.metadata_key(each), "new": new.metadata_key(each)},
-            )
+        self.rename_records(connection, name)
 
     def drop(self, connection: sa.Connection) -> None:
         """Drop it if it exists, and what is recorded about it."""
         connection.execute(text(f"DROP TABLE IF EXISTS {self.name}"))
         self.forget(connection)
-
-    def forget(self, connection: sa.Connection) -> None:
-        """Remove what is recorded about it: there is no table of this name."""
-        self.ledger.clear(connection)
-        keys = [self.metadata_key(name) for name in _METADATA]
-        connection.execute(text("DELETE FROM songvec.settings WHERE key = ANY (:keys)"), {"keys": keys})
 
 
 def describe_tables(database: Database) -> dict[str, str]:
@@ -433,24 +333,13 @@ def describe_tables(database: Database) -> dict[str, str]:
         }
 
 
-def set_probes(connection: sa.Connection, probes: int | None) -> None:
-    """Let this transaction's searches visit n lists; None leaves the server's default.
-
-    Without just-in-time compilation: it costs a large table's searches a tenth of a second each, and they have nothing
-    that it makes faster.
-    """
-    if probes is not None:
-        connection.execute(
-            text("SELECT set_config('ivfflat.probes', :probes, true), set_config('jit', 'off', true)"),
-            {"probes": str(probes)},
-        )
-
-
-def _search_schema_of_serving_table(connection: sa.Connection) -> None:
+def search_schema_of_serving_table(connection: sa.Connection) -> None:
     """Let this transaction create tables where the serving one is, which need not be the first schema searched."""
     connection.execute(
         text("""
-            SELECT set_config('search_path', relnamespace::regnamespace || ', ' || current_setting('search_path'), true)
+            SELECT set_config('search_path', concat_ws(
+                ', ', relnamespace::regnamespace::text, nullif(current_setting('search_path'), '')
+            ), true)
             FROM pg_class WHERE oid = to_regclass(:table)
         """),
         {"table": SERVING},

@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,12 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.cache import fill as fill_module
-from songvec_assets.cache.fill import MAX_OPEN_RANGES, FillReport
-from songvec_assets.cache.requests import MAX_REFUSALS_IN_A_ROW
+from songvec_assets.cache.fill import MAX_OPEN_RANGES
+from songvec_assets.cache.plan import FillReport
+from songvec_assets.cache.rejections import MAX_REFUSALS_IN_A_ROW
 from songvec_assets.cache.shards import lock_name
 from songvec_assets.deployment import Deployment
-from songvec_assets.embedding import client as client_module
+from songvec_assets.embedding import contact as contact_module
 from songvec_assets.errors import (
     BudgetExceededError,
     DatabaseError,
@@ -63,7 +63,7 @@ def provider(server: Provider) -> Provider:
 
 @pytest.fixture(autouse=True)
 def _quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "MAX_BACKOFF_S", 0.02)
+    monkeypatch.setattr(contact_module, "MAX_BACKOFF_S", 0.02)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def try_fill(
 
     try:
         if max_usd is not None:
-            deployment.settings = replace(deployment.settings, max_usd=max_usd)
+            deployment.settings = deployment.settings.model_copy(update={"max_usd": max_usd})
         deployment.filler(confirm_reembedding=confirm_reembedding).fill_ranges(list(deployment.tiling), keep)
     except SongvecError as error:
         return reports, error
@@ -218,7 +218,7 @@ def test_a_range_is_filled_and_its_report_counts_what_was_done(songs: Songs, run
     one, other = fill(first)
     assert one.range == FIRST
     assert (one.n_songs, one.n_new, one.n_embedded) == (40, 40, 40)
-    assert (one.n_changed, one.n_gone, one.n_reused, one.n_unchanged, one.n_set_aside, one.n_truncated) == (0,) * 6
+    assert (one.n_changed, one.n_deleted, one.n_reused, one.n_unchanged, one.n_rejected, one.n_truncated) == (0,) * 6
     assert (other.range.key, other.n_songs, other.n_embedded) == ("000000200-000000300", 1, 1)
     assert one.seconds > 0
     assert one.n_bytes_damaged == 0
@@ -273,7 +273,7 @@ def test_a_later_fill_reports_what_changed_came_and_went(
     later = run()
     (report,) = fill(later)
     assert (report.n_songs, report.n_unchanged, report.n_new, report.n_changed) == (10, 7, 1, 2)
-    assert (report.n_gone, report.n_reused, report.n_embedded) == (1, 1, 2)
+    assert (report.n_deleted, report.n_reused, report.n_embedded) == (1, 1, 2)
     assert billed(provider) == {"Song 000001 by Ann\nnew words": 1, "Hill by Ben": 1}
     expected = plain_texts(range(1, 10))
     expected |= {1: "Song 000001 by Ann\nnew words", 2: expected[3], 20: "Hill by Ben"}
@@ -382,7 +382,7 @@ def test_a_song_that_gets_another_song_id_is_not_paid_for_again(
         connection.execute(sa.text("UPDATE songs SET id = 99 WHERE id = 2"))
     later = run()
     (report,) = fill(later)
-    assert (report.n_new, report.n_gone, report.n_reused) == (1, 1, 1)
+    assert (report.n_new, report.n_deleted, report.n_reused) == (1, 1, 1)
     assert provider.ledger()["requests"] == 0
     texts = plain_texts(range(1, 6))
     assert_stored(later, {99: texts.pop(2)} | texts)
@@ -405,7 +405,7 @@ def test_a_lyric_that_is_changed_back_has_the_vector_of_its_old_text_again(
     assert fill(run())[0].n_unchanged == 20
 
 
-def test_another_template_embeds_every_song_anew_and_leaves_nothing_of_the_old(
+def test_another_template_embeds_every_song_again_and_leaves_nothing_of_the_old(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
     songs(*plain_songs(range(1, 6)))
@@ -435,22 +435,22 @@ def test_texts_above_the_limit_are_cut_and_counted_in_every_run(songs: Songs, ru
     provider.reset_ledger()
     (longer,) = fill(run(max_text_chars=50), confirm_reembedding=True)
     assert (longer.n_truncated, longer.n_changed) == (1, 1)
-    assert set(billed(provider)) == {"Long by Ann\n" + "x" * 38}, "only the text that was cut is embedded anew"
+    assert set(billed(provider)) == {"Long by Ann\n" + "x" * 38}, "only the text that was cut is embedded again"
 
 
-def test_a_song_that_the_export_set_aside_is_counted_and_its_neighbours_are_embedded(
+def test_a_song_that_the_export_rejected_is_counted_and_its_neighbours_are_embedded(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
     songs((1, None, "Ann", "la"), (2, "Sea", "  ", "la"), (3, "Hill", "Ben", "la"))
     first = run()
     (report,) = fill(first)
-    assert (report.n_songs, report.n_set_aside, report.n_embedded) == (3, 2, 1)
+    assert (report.n_songs, report.n_rejected, report.n_embedded) == (3, 2, 1)
     assert set(billed(provider)) == {"Hill by Ben\nla"}
     assert_stored(first, {3: "Hill by Ben\nla"})
     songs((1, "Moon", "Ann", "la"), (3, None, "Ben", "la"))
     second = run()
     (report,) = fill(second)
-    assert (report.n_songs, report.n_set_aside, report.n_new, report.n_gone) == (3, 2, 1, 1)
+    assert (report.n_songs, report.n_rejected, report.n_new, report.n_deleted) == (3, 2, 1, 1)
     assert_stored(second, {1: "Moon by Ann\nla"})
 
 
@@ -463,7 +463,7 @@ def test_a_run_with_nothing_to_do_sends_nothing_and_writes_nothing(
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     provider.reset_ledger()
     reports = fill(run())
-    assert [(report.n_unchanged, report.n_set_aside) for report in reports] == [(19, 2), (1, 0)]
+    assert [(report.n_unchanged, report.n_rejected) for report in reports] == [(19, 2), (1, 0)]
     assert provider.ledger()["requests"] == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
 
@@ -635,19 +635,19 @@ def test_a_song_without_lyrics_and_one_with_empty_lyrics_share_a_text(
 # Refused songs
 
 
-def test_a_poison_song_is_set_aside_with_its_reason_and_its_neighbours_are_paid_once(
+def test_a_poison_song_is_rejected_with_its_reason_and_its_neighbours_are_paid_once(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
     songs(*plain_songs(range(1, 41)), (17, "POISON", "Ann", "x"), (18, "Two", "POISON", "x"), (40, "N", "A", "POISON"))
     provider.control(poison=["POISON"])
     deployment = run(max_request_texts=32)
     (report,) = fill(deployment)
-    assert (report.n_songs, report.n_embedded, report.n_set_aside) == (40, 37, 3)
-    assert sorted(song_id for song_id, _ in report.set_aside) == [17, 18, 40]
-    assert all("400" in reason and "content filter" in reason for _, reason in report.set_aside)
+    assert (report.n_songs, report.n_embedded, report.n_rejected) == (40, 37, 3)
+    assert sorted(song_id for song_id, _ in report.rejected) == [17, 18, 40]
+    assert all("400" in reason and "content filter" in reason for _, reason in report.rejected)
     found = stored(deployment)
     assert {song_id for song_id, answer in found.items() if isinstance(answer, str)} == {17, 18, 40}
-    assert found[17] == dict(report.set_aside)[17]
+    assert found[17] == dict(report.rejected)[17]
     neighbours = plain_texts(sorted(set(range(1, 40)) - {17, 18}))
     assert billed(provider) == dict.fromkeys(neighbours.values(), 1)
     for song_id, text in neighbours.items():
@@ -660,12 +660,12 @@ def test_a_refused_song_is_sent_again_only_when_its_text_changes(songs: Songs, r
     fill(run())
     provider.reset_ledger()
     (report,) = fill(run())
-    assert (report.n_unchanged, report.n_set_aside, report.set_aside) == (7, 1, [])
+    assert (report.n_unchanged, report.n_rejected, report.rejected) == (7, 1, [])
     assert provider.ledger()["requests"] == 0
     songs((5, "Cured", "Ann", "x"))
     last = run()
     (report,) = fill(last)
-    assert (report.n_changed, report.n_embedded, report.n_set_aside) == (1, 1, 0)
+    assert (report.n_changed, report.n_embedded, report.n_rejected) == (1, 1, 0)
     assert billed(provider) == {"Cured by Ann\nx": 1}
     assert_stored(last, plain_texts(range(1, 9)) | {5: "Cured by Ann\nx"})
 
@@ -677,16 +677,16 @@ def test_a_song_that_becomes_poison_loses_its_old_vector(songs: Songs, run: Run,
     songs((5, "POISON", "Ann", "x"))
     last = run()
     (report,) = fill(last)
-    assert (report.n_changed, report.n_set_aside, report.n_embedded) == (1, 1, 0)
+    assert (report.n_changed, report.n_rejected, report.n_embedded) == (1, 1, 0)
     assert isinstance(stored(last)[5], str)
 
 
-def test_all_songs_of_a_refused_text_are_set_aside(songs: Songs, run: Run, provider: Provider) -> None:
+def test_all_songs_of_a_refused_text_are_rejected(songs: Songs, run: Run, provider: Provider) -> None:
     songs((1, "POISON", "Ann", "x"), (2, "Sea", "Ann", "x"), (3, "POISON", "Ann", "x"))
     provider.control(poison=["POISON"])
     (report,) = fill(run())
-    assert report.n_set_aside == 2
-    assert sorted(song_id for song_id, _ in report.set_aside) == [1, 3]
+    assert report.n_rejected == 2
+    assert sorted(song_id for song_id, _ in report.rejected) == [1, 3]
 
 
 def test_a_request_that_is_too_large_is_halved_until_it_fits(songs: Songs, run: Run, provider: Provider) -> None:
@@ -694,7 +694,7 @@ def test_a_request_that_is_too_large_is_halved_until_it_fits(songs: Songs, run: 
     provider.control(max_request_tokens=60)
     deployment = run()
     (report,) = fill(deployment)
-    assert (report.n_embedded, report.n_set_aside) == (40, 0)
+    assert (report.n_embedded, report.n_rejected) == (40, 0)
     assert provider.ledger()["texts_billed_twice"] == 0
     assert_stored(deployment, plain_texts(range(1, 41)))
 
@@ -721,12 +721,12 @@ def test_one_text_that_is_too_large_does_not_make_the_other_requests_small(
     assert provider.ledger()["max_texts_in_request"] == 20
 
 
-def test_a_single_text_that_is_too_large_is_set_aside(songs: Songs, run: Run, provider: Provider) -> None:
+def test_a_single_text_that_is_too_large_is_rejected(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*plain_songs(range(1, 9)), (4, "Epic", "Ann", "la " * 200))
     provider.control(max_request_tokens=60)
     (report,) = fill(run())
-    assert (report.n_embedded, report.n_set_aside) == (7, 1)
-    ((song_id, reason),) = report.set_aside
+    assert (report.n_embedded, report.n_rejected) == (7, 1)
+    ((song_id, reason),) = report.rejected
     assert song_id == 4
     assert "413" in reason
 
@@ -772,7 +772,7 @@ def test_refusals_are_counted_over_ranges(songs: Songs, run: Run, provider: Prov
 def test_songs_that_were_refused_for_no_fault_of_theirs_are_sent_again(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
-    """The run ended because the fault was found not to be the songs': none of them may stay set aside for it."""
+    """The run ended because the fault was found not to be the songs': none of them may stay rejected for it."""
     songs(*plain_songs(range(1, 61)))
     provider.control(poison=["Song"])
     _, error = try_fill(run())
@@ -789,7 +789,7 @@ def test_many_refused_songs_between_good_ones_do_not_end_the_run(songs: Songs, r
     songs(*plain_songs(range(1, 2 * n_poison)), *((song_id, f"POISON {song_id}", "Ann", "x") for song_id in bad))
     provider.control(poison=["POISON"])
     (report,) = fill(run(max_request_texts=16))
-    assert report.n_set_aside == n_poison > MAX_REFUSALS_IN_A_ROW
+    assert report.n_rejected == n_poison > MAX_REFUSALS_IN_A_ROW
     assert report.n_embedded == n_poison - 1
 
 
@@ -1133,7 +1133,7 @@ def test_a_provider_that_does_everything_wrong_at_times_still_yields_every_vecto
     )
     deployment = run(max_request_texts=16, concurrency=4)
     reports = fill(deployment)
-    assert [report.set_aside[0][0] for report in reports if report.set_aside] == [60]
+    assert [report.rejected[0][0] for report in reports if report.rejected] == [60]
     found = stored(deployment)
     for song_id, text in plain_texts(song_ids).items():
         if song_id != 60:

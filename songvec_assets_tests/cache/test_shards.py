@@ -11,12 +11,10 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec.structs import replace
 
 from songvec_assets.cache import upkeep
 from songvec_assets.cache.manifest import Completion, Manifest, Rejection
 from songvec_assets.cache.shards import (
-    CachedRange,
     ModelCache,
     load_embeddings_from_cache,
     read_embeddings_from_file,
@@ -140,7 +138,7 @@ def test_after_any_steps_the_last_word_on_a_song_holds(folder, steps):
         assert content_of(cache.open(RANGE)) == expected.held
     complete(cache)
     assert content_of(cache.open(RANGE)) == expected.held
-    assert cache.is_complete(RANGE)
+    assert cache.look(RANGE).done is not None
 
 
 class KilledError(BaseException):
@@ -224,10 +222,9 @@ def test_a_complete_range_says_what_it_holds_without_a_file_being_opened(cache, 
     complete(cache)
     rows = cache.open(RANGE).rows
     monkeypatch.setattr(Storage, "open", None)
-    done = cache.find_completion(RANGE)
+    done = cache.look(RANGE).done
     assert done is not None
     assert (done.n_vectors, done.digest) == (2, upkeep.digest_rows(rows))
-    assert cache.is_complete(RANGE)
 
 
 def test_it_is_no_longer_complete_when_anything_is_written_or_lost(cache):
@@ -235,14 +232,14 @@ def test_it_is_no_longer_complete_when_anything_is_written_or_lost(cache):
     complete(cache)
     before = cache.digest()
     put(cache, [3])
-    assert not cache.is_complete(RANGE)
+    assert cache.look(RANGE).done is None
     complete(cache)
     assert cache.digest() != before
     cache.open(RANGE).discard([1])
-    assert cache.find_completion(RANGE) is None
+    assert cache.look(RANGE).done is None
     complete(cache)
     (cache.storage.root / RANGE.key / cache.read_manifest(RANGE).files[0].name).unlink()
-    assert not cache.is_complete(RANGE)
+    assert cache.look(RANGE).done is None
 
 
 def test_many_small_parts_are_merged_and_a_few_beside_a_base_are_not(tmp_path):
@@ -287,7 +284,7 @@ def test_vectors_of_deleted_songs_outlive_merges_within_the_retention_time(cache
     shard = cache.open(RANGE)
     assert shard.rows["song_id"].to_list() == [*range(5, 10), 20]
     kept = shard.deleted_rows(0.0)
-    assert kept["song_id"].to_list() == list(range(5)) == sorted(shard.deleted_song_ids())
+    assert kept["song_id"].to_list() == list(range(5)) == sorted(shard.manifest.deleted_at)
     assert shard.find_sound(kept).height == 5
     put(cache, [21])
     complete(cache, retention_s=50.0)
@@ -300,7 +297,7 @@ def test_a_song_that_came_back_is_not_deleted_any_more(cache):
     delete(cache, [0, 1])
     put(cache, [0], 9)
     assert sorted(content_of(cache.open(RANGE))) == [0, 2]
-    assert cache.open(RANGE).deleted_song_ids().to_list() == [1]
+    assert [*cache.open(RANGE).manifest.deleted_at] == [1]
 
 
 def test_a_merge_does_not_bless_what_a_disk_changed(cache):
@@ -443,23 +440,36 @@ def test_files_of_the_format_before_are_refused_with_the_name_of_the_tool(cache)
         cache.ranges()
 
 
-def test_what_is_asked_for_again_is_apart_from_what_holds(cache):
+def test_a_later_generation_is_apart_from_what_holds_until_it_is_complete(cache):
     put(cache, [1, 2, 3])
-    shard = cache.open(RANGE)
-    shard.save(replace(shard.manifest, asked_by="me", asked_generation=1))
-    asked = cache.open(RANGE, asked=True)
-    write_embeddings_to_file(asked, [1, 2], hashes_of([1, 2]), vectors_of([1, 2], 7))
-    expected = dict(zip([1, 2, 3], map(bytes, vectors_of([1, 2, 3])), strict=True))
+    expected = content_of(cache.open(RANGE))
+    write_embeddings_to_file(cache.open(RANGE, 5), [1, 2], hashes_of([1, 2]), vectors_of([1, 2], 7))
     assert content_of(cache.open(RANGE)) == expected
-    resumed: CachedRange = cache.open(RANGE, asked=True)
-    assert content_of(resumed) == expected
-    assert resumed.asked_rows()["song_id"].to_list() == [1, 2]
+    assert sorted(content_of(cache.open(RANGE, 5))) == [1, 2]
     complete(cache)
-    assert cache.open(RANGE, asked=True).asked_rows()["song_id"].to_list() == [1, 2], "another fill keeps them"
+    assert content_of(cache.open(RANGE)) == expected
+    assert cache.look(RANGE).done is not None
+    later = cache.open(RANGE, 5)
+    assert later.rows["song_id"].to_list() == [1, 2], "another fill keeps them"
+    upkeep.complete(later, FILLED, 0.0)
+    assert content_of(cache.open(RANGE)) == dict(zip([1, 2], map(bytes, vectors_of([1, 2], 7)), strict=True))
+    assert {name.split("-")[0] for name in names(cache)} == {"5", "manifest.json"}
+
+
+def test_a_later_generation_keeps_the_vectors_of_deleted_songs_and_not_of_those_that_came_back(cache):
+    put(cache, [1, 2, 3])
+    delete(cache, [1, 2])
+    later = cache.open(RANGE, 1)
+    write_embeddings_to_file(later, [1, 3], hashes_of([1, 3]), vectors_of([1, 3], 7))
+    upkeep.complete(later, FILLED, 60.0)
+    shard = cache.open(RANGE)
+    assert content_of(shard) == dict(zip([1, 3], map(bytes, vectors_of([1, 3], 7)), strict=True))
+    assert shard.deleted_rows(0.0)["song_id"].to_list() == [2]
+    assert bytes(shard.embeddings_at(shard.deleted_rows(0.0)["row"])[0]) == bytes(vectors_of([2])[0])
 
 
 def test_a_writer_names_its_files_after_their_generation(cache):
-    writer = PartWriter(cache.storage, RANGE.key, cache.identity(RANGE), 3)
+    writer = PartWriter(cache.storage, cache.identity(RANGE), 3)
     writer.write([1], hashes_of([1]), vectors_of([1]))
     assert writer.files[0].name.startswith("3-")
-    assert writer.files[0].n_bytes == cache.list_files(RANGE)[writer.files[0].name]
+    assert writer.files[0].n_bytes == cache.look(RANGE).sizes[writer.files[0].name]

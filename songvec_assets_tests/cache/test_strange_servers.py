@@ -16,6 +16,7 @@ import pytest
 
 from songvec_assets.cache import fill as fill_module
 from songvec_assets.embedding import client as client_module
+from songvec_assets.embedding import contact as contact_module
 from songvec_assets.embedding.budget import Reservation
 from songvec_assets.embedding.health import MAX_BAD_TEXTS
 from songvec_assets.embedding.limits import RateLimiter
@@ -56,7 +57,7 @@ PAID = {"usd_per_million_tokens": 1e6}
 
 @pytest.fixture(autouse=True)
 def _quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "MAX_BACKOFF_S", 0.02)
+    monkeypatch.setattr(contact_module, "MAX_BACKOFF_S", 0.02)
 
 
 @pytest.fixture
@@ -81,8 +82,8 @@ class TestATextThatGetsNoVector:
         provider.control(nan=["Importance"])
         deployment = run()
         reports = fill(deployment)
-        assert sorted(song_id for report in reports for song_id, _ in report.set_aside) == [17, 205]
-        assert all("zero, null or not finite" in reason for report in reports for _, reason in report.set_aside)
+        assert sorted(song_id for report in reports for song_id, _ in report.rejected) == [17, 205]
+        assert all("zero, null or not finite" in reason for report in reports for _, reason in report.rejected)
         found = stored(deployment)
         assert len(found) == 299
         assert {song_id for song_id, answer in found.items() if isinstance(answer, str)} == {17, 205}
@@ -102,7 +103,7 @@ class TestATextThatGetsNoVector:
         provider.control(nan=["Importance"], nan_spoils=True, refuse_base64=as_floats)
         deployment = run()
         (report,) = fill(deployment)
-        assert [song_id for song_id, _ in report.set_aside] == [33]
+        assert [song_id for song_id, _ in report.rejected] == [33]
         assert sum(not isinstance(answer, str) for answer in stored(deployment).values()) == 63
         n_probes = provider.texts()["probe"] + (1 if as_floats else 0)
         assert provider.ledger()["requests"] - n_probes <= 2 + 2 * math.log2(64) + 1
@@ -115,7 +116,7 @@ class TestATextThatGetsNoVector:
         provider.control(fail=["Epic"], fail_status=status)
         deployment = run()
         reports = fill(deployment)
-        ((song_id, reason),) = [each for report in reports for each in report.set_aside]
+        ((song_id, reason),) = [each for report in reports for each in report.rejected]
         assert song_id == 117
         assert reason.startswith(f"{provider.base_url} ")
         assert ("too large to process" in reason) == bool(status)
@@ -126,7 +127,7 @@ class TestATextThatGetsNoVector:
         songs(*songs_but({5: ("POISON", "Ann", "la")}, 40))
         provider.control(poison=["POISON"], poison_inside=True)
         (report,) = fill(run(**PAID))
-        ((song_id, reason),) = report.set_aside
+        ((song_id, reason),) = report.rejected
         assert song_id == 5
         assert "text refused by the content filter" in reason
         assert report.n_tokens == provider.ledger()["tokens_billed"], "an error object is not billed"
@@ -139,7 +140,7 @@ class TestATextThatGetsNoVector:
         fill(run())
         provider.reset_ledger()
         (report,) = fill(run())
-        assert (report.n_set_aside, provider.ledger()["requests"]) == (1, 0)
+        assert (report.n_rejected, provider.ledger()["requests"]) == (1, 0)
         again = run()
         again.filler(retry_rejected=True).fill_ranges([SongIdRange(0, 100)], lambda _: None)
         assert provider.ledger()["requests_by_status"]["400"] == 1
@@ -148,7 +149,7 @@ class TestATextThatGetsNoVector:
         other = run(fireworks_base_url=provider.base_url.replace("127.0.0.1", "localhost"))
         assert other.read_inventory(with_table=False, with_source=False).behind == [SongIdRange(0, 100)]
         (report,) = fill(other)
-        assert (report.n_embedded, report.n_set_aside) == (1, 0)
+        assert (report.n_embedded, report.n_rejected) == (1, 0)
         assert not isinstance(stored(other)[5], str)
 
 
@@ -214,7 +215,7 @@ class TestAServerThatIsSick:
         reports, error = try_fill(run())
         assert error is None
         assert [type(report.error) for report in reports] == [ServerSickError, *[type(None)] * 8]
-        assert sum(report.n_set_aside for report in fill(run())) == 4
+        assert sum(report.n_rejected for report in fill(run())) == 4
 
     def test_for_a_while_rejects_no_text_that_was_sent_alone(self, songs: Songs, run: Run, provider: Provider) -> None:
         """One song changed; the server is away for all the tries that a text gets, and back at the next plain text."""
@@ -224,7 +225,7 @@ class TestAServerThatIsSick:
         provider.control(statuses=[{"status": 503, "count": client_module.MAX_ALIKE + 1, "after": 2}])
         deployment = run()
         (report,) = fill(deployment)
-        assert (report.n_embedded, report.n_set_aside) == (1, 0)
+        assert (report.n_embedded, report.n_rejected) == (1, 0)
         assert_stored(deployment, plain_texts(range(1, 41)) | {7: "Another by Ann\nla"})
 
     def test_by_nothing_but_few_texts_is_not_sick(self, songs: Songs, run: Run, provider: Provider) -> None:
@@ -232,7 +233,7 @@ class TestAServerThatIsSick:
         songs(*songs_but(bad, 99))
         provider.control(nan=["Importance"])
         (report,) = fill(run())
-        assert report.n_set_aside == MAX_BAD_TEXTS
+        assert report.n_rejected == MAX_BAD_TEXTS
 
 
 def refusals(provider: Provider) -> int:
@@ -278,7 +279,7 @@ class TestAServerThatTakesFewTexts:
         songs(*songs_but({5: ("POISON", "Ann", "la"), 150: ("POISON", "Ben", "lo")}, 299))
         provider.control(mode="litellm", poison=["POISON"])
         reports = fill(run(concurrency=2))
-        assert sorted(song_id for report in reports for song_id, _ in report.set_aside) == [5, 150]
+        assert sorted(song_id for report in reports for song_id, _ in report.rejected) == [5, 150]
         neighbours = set(plain_texts(sorted({*range(1, 300)} - {5, 150})).values())
         assert billed(provider) == dict.fromkeys(neighbours, 1)
 
@@ -360,7 +361,7 @@ class TestAServerThatIsOdd:
         songs(*songs_but({117: ("LONG", "Ann", "la")}, 299))
         provider.control(**faults)
         reports = fill(run())
-        ((song_id, reason),) = [each for report in reports for each in report.set_aside]
+        ((song_id, reason),) = [each for report in reports for each in report.rejected]
         assert (song_id, f"answered {status}" in reason) == (117, True)
 
 
@@ -436,8 +437,8 @@ class TestAServerOfAPublicReport:
         provider.control(mode="tei blank")
         deployment = run(text_template="{name}{artist}")
         (report,) = fill(deployment)
-        assert [song_id for song_id, _ in report.set_aside] == [5, 9]
-        assert all("`inputs` cannot be empty" in reason for _, reason in report.set_aside)
+        assert [song_id for song_id, _ in report.rejected] == [5, 9]
+        assert all("`inputs` cannot be empty" in reason for _, reason in report.rejected)
         times = billed(provider)
         assert len(times) == 58
         assert set(times.values()) == {1}

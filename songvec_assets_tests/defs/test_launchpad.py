@@ -14,7 +14,7 @@ from songvec_assets.defs.resources import RESOURCES, RunResource, make_resources
 from songvec_assets.settings import FIREWORKS_MODEL, ProviderSettings
 
 OF_ANY_RUN = {
-    "confirm_deletions": False,
+    "confirm_deletions": False, "confirm_model_change": False,
     "confirm_reembedding": False, "export_mode": "all", "ranges": "", "rebuild_index": False, "reembed": False,
     "retry_rejected": False,
 }  # fmt: skip

@@ -11,9 +11,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import psycopg2
@@ -21,10 +21,13 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.embedding import client as client_module
-from songvec_assets.embedding.answers import ACTIONS, parse_retry_after
+from songvec_assets.embedding import contact as contact_module
+from songvec_assets.embedding.answers import ENDS, REDIRECTS, REFUSALS, RETRIED, parse_retry_after
 from songvec_assets.embedding.client import EmbeddingClient
+from songvec_assets.embedding.embedder import Endpoint, Patience
 from songvec_assets.embedding.limits import Grant, RateLimiter
 from songvec_assets.embedding.pricing import TokenEstimator
+from songvec_assets.embedding.transport import Transport
 from songvec_assets.embedding.wire import EmbeddingBatch, encode_request
 from songvec_assets.errors import (
     ProviderError,
@@ -43,7 +46,7 @@ TEXTS = [f"{word} {number}" for number in range(5) for word in ("Meer", "海", "
 DIMENSIONS = 64
 
 # what facts/provider.md says of each status, written down apart from the package's own table
-RETRIED = (408, 409, 429, 500, 502, 503, 504)
+TRIED_AGAIN = (408, 409, 429, 500, 502, 503, 504)
 REFUSED = (400, 413, 422)
 UNKNOWN = (418, 424, 520)
 MOVED = (301, 302, 303, 307, 308)
@@ -93,7 +96,7 @@ def engine(server_url: str) -> Iterator[sa.Engine]:
 
 @pytest.fixture(autouse=True)
 def _quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "MAX_BACKOFF_S", 0.02)
+    monkeypatch.setattr(contact_module, "MAX_BACKOFF_S", 0.02)
 
 
 @pytest.fixture
@@ -104,18 +107,14 @@ def limiter(engine: sa.Engine) -> RateLimiter:
 
 @pytest.fixture
 def connect(provider: Provider, limiter: RateLimiter) -> Connect:
-    """Makes a client of the provider: connect(patience_s=1)."""
+    """Makes a client of the provider: connect(seconds=1)."""
 
-    def make(of: type[EmbeddingClient] = EmbeddingClient, **changes: object) -> EmbeddingClient:
-        given: dict[str, object] = {
-            "base_url": provider.base_url,
-            "api_key": provider.api_key,
-            "model": MODEL,
-            "dimensions": DIMENSIONS,
-            "limiter": limiter,
-            "patience_s": 20.0,
-        }
-        return of(**(given | changes))  # type: ignore[arg-type]
+    def make(patience: Patience | None = None, **changes: Any) -> EmbeddingClient:
+        given = {"url": provider.base_url, "key": provider.api_key, "model": MODEL, "dimensions": DIMENSIONS}
+        endpoint = Endpoint(**{name: changes.pop(name, value) for name, value in given.items()})
+        waits = {name: changes.pop(name) for name in ("seconds", "stop", "on_trouble") if name in changes}
+        patience = replace(patience or Patience(seconds=20.0), **waits)
+        return EmbeddingClient(endpoint, **({"limiter": limiter, "patience": patience} | changes))
 
     return make
 
@@ -151,34 +150,28 @@ class TellingLimiter(RateLimiter):
         super().slow_down(grant, pause_s)
 
 
-class UnwaitingClient(EmbeddingClient):
-    """Tells how long it would wait, and does not. Where `together` is set, requests leave in groups of so many."""
+@dataclass(frozen=True)
+class NoPatience(Patience):
+    """Notes how long it would wait, and does not."""
 
-    together: asyncio.Barrier | None = None
+    seconds: float = 20.0
+    waits: list[float] = field(default_factory=list)
 
-    def __init__(self, **given: object) -> None:
-        super().__init__(**given)  # type: ignore[arg-type]
-        self.waits: list[float] = []
-
-    async def _sleep(self, seconds: float) -> None:
+    async def sleep(self, seconds: float) -> None:
         self.waits.append(seconds)
 
-    async def _send(self, body: bytes, timeout_s: float) -> bytes:
-        if self.together:
-            await self.together.wait()
-        return await super()._send(body, timeout_s)
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Clients that give a request half a second. Notes how much they would have given."""
+    send, timeouts = Transport.send, list[float]()
 
-class HastyClient(EmbeddingClient):
-    """Gives a request half a second. Tells how much it would have given."""
+    async def hurry(self: Transport, request: Any, dialect: Any, timeout_s: float, is_first: bool) -> Any:
+        timeouts.append(timeout_s)
+        return await send(self, request, dialect, 0.5, is_first)
 
-    def __init__(self, **given: object) -> None:
-        super().__init__(**given)  # type: ignore[arg-type]
-        self.timeouts: list[float] = []
-
-    async def _send(self, body: bytes, timeout_s: float) -> bytes:
-        self.timeouts.append(timeout_s)
-        return await super()._send(body, timeout_s=0.5)
+    monkeypatch.setattr(Transport, "send", hurry)
+    return timeouts
 
 
 @asynccontextmanager
@@ -297,6 +290,7 @@ def test_vectors_arrive_in_the_order_of_the_texts_though_the_provider_reorders(
         ("gemini", {"reorder": True}),
         ("int8 base64", {}),
         ("int8 base64", {"base64_of": "float64"}),
+        ("int8 base64", {"base64_of": "float64 of all bits"}),
         ("odd usage", {}),
         ("odd usage", {"usage": '{"total_tokens":{n}}'}),
         ("byte order mark", {}),
@@ -319,7 +313,7 @@ def test_the_url_of_a_servers_own_api_is_answered_with_the_one_to_set(
 ) -> None:
     provider.control(mode="ollama native")
     with pytest.raises(ProviderError) as raised:
-        embed(connect(base_url=provider.base_url.removesuffix("/v1") + path), TEXTS)
+        embed(connect(url=provider.base_url.removesuffix("/v1") + path), TEXTS)
     assert type(raised.value) is ProviderError
     assert str(raised.value).endswith((f"={provider.base_url})", f"ends in /v1: {provider.base_url})"))
 
@@ -368,12 +362,12 @@ def test_where_dimensions_are_not_served_the_native_vectors_are_cut_and_normalis
 def test_a_model_not_known_as_matryoshka_is_not_cut(connect: Connect) -> None:
     with provider_of("plain-embedder") as plain:
         plain.control(ignore_dimensions=True, native_dimensions=128)
-        client = connect(base_url=plain.base_url, model="plain-embedder")
+        client = connect(url=plain.base_url, model="plain-embedder")
         with pytest.raises(ProviderError, match=r"64.*128.*not known.*SONGVEC_EMBEDDING_DIMENSIONS=128"):
             embed(client, TEXTS)
         assert plain.texts() == {"probe": 2}, "only the probes are paid for, base64 and numbers"
         plain.control()
-        (batch,) = embed(connect(base_url=plain.base_url, model="plain-embedder"), TEXTS)
+        (batch,) = embed(connect(url=plain.base_url, model="plain-embedder"), TEXTS)
         assert_vectors(batch)
 
 
@@ -443,17 +437,17 @@ def test_the_estimator_learns_from_what_is_billed(connect: Connect) -> None:
 
 
 def test_every_status_of_the_table_is_tested_here() -> None:
-    assert {*RETRIED, *REFUSED, *MOVED, *ADVICE} == set(ACTIONS)
+    assert {*TRIED_AGAIN, *REFUSED, *MOVED, *ADVICE} == {*RETRIED, *REFUSALS, *REDIRECTS, *ENDS}
 
 
-@pytest.mark.parametrize("status", [*sorted({*ACTIONS} - {*MOVED}), *UNKNOWN])
+@pytest.mark.parametrize("status", [*TRIED_AGAIN, *REFUSED, *ADVICE, *UNKNOWN])
 def test_each_status_does_what_the_facts_say_of_it(connect: Connect, provider: Provider, status: int) -> None:
     """Those that are tried again succeed afterwards; the others raise after the probe and one request."""
     body = {"error": {"message": "told words", "code": "TOLD"}}
     rule = {"status": status, "count": 2, "after": 2, "retry_after_s": 0, "body": body}
     provider.control(statuses=[rule])
     client = connect()
-    if status in RETRIED + UNKNOWN:
+    if status in TRIED_AGAIN + UNKNOWN:
         (batch,) = embed(client, TEXTS)
         assert_vectors(batch)
         assert batch.n_retries == 2
@@ -545,7 +539,7 @@ def test_a_429_holds_back_every_client_of_the_quota(connect: Connect, provider: 
     one, other = (RateLimiter(engine, name, requests_per_minute=1e6, tokens_per_minute=1e9) for _ in range(2))
     provider.control(statuses=[{"status": 429, "after": 2, "retry_after_s": 60}])
     with pytest.raises(ProviderUnavailableError):
-        embed(connect(limiter=one, patience_s=10), TEXTS)
+        embed(connect(limiter=one, seconds=10), TEXTS)
     assert 40 < other.reserve(1).wait_s <= 61
 
 
@@ -561,7 +555,8 @@ def test_a_429_that_names_no_time_pauses_all_for_a_second_then_two_then_four_the
 ) -> None:
     provider.control(statuses=[{"status": 429, "count": 5, "after": 2}])
     limiter, heard = TellingLimiter(engine), list[str]()
-    client = connect(UnwaitingClient, limiter=limiter, on_trouble=heard.append)
+    patience = NoPatience()
+    client = connect(patience, limiter=limiter, on_trouble=heard.append)
 
     async def work() -> None:
         batch = await client.generate_embeddings_batch(TEXTS)
@@ -573,22 +568,26 @@ def test_a_429_that_names_no_time_pauses_all_for_a_second_then_two_then_four_the
     use(client, work)
     assert [pause_s for _, pause_s in limiter.pauses] == [1, 2, 4, 5, 5, 1], "a good answer ends the row"
     assert [grant for grant, _ in limiter.pauses] == [*limiter.grants[1:6], limiter.grants[7]]
-    assert isinstance(client, UnwaitingClient)
-    assert [wait_s for wait_s in client.waits if wait_s in (1, 2, 4, 5)] == [1, 2, 4, 5, 5, 1], "its own wait as well"
+    assert [wait_s for wait_s in patience.waits if wait_s in (1, 2, 4, 5)] == [1, 2, 4, 5, 5, 1], "its own wait as well"
     assert [note.partition("next try in ")[2].partition(" s")[0] for note in heard] == list("124551")
 
 
 def test_several_429s_of_requests_that_were_granted_before_count_once(
-    connect: Connect, provider: Provider, engine: sa.Engine
+    connect: Connect, provider: Provider, engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limiter = TellingLimiter(engine)
-    client = connect(UnwaitingClient, limiter=limiter)
-    assert isinstance(client, UnwaitingClient)
+    client = connect(NoPatience(), limiter=limiter)
 
     async def work() -> None:
         await client.generate_embeddings_batch(["first"])
         provider.control(statuses=[{"status": 429, "count": 12}])
-        client.together = asyncio.Barrier(4)
+        send, together = Transport.send, asyncio.Barrier(4)
+
+        async def send_together(*given: Any) -> Any:
+            await together.wait()
+            return await send(*given)
+
+        monkeypatch.setattr(Transport, "send", send_together)
         batches = await asyncio.gather(*(client.generate_embeddings_batch([text]) for text in TEXTS[:4]))
         assert [batch.n_limited for batch in batches] == [3] * 4
 
@@ -602,7 +601,7 @@ def test_a_429_that_names_a_time_pauses_all_for_that_long(
 ) -> None:
     provider.control(statuses=[{"status": 429, "count": 3, "after": 2, "retry_after_s": retry_after_s}])
     limiter = TellingLimiter(engine)
-    client = connect(UnwaitingClient, limiter=limiter, patience_s=100)
+    client = connect(NoPatience(), limiter=limiter, seconds=100)
     assert_vectors(embed(client, TEXTS)[0])
     assert [pause_s for _, pause_s in limiter.pauses] == [retry_after_s] * 3
 
@@ -625,7 +624,7 @@ def test_a_429_that_names_a_date_pauses_all_until_then(connect: Connect, provide
     statuses = [{"status": 429, "count": 3, "after": 2, "retry_after_s": 90}]
     provider.control(statuses=statuses, retry_after_date=True)
     limiter = TellingLimiter(engine)
-    client = connect(UnwaitingClient, limiter=limiter, patience_s=200)
+    client = connect(NoPatience(), limiter=limiter, seconds=200)
     assert_vectors(embed(client, TEXTS)[0])
     assert [60 < pause_s <= 90 for _, pause_s in limiter.pauses] == [True] * 3, limiter.pauses
 
@@ -635,10 +634,9 @@ def test_a_429_that_allows_the_next_try_at_once_is_not_answered_by_a_flood(
 ) -> None:
     """Such a server would hear from each request as often as it answers."""
     provider.control(statuses=[{"status": 429, "count": 8, "after": 2, "retry_after_s": 0}])
-    client = connect(UnwaitingClient, limiter=TellingLimiter(engine))
-    embed(client, TEXTS)
-    assert isinstance(client, UnwaitingClient)
-    assert sum(wait_s > 0 for wait_s in client.waits) >= 4
+    patience = NoPatience()
+    embed(connect(patience, limiter=TellingLimiter(engine)), TEXTS)
+    assert sum(wait_s > 0 for wait_s in patience.waits) >= 4
 
 
 def test_a_provider_that_only_answers_429_ends_the_patience_and_not_the_database(
@@ -646,7 +644,7 @@ def test_a_provider_that_only_answers_429_ends_the_patience_and_not_the_database
 ) -> None:
     """Ten minutes of it are some 120 pauses of five seconds."""
     provider.control(statuses=[{"status": 429, "count": 120}])
-    (batch,) = embed(connect(UnwaitingClient, limiter=TellingLimiter(engine)), TEXTS)
+    (batch,) = embed(connect(NoPatience(), limiter=TellingLimiter(engine)), TEXTS)
     assert_vectors(batch)
 
 
@@ -685,7 +683,7 @@ def test_a_bad_answer_without_a_status_is_told_too(
     provider.control(**faults)
     heard: list[str] = []
     with pytest.raises(ProviderUnavailableError):
-        embed(connect(on_trouble=heard.append, patience_s=0.1), TEXTS)
+        embed(connect(on_trouble=heard.append, seconds=0.1), TEXTS)
     assert heard
     assert all(words in note and not note.startswith(";") for note in heard)
 
@@ -697,13 +695,14 @@ def test_where_all_is_well_no_trouble_is_told(connect: Connect, provider: Provid
     assert heard == []
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_server_that_drips_is_hung_up_on_and_asked_again(connect: Connect) -> None:
     """A byte now and then ends no timeout of reading."""
     heard: list[str] = []
 
     async def run() -> None:
         async with dripping_server() as (base_url, seen):
-            client = connect(HastyClient, base_url=base_url, patience_s=0.7, on_trouble=heard.append)
+            client = connect(url=base_url, seconds=0.7, on_trouble=heard.append)
             with pytest.raises(ProviderUnavailableError, match=r"last: no whole answer within"):
                 await client.generate_embeddings_batch(TEXTS)
             await client.close()
@@ -715,8 +714,9 @@ def test_a_server_that_drips_is_hung_up_on_and_asked_again(connect: Connect) -> 
     asyncio.run(run())
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_server_that_stalls_is_asked_again(connect: Connect, provider: Provider) -> None:
-    client = connect(HastyClient)
+    client = connect()
 
     async def work() -> None:
         await client.generate_embeddings_batch(["first"])
@@ -729,11 +729,9 @@ def test_a_server_that_stalls_is_asked_again(connect: Connect, provider: Provide
     use(client, work)
 
 
-def test_a_larger_request_has_more_time(connect: Connect) -> None:
-    client = connect(HastyClient)
-    embed(client, ["x" * 40_000])
-    assert isinstance(client, HastyClient)
-    [probe_s, large_s] = client.timeouts
+def test_a_larger_request_has_more_time(connect: Connect, hasty: list[float]) -> None:
+    embed(connect(), ["x" * 40_000])
+    [probe_s, large_s] = hasty
     assert probe_s == 600, "a server may load its model for the first request"
     assert large_s == pytest.approx(60 + 10_000 / 200, rel=0.1)
 
@@ -881,7 +879,7 @@ def test_a_lone_vector_of_a_wrong_size_is_never_returned(connect: Connect, provi
 def test_the_waits_double_up_to_the_patience(
     connect: Connect, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "MAX_BACKOFF_S", 60.0)
+    monkeypatch.setattr(contact_module, "MAX_BACKOFF_S", 60.0)
     longest: list[float] = []
 
     def draw(low: float, high: float) -> float:
@@ -892,7 +890,7 @@ def test_the_waits_double_up_to_the_patience(
     monkeypatch.setattr(random, "uniform", draw)
     provider.control(statuses=[{"status": 503}])
     with pytest.raises(ProviderUnavailableError):
-        embed(connect(patience_s=1.2), TEXTS)
+        embed(connect(seconds=1.2), TEXTS)
     assert longest == [0.5, 1.0]
     assert provider.ledger()["requests"] == 2
 
@@ -914,7 +912,7 @@ def test_patience_ends_with_what_was_heard_last(
     provider.control(**faults)
     started = time.monotonic()
     with pytest.raises(ProviderUnavailableError, match=rf"for 0.5 s \(SONGVEC_PATIENCE_S\), last: .*{words}") as caught:
-        embed(connect(patience_s=0.5), TEXTS)
+        embed(connect(seconds=0.5), TEXTS)
     assert not str(caught.value).partition("last: ")[2].startswith("."), "it names what was heard"
     assert time.monotonic() - started < 10
     assert provider.ledger()["requests"] > 1
@@ -923,14 +921,14 @@ def test_patience_ends_with_what_was_heard_last(
 def test_a_server_that_is_not_there_is_named_when_patience_ends(connect: Connect) -> None:
     base_url = f"http://127.0.0.1:{refused_port()}/v1"
     with pytest.raises(ProviderUnavailableError, match=base_url):
-        embed(connect(base_url=base_url, patience_s=0.2), TEXTS)
+        embed(connect(url=base_url, seconds=0.2), TEXTS)
 
 
 def test_a_retry_after_beyond_the_patience_is_not_waited_for(connect: Connect, provider: Provider) -> None:
     provider.control(statuses=[{"status": 503, "retry_after_s": 30}])
     started = time.monotonic()
     with pytest.raises(ProviderUnavailableError):
-        embed(connect(patience_s=20), TEXTS)
+        embed(connect(seconds=20), TEXTS)
     assert time.monotonic() - started < 5
 
 
@@ -939,13 +937,13 @@ def test_the_patience_is_that_of_a_request_not_spent_again_by_each_that_waits(
 ) -> None:
     provider.control(statuses=[{"status": 503}])
     started = time.monotonic()
-    answers = embed_together(connect(patience_s=0.6), *([text] for text in TEXTS[:8]))
+    answers = embed_together(connect(seconds=0.6), *([text] for text in TEXTS[:8]))
     assert {type(answer) for answer in answers} == {ProviderUnavailableError}
     assert time.monotonic() - started < 3, "eight requests that begin together end together"
 
 
 def test_a_provider_that_was_down_is_probed_again_by_a_later_request(connect: Connect, provider: Provider) -> None:
-    client = connect(patience_s=0.2)
+    client = connect(seconds=0.2)
 
     async def work() -> None:
         provider.control(statuses=[{"status": 503}])
@@ -966,7 +964,7 @@ def test_the_stop_signal_ends_a_backoff_at_once(connect: Connect, provider: Prov
     started = time.monotonic()
     with pytest.raises(StoppedError):
         # within the backoff, however long the first try took
-        embed(connect(stop=stop, patience_s=600, on_trouble=lambda _: threading.Timer(0.3, stop.set).start()), TEXTS)
+        embed(connect(stop=stop, seconds=600, on_trouble=lambda _: threading.Timer(0.3, stop.set).start()), TEXTS)
     assert time.monotonic() - started < 20, "the backoff is of 30 s"
     assert provider.ledger()["requests"] == 1
 
@@ -1007,13 +1005,13 @@ def test_a_request_in_flight_is_left_to_end_and_no_further_one_goes(connect: Con
 
 def test_a_wrong_key_is_not_told(connect: Connect) -> None:
     with pytest.raises(ProviderError, match="FIREWORKS_API_KEY") as caught:
-        embed(connect(api_key="fw_secret"), TEXTS)
+        embed(connect(key="fw_secret"), TEXTS)
     assert "fw_secret" not in told(caught.value)
 
 
 def test_the_key_is_not_told_where_no_server_answers(connect: Connect) -> None:
     with pytest.raises(ProviderUnavailableError) as caught:
-        embed(connect(api_key="fw_secret", base_url=f"http://127.0.0.1:{refused_port()}/v1", patience_s=0.1), TEXTS)
+        embed(connect(key="fw_secret", url=f"http://127.0.0.1:{refused_port()}/v1", seconds=0.1), TEXTS)
     assert "fw_secret" not in told(caught.value)
 
 
@@ -1023,5 +1021,5 @@ def test_the_key_is_not_told_though_the_server_repeats_it(connect: Connect, prov
     words = {"error": {"message": f"no: {provider.api_key} is not welcome"}}
     provider.control(statuses=[{"status": status, "after": 2, "body": words}])
     with pytest.raises(ProviderError, match="is not welcome") as caught:
-        embed(connect(patience_s=0.2), TEXTS)
+        embed(connect(seconds=0.2), TEXTS)
     assert provider.api_key not in told(caught.value)

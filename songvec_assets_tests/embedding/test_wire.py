@@ -14,12 +14,18 @@ from songvec_assets.embedding.wire import (
     decode_response,
     encode_request,
     find_bad_vectors,
-    truncate_vectors,
 )
+
+MANY = 10_000
 
 PROFILE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 ANY = st.floats(width=32)
+
+
+def decode(body, n_texts, dimensions=MANY):
+    """An answer whose vectors are not cut."""
+    return decode_response(body, n_texts, dimensions)
 
 
 def matrices(values=FINITE):
@@ -66,7 +72,7 @@ def test_a_request_takes_any_sequence_of_texts_and_names_no_format_for_floats():
 def test_every_vector_comes_back_bit_for_bit_at_its_texts_place(encode, matrix, data):
     order = data.draw(st.permutations(range(len(matrix))))
     body = body_of(((index, encode(matrix[index])) for index in order), usage={"prompt_tokens": 7})
-    batch = decode_response(body, len(matrix))
+    batch = decode(body, len(matrix))
     assert batch.embeddings.dtype == np.float32
     assert batch.embeddings.tobytes() == matrix.tobytes()
     assert batch.n_tokens == 7
@@ -78,7 +84,7 @@ def test_an_answer_that_mixes_both_encodings_is_refused(matrix):
     assume(len(matrix) > 1)
     encoded = [(in_floats if index % 2 else in_base64)(vector) for index, vector in enumerate(matrix)]
     with pytest.raises(MalformedResponseError, match="all vectors as base64 or all as arrays"):
-        decode_response(body_of(enumerate(encoded)), len(matrix))
+        decode(body_of(enumerate(encoded)), len(matrix))
 
 
 @pytest.mark.parametrize("first", [in_base64, in_floats])
@@ -86,7 +92,7 @@ def test_one_vector_of_another_kind_is_enough_to_refuse_an_answer(first):
     other = in_floats if first is in_base64 else in_base64
     values = [first([1.0, 2.0]), first([1.0, 2.0]), other([1.0, 2.0])]
     with pytest.raises(MalformedResponseError, match="all vectors as base64 or all as arrays"):
-        decode_response(body_of(enumerate(values)), 3)
+        decode(body_of(enumerate(values)), 3)
 
 
 SPACES = st.text(" \t\r\n", max_size=3)
@@ -107,7 +113,7 @@ def test_numbers_are_read_in_every_spelling_that_json_allows(matrix, data):
         for index, vector in enumerate(matrix)
     )
     body = f'{{"data": [{items}]}}'.encode()
-    np.testing.assert_array_equal(decode_response(body, len(matrix)).embeddings, matrix)
+    np.testing.assert_array_equal(decode(body, len(matrix)).embeddings, matrix)
 
 
 @pytest.mark.parametrize(
@@ -123,14 +129,14 @@ def test_numbers_are_read_in_every_spelling_that_json_allows(matrix, data):
 )
 def test_numbers_become_the_nearest_float32(array, vector):
     body = f'{{"data": [{{"index": 0, "embedding": {array}}}]}}'.encode()
-    np.testing.assert_array_equal(decode_response(body, 1).embeddings, np.array([vector], np.float32))
+    np.testing.assert_array_equal(decode(body, 1).embeddings, np.array([vector], np.float32))
 
 
 @PROFILE
 @given(st.floats(-1, 1).filter(lambda value: np.float32(value) != 0))
 def test_a_number_of_twice_the_precision_becomes_the_nearest_float32(value):
     """A model's own float64 output, or one of a server that renormalises, is not a float32 written out."""
-    assert decode_response(body_of([(0, [value])]), 1).embeddings[0, 0] == np.float32(value)
+    assert decode(body_of([(0, [value])]), 1).embeddings[0, 0] == np.float32(value)
 
 
 @PROFILE
@@ -143,14 +149,14 @@ def test_base64_is_read_in_every_spelling_that_json_allows(matrix, escaped):
         values = values.replace(character, f"\\u{ord(character):04X}")
     spelled = f'{head}"data"{values}'.encode()
     assert json.loads(spelled) == json.loads(body)
-    np.testing.assert_array_equal(decode_response(spelled, len(matrix)).embeddings, matrix)
+    np.testing.assert_array_equal(decode(spelled, len(matrix)).embeddings, matrix)
 
 
 def test_an_escaped_slash_is_a_slash():
     vector = np.float32([-1.5, np.finfo(np.float32).max, 3.0])
     body = body_of([(0, in_base64(vector))])
     assert b"/" in body
-    np.testing.assert_array_equal(decode_response(body.replace(b"/", b"\\/"), 1).embeddings, [vector])
+    np.testing.assert_array_equal(decode(body.replace(b"/", b"\\/"), 1).embeddings, [vector])
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,7 @@ def test_an_escaped_slash_is_a_slash():
 )
 def test_a_server_that_does_not_say_what_it_billed_billed_0(usage):
     """Its vectors are kept, since they are paid for: a retry would pay for them again."""
-    assert decode_response(body_of([(0, [1.0])], **usage), 1).n_tokens == 0
+    assert decode(body_of([(0, [1.0])], **usage), 1).n_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -170,7 +176,7 @@ def test_a_server_that_does_not_say_what_it_billed_billed_0(usage):
     [{"prompt_tokens": "9"}, {"prompt_tokens": 9.0}, {"total_tokens": 9}, {"prompt_tokens": None, "total_tokens": 9}],
 )
 def test_what_was_billed_is_read_in_every_form(usage):
-    assert decode_response(body_of([(0, [1.0])], usage=usage), 1).n_tokens == 9
+    assert decode(body_of([(0, [1.0])], usage=usage), 1).n_tokens == 9
 
 
 @pytest.mark.parametrize(
@@ -189,7 +195,7 @@ def test_an_index_that_is_left_out_is_the_one_that_no_other_has(named, order):
     data = [
         {"embedding": [1.0 + place]} | ({} if index is None else {"index": index}) for place, index in enumerate(named)
     ]
-    batch = decode_response(json.dumps({"data": data}).encode(), len(named))
+    batch = decode(json.dumps({"data": data}).encode(), len(named))
     assert [batch.embeddings[index, 0] for index in order] == [1.0 + place for place in range(len(named))]
 
 
@@ -197,7 +203,7 @@ def test_an_index_that_is_left_out_is_the_one_that_no_other_has(named, order):
 def test_indexes_that_are_left_out_and_do_not_follow_are_refused(named):
     data = [{"embedding": [1.0]} | ({} if index is None else {"index": index}) for index in named]
     with pytest.raises(MalformedResponseError, match="each index from 0 to 2 once"):
-        decode_response(json.dumps({"data": data}).encode(), 3)
+        decode(json.dumps({"data": data}).encode(), 3)
 
 
 @PROFILE
@@ -206,7 +212,7 @@ def test_an_index_that_is_missing_twice_or_foreign_is_refused(n_texts, order):
     assume(sorted(order) != list(range(n_texts)))
     body = body_of((index, [1.0, 2.0]) for index in order)
     with pytest.raises(MalformedResponseError, match=f"each index from 0 to {n_texts - 1} once"):
-        decode_response(body, n_texts)
+        decode(body, n_texts)
 
 
 @PROFILE
@@ -214,7 +220,7 @@ def test_an_index_that_is_missing_twice_or_foreign_is_refused(n_texts, order):
 def test_vectors_that_are_zero_or_not_finite_are_named_and_the_others_hold(matrix):
     bad = [row for row, vector in enumerate(matrix) if not np.isfinite(vector).all() or not vector.any()]
     good = [row for row in range(len(matrix)) if row not in bad]
-    batch = decode_response(body_of(enumerate(map(in_base64, matrix))), len(matrix))
+    batch = decode(body_of(enumerate(map(in_base64, matrix))), len(matrix))
     assert batch.bad == tuple(bad)
     assert batch.embeddings[good].tobytes() == matrix[good].tobytes()
     assert np.isnan(batch.embeddings[bad]).all()
@@ -226,10 +232,10 @@ def test_vectors_that_are_zero_or_not_finite_are_named_and_the_others_hold(matri
 def test_a_vector_that_holds_no_numbers_is_named_and_its_neighbours_hold(value):
     """text-embeddings-inference writes null (#644), Python's own encoder NaN."""
     body = b'{"data": [{"index": 1, "embedding": [3.0, 4.0]}, {"index": 0, "embedding": %s}]}' % value.encode()
-    batch = decode_response(body, 2)
+    batch = decode(body, 2)
     assert batch.bad == (0,)
     assert batch.embeddings[1].tolist() == [3.0, 4.0]
-    alone = decode_response(b'{"data": [{"index": 0, "embedding": %s}]}' % value.encode(), 1)
+    alone = decode(b'{"data": [{"index": 0, "embedding": %s}]}' % value.encode(), 1)
     assert alone.bad == (0,)
 
 
@@ -243,20 +249,20 @@ def test_bad_vectors_are_found_even_where_a_sum_of_squares_would_over_or_underfl
 @pytest.mark.parametrize("encode", [in_base64, in_floats])
 def test_vectors_of_unequal_size_are_refused(encode):
     with pytest.raises(MalformedResponseError, match=r"\b2\b.*\b3\b"):
-        decode_response(body_of([(0, encode([1.0, 2.0])), (1, encode([1.0, 2.0, 3.0]))]), 2)
+        decode(body_of([(0, encode([1.0, 2.0])), (1, encode([1.0, 2.0, 3.0]))]), 2)
 
 
 @pytest.mark.parametrize("encode", [in_base64, in_floats])
 def test_vectors_of_unequal_size_are_refused_though_the_sum_of_their_sizes_fits(encode):
     sizes = [[1.0, 2.0], [1.0, 2.0, 3.0], [1.0]]
     with pytest.raises(MalformedResponseError, match="values"):
-        decode_response(body_of(enumerate(map(encode, sizes))), 3)
+        decode(body_of(enumerate(map(encode, sizes))), 3)
 
 
 @pytest.mark.parametrize("number", ["1e300", "-1e39", "NaN", "Infinity"])
 def test_a_number_that_float32_does_not_hold_makes_a_bad_vector(number):
     body = b'{"data": [{"index": 0, "embedding": [0.5, %s]}]}' % number.encode()
-    assert decode_response(body, 1).bad == (0,)
+    assert decode(body, 1).bad == (0,)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +310,7 @@ def test_a_number_that_float32_does_not_hold_makes_a_bad_vector(number):
 )
 def test_what_is_no_embeddings_response_is_refused(body):
     with pytest.raises(MalformedResponseError):
-        decode_response(body, 1)
+        decode(body, 1)
 
 
 @pytest.mark.parametrize("encode", [in_base64, in_floats])
@@ -313,7 +319,7 @@ def test_what_is_no_embeddings_response_is_refused(body):
 def test_a_response_that_breaks_off_is_refused(encode, matrix, data):
     body = body_of(enumerate(map(encode, matrix)))
     with pytest.raises(MalformedResponseError):
-        decode_response(body[: data.draw(st.integers(0, len(body) - 1))], len(matrix))
+        decode(body[: data.draw(st.integers(0, len(body) - 1))], len(matrix))
 
 
 @PROFILE
@@ -321,10 +327,22 @@ def test_a_response_that_breaks_off_is_refused(encode, matrix, data):
     hnp.arrays(np.float32, (3, 8), elements=st.floats(0.125, 1000, width=32)),
     st.integers(1, 8),
 )
-def test_truncated_vectors_keep_their_direction_at_unit_length(matrix, dimensions):
-    cut = truncate_vectors(matrix, dimensions)
-    assert cut.shape == (3, dimensions)
-    assert cut.dtype == np.float32
-    assert cut.flags.c_contiguous
-    expected = [vector / np.sqrt(np.square(vector).sum()) for vector in matrix[:, :dimensions].astype(float)]
-    np.testing.assert_allclose(cut, expected, rtol=1e-5)
+def test_vectors_are_cut_to_their_first_values_at_unit_length(matrix, dimensions):
+    for encode in (in_base64, in_floats):
+        batch = decode(body_of(enumerate(map(encode, matrix))), 3, dimensions)
+        assert (batch.embeddings.shape, batch.n_values) == ((3, dimensions), 8)
+        assert batch.embeddings.dtype == np.float32
+        assert batch.embeddings.flags.c_contiguous
+        cut = matrix[:, :dimensions].astype(float)
+        expected = cut if dimensions == 8 else [vector / np.sqrt(np.square(vector).sum()) for vector in cut]
+        np.testing.assert_allclose(batch.embeddings, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("vector", "bad"), [([1, 0, np.nan], True), ([1, 0, np.inf], True), ([0, 0, 1], True), ([1, 0, 0], False)]
+)
+def test_a_vector_is_bad_for_what_is_cut_off_and_where_nothing_is_left(vector, bad):
+    for encode in (in_base64, in_floats) if np.isfinite(vector).all() else (in_base64,):
+        batch = decode(body_of([(0, encode(vector)), (1, encode([0, 2, 0]))]), 2, 2)
+        assert batch.bad == ((0,) if bad else ())
+        assert batch.embeddings[1].tolist() == [0, 1]

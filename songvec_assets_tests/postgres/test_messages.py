@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database, get_connection
-from songvec_assets.postgres.messages import describe_database_error
+from songvec_assets.postgres.messages import read_database_error
 from songvec_assets_tests.administration import execute, wait_until
 from songvec_assets_tests.pooler import running_pgbouncer
 
@@ -38,31 +38,52 @@ from songvec_assets_tests.pooler import running_pgbouncer
     ],
 )
 def test_words_without_a_code_lead_to_advice(words: str, advice: str) -> None:
-    told = describe_database_error(psycopg2.OperationalError(words))
+    told = str(read_database_error(psycopg2.OperationalError(words)))
     assert told.startswith(f"Postgres: {' '.join(words.split())} (")
     assert advice in told
 
 
 def test_words_that_nothing_is_known_of_stand_alone() -> None:
-    assert describe_database_error(psycopg2.OperationalError("out of cheese\n")) == "Postgres: out of cheese"
+    error = read_database_error(psycopg2.OperationalError("out of cheese\n"))
+    assert (str(error), error.code) == ("Postgres: out of cheese", "database.failed")
 
 
 @pytest.mark.parametrize(
-    ("code", "message", "advice"),
+    ("state", "message", "advice", "code"),
     [
-        ("53100", "could not extend file", "free space, then start the same command again"),
-        ("53100", 'could not resize shared memory segment "/PostgreSQL.1" to 67128672 bytes', "--shm-size=1g"),
-        ("53200", 'could not map shared memory segment "/PostgreSQL.1"', "--shm-size=1g"),
-        ("25006", "cannot execute INSERT in a read-only transaction", "if it is a standby; else see"),
-        ("55P03", "canceling statement due to lock timeout", "another session holds a lock"),
+        ("53100", "could not extend file", "free space, then start the same command again", "database.full"),
+        (
+            "53100",
+            'could not resize shared memory segment "/PostgreSQL.1" to 67128672 bytes',
+            "--shm-size=1g",
+            "database.full",
+        ),
+        ("53200", 'could not map shared memory segment "/PostgreSQL.1"', "--shm-size=1g", "database.full"),
+        (
+            "25006",
+            "cannot execute INSERT in a read-only transaction",
+            "if it is a standby; else see",
+            "database.read-only",
+        ),
+        ("55P03", "canceling statement due to lock timeout", "another session holds a lock", "database.locked"),
+        (
+            "57014",
+            "canceling statement due to statement timeout",
+            "the statement was cancelled",
+            "database.unavailable",
+        ),
+        ("42501", "permission denied for table songs", "this user lacks a right", "database.no-right"),
     ],
 )
-def test_a_code_leads_to_advice(database: Database, code: str, message: str, advice: str) -> None:
-    raising = f"DO $$ BEGIN RAISE EXCEPTION '{message}' USING ERRCODE = '{code}'; END $$"
+def test_a_state_leads_to_advice_and_a_code(
+    database: Database, state: str, message: str, advice: str, code: str
+) -> None:
+    raising = f"DO $$ BEGIN RAISE EXCEPTION '{message}' USING ERRCODE = '{state}'; END $$"
     with pytest.raises(DatabaseError) as caught, database.get_connection() as connection:
         connection.execute(sa.text(raising))
     assert message in str(caught.value)
     assert advice in str(caught.value)
+    assert caught.value.code == code
 
 
 def test_a_transaction_that_may_not_write_says_so(database: Database) -> None:

@@ -204,7 +204,7 @@ def _compute_items(
     faults = plan.faults
     spoil = faults.corrupt if faults.corrupt and plan.happens(faults.corrupt_share) else None
     victim = plan.random.randrange(len(digests)) if spoil else 0
-    vectors = [vector_of_digest(digest, dimensions) for digest in digests]
+    vectors = [_turn(vector_of_digest(digest, dimensions), faults.turn) for digest in digests]
     if spoil == "wrong_size":
         vectors[victim] = vectors[victim][:-1]
     elif spoil == "nan":
@@ -237,9 +237,17 @@ def _compute_items(
     return items
 
 
+def _turn(vector: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    return np.sqrt(1 - np.float32(share) ** 2) * vector + np.float32(share) * np.roll(vector, 1) if share else vector
+
+
 def _encode_base64(vector: NDArray[np.float32], number_type: str) -> bytes:
-    numbers = vector if number_type == "float32" else (vector * 127 if number_type == "int8" else vector)
-    return b'"%b"' % pybase64.b64encode(numbers.astype(number_type, copy=False).data)
+    if number_type == "float64 of all bits":
+        numbers: NDArray[Any] = vector.astype("<f8")
+        numbers.view("<u4")[::2] |= 0x7FC00000
+    else:
+        numbers = (vector * 127 if number_type == "int8" else vector).astype(number_type, copy=False)
+    return b'"%b"' % pybase64.b64encode(numbers.data)
 
 
 def _encode_floats(vector: NDArray[np.float32]) -> bytes:

@@ -55,8 +55,9 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     everything; `redirect`, a Location; `wrong_path_200`; `model`, the alias that it is served under; `refuse_encoding`,
     of any format that is asked for; `errors_as`, where
     an error's words are, and `error_type`; `usage`, the JSON of it, with `{n}` for the tokens, or nothing for no such
-    field; `base64_of`, the number type of its base64; `blank_status`, for a text without a visible character;
-    `idle`, what becomes of a connection after an answer: it is closed, or reset at the next request;
+    field; `base64_of`, the number type of its base64 ("of all bits": read as float32 its halves are NaN); `turn`, how
+    far its vectors point away, as those of another model (1: at right angles); `blank_status`, for a text without a
+    visible character; `idle`, what becomes of a connection after an answer: it is closed, or reset at the next request;
     `native_at_api`, Ollama's own answer under `/api`; `gzip`, `mark` (a byte order mark) and `content_type`.
     """
 
@@ -67,7 +68,7 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     refuse_encoding: bool = False
     refuse_base64_status: int = 400
     refuse_base64_words: str = "Extra inputs are not permitted, field: 'encoding_format'"
-    base64_of: Literal["float32", "int8", "float64"] = "float32"
+    base64_of: Literal["float32", "int8", "float64", "float64 of all bits"] = "float32"
     ignore_base64: bool = False
     refuse_dimensions: bool = False
     ignore_dimensions: bool = False
@@ -83,6 +84,7 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     corrupt_share: Share = 1.0
     poison: list[str] = []
     poison_inside: bool = False
+    turn: Share = 0.0
     nan: list[str] = []
     nan_spoils: bool = False
     fail: list[str] = []

@@ -13,7 +13,8 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import write_fact
 from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.index.recall import audit_recall, read_recall
+from songvec_assets.vectors.index.audit import audit_recall
+from songvec_assets.vectors.index.recall import read_recall
 from songvec_assets.vectors.table import TableSpec, VectorTable, describe_tables
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import (

@@ -1,4 +1,4 @@
-"""What a look at a loaded table finds: bad vectors, a planner that passes the index by, two tables that differ.
+"""Audits of loaded tables: bad vectors, whether the planner uses the index, recall, and how two tables differ.
 
 A large table is never read as a whole. When to add here: another question about a table or its index. Keep out: what
 follows from an answer.
@@ -6,15 +6,18 @@ follows from an answer.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import sqlalchemy as sa
 from sqlalchemy import text
 
+from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.index.recall import read_recall
-from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable, set_probes
+from songvec_assets.vectors.index.probes import search, set_probes
+from songvec_assets.vectors.index.recall import RecallReport, Searches, read_recall
+from songvec_assets.vectors.ledger import SERVING, STAGING
+from songvec_assets.vectors.table import TableSpec, VectorTable
 
 SAMPLE_ROWS = 1000
 
@@ -35,7 +38,7 @@ class VectorAudit:
     """A sample of the table's vectors.
 
     Attributes:
-        n_sampled: rows looked at.
+        n_sampled: rows.
         bad_song_ids: those zero or of another size; values that are not finite are refused by pgvector.
         mean_norm: their mean length; 1 for models that normalise; 0 for an empty table.
     """
@@ -46,7 +49,7 @@ class VectorAudit:
 
 
 def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS) -> VectorAudit:
-    """Look at about `n_rows` rows of the serving table, spread over all of it."""
+    """Check about `n_rows` rows of the serving table, spread over all of it."""
     statement = text(f"""
         SELECT count(*), coalesce(array_agg(song_id) FILTER (WHERE norm = 0 OR size <> :size), '{{}}'),
             coalesce(avg(norm), 0)
@@ -109,6 +112,29 @@ def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
     return IndexAudit(valid, f'"{table.index_name}"' in json.dumps(plan), table.count_rows())
 
 
+def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> RecallReport | None:
+    """Take what was measured last of the index, or measure again if rows changed since; None: there is no valid index.
+
+    Args:
+        table: whose index.
+        cache: the shards that it was loaded from.
+        target: the recall wanted.
+
+    Raises:
+        StoreError: the cache does not hold what is loaded.
+    """
+    index = table.index
+    if index is None:
+        return None
+    with table.database.get_connection() as connection:
+        report = read_recall(connection, table)
+    if report is None or not report.holds(index.n_changed):
+        searches = Searches.over(table, cache)
+        searches.measure(index.probes)
+        report = searches.report(target, index.probes, index.n_changed)
+    return replace(report, target=target, n_changed=index.n_changed)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The serving table and the staging table.
@@ -159,4 +185,4 @@ def find_neighbors(connection: sa.Connection, table: VectorTable, song_ids: list
     def fetch(song_id: int) -> Sequence[int]:
         return connection.scalars(statement, {"song_id": song_id}).all()
 
-    return {song_id: set(table.search(connection, partial(fetch, song_id), _NEIGHBORS)) for song_id in song_ids}
+    return {song_id: set(search(table, connection, partial(fetch, song_id), _NEIGHBORS)) for song_id in song_ids}

@@ -51,13 +51,13 @@ def create_index(
         run: notified of the server's progress; a stop cancels the server's work.
 
     Returns:
-        What a person should know of how it was built; mostly empty.
+        A remark on how it was built; mostly empty.
 
     Raises:
         DatabaseError: the server refused, or the statement was cancelled. What it left is removed, or is by the next
             build where a transaction holds on to it. Where only shared memory for the workers is missing, it is built
             again without them.
-        StoppedError: a stop was asked for.
+        StoppedError: it was stopped.
     """
     concurrently = lets_writers_in(table)
     settings = {
@@ -75,7 +75,7 @@ def create_index(
             with _watching(table.database, pid, run):
                 connection.execute(text(statement))
     except (DatabaseError, sa.exc.DBAPIError) as error:
-        # a server that is gone, or a transaction's lock: the next build drops it
+        # a server that went down, or a transaction's lock: the next build drops it
         with contextlib.suppress(DatabaseError):
             drop_index(table, table.building_index, patience_s=0)
         run.check_stop()
@@ -105,7 +105,7 @@ def _session(database: Database, concurrently: bool, settings: dict[str, str]) -
 
 @contextlib.contextmanager
 def _watching(database: Database, pid: int, run: RunContext) -> Iterator[None]:
-    """Report the server's progress, and cancel its work where a stop is asked for, while the block runs."""
+    """Report the server's progress, and cancel its work if the run is stopped, while the block runs."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -134,7 +134,7 @@ def _watching(database: Database, pid: int, run: RunContext) -> Iterator[None]:
 
 
 def read_progress(row: Any) -> Progress:
-    """What the server reports of the phase that a build is in: rows or blocks of it, where it counts any.
+    """What the server reports of the phase that a build is in: rows or blocks of it, if it counts any.
 
     Args:
         row: of `pg_stat_progress_create_index`. Its counters keep their values in phases that do not use them: only
@@ -167,7 +167,8 @@ def swap_names(table: VectorTable, record: Callable[[sa.Connection], None], run:
             {"name": table.building_index},
         ):
             raise DatabaseError(
-                f"the build of {table.building_index} ended without a valid index: materialize ivfflat_index again"
+                f"the build of {table.building_index} ended without a valid index: materialize ivfflat_index again",
+                "index.failed",
             )
         connection.execute(text(f"ALTER INDEX IF EXISTS {table.index_name} RENAME TO {table.replaced_index}"))
         connection.execute(text(f"ALTER INDEX {table.building_index} RENAME TO {table.index_name}"))
@@ -208,7 +209,7 @@ def drop_index(table: VectorTable, name: str, run: RunContext = SILENT, patience
 
 
 def remove_leftovers(table: VectorTable, run: RunContext, keep_whole: bool = False) -> None:
-    """Drop what interrupted builds left: ended first, where the server is still at it for a client that is gone.
+    """Drop what interrupted builds left: a build that the server goes on with for a killed client is ended first.
 
     Args:
         table: whose.
@@ -239,7 +240,7 @@ def remove_leftovers(table: VectorTable, run: RunContext, keep_whole: bool = Fal
 
 
 def _end_orphans(table: VectorTable, run: RunContext) -> None:
-    """Cancel builds under our building name: whoever ordered them had the lock that is ours now, so is gone."""
+    """Cancel builds under our building name: their run held the lock that is ours now, so it has ended."""
     while True:
         with table.database.get_connection() as connection:
             n_orphans = connection.scalar(

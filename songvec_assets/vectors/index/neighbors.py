@@ -15,7 +15,8 @@ import polars as pl
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from songvec_assets.cache.shards import CachedRange, ModelCache
+from songvec_assets.cache.cached_range import CachedRange
+from songvec_assets.cache.shards import ModelCache
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
@@ -70,7 +71,7 @@ class LoadedRows:
 def sample_queries(rows: LoadedRows, seed: int = 0) -> Float32Matrix:
     """Draw rows, a tenth of the table's, ten at least and a hundred at most; then mix as many queries of them.
 
-    A row is one of its own ten neighbors, as a song is the first answer to its own words. A synthetic query lies
+    A row is among its ten neighbors, as a song is the first answer to its own words. A synthetic query lies
     between two rows, nearer to one, with noise of a fifth of its length: nothing in the table is like it.
 
     Returns:
@@ -85,7 +86,7 @@ def sample_queries(rows: LoadedRows, seed: int = 0) -> Float32Matrix:
 
 
 def sample_rows(rows: LoadedRows, n_rows: int, draw: np.random.Generator) -> tuple[list[int], Float32Matrix]:
-    """Draw n rows, or all where there are fewer: their song_ids, and unit vectors, (n, dimensions)."""
+    """Draw n rows, or all if there are fewer: their song_ids, and unit vectors, (n, dimensions)."""
     counts = np.array(list(rows.ranges.values()), dtype=np.int64)
     song_ids: list[int] = []
     picked = [np.empty((0, rows.cache.dimensions), dtype=np.float32)]
@@ -107,8 +108,8 @@ class ExactNeighbors:
     Attributes:
         rows: among which.
         queries: unit vectors, (n, dimensions).
-        song_ids: int32, (n, 50), nearest first; -1 where there are fewer rows.
-        similarities: float32, (n, 50); -inf where there are fewer rows. A distance is 1 less it.
+        song_ids: int32, (n, 50), nearest first; -1 if there are fewer rows.
+        similarities: float32, (n, 50); -inf if there are fewer rows. A distance is 1 less it.
         n_found: rows that the cache held.
     """
 
@@ -142,7 +143,7 @@ class ExactNeighbors:
         return hits
 
     def _look_up(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Work out the similarities of (query, song_id), a range at a time."""
+        """Work out the similarities of (query, song_id), one range after another."""
         self._looked_up.update(dict.fromkeys(pairs, -np.inf))
         for song_range in self.rows.ranges:
             here = [(query, song_id) for query, song_id in pairs if song_id in song_range]

@@ -1,4 +1,4 @@
-"""Whether what is about to be paid for or loaded can be indexed afterwards: asked of the server before it begins.
+"""Whether what is about to be paid for or loaded can be indexed afterwards: checked with the server before it begins.
 
 What a table needs is tried on a scratch table of one row, in the schema of the serving one, and rolled back; rights are
 read from the catalog; memory and disk are worked out, for an index on a small table shows neither. Nothing here touches
@@ -12,12 +12,14 @@ import sqlalchemy as sa
 from pgvector import Vector
 from sqlalchemy import text
 
-from songvec_assets.errors import DatabaseError
+from songvec_assets.errors import DatabaseError, TableMismatchError
+from songvec_assets.postgres import relations
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.vectors.index import sizing
 from songvec_assets.vectors.index.upkeep import IndexSettings, plan_build
-from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable, define_table
+from songvec_assets.vectors.ledger import SERVING
+from songvec_assets.vectors.table import TableSpec, VectorTable, define_table, search_schema_of_serving_table
 
 _LOCK_TIMEOUT = "250ms"
 _NEEDED = "SELECT, INSERT, UPDATE, DELETE"
@@ -48,7 +50,7 @@ def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_
     """Refuse what could not be loaded or indexed. The serving table must fit: see `check_publishable`.
 
     Args:
-        target: the serving table, or the staging table where that is built.
+        target: the serving table, or the staging table if that is built.
         spec: what it is to hold.
         wanted: how it is to be indexed.
         n_songs: rows that it is to have.
@@ -70,34 +72,39 @@ def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_
 
 
 def _check_rights(connection: sa.Connection, builds: bool) -> str:
-    """The schema of the table, quoted; raises where a right is missing.
+    """The schema of the table, quoted; raises if a right is missing.
 
-    To VACUUM needs no right of its own: the owner may, and anybody else is only warned by the server.
+    VACUUM needs no further right: the owner may, and the server only warns anybody else.
     """
     lacking = connection.execute(text(_LACKING), {"table": SERVING, "needed": _NEEDED.split(", ")}).all()
     if lacking:
         tables, role = ", ".join(table for table, _ in lacking), lacking[0][1]
         raise DatabaseError(
-            f"this user may not read and write {tables}: let the owner run GRANT {_NEEDED} ON {tables} TO {role}"
+            f"this user may not read and write {tables}: let the owner run GRANT {_NEEDED} ON {tables} TO {role}",
+            "database.no-right",
         )
     schema = connection.execute(text(_SCHEMA), {"table": SERVING}).one()
     if schema.hides_rows:
         raise DatabaseError(
             f"row security of table {SERVING} applies to {schema.role}, so that rows cannot be loaded or counted: let "
-            f"{schema.owner} run ALTER TABLE {SERVING} NO FORCE ROW LEVEL SECURITY, or use a user that it does not bind"
+            f"{schema.owner} run ALTER TABLE {SERVING} NO FORCE ROW LEVEL SECURITY, or use a user that it "
+            "does not bind",
+            "database.no-right",
         )
     if not builds:
         return str(schema.name)
     if not schema.may_create:
         raise DatabaseError(
             f"this user may not create tables and indexes in schema {schema.name}: let its owner run GRANT CREATE ON "
-            f"SCHEMA {schema.name} TO {schema.role}, or use another user in POSTGRES_URL"
+            f"SCHEMA {schema.name} TO {schema.role}, or use another user in POSTGRES_URL",
+            "database.no-right",
         )
     if schema.is_owner is False:
         raise DatabaseError(
             f"table {SERVING} belongs to {schema.owner}, and only its owner may index or replace it: let "
             f"{schema.owner} or a superuser run GRANT {schema.owner} TO {schema.role}, or ALTER TABLE {SERVING} "
-            f"OWNER TO {schema.role}"
+            f"OWNER TO {schema.role}",
+            "database.no-right",
         )
     return str(schema.name)
 
@@ -108,17 +115,13 @@ def _try_out(database: Database, spec: TableSpec, schema: str) -> None:
     try:
         with database.get_connection() as connection:
             memory_kib = -(-sizing.build_bytes(1, spec.dimensions, spec.vector_type) // 1024)
-            settings = {
-                "lock_timeout": _LOCK_TIMEOUT,
-                "maintenance_work_mem": f"{memory_kib}kB",
-            }
-            for name, value in settings.items():
-                connection.execute(text("SELECT set_config(:name, :value, true)"), {"name": name, "value": value})
             connection.execute(
-                text("SELECT set_config('search_path', concat_ws(', ', CAST(:schema AS text), path), true) "
-                     "FROM nullif(current_setting('search_path'), '') AS path"),
-                {"schema": schema},
-            )  # fmt: skip
+                text("""
+                    SELECT set_config('lock_timeout', :timeout, true), set_config('maintenance_work_mem', :memory, true)
+                """),
+                {"timeout": _LOCK_TIMEOUT, "memory": f"{memory_kib}kB"},
+            )
+            search_schema_of_serving_table(connection)
             define_table(spec, scratch).create(connection)
             connection.execute(
                 text(f"INSERT INTO {scratch} (song_id, embedding) VALUES (1, CAST(:ones AS {spec.vector_type}))"),
@@ -134,3 +137,23 @@ def _try_out(database: Database, spec: TableSpec, schema: str) -> None:
             f"a table of {spec.column_type} cannot be made and indexed in schema {schema}, so nothing was sent or "
             f"loaded: {error}"
         ) from error
+
+
+def find_attachments(connection: sa.Connection, serving: VectorTable) -> list[str]:
+    """What people added to the serving table that would stay with it when another one takes its name."""
+    indexes = serving.index_name, serving.building_index, serving.replaced_index
+    return relations.find_attachments(connection, serving.name, indexes)
+
+
+def check_attachments(connection: sa.Connection, serving: VectorTable) -> None:
+    """Refuse to give the serving table's name to another while people's additions would stay behind.
+
+    Raises:
+        TableMismatchError: names them.
+    """
+    if attachments := find_attachments(connection, serving):
+        raise TableMismatchError(
+            f"{', '.join(attachments)} of table {SERVING} would stay with the old table: drop them, start the same "
+            "command again, which goes on from here, and create them again afterwards",
+            "table.swap-blocked",
+        )

@@ -5,10 +5,8 @@ round trip. When to add here: another figure of the same searches. Keep out: wha
 (`neighbors`).
 """
 
-import bisect
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
@@ -27,8 +25,8 @@ from songvec_assets.vectors.index.neighbors import (
     find_exact_neighbors,
     sample_queries,
 )
-from songvec_assets.vectors.index.sizing import SMALL_TABLE_ROWS
-from songvec_assets.vectors.table import VectorTable, set_probes
+from songvec_assets.vectors.index.probes import SMALL_TABLE_ROWS, find_smallest, set_probes
+from songvec_assets.vectors.table import BuiltIndex, VectorTable
 
 STEP = "measure recall"
 DEFAULT_TARGET = 0.95
@@ -43,8 +41,8 @@ class RecallPoint:
     Attributes:
         probes: lists visited.
         recall: the lower of the two that follow: whatever people ask is to be found.
-        recall_of_rows: share of the ten nearest found, where the query is a row of the table.
-        recall_of_synthetic: the same, where it is like nothing in the table.
+        recall_of_rows: share of the ten nearest found, if the query is a row of the table.
+        recall_of_synthetic: the same, if it is like nothing in the table.
         ms_median, ms_p99: a search's round trip, once its pages were read.
     """
 
@@ -65,7 +63,7 @@ class RecallReport:
         n_rows: of the table, that they were compared with.
         target: the recall wanted.
         points: by probes, ascending.
-        probes: the smallest that reach the target; all lists where the table is small, or where none do.
+        probes: the smallest that reach the target; all lists if the table is small, or if none do.
         n_changed: rows that had changed by then since the index was built.
     """
 
@@ -133,7 +131,7 @@ def measure_recall(
         cache: the shards that it was loaded from.
         lists: of the index.
         target: the recall wanted, of both kinds of queries.
-        kept: probes that searches use now, chosen again where they reach the target.
+        kept: probes that searches use now, chosen again if they reach the target.
         run: notified of the rows, then of the searches; a stop ends it between two batches or searches.
 
     Raises:
@@ -156,19 +154,20 @@ def measure_recall(
     return report
 
 
-def find_smallest(reaches: Callable[[int], bool], tried: set[int], lists: int) -> int:
-    """Halve the gap between the most probes that fail and the fewest that do not; recall grows with probes.
-
-    Args:
-        reaches: whether n probes reach the target.
-        tried: that were measured; all lists among them where none reaches it.
-        lists: of the index.
-    """
-    high = min((probes for probes in tried if reaches(probes)), default=None)
-    if high is None:
-        return lists
-    low = max((probes for probes in tried if probes < high), default=0)
-    return bisect.bisect_left(range(lists + 1), True, low + 1, high, key=reaches)
+def measure_and_record(
+    table: VectorTable, cache: ModelCache, lists: int, target: float, run: RunContext, kept: int | None = None
+) -> tuple[RecallReport | None, str]:
+    """Measure and record; returns what to report. A cache that lacks rows is no error: the index is there."""
+    try:
+        report = measure_recall(table, cache, lists, target, kept, run)
+    except StoreError as error:
+        return None, f"recall was not measured: {error}"
+    with table.database.get_connection() as connection:
+        write_recall(connection, table, report)
+        built = table.read(connection, "index", BuiltIndex) or BuiltIndex()
+        if built.target != target:  # the first since the build: decay is compared with it
+            table.write(connection, "index", asdict(replace(built, target=target, probes=report.probes)))
+    return report, report.describe()
 
 
 @dataclass
@@ -202,7 +201,8 @@ class Searches:
             raise StoreError(
                 f"the cache in {cache.storage} holds {exact.n_found:,} of the {rows.n_rows:,} rows that the ledger of "
                 f"table {table.name} names, so recall cannot be measured: fill the cache and load it, then materialize "
-                "ivfflat_index"
+                "ivfflat_index",
+                "cache.missing",
             )
         return cls(table, exact, run)
 
@@ -260,33 +260,11 @@ class Searches:
         if f'"{self.table.index_name}"' not in plan:
             raise DatabaseError(
                 f"expected the planner to take {self.table.index_name} with enable_seqscan off, it does not: "
-                "materialize ivfflat_index, which builds a valid one"
+                "materialize ivfflat_index, which builds a valid one",
+                "index.failed",
             )
 
 
 def to_literal(vector: Float32Matrix) -> str:
-    """A vector as the server reads it; every float32 comes back as it was."""
+    """A vector as the server reads it; every float32 comes back unchanged."""
     return "[" + ",".join(map(repr, vector.tolist())) + "]"
-
-
-def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> RecallReport | None:
-    """Take what was measured last of the index, or measure again if rows changed since; None: there is no valid index.
-
-    Args:
-        table: whose index.
-        cache: the shards that it was loaded from.
-        target: the recall wanted.
-
-    Raises:
-        StoreError: the cache does not hold what is loaded.
-    """
-    index = table.index
-    if index is None:
-        return None
-    with table.database.get_connection() as connection:
-        report = read_recall(connection, table)
-    if report is None or not report.holds(index.n_changed):
-        searches = Searches.over(table, cache)
-        searches.measure(index.probes)
-        report = searches.report(target, index.probes, index.n_changed)
-    return replace(report, target=target, n_changed=index.n_changed)

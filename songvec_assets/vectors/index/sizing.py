@@ -19,8 +19,6 @@ MIN_BUILD_MEMORY = 64 << 20
 """Postgres' own default of maintenance_work_mem, which no build goes below."""
 SORT_MEMORY_A_PROCESS = 32 << 20
 """Less for each, and the planner takes fewer parallel workers (PostgreSQL's plan_create_index_workers)."""
-SMALL_TABLE_ROWS = 10_000
-"""Up to here a search visits all lists: it costs nothing, and nothing is missed."""
 MOST_WORKERS = 8
 """More parallel processes than this wait for the disk."""
 
@@ -80,11 +78,6 @@ def choose_lists(n_rows: int) -> int:
     return max(1, round(math.sqrt(n_rows)))
 
 
-def choose_probes(lists: int, n_rows: int) -> int:
-    """Lists that a search visits before recall is measured: the square root of all; all of a small table's."""
-    return lists if n_rows <= SMALL_TABLE_ROWS else max(1, round(math.sqrt(lists)))
-
-
 def kmeans_bytes(lists: int, dimensions: int, vector_type: str = "vector") -> int:
     """Memory that k-means needs; maintenance_work_mem under it is a hard error of the server.
 
@@ -105,7 +98,7 @@ def build_bytes(lists: int, dimensions: int, vector_type: str = "vector", worker
 
 
 def most_lists(memory_bytes: int, dimensions: int, vector_type: str = "vector") -> int:
-    """The most lists whose build fits into this memory; 0 where not even one does."""
+    """The most lists whose build fits into this memory; 0 if not even one does."""
     lists = range(1, _MOST_LISTS + 1)
     return bisect.bisect_right(lists, memory_bytes, key=lambda each: build_bytes(each, dimensions, vector_type))
 
@@ -140,7 +133,7 @@ def estimate_build(
         lists: of the index.
         dimensions: values a vector.
         vector_type: the column's type.
-        workers: parallel processes beside the one that builds.
+        workers: parallel processes in addition to the one that builds.
     """
     size = index_bytes(n_rows, lists, dimensions, vector_type)
     memory = build_bytes(lists, dimensions, vector_type, workers)
@@ -164,7 +157,7 @@ class Capacity:
         memory_source: how that is known, in words.
         temporary_bytes: of files while it sorts; None: no limit.
         free_bytes: on the disk of the server's data; None where that is not seen from here.
-        workers: parallel processes beside the one that builds.
+        workers: parallel processes in addition to the one that builds.
     """
 
     memory_bytes: int
@@ -188,7 +181,9 @@ class Capacity:
             f"({self.memory_source})"
         )
         if not fitting:
-            raise DatabaseError(f"{shortage}: raise SONGVEC_INDEX_MEMORY_MB, or give the server more memory")
+            raise DatabaseError(
+                f"{shortage}: raise SONGVEC_INDEX_MEMORY_MB, or give the server more memory", "index.no-room"
+            )
         return fitting, shortage
 
     def check_disk(self, estimate: BuildEstimate, table_bytes: int = 0) -> None:
@@ -203,7 +198,8 @@ class Capacity:
             raise DatabaseError(
                 f"the build sorts in up to {format_bytes(needed)} of temporary files, temp_file_limit is "
                 f"{format_bytes(self.temporary_bytes)}: let an administrator raise it, with ALTER ROLE … SET "
-                f"temp_file_limit = '{needed // (1 << 20) + 1}MB'"
+                f"temp_file_limit = '{needed // (1 << 20) + 1}MB'",
+                "index.no-room",
             )
         needed += estimate.index_bytes + table_bytes
         rows = f", after {format_bytes(table_bytes)} for the rows to come" if table_bytes else ""
@@ -211,7 +207,8 @@ class Capacity:
             raise DatabaseError(
                 f"the build needs {format_bytes(estimate.index_bytes)} of disk for the index and up to "
                 f"{format_bytes(estimate.temporary_bytes)} while it sorts{rows}, {format_bytes(self.free_bytes)} are "
-                "free: make room, or halve it with SONGVEC_VECTOR_TYPE=halfvec"
+                "free: make room, or halve it with SONGVEC_VECTOR_TYPE=halfvec",
+                "index.no-room",
             )
 
 
@@ -220,7 +217,7 @@ def read_capacity(database: Database, memory_bytes: int | None = None, searched:
 
     Args:
         database: of the table.
-        memory_bytes: that may be taken, where a person said it; else half of what is available, where that shows.
+        memory_bytes: that may be taken, if it is set; else half of what is available, if that can be read.
         searched: whether searches go on meanwhile: a core is left to them.
     """
     with database.get_connection() as connection:

@@ -12,25 +12,13 @@ from dataclasses import asdict, dataclass, replace
 import sqlalchemy as sa
 
 from songvec_assets.cache.shards import ModelCache
-from songvec_assets.errors import SettingsError, StoreError, TableMismatchError
+from songvec_assets.errors import SettingsError, TableMismatchError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.index import build
-from songvec_assets.vectors.index.recall import (
-    DEFAULT_TARGET,
-    RecallReport,
-    measure_recall,
-    read_recall,
-    write_recall,
-)
-from songvec_assets.vectors.index.sizing import (
-    BuildEstimate,
-    Capacity,
-    choose_lists,
-    choose_probes,
-    estimate_build,
-    read_capacity,
-)
+from songvec_assets.vectors.index.probes import choose_probes
+from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport, measure_and_record, read_recall
+from songvec_assets.vectors.index.sizing import BuildEstimate, Capacity, choose_lists, estimate_build, read_capacity
 from songvec_assets.vectors.table import BuiltIndex, IndexFacts, TableSpec, VectorTable
 
 _LISTS_OFF_BY = 0.25
@@ -40,7 +28,7 @@ _PROBES_GROWN = 1.5
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """What a person may set about the index.
+    """What may be set about the index.
 
     Attributes:
         lists: how many; None: the square root of the rows.
@@ -60,7 +48,7 @@ class IndexReport:
     """What was decided and done.
 
     Attributes:
-        reason: why it was built, or why not; and what else a person should know.
+        reason: why it was built, or why not; and remarks.
         built: whether it was.
         index: as it now is.
         seconds: of the build; 0 where there was none.
@@ -81,10 +69,10 @@ def reason_to_build(n_rows: int, lists: int, lists_now: int | None, n_changed: i
 
     Args:
         n_rows: in the table.
-        lists: that fit them.
+        lists: that suit them.
         lists_now: of the valid index that is there, or None.
         n_changed: rows written or deleted since it was built.
-        exact: whether a person set the number of lists; then no other fits.
+        exact: whether the number of lists was set; then no other fits.
     """
     if lists_now is None:
         return "there is none"
@@ -101,7 +89,7 @@ def plan_lists(
     """How many lists the index is to have, and why not the number that suits the rows, if so.
 
     Raises:
-        SettingsError: a person set more than fit into memory.
+        SettingsError: more were set than fit into memory.
         DatabaseError: not even one fits.
     """
     lists = wanted.lists or choose_lists(n_rows)
@@ -112,7 +100,8 @@ def plan_lists(
         return lists, ""
     if wanted.lists:
         raise SettingsError(
-            f"SONGVEC_LISTS: {shortage}: set {fitting:,} or fewer, or none, or raise SONGVEC_INDEX_MEMORY_MB"
+            f"SONGVEC_LISTS: {shortage}: set {fitting:,} or fewer, or none, or raise SONGVEC_INDEX_MEMORY_MB",
+            "index.no-room",
         )
     # memory that was there when it was built, and is not now, makes it no worse
     if lists_now is not None and fitting <= lists_now <= lists:
@@ -147,7 +136,7 @@ def plan_build(table: VectorTable, spec: TableSpec, wanted: IndexSettings, n_row
     Args:
         table: whose; it need not exist.
         spec: what it holds.
-        wanted: what a person set.
+        wanted: the settings.
         n_rows: that it has, or is to have.
         n_changed: of them, since the index was built.
 
@@ -161,7 +150,7 @@ def plan_build(table: VectorTable, spec: TableSpec, wanted: IndexSettings, n_row
     lists, limit = plan_lists(max(1, n_rows), wanted, lists_now, capacity, spec)
     reason = reason_to_build(n_rows, lists, lists_now, n_changed, exact=wanted.lists is not None)
     if reason is None and wanted.rebuild:
-        reason = "it was asked for"
+        reason = "a rebuild was requested"
     if reason is not None:
         # what it has now may have fitted into memory once
         lists, limit = plan_lists(max(1, n_rows), wanted, None, capacity, spec)
@@ -177,15 +166,15 @@ def bring_index_up_to_date(
     run: RunContext = SILENT,
     check_held: Callable[[], None] | None = None,
 ) -> IndexReport:
-    """Build the index where that is worth it, and measure recall where it was built, or rows changed since.
+    """Build the index if that is worth it; measure recall if it was built, or rows changed since.
 
     Searches use the old index until the new one replaces it, and as many probes as reach the target.
 
     Args:
         table: to index.
-        cache: the shards that it was loaded from.
+        cache: that it was loaded from.
         spec: what it holds.
-        wanted: what a person set.
+        wanted: the settings.
         run: notified of the build's phases, then of rows and searches of the measurement; a stop ends it, the server's
             work included.
         check_held: of the lock under which the caller alone works on this table; None: a lock is taken here. Each takes
@@ -195,7 +184,7 @@ def bring_index_up_to_date(
         TableMismatchError: the table is missing or empty: an index built on nothing finds nothing later.
         SettingsError: the lists that were set do not fit into memory.
         DatabaseError: the build does not fit, the server refused, or the statement was cancelled.
-        StoppedError: a stop was asked for.
+        StoppedError: it was stopped.
     """
 
     def report_waiting() -> None:
@@ -220,7 +209,7 @@ def bring_index_up_to_date(
             started = time.monotonic()
             how = _build(table, spec, plan, run, check_held)
             seconds = time.monotonic() - started
-            recall, measured = _measure(table, cache, plan.estimate.lists, wanted.target_recall, run)
+            recall, measured = measure_and_record(table, cache, plan.estimate.lists, wanted.target_recall, run)
             words = [words[0], plan.limit, how, measured]
         index = table.index
         assert index is not None
@@ -231,12 +220,15 @@ def _count(table: VectorTable) -> tuple[int, int]:
     """Rows, and rows changed since the index was built."""
     with table.database.get_connection() as connection:
         if not table.exists(connection):
-            raise TableMismatchError(f"there is no table {table.name} yet: materialize song_embeddings_table first")
+            raise TableMismatchError(
+                f"there is no table {table.name} yet: materialize song_embeddings_table first", "table.not-loaded"
+            )
         n_changed = table.read_changes(connection)
     n_rows = table.count_rows()
     if not n_rows:
         raise TableMismatchError(
-            f"table {table.name} is empty: an index built now would find nothing later; load it first"
+            f"table {table.name} is empty: an index built now would find nothing later; load it first",
+            "table.not-loaded",
         )
     return n_rows, n_changed
 
@@ -285,30 +277,12 @@ def _review_recall(
     with table.database.get_connection() as connection:
         built = table.read(connection, "index", BuiltIndex) or BuiltIndex()
         last, n_changed = read_recall(connection, table), table.read_changes(connection)
-    if last is not None and last.target != target:
-        last = None
-    if last is not None and last.holds(n_changed):
-        return last, last.describe(), None
-    report, words = _measure(table, cache, lists, target, run, last.probes if last else None)
-    if report is None or built.probes is None or built.target != target or not n_changed:
-        return report, words, None
-    if report.probes > _PROBES_GROWN * built.probes + 1:
-        then = f"{built.probes:,} when it was built; {n_changed:,} rows changed since"
-        return report, words, f"a recall of {target:.0%} takes {report.probes:,} probes, {then}"
-    return report, words, None
-
-
-def _measure(
-    table: VectorTable, cache: ModelCache, lists: int, target: float, run: RunContext, kept: int | None = None
-) -> tuple[RecallReport | None, str]:
-    """Measure and record; returns what to report. Without the cache there is an index all the same."""
-    try:
-        report = measure_recall(table, cache, lists, target, kept, run)
-    except StoreError as error:
-        return None, f"recall was not measured: {error}"
-    with table.database.get_connection() as connection:
-        write_recall(connection, table, report)
-        built = table.read(connection, "index", BuiltIndex) or BuiltIndex()
-        if built.target != target:  # the first since the build: decay is compared with it
-            table.write(connection, "index", asdict(replace(built, target=target, probes=report.probes)))
-    return report, report.describe()
+    same = last if last and last.target == target else None
+    if same and same.holds(n_changed):
+        return same, same.describe(), None
+    report, words = measure_and_record(table, cache, lists, target, run, same.probes if same else None)
+    reason, first = None, built.probes if built.target == target and n_changed else None
+    if report and first and report.probes > _PROBES_GROWN * first + 1:
+        then = f"{first:,} when it was built; {n_changed:,} rows changed since"
+        reason = f"a recall of {target:.0%} takes {report.probes:,} probes, {then}"
+    return report, words, reason

@@ -6,8 +6,7 @@ import sqlalchemy as sa
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
-from songvec_assets.vectors.index.audit import IndexAudit, VectorAudit, audit_index, audit_vectors
-from songvec_assets.vectors.index.recall import audit_recall
+from songvec_assets.vectors.index.audit import IndexAudit, VectorAudit, audit_index, audit_recall, audit_vectors
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, put

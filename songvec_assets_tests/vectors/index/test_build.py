@@ -192,7 +192,7 @@ class TestUnderWay:
             builder.finish()
         assert [builder.error for builder in builders] == [None, None]
         assert [builder.report.built for builder in builders if builder.report] == [True, False]
-        assert builders[1].told[0].note == "waiting for another run that sees to it"
+        assert builders[1].told[0].note == "waiting for another run that builds or checks it"
         assert read_indexes(table) == WHOLE
 
     def test_a_table_beside_is_built_in_one_transaction(self, table: Database, cache: ModelCache) -> None:

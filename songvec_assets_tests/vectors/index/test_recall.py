@@ -18,7 +18,6 @@ from songvec_assets.vectors.index.recall import (
     RecallPoint,
     RecallReport,
     Searches,
-    find_smallest,
     measure_recall,
     read_recall,
     to_literal,
@@ -291,23 +290,6 @@ class TestReport:
     @pytest.mark.parametrize(("n_changed", "holds"), [(7, True), (11, True), (12, False)])
     def test_it_holds_until_over_a_hundredth_of_the_rows_changed(self, n_changed: int, holds: bool) -> None:
         assert RecallReport(80, 400, 0.95, self.POINTS, 2, 7).holds(n_changed) is holds
-
-
-@pytest.mark.parametrize("smallest", range(1, 65))
-def test_the_smallest_probes_are_found_between_powers_of_two(smallest: int) -> None:
-    tried: dict[int, bool] = {}
-
-    def reaches(probes: int) -> bool:
-        return tried.setdefault(probes, probes >= smallest)
-
-    for power in range(7):
-        reaches(2**power)
-    assert find_smallest(reaches, set(tried), 64) == smallest
-    assert len(tried) <= 7 + 5
-
-
-def test_where_none_reaches_the_target_all_lists_are_visited() -> None:
-    assert find_smallest(lambda _: False, {1, 2, 4, 5}, 5) == 5
 
 
 def test_vectors_reach_the_server_as_they_are(database: Database) -> None:

@@ -11,7 +11,6 @@ from songvec_assets.vectors.index.sizing import (
     SORT_MEMORY_A_PROCESS,
     build_bytes,
     choose_lists,
-    choose_probes,
     estimate_build,
     format_bytes,
     index_bytes,
@@ -32,16 +31,6 @@ HALF = TableSpec("model-a", 16, "halfvec")
 )
 def test_lists_are_the_square_root_of_the_rows(n_rows: int, lists: int) -> None:
     assert choose_lists(n_rows) == lists
-
-
-@pytest.mark.parametrize(
-    ("lists", "n_rows", "probes"),
-    [(1, 1, 1), (20, 400, 20), (100, 10_000, 100), (100, 10_001, 10), (1000, 1_000_000, 32), (1, 20_000, 1)],
-)
-def test_probes_are_all_lists_of_a_small_table_and_the_square_root_of_a_large_ones(
-    lists: int, n_rows: int, probes: int
-) -> None:
-    assert choose_probes(lists, n_rows) == probes
 
 
 @pytest.mark.parametrize(("lists", "mebibytes"), [(316, 148), (1000, 600), (3525, 3846)])

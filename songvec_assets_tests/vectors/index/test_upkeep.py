@@ -7,7 +7,8 @@ from songvec_assets.errors import TableMismatchError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
 from songvec_assets.vectors.index import build
-from songvec_assets.vectors.index.recall import audit_recall, read_recall
+from songvec_assets.vectors.index.audit import audit_recall
+from songvec_assets.vectors.index.recall import read_recall
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, reason_to_build
 from songvec_assets.vectors.table import STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
@@ -160,7 +161,7 @@ class TestBuild:
 def clustered(database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> Database:
     """A database whose table has 600 clustered rows, loaded from the cache, and counts as no small one."""
     monkeypatch.setattr("songvec_assets.vectors.index.recall.SMALL_TABLE_ROWS", 500)
-    monkeypatch.setattr("songvec_assets.vectors.index.sizing.SMALL_TABLE_ROWS", 500)
+    monkeypatch.setattr("songvec_assets.vectors.index.probes.SMALL_TABLE_ROWS", 500)
     put_clusters(cache, 0, 600, n_clusters=24)
     load(database, cache)
     return database
@@ -211,7 +212,7 @@ class TestRecall:
         def refuse(*_: object, **__: object) -> None:
             raise AssertionError
 
-        monkeypatch.setattr("songvec_assets.vectors.index.upkeep.measure_recall", refuse)
+        monkeypatch.setattr("songvec_assets.vectors.index.recall.measure_recall", refuse)
         again = bring(clustered, cache)
         assert (again.built, again.recall) == (False, first.recall)
         assert again.reason.startswith("24 lists fit 606 rows, 6 rows changed since it was built; recall ")

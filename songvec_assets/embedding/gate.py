@@ -1,12 +1,17 @@
-"""How many requests may be in flight at a time: more while answers come quickly, fewer after time-outs. No I/O.
+"""When a request may go: its place in flight, and its place in the quota. Used within one event loop; no HTTP.
 
-Additive increase, multiplicative decrease, as TCP's congestion window (Jacobson 1988): a server that answers slower the
-more it is asked would otherwise compute, and bill, requests that nobody waits for any more. Used within one event loop.
+Places in flight are more while answers come quickly, fewer after time-outs: additive increase, multiplicative decrease,
+as TCP's congestion window (Jacobson 1988). A server that answers slower the more it is asked would otherwise compute,
+and bill, requests that nobody waits for any more.
 """
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+
+from songvec_assets.embedding.contact import MAX_PAUSE_S
+from songvec_assets.embedding.embedder import Patience
+from songvec_assets.embedding.limits import Grant, RateLimiter
 
 FIRST = 4
 """In flight at first: a small server has answered before more is asked of it; a fast one has 32 after three answers."""
@@ -30,7 +35,6 @@ class InFlightWindow:
         self._size = float(min(FIRST, highest))
         self._n_in_flight = 0
         self._shrunk_at = float("-inf")
-        self._has_shrunk = False
         self._changed = asyncio.Condition()
         self.stretch = 1.0
 
@@ -63,7 +67,8 @@ class InFlightWindow:
         """Let more go after an answer: twice as many a round at first, one more a round if it was not so quick."""
         self.stretch = max(1.0, self.stretch / 2)
         if seconds < _SLOW_SHARE * timeout_s:
-            is_first_growth = seconds < _QUICK_SHARE * timeout_s and not self._has_shrunk
+            has_shrunk = self._shrunk_at > float("-inf")
+            is_first_growth = seconds < _QUICK_SHARE * timeout_s and not has_shrunk
             self._size = min(self._highest, self._size + (1 if is_first_growth else 1 / self._size))
 
     def count_timeout(self, sent_at: float, now: float) -> bool:
@@ -78,5 +83,40 @@ class InFlightWindow:
         """
         if sent_at >= self._shrunk_at:
             self.stretch *= 2
-            self._size, self._shrunk_at, self._has_shrunk = max(1.0, self._size / 2), now, True
+            self._size, self._shrunk_at = max(1.0, self._size / 2), now
         return self._n_in_flight == 1
+
+
+class QuotaGate:
+    """Grants places in the shared quota one after another: none is granted further ahead than the next request."""
+
+    def __init__(self, limiter: RateLimiter, patience: Patience) -> None:
+        self.limiter = limiter
+        self._patience = patience
+        self._turn = asyncio.Lock()
+        self._newest_grant_at = self._limited_until = 0.0
+        self._n_limited_in_a_row = 0
+
+    async def next_grant(self, n_tokens: int) -> Grant:
+        """Wait for a place in the quota."""
+        async with self._turn:
+            self._patience.stop.check()
+            grant = await asyncio.to_thread(self.limiter.reserve, n_tokens)
+            self._newest_grant_at = grant.at
+            await self._patience.sleep(grant.wait_s)
+            return grant
+
+    def count_answer(self) -> None:
+        """The server answered something else than 429."""
+        self._n_limited_in_a_row = 0
+
+    async def slow_down(self, grant: Grant, retry_after_s: float | None) -> float:
+        """Hold back every request of the deployment after a 429; for how many seconds."""
+        if grant.at > self._limited_until:
+            self._n_limited_in_a_row += 1
+            # what was granted until now is limited for the same reason: it does not make the pause longer
+            self._limited_until = self._newest_grant_at
+        if retry_after_s is None:
+            retry_after_s = min(MAX_PAUSE_S, 2.0 ** min(self._n_limited_in_a_row - 1, 20))
+        await asyncio.to_thread(self.limiter.slow_down, grant, retry_after_s)
+        return retry_after_s

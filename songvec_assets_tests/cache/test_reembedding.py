@@ -1,20 +1,20 @@
-"""Songs that are embedded again because a person asked for it: once for each who asks, and resumable as any fill."""
+"""Songs that are embedded again on request: once for each request, and resumable as any fill."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache import upkeep
-from songvec_assets.cache.fill import FillReport
-from songvec_assets.cache.shards import CachedRange
+from songvec_assets.cache import reembedding, upkeep
+from songvec_assets.cache.cached_range import CachedRange
+from songvec_assets.cache.plan import FillReport
 from songvec_assets.deployment import Deployment
 from songvec_assets.errors import BudgetExceededError, SongvecError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.storage import Storage
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.provider import Provider, running_provider
 
@@ -46,11 +46,11 @@ def begin(database: Database, server: Provider, songs: Callable[..., None], tmp_
     return begin
 
 
-def fill(deployment: Deployment, anew: str | None = None) -> tuple[FillReport, SongvecError | None]:
+def fill(deployment: Deployment, reembed: str | None = None) -> tuple[FillReport, SongvecError | None]:
     """Fill the first range."""
     reports: list[FillReport] = []
     try:
-        deployment.filler(anew=anew).fill_ranges([FIRST], reports.append)
+        deployment.filler(reembed=reembed).fill_ranges([FIRST], reports.append)
     except SongvecError as error:
         return reports[0], error
     return reports[0], None
@@ -62,39 +62,39 @@ def sent(server: Provider) -> dict[str, int]:
 
 
 def test_each_text_is_paid_for_again_once_for_each_who_asks(begin: Begin, server: Provider) -> None:
-    report, _ = fill(begin(), anew="one")
+    report, _ = fill(begin(), reembed="one")
     assert (report.n_embedded, report.n_reused) == (N_SONGS, 0)
     assert set(sent(server).values()) == {1}
-    report, _ = fill(begin(), anew="one")
+    report, _ = fill(begin(), reembed="one")
     assert report.n_unchanged == N_SONGS
     assert set(sent(server).values()) == {1}
-    fill(begin(), anew="another")
+    fill(begin(), reembed="another")
     assert set(sent(server).values()) == {2}
-    fill(begin(), anew="one")
+    fill(begin(), reembed="one")
     fill(begin())
-    assert set(sent(server).values()) == {2}, "who was served is, whoever came after"
+    assert set(sent(server).values()) == {2}, "what was served stays served, whatever came after"
 
 
 @pytest.mark.parametrize("again", ["one", "the same command in another run"])
 def test_what_was_stopped_goes_on_with_the_rest(begin: Begin, server: Provider, again: str) -> None:
-    _, error = fill(begin(max_usd=80), anew="one")
+    _, error = fill(begin(max_usd=80), reembed="one")
     assert isinstance(error, BudgetExceededError)
     n_first = len(sent(server))
     assert 0 < n_first < N_SONGS
-    report, _ = fill(begin(), anew=again)
+    report, _ = fill(begin(), reembed=again)
     assert report.n_embedded == N_SONGS - n_first
     assert set(sent(server).values()) == {1}
     assert len(sent(server)) == N_SONGS
-    report, _ = fill(begin(), anew="one")
+    report, _ = fill(begin(), reembed="one")
     assert report.n_unchanged == N_SONGS
 
 
 def test_a_plain_run_in_between_pays_nothing_and_the_rest_stays_owed(begin: Begin, server: Provider) -> None:
-    fill(begin(max_usd=80), anew="one")
+    fill(begin(max_usd=80), reembed="one")
     n_first = len(sent(server))
     report, _ = fill(begin())
     assert (report.n_unchanged, len(sent(server))) == (N_SONGS, n_first)
-    report, _ = fill(begin(), anew="one")
+    report, _ = fill(begin(), reembed="one")
     assert report.n_embedded == N_SONGS - n_first
     assert set(sent(server).values()) == {1}
 
@@ -103,7 +103,7 @@ def test_a_plain_run_in_between_pays_nothing_and_the_rest_stays_owed(begin: Begi
 def test_where_nothing_could_be_sent_nothing_is_given_up(
     begin: Begin, server: Provider, settings: dict[str, object]
 ) -> None:
-    _, error = fill(begin(**settings), anew="one")
+    _, error = fill(begin(**settings), reembed="one")
     assert error is not None
     assert len(begin().publish().loads) == 1
     report, _ = fill(begin())
@@ -113,11 +113,11 @@ def test_where_nothing_could_be_sent_nothing_is_given_up(
 def test_loads_in_between_keep_the_old_vectors_until_all_new_ones_are_there(begin: Begin) -> None:
     begin().publish()
     before = begin().cache.open(FIRST).rows.drop("row")
-    fill(begin(max_usd=80), anew="one")
+    fill(begin(max_usd=80), reembed="one")
     (load,) = begin().publish().loads
     assert (load.n_rows, load.n_written) == (N_SONGS, 0)
     assert begin().cache.open(FIRST).rows.drop("row").equals(before)
-    fill(begin(), anew="one")
+    fill(begin(), reembed="one")
     (load,) = begin().publish().loads
     assert load.n_rows == N_SONGS
     folder = begin().cache.storage.root / FIRST.key
@@ -132,7 +132,7 @@ def test_songs_deleted_before_keep_their_vectors_and_rejected_ones_their_reason(
         connection.execute(sa.text("DELETE FROM songs WHERE id = 2"))
     server.control(poison=["POISON"])
     begin().export()
-    fill(begin(), anew="one")
+    fill(begin(), reembed="one")
     shard = begin().cache.open(FIRST)
     assert shard.rows["song_id"].to_list() == list(range(3, N_SONGS + 1))
     assert shard.deleted_rows(0.0)["song_id"].to_list() == [2]
@@ -140,12 +140,12 @@ def test_songs_deleted_before_keep_their_vectors_and_rejected_ones_their_reason(
 
 
 def test_a_damaged_record_of_who_asked_is_named(begin: Begin) -> None:
-    (begin().cache.storage.root / "ask.json").write_text("{")
-    with pytest.raises(StoreError, match=r"ask\.json does not parse .*remove it"):
-        begin().filler(anew="one").fill_ranges([FIRST], lambda _: None)
+    (begin().cache.storage.root / "reembed.json").write_text("{")
+    with pytest.raises(StoreError, match=r"reembed\.json does not parse .*remove it"):
+        begin().filler(reembed="one").fill_ranges([FIRST], lambda _: None)
 
 
-@pytest.mark.parametrize("moment", ["complete_asked", "save", "delete_garbage"])
+@pytest.mark.parametrize("moment", ["add_written", "save", "delete_garbage"])
 def test_a_death_after_the_last_answer_pays_nothing_more(
     begin: Begin, server: Provider, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -154,25 +154,43 @@ def test_a_death_after_the_last_answer_pays_nothing_more(
     def die(*_: object) -> None:
         raise SystemExit
 
-    complete = upkeep.complete_asked
+    complete = upkeep.complete
 
-    def complete_and_die(shard: CachedRange, *given: Any) -> None:
+    def complete_and_die(*given: Any) -> None:
         monkeypatch.setattr(CachedRange, moment, die)
-        complete(shard, *given)
+        complete(*given)
 
-    monkeypatch.setattr(upkeep, "complete_asked", die if moment == "complete_asked" else complete_and_die)
+    monkeypatch.setattr(upkeep, "complete", complete_and_die)
     with pytest.raises(SystemExit):
-        begin().filler(anew="one").fill_ranges([FIRST], lambda _: None)
+        begin().filler(reembed="one").fill_ranges([FIRST], lambda _: None)
     monkeypatch.undo()
-    report, _ = fill(begin(), anew="one")
+    report, _ = fill(begin(), reembed="one")
     assert report.n_unchanged == N_SONGS
     assert set(sent(server).values()) == {1}
+
+
+def test_of_two_requests_at_once_none_is_lost(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process records its request between the reading and the writing of this one."""
+    cache, put = begin().cache, Storage.put_if_unchanged
+    other = SongIdRange(100, 200)
+
+    def put_after_another(*given: Any) -> str | None:
+        monkeypatch.undo()
+        assert reembedding.begin(cache.storage, [other], "another", [0]) == 1
+        return put(*given)
+
+    monkeypatch.setattr(Storage, "put_if_unchanged", put_after_another)
+    assert reembedding.begin(cache.storage, [FIRST], "one", [0]) == 2
+    assert reembedding.begin(cache.storage, [other], "another", [0]) == 1
+    reembedding.end(cache.storage, 1)
+    assert reembedding.begin(cache.storage, [FIRST], "the same again", [0]) == 2, "it has not ended"
+    assert reembedding.begin(cache.storage, [other], "again, when it has ended", [1]) == 3
 
 
 def test_another_version_of_all_vectors_is_another_version_of_the_cache(begin: Begin) -> None:
     versions = [begin().cache.digest()]
     for asker in ("one", "another"):
-        fill(begin(), anew=asker)
+        fill(begin(), reembed=asker)
         versions.append(begin().cache.digest())
     assert len(set(versions)) == 3
 
@@ -180,8 +198,8 @@ def test_another_version_of_all_vectors_is_another_version_of_the_cache(begin: B
 def test_nothing_is_spent_where_the_table_could_not_take_it(begin: Begin, server: Provider) -> None:
     begin().publish()
     other = begin()
-    other.settings = replace(other.settings, vector_type="halfvec")
-    report, _ = fill(other, anew="one")
+    other.settings = other.settings.model_copy(update={"vector_type": "halfvec"})
+    report, _ = fill(other, reembed="one")
     assert "expected" in str(report.error)
     assert sent(server) == {}
     report, _ = fill(begin())

@@ -1,0 +1,112 @@
+"""Texts of a range that got no vector, each sent alone: rejected if others succeed, else the server is at fault.
+
+When to add here: another sign that it is the server. Keep out: how a request is divided until a text stands alone.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from songvec_assets.cache.context import SendContext
+from songvec_assets.cache.manifest import Rejection
+from songvec_assets.cache.plan import FillReport, Text
+from songvec_assets.errors import ProviderError, ServerSickError
+
+MAX_REFUSALS_IN_A_ROW = 25
+"""If more texts are refused one after another, and none accepted between them, the fault is not the songs'."""
+_ENOUGH_TEXTS = 400
+"""From this number of texts on, too many bad ones end the run at once; of fewer, a few in one place may be chance."""
+
+
+@dataclass
+class RefusedTexts:
+    """The texts of one range that got no vector.
+
+    Attributes:
+        context: what all requests of the run share.
+        report: of the range.
+        rejected: the songs that are rejected, once it is clear that the server is not at fault.
+    """
+
+    context: SendContext
+    report: FillReport
+    rejected: list[Rejection] = field(default_factory=list)
+    _texts: list[tuple[Text, str]] = field(default_factory=list)
+    _last_at: float = 0.0
+    _is_blamed: bool = False
+
+    @property
+    def are_proven(self) -> bool:
+        """Whether another text got its vector after the last of them."""
+        return not self._is_blamed and self.context.health.last_good_at > self._last_at
+
+    async def answers_well(self, since: float) -> bool:
+        """Whether the server gave a good vector after `since`; it may be sent a plain text, which is counted."""
+        answers = await self.context.embedder.answers_well(since)
+        n_tokens = self.context.embedder.take_probe_tokens()
+        self.report.n_tokens += n_tokens
+        await asyncio.to_thread(self.context.budget.settle, 0, n_tokens)
+        return answers
+
+    def add(self, text: Text, reason: str, is_refusal: bool) -> None:
+        """Take in that a text stands alone and got no vector; `is_refusal`: the provider said that it is the text.
+
+        Raises:
+            ProviderError: too many do: the fault is not the songs'.
+        """
+        self._texts.append((text, reason))
+        self._last_at = time.monotonic()
+        if text.rejected_before:  # that it is refused again says nothing new of the server
+            return
+        if is_refusal:
+            self.context.n_refused_in_a_row += 1
+            if self.context.n_refused_in_a_row > MAX_REFUSALS_IN_A_ROW:
+                self._is_blamed = True
+                raise ProviderError(
+                    f"{MAX_REFUSALS_IN_A_ROW} texts in a row were refused, so the fault is not the songs'. {reason}. "
+                    "None of this range's is rejected. Check the model, its dimensions and the account, then start the "
+                    "same command again",
+                    "provider.refuses-all",
+                )
+            return
+        health = self.context.health
+        health.count_bad(text.text_hash)
+        if health.is_sick() and health.n_texts() >= _ENOUGH_TEXTS:
+            self._is_blamed = True
+            raise ProviderError(
+                f"of the last {health.n_texts():,} texts {health.n_bad:,} fail though others succeed, more than songs "
+                f"can be at fault for: the server is. {reason}. None of this range's is rejected, and nothing more is "
+                "sent. See the server's log, then start the same command again",
+                "provider.sick",
+            )
+
+    async def check(self) -> None:
+        """Refuse to reject texts that may not be at fault.
+
+        Raises:
+            ServerSickError: too many fail for that; other ranges may show that it is the texts.
+            ProviderError: no other text was accepted after them, and a plain one is not.
+        """
+        if not self._texts:
+            return
+        health = self.context.health
+        if health.is_sick() and not all(text.rejected_before for text, _ in self._texts):
+            raise ServerSickError(
+                f"of {health.n_texts():,} texts {health.n_bad:,} fail though others succeed, more than songs can be at "
+                f"fault for: the server is, unless other ranges show that it is not. {self._texts[-1][1]}. None of "
+                "this range's is rejected. See the server's log, then start the same command again"
+            )
+        if not await self.answers_well(self._last_at):
+            raise ProviderError(
+                f"the last {len(self._texts)} texts were refused, and so is a plain one: {self._texts[-1][1]}. "
+                "None of them is rejected. Check the model and the account, then start the same command again",
+                "provider.refuses-all",
+            )
+
+    def reject(self) -> None:
+        """Count the songs of these texts as rejected."""
+        for text, reason in self._texts:
+            self.rejected += [Rejection(song_id, text.text_hash, reason) for song_id in text.song_ids]
+            self.report.rejected += [(song_id, reason) for song_id in text.song_ids]
+            self.report.n_rejected += len(text.song_ids)
+            self.context.advance(len(text.song_ids), self.report.range)

@@ -1,0 +1,152 @@
+"""What the room offers: the interface of an embedder, and the values that a client is made of.
+
+When to add here: what a caller gives to an embedder, or hears from it. Keep out: how a client works.
+"""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from songvec_assets.embedding.wire import EmbeddingBatch
+from songvec_assets.errors import VectorSizeError
+from songvec_assets.progress import StopSignal
+
+MATRYOSHKA_MODELS = (
+    "qwen3-embedding", "gemini-embedding", "embeddinggemma", "text-embedding-3", "nomic-embed-text-v1.5",
+    "nomic-embed-text:v1.5", "nomic-embed-text-v2", "mxbai-embed-large", "snowflake-arctic-embed-l-v2",
+    "snowflake-arctic-embed-m-v2", "jina-embeddings-v3",
+)  # fmt: skip
+"""Parts of names of models whose cards say that they are trained for truncation (read 2026-11)."""
+_MAX_DIMENSIONS, _MAX_VECTOR_DIMENSIONS = 4000, 2000
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible server and the vectors that are wanted of it:
+
+        Endpoint("https://api.fireworks.ai/inference/v1", key, "fireworks/qwen3-embedding-8b", 2000)
+
+    Attributes:
+        url: the API's root, with its version.
+        key: bearer key; None for servers that need none.
+        model: the model's name there.
+        dimensions: values of a vector.
+        truncate: whether the model may be cut to fewer values; None: if it is known to be trained for it.
+    """
+
+    url: str
+    key: str | None
+    model: str
+    dimensions: int
+    truncate: bool | None = None
+
+    def redact(self, words: str) -> str:
+        """A server's words without the key, which some repeat."""
+        return words.replace(self.key, "[key]") if self.key else words
+
+    def check_size(self, n_values: int) -> None:
+        """Raise VectorSizeError where vectors of so many values are neither wanted nor may be cut."""
+        is_longer = n_values > self.dimensions
+        is_known = any(name in self.model.lower() for name in MATRYOSHKA_MODELS)
+        if n_values == self.dimensions or (is_longer and (is_known if self.truncate is None else self.truncate)):
+            return
+        cures = [f"set SONGVEC_EMBEDDING_DIMENSIONS={n_values}"] if n_values <= _MAX_DIMENSIONS else []
+        if n_values > _MAX_VECTOR_DIMENSIONS and cures:
+            cures[0] += " and SONGVEC_VECTOR_TYPE=halfvec"
+        why = ""
+        if is_longer:
+            cures.append("set SONGVEC_TRUNCATE=yes if its makers say that it may be cut (Matryoshka)")
+            why = " and is not known to be trained for truncation" if self.truncate is None else " and is not to be cut"
+        raise VectorSizeError(
+            f"expected vectors of {self.dimensions} values, model {self.model!r} gives {n_values}{why}: "
+            f"{', or '.join(cures)}"
+        )
+
+
+def _ignore(_note: str) -> None:
+    """Reports nothing."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long and how hard a client tries:
+
+        Patience(seconds=60, concurrency=8, on_trouble=log.warning)
+
+    Attributes:
+        seconds: since the last good answer to any request, before ProviderUnavailableError.
+        concurrency: requests in flight at most; after time-outs fewer, until answers come.
+        stop: once set, nothing more is sent or waited for; a request in flight is left to end.
+        on_trouble: notified of every bad answer and what is done about it, and when the first answer takes long.
+    """
+
+    seconds: float = 600.0
+    concurrency: int = 32
+    stop: StopSignal = field(default_factory=StopSignal)
+    on_trouble: Callable[[str], None] = _ignore
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep, but not past the stop signal."""
+        end = time.monotonic() + seconds
+        self.stop.check()
+        while (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, _POLL_S))
+            self.stop.check()
+
+
+class RequestHooks:
+    """What a caller wants to be asked and notified about the tries of one request; this one wants nothing.
+
+    Attributes:
+        is_part: whether the request is a part of one that was divided because it failed.
+    """
+
+    is_part: bool = False
+
+    async def before_try(self) -> None:
+        """Asked before a try waits for its place in flight and in the quota; raises to call it off."""
+
+    async def before_send(self) -> None:
+        """Asked when nothing but this is between a try and its sending; raises to call it off."""
+
+    def check_size(self) -> None:
+        """Asked when a try has its place in flight, before its place in the quota; raises to call it off."""
+
+    def count_spoilt(self, n_tokens: int) -> None:
+        """Notified that a try may have been billed about n tokens, and that there is no answer to use."""
+
+
+NO_HOOKS = RequestHooks()
+
+
+class Embedder(ABC):
+    """What turns texts into vectors: the provider's client, or the offline embedder, which never fails.
+
+    Attributes:
+        dimensions: values of a vector.
+    """
+
+    dimensions: int
+
+    @property
+    def quota_used(self) -> float | None:
+        """Share of the provider's quota that all processes used in the last minute; None where there is no quota."""
+        return None
+
+    @abstractmethod
+    async def generate_embeddings_batch(self, texts: Sequence[str], hooks: RequestHooks = NO_HOOKS) -> EmbeddingBatch:
+        """Embed one request's texts."""
+
+    async def answers_well(self, since: float) -> bool:  # noqa: ARG002 - whenever it is asked
+        """Whether the server gave a good vector after `since`, by `time.monotonic()`; it may be asked for one."""
+        return True
+
+    def take_probe_tokens(self) -> int:
+        """The tokens that plain texts were billed since this was last asked."""
+        return 0
+
+    async def close(self) -> None:  # noqa: B027 - the offline embedder has no connections
+        """Give its connections back."""

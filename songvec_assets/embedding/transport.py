@@ -1,0 +1,272 @@
+"""One try over HTTP: a request's bytes to the server, and a batch of vectors or what went wrong.
+
+When to add here: another way in which a connection fails. Keep out: whether it is tried again (`client`, `patience`),
+and what an answer's status and body mean (`answers`).
+"""
+
+import asyncio
+import socket
+import ssl
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+import httpx2
+import openai
+
+from songvec_assets.embedding import answers
+from songvec_assets.embedding.embedder import Endpoint
+from songvec_assets.embedding.wire import EmbeddingBatch, MalformedResponseError, decode_response
+
+MAX_TEXTS_IN_LOOP = 512
+"""Base64 vectors of 2,000 values for this many texts are decoded in 4 ms (2 cores, 2026-11): less than the event loop's
+other users would wait for the interpreter's lock while a thread did it. Larger answers, and floats, take a thread."""
+CONNECT_TIMEOUT_S, FIRST_CONNECT_TIMEOUT_S = 30.0, 4.0
+"""Seconds that a connection may take; shorter before the first good answer, when the URL may be wrong."""
+FIRST_PATIENCE_S, FIRST_PATIENCE_CLOSED_S = 3.0, 12.0
+"""For how long what a wrong URL gives is tried again before the first good answer; a port that is closed for a little
+longer, since the server may be starting."""
+TIMEOUT = "time-out"
+_CHECK_REDIRECT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What the server was found to understand.
+
+    Attributes:
+        encoding_format: base64, or float where base64 is refused.
+        sends_dimensions: whether `dimensions` may be asked for.
+        n_values: values of a vector as it arrives, before it is cut to the wanted size; 0: not known yet.
+    """
+
+    encoding_format: Literal["base64", "float"]
+    sends_dimensions: bool
+    n_values: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it is sent, try after try.
+
+    Attributes:
+        body: its JSON.
+        n_texts: that it holds.
+        n_bytes: of its texts, in UTF-8.
+        n_tokens: estimated.
+    """
+
+    body: bytes
+    n_texts: int
+    n_bytes: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A try without a usable answer.
+
+    Attributes:
+        kind: equal for failures that are alike.
+        words: what came instead.
+        status: of the answer; None where there was none.
+        retry_after_s: as the server asked for.
+        sent: whether the request left: else no server saw it.
+        may_be_billed: whether the server may have computed it.
+        alone: of a time-out: whether nothing else was in flight.
+        first_patience_s: for how long it is tried again before there was any good answer; None: with patience.
+        advice: what to do about it then.
+    """
+
+    kind: str
+    words: str
+    status: int | None = None
+    retry_after_s: float | None = None
+    sent: bool = True
+    may_be_billed: bool = False
+    alone: bool = False
+    first_patience_s: float | None = None
+    advice: str = ""
+
+
+class Transport:
+    """The connections to one server, and the thread that decodes its large answers."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._api = openai.AsyncOpenAI(
+            base_url=endpoint.url,
+            api_key=endpoint.key or "none",
+            max_retries=0,  # the limiter must see every try
+            # its parser is C: half the time per vector. A redirect would take the key to an address that nobody set
+            http_client=openai.DefaultAioHttpClient(follow_redirects=False),
+        )
+        # one answer at a time: several are no faster, and hold all their vectors
+        self._decoder = ThreadPoolExecutor(1, "songvec-decode")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._api.close()
+        self._decoder.shutdown(wait=False)
+
+    async def send(
+        self, request: Request, dialect: Dialect, timeout_s: float, is_first: bool
+    ) -> EmbeddingBatch | Failure:
+        """Send a request once and decode the answer.
+
+        Args:
+            request: encoded.
+            dialect: what it is written in.
+            timeout_s: for the whole answer.
+            is_first: whether there was no good answer yet: the URL may be wrong.
+
+        Raises:
+            ProviderError: an answer that no further try makes better, or that refuses this one request.
+        """
+        answer, url, redact = b"", self._endpoint.url, self._endpoint.redact
+        try:
+            answer = await self._post(
+                request.body, timeout_s, FIRST_CONNECT_TIMEOUT_S if is_first else CONNECT_TIMEOUT_S
+            )
+            return await self._decode(answer, request.n_texts, dialect)
+        except openai.APIStatusError as error:
+            # no cause is chained to what is raised: the library's error holds the provider's words unredacted
+            return self._read_status(error.status_code, error.response.content, error.response.headers, is_first)
+        except TimeoutError:
+            return Failure(TIMEOUT, f"no whole answer within {timeout_s:.0f} s", may_be_billed=True)
+        except MalformedResponseError as error:
+            if answers.status_of(200, answer) != 200:
+                return self._read_status(200, answer, httpx2.Headers(), is_first)
+            # what is answered was billed, whatever of it came
+            words, first_patience_s, advice = redact(str(error)), FIRST_PATIENCE_S, "correct FIREWORKS_BASE_URL"
+            if answers.is_native_answer(answer):
+                words = f"the server's own API answers there, not the one that is OpenAI's ({answer[:80]!r})"
+                first_patience_s = 0.0
+                if meant_base := answers.compatible_base_of(url):
+                    advice = f"set FIREWORKS_BASE_URL={meant_base}"
+            return Failure("malformed", words, may_be_billed=True, first_patience_s=first_patience_s, advice=advice)
+        except (openai.APIConnectionError, aiohttp.ClientError) as error:
+            # the transport names most broken connections a time-out of connecting: aiohttp's own error is the cause of
+            # its error, or comes through as it is where the transport knows no name for it
+            cause: BaseException = error
+            while cause.__cause__ and not isinstance(cause, aiohttp.ClientError):
+                cause = cause.__cause__
+            return _describe_unreached(cause, redact(str(cause) or type(cause).__name__), url)
+
+    async def _post(self, body: bytes, timeout_s: float, connect_s: float) -> bytes:
+        # `pool` is the transport's limit of a name's look-up, too
+        times = httpx2.Timeout(timeout_s, connect=connect_s, pool=connect_s)
+        # the library's own timeout is one of each read, which a server that drips never exceeds
+        async with asyncio.timeout(timeout_s):
+            response = await self._api.post(
+                "/embeddings",
+                cast_to=httpx2.Response,
+                content=body,
+                options={"headers": {"content-type": "application/json"}, "timeout": times},
+            )
+            return response.content
+
+    async def _decode(self, answer: bytes, n_texts: int, dialect: Dialect) -> EmbeddingBatch:
+        dimensions = self._endpoint.dimensions
+        # base64 takes 5.3 bytes a value, numbers take 10 and more, whichever of them was asked for
+        as_base64 = len(answer) < n_texts * (6 * dialect.n_values + 200)
+        if as_base64 and n_texts <= MAX_TEXTS_IN_LOOP:
+            return decode_response(answer, n_texts, dimensions)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoder, decode_response, answer, n_texts, dimensions)
+
+    def _read_status(self, status: int, body: bytes, headers: httpx2.Headers, is_first: bool) -> Failure:
+        """What an answer that is an error means.
+
+        Raises:
+            ProviderError: it ends the run, or refuses this one request.
+        """
+        url, redact = self._endpoint.url, self._endpoint.redact
+        meant = answers.status_of(status, body)
+        if meant in answers.REDIRECTS:
+            raise answers.refuse_redirect(url, meant, redact(headers.get("location", ""))) from None
+        words = answers.describe_answer(meant, redact(body.decode(errors="replace")), status, url)
+        if refusal := answers.find_refusal(meant, body, f"{url} {words}", is_first):
+            raise refusal from None
+        retry_after_s = answers.parse_retry_after(
+            headers.get("retry-after", ""), headers.get("date") or formatdate(usegmt=True)
+        )
+        # LM Studio answers 200 with an error of no status for a path that it does not have
+        is_strange = meant != status < 400 and meant == 500
+        first_patience_s = FIRST_PATIENCE_S if is_strange else FIRST_PATIENCE_CLOSED_S if meant < 500 else None
+        return Failure(
+            f"status {meant}", words, meant, retry_after_s, may_be_billed=meant in answers.MAY_BE_BILLED,
+            first_patience_s=None if meant in answers.RETRIED and not is_strange else first_patience_s,
+            advice="see what answers at FIREWORKS_BASE_URL",
+        )  # fmt: skip
+
+
+def check_redirect(url: str) -> None:
+    """Refuse a URL that redirects, such as one with http where the server wants https.
+
+    Sends neither key nor text. A server that does not answer is no matter here: the first request says why.
+
+    Raises:
+        ProviderError: it does; names the URL to set.
+    """
+    try:
+        answer = httpx2.get(f"{url.rstrip('/')}/embeddings", timeout=_CHECK_REDIRECT_S)
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError):
+        return
+    if answer.has_redirect_location:
+        raise answers.refuse_redirect(url, answer.status_code, answer.headers["location"])
+
+
+def _describe_unreached(cause: BaseException, words: str, url: str) -> Failure:
+    """What a connection that could not be made, or that broke, means."""
+    reason = cause.os_error if isinstance(cause, aiohttp.ClientConnectorError) else cause.__cause__
+
+    def is_a(*types: type[BaseException]) -> bool:
+        return isinstance(cause, types) or isinstance(reason, types)
+
+    first_patience_s, sent = FIRST_PATIENCE_S, False
+    if is_a(aiohttp.ClientConnectorDNSError, socket.gaierror):
+        advice = "the host's name does not resolve: correct FIREWORKS_BASE_URL"
+    elif is_a(aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError):
+        first_patience_s = 0.0
+        advice = (
+            "its certificate is not valid for this machine: correct the host in FIREWORKS_BASE_URL, or let the system "
+            "trust its authority (SSL_CERT_FILE)"
+        )
+    elif is_a(aiohttp.ClientConnectorSSLError, ssl.SSLError):
+        first_patience_s = 0.0
+        advice = "the server there does not speak TLS: FIREWORKS_BASE_URL begins with http://, or its port is another"
+    elif is_a(aiohttp.ClientConnectorError):
+        first_patience_s = FIRST_PATIENCE_CLOSED_S
+        advice = "nothing listens there: start the server, or correct host and port of FIREWORKS_BASE_URL"
+    elif is_a(aiohttp.ConnectionTimeoutError):
+        advice = "the host does not answer: correct FIREWORKS_BASE_URL, or see to the network"
+    elif is_a(aiohttp.ClientResponseError, aiohttp.InvalidURL):
+        sent, advice = True, "what listens there does not speak HTTP: correct the port of FIREWORKS_BASE_URL"
+    else:
+        sent, first_patience_s = True, FIRST_PATIENCE_CLOSED_S
+        advice = "something listens there and hangs up: start the server, or correct FIREWORKS_BASE_URL"
+    return Failure(
+        "connection",
+        words,
+        sent=sent,
+        may_be_billed=sent,  # what broke after the request was sent, the server may have computed
+        first_patience_s=first_patience_s,
+        advice=advice + _describe_proxy(url),
+    )
+
+
+def _describe_proxy(url: str) -> str:
+    """What to know where the environment sends requests to a URL through a proxy; empty where it does not."""
+    parts, proxies = urlsplit(url), getproxies()
+    if not (proxies.get(parts.scheme) or proxies.get("all")) or proxy_bypass(parts.hostname or ""):
+        return ""
+    # its URL may hold a password
+    return (
+        f"; or the proxy that the environment sets for it: correct {parts.scheme.upper()}_PROXY or ALL_PROXY, or add "
+        f"{parts.hostname} to NO_PROXY"
+    )

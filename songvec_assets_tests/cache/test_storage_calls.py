@@ -1,0 +1,162 @@
+"""What fills and dry runs do to the store besides storing answers, counted in calls and compared byte for byte."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from songvec_assets.cache import fill as fill_module
+from songvec_assets.cache import upkeep
+from songvec_assets.cache.manifest import Completion
+from songvec_assets.cache.plan import FillPlan, FillReport
+from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cli import app
+from songvec_assets.deployment import Deployment
+from songvec_assets.postgres.engine import Database
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.storage import Storage
+from songvec_assets_tests.conftest import deploy, environment_of
+from songvec_assets_tests.provider import Provider
+
+FIRST, SECOND = SongIdRange(0, 100), SongIdRange(100, 200)
+CALLS = ("read", "open", "list_objects", "list_prefixes", "write", "put_if_unchanged", "delete", "delete_all")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """All calls of the storage since: the method, and the full name of the key."""
+    counted: list[tuple[str, str]] = []
+
+    def counting(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Storage, key: str = "", *given: Any) -> Any:
+            counted.append((name, str(self.root / key)))
+            return do(self, key, *given)
+
+        return call
+
+    for name in CALLS:
+        monkeypatch.setattr(Storage, name, counting(name, getattr(Storage, name)))
+    return counted
+
+
+def fill(deployment: Deployment) -> list[FillReport]:
+    """Fill all ranges."""
+    reports: list[FillReport] = []
+    deployment.filler().fill_ranges(list(deployment.tiling), reports.append)
+    assert [report.error for report in reports] == [None] * len(reports)
+    return reports
+
+
+def bytes_under(root: Path) -> dict[Path, tuple[bytes, int]]:
+    """Content and time of change of all files."""
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_a_fill_with_nothing_to_do_reads_and_lists_each_range_once_and_opens_no_file(
+    songs: Callable[..., None],
+    database: Database,
+    provider: Provider,
+    tmp_path: Path,
+    calls: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", "stones"), (150, "Moon", "Cy", "a silver light"))
+    deployment = deploy(database, provider, tmp_path / "store")
+    deployment.export()
+    fill(deployment)
+    again = deploy(database, provider, tmp_path / "store")
+    filler, reports = again.filler(), []
+    folder = again.cache.storage.root
+    before, n_requests = bytes_under(tmp_path), provider.ledger()["requests"]
+    calls.clear()
+    monkeypatch.setattr(Deployment, "lock_range", None)
+    filler.fill_ranges(list(again.tiling), reports.append)
+    assert [(report.range, report.n_unchanged, report.n_embedded) for report in reports] == [
+        (FIRST, 2, 0),
+        (SECOND, 1, 0),
+    ]
+    in_ranges = Counter(call for call in calls if call[1].startswith(f"{folder}/0"))
+    assert in_ranges == {
+        call: 1
+        for each in (FIRST, SECOND)
+        for call in [("read", f"{folder}/{each.key}/manifest.json"), ("list_objects", f"{folder}/{each.key}")]
+    }
+    elsewhere = Counter(call for call in calls if call[0] not in ("read", "list_objects", "list_prefixes"))
+    footers = [("open", f"{again.store.songs.storage.root}/{each.key}.parquet") for each in (FIRST, SECOND)]
+    assert elsewhere == dict.fromkeys(footers, 1)
+    assert (bytes_under(tmp_path), provider.ledger()["requests"]) == (before, n_requests)
+
+
+def test_storing_vectors_again_takes_calls_in_proportion_to_their_pieces(
+    tmp_path: Path, calls: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each piece that is free is a part: opening all parts for each of them would take the square of their number."""
+    monkeypatch.setattr(fill_module, "PIECE_ROWS", 1)
+
+    def count_calls(n_pieces: int) -> int:
+        cache = ModelCache(Storage(tmp_path / str(n_pieces)), "m", 3)
+        shard = cache.open(SongIdRange(0, 1_000))
+        shard.writer.write(range(n_pieces), [bytes(16)] * n_pieces, np.ones((n_pieces, 3), np.float32))
+        shard.add_written()
+        calls.clear()
+        reused = shard.rows.with_columns(song_id=shard.rows["song_id"] + 500)
+        plan = FillPlan(FillReport(shard.range), deleted=[], reused=reused, texts=[])
+        fill_module._RangeFill(None, lambda: None, plan.report)._begin(shard, plan)  # type: ignore[arg-type]
+        upkeep.complete(shard, Completion("snapshot", "text", 0, 0, 0, "", 0, b""), 0.0)
+        assert cache.open(shard.range).rows.height == 2 * n_pieces
+        return len(calls)
+
+    few, more, many = map(count_calls, (100, 200, 400))
+    assert more < 2.2 * few
+    assert many < 2.2 * more
+
+
+def test_a_dry_run_leaves_every_byte_of_the_store_also_of_what_a_run_would_remove(
+    songs: Callable[..., None],
+    database: Database,
+    provider: Provider,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", "stones"), (150, "Moon", "Cy", "a silver light"))
+    ranges = {"SONGVEC_RANGE_SIZE": "100", "SONGVEC_SONG_ID_STOP": "1000"}
+    for name, value in (environment_of(database, provider, tmp_path) | ranges).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["run"]).exit_code == 0
+    deployment = deploy(database, provider, tmp_path / "store")
+    root = deployment.store.root
+    [named] = deployment.cache.read_manifest(FIRST).files
+    folder = deployment.cache.storage.root / FIRST.key
+    # of a merge that was not named, of a killed writer, and what the next fill adopts
+    for name in (f"0-{'a' * 32}-base.arrow", ".manifest.json.1.tmp", f"0-{'b' * 32}-0.arrow"):
+        (folder / name).write_bytes((folder / named.name).read_bytes())
+    # of a killed export, and a change that a run would embed
+    (root / "songs" / ".000000000-000000100.parquet.1.tmp").write_bytes(b"half")
+    songs((2, "Hill", "Ben", "other stones"))
+    before = bytes_under(root)
+    result = CliRunner().invoke(app, ["run", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert bytes_under(root) == before
+    assert CliRunner().invoke(app, ["run"]).exit_code == 0
+    assert bytes_under(root) != before, "a run has something to do here"
+
+
+def test_a_fill_works_inside_of_a_running_event_loop(
+    songs: Callable[..., None], database: Database, provider: Provider, tmp_path: Path
+) -> None:
+    """As in a notebook."""
+    songs((1, "Sea", "Ann", "waves"), (150, "Moon", "Cy", "a silver light"))
+    deployment = deploy(database, provider, tmp_path / "store")
+    deployment.export()
+
+    async def fill_in_loop() -> list[FillReport]:
+        return fill(deployment)
+
+    assert [report.n_embedded for report in asyncio.run(fill_in_loop())] == [1, 1]

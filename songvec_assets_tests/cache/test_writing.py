@@ -1,0 +1,120 @@
+"""Answers become parts together, each is durable when its own `store` returns, and no failure of one costs another."""
+
+import asyncio
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from songvec_assets.cache import writing
+from songvec_assets.cache.parts import PIECE_ROWS, PartIdentity
+from songvec_assets.cache.writing import AnswerGatherer, PartWriter
+from songvec_assets.errors import StoreError
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.storage import Storage
+
+IDENTITY = PartIdentity("m", 2, SongIdRange(0, 100_000))
+
+
+@pytest.fixture
+def writer(tmp_path) -> PartWriter:
+    return PartWriter(Storage(tmp_path), IDENTITY, 0)
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each part that was written."""
+    counted: list[int] = []
+    write = PartWriter.write
+
+    def count_and_write(self, song_ids, *given):
+        write(self, song_ids, *given)
+        counted.append(len(song_ids))
+
+    monkeypatch.setattr(PartWriter, "write", count_and_write)
+    return counted
+
+
+def answer(start: int, n_rows: int):
+    """song_ids, hashes and vectors."""
+    return range(start, start + n_rows), [bytes(16)] * n_rows, np.ones((n_rows, 2), np.float32)
+
+
+async def store_all(
+    gatherer: AnswerGatherer, sizes: list[int], n_expected: int | None = None
+) -> list[BaseException | None]:
+    """Store answers of these sizes at once, while so many are expected; what each `store` raised."""
+    with ExitStack() as expected:
+        for _ in range(len(sizes) if n_expected is None else n_expected):
+            expected.enter_context(gatherer.expecting())
+        starts = np.cumsum([0, *sizes])
+        storing = [gatherer.store(*answer(int(start), n)) for start, n in zip(starts, sizes, strict=False)]
+        return await asyncio.gather(*storing, return_exceptions=True)
+
+
+def test_answers_share_a_part_as_soon_as_none_is_waited_for(writer, written, monkeypatch) -> None:
+    monkeypatch.setattr(writing, "GATHER_S", 60.0)
+    assert asyncio.run(store_all(AnswerGatherer(writer), [3, 4, 5])) == [None] * 3
+    assert written == [12]
+
+
+def test_an_answer_waits_half_a_second_for_others_at_most(writer, written, monkeypatch) -> None:
+    monkeypatch.setattr(writing, "GATHER_S", 0.02)
+    assert asyncio.run(store_all(AnswerGatherer(writer), [3], n_expected=2)) == [None]
+    assert written == [3]
+
+
+def test_no_part_that_joins_answers_has_more_rows_than_a_piece(writer, written) -> None:
+    sizes = [PIECE_ROWS, 100, PIECE_ROWS - 100, 1, PIECE_ROWS + 5]
+    assert asyncio.run(store_all(AnswerGatherer(writer), sizes)) == [None] * 5
+    assert sum(written) == sum(sizes)
+    assert sorted(written)[:-1] == [1, PIECE_ROWS, PIECE_ROWS], "what is larger is one answer"
+
+
+def test_an_answer_that_ends_without_vectors_lets_the_others_be_written(writer, written, monkeypatch) -> None:
+    monkeypatch.setattr(writing, "GATHER_S", 60.0)
+
+    async def run() -> None:
+        gatherer = AnswerGatherer(writer)
+        with gatherer.expecting():
+            storing = None
+            with gatherer.expecting():
+                storing = asyncio.create_task(gatherer.store(*answer(0, 3)))
+                await asyncio.sleep(0.05)
+                assert written == []
+            await storing
+
+    asyncio.run(run())
+    assert written == [3]
+
+
+def test_what_the_disk_refuses_is_raised_for_each_answer_and_the_next_ones_are_written(
+    writer, written, monkeypatch
+) -> None:
+    def refuse(*_given):
+        raise StoreError("could not write")
+
+    async def run() -> list[BaseException | None]:
+        gatherer = AnswerGatherer(writer)
+        with monkeypatch.context() as broken:
+            broken.setattr(Storage, "write", refuse)
+            outcomes = await store_all(gatherer, [3, 4])
+        return [*outcomes, *await store_all(gatherer, [5])]
+
+    first, second, third = asyncio.run(run())
+    assert isinstance(first, StoreError)
+    assert isinstance(second, StoreError)
+    assert (third, written) == (None, [5])
+
+
+def test_a_waiter_that_is_cancelled_costs_nobody_an_answer(writer, written) -> None:
+    async def run() -> None:
+        gatherer = AnswerGatherer(writer)
+        with gatherer.expecting(), gatherer.expecting(), gatherer.expecting():
+            cancelled, kept = (asyncio.create_task(gatherer.store(*answer(start, 2))) for start in (0, 2))
+            await asyncio.sleep(0)
+            cancelled.cancel()
+        await kept
+
+    asyncio.run(run())
+    assert written == [4]
