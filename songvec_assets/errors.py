@@ -156,6 +156,6 @@ class StoppedError(SongvecError):
     code = "run.interrupted"
 
 
-def describe(error: BaseException) -> str:
+def describe(error: BaseException | None) -> str:
     """An error's message as a person is shown it: with its code, where it is one of these."""
     return f"{error} [{error.code}]" if isinstance(error, SongvecError) else str(error)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
 from songvec_assets.embedding.budget import Budget
+from songvec_assets.embedding.drift import ModelRecord
 from songvec_assets.errors import BudgetExceededError, DamagedShardError, ProviderError, SongvecError, StoreError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
@@ -47,10 +48,12 @@ class EmbedChoices(TypedDict, total=False):
     Attributes:
         retry_rejected: whether songs that the provider rejected before are sent again.
         confirm_reembedding: whether cached texts may be paid for again because settings changed.
+        confirm_model_change: whether the provider may give other vectors under the model's name than in earlier runs.
     """
 
     retry_rejected: bool
     confirm_reembedding: bool
+    confirm_model_change: bool
 
 
 class Pipeline(Questions):
@@ -228,8 +231,10 @@ class Pipeline(Questions):
         self.bind()
         estimator, given = self.token_estimator(), self.settings
         limits = given.max_usd, given.max_usd_a_month
+        is_confirmed = choices.get("confirm_model_change", False)
+        record = ModelRecord(self.database, given.model, given.embedding_dimensions, is_confirmed)
         context = SendContext(
-            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, self.model_record.check),
+            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
             quota=self.quota,
             budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
             estimator=estimator,

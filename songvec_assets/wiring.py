@@ -16,7 +16,6 @@ from songvec_assets import inventory
 from songvec_assets.cache.shards import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
 from songvec_assets.cache.texts import choose_prompts, read_record
-from songvec_assets.embedding.drift import ModelRecord
 from songvec_assets.embedding.embedder import Embedder, Endpoint, Patience
 from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Price, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import Prompts
@@ -47,12 +46,10 @@ class Wiring:
     Attributes:
         settings: parsed.
         stop: once set, ends the step that is running.
-        confirm_model_change: whether the provider may give other vectors under the model's name than in earlier runs.
     """
 
     settings: Settings
     stop: StopSignal = field(default_factory=StopSignal)
-    confirm_model_change: bool = False
 
     def describe(self) -> str:
         """One line: where songs come from, and where vectors are made."""
@@ -217,12 +214,6 @@ class Wiring:
     def token_estimator(self) -> TokenEstimator:
         """An estimator that starts from what earlier runs learned about the model."""
         return TokenEstimator(self.spending.read_bytes_per_token() or UTF8_BYTES_PER_TOKEN)
-
-    @property
-    def model_record(self) -> ModelRecord:
-        """The model's vector of a short text, as earlier runs have it."""
-        given = self.settings
-        return ModelRecord(self.database, given.model, given.embedding_dimensions, self.confirm_model_change)
 
     def embedder(
         self,

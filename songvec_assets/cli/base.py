@@ -12,7 +12,7 @@ import typer
 from dotenv import dotenv_values, load_dotenv
 
 from songvec_assets.cli.terminal import fail
-from songvec_assets.errors import SettingsError, SongvecError
+from songvec_assets.errors import SettingsError, SongvecError, describe
 from songvec_assets.signals import discard_unwritable_output, interrupted_by_hangup
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def main() -> None:
         try:
             app()
         except SongvecError as error:
-            fail(str(error))
+            fail(describe(error))
         finally:
             discard_unwritable_output()
 
@@ -74,7 +74,7 @@ def choose_span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, So
         try:
             return parse_span(ranges, deployment.tiling)
         except SettingsError as error:
-            raise typer.BadParameter(str(error)) from error
+            raise typer.BadParameter(describe(error)) from error
     held = deployment.held_ranges()
     if not held:
         caution = f" ({deployment.source.caution})" if deployment.source.caution else ""

@@ -104,7 +104,11 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
         def fill(emit: Emit) -> None:
             request = reembed_request_of(context.run) if run.reembed else None
             # first: it binds the store, and divides its tail if the stop was raised
-            choices = {"retry_rejected": run.retry_rejected, "confirm_reembedding": run.confirm_reembedding}
+            choices = {
+                "retry_rejected": run.retry_rejected,
+                "confirm_reembedding": run.confirm_reembedding,
+                "confirm_model_change": run.confirm_model_change,
+            }
             filler = deployment.filler(emit, budget_of(context.run), request, **choices)
             filler.fill_ranges(run.choose_ranges(deployment, launched_keys(context)), report=emit)
 

@@ -128,7 +128,7 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
             parse_span(self.ranges, TILING)
         values = given(RunSettings, self) | given(PostgresSettings, self.postgres)
         values |= given(ProviderSettings, self.fireworks) | given(StorageSettings, self.storage)
-        return Deployment(Settings(**values), confirm_model_change=self.confirm_model_change)
+        return Deployment(Settings(**values))
 
     def choose_ranges(self, deployment: Deployment, launched: Sequence[str] | None) -> list[SongIdRange]:
         """The ranges to embed, in order.

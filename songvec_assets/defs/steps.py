@@ -15,7 +15,14 @@ import dagster as dg
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.defs import reports
 from songvec_assets.deployment import Deployment
-from songvec_assets.errors import BudgetExceededError, DamagedShardError, ProviderError, SongvecError, StoppedError
+from songvec_assets.errors import (
+    BudgetExceededError,
+    DamagedShardError,
+    ProviderError,
+    SongvecError,
+    StoppedError,
+    describe,
+)
 from songvec_assets.progress import Progress, ProgressLines, run_in_worker
 from songvec_assets.songs.export import IncompleteExportError
 
@@ -59,7 +66,7 @@ def find_incomplete(error: SongvecError) -> Incomplete | None:
     if isinstance(error, IncompleteExportError) and error.is_partial:
         return Incomplete(error.reasons)
     # its message names the range
-    return Incomplete({str(error): []}) if isinstance(error, DamagedShardError) else None
+    return Incomplete({describe(error): []}) if isinstance(error, DamagedShardError) else None
 
 
 @contextlib.contextmanager
@@ -74,7 +81,7 @@ def failing_clearly(
     try:
         yield
     except SongvecError as error:
-        raise fail(str(error), find(error)) from error
+        raise fail(describe(error), find(error)) from error
 
 
 def fail(message: str, incomplete: Incomplete | None) -> dg.Failure:
@@ -166,7 +173,7 @@ class FillRecorder:
         self._reports.append(report)
         key, context = report.range.key, self._context
         if report.error is not None:
-            context.log.error(f"{key} is not complete: {report.error}")
+            context.log.error(f"{key} is not complete: {describe(report.error)}")
             return
         metadata = reports.describe_fill(report, self._deployment.cache)
         context.log_event(dg.AssetMaterialization(asset_key=context.asset_key, partition=key, metadata=metadata))
@@ -183,7 +190,7 @@ class FillRecorder:
         self._context.set_data_version(self._context.asset_key, dg.DataVersion(self._deployment.cache.digest()))
         failed = [each for each in self._reports if each.error is not None]
         if failed:
-            named = "; ".join(f"{each.range.key}: {each.error}" for each in failed[:5])
+            named = "; ".join(f"{each.range.key}: {describe(each.error)}" for each in failed[:5])
             raise fail(
                 f"{len(failed)} of {len(self._reports)} ranges are not complete: {named}", self._find_incomplete()
             )
@@ -198,10 +205,10 @@ class FillRecorder:
         is_swap = self._deployment.settings.swap and serving not in (None, wanted)
         if is_swap or not any(map(reports.count_vectors, self._reports)):
             return None
-        reasons: dict[str, list[str]] = {} if stop is None else {str(stop): []}
+        reasons: dict[str, list[str]] = {} if stop is None else {describe(stop): []}
         for each in self._reports:
             if each.error is not None:
                 # a range that was stopped because another failed
                 reason = stop if stop and isinstance(each.error, StoppedError) else each.error
-                reasons.setdefault(str(reason), []).append(each.range.key)
+                reasons.setdefault(describe(reason), []).append(each.range.key)
         return Incomplete(reasons)

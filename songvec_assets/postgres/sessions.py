@@ -1,7 +1,7 @@
-"""Sessions and their sockets: whether a URL gives sessions of the server's own, what is set, how they are cancelled.
+"""Sessions and their sockets: whether a URL gives sessions, their settings, and how statements are cancelled.
 
-Behind a pooler in transaction mode (PgBouncer and its like) there are none: each transaction may meet another of the
-pooler's sessions, and what is set for a session reaches its next client. Timeouts are seconds.
+A pooler in transaction mode (such as PgBouncer) gives none: each transaction may get another of the pooler's sessions,
+and a session's settings would reach the next client. Keep out: engines and transactions. Timeouts are seconds.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from songvec_assets.postgres.urls import libpq_uri
 CONNECT_ARGS: dict[str, Any] = {
     "connect_timeout": 10,
     "application_name": "songvec",
-    # whatever the database's encoding and PGCLIENTENCODING are: all that we read and write is UTF-8
+    # all that we read and write is UTF-8, whatever the database's encoding and PGCLIENTENCODING
     "client_encoding": "UTF8",
     "cursor_factory": ReportingCursor,
     # a load or an index build is silent for hours: firewalls forget such connections, and dead peers go unnoticed
@@ -30,26 +30,21 @@ CONNECT_ARGS: dict[str, Any] = {
 }
 
 Backend = tuple[int, datetime.datetime]
-"""A process of the server, and when it or its transaction began: the two together never come again."""
+"""A process of the server, and when it or its transaction began: together they are unique."""
 
-_SETTINGS = {
-    "statement_timeout": "0",
-    "lock_timeout": "0",
-    "idle_in_transaction_session_timeout": "0",
-    "default_transaction_isolation": "read committed",
-}
-_SETTINGS_WHERE_KNOWN = {
-    "idle_session_timeout": "0",
-    "transaction_timeout": "0",
-    # the server then notices that a client was killed, and ends its index build
-    "client_connection_check_interval": "10s",
-}
+# only those that the server knows
+_NO_TIMEOUTS = """
+    SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN (
+        'statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout',
+        'transaction_timeout'
+    )
+"""
 _SET = "SELECT set_config(%s, %s, false)"
 
 _N_TRIES = 5
 
 _SEND_BUFFER_BYTES = (16 << 20, 4 << 20, 1 << 20)
-"""Asked for in turn. Linux gives what it may, twice `net.core.wmem_max`; others refuse what is more than they may."""
+"""Tried in turn. Linux gives up to twice `net.core.wmem_max`; others refuse what exceeds their limit."""
 
 _CANCEL = """
     SELECT pg_cancel_backend(pid) FROM pg_stat_activity
@@ -59,10 +54,10 @@ _CANCEL = """
 
 @functools.cache
 def keeps_sessions(url: str) -> bool:
-    """Whether a connection to a URL keeps its session of the server; asked once a process and URL.
+    """Whether a connection to a URL keeps one session of the server; asked once per process and URL.
 
-    A pooler in transaction mode gives whichever session is free: two connections then meet the same, or one of them
-    meets several. One asks twice in a row: of two sessions that take turns, each would else meet its own.
+    A pooler in transaction mode gives any free session: then two connections get the same one, or one of them gets
+    several. One connection asks twice in a row: of two sessions in rotation, each would otherwise always get its own.
     """
     ones: set[int] = set()
     others: set[int] = set()
@@ -75,12 +70,12 @@ def keeps_sessions(url: str) -> bool:
 
 @contextlib.contextmanager
 def configure_session(cursor: Any, settings: dict[str, str]) -> Iterator[Backend]:
-    """Give a session no timeout of its role's, and these settings of the server's, for the block."""
-    for name, value in _SETTINGS_WHERE_KNOWN.items():
-        # an older server does not know it, and some platforms cannot
-        with contextlib.suppress(psycopg2.errors.UndefinedObject, psycopg2.errors.InvalidParameterValue):
-            cursor.execute(_SET, (name, value))
-    for name, value in (_SETTINGS | settings).items():
+    """Set a session's server settings for the block, and no timeouts, whatever its role has."""
+    cursor.execute(_NO_TIMEOUTS)
+    # the server then notices that a client was killed, and ends its index build; older ones and some platforms cannot
+    with contextlib.suppress(psycopg2.errors.UndefinedObject, psycopg2.errors.InvalidParameterValue):
+        cursor.execute(_SET, ("client_connection_check_interval", "10s"))
+    for name, value in {"default_transaction_isolation": "read committed", **settings}.items():
         cursor.execute(_SET, (name, value))
     cursor.execute("SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
     try:
@@ -91,7 +86,7 @@ def configure_session(cursor: Any, settings: dict[str, str]) -> Iterator[Backend
 
 
 def cancel_statements(url: str, backends: Collection[Backend]) -> None:
-    """Cancel what these are running, as far as the server can be reached."""
+    """Cancel the statements that these processes run, if the server can be reached."""
     pids, starts = [pid for pid, _ in backends], [start for _, start in backends]
     with contextlib.suppress(psycopg2.Error), _connect(url, connect_timeout=5) as cursor:
         cursor.execute(_CANCEL, (pids, starts, starts))
@@ -107,13 +102,13 @@ def _connect(url: str, **arguments: Any) -> Iterator[Any]:
 
 
 def widen_send_buffer(connection: Any) -> None:
-    """Let a Unix socket hold more of what a client sends ahead.
+    """Enlarge the send buffer of a Unix socket, so that a client can send ahead.
 
-    A server that takes in rows works in bursts: every 16 MB of new pages it writes what it has, for 20 ms, and then
-    wants rows faster than a client makes them (PostgreSQL 18, measured 2026-11). TCP widens its own buffers.
+    A server that loads rows works in bursts: after every 16 MB of new pages it writes them for 20 ms, and then takes
+    rows faster than a client makes them (PostgreSQL 18, measured 2026-11). TCP enlarges its buffers by itself.
 
     Args:
-        connection: psycopg2's own. One of a pool keeps it: a limit, not an allocation.
+        connection: psycopg2's. A pooled one keeps the buffer: a limit, not an allocation.
     """
     if not connection.info.host.startswith("/"):
         return

@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from songvec_assets.errors import BulkDeletionError, DatabaseError, SongvecError, SourceError, StoreError
+from songvec_assets.errors import BulkDeletionError, DatabaseError, SongvecError, SourceError, StoreError, describe
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.absence import AbsenceGuard
@@ -133,7 +133,7 @@ class IncompleteExportError(DatabaseError):
     def __init__(self, report: ExportReport) -> None:
         self.reasons: dict[str, list[str]] = {}
         for each in report.failed:
-            self.reasons.setdefault(str(each.error), []).append(each.range.key)
+            self.reasons.setdefault(describe(each.error), []).append(each.range.key)
         reasons = (f"{_name_some(ranges)}: {error}" for error, ranges in self.reasons.items())
         super().__init__(
             f"{len(report.failed)} of {len(report.ranges)} ranges were not exported; the others are done and kept, the "

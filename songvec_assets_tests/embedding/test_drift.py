@@ -31,8 +31,7 @@ def embed(database: Database, songs: Songs, provider: Provider, tmp_path: Path) 
         provider.reset_ledger()
         deployment: Deployment = deploy(database, provider, tmp_path / "store", **settings)
         export(deployment)
-        deployment.confirm_model_change = confirm
-        deployment.filler().fill_ranges(list(deployment.tiling), lambda _: None)
+        deployment.filler(confirm_model_change=confirm).fill_ranges(list(deployment.tiling), lambda _: None)
         return sum(n for text, n in provider.texts().items() if text != "probe")
 
     return run
