@@ -26,8 +26,6 @@ from songvec_assets.reports import RunReport
 from songvec_assets.search import nearest
 from songvec_assets.search.nearest import Hit
 from songvec_assets.settings import Settings, variables
-from songvec_assets.songs import export
-from songvec_assets.songs.export import ExportMode, ExportReport
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import swap
 from songvec_assets.vectors.index.preflight import check_target
@@ -35,9 +33,10 @@ from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_d
 from songvec_assets.vectors.swap import PublishReport
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
-if TYPE_CHECKING:  # imports the HTTP client of providers, which a search by offline vectors does not need
+if TYPE_CHECKING:  # the HTTP client of providers and the driver of exports, which a search does not need
     from songvec_assets.cache.fill import Filler
     from songvec_assets.cache.plan import FillReport
+    from songvec_assets.songs.export import ExportMode, ExportReport
 
 DAY_S = 86_400.0
 
@@ -86,9 +85,11 @@ class Pipeline(Questions):
     # the steps
 
     def export(
-        self, mode: ExportMode = "all", progress: ReportProgress = ignore_progress, confirm_deletions: bool = False
-    ) -> ExportReport:
+        self, mode: "ExportMode" = "all", progress: ReportProgress = ignore_progress, confirm_deletions: bool = False
+    ) -> "ExportReport":
         """Bring the snapshots to the state of the source; see `cache_songs_to_parquet`."""
+        from songvec_assets.songs import export
+
         self.bind()
         options = export.ExportOptions(
             mode,
@@ -162,10 +163,12 @@ class Pipeline(Questions):
             SongvecError: what failed first. If that leaves complete ranges, they are loaded and indexed before;
                 `status()` says what is missing.
         """
+        from songvec_assets.songs.export import IncompleteExportError
+
         failures: list[SongvecError] = []
         try:
             exported = self.export("all", progress, confirm_deletions)
-        except export.IncompleteExportError as error:
+        except IncompleteExportError as error:
             if not error.is_partial:
                 raise
             failures.append(error)

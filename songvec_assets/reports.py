@@ -13,7 +13,6 @@ from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.progress import describe_seconds
 from songvec_assets.songs.absence import Absence
-from songvec_assets.songs.export import ExportReport
 from songvec_assets.songs.watch import SourceState
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.plan import LoadPlan
@@ -22,13 +21,14 @@ from songvec_assets.vectors.table import IndexFacts
 
 if TYPE_CHECKING:
     from songvec_assets.cache.plan import FillReport
+    from songvec_assets.songs.export import ExportReport
 
 
 @dataclass(frozen=True)
 class RunReport:
     """What a run of the whole graph did, step by step; `embed` has an entry per range that holds anything."""
 
-    export: ExportReport
+    export: "ExportReport"
     embed: "list[FillReport]"
     load: PublishReport
     index: IndexReport
