@@ -217,14 +217,14 @@ def main() -> None:
         url = start_embedded_server(folder / "pg").url
         create_catalogue(url, asked.songs)
 
-        def measure_anew(way: str, table: str = "songs") -> Measure:
+        def measure_way(way: str, table: str = "songs") -> Measure:
             with tempfile.TemporaryDirectory(dir=folder) as files:
                 return measure(way, Job(url, table, asked.songs, Path(files)))
 
-        rounds = [{way: measure_anew(way) for way in dict.fromkeys(["this", *asked.ways])} for _ in range(asked.rounds)]
+        rounds = [{way: measure_way(way) for way in dict.fromkeys(["this", *asked.ways])} for _ in range(asked.rounds)]
         measures = {way: [each[way] for each in rounds] for way in rounds[0]}
         print(render_ways(measures, asked.songs), end="\n\n", flush=True)
-        rounds = [{way: measure_anew(way) for way in READERS} for _ in range(asked.rounds)]
+        rounds = [{way: measure_way(way) for way in READERS} for _ in range(asked.rounds)]
         print(
             render_ways({way: [each[way] for each in rounds] for way in READERS}, asked.songs), end="\n\n", flush=True
         )
@@ -234,7 +234,7 @@ def main() -> None:
         reruns = list(run_again(kept))
         print(render_reruns(reruns), end="\n\n", flush=True)
         spread_ids(url, kept.width)
-        sparse_s = min(measure_anew("this", "sparse_songs").seconds for _ in range(asked.rounds))
+        sparse_s = min(measure_way("this", "sparse_songs").seconds for _ in range(asked.rounds))
     print(f"The same songs with ids from 0 to 2.1 billion: {sparse_s:.1f} s")
     misses = find_misses(measures, reruns, sparse_s)
     print("\n".join(f"Missed: {each}" for each in misses))

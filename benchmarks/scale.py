@@ -1,10 +1,10 @@
 """What 12 and 100 million songs take, worked out from what was measured at smaller sizes: the tables of docs/scale.md.
 
-    python -m benchmarks.scale            print the page with its tables worked out anew
+    python -m benchmarks.scale            print the page with its tables worked out again
     python -m benchmarks.scale --write    put them into the page
 
-An input stands once, with the size at which it was measured and the command that measures it anew. A figure is what the
-formula printed beside it gives: the text is the code. Sizes are bytes, times seconds; GB are 10⁹ bytes.
+An input stands once, with the size at which it was measured and the command that measures it again. A figure is what
+the formula printed next to it gives: the text is the code. Sizes are bytes, times seconds; GB are 10⁹ bytes.
 """
 
 import argparse
@@ -49,7 +49,7 @@ INPUTS = (
     Input("used", "share of the quota that is used", 0.984, "three minutes", "`make bench-quota`"),
     Input("fill", "songs a second into the cache, without quota and latency", 10_770, "50,000 songs", _CLIENT),
     Input("shard", "bytes a song in the cache", 8_033, "20,000 songs", _CLIENT),
-    Input("parquet", "bytes a song in the snapshots", 188, "1,000,000 songs of 1.2 KB, zstd", ""),
+    Input("parquet", "bytes a song in the snapshots", 212, "1,000,000 songs of 1.2 KB, zstd", ""),
     Input(
         "export",
         "songs a second from Postgres to snapshots",
@@ -229,7 +229,7 @@ def render_tables() -> dict[str, str]:
 
 
 def update(page: str) -> str:
-    """The page with its tables worked out anew."""
+    """The page with its tables worked out again."""
     tables = render_tables()
     return _TABLE.sub(lambda found: f"<!-- table: {found[1]} -->\n{tables[found[1]]}\n<!-- end -->", page)
 

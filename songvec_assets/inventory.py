@@ -107,10 +107,10 @@ def read(
     for each in sorted({*source.snapshots.ranges(), *source.cache.ranges(), *states, *(counts or {})}):
         state = states.get(each) or RangeState(source.cache.summarize(each), None, IdSums())
         footer, done = source.snapshots.footer(each), state.cached.complete
-        n_songs = footer.n_songs if footer else None
+        n_songs = footer.n_songs if footer.digest else None
         n_source = None if counts is None else counts.get(each, RangeCount()).n_songs
         n_unexported = max(0, (n_source or 0) - (n_songs or 0))
-        is_answered = bool(done and footer and done.fits(footer.digest, text, server))
+        is_answered = bool(done and done.fits(footer.digest, text, server))
         n_loaded = state.loaded.n_songs if state.loaded else 0
         differing: tuple[int | None, ...] = None, None, None
         if table is not None and done and is_answered and state.is_loaded:

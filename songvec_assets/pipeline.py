@@ -95,7 +95,7 @@ class Pipeline(Questions):
             mode,
             # an empty snapshot says that a range's songs were deleted; none says nothing
             kept={*self.cache.ranges(), *self.table.ledger.find_ranges(self.tiling)},
-            guard=self.absence_guard(confirm_deletions),
+            guard=None if confirm_deletions else self.known_songs(),
             full_compare_hours=self.settings.full_compare_hours,
         )
         run = RunContext(progress, self.stop)
@@ -277,7 +277,7 @@ class Pipeline(Questions):
 
         @functools.cache
         def check_once(target: VectorTable) -> None:
-            n_songs = sum(map(self.store.songs.count, self.store.songs.ranges()))
+            n_songs = sum(self.store.songs.footer(each).n_songs for each in self.store.songs.ranges())
             check_target(target, self.table_spec, self.index_settings, n_songs)
 
         return lambda: check_once(swap.check_publishable(self.database, self.wanted_table))

@@ -22,7 +22,7 @@ from songvec_assets.reports import RunPlan, Status
 from songvec_assets.search.nearest import read_embeddings
 from songvec_assets.search.preview import Preview, preview_table
 from songvec_assets.settings import OFFLINE_MODEL
-from songvec_assets.songs.absence import Absence, AbsenceGuard, AbsenceLimits
+from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.counts import check_ids, count_ranges, count_unreachable_ids
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.watch import measure_source
@@ -137,15 +137,17 @@ class Questions(Wiring):
             self.describe_boilerplate(),
         )
 
-    def absence_guard(self, confirmed: bool = False) -> AbsenceGuard:
-        """What compares the songs that are cached or loaded with the source, and stops an export if too many miss."""
-        limits = AbsenceLimits(self.settings.max_missing_share, self.settings.max_missing_range_share)
-        return AbsenceGuard(CachedOrLoaded(self.database, self.cache, self.tiling), limits, confirmed)
+    def known_songs(self) -> Absence:
+        """The songs that are cached or loaded; compared with the source it stops an export if too many are missing."""
+        known = CachedOrLoaded(self.database, self.cache, self.tiling)
+        limits = self.settings.max_missing_share, self.settings.max_missing_range_share
+        return Absence(known.counts(), known.song_ids, *limits)
 
     def find_absence(self) -> Absence:
-        """The cached or loaded songs that an export would take for deleted; see `AbsenceGuard.find`."""
-        counts = count_ranges(self.database, self.source, self.tiling)
-        return self.absence_guard().find(self.database, self.source, self.store.songs, counts, self.stop.check)
+        """The cached or loaded songs that an export would take for deleted; see `Absence.find`."""
+        absence, counts = self.known_songs(), count_ranges(self.database, self.source, self.tiling)
+        absence.find(self.database, self.source, self.store.songs, counts, RunContext(stop=self.stop))
+        return absence
 
     def describe_boilerplate(self) -> list[str]:
         """What the lyrics hold that is no lyric, and the view that removes it; empty if there is little of it."""

@@ -150,7 +150,7 @@ def test_a_song_is_rejected_for_what_the_template_names_and_it_lacks(
     deployment = deploy(database, provider, tmp_path / "store", text_template=template)
     (fill,), _ = run_all(deployment)
     snapshot = deployment.store.songs.read(fill.range)
-    found = {song_id: reason for song_id, reason in snapshot.select("song_id", "set_aside").iter_rows() if reason}
+    found = {song_id: reason for song_id, reason in snapshot.select("song_id", "rejected").iter_rows() if reason}
     assert found == rejected
     assert (fill.n_rejected, fill.n_embedded) == (len(rejected), 4 - len(rejected))
 

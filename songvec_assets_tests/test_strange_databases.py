@@ -295,6 +295,20 @@ class TestRoles:
             name = sa.make_url(database.url).database
             execute(database.adbc_uri, f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET search_path")
 
+    def test_a_server_that_quotes_all_names_is_served(self, command: Command, database: Database) -> None:
+        execute(
+            database.adbc_uri,
+            "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist varchar(9), lyrics text, at date); "
+            "INSERT INTO songs SELECT n, 'Song ' || n, 'Ann', 'la', '2026-01-01' FROM generate_series(1, 30) n",
+        )
+        name = sa.make_url(database.url).database
+        execute(database.adbc_uri, f"ALTER DATABASE {name} SET quote_all_identifiers = on")
+        for words in (("run",), ("search", "sea"), ("run",), ("status",)):
+            code, output = command(*words, SONGVEC_UPDATED_AT_COLUMN="at")
+            assert code == 0, output
+        with database.get_connection() as connection:
+            assert connection.scalar(sa.text("SELECT count(*) FROM song_embeddings")) == 30
+
     def test_timeouts_made_for_queries_do_not_end_a_run_that_waits_its_turn(
         self, command: Command, database: Database, songs: Callable[..., None], provider: Provider
     ) -> None:

@@ -88,7 +88,7 @@ class Filler:
     reembed: str | None = None
     retry_rejected: bool = False
     _found: dict[SongIdRange, RangeFiles] = field(default_factory=dict)
-    _footers: dict[SongIdRange, Footer | None] = field(default_factory=dict)
+    _footers: dict[SongIdRange, Footer] = field(default_factory=dict)
     _generation: int = 0
     _has_failed: bool = False
     _was_unavailable: bool = False
@@ -121,7 +121,7 @@ class Filler:
             if self.reembed:
                 generations = (files.last_generation for files in self._found.values())
                 self._generation = reembedding.begin(self.cache.storage, [*self._found], self.reembed, generations)
-            context.n_songs = sum(each.n_songs for each in self._footers.values() if each)
+            context.n_songs = sum(each.n_songs for each in self._footers.values())
             for files in self._found.values():
                 context.health.count_known(files.done.n_vectors if files.done else 0)
             for song_range in self._found:
@@ -156,11 +156,11 @@ class Filler:
     def _find_answer(self, song_range: SongIdRange) -> Completion | None:
         """The fill that answers the range's snapshot in full already: nothing is to be done, and no lock is needed."""
         files, footer = self._found[song_range], self._footers[song_range]
-        done, snapshot = files.done, footer.digest if footer else None
+        done = files.done
         generation = files.manifest.generation if files.manifest else 0
         if done is None or generation < self._generation or (self.retry_rejected and done.n_rejected):
             return None
-        return done if done.fits(snapshot, self.spec.identity, self.context.server) else None
+        return done if done.fits(footer.digest, self.spec.identity, self.context.server) else None
 
     async def _fill_reported(
         self, song_range: SongIdRange, let_next_begin: Callable[[], None], report: Callable[[FillReport], None]
@@ -216,7 +216,7 @@ class _RangeFill:
         """Fill the range; its report has the counts, whatever is raised."""
         filler, context, song_range = self.filler, self.filler.context, self.report.range
         # taken before the songs are read: an export that comes in between leaves a manifest that does not fit
-        snapshot = filler.snapshots.digest(song_range)
+        snapshot = filler.snapshots.footer(song_range).digest
         shard, plan = await asyncio.to_thread(self._plan, song_range, generation)
         self.report = plan.report
         if plan.texts:

@@ -75,10 +75,10 @@ class Completion(msgspec.Struct, frozen=True):
     digest: bytes
     ids: tuple[int, ...] = ()
 
-    def fits(self, snapshot: str | None, text: str, server: str) -> bool:
+    def fits(self, snapshot: str, text: str, server: str) -> bool:
         """Whether it is complete still: of the same songs, rendered the same way; another server is asked again for
         what this one rejected."""
-        return self.server in ("", server) and snapshot is not None and (self.snapshot, self.text) == (snapshot, text)
+        return self.server in ("", server) and snapshot != "" and (self.snapshot, self.text) == (snapshot, text)
 
 
 class Manifest(msgspec.Struct, frozen=True):

@@ -126,7 +126,7 @@ def plan_fill(snapshots: Snapshots, shard: CachedRange, spec: TextSpec, rejected
             f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first",
             "cache.missing",
         )
-    hashes, n_songs = snapshots.read_text_hashes(shard.range, spec), snapshots.count(shard.range)
+    hashes, n_songs = snapshots.read_text_hashes(shard.range, spec), snapshots.footer(shard.range).n_songs
     rejected = shard.rejected.select("song_id", "text_hash", "reason")
     holds = pl.lit(False) if rejected_by is None else pl.col("reason").str.starts_with(f"{rejected_by} ")
     unchanged, missing = _compare(hashes, shard.rows, rejected.filter(holds))

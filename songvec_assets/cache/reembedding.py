@@ -55,7 +55,7 @@ def end(storage: Storage, generation: int) -> None:
     while not is_written:
         requests, version = _read(storage)
         ended = [replace(each, is_ended=each.is_ended or each.generation == generation) for each in requests]
-        is_written = _write(storage, ended, version)
+        is_written = ended == requests or _write(storage, ended, version)
 
 
 def _read(storage: Storage) -> tuple[list[_Request], str | None]:

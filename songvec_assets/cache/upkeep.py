@@ -5,7 +5,7 @@ Hold the range's lock. When to add here: another thing that a complete range nee
 
 import dataclasses
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import polars as pl
 from msgspec.structs import replace
@@ -16,7 +16,6 @@ from songvec_assets.cache.manifest import Completion, DataFile, Manifest, Reject
 from songvec_assets.cache.parts import PIECE_ROWS, Rows
 from songvec_assets.cache.shards import write_embeddings_to_file
 from songvec_assets.cache.writing import PartWriter
-from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange
 
@@ -65,7 +64,7 @@ def write_rows(source: CachedRange, rows: pl.DataFrame, song_range: SongIdRange,
     """
     storage, identity = source.storage, dataclasses.replace(source.identity, range=song_range)
     writer = PartWriter(storage, identity, manifest.generation)
-    files = (writer.write_base(Rows.of_frame(rows), _read(source, rows)),) if rows.height else ()
+    files = _write_base(writer, source, rows)
     storage.put(manifests.key_of(song_range), manifests.encode(replace(manifest, files=files), identity))
 
 
@@ -105,14 +104,14 @@ def _merge(shard: CachedRange, manifest: Manifest, kept: pl.DataFrame, rows: pl.
     """Write the rows that hold, and before them those that are only kept, as one base; the manifest that names it."""
     # of a song's rows the last one holds; those that hold stay together, as loads read them
     chosen = pl.concat([kept, rows])
-    files: tuple[DataFile, ...] = ()
-    if chosen.height:
-        files = (shard.writer.write_base(Rows.of_frame(chosen), _read(shard, chosen)),)
-        shard.files.sizes[files[0].name] = files[0].n_bytes
+    files = _write_base(shard.writer, shard, chosen)
+    shard.files.sizes.update({each.name: each.n_bytes for each in files})
     deleted_at = {song_id: at for song_id, at in manifest.deleted_at.items() if song_id in {*kept["song_id"]}}
     consumed = tuple(each.name for each in manifest.files)
     return replace(manifest, files=files, deleted_at=deleted_at, damaged=(), consumed=consumed)
 
 
-def _read(shard: CachedRange, rows: pl.DataFrame) -> Iterator[Float32Matrix]:
-    return (shard.embeddings_at(piece["row"]) for piece in rows.iter_slices(PIECE_ROWS))
+def _write_base(writer: PartWriter, source: CachedRange, rows: pl.DataFrame) -> tuple[DataFile, ...]:
+    """Write rows of a range as one base; none if there are no rows."""
+    pieces = (source.embeddings_at(piece["row"]) for piece in rows.iter_slices(PIECE_ROWS))
+    return (writer.write_base(Rows.of_frame(rows), pieces),) if rows.height else ()

@@ -36,7 +36,8 @@ def run_table(result: "RunResult") -> Table:
         )
 
     for export in result.of(ExportReport):
-        add("songs_parquet", export.total("n_songs"), "", "", "", export.total("n_new"), export.total("n_changed"))
+        changes = export.changes
+        add("songs_parquet", export.n_songs, "", "", "", changes.n_new, changes.n_changed)
     if fills := result.of(FillReport):
         names = ("n_tokens", "usd", "n_unchanged", "n_new", "n_changed")
         n_tokens, usd, *counts = (sum(getattr(each, name) for each in fills) for name in names)

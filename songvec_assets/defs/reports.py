@@ -102,26 +102,26 @@ def report_index(
 def describe_export(report: ExportReport) -> Metadata:
     """Totals of an export, a row per changed range, reasons of rejected songs."""
     written = [each for each in report.ranges if each.written]
-    rejected = (report.set_aside + report.unreachable).most_common(_MAX_TABLE_ROWS)
+    rejected = (report.rejected + report.unreachable).most_common(_MAX_TABLE_ROWS)
     return {
-        "dagster/row_count": report.total("n_songs"),
+        "dagster/row_count": report.n_songs,
         "ranges": len(report.ranges),
         "ranges written": len(written),
-        "songs new": report.total("n_new"),
-        "songs changed": report.total("n_changed"),
-        "songs deleted": report.total("n_gone"),
-        "songs rejected": sum(report.set_aside.values()),
-        "songs outside all ranges": sum(report.unreachable.values()),
+        "songs new": report.changes.n_new,
+        "songs changed": report.changes.n_changed,
+        "songs deleted": report.changes.n_deleted,
+        "songs rejected": report.rejected.total(),
+        "songs outside all ranges": report.unreachable.total(),
         **_table("rejected songs", [{"reason": reason, "songs": count} for reason, count in rejected]),
         **_table(
             "changed ranges",
             [
                 {
                     "range": each.range.key,
-                    "songs": each.n_songs,
-                    "new": each.n_new,
-                    "changed": each.n_changed,
-                    "deleted": each.n_gone,
+                    "songs": each.footer.n_songs,
+                    "new": each.changes.n_new,
+                    "changed": each.changes.n_changed,
+                    "deleted": each.changes.n_deleted,
                 }
                 for each in written[:_MAX_TABLE_ROWS]
             ],

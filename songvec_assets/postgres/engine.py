@@ -39,11 +39,13 @@ _POOLS: dict[Profile, dict[str, Any]] = {
 _engines: dict[tuple[str, Profile], sa.Engine] = {}
 _engines_lock = threading.Lock()
 
+# names of types are compared: the server must not quote all of them
+_UNQUOTED = "set_config('quote_all_identifiers', 'off', true)"
 # `cancel` identifies a transaction by its process and start
-_BEGIN = "SELECT pg_backend_pid(), now()"
+_BEGIN = f"SELECT pg_backend_pid(), now(), {_UNQUOTED}"
 # a role's timeouts are meant for queries, not for loads and locks of hours; PostgreSQL before 17 has three of them
-_BEGIN_LONG = """
-    SELECT pg_backend_pid(), now(), set_config('statement_timeout', '0', true),
+_BEGIN_LONG = f"""
+    SELECT pg_backend_pid(), now(), {_UNQUOTED}, set_config('statement_timeout', '0', true),
            set_config('idle_in_transaction_session_timeout', '0', true), set_config('lock_timeout', '60s', true),
            CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
            THEN set_config('transaction_timeout', '0', true) END

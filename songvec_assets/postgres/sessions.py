@@ -75,7 +75,8 @@ def configure_session(cursor: Any, settings: dict[str, str]) -> Iterator[Backend
     # the server then notices that a client was killed, and ends its index build; older ones and some platforms cannot
     with contextlib.suppress(psycopg2.errors.UndefinedObject, psycopg2.errors.InvalidParameterValue):
         cursor.execute(_SET, ("client_connection_check_interval", "10s"))
-    for name, value in {"default_transaction_isolation": "read committed", **settings}.items():
+    ours = {"default_transaction_isolation": "read committed", "quote_all_identifiers": "off"}
+    for name, value in (ours | settings).items():
         cursor.execute(_SET, (name, value))
     cursor.execute("SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
     try:

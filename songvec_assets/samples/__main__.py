@@ -1,4 +1,4 @@
-"""Writes `songs.parquet` beside `songs.txt`."""
+"""Writes `songs.parquet` from `songs.txt`."""
 
 from pathlib import Path
 

@@ -24,7 +24,7 @@ from songvec_assets.errors import (
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.progress import run_event_loop
-from songvec_assets.songs.source import SongsSource
+from songvec_assets.songs.source import SongsSource, as_bytes
 from songvec_assets.vectors.index.probes import search
 from songvec_assets.vectors.ledger import SERVING
 from songvec_assets.vectors.table import TableSpec, VectorTable, define_table
@@ -222,7 +222,7 @@ def read_songs(
     def decode(value: memoryview | None) -> str:
         return "" if value is None else bytes(value).decode(source.codec, "replace")
 
-    columns = ", ".join(map(source.as_bytes, (source.name, source.artist, source.lyrics)))
+    columns = ", ".join(map(as_bytes, (source.name, source.artist, source.lyrics)))
     with raw_cursor(connection) as cursor:
         cursor.execute(
             f"SELECT {source.song_id}, {columns} FROM {source.relation} "

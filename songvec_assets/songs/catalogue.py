@@ -54,20 +54,20 @@ class Column:
     """A column.
 
     Attributes:
+        quoted: its name for SQL.
         number: its attnum.
         kind: its type's name.
         category: the type's category in pg_type, that of the elements if it is an array.
         is_array: whether it is one.
         is_readable: whether this user may read it.
-        quoted: for SQL.
     """
 
+    quoted: str
     number: int
     kind: str
     category: str
     is_array: bool
     is_readable: bool
-    quoted: str
 
     @property
     def is_text(self) -> bool:
@@ -115,15 +115,8 @@ def find_table(connection: sa.Connection, name: str) -> Table | None:
         if found is not None:
             oid = {"oid": found.oid}
             columns = {
-                each.attname: Column(
-                    each.attnum,
-                    each.kind,
-                    each.category,
-                    each.is_array,
-                    each.is_readable,
-                    quote(connection, each.attname),
-                )
-                for each in connection.execute(sa.text(_COLUMNS), oid)
+                column: Column(quote(connection, column), *facts)
+                for column, *facts in connection.execute(sa.text(_COLUMNS), oid)
             }
             relation = quote(connection, found.nspname, found.relname)
             row_security = bool(connection.scalar(sa.text(_ROW_SECURITY), oid))

@@ -78,7 +78,7 @@ def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dic
 
 def read_song_ids(database: Database, source: SongsSource, song_range: SongIdRange) -> pl.Series:
     """The ids of a range's songs, in order."""
-    rows = fetch_rows(database, f"SELECT song_id FROM {source.rows(song_range)}")
+    rows = fetch_rows(database, source.select("song_id", song_range))
     return pl.Series([song_id for (song_id,) in rows], dtype=pl.Int32)
 
 

@@ -9,33 +9,32 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import adbc_driver_postgresql.dbapi as adbc
 import msgspec
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from songvec_assets.errors import BulkDeletionError, DatabaseError, SongvecError, SourceError, StoreError, describe
+from songvec_assets.errors import BulkDeletionError, DatabaseError, SongvecError, SourceError, describe
 from songvec_assets.postgres.engine import Database
-from songvec_assets.progress import Progress, RunContext
-from songvec_assets.songs.absence import AbsenceGuard
+from songvec_assets.progress import SILENT, Progress, RunContext
+from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.counts import IdSums, RangeCount, check_ids, count_ranges, count_unreachable_ids
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.readers import Reader, Readers, is_server_gone
 from songvec_assets.songs.snapshots import (
     FILE_SCHEMA,
-    SNAPSHOT_SCHEMA,
+    NO_CHANGES,
     Changes,
     Footer,
     Snapshots,
     add_text_hashes,
     count_changes,
-    hash_content,
 )
-from songvec_assets.songs.source import SongsSource
+from songvec_assets.songs.source import HASHES, SONGS, SONGS_AS_BYTES, SongsSource
 from songvec_assets.storage import Storage
 
 ExportMode = Literal["all", "append"]
@@ -51,35 +50,27 @@ _BATCH_BYTES = 4 << 20
 _UNDECODABLE = ("22P05", "22021")
 _MOST_NAMED_SHARE = 0.25
 """If a larger share of a range's songs changed, the range is read as a whole."""
-_MAX_GONE = 3
+_MAX_UNREACHED = 3
 _MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
 class RangeExport:
-    """What happened to one range's snapshot: numbers of songs compared with the snapshot before.
+    """What happened to one range's snapshot.
 
     Attributes:
-        set_aside: number of rejected songs by reason.
-        text_sizes: songs by size, see `count_text_sizes`.
-        written: whether the file was.
+        range: which.
+        footer: of the snapshot as it is now; an empty one if there is none, or the range was not exported.
+        changes: compared with the snapshot before.
+        written: whether the file was written or deleted.
         error: why the range was not exported, if it was not: its snapshot is as it was before.
     """
 
     range: SongIdRange
-    n_songs: int = 0
-    n_new: int = 0
-    n_changed: int = 0
-    n_gone: int = 0
-    set_aside: Counter[str] = field(default_factory=Counter)
-    text_sizes: Counter[int] = field(default_factory=Counter, compare=False, repr=False)
+    footer: Footer = field(default_factory=Footer)
+    changes: Changes = NO_CHANGES
     written: bool = False
     error: SongvecError | None = None
-
-    @property
-    def n_set_aside(self) -> int:
-        """Songs that cannot be embedded."""
-        return self.set_aside.total()
 
 
 @dataclass(frozen=True)
@@ -95,18 +86,24 @@ class ExportReport:
     unreachable: Counter[str] = field(default_factory=Counter)
 
     @property
-    def set_aside(self) -> Counter[str]:
+    def n_songs(self) -> int:
+        """Songs of the exported ranges."""
+        return sum(each.footer.n_songs for each in self.ranges)
+
+    @property
+    def changes(self) -> Changes:
+        """Those of all ranges."""
+        return Changes(*map(sum, zip(*(each.changes for each in self.ranges), strict=True)))
+
+    @property
+    def rejected(self) -> Counter[str]:
         """Number of rejected songs by reason, of those with an id that a range can hold."""
-        return sum((each.set_aside for each in self.ranges), Counter())
+        return sum((each.footer.rejected for each in self.ranges), Counter())
 
     @property
     def text_sizes(self) -> Counter[int]:
         """Songs of the snapshots, by size."""
-        return sum((each.text_sizes for each in self.ranges), Counter())
-
-    def total(self, name: str) -> int:
-        """The sum of a count over all ranges."""
-        return sum(getattr(each, name) for each in self.ranges)
+        return sum((each.footer.text_sizes for each in self.ranges), Counter())
 
     @property
     def failed(self) -> list[RangeExport]:
@@ -116,8 +113,8 @@ class ExportReport:
     @property
     def found_no_server(self) -> bool:
         """Whether the last ranges failed, one after the other, for want of a connection."""
-        last = self.ranges[-_MAX_GONE:]
-        return len(last) == _MAX_GONE and all(each.error and is_server_gone(each.error.__cause__) for each in last)
+        last = self.ranges[-_MAX_UNREACHED:]
+        return len(last) == _MAX_UNREACHED and all(each.error and is_server_gone(each.error.__cause__) for each in last)
 
 
 class IncompleteExportError(DatabaseError):
@@ -170,7 +167,7 @@ class ExportOptions:
 
     mode: ExportMode = "all"
     kept: Collection[SongIdRange] = ()
-    guard: AbsenceGuard | None = None
+    guard: Absence | None = None
     n_readers: int = N_READERS
     full_compare_hours: float = FULL_COMPARE_HOURS
 
@@ -202,10 +199,6 @@ class Looks(msgspec.Struct, frozen=True):
             return cls(source.identity)
         return found if found.source == source.identity else cls(source.identity)
 
-    def write(self, storage: Storage) -> None:
-        """Keep it with the snapshots."""
-        storage.put(_LOOKS, msgspec.json.encode(self))
-
 
 def cache_songs_to_parquet(
     database: Database,
@@ -213,7 +206,7 @@ def cache_songs_to_parquet(
     snapshots: Snapshots,
     tiling: Tiling,
     options: ExportOptions = _DEFAULT_OPTIONS,
-    run: RunContext | None = None,
+    run: RunContext = SILENT,
 ) -> ExportReport:
     """Bring the snapshots to the state of the source table.
 
@@ -233,26 +226,26 @@ def cache_songs_to_parquet(
         SettingsError: the open tail holds more songs than a range may, or songs have ids below the first range.
         SourceError: most songs have ids that no range can hold.
     """
-    run = run or RunContext()
     started, report, is_append = time.time(), ExportReport(), options.mode == "append"
     counts = count_ranges(database, source, tiling)
     check_ids(database, source, tiling, counts)
-    # an append deletes no song that has a snapshot
-    guard = options.guard
-    if guard and not guard.confirmed and not is_append:
-        guard.check(guard.find(database, source, snapshots, counts, run.check_stop), source)
+    # an append deletes no song that has a snapshot of these settings
+    if options.guard and not is_append:
+        options.guard.find(database, source, snapshots, counts, run)
+        options.guard.check(source)
     snapshots.storage.delete_leftovers("")
     snapshots.delete_other_ranges(tiling)
     known, looks = set(snapshots.ranges()), Looks.read(snapshots.storage, source)
     is_full = not 0 <= started - looks.full_compare_at < options.full_compare_hours * 3600
+    exporter = _Exporter(source, snapshots, counts, options)
     if is_append:
-        exporter = RangeExporter(source, snapshots, counts, options, above=snapshots.find_max_song_id())
+        above = exporter.above = snapshots.find_max_song_id()
         # first and alone: were a later range written and this one not, the next append would begin above its songs
         first = [each for each in sorted(counts) if exporter.is_split(each)]
-        others = [each for each in sorted(counts) if exporter.is_above(each) or each not in known]
+        others = [each for each in sorted(counts) if each not in known or above is None or each.start > above]
     else:
         report.unreachable.update(count_unreachable_ids(database, source))
-        exporter = RangeExporter(source, snapshots, counts, options, {} if is_full else looks.newest)
+        exporter.newest = {} if is_full else looks.newest
         first, others = [], sorted({*counts, *known, *options.kept})
     _export_ranges(database, exporter, [first, others], report, run)
     if source.updated_at and not is_append:
@@ -260,28 +253,24 @@ def cache_songs_to_parquet(
         compared_at = started if is_full and not report.failed else looks.full_compare_at
         seen = Looks(source.identity, compared_at, exporter.describe_looks(report, looks))
         if seen != looks:
-            seen.write(snapshots.storage)
+            snapshots.storage.put(_LOOKS, msgspec.json.encode(seen))
     if report.failed:
         raise IncompleteExportError(report) from report.failed[0].error
     return report
 
 
 def _export_ranges(
-    database: Database,
-    exporter: "RangeExporter",
-    parts: list[list[SongIdRange]],
-    report: ExportReport,
-    run: RunContext,
+    database: Database, exporter: "_Exporter", parts: list[list[SongIdRange]], report: ExportReport, run: RunContext
 ) -> None:
     """Export some ranges, part after part; after a failure no further part, and without a server no further range."""
     wanted = [each for part in parts for each in part]
     total = sum(exporter.count(each).n_songs for each in wanted)
     with Readers(database, exporter.options.n_readers) as readers:
         for part in parts:
-            for exported in readers.map(exporter.export, part, check=run.check_stop):
+            for exported in readers.map(exporter.export, part, run):
                 report.ranges.append(exported)
                 note = f"not exported: {_name_some(each.range.key for each in report.failed)}" if report.failed else ""
-                run.report(Progress("export songs", report.total("n_songs"), total, note=note))
+                run.report(Progress("export songs", report.n_songs, total, note=note))
                 if report.found_no_server:
                     break
             if report.failed:
@@ -291,8 +280,8 @@ def _export_ranges(
         report.ranges.extend(RangeExport(each, error=error) for each in wanted[len(report.ranges) :])
 
 
-@dataclass(frozen=True)
-class RangeExporter:
+@dataclass
+class _Exporter:
     """Exports ranges of one source; its methods may be called from any thread.
 
     Attributes:
@@ -311,10 +300,6 @@ class RangeExporter:
     newest: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     above: int | None = None
 
-    def is_above(self, song_range: SongIdRange) -> bool:
-        """Whether an append reads the range from its start."""
-        return self.above is None or song_range.start > self.above
-
     def is_split(self, song_range: SongIdRange) -> bool:
         """Whether an append reads only the upper part of the range."""
         return self.above is not None and song_range.start <= self.above < song_range.stop - 1
@@ -326,56 +311,50 @@ class RangeExporter:
     def describe_looks(self, report: ExportReport, before: Looks) -> dict[str, tuple[str, str]]:
         """What `Looks` keeps of these ranges; those that failed stay as they were."""
         newest = {}
-        for song_range, failed in ((each.range, bool(each.error)) for each in report.ranges):
-            digest, at = self.snapshots.digest(song_range), self.count(song_range).newest
-            if failed and song_range.key in before.newest:
-                newest[song_range.key] = before.newest[song_range.key]
-            elif not failed and digest and at:
-                newest[song_range.key] = (digest, at)
+        for each in report.ranges:
+            key, digest, at = each.range.key, each.footer.digest, self.count(each.range).newest
+            if each.error and key in before.newest:
+                newest[key] = before.newest[key]
+            elif digest and at:
+                newest[key] = (digest, at)
         return newest
 
     def export(self, reader: Reader, song_range: SongIdRange) -> RangeExport:
         """Bring one range's snapshot to the state of its songs, or say why not."""
+        footer = self.snapshots.footer(song_range)
         if song_range not in self.counts and song_range not in self.options.kept:
-            n_gone = self.snapshots.count(song_range)
             self.snapshots.delete(song_range)
-            return RangeExport(song_range, n_gone=n_gone, written=True)
+            return RangeExport(song_range, changes=Changes(n_deleted=footer.n_songs), written=True)
         try:
-            before = self.snapshots.read_source_hashes(song_range, self.source.spec)
-            after, newer = reader.read(lambda connection: self._read(connection, song_range, before))
-            footer = self.snapshots.footer(song_range)
-            if before is None or footer is None:
-                return self._write(song_range, newer, Changes(newer.num_rows, 0, 0))
-            is_whole = footer.text == self.source.spec.identity
-            # an append renders no songs that it does not read
-            if not newer.num_rows and len(after) == len(before) and (is_whole or self.is_split(song_range)):
-                return RangeExport(song_range, footer.n_songs, set_aside=footer.set_aside, text_sizes=footer.text_sizes)
-            try:
-                songs = self.snapshots.merge(song_range, newer, after["song_id"].to_numpy())
-                changes = self._count_changes(song_range, before, songs, is_whole)
-            except (pa.ArrowException, OSError, StoreError):  # damaged: as if there were none
-                _, songs = reader.read(lambda connection: self._read(connection, song_range, None))
-                changes = Changes(songs.num_rows, 0, 0)
-            return self._write(song_range, songs, changes, is_whole or not self.is_split(song_range))
+            before = self.snapshots.try_to_read(song_range, ["song_id", "source_hash"])
+            if before is not None and footer.text == self.source.spec.identity:
+                after, newer = reader.read(partial(self._read_newer, song_range=song_range, before=before))
+                if not newer.num_rows and len(after) == len(before):
+                    return RangeExport(song_range, footer)
+                try:
+                    return self._write(song_range, self.snapshots.merge(song_range, newer, after), before)
+                except (pa.ArrowException, OSError):  # damaged: as if there were none
+                    before = None
+            # there is no snapshot, or other settings made it: they may reject other songs
+            songs = reader.read(lambda connection: read_songs_from_postgres(connection, self.source, song_range))
+            return self._write(song_range, _to_snapshot(songs, self.source), before)
         except (DatabaseError, SourceError) as error:
             return RangeExport(song_range, error=error)
 
-    def _read(
-        self, connection: adbc.Connection, song_range: SongIdRange, before: pl.DataFrame | None
-    ) -> tuple[pl.DataFrame, pa.Table]:
+    def _read_newer(
+        self, connection: adbc.Connection, song_range: SongIdRange, before: pl.DataFrame
+    ) -> tuple[pl.Series, pa.Table]:
         """The song_ids that the range has now, and the rows that differ from before, as of one moment."""
-        if before is None:
-            songs = read_songs_from_postgres(connection, self.source, song_range)
-            return pl.DataFrame(songs.select(["song_id"])), _to_snapshot(songs, self.source)
         with connection.cursor() as cursor:
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        for condition in self._conditions(song_range, before):
-            seen = _read_hashes(connection, self.source, song_range, condition)
-            after = seen.select("song_id")
+        for condition in self._conditions(song_range):
+            seen = pl.DataFrame(_select(connection, self.source.select(HASHES, song_range, condition)))
+            _check_unique(seen["song_id"], self.source)
+            after = seen["song_id"]
             if condition:
-                after = pl.concat([before.select("song_id"), after]).unique().sort("song_id")
+                after = pl.concat([before["song_id"], after]).unique().sort()
             # else songs were deleted, or came with an old time: look at all of them
-            if self.is_split(song_range) or IdSums.of(after["song_id"]) == self.count(song_range).ids:
+            if self.is_split(song_range) or IdSums.of(after) == self.count(song_range).ids:
                 break
         changed = seen.join(before, on=["song_id", "source_hash"], how="anti")["song_id"]
         if changed.is_empty():
@@ -385,33 +364,25 @@ class RangeExporter:
         songs = read_songs_from_postgres(connection, self.source, song_range, condition)
         return after, _to_snapshot(songs.filter(pc.is_in(songs["song_id"], changed.to_arrow())), self.source)
 
-    def _conditions(self, song_range: SongIdRange, before: pl.DataFrame) -> list[str]:
+    def _conditions(self, song_range: SongIdRange) -> list[str]:
         """Which rows to look at; the next one if the rows of one are not all that changed."""
         if self.above is not None and self.is_split(song_range):
             return [self.source.above(self.above)]
-        digest, newest = self.newest.get(song_range.key, (None, ""))
-        is_hashed = not before["source_hash"].null_count()
-        if is_hashed and digest == self.snapshots.digest(song_range):
+        digest, newest = self.newest.get(song_range.key, ("", ""))
+        if digest and digest == self.snapshots.footer(song_range).digest:
             return [self.source.updated_since(newest), ""]
         return [""]
 
-    def _count_changes(self, song_range: SongIdRange, before: pl.DataFrame, songs: pa.Table, is_whole: bool) -> Changes:
-        if is_whole:
-            return count_changes(before, pl.DataFrame(songs.select(["song_id", "source_hash"])))
-        after = pl.DataFrame(songs.select(SNAPSHOT_SCHEMA.names))
-        contents = (self.snapshots.read(song_range), after)
-        return count_changes(*map(hash_content, contents))
-
-    def _write(self, song_range: SongIdRange, songs: pa.Table, changes: Changes, is_whole: bool = True) -> RangeExport:
-        footer = Footer.of(songs, self.source.spec.identity if is_whole else "")
-        if self.snapshots.digest(song_range) == footer.digest:
-            changes = Changes(0, 0, 0)
-        elif self.options.guard:
-            accepted = pl.Series(songs["song_id"]).filter(pl.Series(songs["set_aside"]).is_null())
-            self.options.guard.check_range(song_range, accepted)
+    def _write(self, song_range: SongIdRange, songs: pa.Table, before: pl.DataFrame | None) -> RangeExport:
+        footer = Footer.of(songs, self.source.spec.identity)
+        changes = NO_CHANGES
+        if self.snapshots.footer(song_range).digest != footer.digest:
+            if self.options.guard:
+                is_embeddable = pc.is_null(songs["rejected"])
+                self.options.guard.check_range(song_range, pl.Series(songs["song_id"].filter(is_embeddable)))
+            changes = count_changes(before, pl.DataFrame(songs.select(["song_id", "source_hash"])))
         self.snapshots.write(song_range, songs, footer)
-        counts = footer.n_songs, *changes
-        return RangeExport(song_range, *counts, footer.set_aside, footer.text_sizes, written=True)
+        return RangeExport(song_range, footer, changes, written=True)
 
 
 def read_songs_from_postgres(
@@ -429,9 +400,8 @@ def read_songs_from_postgres(
         Columns song_id (int32), name, artist, lyrics, source_hash; if some cannot be decoded, also undecodable: why, or
         null.
     """
-    rows = source.rows(song_range, condition)
     try:
-        songs = _select(connection, source.select_songs(rows))
+        songs = _select(connection, source.select(SONGS, song_range, condition))
         # the server converts texts to UTF-8, and checks none that need no conversion. 10 ms for 50,000 songs
         songs.validate(full=True)
     except adbc.Error as error:
@@ -442,15 +412,7 @@ def read_songs_from_postgres(
         pass
     else:
         return songs
-    return _decode(_select(connection, source.select_songs(rows, as_bytes=True)), source)
-
-
-def _read_hashes(
-    connection: adbc.Connection, source: SongsSource, song_range: SongIdRange, condition: str
-) -> pl.DataFrame:
-    seen = _select(connection, source.select_hashes(source.rows(song_range, condition)))
-    _check_unique(seen, source)
-    return pl.DataFrame(seen)
+    return _decode(_select(connection, source.select(SONGS_AS_BYTES, song_range, condition)), source)
 
 
 def _select(connection: adbc.Connection, statement: str) -> pa.Table:
@@ -477,26 +439,23 @@ def _decode(songs: pa.Table, source: SongsSource) -> pa.Table:
 
 def _to_snapshot(songs: pa.Table, source: SongsSource) -> pa.Table:
     """Check a range's rows, name what cannot be embedded, and hash the texts of the others."""
-    _check_unique(songs, source)
-    # texts stay where they are: lyrics are most of a song, and are looked at only if nothing else is embedded
-    reasons = pl.repeat(None, songs.num_rows, dtype=pl.String, eager=True)
-    for column in ("lyrics", "artist", "name"):
+    _check_unique(pl.Series(songs["song_id"]), source)
+    reasons = [pl.Series(songs["undecodable"])] if "undecodable" in songs.column_names else []
+    for column in ("name", "artist", "lyrics"):
+        # texts stay where they are: lyrics are most of a song, and are looked at only if nothing else is embedded
         if column in source.spec.required:
-            blank = pl.Series(songs[column]).fill_null("").str.strip_chars() == ""
-            reasons = pl.select(pl.when(blank).then(pl.lit(f"the song has no {column}")).otherwise(reasons)).to_series()
-    if "undecodable" in songs.column_names:
-        reasons = pl.Series(songs["undecodable"]).zip_with(pl.Series(songs["undecodable"]).is_not_null(), reasons)
+            is_blank = pl.Series(songs[column]).fill_null("").str.strip_chars() == ""
+            reasons.append(pl.select(pl.when(is_blank).then(pl.lit(f"the song has no {column}"))).to_series())
     # from a list: polars leaves words under its nulls, and the digest would see them
-    set_aside = pa.array(reasons.to_list(), pa.string())
-    return add_text_hashes(songs.append_column("set_aside", set_aside), source.spec)
+    rejected = pa.array(pl.select(pl.coalesce(reasons)).to_series().to_list(), pa.string())
+    return add_text_hashes(songs.append_column("rejected", rejected), source.spec)
 
 
-def _check_unique(songs: pa.Table, source: SongsSource) -> None:
-    song_ids = songs["song_id"].to_numpy()
-    twice = song_ids[1:][np.diff(song_ids) == 0]
-    if len(twice):
+def _check_unique(song_ids: pl.Series, source: SongsSource) -> None:
+    repeated = song_ids.filter(song_ids.diff() == 0)
+    if len(repeated):
         raise SourceError(
-            f"column {source.song_id_column!r} of {source.table} must be unique, {twice[0]} is there more than once: "
-            "name another with SONGVEC_SONG_ID_COLUMN",
+            f"column {source.song_id_column!r} of {source.table} must be unique, {repeated[0]} is there more than "
+            "once: name another with SONGVEC_SONG_ID_COLUMN",
             "source.id-column",
         )

@@ -7,19 +7,21 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
 from itertools import islice
+from multiprocessing.pool import AsyncResult, ThreadPool
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TypeVar
 
 import adbc_driver_postgresql.dbapi as adbc
-from psycopg2.extensions import make_dsn
+from psycopg2.extensions import make_dsn, parse_dsn
 
 from songvec_assets.errors import StoppedError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.messages import read_database_error
 from songvec_assets.postgres.sessions import CONNECT_ARGS
+from songvec_assets.progress import RunContext
+from songvec_assets.songs.source import fetch_rows
 
 _PAUSES_S = (0.0, 1.0, 4.0)
 """Before each attempt: a server that starts again is back after a few seconds."""
@@ -53,7 +55,7 @@ class Reader:
         self._lock = threading.Lock()
 
     def read(self, read: Callable[[adbc.Connection], Result]) -> Result:
-        """Call `read` in a transaction of its own; again, after a pause, if another attempt may succeed.
+        """Call `read` in its own transaction; again, after a pause, if another attempt may succeed.
 
         Raises:
             DatabaseError: its cause is the last attempt's error.
@@ -95,67 +97,61 @@ class Readers:
 
     def __init__(self, database: Database, n_readers: int) -> None:
         of_libpq = {name: value for name, value in CONNECT_ARGS.items() if name != "cursor_factory"}
+        [(quotes_all,)] = fetch_rows(database, "SELECT reset_val FROM pg_settings WHERE name = 'quote_all_identifiers'")
+        if quotes_all == "on":
+            # ADBC finds types by the names of their functions, and takes all for unknown whose names are quoted
+            given = parse_dsn(database.adbc_uri).get("options", "")
+            of_libpq["options"] = f"{given} -c quote_all_identifiers=off".strip()
         address = make_dsn(database.adbc_uri, **of_libpq)
         self._ended = threading.Event()
-        self._tasks: SimpleQueue[Callable[[Reader], None] | None] = SimpleQueue()
         self._readers = [Reader(address, self._ended) for _ in range(n_readers)]
-        self._threads = [
-            # daemons: if a server no longer answers, an interrupted process must be able to end
-            threading.Thread(target=self._serve, args=(reader,), daemon=True, name="songvec-reader")
-            for reader in self._readers
-        ]
+        self._idle = SimpleQueue[Reader]()
+        for reader in self._readers:
+            self._idle.put(reader)
+        # its threads are daemons: if a server no longer answers, an interrupted process must be able to end
+        self._pool = ThreadPool(n_readers)
 
-    def map(
-        self, work: Callable[[Reader, Item], Result], items: Iterable[Item], check: Callable[[], None]
-    ) -> Iterator[Result]:
-        """Do the work on each item, some side by side; results come in the order of the items.
+    def map(self, work: Callable[[Reader, Item], Result], items: Iterable[Item], run: RunContext) -> Iterator[Result]:
+        """Do the work on each item, some at the same time; results come in the order of the items.
 
         Args:
-            work: called in a reader's thread.
+            work: called in a thread of the pool.
             items: at most twice as many are begun beyond the result that is waited for as there are readers.
-            check: called all along; raises to end it.
+            run: ends it.
         """
-        begun: deque[Future[Result]] = deque()
+        begun: deque[AsyncResult[Result]] = deque()
         remaining = iter(items)
         while True:
-            check()
-            begun.extend(self._begin(work, each) for each in islice(remaining, 2 * len(self._readers) - len(begun)))
+            run.check_stop()
+            for item in islice(remaining, 2 * len(self._readers) - len(begun)):
+                begun.append(self._pool.apply_async(self._lend, (work, item)))
             if not begun:
                 return
-            while not wait([begun[0]], timeout=_POLL_S).done:
-                check()
-            yield begun.popleft().result()
+            while not begun[0].ready():
+                run.check_stop()
+                begun[0].wait(_POLL_S)
+            yield begun.popleft().get()
 
-    def _begin(self, work: Callable[[Reader, Item], Result], item: Item) -> Future[Result]:
-        future: Future[Result] = Future()
-
-        def run(reader: Reader) -> None:
-            try:
-                future.set_result(work(reader, item))
-            except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that waits
-                future.set_exception(error)
-
-        self._tasks.put(run)
-        return future
-
-    def _serve(self, reader: Reader) -> None:
-        while (run := self._tasks.get()) and not self._ended.is_set():
-            run(reader)
-        reader.close()
+    def _lend(self, work: Callable[[Reader, Item], Result], item: Item) -> Result:
+        if self._ended.is_set():
+            raise StoppedError("interrupted")
+        reader = self._idle.get()
+        try:
+            return work(reader, item)
+        finally:
+            self._idle.put(reader)
 
     def __enter__(self) -> "Readers":
-        for thread in self._threads:
-            thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._ended.set()
+        for reader in self._readers if kind is not None else ():
+            # a cancellation waits for the server, too
+            threading.Thread(target=reader.cancel, daemon=True, name="songvec-cancel").start()
+        self._pool.close()
+        self._pool.join()
         for reader in self._readers:
-            self._tasks.put(None)
-            if kind is not None:
-                # a cancellation waits for the server, too
-                threading.Thread(target=reader.cancel, daemon=True, name="songvec-cancel").start()
-        for thread in self._threads:
-            thread.join()
+            reader.close()

@@ -1,8 +1,9 @@
 """What a snapshot is: a Parquet file per range, its rows in the order of their song_ids, their identity in its footer.
 
-Content: song_id (int32), name, artist, lyrics and set_aside (strings); set_aside is null, or the reason why the song
-is rejected. Hashes: source_hash (int64) is the server's hash of name, artist and lyrics; text_hash (16 bytes) and
-truncated (Boolean) are of the text to embed, null for rejected songs. The digest covers the content alone.
+Content: song_id (int32), name, artist, lyrics and rejected (strings); rejected is null, or the reason why the song has
+no embedding. Hashes: source_hash (int64) is the server's hash of name, artist and lyrics; text_hash (16 bytes) and
+truncated (Boolean) are of the text to embed, null for rejected songs. The digest covers the content alone. A snapshot
+of an earlier version, which has other columns, is exported again.
 When to add here: what is kept of a song. Keep out: where songs come from.
 """
 
@@ -19,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
-from numpy.typing import NDArray
 
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange, Tiling
@@ -29,12 +29,12 @@ from songvec_assets.storage import Storage
 SNAPSHOT_SCHEMA = pa.schema(
     [
         pa.field("song_id", pa.int32(), nullable=False),
-        *(pa.field(name, pa.string()) for name in ("name", "artist", "lyrics", "set_aside")),
+        *(pa.field(name, pa.string()) for name in ("name", "artist", "lyrics", "rejected")),
     ]
 )
 _TEXT_HASHES = [pa.field("text_hash", pa.binary(TEXT_HASH_BYTES)), pa.field("truncated", pa.bool_())]
 FILE_SCHEMA = pa.schema([*SNAPSHOT_SCHEMA, pa.field("source_hash", pa.int64()), *_TEXT_HASHES])
-_DIGEST, _TEXT, _COUNTS = b"songvec.digest2", b"songvec.text", b"songvec.counts"
+_DIGEST, _TEXT, _COUNTS = b"songvec.digest2", b"songvec.text2", b"songvec.counts"
 _SUFFIX = ".parquet"
 _BATCH_ROWS = 4096
 SIZE_CLASS_BYTES = 128
@@ -46,32 +46,35 @@ class Footer:
     """What a snapshot's footer says.
 
     Attributes:
-        digest: identity of the content.
-        text: identity of the settings that its hashes and rejections were made with; empty if there are no hashes.
+        digest: identity of the content; empty if there is none.
+        text: identity of the settings that its hashes and rejections were made with; empty in earlier versions.
         n_songs: rows.
-        set_aside: number of rejected songs by reason.
+        rejected: number of rejected songs by reason.
         text_sizes: number of songs by size, see `count_text_sizes`.
     """
 
-    digest: str
+    digest: str = ""
     text: str = ""
     n_songs: int = 0
-    set_aside: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
     text_sizes: Counter[int] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, songs: pa.Table, text: str) -> "Footer":
         """The footer of these songs."""
-        reasons = Counter[str](songs["set_aside"].drop_null().to_pylist())
+        reasons = Counter[str](songs["rejected"].drop_null().to_pylist())
         return cls(digest_songs(songs), text, songs.num_rows, reasons, count_text_sizes(songs))
 
 
 class Changes(NamedTuple):
     """Numbers of songs that a range gained, changed and lost."""
 
-    n_new: int
-    n_changed: int
-    n_gone: int
+    n_new: int = 0
+    n_changed: int = 0
+    n_deleted: int = 0
+
+
+NO_CHANGES = Changes()
 
 
 @dataclass(frozen=True)
@@ -118,20 +121,22 @@ class Snapshots:
             StoreError: the file is damaged: what it holds is not what was exported.
         """
         columns = columns or SNAPSHOT_SCHEMA.names
-        if song_range not in self or (song_ids is not None and not len(song_ids)):
-            return pl.DataFrame(FILE_SCHEMA.empty_table().select(columns))
+        empty = FILE_SCHEMA.empty_table().select(columns)
+        if song_range not in self:
+            return pl.DataFrame(empty)
         try:
             file = self._open(song_range)
+            if not {*columns} <= {*file.schema_arrow.names}:
+                raise StoreError(
+                    f"{self.storage.describe(_key(song_range))} was written by an earlier version: materialize "
+                    "songs_parquet, which exports the range again"
+                )
             if song_ids is None:
                 return pl.DataFrame(file.read(columns))
             wanted = pl.Series(song_ids, dtype=pl.Int32).to_arrow()
-            batches = [
-                batch.filter(pc.is_in(batch.column("song_id"), wanted))
-                for batch in file.iter_batches(_BATCH_ROWS, columns=columns)
-            ]
-            return pl.DataFrame(
-                pa.Table.from_batches(batches, pa.schema([FILE_SCHEMA.field(each) for each in columns]))
-            )
+            batches = file.iter_batches(_BATCH_ROWS, columns=columns) if len(wanted) else ()
+            found = [batch.filter(pc.is_in(batch["song_id"], wanted)) for batch in batches]
+            return pl.DataFrame(pa.Table.from_batches(found, empty.schema))
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(song_range, error) from error
 
@@ -139,22 +144,28 @@ class Snapshots:
         """A snapshot whose pages are checked against their checksums as they are read."""
         return pq.ParquetFile(pa.BufferReader(self.storage.open(_key(song_range))), page_checksum_verification=True)
 
-    def _damaged(self, song_range: SongIdRange, error: Exception | str) -> StoreError:
+    def _damaged(self, song_range: SongIdRange, why: Exception | str) -> StoreError:
         return StoreError(
-            f"{self.storage.describe(_key(song_range))} is damaged ({error}): remove it and materialize "
+            f"{self.storage.describe(_key(song_range))} is damaged ({why}): remove it and materialize "
             "songs_parquet, which exports the range again",
             "store.damaged",
         )
 
+    def try_to_read(self, song_range: SongIdRange, columns: list[str]) -> pl.DataFrame | None:
+        """The same for the export, which replaces what cannot be read; None if there is no snapshot that can be."""
+        try:
+            return self.read(song_range, columns) if song_range in self else None
+        except StoreError:
+            return None
+
     def read_rejected(self, song_range: SongIdRange) -> pl.DataFrame:
         """The rejected songs of a range: columns song_id and reason."""
-        songs = self.read(song_range, ["song_id", "set_aside"])
-        return songs.rename({"set_aside": "reason"}).drop_nulls("reason")
+        songs = self.read(song_range, ["song_id", "rejected"])
+        return songs.rename({"rejected": "reason"}).drop_nulls("reason")
 
     def read_embeddable(self, song_range: SongIdRange) -> pl.Series:
         """The song_ids of a range that are not rejected, in order."""
-        songs = self.read(song_range, ["song_id", "set_aside"])
-        return songs.filter(pl.col("set_aside").is_null())["song_id"]
+        return self.read(song_range, ["song_id", "rejected"]).filter(pl.col("rejected").is_null())["song_id"]
 
     def read_text_hashes(self, song_range: SongIdRange, spec: TextSpec) -> pl.DataFrame:
         """The hash of the text of each song that is not rejected.
@@ -167,15 +178,11 @@ class Snapshots:
             Columns song_id (Int32), text_hash (Binary, 16 bytes) and truncated (Boolean), in the order of song_id.
 
         Raises:
-            StoreError: the file is damaged.
+            StoreError: the file is damaged, or of an earlier version.
         """
-        if not self._has_hashes(song_range, spec):
+        if self.footer(song_range).text != spec.identity:
             return self.render(song_range, spec, self.read_embeddable(song_range)).drop("text")
         return self.read(song_range, ["song_id", "text_hash", "truncated"]).drop_nulls("text_hash")
-
-    def _has_hashes(self, song_range: SongIdRange, spec: TextSpec) -> bool:
-        footer = self.footer(song_range)
-        return footer is not None and footer.text == spec.identity
 
     def render(self, song_range: SongIdRange, spec: TextSpec, song_ids: pl.Series) -> pl.DataFrame:
         """The texts of some songs, rendered, see `render_texts`.
@@ -189,59 +196,27 @@ class Snapshots:
             StoreError: the file is damaged, or a text is not the one whose hash the snapshot keeps.
         """
         texts = render_texts(self.read(song_range, song_ids=song_ids), spec)
-        if texts.height and self._has_hashes(song_range, spec):
-            hashes = self.read_text_hashes(song_range, spec)
+        if texts.height and self.footer(song_range).text == spec.identity:
+            hashes = self.read(song_range, ["song_id", "text_hash"], song_ids)
             if texts.join(hashes, on=["song_id", "text_hash"], how="anti").height:
                 raise self._damaged(song_range, "texts do not have the hashes that are kept of them")
         return texts
 
-    def read_source_hashes(self, song_range: SongIdRange, spec: TextSpec) -> pl.DataFrame | None:
-        """song_id and source_hash of a snapshot; None if there is no file that can be read.
-
-        The hashes are null if the snapshot was written with other settings: then songs may be rejected for other
-        reasons.
-        """
-        if self._has_hashes(song_range, spec):
-            return self._try_to_read(song_range, ["song_id", "source_hash"])
-        songs = self._try_to_read(song_range, ["song_id"])
-        return None if songs is None else songs.with_columns(source_hash=pl.lit(None, pl.Int64))
-
-    def _try_to_read(self, song_range: SongIdRange, columns: list[str]) -> pl.DataFrame | None:
-        try:
-            return self.read(song_range, columns) if song_range in self else None
-        except StoreError:  # the export replaces it
-            return None
-
-    def read_ids(self, song_range: SongIdRange) -> tuple[pl.Series, pl.Series] | None:
-        """The song_ids of a snapshot, and those that are not rejected, in order; None without one that can be read."""
-        songs = self._try_to_read(song_range, ["song_id", "set_aside"])
-        return None if songs is None else (songs["song_id"], songs.filter(pl.col("set_aside").is_null())["song_id"])
-
-    def footer(self, song_range: SongIdRange) -> Footer | None:
-        """The footer of a snapshot; None if there is no file that can be read."""
+    def footer(self, song_range: SongIdRange) -> Footer:
+        """The footer of a snapshot; an empty one if no file can be read: reading the songs says why."""
         try:
             file = pq.read_metadata(pa.BufferReader(self.storage.open(_key(song_range))))
         except (FileNotFoundError, pa.ArrowInvalid):
-            return None
+            return Footer()
         digest, text, counts = ((file.metadata or {}).get(key, b"").decode() for key in (_DIGEST, _TEXT, _COUNTS))
         reasons, sizes = json.loads(counts) if counts else ({}, [])
         return Footer(digest, text, file.num_rows, Counter(reasons), Counter(dict(sizes)))
-
-    def digest(self, song_range: SongIdRange) -> str | None:
-        """The identity of a snapshot's content, from its footer; None if it has none."""
-        footer = self.footer(song_range)
-        return footer.digest or None if footer else None
-
-    def count(self, song_range: SongIdRange) -> int:
-        """Songs of a snapshot, from its footer; 0 if there is none that can be read: reading it says what is wrong."""
-        footer = self.footer(song_range)
-        return footer.n_songs if footer else 0
 
     def digest_all(self) -> str:
         """An identity of all snapshots, from their footers."""
         state = xxhash.xxh3_128()
         for song_range in self.ranges():
-            state.update(f"{song_range.key} {self.digest(song_range)}\n".encode())
+            state.update(f"{song_range.key} {self.footer(song_range).digest}\n".encode())
         return state.hexdigest()
 
     def find_max_song_id(self) -> int | None:
@@ -260,7 +235,7 @@ class Snapshots:
             songs: of FILE_SCHEMA.
             footer: of these songs.
         """
-        counts = json.dumps([footer.set_aside, sorted(footer.text_sizes.items())])
+        counts = json.dumps([footer.rejected, sorted(footer.text_sizes.items())])
         with self.storage.write(_key(song_range)) as file:
             pq.write_table(
                 songs.replace_schema_metadata({_DIGEST: footer.digest, _TEXT: footer.text, _COUNTS: counts}),
@@ -268,7 +243,7 @@ class Snapshots:
                 compression="zstd",
                 compression_level=1,
                 # names and lyrics hardly repeat: looking for it costs a twentieth of the time
-                use_dictionary=["artist", "set_aside"],
+                use_dictionary=["artist", "rejected"],
                 write_statistics=False,
                 write_page_checksum=True,
             )
@@ -283,7 +258,7 @@ class Snapshots:
             if tiling.range_of(song_range.start) != song_range:
                 self.delete(song_range)
 
-    def merge(self, song_range: SongIdRange, newer: pa.Table, song_ids: NDArray[np.int32]) -> pa.Table:
+    def merge(self, song_range: SongIdRange, newer: pa.Table, song_ids: pl.Series) -> pa.Table:
         """The stored songs with newer rows in place of those of the same song_id.
 
         Args:
@@ -297,16 +272,15 @@ class Snapshots:
         Raises:
             pa.ArrowException, OSError: the snapshot is damaged.
         """
-        newer = newer.filter(pc.is_in(newer["song_id"], pa.array(song_ids)))
+        newer = newer.filter(pc.is_in(newer["song_id"], song_ids.to_arrow()))
         newer_ids, pieces, start = newer["song_id"].to_numpy(), [], 0
+        kept = song_ids.filter(~song_ids.is_in(newer_ids)).to_arrow()
         # a few rows at a time: the range is in memory once. A thread per column gains nothing here, and takes 30 MB
         for batch in self._open(song_range).iter_batches(_BATCH_ROWS, use_threads=False):
-            before = pa.Table.from_batches([batch]).replace_schema_metadata()
-            for each in FILE_SCHEMA:
-                if each.name not in before.column_names:  # written before hashes were kept
-                    before = before.append_column(each, pa.nulls(before.num_rows, each.type))
-            stop = int(np.searchsorted(newer_ids, before["song_id"][-1].as_py(), side="right"))
-            pieces.append(_merge(before, newer.slice(start, stop - start), song_ids))
+            stop = int(np.searchsorted(newer_ids, batch["song_id"][-1].as_py(), side="right"))
+            before = pa.Table.from_batches([batch.filter(pc.is_in(batch["song_id"], kept))]).cast(FILE_SCHEMA)
+            both = pa.concat_tables([before, newer.slice(start, stop - start)])
+            pieces.append(both.sort_by("song_id") if start < stop else both)
             start = stop
         return pa.concat_tables([*pieces, newer.slice(start)])
 
@@ -330,37 +304,24 @@ def get_max_cached_song_id(folder: Path) -> int | None:
 def add_text_hashes(songs: pa.Table, spec: TextSpec) -> pa.Table:
     """The songs with the hashes of their texts; a few rows at a time, since rendered texts are several times theirs."""
     columns = pl.DataFrame(songs.select(SNAPSHOT_SCHEMA.names))
-    accepted = columns.filter(pl.col("set_aside").is_null())
-    pieces = [render_texts(piece, spec).drop("text") for piece in accepted.iter_slices(_BATCH_ROWS)]
-    if not pieces:
-        hashes = [pa.nulls(songs.num_rows, each.type) for each in _TEXT_HASHES]
-    else:
-        joined = columns.select("song_id").join(pl.concat(pieces), on="song_id", how="left", maintain_order="left")
-        hashes = [pa.array(joined[each.name].to_list(), each.type) for each in _TEXT_HASHES]
-    content = [songs[each.name] for each in FILE_SCHEMA if each not in _TEXT_HASHES]
-    return pa.table([*content, *hashes], schema=FILE_SCHEMA)
+    accepted = columns.filter(pl.col("rejected").is_null())
+    pieces = [accepted[:0], *accepted.iter_slices(_BATCH_ROWS)]
+    rendered = pl.concat([render_texts(piece, spec).drop("text") for piece in pieces])
+    joined = columns.select("song_id").join(rendered, on="song_id", how="left", maintain_order="left")
+    # from lists: polars' own arrays are of other types
+    hashes = [pa.array(joined[each.name].to_list(), each.type) for each in _TEXT_HASHES]
+    return pa.table([*songs.select(FILE_SCHEMA.names[: -len(hashes)]).columns, *hashes], schema=FILE_SCHEMA)
 
 
-def _merge(before: pa.Table, newer: pa.Table, song_ids: NDArray[np.int32]) -> pa.Table:
-    both = pa.concat_tables([before, newer])
-    found = both["song_id"].to_numpy()
-    order = np.argsort(found, kind="stable")
-    is_last = np.append(np.diff(found[order]) != 0, True)
-    return both.take(order[is_last & np.isin(found[order], song_ids)])
-
-
-def hash_content(songs: pl.DataFrame) -> pl.DataFrame:
-    """song_id and source_hash of songs whose snapshot has no hashes: not the server's, the same within this process."""
-    return songs.select("song_id", source_hash=pl.struct("name", "artist", "lyrics", "set_aside").hash())
-
-
-def count_changes(before: pl.DataFrame, after: pl.DataFrame) -> Changes:
+def count_changes(before: pl.DataFrame | None, after: pl.DataFrame) -> Changes:
     """Count songs that are new, changed and missing.
 
     Args:
-        before: columns song_id and source_hash.
+        before: columns song_id and source_hash; None: nothing is known of them.
         after: the same.
     """
+    if before is None:
+        return Changes(n_new=after.height)
     both = after.join(before, on="song_id", how="inner", suffix="_before")
     n_changed = int((both["source_hash"] != both["source_hash_before"]).sum())
     return Changes(after.height - both.height, n_changed, before.height - both.height)

@@ -35,6 +35,22 @@ _HASH = " # ".join(
     f'coalesce(hashtextextended({text} COLLATE "C", song_id::bigint # {seed}), 0)'
     for text, seed in (("name", 0), ("artist", 1 << 40), ("lyrics", 1 << 41))
 )
+_SOURCE_HASH = f"{_HASH} AS source_hash"
+HASHES = f"song_id, {_SOURCE_HASH}"
+"""The server's hash of a song's three texts: it reads them, and sends none."""
+SONGS = f"song_id, name, artist, lyrics, {_SOURCE_HASH}"
+DIGEST = f"coalesce(sum({_HASH}), 0)::text"
+"""An identity of all texts and whose they are."""
+
+
+def as_bytes(column: str) -> str:
+    """SQL for a text's bytes as they are stored, which the server does not convert."""
+    return f"convert_to({column}::text, getdatabaseencoding())"
+
+
+SONGS_AS_BYTES = ", ".join(
+    ["song_id", *(f"{as_bytes(name)} AS {name}" for name in ("name", "artist", "lyrics")), _SOURCE_HASH]
+)
 
 
 @dataclass(frozen=True)
@@ -84,10 +100,6 @@ class SongsSource:
         """Python's name of the encoding. A database in SQL_ASCII holds the bytes that came: UTF-8, mostly."""
         return "utf-8" if self.encoding == "SQL_ASCII" else str(encodings.get(self.encoding, "utf-8"))
 
-    def as_bytes(self, column: str) -> str:
-        """SQL for a text's bytes as they are stored, which the server does not convert."""
-        return f"convert_to({column}::text, getdatabaseencoding())"
-
     @property
     def caution(self) -> str:
         """What to know if songs seem to be missing; empty if nothing hides them."""
@@ -99,43 +111,27 @@ class SongsSource:
         columns = (self.song_id, self.name, self.artist, self.lyrics, self.updated_at)
         return " ".join((self.relation, *map(str, columns), *sorted(self.spec.required)))
 
-    def select_songs(self, rows: str, as_bytes: bool = False) -> str:
-        """SELECT of song_id, name, artist, lyrics and source_hash.
+    def select(self, columns: str, song_range: SongIdRange | None = None, condition: str = "") -> str:
+        """SELECT over songs.
 
         Args:
-            rows: which, see `rows`.
-            as_bytes: whether the texts are to come as bytes.
-        """
-        texts = (f"{self.as_bytes(name)} AS {name}" if as_bytes else name for name in ("name", "artist", "lyrics"))
-        return f"SELECT song_id, {', '.join(texts)}, {_HASH} AS source_hash FROM {rows}"
-
-    def select_hashes(self, rows: str) -> str:
-        """SELECT of song_id and source_hash, the server's hash of the three texts: it reads them, and sends none."""
-        return f"SELECT song_id, {_HASH} AS source_hash FROM {rows}"
-
-    def rows(self, song_range: SongIdRange, condition: str = "") -> str:
-        """The songs of a range in the order of their ids, for a FROM.
-
-        Args:
-            song_range: which.
+            columns: expressions over song_id, name, artist and lyrics, such as SONGS.
+            song_range: only its songs, in the order of their ids.
             condition: one of those below.
         """
-        return self._rows(
-            "::integer",
-            f"WHERE {self.song_id} >= {song_range.start} AND {self.song_id} < {song_range.stop}{condition} "
+        cast, clauses = "", ""
+        if song_range is not None:
+            cast = "::integer"
             # a bare song_id would be the column of the result, which no index gives in order
-            f"ORDER BY source.{self.song_id}",
-        )
-
-    def select_digest(self) -> str:
-        """SELECT of an identity of all texts and whose they are."""
-        return f"SELECT coalesce(sum({_HASH}), 0)::text FROM {self._rows()}"
-
-    def _rows(self, cast: str = "", clauses: str = "") -> str:
+            clauses = (
+                f"WHERE {self.song_id} >= {song_range.start} AND {self.song_id} < {song_range.stop}{condition} "
+                f"ORDER BY source.{self.song_id}"
+            )
         # OFFSET 0: what a view computes is computed once, though a text is both read and hashed
         return (
-            f"(SELECT {self.song_id}{cast} AS song_id, {self.name}::text AS name, {self.artist}::text AS artist, "
-            f"{self.lyrics}::text AS lyrics FROM {self.relation} AS source {clauses} OFFSET 0) AS song"
+            f"SELECT {columns} FROM (SELECT {self.song_id}{cast} AS song_id, {self.name}::text AS name, "
+            f"{self.artist}::text AS artist, {self.lyrics}::text AS lyrics "
+            f"FROM {self.relation} AS source {clauses} OFFSET 0) AS song"
         )
 
     def above(self, song_id: int) -> str:

@@ -87,15 +87,6 @@ def render_texts(songs: pl.DataFrame, spec: TextSpec) -> pl.DataFrame:
     )
 
 
-def embedding_text(name: str, artist: str, lyrics: str | None, spec: TextSpec) -> str:
-    """One song's text; see `render_texts`."""
-    songs = pl.DataFrame(
-        {"song_id": [0], "name": [name], "artist": [artist], "lyrics": [lyrics]},
-        schema_overrides={"lyrics": pl.String},
-    )
-    return str(render_texts(songs, spec)["text"][0])
-
-
 def hash_text(text: str) -> bytes:
     """The 128-bit identity of a rendered text (BLAKE2b of its UTF-8 bytes)."""
     return blake2b(text.encode(), digest_size=TEXT_HASH_BYTES).digest()

@@ -10,7 +10,7 @@ import msgspec
 from psycopg2 import sql
 
 from songvec_assets.postgres.engine import Database, raw_cursor
-from songvec_assets.songs.source import SongsSource, fetch_rows
+from songvec_assets.songs.source import DIGEST, SongsSource, fetch_rows
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def measure_source(database: Database, source: SongsSource) -> SourceState:
 
 def digest_source(database: Database, source: SongsSource) -> str:
     """An identity of all texts and whose they are. Reads the whole table, at the server."""
-    [(digest,)] = fetch_rows(database, source.select_digest())
+    [(digest,)] = fetch_rows(database, source.select(DIGEST))
     return str(digest)
 
 

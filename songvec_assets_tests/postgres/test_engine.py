@@ -20,6 +20,7 @@ from songvec_assets.postgres.engine import Database, Profile, atomic, get_connec
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.postgres.sessions import Backend, cancel_statements, widen_send_buffer
 from songvec_assets.postgres.urls import parse_url
+from songvec_assets.progress import RunContext
 from songvec_assets.songs.readers import Readers
 from songvec_assets_tests.administration import as_role, dispose, execute, free_port, login_role, wait_until, with_parts
 from songvec_assets_tests.postgres.conftest import PASSWORD, TcpServer
@@ -327,7 +328,7 @@ class TestUrls:
                 return str(cursor.fetchone()[0])
 
         with Readers(seen, 1) as readers:
-            assert list(readers.map(lambda reader, _: reader.read(ask), [None], lambda: None)) == ["UTF8"]
+            assert list(readers.map(lambda reader, _: reader.read(ask), [None], RunContext())) == ["UTF8"]
         dispose(url)
 
     @pytest.mark.parametrize(

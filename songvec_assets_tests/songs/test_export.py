@@ -13,7 +13,9 @@ import pytest
 import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 
-from songvec_assets.errors import BulkDeletionError, DatabaseError, SourceError
+from songvec_assets.cache.fill import FillReport
+from songvec_assets.deployment import Deployment
+from songvec_assets.errors import BulkDeletionError, DatabaseError, SourceError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs import export as export_module
@@ -36,6 +38,7 @@ from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets.songs.text import TextSpec, render_texts
 from songvec_assets.storage import Storage
 from songvec_assets_tests.administration import execute
+from songvec_assets_tests.provider import Provider
 
 TILING = Tiling(width=100, stop=1_000)
 FIRST, SECOND = SongIdRange(0, 100), SongIdRange(100, 200)
@@ -96,7 +99,7 @@ def change(database: Database, statement: str) -> None:
 def read(folder: Path) -> list[tuple]:
     """All snapshots' rows: song_id, name, artist, lyrics."""
     tables = [stored(folder).read(each) for each in stored(folder).ranges()]
-    return [row for table in tables for row in table.drop("set_aside").rows()]
+    return [row for table in tables for row in table.drop("rejected").rows()]
 
 
 def names_of(folder: Path) -> dict[int, str]:
@@ -110,10 +113,8 @@ def files_of(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def counts_of(report: ExportReport) -> dict[str, tuple[int, int, int, int, bool]]:
-    """What each range's report says: songs, new, changed, gone, and whether its file was written."""
-    return {
-        each.range.key: (each.n_songs, each.n_new, each.n_changed, each.n_gone, each.written) for each in report.ranges
-    }
+    """What each range's report says: songs, new, changed, deleted, and whether its file was written."""
+    return {each.range.key: (each.footer.n_songs, *each.changes, each.written) for each in report.ranges}
 
 
 @pytest.fixture
@@ -139,8 +140,8 @@ class TestContent:
         songs(*rows)
         report = run(database, tmp_path)
         assert read(tmp_path) == rows
-        assert report.set_aside == Counter()
-        assert report.total("n_new") == report.total("n_songs") == len(rows)
+        assert report.rejected == Counter()
+        assert report.changes.n_new == report.n_songs == len(rows)
         assert pq.read_schema(path_of(tmp_path, FIRST)).equals(FILE_SCHEMA)
 
     def test_each_song_is_in_the_file_of_its_range(
@@ -190,10 +191,10 @@ class TestContent:
         self, database: Database, songs: Callable[..., None], tmp_path: Path
     ) -> None:
         songs(*((song_id, "Sea", "Ann", None) for song_id in (1, 2, 150, 5000)))
-        told: list[Progress] = []
+        reported: list[Progress] = []
         source = find_source(database, SourceNames())
-        cache_songs_to_parquet(database, source, stored(tmp_path), TILING, run=RunContext(told.append))
-        assert [(each.done, each.total) for each in told] == [(2, 4), (3, 4), (4, 4)]
+        cache_songs_to_parquet(database, source, stored(tmp_path), TILING, run=RunContext(reported.append))
+        assert [(each.done, each.total) for each in reported] == [(2, 4), (3, 4), (4, 4)]
 
 
 class TestUnchanged:
@@ -278,7 +279,7 @@ class TestUnchanged:
 
 
 class TestBadInput:
-    def test_songs_without_name_or_artist_are_set_aside_with_the_reason(
+    def test_songs_without_name_or_artist_are_rejected_with_the_reason(
         self, database: Database, songs: Callable[..., None], tmp_path: Path
     ) -> None:
         songs(
@@ -289,13 +290,13 @@ class TestBadInput:
         report = run(database, tmp_path)
         snapshot = stored(tmp_path).read(FIRST)
         no_name, no_artist = "the song has no name", "the song has no artist"
-        assert dict(snapshot.select("song_id", "set_aside").rows()) == {
+        assert dict(snapshot.select("song_id", "rejected").rows()) == {
             1: no_name, 2: no_name, 3: no_name, 4: no_artist, 5: no_artist, 6: no_name, 7: None, 8: None
         }  # fmt: skip
-        assert report.set_aside == Counter({no_name: 5, no_artist: 2})
-        assert [each.n_set_aside for each in report.ranges] == [6, 1]
+        assert report.rejected == Counter({no_name: 5, no_artist: 2})
+        assert [each.footer.rejected.total() for each in report.ranges] == [6, 1]
         again = run(database, tmp_path)
-        assert (again.set_aside, again.total("n_set_aside")) == (report.set_aside, 7)
+        assert (again.rejected, again.rejected.total()) == (report.rejected, 7)
 
     def test_an_id_that_is_there_twice_is_refused_by_name_and_the_other_ranges_are_done(
         self, database: Database, tmp_path: Path
@@ -338,7 +339,7 @@ class TestBadInput:
         after = files_of(tmp_path)
         assert [name for name in after if after[name] == before[name]] == [path_of(tmp_path, SECOND).name]
         assert names_of(tmp_path) == {1: "New", 150: "Hill", 250: "New"}
-        assert caught.value.report.total("n_changed") == 2
+        assert caught.value.report.changes.n_changed == 2
 
     @pytest.mark.parametrize("damage", [slice(None, -1), slice(None, 1000), slice(0, 0)])
     def test_a_damaged_snapshot_is_written_again(
@@ -370,7 +371,7 @@ class TestAppend:
         self, database: Database, songs: Callable[..., None], tmp_path: Path
     ) -> None:
         songs((1, "Sea", "Ann", None), (101, "Hill", "Ben", None), (110, "Moon", "Cy", None))
-        assert run(database, tmp_path, mode="append").total("n_new") == 3
+        assert run(database, tmp_path, mode="append").changes.n_new == 3
         first = files_of(tmp_path)["000000000-000000100.parquet"]
         songs((1, "changed", "Ann", None), (105, "late", "Ben", None), (110, "changed", "Cy", None))
         songs((111, "New", "Di", None), (250, "Newer", "Ed", None))
@@ -390,7 +391,7 @@ class TestAppend:
         before = files_of(tmp_path)
         assert run(database, tmp_path, mode="append").ranges == []
         songs((50, "late", "Ann", None))
-        assert run(database, tmp_path, mode="append").total("n_new") == 0
+        assert run(database, tmp_path, mode="append").changes.n_new == 0
         assert files_of(tmp_path) == before
 
 
@@ -502,11 +503,11 @@ class TestUpdatedAt:
         run(dated, tmp_path, DATED)
         change(dated, "UPDATE songs SET name = NULL, lyrics = 'ö', at = '2026-01-02' WHERE id = 3")
         report = run(dated, tmp_path, DATED)
-        assert report.set_aside == Counter({"the song has no name": 1})
+        assert report.rejected == Counter({"the song has no name": 1})
         before = files_of(tmp_path)
         full = run(dated, tmp_path)
         assert files_of(tmp_path) == before
-        assert full.set_aside == run(dated, tmp_path, DATED).set_aside == report.set_aside
+        assert full.rejected == run(dated, tmp_path, DATED).rejected == report.rejected
 
     def test_a_full_export_reads_what_the_times_hide(self, dated: Database, tmp_path: Path) -> None:
         run(dated, tmp_path, DATED)
@@ -669,7 +670,7 @@ class TestHashes:
         assert not has_hashes(tmp_path, short)
         report = run(database, tmp_path, spec=short)
         assert_hashed(tmp_path, short)
-        assert (stored(tmp_path).digest_all(), report.total("n_changed")) == (digest, 0)
+        assert (stored(tmp_path).digest_all(), report.changes.n_changed) == (digest, 0)
         before = files_of(tmp_path)
         run(database, tmp_path, spec=short)
         assert files_of(tmp_path) == before
@@ -678,40 +679,57 @@ class TestHashes:
         self, database: Database, songs: Callable[..., None], tmp_path: Path
     ) -> None:
         songs((1, "Sea", None, "waves"), (2, None, None, "stones"))
-        assert run(database, tmp_path).set_aside.total() == 2
+        assert run(database, tmp_path).rejected.total() == 2
         report = run(database, tmp_path, spec=TextSpec("{name}: {lyrics}"))
-        assert report.set_aside == Counter({"the song has no name": 1})
+        assert report.rejected == Counter({"the song has no name": 1})
         assert_hashed(tmp_path, TextSpec("{name}: {lyrics}"))
 
-    def test_a_snapshot_from_before_there_were_hashes_keeps_its_identity_and_gets_them(
-        self, database: Database, songs: Callable[..., None], tmp_path: Path
+    @pytest.mark.parametrize(("columns", "first"), [(5, (2, 2, 0, 0, True)), (8, (2, 1, 1, 1, True))])
+    def test_a_snapshot_of_an_earlier_version_is_exported_again_and_keeps_its_identity(
+        self, database: Database, songs: Callable[..., None], tmp_path: Path, columns: int, first: tuple
     ) -> None:
         songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", None), (101, "Moon", "Cy", None))
         run(database, tmp_path)
         digest = stored(tmp_path).digest_all()
         for each in stored(tmp_path).ranges():
-            remove_hashes(path_of(tmp_path, each))
-        assert not has_hashes(tmp_path, TextSpec())
+            make_old(path_of(tmp_path, each), columns)
+        with pytest.raises(
+            StoreError, match=r"000000000-000000100\.parquet was written by an earlier version: materialize"
+        ):
+            stored(tmp_path).read_text_hashes(FIRST, TextSpec())
         assert stored(tmp_path).digest_all() == digest
         songs((2, "Hill", "Ben", "stones"), (3, "New", "Di", None))
         change(database, "DELETE FROM songs WHERE id = 1")
         report = run(database, tmp_path)
-        assert counts_of(report) == {FIRST.key: (2, 1, 1, 1, True), SECOND.key: (1, 0, 0, 0, True)}
+        assert counts_of(report) == {FIRST.key: first, SECOND.key: (1, 0, 0, 0, True)}
         assert_hashed(tmp_path, TextSpec())
 
-    def test_an_append_to_a_snapshot_without_hashes_reads_no_other_song_and_the_next_export_all(
+    def test_an_append_to_a_snapshot_of_an_earlier_version_exports_its_range_again(
         self, database: Database, songs: Callable[..., None], tmp_path: Path
     ) -> None:
         songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", None))
         run(database, tmp_path)
-        remove_hashes(path_of(tmp_path, FIRST))
+        make_old(path_of(tmp_path, FIRST))
         songs((1, "changed", "Ann", None), (3, "New", "Di", None))
         run(database, tmp_path, mode="append")
-        assert names_of(tmp_path) == {1: "Sea", 2: "Hill", 3: "New"}
-        assert not has_hashes(tmp_path, TextSpec())
-        run(database, tmp_path)
         assert names_of(tmp_path) == {1: "changed", 2: "Hill", 3: "New"}
         assert_hashed(tmp_path, TextSpec())
+
+    @pytest.mark.parametrize("columns", [5, 8])
+    def test_a_store_of_an_earlier_version_pays_for_no_text_again(
+        self, deployment: Deployment, songs: Callable[..., None], provider: Provider, columns: int
+    ) -> None:
+        songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", None), (3, None, "Cy", None), (101, "Moon", "Cy", None))
+        requests = []
+        for _ in range(2):
+            deployment.export()
+            reports: list[FillReport] = []
+            deployment.filler().fill_ranges(list(deployment.tiling), reports.append)
+            assert [each.error for each in reports] == [None, None]
+            requests.append(provider.ledger()["requests"])
+            for each in deployment.store.songs.ranges():
+                make_old(path_of(deployment.store.songs.storage.root, each), columns)
+        assert requests[0] == requests[1] > 0
 
     def test_texts_that_are_exchanged_or_move_to_another_column_are_changes(
         self, database: Database, songs: Callable[..., None], tmp_path: Path
@@ -719,7 +737,7 @@ class TestHashes:
         songs((1, "Sea", "Ann", None), (2, "Hill", "Ann", None), (3, "Moon", "Cy", None), (4, "Sun", "Ed", ""))
         run(database, tmp_path)
         songs((1, "Hill", "Ann", None), (2, "Sea", "Ann", None), (3, "Cy", "Moon", None), (4, "Sun", "Ed", None))
-        assert run(database, tmp_path).total("n_changed") == 4
+        assert run(database, tmp_path).changes.n_changed == 4
         assert read(tmp_path) == execute(database.adbc_uri, "SELECT * FROM songs ORDER BY id")
 
 
@@ -740,13 +758,17 @@ def assert_hashed(folder: Path, spec: TextSpec) -> None:
     """Every snapshot has the hashes of the texts of its songs."""
     for each in stored(folder).ranges():
         assert has_hashes(folder, spec, each)
-        accepted = stored(folder).read(each).filter(pl.col("set_aside").is_null())
+        accepted = stored(folder).read(each).filter(pl.col("rejected").is_null())
         hashes = stored(folder).read_text_hashes(each, spec)
         assert_frame_equal(hashes, render_texts(accepted, spec).drop("text"))
 
 
-def remove_hashes(path: Path) -> None:
-    """Write a snapshot as it was before hashes were kept."""
+def make_old(path: Path, n_columns: int = 8) -> None:
+    """Write a snapshot as earlier versions did: 5 columns without hashes, or all 8."""
     songs = pq.read_table(path)
-    metadata = {key: value for key, value in songs.schema.metadata.items() if key == b"songvec.digest2"}
-    pq.write_table(songs.select(SNAPSHOT_SCHEMA.names).replace_schema_metadata(metadata), path)
+    names = {"rejected": "set_aside", b"songvec.text2": b"songvec.text"}
+    metadata = {names.get(key, key): value for key, value in songs.schema.metadata.items()}
+    if n_columns == 5:
+        metadata = {key: value for key, value in metadata.items() if key == b"songvec.digest2"}
+    songs = songs.rename_columns([names.get(name, name) for name in songs.column_names])
+    pq.write_table(songs.select(range(n_columns)).replace_schema_metadata(metadata), path)

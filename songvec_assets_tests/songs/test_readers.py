@@ -1,4 +1,4 @@
-"""What ends a statement or a connection costs its range, a server that is gone ends the export, a stop ends at once."""
+"""What ends a statement or a connection costs its range, a missing server ends the export, a stop ends at once."""
 
 import time
 from collections.abc import Callable
@@ -61,13 +61,13 @@ def run(
     database: Database, folder: Path, n_readers: int = 2, mode: ExportMode = "all", context: RunContext | None = None
 ) -> list[Progress]:
     """One export of FRAGILE; its progress."""
-    told: list[Progress] = []
+    reported: list[Progress] = []
     options = ExportOptions(mode, n_readers=n_readers)
     source = find_source(database, FRAGILE)
     cache_songs_to_parquet(
-        database, source, Snapshots(Storage(folder)), TILING, options, context or RunContext(told.append)
+        database, source, Snapshots(Storage(folder)), TILING, options, context or RunContext(reported.append)
     )
-    return told
+    return reported
 
 
 def exported(folder: Path) -> list[int]:
@@ -92,14 +92,14 @@ def set_timeout(database: Database, milliseconds: int) -> None:
 
 class TestPassingFaults:
     @pytest.mark.parametrize("n_readers", [1, 3])
-    def test_a_connection_that_ends_in_the_middle_of_a_range_is_made_anew(
+    def test_a_connection_that_ends_in_the_middle_of_a_range_is_made_again(
         self, database: Database, misbehave: Callable[..., None], tmp_path: Path, n_readers: int
     ) -> None:
         misbehave(END_CONNECTION, 350, times=2)
-        told = run(database, tmp_path, n_readers)
+        reported = run(database, tmp_path, n_readers)
         assert exported(tmp_path) == all_but()
         assert execute(database.adbc_uri, "SELECT last_value FROM faults.attempts") == [(3,)]
-        assert [(each.done, each.total, each.note) for each in told] == [(2 * n, 20, "") for n in range(1, 11)]
+        assert [(each.done, each.total, each.note) for each in reported] == [(2 * n, 20, "") for n in range(1, 11)]
 
     def test_a_statement_that_timed_out_is_tried_again(
         self, database: Database, misbehave: Callable[..., None], tmp_path: Path
@@ -133,7 +133,7 @@ class TestLastingFaults:
         assert "terminating connection due to administrator command" in words
         assert isinstance(caught.value, DatabaseError)
         report = caught.value.report
-        assert [each.n_songs for each in report.ranges] == [2, 2, 2, 0, 2, 2, 2, 2, 2, 2]
+        assert [each.footer.n_songs for each in report.ranges] == [2, 2, 2, 0, 2, 2, 2, 2, 2, 2]
         assert [each.range.key for each in report.failed] == ["000000300-000000400"]
 
     def test_a_range_that_always_times_out_is_named_and_exported_once_it_no_longer_does(
@@ -154,13 +154,13 @@ class TestLastingFaults:
         self, database: Database, misbehave: Callable[..., None], tmp_path: Path
     ) -> None:
         misbehave("1 / 0", 150, 250, 350, 450)
-        told: list[Progress] = []
+        reported: list[Progress] = []
         with pytest.raises(IncompleteExportError, match="division by zero"):
-            run(database, tmp_path, n_readers=1, context=RunContext(told.append))
+            run(database, tmp_path, n_readers=1, context=RunContext(reported.append))
         # four in a row are no reason to give the others up: the server answers
         assert exported(tmp_path) == all_but(1, 2, 3, 4)
         assert execute(database.adbc_uri, "SELECT last_value FROM faults.attempts") == [(4,)]
-        assert told[2].note == "not exported: 000000100-000000200, 000000200-000000300"
+        assert reported[2].note == "not exported: 000000100-000000200, 000000200-000000300"
 
     def test_ranges_that_failed_for_the_same_reason_are_named_together_and_not_all_of_them(
         self, database: Database, misbehave: Callable[..., None], tmp_path: Path
@@ -172,7 +172,7 @@ class TestLastingFaults:
         assert "000000400-000000500 and 2 more: Postgres: " in words
         assert words.count("division by zero") == 1
 
-    def test_a_server_that_is_gone_is_not_asked_for_every_range(
+    def test_a_missing_server_is_not_asked_for_every_range(
         self,
         database: Database,
         misbehave: Callable[..., None],
@@ -281,6 +281,18 @@ class TestStop:
             run(database, tmp_path, context=RunContext(stop_at_first, stop))
         assert exported(tmp_path) == all_but(*range(4, 10))
 
+    def test_what_waits_for_a_reader_when_they_end_is_not_begun(self, database: Database) -> None:
+        begun: list[int] = []
+
+        def work(_: readers.Reader, item: int) -> None:
+            begun.append(item)
+            time.sleep(0.5 if item else 0)
+
+        with readers.Readers(database, 2) as two:
+            next(two.map(work, range(9), RunContext()))
+            wait_until(lambda: len(begun) == 3)
+        assert sorted(begun) == [0, 1, 2]
+
 
 class TestSideBySide:
     @pytest.mark.parametrize("n_readers", [1, 2, 5])
@@ -288,14 +300,14 @@ class TestSideBySide:
         self, database: Database, misbehave: Callable[..., None], tmp_path: Path, n_readers: int
     ) -> None:
         misbehave("pg_sleep(0.2)", 0, 400)
-        told: list[Progress] = []
+        reported: list[Progress] = []
         source = find_source(database, FRAGILE)
         options = ExportOptions(n_readers=n_readers)
         report = cache_songs_to_parquet(
-            database, source, Snapshots(Storage(tmp_path)), TILING, options, RunContext(told.append)
+            database, source, Snapshots(Storage(tmp_path)), TILING, options, RunContext(reported.append)
         )
         assert [each.range.start for each in report.ranges] == list(range(0, 1000, 100))
-        assert [(each.done, each.total) for each in told] == [(2 * n, 20) for n in range(1, 11)]
+        assert [(each.done, each.total) for each in reported] == [(2 * n, 20) for n in range(1, 11)]
 
     def test_what_one_writes_another_number_of_readers_does_not_write_again(
         self, database: Database, misbehave: Callable[..., None], tmp_path: Path

@@ -19,7 +19,7 @@ from songvec_assets.songs.counts import IdSums, RangeCount, count_ranges, count_
 from songvec_assets.songs.export import ExportOptions, cache_songs_to_parquet
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.snapshots import Snapshots
-from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.songs.source import HASHES, SONGS, SourceNames, find_source
 from songvec_assets.storage import Storage
 from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.provider import Provider
@@ -42,7 +42,7 @@ def export(database: Database, names: SourceNames, folder: Path) -> list[tuple]:
     """Find the source, export it, and read all that was written."""
     cache_songs_to_parquet(database, find_source(database, names), Snapshots(Storage(folder)), TILING)
     tables = [Snapshots(Storage(folder)).read(each) for each in Snapshots(Storage(folder)).ranges()]
-    return [row for table in tables for row in table.drop("set_aside").rows()]
+    return [row for table in tables for row in table.drop("rejected").rows()]
 
 
 class TestNames:
@@ -231,8 +231,7 @@ class TestIds:
             "VACUUM ANALYZE songs",
         )
         source = find_source(database, SourceNames(name_column="title"))
-        rows = source.rows(SongIdRange(5_000, 5_100))
-        for statement in (source.select_songs(rows), source.select_hashes(rows)):
+        for statement in (source.select(columns, SongIdRange(5_000, 5_100)) for columns in (SONGS, HASHES)):
             plan = [line for (line,) in execute(database.adbc_uri, f"EXPLAIN {statement}")]
             assert any("Index Scan using songs_pkey" in line for line in plan)
             assert not any("Sort" in line for line in plan)

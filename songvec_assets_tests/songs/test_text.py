@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from songvec_assets.errors import SettingsError
-from songvec_assets.songs.text import TEXT_HASH_BYTES, TextSpec, embedding_text, hash_text, render_texts
+from songvec_assets.songs.text import TEXT_HASH_BYTES, TextSpec, hash_text, render_texts
 
 DEFAULT = TextSpec()
 PROFILE = settings(deadline=None, max_examples=60)
@@ -68,9 +68,8 @@ def test_the_hash_is_of_the_text_as_it_is_sent(songs, max_chars):
 @given(FRAGMENTS, FRAGMENTS, st.none() | FRAGMENTS)
 def test_one_song_and_many_render_the_same(name, artist, lyrics):
     spec = TextSpec("{lyrics}|{name}", 9)
-    assert (
-        embedding_text(name, artist, lyrics, spec) == render([("x", "y", "z"), (name, artist, lyrics)], spec)["text"][1]
-    )
+    alone, _ = render([(name, artist, lyrics), ("x", "y", "z")], spec)["text"]
+    assert alone == render([("x", "y", "z"), (name, artist, lyrics)], spec)["text"][1]
 
 
 def test_composed_and_decomposed_letters_have_one_identity():
@@ -79,8 +78,7 @@ def test_composed_and_decomposed_letters_have_one_identity():
 
 
 def test_a_song_without_lyrics_is_its_name_and_artist():
-    assert embedding_text("Hill", "Ben", None, TextSpec()) == "Hill by Ben"
-    assert embedding_text("Hill", "Ben", "", TextSpec()) == "Hill by Ben"
+    assert render([("Hill", "Ben", None), ("Hill", "Ben", "")])["text"].to_list() == ["Hill by Ben"] * 2
 
 
 def test_a_missing_name_and_artist_leave_the_lyrics():
@@ -104,7 +102,8 @@ def test_a_hash_is_16_bytes_that_never_change():
 
 
 def test_another_template_is_another_text():
-    assert embedding_text("Sea", "Ann", "waves", TextSpec("{artist}: {{{lyrics}}} {artist}")) == "Ann: {waves} Ann"
+    spec = TextSpec("{artist}: {{{lyrics}}} {artist}")
+    assert render([("Sea", "Ann", "waves")], spec)["text"].to_list() == ["Ann: {waves} Ann"]
 
 
 @pytest.mark.parametrize(

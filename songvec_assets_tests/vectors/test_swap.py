@@ -993,7 +993,7 @@ def write_snapshot(folder: Path, song_ids: list[int], set_aside: list[int]) -> N
         "name": ["n"] * len(song_ids),
         "artist": ["a"] * len(song_ids),
         "lyrics": [""] * len(song_ids),
-        "set_aside": ["the song has no name" if song_id in set_aside else None for song_id in song_ids],
+        "rejected": ["the song has no name" if song_id in set_aside else None for song_id in song_ids],
     }
     pq.write_table(pa.table(rows, SNAPSHOT_SCHEMA), folder / f"{FIRST.key}.parquet")
 

@@ -59,7 +59,8 @@ class TestVectors:
         tenths = {song_id // 100 for song_id in audit.bad_song_ids}
         assert tenths == set(range(10))
 
-    def test_an_empty_table_has_nothing_to_look_at(self, database: Database) -> None:
+    def test_without_a_table_or_rows_there_is_nothing_to_look_at(self, database: Database) -> None:
+        assert audit_vectors(database, SPEC) == VectorAudit(0, [], 0.0)
         VectorTable(database).ensure(SPEC)
         assert audit_vectors(database, SPEC) == VectorAudit(0, [], 0.0)
 
