@@ -5,13 +5,18 @@ The figures of its plan are those of docs/scale.md.
 """
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
 from songvec_assets.checks import INDEX_CHECKS, TABLE_CHECKS
+from songvec_assets.defs.steps import failing_clearly
 from songvec_assets.errors import SettingsError, SongvecError, describe
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +53,21 @@ def test_an_error_has_the_code_of_its_class_or_the_one_that_it_was_given() -> No
     assert describe(ValueError("no")) == "no"
     classes = [each for each in _subclasses(SongvecError) if each.__module__.startswith("songvec_assets.")]
     assert all(CODE.fullmatch(each.code) for each in classes)
+
+
+def test_a_failed_command_ends_with_the_code() -> None:
+    command = [str(Path(sys.executable).with_name("songvec")), "settings"]
+    ended = subprocess.run(
+        command, env={**os.environ, "SONGVEC_CONCURRENCY": "many"}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.rstrip().endswith("[settings.invalid]"), ended.stderr
+
+
+def test_a_failed_step_ends_with_the_code() -> None:
+    with pytest.raises(dg.Failure) as raised, failing_clearly():
+        raise SettingsError("no")
+    assert raised.value.description == "no [settings.invalid]"
 
 
 def test_the_plan_has_the_figures_of_the_scale_page() -> None:
