@@ -7,7 +7,7 @@
     │   └── BulkDeletionError    more songs are missing than is plausible
     ├── StoreError               the storage folder is another database's, or cannot be used
     ├── ReembeddingError         a changed setting would embed cached texts again
-    ├── DamagedShardError        a cache file is not as it was written
+    ├── DamagedShardError        a cache file changed on disk
     ├── TableMismatchError       the table holds another model, size or type
     ├── ProviderError            the provider's answer ends the run
     │   ├── VectorSizeError      vectors of another size than the settings name
@@ -79,7 +79,7 @@ class ReembeddingError(SongvecError):
 
 
 class DamagedShardError(SongvecError):
-    """A cache file is not as it was written. Its range is not loaded; fill it again, then load."""
+    """A cache file changed on disk, or is missing. Its range is not loaded; fill it again, then load."""
 
     code = "cache.damaged"
 

@@ -226,17 +226,17 @@ class Pipeline(Questions):
             progress: notified of songs, rate and dollars.
             run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
             reembed: who requests that songs are embedded again; see `Filler`.
-            choices: see `EmbedChoices`; a request to embed all songs again confirms it, too.
+            choices: see `EmbedChoices`; `reembed` confirms re-embedding.
         """
-        from songvec_assets.cache.context import SendContext
-        from songvec_assets.cache.fill import Filler
+        from songvec_assets.cache import context, fill
 
         self.bind()
         estimator, given = self.token_estimator(), self.settings
-        limits = given.max_usd, given.max_usd_a_month
-        is_confirmed = choices.get("confirm_model_change", False)
-        record = ModelRecord(self.database, given.model, given.embedding_dimensions, is_confirmed)
-        context = SendContext(
+        confirmed, limits = choices.get("confirm_reembedding") or reembed, (given.max_usd, given.max_usd_a_month)
+        record = ModelRecord(
+            self.database, given.model, given.embedding_dimensions, choices.get("confirm_model_change", False)
+        )
+        shared = context.SendContext(
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
             quota=self.quota,
             budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
@@ -245,16 +245,14 @@ class Pipeline(Questions):
             server=self.server,
             run=RunContext(progress, self.stop),
         )
-        return Filler(
+        return fill.Filler(
             snapshots=self.store.songs,
             cache=self.cache,
             tiling=self.tiling,
             spec=self.text_spec,
-            context=context,
+            context=shared,
             lock_range=self.lock_range,
-            before_fill=functools.partial(
-                self._check_texts, choices.get("confirm_reembedding", False) or reembed is not None
-            ),
+            before_fill=functools.partial(self._check_texts, bool(confirmed)),
             before_payment=self._payment_check(),
             keep_spending=self.spending.write,
             retention_s=given.retention_days * DAY_S,

@@ -16,7 +16,7 @@ from songvec_assets.errors import SettingsError, SongvecError, describe
 from songvec_assets.signals import discard_unwritable_output, interrupted_by_hangup
 
 if TYPE_CHECKING:
-    from songvec_assets.deployment import Deployment
+    from songvec_assets.pipeline import Pipeline
     from songvec_assets.songs.ranges import SongIdRange
 
 app = typer.Typer(
@@ -59,27 +59,27 @@ def main() -> None:
             discard_unwritable_output()
 
 
-def deploy(**overrides: Any) -> "Deployment":
-    from songvec_assets.deployment import Deployment
+def deploy(**overrides: Any) -> "Pipeline":
+    from songvec_assets.pipeline import Pipeline
     from songvec_assets.settings import Settings
 
-    return Deployment(Settings(**overrides))
+    return Pipeline(Settings(**overrides))
 
 
-def choose_span(deployment: "Deployment", ranges: str) -> "tuple[SongIdRange, SongIdRange]":
+def choose_span(pipeline: "Pipeline", ranges: str) -> "tuple[SongIdRange, SongIdRange]":
     """First and last range of a run: those given, else all that hold songs or cache."""
     from songvec_assets.defs.resources import parse_span
 
     if ranges:
         try:
-            return parse_span(ranges, deployment.tiling)
+            return parse_span(ranges, pipeline.tiling)
         except SettingsError as error:
             raise typer.BadParameter(describe(error)) from error
-    held = deployment.held_ranges()
+    held = pipeline.held_ranges()
     if not held:
-        caution = f" ({deployment.source.caution})" if deployment.source.caution else ""
+        caution = f" ({pipeline.source.caution})" if pipeline.source.caution else ""
         fail(
-            f"table {deployment.source.table} holds no songs with an id from {deployment.tiling.start} on: nothing to "
+            f"table {pipeline.source.table} holds no songs with an id from {pipeline.tiling.start} on: nothing to "
             f"do{caution}"
         )
     return held[0], held[-1]

@@ -19,7 +19,7 @@ from songvec_assets.cli.terminal import EXIT_INCOMPLETE, err, fail, hint, interr
 
 if TYPE_CHECKING:
     from songvec_assets.cli.run import RunResult
-    from songvec_assets.deployment import Deployment
+    from songvec_assets.pipeline import Pipeline
     from songvec_assets.songs.ranges import SongIdRange
 
 DEMO_QUERIES = ("a lighthouse and a storm at sea", "whales singing in the deep", "der Winter und der Schnee")
@@ -46,18 +46,18 @@ def demo(
     from songvec_assets.cli.queries import print_hits
     from songvec_assets.postgres.embedded import add_generated_songs
 
-    deployment = base.deploy()
-    held = deployment.table.spec
-    if held is not None and held.model != deployment.settings.model:
+    pipeline = base.deploy()
+    held = pipeline.table.spec
+    if held is not None and held.model != pipeline.settings.model:
         fail(
             f"the embedded database holds vectors of {held.model}, made with a key: the demo would replace them with "
             "offline ones. Search them with `songvec search` and the key, or remove .songvec to start again"
         )
     if songs:
-        add_generated_songs(deployment.database, songs)
-    _run_job("refresh", deployment, base.choose_span(deployment, ""))
+        add_generated_songs(pipeline.database, songs)
+    _run_job("refresh", pipeline, base.choose_span(pipeline, ""))
     for query in DEMO_QUERIES:
-        print_hits(deployment, query, 3)
+        print_hits(pipeline, query, 3)
     in_clone, own = Path("Makefile").exists() and Path("songvec_assets").is_dir(), bool(context.obj)
     command = "songvec" if shutil.which("songvec") else sys.argv[0]
     show = f"{command} dev --demo" if own else "make dev" if in_clone else f"{command} dev"
@@ -115,10 +115,10 @@ def refresh(
     """`run` and `embed`: one set of options; `--anew` is the former name of `--reembed`."""
     from songvec_assets.cli.queries import print_plan
 
-    deployment = base.deploy()
-    span = base.choose_span(deployment, ranges)
+    pipeline = base.deploy()
+    span = base.choose_span(pipeline, ranges)
     if dry_run:
-        print_plan(deployment, span, reembed or anew)
+        print_plan(pipeline, span, reembed or anew)
         return
     options: dict[str, Any] = {
         "export_mode": "append" if append else "all",
@@ -130,7 +130,7 @@ def refresh(
     }
     options |= {} if max_usd is None else {"max_usd": max_usd}
     is_embed = context.info_name == "embed"
-    _run_job("embed" if is_embed else "refresh", deployment, span, run=options)
+    _run_job("embed" if is_embed else "refresh", pipeline, span, run=options)
     hint(
         "`songvec load` loads what was embedded, `songvec index` indexes it; `songvec run` does both." if is_embed
         else "`songvec search “…”` finds songs, `songvec status` shows each range, `songvec verify` runs all checks."
@@ -157,9 +157,9 @@ def verify() -> None:
     from songvec_assets.checks import Evidence
     from songvec_assets.defs.checks import Answer
 
-    deployment = base.deploy()
-    Evidence(deployment).check_loaded()
-    answers = _run_job("verify", deployment).of(Answer)
+    pipeline = base.deploy()
+    Evidence(pipeline).check_loaded()
+    answers = _run_job("verify", pipeline).of(Answer)
     for each in answers:
         if each.finding.passed:
             say(f"{each.check}: {each.finding.words}")
@@ -195,14 +195,14 @@ def swap(
         "run": {"swap": True, "max_usd": max_usd},
     }
     resources = {name: {key: value for key, value in each.items() if value is not None} for name, each in given.items()}
-    deployment = base.deploy(**resources["postgres"], **resources["fireworks"], **resources["run"])
+    pipeline = base.deploy(**resources["postgres"], **resources["fireworks"], **resources["run"])
     resources["run"] |= {"confirm_deletions": confirm_deletions, "confirm_reembedding": confirm_reembedding}
-    if deployment.table.spec == deployment.table_spec:
-        fail(f"searches find {deployment.table_spec} already: name another --model, --dimensions or --vector-type")
-    swapped = _run_job("swap", deployment, base.choose_span(deployment, ""), **resources)
-    each = deployment.settings
+    if pipeline.table.spec == pipeline.table_spec:
+        fail(f"searches find {pipeline.table_spec} already: name another --model, --dimensions or --vector-type")
+    swapped = _run_job("swap", pipeline, base.choose_span(pipeline, ""), **resources)
+    each = pipeline.settings
     say(
-        f"Searches now find {deployment.table_spec}. Keep these settings: SONGVEC_EMBEDDING_MODEL={each.model} "
+        f"Searches now find {pipeline.table_spec}. Keep these settings: SONGVEC_EMBEDDING_MODEL={each.model} "
         f"SONGVEC_EMBEDDING_DIMENSIONS={each.embedding_dimensions} SONGVEC_VECTOR_TYPE={each.vector_type}"
     )
     if any(load.comparison for load in swapped.of(PublishReport)):
@@ -213,13 +213,13 @@ def _undo_swap(rollback: bool) -> None:
     from songvec_assets.progress import RunContext
     from songvec_assets.vectors.swap import drop_others, roll_back
 
-    deployment = base.deploy()
-    run = RunContext(lambda _: err.print("Waiting for a load or swap to end.", style="yellow"), deployment.stop)
+    pipeline = base.deploy()
+    run = RunContext(lambda _: err.print("Waiting for a load or swap to end.", style="yellow"), pipeline.stop)
     if rollback:
-        say(f"Searches now find {roll_back(deployment.database, run)}; set the settings back to it.")
+        say(f"Searches now find {roll_back(pipeline.database, run)}; set the settings back to it.")
         hint("`songvec swap --rollback` again undoes this.")
     else:
-        dropped = drop_others(deployment.database, run)
+        dropped = drop_others(pipeline.database, run)
         say(f"Dropped: {', '.join(dropped) or 'nothing, there was no other table'}")
 
 
@@ -229,21 +229,21 @@ def adopt() -> None:
     from songvec_assets.cache.store import adopt_store, open_store
     from songvec_assets.postgres.schema import ensure_schema
 
-    deployment = base.deploy()
-    ensure_schema(deployment.database)
-    store = open_store(deployment.storage_root, deployment.tiling)
-    adopt_store(store, deployment.database)
-    say(f"{store.root} now belongs to {deployment.database.describe()}")
+    pipeline = base.deploy()
+    ensure_schema(pipeline.database)
+    store = open_store(pipeline.storage_root, pipeline.tiling)
+    adopt_store(store, pipeline.database)
+    say(f"{store.root} now belongs to {pipeline.database.describe()}")
     hint("`songvec estimate` shows what a run would cost.")
 
 
 def _run_job(
     job: str,
-    deployment: "Deployment",
+    pipeline: "Pipeline",
     span: "tuple[SongIdRange, SongIdRange] | None" = None,
     **resources: Mapping[str, Any],
 ) -> "RunResult":
     # here: Dagster takes 2 s to import
     from songvec_assets.cli.run import run_and_print
 
-    return run_and_print(job, deployment, span, resources)
+    return run_and_print(job, pipeline, span, resources)

@@ -18,8 +18,8 @@ from songvec_assets.cli.terminal import EXIT_INCOMPLETE, err, hint, interruptibl
 from songvec_assets.progress import Progress, run_in_worker
 
 if TYPE_CHECKING:
-    from songvec_assets.deployment import Deployment
     from songvec_assets.embedding.pricing import Estimate
+    from songvec_assets.pipeline import Pipeline
     from songvec_assets.songs.ranges import SongIdRange
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -33,17 +33,17 @@ def estimate(
     """Show what a run would cost: songs, tokens, dollars, hours. Spends nothing."""
     from songvec_assets.cli.render import estimate_table
 
-    deployment = base.deploy()
+    pipeline = base.deploy()
 
     def measure(show: Callable[[Progress], None]) -> "tuple[Estimate, list[str]]":
         if refresh:
-            deployment.export(progress=show, confirm_deletions=confirm_deletions)
-        return deployment.estimate(), deployment.describe_boilerplate()
+            pipeline.export(progress=show, confirm_deletions=confirm_deletions)
+        return pipeline.estimate(), pipeline.describe_boilerplate()
 
     with interruptible(), showing_progress() as show:
-        result, boilerplate = run_in_worker(measure, report=show, stop=deployment.cancel)
-    say(deployment.describe())
-    out.print(estimate_table(result, deployment.settings.offline))
+        result, boilerplate = run_in_worker(measure, report=show, stop=pipeline.cancel)
+    say(pipeline.describe())
+    out.print(estimate_table(result, pipeline.settings.offline))
     if result.n_again:
         say(result.describe_again(), style="yellow")
     for line in boilerplate:
@@ -58,13 +58,13 @@ def status(
     """Show per range what is exported, cached, loaded and indexed. Exit code 3 if songs are missing."""
     from songvec_assets.cli.render import status_table
 
-    deployment = base.deploy()
-    measured = deployment.status()
+    pipeline = base.deploy()
+    measured = pipeline.status()
     n_missing = measured.total["n_missing"]
     if as_json:
         print(json.dumps(measured.as_dict()))
     else:
-        say(deployment.describe())
+        say(pipeline.describe())
         out.print(status_table(measured))
         for line in measured.describe():
             say(line)
@@ -93,10 +93,10 @@ def print_settings() -> None:
     from songvec_assets.settings import settings_table
 
     print(settings_table())
-    deployment = base.deploy()
-    prompts = deployment.prompts
+    pipeline = base.deploy()
+    prompts = pipeline.prompts
     print(
-        f"\nPrompts of {deployment.settings.model}: {_show_prompt(prompts.query)} for queries, "
+        f"\nPrompts of {pipeline.settings.model}: {_show_prompt(prompts.query)} for queries, "
         f"{_show_prompt(prompts.document)} for songs."
     )
     hint("set them in the environment or in .env; `songvec estimate` shows what a run would cost.")
@@ -106,20 +106,20 @@ def _show_prompt(prompt: str) -> str:
     return "none" if prompt in ("{query}", "{text}") else f"`{prompt}`".replace("\n", "\\n")
 
 
-def print_plan(deployment: "Deployment", span: "tuple[SongIdRange, SongIdRange]", reembed: bool) -> None:
+def print_plan(pipeline: "Pipeline", span: "tuple[SongIdRange, SongIdRange]", reembed: bool) -> None:
     first, last = span
-    say(deployment.describe())
-    planned = deployment.dry_run([each for each in deployment.tiling if first <= each <= last], reembed)
+    say(pipeline.describe())
+    planned = pipeline.dry_run([each for each in pipeline.tiling if first <= each <= last], reembed)
     for line in planned.describe():
         # statements are to be copied
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     hint("the same command without --dry-run does it.")
 
 
-def print_hits(deployment: "Deployment", query: str, limit: int, as_json: bool = False) -> None:
+def print_hits(pipeline: "Pipeline", query: str, limit: int, as_json: bool = False) -> None:
     from songvec_assets.cli.render import hits_table
 
-    hits = deployment.search(query, limit, on_trouble=lambda words: err.print(words, style="yellow", markup=False))
+    hits = pipeline.search(query, limit, on_trouble=lambda words: err.print(words, style="yellow", markup=False))
     if as_json:
         print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
         return

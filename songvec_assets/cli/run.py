@@ -19,8 +19,8 @@ from songvec_assets.defs.automation import describe_failure
 from songvec_assets.defs.checks import Answer
 from songvec_assets.defs.instance import open_instance, origin_of
 from songvec_assets.defs.steps import Incomplete, listener
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SongvecError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.progress import Progress
 from songvec_assets.songs.export import ExportReport
@@ -144,12 +144,12 @@ def _execute(
 
 def run_and_print(
     job: str,
-    deployment: Deployment,
+    pipeline: Pipeline,
     span: tuple[SongIdRange, SongIdRange] | None = None,
     resources: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> RunResult:
     """Run a job with its progress shown, and print a summary; a run that failed or is incomplete ends the command."""
-    say(deployment.describe())
+    say(pipeline.describe())
     with interruptible(), showing_progress() as show:
         result = run_job(defs.resolve_job_def(job), span, resources, show)
     table = run_table(result)
@@ -162,10 +162,10 @@ def run_and_print(
         for each in result.of(Answer)
         if not each.finding.passed
     ]
-    for warning in filter(None, [*warnings, read_pgvector_caution(deployment.database)]):
+    for warning in filter(None, [*warnings, read_pgvector_caution(pipeline.database)]):
         say(warning, style="yellow")
     if result.incomplete:
-        fail("\n".join([*result.failures, _describe_incomplete(result, deployment, job)]))
+        fail("\n".join([*result.failures, _describe_incomplete(result, pipeline, job)]))
     if result.failures:
         fail("\n".join(result.failures))
     return result
@@ -180,9 +180,9 @@ def _describe_outcome(result: RunResult) -> list[str]:
     return lines
 
 
-def _describe_incomplete(result: RunResult, deployment: Deployment, job: str) -> str:
+def _describe_incomplete(result: RunResult, pipeline: Pipeline, job: str) -> str:
     try:
-        status = deployment.status()
+        status = pipeline.status()
     except SongvecError:  # why the run failed matters more
         status = None
     return describe_incomplete_run(result, status, loads=job != "embed")

@@ -78,12 +78,12 @@ songs = dg.AssetSpec(
 )
 def songs_parquet(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
     """Snapshots of the songs, from which later steps see what changed: one Parquet file per range of song_ids."""
-    with failing_clearly(), run.open() as deployment:
+    with failing_clearly(), run.open() as pipeline:
         return run_step(
             context,
-            deployment,
-            lambda emit: deployment.export(run.export_mode, emit, run.confirm_deletions),
-            lambda report: reports.report_export(report, deployment, context.log),
+            pipeline,
+            lambda emit: pipeline.export(run.export_mode, emit, run.confirm_deletions),
+            lambda report: reports.report_export(report, pipeline, context.log),
         )
 
 
@@ -98,8 +98,8 @@ def songs_parquet(context: dg.AssetExecutionContext, run: RunResource) -> dg.Mat
 )
 def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None:
     """Every vector that was paid for, so that no text is paid for twice: Arrow files, a folder per range and model."""
-    with failing_clearly(), run.open() as deployment:
-        recorder = FillRecorder(context, deployment)
+    with failing_clearly(), run.open() as pipeline:
+        recorder = FillRecorder(context, pipeline)
 
         def fill(emit: Emit) -> None:
             request = reembed_request_of(context.run) if run.reembed else None
@@ -109,12 +109,12 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
                 "confirm_reembedding": run.confirm_reembedding,
                 "confirm_model_change": run.confirm_model_change,
             }
-            filler = deployment.filler(emit, budget_of(context.run), request, **choices)
-            filler.fill_ranges(run.choose_ranges(deployment, launched_keys(context)), report=emit)
+            filler = pipeline.filler(emit, budget_of(context.run), request, **choices)
+            filler.fill_ranges(run.choose_ranges(pipeline, launched_keys(context)), report=emit)
 
         with failing_clearly(recorder.find_incomplete):
             try:
-                run_step(context, deployment, fill, lambda _: None, recorder.record)
+                run_step(context, pipeline, fill, lambda _: None, recorder.record)
             finally:
                 recorder.log_total()
         recorder.conclude()
@@ -129,9 +129,9 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
 )
 def song_embeddings_table(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
     """The table that searches read, `song_embeddings`: equal to the cache, loaded in one transaction per range."""
-    with failing_clearly(), run.open() as deployment:
+    with failing_clearly(), run.open() as pipeline:
         return run_step(
-            context, deployment, deployment.publish, lambda report: reports.report_publish(report, deployment, context)
+            context, pipeline, pipeline.load, lambda report: reports.report_publish(report, pipeline, context)
         )
 
 
@@ -143,10 +143,10 @@ def song_embeddings_table(context: dg.AssetExecutionContext, run: RunResource) -
 )
 def ivfflat_index(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
     """The index that makes searches fast, `embeddings_ivfflat_idx`: built if missing or out of date."""
-    with failing_clearly(), run.open() as deployment:
+    with failing_clearly(), run.open() as pipeline:
         return run_step(
             context,
-            deployment,
-            lambda emit: deployment.index(run.rebuild_index, emit),
-            lambda report: reports.report_index(report, deployment, context),
+            pipeline,
+            lambda emit: pipeline.build_index(run.rebuild_index, emit),
+            lambda report: reports.report_index(report, pipeline, context),
         )

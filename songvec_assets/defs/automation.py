@@ -31,9 +31,9 @@ class RangesBehind(dg.AutomationCondition[dg.AssetKey]):
         if context.candidate_subset.is_empty:
             return dg.AutomationResult(context, context.get_empty_subset())
         run = RunResource(postgres=PostgresResource(), fireworks=FireworksResource(), storage=StorageResource())
-        with run.open() as deployment:
+        with run.open() as pipeline:
             keys = {
-                song_range.key for song_range in deployment.read_inventory(with_table=False, with_source=False).behind
+                song_range.key for song_range in pipeline.read_inventory(with_table=False, with_source=False).behind
             }
         return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))
 
@@ -80,8 +80,8 @@ automation_sensor = dg.AutomationConditionSensorDefinition(
 )
 def songs_source_sensor(context: dg.SensorEvaluationContext, run: RunResource) -> dg.SensorResult | dg.SkipReason:
     """See `look_at_source`."""
-    with failing_clearly(), run.open() as deployment:
-        look, quiet = look_at_source(deployment.database, deployment.source, context.cursor)
+    with failing_clearly(), run.open() as pipeline:
+        look, quiet = look_at_source(pipeline.database, pipeline.source, context.cursor)
     if quiet:
         context.update_cursor(look.dump())
         return dg.SkipReason(f"{quiet}: {look.state.describe()}")

@@ -31,8 +31,8 @@ def _define(asset: dg.AssetsDefinition, name: str, checks: Sequence[Check]) -> d
 
     @dg.multi_asset_check(name=name, specs=specs, can_subset=True)
     def run_checks(context: dg.AssetCheckExecutionContext, run: RunResource) -> Iterator[dg.AssetCheckResult]:
-        with failing_clearly(), run.open() as deployment:
-            evidence = Evidence(deployment)
+        with failing_clearly(), run.open() as pipeline:
+            evidence = Evidence(pipeline)
             evidence.check_loaded()
             for spec in (each for each in specs if each.key in context.selected_asset_check_keys):
                 check = by_name[spec.name]

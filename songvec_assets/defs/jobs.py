@@ -92,9 +92,9 @@ verify_job = dg.define_asset_job(
 @dg.op(description="Make the table that served before the last swap serve again; the present one is kept.")
 def restore_previous_table(context: dg.OpExecutionContext, run: RunResource) -> None:
     """See `roll_back`."""
-    with failing_clearly(), run.open() as deployment:
-        waiting = RunContext(lambda progress: context.log.info(progress.note), deployment.stop)
-        context.log.info(f"searches now find {roll_back(deployment.database, waiting)}")
+    with failing_clearly(), run.open() as pipeline:
+        waiting = RunContext(lambda progress: context.log.info(progress.note), pipeline.stop)
+        context.log.info(f"searches now find {roll_back(pipeline.database, waiting)}")
 
 
 @dg.job(name="rollback", description="Undo the last swap: the previous table serves again.")
@@ -105,9 +105,9 @@ def rollback_job() -> None:
 
 @dg.op(description="Show what a refresh would send, write and build, and what it would cost.")
 def plan(context: dg.OpExecutionContext, run: RunResource) -> None:
-    """See `plan_run`."""
-    with failing_clearly(), run.open() as deployment:
-        for line in deployment.dry_run(run.choose_ranges(deployment, None), run.reembed).describe():
+    """See `Pipeline.dry_run`."""
+    with failing_clearly(), run.open() as pipeline:
+        for line in pipeline.dry_run(run.choose_ranges(pipeline, None), run.reembed).describe():
             context.log.info(line)
 
 

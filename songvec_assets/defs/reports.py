@@ -11,7 +11,7 @@ import dagster as dg
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.defs.charts import digest_data, draw_coverage, draw_if_changed, draw_map, draw_recall, show_chart
-from songvec_assets.deployment import Deployment
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.search.preview import Preview
 from songvec_assets.songs.export import ExportReport
@@ -42,14 +42,14 @@ def table_schema(column_type: str = "vector", model: str = "the configured model
     )
 
 
-def report_export(report: ExportReport, deployment: Deployment, log: Any) -> dg.MaterializeResult[None]:
+def report_export(report: ExportReport, pipeline: Pipeline, log: Any) -> dg.MaterializeResult[None]:
     """An export's totals; its version is that of all snapshots."""
-    snapshots, caution = deployment.store.songs, deployment.source.caution
+    snapshots, caution = pipeline.store.songs, pipeline.source.caution
     if caution:
         log.warning(caution)
     if any(each.written for each in report.ranges):
         # before anything is paid for
-        for line in deployment.describe_boilerplate():
+        for line in pipeline.describe_boilerplate():
             log.warning(line)
     metadata = describe_export(report) | {"folder": dg.MetadataValue.path(str(snapshots.storage.root.resolve()))}
     metadata |= {"row security": caution} if caution else {}
@@ -57,7 +57,7 @@ def report_export(report: ExportReport, deployment: Deployment, log: Any) -> dg.
 
 
 def report_publish(
-    report: PublishReport, deployment: Deployment, context: dg.AssetExecutionContext
+    report: PublishReport, pipeline: Pipeline, context: dg.AssetExecutionContext
 ) -> dg.MaterializeResult[None]:
     """A load's totals and the changed ranges; its version is that of the ledger."""
     context.log.info(report.target.reason)
@@ -68,24 +68,24 @@ def report_publish(
             f"{report.n_unmanaged:,} rows of song_embeddings are unmanaged: nothing was ever loaded into their ranges. "
             "Searches find them; delete them if they should not"
         )
-    version = deployment.table.ledger.digest(deployment.table_spec)
-    coverage = deployment.read_inventory(with_source=False).coverage
+    version = pipeline.table.ledger.digest(pipeline.table_spec)
+    coverage = pipeline.read_inventory(with_source=False).coverage
 
     def draw() -> Metadata:
         return {COVERAGE: show_chart(draw_coverage(coverage), "songs by range: loaded, cached, rejected, missing")}
 
     charts = draw_if_changed(context, (COVERAGE,), digest_data(coverage.rows()), draw) if len(coverage) else {}
     return dg.MaterializeResult(
-        metadata=describe_publish(report, deployment) | charts, data_version=dg.DataVersion(version)
+        metadata=describe_publish(report, pipeline) | charts, data_version=dg.DataVersion(version)
     )
 
 
 def report_index(
-    report: IndexReport, deployment: Deployment, context: dg.AssetExecutionContext
+    report: IndexReport, pipeline: Pipeline, context: dg.AssetExecutionContext
 ) -> dg.MaterializeResult[None]:
     """What was decided and measured, and what the vectors look like; its version is that of the build."""
     context.log.info(report.reason)
-    if caution := read_pgvector_caution(deployment.database):
+    if caution := read_pgvector_caution(pipeline.database):
         context.log.warning(caution)
     metadata, recall = describe_index(report), report.recall
     if recall is not None:
@@ -94,8 +94,8 @@ def report_index(
             return {RECALL: show_chart(draw_recall(recall), "recall@10 against milliseconds, by probes")}
 
         metadata |= draw_if_changed(context, (RECALL,), digest_data(recall), draw)
-    loaded = deployment.table.ledger.digest(deployment.table_spec)
-    metadata |= draw_if_changed(context, (MAP, NEAREST), loaded, lambda: describe_preview(deployment.preview()))
+    loaded = pipeline.table.ledger.digest(pipeline.table_spec)
+    metadata |= draw_if_changed(context, (MAP, NEAREST), loaded, lambda: describe_preview(pipeline.preview()))
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(report.index.version))
 
 
@@ -175,9 +175,9 @@ def describe_fills(reports: Sequence[FillReport]) -> str:
     )
 
 
-def describe_publish(report: PublishReport, deployment: Deployment) -> Metadata:
+def describe_publish(report: PublishReport, pipeline: Pipeline) -> Metadata:
     """Totals of a load, what was swapped in, a row per range that was written."""
-    compared, spec = report.comparison, deployment.table_spec
+    compared, spec = report.comparison, pipeline.table_spec
     swapped = {}
     if compared is not None:
         swapped = {
@@ -194,7 +194,7 @@ def describe_publish(report: PublishReport, deployment: Deployment) -> Metadata:
         "column type": spec.column_type,
         "query prompt": spec.query_prompt or "",
         "document prompt": spec.document_prompt or "",
-        "database": deployment.database.describe(),
+        "database": pipeline.database.describe(),
         "reason": report.target.reason,
         "swapped": compared is not None,
         "rows unmanaged": report.n_unmanaged,

@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from pydantic import BaseModel, Field, create_model
 
 from songvec_assets.defs.partitions import TILING
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SettingsError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Profile
 from songvec_assets.settings import (
     PostgresSettings,
@@ -60,16 +60,16 @@ class PostgresResource(with_options(PostgresSettings)):  # type: ignore[misc]
 
     def get_engine(self, profile: Profile = "batch") -> sa.Engine:
         """An SQLAlchemy engine with one of three pools: batch, web, parallel."""
-        return self._deployment().database.get_engine(profile)
+        return self._pipeline().database.get_engine(profile)
 
     @contextlib.contextmanager
     def get_connection(self, profile: Profile = "batch") -> Iterator[sa.Connection]:
         """A connection in a transaction."""
-        with self._deployment().database.get_connection(profile) as connection:
+        with self._pipeline().database.get_connection(profile) as connection:
             yield connection
 
-    def _deployment(self) -> Deployment:
-        return Deployment(Settings(**given(PostgresSettings, self)))
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(Settings(**given(PostgresSettings, self)))
 
 
 class FireworksResource(with_options(ProviderSettings)):  # type: ignore[misc]
@@ -118,7 +118,7 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
     )
     rebuild_index: bool = Field(default=False, description="Build the index even if the present one still fits.")
 
-    def open(self) -> Deployment:
+    def open(self) -> Pipeline:
         """What a run works with, from the environment and the resources' options.
 
         Raises:
@@ -128,13 +128,13 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
             parse_span(self.ranges, TILING)
         values = given(RunSettings, self) | given(PostgresSettings, self.postgres)
         values |= given(ProviderSettings, self.fireworks) | given(StorageSettings, self.storage)
-        return Deployment(Settings(**values))
+        return Pipeline(Settings(**values))
 
-    def choose_ranges(self, deployment: Deployment, launched: Sequence[str] | None) -> list[SongIdRange]:
+    def choose_ranges(self, pipeline: Pipeline, launched: Sequence[str] | None) -> list[SongIdRange]:
         """The ranges to embed, in order.
 
         Args:
-            deployment: of this run.
+            pipeline: of this run.
             launched: keys of the partitions that the run was launched for; None: it was launched without.
         """
         if launched is not None:
@@ -144,7 +144,7 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
                     "settings.ranges",
                 )
             return [SongIdRange.from_key(key) for key in launched]
-        held = deployment.held_ranges()
+        held = pipeline.held_ranges()
         if not held:
             return []
         first, last = parse_span(self.ranges, TILING) if self.ranges else (held[0], held[-1])

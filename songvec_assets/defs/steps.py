@@ -14,7 +14,6 @@ import dagster as dg
 
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.defs import reports
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import (
     BudgetExceededError,
     DamagedShardError,
@@ -23,6 +22,7 @@ from songvec_assets.errors import (
     StoppedError,
     describe,
 )
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.progress import Progress, ProgressLines, run_in_worker
 from songvec_assets.songs.export import IncompleteExportError
 
@@ -95,7 +95,7 @@ def fail(message: str, incomplete: Incomplete | None) -> dg.Failure:
 
 def run_step(
     context: dg.AssetExecutionContext,
-    deployment: Deployment,
+    pipeline: Pipeline,
     work: Callable[[Emit], Report],
     describe: Callable[[Report], Result],
     on_report: Emit = lambda _: None,
@@ -104,7 +104,7 @@ def run_step(
 
     Args:
         context: of the asset.
-        deployment: what the work uses; it is cancelled on an interrupt.
+        pipeline: what the work uses; it is cancelled on an interrupt.
         work: a core function's call; it gets the callback for progress and reports.
         describe: makes the result of the work's report, in the worker thread too.
         on_report: called with what is emitted and is not `Progress`.
@@ -129,12 +129,12 @@ def run_step(
         return describe(report)
 
     kept = (
-        f"What was done is kept in {deployment.storage_root.resolve()} and in {deployment.database.describe()}, and is "
+        f"What was done is kept in {pipeline.storage_root.resolve()} and in {pipeline.database.describe()}, and is "
         "not paid for again: “From failure”, next to “Re-execute all”, or the same command, continues from there."
     )
     try:
-        context.log.info(deployment.describe())
-        return run_in_worker(run, report=receive, stop=deployment.cancel, grace_s=GRACE_S)
+        context.log.info(pipeline.describe())
+        return run_in_worker(run, report=receive, stop=pipeline.cancel, grace_s=GRACE_S)
     except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
         context.log.warning(f"Interrupted. {kept}")
         raise
@@ -163,9 +163,9 @@ def launched_keys(context: dg.AssetExecutionContext) -> list[str] | None:
 class FillRecorder:
     """Records each range of a run as it finishes: its event is durable at once, even if the run fails later."""
 
-    def __init__(self, context: dg.AssetExecutionContext, deployment: Deployment) -> None:
+    def __init__(self, context: dg.AssetExecutionContext, pipeline: Pipeline) -> None:
         self._context = context
-        self._deployment = deployment
+        self._deployment = pipeline
         self._reports: list[FillReport] = []
 
     def record(self, report: FillReport) -> None:

@@ -28,7 +28,7 @@ _CREATE = atomic(f"""
     INSERT INTO songvec.budgets (name) VALUES (:run), ({_MONTH}) ON CONFLICT (name) DO NOTHING
 """)
 
-# locked first, in one order, by a statement of its own: what follows sees what others committed meanwhile, and two
+# locked first, in one order, by a separate statement: what follows sees what others committed meanwhile, and two
 # processes never wait for each other
 _LOCK = f"SELECT FROM songvec.budgets WHERE name IN {_NAMES} ORDER BY name FOR UPDATE"
 _EXCEEDED_ROWS = f"""
@@ -84,7 +84,7 @@ class Budget:
 
     Args:
         price: of tokens.
-        engine: a pooled engine; each call is one short statement of its own.
+        engine: a pooled engine; each call is one short statement.
         run: whose budget it is.
         max_usd: the run's limit in dollars; None: none.
         max_usd_a_month: that of a calendar month, over all runs; None: none.
@@ -154,7 +154,7 @@ class Budget:
         Args:
             reserved_tokens: of the request.
             billed_tokens: 0 for one that failed.
-            month: as `reserve` told it; None: the present one.
+            month: as `reserve` returned it; None: the present one.
         """
         with self._lock:
             self.n_tokens += billed_tokens

@@ -48,7 +48,7 @@ class Endpoint:
         return words.replace(self.key, "[key]") if self.key else words
 
     def check_size(self, n_values: int) -> None:
-        """Raise VectorSizeError where vectors of so many values are neither wanted nor may be cut."""
+        """Raise VectorSizeError if vectors of `n_values` are neither wanted nor may be cut."""
         is_longer = n_values > self.dimensions
         is_known = any(name in self.model.lower() for name in MATRYOSHKA_MODELS)
         if n_values == self.dimensions or (is_longer and (is_known if self.truncate is None else self.truncate)):
@@ -141,7 +141,7 @@ class Embedder(ABC):
         """Embed one request's texts."""
 
     async def answers_well(self, since: float) -> bool:  # noqa: ARG002 - whenever it is asked
-        """Whether the server gave a good vector after `since`, by `time.monotonic()`; it may be asked for one."""
+        """Whether the server gave a good vector after `since`, by `time.monotonic()`; it may be sent a text."""
         return True
 
     def take_probe_tokens(self) -> int:

@@ -8,7 +8,7 @@ so no sliding minute holds more than the provider allows.
 Times are the row's: the database's clock, but where that steps back, or a standby with a slower one takes over, they go
 on from the last that was seen.
 
-A provider that answers 429 all the same allows less than the settings say. How much, the last minute tells: what was
+A provider that answers 429 all the same allows less than the settings say. How much, the last minute shows: what was
 granted and not refused. All processes slow down to a little less, then probe upward, slowly at first.
 """
 
@@ -125,7 +125,7 @@ class RateLimiter:
     """Grants requests within a quota that all processes on the same database share. Thread-safe.
 
     Args:
-        engine: a pooled engine; each call is one or two short statements of their own.
+        engine: a pooled engine; each call is one or two short statements.
         name: whose quota it is, such as the provider's base URL.
         requests_per_minute: requests that may start in any minute.
         tokens_per_minute: tokens that may start in any minute.

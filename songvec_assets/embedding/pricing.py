@@ -54,7 +54,7 @@ class TokenEstimator:
         self._n_bytes = self._n_tokens * bytes_per_token
 
     def estimate(self, n_bytes: Iterable[int]) -> list[int]:
-        """Estimated tokens of texts of so many UTF-8 bytes each; at least one a text."""
+        """Estimated tokens of texts of `n_bytes` UTF-8 bytes each; at least one per text."""
         tokens_per_byte = self._n_tokens / self._n_bytes
         return [max(1, round(each * tokens_per_byte)) for each in n_bytes]
 
@@ -64,7 +64,7 @@ class TokenEstimator:
         return self._n_bytes / self._n_tokens
 
     def n_bytes(self, n_tokens: int) -> float:
-        """The inverse: UTF-8 bytes that make about so many tokens."""
+        """The inverse: UTF-8 bytes that make about `n_tokens`."""
         return n_tokens * self.bytes_per_token
 
     def observe(self, n_bytes: int, n_tokens: int) -> None:
@@ -82,7 +82,7 @@ class Price:
     usd_per_million_tokens: float
 
     def usd(self, n_tokens: int) -> float:
-        """What so many tokens cost."""
+        """What `n_tokens` cost."""
         return n_tokens * self.usd_per_million_tokens / 1e6
 
     def exact_usd(self, n_tokens: int) -> Decimal:

@@ -40,7 +40,7 @@ class Dialect:
 
     Attributes:
         encoding_format: base64, or float where base64 is refused.
-        sends_dimensions: whether `dimensions` may be asked for.
+        sends_dimensions: whether `dimensions` may be sent.
         n_values: values of a vector as it arrives, before it is cut to the wanted size; 0: not known yet.
     """
 
@@ -74,7 +74,7 @@ class Failure:
         kind: equal for failures that are alike.
         words: what came instead.
         status: of the answer; None where there was none.
-        retry_after_s: as the server asked for.
+        retry_after_s: of its Retry-After header.
         sent: whether the request left: else no server saw it.
         may_be_billed: whether the server may have computed it.
         alone: of a time-out: whether nothing else was in flight.
@@ -172,7 +172,7 @@ class Transport:
 
     async def _decode(self, answer: bytes, n_texts: int, dialect: Dialect) -> EmbeddingBatch:
         dimensions = self._endpoint.dimensions
-        # base64 takes 5.3 bytes a value, numbers take 10 and more, whichever of them was asked for
+        # base64 takes 5.3 bytes a value, numbers take 10 and more, whichever was requested
         as_base64 = len(answer) < n_texts * (6 * dialect.n_values + 200)
         if as_base64 and n_texts <= MAX_TEXTS_IN_LOOP:
             return decode_response(answer, n_texts, dimensions)

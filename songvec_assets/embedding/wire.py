@@ -84,7 +84,7 @@ def encode_request(
 ) -> bytes:
     """One request's JSON; without `dimensions` the server answers with the model's native size.
 
-    Floats are what a server gives that is not asked for a format. They are not asked for: some refuse the field,
+    Without a format a server gives floats. They are never requested by name: some refuse the field,
     whatever it holds (litellm #42426, read 2026-11).
     """
     return _encode_request(_Request(model, texts, None if encoding_format == "float" else encoding_format, dimensions))

@@ -146,8 +146,8 @@ class Snapshots:
 
     def _damaged(self, song_range: SongIdRange, why: Exception | str) -> StoreError:
         return StoreError(
-            f"{self.storage.describe(_key(song_range))} is damaged ({why}): remove it and materialize "
-            "songs_parquet, which exports the range again",
+            f"{self.storage.describe(_key(song_range))} is damaged ({why}): remove it and materialize songs_parquet, "
+            "which exports the range again",
             "store.damaged",
         )
 

@@ -181,9 +181,8 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
         by_field = {"name": names.name_column, "artist": names.artist_column, "lyrics": names.lyrics_column}
         texts = {name: column for name, column in by_field.items() if name in spec.fields}
         wanted = {"song_id": song_id, **texts, "updated_at": names.updated_at_column}
-        _check_columns(
-            connection, table, {f"SONGVEC_{name.upper()}_COLUMN": each for name, each in wanted.items() if each}
-        )
+        by_setting = {f"SONGVEC_{name.upper()}_COLUMN": column for name, column in wanted.items() if column}
+        _check_columns(connection, table, by_setting)
         if columns[song_id].kind not in _ID_TYPES:
             raise SourceError(
                 f"the id column {song_id!r} of {table.name} is {columns[song_id].kind}; song_embeddings.song_id is "
@@ -198,8 +197,7 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
             )
         # numbers and JSON would be embedded, and paid for, as they are written
         if any(not columns[column].is_text for column in texts.values()):
-            kept = [song_id, *texts.values(), *filter(None, [names.updated_at_column])]
-            raise SourceError(describe_types(connection, table, song_id, kept, [*texts.values()]))
+            raise SourceError(describe_types(connection, table, song_id, [*by_setting.values()], [*texts.values()]))
 
         def express(name: str, separator: str) -> str:
             column = columns.get(by_field[name])

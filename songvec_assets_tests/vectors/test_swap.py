@@ -511,14 +511,14 @@ class TestLock:
         put(cache, range(150))
         publish(database, cache, songs_folder)
         put(cache, range(80), version=1)
-        for name in ("find_attachments", "check_missing"):
+        for name in ("find_attachments", "check_missing", "check_attachments"):
             monkeypatch.setattr(swap, name, noting(name))
         publish(database, cache, songs_folder)
         assert asked == [
             ("find_attachments", False, False),
             ("check_missing", False, False),
             ("check_missing", True, False),
-            ("find_attachments", True, True),
+            ("check_attachments", True, True),
         ]
 
     @pytest.mark.parametrize("undo", [roll_back, drop_others])
