@@ -19,7 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from songvec_assets.deployment import Deployment
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import Settings
@@ -42,14 +42,14 @@ def fill(settings: dict[str, Any], fsync_ms: float) -> tuple[float, float, int]:
 
     if fsync_ms:
         os.fsync = fsync_slowly
-    deployment = Deployment(Settings(**settings))
+    pipeline = Pipeline(Settings(**settings))
     [song_range] = [each for each in TILING if each.start == 0]
     started = time.perf_counter()
-    deployment.filler().fill_ranges([song_range], lambda report: None)
+    pipeline.filler().fill_ranges([song_range], lambda report: None)
     seconds = time.perf_counter() - started
     # getrusage's peak would include what the parent held before exec
     peak_kib = int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
-    return seconds, peak_kib * 1024 / 1e6, sum(deployment.cache.look(song_range).sizes.values())
+    return seconds, peak_kib * 1024 / 1e6, sum(pipeline.cache.look(song_range).sizes.values())
 
 
 def run_round(
@@ -68,8 +68,8 @@ def run_round(
         "range_size": TILING.width,
         "song_id_stop": TILING.stop,
     }
-    deployment = Deployment(Settings(**settings))
-    cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, TILING)
+    pipeline = Pipeline(Settings(**settings))
+    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, TILING)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
         return processes.submit(fill, settings, fsync_ms).result()
 

@@ -32,8 +32,8 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.manifest import NAME
 from songvec_assets.cache.plan import FillReport
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SongvecError, StoreError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.settings import Settings, variables
 from songvec_assets.songs.export import cache_songs_to_parquet
@@ -189,7 +189,7 @@ class Campaign:
         warm: whether processes are forked from one that has loaded the libraries.
     """
 
-    deployment: Deployment
+    pipeline: Pipeline
     provider: Provider
     ledger: Path
     folder: Path
@@ -204,11 +204,11 @@ class Campaign:
     _read_up_to: int = 0
 
     def __post_init__(self) -> None:
-        *self.ranges, self.spoilt_range = list(self.deployment.tiling)[:-1]
+        *self.ranges, self.spoilt_range = list(self.pipeline.tiling)[:-1]
         self.paid_for = {song.text_hash for song in self.songs if not song.refused}
         self.by_range: dict[SongIdRange, list[Song]] = {}
         for song in self.songs:
-            self.by_range.setdefault(self.deployment.tiling.range_of(song.id), []).append(song)
+            self.by_range.setdefault(self.pipeline.tiling.range_of(song.id), []).append(song)
 
     def read_ledger(self) -> list[tuple[float, list[bytes]]]:
         """When which texts were billed; the dialect's probe left out."""
@@ -236,7 +236,7 @@ class Campaign:
         Raises:
             StoreError: the file is not the range's shard.
         """
-        shard = self.deployment.cache.open(song_range)
+        shard = self.pipeline.cache.open(song_range)
         sound = shard.find_sound(shard.all_rows)
         texts, vectors = sound["text_hash"].to_list(), shard.embeddings_at(sound["row"].to_list())
         wrong = [text for text, vector in zip(texts, vectors, strict=True) if not _is_of(vector, text)]
@@ -245,11 +245,11 @@ class Campaign:
 
     def read_disk(self) -> set[bytes]:
         """All texts on disk."""
-        return {text for song_range in self.deployment.cache.ranges() for text in self.read_shard(song_range)}
+        return {text for song_range in self.pipeline.cache.ranges() for text in self.read_shard(song_range)}
 
     def find_wrong_songs(self, song_range: SongIdRange) -> list[int]:
         """Songs of a range whose holding row is not the vector of their text, or the reason of their refusal."""
-        shard = self.deployment.cache.open(song_range)
+        shard = self.pipeline.cache.open(song_range)
         rows = {song_id: (each, None, row) for song_id, each, _, row in shard.rows.iter_rows()}
         rows |= {song_id: (each, reason, 0) for song_id, each, reason in shard.rejected.iter_rows()}
         wrong = set(rows) - {song.id for song in self.by_range[song_range]}
@@ -263,7 +263,7 @@ class Campaign:
 
     def read_table(self) -> dict[int, bool]:
         """The table's songs, and whether each has its text's vector."""
-        with self.deployment.database.get_connection() as connection:
+        with self.pipeline.database.get_connection() as connection:
             if connection.scalar(sa.text("SELECT to_regclass('song_embeddings') IS NULL")):
                 return {}
             rows = connection.execute(sa.text("SELECT song_id, vector_send(embedding) FROM song_embeddings"))
@@ -277,7 +277,7 @@ class Campaign:
         """Fill in this process, undisturbed; an error that ends it counts as the last range's."""
         reports: list[FillReport] = []
         try:
-            self.deployment.filler().fill_ranges(ranges, reports.append)
+            self.pipeline.filler().fill_ranges(ranges, reports.append)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding, and the campaign goes on
             reports = reports or [FillReport(ranges[0])]
             reports[-1].error = error
@@ -285,9 +285,9 @@ class Campaign:
 
     def load(self) -> SongvecError | None:
         """Load a new table, so that every vector is read; what stopped it."""
-        with self.deployment.database.get_connection() as connection:
+        with self.pipeline.database.get_connection() as connection:
             connection.execute(sa.text("DROP TABLE IF EXISTS song_embeddings"))
-        each = self.deployment
+        each = self.pipeline
         try:
             upload_cached_embeddings_to_database(each.table, each.load_source, each.table_spec)
         except SongvecError as error:
@@ -353,7 +353,7 @@ class Campaign:
 
     def damage(self, kind: str, after_kill: int) -> None:
         """Damage a file or a manifest, load, fill its range, load again; the range is complete afterwards."""
-        cache, expect = self.deployment.cache, self.report.expect
+        cache, expect = self.pipeline.cache, self.report.expect
         root = cache.storage.root
         named = {each: [file.name for file in cache.open(each).manifest.files] for each in cache.ranges()}
         if kind == "manifest flip" and any((root / each.key / NAME).exists() for each in named):
@@ -437,7 +437,7 @@ class Campaign:
         expected = {song.id: True for song in self.songs if not song.refused}
         expect(TABLE, not error and table == expected, f"{len(table)} rows for {len(expected)} songs, {error}")
         n_requests = self.provider.ledger()["requests"]
-        self.fill(list(self.deployment.tiling))
+        self.fill(list(self.pipeline.tiling))
         expect(IDLE, self.provider.ledger()["requests"] == n_requests, "it sent requests")
 
 
@@ -480,8 +480,8 @@ def run_campaign(
     width = max(20, n_songs // (N_RANGES + 1))
     tiling = Tiling(width, width * (N_RANGES + 1))
     songs = make_songs(tiling, rng)
-    with _deployed(tiling, songs) as (deployment, provider, folder, environment):
-        campaign = Campaign(deployment, provider, folder / "billed.jsonl", folder, songs, rng, warm)
+    with _deployed(tiling, songs) as (pipeline, provider, folder, environment):
+        campaign = Campaign(pipeline, provider, folder / "billed.jsonl", folder, songs, rng, warm)
         kinds, waiting, n_early = iter(DAMAGES * n_kills), campaign.start(False, environment), 0
         try:
             while (number := len(campaign.report.kills) + 1) <= n_kills and n_early < 3:
@@ -519,7 +519,7 @@ def _ended(process: "subprocess.Popen[str] | WarmProcess") -> Iterator[None]:
 
 
 @contextmanager
-def _deployed(tiling: Tiling, songs: Sequence[Song]) -> Iterator[tuple[Deployment, Provider, Path, dict[str, str]]]:
+def _deployed(tiling: Tiling, songs: Sequence[Song]) -> Iterator[tuple[Pipeline, Provider, Path, dict[str, str]]]:
     # a short path: the server's socket lies in its folder, and socket paths end at 107 characters
     with tempfile.TemporaryDirectory(prefix="songvec-chaos-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -547,10 +547,10 @@ def _deployed(tiling: Tiling, songs: Sequence[Song]) -> Iterator[tuple[Deploymen
                 "SONGVEC_SONG_ID_STOP": str(tiling.stop),
             }
             own = {name: value for name, value in os.environ.items() if name not in {*variables(), "DAGSTER_HOME"}}
-            deployment = Deployment(Settings(**settings))
-            cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, tiling)
+            pipeline = Pipeline(Settings(**settings))
+            cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, tiling)
             try:
-                yield deployment, provider, folder, own | settings | {"PYTHONPATH": str(ROOT)}
+                yield pipeline, provider, folder, own | settings | {"PYTHONPATH": str(ROOT)}
             finally:
                 dispose(database.url)
 
@@ -575,11 +575,11 @@ def _table(rows: Sequence[dict[str, object]], markdown: bool) -> str:
 
 def fill_when_told(asked: str) -> None:
     """What is killed: wait for a line, then fill."""
-    deployment = Deployment(Settings())
+    pipeline = Pipeline(Settings())
     first, last = (SongIdRange.from_key(key) for key in asked.split("..."))
-    ranges = [song_range for song_range in deployment.tiling if first <= song_range <= last]
+    ranges = [song_range for song_range in pipeline.tiling if first <= song_range <= last]
     sys.stdin.readline()
-    deployment.filler().fill_ranges(ranges, lambda report: print(report, flush=True))
+    pipeline.filler().fill_ranges(ranges, lambda report: print(report, flush=True))
 
 
 def main() -> None:

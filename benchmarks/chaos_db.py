@@ -21,8 +21,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.wire import Float32Matrix
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres import engine, short_lock
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
@@ -78,7 +78,7 @@ Fault = Callable[[World, Random], None]
 
 
 def load(world: World, database: Database | None = None) -> PublishReport:
-    """Make what searches find equal the cache, as a deployment does: under the index, or built beside."""
+    """Make what searches find equal the cache, as a pipeline does: under the index, or built beside."""
     ensure_schema(database or world.database)
     source = LoadSource(world.cache, world.tiling, Snapshots(Storage(world.folder / "songs")))
     wanted = WantedTable(world.spec, IndexSettings(world.lists), world.may_swap, world.staged_from_rows)
@@ -520,14 +520,14 @@ def names(world: World, _: Random) -> None:
         "range_size": world.tiling.width,
         "song_id_stop": world.tiling.stop,
     }
-    deployment = Deployment(Settings(**settings))
-    cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, world.tiling)
-    deployment.filler().fill_ranges(list(world.tiling), lambda _: None)
-    world.cache, world.spec = deployment.cache, deployment.table_spec
+    pipeline = Pipeline(Settings(**settings))
+    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, world.tiling)
+    pipeline.filler().fill_ranges(list(world.tiling), lambda _: None)
+    world.cache, world.spec = pipeline.cache, pipeline.table_spec
     world.moment = f"{relation} ({', '.join(quoted)})"
     world.finish()
-    query = embed_query(deployment.embedder(), "Song 7 by Ann")
-    hits = search_songs(world.database, deployment.source, world.spec, query, limit=3)
+    query = embed_query(pipeline.embedder(), "Song 7 by Ann")
+    hits = search_songs(world.database, pipeline.source, world.spec, query, limit=3)
     world.expect(TABLE, len(hits) == 3 and hits[0].artist == "Ann", f"a search finds {hits}")
 
 

@@ -42,14 +42,14 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
 CORE = """
-from songvec_assets.deployment import Deployment
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.settings import Settings
 
-deployment = Deployment(Settings())
-deployment.export()
-deployment.filler().fill_ranges(deployment.held_ranges(), lambda report: print(report.error) if report.error else None)
-deployment.publish()
-deployment.index()
+pipeline = Pipeline(Settings())
+pipeline.export()
+pipeline.filler().fill_ranges(pipeline.held_ranges(), lambda report: print(report.error) if report.error else None)
+pipeline.load()
+pipeline.build_index()
 """
 _LAUNCH = """
 mutation ($params: ExecutionParams!) {

@@ -28,7 +28,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from songvec_assets.deployment import Deployment
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.settings import Settings
 from songvec_assets.songs.export import cache_songs_to_parquet
@@ -104,12 +104,12 @@ def run_scenario(scenario: Scenario, server_url: str, folder: Path, seconds: flo
             "range_size": TILING.width,
             "song_id_stop": TILING.stop,
         }
-        _export(Deployment(Settings(**settings)), n_songs)
+        _export(Pipeline(Settings(**settings)), n_songs)
         with _filling(settings, scenario.n_processes):
             return _watch(scenario, provider, folder / "ledger", seconds)
 
 
-def _export(deployment: Deployment, n_songs: int) -> None:
+def _export(pipeline: Pipeline, n_songs: int) -> None:
     """Songs of 1,400 to 1,800 characters: at four characters a token, about 400 tokens each."""
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(2_000)]
@@ -117,10 +117,10 @@ def _export(deployment: Deployment, n_songs: int) -> None:
         {"id": song_id, "lyrics": " ".join(draw.choices(words, k=400))[: draw.randint(1_400, 1_800)]}
         for song_id in range(n_songs)
     ]
-    with deployment.database.get_connection() as connection:
+    with pipeline.database.get_connection() as connection:
         connection.execute(sa.text("CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)"))
         connection.execute(sa.text("INSERT INTO songs VALUES (:id, 'Song ' || :id, 'Ann', :lyrics)"), songs)
-    cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, TILING)
+    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, TILING)
 
 
 @contextmanager
@@ -140,8 +140,8 @@ def _filling(settings: dict[str, Any], n_processes: int) -> Iterator[None]:
 def fill(settings: dict[str, Any], part: str) -> None:
     """Fill every n-th range, in this process."""
     first, step = map(int, part.split("/"))
-    deployment = Deployment(Settings(**settings))
-    deployment.filler().fill_ranges(list(TILING)[first::step], lambda _: None)
+    pipeline = Pipeline(Settings(**settings))
+    pipeline.filler().fill_ranges(list(TILING)[first::step], lambda _: None)
 
 
 def _watch(scenario: Scenario, provider: Provider, ledger: Path, seconds: float) -> Result:

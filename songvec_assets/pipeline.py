@@ -38,8 +38,6 @@ if TYPE_CHECKING:  # the HTTP client of providers and the driver of exports, whi
     from songvec_assets.cache.plan import FillReport
     from songvec_assets.songs.export import ExportMode, ExportReport
 
-DAY_S = 86_400.0
-
 
 class EmbedChoices(TypedDict, total=False):
     """What a caller may choose for one run; all are False unless given.
@@ -74,9 +72,6 @@ class Pipeline(Questions):
 
         Args:
             settings: win over both, by their names in `Settings`: `from_env(max_usd=5.0)`.
-
-        Raises:
-            SettingsError: a setting does not parse, or settings contradict each other.
         """
         names = {*variables()} - os.environ.keys()
         dotenv = {name: value for name, value in dotenv_values(".env").items() if name in names}
@@ -120,8 +115,7 @@ class Pipeline(Questions):
             What happened to each range that holds anything.
 
         Raises:
-            SongvecError: the first range's that is not complete, after the others were done; or what made going on
-                pointless.
+            SongvecError: of the first range that is not complete, after the others; or what made going on pointless.
         """
         filler = self.filler(progress, reembed=uuid4().hex if reembed else None, **choices)
         reports: list[FillReport] = []
@@ -253,7 +247,7 @@ class Pipeline(Questions):
             before_fill=functools.partial(self._check_texts, bool(confirmed)),
             before_payment=self._payment_check(),
             keep_spending=self.spending.write,
-            retention_s=given.retention_days * DAY_S,
+            retention_s=given.retention_days * 86_400.0,
             reembed=reembed,
             retry_rejected=choices.get("retry_rejected", False),
         )
@@ -281,13 +275,7 @@ class Pipeline(Questions):
     # searches
 
     def search(self, query: str, limit: int = 10, on_trouble: Callable[[str], None] = lambda _: None) -> Sequence[Hit]:
-        """The songs nearest to a text, nearest first; `pl.DataFrame(hits)` has a row per song.
-
-        Args:
-            query: what the songs are about, in plain words.
-            limit: songs at most.
-            on_trouble: notified while the provider does not answer well.
-        """
+        """The songs nearest to a text, nearest first; `pl.DataFrame(hits)` has a row per song."""
         vector = self.embed_query(query, on_trouble)
         return nearest.search_songs(self.database, self.source, self.as_loaded().table_spec, vector, limit)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.deployment import Deployment
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
@@ -87,13 +87,13 @@ def provider() -> Iterator[Provider]:
 
 
 @pytest.fixture
-def deployment(database: Database, provider: Provider, tmp_path: Path) -> Deployment:
+def pipeline(database: Database, provider: Provider, tmp_path: Path) -> Pipeline:
     """Database, provider and a storage folder of the test's own; 64 dimensions, ranges of 100 song_ids."""
     return deploy(database, provider, tmp_path / "store")
 
 
-def deploy(database: Database, provider: Provider, storage: Path, **settings: object) -> Deployment:
-    """A deployment with some settings; a new one is a new run over the same database and store."""
+def deploy(database: Database, provider: Provider, storage: Path, **settings: object) -> Pipeline:
+    """A pipeline with some settings; a new one is a new run over the same database and store."""
     given: dict[str, object] = {
         "postgres_url": database.url,
         "fireworks_api_key": provider.api_key,
@@ -105,7 +105,7 @@ def deploy(database: Database, provider: Provider, storage: Path, **settings: ob
         "range_size": TILING.width,
         "song_id_stop": TILING.stop,
     }
-    return Deployment(Settings(**(given | settings)))
+    return Pipeline(Settings(**(given | settings)))
 
 
 def environment_of(database: Database, provider: Provider, folder: Path) -> dict[str, str]:

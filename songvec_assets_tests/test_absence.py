@@ -12,8 +12,8 @@ import sqlalchemy as sa
 
 from songvec_assets import cli
 from songvec_assets.definitions import defs
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import BulkDeletionError, SongvecError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs import export as export_module
 from songvec_assets.songs.export import IncompleteExportError
@@ -44,13 +44,13 @@ def change(database: Database, statement: str) -> None:
     execute(database.adbc_uri, statement)
 
 
-def run_all(deployment: Deployment, confirm_deletions: bool = False) -> None:
+def run_all(pipeline: Pipeline, confirm_deletions: bool = False) -> None:
     """Export, embed, load."""
-    deployment.export(confirm_deletions=confirm_deletions)
+    pipeline.export(confirm_deletions=confirm_deletions)
     reports = []
-    deployment.filler().fill_ranges(list(deployment.tiling), reports.append)
+    pipeline.filler().fill_ranges(list(pipeline.tiling), reports.append)
     assert [each.error for each in reports] == [None] * len(reports)
-    deployment.publish()
+    pipeline.load()
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -188,7 +188,7 @@ class TestRanges:
     """Three ranges of 100 songs, below Dagster."""
 
     @pytest.fixture
-    def begin(self, database: Database, provider: Provider, tmp_path: Path) -> Callable[..., Deployment]:
+    def begin(self, database: Database, provider: Provider, tmp_path: Path) -> Callable[..., Pipeline]:
         """Begins a run over songs that are embedded and loaded."""
         insert(database)
         run_all(deploy(database, provider, tmp_path))
@@ -196,7 +196,7 @@ class TestRanges:
         return lambda **settings: deploy(database, provider, tmp_path, **settings)
 
     def test_a_few_deleted_songs_leave_the_table_and_come_back_for_nothing(
-        self, begin: Callable[..., Deployment], database: Database, provider: Provider
+        self, begin: Callable[..., Pipeline], database: Database, provider: Provider
     ) -> None:
         change(database, "DELETE FROM songs WHERE id BETWEEN 250 AND 259")
         run_all(begin())
@@ -212,7 +212,7 @@ class TestRanges:
         assert read_song_ids(database) == [*range(1, N_SONGS + 1)]
 
     def test_songs_that_lose_their_name_for_a_while_are_not_paid_for_again(
-        self, begin: Callable[..., Deployment], database: Database, provider: Provider
+        self, begin: Callable[..., Pipeline], database: Database, provider: Provider
     ) -> None:
         change(database, "UPDATE songs SET name = '' WHERE id BETWEEN 250 AND 259")
         run_all(begin())
@@ -226,7 +226,7 @@ class TestRanges:
         assert read_song_ids(database) == [*range(1, N_SONGS + 1)]
 
     def test_after_the_retention_time_a_compaction_drops_them(
-        self, begin: Callable[..., Deployment], database: Database, provider: Provider, monkeypatch: pytest.MonkeyPatch
+        self, begin: Callable[..., Pipeline], database: Database, provider: Provider, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         change(database, "DELETE FROM songs WHERE id BETWEEN 205 AND 230")
         with pytest.raises(BulkDeletionError):
@@ -242,7 +242,7 @@ class TestRanges:
         assert count_paid(provider) == 26
 
     def test_no_retention_drops_them_with_the_next_compaction(
-        self, begin: Callable[..., Deployment], database: Database, provider: Provider
+        self, begin: Callable[..., Pipeline], database: Database, provider: Provider
     ) -> None:
         change(database, "DELETE FROM songs WHERE id BETWEEN 205 AND 230")
         run_all(begin(retention_days=0))
@@ -251,7 +251,7 @@ class TestRanges:
         assert count_paid(provider) == 26
 
     def test_nineteen_songs_may_go_and_twenty_of_fewer_than_two_hundred_may_not(
-        self, begin: Callable[..., Deployment], database: Database
+        self, begin: Callable[..., Pipeline], database: Database
     ) -> None:
         change(database, "DELETE FROM songs WHERE id > 150")
         run_all(begin(), confirm_deletions=True)
@@ -262,7 +262,7 @@ class TestRanges:
             begin().export()
 
     def test_what_an_earlier_export_saw_as_missing_counts_until_it_is_deleted(
-        self, begin: Callable[..., Deployment], database: Database
+        self, begin: Callable[..., Pipeline], database: Database
     ) -> None:
         """Absence that comes in small steps while nothing is loaded is in bulk, too."""
         change(database, "DELETE FROM songs WHERE id > 280")
@@ -272,14 +272,14 @@ class TestRanges:
             begin().export()
 
     def test_other_ids_in_place_of_the_known_ones_are_absence_though_the_counts_are_equal(
-        self, begin: Callable[..., Deployment], database: Database
+        self, begin: Callable[..., Pipeline], database: Database
     ) -> None:
         change(database, "UPDATE songs SET id = id + 300")
         with pytest.raises(BulkDeletionError, match="300 of 300 songs"):
             begin().export()
 
     def test_songs_of_a_model_that_was_swapped_out_count_by_the_table_that_serves(
-        self, begin: Callable[..., Deployment], database: Database
+        self, begin: Callable[..., Pipeline], database: Database
     ) -> None:
         """The new model's cache is empty."""
         change(database, "DELETE FROM songs WHERE id > 255")
@@ -288,7 +288,7 @@ class TestRanges:
             other.export()
 
     def test_a_cache_that_nothing_was_loaded_from_counts_too(
-        self, begin: Callable[..., Deployment], database: Database
+        self, begin: Callable[..., Pipeline], database: Database
     ) -> None:
         change(database, "DROP TABLE song_embeddings; DELETE FROM songvec.loaded_ranges")
         change(database, "TRUNCATE songs")
@@ -315,7 +315,7 @@ class TestRanges:
             higher.export()
 
     def test_songs_that_vanish_while_the_export_reads_stop_their_ranges(
-        self, begin: Callable[..., Deployment], database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self, begin: Callable[..., Pipeline], database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         """An ETL that truncates after the songs were counted."""
         files = read_files(tmp_path)
@@ -332,7 +332,7 @@ class TestRanges:
         assert read_files(tmp_path) == files
 
     def test_an_append_without_snapshots_stops_too(
-        self, begin: Callable[..., Deployment], database: Database, tmp_path: Path
+        self, begin: Callable[..., Pipeline], database: Database, tmp_path: Path
     ) -> None:
         """It exports every range as if it were new."""
         for path in (tmp_path / "songs").iterdir():
@@ -360,11 +360,11 @@ class TestOneRange:
     """More than half of one range, and a small share of the catalogue."""
 
     @pytest.fixture
-    def begin(self, database: Database, provider: Provider, tmp_path: Path) -> Callable[..., Deployment]:
+    def begin(self, database: Database, provider: Provider, tmp_path: Path) -> Callable[..., Pipeline]:
         """Begins a run over 220 songs in one range and 1,980 in others; ranges of 220."""
         insert(database, 0, 2_199)
 
-        def deploy_wide(**settings: object) -> Deployment:
+        def deploy_wide(**settings: object) -> Pipeline:
             return deploy(database, provider, tmp_path, range_size=220, song_id_stop=2_200, **settings)
 
         run_all(deploy_wide())
@@ -372,7 +372,7 @@ class TestOneRange:
         return deploy_wide
 
     def test_half_of_one_range_stops_the_run(
-        self, begin: Callable[..., Deployment], database: Database, tmp_path: Path
+        self, begin: Callable[..., Pipeline], database: Database, tmp_path: Path
     ) -> None:
         files = read_files(tmp_path)
         change(database, "DELETE FROM songs WHERE id BETWEEN 220 AND 330")
@@ -382,19 +382,19 @@ class TestOneRange:
         begin(max_missing_range_share=0.6).export()
 
     def test_a_column_that_is_blanked_stops_its_range_and_no_other(
-        self, begin: Callable[..., Deployment], database: Database
+        self, begin: Callable[..., Pipeline], database: Database
     ) -> None:
         change(database, "UPDATE songs SET artist = NULL WHERE id BETWEEN 220 AND 330")
         change(database, "UPDATE songs SET lyrics = 'new' WHERE id = 5")
-        deployment = begin()
+        pipeline = begin()
         with pytest.raises(
             IncompleteExportError, match=r"111 of 220.*no longer have what the text template names"
         ) as caught:
-            deployment.export()
+            pipeline.export()
         assert isinstance(caught.value, SongvecError)
         assert [each.range.start for each in caught.value.report.ranges if each.written] == [0]
-        assert deployment.cache.open(caught.value.report.failed[0].range).rows.height == 220
-        deployment.export(confirm_deletions=True)
+        assert pipeline.cache.open(caught.value.report.failed[0].range).rows.height == 220
+        pipeline.export(confirm_deletions=True)
 
 
 def test_an_edit_beside_a_row_of_the_future_is_embedded_and_loaded(

@@ -7,8 +7,8 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.checks import INDEX_CHECKS, TABLE_CHECKS, Evidence, Finding
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import BudgetExceededError, SourceError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import write_fact
 from songvec_assets.settings import Settings
@@ -22,28 +22,28 @@ CHECKS = {check.name: check for check in (*TABLE_CHECKS, *INDEX_CHECKS)}
 N_SONGS = 40
 
 
-def run_all(deployment: Deployment) -> None:
-    deployment.export()
-    deployment.filler().fill_ranges(list(deployment.tiling), lambda _: None)
-    deployment.publish()
-    deployment.index()
+def run_all(pipeline: Pipeline) -> None:
+    pipeline.export()
+    pipeline.filler().fill_ranges(list(pipeline.tiling), lambda _: None)
+    pipeline.load()
+    pipeline.build_index()
 
 
 @pytest.fixture
 def begin(
     database: Database, provider: Provider, songs: Callable[..., None], tmp_path: Path
-) -> Callable[..., Deployment]:
-    """Begins a look at a deployment whose songs are all embedded, loaded and indexed."""
+) -> Callable[..., Pipeline]:
+    """Begins a look at a pipeline whose songs are all embedded, loaded and indexed."""
     songs(*((song_id, f"Song {song_id}", "Ann", "la la") for song_id in range(1, N_SONGS + 1)))
     run_all(deploy(database, provider, tmp_path))
     return lambda **settings: deploy(database, provider, tmp_path, **settings)
 
 
-def ask(deployment: Deployment, name: str) -> Finding:
-    return CHECKS[name].ask(Evidence(deployment))
+def ask(pipeline: Pipeline, name: str) -> Finding:
+    return CHECKS[name].ask(Evidence(pipeline))
 
 
-def test_every_check_passes_for_a_sound_pipeline(begin: Callable[..., Deployment]) -> None:
+def test_every_check_passes_for_a_sound_pipeline(begin: Callable[..., Pipeline]) -> None:
     found = begin().verify()
     assert len(found) == 11
     assert {name: finding.words for name, finding in found.items() if not finding.passed} == {}
@@ -104,7 +104,7 @@ def drop_index(url: str) -> None:
     ],
 )
 def test_what_is_wrong_is_found_and_named(
-    begin: Callable[..., Deployment], name: str, break_it: Callable[[str], None], export: bool, words: str
+    begin: Callable[..., Pipeline], name: str, break_it: Callable[[str], None], export: bool, words: str
 ) -> None:
     break_it(begin().database.adbc_uri)
     if export:
@@ -114,7 +114,7 @@ def test_what_is_wrong_is_found_and_named(
     assert words in finding.words
 
 
-def test_rows_changed_beyond_a_fifth_make_the_index_stale(begin: Callable[..., Deployment]) -> None:
+def test_rows_changed_beyond_a_fifth_make_the_index_stale(begin: Callable[..., Pipeline]) -> None:
     with begin().database.get_connection() as connection:
         write_fact(connection, "rows_changed_since_index", 9)
     finding = ask(begin(), "index_is_fresh")
@@ -122,7 +122,7 @@ def test_rows_changed_beyond_a_fifth_make_the_index_stale(begin: Callable[..., D
 
 
 def test_a_check_that_cannot_run_does_not_pass_and_stops_no_other(
-    begin: Callable[..., Deployment],
+    begin: Callable[..., Pipeline],
 ) -> None:
     evidence = Evidence(begin())
     snapshot = next(evidence.wiring.store.songs.storage.root.glob("*.parquet"))
@@ -133,7 +133,7 @@ def test_a_check_that_cannot_run_does_not_pass_and_stops_no_other(
 
 
 def test_an_index_as_large_as_memory_allows_is_fresh(
-    begin: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
+    begin: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with begin().database.get_connection() as connection:
         connection.execute(sa.text("ALTER INDEX embeddings_ivfflat_idx SET (lists = 2)"))
@@ -147,20 +147,20 @@ def test_an_index_as_large_as_memory_allows_is_fresh(
     [(10**5, 124_000, True), (10**5, 126_000, False), (10**5, 70_000, False), (9_999, 20_000, True)],
 )
 def test_the_bill_is_compared_with_the_estimate(
-    begin: Callable[..., Deployment], expected: int, billed: int, passed: bool
+    begin: Callable[..., Pipeline], expected: int, billed: int, passed: bool
 ) -> None:
-    deployment = begin()
-    with deployment.database.get_connection() as connection:
+    pipeline = begin()
+    with pipeline.database.get_connection() as connection:
         fact = {"n_tokens_expected": expected, "n_tokens": billed, "bytes_per_token": 4.0}
         write_fact(connection, SPENDING, fact)
-    assert ask(deployment, "billed_as_estimated").passed == passed
+    assert ask(pipeline, "billed_as_estimated").passed == passed
 
 
-def embed_cyrillic(deployment: Deployment, songs: Callable[..., None], song_id: int) -> Deployment:
+def embed_cyrillic(pipeline: Pipeline, songs: Callable[..., None], song_id: int) -> Pipeline:
     """Embed a song's worth of tokens that the first estimate takes for twice as many."""
     songs(*((song_id + n, f"Песня {n}", "Анна", f"ля{'абвгдежзийклмнопрстуфхцч'[n]} " * 700) for n in range(20)))
-    run_all(deployment)
-    return deployment
+    run_all(pipeline)
+    return pipeline
 
 
 def test_a_first_run_does_not_fail_for_want_of_experience_but_a_later_one_may(
@@ -186,12 +186,12 @@ def own_server() -> Iterator[Provider]:
 def test_a_server_of_ones_own_without_a_key_costs_nothing(
     database: Database, own_server: Provider, songs: Callable[..., None], tmp_path: Path
 ) -> None:
-    def begin(**settings: object) -> Deployment:
+    def begin(**settings: object) -> Pipeline:
         return deploy(database, own_server, tmp_path, fireworks_api_key=None, **settings)
 
-    deployment = embed_cyrillic(begin(max_usd=0.0, max_usd_a_month=0.0), songs, 1)
-    assert (deployment.estimate(reembed=True).usd, deployment.month_spending().billed) == (0.0, 0.0)
-    assert deployment.status().month.billed == 0.0
+    pipeline = embed_cyrillic(begin(max_usd=0.0, max_usd_a_month=0.0), songs, 1)
+    assert (pipeline.estimate(reembed=True).usd, pipeline.month_spending().billed) == (0.0, 0.0)
+    assert pipeline.status().month.billed == 0.0
     found = begin().verify()
     assert {name: finding.words for name, finding in found.items() if not finding.passed} == {}
     with pytest.raises(BudgetExceededError):
@@ -217,36 +217,36 @@ def test_the_price_is_what_is_set_else_that_of_who_sends_a_bill(environment: dic
     ("price", "bytes_per_token", "passed"), [(0.1, 4.0, True), (100.0, 4.0, False), (0.1, 0.2, False), (0.0, 0.2, True)]
 )
 def test_a_price_that_no_provider_has_is_named(
-    begin: Callable[..., Deployment], price: float, bytes_per_token: float, passed: bool
+    begin: Callable[..., Pipeline], price: float, bytes_per_token: float, passed: bool
 ) -> None:
-    deployment = begin(usd_per_million_tokens=price)
-    with deployment.database.get_connection() as connection:
+    pipeline = begin(usd_per_million_tokens=price)
+    with pipeline.database.get_connection() as connection:
         write_fact(connection, SPENDING, {"n_tokens_expected": 9, "n_tokens": 9, "bytes_per_token": bytes_per_token})
-    assert ask(deployment, "price_is_sane").passed == passed
+    assert ask(pipeline, "price_is_sane").passed == passed
 
 
-def read_coverage(deployment: Deployment) -> list[tuple[int, ...]]:
-    return deployment.read_inventory(with_source=False).coverage.drop("key").rows()
+def read_coverage(pipeline: Pipeline) -> list[tuple[int, ...]]:
+    return pipeline.read_inventory(with_source=False).coverage.drop("key").rows()
 
 
-def test_coverage_counts_each_song_once_as_status_does(begin: Callable[..., Deployment]) -> None:
+def test_coverage_counts_each_song_once_as_status_does(begin: Callable[..., Pipeline]) -> None:
     url = begin().database.adbc_uri
     unname_songs(url)
     execute(url, "INSERT INTO songs SELECT n, 'New', 'Ann', 'la ' || n FROM generate_series(110, 119) AS n")
     begin().export()
-    deployment = begin()
-    first, second = read_coverage(deployment)
-    assert [sum(first), sum(second)] == deployment.status().ranges["n_songs"].to_list() == [40, 10]
+    pipeline = begin()
+    first, second = read_coverage(pipeline)
+    assert [sum(first), sum(second)] == pipeline.status().ranges["n_songs"].to_list() == [40, 10]
     assert second == (0, 0, 0, 10), "loaded, cached, rejected, missing"
-    deployment.filler().fill_ranges(list(deployment.tiling), lambda _: None)
+    pipeline.filler().fill_ranges(list(pipeline.tiling), lambda _: None)
     first, second = read_coverage(begin())
     assert first == (40, 0, 0, 0), "a song that is loaded counts as that until the next load"
     assert second == (0, 10, 0, 0)
-    begin().publish()
+    begin().load()
     assert read_coverage(begin()) == [(37, 0, 3, 0), (10, 0, 0, 0)]
 
 
-def test_ranges_behind_are_those_whose_songs_changed(begin: Callable[..., Deployment]) -> None:
+def test_ranges_behind_are_those_whose_songs_changed(begin: Callable[..., Pipeline]) -> None:
     assert begin().read_inventory(with_table=False, with_source=False).behind == []
     execute(begin().database.adbc_uri, "INSERT INTO songs VALUES (150, 'New', 'Ann', 'la')")
     begin().export()
@@ -289,11 +289,11 @@ def test_songs_that_are_not_exported_yet_are_missing(
 
 
 def test_spending_that_another_version_recorded_otherwise_counts_as_not_recorded(
-    deployment: Deployment, songs: Callable[..., None]
+    pipeline: Pipeline, songs: Callable[..., None]
 ) -> None:
     songs((1, "Sea", "Ann", "waves"))
-    deployment.bind()
-    with deployment.database.get_connection() as connection:
+    pipeline.bind()
+    with pipeline.database.get_connection() as connection:
         write_fact(connection, SPENDING, {"tokens": 12, "dollars": 3})
-    assert deployment.spending.read() is None
-    assert ask(deployment, "billed_as_estimated").passed
+    assert pipeline.spending.read() is None
+    assert ask(pipeline, "billed_as_estimated").passed

@@ -14,11 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from songvec_assets.cli import app
-from songvec_assets.deployment import Deployment
 from songvec_assets.embedding import client as client_module
 from songvec_assets.embedding import contact as contact_module
 from songvec_assets.embedding import transport as transport_module
 from songvec_assets.errors import ProviderError, ProviderUnavailableError, SettingsError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress
 from songvec_assets.songs.ranges import SongIdRange
@@ -42,8 +42,8 @@ def _short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def deployment_at(
     database: Database, songs: Callable[..., None], provider: Provider, tmp_path: Path
-) -> Callable[..., Deployment]:
-    """A deployment over twenty songs in two ranges whose server is at some URL."""
+) -> Callable[..., Pipeline]:
+    """A pipeline over twenty songs in two ranges whose server is at some URL."""
     songs(*plain_songs([*range(1, 11), *range(101, 111)]))
     return lambda **settings: deploy(database, provider, tmp_path / "store", **settings)
 
@@ -73,29 +73,29 @@ def listener(greeting: bytes | None) -> Iterator[int]:
         accepting.join(10)
 
 
-def assert_ends(deployment: Deployment, *words: str, kind: type[Exception] = ProviderError) -> None:
+def assert_ends(pipeline: Pipeline, *words: str, kind: type[Exception] = ProviderError) -> None:
     """A run ends by its first request, with these words and the URL."""
-    reports, error = try_fill(deployment)
+    reports, error = try_fill(pipeline)
     error = error or reports[0].error
     assert type(error) is kind, error
-    for each in (deployment.settings.fireworks_base_url, *words):
+    for each in (pipeline.settings.fireworks_base_url, *words):
         assert each in str(error)
     assert "answered 503" not in str(error)
 
 
 class TestAWrongUrl:
-    def test_of_a_host_without_a_name(self, deployment_at: Callable[..., Deployment]) -> None:
-        deployment = deployment_at(fireworks_base_url="http://nowhere.invalid/v1")
-        assert_ends(deployment, "does not resolve: correct FIREWORKS_BASE_URL", kind=ProviderUnavailableError)
+    def test_of_a_host_without_a_name(self, deployment_at: Callable[..., Pipeline]) -> None:
+        pipeline = deployment_at(fireworks_base_url="http://nowhere.invalid/v1")
+        assert_ends(pipeline, "does not resolve: correct FIREWORKS_BASE_URL", kind=ProviderUnavailableError)
 
-    def test_of_a_closed_port(self, deployment_at: Callable[..., Deployment]) -> None:
-        deployment = deployment_at(fireworks_base_url=f"http://127.0.0.1:{free_port()}/v1")
-        assert_ends(deployment, "cannot be reached", "nothing listens there", kind=ProviderUnavailableError)
+    def test_of_a_closed_port(self, deployment_at: Callable[..., Pipeline]) -> None:
+        pipeline = deployment_at(fireworks_base_url=f"http://127.0.0.1:{free_port()}/v1")
+        assert_ends(pipeline, "cannot be reached", "nothing listens there", kind=ProviderUnavailableError)
 
-    def test_of_a_server_that_speaks_no_tls(self, deployment_at: Callable[..., Deployment]) -> None:
+    def test_of_a_server_that_speaks_no_tls(self, deployment_at: Callable[..., Pipeline]) -> None:
         with listener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
-            deployment = deployment_at(fireworks_base_url=f"https://127.0.0.1:{port}/v1")
-            assert_ends(deployment, "FIREWORKS_BASE_URL begins with http://", kind=ProviderUnavailableError)
+            pipeline = deployment_at(fireworks_base_url=f"https://127.0.0.1:{port}/v1")
+            assert_ends(pipeline, "FIREWORKS_BASE_URL begins with http://", kind=ProviderUnavailableError)
 
     @pytest.mark.parametrize(
         ("greeting", "words"),
@@ -103,23 +103,23 @@ class TestAWrongUrl:
         ids=["ssh", "a proxy without its server"],
     )
     def test_of_something_that_is_no_web_server(
-        self, deployment_at: Callable[..., Deployment], greeting: bytes, words: str
+        self, deployment_at: Callable[..., Pipeline], greeting: bytes, words: str
     ) -> None:
         with listener(greeting) as port:
-            deployment = deployment_at(fireworks_base_url=f"http://127.0.0.1:{port}/v1")
-            assert_ends(deployment, words, kind=ProviderUnavailableError)
+            pipeline = deployment_at(fireworks_base_url=f"http://127.0.0.1:{port}/v1")
+            assert_ends(pipeline, words, kind=ProviderUnavailableError)
 
-    def test_of_a_server_that_does_not_end_the_tls_handshake(self, deployment_at: Callable[..., Deployment]) -> None:
+    def test_of_a_server_that_does_not_end_the_tls_handshake(self, deployment_at: Callable[..., Pipeline]) -> None:
         with listener(None) as port:
-            deployment = deployment_at(fireworks_base_url=f"https://127.0.0.1:{port}/v1")
-            assert_ends(deployment, "the host does not answer", kind=ProviderUnavailableError)
+            pipeline = deployment_at(fireworks_base_url=f"https://127.0.0.1:{port}/v1")
+            assert_ends(pipeline, "the host does not answer", kind=ProviderUnavailableError)
 
     @pytest.mark.parametrize("page", [HTML, "{}", '{"data": "none"}'])
-    def test_of_a_page(self, deployment_at: Callable[..., Deployment], provider: Provider, page: str) -> None:
+    def test_of_a_page(self, deployment_at: Callable[..., Pipeline], provider: Provider, page: str) -> None:
         provider.control(page=page)
         assert_ends(deployment_at(), "/embeddings gives no embeddings", page[:20], "correct FIREWORKS_BASE_URL")
 
-    def test_of_a_path_that_is_none(self, deployment_at: Callable[..., Deployment], provider: Provider) -> None:
+    def test_of_a_path_that_is_none(self, deployment_at: Callable[..., Pipeline], provider: Provider) -> None:
         wrong = provider.base_url.removesuffix("/v1")
         assert_ends(deployment_at(fireworks_base_url=wrong), "answered 404", "ends in /v1")
         provider.control(mode="lmstudio")
@@ -133,7 +133,7 @@ class TestAWrongUrl:
         ],
     )
     def test_of_a_server_that_redirects_gets_no_key_elsewhere(
-        self, deployment_at: Callable[..., Deployment], provider: Provider, location: str, words: str
+        self, deployment_at: Callable[..., Pipeline], provider: Provider, location: str, words: str
     ) -> None:
         provider.control(redirect=location)
         assert_ends(deployment_at(), "answered 301", location, words)
@@ -149,7 +149,7 @@ class TestAWrongUrl:
         ],
     )
     def test_that_shows_is_refused_with_the_right_one_by_a_dry_run_too(
-        self, deployment_at: Callable[..., Deployment], wrong: str, right: str, monkeypatch: pytest.MonkeyPatch
+        self, deployment_at: Callable[..., Pipeline], wrong: str, right: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with pytest.raises(SettingsError, match=rf"FIREWORKS_BASE_URL.*set .*{right}(,|$)"):
             deployment_at(fireworks_base_url=wrong)
@@ -158,46 +158,46 @@ class TestAWrongUrl:
         assert right in str(result.exception)
 
     def test_that_redirects_is_refused_with_the_right_one_by_a_dry_run_that_sends_nothing(
-        self, deployment_at: Callable[..., Deployment], provider: Provider
+        self, deployment_at: Callable[..., Pipeline], provider: Provider
     ) -> None:
-        deployment = deployment_at()
-        deployment.export()
+        pipeline = deployment_at()
+        pipeline.export()
         provider.control(redirect="https://music.example/v1/embeddings")
         with pytest.raises(ProviderError, match=r"answered 301.*set FIREWORKS_BASE_URL=https://music\.example/v1$"):
-            deployment.dry_run(list(deployment.tiling))
+            pipeline.dry_run(list(pipeline.tiling))
         assert provider.ledger()["requests"] == 0
         provider.control()
-        assert deployment.dry_run(list(deployment.tiling)).estimate.n_texts > 0
+        assert pipeline.dry_run(list(pipeline.tiling)).estimate.n_texts > 0
 
     @pytest.mark.parametrize("url", ["http:///v1", "http://localhost:99999/v1", "http://localhost:port/v1"])
-    def test_without_a_host_or_port_is_refused(self, deployment_at: Callable[..., Deployment], url: str) -> None:
+    def test_without_a_host_or_port_is_refused(self, deployment_at: Callable[..., Pipeline], url: str) -> None:
         with pytest.raises(SettingsError, match="FIREWORKS_BASE_URL names no host"):
             deployment_at(fireworks_base_url=url)
 
 
-def test_a_busy_server_is_not_a_wrong_one(deployment_at: Callable[..., Deployment], provider: Provider) -> None:
+def test_a_busy_server_is_not_a_wrong_one(deployment_at: Callable[..., Pipeline], provider: Provider) -> None:
     provider.control(statuses=[{"status": 503, "count": 40}])
-    deployment = deployment_at()
-    fill(deployment)
-    assert_stored(deployment, plain_texts([*range(1, 11), *range(101, 111)]))
+    pipeline = deployment_at()
+    fill(pipeline)
+    assert_stored(pipeline, plain_texts([*range(1, 11), *range(101, 111)]))
     assert provider.ledger()["requests_by_status"]["503"] == 40
 
 
 def test_after_a_good_answer_patience_is_as_configured(
-    deployment_at: Callable[..., Deployment], provider: Provider, monkeypatch: pytest.MonkeyPatch
+    deployment_at: Callable[..., Pipeline], provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A page for a while, such as a gateway's in maintenance, in the middle of a run."""
     monkeypatch.setattr(transport_module, "FIRST_PATIENCE_S", 0.0)
-    deployment, pages = deployment_at(max_request_texts=2, concurrency=1), []
-    export(deployment)
+    pipeline, pages = deployment_at(max_request_texts=2, concurrency=1), []
+    export(pipeline)
 
     def watch(progress: Progress) -> None:
         if progress.done and not pages:
             pages.append(provider.control(page=HTML))
             threading.Timer(0.5, provider.control).start()
 
-    deployment.filler(progress=watch).fill_ranges(list(deployment.tiling), lambda _: None)
-    assert_stored(deployment, plain_texts([*range(1, 11), *range(101, 111)]))
+    pipeline.filler(progress=watch).fill_ranges(list(pipeline.tiling), lambda _: None)
+    assert_stored(pipeline, plain_texts([*range(1, 11), *range(101, 111)]))
 
 
 class TestAModelThatLoads:
@@ -208,25 +208,25 @@ class TestAModelThatLoads:
         monkeypatch.setattr(contact_module, "FIRST_NOTE_S", 0.2)
 
     def test_is_waited_for_in_a_run_that_says_so(
-        self, deployment_at: Callable[..., Deployment], provider: Provider
+        self, deployment_at: Callable[..., Pipeline], provider: Provider
     ) -> None:
         provider.control(mode="ollama")
-        deployment, notes = deployment_at(), list[Progress]()
-        export(deployment)
-        deployment.filler(progress=notes.append).fill_ranges([SongIdRange(0, 100)], lambda _: None)
-        assert_stored(deployment, plain_texts(range(1, 11)))
+        pipeline, notes = deployment_at(), list[Progress]()
+        export(pipeline)
+        pipeline.filler(progress=notes.append).fill_ranges([SongIdRange(0, 100)], lambda _: None)
+        assert_stored(pipeline, plain_texts(range(1, 11)))
         (waiting,) = [note for note in notes if note.is_trouble]
         assert f"waiting for {provider.base_url}" in waiting.note
         assert provider.ledger()["loads"] == 1, "nobody hung up"
 
     def test_is_waited_for_in_a_search_that_says_so(
-        self, deployment_at: Callable[..., Deployment], provider: Provider, monkeypatch: pytest.MonkeyPatch
+        self, deployment_at: Callable[..., Pipeline], provider: Provider, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        deployment = deployment_at()
-        fill(deployment)
-        deployment.publish()
+        pipeline = deployment_at()
+        fill(pipeline)
+        pipeline.load()
         provider.control(mode="ollama")
-        search_with(deployment, monkeypatch)
+        search_with(pipeline, monkeypatch)
         result = CliRunner().invoke(app, ["search", "song 7", "-n", "1"])
         assert result.exit_code == 0, result.output
         assert f"waiting for {provider.base_url}" in "".join(result.stderr.split("\n"))
@@ -235,20 +235,20 @@ class TestAModelThatLoads:
 
 
 def test_a_search_names_a_wrong_url(
-    deployment_at: Callable[..., Deployment], provider: Provider, monkeypatch: pytest.MonkeyPatch
+    deployment_at: Callable[..., Pipeline], provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deployment = deployment_at()
-    fill(deployment)
-    deployment.publish()
+    pipeline = deployment_at()
+    fill(pipeline)
+    pipeline.load()
     provider.control(page=HTML)
-    search_with(deployment, monkeypatch)
+    search_with(pipeline, monkeypatch)
     result = CliRunner().invoke(app, ["search", "song 7"])
     assert f"{provider.base_url}/embeddings gives no embeddings" in str(result.exception)
 
 
-def search_with(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set a command's environment to that of a deployment."""
-    settings = deployment.settings
+def search_with(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set a command's environment to that of a pipeline."""
+    settings = pipeline.settings
     for name, value in {
         "POSTGRES_URL": settings.postgres_url,
         "FIREWORKS_API_KEY": settings.fireworks_api_key,

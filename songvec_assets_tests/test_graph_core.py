@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.cache.plan import FillReport
-from songvec_assets.deployment import Deployment
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import embed_query, search_songs
 from songvec_assets.songs.export import cache_songs_to_parquet
@@ -21,12 +21,12 @@ from songvec_assets_tests.vectors.conftest import upload
 from songvec_assets_tests.vectors.indexes import build_index
 
 
-def run_all(deployment: Deployment) -> tuple[list[FillReport], list[RangeLoad]]:
+def run_all(pipeline: Pipeline) -> tuple[list[FillReport], list[RangeLoad]]:
     """Export, fill and load everything once."""
-    cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, deployment.tiling)
+    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, pipeline.tiling)
     fills: list[FillReport] = []
-    deployment.filler().fill_ranges(list(deployment.tiling), fills.append)
-    loads = upload(deployment.database, deployment.cache, deployment.table_spec, deployment.tiling)
+    pipeline.filler().fill_ranges(list(pipeline.tiling), fills.append)
+    loads = upload(pipeline.database, pipeline.cache, pipeline.table_spec, pipeline.tiling)
     return fills, loads
 
 
@@ -38,23 +38,23 @@ def read_table(database: Database) -> dict[int, np.ndarray]:
 
 
 def test_songs_become_a_table_that_a_search_finds(
-    songs: Callable[..., None], deployment: Deployment, provider: Provider
+    songs: Callable[..., None], pipeline: Pipeline, provider: Provider
 ) -> None:
     songs((1, "Sea", "Ann", "waves and salt"), (2, "Hill", "Ben", None), (150, "Moon", "Cy", "a silver light"))
-    fills, loads = run_all(deployment)
+    fills, loads = run_all(pipeline)
     assert [(fill.range.key, fill.n_new, fill.error) for fill in fills] == [
         ("000000000-000000100", 2, None),
         ("000000100-000000200", 1, None),
     ]
     assert sum(load.n_written for load in loads) == 3
-    table = read_table(deployment.database)
+    table = read_table(pipeline.database)
     np.testing.assert_allclose(table[1], vector_of("Sea by Ann\nwaves and salt", 64), atol=1e-6)
     np.testing.assert_allclose(table[2], vector_of("Hill by Ben", 64), atol=1e-6)
-    build_index(deployment.database, deployment.cache, deployment.table_spec)
-    hits = search_songs(deployment.database, deployment.source, deployment.table_spec, table[150], limit=2)
+    build_index(pipeline.database, pipeline.cache, pipeline.table_spec)
+    hits = search_songs(pipeline.database, pipeline.source, pipeline.table_spec, table[150], limit=2)
     assert (hits[0].song_id, hits[0].name, round(hits[0].similarity, 3)) == (150, "Moon", 1.0)
-    assert embed_query(deployment.embedder(), "moonlight").shape == (64,)
-    assert deployment.status().total["n_missing"] == 0
+    assert embed_query(pipeline.embedder(), "moonlight").shape == (64,)
+    assert pipeline.status().total["n_missing"] == 0
 
 
 def test_a_second_run_sends_no_request_and_writes_nothing(
@@ -88,12 +88,12 @@ def test_a_changed_a_new_and_a_deleted_song_cost_two_texts(
 
 
 def test_songs_with_the_same_text_share_a_request_slot(
-    songs: Callable[..., None], deployment: Deployment, provider: Provider
+    songs: Callable[..., None], pipeline: Pipeline, provider: Provider
 ) -> None:
     songs((1, "Sea", "Ann", "waves"), (2, "Sea", "Ann", "waves"), (3, "Sea", "Ann", "waves"))
-    run_all(deployment)
+    run_all(pipeline)
     assert provider.texts()["Sea by Ann\nwaves"] == 1
-    assert len(read_table(deployment.database)) == 3
+    assert len(read_table(pipeline.database)) == 3
 
 
 def create_songs(database: Database, columns: str, rows: str) -> None:
@@ -118,18 +118,18 @@ def test_only_the_columns_that_the_template_names_are_needed(
     database: Database, provider: Provider, tmp_path: Path, template: str, columns: str, rows: str, texts: set[str]
 ) -> None:
     create_songs(database, columns, rows)
-    deployment = deploy(database, provider, tmp_path / "store", text_template=template)
-    fills, loads = run_all(deployment)
+    pipeline = deploy(database, provider, tmp_path / "store", text_template=template)
+    fills, loads = run_all(pipeline)
     assert [(fill.n_songs, fill.n_rejected, fill.error) for fill in fills] == [(2, 0, None)]
     assert {*provider.texts()} - {"probe"} == texts
     assert sum(load.n_written for load in loads) == 2
-    vector = deployment.embed_query("waves")
-    hits = search_songs(database, deployment.source, deployment.table_spec, vector)
+    vector = pipeline.embed_query("waves")
+    hits = search_songs(database, pipeline.source, pipeline.table_spec, vector)
     shown = {hit.song_id: (hit.name, hit.artist) for hit in hits}
     assert (shown[1][0] or "Sea", shown[1][1] in ("", "Ann")) == ("Sea", True)
-    assert look_at_source(database, deployment.source, None)[0].state.n_songs == 2
-    assert deployment.find_absence().n_missing == 0
-    deployment.preview()
+    assert look_at_source(database, pipeline.source, None)[0].state.n_songs == 2
+    assert pipeline.find_absence().n_missing == 0
+    pipeline.preview()
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_a_song_is_rejected_for_what_the_template_names_and_it_lacks(
     template: str, rejected: dict[int, str],
 ) -> None:  # fmt: skip
     songs((1, " ", "Ann", "waves"), (2, "Sea", None, " \n"), (3, None, "", None), (4, "Hill", "Ben", "la"))
-    deployment = deploy(database, provider, tmp_path / "store", text_template=template)
-    (fill,), _ = run_all(deployment)
-    snapshot = deployment.store.songs.read(fill.range)
+    pipeline = deploy(database, provider, tmp_path / "store", text_template=template)
+    (fill,), _ = run_all(pipeline)
+    snapshot = pipeline.store.songs.read(fill.range)
     found = {song_id: reason for song_id, reason in snapshot.select("song_id", "rejected").iter_rows() if reason}
     assert found == rejected
     assert (fill.n_rejected, fill.n_embedded) == (len(rejected), 4 - len(rejected))
@@ -163,9 +163,9 @@ def test_a_template_that_needs_less_takes_songs_that_were_rejected_even_where_ex
         "(1, 'Sea', NULL, 'waves'), (2, 'Hill', 'Ben', NULL)",
     )  # fmt: skip
     given = {"updated_at_column": "changed", "text_template": "{name} by {artist}"}
-    deployment = deploy(database, provider, tmp_path / "store", **given)
-    deployment.export()
-    deployment.filler().fill_ranges(list(deployment.tiling), lambda _: None)
+    pipeline = deploy(database, provider, tmp_path / "store", **given)
+    pipeline.export()
+    pipeline.filler().fill_ranges(list(pipeline.tiling), lambda _: None)
     assert {*provider.texts()} - {"probe"} == {"Hill by Ben"}
     changed = deploy(database, provider, tmp_path / "store", **given | {"text_template": "{name}"})
     changed.export()

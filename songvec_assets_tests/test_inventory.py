@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.deployment import Deployment
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.songs import snapshots
 from songvec_assets.storage import Storage
 
@@ -15,25 +15,25 @@ DIFFERENCES = ["key", "n_missing", "n_orphans", "is_answered", "is_loaded"]
 
 
 @pytest.fixture
-def filled(deployment: Deployment, songs: Songs) -> Deployment:
+def filled(pipeline: Pipeline, songs: Songs) -> Pipeline:
     """Songs 1 to 3 and 101 are loaded; song 4 has no name."""
     songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in (1, 2, 3, 101)), (4, None, "Ann", "la"))
-    deployment.export()
-    deployment.filler().fill_ranges(list(deployment.tiling), lambda _: None)
-    deployment.publish()
-    return deployment
+    pipeline.export()
+    pipeline.filler().fill_ranges(list(pipeline.tiling), lambda _: None)
+    pipeline.load()
+    return pipeline
 
 
-def change(deployment: Deployment, statement: str) -> None:
-    with deployment.database.get_connection() as connection:
+def change(pipeline: Pipeline, statement: str) -> None:
+    with pipeline.database.get_connection() as connection:
         connection.execute(sa.text(statement))
 
 
-def read(deployment: Deployment, columns: list[str]) -> list[tuple[object, ...]]:
-    return deployment.read_inventory().frame.select(columns).rows()
+def read(pipeline: Pipeline, columns: list[str]) -> list[tuple[object, ...]]:
+    return pipeline.read_inventory().frame.select(columns).rows()
 
 
-def test_a_row_has_what_each_place_holds_of_a_range(filled: Deployment) -> None:
+def test_a_row_has_what_each_place_holds_of_a_range(filled: Pipeline) -> None:
     assert read(filled, COUNTS) == [
         ("000000000-000000100", 4, 4, 0, 3, 1, 3, 3),
         ("000000100-000000200", 1, 1, 0, 1, 0, 1, 1),
@@ -45,7 +45,7 @@ def test_a_row_has_what_each_place_holds_of_a_range(filled: Deployment) -> None:
 
 
 def test_songs_are_missing_until_they_are_loaded_and_orphans_until_their_rows_are_removed(
-    filled: Deployment, songs: Songs
+    filled: Pipeline, songs: Songs
 ) -> None:
     songs((5, "Song 5", "Ann", "la"), (901, "Song 901", "Ann", "la"))
     change(filled, "DELETE FROM songs WHERE id = 2")
@@ -60,17 +60,17 @@ def test_songs_are_missing_until_they_are_loaded_and_orphans_until_their_rows_ar
     assert last == ("000000900-000001000", 1, 0, False, False)
     filled.filler().fill_ranges(list(filled.tiling), lambda _: None)
     assert read(filled, DIFFERENCES)[0] == ("000000000-000000100", 1, 1, True, False)
-    filled.publish()
+    filled.load()
     assert all(row[1:] == (0, 0, True, True) for row in read(filled, DIFFERENCES))
 
 
-def test_rows_that_somebody_else_removed_leave_a_range_not_loaded(filled: Deployment) -> None:
+def test_rows_that_somebody_else_removed_leave_a_range_not_loaded(filled: Pipeline) -> None:
     change(filled, "DELETE FROM song_embeddings WHERE song_id = 3")
     assert [row[-1] for row in read(filled, DIFFERENCES)] == [False, True]
 
 
 def test_status_and_estimate_of_a_complete_catalogue_open_no_file_with_vectors_and_render_no_text(
-    filled: Deployment, monkeypatch: pytest.MonkeyPatch
+    filled: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("opened or rendered")
@@ -88,7 +88,7 @@ def test_status_and_estimate_of_a_complete_catalogue_open_no_file_with_vectors_a
 
 
 def test_a_run_with_nothing_to_do_opens_each_file_with_vectors_at_most_once(
-    filled: Deployment, monkeypatch: pytest.MonkeyPatch
+    filled: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
     open_file = Storage.open
@@ -101,5 +101,5 @@ def test_a_run_with_nothing_to_do_opens_each_file_with_vectors_at_most_once(
     monkeypatch.setattr(Storage, "open", note)
     filled.export()
     filled.filler().fill_ranges(list(filled.tiling), lambda _: None)
-    filled.publish()
+    filled.load()
     assert len(opened) == len({*opened})

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from songvec_assets.cli import app
 from songvec_assets.defs.resources import PostgresResource
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SourceError, StoreError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
 from songvec_assets.songs.ranges import SongIdRange
@@ -78,8 +78,8 @@ def test_looking_creates_nothing_and_binds_nothing(
         assert "schema" not in str(result.exception), command
         assert not (tmp_path / "store").exists(), command
         assert made_of_ours(mistyped) == [], command
-    deployment = deploy(mistyped, provider, tmp_path / "store")
-    assert (deployment.read_inventory(with_table=False, with_source=False).behind, deployment.held_ranges()) == (
+    pipeline = deploy(mistyped, provider, tmp_path / "store")
+    assert (pipeline.read_inventory(with_table=False, with_source=False).behind, pipeline.held_ranges()) == (
         [],
         [SongIdRange(0, 100)],
     )
@@ -114,11 +114,11 @@ def test_after_a_look_at_a_mistyped_database_the_right_one_is_bound(
     looked = CliRunner().invoke(app, ["status", "--json"])
     assert (looked.exit_code, json.loads(looked.stdout)["missing"]) == (3, 1), "the song is not exported yet"
     right = deploy(database, provider, tmp_path / "store", range_size=50_000, song_id_stop=16_000_000).settings
-    early = Deployment(right)
+    early = Pipeline(right)
     assert early.read_inventory(with_table=False, with_source=False).behind == [], (
         "it looked before another one bound them"
     )
-    Deployment(right).export()
+    Pipeline(right).export()
     early.export()
     store_id = json.loads((tmp_path / "store" / "store.json").read_text())["store_id"]
     with database.get_connection() as connection:
@@ -133,7 +133,7 @@ def test_after_a_look_at_a_mistyped_database_the_right_one_is_bound(
         elsewhere.export()
     assert not (tmp_path / "another").exists()
     assert made_of_ours(mistyped) == []
-    Deployment(right).export()
+    Pipeline(right).export()
 
 
 def test_the_resource_s_engine_and_connection_make_nothing_in_a_database_that_is_not_ours(
@@ -148,13 +148,13 @@ def test_the_resource_s_engine_and_connection_make_nothing_in_a_database_that_is
 
 
 def test_looking_does_not_cut_the_tail_where_the_stop_was_raised(
-    deployment: Deployment, songs: Callable[..., None], tmp_path: Path
+    pipeline: Pipeline, songs: Callable[..., None], tmp_path: Path
 ) -> None:
     songs((1_050, "Sea", "Ann", "waves"), (5_000, "Hill", "Ben", "stones"))
-    deployment.export()
-    deployment.filler().fill_ranges(list(TILING), lambda _: None)
+    pipeline.export()
+    pipeline.filler().fill_ranges(list(TILING), lambda _: None)
     before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
-    raised = Deployment(deployment.settings.model_copy(update={"song_id_stop": 2_000}))
+    raised = Pipeline(pipeline.settings.model_copy(update={"song_id_stop": 2_000}))
     assert raised.read_inventory(with_table=False, with_source=False).behind == []
     assert raised.held_ranges() == [SongIdRange(1_000, 1_100), raised.tiling.tail]
     assert raised.estimate({*raised.held_ranges()}).n_songs == 2
@@ -167,7 +167,7 @@ FIRST_START = """
 import sys, time
 from pathlib import Path
 from songvec_assets.cache.store import open_store
-from songvec_assets.deployment import Deployment
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.settings import Settings
 from songvec_assets.songs.ranges import Tiling
 
@@ -182,9 +182,9 @@ for n in range(20):
 while time.time() < start + 1.2:
     pass
 given = {"postgres_url": url, "fireworks_api_key": "k", "storage": str(folder / "bound")}
-deployment = Deployment(Settings(range_size=100, song_id_stop=1_000, **given))
-deployment.bind()
-print(*stores, deployment.store.store_id)
+pipeline = Pipeline(Settings(range_size=100, song_id_stop=1_000, **given))
+pipeline.bind()
+print(*stores, pipeline.store.store_id)
 """
 
 

@@ -18,10 +18,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from songvec_assets.deployment import Deployment
 from songvec_assets.embedding import contact as contact_module
 from songvec_assets.embedding import transport as transport_module
 from songvec_assets.errors import ProviderUnavailableError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets_tests.administration import free_port
 from songvec_assets_tests.cache.test_fill import assert_stored, fill, plain_songs, plain_texts, try_fill
@@ -46,8 +46,8 @@ def _no_network_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def deployment_at(
     database: Database, songs: Callable[..., None], provider: Provider, tmp_path: Path
-) -> Callable[[str], Deployment]:
-    """A deployment over ten songs whose server is at some URL."""
+) -> Callable[[str], Pipeline]:
+    """A pipeline over ten songs whose server is at some URL."""
     songs(*plain_songs(range(1, 11)))
     return lambda url: deploy(database, provider, tmp_path / "store", fireworks_base_url=url)
 
@@ -166,7 +166,7 @@ def tls_port(provider: Provider, authority: tuple[Path, ssl.SSLContext]) -> Iter
 
 
 def test_a_certificate_of_a_private_authority_is_refused_until_ssl_cert_file_names_it(
-    deployment_at: Callable[[str], Deployment],
+    deployment_at: Callable[[str], Pipeline],
     authority: tuple[Path, ssl.SSLContext],
     tls_port: int,
     provider: Provider,
@@ -180,14 +180,14 @@ def test_a_certificate_of_a_private_authority_is_refused_until_ssl_cert_file_nam
         assert words in str(error)
     assert provider.ledger()["requests"] == 0
     monkeypatch.setenv("SSL_CERT_FILE", str(authority[0]))
-    deployment = deployment_at(url)
-    fill(deployment)
-    assert_stored(deployment, plain_texts(range(1, 11)))
+    pipeline = deployment_at(url)
+    fill(pipeline)
+    assert_stored(pipeline, plain_texts(range(1, 11)))
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_proxy_of_the_environment_is_used(
-    deployment_at: Callable[[str], Deployment],
+    deployment_at: Callable[[str], Pipeline],
     authority: tuple[Path, ssl.SSLContext],
     tls_port: int,
     provider: Provider,
@@ -199,9 +199,9 @@ def test_a_proxy_of_the_environment_is_used(
     to_port = tls_port if scheme == "https" else urlsplit(provider.base_url).port or 0
     with running(Relay(to_port, is_proxy=True)) as proxy:
         monkeypatch.setenv(f"{scheme.upper()}_PROXY", f"http://127.0.0.1:{proxy.port}")
-        deployment = deployment_at(f"{scheme}://{HOST}/v1")
-        fill(deployment)
-        assert_stored(deployment, plain_texts(range(1, 11)))
+        pipeline = deployment_at(f"{scheme}://{HOST}/v1")
+        fill(pipeline)
+        assert_stored(pipeline, plain_texts(range(1, 11)))
         assert proxy.requested
         assert all(HOST in line for line in proxy.requested)
         # and not where the environment says so
@@ -214,7 +214,7 @@ def test_a_proxy_of_the_environment_is_used(
 
 
 def test_a_proxy_that_is_not_there_is_named(
-    deployment_at: Callable[[str], Deployment], monkeypatch: pytest.MonkeyPatch
+    deployment_at: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{(port := free_port())}")
     reports, error = try_fill(deployment_at(f"https://{HOST}/v1"))

@@ -149,6 +149,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_search_imports_neither_dagster_nor_what_draws_or_asks_a_provider(demo: Path) -> None:
+    command = """
+import contextlib
+from songvec_assets.cli import main
+sys.argv = ["songvec", "search", "a storm at sea"]
+with contextlib.suppress(SystemExit):
+    main()
+assert "songvec_assets.search.nearest" in sys.modules
+"""
+    assert not loaded_by(command, demo, HOME=str(demo)) & {*HEAVY}
+
+
 def run_example(name: str, folder: Path) -> str:
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, cwd=folder, env={"HOME": str(folder)}, capture_output=True, text=True, check=False)

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from songvec_assets.cli import app, base
-from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.prompts import TASK
 from songvec_assets.errors import BudgetExceededError, ReembeddingError, StoreError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
 from songvec_assets.songs.text import TextSpec
@@ -26,7 +26,7 @@ E5 = "intfloat/multilingual-e5-small"
 QWEN_QUERY = f"Instruct: {TASK}\nQuery:waves"
 N_SONGS = 120
 
-Begin = Callable[..., Deployment]
+Begin = Callable[..., Pipeline]
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +47,18 @@ def begin(database: Database, provider: Provider, songs: Callable[..., None], tm
     """Begins a run with some settings over one store and one database, with songs in two ranges."""
     songs(*((song_id, f"Song {song_id}", "Ann", "la la") for song_id in range(1, N_SONGS + 1)))
 
-    def deploy_with(server: Provider = provider, **settings: object) -> Deployment:
+    def deploy_with(server: Provider = provider, **settings: object) -> Pipeline:
         return deploy(database, server, tmp_path / "store", **settings)
 
     return deploy_with
 
 
-def run_all(deployment: Deployment, **choices: Any) -> int:
+def run_all(pipeline: Pipeline, **choices: Any) -> int:
     """Export, fill and load; the number of texts that were embedded."""
     embedded: list[int] = []
-    deployment.export()
-    deployment.filler(**choices).fill_ranges(list(deployment.tiling), lambda report: embedded.append(report.n_embedded))
-    deployment.publish()
+    pipeline.export()
+    pipeline.filler(**choices).fill_ranges(list(pipeline.tiling), lambda report: embedded.append(report.n_embedded))
+    pipeline.load()
     return sum(embedded)
 
 
@@ -69,8 +69,8 @@ def sent(provider: Provider) -> set[str]:
     return texts
 
 
-def search(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(base, "deploy", lambda: deployment)
+def search(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(base, "deploy", lambda: pipeline)
     result = CliRunner().invoke(app, ["search", "waves"])
     assert result.exit_code == 0, result.output
     return result.output
@@ -79,8 +79,8 @@ def search(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_model_of_another_family_gets_its_own_prompts(
     begin: Begin, e5: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deployment = begin(e5, embedding_model=E5)
-    run_all(deployment)
+    pipeline = begin(e5, embedding_model=E5)
+    run_all(pipeline)
     assert sent(e5) == {f"passage: Song {song_id} by Ann\nla la" for song_id in range(1, N_SONGS + 1)}
     search(begin(e5, embedding_model=E5), monkeypatch)
     assert sent(e5) == {"query: waves"}
@@ -219,10 +219,10 @@ def test_who_embeds_all_again_is_not_asked(begin: Begin) -> None:
 
 
 def test_a_record_that_does_not_parse_stops_before_payment(begin: Begin, provider: Provider) -> None:
-    deployment = begin()
-    run_all(deployment)
+    pipeline = begin()
+    run_all(pipeline)
     sent(provider)
-    (deployment.cache.storage.root / "texts.json").write_text("{")
+    (pipeline.cache.storage.root / "texts.json").write_text("{")
     with pytest.raises(StoreError, match=r"texts\.json does not parse"):
         run_all(begin())
     assert provider.ledger()["requests"] == 0
@@ -260,7 +260,7 @@ def test_another_query_prompt_costs_nothing_and_is_recorded_by_the_next_load(
     sent(provider)
     search(begin(query_prompt="find {query}"), monkeypatch)
     assert sent(provider) == {"find waves"}
-    begin(query_prompt="find {query}").publish()
+    begin(query_prompt="find {query}").load()
     search(begin(), monkeypatch)
     assert sent(provider) == {"find waves"}
 
@@ -268,7 +268,7 @@ def test_another_query_prompt_costs_nothing_and_is_recorded_by_the_next_load(
 def test_a_document_prompt_that_is_not_embedded_yet_is_not_recorded_with_the_table(begin: Begin) -> None:
     run_all(begin())
     changed = begin(document_prompt="passage: {text}")
-    changed.publish()
+    changed.load()
     loaded = VectorTable(changed.database).spec
     assert loaded and loaded.document_prompt == "{text}"
 

@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import SettingsError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.settings import (
     DEMO_DIMENSIONS,
     DEMO_MODEL,
@@ -316,4 +316,4 @@ def test_the_readme_names_no_setting_that_is_none():
 
 def test_how_song_ids_are_cut_follows_from_the_settings_alone() -> None:
     settings = Settings(range_size=100, song_id_start=200, song_id_stop=1_000)
-    assert Deployment(settings).tiling == Tiling(width=100, stop=1_000, start=200)
+    assert Pipeline(settings).tiling == Tiling(width=100, stop=1_000, start=200)

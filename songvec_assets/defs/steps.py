@@ -165,7 +165,7 @@ class FillRecorder:
 
     def __init__(self, context: dg.AssetExecutionContext, pipeline: Pipeline) -> None:
         self._context = context
-        self._deployment = pipeline
+        self._pipeline = pipeline
         self._reports: list[FillReport] = []
 
     def record(self, report: FillReport) -> None:
@@ -175,7 +175,7 @@ class FillRecorder:
         if report.error is not None:
             context.log.error(f"{key} is not complete: {describe(report.error)}")
             return
-        metadata = reports.describe_fill(report, self._deployment.cache)
+        metadata = reports.describe_fill(report, self._pipeline.cache)
         context.log_event(dg.AssetMaterialization(asset_key=context.asset_key, partition=key, metadata=metadata))
         # the end of a run writes another event for each partition it was launched for, which would hide this one
         if launched_keys(context) is not None:
@@ -187,7 +187,7 @@ class FillRecorder:
 
     def conclude(self) -> None:
         """End the step: with the version of all that is cached, or a failure that names the ranges not complete."""
-        self._context.set_data_version(self._context.asset_key, dg.DataVersion(self._deployment.cache.digest()))
+        self._context.set_data_version(self._context.asset_key, dg.DataVersion(self._pipeline.cache.digest()))
         failed = [each for each in self._reports if each.error is not None]
         if failed:
             named = "; ".join(f"{each.range.key}: {describe(each.error)}" for each in failed[:5])
@@ -200,9 +200,9 @@ class FillRecorder:
         return self._find_incomplete(error) if isinstance(error, (BudgetExceededError, ProviderError)) else None
 
     def _find_incomplete(self, stop: SongvecError | None = None) -> Incomplete | None:
-        serving, wanted = self._deployment.table.spec, self._deployment.table_spec
+        serving, wanted = self._pipeline.table.spec, self._pipeline.table_spec
         # another model's table would be built and indexed, and then refused because it is incomplete
-        is_swap = self._deployment.settings.swap and serving not in (None, wanted)
+        is_swap = self._pipeline.settings.swap and serving not in (None, wanted)
         if is_swap or not any(map(reports.count_vectors, self._reports)):
             return None
         reasons: dict[str, list[str]] = {} if stop is None else {describe(stop): []}

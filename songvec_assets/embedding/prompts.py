@@ -1,7 +1,7 @@
 """What models want written before a query and before a document: the defaults by the model's family. Pure.
 
 A prompt is a text that holds `{query}`, or `{text}`, once. When to add here: a family whose model card asks for one.
-Keep out: what the user or a store says instead (see `Deployment.prompts`).
+Keep out: what the user or a store says instead (see `Pipeline.prompts`).
 
 Sources, as read in November 2026: the model cards of Qwen/Qwen3-Embedding-8B, intfloat/e5-large-v2,
 intfloat/multilingual-e5-large-instruct, Alibaba-NLP/gte-Qwen2-7B-instruct (a space after `Query:`, unlike Qwen3),

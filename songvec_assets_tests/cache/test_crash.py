@@ -1,6 +1,6 @@
 """Runs killed and interrupted in the middle: processes of their own, a real provider that counts what it bills.
 
-Run as a module, this is the process: it fills all ranges of the deployment that its argument describes.
+Run as a module, this is the process: it fills all ranges of the pipeline that its argument describes.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from songvec_assets.deployment import Deployment
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import run_in_worker
 from songvec_assets.settings import Settings
@@ -53,23 +53,23 @@ class Filling:
 
 
 @pytest.fixture
-def deployment(database: Database, provider: Provider, tmp_path: Path) -> Deployment:
+def pipeline(database: Database, provider: Provider, tmp_path: Path) -> Pipeline:
     return deploy(database, provider, tmp_path / "store")
 
 
 @pytest.fixture
-def start(deployment: Deployment, provider: Provider) -> Iterator[Callable[[int], list[Filling]]]:
+def start(pipeline: Pipeline, provider: Provider) -> Iterator[Callable[[int], list[Filling]]]:
     """Starts processes over the test's database and store; they load their modules side by side and wait."""
     settings = {
-        "postgres_url": deployment.database.url,
+        "postgres_url": pipeline.database.url,
         "fireworks_api_key": provider.api_key,
         "fireworks_base_url": provider.base_url,
-        "storage": str(deployment.storage_root),
-        "embedding_dimensions": deployment.settings.embedding_dimensions,
-        "requests_per_minute": deployment.settings.requests_per_minute,
-        "tokens_per_minute": deployment.settings.tokens_per_minute,
-        "range_size": deployment.settings.range_size,
-        "song_id_stop": deployment.settings.song_id_stop,
+        "storage": str(pipeline.storage_root),
+        "embedding_dimensions": pipeline.settings.embedding_dimensions,
+        "requests_per_minute": pipeline.settings.requests_per_minute,
+        "tokens_per_minute": pipeline.settings.tokens_per_minute,
+        "range_size": pipeline.settings.range_size,
+        "song_id_stop": pipeline.settings.song_id_stop,
         "max_request_texts": REQUEST_TEXTS,
         "concurrency": CONCURRENCY,
     }
@@ -103,13 +103,13 @@ def n_billed_again(provider: Provider) -> int:
 
 def test_runs_killed_at_any_moment_lose_no_more_than_what_was_in_flight(
     songs: Callable[..., None],
-    deployment: Deployment,
+    pipeline: Pipeline,
     provider: Provider,
     start: Callable[[int], list[Filling]],
 ) -> None:
     song_ids = range(600)
     songs(*plain_songs(song_ids))
-    export(deployment)
+    export(pipeline)
     provider.control(latency_s=(0.02, 0.08))
     # how much is billed when each is killed: within a range of 100 songs, at its end, and after several
     moments = [1, 90, 202, 330, 480]
@@ -119,49 +119,49 @@ def test_runs_killed_at_any_moment_lose_no_more_than_what_was_in_flight(
         filling.process.kill()
         assert filling.process.wait() == -signal.SIGKILL, "it was killed in the middle"
         time.sleep(0.1)  # the provider bills what was in flight, though nobody waits for it
-        paid, kept = set(billed(provider)), set(plain_texts(list(stored(deployment))).values())
+        paid, kept = set(billed(provider)), set(plain_texts(list(stored(pipeline))).values())
         assert kept <= paid
         assert len(paid - kept) <= IN_FLIGHT
-    fill(deployment)
-    assert_stored(deployment, plain_texts(song_ids))
+    fill(pipeline)
+    assert_stored(pipeline, plain_texts(song_ids))
     assert set(billed(provider)) == set(plain_texts(song_ids).values())
     assert n_billed_again(provider) <= IN_FLIGHT * len(moments)
 
 
 def test_a_run_that_waits_takes_over_when_the_other_is_killed(
     songs: Callable[..., None],
-    deployment: Deployment,
+    pipeline: Pipeline,
     provider: Provider,
     start: Callable[[int], list[Filling]],
 ) -> None:
     song_ids = range(1, 90)
     songs(*plain_songs(song_ids))
-    export(deployment)
+    export(pipeline)
     provider.control(latency_s=0.3)
     (filling,) = start(1)
     filling.begin()
     wait_for(lambda: len(billed(provider)) >= 1)
     waiting = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        other = deployment.filler(progress=lambda told: waiting.set() if "another run" in told.note else None)
+        other = pipeline.filler(progress=lambda told: waiting.set() if "another run" in told.note else None)
         filled = pool.submit(other.fill_ranges, list(TILING), lambda _: None)
         assert waiting.wait(10)
         filling.process.kill()
         assert filling.process.wait() == -signal.SIGKILL, "it was killed in the middle"
         filled.result()
-    assert_stored(deployment, plain_texts(song_ids))
+    assert_stored(pipeline, plain_texts(song_ids))
     assert n_billed_again(provider) <= IN_FLIGHT
 
 
 def test_after_an_interrupt_no_request_starts_and_those_in_flight_are_stored(
     songs: Callable[..., None],
-    deployment: Deployment,
+    pipeline: Pipeline,
     provider: Provider,
     start: Callable[[int], list[Filling]],
 ) -> None:
     song_ids = [*range(1, 81), 150]
     songs(*plain_songs(song_ids))
-    export(deployment)
+    export(pipeline)
     provider.control(latency_s=0.6)
     (filling,) = start(1)
     filling.begin()
@@ -169,22 +169,22 @@ def test_after_an_interrupt_no_request_starts_and_those_in_flight_are_stored(
     filling.interrupt()
     filling.assert_interrupted(within_s=10)
     assert provider.ledger()["requests"] == 1 + CONCURRENCY
-    assert len(stored(deployment)) == len(billed(provider)) == IN_FLIGHT
+    assert len(stored(pipeline)) == len(billed(provider)) == IN_FLIGHT
     provider.control()
-    fill(deployment)
+    fill(pipeline)
     assert billed(provider) == dict.fromkeys(plain_texts(song_ids).values(), 1)
-    assert_stored(deployment, plain_texts(song_ids))
+    assert_stored(pipeline, plain_texts(song_ids))
 
 
 def test_a_second_interrupt_ends_the_run_at_once(
     songs: Callable[..., None],
-    deployment: Deployment,
+    pipeline: Pipeline,
     provider: Provider,
     start: Callable[[int], list[Filling]],
 ) -> None:
     song_ids = range(1, 81)
     songs(*plain_songs(song_ids))
-    export(deployment)
+    export(pipeline)
     provider.control(latency_s=0.2)
     (filling,) = start(1)
     filling.begin()
@@ -197,22 +197,22 @@ def test_a_second_interrupt_ends_the_run_at_once(
     filling.interrupt()
     filling.assert_interrupted(within_s=10)
     provider.control()
-    kept = len(stored(deployment))
+    kept = len(stored(pipeline))
     assert kept >= REQUEST_TEXTS
     provider.reset_ledger()
-    fill(deployment)
-    assert_stored(deployment, plain_texts(song_ids))
+    fill(pipeline)
+    assert_stored(pipeline, plain_texts(song_ids))
     assert len(billed(provider)) == len(song_ids) - kept
 
 
 def test_an_interrupt_does_not_wait_for_a_provider_that_is_down(
     songs: Callable[..., None],
-    deployment: Deployment,
+    pipeline: Pipeline,
     provider: Provider,
     start: Callable[[int], list[Filling]],
 ) -> None:
     songs(*plain_songs(range(1, 81)))
-    export(deployment)
+    export(pipeline)
     provider.control(statuses=[{"status": 503, "retry_after_s": 60, "after": 2}])
     (filling,) = start(1)
     filling.begin()
@@ -226,13 +226,13 @@ def main() -> None:
     """Say that it is ready, wait for a line, fill; an interrupt is taken as the assets take it."""
     # a shell that starts the tests in its background would have it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    deployment = Deployment(Settings(**json.loads(sys.argv[1])))
+    pipeline = Pipeline(Settings(**json.loads(sys.argv[1])))
     print("ready", flush=True)
     sys.stdin.readline()
     run_in_worker(
-        lambda emit: deployment.filler(progress=emit).fill_ranges(list(TILING), emit),
+        lambda emit: pipeline.filler(progress=emit).fill_ranges(list(TILING), emit),
         report=lambda _: None,
-        stop=deployment.cancel,
+        stop=pipeline.cancel,
     )
 
 

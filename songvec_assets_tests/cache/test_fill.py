@@ -16,7 +16,6 @@ from songvec_assets.cache.fill import MAX_OPEN_RANGES
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.cache.rejections import MAX_REFUSALS_IN_A_ROW
 from songvec_assets.cache.shards import lock_name
-from songvec_assets.deployment import Deployment
 from songvec_assets.embedding import contact as contact_module
 from songvec_assets.errors import (
     BudgetExceededError,
@@ -29,6 +28,7 @@ from songvec_assets.errors import (
     StoreError,
     TableMismatchError,
 )
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import Progress
@@ -44,7 +44,7 @@ from songvec_assets_tests.vectors.conftest import upload
 FIRST = SongIdRange(0, 100)
 
 Songs = Callable[..., None]
-Run = Callable[..., Deployment]
+Run = Callable[..., Pipeline]
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def _quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(database: Database, provider: Provider, tmp_path: Path) -> Run:
-    """Begins a run over the test's database and store, with some settings: a deployment of its own."""
+    """Begins a run over the test's database and store, with some settings: a pipeline of its own."""
 
-    def begin(**settings: object) -> Deployment:
+    def begin(**settings: object) -> Pipeline:
         return deploy(database, provider, tmp_path / "store", **settings)
 
     return begin
@@ -82,27 +82,27 @@ def one_range_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fill_module, "MAX_OPEN_RANGES", 1)
 
 
-def export(deployment: Deployment) -> None:
+def export(pipeline: Pipeline) -> None:
     """Bring the snapshots to the state of the songs table."""
-    cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, deployment.tiling)
+    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, pipeline.tiling)
 
 
-def fill(deployment: Deployment, max_usd: float | None = None, confirm_reembedding: bool = False) -> list[FillReport]:
+def fill(pipeline: Pipeline, max_usd: float | None = None, confirm_reembedding: bool = False) -> list[FillReport]:
     """Export and fill all ranges; the reports of those that hold anything, none of them failed."""
-    reports, error = try_fill(deployment, max_usd, confirm_reembedding=confirm_reembedding)
+    reports, error = try_fill(pipeline, max_usd, confirm_reembedding=confirm_reembedding)
     assert error is None
     assert [report.error for report in reports] == [None] * len(reports)
     return reports
 
 
 def try_fill(
-    deployment: Deployment,
+    pipeline: Pipeline,
     max_usd: float | None = None,
     report: Callable[[FillReport], None] | None = None,
     confirm_reembedding: bool = False,
 ) -> tuple[list[FillReport], SongvecError | None]:
     """Export and fill all ranges; the reports, and what ended the run."""
-    export(deployment)
+    export(pipeline)
     reports: list[FillReport] = []
 
     def keep(filled: FillReport) -> None:
@@ -112,27 +112,27 @@ def try_fill(
 
     try:
         if max_usd is not None:
-            deployment.settings = deployment.settings.model_copy(update={"max_usd": max_usd})
-        deployment.filler(confirm_reembedding=confirm_reembedding).fill_ranges(list(deployment.tiling), keep)
+            pipeline.settings = pipeline.settings.model_copy(update={"max_usd": max_usd})
+        pipeline.filler(confirm_reembedding=confirm_reembedding).fill_ranges(list(pipeline.tiling), keep)
     except SongvecError as error:
         return reports, error
     return reports, None
 
 
-def stored(deployment: Deployment) -> dict[int, np.ndarray | str]:
+def stored(pipeline: Pipeline) -> dict[int, np.ndarray | str]:
     """What the cache answers for each song: its vector, or why there is none."""
     found: dict[int, np.ndarray | str] = {}
-    for song_range in deployment.cache.ranges():
-        shard = deployment.cache.open(song_range)
+    for song_range in pipeline.cache.ranges():
+        shard = pipeline.cache.open(song_range)
         found |= dict(zip(shard.rows["song_id"], shard.embeddings_at(shard.rows["row"]), strict=True))
         found |= dict(shard.rejected.select("song_id", "reason").iter_rows())
     return found
 
 
-def files_of(deployment: Deployment, song_range: SongIdRange = FIRST) -> list[Path]:
+def files_of(pipeline: Pipeline, song_range: SongIdRange = FIRST) -> list[Path]:
     """The files with vectors that a range's manifest names, in order."""
-    folder = deployment.cache.storage.root / song_range.key
-    return [folder / each.name for each in deployment.cache.read_manifest(song_range).files]
+    folder = pipeline.cache.storage.root / song_range.key
+    return [folder / each.name for each in pipeline.cache.read_manifest(song_range).files]
 
 
 def flip_bit(path: Path, value: bytes, last: bool = False) -> None:
@@ -142,15 +142,15 @@ def flip_bit(path: Path, value: bytes, last: bool = False) -> None:
     path.write_bytes(content)
 
 
-def vector_bytes(deployment: Deployment, song_id: int) -> bytes:
+def vector_bytes(pipeline: Pipeline, song_id: int) -> bytes:
     """A song's vector as it is stored."""
-    shard = deployment.cache.open(FIRST)
+    shard = pipeline.cache.open(FIRST)
     return bytes(shard.embeddings_at(shard.rows.filter(pl.col("song_id") == song_id)["row"]).tobytes())
 
 
-def assert_stored(deployment: Deployment, texts: dict[int, str]) -> None:
+def assert_stored(pipeline: Pipeline, texts: dict[int, str]) -> None:
     """The shards hold these songs with the vectors of these texts, and no others."""
-    found = stored(deployment)
+    found = stored(pipeline)
     assert set(found) == set(texts)
     for song_id, text in texts.items():
         answer = found[song_id]
@@ -189,10 +189,10 @@ def test_the_next_ranges_begin_while_the_last_answers_of_one_are_awaited(
     song_ids = [1, *range(101, 800, 100)]
     songs(*plain_songs(song_ids))
     provider.control(latency_s=1.0)
-    deployment = run()
-    assert sorted(report.range.start for report in fill(deployment)) == list(range(0, 800, 100))
+    pipeline = run()
+    assert sorted(report.range.start for report in fill(pipeline)) == list(range(0, 800, 100))
     assert provider.ledger()["max_in_flight"] == MAX_OPEN_RANGES
-    assert_stored(deployment, plain_texts(song_ids))
+    assert_stored(pipeline, plain_texts(song_ids))
 
 
 def test_all_ranges_together_keep_to_the_requests_in_flight(songs: Songs, run: Run, provider: Provider) -> None:
@@ -231,7 +231,7 @@ def test_only_the_texts_that_are_sent_are_rendered(
     songs: Songs, database: Database, run: Run, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide = {"range_size": 5_000, "song_id_stop": 5_000}
-    deployment = run(**wide)
+    pipeline = run(**wide)
     execute(
         database.adbc_uri,
         """
@@ -239,7 +239,7 @@ def test_only_the_texts_that_are_sent_are_rendered(
         INSERT INTO songs SELECT n, 'Song ' || n, 'Ann', 'la' FROM generate_series(0, 4999) n
         """,
     )
-    fill(deployment)
+    fill(pipeline)
     n_rendered = 0
 
     def count_and_render(songs: pl.DataFrame, spec: TextSpec) -> pl.DataFrame:
@@ -250,7 +250,7 @@ def test_only_the_texts_that_are_sent_are_rendered(
     monkeypatch.setattr(snapshots, "render_texts", count_and_render)
     provider.reset_ledger()
     execute(database.adbc_uri, "UPDATE songs SET lyrics = 'new' WHERE id % 180 = 7")
-    export(deployment)
+    export(pipeline)
     assert n_rendered == 28
     reports: list[FillReport] = []
     again = run(**wide)
@@ -295,9 +295,9 @@ def test_the_tokens_and_dollars_reported_are_those_the_provider_billed(
 def test_progress_tells_songs_up_to_all_and_dollars(songs: Songs, run: Run) -> None:
     songs(*plain_songs(range(1, 41)))
     told: list[Progress] = []
-    deployment = run(max_request_texts=8, concurrency=2, usd_per_million_tokens=1e6)
-    export(deployment)
-    deployment.filler(progress=told.append).fill_ranges([FIRST], lambda _: None)
+    pipeline = run(max_request_texts=8, concurrency=2, usd_per_million_tokens=1e6)
+    export(pipeline)
+    pipeline.filler(progress=told.append).fill_ranges([FIRST], lambda _: None)
     assert (told[0].done, told[-1].done) == (0, 40)
     assert {each.total for each in told} == {40}
     assert [each.done for each in told] == sorted(each.done for each in told)
@@ -309,9 +309,9 @@ def test_progress_counts_the_songs_of_all_ranges_and_those_that_need_nothing(son
     fill(run())
     songs(*plain_songs([300, 301]), (5, "Another", "Ann", "song"))
     told: list[Progress] = []
-    deployment = run()
-    export(deployment)
-    deployment.filler(progress=told.append).fill_ranges(list(TILING), lambda _: None)
+    pipeline = run()
+    export(pipeline)
+    pipeline.filler(progress=told.append).fill_ranges(list(TILING), lambda _: None)
     assert {each.total for each in told} == {17}
     assert (told[0].done, told[-1].done) == (9, 17)
     assert (told[0].n_free, told[-1].n_free) == (9, 14), "three songs are embedded"
@@ -325,9 +325,9 @@ def test_rejected_songs_and_vectors_taken_over_are_free_and_a_refused_song_is_no
     songs((3, "Song", "Artist", "la"), (4, "Other", "Artist", "la"), (5, "Refused", "Artist", "POISON"))
     provider.control(poison=["POISON"])
     told: list[Progress] = []
-    deployment = run()
-    export(deployment)
-    deployment.filler(progress=told.append).fill_ranges([FIRST], lambda _: None)
+    pipeline = run()
+    export(pipeline)
+    pipeline.filler(progress=told.append).fill_ranges([FIRST], lambda _: None)
     assert (told[-1].total, told[-1].done, told[-1].n_free) == (5, 5, 3)
 
 
@@ -338,10 +338,10 @@ def test_what_the_provider_answers_wrong_is_told_while_it_is_tried_again_and_cou
     failing = [{"status": 503, "count": 2, "after": 2}, {"status": 429, "count": 1, "after": 4, "retry_after_s": 0.1}]
     provider.control(statuses=failing)
     notes: list[str] = []
-    deployment = run()
-    export(deployment)
+    pipeline = run()
+    export(pipeline)
     reports: list[FillReport] = []
-    deployment.filler(progress=lambda told: notes.append(told.note)).fill_ranges([FIRST], reports.append)
+    pipeline.filler(progress=lambda told: notes.append(told.note)).fill_ranges([FIRST], reports.append)
     assert ["answered 503" in note for note in notes[-4:]] == [True, True, False, False]
     assert "answered 429" in notes[-2]
     assert "next try in" in notes[-2]
@@ -351,11 +351,11 @@ def test_what_the_provider_answers_wrong_is_told_while_it_is_tried_again_and_cou
 
 def test_songs_of_one_text_are_sent_once_and_each_gets_the_vector(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*((song_id, "Sea", "Ann", "waves") for song_id in range(1, 30)))
-    deployment = run()
-    (report,) = fill(deployment)
+    pipeline = run()
+    (report,) = fill(pipeline)
     assert report.n_embedded == 29
     assert billed(provider) == {"Sea by Ann\nwaves": 1}
-    assert_stored(deployment, dict.fromkeys(range(1, 30), "Sea by Ann\nwaves"))
+    assert_stored(pipeline, dict.fromkeys(range(1, 30), "Sea by Ann\nwaves"))
 
 
 def test_the_same_text_under_a_new_song_id_takes_the_vector_without_a_request(
@@ -424,12 +424,12 @@ def test_another_template_embeds_every_song_again_and_leaves_nothing_of_the_old(
 
 def test_texts_above_the_limit_are_cut_and_counted_in_every_run(songs: Songs, run: Run, provider: Provider) -> None:
     songs((1, "Long", "Ann", "x" * 100), (2, "Short", "Ann", "y"), (3, "Full", "Ann", "z" * 10))
-    deployment = run(max_text_chars=22)
-    (report,) = fill(deployment)
+    pipeline = run(max_text_chars=22)
+    (report,) = fill(pipeline)
     assert (report.n_truncated, report.n_embedded) == (1, 3)
     cut = {1: "Long by Ann\n" + "x" * 10, 2: "Short by Ann\ny", 3: "Full by Ann\n" + "z" * 10}
     assert set(billed(provider)) == set(cut.values())
-    assert_stored(deployment, cut)
+    assert_stored(pipeline, cut)
     (again,) = fill(run(max_text_chars=22))
     assert (again.n_truncated, again.n_unchanged) == (1, 3)
     provider.reset_ledger()
@@ -626,10 +626,10 @@ def test_a_song_without_lyrics_and_one_with_empty_lyrics_share_a_text(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
     songs((1, "Sea", "Ann", None), (2, "Sea", "Ann", ""))
-    deployment = run()
-    fill(deployment)
+    pipeline = run()
+    fill(pipeline)
     assert billed(provider) == {"Sea by Ann": 1}
-    assert_stored(deployment, {1: "Sea by Ann", 2: "Sea by Ann"})
+    assert_stored(pipeline, {1: "Sea by Ann", 2: "Sea by Ann"})
 
 
 # Refused songs
@@ -640,12 +640,12 @@ def test_a_poison_song_is_rejected_with_its_reason_and_its_neighbours_are_paid_o
 ) -> None:
     songs(*plain_songs(range(1, 41)), (17, "POISON", "Ann", "x"), (18, "Two", "POISON", "x"), (40, "N", "A", "POISON"))
     provider.control(poison=["POISON"])
-    deployment = run(max_request_texts=32)
-    (report,) = fill(deployment)
+    pipeline = run(max_request_texts=32)
+    (report,) = fill(pipeline)
     assert (report.n_songs, report.n_embedded, report.n_rejected) == (40, 37, 3)
     assert sorted(song_id for song_id, _ in report.rejected) == [17, 18, 40]
     assert all("400" in reason and "content filter" in reason for _, reason in report.rejected)
-    found = stored(deployment)
+    found = stored(pipeline)
     assert {song_id for song_id, answer in found.items() if isinstance(answer, str)} == {17, 18, 40}
     assert found[17] == dict(report.rejected)[17]
     neighbours = plain_texts(sorted(set(range(1, 40)) - {17, 18}))
@@ -692,11 +692,11 @@ def test_all_songs_of_a_refused_text_are_rejected(songs: Songs, run: Run, provid
 def test_a_request_that_is_too_large_is_halved_until_it_fits(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*plain_songs(range(1, 41)))
     provider.control(max_request_tokens=60)
-    deployment = run()
-    (report,) = fill(deployment)
+    pipeline = run()
+    (report,) = fill(pipeline)
     assert (report.n_embedded, report.n_rejected) == (40, 0)
     assert provider.ledger()["texts_billed_twice"] == 0
-    assert_stored(deployment, plain_texts(range(1, 41)))
+    assert_stored(pipeline, plain_texts(range(1, 41)))
 
 
 def test_after_a_request_that_was_too_large_the_next_ones_are_smaller(
@@ -704,11 +704,11 @@ def test_after_a_request_that_was_too_large_the_next_ones_are_smaller(
 ) -> None:
     songs(*plain_songs([*range(1, 81), *range(101, 181)]))
     provider.control(max_request_tokens=60)
-    deployment = run(concurrency=1, max_request_texts=32)
-    fill(deployment)
+    pipeline = run(concurrency=1, max_request_texts=32)
+    fill(pipeline)
     # 27 texts of 7 tokens are halved to 13 and to 6; all others begin with what was accepted
     assert provider.ledger()["requests_by_status"]["413"] == 2
-    assert_stored(deployment, plain_texts([*range(1, 81), *range(101, 181)]))
+    assert_stored(pipeline, plain_texts([*range(1, 81), *range(101, 181)]))
 
 
 def test_one_text_that_is_too_large_does_not_make_the_other_requests_small(
@@ -754,9 +754,9 @@ def test_a_provider_that_refuses_all_songs_and_a_plain_text_too_sets_no_song_asi
     assert "so is a plain one" in str(error)
     assert stored(run()) == {}
     provider.control()
-    deployment = run()
-    fill(deployment)
-    assert_stored(deployment, plain_texts(song_ids))
+    pipeline = run()
+    fill(pipeline)
+    assert_stored(pipeline, plain_texts(song_ids))
 
 
 def test_refusals_are_counted_over_ranges(songs: Songs, run: Run, provider: Provider) -> None:
@@ -885,11 +885,11 @@ def test_an_overfull_tail_that_was_exported_all_the_same_is_not_paid_for(
     songs: Songs, run: Run, provider: Provider
 ) -> None:
     songs(*plain_songs([1, 2]))
-    deployment = run()
-    filler = deployment.filler()  # it counts the tail, too: these songs come later
+    pipeline = run()
+    filler = pipeline.filler()  # it counts the tail, too: these songs come later
     songs(*plain_songs(range(1000, 1101)))
     wider = Tiling(width=1000, stop=TILING.stop)
-    cache_songs_to_parquet(deployment.database, deployment.source, deployment.store.songs, wider)
+    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, wider)
     reports: list[FillReport] = []
     with pytest.raises(SongvecError, match=r"101 songs.*SONGVEC_SONG_ID_STOP") as caught:
         filler.fill_ranges([TILING.tail], reports.append)
@@ -925,14 +925,14 @@ def test_a_table_of_another_model_or_size_is_refused_before_any_request(
 def test_of_two_runs_on_a_range_one_pays_and_the_other_waits(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*plain_songs(range(1, 41)))
     provider.control(latency_s=0.1)
-    deployments = [run(max_request_texts=8, concurrency=1) for _ in range(2)]
-    export(deployments[0])
+    pipelines = [run(max_request_texts=8, concurrency=1) for _ in range(2)]
+    export(pipelines[0])
     reports: list[list[FillReport]] = [[], []]
     notes: list[list[str]] = [[], []]
     begin = threading.Barrier(2)
 
     def work(number: int) -> None:
-        filler = deployments[number].filler(progress=lambda each: notes[number].append(each.note))
+        filler = pipelines[number].filler(progress=lambda each: notes[number].append(each.note))
         begin.wait()
         filler.fill_ranges([FIRST], reports[number].append)
 
@@ -947,25 +947,25 @@ def test_of_two_runs_on_a_range_one_pays_and_the_other_waits(songs: Songs, run: 
     assert sum(any("another run fills 000000000-000000100" in note for note in told) for told in notes) == 1
     assert provider.texts() == dict.fromkeys(["probe", *plain_texts(range(1, 41)).values()], 1)
     assert provider.ledger()["max_in_flight"] == 1
-    assert_stored(deployments[0], plain_texts(range(1, 41)))
+    assert_stored(pipelines[0], plain_texts(range(1, 41)))
 
 
 def test_runs_on_different_ranges_do_not_wait_for_each_other(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*plain_songs([1, 150]))
     provider.control(latency_s=0.5)
-    deployments = [run(), run()]
-    export(deployments[0])
+    pipelines = [run(), run()]
+    export(pipelines[0])
     begin = threading.Barrier(2)
     notes: list[str] = []
     reports: list[FillReport] = []
 
-    def work(deployment: Deployment, song_range: SongIdRange) -> None:
-        filler = deployment.filler(progress=lambda told: notes.append(told.note))
+    def work(pipeline: Pipeline, song_range: SongIdRange) -> None:
+        filler = pipeline.filler(progress=lambda told: notes.append(told.note))
         begin.wait()
         filler.fill_ranges([song_range], reports.append)
 
     ranges = [FIRST, SongIdRange(100, 200)]
-    threads = [threading.Thread(target=work, args=each) for each in zip(deployments, ranges, strict=True)]
+    threads = [threading.Thread(target=work, args=each) for each in zip(pipelines, ranges, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -979,15 +979,15 @@ def test_a_run_that_waits_for_another_can_be_stopped(
     songs: Songs, run: Run, database: Database, provider: Provider
 ) -> None:
     songs(*plain_songs([1]))
-    deployment = run()
-    export(deployment)
-    threading.Timer(0.3, deployment.cancel).start()
+    pipeline = run()
+    export(pipeline)
+    threading.Timer(0.3, pipeline.cancel).start()
     started = time.monotonic()
     with (
         hold_lock(database, lock_name(FIRST), on_wait=lambda: None, check=lambda: None),
         pytest.raises(StoppedError),
     ):
-        deployment.filler().fill_ranges([FIRST], lambda _: None)
+        pipeline.filler().fill_ranges([FIRST], lambda _: None)
     assert time.monotonic() - started < 5
     assert provider.ledger()["requests"] == 0
 
@@ -1032,12 +1032,12 @@ def test_a_range_whose_provider_is_down_fails_and_the_next_is_tried(songs: Songs
     def react(report: FillReport) -> None:
         provider.control(**(down() if report.range.start == 0 else {}))
 
-    deployment = run(patience_s=0.2)
-    reports, error = try_fill(deployment, report=react)
+    pipeline = run(patience_s=0.2)
+    reports, error = try_fill(pipeline, report=react)
     assert error is None
     assert [type(report.error) for report in reports] == [type(None), ProviderUnavailableError, type(None)]
     assert [report.n_embedded for report in reports] == [1, 0, 1]
-    assert set(stored(deployment)) == {1, 201}
+    assert set(stored(pipeline)) == {1, 201}
     fill(run())
     assert billed(provider) == dict.fromkeys(plain_texts(song_ids).values(), 1)
 
@@ -1074,14 +1074,14 @@ def test_answers_on_their_way_when_another_request_fails_are_stored(
     songs(*plain_songs(range(1, 61)))
     failing = {"status": status, "after": 4, "retry_after_s": 600}
     provider.control(latency_s=0.4, statuses=[failing])
-    deployment = run(max_request_texts=8, concurrency=4, patience_s=5)
-    reports, error = try_fill(deployment)
+    pipeline = run(max_request_texts=8, concurrency=4, patience_s=5)
+    reports, error = try_fill(pipeline)
     assert reports[0].error is not None
     assert isinstance(reports[0].error, ProviderError)
     assert (error is None) == (status == 503)
     assert set(billed(provider).values()) == {1}
     assert len(billed(provider)) == 16, "the probe, two good requests, then failures"
-    assert set(stored(deployment)) == {
+    assert set(stored(pipeline)) == {
         song_id for song_id, text in plain_texts(range(1, 61)).items() if text in billed(provider)
     }
     assert reports[0].n_embedded == 16
@@ -1131,10 +1131,10 @@ def test_a_provider_that_does_everything_wrong_at_times_still_yields_every_vecto
         poison=["POISON"],
         max_request_tokens=60,
     )
-    deployment = run(max_request_texts=16, concurrency=4)
-    reports = fill(deployment)
+    pipeline = run(max_request_texts=16, concurrency=4)
+    reports = fill(pipeline)
     assert [report.rejected[0][0] for report in reports if report.rejected] == [60]
-    found = stored(deployment)
+    found = stored(pipeline)
     for song_id, text in plain_texts(song_ids).items():
         if song_id != 60:
             np.testing.assert_allclose(found[song_id], vector_of(text, 64), atol=1e-6, err_msg=text)

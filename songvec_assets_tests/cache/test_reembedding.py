@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from songvec_assets.cache import reembedding, upkeep
 from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.plan import FillReport
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import BudgetExceededError, SongvecError, StoreError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
@@ -20,7 +20,7 @@ from songvec_assets_tests.provider import Provider, running_provider
 
 N_SONGS = 30
 FIRST = SongIdRange(0, 100)
-Begin = Callable[..., Deployment]
+Begin = Callable[..., Pipeline]
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +35,22 @@ def begin(database: Database, server: Provider, songs: Callable[..., None], tmp_
     server.control()
     songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in range(1, N_SONGS + 1)))
 
-    def begin(**settings: object) -> Deployment:
+    def begin(**settings: object) -> Pipeline:
         given = {"max_request_texts": 5, "concurrency": 2, "usd_per_million_tokens": 1e6}
         return deploy(database, server, tmp_path, **(given | settings))
 
-    deployment = begin()
-    deployment.export()
-    fill(deployment)
+    pipeline = begin()
+    pipeline.export()
+    fill(pipeline)
     server.reset_ledger()
     return begin
 
 
-def fill(deployment: Deployment, reembed: str | None = None) -> tuple[FillReport, SongvecError | None]:
+def fill(pipeline: Pipeline, reembed: str | None = None) -> tuple[FillReport, SongvecError | None]:
     """Fill the first range."""
     reports: list[FillReport] = []
     try:
-        deployment.filler(reembed=reembed).fill_ranges([FIRST], reports.append)
+        pipeline.filler(reembed=reembed).fill_ranges([FIRST], reports.append)
     except SongvecError as error:
         return reports[0], error
     return reports[0], None
@@ -105,20 +105,20 @@ def test_where_nothing_could_be_sent_nothing_is_given_up(
 ) -> None:
     _, error = fill(begin(**settings), reembed="one")
     assert error is not None
-    assert len(begin().publish().loads) == 1
+    assert len(begin().load().loads) == 1
     report, _ = fill(begin())
     assert (report.n_unchanged, sent(server)) == (N_SONGS, {})
 
 
 def test_loads_in_between_keep_the_old_vectors_until_all_new_ones_are_there(begin: Begin) -> None:
-    begin().publish()
+    begin().load()
     before = begin().cache.open(FIRST).rows.drop("row")
     fill(begin(max_usd=80), reembed="one")
-    (load,) = begin().publish().loads
+    (load,) = begin().load().loads
     assert (load.n_rows, load.n_written) == (N_SONGS, 0)
     assert begin().cache.open(FIRST).rows.drop("row").equals(before)
     fill(begin(), reembed="one")
-    (load,) = begin().publish().loads
+    (load,) = begin().load().loads
     assert load.n_rows == N_SONGS
     folder = begin().cache.storage.root / FIRST.key
     assert [path.name.split("-")[0] for path in folder.glob("*.arrow")] == ["1"], "the old generation is removed"
@@ -196,7 +196,7 @@ def test_another_version_of_all_vectors_is_another_version_of_the_cache(begin: B
 
 
 def test_nothing_is_spent_where_the_table_could_not_take_it(begin: Begin, server: Provider) -> None:
-    begin().publish()
+    begin().load()
     other = begin()
     other.settings = other.settings.model_copy(update={"vector_type": "halfvec"})
     report, _ = fill(other, reembed="one")

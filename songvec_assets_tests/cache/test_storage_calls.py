@@ -16,7 +16,7 @@ from songvec_assets.cache.manifest import Completion
 from songvec_assets.cache.plan import FillPlan, FillReport
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.cli import app
-from songvec_assets.deployment import Deployment
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
@@ -44,10 +44,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return counted
 
 
-def fill(deployment: Deployment) -> list[FillReport]:
+def fill(pipeline: Pipeline) -> list[FillReport]:
     """Fill all ranges."""
     reports: list[FillReport] = []
-    deployment.filler().fill_ranges(list(deployment.tiling), reports.append)
+    pipeline.filler().fill_ranges(list(pipeline.tiling), reports.append)
     assert [report.error for report in reports] == [None] * len(reports)
     return reports
 
@@ -67,15 +67,15 @@ def test_a_fill_with_nothing_to_do_reads_and_lists_each_range_once_and_opens_no_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", "stones"), (150, "Moon", "Cy", "a silver light"))
-    deployment = deploy(database, provider, tmp_path / "store")
-    deployment.export()
-    fill(deployment)
+    pipeline = deploy(database, provider, tmp_path / "store")
+    pipeline.export()
+    fill(pipeline)
     again = deploy(database, provider, tmp_path / "store")
     filler, reports = again.filler(), []
     folder = again.cache.storage.root
     before, n_requests = bytes_under(tmp_path), provider.ledger()["requests"]
     calls.clear()
-    monkeypatch.setattr(Deployment, "lock_range", None)
+    monkeypatch.setattr(Pipeline, "lock_range", None)
     filler.fill_ranges(list(again.tiling), reports.append)
     assert [(report.range, report.n_unchanged, report.n_embedded) for report in reports] == [
         (FIRST, 2, 0),
@@ -130,10 +130,10 @@ def test_a_dry_run_leaves_every_byte_of_the_store_also_of_what_a_run_would_remov
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(app, ["run"]).exit_code == 0
-    deployment = deploy(database, provider, tmp_path / "store")
-    root = deployment.store.root
-    [named] = deployment.cache.read_manifest(FIRST).files
-    folder = deployment.cache.storage.root / FIRST.key
+    pipeline = deploy(database, provider, tmp_path / "store")
+    root = pipeline.store.root
+    [named] = pipeline.cache.read_manifest(FIRST).files
+    folder = pipeline.cache.storage.root / FIRST.key
     # of a merge that was not named, of a killed writer, and what the next fill adopts
     for name in (f"0-{'a' * 32}-base.arrow", ".manifest.json.1.tmp", f"0-{'b' * 32}-0.arrow"):
         (folder / name).write_bytes((folder / named.name).read_bytes())
@@ -153,10 +153,10 @@ def test_a_fill_works_inside_of_a_running_event_loop(
 ) -> None:
     """As in a notebook."""
     songs((1, "Sea", "Ann", "waves"), (150, "Moon", "Cy", "a silver light"))
-    deployment = deploy(database, provider, tmp_path / "store")
-    deployment.export()
+    pipeline = deploy(database, provider, tmp_path / "store")
+    pipeline.export()
 
     async def fill_in_loop() -> list[FillReport]:
-        return fill(deployment)
+        return fill(pipeline)
 
     assert [report.n_embedded for report in asyncio.run(fill_in_loop())] == [1, 1]

@@ -80,11 +80,11 @@ class TestATextThatGetsNoVector:
         bad = {17: ("Importance", "Ann", "la"), 205: ("Importance", "Ben", "lo")}
         songs(*songs_but(bad, 299))
         provider.control(nan=["Importance"])
-        deployment = run()
-        reports = fill(deployment)
+        pipeline = run()
+        reports = fill(pipeline)
         assert sorted(song_id for report in reports for song_id, _ in report.rejected) == [17, 205]
         assert all("zero, null or not finite" in reason for report in reports for _, reason in report.rejected)
-        found = stored(deployment)
+        found = stored(pipeline)
         assert len(found) == 299
         assert {song_id for song_id, answer in found.items() if isinstance(answer, str)} == {17, 205}
         neighbours = plain_texts(sorted(set(range(1, 300)) - {17, 205}))
@@ -101,10 +101,10 @@ class TestATextThatGetsNoVector:
     ) -> None:
         songs(*songs_but({33: ("Importance", "Ann", "la")}, 64))
         provider.control(nan=["Importance"], nan_spoils=True, refuse_base64=as_floats)
-        deployment = run()
-        (report,) = fill(deployment)
+        pipeline = run()
+        (report,) = fill(pipeline)
         assert [song_id for song_id, _ in report.rejected] == [33]
-        assert sum(not isinstance(answer, str) for answer in stored(deployment).values()) == 63
+        assert sum(not isinstance(answer, str) for answer in stored(pipeline).values()) == 63
         n_probes = provider.texts()["probe"] + (1 if as_floats else 0)
         assert provider.ledger()["requests"] - n_probes <= 2 + 2 * math.log2(64) + 1
 
@@ -114,8 +114,8 @@ class TestATextThatGetsNoVector:
     ) -> None:
         songs(*songs_but({117: ("Epic", "Ann", "la")}, 299))
         provider.control(fail=["Epic"], fail_status=status)
-        deployment = run()
-        reports = fill(deployment)
+        pipeline = run()
+        reports = fill(pipeline)
         ((song_id, reason),) = [each for report in reports for each in report.rejected]
         assert song_id == 117
         assert reason.startswith(f"{provider.base_url} ")
@@ -160,7 +160,7 @@ class TestAServerThatIsSick:
     ) -> None:
         song_ids = range(1, 161)
         songs(*plain_songs(song_ids))
-        deployment = run(max_request_texts=max_request_texts, concurrency=4)
+        pipeline = run(max_request_texts=max_request_texts, concurrency=4)
         sick = threading.Event()
 
         def fall_sick(progress: Progress) -> None:
@@ -169,10 +169,10 @@ class TestAServerThatIsSick:
                 provider.control(nan=["Song", "probe"])
                 sick.set()
 
-        export(deployment)
+        export(pipeline)
         with pytest.raises(ProviderError, match="the fault is the server's"):
-            deployment.filler(progress=fall_sick).fill_ranges([SongIdRange(0, 100)], lambda _: None)
-        assert not any(isinstance(answer, str) for answer in stored(deployment).values())
+            pipeline.filler(progress=fall_sick).fill_ranges([SongIdRange(0, 100)], lambda _: None)
+        assert not any(isinstance(answer, str) for answer in stored(pipeline).values())
         n_twice = sum(count - 1 for text, count in billed(provider).items())
         assert n_twice <= 4 * max_request_texts, "what was in flight when a good answer came, and nothing else"
         provider.control()
@@ -223,10 +223,10 @@ class TestAServerThatIsSick:
         fill(run())
         songs((7, "Another", "Ann", "la"))
         provider.control(statuses=[{"status": 503, "count": client_module.MAX_ALIKE + 1, "after": 2}])
-        deployment = run()
-        (report,) = fill(deployment)
+        pipeline = run()
+        (report,) = fill(pipeline)
         assert (report.n_embedded, report.n_rejected) == (1, 0)
-        assert_stored(deployment, plain_texts(range(1, 41)) | {7: "Another by Ann\nla"})
+        assert_stored(pipeline, plain_texts(range(1, 41)) | {7: "Another by Ann\nla"})
 
     def test_by_nothing_but_few_texts_is_not_sick(self, songs: Songs, run: Run, provider: Provider) -> None:
         bad = {song_id: (f"Importance {song_id}", "Ann", "la") for song_id in range(10, 10 + MAX_BAD_TEXTS)}
@@ -254,10 +254,10 @@ class TestAServerThatTakesFewTexts:
         song_ids = [start + song_id for start in range(0, 900, 100) for song_id in range(1, 100)]
         songs(*plain_songs(song_ids))
         provider.control(mode=mode, every=None)
-        deployment, notes = run(concurrency=4), list[Progress]()
-        export(deployment)
-        deployment.filler(progress=notes.append).fill_ranges(list(deployment.tiling), lambda _: None)
-        assert_stored(deployment, plain_texts(song_ids))
+        pipeline, notes = run(concurrency=4), list[Progress]()
+        export(pipeline)
+        pipeline.filler(progress=notes.append).fill_ranges(list(pipeline.tiling), lambda _: None)
+        assert_stored(pipeline, plain_texts(song_ids))
         assert provider.ledger()["texts_billed_twice"] == 0
         # five steps down at most, and then a larger one tried after 16, 32, 64, … accepted ones
         assert refusals(provider) <= 5 + 4, provider.ledger()
@@ -268,12 +268,12 @@ class TestAServerThatTakesFewTexts:
     def test_is_not_what_one_bad_text_makes_of_it(self, songs: Songs, run: Run, provider: Provider) -> None:
         songs(*songs_but({5: ("POISON", "Ann", "la")}, 299))
         provider.control(mode="openrouter")
-        deployment, notes = run(concurrency=1), list[Progress]()
-        export(deployment)
-        deployment.filler(progress=notes.append).fill_ranges(list(deployment.tiling), lambda _: None)
+        pipeline, notes = run(concurrency=1), list[Progress]()
+        export(pipeline)
+        pipeline.filler(progress=notes.append).fill_ranges(list(pipeline.tiling), lambda _: None)
         assert [note for note in notes if "SONGVEC_MAX_REQUEST_TEXTS" in note.note] == []
         assert provider.ledger()["max_texts_in_request"] >= 99
-        assert isinstance(stored(deployment)[5], str)
+        assert isinstance(stored(pipeline)[5], str)
 
     def test_and_has_a_bad_text_besides(self, songs: Songs, run: Run, provider: Provider) -> None:
         songs(*songs_but({5: ("POISON", "Ann", "la"), 150: ("POISON", "Ben", "lo")}, 299))
@@ -288,18 +288,18 @@ class TestAServerThatIsOdd:
     def test_as_gemini_gets_its_vectors_by_place(self, songs: Songs, run: Run, provider: Provider) -> None:
         songs(*plain_songs(range(1, 300)))
         provider.control(mode="gemini", model="gemini-embedding-001")
-        deployment = run(embedding_model="gemini-embedding-001")
-        fill(deployment)
-        assert_stored(deployment, plain_texts(range(1, 300)))
+        pipeline = run(embedding_model="gemini-embedding-001")
+        fill(pipeline)
+        assert_stored(pipeline, plain_texts(range(1, 300)))
 
     def test_and_names_no_index_at_all_gets_its_vectors_by_place(
         self, songs: Songs, run: Run, provider: Provider
     ) -> None:
         songs(*plain_songs(range(1, 100)))
         provider.control(index="none")
-        deployment = run()
-        fill(deployment)
-        assert_stored(deployment, plain_texts(range(1, 100)))
+        pipeline = run()
+        fill(pipeline)
+        assert_stored(pipeline, plain_texts(range(1, 100)))
 
     def test_as_vllm_under_an_alias_has_its_vectors_cut_where_that_is_allowed(
         self, songs: Songs, run: Run, provider: Provider
@@ -310,9 +310,9 @@ class TestAServerThatIsOdd:
         assert "gives 4096" in str(error)
         assert "SONGVEC_TRUNCATE=yes" in str(error)
         assert "SONGVEC_EMBEDDING_DIMENSIONS" not in str(error), "over 4,000 values there is no column for them"
-        deployment = run(embedding_model="my-embedder", truncate=True)
-        fill(deployment)
-        assert_stored(deployment, plain_texts(range(1, 100)))
+        pipeline = run(embedding_model="my-embedder", truncate=True)
+        fill(pipeline)
+        assert_stored(pipeline, plain_texts(range(1, 100)))
 
     @pytest.mark.parametrize(
         ("native", "advice"),
@@ -344,9 +344,9 @@ class TestAServerThatIsOdd:
     def test_now_and_then_is_tried_again(self, songs: Songs, run: Run, provider: Provider, status: int) -> None:
         songs(*plain_songs(range(1, 300)))
         provider.control(mode="tei", every_status=status)
-        deployment = run(max_request_texts=4)
-        fill(deployment)
-        assert_stored(deployment, plain_texts(range(1, 300)))
+        pipeline = run(max_request_texts=4)
+        fill(pipeline)
+        assert_stored(pipeline, plain_texts(range(1, 300)))
         assert provider.ledger()["requests_by_status"][str(status)] >= 3
         assert set(billed(provider).values()) == {1}
 
@@ -383,9 +383,9 @@ class TestAServerOfAPublicReport:
         song_ids = range(1, 61)
         songs(*plain_songs(song_ids))
         provider.control(mode=mode, **faults)
-        deployment = run()
-        fill(deployment)
-        assert_stored(deployment, plain_texts(song_ids))
+        pipeline = run()
+        fill(pipeline)
+        assert_stored(pipeline, plain_texts(song_ids))
         assert billed_once(provider, song_ids)
         assert refusals(provider) == 2
 
@@ -395,10 +395,10 @@ class TestAServerOfAPublicReport:
         song_ids = range(1, 61)
         songs(*plain_songs(song_ids))
         provider.control(mode="idle reset")
-        deployment, notes = run(max_request_texts=20, concurrency=1), list[Progress]()
-        export(deployment)
-        deployment.filler(progress=notes.append).fill_ranges([SongIdRange(0, 100)], lambda _: None)
-        assert_stored(deployment, plain_texts(song_ids))
+        pipeline, notes = run(max_request_texts=20, concurrency=1), list[Progress]()
+        export(pipeline)
+        pipeline.filler(progress=notes.append).fill_ranges([SongIdRange(0, 100)], lambda _: None)
+        assert_stored(pipeline, plain_texts(song_ids))
         assert billed_once(provider, song_ids)
         assert provider.ledger()["requests_by_status"] == {"200": 4, "reset": 3}
         assert sum("Connection reset" in each.note for each in notes) == 3, "each is said"
@@ -410,9 +410,9 @@ class TestAServerOfAPublicReport:
         songs(*plain_songs(song_ids))
         limited = {"status": 429, "count": 2, "retry_after_s": 0.2}
         provider.control(mode="voyage", quota=None, statuses=[limited, limited | {"after": 4}], retry_after_date=False)
-        deployment = run(max_request_texts=20)
-        fill(deployment)
-        assert_stored(deployment, plain_texts(song_ids))
+        pipeline = run(max_request_texts=20)
+        fill(pipeline)
+        assert_stored(pipeline, plain_texts(song_ids))
         assert billed_once(provider, song_ids)
         assert provider.ledger()["requests_by_status"] == {"429": 4, "200": 1 + 3}
 
@@ -425,9 +425,9 @@ class TestAServerOfAPublicReport:
         songs(*plain_songs(song_ids))
         quota = {"tokens_per_minute": 15_000, "window_s": 1, "retry_after_s": 0.1}
         provider.control(mode="voyage", quota=quota, retry_after_date=False)
-        deployment = run()
-        fill(deployment)
-        assert_stored(deployment, plain_texts(song_ids))
+        pipeline = run()
+        fill(pipeline)
+        assert_stored(pipeline, plain_texts(song_ids))
         assert billed_once(provider, song_ids)
 
     def test_and_finds_a_text_blank_has_it_rejected_with_its_words(
@@ -435,8 +435,8 @@ class TestAServerOfAPublicReport:
     ) -> None:
         songs(*songs_but({5: ("\u200b", "\u200d", "x"), 9: ("\u200b\x07", "\x01", "x")}, 60))
         provider.control(mode="tei blank")
-        deployment = run(text_template="{name}{artist}")
-        (report,) = fill(deployment)
+        pipeline = run(text_template="{name}{artist}")
+        (report,) = fill(pipeline)
         assert [song_id for song_id, _ in report.rejected] == [5, 9]
         assert all("`inputs` cannot be empty" in reason for _, reason in report.rejected)
         times = billed(provider)
@@ -452,12 +452,12 @@ class TestAServerThatIsSlow:
         songs(*plain_songs(song_ids))
         provider.control(lane_tokens_per_s=50.0)
         notes: list[str] = []
-        deployment = run(max_request_texts=4, concurrency=32)
-        export(deployment)
-        deployment.filler(progress=lambda told: notes.append(told.note)).fill_ranges(
+        pipeline = run(max_request_texts=4, concurrency=32)
+        export(pipeline)
+        pipeline.filler(progress=lambda told: notes.append(told.note)).fill_ranges(
             [SongIdRange(0, 100)], lambda _: None
         )
-        assert_stored(deployment, plain_texts(song_ids))
+        assert_stored(pipeline, plain_texts(song_ids))
         assert provider.ledger()["texts_billed"] <= 2 * len(song_ids)
         named = [note for note in notes if "no whole answer" in note]
         assert all("SONGVEC_CONCURRENCY" in note and "SONGVEC_MAX_REQUEST_TOKENS" in note for note in named)
@@ -467,9 +467,9 @@ class TestAServerThatIsSlow:
         songs(*plain_songs(song_ids))
         # 32 texts take 7.5 s: beyond the time limit and beyond twice that
         provider.control(lane_tokens_per_s=30.0)
-        deployment = run(max_request_texts=32)
-        fill(deployment)
-        assert_stored(deployment, plain_texts(song_ids))
+        pipeline = run(max_request_texts=32)
+        fill(pipeline)
+        assert_stored(pipeline, plain_texts(song_ids))
         assert provider.ledger()["texts_billed"] <= 5 * len(song_ids)
 
     def test_has_each_try_that_it_may_bill_counted_and_never_exceeds_the_budget(
@@ -477,15 +477,15 @@ class TestAServerThatIsSlow:
     ) -> None:
         songs(*plain_songs(range(1, 41)))
         provider.control(late=2, late_s=5.0)
-        deployment = run(max_request_texts=4, concurrency=2, **PAID)
-        reports, error = try_fill(deployment, max_usd=150)
+        pipeline = run(max_request_texts=4, concurrency=2, **PAID)
+        reports, error = try_fill(pipeline, max_usd=150)
         assert isinstance(error, BudgetExceededError)
         # what computes on is billed later
         billed_tokens = sum(report.n_tokens for report in reports)
         assert billed_tokens <= 150
         threading.Event().wait(6)
         assert provider.ledger()["tokens_billed"] <= 150
-        month = deployment.month_spending()
+        month = pipeline.month_spending()
         # the probe's five bytes are estimated at one token in each of its two late tries, and billed two
         assert provider.ledger()["tokens_billed"] - 2 <= month.billed + month.reserved <= 150
 
@@ -499,13 +499,13 @@ class TestABudget:
         songs(*plain_songs(song_ids))
         provider.control(latency_s=0.05)
         # 28 a request and 2 for the probe; estimates begin at what a text of 4 bytes a token has
-        deployment = run(max_request_texts=4, concurrency=concurrency, **PAID)
-        reports, error = try_fill(deployment, max_usd=1000)
+        pipeline = run(max_request_texts=4, concurrency=concurrency, **PAID)
+        reports, error = try_fill(pipeline, max_usd=1000)
         assert isinstance(error, BudgetExceededError)
         assert "billed" in str(error) and "reserved" in str(error)
         assert 1000 - 2 * 28 < provider.ledger()["tokens_billed"] <= 1000
         assert sum(report.n_tokens for report in reports) == provider.ledger()["tokens_billed"]
-        assert deployment.month_spending() == (provider.ledger()["tokens_billed"], 0)
+        assert pipeline.month_spending() == (provider.ledger()["tokens_billed"], 0)
 
     def test_that_estimates_exceed_is_used_by_what_they_give_back(
         self, songs: Songs, run: Run, provider: Provider
@@ -513,8 +513,8 @@ class TestABudget:
         """Four bytes a token are estimated, twelve are billed: all is reserved by a third of what fits."""
         songs(*((song_id, f"海{song_id:04d}", "海" * 30, "海" * 200) for song_id in range(1, 61)))
         provider.control(latency_s=0.05)
-        deployment = run(max_request_texts=4, concurrency=32, **PAID)
-        _, error = try_fill(deployment, max_usd=2000)
+        pipeline = run(max_request_texts=4, concurrency=32, **PAID)
+        _, error = try_fill(pipeline, max_usd=2000)
         assert isinstance(error, BudgetExceededError)
         # a text is 60 tokens, a request 240, estimated at up to 720
         assert provider.ledger()["tokens_billed"] > 2000 - 720 - 240
@@ -525,7 +525,7 @@ class TestAServerThatStops:
         self, songs: Songs, database: Database, provider: Provider, tmp_path: Path
     ) -> None:
         songs(*plain_songs(range(1, 81)))
-        deployment = deploy(
+        pipeline = deploy(
             database, provider, tmp_path / "store", fireworks_base_url=f"http://127.0.0.1:{free_port()}/v1",
             patience_s=1.5, requests_per_minute=60_000, tokens_per_minute=60_000,
         )  # fmt: skip
@@ -537,10 +537,10 @@ class TestAServerThatStops:
             used.append(limiter.used)
             return grant
 
-        export(deployment)
+        export(pipeline)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(RateLimiter, "reserve", watch)
-            reports, _ = try_fill(deployment)
+            reports, _ = try_fill(pipeline)
         assert isinstance(reports[0].error, ProviderUnavailableError)
         assert len(used) > 3
         assert used[-1] < 0.01, "a request that never left gives its tokens back"
@@ -551,18 +551,18 @@ class TestAServerThatStops:
         """One request in four fails, never twice in a row for the patience: nobody gives up."""
         songs(*plain_songs(range(1, 91)))
         provider.control(statuses=[{"status": 503, "share": 0.25, "after": 2}], latency_s=0.1)
-        deployment = run(max_request_texts=2, concurrency=4, patience_s=2.0)
-        fill(deployment)
-        assert_stored(deployment, plain_texts(range(1, 91)))
+        pipeline = run(max_request_texts=2, concurrency=4, patience_s=2.0)
+        fill(pipeline)
+        assert_stored(pipeline, plain_texts(range(1, 91)))
 
 
 def test_trouble_is_marked_as_such(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*plain_songs(range(1, 5)))
     provider.control(statuses=[{"status": 503, "count": 2, "after": 2}])
     told: list[Progress] = []
-    deployment = run()
-    export(deployment)
-    deployment.filler(progress=told.append).fill_ranges([SongIdRange(0, 100)], lambda _: None)
+    pipeline = run()
+    export(pipeline)
+    pipeline.filler(progress=told.append).fill_ranges([SongIdRange(0, 100)], lambda _: None)
     assert [("answered 503" in each.note) for each in told] == [each.is_trouble for each in told]
     assert sum(each.is_trouble for each in told) == 2
 
@@ -571,9 +571,9 @@ def test_a_range_is_let_go_without_holding_up_the_answers_of_others(
     songs: Songs, run: Run, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     songs(*plain_songs([1, 101]))
-    deployment = run()
+    pipeline = run()
     let_go_by: list[str] = []
-    lock_range = deployment.lock_range
+    lock_range = pipeline.lock_range
 
     @contextlib.contextmanager
     def watched(song_range: SongIdRange, *callbacks: Callable[[], None]) -> Iterator[Callable[[], None]]:
@@ -581,8 +581,8 @@ def test_a_range_is_let_go_without_holding_up_the_answers_of_others(
             yield check_held
         let_go_by.append(threading.current_thread().name)
 
-    monkeypatch.setattr(deployment, "lock_range", watched)
-    fill(deployment)
+    monkeypatch.setattr(pipeline, "lock_range", watched)
+    fill(pipeline)
     assert len(let_go_by) == 2
     assert threading.current_thread().name not in let_go_by, "the event loop's thread waits for no database"
 

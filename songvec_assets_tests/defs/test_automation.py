@@ -383,11 +383,11 @@ class TestRuns:
 
     def test_an_export_that_policies_may_have_cut_short_says_so(self, caplog: pytest.LogCaptureFixture) -> None:
         run = RunResource(postgres=PostgresResource(), fireworks=FireworksResource(), storage=StorageResource())
-        deployment = run.open()
-        plain = report_export(deployment.export(), deployment, logging.getLogger("export"))
+        pipeline = run.open()
+        plain = report_export(pipeline.export(), pipeline, logging.getLogger("export"))
         assert (caplog.text, "row security" in (plain.metadata or {})) == ("", False)
-        deployment.source = replace(deployment.source, row_security=True)
-        result = report_export(deployment.export(), deployment, logging.getLogger("export"))
+        pipeline.source = replace(pipeline.source, row_security=True)
+        result = report_export(pipeline.export(), pipeline, logging.getLogger("export"))
         assert "policies may hide songs" in caplog.text
         assert "policies may hide songs" in str((result.metadata or {})["row security"])
 

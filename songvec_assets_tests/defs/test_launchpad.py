@@ -123,8 +123,8 @@ def test_an_empty_option_reads_its_variable_when_the_run_starts_and_a_given_one_
 
     @dg.op
     def look(run: RunResource) -> None:
-        with run.open() as deployment:
-            seen.append(deployment.settings.max_text_chars)
+        with run.open() as pipeline:
+            seen.append(pipeline.settings.max_text_chars)
 
     @dg.job(resource_defs=RESOURCES)
     def job() -> None:

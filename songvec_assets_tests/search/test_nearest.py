@@ -11,10 +11,10 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.shards import ModelCache
 from songvec_assets.cli import app, base
-from songvec_assets.deployment import Deployment
 from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import ProviderError, TableMismatchError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import PROFILES, Database, Profile
 from songvec_assets.postgres.schema import write_fact
 from songvec_assets.search.nearest import Hit, check_searchable, embed_query, search_songs
@@ -180,15 +180,15 @@ def test_the_command_shows_as_many_songs_as_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     songs(*((song_id, f"Tune {song_id}", "Ann", "la") for song_id in range(1, 101)))
-    deployment = deploy(database, provider, tmp_path / "store")
-    deployment.export()
-    deployment.filler().fill_ranges(deployment.held_ranges(), lambda _: None)
-    deployment.publish()
-    deployment.index()
+    pipeline = deploy(database, provider, tmp_path / "store")
+    pipeline.export()
+    pipeline.filler().fill_ranges(pipeline.held_ranges(), lambda _: None)
+    pipeline.load()
+    pipeline.build_index()
     use_index(database)
     with database.get_connection() as connection:
         write_fact(connection, "probes", 1)
-    monkeypatch.setattr(base, "deploy", lambda: deployment)
+    monkeypatch.setattr(base, "deploy", lambda: pipeline)
     with pytest.raises(SystemExit) as ended:
         app(["search", "a storm at sea", "-n", "100"])
     assert ended.value.code == 0
@@ -270,13 +270,13 @@ def test_an_embedder_that_fails_is_closed_too() -> None:
 @pytest.fixture
 def begin(
     database: Database, provider: Provider, songs: Callable[..., None], tmp_path: Path
-) -> Callable[..., Deployment]:
+) -> Callable[..., Pipeline]:
     """Begins a search, with some settings, of a table of three songs by the provider's model."""
     songs(*((song_id, f"Tune {song_id}", "Ann", "la") for song_id in range(1, 4)))
-    deployment = deploy(database, provider, tmp_path / "store")
-    deployment.export()
-    deployment.filler().fill_ranges(deployment.held_ranges(), lambda _: None)
-    deployment.publish()
+    pipeline = deploy(database, provider, tmp_path / "store")
+    pipeline.export()
+    pipeline.filler().fill_ranges(pipeline.held_ranges(), lambda _: None)
+    pipeline.load()
     return lambda server=provider, **settings: deploy(database, server, tmp_path / "store", **settings)
 
 
@@ -285,7 +285,7 @@ MINILM = "all-minilm"
 
 
 def test_another_server_for_which_the_settings_are_right_is_named_with_the_tables_model(
-    begin: Callable[..., Deployment],
+    begin: Callable[..., Pipeline],
 ) -> None:
     with running_provider(model=MINILM, native_dimensions=384) as other:
         searching = begin(other, embedding_model=MINILM, embedding_dimensions=384)
@@ -302,7 +302,7 @@ def test_another_server_for_which_the_settings_are_right_is_named_with_the_table
 
 
 def test_another_server_that_answers_for_any_model_in_its_own_size_is_not_a_reason_to_change_the_dimensions(
-    begin: Callable[..., Deployment], provider: Provider
+    begin: Callable[..., Pipeline], provider: Provider
 ) -> None:
     provider.control(ignore_dimensions=True, native_dimensions=32)
     with pytest.raises(TableMismatchError) as refusal:
@@ -312,7 +312,7 @@ def test_another_server_that_answers_for_any_model_in_its_own_size_is_not_a_reas
     assert "SONGVEC_EMBEDDING_DIMENSIONS=32" not in str(refusal.value)
 
 
-def test_a_wrong_key_is_a_wrong_key(begin: Callable[..., Deployment]) -> None:
+def test_a_wrong_key_is_a_wrong_key(begin: Callable[..., Pipeline]) -> None:
     for settings in ({}, {"vector_type": "halfvec"}):
         with pytest.raises(ProviderError, match="FIREWORKS_API_KEY"):
             begin(fireworks_api_key="wrong", **settings).embed_query("waves")

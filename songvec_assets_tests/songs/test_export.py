@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 
 from songvec_assets.cache.fill import FillReport
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import BulkDeletionError, DatabaseError, SourceError, StoreError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs import export as export_module
@@ -717,18 +717,18 @@ class TestHashes:
 
     @pytest.mark.parametrize("columns", [5, 8])
     def test_a_store_of_an_earlier_version_pays_for_no_text_again(
-        self, deployment: Deployment, songs: Callable[..., None], provider: Provider, columns: int
+        self, pipeline: Pipeline, songs: Callable[..., None], provider: Provider, columns: int
     ) -> None:
         songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", None), (3, None, "Cy", None), (101, "Moon", "Cy", None))
         requests = []
         for _ in range(2):
-            deployment.export()
+            pipeline.export()
             reports: list[FillReport] = []
-            deployment.filler().fill_ranges(list(deployment.tiling), reports.append)
+            pipeline.filler().fill_ranges(list(pipeline.tiling), reports.append)
             assert [each.error for each in reports] == [None, None]
             requests.append(provider.ledger()["requests"])
-            for each in deployment.store.songs.ranges():
-                make_old(path_of(deployment.store.songs.storage.root, each), columns)
+            for each in pipeline.store.songs.ranges():
+                make_old(path_of(pipeline.store.songs.storage.root, each), columns)
         assert requests[0] == requests[1] > 0
 
     def test_texts_that_are_exchanged_or_move_to_another_column_are_changes(

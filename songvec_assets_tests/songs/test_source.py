@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from songvec_assets.cli import app
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DatabaseError, SourceError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import read_songs
 from songvec_assets.songs.counts import IdSums, RangeCount, count_ranges, count_unreachable_ids
@@ -399,15 +399,15 @@ class TestTypes:
         view = replace(names, table="public.songs_as_text", song_id_column="id")
         assert export(database, view, tmp_path) == [(7, "Sea", "Ann", "waves"), (8, "Hill", None, None)]
 
-    def test_types_are_asked_before_anything_is_paid_for(self, deployment: Deployment, provider: Provider) -> None:
+    def test_types_are_asked_before_anything_is_paid_for(self, pipeline: Pipeline, provider: Provider) -> None:
         run(
-            deployment.database,
+            pipeline.database,
             "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist integer, lyrics text)",
             "INSERT INTO songs VALUES (7, 'Sea', 303, 'waves')",
         )
         with pytest.raises(SourceError, match="column 'artist' is integer"):
-            deployment.export()
-        assert not deployment.store.songs.storage.list_objects()
+            pipeline.export()
+        assert not pipeline.store.songs.storage.list_objects()
         assert provider.ledger()["requests"] == 0
 
 

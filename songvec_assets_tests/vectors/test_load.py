@@ -556,7 +556,7 @@ class TestDamage:
         def nothing() -> None:
             return None
 
-        # the lock under which Deployment's filler writes the range
+        # the lock under which Pipeline's filler writes the range
         with hold_lock(database, f"fill {FIRST.key}", on_wait=nothing, check=nothing):
             loader.start()
             loader.join(timeout=1.5)

@@ -19,8 +19,8 @@ import sqlalchemy as sa
 from songvec_assets.cache.parts import CachedRows
 from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.cli import app, base
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DamagedShardError, DatabaseError, StoppedError, TableMismatchError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres import short_lock
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import lock_key
@@ -542,10 +542,10 @@ class TestLock:
         put(cache, range(30))
         publish(database, cache, songs_folder)
         publish(database, cache, songs_folder, HALF, swap=True)
-        deployment = deploy(database, provider, tmp_path / "store")
-        monkeypatch.setattr(base, "deploy", lambda: deployment)
+        pipeline = deploy(database, provider, tmp_path / "store")
+        monkeypatch.setattr(base, "deploy", lambda: pipeline)
         ended = once(lambda: self.end_holder(database))
-        deployment.stop = CallingStop(ended)
+        pipeline.stop = CallingStop(ended)
         with pytest.raises(DatabaseError):
             app(["swap", option], standalone_mode=False)
         assert relations(database) == BOTH
@@ -644,12 +644,12 @@ class TestMissing:
         assert sorted(read_vectors(database)) == list(range(4, 90))
 
 
-def run(deployment: Deployment) -> None:
+def run(pipeline: Pipeline) -> None:
     """Export, embed, load and index, as the jobs do."""
-    deployment.export()
-    deployment.filler().fill_ranges(list(deployment.tiling), lambda _: None)
-    deployment.publish()
-    deployment.index()
+    pipeline.export()
+    pipeline.filler().fill_ranges(list(pipeline.tiling), lambda _: None)
+    pipeline.load()
+    pipeline.build_index()
 
 
 class TestSwap:

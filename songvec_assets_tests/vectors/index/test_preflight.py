@@ -10,8 +10,8 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.cache.shards import ModelCache
-from songvec_assets.deployment import Deployment
 from songvec_assets.errors import DatabaseError, SettingsError
+from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import search_songs
 from songvec_assets.vectors.index.preflight import check_target
@@ -30,15 +30,15 @@ WIDE = TableSpec("model-a", 2000)
 HALF = TableSpec(SPEC.model, SPEC.dimensions, "halfvec")
 
 
-def run(deployment: Deployment) -> None:
+def run(pipeline: Pipeline) -> None:
     """Export, embed, load and index, as the jobs do."""
-    deployment.export()
+    pipeline.export()
     errors: list[Exception] = []
-    deployment.filler().fill_ranges(list(deployment.tiling), lambda filled: errors.extend(filter(None, [filled.error])))
+    pipeline.filler().fill_ranges(list(pipeline.tiling), lambda filled: errors.extend(filter(None, [filled.error])))
     if errors:
         raise errors[0]
-    deployment.publish()
-    deployment.index()
+    pipeline.load()
+    pipeline.build_index()
 
 
 def name_of(database: Database) -> str:
@@ -80,9 +80,9 @@ class TestSearchPath:
     ) -> None:
         songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in range(1, 31)))
         execute(database.adbc_uri, 'CREATE SCHEMA "Ext"; ALTER EXTENSION vector SET SCHEMA "Ext"')
-        deployment = deploy(database, provider, tmp_path / "store")
+        pipeline = deploy(database, provider, tmp_path / "store")
         with pytest.raises(DatabaseError, match=r'in schema "Ext", which is not in this user') as refused:
-            run(deployment)
+            run(pipeline)
         assert provider.ledger()["requests"] == 0
         execute(database.adbc_uri, helping_statement(str(refused.value)))
         dispose(database.url)
@@ -262,15 +262,15 @@ class TestScratchTable:
         self, database: Database, songs: Callable[..., None], provider: Provider, tmp_path: Path
     ) -> None:
         songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in range(1, 250)))
-        deployment = deploy(database, provider, tmp_path / "store")
+        pipeline = deploy(database, provider, tmp_path / "store")
         with scratch_tables(database) as made:
-            deployment.export()
-            deployment.filler().fill_ranges(list(TILING), lambda _: None)
+            pipeline.export()
+            pipeline.filler().fill_ranges(list(TILING), lambda _: None)
             assert len(made) == 1
-            deployment.publish()
-            deployment.index()
+            pipeline.load()
+            pipeline.build_index()
             assert len(made) == 2
-            run(deployment)
+            run(pipeline)
             assert len(made) == 2
 
 
