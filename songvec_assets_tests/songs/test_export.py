@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 
 from songvec_assets.cache.fill import FillReport
-from songvec_assets.errors import BulkDeletionError, DatabaseError, SourceError, StoreError
+from songvec_assets.errors import BulkDeletionError, DatabaseError, SourceError, StoreError, describe
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext
@@ -315,7 +315,7 @@ class TestBadInput:
         assert "SONGVEC_SONG_ID_COLUMN" in str(caught.value)
         assert isinstance(caught.value.__cause__, SourceError)
         assert [song_id for song_id, *_ in read(tmp_path)] == [1, 2, 250]
-        assert caught.value.reasons == {str(caught.value.__cause__): [SECOND.key]}
+        assert caught.value.reasons == {describe(caught.value.__cause__): [SECOND.key]}
         assert caught.value.is_partial
 
     def test_a_run_does_not_go_on_where_all_failed_or_a_person_is_to_confirm(self) -> None:
