@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size bench-demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dev test check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
+.PHONY: help install demo dev test test-slow check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
 .NOTPARALLEL:
 
 help:  ## This list
@@ -36,8 +36,11 @@ demo: $(RUNS)  ## Sample songs to a search result, with nothing configured
 dev: $(RUNS)  ## The Dagster UI on http://127.0.0.1:3000, with the runs of the demo or of your database
 	$(BIN)/songvec dev
 
-test: $(INSTALLED)  ## All tests; a browser's waits leave two cores to the others
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+test: $(INSTALLED)  ## The tests of all rooms, without the slow ones
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'not slow'
+
+test-slow: $(INSTALLED)  ## The rest: dagster in subprocesses, a browser, kills, other people's servers and databases
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m slow
 
 check: $(INSTALLED)  ## Format, lint, types, floors
 	$(BIN)/ruff format --check .

@@ -21,6 +21,8 @@ from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.conftest import deploy, environment_of
 from songvec_assets_tests.provider import Provider
 
+pytestmark = pytest.mark.slow
+
 N_SONGS = 300
 DAY_S = 86_400.0
 

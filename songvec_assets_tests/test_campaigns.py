@@ -9,6 +9,8 @@ from benchmarks import chaos, embedding_client, quota
 from songvec_assets.postgres.engine import Database
 from songvec_assets_tests.provider import Provider
 
+pytestmark = pytest.mark.slow
+
 
 def test_runs_that_are_killed_and_shards_that_are_damaged_cost_no_more_than_promised() -> None:
     campaign = chaos.run_campaign(4, seed=1, n_songs=880, warm=True)

@@ -22,6 +22,8 @@ from songvec_assets.vectors.table import VectorTable
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.provider import Provider, running_provider
 
+pytestmark = pytest.mark.slow
+
 E5 = "intfloat/multilingual-e5-small"
 QWEN_QUERY = f"Instruct: {TASK}\nQuery:waves"
 N_SONGS = 120

@@ -25,6 +25,8 @@ from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.warm import start as start_warm
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., tuple[int, str]]
 
 FIRST_ID = 1_500_000_000

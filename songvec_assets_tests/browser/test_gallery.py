@@ -31,6 +31,7 @@ SETTINGS = {
 }
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(not FOLDER, reason="SONGVEC_SCREENSHOTS names no folder for pictures"),
 ]

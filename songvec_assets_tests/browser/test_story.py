@@ -20,7 +20,7 @@ from songvec_assets_tests.browser.stage import open_tab, running_project
 from songvec_assets_tests.defs.test_commands import Project, provider_settings, wait_until
 from songvec_assets_tests.provider import Provider, running_provider
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 N_SAMPLES = read_sample_songs().height
 ASSETS = ("songs", "songs_parquet", "embedding_cache", "song_embeddings_table", "ivfflat_index")

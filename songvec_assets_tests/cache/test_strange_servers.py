@@ -48,6 +48,8 @@ from songvec_assets_tests.cache.test_fill import (
 from songvec_assets_tests.conftest import deploy
 from songvec_assets_tests.provider import Provider
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["run"]
 
 IMPORTANCE = "Importance by Ann\nla"

@@ -28,6 +28,8 @@ from songvec_assets_tests.provider import Provider, running_provider
 from songvec_assets_tests.warm import WarmProcess
 from songvec_assets_tests.warm import start as start_warm
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 FIRST = "000000000-000050000"

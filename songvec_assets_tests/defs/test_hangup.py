@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+import pytest
+
 from songvec_assets.postgres.embedded import create_songs_table
 from songvec_assets.postgres.engine import Database
 from songvec_assets_tests.defs.test_commands import (
@@ -22,6 +24,8 @@ from songvec_assets_tests.defs.test_commands import (
     wait_until,
 )
 from songvec_assets_tests.provider import Provider
+
+pytestmark = pytest.mark.slow
 
 __all__ = ["project", "slow_provider"]
 

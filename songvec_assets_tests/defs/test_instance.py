@@ -17,6 +17,8 @@ from songvec_assets.errors import SettingsError
 from songvec_assets_tests.browser.stage import running_dagster
 from songvec_assets_tests.defs.test_commands import FIRST, ROOT, SET_AT_START, Project, project
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["project"]
 
 POSTGRES_URL = "postgresql://u@127.0.0.1:1/music"

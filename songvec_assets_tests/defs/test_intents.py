@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from songvec_assets_tests.defs.test_commands import FIRST, N_SAMPLES, OF_DEMO, Project, project
+
+pytestmark = pytest.mark.slow
 
 __all__ = ["project"]
 

@@ -14,6 +14,8 @@ from songvec_assets_tests.conftest import environment_of
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.test_graph_core import read_table
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 50_000
 FIRST, SECOND, THIRD = (f"{start:09d}-{start + WIDTH:09d}" for start in (0, WIDTH, 2 * WIDTH))
 N_SONGS = 40

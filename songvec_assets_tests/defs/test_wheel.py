@@ -17,6 +17,8 @@ from songvec_assets.defs.instance import WORKSPACE
 from songvec_assets.settings import variables
 from songvec_assets_tests.defs.test_commands import ROOT, SET_AT_START, Project
 
+pytestmark = pytest.mark.slow
+
 BUILD = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
 FOUND = "import songvec_assets; print(songvec_assets.__file__)"
 DEV = """

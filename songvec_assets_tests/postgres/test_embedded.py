@@ -26,6 +26,8 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.samples import read_sample_songs
 from songvec_assets_tests.administration import dispose, execute
 
+pytestmark = pytest.mark.slow
+
 START = """
 import sys, time
 from pathlib import Path

@@ -10,6 +10,8 @@ from benchmarks.chaos_db import FAULTS, find_usual_relations, prepared_server, r
 from songvec_assets_tests.servers import Server
 from songvec_assets_tests.vectors.world import Report
 
+pytestmark = pytest.mark.slow
+
 N_SONGS, N_SONGS_WHERE_MORE = 200, 400
 MORE = ("build", "names")
 """A build of fewer rows is over before it can be disturbed in each of its phases; the songs with names are 300."""
