@@ -236,9 +236,9 @@ class Campaign:
         Raises:
             StoreError: the file is not the range's shard.
         """
-        shard = self.pipeline.cache.open(song_range)
-        sound = shard.find_sound(shard.all_rows)
-        texts, vectors = sound["text_hash"].to_list(), shard.embeddings_at(sound["row"].to_list())
+        cached = self.pipeline.cache.open(song_range)
+        sound = cached.find_sound(cached.all_rows)
+        texts, vectors = sound["text_hash"].to_list(), cached.embeddings_at(sound["row"].to_list())
         wrong = [text for text, vector in zip(texts, vectors, strict=True) if not _is_of(vector, text)]
         self.report.expect(TRUE, not wrong, f"{song_range.key}: {len(wrong)} rows have another text's vector")
         return set(texts) - set(wrong)
@@ -249,14 +249,14 @@ class Campaign:
 
     def find_wrong_songs(self, song_range: SongIdRange) -> list[int]:
         """Songs of a range whose holding row is not the vector of their text, or the reason of their refusal."""
-        shard = self.pipeline.cache.open(song_range)
-        rows = {song_id: (each, None, row) for song_id, each, _, row in shard.rows.iter_rows()}
-        rows |= {song_id: (each, reason, 0) for song_id, each, reason in shard.rejected.iter_rows()}
+        cached = self.pipeline.cache.open(song_range)
+        rows = {song_id: (each, None, row) for song_id, each, _, row in cached.rows.iter_rows()}
+        rows |= {song_id: (each, reason, 0) for song_id, each, reason in cached.rejected.iter_rows()}
         wrong = set(rows) - {song.id for song in self.by_range[song_range]}
         for song in self.by_range[song_range]:
             text_hash, reason, row = rows.get(song.id, (b"", None, -1))
             refused = reason is not None
-            right = refused or _is_of(shard.embeddings_at([row])[0], text_hash) if row >= 0 else False
+            right = refused or _is_of(cached.embeddings_at([row])[0], text_hash) if row >= 0 else False
             if not right or text_hash != song.text_hash or refused != song.refused:
                 wrong.add(song.id)
         return sorted(wrong)

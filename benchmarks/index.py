@@ -31,7 +31,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
+from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.postgres.engine import Database
@@ -138,8 +138,8 @@ def measure(database: Database, cache: ModelCache, n_rows: int, n_rounds: int, w
     spec = TableSpec(cache.model, cache.dimensions)
     tiling = Tiling(50_000, 50_000 * math.ceil(n_rows / 50_000))
     for song_ids, vectors in make_rows(n_rows, cache.dimensions):
-        shard, _ = load_embeddings_from_cache(cache, tiling.range_of(song_ids[0]))
-        write_embeddings_to_file(shard, song_ids, [hash_text(str(each)) for each in song_ids], vectors)
+        cached, _ = load_embeddings_from_cache(cache, tiling.range_of(song_ids[0]))
+        write_embeddings_to_file(cached, song_ids, [hash_text(str(each)) for each in song_ids], vectors)
     source = LoadSource(cache, tiling)
     upload_cached_embeddings_to_database(VectorTable(database, STAGING), source, spec)
     result = Result(n_rows, choose_lists(n_rows))

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.load_process import Outcome, run_client
 from benchmarks.loaders import CLIENTS, SERVER, THIS, THIS_TWO, Job, write_ready_files
 from benchmarks.vectors import MODEL, change_songs, fill_shards, make_vectors, put_songs
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.songs.ranges import Tiling

@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from songvec_assets.cache.cached_range import CachedRange
-from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache
+from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.sessions import widen_send_buffer
@@ -65,8 +65,8 @@ class Job(NamedTuple):
     def rows(self) -> Iterator[tuple[NDArray[np.int32], Float32Matrix]]:
         """song_ids and mapped vectors, a stored batch at a time."""
         n_left = self.n_rows
-        for shard in self.shards():
-            for batch in shard.iter_vectors(shard.rows["row"]):
+        for cached in self.shards():
+            for batch in cached.iter_vectors(cached.rows["row"]):
                 n_rows = min(n_left, len(batch))
                 if n_rows:
                     yield batch.song_ids[:n_rows], batch.embeddings[:n_rows]
@@ -112,10 +112,10 @@ def prepare_this(job: Job, n_connections: int) -> Load:
 def write_ready_files(job: Job) -> None:
     """Write what a server-side COPY reads, a file a range."""
     job.ready.mkdir(exist_ok=True)
-    for shard in job.shards():
-        with (job.ready / shard.range.key).open("wb") as file:
+    for cached in job.shards():
+        with (job.ready / cached.range.key).open("wb") as file:
             file.write(HEADER)
-            rows = ((each.song_ids, each.embeddings) for each in shard.iter_vectors(shard.rows["row"]))
+            rows = ((each.song_ids, each.embeddings) for each in cached.iter_vectors(cached.rows["row"]))
             file.writelines(encode_rows(rows, job.spec.dimensions, job.spec.vector_type))
             file.write(TRAILER)
 

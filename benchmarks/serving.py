@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from benchmarks.searcher import Sample, Window, collect, render, searching
 from songvec_assets.cache import upkeep
 from songvec_assets.cache.manifest import Completion
-from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
+from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
@@ -170,13 +170,13 @@ class World:
             song_ids = song_range.start + np.sort(draw.choice(self.size.tiling.width, n_changed, replace=False))
             if version:
                 song_ids = song_ids[~np.isin(song_ids, list(self.known))]
-            shard, _ = load_embeddings_from_cache(self.cache, song_range)
+            cached, _ = load_embeddings_from_cache(self.cache, song_range)
             for start in range(0, len(song_ids), _BATCH):
                 piece = song_ids[start : start + _BATCH]
                 hashes = [hash_text(f"{song_id} {version}") for song_id in piece.tolist()]
-                write_embeddings_to_file(shard, piece.tolist(), hashes, self.make(piece, version))
-            shard.add_written()
-            upkeep.complete(shard, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
+                write_embeddings_to_file(cached, piece.tolist(), hashes, self.make(piece, version))
+            cached.add_written()
+            upkeep.complete(cached, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
 
     def publish(self, target: str = SERVING, *, swap: bool = False) -> int:
         """Make the serving table equal the cache, through this table; rows written."""

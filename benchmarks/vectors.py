@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from songvec_assets.cache import upkeep
 from songvec_assets.cache.manifest import Completion
-from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
+from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import TEXT_HASH_BYTES
@@ -40,16 +40,16 @@ def put_songs(cache: ModelCache, song_range: SongIdRange, song_ids: NDArray[np.i
     Returns:
         Bytes written.
     """
-    shard, _ = load_embeddings_from_cache(cache, song_range)
-    before = set(shard.files.sizes)
+    cached, _ = load_embeddings_from_cache(cache, song_range)
+    before = set(cached.files.sizes)
     for start in range(0, len(song_ids), _BATCH_ROWS):
         ids = song_ids[start : start + _BATCH_ROWS]
         hashes = [song_id.tobytes() + (version + 1).to_bytes(TEXT_HASH_BYTES - 4, "little") for song_id in ids]
-        write_embeddings_to_file(shard, ids.tolist(), hashes, make_vectors(ids, cache.dimensions, version))
-    n_written = sum(each.n_bytes for each in shard.writer.files)
-    shard.add_written()
-    upkeep.complete(shard, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
-    merged = [each.n_bytes for each in shard.manifest.files if each.is_base and each.name not in before]
+        write_embeddings_to_file(cached, ids.tolist(), hashes, make_vectors(ids, cache.dimensions, version))
+    n_written = sum(each.n_bytes for each in cached.writer.files)
+    cached.add_written()
+    upkeep.complete(cached, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
+    merged = [each.n_bytes for each in cached.manifest.files if each.is_base and each.name not in before]
     return n_written + sum(merged)
 
 

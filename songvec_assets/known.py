@@ -11,7 +11,7 @@ from functools import cached_property
 
 import polars as pl
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange, Tiling

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from songvec_assets import inventory
-from songvec_assets.cache.shards import ModelCache, lock_name
+from songvec_assets.cache.model_cache import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
 from songvec_assets.cache.texts import choose_prompts, read_record
 from songvec_assets.embedding.embedder import Embedder, Endpoint, Patience

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks import index
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.storage import Storage
 from songvec_assets_tests.administration import execute

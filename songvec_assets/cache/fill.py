@@ -18,10 +18,10 @@ from songvec_assets.cache import reembedding, texts, upkeep
 from songvec_assets.cache.cached_range import CachedRange, RangeFiles
 from songvec_assets.cache.context import SendContext
 from songvec_assets.cache.manifest import Completion, Manifest, Rejection
+from songvec_assets.cache.model_cache import ModelCache, write_embeddings_to_file
 from songvec_assets.cache.parts import PIECE_ROWS
 from songvec_assets.cache.plan import FillPlan, FillReport, plan_fill
 from songvec_assets.cache.requests import RangeSender
-from songvec_assets.cache.shards import ModelCache, write_embeddings_to_file
 from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.errors import ProviderUnavailableError
 from songvec_assets.progress import run_event_loop
@@ -217,60 +217,60 @@ class _RangeFill:
         filler, context, song_range = self.filler, self.filler.context, self.report.range
         # taken before the songs are read: an export that comes in between leaves a manifest that does not fit
         snapshot = filler.snapshots.footer(song_range).digest
-        shard, plan = await asyncio.to_thread(self._plan, song_range, generation)
+        cached, plan = await asyncio.to_thread(self._plan, song_range, generation)
         self.report = plan.report
         if plan.texts:
             plan.report.n_tokens_expected = plan.estimate_tokens(context.estimator)
             filler.tiling.check_tail(song_range, plan.report.n_songs)
             await asyncio.to_thread(filler.before_payment)
-        await asyncio.to_thread(self._begin, shard, plan)
+        await asyncio.to_thread(self._begin, cached, plan)
         context.reports.append(plan.report)
         n_to_embed = sum(len(each.song_ids) for each in plan.texts)
         context.advance(plan.report.n_songs - n_to_embed, song_range, are_free=True)
-        rejected = await self._send(shard, plan, check_held)
+        rejected = await self._send(cached, plan, check_held)
         server = context.server if plan.has_rejected or rejected else ""
         counts = plan.report.n_songs, plan.report.n_rejected, plan.report.n_truncated
         filled = Completion(snapshot, filler.spec.identity, *counts, server, 0, b"")
-        await asyncio.to_thread(upkeep.complete, shard, filled, filler.retention_s, rejected)
+        await asyncio.to_thread(upkeep.complete, cached, filled, filler.retention_s, rejected)
 
     def _plan(self, song_range: SongIdRange, generation: int) -> tuple[CachedRange, FillPlan]:
         filler = self.filler
-        shard = filler.cache.open(song_range)
-        if shard.manifest.generation < generation:
-            shard = filler.cache.open(song_range, generation)
-        rejected_by = None if filler.retry_rejected or shard.replaces else filler.context.server
-        return shard, plan_fill(filler.snapshots, shard, filler.spec, rejected_by)
+        cached = filler.cache.open(song_range)
+        if cached.manifest.generation < generation:
+            cached = filler.cache.open(song_range, generation)
+        rejected_by = None if filler.retry_rejected or cached.replaces else filler.context.server
+        return cached, plan_fill(filler.snapshots, cached, filler.spec, rejected_by)
 
-    def _begin(self, shard: CachedRange, plan: FillPlan) -> None:
+    def _begin(self, cached: CachedRange, plan: FillPlan) -> None:
         """Record deletions and parts of killed runs before anything is written; store the vectors that are free."""
-        wanted = shard.manifest
+        wanted = cached.manifest
         if plan.deleted:
-            has_vector = {*shard.rows["song_id"], *(shard.replaces or shard).rows["song_id"]}
+            has_vector = {*cached.rows["song_id"], *(cached.replaces or cached).rows["song_id"]}
             wanted = wanted.without(plan.deleted).delete(
                 [each for each in plan.deleted if each in has_vector], time.time()
             )
         if plan.texts or plan.reused.height:
             wanted = replace(wanted, complete=None)
-        shard.manifest = wanted
+        cached.manifest = wanted
         # a later generation is saved when it is complete: until then loads read the one before
-        if shard.replaces is None and wanted != (shard.files.manifest or Manifest()):
-            shard.save(wanted)
+        if cached.replaces is None and wanted != (cached.files.manifest or Manifest()):
+            cached.save(wanted)
         for piece in plan.reused.iter_slices(PIECE_ROWS):
-            embeddings = shard.embeddings_at(piece["row"])
-            write_embeddings_to_file(shard, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
+            embeddings = cached.embeddings_at(piece["row"])
+            write_embeddings_to_file(cached, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
 
-    async def _send(self, shard: CachedRange, plan: FillPlan, check_held: Callable[[], None]) -> list[Rejection]:
+    async def _send(self, cached: CachedRange, plan: FillPlan, check_held: Callable[[], None]) -> list[Rejection]:
         """Send what is missing; the songs that the provider was found to reject."""
         if not plan.texts:
             return []
         self.filler.context.health.count_known(plan.report.n_unchanged)
-        gatherer = AnswerGatherer(shard.writer)
+        gatherer = AnswerGatherer(cached.writer)
         sender = RangeSender(self.filler.context, plan.report, gatherer, check_held, self.let_next_begin)
         try:
             await sender.send(plan.texts)
         except Exception:
-            if sender.refused.rejected and shard.replaces is None:
-                shard.add_written()
-                await asyncio.to_thread(shard.save, shard.manifest.reject(sender.refused.rejected))
+            if sender.refused.rejected and cached.replaces is None:
+                cached.add_written()
+                await asyncio.to_thread(cached.save, cached.manifest.reject(sender.refused.rejected))
             raise
         return sender.refused.rejected

@@ -108,12 +108,12 @@ class FillPlan:
         return [each for each in self.texts if each.again] if self.made_otherwise else []
 
 
-def plan_fill(snapshots: Snapshots, shard: CachedRange, spec: TextSpec, rejected_by: str | None = None) -> FillPlan:
+def plan_fill(snapshots: Snapshots, cached: CachedRange, spec: TextSpec, rejected_by: str | None = None) -> FillPlan:
     """Compare a range's snapshot with what is cached of it.
 
     Args:
         snapshots: of the store.
-        shard: the range.
+        cached: the range.
         spec: how songs become texts.
         rejected_by: the server whose rejections hold; songs that another one rejected are sent again; None: no
             rejection holds.
@@ -121,18 +121,18 @@ def plan_fill(snapshots: Snapshots, shard: CachedRange, spec: TextSpec, rejected
     Raises:
         StoreError: there is no snapshot: a cache alone does not say that its songs are deleted.
     """
-    if shard.range not in snapshots:
+    if cached.range not in snapshots:
         raise StoreError(
-            f"range {shard.range.key} has cached embeddings but no snapshot: materialize songs_parquet first",
+            f"range {cached.range.key} has cached embeddings but no snapshot: materialize songs_parquet first",
             "cache.missing",
         )
-    hashes, n_songs = snapshots.read_text_hashes(shard.range, spec), snapshots.footer(shard.range).n_songs
-    rejected = shard.rejected.select("song_id", "text_hash", "reason")
+    hashes, n_songs = snapshots.read_text_hashes(cached.range, spec), snapshots.footer(cached.range).n_songs
+    rejected = cached.rejected.select("song_id", "text_hash", "reason")
     holds = pl.lit(False) if rejected_by is None else pl.col("reason").str.starts_with(f"{rejected_by} ")
-    unchanged, missing = _compare(hashes, shard.rows, rejected.filter(holds))
+    unchanged, missing = _compare(hashes, cached.rows, rejected.filter(holds))
     # whatever was paid for serves again: another song's vector, and one that no longer holds (a lyric changed back)
-    stored = shard.all_rows.join(missing, on="text_hash", how="semi")
-    vectors = shard.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
+    stored = cached.all_rows.join(missing, on="text_hash", how="semi")
+    vectors = cached.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
     reused = missing.join(vectors, on="text_hash", how="inner", maintain_order="left")
     unpaid = (
         missing.join(vectors, on="text_hash", how="anti", maintain_order="left")
@@ -141,17 +141,17 @@ def plan_fill(snapshots: Snapshots, shard: CachedRange, spec: TextSpec, rejected
         .with_columns(rejected_before=pl.col("text_hash").is_in(rejected.filter(~holds)["text_hash"].implode()))
     )
     # the rest is cached, or has the text of one of these
-    texts = snapshots.render(shard.range, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
+    texts = snapshots.render(cached.range, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
     to_send = unpaid.join(texts, on="text_hash", how="inner", maintain_order="left").select(
         "text", "text_hash", "song_id", pl.col("text").str.len_bytes().alias("n_bytes"), "again", "rejected_before"
     )
-    before = (shard.replaces or shard).rows
-    cached = pl.concat([before["song_id"], shard.rows["song_id"], rejected["song_id"]]).unique()
-    deleted = cached.filter(~cached.is_in(hashes["song_id"].implode())).to_list()
-    n_new = missing.filter(~pl.col("song_id").is_in(cached.implode())).height
+    before = (cached.replaces or cached).rows
+    known = pl.concat([before["song_id"], cached.rows["song_id"], rejected["song_id"]]).unique()
+    deleted = known.filter(~known.is_in(hashes["song_id"].implode())).to_list()
+    n_new = missing.filter(~pl.col("song_id").is_in(known.implode())).height
     n_refused = int(unchanged["refused"].sum())
     report = FillReport(
-        range=shard.range,
+        range=cached.range,
         n_songs=n_songs,
         n_new=n_new,
         n_changed=missing.height - n_new,
@@ -160,10 +160,10 @@ def plan_fill(snapshots: Snapshots, shard: CachedRange, spec: TextSpec, rejected
         n_unchanged=unchanged.height - n_refused,
         n_rejected=n_songs - hashes.height + n_refused,
         n_truncated=int(hashes["truncated"].sum()),
-        n_bytes_damaged=sum(each.n_bytes for each in shard.manifest.files if each.name in shard.damaged),
+        n_bytes_damaged=sum(each.n_bytes for each in cached.manifest.files if each.name in cached.damaged),
     )
     sent = [Text(*row) for row in to_send.iter_rows()]
-    made_otherwise = is_made_otherwise(shard.storage, shard.files, spec)
+    made_otherwise = is_made_otherwise(cached.storage, cached.files, spec)
     return FillPlan(report, deleted, reused.select("song_id", "text_hash", "row"), sent, n_refused > 0, made_otherwise)
 
 

@@ -17,7 +17,7 @@ import msgspec
 import polars as pl
 
 from songvec_assets.cache.manifest import Manifest
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cache.upkeep import write_rows
 from songvec_assets.errors import SettingsError, StoreError
 from songvec_assets.postgres.engine import Database

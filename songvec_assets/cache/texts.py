@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from songvec_assets.cache.cached_range import RangeFiles
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.embedding.prompts import NO_PROMPTS, Prompts, default_prompts
 from songvec_assets.errors import ReembeddingError, StoreError

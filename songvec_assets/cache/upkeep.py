@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from songvec_assets.cache import manifest as manifests
 from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.manifest import Completion, DataFile, Manifest, Rejection, digest_rows
+from songvec_assets.cache.model_cache import write_embeddings_to_file
 from songvec_assets.cache.parts import PIECE_ROWS, Rows
-from songvec_assets.cache.shards import write_embeddings_to_file
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange
@@ -24,33 +24,33 @@ _MOST_FILES = 64
 _DEAD_SHARE = _PARTS_SHARE = 0.2
 
 
-def complete(shard: CachedRange, filled: Completion, retention_s: float, rejected: Collection[Rejection] = ()) -> None:
+def complete(cached: CachedRange, filled: Completion, retention_s: float, rejected: Collection[Rejection] = ()) -> None:
     """Record that a range is complete: what it holds, in one base where that is worth it.
 
     Args:
-        shard: what its writer wrote is read first. A later generation replaces what held before.
+        cached: what its writer wrote is read first. A later generation replaces what held before.
         filled: what the fill depended on, and counted; without what the files hold.
         retention_s: for how long the vectors of deleted songs are kept.
         rejected: songs that the provider rejected in this fill.
     """
     since = time.time() - retention_s if retention_s else float("inf")
-    shard.add_written()
-    shard.manifest = shard.manifest.reject(rejected)
-    if shard.replaces is not None:
-        _copy_deleted(shard, shard.replaces, since)
-    rows, kept = shard.rows, shard.deleted_rows(since)
+    cached.add_written()
+    cached.manifest = cached.manifest.reject(rejected)
+    if cached.replaces is not None:
+        _copy_deleted(cached, cached.replaces, since)
+    rows, kept = cached.rows, cached.deleted_rows(since)
     filled = replace(filled, n_vectors=rows.height, digest=digest_rows(rows), ids=IdSums.of(rows["song_id"]))
-    consumed = tuple(name for name in shard.manifest.consumed if name in shard.files.sizes)
-    manifest = replace(shard.manifest, complete=filled, consumed=consumed)
-    n_dead = shard.n_rows - rows.height - kept.height
-    has_many_dead = n_dead > _DEAD_SHARE * shard.n_rows
-    if has_many_dead or _is_merge_due(shard):
+    consumed = tuple(name for name in cached.manifest.consumed if name in cached.files.sizes)
+    manifest = replace(cached.manifest, complete=filled, consumed=consumed)
+    n_dead = cached.n_rows - rows.height - kept.height
+    has_many_dead = n_dead > _DEAD_SHARE * cached.n_rows
+    if has_many_dead or _is_merge_due(cached):
         # an older text may come back, and its vector serves again
-        older = kept.clear() if has_many_dead else _older_rows(shard, kept)
-        manifest = _merge(shard, manifest, pl.concat([older, kept]), rows)
-    if manifest != shard.files.manifest:
-        shard.save(manifest)
-    shard.delete_garbage()
+        older = kept.clear() if has_many_dead else _older_rows(cached, kept)
+        manifest = _merge(cached, manifest, pl.concat([older, kept]), rows)
+    if manifest != cached.files.manifest:
+        cached.save(manifest)
+    cached.delete_garbage()
 
 
 def write_rows(source: CachedRange, rows: pl.DataFrame, song_range: SongIdRange, manifest: Manifest) -> None:
@@ -68,44 +68,44 @@ def write_rows(source: CachedRange, rows: pl.DataFrame, song_range: SongIdRange,
     storage.put(manifests.key_of(song_range), manifests.encode(replace(manifest, files=files), identity))
 
 
-def _copy_deleted(shard: CachedRange, replaced: CachedRange, since_s: float) -> None:
+def _copy_deleted(cached: CachedRange, replaced: CachedRange, since_s: float) -> None:
     """Keep the vectors of songs deleted at this time or later, which a later generation has not embedded."""
-    deleted_at = {song_id: at for song_id, at in shard.manifest.deleted_at.items() if at >= since_s}
+    deleted_at = {song_id: at for song_id, at in cached.manifest.deleted_at.items() if at >= since_s}
     rows = replaced.find_sound(replaced.last_rows().filter(pl.col("song_id").is_in([*deleted_at])))
     for piece in rows.iter_slices(PIECE_ROWS):
         embeddings = replaced.embeddings_at(piece["row"])
-        write_embeddings_to_file(shard, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
-    shard.add_written()
-    shard.manifest = replace(shard.manifest, deleted_at=deleted_at)
+        write_embeddings_to_file(cached, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
+    cached.add_written()
+    cached.manifest = replace(cached.manifest, deleted_at=deleted_at)
 
 
-def _older_rows(shard: CachedRange, kept: pl.DataFrame) -> pl.DataFrame:
+def _older_rows(cached: CachedRange, kept: pl.DataFrame) -> pl.DataFrame:
     """Rows that no longer hold, of songs that are there; none that was found damaged."""
-    expired = {*shard.manifest.deleted_at} - {*kept["song_id"]}
-    older = shard.all_rows.join(pl.concat([kept, shard.rows]), on="row", how="anti")
-    older = older.filter(~pl.col("song_id").is_in([*expired, *shard.manifest.damaged]))
+    expired = {*cached.manifest.deleted_at} - {*kept["song_id"]}
+    older = cached.all_rows.join(pl.concat([kept, cached.rows]), on="row", how="anti")
+    older = older.filter(~pl.col("song_id").is_in([*expired, *cached.manifest.damaged]))
     return older.unique(["song_id", "checksum"], keep="last", maintain_order=True)
 
 
-def _is_merge_due(shard: CachedRange) -> bool:
-    files = shard.manifest.files
+def _is_merge_due(cached: CachedRange) -> bool:
+    files = cached.manifest.files
     n_based = sum(each.n_bytes for each in files if each.is_base)
     n_in_parts = sum(each.n_bytes for each in files if not each.is_base)
-    has_small_batches = shard.n_batches > 1 and shard.n_rows < shard.n_batches * PIECE_ROWS // 4
+    has_small_batches = cached.n_batches > 1 and cached.n_rows < cached.n_batches * PIECE_ROWS // 4
     return (
-        bool(shard.damaged or shard.manifest.damaged)
+        bool(cached.damaged or cached.manifest.damaged)
         or len(files) > _MOST_FILES
         or (not n_based and has_small_batches)
         or (n_based > 0 and n_in_parts > _PARTS_SHARE * n_based)
     )
 
 
-def _merge(shard: CachedRange, manifest: Manifest, kept: pl.DataFrame, rows: pl.DataFrame) -> Manifest:
+def _merge(cached: CachedRange, manifest: Manifest, kept: pl.DataFrame, rows: pl.DataFrame) -> Manifest:
     """Write the rows that hold, and before them those that are only kept, as one base; the manifest that names it."""
     # of a song's rows the last one holds; those that hold stay together, as loads read them
     chosen = pl.concat([kept, rows])
-    files = _write_base(shard.writer, shard, chosen)
-    shard.files.sizes.update({each.name: each.n_bytes for each in files})
+    files = _write_base(cached.writer, cached, chosen)
+    cached.files.sizes.update({each.name: each.n_bytes for each in files})
     deleted_at = {song_id: at for song_id, at in manifest.deleted_at.items() if song_id in {*kept["song_id"]}}
     consumed = tuple(each.name for each in manifest.files)
     return replace(manifest, files=files, deleted_at=deleted_at, damaged=(), consumed=consumed)

@@ -8,8 +8,8 @@ from typing import Any
 
 import dagster as dg
 
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cache.plan import FillReport
-from songvec_assets.cache.shards import ModelCache
 from songvec_assets.defs.charts import digest_data, draw_coverage, draw_if_changed, draw_map, draw_recall, show_chart
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.schema import read_pgvector_caution

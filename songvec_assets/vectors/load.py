@@ -22,8 +22,8 @@ from psycopg2.extras import execute_values
 from sqlalchemy import text
 
 from songvec_assets.cache.cached_range import CachedRange
+from songvec_assets.cache.model_cache import lock_name
 from songvec_assets.cache.parts import CachedRows
-from songvec_assets.cache.shards import lock_name
 from songvec_assets.errors import DamagedShardError, DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.postgres.schema import hold_lock, lock_key

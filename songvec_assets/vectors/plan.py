@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 
 from songvec_assets.cache.cached_range import CachedRange
-from songvec_assets.cache.shards import ModelCache, RangeSummary
+from songvec_assets.cache.model_cache import ModelCache, RangeSummary
 from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchError
 from songvec_assets.progress import SILENT, RunContext
 from songvec_assets.songs.counts import IdSums

@@ -13,9 +13,9 @@ import sqlalchemy as sa
 
 from songvec_assets.cache import fill as fill_module
 from songvec_assets.cache.fill import MAX_OPEN_RANGES
+from songvec_assets.cache.model_cache import lock_name
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.cache.rejections import MAX_REFUSALS_IN_A_ROW
-from songvec_assets.cache.shards import lock_name
 from songvec_assets.embedding import contact as contact_module
 from songvec_assets.errors import (
     BudgetExceededError,
@@ -123,9 +123,9 @@ def stored(pipeline: Pipeline) -> dict[int, np.ndarray | str]:
     """What the cache answers for each song: its vector, or why there is none."""
     found: dict[int, np.ndarray | str] = {}
     for song_range in pipeline.cache.ranges():
-        shard = pipeline.cache.open(song_range)
-        found |= dict(zip(shard.rows["song_id"], shard.embeddings_at(shard.rows["row"]), strict=True))
-        found |= dict(shard.rejected.select("song_id", "reason").iter_rows())
+        cached = pipeline.cache.open(song_range)
+        found |= dict(zip(cached.rows["song_id"], cached.embeddings_at(cached.rows["row"]), strict=True))
+        found |= dict(cached.rejected.select("song_id", "reason").iter_rows())
     return found
 
 
@@ -144,8 +144,8 @@ def flip_bit(path: Path, value: bytes, last: bool = False) -> None:
 
 def vector_bytes(pipeline: Pipeline, song_id: int) -> bytes:
     """A song's vector as it is stored."""
-    shard = pipeline.cache.open(FIRST)
-    return bytes(shard.embeddings_at(shard.rows.filter(pl.col("song_id") == song_id)["row"]).tobytes())
+    cached = pipeline.cache.open(FIRST)
+    return bytes(cached.embeddings_at(cached.rows.filter(pl.col("song_id") == song_id)["row"]).tobytes())
 
 
 def assert_stored(pipeline: Pipeline, texts: dict[int, str]) -> None:
@@ -583,9 +583,9 @@ def test_rows_that_were_found_damaged_are_sent_again_and_no_others(songs: Songs,
     fill(first)
     (path,) = files_of(first)
     flip_bit(path, vector_bytes(first, 24))
-    shard = first.cache.open(FIRST)
-    assert shard.rows.join(shard.find_sound(shard.rows), on="song_id", how="anti")["song_id"].to_list() == [24]
-    shard.discard([24])
+    cached = first.cache.open(FIRST)
+    assert cached.rows.join(cached.find_sound(cached.rows), on="song_id", how="anti")["song_id"].to_list() == [24]
+    cached.discard([24])
     assert first.cache.open(FIRST).rows["song_id"].to_list() == list(range(1, 24))
     provider.reset_ledger()
     second = run()

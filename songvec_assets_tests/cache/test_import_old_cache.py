@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import hash_text
@@ -39,20 +39,20 @@ def test_it_copies_every_sound_vector_with_what_was_known_of_the_songs(cache):
     words = take_over(cache)
     assert "7 songs, 1 damaged rows left out" in words
     assert cache.ranges() == [FIRST, TAIL]
-    shard = cache.open(FIRST)
+    cached = cache.open(FIRST)
     texts = {0: "0", 1: "1", 2: "2", 3: "3b", 4: "4b", 8: "8c", 30: "30"}
-    assert dict(shard.rows.select("song_id", "text_hash").iter_rows()) == {
+    assert dict(cached.rows.select("song_id", "text_hash").iter_rows()) == {
         song_id: hash_text(text) for song_id, text in texts.items()
     }
-    assert shard.find_sound(shard.rows).equals(shard.rows)
+    assert cached.find_sound(cached.rows).equals(cached.rows)
     expected = np.float32([[song_id + 1, -song_id, 0.5] for song_id in texts])
-    np.testing.assert_array_equal(shard.embeddings_at(shard.rows["row"]), expected)
-    assert {song_id: reason for song_id, _, reason in shard.rejected.iter_rows()} == dict.fromkeys(
+    np.testing.assert_array_equal(cached.embeddings_at(cached.rows["row"]), expected)
+    assert {song_id: reason for song_id, _, reason in cached.rejected.iter_rows()} == dict.fromkeys(
         [5, 20], "http://server refuses it"
     )
-    assert sorted(shard.manifest.deleted_at) == [6, 7]
-    assert all(at > 1_700_000_000 for at in shard.manifest.deleted_at.values())
-    assert shard.manifest.damaged == (9,)
+    assert sorted(cached.manifest.deleted_at) == [6, 7]
+    assert all(at > 1_700_000_000 for at in cached.manifest.deleted_at.values())
+    assert cached.manifest.damaged == (9,)
     assert cache.open(TAIL).rows["song_id"].to_list() == [1000]
 
 

@@ -133,10 +133,10 @@ def test_songs_deleted_before_keep_their_vectors_and_rejected_ones_their_reason(
     server.control(poison=["POISON"])
     begin().export()
     fill(begin(), reembed="one")
-    shard = begin().cache.open(FIRST)
-    assert shard.rows["song_id"].to_list() == list(range(3, N_SONGS + 1))
-    assert shard.deleted_rows(0.0)["song_id"].to_list() == [2]
-    assert shard.rejected["song_id"].to_list() == [1]
+    cached = begin().cache.open(FIRST)
+    assert cached.rows["song_id"].to_list() == list(range(3, N_SONGS + 1))
+    assert cached.deleted_rows(0.0)["song_id"].to_list() == [2]
+    assert cached.rejected["song_id"].to_list() == [1]
 
 
 def test_a_damaged_record_of_who_asked_is_named(begin: Begin) -> None:

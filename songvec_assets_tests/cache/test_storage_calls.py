@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from songvec_assets.cache import fill as fill_module
 from songvec_assets.cache import upkeep
 from songvec_assets.cache.manifest import Completion
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cache.plan import FillPlan, FillReport
-from songvec_assets.cache.shards import ModelCache
 from songvec_assets.cli import app
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
@@ -101,15 +101,15 @@ def test_storing_vectors_again_takes_calls_in_proportion_to_their_pieces(
 
     def count_calls(n_pieces: int) -> int:
         cache = ModelCache(Storage(tmp_path / str(n_pieces)), "m", 3)
-        shard = cache.open(SongIdRange(0, 1_000))
-        shard.writer.write(range(n_pieces), [bytes(16)] * n_pieces, np.ones((n_pieces, 3), np.float32))
-        shard.add_written()
+        cached = cache.open(SongIdRange(0, 1_000))
+        cached.writer.write(range(n_pieces), [bytes(16)] * n_pieces, np.ones((n_pieces, 3), np.float32))
+        cached.add_written()
         calls.clear()
-        reused = shard.rows.with_columns(song_id=shard.rows["song_id"] + 500)
-        plan = FillPlan(FillReport(shard.range), deleted=[], reused=reused, texts=[])
-        fill_module._RangeFill(None, lambda: None, plan.report)._begin(shard, plan)  # type: ignore[arg-type]
-        upkeep.complete(shard, Completion("snapshot", "text", 0, 0, 0, "", 0, b""), 0.0)
-        assert cache.open(shard.range).rows.height == 2 * n_pieces
+        reused = cached.rows.with_columns(song_id=cached.rows["song_id"] + 500)
+        plan = FillPlan(FillReport(cached.range), deleted=[], reused=reused, texts=[])
+        fill_module._RangeFill(None, lambda: None, plan.report)._begin(cached, plan)  # type: ignore[arg-type]
+        upkeep.complete(cached, Completion("snapshot", "text", 0, 0, 0, "", 0, b""), 0.0)
+        assert cache.open(cached.range).rows.height == 2 * n_pieces
         return len(calls)
 
     few, more, many = map(count_calls, (100, 200, 400))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from songvec_assets.cache.manifest import Rejection
-from songvec_assets.cache.shards import ModelCache, write_embeddings_to_file
+from songvec_assets.cache.model_cache import ModelCache, write_embeddings_to_file
 from songvec_assets.cache.store import adopt_store, bind_store, open_store
 from songvec_assets.errors import StoreError
 from songvec_assets.postgres.engine import Database
@@ -32,20 +32,20 @@ def vector_of(song_id):
 
 def fill(cache: ModelCache, song_range: SongIdRange, song_ids):
     """Store songs with a vector of their own."""
-    shard = cache.open(song_range)
+    cached = cache.open(song_range)
     hashes = [hash_text(str(song_id)) for song_id in song_ids]
-    write_embeddings_to_file(shard, song_ids, hashes, np.stack([vector_of(song_id) for song_id in song_ids]))
+    write_embeddings_to_file(cached, song_ids, hashes, np.stack([vector_of(song_id) for song_id in song_ids]))
 
 
 def read(cache: ModelCache, song_range: SongIdRange):
     """What a range holds: song_id to (text_hash, reason), vectors checked against their songs."""
-    shard = cache.open(song_range)
-    for rows in shard.iter_vectors(shard.rows["row"]):
+    cached = cache.open(song_range)
+    for rows in cached.iter_vectors(cached.rows["row"]):
         np.testing.assert_array_equal(rows.embeddings, [vector_of(song_id) for song_id in rows.song_ids.tolist()])
-    assert shard.find_sound(shard.rows).equals(shard.rows)
-    assert shard.damaged == {}
-    held = {song_id: (text_hash, None) for song_id, text_hash in shard.rows.select("song_id", "text_hash").iter_rows()}
-    return held | {song_id: (text_hash, reason) for song_id, text_hash, reason in shard.rejected.iter_rows()}
+    assert cached.find_sound(cached.rows).equals(cached.rows)
+    assert cached.damaged == {}
+    held = {song_id: (text_hash, None) for song_id, text_hash in cached.rows.select("song_id", "text_hash").iter_rows()}
+    return held | {song_id: (text_hash, reason) for song_id, text_hash, reason in cached.rejected.iter_rows()}
 
 
 def file_of(cache: ModelCache, song_range: SongIdRange) -> Path:
@@ -175,9 +175,9 @@ def test_a_higher_stop_cuts_what_the_tail_held_into_the_new_ranges(root):
         "000001300-max",
     ]
     # what was deleted keeps its vector
-    shard = cache.open(SongIdRange(1_000, 1_100))
-    assert shard.deleted_rows(0.0)["song_id"].to_list() == [1_099]
-    assert shard.manifest.deleted_at == {1_099: 7.0}
+    cached = cache.open(SongIdRange(1_000, 1_100))
+    assert cached.deleted_rows(0.0)["song_id"].to_list() == [1_099]
+    assert cached.manifest.deleted_at == {1_099: 7.0}
     assert read(cache, SongIdRange(1_000, 1_100)) == embedded(1_000) | {1_050: (hash_text("1050"), "too long")}
     assert read(cache, SongIdRange(1_100, 1_200)) == embedded(1_100, 1_101)
     assert read(cache, SongIdRange(1_200, 1_300)) == embedded(1_299)
@@ -261,9 +261,9 @@ def test_cutting_the_tail_does_not_bless_what_a_disk_changed(root):
     content[content.index(vector_of(1_001).tobytes())] ^= 4
     path.write_bytes(content)
     open_store(root, HIGHER)
-    shard = cache.open(SongIdRange(1_000, 1_100))
-    assert shard.rows["song_id"].to_list() == [1_000, 1_001]
-    assert shard.find_sound(shard.rows)["song_id"].to_list() == [1_000]
+    cached = cache.open(SongIdRange(1_000, 1_100))
+    assert cached.rows["song_id"].to_list() == [1_000, 1_001]
+    assert cached.find_sound(cached.rows)["song_id"].to_list() == [1_000]
 
 
 def known_store(database):

@@ -8,7 +8,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.definitions import defs
 from songvec_assets.defs.partitions import TILING
 from songvec_assets.defs.resources import (

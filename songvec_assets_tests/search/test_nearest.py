@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cli import app, base
 from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.wire import EmbeddingBatch

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.preview import find_clusters, preview_table, project
 from songvec_assets.songs.source import SourceNames, find_source

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from songvec_assets.cache import upkeep
 from songvec_assets.cache.manifest import Completion, Rejection
-from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
+from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import SongIdRange, Tiling
@@ -45,31 +45,31 @@ def put(cache: ModelCache, song_ids: Iterable[int], version: int = 0, tiling: Ti
     for song_id in song_ids:
         by_range.setdefault(tiling.range_of(song_id), []).append(song_id)
     for song_range, ids in by_range.items():
-        shard, _ = load_embeddings_from_cache(cache, song_range)
+        cached, _ = load_embeddings_from_cache(cache, song_range)
         hashes = [hash_text(f"{song_id} {version}") for song_id in ids]
         vectors = np.stack([make_vector(song_id, version, cache.dimensions) for song_id in ids])
-        write_embeddings_to_file(shard, ids, hashes, vectors)
+        write_embeddings_to_file(cached, ids, hashes, vectors)
 
 
 def forget(cache: ModelCache, song_ids: Iterable[int]) -> None:
     """Record that songs were deleted."""
     for song_id in song_ids:
-        shard = cache.open(TILING.range_of(song_id))
-        shard.save(shard.manifest.delete([song_id], time.time()))
+        cached = cache.open(TILING.range_of(song_id))
+        cached.save(cached.manifest.delete([song_id], time.time()))
 
 
 def reject(cache: ModelCache, song_ids: Iterable[int], reason: str) -> None:
     """Record that the provider rejected songs of one range."""
     song_ids = list(song_ids)
-    shard = cache.open(TILING.range_of(song_ids[0]))
-    shard.save(shard.manifest.reject([Rejection(song_id, bytes(16), reason) for song_id in song_ids]))
+    cached = cache.open(TILING.range_of(song_ids[0]))
+    cached.save(cached.manifest.reject([Rejection(song_id, bytes(16), reason) for song_id in song_ids]))
 
 
 def complete(cache: ModelCache, song_range: SongIdRange) -> None:
     """End a fill of a range."""
-    shard = cache.open(song_range)
-    n_songs = shard.rows.height
-    upkeep.complete(shard, Completion("digest", "identity", n_songs, 0, 0, "", 0, b""), 0.0)
+    cached = cache.open(song_range)
+    n_songs = cached.rows.height
+    upkeep.complete(cached, Completion("digest", "identity", n_songs, 0, 0, "", 0, b""), 0.0)
 
 
 def files_of(cache: ModelCache, song_range: SongIdRange) -> list[Path]:

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 import numpy as np
 import psycopg2
 
-from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
+from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.songs.text import hash_text
@@ -63,9 +63,9 @@ def put_clusters(cache: ModelCache, first: int, stop: int, n_clusters: int, seed
     vectors = (vectors + 0.5 * draw.standard_normal(vectors.shape)).astype(np.float32)
     for song_range in {TILING.range_of(song_id) for song_id in (*song_ids[::50].tolist(), stop - 1)}:
         here = (song_ids >= song_range.start) & (song_ids < song_range.stop)
-        shard, _ = load_embeddings_from_cache(cache, song_range)
+        cached, _ = load_embeddings_from_cache(cache, song_range)
         hashes = [hash_text(f"{song_id} {seed}") for song_id in song_ids[here]]
-        write_embeddings_to_file(shard, song_ids[here].tolist(), hashes, vectors[here])
+        write_embeddings_to_file(cached, song_ids[here].tolist(), hashes, vectors[here])
 
 
 def read_indexes(database: Database, table: str = SERVING) -> dict[str, tuple[bool, str]]:
@@ -152,7 +152,7 @@ _PROCESS = """
 import sys
 from pathlib import Path
 from songvec_assets.storage import Storage
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.index.upkeep import bring_index_up_to_date
 from songvec_assets.vectors.table import TableSpec, VectorTable

@@ -1,6 +1,6 @@
 """What the ledger says of the loaded ranges."""
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.table import VectorTable
 from songvec_assets_tests.administration import execute

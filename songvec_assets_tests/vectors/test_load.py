@@ -9,8 +9,8 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.cache.manifest import DataFile
+from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.cache.parts import CachedRows, Rows
-from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.errors import (
     DamagedShardError,
     DatabaseError,
@@ -529,9 +529,9 @@ class TestDamage:
         put(cache, range(20))
         writer, bad = cache.open(FIRST).writer, np.full((1, DIMENSIONS), value, dtype=np.float32)
         writer.write_base(Rows.of([7], [bytes(16)], bad), iter([bad]))
-        shard = cache.open(FIRST)
-        file = next(DataFile(name, size) for name, size in shard.sizes.items() if name.endswith("-base.arrow"))
-        shard.save(shard.manifest.adopt([file], [7]))
+        cached = cache.open(FIRST)
+        file = next(DataFile(name, size) for name, size in cached.sizes.items() if name.endswith("-base.arrow"))
+        cached.save(cached.manifest.adopt([file], [7]))
         with pytest.raises(DamagedShardError, match="song_id 7,"):
             load(database, cache)
         load(database, cache)
@@ -570,9 +570,9 @@ class TestDamage:
 class TestStoring:
     def store(self, database: Database, cache: ModelCache, spec: TableSpec, bulk: bool) -> list[tuple]:
         """Store the first range one way or the other; the rows, then an empty table again."""
-        shard, live = load_embeddings_from_cache(cache, FIRST)
+        cached, live = load_embeddings_from_cache(cache, FIRST)
         with database.get_connection() as connection:
-            batches = read_embeddings_from_file(shard, live["row"])
+            batches = read_embeddings_from_file(cached, live["row"])
             if bulk:
                 store_embeddings_copy_bulk(connection, batches, spec)
             else:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import DamagedShardError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.storage import Storage

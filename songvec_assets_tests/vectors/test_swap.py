@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
+from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.cache.parts import CachedRows
-from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.cli import app, base
 from songvec_assets.errors import DamagedShardError, DatabaseError, StoppedError, TableMismatchError
 from songvec_assets.pipeline import Pipeline
@@ -793,7 +793,7 @@ _PUBLISHER = """
 import os, signal, sys
 from pathlib import Path
 from songvec_assets.storage import Storage
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import RunContext
 from songvec_assets.songs.ranges import Tiling
@@ -1028,13 +1028,13 @@ class TestThroughAPooler:
         self, database: Database, cache: ModelCache, pooled: bool
     ) -> None:
         put(cache, range(90))
-        shard, live = load_embeddings_from_cache(cache, FIRST)
+        cached, live = load_embeddings_from_cache(cache, FIRST)
         VectorTable(database).ensure(SPEC)
         with running_pgbouncer(database.url) if pooled else contextlib.nullcontext(database.url) as url:
             stored = []
             for store in (store_embeddings_copy_bulk, store_each_batch):
                 with Database(url).get_connection() as connection:
-                    store(connection, read_embeddings_from_file(shard, live["row"]), SPEC)
+                    store(connection, read_embeddings_from_file(cached, live["row"]), SPEC)
                 stored.append(read_vectors(database))
                 execute(database.adbc_uri, "TRUNCATE song_embeddings")
             dispose(url)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import (
     TableMismatchError,
 )

@@ -21,7 +21,7 @@ import numpy as np
 import psycopg2
 from numpy.typing import NDArray
 
-from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache
+from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache
 from songvec_assets.errors import SongvecError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import Tiling
@@ -353,9 +353,9 @@ class World:
         song_ids = [np.empty(0, np.int32)]
         vectors = [np.empty((0, self.spec.dimensions), np.float32)]
         for song_range in self.cache.ranges():
-            shard, live = load_embeddings_from_cache(self.cache, song_range)
+            cached, live = load_embeddings_from_cache(self.cache, song_range)
             song_ids.append(live["song_id"].to_numpy())
-            vectors.append(shard.embeddings_at(live["row"].to_list()))
+            vectors.append(cached.embeddings_at(live["row"].to_list()))
         return np.concatenate(song_ids), np.concatenate(vectors)
 
     def read_table(self) -> Rows | None:

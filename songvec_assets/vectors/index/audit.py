@@ -12,7 +12,7 @@ from functools import partial
 import sqlalchemy as sa
 from sqlalchemy import text
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.index.probes import search, set_probes
 from songvec_assets.vectors.index.recall import RecallReport, Searches, read_recall
@@ -117,7 +117,7 @@ def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> Recall
 
     Args:
         table: whose index.
-        cache: the shards that it was loaded from.
+        cache: the cache that it was loaded from.
         target: the recall wanted.
 
     Raises:

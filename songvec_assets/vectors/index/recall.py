@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import sqlalchemy as sa
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
@@ -128,7 +128,7 @@ def measure_recall(
 
     Args:
         table: with its index.
-        cache: the shards that it was loaded from.
+        cache: the cache that it was loaded from.
         lists: of the index.
         target: the recall wanted, of both kinds of queries.
         kept: probes that searches use now, chosen again if they reach the target.

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 import sqlalchemy as sa
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import SettingsError, TableMismatchError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext

@@ -3,7 +3,7 @@
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact, write_fact
 from songvec_assets.vectors.index.audit import IndexAudit, VectorAudit, audit_index, audit_recall, audit_vectors

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import DatabaseError, StoppedError
 from songvec_assets.postgres import short_lock
 from songvec_assets.postgres.engine import Database

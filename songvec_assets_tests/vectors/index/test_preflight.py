@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache.shards import ModelCache
+from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import DatabaseError, SettingsError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database

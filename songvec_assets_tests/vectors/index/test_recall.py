@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from songvec_assets.cache.shards import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
+from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.errors import DatabaseError, StoppedError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext, StopSignal
@@ -36,8 +36,8 @@ def put_vectors(cache: ModelCache, vectors: NDArray[np.float32]) -> None:
     """Store songs with these vectors; song_ids count from 0."""
     for song_range in sorted({TILING.range_of(song_id) for song_id in range(len(vectors))}):
         here = [song_id for song_id in range(len(vectors)) if song_id in song_range]
-        shard, _ = load_embeddings_from_cache(cache, song_range)
-        write_embeddings_to_file(shard, here, [hash_text("made up")] * len(here), vectors[here])
+        cached, _ = load_embeddings_from_cache(cache, song_range)
+        write_embeddings_to_file(cached, here, [hash_text("made up")] * len(here), vectors[here])
 
 
 class TestExactNeighbours:

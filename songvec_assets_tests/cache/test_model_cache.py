@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from songvec_assets.cache import upkeep
 from songvec_assets.cache.manifest import Completion, Manifest, Rejection
-from songvec_assets.cache.shards import (
+from songvec_assets.cache.model_cache import (
     ModelCache,
     load_embeddings_from_cache,
     read_embeddings_from_file,
@@ -60,13 +60,13 @@ def put(cache, song_ids, seed=0, song_range=RANGE):
 
 
 def delete(cache, song_ids, at=None):
-    shard = cache.open(RANGE)
-    shard.save(shard.manifest.delete(song_ids, time.time() if at is None else at))
+    cached = cache.open(RANGE)
+    cached.save(cached.manifest.delete(song_ids, time.time() if at is None else at))
 
 
 def reject(cache, song_ids, reason="refused"):
-    shard = cache.open(RANGE)
-    shard.save(shard.manifest.reject([Rejection(song_id, bytes(16), reason) for song_id in song_ids]))
+    cached = cache.open(RANGE)
+    cached.save(cached.manifest.reject([Rejection(song_id, bytes(16), reason) for song_id in song_ids]))
 
 
 def complete(cache, retention_s=0.0):
@@ -77,18 +77,18 @@ def names(cache):
     return sorted(path.name for path in (cache.storage.root / RANGE.key).iterdir())
 
 
-def content_of(shard):
+def content_of(cached):
     """Vectors by song, by both ways of reading them, and reasons."""
-    assert shard.rows["song_id"].to_list() == sorted({*shard.rows["song_id"]})
-    assert shard.find_sound(shard.rows).equals(shard.rows)
-    backwards = shard.rows.reverse()
-    by_place = dict(zip(backwards["song_id"], map(bytes, shard.embeddings_at(backwards["row"])), strict=True))
+    assert cached.rows["song_id"].to_list() == sorted({*cached.rows["song_id"]})
+    assert cached.find_sound(cached.rows).equals(cached.rows)
+    backwards = cached.rows.reverse()
+    by_place = dict(zip(backwards["song_id"], map(bytes, cached.embeddings_at(backwards["row"])), strict=True))
     by_batch = {}
-    for piece in read_embeddings_from_file(shard, shard.rows["row"]):
+    for piece in read_embeddings_from_file(cached, cached.rows["row"]):
         assert piece.find_sound().all()
         by_batch |= dict(zip(piece.song_ids.tolist(), map(bytes, piece.embeddings), strict=True))
     assert by_batch == by_place
-    return by_place | dict(shard.rejected.select("song_id", "reason").iter_rows())
+    return by_place | dict(cached.rejected.select("song_id", "reason").iter_rows())
 
 
 @dataclass
@@ -210,8 +210,8 @@ def test_of_two_writers_of_one_version_of_a_range_one_is_told(cache):
 
 def test_what_two_writers_have_stored_is_kept(cache):
     one, other = cache.open(RANGE), cache.open(RANGE)
-    for shard, song_id in ((one, 1), (other, 2)):
-        write_embeddings_to_file(shard, [song_id], hashes_of([song_id]), vectors_of([song_id]))
+    for cached, song_id in ((one, 1), (other, 2)):
+        write_embeddings_to_file(cached, [song_id], hashes_of([song_id]), vectors_of([song_id]))
     complete(cache)
     assert sorted(content_of(cache.open(RANGE))) == [1, 2]
 
@@ -281,11 +281,11 @@ def test_vectors_of_deleted_songs_outlive_merges_within_the_retention_time(cache
     delete(cache, range(5), at=time.time() - 100)
     put(cache, [20])
     complete(cache, retention_s=200.0)
-    shard = cache.open(RANGE)
-    assert shard.rows["song_id"].to_list() == [*range(5, 10), 20]
-    kept = shard.deleted_rows(0.0)
-    assert kept["song_id"].to_list() == list(range(5)) == sorted(shard.manifest.deleted_at)
-    assert shard.find_sound(kept).height == 5
+    cached = cache.open(RANGE)
+    assert cached.rows["song_id"].to_list() == [*range(5, 10), 20]
+    kept = cached.deleted_rows(0.0)
+    assert kept["song_id"].to_list() == list(range(5)) == sorted(cached.manifest.deleted_at)
+    assert cached.find_sound(kept).height == 5
     put(cache, [21])
     complete(cache, retention_s=50.0)
     assert cache.open(RANGE).all_rows["song_id"].to_list() == [*range(5, 10), 20, 21]
@@ -304,15 +304,15 @@ def test_a_merge_does_not_bless_what_a_disk_changed(cache):
     """A checksum computed over a damaged vector would never find it."""
     put(cache, [1, 2])
     put(cache, [3])
-    shard = cache.open(RANGE)
-    path = cache.storage.root / RANGE.key / shard.manifest.files[0].name
+    cached = cache.open(RANGE)
+    path = cache.storage.root / RANGE.key / cached.manifest.files[0].name
     content, vector = bytearray(path.read_bytes()), vectors_of([2]).tobytes()
     content[content.index(vector) + 5] ^= 1
     path.write_bytes(content)
     complete(cache)
-    shard = cache.open(RANGE)
-    assert (shard.manifest.files[0].is_base, shard.damaged) == (True, {})
-    assert shard.find_sound(shard.rows)["song_id"].to_list() == [1, 3]
+    cached = cache.open(RANGE)
+    assert (cached.manifest.files[0].is_base, cached.damaged) == (True, {})
+    assert cached.find_sound(cached.rows)["song_id"].to_list() == [1, 3]
 
 
 def test_a_merge_of_many_pieces_keeps_every_vector_with_its_song(cache):
@@ -323,12 +323,12 @@ def test_a_merge_of_many_pieces_keeps_every_vector_with_its_song(cache):
     for start in range(0, 5_000, 500):
         ids = song_ids[start : start + 500].tolist()
         write_embeddings_to_file(cache.open(wide), ids, hashes_of(ids), embeddings[start : start + 500])
-    shard = cache.open(wide)
-    upkeep.complete(shard, FILLED, 0.0)
-    shard = cache.open(wide)
-    assert len(shard.manifest.files) == 1
+    cached = cache.open(wide)
+    upkeep.complete(cached, FILLED, 0.0)
+    cached = cache.open(wide)
+    assert len(cached.manifest.files) == 1
     found = {}
-    for rows in shard.iter_vectors(shard.rows["row"]):
+    for rows in cached.iter_vectors(cached.rows["row"]):
         assert not rows.embeddings.flags.owndata, "whole batches are not copied"
         found |= dict(zip(rows.song_ids.tolist(), rows.embeddings.tolist(), strict=True))
     assert found == {each: [each + 1.0, each * 2.0, each % 7] for each in range(5_000)}
@@ -338,11 +338,11 @@ def test_a_merge_of_many_pieces_keeps_every_vector_with_its_song(cache):
 def test_reading_some_rows_gives_those_and_no_others(cache):
     put(cache, [1, 2, 3])
     put(cache, [4, 5])
-    shard = cache.open(RANGE)
-    wanted = shard.rows.filter(pl.col("song_id").is_in([2, 4, 5]))["row"]
-    assert [rows.song_ids.tolist() for rows in shard.iter_vectors(wanted)] == [[2], [4, 5]]
-    np.testing.assert_array_equal(shard.embeddings_at(wanted.reverse()), vectors_of([5, 4, 2]))
-    assert list(shard.iter_vectors(wanted.head(0))) == []
+    cached = cache.open(RANGE)
+    wanted = cached.rows.filter(pl.col("song_id").is_in([2, 4, 5]))["row"]
+    assert [rows.song_ids.tolist() for rows in cached.iter_vectors(wanted)] == [[2], [4, 5]]
+    np.testing.assert_array_equal(cached.embeddings_at(wanted.reverse()), vectors_of([5, 4, 2]))
+    assert list(cached.iter_vectors(wanted.head(0))) == []
 
 
 def test_small_parts_of_one_writer_become_one(cache):
@@ -415,10 +415,10 @@ def test_a_part_is_whole_and_synced_before_a_write_returns(cache, monkeypatch):
 
 
 def test_a_range_without_a_folder_holds_nothing(cache):
-    shard, rows = load_embeddings_from_cache(cache, RANGE)
+    cached, rows = load_embeddings_from_cache(cache, RANGE)
     assert rows.is_empty()
     assert rows.columns == ["song_id", "text_hash", "checksum", "row"]
-    assert (shard.damaged, shard.manifest, cache.ranges()) == ({}, Manifest(), [])
+    assert (cached.damaged, cached.manifest, cache.ranges()) == ({}, Manifest(), [])
     assert cache.read_manifest(RANGE) == Manifest()
     assert not cache.storage.root.exists()
 
@@ -462,10 +462,10 @@ def test_a_later_generation_keeps_the_vectors_of_deleted_songs_and_not_of_those_
     later = cache.open(RANGE, 1)
     write_embeddings_to_file(later, [1, 3], hashes_of([1, 3]), vectors_of([1, 3], 7))
     upkeep.complete(later, FILLED, 60.0)
-    shard = cache.open(RANGE)
-    assert content_of(shard) == dict(zip([1, 3], map(bytes, vectors_of([1, 3], 7)), strict=True))
-    assert shard.deleted_rows(0.0)["song_id"].to_list() == [2]
-    assert bytes(shard.embeddings_at(shard.deleted_rows(0.0)["row"])[0]) == bytes(vectors_of([2])[0])
+    cached = cache.open(RANGE)
+    assert content_of(cached) == dict(zip([1, 3], map(bytes, vectors_of([1, 3], 7)), strict=True))
+    assert cached.deleted_rows(0.0)["song_id"].to_list() == [2]
+    assert bytes(cached.embeddings_at(cached.deleted_rows(0.0)["row"])[0]) == bytes(vectors_of([2])[0])
 
 
 def test_a_writer_names_its_files_after_their_generation(cache):

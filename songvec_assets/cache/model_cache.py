@@ -165,7 +165,7 @@ def load_embeddings_from_cache(cache: ModelCache, song_range: SongIdRange) -> tu
 
 
 def write_embeddings_to_file(
-    shard: CachedRange, song_ids: Sequence[int], text_hashes: Sequence[bytes], embeddings: Float32Matrix
+    cached: CachedRange, song_ids: Sequence[int], text_hashes: Sequence[bytes], embeddings: Float32Matrix
 ) -> None:
     """Write songs with their vectors as one part of a range; when this returns it is on disk.
 
@@ -173,12 +173,12 @@ def write_embeddings_to_file(
         ValueError: a vector is zero, not finite, or of another size: nothing is written.
     """
     if len(song_ids):
-        shard.writer.write(song_ids, text_hashes, embeddings)
+        cached.writer.write(song_ids, text_hashes, embeddings)
 
 
-def read_embeddings_from_file(shard: CachedRange, rows: pl.Series) -> Iterator[CachedRows]:
+def read_embeddings_from_file(cached: CachedRange, rows: pl.Series) -> Iterator[CachedRows]:
     """Read vectors of a range; see `CachedRange.iter_vectors`."""
-    return shard.iter_vectors(rows)
+    return cached.iter_vectors(rows)
 
 
 def lock_name(song_range: SongIdRange) -> str:
