@@ -390,7 +390,7 @@ class TestOneRange:
         change(database, "UPDATE songs SET lyrics = 'new' WHERE id = 5")
         pipeline = begin()
         with pytest.raises(
-            IncompleteExportError, match=r"111 of 220.*no longer have what the text template names"
+            IncompleteExportError, match=r"111 of 220.*no longer have the fields of the text template"
         ) as caught:
             pipeline.export()
         assert isinstance(caught.value, SongvecError)

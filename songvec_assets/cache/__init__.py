@@ -1,1 +1,1 @@
-"""What is already paid for: one Arrow IPC file a range and model."""
+"""Everything that was paid for: per model and range a folder of Arrow files and their manifest."""

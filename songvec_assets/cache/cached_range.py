@@ -1,8 +1,9 @@
-"""A range of the cache as it was opened: the rows of its files that hold, and their vectors; the way to write it.
+"""An opened range of the cache: its valid rows, their vectors, and the one way to write the range.
 
-Of a song's rows the last one holds, in the order of the files, unless the manifest says that the song was rejected or
-deleted. Many may read a range; one writes at a time and holds the range's lock. When to add here: another way to read
-cached rows. Keep out: the bytes of a file; what a fill or a load decides. Embeddings are float32, (n, dimensions).
+Of a song's rows the last one is valid, in the order of the files, unless the manifest says that the song was rejected
+or deleted. Many processes may read a range; only the holder of its lock writes.
+Embeddings are float32, (n, dimensions).
+When to add here: another way to read cached rows. Keep out: file formats, and decisions of a fill or a load.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -28,12 +29,12 @@ from songvec_assets.storage import Storage
 
 @dataclass(frozen=True)
 class RangeFiles:
-    """What there is of a range; no file with vectors is opened for it.
+    """The manifest and the file sizes of a range, read without opening a file with vectors.
 
     Attributes:
-        manifest: as it is stored; None if there is none or it does not parse.
+        manifest: the stored one; None if there is none or it does not parse.
         version: of the stored manifest.
-        sizes: of all files with vectors.
+        sizes: in bytes, of all files with vectors, by name.
         error: why the manifest does not parse.
     """
 
@@ -57,7 +58,7 @@ class RangeFiles:
 
     @property
     def done(self) -> Completion | None:
-        """The last fill, if it was complete and just its files are there, as far as their sizes tell."""
+        """The last fill, if it was complete and the folder has exactly its files, with their sizes."""
         manifest = self.manifest
         if manifest is None or manifest.find_unnamed(self.sizes) or manifest.find_garbage(self.sizes):
             return None
@@ -66,23 +67,23 @@ class RangeFiles:
 
     @property
     def last_generation(self) -> int:
-        """The highest one of its files, begun or complete."""
+        """The highest generation of the files, complete or not."""
         begun = [manifests.generation_of(name) or 0 for name in self.sizes]
         return max([self.manifest.generation if self.manifest else 0, *begun])
 
 
 @dataclass
 class CachedRange:
-    """A range as it was when it was opened; the holder of its lock writes it through this.
+    """A range in the state in which it was opened; the holder of the range's lock writes through it.
 
     Attributes:
         storage: of the model.
         identity: of the range and its model.
-        files: what there was of it.
-        replaces: what holds until this is saved, if this is a later generation; see `ModelCache.open`.
-        generation: of the files, if it is a later one.
-        manifest: what holds: the stored manifest, and the parts that are newer.
-        damaged: files that are not as they were written, and why. What is sound of them is read.
+        files: its manifest and file sizes.
+        replaces: for a later generation, the range that stays valid until this one is saved; see `ModelCache.open`.
+        generation: for a later generation, its number.
+        manifest: the stored manifest, updated by the parts that are newer.
+        damaged: damaged or missing files, and what is wrong with each. Their intact rows are read.
         n_unnamed: files that the stored manifest does not name.
     """
 
@@ -98,7 +99,7 @@ class CachedRange:
 
     def __post_init__(self, generation: int) -> None:
         sizes, is_read = self.files.sizes, self.files.manifest is not None
-        # without a manifest nobody says which generation holds: the lowest one is complete, if any is
+        # without a manifest it is not known which generation is valid: if any is complete, it is the lowest
         lowest = min((manifests.generation_of(name) or 0 for name in sizes), default=0)
         manifest = self.files.manifest or Manifest(generation=lowest)
         if self.replaces is not None:
@@ -111,17 +112,17 @@ class CachedRange:
 
     @property
     def range(self) -> SongIdRange:
-        """Of the song_ids."""
+        """The range of song_ids."""
         return self.identity.range
 
     @property
     def describe(self) -> str:
-        """How messages name it."""
+        """The range's folder, for messages."""
         return self.storage.describe(self.range.key)
 
     @property
     def n_rows(self) -> int:
-        """Rows of all files, those that no longer hold among them."""
+        """Rows of all files, including those that are no longer valid."""
         return sum(map(len, self._batches))
 
     @property
@@ -162,17 +163,17 @@ class CachedRange:
         return self.last_rows().filter(~pl.col("song_id").is_in(without))
 
     def deleted_rows(self, since_s: float) -> pl.DataFrame:
-        """The last rows of songs that were deleted at this time or later; the columns of `all_rows`."""
+        """The last rows of songs deleted at this time or later; the columns of `all_rows`."""
         ids = [song_id for song_id, at in self.manifest.deleted_at.items() if at >= since_s]
         return self.last_rows().filter(pl.col("song_id").is_in(ids))
 
     def last_rows(self) -> pl.DataFrame:
-        """Each song's last row, ordered by song_id, whether it holds or not; the columns of `all_rows`."""
+        """Each song's last row, valid or not, ordered by song_id; the columns of `all_rows`."""
         ordered = self.all_rows.sort("song_id", maintain_order=True)
         return ordered.filter(pl.col("song_id").ne_missing(pl.col("song_id").shift(-1)))
 
     def find_sound(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """Those of some rows whose vector is good and fits its checksum. Reads their vectors."""
+        """Those of the rows whose vector is usable and matches its checksum. Reads the vectors."""
         sound = [pl.Series([], dtype=pl.Boolean)]
         for piece in rows.iter_slices(PIECE_ROWS):
             embeddings, song_ids = self.embeddings_at(piece["row"]), piece["song_id"].to_numpy()
@@ -181,7 +182,7 @@ class CachedRange:
         return rows.filter(pl.concat(sound))
 
     def embeddings_at(self, rows: pl.Series | Sequence[int]) -> Float32Matrix:
-        """The vectors of a few rows, by their numbers, in the order of these."""
+        """The vectors of a few rows, by row number, in the given order."""
         wanted = np.asarray(rows, dtype=np.int64)
         embeddings = np.empty((len(wanted), self.identity.dimensions), dtype=np.float32)
         places = np.searchsorted(self._starts, wanted, side="right") - 1
@@ -191,10 +192,10 @@ class CachedRange:
         return embeddings
 
     def iter_vectors(self, rows: pl.Series) -> Iterator[CachedRows]:
-        """Read vectors, a stored batch at a time and in the order of the files; whole batches are not copied.
+        """Read vectors, one stored batch at a time, in the order of the files; whole batches are not copied.
 
         Args:
-            rows: their numbers.
+            rows: row numbers.
         """
         wanted = np.sort(rows.to_numpy())
         for first, batch in zip(self._starts, self._batches, strict=True):
@@ -226,13 +227,13 @@ class CachedRange:
 
     @cached_property
     def writer(self) -> PartWriter:
-        """Writes parts of this range. What others have written is named first: unnamed parts are of one writer."""
+        """Writes parts of this range. First it names all existing parts, so that unnamed parts have a single writer."""
         if self.n_unnamed and self.replaces is None:
             self.save(self.manifest)
         return PartWriter(self.storage, self.identity, self.manifest.generation)
 
     def add_written(self) -> None:
-        """Read what the writer has written since, as if the range were opened again."""
+        """Read the parts written since, as if the range were opened again."""
         written = {each.name: each.n_bytes for each in self.writer.files if each.name not in self.files.sizes}
         self.files.sizes.update(written)
         self.manifest = self._add(self.manifest, [*written])
@@ -240,12 +241,12 @@ class CachedRange:
             self.__dict__.pop(name, None)
 
     def discard(self, song_ids: Collection[int]) -> None:
-        """Record that songs' rows were found damaged, so that the next fill embeds those songs again."""
+        """Record that songs' rows are damaged, so that the next fill embeds these songs again."""
         damaged = sorted({*self.manifest.damaged, *song_ids})
         self.save(replace(self.manifest, damaged=tuple(damaged), complete=None))
 
     def delete_garbage(self) -> None:
-        """Remove files that nothing needs any more: the manifest that replaces them is durable."""
+        """Delete files that the durable manifest no longer needs."""
         for name in self.manifest.find_garbage(self.files.sizes) if self.files.manifest else ():
             self.storage.delete(f"{self.range.key}/{name}")
             del self.files.sizes[name]
@@ -256,7 +257,7 @@ class CachedRange:
         return np.cumsum([0, *map(len, self._batches)], dtype=np.int64)[:-1]
 
     def _add(self, manifest: Manifest, names: Sequence[str]) -> Manifest:
-        """A manifest with files adopted that are newer, their rows read."""
+        """Read the rows of newer files, and return the manifest that adopts them."""
         files = [DataFile(name, self.files.sizes[name]) for name in names]
         n_before = len(self._batches)
         for each in files:

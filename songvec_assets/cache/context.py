@@ -1,6 +1,6 @@
-"""What all requests of a run share: the means and the limits, what was learned of the server, how far the run has come.
+"""What all requests of a run share: embedder, limits, what was learned about the server, and the run's progress.
 
-When to add here: another fact that holds for all ranges of a run. Keep out: what becomes of one range's texts.
+When to add here: other state that all ranges of a run share. Keep out: what happens to one range's texts (`requests`).
 """
 
 import asyncio
@@ -20,27 +20,27 @@ from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
 
 _GROWTH = 1.1
-"""By which requests grow again with each answer, after one took too long."""
+"""Factor by which requests grow again per answer, after one timed out."""
 
 
 @dataclass
 class SendContext:
-    """What all requests of a run share: the means, the rules, what was learned and counted so far.
+    """See the module.
 
     Attributes:
-        embedder_factory: makes what makes the vectors; called once, in the event loop, when a first text must be sent.
-            Its argument is notified of every bad answer, and of long waits for the first.
+        embedder_factory: makes the embedder; called once, in the event loop, before the first text is sent. Its
+            argument is called with a note on every bad answer, and on long waits for the first.
         quota: limits of a request.
-        budget: stops before the request that would exceed it.
+        budget: refuses the request that would exceed it.
         estimator: of tokens; the embedder corrects it.
-        concurrency: requests in flight at most; how many there are follows from the quota and the latency.
-        server: that is asked; the reason of a rejection begins with it, so that another server is asked again.
-        run: is notified of songs, rate and dollars; once it is stopped, no further request starts.
+        concurrency: maximum requests in flight; the actual number follows from quota and latency.
+        server: its name; the reason of a rejection begins with it, so that another server gets the text again.
+        run: receives progress; once it is stopped, no further request starts.
         health: of the server.
-        limits: of a request, as the server was found to have them; for all ranges of the run.
-        slow_bytes: of a request; smaller, once one took too long, and larger with each answer since.
-        n_refused_in_a_row: texts that were refused since one was accepted, in any range.
-        n_songs, n_done, n_free: of all ranges; done so far; and of those the ones that no request was sent for.
+        limits: of a request, as learned from the server's refusals.
+        slow_bytes: limit of a request's bytes, lowered after a request timed out, and raised by each answer since.
+        n_refused_in_a_row: texts refused since the last accepted one, in any range.
+        n_songs, n_done, n_free: songs of all ranges; those done so far; those of them done without a request.
         reports: of the ranges begun so far.
         fatal: why no further request may start.
         over_budget: why no further range may begin.
@@ -66,16 +66,16 @@ class SendContext:
 
     @cached_property
     def embedder(self) -> Embedder:
-        """What makes the vectors; it belongs to the event loop that first asks for it."""
+        """The embedder; it belongs to the event loop of the first access."""
         return self.embedder_factory(self.report_trouble)
 
     @cached_property
     def slots(self) -> asyncio.Semaphore:
-        """Requests begun at most, over all ranges."""
+        """Limits the requests that are begun, over all ranges."""
         return asyncio.Semaphore(self.concurrency)
 
     async def close(self) -> None:
-        """Give the embedder's connections back, if it was used, and settle what its plain texts were billed."""
+        """Close the embedder, if it was used, and settle the tokens of its probes."""
         if "embedder" in self.__dict__:
             try:
                 await asyncio.to_thread(self.budget.settle, 0, self.embedder.take_probe_tokens())
@@ -83,7 +83,7 @@ class SendContext:
                 await self.embedder.close()
 
     def next_request(self) -> tuple[float, float]:
-        """Texts and bytes that the next request may hold, as far as tokens and the server's limits are known."""
+        """Maximum texts and bytes of the next request, by the quota and by what is known of the server."""
         n_texts, n_bytes = self.limits.next_request()
         most_bytes = self.estimator.n_bytes(self.quota.max_request_tokens)
         return min(self.quota.max_request_texts, n_texts), min(most_bytes, n_bytes, self.slow_bytes)
@@ -97,15 +97,15 @@ class SendContext:
             self.slow_bytes = math.inf
 
     def note_error(self, error: Exception) -> None:
-        """Let no further request start where going on is pointless: one range may fail for what is in it."""
+        """Stop the run after an error that all ranges would meet; after an error of a single range it goes on."""
         if isinstance(error, BudgetExceededError):
-            # no further range begins, but what has its share of the budget is still sent
+            # no further range begins, but requests with a reservation are still sent
             self.over_budget = self.over_budget or error
         elif not isinstance(error, (StoreError, ProviderUnavailableError)):
             self.fatal = self.fatal or error
 
     def check_halted(self) -> None:
-        """Raise where no further request may start."""
+        """Raise if no further request may start."""
         if self.fatal:
             raise self.fatal
         self.run.check_stop()
@@ -115,17 +115,17 @@ class SendContext:
         return sum(getattr(each, name) for each in self.reports)
 
     def advance(self, n_songs: int, song_range: SongIdRange, are_free: bool = False) -> None:
-        """Report n_songs more that need nothing further; `are_free` if no request was sent for them."""
+        """Report n_songs more as done; `are_free`: without a request."""
         self.n_done += n_songs
         self.n_free += n_songs if are_free else 0
         self.report(song_range.key)
 
-    def report_trouble(self, words: str) -> None:
-        """Report that something goes wrong, or a limit of the server."""
-        self.report(words, is_trouble=True)
+    def report_trouble(self, note: str) -> None:
+        """Report a problem, or a limit of the server, as a warning."""
+        self.report(note, is_trouble=True)
 
     def report(self, what: str, is_trouble: bool = False) -> None:
-        """Report how far the run has come, with a few words on what it does."""
+        """Report the run's progress, with a few words on its current work."""
         note = f"{what}, ${self.budget.usd:,.4f} so far"
         used = self.embedder.quota_used if "embedder" in self.__dict__ else None
         if used is not None:

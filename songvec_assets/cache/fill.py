@@ -1,7 +1,7 @@
-"""The resumable loop over ranges: compare, take what is free, send what is missing, record what is complete.
+"""The resumable loop over ranges: compare, reuse stored vectors, send missing texts, record that a range is complete.
 
-What is stored is decided by (model, dimensions, text_hash) alone. Nothing counts as done before its part is synced.
-When to add here: another step of filling a range. Keep out: requests (`requests`), and what is due (`plan`).
+A vector is identified by (model, dimensions, text_hash) alone. Nothing counts as done before its part is synced.
+When to add here: another step of filling a range. Keep out: requests (`requests`), and what a range lacks (`plan`).
 """
 
 import asyncio
@@ -30,11 +30,11 @@ from songvec_assets.songs.snapshots import Footer, Snapshots
 from songvec_assets.songs.text import TextSpec
 
 MAX_OPEN_RANGES = 4
-"""Ranges begun before earlier ones have all their answers, so that the quota is used while the last ones come in."""
+"""Ranges in progress at a time, so that the quota is used while the last answers of a range arrive."""
 
 LockRange = Callable[[SongIdRange, Callable[[], None], Callable[[], None]], AbstractContextManager[Callable[[], None]]]
-"""Locks a range against other runs and gives a function that raises if the lock was lost. Its callbacks: called when it
-has to wait, and while it does."""
+"""Locks a range against other runs; returns a function that raises if the lock was lost. The first callback is called
+once if it has to wait, the second repeatedly while it waits."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Spending:
     Attributes:
         n_tokens_expected: as estimated before the first request of each range.
         n_tokens: billed.
-        bytes_per_token: of the model's tokens, as far as they are known now.
-        is_first: whether nothing was known of the model's tokens before this run.
+        bytes_per_token: as learned from what was billed.
+        is_first: whether no run had measured the model's tokens before this one.
     """
 
     n_tokens_expected: int
@@ -56,23 +56,23 @@ class Spending:
 
 @dataclass
 class Filler:
-    """Fills ranges with one embedder. One call of `fill_ranges` each.
+    """Fills ranges with one embedder. Call `fill_ranges` once per object.
 
     Attributes:
         snapshots: of the store.
         cache: of the model.
-        tiling: how song_ids are cut.
+        tiling: how song_ids are divided into ranges.
         spec: how songs become texts.
         context: what all requests share.
         lock_range: see `LockRange`.
-        before_fill: called before the first range is begun, with those whose texts were made with other settings;
+        before_fill: called before the first range begins, with the ranges whose texts were made with other settings;
             raises to refuse.
         before_payment: called before a range's first request; raises to refuse.
         keep_spending: called at the end with what was sent.
-        retention_s: for how long the cache keeps the vectors of deleted songs.
-        reembed: who requests that songs which have their vectors are embedded, and paid for, again; None: nobody. A
-            request is served once, and one that was stopped goes on.
-        retry_rejected: whether songs that this server rejected before are sent again.
+        retention_s: seconds for which the cache keeps the vectors of deleted songs.
+        reembed: identifies a request to embed, and pay for, songs again that have vectors; None: no such request. Each
+            request is served once; a stopped one is resumed.
+        retry_rejected: whether to send songs again that this server rejected before.
     """
 
     snapshots: Snapshots
@@ -94,18 +94,18 @@ class Filler:
     _was_unavailable: bool = False
 
     def fill_ranges(self, ranges: Sequence[SongIdRange], report: Callable[[FillReport], None]) -> None:
-        """Fill ranges in their order; a failed one does not keep the next from being tried.
+        """Fill ranges in order; after a failed range the next one is tried.
 
         Args:
-            ranges: those to fill; one without snapshot and cache is passed over in silence.
-            report: called with each range that holds anything, as soon as it is done or has failed.
+            ranges: to fill; those with neither snapshot nor cache are skipped.
+            report: called with each other range, as soon as it is done or has failed.
 
         Raises:
-            SongvecError: where going on is pointless (budget, key, model, stop); the range is reported first.
+            SongvecError: an error that all ranges would meet (budget, key, model, stop); the range is reported first.
         """
         cached = {*self.cache.ranges()}
         held = [each for each in ranges if each in cached or each in self.snapshots]
-        # once for all that is asked of a range before its lock is taken
+        # looked at once, for all decisions before a range's lock is taken
         self._found = {each: self.cache.look(each) if each in cached else RangeFiles() for each in held}
         self._footers = {each: self.snapshots.footer(each) for each in held}
         if not held:
@@ -125,14 +125,14 @@ class Filler:
             for files in self._found.values():
                 context.health.count_known(files.done.n_vectors if files.done else 0)
             for song_range in self._found:
-                done = self._find_answer(song_range)
+                done = self._find_completion(song_range)
                 if done is None:
                     await places.acquire()
                 if context.fatal or context.over_budget or context.run.stop.is_set():
                     break
                 if done is not None:
                     context.advance(done.n_songs, song_range, are_free=True)
-                    report(_report_answered(song_range, done))
+                    report(_report_complete(song_range, done))
                     continue
                 turn = asyncio.Event()
                 filling.append(asyncio.create_task(self._fill_reported(song_range, turn.set, report)))
@@ -153,8 +153,8 @@ class Filler:
             if context.over_budget:
                 raise context.over_budget
 
-    def _find_answer(self, song_range: SongIdRange) -> Completion | None:
-        """The fill that answers the range's snapshot in full already: nothing is to be done, and no lock is needed."""
+    def _find_completion(self, song_range: SongIdRange) -> Completion | None:
+        """The earlier fill, if it is still complete for the snapshot: nothing to do, and no lock to take."""
         files, footer = self._found[song_range], self._footers[song_range]
         done = files.done
         generation = files.manifest.generation if files.manifest else 0
@@ -165,26 +165,26 @@ class Filler:
     async def _fill_reported(
         self, song_range: SongIdRange, let_next_begin: Callable[[], None], report: Callable[[FillReport], None]
     ) -> None:
-        """Fill one range and report it; what makes going on pointless is kept for the end."""
+        """Fill one range and report it; an error that ends the run is raised later, by the loop."""
         context, started = self.context, time.monotonic()
         fill = _RangeFill(self, let_next_begin, FillReport(song_range))
         held = contextlib.ExitStack()
         try:
-            # another run may hold it for hours, while answers for earlier ranges come in
+            # another run may hold it for hours: meanwhile answers for earlier ranges arrive
             waiting = partial(context.report, f"another run fills {song_range.key}: waiting for it")
             lock = self.lock_range(song_range, waiting, context.check_halted)
             try:
                 check_held = await asyncio.to_thread(held.enter_context, lock)
                 await fill.fill(check_held, self._generation)
             finally:
-                # letting go asks the database, which may not answer: the other ranges' answers must not wait for it
+                # in a thread: the database may not answer, and the other ranges must not wait for it
                 await asyncio.to_thread(held.close)
             self._was_unavailable = self._was_unavailable and not fill.report.n_embedded
-        except Exception as error:  # noqa: BLE001 - raised when the other ranges' answers are stored
+        except Exception as error:  # noqa: BLE001 - raised after the other ranges' answers are stored
             fill.report.error, self._has_failed = error, True
             context.note_error(error)
             if isinstance(error, ProviderUnavailableError):
-                # one range may hold what makes a server stumble; two in a row are the server
+                # one range may hold texts that make a server fail; two ranges in a row mean that the server is at fault
                 context.fatal = context.fatal or (error if self._was_unavailable else None)
                 self._was_unavailable = True
         finally:
@@ -194,7 +194,7 @@ class Filler:
             report(fill.report)
 
 
-def _report_answered(song_range: SongIdRange, done: Completion) -> FillReport:
+def _report_complete(song_range: SongIdRange, done: Completion) -> FillReport:
     return FillReport(
         song_range,
         n_songs=done.n_songs,
@@ -213,9 +213,9 @@ class _RangeFill:
     report: FillReport
 
     async def fill(self, check_held: Callable[[], None], generation: int) -> None:
-        """Fill the range; its report has the counts, whatever is raised."""
+        """Fill the range; `report` has the counts even if it raises."""
         filler, context, song_range = self.filler, self.filler.context, self.report.range
-        # taken before the songs are read: an export that comes in between leaves a manifest that does not fit
+        # read before the songs: after an export in between, the manifest does not fit the snapshot, and is filled again
         snapshot = filler.snapshots.footer(song_range).digest
         cached, plan = await asyncio.to_thread(self._plan, song_range, generation)
         self.report = plan.report
@@ -242,7 +242,7 @@ class _RangeFill:
         return cached, plan_fill(filler.snapshots, cached, filler.spec, rejected_by)
 
     def _begin(self, cached: CachedRange, plan: FillPlan) -> None:
-        """Record deletions and parts of killed runs before anything is written; store the vectors that are free."""
+        """Record deletions and the parts of killed runs, then store the reused vectors."""
         wanted = cached.manifest
         if plan.deleted:
             has_vector = {*cached.rows["song_id"], *(cached.replaces or cached).rows["song_id"]}
@@ -252,7 +252,7 @@ class _RangeFill:
         if plan.texts or plan.reused.height:
             wanted = replace(wanted, complete=None)
         cached.manifest = wanted
-        # a later generation is saved when it is complete: until then loads read the one before
+        # a later generation is saved once it is complete: until then loads read the earlier one
         if cached.replaces is None and wanted != (cached.files.manifest or Manifest()):
             cached.save(wanted)
         for piece in plan.reused.iter_slices(PIECE_ROWS):
@@ -260,7 +260,7 @@ class _RangeFill:
             write_embeddings_to_file(cached, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
 
     async def _send(self, cached: CachedRange, plan: FillPlan, check_held: Callable[[], None]) -> list[Rejection]:
-        """Send what is missing; the songs that the provider was found to reject."""
+        """Send the missing texts; return the songs that the provider rejected."""
         if not plan.texts:
             return []
         self.filler.context.health.count_known(plan.report.n_unchanged)

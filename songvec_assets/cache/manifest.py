@@ -1,8 +1,9 @@
-"""What is known of a range's files, in one small file that is replaced as a whole: `manifest.json` next to the parts.
+"""The manifest of a range: `manifest.json` in its folder, a small file that is always replaced as a whole. Pure.
 
-A manifest names its generation's files in their order, the songs that have no vector and why, and what a complete fill
-depended on. Parts of that generation that it does not name are newer than all it says; see `Manifest.adopt`. Pure.
-When to add here: another fact of a range. Keep out: reading and writing of vectors. Times are seconds since 1970.
+It names its generation's files in order, the songs without a vector and why, and what the last complete fill depended
+on. Parts of its generation that it does not name are newer than its content; see `Manifest.adopt`.
+When to add here: something else to record of a range. Keep out: reading and writing vectors. Times are seconds since
+1970.
 """
 
 import re
@@ -26,7 +27,7 @@ class DataFile(msgspec.Struct, frozen=True):
     """A file with vectors.
 
     Attributes:
-        name: `<generation>-<writer>-<number>.arrow`; the number of one that a merge made is `base`.
+        name: `<generation>-<writer>-<number>.arrow`; a base has `base` as its number.
         n_bytes: its size.
     """
 
@@ -44,7 +45,7 @@ class Rejection(msgspec.Struct, frozen=True):
 
     Attributes:
         song_id, text_hash: of the song, and of the text that was sent.
-        reason: begins with the server that was asked.
+        reason: begins with the name of the server.
     """
 
     song_id: int
@@ -56,13 +57,13 @@ class Completion(msgspec.Struct, frozen=True):
     """A complete fill: what it depended on, and what it counted.
 
     Attributes:
-        snapshot: digest of the songs that it saw.
+        snapshot: digest of the snapshot that was filled.
         text: identity of how songs became texts.
         n_songs, n_rejected, n_truncated: of the range; rejected by the export or by the provider.
-        server: that rejected songs; empty if none was rejected.
+        server: the one that rejected songs; empty if none was rejected.
         n_vectors: songs with a vector.
         digest: of their song_ids and checksums; see `digest_rows`.
-        ids: of their song_ids: `IdSums`.
+        ids: `IdSums` of their song_ids.
     """
 
     snapshot: str | None
@@ -76,8 +77,7 @@ class Completion(msgspec.Struct, frozen=True):
     ids: tuple[int, ...] = ()
 
     def fits(self, snapshot: str, text: str, server: str) -> bool:
-        """Whether it is complete still: of the same songs, rendered the same way; another server is asked again for
-        what this one rejected."""
+        """Whether it is still complete: the same songs and texts, and the same server if it rejected any."""
         return self.server in ("", server) and snapshot != "" and (self.snapshot, self.text) == (snapshot, text)
 
 
@@ -86,13 +86,13 @@ class Manifest(msgspec.Struct, frozen=True):
 
     Attributes:
         version: of this format.
-        model_id, dimensions, range: whose it is, see `PartIdentity`; empty until it is stored.
-        generation: of the files that hold; files of earlier ones are garbage.
-        files: in order: of a song's rows the last one holds.
+        model_id, dimensions, range: see `PartIdentity`; empty until it is stored.
+        generation: of the valid files; files of earlier ones are garbage.
+        files: in order: of a song's rows the last one is valid.
         rejected: songs that the provider rejected.
-        deleted_at: when songs were deleted, whose vectors are kept for the retention time.
-        damaged: songs whose row was found damaged: they have no vector until a newer part has one.
-        consumed: files that a merge has replaced, and that may not be deleted yet.
+        deleted_at: by song_id, when songs were deleted whose vectors are still kept.
+        damaged: songs with a damaged row: they have no vector until a newer part has one.
+        consumed: files that a merge has replaced, which may still exist.
         complete: the last fill, if it was complete and nothing was written since.
     """
 
@@ -110,11 +110,11 @@ class Manifest(msgspec.Struct, frozen=True):
 
     @property
     def identity(self) -> PartIdentity:
-        """Whose it is, of one that was stored."""
+        """The identity of a stored manifest."""
         return PartIdentity(self.model_id, self.dimensions, SongIdRange.from_key(self.range))
 
     def begin_generation(self, generation: int) -> "Manifest":
-        """The manifest of a later generation that has no file yet."""
+        """The manifest of a later generation, without files."""
         return replace(self, generation=generation, files=(), damaged=(), consumed=(), complete=None)
 
     def find_unnamed(self, names: Iterable[str], is_read: bool = True) -> list[str]:
@@ -122,20 +122,20 @@ class Manifest(msgspec.Struct, frozen=True):
 
         Args:
             names: of the files in its folder.
-            is_read: whether there is a manifest; if it was lost, bases are adopted too.
+            is_read: whether a manifest was stored; if it was lost, bases are adopted too.
         """
         known = {each.name for each in self.files} | {*self.consumed}
         new = (name for name in names if generation_of(name) == self.generation and name not in known)
         return sorted((name for name in new if not (is_read and is_base(name))), key=_order)
 
     def adopt(self, files: Collection[DataFile], song_ids: Iterable[int]) -> "Manifest":
-        """Name files that are newer: of the songs in them, nothing that was known before holds."""
+        """Add newer files; earlier records of the songs in them are dropped."""
         if not files:
             return self
         return replace(self.without(song_ids), files=(*self.files, *files), complete=None)
 
     def without(self, song_ids: Iterable[int]) -> "Manifest":
-        """The same, with nothing said of these songs."""
+        """The same without any record of these songs."""
         known = set(song_ids)
         return replace(
             self,
@@ -150,12 +150,12 @@ class Manifest(msgspec.Struct, frozen=True):
         return replace(left, rejected=(*left.rejected, *rejected), complete=None) if rejected else self
 
     def delete(self, song_ids: Collection[int], at: float) -> "Manifest":
-        """Add songs that were deleted at a time; their vectors are kept until the retention time is over."""
+        """Add songs that were deleted at a time; their vectors are kept for the retention time."""
         left = self.without(song_ids)
         return replace(left, deleted_at=left.deleted_at | dict.fromkeys(song_ids, at), complete=None)
 
     def find_garbage(self, names: Iterable[str]) -> list[str]:
-        """Of the files in its folder, those that nothing needs any more; of a later generation, merges not named."""
+        """Of the files in its folder, those that are no longer needed, and bases of merges that never finished."""
         kept, consumed = {each.name for each in self.files}, {*self.consumed}
         return [
             name
@@ -167,12 +167,12 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 def key_of(song_range: SongIdRange) -> str:
-    """Where a range's manifest is, in the storage of its model."""
+    """The key of a range's manifest in the storage of its model."""
     return f"{song_range.key}/{NAME}"
 
 
 def generation_of(name: str) -> int | None:
-    """The generation of a file with vectors; None if the name is no such file's."""
+    """The generation in the name of a file with vectors; None for any other name."""
     found = _FILE.fullmatch(name)
     return int(found[1]) if found else None
 
@@ -190,15 +190,15 @@ def _order(name: str) -> tuple[bool, str, int]:
 
 
 def decode(content: bytes, name: str, identity: PartIdentity | None = None) -> Manifest:
-    """A manifest as it was stored.
+    """Parse a stored manifest.
 
     Args:
         content: of the file.
         name: of the file, for messages.
-        identity: whose it must be; None: anybody's.
+        identity: that it must have; None: any.
 
     Raises:
-        StoreError: it does not parse, another version wrote it, or it is of another model, size or range.
+        StoreError: it does not parse, another version wrote it, or it has another identity.
     """
     content, _, digest = content.rstrip(b"\n").partition(b"\n")
     try:
@@ -232,7 +232,7 @@ class _Versioned(msgspec.Struct):
 
 
 def encode(manifest: Manifest, identity: PartIdentity) -> bytes:
-    """The inverse of `decode`: one line of JSON, and its checksum: a flipped bit must not make a file garbage."""
+    """The inverse of `decode`: one line of JSON, and its checksum: a flipped bit could turn files into garbage."""
     whose = {"model_id": identity.model_id, "dimensions": identity.dimensions, "range": identity.range.key}
     content = msgspec.json.encode(replace(manifest, **whose))
     return content + b"\n" + _digest(content) + b"\n"
@@ -243,7 +243,7 @@ def _digest(content: bytes) -> bytes:
 
 
 def digest_rows(rows: pl.DataFrame) -> bytes:
-    """An identity of song_ids and checksums, from columns of these names, ordered by song_id."""
+    """A digest of the columns song_id and checksum of rows ordered by song_id."""
     state = xxhash.xxh3_128(rows["song_id"].to_numpy().tobytes())
     state.update(rows["checksum"].to_numpy().tobytes())
     return state.digest()

@@ -1,8 +1,8 @@
-"""What is cached of a model, range by range: files of vectors that were paid for.
+"""The cache of one model: a folder per range, with the vectors that were paid for.
 
-A range of a model is a folder: parts and bases (`parts`), which are never changed, and a manifest that names them
-(`manifest`). When to add here: another question about a range of a model. Keep out: its rows (`cached_range`), and the
-bytes of a file (`parts`).
+A folder holds parts and bases (`parts`), which are never changed, and the manifest that names them (`manifest`).
+When to add here: another question about a model's ranges. Keep out: a range's rows (`cached_range`), and file formats
+(`parts`, `manifest`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
 
 _TRIES = 5
-"""How often a range is opened again because a merge replaced its files meanwhile."""
+"""How often opening a range is tried if a merge replaces its files meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class ModelCache:
     """All that is cached of a model.
 
     Attributes:
-        storage: of this model alone; it may not exist yet.
-        model: its id, as in every file.
+        storage: of this model alone; need not exist yet.
+        model: the model id.
         dimensions: values per vector.
     """
 
@@ -40,14 +40,14 @@ class ModelCache:
     dimensions: int
 
     def identity(self, song_range: SongIdRange) -> PartIdentity:
-        """What the files of a range say they hold."""
+        """The identity of a range's files."""
         return PartIdentity(self.model, self.dimensions, song_range)
 
     def ranges(self) -> list[SongIdRange]:
         """The ranges that have a folder, in order.
 
         Raises:
-            StoreError: a folder is named otherwise; or there are files of an earlier format.
+            StoreError: a folder has another name, or there are files of an earlier format.
         """
         old = [name for name in self.storage.list_objects() if name.endswith(".arrow")]
         if old:
@@ -65,7 +65,7 @@ class ModelCache:
             ) from error
 
     def read_manifest(self, song_range: SongIdRange) -> Manifest:
-        """What is known of a range; of one that was never filled, nothing.
+        """The manifest of a range; an empty one if the range was never filled.
 
         Raises:
             StoreError: it does not parse.
@@ -76,16 +76,16 @@ class ModelCache:
         return manifests.decode(read.content, name, identity) if read else Manifest()
 
     def look(self, song_range: SongIdRange) -> RangeFiles:
-        """What there is of a range: one read and one listing."""
+        """The manifest and the file sizes of a range: one read and one listing."""
         return RangeFiles.read(self.storage, self.identity(song_range))
 
     def open(self, song_range: SongIdRange, generation: int | None = None) -> CachedRange:
-        """A range as it is now.
+        """Open a range in its current state.
 
         Args:
-            song_range: which.
-            generation: a later one than the range has: only its files are read, and it replaces what there is when it
-                is saved.
+            song_range: to open.
+            generation: a later one than the range has: only its files are read, and when it is saved, it replaces the
+                earlier one. None: the current generation.
 
         Raises:
             StoreError: its manifest does not parse, or a file is of another model, size or range.
@@ -101,7 +101,7 @@ class ModelCache:
         return opened if generation is None else CachedRange(self.storage, identity, files, opened, generation)
 
     def open_as_found(self, song_range: SongIdRange) -> CachedRange:
-        """The same, whatever model its files say they are of: a folder's name does not give it back."""
+        """As `open`, with the model that its files name: it does not follow from a folder's name."""
         key = manifests.key_of(song_range)
         read = self.storage.read(key)
         found = manifests.decode(read.content, self.storage.describe(key)).identity if read else None
@@ -111,12 +111,12 @@ class ModelCache:
         return cache.open(song_range)
 
     def summarize(self, song_range: SongIdRange, opens_files: bool = False) -> "RangeSummary":
-        """What is cached of a range, in short.
+        """Summarize what is cached of a range.
 
         Args:
-            song_range: which.
-            opens_files: whether its files are opened, which finds damage to all but vectors, also if its last fill was
-                complete and they are as large as then.
+            song_range: to summarize.
+            opens_files: whether to open the files, which finds damage to all but vectors, even if the last fill was
+                complete and their sizes are unchanged.
         """
         try:
             done = None if opens_files else self.look(song_range).done
@@ -129,7 +129,7 @@ class ModelCache:
         return RangeSummary(rows.height, manifests.digest_rows(rows), IdSums.of(rows["song_id"]), None, is_damaged)
 
     def digest(self) -> str:
-        """An identity of all that is cached; opens no file with vectors."""
+        """A digest of all that is cached; opens no file with vectors."""
         state = xxhash.xxh3_128(f"{self.model} {self.dimensions}".encode())
         for song_range in self.ranges():
             files = self.look(song_range)
@@ -140,13 +140,14 @@ class ModelCache:
 
 @dataclass(frozen=True)
 class RangeSummary:
-    """What is cached of a range, in short.
+    """A summary of what is cached of a range.
 
     Attributes:
-        n_vectors: songs that have one.
-        digest, ids: of these songs and their checksums, and of their song_ids alone.
-        complete: the last fill, if it was complete and the files are as it left them.
-        is_damaged: whether a file was found damaged, also if all its rows could be read.
+        n_vectors: songs with a vector.
+        digest: of their song_ids and checksums.
+        ids: of their song_ids alone.
+        complete: the last fill, if it was complete and its files are unchanged.
+        is_damaged: whether a file is damaged, even if all its rows could be read.
         error: why the range cannot be read; empty if it can.
     """
 
@@ -159,7 +160,7 @@ class RangeSummary:
 
 
 def load_embeddings_from_cache(cache: ModelCache, song_range: SongIdRange) -> tuple[CachedRange, pl.DataFrame]:
-    """Open a range; also its `rows`."""
+    """Open a range; returns it and its `rows`."""
     opened = cache.open(song_range)
     return opened, opened.rows
 
@@ -167,7 +168,7 @@ def load_embeddings_from_cache(cache: ModelCache, song_range: SongIdRange) -> tu
 def write_embeddings_to_file(
     cached: CachedRange, song_ids: Sequence[int], text_hashes: Sequence[bytes], embeddings: Float32Matrix
 ) -> None:
-    """Write songs with their vectors as one part of a range; when this returns it is on disk.
+    """Write songs with their vectors as one part of a range; it is durable when this returns.
 
     Raises:
         ValueError: a vector is zero, not finite, or of another size: nothing is written.
@@ -182,5 +183,5 @@ def read_embeddings_from_file(cached: CachedRange, rows: pl.Series) -> Iterator[
 
 
 def lock_name(song_range: SongIdRange) -> str:
-    """The lock of the process that writes a range."""
+    """The name of the lock that a process holds to write a range."""
     return f"fill {song_range.key}"

@@ -1,9 +1,9 @@
-"""The bytes of a part: an immutable Arrow IPC file of songs with their vectors, and checksums that prove them. Pure.
+"""The format of a part: an immutable Arrow IPC file of songs with their vectors and checksums. Pure.
 
 Columns: song_id (int32), text_hash (16 bytes), checksum (uint64, XXH3 of the whole row) and embedding (float32, fixed
 size). The schema's metadata has the format, the part's identity, and a digest of the identity and the three narrow
 columns, which is checked when a part is opened; a vector is checked with its row's checksum when it is read.
-When to add here: another column or another format version. Keep out: where parts are, and which of their rows hold.
+When to add here: another column or another format version. Keep out: where parts are, and which rows are valid.
 """
 
 import json
@@ -23,13 +23,13 @@ from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TEXT_HASH_BYTES
 
 PIECE_ROWS = 2048
-"""Rows of a record batch at most, and of whatever else is read or written at a time: 16 MB of 2,000 values."""
+"""Maximum rows of a record batch, and of each step that reads or writes rows: 16 MB of vectors of 2,000 values."""
 
 _FORMAT = "1"
 _UNREADABLE = (pa.ArrowException, OSError, EOFError, KeyError, TypeError, ValueError)
-"""What a damaged file raises, whichever of its bytes are damaged."""
+"""The errors that damaged files raise."""
 _HEAD_BYTES = 8
-"""Before the stream of messages that an Arrow IPC file holds."""
+"""Bytes of an Arrow IPC file before its stream of messages."""
 _NONE = np.empty((0, 0), np.float32)
 _TEXT_HASH = np.dtype(f"V{TEXT_HASH_BYTES}")
 
@@ -37,16 +37,16 @@ TextHashes = Sequence[bytes] | NDArray[np.void]
 
 
 class DamagedPartError(Exception):
-    """A part is not as it was written; the message says how that shows.
+    """A part is damaged; the message says what is wrong.
 
     Attributes:
-        sound: rows that are as they were written all the same, by their checksums.
+        sound: its rows that are intact by their checksums.
     """
 
     def __init__(self, problem: str, batches: "Sequence[CachedRows]" = ()) -> None:
         super().__init__(problem)
         pairs = [(each, each.find_sound()) for each in batches]
-        # whole batches stay mapped
+        # intact batches stay mapped
         self.sound = [each if good.all() else each.take(np.flatnonzero(good)) for each, good in pairs if good.any()]
 
 
@@ -55,7 +55,7 @@ class PartIdentity:
     """What all rows of a part have in common.
 
     Attributes:
-        model_id: what the vectors are compared by; the provider's name for the model, unless it is named otherwise.
+        model_id: the name that the vectors are identified by.
         dimensions: values per vector.
         range: of the song_ids.
     """
@@ -68,7 +68,7 @@ class PartIdentity:
         return f"{self.model_id}, {self.dimensions} dimensions, range {self.range.key}"
 
     def schema(self, digest: str = "") -> pa.Schema:
-        """The Arrow schema of a part whose identity and narrow columns have this digest."""
+        """The Arrow schema of a part with this digest in its metadata."""
         fields = [
             pa.field("song_id", pa.int32(), nullable=False),
             pa.field("text_hash", pa.binary(TEXT_HASH_BYTES), nullable=False),
@@ -82,7 +82,7 @@ class PartIdentity:
         return json.dumps(given | {"digest": digest})
 
     def digest(self, rows: "Rows") -> str:
-        """What proves this identity and the narrow columns of a part."""
+        """A digest of this identity and the narrow columns of a part."""
         state = xxhash.xxh3_64(self._metadata("").encode())
         for column in (rows.song_ids.astype("<i4"), rows.text_hashes, rows.checksums.astype("<u8")):
             state.update(column.tobytes())
@@ -91,7 +91,7 @@ class PartIdentity:
 
 @dataclass(frozen=True)
 class Rows:
-    """The narrow columns of some rows.
+    """The narrow columns of rows: all but the vectors.
 
     Attributes:
         song_ids: int32, (n,).
@@ -105,13 +105,13 @@ class Rows:
 
     @classmethod
     def of(cls, song_ids: Sequence[int], text_hashes: TextHashes, embeddings: Float32Matrix) -> "Rows":
-        """The narrow columns of new rows, their checksums computed."""
+        """The narrow columns of new rows, with computed checksums."""
         ids, hashes = np.asarray(song_ids, dtype=np.int32), np.asarray(text_hashes, dtype=_TEXT_HASH)
         return cls(ids, hashes, checksum_rows(ids, hashes, embeddings))
 
     @classmethod
     def of_frame(cls, rows: pl.DataFrame) -> "Rows":
-        """Rows that were stored before, from columns song_id, text_hash and checksum."""
+        """The narrow columns of stored rows, from columns song_id, text_hash and checksum."""
         hashes = np.frombuffer(b"".join(rows["text_hash"].to_list()), dtype=_TEXT_HASH)
         return cls(rows["song_id"].to_numpy(), hashes, rows["checksum"].to_numpy())
 
@@ -121,7 +121,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class CachedRows(Rows):
-    """Rows as they are read back.
+    """Rows that were read, with their vectors.
 
     Attributes:
         embeddings: float32, (n, dimensions).
@@ -130,17 +130,17 @@ class CachedRows(Rows):
     embeddings: Float32Matrix
 
     def find_sound(self) -> NDArray[np.bool_]:
-        """Which rows have a good vector, and a checksum that fits; (n,)."""
-        # first, as it reads a cold file without holding the interpreter, which the checksums do
+        """Which rows have a usable vector and a matching checksum; (n,)."""
+        # first: it reads a cold file without the interpreter's lock, which the checksums hold
         bad = find_bad_vectors(self.embeddings)
         sound: NDArray[np.bool_] = checksum_rows(self.song_ids, self.text_hashes, self.embeddings) == self.checksums
         sound[bad] = False
         return sound
 
-    def take(self, places: slice | NDArray[np.int64]) -> "CachedRows":
-        """Those at some places; a slice is a view, places are copied."""
+    def take(self, positions: slice | NDArray[np.int64]) -> "CachedRows":
+        """The rows at some positions; a slice is a view, positions are copied."""
         return CachedRows(
-            self.song_ids[places], self.text_hashes[places], self.checksums[places], self.embeddings[places]
+            self.song_ids[positions], self.text_hashes[positions], self.checksums[positions], self.embeddings[positions]
         )
 
 
@@ -183,7 +183,7 @@ def write_part(file: BinaryIO, identity: PartIdentity, rows: Rows, pieces: Itera
 
 
 def read_identity(content: pa.Buffer) -> PartIdentity | None:
-    """What a part says it holds; None if it does not open."""
+    """The identity in a part's metadata; None if the part does not open."""
     try:
         return _identity_of(json.loads(pa.ipc.open_file(content).schema.metadata[b"songvec"]))
     except _UNREADABLE:
@@ -195,7 +195,7 @@ def _identity_of(metadata: dict[str, Any]) -> PartIdentity:
 
 
 def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[CachedRows]:
-    """The record batches of a part, mapped; reads the narrow columns and no vector.
+    """The record batches of a part, mapped; reads the narrow columns, but no vector.
 
     Args:
         content: of the part.
@@ -203,11 +203,11 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
         name: of the part, for messages.
 
     Raises:
-        DamagedPartError: it is not as it was written.
-        StoreError: it is whole, and of another model, size or range.
+        DamagedPartError: it is damaged.
+        StoreError: it is intact, but of another model, size or range.
     """
     problem = ""
-    # where its end is damaged or missing, what comes before is read in order
+    # if the end of the file is damaged or missing, the batches before it are read as a stream
     for opener, start in ((pa.ipc.open_file, 0), (pa.ipc.open_stream, _HEAD_BYTES)):
         try:
             reader = opener(content.slice(start))
@@ -233,7 +233,7 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
     except _UNREADABLE as error:
         problem = problem or f"a batch does not open ({error})"
     if not problem and found.digest(join_rows(batches)) != digest:
-        problem = "song_ids, text hashes or checksums are not as they were written"
+        problem = "song_ids, text hashes or checksums do not match their digest"
     if found != identity and not problem:
         raise StoreError(
             f"{name} holds {found}, expected {identity}: restore it from a backup; or move it away, and its songs are "
@@ -246,13 +246,13 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
 
 
 def join_rows(batches: Sequence[CachedRows]) -> Rows:
-    """The narrow columns of some batches."""
+    """The narrow columns of several batches, concatenated."""
     narrow = [(each.song_ids, each.text_hashes, each.checksums) for each in batches]
     return Rows(*map(np.concatenate, zip(*narrow, strict=True))) if narrow else Rows.of((), (), _NONE)
 
 
 def _read_batch(batch: pa.RecordBatch, identity: PartIdentity) -> CachedRows:
-    # a flipped bit in a length or an offset would otherwise read outside of the file
+    # otherwise a flipped bit in a length or an offset would cause reads outside of the file
     batch.validate(full=True)
     song_ids, text_hashes, checksums, vectors = batch.columns
     if any(column.null_count or column.offset for column in batch.columns):

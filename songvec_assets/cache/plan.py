@@ -1,4 +1,8 @@
-"""What the cache lacks of a range's snapshot, and what that will cost. Writes nothing."""
+"""What the cache lacks of a range's snapshot, and what filling it will cost. Writes nothing.
+
+When to add here: another count of a fill, or another reason to send a text. Keep out: sending (`requests`), storing
+(`fill`), and prices (`embedding.pricing`).
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -19,11 +23,11 @@ class Text:
     """A text to send.
 
     Attributes:
-        text: as it is sent.
+        text: as sent.
         text_hash: its identity.
-        song_ids: the songs that it stands for.
+        song_ids: the songs that have this text.
         n_bytes: its size in UTF-8.
-        again: whether one of these songs has a vector already, of another text.
+        again: whether one of these songs already has a vector of another text.
         rejected_before: whether it was rejected before.
     """
 
@@ -37,24 +41,24 @@ class Text:
 
 @dataclass
 class FillReport:
-    """What a fill does to one range: counts of songs, and what it cost.
+    """What a fill does to one range: counts of songs, and the cost.
 
     Attributes:
-        range: which.
-        n_songs: of the snapshot, those included that the export rejected.
-        n_new, n_changed, n_deleted, n_reused, n_unchanged: compared with the cache as it was; a reused vector is that
-            of another song with the same text, or of an older text.
+        range: that is filled.
+        n_songs: songs of the snapshot, including rejected ones.
+        n_new, n_changed, n_deleted, n_reused, n_unchanged: compared with the cache before the fill; a reused vector is
+            that of another song with the same text, or of an older row of the song.
         n_embedded: songs that got a vector from the provider.
-        n_rejected: songs without a vector, for a reason: the export's and the provider's.
+        n_rejected: songs rejected by the export or by the provider.
         n_truncated: songs whose text was cut.
-        n_retries, n_limited: bad answers before good ones, and those of them that were 429.
-        n_tokens: billed; estimated where the provider does not say, or if the answer is unusable.
+        n_retries, n_limited: bad answers before good ones, and those of them with status 429.
+        n_tokens: billed; estimated if the provider does not say, or if the answer is unusable.
         n_tokens_expected: as estimated before the first request.
-        usd: their price.
-        seconds: of this range.
-        n_bytes_damaged: of files that were found damaged or missing.
+        usd: price of `n_tokens`.
+        seconds: duration of the fill.
+        n_bytes_damaged: size of the damaged or missing files.
         rejected: (song_id, reason) of songs that the provider rejected in this fill.
-        error: why the range is not complete, if it is not.
+        error: why the range is not complete; None if it is.
     """
 
     range: SongIdRange
@@ -84,10 +88,10 @@ class FillPlan:
 
     Attributes:
         report: the counts of the plan.
-        deleted: song_ids that are cached but no longer among the songs that can be embedded.
-        reused: songs (song_id, text_hash, row) whose text has a vector already, under another song or an older text.
-        texts: what must be sent.
-        has_rejected: whether the provider rejected a song before, and is not asked again.
+        deleted: song_ids that are cached but no longer embeddable.
+        reused: songs (song_id, text_hash, row) whose text already has a vector, of another song or in an older row.
+        texts: to send.
+        has_rejected: whether an earlier rejection by the provider still counts.
         made_otherwise: whether the cached texts were made with other settings.
     """
 
@@ -99,12 +103,12 @@ class FillPlan:
     made_otherwise: bool = False
 
     def estimate_tokens(self, estimator: TokenEstimator) -> int:
-        """About how many tokens its texts have."""
+        """Estimated tokens of the texts to send."""
         return sum(estimator.estimate(each.n_bytes for each in self.texts))
 
     @property
     def texts_again(self) -> list[Text]:
-        """The texts to send only because other settings make them of songs that are cached."""
+        """The texts that are sent only because settings changed: their songs have vectors."""
         return [each for each in self.texts if each.again] if self.made_otherwise else []
 
 
@@ -115,11 +119,11 @@ def plan_fill(snapshots: Snapshots, cached: CachedRange, spec: TextSpec, rejecte
         snapshots: of the store.
         cached: the range.
         spec: how songs become texts.
-        rejected_by: the server whose rejections hold; songs that another one rejected are sent again; None: no
-            rejection holds.
+        rejected_by: the server whose earlier rejections count; songs rejected by another server are sent again. None:
+            no earlier rejection counts.
 
     Raises:
-        StoreError: there is no snapshot: a cache alone does not say that its songs are deleted.
+        StoreError: there is no snapshot; its absence does not mean that the cached songs were deleted.
     """
     if cached.range not in snapshots:
         raise StoreError(
@@ -130,7 +134,7 @@ def plan_fill(snapshots: Snapshots, cached: CachedRange, spec: TextSpec, rejecte
     rejected = cached.rejected.select("song_id", "text_hash", "reason")
     holds = pl.lit(False) if rejected_by is None else pl.col("reason").str.starts_with(f"{rejected_by} ")
     unchanged, missing = _compare(hashes, cached.rows, rejected.filter(holds))
-    # whatever was paid for serves again: another song's vector, and one that no longer holds (a lyric changed back)
+    # any stored vector of the text is reused: of another song, or of an older row (lyrics changed back)
     stored = cached.all_rows.join(missing, on="text_hash", how="semi")
     vectors = cached.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
     reused = missing.join(vectors, on="text_hash", how="inner", maintain_order="left")
@@ -140,7 +144,7 @@ def plan_fill(snapshots: Snapshots, cached: CachedRange, spec: TextSpec, rejecte
         .agg(pl.col("song_id"), (~pl.col("refused")).any().alias("again"))
         .with_columns(rejected_before=pl.col("text_hash").is_in(rejected.filter(~holds)["text_hash"].implode()))
     )
-    # the rest is cached, or has the text of one of these
+    # one song per text to send; all other songs are cached or share such a text
     texts = snapshots.render(cached.range, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
     to_send = unpaid.join(texts, on="text_hash", how="inner", maintain_order="left").select(
         "text", "text_hash", "song_id", pl.col("text").str.len_bytes().alias("n_bytes"), "again", "rejected_before"
@@ -168,7 +172,7 @@ def plan_fill(snapshots: Snapshots, cached: CachedRange, spec: TextSpec, rejecte
 
 
 def _compare(hashes: pl.DataFrame, rows: pl.DataFrame, refused: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The songs whose text has its answer, a vector or a rejection that holds; and the others."""
+    """The songs whose text has a vector or a rejection that counts; and the others."""
     answered = pl.concat(
         [
             rows.select("song_id", before="text_hash", refused=pl.lit(False)),
@@ -181,7 +185,7 @@ def _compare(hashes: pl.DataFrame, rows: pl.DataFrame, refused: pl.DataFrame) ->
 
 
 def estimate_fills(plans: Iterable[FillPlan], estimator: TokenEstimator, price: Price, quota: Quota) -> Estimate:
-    """Tokens, dollars and hours of some plans together."""
+    """Tokens, dollars and hours of several plans together."""
     n_songs = n_texts = n_tokens = n_again = n_tokens_again = 0
     for plan in plans:
         n_songs += plan.report.n_songs

@@ -1,8 +1,8 @@
-"""Requests to embed songs again that have their vectors: each is paid for once, and one that was stopped goes on.
+"""Requests to re-embed songs: each is paid for once, and a stopped one is resumed.
 
-A request has a generation that is later than that of every file. A range serves it by embedding its songs into files of
-that generation, which replace the older ones when they are complete. When to add here: another fact of a request. Keep
-out: what a range has so far, which its files say.
+A request has a generation later than that of every file. Each range embeds its songs into files of that generation,
+which replace the older ones once they are complete.
+When to add here: something else to record of a request. Keep out: the progress of a range, which its files show.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,12 +25,14 @@ class _Request(msgspec.Struct, frozen=True):
 
 
 def begin(storage: Storage, ranges: Sequence[SongIdRange], requested_by: str, generations: Iterable[int]) -> int:
-    """The generation of a request: an earlier one of the same requester, or one over these ranges that has not ended.
+    """The generation of a request; a new request is recorded.
+
+    An earlier request of the same requester, or an unfinished one of the same ranges, is resumed.
 
     Args:
         storage: of the model.
         ranges: to embed again; at least one.
-        requested_by: the requester.
+        requested_by: identifies the requester.
         generations: of the files in these ranges.
 
     Raises:
@@ -50,7 +52,7 @@ def begin(storage: Storage, ranges: Sequence[SongIdRange], requested_by: str, ge
 
 
 def end(storage: Storage, generation: int) -> None:
-    """Every range was served: the next request over the same ranges is another one."""
+    """Record that every range was served: the next request over the same ranges is a new one."""
     is_written = False
     while not is_written:
         requests, version = _read(storage)

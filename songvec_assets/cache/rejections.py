@@ -1,6 +1,6 @@
-"""Texts of a range that got no vector, each sent alone: rejected if others succeed, else the server is at fault.
+"""Texts of a range that were sent alone and got no vector: rejected if others succeed, else the server is at fault.
 
-When to add here: another sign that it is the server. Keep out: how a request is divided until a text stands alone.
+When to add here: another sign that the server is at fault. Keep out: how a request is divided down to single texts.
 """
 
 import asyncio
@@ -13,9 +13,9 @@ from songvec_assets.cache.plan import FillReport, Text
 from songvec_assets.errors import ProviderError, ServerSickError
 
 MAX_REFUSALS_IN_A_ROW = 25
-"""If more texts are refused one after another, and none accepted between them, the fault is not the songs'."""
+"""If more texts in a row are refused, the songs are not at fault."""
 _ENOUGH_TEXTS = 400
-"""From this number of texts on, too many bad ones end the run at once; of fewer, a few in one place may be chance."""
+"""From this number of texts on, too many bad ones end the run at once; among fewer texts they may be chance."""
 
 
 @dataclass
@@ -25,7 +25,7 @@ class RefusedTexts:
     Attributes:
         context: what all requests of the run share.
         report: of the range.
-        rejected: the songs that are rejected, once it is clear that the server is not at fault.
+        rejected: the rejected songs, once it is clear that the server is not at fault.
     """
 
     context: SendContext
@@ -37,11 +37,11 @@ class RefusedTexts:
 
     @property
     def are_proven(self) -> bool:
-        """Whether another text got its vector after the last of them."""
+        """Whether another text got a vector after the last of them."""
         return not self._is_blamed and self.context.health.last_good_at > self._last_at
 
     async def answers_well(self, since: float) -> bool:
-        """Whether the server gave a good vector after `since`; it may be sent a plain text, which is counted."""
+        """Whether the server gave a good vector after `since`; may send a probe, whose tokens are counted."""
         answers = await self.context.embedder.answers_well(since)
         n_tokens = self.context.embedder.take_probe_tokens()
         self.report.n_tokens += n_tokens
@@ -49,14 +49,14 @@ class RefusedTexts:
         return answers
 
     def add(self, text: Text, reason: str, is_refusal: bool) -> None:
-        """Take in that a text stands alone and got no vector; `is_refusal`: the provider said that it is the text.
+        """Count a text that was sent alone and got no vector; `is_refusal`: the provider refused it.
 
         Raises:
-            ProviderError: too many do: the fault is not the songs'.
+            ProviderError: there are too many: the songs are not at fault.
         """
         self._texts.append((text, reason))
         self._last_at = time.monotonic()
-        if text.rejected_before:  # that it is refused again says nothing new of the server
+        if text.rejected_before:  # its failure says nothing new about the server
             return
         if is_refusal:
             self.context.n_refused_in_a_row += 1
@@ -84,8 +84,8 @@ class RefusedTexts:
         """Refuse to reject texts that may not be at fault.
 
         Raises:
-            ServerSickError: too many fail for that; other ranges may show that it is the texts.
-            ProviderError: no other text was accepted after them, and a plain one is not.
+            ServerSickError: too many fail; other ranges may still show that the texts are at fault.
+            ProviderError: no other text was accepted after them, and the probe fails too.
         """
         if not self._texts:
             return
@@ -104,7 +104,7 @@ class RefusedTexts:
             )
 
     def reject(self) -> None:
-        """Count the songs of these texts as rejected."""
+        """Reject the songs of these texts."""
         for text, reason in self._texts:
             self.rejected += [Rejection(song_id, text.text_hash, reason) for song_id in text.song_ids]
             self.report.rejected += [(song_id, reason) for song_id in text.song_ids]

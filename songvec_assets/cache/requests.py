@@ -1,6 +1,7 @@
-"""A range's missing texts: packed into requests, divided where refused, stored as the answers come.
+"""A range's missing texts: packed into requests, divided if refused, stored as answers arrive.
 
-What goes wrong with a request is decided in `embedding.client`; here, what becomes of the texts in it.
+When to add here: another way to divide or resend the texts of a failed request. Keep out: retries of a request
+(`embedding.client`), and whether a text is rejected (`rejections`).
 """
 
 import asyncio
@@ -28,13 +29,13 @@ from songvec_assets.errors import (
 )
 
 _N_BAD_ALONE = 3
-"""Answers without a vector for a text, the last of them alone, before it is rejected."""
+"""Answers without a vector for a text, the last one to the text alone, before it is rejected."""
 _LEAST_HINT = 8
-"""Texts per request that a server's words may hint at, at least: real limits begin at 10 (DashScope)."""
+"""The smallest number in a refusal that is tried as a limit of texts: real limits begin at 10 (DashScope)."""
 
 
 class _OutgrownError(Exception):
-    """A limit was learned while the request waited for its place: it is divided, and was not sent."""
+    """A limit was learned while the request waited: it was not sent, and is divided."""
 
 
 @dataclass
@@ -44,10 +45,10 @@ class RangeSender:
     Attributes:
         context: what all requests of the run share.
         report: of the range; counts what is sent and what comes back.
-        gatherer: where the vectors go.
-        check_held: raises where the range's lock was lost.
-        let_next_begin: called when another range may use what is left of the quota.
-        refused: the texts that got no vector, and the songs that are rejected for it.
+        gatherer: stores the vectors.
+        check_held: raises if the range's lock was lost.
+        let_next_begin: called when another range may use the rest of the quota.
+        refused: the texts that got no vector, and the songs rejected for it.
     """
 
     context: SendContext
@@ -66,13 +67,13 @@ class RangeSender:
         """Send all texts, each once; requests in flight when something fails are still stored.
 
         Raises:
-            SongvecError: the first thing that went wrong, when nothing is in flight any more.
+            SongvecError: the first error, once nothing is in flight any more.
         """
         pieces = pack_requests([each.n_bytes for each in texts], self.context.next_request)
         sending: list[asyncio.Task[None]] = []
         while True:
             await self.context.slots.acquire()
-            # cut now, not before: answers that came meanwhile may have taught what a request may hold
+            # packed only now: answers that arrived meanwhile may have taught a limit of requests
             piece = next(pieces, None) if self._may_go_on() else None
             if piece is None:
                 self.context.slots.release()
@@ -82,7 +83,7 @@ class RangeSender:
         self._pass_turn()
         await asyncio.gather(*sending)
         if self._errors:
-            if self.refused.are_proven:  # whatever else went wrong
+            if self.refused.are_proven:  # even if something else failed
                 self.refused.reject()
             raise next((error for error in self._errors if not isinstance(error, StoppedError)), self._errors[0])
         await self.refused.check()
@@ -91,18 +92,18 @@ class RangeSender:
     def _may_go_on(self) -> bool:
         try:
             self.check_going_on()
-        except Exception as error:  # noqa: BLE001 - raised when the requests in flight are stored
+        except Exception as error:  # noqa: BLE001 - raised after the requests in flight are stored
             self._errors.append(error)
         return not self._errors
 
     def check_going_on(self) -> None:
-        """Raise where no request of the range may go any more; one that has its share of the budget still may."""
+        """Raise if no further request may be sent; after a budget error, those with a reservation still may."""
         self.context.check_halted()
         if any(not isinstance(error, BudgetExceededError) for error in self._errors):
             raise StoppedError("another request of the range failed")
 
     async def check_sendable(self) -> None:
-        """Raise where a request must not go now."""
+        """Raise if a request must not be sent now."""
         self.check_going_on()
         async with self._checking:
             await asyncio.to_thread(self.check_held)
@@ -110,21 +111,21 @@ class RangeSender:
     async def _send_one(self, texts: Sequence[Text]) -> None:
         try:
             await self._send_divided(texts)
-        except Exception as error:  # noqa: BLE001 - the other requests of the range are paid for: let them be stored
+        except Exception as error:  # noqa: BLE001 - the other requests are paid for, and must be stored
             self._errors.append(error)
-            # what had its share of the budget before may still go; what was stopped had its reason elsewhere
+            # requests with a reservation may still be sent; the cause of a stop is noted elsewhere
             if not isinstance(error, (BudgetExceededError, StoppedError)):
                 self.context.note_error(error)
         finally:
             self.context.slots.release()
 
     async def _send_divided(self, texts: Sequence[Text], n_bad_before: int = 0, is_part: bool = False) -> bool:
-        """Send one request; one that fails is halved until the text that makes it fail stands alone.
+        """Send one request; if it fails, it is divided until the failing text is alone.
 
         Args:
             texts: of the request.
-            n_bad_before: answers in a row that had no vector for any of them.
-            is_part: whether they are a part of a request that failed again and again.
+            n_bad_before: answers in a row without a vector for any of them.
+            is_part: whether they are part of a request that failed repeatedly.
 
         Returns:
             Whether all texts were accepted.
@@ -138,7 +139,7 @@ class RangeSender:
         batch: EmbeddingBatch | None = None
         n_songs, bad, asked_at = 0, list(texts), time.monotonic()
         try:
-            # before anything goes, the provider's probe included
+            # before anything is sent, the probe included
             await hooks.before_try()
             await self.check_sendable()
             with self.gatherer.expecting():
@@ -152,7 +153,7 @@ class RangeSender:
         except _OutgrownError:
             batch = None
         finally:
-            # after the answer is stored: what goes wrong here must not cost it
+            # after the answer is stored: an error here must not lose it
             self.report.n_tokens += reservation.n_billed
             await reservation.settle()
         if refusal:
@@ -172,12 +173,12 @@ class RangeSender:
         self._pass_turn()
 
     def _pass_turn(self) -> None:
-        # a provider that has not answered well yet may refuse the run: one range is enough to find out
+        # until the provider has answered well it may refuse the whole run: one range is enough to find out
         if self._all_started and self.context.total("n_embedded"):
             self.let_next_begin()
 
     async def _store(self, texts: Sequence[Text], batch: EmbeddingBatch) -> int:
-        """Store an answer: each text's vector for every song that has the text; how many songs that are."""
+        """Store each text's vector for every song that has the text; return the number of these songs."""
         bad = set(batch.bad)
         rows = [
             (song_id, each.text_hash, place)
@@ -192,22 +193,22 @@ class RangeSender:
         return len(rows)
 
     def is_too_large(self, texts: Sequence[Text]) -> bool:
-        """Whether a request of these texts is known to be refused for its size."""
+        """Whether a request of these texts is known to be too large for the server."""
         return self.context.limits.are_exceeded_by(len(texts), sum(each.n_bytes for each in texts))
 
     async def _send_in_turn(self, texts: Sequence[Text], n_bad_before: int, is_part: bool) -> bool:
-        """Send texts in requests of the size that the server takes, one after the other."""
+        """Send texts in requests that the server accepts, one after the other."""
         pieces = pack_requests([each.n_bytes for each in texts], self.context.next_request)
         return all([await self._send_divided(texts[piece], n_bad_before, is_part) for piece in pieces])
 
     async def _send_bad(self, bad: Sequence[Text], n_bad: int, was_alone: bool, asked_at: float) -> bool:
-        """Send again the texts that an answer had no vector for: all together, then halved, since one may spoil others.
+        """Send texts without a vector again: first together, then in halves, since one may spoil the others.
 
         Args:
             bad: the texts.
-            n_bad: answers in a row that had no vector for them.
-            was_alone: whether the last of these was of one text.
-            asked_at: when the last of them was sent.
+            n_bad: answers in a row without a vector for them.
+            was_alone: whether the last answer was to a single text.
+            asked_at: when the last request was sent.
         """
         if not await self.refused.answers_well(asked_at):
             raise ProviderError(
@@ -221,7 +222,7 @@ class RangeSender:
             self.refused.add(bad[0], f"{self.context.server} {reason}", is_refusal=False)
             return False
         parts = [bad] if n_bad == 1 or len(bad) == 1 else bisect(bad)
-        # one after the other: the first may show whether the server is the fault
+        # one after the other: the first may show that the server is at fault
         return all([await self._send_divided(part, n_bad) for part in parts])
 
     async def _divide(self, texts: Sequence[Text], refusal: RequestRefusedError) -> bool:
@@ -240,7 +241,7 @@ class RangeSender:
             parts = [texts[start : start + size] for start in range(0, len(texts), size)]
         all_accepted = all([await self._send_divided(part, is_part=fails) for part in parts])
         if all_accepted and not isinstance(refusal, RequestTooSlowError):
-            # it was the size, and not one text
+            # the size was at fault, not a text
             is_for_size = isinstance(refusal, RequestTooLargeError)
             if limits.count_refused(len(texts), n_bytes, is_for_size):
                 self.context.report_trouble(
@@ -253,7 +254,7 @@ class RangeSender:
 
 @dataclass
 class _Hooks(RequestHooks):
-    """What is asked and counted around the tries of one request of a range."""
+    """Reserves the budget, checks and counts around the tries of one request."""
 
     sender: RangeSender
     texts: Sequence[Text]

@@ -1,10 +1,12 @@
-"""The storage root: which database it belongs to, how it cuts song_ids, where its folders are.
+"""The storage root: the database it belongs to, its tiling, and its folders.
 
 store.json                                 identity, range width, start and stop of the tiling
 songs/<key>.parquet                        snapshots
-songs/looks.json                           when an export last read all songs, where they have an updated_at column
+songs/looks.json                           how far exports by an updated_at column have looked
 embeddings/<model>-<dimensions>/texts.json     how their texts are made
 embeddings/<model>-<dimensions>/<key>/         parts, bases and the manifest of a range
+
+When to add here: another property of a whole store. Keep out: what is cached of a model (`model_cache`).
 """
 
 import uuid
@@ -36,9 +38,9 @@ class Store:
 
     Attributes:
         root: its folder.
-        store_id: what the database knows it by.
-        tiling: how it cuts song_ids.
-        bound: whether a database knows it.
+        store_id: its identity, which its database records.
+        tiling: how song_ids are divided into ranges.
+        bound: whether a database has recorded it.
     """
 
     root: Path
@@ -48,7 +50,7 @@ class Store:
 
     @property
     def storage(self) -> Storage:
-        """Where its objects are."""
+        """Its objects."""
         return Storage(self.root)
 
     @property
@@ -57,13 +59,13 @@ class Store:
         return Snapshots(self.storage.within("songs"))
 
     def embeddings(self, model: str, dimensions: int) -> ModelCache:
-        """What is cached of a model."""
+        """The cache of a model."""
         prefix = f"embeddings/{model.replace('/', '--')}-{dimensions}"
         return ModelCache(self.storage.within(prefix), model, dimensions)
 
     def model_caches(self) -> list[ModelCache]:
-        """What is cached of every model that has a folder."""
-        # a model's name is in its files; ranges are found without it
+        """The caches of all models that have a folder, without model ids and dimensions."""
+        # the model id is in the files; ranges are found without it
         models = self.storage.within("embeddings")
         return [ModelCache(models.within(name), "", 0) for name in models.list_prefixes()]
 
@@ -78,12 +80,12 @@ class _Record(msgspec.Struct):
 
 
 def find_store(root: Path, tiling: Tiling) -> Store | None:
-    """Look at a storage root, and write nothing; None: there is none yet.
+    """Look at a storage root without writing; None: it does not exist yet.
 
-    Its tiling is the one that its files have: where the stop was raised since, the tail is still whole.
+    The tiling is that of its files: if the stop was raised since, the tail is not divided yet.
 
     Raises:
-        StoreError: it is cut into ranges of another width, its stop is higher, it holds ranges below the start, or its
+        StoreError: its ranges have another width, its stop is higher, it holds ranges below the start, or its
             `store.json` does not parse.
     """
     storage = Storage(root)
@@ -103,8 +105,8 @@ def find_store(root: Path, tiling: Tiling) -> Store | None:
         ) from error
     if store.tiling.width != tiling.width:
         raise StoreError(
-            f"{root} is cut into ranges of {store.tiling.width} song_ids, SONGVEC_RANGE_SIZE is {tiling.width}: set it "
-            f"back to {store.tiling.width}, or name another folder with SONGVEC_STORAGE",
+            f"{root} is divided into ranges of {store.tiling.width} song_ids, SONGVEC_RANGE_SIZE is {tiling.width}: "
+            f"set it back to {store.tiling.width}, or name another folder with SONGVEC_STORAGE",
             "store.other-ranges",
         )
     if store.tiling.stop > tiling.stop:
@@ -116,7 +118,7 @@ def find_store(root: Path, tiling: Tiling) -> Store | None:
     if store.tiling.start < tiling.start:
         held = store.songs.ranges()
         held += [song_range for cache in store.model_caches() for song_range in cache.ranges()]
-        # what the tail holds is looked at when it is cut
+        # the songs of the tail are checked when it is divided
         _check_start(root, (each.start for each in held if each != store.tiling.tail), tiling)
     return store
 
@@ -134,20 +136,20 @@ def _check_start(root: Path, song_ids: Iterable[int], tiling: Tiling) -> None:
 def open_store(
     root: Path, tiling: Tiling, guard: Callable[[Store], AbstractContextManager[object]] = nullcontext
 ) -> Store:
-    """Open a storage root to write to it, or make one; cut its tail again where the stop was raised.
+    """Open a storage root to write to it, or create it; divide its tail if the stop was raised.
 
     Args:
         root: its folder.
-        tiling: how song_ids are to be cut.
-        guard: entered while the tail is cut; keeps others from filling it.
+        tiling: how song_ids are to be divided into ranges.
+        guard: entered while the tail is divided; keeps others from filling it.
 
     Raises:
-        StoreError: see `find_store`; or the folder cannot be made or written.
+        StoreError: see `find_store`; or the folder cannot be created or written to.
     """
     store = find_store(root, tiling)
     if store is None:
         try:
-            # another process may be first: two first starts at once make one store
+            # another process may be first: concurrent first starts create one store
             Storage(root).put_if_unchanged(_KEY, _encode(Store(root, str(uuid.uuid4()), tiling)), None)
         except StoreError as error:
             raise StoreError(
@@ -159,17 +161,17 @@ def open_store(
         assert store is not None
     if store.tiling != tiling:
         with guard(store):
-            _cut_tails(store, tiling)
+            _divide_tails(store, tiling)
             store = replace(store, tiling=tiling)
             _write(store)
     return store
 
 
 def bind_store(store: Store, database: Database) -> None:
-    """Let a new database and store know each other; refuse a pair that does not belong together.
+    """Bind a new store and its database to each other; refuse a pair that does not belong together.
 
     Raises:
-        StoreError: the database knows another store, or none while the store is another database's.
+        StoreError: see `check_pair`.
     """
     check_pair(store, database)
     if not store.bound:
@@ -181,10 +183,10 @@ def bind_store(store: Store, database: Database) -> None:
 
 
 def check_pair(store: Store, database: Database) -> None:
-    """Refuse a pair that does not belong together; one in which neither knows another one passes, and stays as it is.
+    """Refuse a pair that does not belong together. Changes nothing; if neither is bound, the pair passes.
 
     Raises:
-        StoreError: the database knows another store, or none while the store is another database's.
+        StoreError: the database is bound to another store, or it is unbound and the store is bound.
     """
     with database.get_connection() as connection:
         known = read_fact(connection, _FACT)
@@ -197,7 +199,7 @@ def check_pair(store: Store, database: Database) -> None:
 
 
 def adopt_store(store: Store, database: Database) -> None:
-    """Bind a store to a database, whatever that knew before."""
+    """Bind a store to a database, even if that was bound to another store."""
     with database.get_connection() as connection:
         write_fact(connection, _FACT, store.store_id)
     _write(replace(store, bound=True))
@@ -208,21 +210,21 @@ def _write(store: Store) -> None:
 
 
 def _encode(store: Store) -> bytes:
-    cut = store.tiling
-    record = _Record(store.store_id, cut.width, cut.stop, store.bound, cut.start)
+    tiling = store.tiling
+    record = _Record(store.store_id, tiling.width, tiling.stop, store.bound, tiling.start)
     return msgspec.json.format(msgspec.json.encode(record)) + b"\n"
 
 
-def _cut_tails(store: Store, tiling: Tiling) -> None:
-    """Divide what every model has in the tail among the new ranges. A crash leaves the old tail: this is done again."""
+def _divide_tails(store: Store, tiling: Tiling) -> None:
+    """Divide the tail of every model's cache among the new ranges. A crash keeps the tail: it is divided again."""
     if tiling.stop == store.tiling.stop:
         return
     for cache in store.model_caches():
         if store.tiling.tail in cache.ranges():
-            _cut_tail(cache, store, tiling)
+            _divide_tail(cache, store, tiling)
 
 
-def _cut_tail(cache: ModelCache, store: Store, tiling: Tiling) -> None:
+def _divide_tail(cache: ModelCache, store: Store, tiling: Tiling) -> None:
     tail = cache.open_as_found(store.tiling.tail)
     if tail.damaged:
         named = ", ".join(f"{name}: {why}" for name, why in tail.damaged.items())
@@ -243,7 +245,7 @@ def _cut_tail(cache: ModelCache, store: Store, tiling: Tiling) -> None:
             damaged = tuple(song_id for song_id in manifest.damaged if song_id in song_range)
             found = Manifest(generation=manifest.generation, rejected=rejected, deleted_at=deleted_at, damaged=damaged)
             write_rows(tail, rows, song_range, found)
-    # from here on there is nothing to divide, whatever of the files is left
+    # once this is saved, nothing is left to divide, even if files remain
     names = tuple(tail.files.sizes)
     tail.save(Manifest(generation=manifest.generation, consumed=names))
     for name in names:

@@ -1,7 +1,7 @@
-"""How the texts of a model's cache are made: the recorded settings, and what a change of them would send again.
+"""How the texts of a model's cache are made: the recorded settings, and the refusal to re-embed because they changed.
 
-`texts.json` in the model's folder is written by the first fill, and again when a fill may go on with other settings.
-When to add here: another setting that changes every text. Keep out: the confirmation, and what a fill does to a range.
+The first fill writes `texts.json` to the model's folder; a fill with changed settings writes it again, once confirmed.
+When to add here: another setting that changes every text. Keep out: the confirmation, and the fill of a range.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ _KEY = "texts.json"
 
 
 class TextRecord(msgspec.Struct, frozen=True):
-    """What the last fill was configured with; the fields are those of TextSpec, and the prompt of queries."""
+    """The settings of the last fill: the fields of TextSpec, and the prompt for queries."""
 
     template: str
     max_chars: int
@@ -30,7 +30,7 @@ class TextRecord(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, spec: TextSpec, query_prompt: str) -> "TextRecord":
-        """The record of these settings."""
+        """The record for these settings."""
         return cls(spec.template, spec.max_chars, spec.document_prompt, query_prompt)
 
     @property
@@ -40,7 +40,7 @@ class TextRecord(msgspec.Struct, frozen=True):
 
 
 def read_record(storage: Storage) -> TextRecord | None:
-    """The record in the storage of a model; None: there is none, as in caches from before there were records.
+    """The record in the storage of a model; None: there is none, as in caches of earlier versions.
 
     Raises:
         StoreError: it does not parse.
@@ -58,14 +58,14 @@ def read_record(storage: Storage) -> TextRecord | None:
 
 
 def write_record(storage: Storage, record: TextRecord) -> None:
-    """Write the record; one writer at a time."""
+    """Write the record. Not for concurrent writers."""
     storage.put(_KEY, msgspec.json.encode(record))
 
 
 def choose_prompts(cache: ModelCache, query: str | None, document: str | None) -> Prompts:
-    """The prompts of a model: as set, else as recorded with its cache, else its family's.
+    """The prompts of a model: as set, else as recorded with its cache, else the defaults of its family.
 
-    A cache from before there were records has no document prompt.
+    A cache without a record, of an earlier version, has no document prompt.
     """
     record, default = read_record(cache.storage), default_prompts(cache.model)
     if record is not None:
@@ -76,10 +76,10 @@ def choose_prompts(cache: ModelCache, query: str | None, document: str | None) -
 
 
 def is_made_otherwise(storage: Storage, files: RangeFiles, spec: TextSpec) -> bool:
-    """Whether a range's cached texts were made with other settings, so far as that is recorded."""
+    """Whether a range's cached texts were made with other settings, as far as recorded."""
     if files.manifest is not None and files.manifest.complete is not None:
         return files.manifest.complete.text != spec.identity
-    # its last fill was not completed; one whose manifest does not parse is refused by its own fill
+    # the last fill is incomplete; if the manifest does not parse, the range's fill refuses it
     record = read_record(storage) if files.sizes and not files.error else None
     return record is not None and record.spec.identity != spec.identity
 
@@ -90,16 +90,16 @@ def check_reembedding(
     spec: TextSpec,
     estimate: Callable[[Sequence[SongIdRange]], Estimate],
 ) -> None:
-    """Refuse to pay again for cached texts only because a setting makes other texts of the same songs.
+    """Refuse to re-embed cached songs only because a setting changed their texts.
 
     Args:
         storage: of the model.
-        changed: the ranges whose texts were made with other settings.
-        spec: how songs are to become texts.
-        estimate: of what filling some ranges would send; called only if there are such ranges.
+        changed: ranges whose texts were made with other settings.
+        spec: how songs become texts now.
+        estimate: returns what filling these ranges would send; called only if there are any.
 
     Raises:
-        ReembeddingError: says how many texts, and at what price.
+        ReembeddingError: has the number of texts and their price.
     """
     planned = estimate(changed) if changed else None
     if planned is not None and planned.n_again:
@@ -122,4 +122,4 @@ def _name_changes(record: TextRecord | None, spec: TextSpec) -> str:
         for name, variable in variables.items()
         if record is not None and getattr(record, name) != getattr(spec, name)
     ]
-    return ", ".join(changes) or f"{', '.join(variables.values())} are not as they were"
+    return ", ".join(changes) or f"{', '.join(variables.values())} have changed"

@@ -1,6 +1,6 @@
-"""The end of a fill: rejections recorded, files merged if that is worth it, and the manifest that says so.
+"""The end of a fill: record rejections, merge files if that is worth it, save the manifest, delete garbage.
 
-Hold the range's lock. When to add here: another thing that a complete range needs. Keep out: what is sent and why.
+Callers hold the range's lock. When to add here: another step that completes a range. Keep out: sending texts.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange
 
 _MOST_FILES = 64
-"""A range of 50,000 songs that is filled at once has 25 to 50 parts: they need not be written twice."""
+"""A range of 50,000 songs that is filled in one run has 25 to 50 parts, which need not be written twice."""
 _DEAD_SHARE = _PARTS_SHARE = 0.2
 
 
 def complete(cached: CachedRange, filled: Completion, retention_s: float, rejected: Collection[Rejection] = ()) -> None:
-    """Record that a range is complete: what it holds, in one base where that is worth it.
+    """Record that a range is complete, and merge its files into one base if that is worth it.
 
     Args:
-        cached: what its writer wrote is read first. A later generation replaces what held before.
-        filled: what the fill depended on, and counted; without what the files hold.
-        retention_s: for how long the vectors of deleted songs are kept.
+        cached: the range; parts that its writer wrote are read first. A later generation replaces the earlier one.
+        filled: the snapshot, settings and counts of the fill; n_vectors, digest and ids are computed here.
+        retention_s: seconds for which the vectors of deleted songs are kept.
         rejected: songs that the provider rejected in this fill.
     """
     since = time.time() - retention_s if retention_s else float("inf")
@@ -45,7 +45,7 @@ def complete(cached: CachedRange, filled: Completion, retention_s: float, reject
     n_dead = cached.n_rows - rows.height - kept.height
     has_many_dead = n_dead > _DEAD_SHARE * cached.n_rows
     if has_many_dead or _is_merge_due(cached):
-        # an older text may come back, and its vector serves again
+        # an older text may come back: then its vector is reused
         older = kept.clear() if has_many_dead else _older_rows(cached, kept)
         manifest = _merge(cached, manifest, pl.concat([older, kept]), rows)
     if manifest != cached.files.manifest:
@@ -54,13 +54,13 @@ def complete(cached: CachedRange, filled: Completion, retention_s: float, reject
 
 
 def write_rows(source: CachedRange, rows: pl.DataFrame, song_range: SongIdRange, manifest: Manifest) -> None:
-    """Write another range with rows of this one, whatever that range held before.
+    """Write another range with rows of this one; it replaces what that range held before.
 
     Args:
-        source: where the vectors are.
+        source: the range that has the vectors.
         rows: of its `all_rows`.
-        song_range: of the same model.
-        manifest: what else is known of that range.
+        song_range: to write, of the same model.
+        manifest: of that range, without files.
     """
     storage, identity = source.storage, dataclasses.replace(source.identity, range=song_range)
     writer = PartWriter(storage, identity, manifest.generation)
@@ -69,7 +69,7 @@ def write_rows(source: CachedRange, rows: pl.DataFrame, song_range: SongIdRange,
 
 
 def _copy_deleted(cached: CachedRange, replaced: CachedRange, since_s: float) -> None:
-    """Keep the vectors of songs deleted at this time or later, which a later generation has not embedded."""
+    """Copy the vectors of songs deleted at this time or later, which a later generation does not embed."""
     deleted_at = {song_id: at for song_id, at in cached.manifest.deleted_at.items() if at >= since_s}
     rows = replaced.find_sound(replaced.last_rows().filter(pl.col("song_id").is_in([*deleted_at])))
     for piece in rows.iter_slices(PIECE_ROWS):
@@ -80,7 +80,7 @@ def _copy_deleted(cached: CachedRange, replaced: CachedRange, since_s: float) ->
 
 
 def _older_rows(cached: CachedRange, kept: pl.DataFrame) -> pl.DataFrame:
-    """Rows that no longer hold, of songs that are there; none that was found damaged."""
+    """Rows that are no longer valid, of songs that are not deleted; without damaged ones."""
     expired = {*cached.manifest.deleted_at} - {*kept["song_id"]}
     older = cached.all_rows.join(pl.concat([kept, cached.rows]), on="row", how="anti")
     older = older.filter(~pl.col("song_id").is_in([*expired, *cached.manifest.damaged]))
@@ -101,8 +101,8 @@ def _is_merge_due(cached: CachedRange) -> bool:
 
 
 def _merge(cached: CachedRange, manifest: Manifest, kept: pl.DataFrame, rows: pl.DataFrame) -> Manifest:
-    """Write the rows that hold, and before them those that are only kept, as one base; the manifest that names it."""
-    # of a song's rows the last one holds; those that hold stay together, as loads read them
+    """Write a base of the kept rows followed by the valid rows; returns the manifest that names it."""
+    # of a song's rows the last one is valid; valid rows are stored together, since loads read them
     chosen = pl.concat([kept, rows])
     files = _write_base(cached.writer, cached, chosen)
     cached.files.sizes.update({each.name: each.n_bytes for each in files})

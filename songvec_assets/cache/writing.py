@@ -1,7 +1,7 @@
-"""How parts are written: numbered files of one writer, and the answers gathered into them.
+"""Writing parts: numbered files of one writer, into which answers are gathered.
 
 A part is durable before anything says that its songs are stored. When to add here: another reason to write a part.
-Keep out: which files hold, which is the manifest's.
+Keep out: which files are valid (`manifest`).
 """
 
 import asyncio
@@ -19,20 +19,20 @@ from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.storage import Storage
 
 GATHER_S = 0.5
-"""For how long an answer waits for others to share its part."""
+"""Seconds that an answer waits for others to share its part."""
 _MOST_SMALL = 64
-"""From this number on, parts of fewer rows than half a batch become one: a range must not have a file per song."""
+"""At this number, small parts (of less than half a batch) are merged: a range must not have a file per song."""
 
 
 @dataclass
 class PartWriter:
-    """Writes parts of a range, each whole and durable or not there.
+    """Writes parts of a range, each durably or not at all.
 
     Attributes:
         storage: of the model.
         identity: of the parts.
         generation: of the parts.
-        files: that were written, in order.
+        files: the written parts, in order.
     """
 
     storage: Storage
@@ -63,7 +63,7 @@ class PartWriter:
                 self._unite_small_parts()
 
     def write_base(self, rows: Rows, pieces: Iterable[Float32Matrix]) -> DataFile:
-        """Write rows that were stored before as a base; they keep their checksums, so that damage is found later."""
+        """Write stored rows as a base; they keep their checksums, so that damage is still found later."""
         return self._write(rows, pieces, "base")
 
     def _write(self, rows: Rows, pieces: Iterable[Float32Matrix], number: str = "") -> DataFile:
@@ -79,7 +79,7 @@ class PartWriter:
         return written
 
     def _unite_small_parts(self) -> None:
-        """Write small parts again as one. A crash in between leaves rows twice, which does no harm."""
+        """Write small parts again as one. A crash in between leaves duplicate rows, which are harmless."""
         small, self._small = self._small, []
         keys = [f"{self.identity.range.key}/{each.name}" for each in small]
         batches = [rows for key in keys for rows in open_part(self.storage.open(key), self.identity, key)]

@@ -1,1 +1,1 @@
-"""How texts become vectors: the provider, its quota, its price."""
+"""Embedding texts: the provider's client, its quota and price, and the local models."""

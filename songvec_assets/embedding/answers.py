@@ -1,6 +1,7 @@
-"""What an answer other than a good one means: from a status and a body to an error, or to another try. Pure.
+"""What a bad answer means: its status and body become an error, or the request is retried. Pure.
 
-Sources: the provider's documentation and issue threads, read in November 2026.
+When to add here: another status, or another form of error body. Keep out: connections (`transport`), and when and how
+often to retry (`client`, `contact`). Sources: the providers' documentation and issue threads, read in November 2026.
 """
 
 import math
@@ -14,15 +15,15 @@ from songvec_assets.embedding.wire import BYTE_ORDER_MARK
 from songvec_assets.errors import ProviderError, RequestRefusedError, RequestTooLargeError
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-"""End the run: the key is sent to no other address than the one that was set."""
+"""These end the run: the key is sent to no other address than the configured one."""
 RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
-"""Tried again, as is every status without a meaning here: TEI answers 424 to a passing GPU error."""
+"""Retried, like every status that is not listed here: TEI answers 424 to a transient GPU error."""
 REFUSALS: dict[int, type[RequestRefusedError]] = {
     400: RequestRefusedError, 413: RequestTooLargeError, 422: RequestRefusedError
 }  # fmt: skip
-"""The request is divided until the refused text stands alone."""
+"""The request is divided until the refused text is alone."""
 MAY_BE_BILLED = frozenset({408, 504, 524})
-"""Statuses of a gateway that stopped waiting: the server behind it computes, and bills, the request all the same."""
+"""Statuses of a gateway that stopped waiting: the server behind it still computes, and bills, the request."""
 
 _WRONG_URL = "no embeddings are made at this URL: correct FIREWORKS_BASE_URL; that of most servers ends in /v1"
 ENDS = {
@@ -45,16 +46,16 @@ ENDS = {
     ),
     501: ("provider.wrong-url", _WRONG_URL),
 }
-"""Statuses that end the run, since no request would fare better: their code and what to do."""
+"""Statuses that end the run, since every request would fail: the error's code, and what to do."""
 _MAX_RETRY_AFTER_S = 600.0
 
 _LIMIT = re.compile(r"(?:max\w*|at most|up to|limit\w*|no more than|larger than|exceeds?|<=)\D{0,40}(\d{1,5})\b", re.I)
-"""Words of limits: TEI "batch size 33 > maximum allowed batch size 32", Gemini "at most 100 requests can be in one
-batch", DashScope "batch size is invalid, it should not be larger than 10" (read 2026-11)."""
+"""Numbers in messages about limits: TEI "batch size 33 > maximum allowed batch size 32", Gemini "at most 100 requests
+can be in one batch", DashScope "batch size is invalid, it should not be larger than 10" (read 2026-11)."""
 
 
 class _ErrorBody(msgspec.Struct):
-    """What servers put into `error`: OpenRouter and LiteLLM give the status there as `code`, as a number or as text."""
+    """The object `error` in a body: OpenRouter and LiteLLM give the status as `code`, a number or text."""
 
     code: int | str | None = None
 
@@ -64,14 +65,14 @@ class _Envelope(msgspec.Struct):
 
 
 class _NativeAnswer(msgspec.Struct):
-    """What Ollama's own API answers: `embeddings` under /api/embed, `embedding` under /api/embeddings."""
+    """An answer of Ollama's native API: `embeddings` from /api/embed, `embedding` from /api/embeddings."""
 
     embedding: list[msgspec.Raw] | None = None
     embeddings: list[msgspec.Raw] | None = None
 
 
 def status_of(status: int, body: bytes) -> int:
-    """The status that an answer means: the code of an error object in it, else the one it came with.
+    """The status that an answer means: the code of an error object in its body, else its HTTP status.
 
     Some servers answer 200 and put the error into the body (OpenRouter does; read 2026-11).
 
@@ -95,7 +96,7 @@ def status_of(status: int, body: bytes) -> int:
 
 
 def describe_answer(status: int, body: str, came_with: int, base_url: str) -> str:
-    """The provider's words for a status, and what to do about it; `came_with`: the response's own status."""
+    """The provider's message and what to do about it; `came_with`: the HTTP status, if the body has another one."""
     inside = "" if came_with == status else f", inside of a {came_with}"
     meant_base = compatible_base_of(base_url) if status in (404, 405) else None
     advice = ": ".join(filter(None, [ENDS.get(status, ("", ""))[1], meant_base]))
@@ -103,12 +104,12 @@ def describe_answer(status: int, body: str, came_with: int, base_url: str) -> st
 
 
 def find_refusal(status: int, body: bytes, words: str, is_first: bool) -> ProviderError | None:
-    """The error that an answer is; None: it is tried again.
+    """The error to raise for an answer; None: the request is retried.
 
     Args:
-        status: as `status_of` has it; no redirect.
+        status: as `status_of` gives it; not a redirect.
         body: of the answer.
-        words: of the error.
+        words: the error's message.
         is_first: whether there was no good answer yet.
     """
     if status in ENDS:
@@ -120,7 +121,7 @@ def find_refusal(status: int, body: bytes, words: str, is_first: bool) -> Provid
 
 
 def refuse_redirect(base_url: str, status: int, location: str) -> ProviderError:
-    """The error of a server that redirects to this location; it has the URL to set."""
+    """The error for a server that redirects to this location; the message has the URL to set."""
     url = urljoin(f"{base_url.rstrip('/')}/embeddings", location)
     path, _, rest = url.partition("?")
     path = path.rstrip("/")
@@ -135,7 +136,7 @@ def refuse_redirect(base_url: str, status: int, location: str) -> ProviderError:
 
 
 def is_native_answer(body: bytes) -> bool:
-    """Whether it is an answer of Ollama's own API, which is not OpenAI's."""
+    """Whether an answer is of Ollama's native API instead of the OpenAI-compatible one."""
     try:
         answer = msgspec.json.decode(body, type=_NativeAnswer)
     except msgspec.DecodeError:
@@ -144,37 +145,37 @@ def is_native_answer(body: bytes) -> bool:
 
 
 def compatible_base_of(base_url: str) -> str | None:
-    """The base URL of OpenAI's API where one of Ollama's own API is set; None for any other."""
+    """The OpenAI-compatible base URL, if the given one is of Ollama's native API; else None."""
     base, n_found = re.subn(r"/api(/embed)?/?$", "/v1", base_url)
     return base if n_found else None
 
 
 def hinted_texts(words: str, n_texts: int) -> int | None:
-    """How many texts a refusal says that a request may hold; a hint to try, since it may mean something else.
+    """The maximum texts per request that a refusal seems to name; a hint, since the number may mean something else.
 
     Args:
         words: of the refusal.
         n_texts: of the refused request.
 
     Returns:
-        The smallest number behind a word such as "maximum" that is below `n_texts`; None where there is none.
+        The smallest number after a word such as "maximum" that is below `n_texts`; None if there is none.
     """
     named = [int(number) for number in _LIMIT.findall(words)]
     return min((number for number in named if 0 < number < n_texts), default=None)
 
 
 def parse_retry_after(value: str, sent_at: str) -> float | None:
-    """Seconds of a Retry-After header, a number or an HTTP date; None where it is absent, or neither.
+    """Seconds of a Retry-After header, a number or an HTTP date; None if it is absent or neither.
 
     Args:
         value: of the header.
-        sent_at: the HTTP date of the response, by the server's clock where it gives one.
+        sent_at: the HTTP date of the response, by the server's clock if the response has one.
     """
     try:
         seconds = float(value)
     except ValueError:
         try:
             seconds = (parsedate_to_datetime(value) - parsedate_to_datetime(sent_at)).total_seconds()
-        except (ValueError, TypeError):  # no date, or one of them without a time zone
+        except (ValueError, TypeError):  # not a date, or one of the two has no time zone
             return None
     return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S) if math.isfinite(seconds) else None

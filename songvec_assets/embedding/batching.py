@@ -1,6 +1,7 @@
-"""Texts to requests within limits of count and size; halving a refused request. Pure.
+"""Packing texts into requests within limits of count and size; halving a refused request. Pure.
 
-Sizes are UTF-8 bytes: how many of them make a token is an estimate that gets better while requests are answered.
+Sizes are UTF-8 bytes: bytes per token are an estimate that improves with each answer.
+When to add here: another limit of a request. Keep out: sending, and what happens to refused texts (`cache.requests`).
 """
 
 import math
@@ -10,15 +11,15 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 _TRY_AFTER = 8
-"""Twice as many requests are accepted after the first refusal before a larger one is tried; then four times, …"""
+"""A larger request is tried after twice this number of accepted ones; after each further refusal the number doubles."""
 
 
 class LearnedLimits:
-    """What a server was found to take in one request: from what it accepted, and what it refused for its size.
+    """A server's limits per request, learned from the sizes that it accepted and refused.
 
-    A refusal does not say whether the texts or the bytes were too many: both bind, until something that was accepted
-    tells them apart. Now and then a request is allowed to be larger than what was accepted, between that and what was
-    refused; after each such refusal less often.
+    A refusal does not say whether there were too many texts or too many bytes: both limits apply until an accepted
+    request shows which one it was. Now and then a request may be larger than all accepted ones, halfway to the refused
+    size; after each refusal less often.
     """
 
     def __init__(self) -> None:
@@ -33,22 +34,22 @@ class LearnedLimits:
         return bool(self._refused)
 
     def count_accepted(self, n_texts: int, n_bytes: int) -> None:
-        """A request of this size was accepted."""
+        """Record that a request of this size was accepted."""
         self.most_texts, self.most_bytes = max(self.most_texts, n_texts), max(self.most_bytes, n_bytes)
         self._n_accepted += 1
 
     def count_refused(self, n_texts: int, n_bytes: int, is_for_size: bool) -> bool:
-        """A request was refused whose parts were all accepted.
+        """Record that a request was refused whose parts were all accepted.
 
         Args:
             n_texts, n_bytes: of the request.
-            is_for_size: whether the server said that it was the size.
+            is_for_size: whether the server named the size as the reason.
 
         Returns:
-            Whether it is the first to teach a limit.
+            Whether this is the first learned limit.
         """
         if n_texts <= self.most_texts and n_bytes <= self.most_bytes:
-            if not is_for_size:  # as much was accepted: it passed by
+            if not is_for_size:  # requests of this size were accepted: the cause was transient
                 return False
             self.most_bytes = n_bytes // 2
         self._n_accepted, self._try_after = 0, 2 * self._try_after
@@ -57,8 +58,8 @@ class LearnedLimits:
         return is_first
 
     def refused(self) -> tuple[float, float]:
-        """The texts and the bytes from which on requests are refused; infinite where that is not known."""
-        # as many texts were accepted: the bytes were too many; and the other way round
+        """The numbers of texts and of bytes from which on requests are refused; infinite if not known."""
+        # if as many texts were accepted, the bytes were too many; and the other way round
         by_texts = [(n, size) for n, size in self._refused if n > self.most_texts and size <= self.most_bytes]
         by_bytes = [(n, size) for n, size in self._refused if n <= self.most_texts]
         n_least = min((n for n, _ in by_texts), default=math.inf)
@@ -72,7 +73,7 @@ class LearnedLimits:
         return n_texts > 1 and (n_texts >= n_refused or n_bytes >= refused)
 
     def next_request(self) -> tuple[float, float]:
-        """The texts and the bytes that the next request may hold; infinite where no limit is known."""
+        """Maximum texts and bytes of the next request; infinite if no limit is known."""
         tries_more = self._n_accepted >= self._try_after and self.are_known
         if tries_more:
             self._n_accepted = 0
@@ -84,12 +85,11 @@ class LearnedLimits:
 
 
 def pack_requests(n_bytes: Sequence[int], limits: Callable[[], tuple[float, float]]) -> Iterator[slice]:
-    """Cut texts, in their order, into requests: as few as there must be, about equally full.
+    """Divide texts, in order, into as few requests as possible, about equally full.
 
     Args:
         n_bytes: of each text.
-        limits: gives, when a request is cut, the texts and the bytes that it may hold at most; a text above that goes
-            alone.
+        limits: called before each request; returns its maximum texts and bytes. A text above the limit is sent alone.
 
     Yields:
         Slices that cover all texts, none empty.
@@ -115,7 +115,7 @@ def bisect(items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
     """Both halves of two or more items.
 
     Raises:
-        ValueError: fewer than two: nothing is left to divide.
+        ValueError: there are fewer than two items.
     """
     if len(items) < 2:
         raise ValueError(f"expected two or more items to divide, got {len(items)}")

@@ -1,9 +1,10 @@
-"""What a run and a month have spent, and the hard stop before either spends too much; in dollars, in rows of Postgres.
+"""The spending of runs and months in dollars, kept in Postgres, and the hard stop before it exceeds a budget.
 
-A request reserves its estimated price before it is sent and settles with what was billed: what is billed plus what is
-reserved never exceeds a limit by more than the estimates' errors of the requests in flight. A try that may have been
-billed, such as one that timed out, stays counted. So does what a killed process had reserved, as the provider bills
-what it was sent. Months are UTC's, by the database's clock.
+A request reserves its estimated price before it is sent, and settles it when the bill is known: billed plus reserved
+amounts exceed a limit at most by the estimation errors of the requests in flight. A try that may have been billed, such
+as one that timed out, stays counted; so does what a killed process had reserved, since the provider bills what it
+received. Months are in UTC, by the database's clock.
+When to add here: another limit of spending. Keep out: prices and estimates (`pricing`), quotas (`limits`).
 """
 
 import asyncio
@@ -28,8 +29,8 @@ _CREATE = atomic(f"""
     INSERT INTO songvec.budgets (name) VALUES (:run), ({_MONTH}) ON CONFLICT (name) DO NOTHING
 """)
 
-# locked first, in one order, by a separate statement: what follows sees what others committed meanwhile, and two
-# processes never wait for each other
+# a separate statement locks the rows first, in a fixed order: the next one then sees what others committed, and two
+# processes never deadlock
 _LOCK = f"SELECT FROM songvec.budgets WHERE name IN {_NAMES} ORDER BY name FOR UPDATE"
 _EXCEEDED_ROWS = f"""
     SELECT name, usd, reserved_usd, max_usd, usd + reserved_usd + CAST(:usd AS numeric) AS after
@@ -54,18 +55,18 @@ _SPENT = sa.text(f"SELECT usd, reserved_usd FROM songvec.budgets WHERE name = {_
 
 
 class MonthSpending(NamedTuple):
-    """Dollars of the present month, over all runs on a database.
+    """Dollars of the current month, over all runs on a database.
 
     Attributes:
         billed: by the provider.
-        reserved: for requests in flight, or by runs that were killed.
+        reserved: by requests in flight, or by killed runs.
     """
 
     billed: float = 0.0
     reserved: float = 0.0
 
     def describe(self) -> str:
-        """`$0.0176 billed`, and what is reserved if anything is."""
+        """`$0.0176 billed`, and what is reserved, if anything."""
         return f"${self.billed:,.4f} billed" + (f", ${self.reserved:,.4f} reserved" if self.reserved else "")
 
 
@@ -78,22 +79,22 @@ def read_month_spending(connection: sa.Connection) -> MonthSpending:
 
 
 class Budget:
-    """Counts what this process spends; all processes that name the same run keep to its limit, and all to the month's.
+    """Counts what this process spends; processes of the same run share its limit, and all processes the month's limit.
 
-    Thread-safe, but for what reservations count here. Nothing is asked of the database where nothing costs anything.
+    Thread-safe, except for the counters of reservations. If the price is zero, the database is not used.
 
     Args:
         price: of tokens.
-        engine: a pooled engine; each call is one short statement.
-        run: whose budget it is.
+        engine: a pooled engine; each call is one or two short statements.
+        run: identifies the run.
         max_usd: the run's limit in dollars; None: none.
-        max_usd_a_month: that of a calendar month, over all runs; None: none.
+        max_usd_a_month: the limit of a calendar month in dollars, over all runs; None: none.
 
     Attributes:
         n_tokens: billed so far.
-        n_held: reservations of this process that hold a share and do not wait for more.
-        n_asking: those that wait for the database's answer: it may have given them a share already.
-        n_settled: those that were settled.
+        n_held: reservations of this process that hold an amount and do not wait for more.
+        n_asking: reservations that wait for the database's answer; it may have granted them already.
+        n_settled: settled reservations.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Budget:
         self.n_held = self.n_asking = self.n_settled = 0
         self._lock = threading.Lock()
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-        # as written, not as binary floats: a price of 0.1 divides a limit of 0.3 evenly
+        # decimals: with a price of 0.1 a limit of 0.3 is reached exactly
         self._given: dict[str, Any] = {
             "run": run,
             "month": None,
@@ -129,10 +130,10 @@ class Budget:
         """Reserve the price of a request.
 
         Returns:
-            The month that it counts for, to be settled with; None where nothing costs anything.
+            The month that it counts for, to be passed to `settle`; None if the price is zero.
 
         Raises:
-            BudgetExceededError: with it, a limit would be exceeded; nothing is reserved.
+            BudgetExceededError: a limit would be exceeded; nothing is reserved.
         """
         if self.price.is_free:
             return None
@@ -154,7 +155,7 @@ class Budget:
         Args:
             reserved_tokens: of the request.
             billed_tokens: 0 for one that failed.
-            month: as `reserve` returned it; None: the present one.
+            month: as `reserve` returned it; None: the current one.
         """
         with self._lock:
             self.n_tokens += billed_tokens
@@ -170,14 +171,14 @@ class Budget:
 
 @dataclass
 class Reservation:
-    """What one request holds of a budget and was billed, over all its tries. Settle it once, whatever happens.
+    """What one request has reserved of a budget, and was billed, over all its tries. Settle it exactly once.
 
     Attributes:
         budget: of the run.
         n_tokens: of one try, as estimated.
-        check: raises where it must not wait any longer.
+        check: raises if the request must not wait any longer.
         n_reserved, n_billed: tokens.
-        month: that it counts for.
+        month: in which it counts.
     """
 
     budget: Budget
@@ -188,15 +189,15 @@ class Reservation:
     month: str | None = None
 
     async def grow(self) -> None:
-        """Reserve what the next try needs: those that may be billed are paid for, and this one comes on top.
+        """Reserve what the next try needs, in addition to earlier tries that may be billed.
 
         Raises:
-            BudgetExceededError: it does not fit, and nothing is in flight that could give something back.
+            BudgetExceededError: the budget is too small, and no request is in flight that could release a part of it.
         """
         if (missing := self.n_billed + self.n_tokens - self.n_reserved) <= 0:
             return
         budget = self.budget
-        # who waits for more gives nothing back
+        # a reservation that waits for more releases nothing
         budget.n_held -= self.n_reserved > 0
         try:
             while True:
@@ -208,7 +209,7 @@ class Reservation:
                     self.n_reserved += missing
                     return
                 except BudgetExceededError:
-                    # estimates may be above the bill: what is in flight then gives the difference back
+                    # if the estimates were too high, requests in flight release the difference
                     if budget.n_settled == n_settled and not budget.n_held and budget.n_asking == 1:
                         raise
                 finally:

@@ -1,7 +1,7 @@
-"""The provider's client: requests of texts to vectors, tried again as long as that can help.
+"""The provider's client: embeds the texts of a request, and retries as long as that can help.
 
-Owns the decision to try again. Keep out: what one try brings (`transport`, `answers`), how long is waited (`contact`),
-when a request may go (`gate`, `limits`), and what a request holds (`batching`).
+When to add here: another reason to retry a request or to give it up. Keep out: a single try (`transport`, `answers`),
+waiting times (`contact`), when a request may be sent (`gate`, `limits`), and what it holds (`batching`).
 """
 
 import asyncio
@@ -25,13 +25,13 @@ from songvec_assets.errors import (
 )
 
 MAX_ALIKE = 5
-"""Failures of one request that are alike, while others succeed, before it is divided: they are its own."""
+"""Equal failures of one request, while others succeed, before it is divided: the request is at fault."""
 MAX_ALIKE_OF_PART = 2
-"""The same for a part of a request that was divided for it; a text that stands alone gets all its tries."""
+"""The same for a part of a divided request; a single text gets MAX_ALIKE tries."""
 QUOTA_WINDOW_S = 60.0
-"""A request that is answered 429 for longer, while no other texts are served, is larger than all of the quota."""
+"""If a request gets 429 for longer, while no other texts are served, it is larger than the whole quota."""
 BASE_TIMEOUT_S, TOKENS_PER_SECOND = 60.0, 200.0
-"""A request is answered in time if a slow server could have computed it; after a time-out it gets twice as long."""
+"""The time limit of a request is what a slow server needs for it; after a time-out it doubles."""
 MAX_TIMEOUT_S = 600.0
 FIRST_TIMEOUT_S = 600.0
 """The first request of a process waits this long: a server may load its model for it, and Ollama aborts the load when
@@ -42,15 +42,15 @@ _N_PROOFS = 2
 
 
 class EmbeddingClient(Embedder):
-    """Embeds texts with an OpenAI-compatible server. One client a run, used within one event loop.
+    """Embeds texts with an OpenAI-compatible server. One client per run, used within one event loop.
 
     Args:
         endpoint: the server, the model and the size of the vectors.
         limiter: the shared quota.
-        patience: how long and how hard it is tried.
-        estimator: gives the limiter a request's tokens, and learns from what is billed.
-        check_probe: called in a thread with the vector of a short text, (dimensions,), before any other text is sent;
-            raises to end the run.
+        patience: how long and how hard to try.
+        estimator: estimates a request's tokens, and learns from what is billed.
+        check_probe: called in a thread with the probe's vector, (dimensions,), before any other text is sent; raises to
+            end the run.
     """
 
     def __init__(
@@ -87,23 +87,23 @@ class EmbeddingClient(Embedder):
         await self._transport.close()
 
     async def generate_embeddings_batch(self, texts: Sequence[str], hooks: RequestHooks = NO_HOOKS) -> EmbeddingBatch:
-        """Embed the texts of one request, trying again as long as that can help.
+        """Embed the texts of one request, retrying as long as that can help.
 
         Args:
             texts: none empty; the caller keeps to the limits of a request.
-            hooks: asked before each try, notified of each that was billed for nothing.
+            hooks: called before each try, and after a try that was billed without a usable answer.
 
         Returns:
-            Float32 vectors, (n texts, dimensions), the tokens billed for them, and the tries it took; texts for which
-            the server has no vector are named in `bad`. The tokens of probes are in the next answer's.
+            Float32 vectors, (n texts, dimensions), the billed tokens, including those of probes since the last call,
+            and the number of retries; `bad` lists texts without a vector.
 
         Raises:
-            RequestRefusedError: the server refuses this request; its neighbours may fare better.
-            RequestTooLargeError: it is one of those, for its size.
-            RequestFailsError: it is one of those: it fails alike again and again while others succeed.
+            RequestRefusedError: the server refuses this request; others may succeed.
+            RequestTooLargeError: the same, for its size.
+            RequestFailsError: the same: it fails equally again and again while others succeed.
             ProviderUnavailableError: no good answer to any request within the patience.
             ProviderError: no request can succeed: key, model, billing, sizes.
-            StoppedError: the stop signal was set before the request could go.
+            StoppedError: the stop signal was set before the request was sent.
         """
         dialect = await self._learn_dialect()
         batch = await self._request_patiently(texts, dialect, hooks)
@@ -115,10 +115,10 @@ class EmbeddingClient(Embedder):
         return batch
 
     async def answers_well(self, since: float) -> bool:
-        """Whether the server gave a good vector after `since` (`time.monotonic()`); a plain text finds out if need be.
+        """Whether the server gave a good vector after `since` (`time.monotonic()`); sends probes if needed.
 
         Raises:
-            ProviderUnavailableError: no answer at all within the patience; and what ends a run.
+            ProviderError: no answer within the patience, or one that ends the run.
         """
         async with self._checking:
             dialect = await self._learn_dialect()
@@ -134,16 +134,16 @@ class EmbeddingClient(Embedder):
             return self._contact.last_good_at > since
 
     def count_probe_tokens(self, n_tokens: int) -> None:
-        """A plain text was, or may have been, billed n tokens."""
+        """Count n tokens that a probe was, or may have been, billed."""
         self._probe_tokens += n_tokens
 
     def take_probe_tokens(self) -> int:
-        """The tokens that plain texts were billed since this was last asked."""
+        """The billed tokens of probes since the last call."""
         n_tokens, self._probe_tokens = self._probe_tokens, 0
         return n_tokens
 
     async def _learn_dialect(self) -> Dialect:
-        """Find out once, with a request of one short text, what the server understands; all who wait share it."""
+        """Find out once, with probes, what the server understands; concurrent callers share the result."""
         probing = self._probing = self._probing or asyncio.ensure_future(self._probe())
         try:
             return await asyncio.shield(probing)
@@ -172,7 +172,7 @@ class EmbeddingClient(Embedder):
         )
 
     async def _probe_in(self, dialect: Dialect) -> tuple[Dialect, EmbeddingBatch]:
-        """The probe's good vector; in numbers, where base64 does not hold float32.
+        """The probe's vector; in the float format, if the base64 does not hold float32.
 
         Raises:
             RequestRefusedError: the server does not understand the dialect.
@@ -182,7 +182,7 @@ class EmbeddingClient(Embedder):
         batch = await self._send_probe(dialect)
         if not batch.bad and batch.n_values == self.dimensions:
             return dialect, batch
-        # float64 or int8 that are read as float32 have another size, and may be no numbers at all
+        # float64 or int8, read as float32, have another size, and may be NaN
         as_numbers = replace(dialect, encoding_format="float")
         try:
             numbers = await self._send_probe(as_numbers, until_good=True)
@@ -191,7 +191,7 @@ class EmbeddingClient(Embedder):
         return (as_numbers, numbers) if batch.bad or numbers.n_values != batch.n_values else (dialect, batch)
 
     async def _send_probe(self, dialect: Dialect, until_good: bool = False) -> EmbeddingBatch:
-        """The answer to a plain text; `until_good`: one without a good vector is tried again."""
+        """The answer to a probe; `until_good`: retry an answer without a good vector."""
         batch = await self._request_patiently(_PROBE, dialect, self._probe_hooks, until_good)
         self.count_probe_tokens(batch.n_tokens)
         return batch
@@ -199,7 +199,7 @@ class EmbeddingClient(Embedder):
     async def _request_patiently(
         self, texts: Sequence[str], dialect: Dialect, hooks: RequestHooks, until_good: bool = False
     ) -> EmbeddingBatch:
-        """Try until there is an answer; `until_good`: one whose vectors are all bad is none."""
+        """Retry until there is an answer; `until_good`: answers without any good vector do not count."""
         request = self._encode(texts, dialect)
         n_retries = n_limited = n_alike = n_timeouts = n_proofs = 0
         kind, first_at = "", time.monotonic()
@@ -222,7 +222,7 @@ class EmbeddingClient(Embedder):
             if outcome.alone and n_timeouts > 1 and len(texts) > 1:
                 raise RequestTooSlowError(f"{self.endpoint.url}: {outcome.words}")
             most = MAX_ALIKE_OF_PART if hooks.is_part and len(texts) > 1 else MAX_ALIKE
-            # whose fault it is shows in how other requests fare
+            # whether the texts are at fault shows in whether other requests succeed
             may_be_the_texts = outcome.sent and texts is not _PROBE
             if is_limited:
                 since = time.monotonic() - QUOTA_WINDOW_S
@@ -232,7 +232,7 @@ class EmbeddingClient(Embedder):
                 if n_proofs >= _N_PROOFS:
                     fails = RequestTooLargeError if is_limited else RequestFailsError
                     raise fails(f"{self.endpoint.url} {outcome.words}")
-                continue  # a server that was away is back: now the request has its try among good ones
+                continue  # if the server had been down, it is back now: try the request once more
             await self._contact.wait_to_try_again(outcome, n_retries)
 
     def _encode(self, texts: Sequence[str], dialect: Dialect) -> Request:
@@ -245,10 +245,10 @@ class EmbeddingClient(Embedder):
     async def _try_once(
         self, request: Request, dialect: Dialect, hooks: RequestHooks, until_good: bool
     ) -> EmbeddingBatch | Failure:
-        """Send a request once, when there is a place for it; settle the quota with what became of it.
+        """Send a request once, as soon as window and quota allow it, and settle its share of the quota.
 
         Raises:
-            ProviderError: an answer that no further try makes better.
+            ProviderError: an answer after which a retry cannot help.
         """
         usual_s = min(MAX_TIMEOUT_S, self._window.stretch * (BASE_TIMEOUT_S + request.n_tokens / TOKENS_PER_SECOND))
         is_first = not self._contact.has_answered
@@ -272,7 +272,7 @@ class EmbeddingClient(Embedder):
                     self._window.count_answer(now - sent_at, usual_s)
                     billed_tokens = outcome.n_tokens or None
             finally:
-                if billed_tokens is not None:  # what never left gives its place back
+                if billed_tokens is not None:  # unknown after a try that was sent: then the estimate stays charged
                     self._gate.limiter.settle(grant, billed_tokens)
         if isinstance(outcome, Failure):
             if outcome.status == 429:
@@ -285,11 +285,11 @@ class EmbeddingClient(Embedder):
         elif until_good:
             words = f"a vector that is zero, null or not finite for {_PROBE[0]!r}"
             return Failure("bad vector", words, may_be_billed=True)
-        # a server that does not say what it bills is held to the estimate, or no budget would ever bind
+        # if the server does not say what it bills, the estimate counts: otherwise budgets would have no effect
         return replace(outcome, n_tokens=outcome.n_tokens or request.n_tokens)
 
     def _narrow(self, failure: Failure, sent_at: float, now: float) -> Failure:
-        """Let fewer requests be in flight after a time-out, and say so."""
+        """Allow fewer requests in flight after a time-out, and report it in the failure."""
         alone = self._window.count_timeout(sent_at, now)
         n_allowed = self._window.n_allowed
         words = (

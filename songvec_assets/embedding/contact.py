@@ -1,7 +1,7 @@
-"""What a server has answered so far: for how long one that answers badly is tried again, and how long each wait is.
+"""The record of a server's answers, and what follows from it: how long to retry, and how long to wait between tries.
 
-When to add here: another reason to wait longer, or to give up. Keep out: what an answer means (`answers`), and places
-in flight and in the quota (`gate`). Times are seconds; moments are those of `time.monotonic()`.
+When to add here: another reason to wait longer, or to give up. Keep out: what an answer means (`answers`), and limits
+of requests in flight and of the quota (`gate`). Times are seconds; points in time are those of `time.monotonic()`.
 """
 
 import asyncio
@@ -16,16 +16,16 @@ from songvec_assets.errors import ProviderError, ProviderUnavailableError
 
 MAX_BACKOFF_S = 120.0
 MAX_PAUSE_S = 5.0
-"""All requests pause after a 429 that names no time: 1 s, then 2, 4, and up to this."""
+"""All requests pause after a 429 without Retry-After: 1 s, then 2, 4, up to this."""
 FIRST_NOTE_S, NOTE_EVERY_S = 3.0, 60.0
-"""When a wait for the first answer is reported, and how often again."""
+"""When waiting for the first answer is reported, and how often again."""
 
 
 class ServerContact:
-    """Since when a server fails, over all requests of a client, and whether it ever worked.
+    """Since when a server has been failing, over all requests of a client, and whether it ever worked.
 
     Attributes:
-        last_good_at: when it gave a good vector; minus infinity: never.
+        last_good_at: when it last gave a good vector; minus infinity: never.
     """
 
     def __init__(self, url: str, patience: Patience) -> None:
@@ -41,11 +41,11 @@ class ServerContact:
         return self.last_good_at > float("-inf")
 
     def count_good(self) -> None:
-        """A text got its vector."""
+        """Record that a text got its vector."""
         self.last_good_at, self._failing_since = time.monotonic(), None
 
     def count_try(self, failure: Failure | None, started: float) -> None:
-        """Note since when nothing but what a wrong URL gives has come."""
+        """Record since when all tries have failed as if the URL were wrong."""
         if failure is None or failure.first_patience_s is None:
             self._unreached_since = None
         elif self._unreached_since is None:
@@ -55,8 +55,8 @@ class ServerContact:
         """Sleep before the next try.
 
         Raises:
-            ProviderUnavailableError: the patience would end before it.
-            ProviderError: the URL gives something else than embeddings.
+            ProviderUnavailableError: the patience ends before the next try.
+            ProviderError: there was no good answer yet, and the URL seems to be wrong.
         """
         # full jitter (Brooker 2015)
         wait_s = random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2 ** min(n_retries - 1, 20)))
@@ -81,7 +81,7 @@ class ServerContact:
         await self._patience.sleep(wait_s)
 
     def _describe_first_contact(self, failure: Failure) -> ProviderError:
-        """The error of a server that has given no good answer yet, and gives what a wrong URL gives."""
+        """The error of a server without any good answer yet that fails as if the URL were wrong."""
         url, words = f"{self._url.rstrip('/')}/embeddings", f"{failure.words} ({failure.advice})"
         if failure.kind == "connection":
             return ProviderUnavailableError(
@@ -91,7 +91,7 @@ class ServerContact:
 
     @contextlib.contextmanager
     def reporting_the_wait(self) -> Iterator[None]:
-        """Report within the block that the first answer is waited for, where it takes long."""
+        """Within the block, report a long wait for the first answer."""
         loop, timers = asyncio.get_running_loop(), list[asyncio.TimerHandle]()
 
         def report(waited_s: float) -> None:

@@ -5,7 +5,7 @@ It was trained on 16 languages and makes vectors of 512 values. Weights and voca
 That package's own code takes a second to load and is not used: here a query reads the parts of the table that its words
 need. Texts are computed one at a time, so that a vector does not depend on a text's neighbours.
 
-Keep out: what all models that run in this process have in common (see `offline`).
+When to add here: a fix of this model's computation. Keep out: what all local models have in common (`offline`).
 """
 
 import functools
@@ -51,7 +51,7 @@ class DemoEmbedder(LocalEmbedder):
 
     def embed(self, texts: Sequence[str]) -> Float32Matrix:
         """Unit vectors, (n texts, 512)."""
-        # matrices this small are multiplied no faster by two threads, and much slower where cores are shared
+        # two threads multiply such small matrices no faster, and much slower if cores are shared
         with threadpool_limits(1, "blas"):
             return np.stack([_encode(_tokenize(text)) for text in texts])
 
@@ -73,7 +73,7 @@ def find_files() -> Path:
 
 
 class _Vocabulary(NamedTuple):
-    """Word pieces with their numbers; the log probability of each number, and of a character that is no piece."""
+    """Word pieces with their numbers; the log probability of each number, and of a character that is not a piece."""
 
     numbers: dict[str, int]
     scores: list[float]

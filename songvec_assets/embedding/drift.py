@@ -1,7 +1,8 @@
-"""Whether a model's name still stands for the same model: its vector of a short text, compared with an earlier run's.
+"""Whether a model's name still stands for the same model: the probe's vector is compared with that of an earlier run.
 
-A provider may change the model behind a name. One table would then hold vectors that cannot be compared. The short text
-that a client sends before any other shows it before a song is paid for.
+A provider may change the model behind a name; the table would then hold vectors that cannot be compared. The probe
+shows this before any song is paid for.
+When to add here: another comparison of the probe's vector. Keep out: sending the probe (`client`).
 """
 
 import base64
@@ -15,17 +16,17 @@ from songvec_assets.postgres import schema
 from songvec_assets.postgres.engine import Database
 
 MIN_COSINE = 0.999
-"""Of two vectors of one text by one model: number formats and hardware change less than a hundredth of that."""
+"""Minimum cosine of two vectors of one text by one model; number formats and hardware change less than 1e-5."""
 
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """The vector of the probe, as the database has it for one model and size.
+    """The probe's vector that the database has recorded for one model and size.
 
     Attributes:
-        database: every run on it compares with the same vector.
-        model, dimensions: whose.
-        is_confirmed: whether another vector than the recorded one is expected, and recorded in its place.
+        database: all runs on it compare with the same vector.
+        model, dimensions: of the vector.
+        is_confirmed: whether a different vector is expected, and replaces the recorded one.
     """
 
     database: Database
@@ -44,7 +45,7 @@ class ModelRecord:
         with self.database.get_connection() as connection:
             recorded = schema.read_record(connection, key, bytes)
             known = np.frombuffer(recorded or b"", dtype="<f4").astype(np.float64)
-            if len(known) != len(vector):  # none, or one that this version cannot read
+            if len(known) != len(vector):  # nothing is recorded, or another version recorded it
                 schema.write_first_fact(connection, key, encoded)
                 return
             cosine = float(known @ vector / np.linalg.norm(known) / np.linalg.norm(vector.astype(np.float64)))

@@ -1,6 +1,6 @@
-"""What the room offers: the interface of an embedder, and the values that a client is made of.
+"""The interface of an embedder, and the values that configure a client.
 
-When to add here: what a caller gives to an embedder, or hears from it. Keep out: how a client works.
+When to add here: what a caller passes to an embedder, or is notified of. Keep out: how a client works.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An OpenAI-compatible server and the vectors that are wanted of it:
+    """An OpenAI-compatible server, its model, and the size of the vectors:
 
         Endpoint("https://api.fireworks.ai/inference/v1", key, "fireworks/qwen3-embedding-8b", 2000)
 
@@ -33,8 +33,8 @@ class Endpoint:
         url: the API's root, with its version.
         key: bearer key; None for servers that need none.
         model: the model's name there.
-        dimensions: values of a vector.
-        truncate: whether the model may be cut to fewer values; None: if it is known to be trained for it.
+        dimensions: values per vector.
+        truncate: whether longer vectors may be truncated; None: if the model is known to be trained for it.
     """
 
     url: str
@@ -44,11 +44,11 @@ class Endpoint:
     truncate: bool | None = None
 
     def redact(self, words: str) -> str:
-        """A server's words without the key, which some repeat."""
+        """A server's message without the key, which some servers repeat."""
         return words.replace(self.key, "[key]") if self.key else words
 
     def check_size(self, n_values: int) -> None:
-        """Raise VectorSizeError if vectors of `n_values` are neither wanted nor may be cut."""
+        """Raise VectorSizeError if vectors of `n_values` have the wrong size and may not be truncated."""
         is_longer = n_values > self.dimensions
         is_known = any(name in self.model.lower() for name in MATRYOSHKA_MODELS)
         if n_values == self.dimensions or (is_longer and (is_known if self.truncate is None else self.truncate)):
@@ -67,7 +67,7 @@ class Endpoint:
 
 
 def _ignore(_note: str) -> None:
-    """Reports nothing."""
+    """Ignore a note."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Patience:
 
     Attributes:
         seconds: since the last good answer to any request, before ProviderUnavailableError.
-        concurrency: requests in flight at most; after time-outs fewer, until answers come.
-        stop: once set, nothing more is sent or waited for; a request in flight is left to end.
-        on_trouble: notified of every bad answer and what is done about it, and when the first answer takes long.
+        concurrency: maximum requests in flight; fewer after time-outs, until answers arrive.
+        stop: once set, nothing more is sent or waited for; requests in flight finish.
+        on_trouble: called with a note on every bad answer, and if the first answer takes long.
     """
 
     seconds: float = 600.0
@@ -89,7 +89,7 @@ class Patience:
     on_trouble: Callable[[str], None] = _ignore
 
     async def sleep(self, seconds: float) -> None:
-        """Sleep, but not past the stop signal."""
+        """Sleep; raises StoppedError once the stop signal is set."""
         end = time.monotonic() + seconds
         self.stop.check()
         while (left := end - time.monotonic()) > 0:
@@ -98,55 +98,55 @@ class Patience:
 
 
 class RequestHooks:
-    """What a caller wants to be asked and notified about the tries of one request; this one wants nothing.
+    """Callbacks around the tries of one request; these do nothing.
 
     Attributes:
-        is_part: whether the request is a part of one that was divided because it failed.
+        is_part: whether the request is part of one that was divided because it failed.
     """
 
     is_part: bool = False
 
     async def before_try(self) -> None:
-        """Asked before a try waits for its place in flight and in the quota; raises to call it off."""
+        """Called before a try waits for window and quota; raises to cancel it."""
 
     async def before_send(self) -> None:
-        """Asked when nothing but this is between a try and its sending; raises to call it off."""
+        """Called immediately before a try is sent; raises to cancel it."""
 
     def check_size(self) -> None:
-        """Asked when a try has its place in flight, before its place in the quota; raises to call it off."""
+        """Called when a try may be in flight, before it waits for the quota; raises to cancel it."""
 
     def count_spoilt(self, n_tokens: int) -> None:
-        """Notified that a try may have been billed about n tokens, and that there is no answer to use."""
+        """Called after a try without a usable answer that may have been billed about n tokens."""
 
 
 NO_HOOKS = RequestHooks()
 
 
 class Embedder(ABC):
-    """What turns texts into vectors: the provider's client, or the offline embedder, which never fails.
+    """Turns texts into vectors: the provider's client, or a local model, which never fails.
 
     Attributes:
-        dimensions: values of a vector.
+        dimensions: values per vector.
     """
 
     dimensions: int
 
     @property
     def quota_used(self) -> float | None:
-        """Share of the provider's quota that all processes used in the last minute; None where there is no quota."""
+        """Share of the provider's quota that all processes used in the last minute; None if there is no quota."""
         return None
 
     @abstractmethod
     async def generate_embeddings_batch(self, texts: Sequence[str], hooks: RequestHooks = NO_HOOKS) -> EmbeddingBatch:
         """Embed one request's texts."""
 
-    async def answers_well(self, since: float) -> bool:  # noqa: ARG002 - whenever it is asked
-        """Whether the server gave a good vector after `since`, by `time.monotonic()`; it may be sent a text."""
+    async def answers_well(self, since: float) -> bool:  # noqa: ARG002 - a local model always answers
+        """Whether the server gave a good vector after `since`, by `time.monotonic()`; may send a probe."""
         return True
 
     def take_probe_tokens(self) -> int:
-        """The tokens that plain texts were billed since this was last asked."""
+        """The billed tokens of probes since the last call."""
         return 0
 
-    async def close(self) -> None:  # noqa: B027 - the offline embedder has no connections
-        """Give its connections back."""
+    async def close(self) -> None:  # noqa: B027 - a local model has no connections
+        """Close the connections."""

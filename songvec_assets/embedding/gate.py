@@ -1,8 +1,9 @@
-"""When a request may go: its place in flight, and its place in the quota. Used within one event loop; no HTTP.
+"""When a request may be sent: the window of requests in flight, and the quota. Used within one event loop; no HTTP.
 
-Places in flight are more while answers come quickly, fewer after time-outs: additive increase, multiplicative decrease,
-as TCP's congestion window (Jacobson 1988). A server that answers slower the more it is asked would otherwise compute,
-and bill, requests that nobody waits for any more.
+The window grows while answers are quick and shrinks after time-outs: additive increase, multiplicative decrease, like
+TCP's congestion window (Jacobson 1988). Otherwise an overloaded server would compute, and bill, requests that have
+already timed out.
+When to add here: another rule that delays requests. Keep out: the quota's arithmetic (`limits`), retries (`client`).
 """
 
 import asyncio
@@ -14,20 +15,20 @@ from songvec_assets.embedding.embedder import Patience
 from songvec_assets.embedding.limits import Grant, RateLimiter
 
 FIRST = 4
-"""In flight at first: a small server has answered before more is asked of it; a fast one has 32 after three answers."""
+"""Requests in flight at first: a small server can answer before it gets more; a fast one gets 32 after three rounds."""
 _QUICK_SHARE, _SLOW_SHARE = 0.25, 0.5
-"""Answers that take a smaller share of their time limit than the first let many more go; than the second, a few."""
+"""Answers within the first share of their time limit grow the window fast, within the second slowly."""
 
 
 class InFlightWindow:
-    """A limit of requests in flight that follows the server.
+    """A limit of requests in flight that adapts to the server.
 
     Args:
-        highest: requests in flight at most.
+        highest: maximum requests in flight.
 
     Attributes:
-        stretch: times the usual time limit that a request gets: a server computes on for clients that hung up, so after
-            a time-out it is waited for longer, until answers come.
+        stretch: factor of a request's time limit. A server keeps computing requests that timed out, so after a time-out
+            it gets more time, until answers arrive.
     """
 
     def __init__(self, highest: int) -> None:
@@ -40,7 +41,7 @@ class InFlightWindow:
 
     @property
     def n_allowed(self) -> int:
-        """Requests that may be in flight now."""
+        """Maximum requests in flight at the moment."""
         return int(self._size)
 
     @contextlib.asynccontextmanager
@@ -64,7 +65,7 @@ class InFlightWindow:
                 self._changed.notify_all()
 
     def count_answer(self, seconds: float, timeout_s: float) -> None:
-        """Let more go after an answer: twice as many a round at first, one more a round if it was not so quick."""
+        """Grow the window after an answer: it doubles per round at first; after time-outs or slow answers, by one."""
         self.stretch = max(1.0, self.stretch / 2)
         if seconds < _SLOW_SHARE * timeout_s:
             has_shrunk = self._shrunk_at > float("-inf")
@@ -75,11 +76,11 @@ class InFlightWindow:
         """Halve the window after a time-out, once for all requests that were in flight together.
 
         Args:
-            sent_at: when it was sent.
+            sent_at: when the request was sent.
             now: on the same clock.
 
         Returns:
-            Whether it is alone in flight: fewer requests cannot help it, a smaller one may.
+            Whether the request is alone in flight: then fewer requests cannot help, but a smaller one may.
         """
         if sent_at >= self._shrunk_at:
             self.stretch *= 2
@@ -88,7 +89,7 @@ class InFlightWindow:
 
 
 class QuotaGate:
-    """Grants places in the shared quota one after another: none is granted further ahead than the next request."""
+    """Takes requests from the shared quota one after another, so that only the next one is granted in advance."""
 
     def __init__(self, limiter: RateLimiter, patience: Patience) -> None:
         self.limiter = limiter
@@ -98,7 +99,7 @@ class QuotaGate:
         self._n_limited_in_a_row = 0
 
     async def next_grant(self, n_tokens: int) -> Grant:
-        """Wait for a place in the quota."""
+        """Wait until the quota allows a request of `n_tokens`."""
         async with self._turn:
             self._patience.stop.check()
             grant = await asyncio.to_thread(self.limiter.reserve, n_tokens)
@@ -107,14 +108,14 @@ class QuotaGate:
             return grant
 
     def count_answer(self) -> None:
-        """The server answered something else than 429."""
+        """Record an answer other than 429."""
         self._n_limited_in_a_row = 0
 
     async def slow_down(self, grant: Grant, retry_after_s: float | None) -> float:
-        """Hold back every request of the deployment after a 429; for how many seconds."""
+        """Pause all requests of the deployment after a 429; returns the seconds."""
         if grant.at > self._limited_until:
             self._n_limited_in_a_row += 1
-            # what was granted until now is limited for the same reason: it does not make the pause longer
+            # 429s of requests that are already granted have the same cause: they do not make the pause longer
             self._limited_until = self._newest_grant_at
         if retry_after_s is None:
             retry_after_s = min(MAX_PAUSE_S, 2.0 ** min(self._n_limited_in_a_row - 1, 20))

@@ -1,4 +1,7 @@
-"""Whether bad texts are the texts' fault or the server's: counts of the last minute. Pure; times are seconds."""
+"""Whether the texts or the server are at fault for bad texts, by counts of the last minute. Pure; times are seconds.
+
+When to add here: another sign of a failing server. Keep out: what is done about it (`cache.rejections`).
+"""
 
 import time
 from collections import deque
@@ -7,15 +10,15 @@ from collections.abc import Callable
 WINDOW_S = 60.0
 MAX_BAD_TEXTS = 3
 MAX_BAD_SHARE = 0.01
-"""More bad texts than these in the last minute, in number and as a share, are the server's fault."""
+"""If the last minute has more bad texts than both, by number and by share, the server is at fault."""
 MAX_KNOWN_TEXTS = 10_000
 
 
 class ServerHealth:
-    """Counts texts that got a vector, and texts that alone got none though others did.
+    """Counts texts that got a vector, and texts that got none when sent alone although others did.
 
     Args:
-        clock: gives seconds; for tests.
+        clock: returns seconds; for tests.
 
     Attributes:
         last_good_at: when a text last got a vector.
@@ -29,16 +32,16 @@ class ServerHealth:
         self.last_good_at = float("-inf")
 
     def count_known(self, n_texts: int) -> None:
-        """So many texts of the run have their vectors from before: a rerun sends only what failed, of these."""
+        """Count texts that have vectors from earlier runs: a rerun sends only the rest, which failed before."""
         self._n_known = min(MAX_KNOWN_TEXTS, self._n_known + n_texts)
 
     def count_good(self, n_texts: int) -> None:
-        """So many texts got a vector now."""
+        """Count texts that got a vector now."""
         self.last_good_at = self._clock()
         self._good.append((self.last_good_at, n_texts))
 
     def count_bad(self, text_hash: bytes) -> None:
-        """A text that was sent alone got no vector."""
+        """Count a text that was sent alone and got no vector."""
         self._bad[text_hash] = self._clock()
 
     @property
@@ -49,13 +52,13 @@ class ServerHealth:
         return len(self._bad)
 
     def n_texts(self) -> int:
-        """All texts of the last minute, and those that were known before."""
+        """All texts of the last minute, and those with vectors from earlier runs."""
         since = self._clock() - WINDOW_S
         while self._good and self._good[0][0] < since:
             self._good.popleft()
         return sum(n_texts for _, n_texts in self._good) + self._n_known + self.n_bad
 
     def is_sick(self) -> bool:
-        """Whether more texts are bad than texts can be at fault for."""
+        """Whether more texts are bad than can be the fault of texts."""
         n_bad = self.n_bad
         return n_bad > MAX_BAD_TEXTS and n_bad > MAX_BAD_SHARE * self.n_texts()

@@ -1,15 +1,17 @@
 """The provider's quota, shared by every process of a deployment through one row in Postgres.
 
-A token bucket each for requests and for tokens, as the generic cell rate algorithm (ITU-T I.371): the row holds the
-time at which all that was granted will have accrued; one atomic statement moves it forward by a request's cost, and
-the request may go once that time is no further ahead than the bucket is deep. Depth and rate together make the quota,
+Two token buckets, for requests and for tokens, as a generic cell rate algorithm (ITU-T I.371): the row holds the time
+at which all that was granted will have accrued; one atomic statement moves it forward by a request's cost, and the
+request may be sent once that time is no further ahead than the bucket's depth. Depth and rate together make the quota,
 so no sliding minute holds more than the provider allows.
 
-Times are the row's: the database's clock, but where that steps back, or a standby with a slower one takes over, they go
-on from the last that was seen.
+Times are those of the database's clock; if it steps back, or a standby with a slower clock takes over, they continue
+from the last time seen.
 
-A provider that answers 429 all the same allows less than the settings say. How much, the last minute shows: what was
-granted and not refused. All processes slow down to a little less, then probe upward, slowly at first.
+If the provider answers 429 nevertheless, it allows less than the settings say. What was granted in the last minute and
+not refused shows how much: all processes slow down to a little less, then probe upward, slowly at first.
+
+When to add here: another rule of the shared quota. Keep out: waiting (`gate`), and dollars (`budget`).
 """
 
 import threading
@@ -20,14 +22,14 @@ from sqlalchemy import Engine, TextClause
 from songvec_assets.postgres.engine import atomic, error_border
 
 DEPTH_SHARE = 1 / 50
-"""Depth of a bucket as a share of the quota; the largest request is as large, but where less than 50 go a minute: a
-larger one waits until all of it has accrued."""
+"""Depth of a bucket as a share of the quota. The largest request is as large, unless the quota is below 50 requests per
+minute: a request larger than the bucket waits until all of it has accrued."""
 KEPT_SHARE = 0.96
-"""Kept of what a provider was seen to allow; the rest is room for the next request, and for what arrives unevenly."""
+"""Share of the observed limit that is used after a 429; the rest is room for the next request and uneven arrival."""
 MIN_SHARE = 0.02
-"""However long a provider answers nothing but 429, so much is tried again."""
+"""Minimum share of the quota that is used, even if the provider answers only 429."""
 PROBING = 0.005
-"""Share of the quota by which the speed has grown a minute after a 429; after n minutes it is n² times as much."""
+"""Share of the quota by which the rate has grown one minute after a 429; after n minutes it is n² times as much."""
 
 _CREATE = atomic("""
     INSERT INTO songvec.rate_limits (name) VALUES (:name) ON CONFLICT (name) DO NOTHING
@@ -42,8 +44,8 @@ _STATE = """
 """
 
 # `over` is what a request costs beyond a full bucket, `under` what it leaves in one. A bucket is charged when the
-# request goes, which the other bucket or a pause may put off. The seconds of the last two minutes are kept in a ring,
-# so that the log never grows. A crash of the server may forget the last grants: cheaper than a sync for each.
+# request is sent, which the other bucket or a pause may delay. The log is a ring of the last 120 seconds, so it never
+# grows. A crash of the server may lose the last grants: that is cheaper than a sync per grant.
 _RESERVE = atomic(f"""
     WITH state AS ({_STATE}), costs AS (
         SELECT state.*, make_interval(secs => :request_s / speed) AS request,
@@ -108,12 +110,12 @@ _SLOW_DOWN = atomic(f"""
 
 @dataclass(frozen=True)
 class Grant:
-    """A place in the quota.
+    """A request's share of the quota.
 
     Attributes:
         n_tokens: granted.
-        at: when the request may go, in seconds since the epoch by the row's clock.
-        wait_s: seconds until then, when it was granted.
+        at: when the request may be sent, in seconds since the epoch by the row's clock.
+        wait_s: seconds from the grant until then.
     """
 
     n_tokens: int
@@ -126,7 +128,7 @@ class RateLimiter:
 
     Args:
         engine: a pooled engine; each call is one or two short statements.
-        name: whose quota it is, such as the provider's base URL.
+        name: identifies the quota, such as the provider's base URL.
         requests_per_minute: requests that may start in any minute.
         tokens_per_minute: tokens that may start in any minute.
 
@@ -138,8 +140,8 @@ class RateLimiter:
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._name = name
         self._quota = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
-        self._request_s, self._requests_depth_s = _pace(requests_per_minute)
-        self._token_s, self._tokens_depth_s = _pace(tokens_per_minute)
+        self._request_s, self._requests_depth_s = _rate_and_depth(requests_per_minute)
+        self._token_s, self._tokens_depth_s = _rate_and_depth(tokens_per_minute)
         self._lock = threading.Lock()
         self._owed_tokens = 0
         self.used = 0.0
@@ -147,7 +149,7 @@ class RateLimiter:
             connection.execute(_CREATE, {"name": name})
 
     def reserve(self, n_tokens: int) -> Grant:
-        """Take a place for one request of `n_tokens`; whether it is used or not, it is taken."""
+        """Take one request of `n_tokens` from the quota; a grant that is not used is not returned."""
         with self._lock:
             owed, self._owed_tokens = self._owed_tokens, 0
         costs = {"request_s": self._request_s, "tokens_s": self._token_s * (n_tokens + owed)}
@@ -166,12 +168,12 @@ class RateLimiter:
         return Grant(n_tokens, float(at), float(wait_s))
 
     def settle(self, grant: Grant, billed_tokens: int) -> None:
-        """Correct a grant by what was billed, 0 for a request that never left; the next one pays or gets the rest."""
+        """Correct a grant by the billed tokens, 0 if it was not sent; the next request is charged the difference."""
         with self._lock:
             self._owed_tokens += billed_tokens - grant.n_tokens
 
     def slow_down(self, grant: Grant, pause_s: float) -> None:
-        """Take in that the provider answered 429 to a request: no process starts another one for `pause_s`.
+        """Record that the provider answered 429 to a request: no process sends another one for `pause_s`.
 
         The shared rate falls to KEPT_SHARE of what the last minute let through, by half at most; once for all the
         requests that were granted before it fell.
@@ -185,7 +187,7 @@ class RateLimiter:
             connection.execute(statement, {"name": self._name, **values})
 
 
-def _pace(quota: float) -> tuple[float, float]:
+def _rate_and_depth(quota: float) -> tuple[float, float]:
     """Seconds that one unit takes to accrue, and seconds that the bucket takes to fill."""
     depth = max(1.0, quota * DEPTH_SHARE)
     # depth and rate add up to the quota; the smallest quotas are all depth, and would never accrue

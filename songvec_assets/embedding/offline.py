@@ -1,8 +1,9 @@
-"""Embedders that run in this process and cost nothing: what they have in common, and one that hashes words, for tests.
+"""Embedders that run in this process and cost nothing: their base class, and one that hashes words, for tests.
 
-That one hashes words, their beginnings and (where words are not spaced) pairs of characters to a few signed dimensions
-each, as in feature hashing (Weinberger et al. 2009). It knows spelling, not meaning: its vectors carry the model
-name `offline-v1` wherever they go. The demo's model is in `demo`.
+The latter hashes words, their prefixes and (in scripts without spaces) pairs of characters to a few signed dimensions
+each, as in feature hashing (Weinberger et al. 2009). It knows spelling, not meaning: its vectors are always labelled
+`offline-v1`.
+When to add here: what all local models have in common. Keep out: the demo's model (`demo`).
 """
 
 import asyncio
@@ -73,14 +74,14 @@ class OfflineEmbedder(LocalEmbedder):
                 weights.append(weight if place & 1 else -weight)
         vector = np.bincount(places, weights, minlength=self.dimensions) if places else np.zeros(self.dimensions)
         norm = float(np.linalg.norm(vector))
-        if norm == 0:  # no word at all: punctuation still is a text, and opposite signs may meet
+        if norm == 0:  # there are no words, only punctuation; or opposite signs cancel
             vector[xxhash.xxh3_64_intdigest(text.encode()) % self.dimensions] = norm = 1.0
         return (vector / norm).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=100_000)
 def _places(feature: str) -> tuple[int, ...]:
-    """Where a feature goes, and in the lowest bit with which sign."""
+    """The dimensions of a feature, with its sign in the lowest bit."""
     return tuple(np.frombuffer(xxhash.xxh3_128_digest(feature.encode()), dtype="<u4").tolist())
 
 

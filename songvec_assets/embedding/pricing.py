@@ -1,6 +1,8 @@
 """Tokens, dollars and time: what a run will cost at the provider's price and quota. Pure.
 
-Dollars are floats: the provider's invoice is exact, this is a limit and a forecast.
+Dollars are floats: they are forecasts; the provider's invoice is exact.
+When to add here: another number of the estimate. Keep out: what was spent (`budget`), and the pace of requests
+(`limits`).
 """
 
 import threading
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 UTF8_BYTES_PER_TOKEN = 4.0
-"""About four bytes of UTF-8 make a token, over scripts: English 4 characters, Cyrillic 2, Chinese 1.3."""
+"""About the same in all scripts: 4 characters per token in English, 2 in Cyrillic, 1.3 in Chinese."""
 
 
 @dataclass(frozen=True)
@@ -17,13 +19,12 @@ class Estimate:
     """What is left to do, and its price.
 
     Attributes:
-        n_songs: songs in the snapshot.
-        n_texts: texts that must be sent.
+        n_songs: songs in the snapshots.
+        n_texts: texts to send.
         n_tokens: their estimated tokens.
         usd: their price in dollars.
         hours: at the full quota.
-        n_again, usd_again: the texts among them, and their price, whose songs have vectors already, of texts that other
-            settings made.
+        n_again, usd_again: number and price of the texts that are sent again only because settings changed.
     """
 
     n_songs: int
@@ -35,7 +36,7 @@ class Estimate:
     usd_again: float = 0.0
 
     def describe_again(self) -> str:
-        """What a run stops for, in a sentence; empty where it does not."""
+        """Why a run would stop for confirmation, in a sentence; empty if it would not."""
         if not self.n_again:
             return ""
         return (
@@ -60,7 +61,7 @@ class TokenEstimator:
 
     @property
     def bytes_per_token(self) -> float:
-        """As it is known so far."""
+        """UTF-8 bytes per token, as known so far."""
         return self._n_bytes / self._n_tokens
 
     def n_bytes(self, n_tokens: int) -> float:
@@ -77,7 +78,7 @@ class TokenEstimator:
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars a million prompt tokens."""
+    """Dollars per million prompt tokens."""
 
     usd_per_million_tokens: float
 
@@ -91,11 +92,11 @@ class Price:
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing costs anything."""
+        """Whether the price is zero."""
         return not self.usd_per_million_tokens
 
     def estimate(self, n_songs: int, n_texts: int, n_tokens: int, quota: "Quota") -> Estimate:
-        """Price and time of sending so much at the full quota."""
+        """Price and time of sending n texts with n tokens at the full quota."""
         minutes = max(
             n_tokens / quota.tokens_per_minute,
             quota.n_requests(n_texts, n_tokens) / quota.requests_per_minute,
@@ -109,9 +110,9 @@ class Quota:
 
     Attributes:
         requests_per_minute, tokens_per_minute: over all processes of a deployment.
-        max_request_texts: texts a request at most.
-        max_request_tokens: the lesser of the setting and 1/50 of the token quota, so that no single request is a
-            large part of a minute; of a quota of fewer than 50 requests a minute, the share of one of them.
+        max_request_texts: maximum texts per request.
+        max_request_tokens: maximum tokens per request: the setting, but up to 1/50 of the token quota, so that no
+            single request is a large part of a minute; below 50 requests per minute, one request's share of the quota.
     """
 
     requests_per_minute: int
@@ -125,5 +126,5 @@ class Quota:
         object.__setattr__(self, "max_request_tokens", lesser)
 
     def n_requests(self, n_texts: int, n_tokens: int) -> float:
-        """About how many requests so much takes."""
+        """About how many requests these texts and tokens take."""
         return max(n_texts / self.max_request_texts, n_tokens / self.max_request_tokens)

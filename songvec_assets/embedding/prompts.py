@@ -1,7 +1,7 @@
-"""What models want written before a query and before a document: the defaults by the model's family. Pure.
+"""The prompts that models expect around queries and documents: defaults by the model's family. Pure.
 
-A prompt is a text that holds `{query}`, or `{text}`, once. When to add here: a family whose model card asks for one.
-Keep out: what the user or a store says instead (see `Pipeline.prompts`).
+A prompt is a text that contains `{query}`, or `{text}`, once. When to add here: a family whose model card asks for one.
+Keep out: prompts from settings or from a store (see `Pipeline.prompts`).
 
 Sources, as read in November 2026: the model cards of Qwen/Qwen3-Embedding-8B, intfloat/e5-large-v2,
 intfloat/multilingual-e5-large-instruct, Alibaba-NLP/gte-Qwen2-7B-instruct (a space after `Query:`, unlike Qwen3),
@@ -17,11 +17,11 @@ TASK = "Given a description of a theme, a mood or a story, retrieve songs whose 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a model is given.
+    """The prompts of a model.
 
     Attributes:
-        query: holds `{query}` once; alone, the query is sent as it is.
-        document: the same of `{text}`, a song's text.
+        query: contains `{query}` once; `{query}` alone sends the query unchanged.
+        document: the same with `{text}`, a song's text.
     """
 
     query: str = "{query}"
@@ -30,7 +30,7 @@ class Prompts:
 
 NO_PROMPTS = Prompts()
 
-# the first that is found in the name; servers add an organisation before it, and a tag or a format after it
+# the first match in the name counts; servers add an organisation before, and a tag or a format after it
 _FAMILIES = {
     r"qwen3[-_ ]?embedding": Prompts(f"Instruct: {TASK}\nQuery:{{query}}"),
     r"\be5[-_].*instruct|gte[-_]qwen.*instruct": Prompts(f"Instruct: {TASK}\nQuery: {{query}}"),
@@ -42,10 +42,10 @@ _FAMILIES = {
 
 
 def default_prompts(model: str) -> Prompts:
-    """The prompts of the family that a model's name shows; none for a name that shows none."""
+    """The prompts of the model's family, by its name; no prompts for an unknown family."""
     return next((prompts for name, prompts in _FAMILIES.items() if re.search(name, model.lower())), NO_PROMPTS)
 
 
 def fill_query(prompt: str, query: str) -> str:
-    """What is sent for a query."""
+    """The text that is sent for a query."""
     return prompt.replace("{query}", query)

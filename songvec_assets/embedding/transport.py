@@ -1,7 +1,7 @@
-"""One try over HTTP: a request's bytes to the server, and a batch of vectors or what went wrong.
+"""One try over HTTP: sends a request's bytes, and returns a batch of vectors or a description of the failure.
 
-When to add here: another way in which a connection fails. Keep out: whether it is tried again (`client`, `patience`),
-and what an answer's status and body mean (`answers`).
+When to add here: another way in which a connection fails. Keep out: retries (`client`, `contact`), and what an answer's
+status and body mean (`answers`).
 """
 
 import asyncio
@@ -23,13 +23,13 @@ from songvec_assets.embedding.embedder import Endpoint
 from songvec_assets.embedding.wire import EmbeddingBatch, MalformedResponseError, decode_response
 
 MAX_TEXTS_IN_LOOP = 512
-"""Base64 vectors of 2,000 values for this many texts are decoded in 4 ms (2 cores, 2026-11): less than the event loop's
-other users would wait for the interpreter's lock while a thread did it. Larger answers, and floats, take a thread."""
+"""Base64 vectors of 2,000 values for this number of texts are decoded in 4 ms (2 cores, 2026-11): a thread would block
+the event loop for longer, by the interpreter's lock. Larger answers, and floats, are decoded in a thread."""
 CONNECT_TIMEOUT_S, FIRST_CONNECT_TIMEOUT_S = 30.0, 4.0
-"""Seconds that a connection may take; shorter before the first good answer, when the URL may be wrong."""
+"""Time limit of connecting; shorter before the first good answer, when the URL may be wrong."""
 FIRST_PATIENCE_S, FIRST_PATIENCE_CLOSED_S = 3.0, 12.0
-"""For how long what a wrong URL gives is tried again before the first good answer; a port that is closed for a little
-longer, since the server may be starting."""
+"""How long failures that a wrong URL could cause are retried before the first good answer; longer if the port is
+closed, since the server may be starting."""
 TIMEOUT = "time-out"
 _CHECK_REDIRECT_S = 5.0
 
@@ -39,9 +39,9 @@ class Dialect:
     """What the server was found to understand.
 
     Attributes:
-        encoding_format: base64, or float where base64 is refused.
+        encoding_format: base64, or float if base64 is refused.
         sends_dimensions: whether `dimensions` may be sent.
-        n_values: values of a vector as it arrives, before it is cut to the wanted size; 0: not known yet.
+        n_values: values per vector as received, before truncation; 0: not known yet.
     """
 
     encoding_format: Literal["base64", "float"]
@@ -51,12 +51,12 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it is sent, try after try.
+    """An encoded request, the same for each try.
 
     Attributes:
-        body: its JSON.
-        n_texts: that it holds.
-        n_bytes: of its texts, in UTF-8.
+        body: JSON.
+        n_texts: number of texts.
+        n_bytes: of the texts, in UTF-8.
         n_tokens: estimated.
     """
 
@@ -71,15 +71,15 @@ class Failure:
     """A try without a usable answer.
 
     Attributes:
-        kind: equal for failures that are alike.
-        words: what came instead.
-        status: of the answer; None where there was none.
-        retry_after_s: of its Retry-After header.
-        sent: whether the request left: else no server saw it.
+        kind: of the failure; equal for equal causes.
+        words: the message for logs and errors.
+        status: of the answer; None if there was none.
+        retry_after_s: from its Retry-After header.
+        sent: whether the request was sent: if not, no server received it.
         may_be_billed: whether the server may have computed it.
-        alone: of a time-out: whether nothing else was in flight.
-        first_patience_s: for how long it is tried again before there was any good answer; None: with patience.
-        advice: what to do about it then.
+        alone: for a time-out: whether nothing else was in flight.
+        first_patience_s: how long to retry before the first good answer; None: the usual patience.
+        advice: what to do if that time is over.
     """
 
     kind: str
@@ -102,10 +102,10 @@ class Transport:
             base_url=endpoint.url,
             api_key=endpoint.key or "none",
             max_retries=0,  # the limiter must see every try
-            # its parser is C: half the time per vector. A redirect would take the key to an address that nobody set
+            # its parser, in C, takes half the time per vector. A redirect would send the key to another address
             http_client=openai.DefaultAioHttpClient(follow_redirects=False),
         )
-        # one answer at a time: several are no faster, and hold all their vectors
+        # one answer at a time: several are no faster, and take more memory
         self._decoder = ThreadPoolExecutor(1, "songvec-decode")
 
     async def close(self) -> None:
@@ -120,12 +120,12 @@ class Transport:
 
         Args:
             request: encoded.
-            dialect: what it is written in.
+            dialect: that it is encoded in.
             timeout_s: for the whole answer.
             is_first: whether there was no good answer yet: the URL may be wrong.
 
         Raises:
-            ProviderError: an answer that no further try makes better, or that refuses this one request.
+            ProviderError: an answer after which a retry cannot help, or that refuses this one request.
         """
         answer, url, redact = b"", self._endpoint.url, self._endpoint.redact
         try:
@@ -134,14 +134,14 @@ class Transport:
             )
             return await self._decode(answer, request.n_texts, dialect)
         except openai.APIStatusError as error:
-            # no cause is chained to what is raised: the library's error holds the provider's words unredacted
+            # no error is chained: that of the library holds the provider's message unredacted
             return self._read_status(error.status_code, error.response.content, error.response.headers, is_first)
         except TimeoutError:
             return Failure(TIMEOUT, f"no whole answer within {timeout_s:.0f} s", may_be_billed=True)
         except MalformedResponseError as error:
             if answers.status_of(200, answer) != 200:
                 return self._read_status(200, answer, httpx2.Headers(), is_first)
-            # what is answered was billed, whatever of it came
+            # an answered request was billed, even if the answer is malformed
             words, first_patience_s, advice = redact(str(error)), FIRST_PATIENCE_S, "correct FIREWORKS_BASE_URL"
             if answers.is_native_answer(answer):
                 words = f"the server's own API answers there, not the one that is OpenAI's ({answer[:80]!r})"
@@ -150,17 +150,17 @@ class Transport:
                     advice = f"set FIREWORKS_BASE_URL={meant_base}"
             return Failure("malformed", words, may_be_billed=True, first_patience_s=first_patience_s, advice=advice)
         except (openai.APIConnectionError, aiohttp.ClientError) as error:
-            # the transport names most broken connections a time-out of connecting: aiohttp's own error is the cause of
-            # its error, or comes through as it is where the transport knows no name for it
+            # the HTTP library reports most broken connections as connection time-outs: the error of aiohttp is in the
+            # chain of causes, or is raised directly
             cause: BaseException = error
             while cause.__cause__ and not isinstance(cause, aiohttp.ClientError):
                 cause = cause.__cause__
             return _describe_unreached(cause, redact(str(cause) or type(cause).__name__), url)
 
     async def _post(self, body: bytes, timeout_s: float, connect_s: float) -> bytes:
-        # `pool` is the transport's limit of a name's look-up, too
+        # `pool` also limits the name look-up
         times = httpx2.Timeout(timeout_s, connect=connect_s, pool=connect_s)
-        # the library's own timeout is one of each read, which a server that drips never exceeds
+        # the library's time-out applies to each read: a server that sends slowly never exceeds it
         async with asyncio.timeout(timeout_s):
             response = await self._api.post(
                 "/embeddings",
@@ -172,7 +172,7 @@ class Transport:
 
     async def _decode(self, answer: bytes, n_texts: int, dialect: Dialect) -> EmbeddingBatch:
         dimensions = self._endpoint.dimensions
-        # base64 takes 5.3 bytes a value, numbers take 10 and more, whichever was requested
+        # base64 takes 5.3 bytes per value, decimal numbers 10 and more
         as_base64 = len(answer) < n_texts * (6 * dialect.n_values + 200)
         if as_base64 and n_texts <= MAX_TEXTS_IN_LOOP:
             return decode_response(answer, n_texts, dimensions)
@@ -180,7 +180,7 @@ class Transport:
         return await loop.run_in_executor(self._decoder, decode_response, answer, n_texts, dimensions)
 
     def _read_status(self, status: int, body: bytes, headers: httpx2.Headers, is_first: bool) -> Failure:
-        """What an answer that is an error means.
+        """The failure that an error status means.
 
         Raises:
             ProviderError: it ends the run, or refuses this one request.
@@ -195,7 +195,7 @@ class Transport:
         retry_after_s = answers.parse_retry_after(
             headers.get("retry-after", ""), headers.get("date") or formatdate(usegmt=True)
         )
-        # LM Studio answers 200 with an error of no status for a path that it does not have
+        # LM Studio answers an unknown path with 200 and an error without a status
         is_strange = meant != status < 400 and meant == 500
         first_patience_s = FIRST_PATIENCE_S if is_strange else FIRST_PATIENCE_CLOSED_S if meant < 500 else None
         return Failure(
@@ -206,12 +206,12 @@ class Transport:
 
 
 def check_redirect(url: str) -> None:
-    """Refuse a URL that redirects, such as one with http where the server wants https.
+    """Refuse a URL that redirects, for example from http to https.
 
-    Sends neither key nor text. A server that does not answer is no matter here: the first request says why.
+    Sends neither key nor text. Ignores servers that do not answer: the first request reports that.
 
     Raises:
-        ProviderError: it does; names the URL to set.
+        ProviderError: it redirects; the message has the URL to set.
     """
     try:
         answer = httpx2.get(f"{url.rstrip('/')}/embeddings", timeout=_CHECK_REDIRECT_S)
@@ -222,7 +222,7 @@ def check_redirect(url: str) -> None:
 
 
 def _describe_unreached(cause: BaseException, words: str, url: str) -> Failure:
-    """What a connection that could not be made, or that broke, means."""
+    """The failure of a connection that could not be made, or that broke."""
     reason = cause.os_error if isinstance(cause, aiohttp.ClientConnectorError) else cause.__cause__
 
     def is_a(*types: type[BaseException]) -> bool:
@@ -254,18 +254,18 @@ def _describe_unreached(cause: BaseException, words: str, url: str) -> Failure:
         "connection",
         words,
         sent=sent,
-        may_be_billed=sent,  # what broke after the request was sent, the server may have computed
+        may_be_billed=sent,  # if the connection broke after sending, the server may have computed the request
         first_patience_s=first_patience_s,
         advice=advice + _describe_proxy(url),
     )
 
 
 def _describe_proxy(url: str) -> str:
-    """What to know where the environment sends requests to a URL through a proxy; empty where it does not."""
+    """Advice on the proxy, if the environment sends requests to this URL through one; else empty."""
     parts, proxies = urlsplit(url), getproxies()
     if not (proxies.get(parts.scheme) or proxies.get("all")) or proxy_bypass(parts.hostname or ""):
         return ""
-    # its URL may hold a password
+    # the proxy's URL may hold a password
     return (
         f"; or the proxy that the environment sets for it: correct {parts.scheme.upper()}_PROXY or ALL_PROXY, or add "
         f"{parts.hostname} to NO_PROXY"

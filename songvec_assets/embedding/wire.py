@@ -1,8 +1,9 @@
 """Requests and responses of an OpenAI-compatible embeddings endpoint: texts to bytes, bytes to a float32 matrix. Pure.
 
-Protocol as documented by OpenAI and Fireworks (read 2026-11): `data` is a list of {index, embedding}; an embedding
-is base64 of little-endian float32, or a JSON array of numbers where the server knows no base64. On neither way does a
-value become a Python float.
+Protocol as documented by OpenAI and Fireworks (read 2026-11): `data` is a list of {index, embedding}; an embedding is
+base64 of little-endian float32, or a JSON array of numbers if the server does not support base64. No value becomes a
+Python float.
+When to add here: another form of a good answer. Keep out: what bad answers mean (`answers`).
 """
 
 import binascii
@@ -23,7 +24,7 @@ Float32Matrix = NDArray[np.float32]
 
 
 class MalformedResponseError(ProviderUnavailableError):
-    """A 200 whose body is not one vector for each text. The request is tried again, nothing is stored."""
+    """A 200 whose body does not have one vector per text. The request is retried, nothing is stored."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class EmbeddingBatch:
 
     Attributes:
         embeddings: float32, (n texts, dimensions), in the order of the texts; NaN in the rows of `bad`.
-        n_tokens: prompt tokens the provider says it billed; 0 where it does not say.
-        n_values: of a vector as it came, before it was cut to `dimensions`.
-        bad: rows whose vector is zero, null or not finite: no vector of their texts.
+        n_tokens: billed prompt tokens; 0 if the provider does not say.
+        n_values: values per vector as received, before truncation to `dimensions`.
+        bad: rows whose vector is zero, null or not finite.
         n_retries: bad answers before this one.
-        n_limited: those of them that were 429.
+        n_limited: those of them with status 429.
     """
 
     embeddings: Float32Matrix
@@ -70,7 +71,7 @@ class _Response(msgspec.Struct):
 
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""Some servers and gateways write it before their JSON, which does not have one."""
+"""Some servers and gateways send it before their JSON."""
 _NULL = b"null"
 _HAS_OTHERS = re.compile(rb'.\[|[{"]|true|false', re.DOTALL)
 _NOT_JSON = re.compile(rb"-?\b(?:NaN|Infinity)\b")
@@ -84,23 +85,23 @@ def encode_request(
 ) -> bytes:
     """One request's JSON; without `dimensions` the server answers with the model's native size.
 
-    Without a format a server gives floats. They are never requested by name: some refuse the field,
-    whatever it holds (litellm #42426, read 2026-11).
+    The default format is floats. They are never requested by name: some servers refuse the field, whatever its value
+    (litellm #42426, read 2026-11).
     """
     return _encode_request(_Request(model, texts, None if encoding_format == "float" else encoding_format, dimensions))
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what float32 cannot hold, and a cut of zeros, are bad vectors as such
+@np.errstate(over="ignore", invalid="ignore")  # values beyond float32, and vectors of zeros, are found as bad vectors
 def decode_response(body: bytes, n_texts: int, dimensions: int) -> EmbeddingBatch:
     """Decode and check one response.
 
-    A vector that is zero, null or not finite is one text's trouble: its row is named in `bad`, the others hold.
+    A vector that is zero, null or not finite concerns only its text: its row is listed in `bad`, the others are valid.
 
     Args:
         body: the response's JSON.
         n_texts: texts that were sent.
-        dimensions: longer vectors are cut to their first values, at unit length, each as it is decoded: a
-            Matryoshka-trained model's smaller size.
+        dimensions: longer vectors are truncated to their first values and normalized to unit length, as is right for
+            Matryoshka-trained models.
 
     Raises:
         MalformedResponseError: not JSON of that shape, an index missing or twice, vectors of unequal size.
@@ -108,7 +109,7 @@ def decode_response(body: bytes, n_texts: int, dimensions: int) -> EmbeddingBatc
     try:
         response = _decode_response(body.removeprefix(BYTE_ORDER_MARK))
     except msgspec.DecodeError as error:
-        # Python's own encoder writes NaN and Infinity, which JSON does not have
+        # Python's encoder writes NaN and Infinity, which are not JSON
         nulled = _NOT_JSON.sub(b"null", body)
         if nulled == body:
             raise MalformedResponseError(f"expected an embeddings response, got {body[:80]!r}: {error}") from error
@@ -122,7 +123,7 @@ def decode_response(body: bytes, n_texts: int, dimensions: int) -> EmbeddingBatc
         raise MalformedResponseError(f"expected all vectors as base64 or all as arrays, got {sorted(kinds)}")
     try:
         embeddings, n_values = _stack(zip(order, values, strict=True), n_texts, dimensions)
-    # simdjson reports what is no number by a TypeError, and a whole number of over 64 bits by a RuntimeError
+    # simdjson raises TypeError for values that are not numbers, and RuntimeError for integers of over 64 bits
     except (msgspec.DecodeError, TypeError, ValueError, RuntimeError) as error:
         raise MalformedResponseError(f"expected an embeddings response, got {body[:80]!r}: {error}") from error
     if n_values > dimensions:
@@ -133,7 +134,7 @@ def decode_response(body: bytes, n_texts: int, dimensions: int) -> EmbeddingBatc
 
 
 def _stack(values: Iterable[tuple[int, memoryview]], n_texts: int, dimensions: int) -> tuple[Float32Matrix, int]:
-    """Vectors as rows, each cut to `dimensions`, and NaN where there is none; the values of a vector as it came."""
+    """Vectors as rows, truncated to `dimensions`, NaN if there is none; and the values per vector as received."""
     embeddings, n_values = np.full((n_texts, 0), np.nan, dtype=np.float32), 0
     for index, value in values:
         if value == _NULL:
@@ -146,7 +147,7 @@ def _stack(values: Iterable[tuple[int, memoryview]], n_texts: int, dimensions: i
             embeddings = np.full((n_texts, min(n_values, dimensions)), np.nan, dtype=np.float32)
         if len(vector) != n_values or not n_values:
             raise MalformedResponseError(f"expected {n_values} values, got {len(vector)}")
-        # one that is not finite behind the cut is no vector either
+        # also bad if a truncated value is not finite
         if n_values <= dimensions or np.isfinite(vector).all():
             embeddings[index] = vector[:dimensions]
     return embeddings, n_values
@@ -154,7 +155,7 @@ def _stack(values: Iterable[tuple[int, memoryview]], n_texts: int, dimensions: i
 
 def find_bad_vectors(embeddings: Float32Matrix) -> list[int]:
     """Row numbers of the vectors that are zero or hold a value that is not finite."""
-    # a sum of squares can over- or underflow where the vector itself is good
+    # a sum of squares can over- or underflow although the vector is good
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.vecdot(embeddings, embeddings)
     suspects = np.flatnonzero(~(np.isfinite(squares) & (squares > 0)))
@@ -162,9 +163,9 @@ def find_bad_vectors(embeddings: Float32Matrix) -> list[int]:
 
 
 def _fill_in(named: list[int | None], n_texts: int) -> list[int]:
-    """The index of each item; -1 where it is not named and does not follow.
+    """The index of each item; -1 if it is missing and cannot be inferred.
 
-    Where none is named, items are in the order of the texts. Where one is missing, it is the one that no item has.
+    If all are missing, items are in the order of the texts. If one is missing, it is the one that no other item has.
     """
     n_missing = named.count(None)
     if n_missing == len(named) == n_texts:
@@ -175,11 +176,9 @@ def _fill_in(named: list[int | None], n_texts: int) -> list[int]:
 
 
 def _count_billed(usage: msgspec.Raw) -> int:
-    """The tokens of a `usage`, in any of the forms that servers give it; 0 where it does not say: vectors that were
-    paid for are not worth less for it.
-    """
+    """The tokens of `usage`, in any of the forms that servers use; 0 if it is not understood: the vectors count."""
     try:
-        # not strict: numbers also come as text
+        # not strict: some servers send numbers as text
         found = msgspec.json.decode(usage, type=_Usage | None, strict=False)
     except msgspec.ValidationError:
         return 0
@@ -189,14 +188,14 @@ def _count_billed(usage: msgspec.Raw) -> int:
 def _decode_base64(value: memoryview) -> NDArray[np.float32]:
     try:
         decoded = pybase64.b64decode(value[1:-1], validate=True)
-    except binascii.Error:  # some serialisers escape the slash
+    except binascii.Error:  # some serializers escape the slash
         decoded = pybase64.b64decode(msgspec.json.decode(value, type=str), validate=True)
     return np.frombuffer(decoded, dtype="<f4")
 
 
 def _decode_array(value: memoryview) -> NDArray[np.float64] | None:
     content = bytes(value)
-    # some servers write null where a vector, or a value of one, is not a number (text-embeddings-inference #644)
+    # some servers write null for a vector, or a value, that is not a number (text-embeddings-inference #644)
     if _NULL in content and not _HAS_OTHERS.search(content):
         return None
     numbers = simdjson.Parser().parse(content)

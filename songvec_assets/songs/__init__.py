@@ -1,1 +1,1 @@
-"""What a song is: its range, its text, its snapshot in Parquet."""
+"""Songs: the source table, ranges of song_ids, snapshots in Parquet, and the texts to embed."""

@@ -1,4 +1,4 @@
-"""Songs that are cached or loaded and missing in the source: plausible deletions, or a reason to stop the export.
+"""Songs that are cached or loaded but missing in the source: plausible deletions, or a reason to stop the export.
 
 When to add here: another reason not to believe that songs were deleted. Keep out: which songs are cached or loaded (the
 caller passes it) and what follows from a deletion. `share`s are fractions from 0 to 1.
@@ -19,9 +19,9 @@ from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SongsSource
 
 MIN_MISSING = 20
-"""Fewer missing songs of the catalogue never stop an export, whatever their share: small catalogues change."""
+"""Fewer missing songs in all ranges never stop an export, whatever their share: small catalogues change."""
 MIN_MISSING_OF_RANGE = 100
-"""The same of one range."""
+"""The same for a single range."""
 
 _MAX_NAMED = 5
 
@@ -36,10 +36,10 @@ class Absence:
     """Known songs that are missing in the source; stops an export that would delete them in bulk.
 
     Attributes:
-        known: number of songs that are cached or loaded, by range; a few too many or too few until they are read.
-        read_known: reads the song_ids of one range, each once.
-        share: how many of all known songs may be missing.
-        range_share: how many of the known songs of one range may be missing.
+        known: number of songs that are cached or loaded, by range; approximate until the range is read.
+        read_known: returns the distinct song_ids that are cached or loaded in a range.
+        share: share of all known songs that may be missing.
+        range_share: share of the known songs of a single range that may be missing.
         missing: number of missing songs, by range.
         is_empty: whether the source holds no song at all.
     """
@@ -65,11 +65,11 @@ class Absence:
         Reads ids only of ranges that gained or lost songs since their snapshot, or that hold fewer than are known.
 
         Args:
-            database: where the source is.
+            database: of the source.
             source: which table and columns.
-            snapshots: as the export before left them.
+            snapshots: as the previous export left them.
             counts: of the source, by range.
-            run: ends it.
+            run: may stop the comparison.
         """
         self.is_empty = not counts
         for song_range, n_known in self.known.items():
@@ -84,7 +84,7 @@ class Absence:
             known = self.read_known(song_range)
             if embeddable is None and IdSums.of(known) != in_source:
                 embeddable = read_song_ids(database, source, song_range)
-            # what earlier exports found without a name counts, too: else an emptied column passes range by range
+            # songs that earlier exports rejected count too: else an emptied column would pass, range by range
             self._note(song_range, known, known if embeddable is None else embeddable)
 
     def _note(self, song_range: SongIdRange, known: pl.Series, found: pl.Series) -> None:
@@ -115,7 +115,7 @@ class Absence:
         return n_missing >= MIN_MISSING_OF_RANGE and n_missing > self.range_share * n_known
 
     def describe(self) -> str:
-        """The numbers, and the ranges that lack most."""
+        """The numbers, and the ranges with the most missing songs."""
         most = sorted(filter(self.missing.get, self.missing), key=lambda each: -self.missing[each])
         named = [f"{each.key}: {self.missing[each]:,} of {self.known.get(each, 0):,}" for each in most[:_MAX_NAMED]]
         more = f" and {len(most) - _MAX_NAMED:,} ranges more" if len(most) > _MAX_NAMED else ""
@@ -137,26 +137,26 @@ class Absence:
             )
 
     def check_range(self, song_range: SongIdRange, embeddable: pl.Series) -> None:
-        """Refuse what was read of a range, before its snapshot is replaced. May be called from any thread.
+        """Refuse the rows that were read of a range, before its snapshot is replaced. Callable from any thread.
 
-        It may be less than was counted, and rows may be there whose songs can no longer be embedded.
+        Rows may have been deleted since they were counted, or may no longer have the texts to embed.
 
         Args:
-            song_range: which.
-            embeddable: the song_ids that can be embedded.
+            song_range: that was read.
+            embeddable: song_ids of the rows that can be embedded.
 
         Raises:
             BulkDeletionError: too many songs are missing, here or in all ranges read so far.
         """
         known = self.read_known(song_range)
         with self._lock:
-            # also if it is refused: what vanishes from the next ranges is part of the same
+            # also if the range is refused: its missing songs count towards the share of all ranges
             self._note(song_range, known, embeddable)
             is_bulk = self._is_bulk_of(song_range) or self._is_bulk_of_all()
             words = self.describe()
         if self.missing[song_range] and is_bulk:
             raise BulkDeletionError(
-                f"{words} no longer have what the text template names, or vanished while they were read: "
+                f"{words} no longer have the fields of the text template, or were deleted while they were read: "
                 f"{song_range.key} was not exported. Check for a column that was emptied, or a table that is still "
                 "being loaded. If this is intended, confirm it for one run with `--confirm-deletions`, or "
                 "`confirm_deletions` in the run config"

@@ -1,6 +1,6 @@
-"""What is wrong with a table of songs, and the statements and settings that cure it.
+"""Messages about a songs table that cannot be used: what is wrong, and the statements and settings that fix it.
 
-When to add here: words about another table that cannot be a source. Keep out: whether it can.
+When to add here: the message for another defect of a table. Keep out: the checks themselves (`source`).
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from songvec_assets.songs.catalogue import IS_TABLE, Table, quote
 
 
 def describe_missing(connection: sa.Connection, name: str) -> str:
-    """Why no table of that name is found: it is in a schema that is not searched, or may not be used, or nowhere."""
+    """Why no table of that name is found: its schema is not searched or not permitted, or there is no such table."""
     elsewhere = connection.execute(
         sa.text(f"""
             SELECT n.nspname, c.relname, has_schema_privilege(n.oid, 'USAGE') AS usable
@@ -59,14 +59,14 @@ def _user(connection: sa.Connection) -> str:
 def describe_types(
     connection: sa.Connection, table: Table, song_id: str, kept: Sequence[str], texts: Sequence[str]
 ) -> str:
-    """Which columns are no text, and the view that serves.
+    """Which columns are not text, and a view that has text instead.
 
     Args:
         connection: to the table's database.
-        table: that lacks text.
+        table: with columns of other types.
         song_id: its id column.
         kept: columns that the view must have.
-        texts: those that must be text.
+        texts: columns that must be text.
     """
     wrong = [column for column in texts if not table.columns[column].is_text]
     joins: list[str] = []
@@ -90,7 +90,7 @@ def describe_types(
 
 
 def _make_text(connection: sa.Connection, table: Table, column: str, alias: str) -> tuple[list[str], str]:
-    """A join, if one is needed, and an expression that make a text of a column."""
+    """The joins (one or none) and the SQL expression that turn a column into text."""
     facts = table.columns[column]
     value = f"s.{facts.quoted}"
     referenced = connection.execute(
@@ -123,13 +123,13 @@ def _make_text(connection: sa.Connection, table: Table, column: str, alias: str)
 
 
 def describe_numbering(connection: sa.Connection, table: Table, column: str) -> str:
-    """The statements that number the songs of a table whose ids are no INTEGER, and the settings for the view."""
+    """The statements that number the songs of a table whose ids are not INTEGER, and the settings for the view."""
     base = table.name.rpartition(".")[2].lower()
     numbers, view = (quote(connection, table.schema, f"{base}_{end}") for end in ("numbers", "numbered"))
     song_id = table.columns[column].quoted
     return (
-        # row_number() would move with each new song, and what was paid for with it
-        "number the songs in a table of their own, whose numbers stay as they are: "
+        # row_number() would change with each new song, and detach songs from the vectors that were paid for
+        "number the songs in a separate table, so that their numbers never change: "
         f"CREATE TABLE {numbers} (song_number integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY, "
         f"{song_id} {table.columns[column].kind} NOT NULL UNIQUE); "
         f"INSERT INTO {numbers} ({song_id}) SELECT {song_id} FROM {table.relation} ON CONFLICT DO NOTHING; "

@@ -1,8 +1,8 @@
-"""Text in lyrics that nobody sings: time stamps and leftovers of web pages, found in a sample before it is paid for.
+"""Boilerplate in lyrics: time stamps and remains of web pages, found in a sample before they are paid for.
 
-When to add here: another leftover that is clearly no lyric. Keep out: headings like [Chorus], which belong to many
-catalogues and cost little; and changes to texts, which are their owner's: there is a view for that. The patterns are of
-the syntax that Rust (polars) and PostgreSQL share. Sizes are bytes of UTF-8.
+When to add here: a pattern of text that is clearly not lyrics. Keep out: headings like [Chorus], which many catalogues
+have and which cost little; and changes to texts: the user makes them in a view. Patterns use the syntax that both Rust
+(polars) and PostgreSQL understand. Sizes are bytes of UTF-8.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,21 +28,21 @@ PATTERNS = {
 SAMPLE_SONGS = 2_000
 _MOST_RANGES = 200
 _LEAST_SHARE = 0.01
-"""What a smaller share of the songs has is not reported."""
+"""Kinds that a smaller share of the songs has are not reported."""
 _LINE_CHARS, _LINE_SONGS, _LINE_SHARE, _MOST_LINES = 25, 20, 0.02, 3
 
 
 @dataclass(frozen=True)
 class Boilerplate:
-    """What a sample of lyrics has that is no lyric.
+    """The boilerplate in a sample of lyrics.
 
     Attributes:
-        n_songs: of the catalogue.
-        n_sampled: songs looked at.
-        n_found: those that have any of it.
-        n_bytes, n_bytes_found: of all sampled lyrics, and of what was found in them.
-        kinds: number of sampled songs by what was found, if enough have it.
-        lines: number of sampled songs by a line that is the same in many.
+        n_songs: songs of the source.
+        n_sampled: songs in the sample.
+        n_found: sampled songs that have boilerplate.
+        n_bytes, n_bytes_found: of all sampled lyrics, and of the boilerplate in them.
+        kinds: number of sampled songs by kind of boilerplate, for kinds that enough songs have.
+        lines: number of sampled songs by line, for lines that many songs share.
     """
 
     n_songs: int = 0
@@ -55,11 +55,11 @@ class Boilerplate:
 
     @property
     def is_common(self) -> bool:
-        """Whether enough songs have it to report it."""
+        """Whether enough songs have boilerplate to report it."""
         return bool(self.kinds or self.lines)
 
     def describe(self, bytes_per_token: float) -> str:
-        """One line: what there is, and about how many tokens of the catalogue it makes."""
+        """One line: what was found, and about how many tokens of all songs it makes."""
         if not self.is_common:
             return f"no text that is no lyric was found in a sample of {self.n_sampled:,} songs"
         n_tokens = self.n_bytes_found / bytes_per_token * self.n_songs / self.n_sampled
@@ -73,7 +73,7 @@ class Boilerplate:
         )
 
     def view(self, source: SongsSource) -> str:
-        """The statement of a view without it, and the settings that embed that view; empty if nothing was found."""
+        """SQL of a view without the boilerplate, and the settings to embed it; empty if there is nothing to report."""
         if not self.is_common:
             return ""
         lyrics = f"{source.lyrics}::text"
@@ -82,7 +82,7 @@ class Boilerplate:
         for line in self.lines:
             lyrics = f"replace({lyrics}, {_literal(line)}, '')"
         updated_at = f", {source.updated_at} AS updated_at" if source.updated_at else ""
-        # quoted by the server: a name that needs no quotes has none
+        # the server quotes only names that need it
         schema, _, table = source.relation.rpartition(".")
         view = f'{table[:-1]}_clean"' if table.endswith('"') else f"{table}_clean"
         named = f"{schema}.{view}".replace('"', "")
@@ -99,11 +99,11 @@ def _literal(words: str) -> str:
 
 
 def find_boilerplate(lyrics: Sequence[str], n_songs: int) -> Boilerplate:
-    """Look for text that is no lyric. Pure.
+    """Look for boilerplate. Pure.
 
     Args:
         lyrics: of a sample of songs, none empty.
-        n_songs: of the catalogue.
+        n_songs: songs of the source.
     """
     whole = rest = pl.Series(lyrics, dtype=pl.String)
     kinds = {}
@@ -131,10 +131,10 @@ def find_boilerplate(lyrics: Sequence[str], n_songs: int) -> Boilerplate:
 
 
 def sample_lyrics(database: Database, source: SongsSource, ranges: Sequence[SongIdRange]) -> list[str]:
-    """The lyrics of a few songs of each range, empty ones left out; of some ranges if there are many.
+    """The lyrics of a few songs per range, without empty ones; if there are many ranges, only of some.
 
     Args:
-        database: where the songs are.
+        database: of the source.
         source: which table and columns.
         ranges: that hold songs.
     """

@@ -1,6 +1,7 @@
-"""A table of songs as PostgreSQL's catalogue has it: its columns, their types, and what this user may read.
+"""A table as PostgreSQL's system catalog describes it: its columns, their types, and what this user may read.
 
-When to add here: another fact of the catalogue. Keep out: what is wrong with it (`advice`) and what is read (`source`).
+When to add here: another property from the system catalog. Keep out: messages about it (`advice`), and the checks and
+statements of a source (`source`).
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from psycopg2 import sql
 _TEXT_CATEGORIES = ("S", "E")
 IS_TABLE = "c.relkind IN ('r', 'p', 'v', 'm', 'f')"
 
-# policies of a table below a view hold for the view's owner; those of an owner hold if they are forced
+# below a view, policies apply to the view's owner; to a table's own owner they apply only if they are forced
 _ROW_SECURITY = """
     WITH RECURSIVE below (oid, reader) AS (
         SELECT CAST(:oid AS oid), oid FROM pg_roles WHERE rolname = current_user
@@ -57,8 +58,8 @@ class Column:
         quoted: its name for SQL.
         number: its attnum.
         kind: its type's name.
-        category: the type's category in pg_type, that of the elements if it is an array.
-        is_array: whether it is one.
+        category: the type's category in pg_type; for an array, that of its elements.
+        is_array: whether the type is an array.
         is_readable: whether this user may read it.
     """
 
@@ -75,7 +76,7 @@ class Column:
         return self.category in _TEXT_CATEGORIES
 
     def expression(self, separator: str) -> str:
-        """SQL for the column's text; an array's elements are joined by the separator, a literal of SQL."""
+        """SQL for the column's text; an array's elements are joined by the separator, an SQL literal."""
         return f"array_to_string({self.quoted}, {separator})" if self.is_array else self.quoted
 
 
@@ -85,9 +86,9 @@ class Table:
 
     Attributes:
         oid: its identity.
-        name: as settings have it, for people.
-        schema: where it is.
-        relation: quoted for SQL, with its schema.
+        name: as in the settings, for messages.
+        schema: its schema.
+        relation: its name with the schema, quoted for SQL.
         columns: by name.
         row_security: whether policies may hide rows from this user.
     """
@@ -101,7 +102,7 @@ class Table:
 
 
 def find_table(connection: sa.Connection, name: str) -> Table | None:
-    """The table of that name, tried as written, then in lower case; None if no schema that is searched has it."""
+    """The table of that name, first as written, then in lower case; None if it is in no schema of the search_path."""
     for schema, _, table in (each.rpartition(".") for each in (name, name.lower())):
         found = connection.execute(
             sa.text(f"""
@@ -125,7 +126,7 @@ def find_table(connection: sa.Connection, name: str) -> Table | None:
 
 
 def find_primary_key(connection: sa.Connection, table: Table) -> list[str]:
-    """The columns of its primary key; none if it has none."""
+    """The columns of a table's primary key; empty if it has none."""
     statement = """
         SELECT a.attname
         FROM pg_index i
@@ -136,5 +137,5 @@ def find_primary_key(connection: sa.Connection, table: Table) -> list[str]:
 
 
 def quote(connection: sa.Connection, *parts: str) -> str:
-    """A name for SQL."""
+    """A name, or the parts of a qualified name, quoted for SQL."""
     return cast(str, sql.Identifier(*parts).as_string(connection.connection.driver_connection))

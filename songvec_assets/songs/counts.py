@@ -1,6 +1,6 @@
 """The songs of the source by range: how many there are, which ids they have, and ids that no range can hold.
 
-When to add here: another figure of the source that is read from its indexes. Keep out: texts.
+When to add here: another number that the source's indexes give. Keep out: texts.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ _PRIME = 2**31 - 1
 
 
 class IdSums(NamedTuple):
-    """A set of song_ids in short: equal for the same ids, and hardly ever for others."""
+    """A checksum of a set of song_ids: equal for equal sets, and almost never for others."""
 
     n_rows: int = 0
     sum_of_ids: int = 0
@@ -30,7 +30,7 @@ class IdSums(NamedTuple):
 
     @classmethod
     def of(cls, song_ids: pl.Series) -> "IdSums":
-        """The sums of these ids, each there once."""
+        """The sums of these distinct ids."""
         ids = song_ids.to_numpy().astype(np.int64)
         return cls(len(ids), int(ids.sum()), int((ids * ids % _PRIME).sum()))
 
@@ -48,8 +48,8 @@ class RangeCount:
 
     Attributes:
         ids: of its rows.
-        newest: the latest updated_at that is not after the server's present time, as text; None without such a column,
-            or such a row.
+        newest: the latest updated_at that is not in the future by the server's clock, as text; None if there is no such
+            column or row.
     """
 
     ids: IdSums = field(default_factory=IdSums)
@@ -62,7 +62,7 @@ class RangeCount:
 
 
 def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dict[SongIdRange, RangeCount]:
-    """Count the source's songs by range; ranges without songs are left out. Reads the id's index only, if it can."""
+    """Count the source's songs by range, without empty ranges. An index-only scan of the ids, if possible."""
     newest = "NULL"
     if source.updated_at:
         present = PRESENT[str(source.updated_at_type)]
@@ -85,17 +85,17 @@ def read_song_ids(database: Database, source: SongsSource, song_range: SongIdRan
 def check_ids(
     database: Database, source: SongsSource, tiling: Tiling, counts: Mapping[SongIdRange, RangeCount]
 ) -> None:
-    """Refuse ids that the ranges do not reach.
+    """Refuse ids that no range can hold.
 
     Args:
-        database: where the songs are.
+        database: of the source.
         source: which table and columns.
         tiling: how song_ids are divided into ranges.
         counts: see `count_ranges`.
 
     Raises:
         SettingsError: songs have ids below the first range, or the open tail holds more songs than a range may.
-        SourceError: more songs have ids beyond INTEGER than within; has the statements that number them.
+        SourceError: more songs have ids above INTEGER than within it; the message has the statements that number them.
     """
     tiling.check_tail(tiling.tail, counts.get(tiling.tail, RangeCount()).n_songs)
     song_id, start = source.song_id, tiling.start
@@ -124,13 +124,13 @@ def check_ids(
 
 
 def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[str]:
-    """Number of songs whose id no range can hold, by reason."""
+    """Number of songs with an id that no range can hold, by reason."""
     reasons = {
         f"the id is above {MAX_SONG_ID}, the highest INTEGER": f"{source.song_id} > {MAX_SONG_ID}",
         "the id is negative": f"{source.song_id} < 0",
         "the id is NULL": f"{source.song_id} IS NULL",
     }
-    # a subquery each: indexes serve them one by one
+    # one subquery per reason, so that each can use the index
     numbers = (f"(SELECT count(*) FROM {source.relation} WHERE {each})" for each in reasons.values())
     [row] = fetch_rows(database, f"SELECT {', '.join(numbers)}")
     return +Counter(dict(zip(reasons, row, strict=True)))

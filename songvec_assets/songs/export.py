@@ -1,8 +1,8 @@
-"""Postgres to Parquet: songs that changed are found by their hashes, read, and written to the snapshot of their range.
+"""Postgres to Parquet: changed songs are found by their hashes, read, and written to the snapshot of their range.
 
-A range costs a scan at the server that sends an id and a hash per song, or only of rows that were updated lately; texts
-are sent of changed songs only. Some ranges are read at once; memory is bounded by these. What a snapshot is:
-`snapshots`. When to add here: another way to find what changed. Keep out: what is SQL (`source`).
+Per range the server scans the rows, or only those updated lately, and sends an id and a hash per song; texts are sent
+only of changed songs. A few ranges are read in parallel, which bounds the memory.
+When to add here: another way to find changed songs. Keep out: SQL (`source`), and the file format (`snapshots`).
 """
 
 import time
@@ -40,13 +40,13 @@ from songvec_assets.storage import Storage
 ExportMode = Literal["all", "append"]
 
 N_READERS = 2
-"""Connections that read at once: one leaves the server idle while it writes, three take more than 450 MB."""
+"""Connections that read in parallel: with one, the server is idle while files are written; three take over 450 MB."""
 
 FULL_COMPARE_HOURS = 24.0
 
 _LOOKS = "looks.json"
 _BATCH_BYTES = 4 << 20
-# no equivalent in UTF-8; invalid in the database's own encoding: PostgreSQL's appendix of error codes, read 2026-11
+# SQLSTATEs: no equivalent in UTF-8; invalid in the database's encoding (PostgreSQL's error codes, read 2026-11)
 _UNDECODABLE = ("22P05", "22021")
 _MOST_NAMED_SHARE = 0.25
 """If a larger share of a range's songs changed, the range is read as a whole."""
@@ -59,11 +59,11 @@ class RangeExport:
     """What happened to one range's snapshot.
 
     Attributes:
-        range: which.
-        footer: of the snapshot as it is now; an empty one if there is none, or the range was not exported.
-        changes: compared with the snapshot before.
+        range: of the snapshot.
+        footer: of the current snapshot; empty if there is none, or the range was not exported.
+        changes: compared with the previous snapshot.
         written: whether the file was written or deleted.
-        error: why the range was not exported, if it was not: its snapshot is as it was before.
+        error: why the range was not exported; its snapshot is unchanged then. None: it was exported.
     """
 
     range: SongIdRange
@@ -78,7 +78,7 @@ class ExportReport:
     """What an export did.
 
     Attributes:
-        ranges: every range that holds songs now or did before.
+        ranges: every range that holds or held songs.
         unreachable: number of songs with an id that no range can hold, by reason.
     """
 
@@ -92,17 +92,17 @@ class ExportReport:
 
     @property
     def changes(self) -> Changes:
-        """Those of all ranges."""
+        """The changes of all ranges together."""
         return Changes(*map(sum, zip(*(each.changes for each in self.ranges), strict=True)))
 
     @property
     def rejected(self) -> Counter[str]:
-        """Number of rejected songs by reason, of those with an id that a range can hold."""
+        """Number of rejected songs by reason, not counting ids that no range can hold."""
         return sum((each.footer.rejected for each in self.ranges), Counter())
 
     @property
     def text_sizes(self) -> Counter[int]:
-        """Songs of the snapshots, by size."""
+        """Number of songs by the size of their texts, see `count_text_sizes`."""
         return sum((each.footer.text_sizes for each in self.ranges), Counter())
 
     @property
@@ -112,7 +112,7 @@ class ExportReport:
 
     @property
     def found_no_server(self) -> bool:
-        """Whether the last ranges failed, one after the other, for want of a connection."""
+        """Whether each of the last ranges failed because there was no connection."""
         last = self.ranges[-_MAX_UNREACHED:]
         return len(last) == _MAX_UNREACHED and all(each.error and is_server_gone(each.error.__cause__) for each in last)
 
@@ -122,7 +122,7 @@ class IncompleteExportError(DatabaseError):
 
     Attributes:
         report: of all ranges.
-        reasons: keys of the ranges that failed, by the reason.
+        reasons: keys of the failed ranges, by reason.
     """
 
     code = "source.not-exported"
@@ -140,7 +140,7 @@ class IncompleteExportError(DatabaseError):
 
     @property
     def is_partial(self) -> bool:
-        """Whether a run may go on with the others: there are some, the database answers, and nobody is to confirm."""
+        """Whether a run may go on with the exported ranges: there are some, and no cause needs a person first."""
         asks = any(isinstance(each.error, BulkDeletionError) for each in self.report.failed)
         return len(self.report.failed) < len(self.report.ranges) and not (asks or self.report.found_no_server)
 
@@ -156,13 +156,13 @@ class ExportOptions:
     """How an export is done.
 
     Attributes:
-        mode: `all` compares every range; `append` reads only above the highest song_id already there, and ranges that
-            have no snapshot.
-        kept: ranges that get a snapshot even if they hold no song: an empty one says that their songs were deleted.
-        guard: refuses songs that are missing in bulk; None: whatever is missing is deleted.
-        n_readers: ranges read at once.
-        full_compare_hours: after this time an export of `all` compares every song, whatever its updated_at column says;
-            0: each one does.
+        mode: `all` compares every range; `append` reads only song_ids above the highest exported one, and ranges
+            without a snapshot.
+        kept: ranges that get a snapshot even if they hold no song: an empty snapshot records that all were deleted.
+        guard: refuses the export if songs are missing in bulk; None: missing songs count as deleted.
+        n_readers: ranges read in parallel.
+        full_compare_hours: hours after which an export of `all` compares every song, whatever the updated_at column
+            says; 0: always.
     """
 
     mode: ExportMode = "all"
@@ -176,13 +176,13 @@ _DEFAULT_OPTIONS = ExportOptions()
 
 
 class Looks(msgspec.Struct, frozen=True):
-    """What earlier exports looked at: from there on, one by updated_at reads.
+    """How far earlier exports looked: an export by updated_at reads from there on.
 
     Attributes:
         source: identity of the table and columns.
-        full_compare_at: when every song was compared last, seconds since the epoch.
-        newest: by range key, the digest of the snapshot as it was left, and the latest updated_at that was looked at,
-            as text. It holds for that snapshot only: another one may lack what was seen before.
+        full_compare_at: when every song was last compared, seconds since the epoch.
+        newest: by range key, the digest of the snapshot that was written and the latest updated_at in it, as text. It
+            is valid for that snapshot only: another one may lack rows that were seen before.
     """
 
     source: str
@@ -191,7 +191,7 @@ class Looks(msgspec.Struct, frozen=True):
 
     @classmethod
     def read(cls, storage: Storage, source: SongsSource) -> "Looks":
-        """What is known of a source; nothing, if it is another one or cannot be read: then all songs are compared."""
+        """The stored record of this source; an empty one, with which all songs are compared, if there is none."""
         try:
             stored = storage.read(_LOOKS)
             found = msgspec.json.decode(stored.content if stored else b"", type=cls)
@@ -211,17 +211,17 @@ def cache_songs_to_parquet(
     """Bring the snapshots to the state of the source table.
 
     Args:
-        database: where the songs are.
+        database: of the source.
         source: which table and columns.
-        snapshots: which are brought to that state.
+        snapshots: to update.
         tiling: how song_ids are divided into ranges.
-        options: see there.
-        run: receives the number of songs exported so far, and ends the export; ranges that are done stay.
+        options: how to export.
+        run: receives the number of songs exported so far, and may stop the export; finished ranges are kept.
 
     Raises:
-        BulkDeletionError: too many songs are missing; nothing was touched.
-        IncompleteExportError: some ranges could not be read; all others are done. Only if three in a row found no
-            server, the rest are not tried.
+        BulkDeletionError: too many songs are missing; nothing was changed.
+        IncompleteExportError: some ranges could not be read; all others are exported. After three ranges in a row
+            without a connection, the rest are not tried.
         DatabaseError: the songs could not be counted.
         SettingsError: the open tail holds more songs than a range may, or songs have ids below the first range.
         SourceError: most songs have ids that no range can hold.
@@ -229,7 +229,7 @@ def cache_songs_to_parquet(
     started, report, is_append = time.time(), ExportReport(), options.mode == "append"
     counts = count_ranges(database, source, tiling)
     check_ids(database, source, tiling, counts)
-    # an append deletes no song that has a snapshot of these settings
+    # an append deletes no song of a snapshot made with these settings
     if options.guard and not is_append:
         options.guard.find(database, source, snapshots, counts, run)
         options.guard.check(source)
@@ -240,7 +240,7 @@ def cache_songs_to_parquet(
     exporter = _Exporter(source, snapshots, counts, options)
     if is_append:
         above = exporter.above = snapshots.find_max_song_id()
-        # first and alone: were a later range written and this one not, the next append would begin above its songs
+        # before the others: if a later range were written and this one not, the next append would begin above its songs
         first = [each for each in sorted(counts) if exporter.is_split(each)]
         others = [each for each in sorted(counts) if each not in known or above is None or each.start > above]
     else:
@@ -260,14 +260,14 @@ def cache_songs_to_parquet(
 
 
 def _export_ranges(
-    database: Database, exporter: "_Exporter", parts: list[list[SongIdRange]], report: ExportReport, run: RunContext
+    database: Database, exporter: "_Exporter", groups: list[list[SongIdRange]], report: ExportReport, run: RunContext
 ) -> None:
-    """Export some ranges, part after part; after a failure no further part, and without a server no further range."""
-    wanted = [each for part in parts for each in part]
+    """Export groups of ranges in order; a failure ends it after its group, a lost server at once."""
+    wanted = [each for group in groups for each in group]
     total = sum(exporter.count(each).n_songs for each in wanted)
     with Readers(database, exporter.options.n_readers) as readers:
-        for part in parts:
-            for exported in readers.map(exporter.export, part, run):
+        for group in groups:
+            for exported in readers.map(exporter.export, group, run):
                 report.ranges.append(exported)
                 note = f"not exported: {_name_some(each.range.key for each in report.failed)}" if report.failed else ""
                 run.report(Progress("export songs", report.n_songs, total, note=note))
@@ -290,7 +290,7 @@ class _Exporter:
         counts: of the source, by range.
         options: of the export.
         newest: see `Looks`; empty: every song is compared.
-        above: the highest song_id of all snapshots, if the export appends.
+        above: if the export appends, the highest song_id of all snapshots.
     """
 
     source: SongsSource
@@ -309,7 +309,7 @@ class _Exporter:
         return self.counts.get(song_range, RangeCount())
 
     def describe_looks(self, report: ExportReport, before: Looks) -> dict[str, tuple[str, str]]:
-        """What `Looks` keeps of these ranges; those that failed stay as they were."""
+        """`Looks.newest` after this export; ranges that failed keep their earlier entry."""
         newest = {}
         for each in report.ranges:
             key, digest, at = each.range.key, each.footer.digest, self.count(each.range).newest
@@ -320,7 +320,7 @@ class _Exporter:
         return newest
 
     def export(self, reader: Reader, song_range: SongIdRange) -> RangeExport:
-        """Bring one range's snapshot to the state of its songs, or say why not."""
+        """Bring one range's snapshot to the state of its songs; the result has the error if that fails."""
         footer = self.snapshots.footer(song_range)
         if song_range not in self.counts and song_range not in self.options.kept:
             self.snapshots.delete(song_range)
@@ -335,7 +335,7 @@ class _Exporter:
                     return self._write(song_range, self.snapshots.merge(song_range, newer, after), before)
                 except (pa.ArrowException, OSError):  # damaged: as if there were none
                     before = None
-            # there is no snapshot, or other settings made it: they may reject other songs
+            # there is no snapshot, or it was made with other settings, which may have rejected other songs
             songs = reader.read(lambda connection: read_songs_from_postgres(connection, self.source, song_range))
             return self._write(song_range, _to_snapshot(songs, self.source), before)
         except (DatabaseError, SourceError) as error:
@@ -344,7 +344,7 @@ class _Exporter:
     def _read_newer(
         self, connection: adbc.Connection, song_range: SongIdRange, before: pl.DataFrame
     ) -> tuple[pl.Series, pa.Table]:
-        """The song_ids that the range has now, and the rows that differ from before, as of one moment."""
+        """The song_ids that the range has now, and the changed rows, in one database snapshot."""
         with connection.cursor() as cursor:
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         for condition in self._conditions(song_range):
@@ -353,7 +353,7 @@ class _Exporter:
             after = seen["song_id"]
             if condition:
                 after = pl.concat([before["song_id"], after]).unique().sort()
-            # else songs were deleted, or came with an old time: look at all of them
+            # otherwise songs were deleted, or inserted with an old time: look at all rows
             if self.is_split(song_range) or IdSums.of(after) == self.count(song_range).ids:
                 break
         changed = seen.join(before, on=["song_id", "source_hash"], how="anti")["song_id"]
@@ -365,7 +365,7 @@ class _Exporter:
         return after, _to_snapshot(songs.filter(pc.is_in(songs["song_id"], changed.to_arrow())), self.source)
 
     def _conditions(self, song_range: SongIdRange) -> list[str]:
-        """Which rows to look at; the next one if the rows of one are not all that changed."""
+        """Conditions on the rows to look at, to be tried in order until one covers all changes."""
         if self.above is not None and self.is_split(song_range):
             return [self.source.above(self.above)]
         digest, newest = self.newest.get(song_range.key, ("", ""))
@@ -394,15 +394,15 @@ def read_songs_from_postgres(
         connection: of ADBC.
         source: which table and columns.
         song_range: song_ids to read.
-        condition: of SongsSource: only rows that it holds for.
+        condition: limits the rows; made by a method of SongsSource.
 
     Returns:
-        Columns song_id (int32), name, artist, lyrics, source_hash; if some cannot be decoded, also undecodable: why, or
-        null.
+        Columns song_id (int32), name, artist, lyrics, source_hash; if some texts cannot be decoded, also undecodable:
+        the reason, or null.
     """
     try:
         songs = _select(connection, source.select(SONGS, song_range, condition))
-        # the server converts texts to UTF-8, and checks none that need no conversion. 10 ms for 50,000 songs
+        # the server does not check texts that need no conversion to UTF-8. 10 ms per 50,000 songs
         songs.validate(full=True)
     except adbc.Error as error:
         if not (error.sqlstate or "").startswith(_UNDECODABLE):
@@ -423,9 +423,9 @@ def _select(connection: adbc.Connection, statement: str) -> pa.Table:
 
 
 def _decode(songs: pa.Table, source: SongsSource) -> pa.Table:
-    """Decode texts one by one; what is no text in the database's encoding is named, and shown as far as it can be."""
+    """Decode texts one by one; what is invalid in the database's encoding gets a reason and replacement characters."""
     reasons: list[str | None] = [None] * songs.num_rows
-    for place, name in enumerate(("name", "artist", "lyrics"), start=1):
+    for column, name in enumerate(("name", "artist", "lyrics"), start=1):
         texts: list[str | None] = []
         for row, value in enumerate(songs[name].to_pylist()):
             try:
@@ -433,20 +433,20 @@ def _decode(songs: pa.Table, source: SongsSource) -> pa.Table:
             except UnicodeDecodeError:
                 texts.append(value.decode(source.codec, "replace"))
                 reasons[row] = reasons[row] or f"the song's {name} is not valid {source.codec.upper()}"
-        songs = songs.set_column(place, name, pa.array(texts, pa.string()))
+        songs = songs.set_column(column, name, pa.array(texts, pa.string()))
     return songs.append_column("undecodable", pa.array(reasons, pa.string()))
 
 
 def _to_snapshot(songs: pa.Table, source: SongsSource) -> pa.Table:
-    """Check a range's rows, name what cannot be embedded, and hash the texts of the others."""
+    """Check a range's rows, give the songs that cannot be embedded a reason, and hash the texts of the others."""
     _check_unique(pl.Series(songs["song_id"]), source)
     reasons = [pl.Series(songs["undecodable"])] if "undecodable" in songs.column_names else []
     for column in ("name", "artist", "lyrics"):
-        # texts stay where they are: lyrics are most of a song, and are looked at only if nothing else is embedded
+        # only required columns are read: lyrics, most of a song's bytes, are required only if nothing else is embedded
         if column in source.spec.required:
             is_blank = pl.Series(songs[column]).fill_null("").str.strip_chars() == ""
             reasons.append(pl.select(pl.when(is_blank).then(pl.lit(f"the song has no {column}"))).to_series())
-    # from a list: polars leaves words under its nulls, and the digest would see them
+    # from a list: polars leaves bytes under its nulls, which the digest would include
     rejected = pa.array(pl.select(pl.coalesce(reasons)).to_series().to_list(), pa.string())
     return add_text_hashes(songs.append_column("rejected", rejected), source.spec)
 
@@ -456,6 +456,6 @@ def _check_unique(song_ids: pl.Series, source: SongsSource) -> None:
     if len(repeated):
         raise SourceError(
             f"column {source.song_id_column!r} of {source.table} must be unique, {repeated[0]} is there more than "
-            "once: name another with SONGVEC_SONG_ID_COLUMN",
+            "once: name another column with SONGVEC_SONG_ID_COLUMN",
             "source.id-column",
         )

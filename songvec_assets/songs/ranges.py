@@ -1,7 +1,8 @@
 """Half-open ranges of song_ids: the unit of partitions, files, transactions, resume and cost. Pure.
 
-A range is written `000050000-000100000`; the open tail above the last stop is `016000000-max`. Ids from 1,000,000,000
-on have ten digits: sort ranges, not keys.
+A range's key is `000050000-000100000`; that of the open tail above the last stop is `016000000-max`. Ids from
+1,000,000,000 on have ten digits: sort ranges, not keys.
+When to add here: another check of ranges or of their tiling. Keep out: what a range holds.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ MAX_SONG_ID = 2**31 - 1
 
 _TAIL = "max"
 _MAX_RANGES = 5_000
-"""Each is a partition and a file of each kind: Dagster's pages and sensors take seconds beyond."""
+"""With more partitions, Dagster's pages and sensors take seconds."""
 
 
 @dataclass(frozen=True, order=True)
@@ -60,12 +61,12 @@ class SongIdRange:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How all song_ids are cut: ranges of `width` from `start` up to `stop`, then one open tail.
+    """How song_ids are divided: ranges of `width` from `start` up to `stop`, then one open tail.
 
     Attributes:
         width: song_ids per range.
-        stop: where the tail begins; a multiple of `width`. MAX_SONG_ID + 1 is the last multiple below it.
-        start: where the first range begins; a multiple of `width`.
+        stop: first song_id of the tail, a multiple of `width`; MAX_SONG_ID + 1 is replaced by the last multiple below.
+        start: first song_id of the first range, a multiple of `width`.
     """
 
     width: int
@@ -109,7 +110,7 @@ class Tiling:
         """Refuse more ranges than a graph can show.
 
         Raises:
-            SettingsError: names a range size that fits, with the start and stop that go with it.
+            SettingsError: the message has a range size that fits, with its start and stop.
         """
         if len(self) - 1 <= _MAX_RANGES:
             return
@@ -138,13 +139,13 @@ class Tiling:
             raise SettingsError(
                 f"the open tail from song_id {self.stop} on holds {n_songs:,} songs, more than the {self.width:,} of "
                 "one range: raise SONGVEC_SONG_ID_STOP above the highest song_id and start the same command again; "
-                "what the tail's cache holds is kept. Where the lowest song_id is high too, begin there with "
+                "what the tail's cache holds is kept. If the lowest song_id is high too, begin there with "
                 "SONGVEC_SONG_ID_START",
                 "settings.song-ids",
             )
 
     def range_of(self, song_id: int) -> SongIdRange:
-        """The range that holds a song_id from 0 to MAX_SONG_ID; below `start`, one that is not iterated."""
+        """The range of a song_id from 0 to MAX_SONG_ID; below `start` it is a range that this tiling does not have."""
         if song_id >= self.stop:
             return self.tail
         start = song_id - song_id % self.width

@@ -1,6 +1,6 @@
-"""Connections that read in parallel, through ADBC: a transient failure is retried on a new connection.
+"""Connections that read in parallel, through ADBC; a transient failure is retried on a new connection.
 
-When to add here: another failure that passes. Keep out: what is read. Pauses are seconds.
+When to add here: another transient failure. Keep out: what is read. Pauses are in seconds.
 """
 
 import contextlib
@@ -24,29 +24,29 @@ from songvec_assets.progress import RunContext
 from songvec_assets.songs.source import fetch_rows
 
 _PAUSES_S = (0.0, 1.0, 4.0)
-"""Before each attempt: a server that starts again is back after a few seconds."""
+"""Before each attempt: a server that restarts is back after a few seconds."""
 _POLL_S = 0.1
 
-_GONE = ("08", "57P")
-_PASSING = (*_GONE, "40", "53", "55", "57", "58")
-"""Beginnings of SQLSTATEs, as PostgreSQL's appendix of error codes has them (read 2026-11): lost connections and
-shutdowns; then conflicts, want of resources, locks, timeouts and the system's own errors."""
+_LOST_SERVER = ("08", "57P")
+_TRANSIENT = (*_LOST_SERVER, "40", "53", "55", "57", "58")
+"""Prefixes of SQLSTATEs (PostgreSQL's appendix of error codes, read 2026-11): lost connections and shutdowns; then also
+conflicts, lack of resources, locks, timeouts and system errors."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def is_server_gone(error: BaseException | None) -> bool:
-    """Whether it is the connection or the server that failed, not the statement."""
-    return isinstance(error, adbc.Error) and (error.sqlstate is None or error.sqlstate.startswith(_GONE))
+    """Whether the connection or the server failed, and not the statement."""
+    return isinstance(error, adbc.Error) and (error.sqlstate is None or error.sqlstate.startswith(_LOST_SERVER))
 
 
-def _may_pass(error: adbc.Error) -> bool:
-    return error.sqlstate is None or error.sqlstate.startswith(_PASSING)
+def _is_transient(error: adbc.Error) -> bool:
+    return error.sqlstate is None or error.sqlstate.startswith(_TRANSIENT)
 
 
 class Reader:
-    """One connection, opened when it is needed, and again after an error."""
+    """One connection, opened at its first use, and reopened after an error."""
 
     def __init__(self, address: str, ended: threading.Event) -> None:
         self._address = address
@@ -55,10 +55,10 @@ class Reader:
         self._lock = threading.Lock()
 
     def read(self, read: Callable[[adbc.Connection], Result]) -> Result:
-        """Call `read` in its own transaction; again, after a pause, if another attempt may succeed.
+        """Call `read` in a transaction; retry after a pause if another attempt may succeed.
 
         Raises:
-            DatabaseError: its cause is the last attempt's error.
+            DatabaseError: all attempts failed; its cause is the last error.
             StoppedError: the readers were closed meanwhile.
         """
         failure: adbc.Error | None = None
@@ -74,7 +74,7 @@ class Reader:
             except adbc.Error as error:
                 self.close()
                 failure = error
-                if not _may_pass(error):
+                if not _is_transient(error):
                     break
         raise read_database_error(failure) from failure
 
@@ -93,13 +93,13 @@ class Reader:
 
 
 class Readers:
-    """Some readers at work, each in a thread; at the end of the block their statements are cancelled."""
+    """A pool of readers, one thread per reader; an error in the block cancels their statements."""
 
     def __init__(self, database: Database, n_readers: int) -> None:
         of_libpq = {name: value for name, value in CONNECT_ARGS.items() if name != "cursor_factory"}
         [(quotes_all,)] = fetch_rows(database, "SELECT reset_val FROM pg_settings WHERE name = 'quote_all_identifiers'")
         if quotes_all == "on":
-            # ADBC finds types by the names of their functions, and takes all for unknown whose names are quoted
+            # ADBC finds types by the names of their functions, and does not recognize quoted names
             given = parse_dsn(database.adbc_uri).get("options", "")
             of_libpq["options"] = f"{given} -c quote_all_identifiers=off".strip()
         address = make_dsn(database.adbc_uri, **of_libpq)
@@ -108,16 +108,16 @@ class Readers:
         self._idle = SimpleQueue[Reader]()
         for reader in self._readers:
             self._idle.put(reader)
-        # its threads are daemons: if a server no longer answers, an interrupted process must be able to end
+        # daemon threads: an interrupted process must be able to end even if the server no longer answers
         self._pool = ThreadPool(n_readers)
 
     def map(self, work: Callable[[Reader, Item], Result], items: Iterable[Item], run: RunContext) -> Iterator[Result]:
-        """Do the work on each item, some at the same time; results come in the order of the items.
+        """Do the work on each item, in parallel; results are in the order of the items.
 
         Args:
             work: called in a thread of the pool.
-            items: at most twice as many are begun beyond the result that is waited for as there are readers.
-            run: ends it.
+            items: up to two per reader are in progress at a time.
+            run: may stop the work.
         """
         begun: deque[AsyncResult[Result]] = deque()
         remaining = iter(items)
@@ -149,7 +149,7 @@ class Readers:
     ) -> None:
         self._ended.set()
         for reader in self._readers if kind is not None else ():
-            # a cancellation waits for the server, too
+            # in a thread, since a cancellation waits for the server
             threading.Thread(target=reader.cancel, daemon=True, name="songvec-cancel").start()
         self._pool.close()
         self._pool.join()

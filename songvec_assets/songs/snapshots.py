@@ -1,10 +1,10 @@
-"""What a snapshot is: a Parquet file per range, its rows in the order of their song_ids, their identity in its footer.
+"""Snapshots: one Parquet file per range, its rows in the order of song_id, a digest of its content in the footer.
 
 Content: song_id (int32), name, artist, lyrics and rejected (strings); rejected is null, or the reason why the song has
 no embedding. Hashes: source_hash (int64) is the server's hash of name, artist and lyrics; text_hash (16 bytes) and
 truncated (Boolean) are of the text to embed, null for rejected songs. The digest covers the content alone. A snapshot
 of an earlier version, which has other columns, is exported again.
-When to add here: what is kept of a song. Keep out: where songs come from.
+When to add here: something else to keep of a song. Keep out: reading the source.
 """
 
 import json
@@ -38,16 +38,16 @@ _DIGEST, _TEXT, _COUNTS = b"songvec.digest2", b"songvec.text2", b"songvec.counts
 _SUFFIX = ".parquet"
 _BATCH_ROWS = 4096
 SIZE_CLASS_BYTES = 128
-"""Songs are counted by the sizes of their texts in classes of this width."""
+"""Width of the classes in which songs are counted by the size of their texts."""
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What a snapshot's footer says.
+    """The metadata in a snapshot's footer.
 
     Attributes:
-        digest: identity of the content; empty if there is none.
-        text: identity of the settings that its hashes and rejections were made with; empty in earlier versions.
+        digest: identity of the content; empty if there is no snapshot.
+        text: identity of the settings by which texts were hashed and songs rejected; empty in earlier versions.
         n_songs: rows.
         rejected: number of rejected songs by reason.
         text_sizes: number of songs by size, see `count_text_sizes`.
@@ -82,7 +82,7 @@ class Snapshots:
     """The snapshots of a store, each an object `<key of its range>.parquet`.
 
     Attributes:
-        storage: where they are; a range without a snapshot is a range without songs.
+        storage: of the snapshots; a range without a snapshot is a range without songs.
     """
 
     storage: Storage
@@ -94,7 +94,7 @@ class Snapshots:
         """The ranges that have a snapshot, in order.
 
         Raises:
-            StoreError: a file is named otherwise.
+            StoreError: a file has another name.
         """
         names = [Path(name) for name in self.storage.list_objects()]
         try:
@@ -114,11 +114,11 @@ class Snapshots:
 
         Args:
             song_range: which.
-            columns: to read, song_id among them; None: the content.
+            columns: to read, including song_id; None: those of the content.
             song_ids: only these songs, in the order of the file; None: all.
 
         Raises:
-            StoreError: the file is damaged: what it holds is not what was exported.
+            StoreError: the file is damaged.
         """
         columns = columns or SNAPSHOT_SCHEMA.names
         empty = FILE_SCHEMA.empty_table().select(columns)
@@ -141,7 +141,7 @@ class Snapshots:
             raise self._damaged(song_range, error) from error
 
     def _open(self, song_range: SongIdRange) -> pq.ParquetFile:
-        """A snapshot whose pages are checked against their checksums as they are read."""
+        """Open a snapshot; pages are checked against their checksums when they are read."""
         return pq.ParquetFile(pa.BufferReader(self.storage.open(_key(song_range))), page_checksum_verification=True)
 
     def _damaged(self, song_range: SongIdRange, why: Exception | str) -> StoreError:
@@ -152,7 +152,7 @@ class Snapshots:
         )
 
     def try_to_read(self, song_range: SongIdRange, columns: list[str]) -> pl.DataFrame | None:
-        """The same for the export, which replaces what cannot be read; None if there is no snapshot that can be."""
+        """As `read`, for the export, which replaces damaged snapshots; None if there is no readable snapshot."""
         try:
             return self.read(song_range, columns) if song_range in self else None
         except StoreError:
@@ -172,7 +172,7 @@ class Snapshots:
 
         Args:
             song_range: which.
-            spec: how songs become texts; if the snapshot was written with other settings, all texts are rendered.
+            spec: how songs become texts; if it differs from that of the snapshot, all texts are rendered.
 
         Returns:
             Columns song_id (Int32), text_hash (Binary, 16 bytes) and truncated (Boolean), in the order of song_id.
@@ -193,17 +193,17 @@ class Snapshots:
             song_ids: of songs that are not rejected.
 
         Raises:
-            StoreError: the file is damaged, or a text is not the one whose hash the snapshot keeps.
+            StoreError: the file is damaged, or a text does not have the hash that the snapshot keeps.
         """
         texts = render_texts(self.read(song_range, song_ids=song_ids), spec)
         if texts.height and self.footer(song_range).text == spec.identity:
             hashes = self.read(song_range, ["song_id", "text_hash"], song_ids)
             if texts.join(hashes, on=["song_id", "text_hash"], how="anti").height:
-                raise self._damaged(song_range, "texts do not have the hashes that are kept of them")
+                raise self._damaged(song_range, "texts do not have the hashes that the file keeps")
         return texts
 
     def footer(self, song_range: SongIdRange) -> Footer:
-        """The footer of a snapshot; an empty one if no file can be read: reading the songs says why."""
+        """The footer of a snapshot; an empty one if the file cannot be read: reading the songs then gives the error."""
         try:
             file = pq.read_metadata(pa.BufferReader(self.storage.open(_key(song_range))))
         except (FileNotFoundError, pa.ArrowInvalid):
@@ -228,7 +228,7 @@ class Snapshots:
         return None
 
     def write(self, song_range: SongIdRange, songs: pa.Table, footer: Footer) -> None:
-        """Write a range's songs, whole and durable or not at all.
+        """Write a range's songs durably, or nothing.
 
         Args:
             song_range: which.
@@ -242,7 +242,7 @@ class Snapshots:
                 file,
                 compression="zstd",
                 compression_level=1,
-                # names and lyrics hardly repeat: looking for it costs a twentieth of the time
+                # names and lyrics rarely repeat: a dictionary for them would cost a twentieth of the time
                 use_dictionary=["artist", "rejected"],
                 write_statistics=False,
                 write_page_checksum=True,
@@ -253,18 +253,18 @@ class Snapshots:
         self.storage.delete(_key(song_range))
 
     def delete_other_ranges(self, tiling: Tiling) -> None:
-        """Delete snapshots of ranges that the present tiling does not have: the tail before its stop was raised."""
+        """Delete snapshots of ranges that the tiling does not have: an earlier tail, after the stop was raised."""
         for song_range in self.ranges():
             if tiling.range_of(song_range.start) != song_range:
                 self.delete(song_range)
 
     def merge(self, song_range: SongIdRange, newer: pa.Table, song_ids: pl.Series) -> pa.Table:
-        """The stored songs with newer rows in place of those of the same song_id.
+        """The stored songs, with newer rows replacing those of the same song_id.
 
         Args:
             song_range: which.
             newer: of FILE_SCHEMA.
-            song_ids: that the range has now; the others are left out.
+            song_ids: that the range has now; other rows are dropped.
 
         Returns:
             Of FILE_SCHEMA, in the order of song_id.
@@ -275,7 +275,7 @@ class Snapshots:
         newer = newer.filter(pc.is_in(newer["song_id"], song_ids.to_arrow()))
         newer_ids, pieces, start = newer["song_id"].to_numpy(), [], 0
         kept = song_ids.filter(~song_ids.is_in(newer_ids)).to_arrow()
-        # a few rows at a time: the range is in memory once. A thread per column gains nothing here, and takes 30 MB
+        # in batches, so that the range is in memory only once. Threads gain nothing here, and take 30 MB
         for batch in self._open(song_range).iter_batches(_BATCH_ROWS, use_threads=False):
             stop = int(np.searchsorted(newer_ids, batch["song_id"][-1].as_py(), side="right"))
             before = pa.Table.from_batches([batch.filter(pc.is_in(batch["song_id"], kept))]).cast(FILE_SCHEMA)
@@ -292,7 +292,7 @@ def _key(song_range: SongIdRange) -> str:
 def load_songs_from_parquet(
     path: Path, columns: list[str] | None = None, song_ids: Sequence[int] | pl.Series | None = None
 ) -> pl.DataFrame:
-    """One range's snapshot, given by its path; see `Snapshots.read`."""
+    """Read one range's snapshot by its path; see `Snapshots.read`."""
     return Snapshots(Storage(path.parent)).read(SongIdRange.from_key(path.stem), columns, song_ids)
 
 
@@ -302,23 +302,23 @@ def get_max_cached_song_id(folder: Path) -> int | None:
 
 
 def add_text_hashes(songs: pa.Table, spec: TextSpec) -> pa.Table:
-    """The songs with the hashes of their texts; a few rows at a time, since rendered texts are several times theirs."""
+    """Add the hashes of the texts; in batches, since rendered texts take several times the memory of songs."""
     columns = pl.DataFrame(songs.select(SNAPSHOT_SCHEMA.names))
     accepted = columns.filter(pl.col("rejected").is_null())
     pieces = [accepted[:0], *accepted.iter_slices(_BATCH_ROWS)]
     rendered = pl.concat([render_texts(piece, spec).drop("text") for piece in pieces])
     joined = columns.select("song_id").join(rendered, on="song_id", how="left", maintain_order="left")
-    # from lists: polars' own arrays are of other types
+    # from lists: the arrays of polars have other types
     hashes = [pa.array(joined[each.name].to_list(), each.type) for each in _TEXT_HASHES]
     return pa.table([*songs.select(FILE_SCHEMA.names[: -len(hashes)]).columns, *hashes], schema=FILE_SCHEMA)
 
 
 def count_changes(before: pl.DataFrame | None, after: pl.DataFrame) -> Changes:
-    """Count songs that are new, changed and missing.
+    """Count songs that are new, changed and deleted.
 
     Args:
-        before: columns song_id and source_hash; None: nothing is known of them.
-        after: the same.
+        before: columns song_id and source_hash; None: there was no snapshot.
+        after: the same columns.
     """
     if before is None:
         return Changes(n_new=after.height)
@@ -335,10 +335,10 @@ def count_text_sizes(songs: pa.Table) -> Counter[int]:
 
 
 def digest_songs(songs: pa.Table) -> str:
-    """An identity of the content: the same rows give the same digest, whatever their chunks. Copies no text.
+    """A digest of the content; it does not depend on how the table is chunked. Copies no text.
 
     Args:
-        songs: with the columns of SNAPSHOT_SCHEMA; no bytes under their nulls.
+        songs: with the columns of SNAPSHOT_SCHEMA, and no bytes under nulls.
     """
     state = xxhash.xxh3_128()
     for column in songs.select(SNAPSHOT_SCHEMA.names).columns:

@@ -1,7 +1,7 @@
-"""The table of songs: found by the names that settings give, checked, and its SQL.
+"""The songs table: found by the names in the settings, checked, and the SQL that reads it.
 
-When to add here: another demand on the table, or another statement that reads texts. Keep out: the words of a refusal
-(`advice`), the catalogue (`catalogue`), counts (`counts`).
+When to add here: another check of the table, or another statement that reads texts. Keep out: messages about tables
+(`advice`), the system catalog (`catalogue`), counts (`counts`).
 """
 
 from collections.abc import Iterable
@@ -19,32 +19,32 @@ from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TextSpec
 
 OVERLAP = "2 hours"
-"""How far an export looks back before the newest time seen. Covers writers whose clocks differ by up to an hour,
-together with transactions that are open for up to an hour: their rows are committed with times before that one."""
+"""How far an export looks back before the newest time seen. Covers clocks that differ by up to an hour plus
+transactions that are open for up to an hour: their rows appear later, with earlier times."""
 
 _ID_TYPES = ("smallint", "integer", "bigint")
 PRESENT = {
-    # without a time zone it is not known whether UTC or the server's own time was written: take the earlier one
+    # without a time zone, UTC or the server's local time may have been written: take the earlier one
     "date": "least(current_date, (now() AT TIME ZONE 'UTC')::date)",
     "timestamp without time zone": "least(localtimestamp, now() AT TIME ZONE 'UTC')",
     "timestamp with time zone": "now()",
 }
 """The types that an updated_at column may have, and the server's present time in each."""
-# an id and a seed per column: equal texts of another song or another column have other hashes
+# id and seed make the hashes of equal texts differ between songs and between columns
 _HASH = " # ".join(
     f'coalesce(hashtextextended({text} COLLATE "C", song_id::bigint # {seed}), 0)'
     for text, seed in (("name", 0), ("artist", 1 << 40), ("lyrics", 1 << 41))
 )
 _SOURCE_HASH = f"{_HASH} AS source_hash"
 HASHES = f"song_id, {_SOURCE_HASH}"
-"""The server's hash of a song's three texts: it reads them, and sends none."""
+"""song_id and a hash of the song's three texts, which the server computes: no text is sent."""
 SONGS = f"song_id, name, artist, lyrics, {_SOURCE_HASH}"
 DIGEST = f"coalesce(sum({_HASH}), 0)::text"
-"""An identity of all texts and whose they are."""
+"""A digest of all texts with their song_ids."""
 
 
 def as_bytes(column: str) -> str:
-    """SQL for a text's bytes as they are stored, which the server does not convert."""
+    """SQL for a text's stored bytes, without conversion to UTF-8."""
     return f"convert_to({column}::text, getdatabaseencoding())"
 
 
@@ -55,7 +55,7 @@ SONGS_AS_BYTES = ", ".join(
 
 @dataclass(frozen=True)
 class SourceNames:
-    """The names as settings give them; None stands for the primary key, or for no updated_at column."""
+    """The names in the settings; None stands for the primary key, or for no updated_at column."""
 
     table: str = "songs"
     song_id_column: str | None = None
@@ -67,11 +67,11 @@ class SourceNames:
 
 @dataclass(frozen=True)
 class SongsSource:
-    """A songs table that exists and has the columns.
+    """A songs table that was found and checked.
 
     Attributes:
-        table: its name, for people.
-        song_id_column: the id column's name, for people.
+        table: its name, for messages.
+        song_id_column: the id column's name, for messages.
         relation: the table, quoted for SQL.
         song_id: column, quoted for SQL.
         name, artist, lyrics: SQL expressions, to be cast to text: a quoted column, or an array's elements joined.
@@ -97,17 +97,17 @@ class SongsSource:
 
     @property
     def codec(self) -> str:
-        """Python's name of the encoding. A database in SQL_ASCII holds the bytes that came: UTF-8, mostly."""
+        """Python's name of the encoding. A database in SQL_ASCII does not check its bytes: mostly they are UTF-8."""
         return "utf-8" if self.encoding == "SQL_ASCII" else str(encodings.get(self.encoding, "utf-8"))
 
     @property
     def caution(self) -> str:
-        """What to know if songs seem to be missing; empty if nothing hides them."""
+        """A warning if policies may hide songs; else empty."""
         return f"row security is active on {self.table} for this user: policies may hide songs" * self.row_security
 
     @property
     def identity(self) -> str:
-        """Differs from that of every other table, columns and required fields."""
+        """Identifies the table, its columns and the required fields."""
         columns = (self.song_id, self.name, self.artist, self.lyrics, self.updated_at)
         return " ".join((self.relation, *map(str, columns), *sorted(self.spec.required)))
 
@@ -116,18 +116,18 @@ class SongsSource:
 
         Args:
             columns: expressions over song_id, name, artist and lyrics, such as SONGS.
-            song_range: only its songs, in the order of their ids.
-            condition: one of those below.
+            song_range: limits the songs to a range, in the order of song_id.
+            condition: made by one of the methods below.
         """
         cast, clauses = "", ""
         if song_range is not None:
             cast = "::integer"
-            # a bare song_id would be the column of the result, which no index gives in order
+            # qualified: a bare song_id would be the output column, for which no index gives the order
             clauses = (
                 f"WHERE {self.song_id} >= {song_range.start} AND {self.song_id} < {song_range.stop}{condition} "
                 f"ORDER BY source.{self.song_id}"
             )
-        # OFFSET 0: what a view computes is computed once, though a text is both read and hashed
+        # OFFSET 0: expressions of a view are computed once, although a text is both read and hashed
         return (
             f"SELECT {columns} FROM (SELECT {self.song_id}{cast} AS song_id, {self.name}::text AS name, "
             f"{self.artist}::text AS artist, {self.lyrics}::text AS lyrics "
@@ -135,23 +135,23 @@ class SongsSource:
         )
 
     def above(self, song_id: int) -> str:
-        """The condition that an id is higher than this one."""
+        """Condition: the song_id is higher than this one."""
         return f" AND {self.song_id} > {song_id}"
 
     def among(self, song_ids: Iterable[int]) -> str:
-        """The condition that an id is one of these."""
+        """Condition: the song_id is one of these."""
         return f" AND {self.song_id} = ANY ('{{{','.join(map(str, song_ids))}}}'::bigint[])"
 
     def updated_since(self, time: str) -> str:
-        """The condition that a row was updated since a time, or has no time."""
-        # rows that were committed late carry a time before the newest one seen
+        """Condition: the row was updated since a time (less OVERLAP), or has no time."""
+        # rows that were committed late have a time before the newest one seen
         quoted = time.replace("'", "''")
         since = f"CAST('{quoted}' AS {self.updated_at_type}) - INTERVAL '{OVERLAP}'"
         return f" AND ({self.updated_at} >= {since} OR {self.updated_at} IS NULL)"
 
 
 def fetch_rows(database: Database, statement: str) -> list[tuple[Any, ...]]:
-    """The rows of a statement, which is taken as it is: names may hold percent signs."""
+    """The rows of a statement; percent signs in it are literal, since names may contain them."""
     with database.get_connection() as connection, raw_cursor(connection) as cursor:
         cursor.execute(statement)
         return list(cursor)
@@ -161,14 +161,14 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
     """Find the songs table and its columns.
 
     Args:
-        database: where it is.
+        database: of the table.
         names: of the table and its columns.
-        spec: how songs become texts: only the columns that it names must be there. The others are read if they can be,
-            and are NULL if not. None: the default, which names all.
+        spec: how songs become texts: only columns that it names are required. Others are read if possible, else they
+            are NULL. None: the default, which names all.
 
     Raises:
-        SourceError: the table or a column is missing or may not be read, the id is no integer, or a column that is
-            embedded is no text; says what is there and what to set, grant or create.
+        SourceError: the table or a column is missing or may not be read, the id is not an integer, or a column to embed
+            is not text; the message says what was found and what to set, grant or create.
     """
     spec = spec or TextSpec()
     with database.get_connection() as connection:
@@ -195,7 +195,7 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
                 f"SONGVEC_UPDATED_AT_COLUMN {names.updated_at_column!r} is {updated_at.kind}; expected a date or "
                 "timestamp column"
             )
-        # numbers and JSON would be embedded, and paid for, as they are written
+        # numbers and JSON would be embedded, and paid for, in their raw form
         if any(not columns[column].is_text for column in texts.values()):
             raise SourceError(describe_types(connection, table, song_id, [*by_setting.values()], [*texts.values()]))
 
@@ -221,7 +221,7 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
 
 
 def _check_columns(connection: sa.Connection, table: catalogue.Table, wanted: dict[str, str]) -> None:
-    """Refuse a table without these columns, given by their settings, or one that this user may not read."""
+    """Refuse a table that lacks these columns (by their setting) or that this user may not read."""
     for variable, column in wanted.items():
         if column not in table.columns:
             raise SourceError(
@@ -236,7 +236,7 @@ def _check_columns(connection: sa.Connection, table: catalogue.Table, wanted: di
 
 def _choose_song_id(connection: sa.Connection, table: catalogue.Table) -> str:
     primary_key = catalogue.find_primary_key(connection, table)
-    # one of another type is refused by its name
+    # a key of another type is refused later, by its name
     if len(primary_key) == 1:
         return primary_key[0]
     found = f"its primary key is ({', '.join(primary_key)})" if primary_key else "it has no primary key"

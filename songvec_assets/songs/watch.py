@@ -1,6 +1,6 @@
 """Whether a song's text or id changed since the last look: by counts and ids, and by a digest of all texts.
 
-When to add here: another cheap sign of a change. Keep out: what follows from one.
+When to add here: another cheap sign of a change. Keep out: what is done about a change.
 """
 
 import time
@@ -15,15 +15,15 @@ from songvec_assets.songs.source import DIGEST, SongsSource, fetch_rows
 
 @dataclass(frozen=True)
 class SourceState:
-    """How the source table is, cheaply.
+    """Cheap measurements of the source table.
 
     Attributes:
-        n_songs: its rows.
-        highest_id: or None if there are none.
-        newest: the latest time of its updated_at column, as text; None without one.
+        n_songs: rows.
+        highest_id: highest song_id; None if there are no rows.
+        newest: the latest time of the updated_at column, as text; None if there is none.
         sum_of_ids: of all rows; "0" if there are none.
-        n_writes: rows inserted, updated and deleted since the server counts; None if it does not count them all:
-            of views, of foreign tables and of tables that have one as a part.
+        n_writes: rows inserted, updated and deleted, by the server's statistics; None if they are incomplete: for
+            views, foreign tables, and tables with a foreign partition.
     """
 
     n_songs: int
@@ -34,7 +34,7 @@ class SourceState:
 
     @property
     def ids(self) -> tuple[int, int | None, str]:
-        """Differs if songs were added or deleted."""
+        """Equal for equal sets of song_ids, and almost never for others."""
         return self.n_songs, self.highest_id, self.sum_of_ids
 
     def describe(self) -> str:
@@ -44,10 +44,10 @@ class SourceState:
 
 
 def measure_source(database: Database, source: SongsSource) -> SourceState:
-    """Count the songs, and look at the ids, the newest time and the writes. Reads indexes only, if it can."""
+    """Measure the source; index-only scans, if possible."""
     newest = f"max({source.updated_at})::text" if source.updated_at else "NULL"
     with database.get_connection() as connection, raw_cursor(connection) as cursor:
-        # as text in the statement: names may hold percent signs
+        # inlined: names may contain percent signs
         relation = sql.Literal(source.relation).as_string(cursor)
         cursor.execute(f"""
             WITH RECURSIVE part (oid) AS (
@@ -67,23 +67,23 @@ def measure_source(database: Database, source: SongsSource) -> SourceState:
 
 
 def digest_source(database: Database, source: SongsSource) -> str:
-    """An identity of all texts and whose they are. Reads the whole table, at the server."""
+    """A digest of all texts with their song_ids. The server reads the whole table."""
     [(digest,)] = fetch_rows(database, source.select(DIGEST))
     return str(digest)
 
 
 _DIGEST_REST = 20
-"""Rest after a digest, in units of the time that it took: a twentieth of a core of the server."""
+"""Pause after a digest, as a multiple of the time it took: digests use a twentieth of a server core at most."""
 
 
 @dataclass(frozen=True)
 class Digest:
-    """Of all texts, see `digest_source`.
+    """A digest of all texts, see `digest_source`.
 
     Attributes:
         value: the digest.
         at: when it was begun, seconds since the epoch.
-        took_s: how long it took.
+        took_s: how long it took, in seconds.
     """
 
     value: str
@@ -93,13 +93,13 @@ class Digest:
 
 @dataclass(frozen=True)
 class SourceLook:
-    """What was known after a look at the source; the next one compares with it.
+    """The state after a look at the source; the next look compares with it.
 
     Attributes:
         source: which table and columns.
         state: as last reported.
         digest: the last one taken; None before the first.
-        is_current: whether the digest is of the songs that `state` has.
+        is_current: whether the digest was taken of the songs as `state` describes them.
     """
 
     source: str
@@ -113,7 +113,7 @@ class SourceLook:
 
     @classmethod
     def load(cls, cursor: str | None, source: SongsSource) -> "SourceLook | None":
-        """The inverse of `dump`; None for a cursor of another source, of another version or of none."""
+        """The inverse of `dump`; None if the cursor is empty, or of another source or version."""
         try:
             look = msgspec.json.decode(cursor or "", type=cls)
         except msgspec.DecodeError:
@@ -121,28 +121,29 @@ class SourceLook:
         return look if look.source == source.identity else None
 
     def wants_digest(self, state: SourceState, now: float) -> bool:
-        """Whether the texts are to be compared: they may have changed, and the last digest is long enough ago."""
+        """Whether to compare the texts: they may have changed, and the last digest is long enough ago."""
         if self.digest and 0 <= now - self.digest.at < _DIGEST_REST * self.digest.took_s:
             return False
         return not self.is_current or self._may_differ(state) or state.ids != self.state.ids
 
     def judge(self, state: SourceState, digest: Digest | None) -> "tuple[SourceLook, str | None]":
-        """Compare with what was known.
+        """Compare with the last look.
 
         Args:
-            state: as it is now.
-            digest: of the texts now; None: it was not taken.
+            state: the current one.
+            digest: of the current texts; None: it was not taken.
 
         Returns:
-            What is known now; and why nothing is to be reported, None if a song's text or id changed.
+            The look to compare with next time, and the reason why nothing is reported; None as the reason: a song's
+            text or id changed.
         """
         if state.ids != self.state.ids:
             return replace(self, state=state, digest=digest or self.digest, is_current=digest is not None), None
         may_differ = self._may_differ(state)
         if digest is None:
             waits = may_differ or not self.is_current
-            # the state stays: what was written since is still to be compared
-            later = "texts are compared later: that takes a twentieth of the time at most"
+            # the old state is kept, so that the texts written since are still compared
+            later = "texts are compared later: comparing takes a twentieth of the time at most"
             return self, later if waits else "nothing changed"
         known = replace(self, state=state, digest=digest, is_current=True)
         if self.is_current and self.digest:
@@ -154,7 +155,7 @@ class SourceLook:
         return known, "rows were written, but no song's text or id changed" if may_differ else "nothing changed"
 
     def _may_differ(self, state: SourceState) -> bool:
-        """Whether the server counted writes, or does not count them."""
+        """Whether the server counted writes, or cannot count them."""
         return state.n_writes is None or state.n_writes != self.state.n_writes
 
 
@@ -162,17 +163,17 @@ def look_at_source(database: Database, source: SongsSource, cursor: str | None) 
     """Look whether a song's text or id changed since the last look.
 
     Args:
-        database: where the songs are.
+        database: of the source.
         source: which table and columns.
-        cursor: what the last look's `dump` gave; None, or anything else, before the first.
+        cursor: the last look's `dump`; None or anything else: this is the first look.
 
     Returns:
-        See `SourceLook.judge`; a first look reports.
+        See `SourceLook.judge`; a first look counts as a change.
     """
     before = SourceLook.load(cursor, source)
     state, now = measure_source(database, source), time.time()
     digest = None
-    # after the state: what is written in between is counted at the next look
+    # after the state: writes in between count at the next look
     if before is None or before.wants_digest(state, now):
         began = time.monotonic()
         value = digest_source(database, source)

@@ -214,5 +214,5 @@ def test_a_text_that_does_not_fit_its_hash_is_named(stored: Snapshots) -> None:
     )
     stored.write(ALL, other, Footer.of(other, TextSpec().identity))
     assert stored.render(ALL, TextSpec(), pl.Series([8]))["text"].to_list() == ["🎵 by Cy"]
-    with pytest.raises(StoreError, match="texts do not have the hashes that are kept of them"):
+    with pytest.raises(StoreError, match="texts do not have the hashes that the file keeps"):
         stored.render(ALL, TextSpec(), pl.Series([1, 8]))
