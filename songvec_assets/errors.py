@@ -1,4 +1,4 @@
-"""Every error that the package raises on purpose, in one tree. Nothing else belongs here.
+"""All errors that the package raises on purpose, in one tree.
 
     SongvecError
     ├── SettingsError            a setting is missing or does not parse
@@ -7,7 +7,7 @@
     │   └── BulkDeletionError    more songs are missing than is plausible
     ├── StoreError               the storage folder is another database's, or cannot be used
     ├── ReembeddingError         a changed setting would embed cached texts again
-    ├── DamagedShardError        a cache file changed on disk
+    ├── DamagedShardError        a file of the cache is damaged or missing
     ├── TableMismatchError       the table holds another model, size or type
     ├── ProviderError            the provider's answer ends the run
     │   ├── VectorSizeError      vectors of another size than the settings name
@@ -22,13 +22,15 @@
     ├── AlertError               the webhook could not be notified
     └── StoppedError             the run was interrupted
 
-A message says what was expected, what came and what to do. A `code` names the cause for scripts and for the catalogue
-in docs/operations.md: that of the class, or one given where a class has causes with different cures.
+A message says what was expected, what came and what to do. A `code` identifies the cause for scripts and for the list
+in docs/operations.md: that of the class, or a given one if a class has causes with different remedies.
+When to add here: an error that callers handle differently from all others. Keep out: messages, which are written where
+the error is raised.
 """
 
 
 class SongvecError(Exception):
-    """Something expected did not hold.
+    """The base of all errors of this package.
 
     Args:
         message: what was expected, what came, what to do.
@@ -49,7 +51,7 @@ class SettingsError(SongvecError):
 
 
 class DatabaseError(SongvecError):
-    """The database refused or could not be reached. The message says which, and what to do."""
+    """The database refused or could not be reached. The message says what to do."""
 
     code = "database.failed"
 
@@ -61,7 +63,7 @@ class SourceError(SongvecError):
 
 
 class BulkDeletionError(SourceError):
-    """More songs are missing in the source than is plausible. Nothing was touched; one run can confirm it."""
+    """More songs are missing in the source than is plausible. Nothing was changed; one run can confirm it."""
 
     code = "source.bulk-deletion"
 
@@ -73,13 +75,13 @@ class StoreError(SongvecError):
 
 
 class ReembeddingError(SongvecError):
-    """A changed setting would embed cached texts again. Nothing was sent; set it back, or confirm it for one run."""
+    """A changed setting would embed cached texts again. Nothing was sent; undo or confirm it."""
 
     code = "cache.reembedding"
 
 
 class DamagedShardError(SongvecError):
-    """A cache file changed on disk, or is missing. Its range is not loaded; fill it again, then load."""
+    """A file of the cache is damaged or missing. Its range is not loaded; fill it again, then load."""
 
     code = "cache.damaged"
 
@@ -91,25 +93,25 @@ class TableMismatchError(SongvecError):
 
 
 class ProviderError(SongvecError):
-    """The provider's answer ends the run: key, model, billing, or a protocol it does not speak."""
+    """The provider's answer ends the run: key, model, billing, or an unknown protocol."""
 
     code = "provider.failed"
 
 
 class VectorSizeError(ProviderError):
-    """The model, or the server that answers for it, makes vectors of another size than the settings name."""
+    """The model, or the server that serves it, makes vectors of another size than the settings name."""
 
     code = "provider.vector-size"
 
 
 class ModelChangedError(ProviderError):
-    """The provider gives other vectors under the same model name. Nothing was paid for; go back, or confirm it."""
+    """The provider gives other vectors under the same model name. Nothing was paid for; restore or confirm it."""
 
     code = "provider.model-changed"
 
 
 class ProviderUnavailableError(ProviderError):
-    """The provider did not answer well within the configured patience. A later rerun helps."""
+    """The provider gave no good answer within the configured patience. A later rerun helps."""
 
     code = "provider.unavailable"
 
@@ -121,7 +123,7 @@ class ServerSickError(ProviderUnavailableError):
 
 
 class RequestRefusedError(ProviderError):
-    """The provider refused this one request (400 or 422): one of its texts, most likely."""
+    """The provider refused this one request (400 or 422): most likely because of one of its texts."""
 
     code = "provider.request-refused"
 
@@ -131,11 +133,11 @@ class RequestTooLargeError(RequestRefusedError):
 
 
 class RequestTooSlowError(RequestTooLargeError):
-    """The provider did not answer this request in time though it had nothing else to do. Smaller ones may pass."""
+    """The provider did not answer this request in time, although no other was in flight. Smaller ones may pass."""
 
 
 class RequestFailsError(RequestRefusedError):
-    """This request fails in the same way each time while others succeed: one of its texts, most likely."""
+    """This request fails in the same way each time while others succeed: most likely because of one of its texts."""
 
 
 class BudgetExceededError(SongvecError):
@@ -145,7 +147,7 @@ class BudgetExceededError(SongvecError):
 
 
 class AlertError(SongvecError):
-    """The webhook could not be notified of a failed run. The run itself is not touched."""
+    """The webhook could not be notified of a failed run. The run itself is not affected."""
 
     code = "alert.failed"
 
@@ -157,5 +159,5 @@ class StoppedError(SongvecError):
 
 
 def describe(error: BaseException | None) -> str:
-    """An error's message as a person is shown it: with its code, where it is one of these."""
+    """An error's message for people; with its code if it is one of these."""
     return f"{error} [{error.code}]" if isinstance(error, SongvecError) else str(error)

@@ -1,7 +1,7 @@
-"""What a long step reports while it runs, how that reads as a line, and how the step is stopped.
+"""Progress reports of long steps, their text form, and stopping a step.
 
-A core function takes a `ReportProgress` and calls it as often as it likes; the face that shows it thins it out.
-When to add here: another figure of progress. Keep out: Dagster, terminals, and signals (`signals`).
+Core functions call a `ReportProgress` as often as they like; the caller that displays it limits the rate.
+When to add here: another value of a progress report. Keep out: Dagster, terminals, and signals (`signals`).
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class Progress:
         unit: "songs", "rows", "%".
         note: dollars so far, the phase of an index build, and the like.
         is_trouble: whether the note is a warning.
-        n_free: units of `done` that took no work, such as songs found in the cache; rate and time left leave them out.
+        n_free: units of `done` that took no work, such as cached songs; rate and time left do not count them.
     """
 
     step: str
@@ -57,7 +57,7 @@ def describe_seconds(seconds: float) -> str:
 
 @dataclass
 class _Work:
-    """When a step's work began, how many units were done by then, and the latest report."""
+    """When a step's work began, the units done by then, and the latest report."""
 
     began_at: float
     n_before: int
@@ -67,8 +67,8 @@ class _Work:
 class RateMeter:
     """Units per second of each step since its work began.
 
-    Units that took no work (`Progress.n_free`) do not count, nor does the time before the first one that took some. A
-    step that starts again with less done, or in another unit, is measured again.
+    Units that took no work (`Progress.n_free`) do not count, nor does the time before the first unit of work. If a step
+    restarts with fewer units done, or changes its unit, the measurement restarts.
     """
 
     def __init__(self) -> None:
@@ -104,11 +104,11 @@ def describe_progress(progress: Progress, rate: float) -> str:
 
 
 class ProgressLines:
-    """Thins progress out: a line every five seconds and one when a step reaches its total; warnings as often.
+    """Limits progress to one line per five seconds, plus one when a step reaches its total; the same for warnings.
 
     Args:
-        write: called with a line.
-        warn: called with the note of progress that is trouble.
+        write: called with each line.
+        warn: called with the note of each report that has `is_trouble`.
     """
 
     EVERY_S = 5.0
@@ -120,7 +120,7 @@ class ProgressLines:
         self._last = ""
 
     def __call__(self, progress: Progress) -> None:
-        """Write a line if it is time for one."""
+        """Write a line if one is due."""
         now = time.monotonic()
         line = describe_progress(progress, self._rates.measure(progress))
         if progress.is_trouble and now >= self._next_warning:
@@ -135,11 +135,11 @@ ReportProgress = Callable[[Progress], None]
 
 
 def ignore_progress(_progress: Progress) -> None:
-    """The default of callers that show no progress."""
+    """Show no progress."""
 
 
 class StopSignal:
-    """Asks a step that runs in another thread to end early and keep what it has."""
+    """Asks a step, possibly in another thread, to end early and keep what it has done."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -160,11 +160,11 @@ class StopSignal:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every long step of a run is given: where it reports to, and what ends it early.
+    """Passed to every long step of a run: receives its progress, and can stop it.
 
     Attributes:
         report: called with the step's progress, as often as the step likes.
-        stop: once set, the step ends as soon as what it has begun is stored.
+        stop: once set, the step stores what it has begun, and ends.
     """
 
     report: ReportProgress = ignore_progress
@@ -176,7 +176,7 @@ class RunContext:
 
 
 SILENT = RunContext()
-"""The context of callers that show no progress and stop nothing: the default of core functions."""
+"""The default of core functions: shows no progress, and is never stopped."""
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,12 @@ def run_in_worker(
     stop: Callable[[], None],
     grace_s: float = 30.0,
 ) -> Result:
-    """Run `work(emit)` in a daemon thread; what it emits reaches `report` in the calling thread.
+    """Run `work(emit)` in a daemon thread; what it emits is passed to `report` in the calling thread.
 
-    The calling thread waits in Python, so a signal reaches it at once while the worker may be in a C call (psycopg2
-    reacts to SIGINT only after its statement). An interrupt, or an error of `report`, calls `stop` and gives the worker
-    `grace_s` seconds to end, still reporting; a second interrupt abandons it. A terminal that closes (SIGHUP) is an
-    interrupt, and never a second one.
+    The calling thread waits in Python, so signals reach it at once even if the worker is in a C call (psycopg2 reacts
+    to SIGINT only after its statement). An interrupt, or an error of `report`, calls `stop` and gives the worker
+    `grace_s` seconds to end, while it still reports; a second interrupt abandons it. A closing terminal (SIGHUP) counts
+    as a first interrupt, never as a second one.
 
     Args:
         work: the long step; it reports by calling its argument.
@@ -206,14 +206,14 @@ def run_in_worker(
         grace_s: seconds the step may still take after `stop`.
 
     Raises:
-        Whatever `work` raises; the interrupt itself, after the grace, if there was one.
+        Any error of `work`; the interrupt, if there was one, after the grace period.
     """
     reports: queue.SimpleQueue[Report | _End[Result]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             reports.put(_End(result=work(reports.put)))
-        except BaseException as caught:  # noqa: BLE001 - it is raised in the calling thread
+        except BaseException as caught:  # noqa: BLE001 - raised in the calling thread
             reports.put(_End(error=caught))
 
     worker = threading.Thread(target=run, daemon=True, name="songvec-worker")
@@ -222,7 +222,7 @@ def run_in_worker(
         while time.monotonic() < deadline:
             alive = worker.is_alive()
             try:
-                # short waits: a signal that another thread received does not wake this one
+                # short waits: a signal that another thread receives does not wake this one
                 item = reports.get(timeout=_POLL_S)
             except queue.Empty:
                 if not alive:
@@ -234,7 +234,7 @@ def run_in_worker(
         return None
 
     def report_if_possible(item: Report) -> None:
-        # `report` may be what failed; the step still gets its grace, and the first error is the one raised
+        # `report` may have caused the error; the step still gets its grace period, and the first error is raised
         with contextlib.suppress(Exception, SystemExit):  # rich exits if a pipe is closed
             report(item)
 
@@ -254,7 +254,7 @@ def run_in_worker(
 
 
 def run_event_loop(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run a coroutine to its end; in another thread if the calling one runs an event loop, as in a notebook."""
+    """Run a coroutine to its end; in another thread if the calling thread runs an event loop, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,8 +1,9 @@
-"""Every setting: its environment variable, type, default and meaning, in one group per resource.
+"""All settings: environment variable, type, default and meaning, in one group per resource.
 
-A value given to `Settings(...)` replaces that of its variable; an empty variable counts as unset. `GraphSettings` are
-read when the graph loads, all others when a run starts. When to add here: a field in its group, of a type that
-Dagster's run config takes (text, number, yes or no, one of several words). Keep out: what a setting does.
+A value passed to `Settings(...)` replaces that of its variable; an empty variable counts as unset. `GraphSettings` are
+read when the graph loads, all others when a run starts.
+When to add here: a setting, as a field of its group, of a type that Dagster's run config supports (text, number,
+Boolean, one of several words). Keep out: what a setting does.
 """
 
 import re
@@ -19,7 +20,7 @@ FIREWORKS_BASE_URL = "https://api.fireworks.ai/inference/v1"
 FIREWORKS_MODEL = "fireworks/qwen3-embedding-8b"
 FIREWORKS_USD_PER_MILLION_TOKENS = 0.10
 OFFLINE_MODEL = "offline-v1"
-"""Hashed words, vectors of any size, for tests. They know spelling, not meaning."""
+"""Hashed words, vectors of any size, for tests. It knows spelling, not meaning."""
 DEMO_MODEL = "demo-v2"
 """The small model of the extra `demo`, used if nothing is configured."""
 DEMO_DIMENSIONS, DEFAULT_DIMENSIONS = 512, 2000
@@ -236,7 +237,7 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
             raise SettingsError("SONGVEC_DIRECT_URL is set but POSTGRES_URL is not: set both, to the same database")
         if not set(self.fireworks_api_key or "") <= _KEY_CHARACTERS:
             raise SettingsError(
-                "FIREWORKS_API_KEY holds a space, a line end or a character that no key has: copy it again"
+                "FIREWORKS_API_KEY contains a space, a line end or a character that keys do not have: copy it again"
             )
         if self.model == DEMO_MODEL and self.embedding_dimensions not in (DEMO_DIMENSIONS, DEFAULT_DIMENSIONS):
             raise SettingsError(
@@ -248,7 +249,7 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
         if self.postgres_url and not self.fireworks_api_key and self.fireworks_base_url == FIREWORKS_BASE_URL:
             raise SettingsError(
                 "POSTGRES_URL is set but FIREWORKS_API_KEY is not: put the key into the environment or into .env, "
-                "point FIREWORKS_BASE_URL at a server that needs none, or ask for the demo's vectors by name with "
+                "point FIREWORKS_BASE_URL at a server that needs none, or select the demo's vectors by name with "
                 f"SONGVEC_EMBEDDING_MODEL={DEMO_MODEL}"
             )
         _check_base_url(self.fireworks_base_url)
@@ -262,7 +263,7 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
 
     @property
     def price(self) -> float:
-        """Dollars per million tokens; a self-hosted server, which needs no key, sends no bill."""
+        """Dollars per million tokens; 0 for a self-hosted server, which needs no key."""
         if self.usd_per_million_tokens is not None:
             return self.usd_per_million_tokens
         is_self_hosted = self.fireworks_base_url != FIREWORKS_BASE_URL and not self.fireworks_api_key
@@ -275,15 +276,15 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
 
     @property
     def dimensions(self) -> int:
-        """Dimensions per vector, as set; the demo's model has its own."""
+        """Dimensions per vector: as set, except for the demo's model, which has a fixed number."""
         return DEMO_DIMENSIONS if self.model == DEMO_MODEL else self.embedding_dimensions
 
 
 def _check_base_url(url: str) -> None:
-    """Raise SettingsError for a URL that cannot be the root of an API; if possible, with the right one."""
+    """Raise SettingsError for a URL that cannot be the root of an API; if possible, with the correct one."""
     parts = urlsplit(url)
     if "@" in parts.netloc:
-        raise SettingsError("FIREWORKS_BASE_URL holds a user or password, which logs would show: use FIREWORKS_API_KEY")
+        raise SettingsError("FIREWORKS_BASE_URL has a user or password, which logs would show: use FIREWORKS_API_KEY")
     if parts.scheme not in ("http", "https"):
         raise SettingsError(f"FIREWORKS_BASE_URL must begin with http:// or https://, got {url!r}")
     try:
@@ -291,11 +292,11 @@ def _check_base_url(url: str) -> None:
     except ValueError:  # of an invalid port
         has_host = False
     if not has_host:
-        raise SettingsError(f"FIREWORKS_BASE_URL names no host, or no port that can be, got {url!r}")
+        raise SettingsError(f"FIREWORKS_BASE_URL has no host, or an invalid port, got {url!r}")
     if parts.query or parts.fragment:
         raise SettingsError(
             f"FIREWORKS_BASE_URL must end with its path, without ? and #: set "
-            f"{urlunsplit(parts._replace(query='', fragment=''))}, or a gateway that adds what stands behind"
+            f"{urlunsplit(parts._replace(query='', fragment=''))}, or a gateway that adds the rest"
         )
     path = parts.path.rstrip("/")
     for endpoint in _ENDPOINTS:
@@ -307,12 +308,12 @@ def _check_base_url(url: str) -> None:
 
 
 def describe(field: FieldInfo) -> str:
-    """A setting's meaning on one line, as its docstring gives it."""
+    """A setting's meaning on one line, from its docstring."""
     return " ".join((field.description or "").split())
 
 
 def settings_table() -> str:
-    """All settings as the Markdown table that the README shows."""
+    """All settings as the Markdown table in the README."""
     lines = [
         "| Variable | Default | Meaning | Read | Store identity |",
         "| --- | --- | --- | --- | --- |",

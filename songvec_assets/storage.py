@@ -1,8 +1,8 @@
-"""Where files are kept: objects under keys such as `embeddings/m-2000/000000000-000050000/manifest.json`.
+"""Storage of objects under keys such as `embeddings/m-2000/000000000-000050000/manifest.json`, in a local folder.
 
-A local folder for now. Callers speak keys, never paths, and use only what an object store offers too: put (whole,
-durable), put if unchanged, list, read, ranged reads, delete; nothing is appended to and nothing is truncated.
-When to add here: another place where files can be. Keep out: what files hold, and which keys there are. Sizes in bytes.
+Callers use keys, not paths, and only operations that object stores have too: put (whole, durable), put if unchanged,
+list, read, ranged reads, delete; nothing is appended to or truncated. Sizes are in bytes.
+When to add here: another kind of storage. Keep out: what objects contain, and which keys exist.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import xxhash
 from songvec_assets.errors import StoreError
 
 LEFTOVER_S = 3600.0
-"""A temporary file that was not written to for this long is of a process that was killed."""
+"""A temporary file that was not written for this time was left by a killed process."""
 
 
 class Versioned(NamedTuple):
@@ -31,7 +31,7 @@ class Versioned(NamedTuple):
 
 @dataclass(frozen=True)
 class Storage:
-    """A local folder of objects. It need not exist yet.
+    """A local folder of objects. Need not exist yet.
 
     Attributes:
         root: the folder.
@@ -50,11 +50,11 @@ class Storage:
         return Storage(self.root / prefix)
 
     def describe(self, key: str) -> str:
-        """How messages name an object."""
+        """An object's name in messages."""
         return str(self.root / key)
 
     def list_objects(self, prefix: str = "") -> dict[str, int]:
-        """Names and sizes of the objects directly under a prefix; those that are being written are left out."""
+        """Names and sizes of the objects directly under a prefix, without those that are being written."""
         return {
             entry.name: entry.stat().st_size
             for entry in self._scan(prefix)
@@ -62,13 +62,13 @@ class Storage:
         }
 
     def list_prefixes(self, prefix: str = "") -> list[str]:
-        """The next parts of all keys that go on below a prefix, in order."""
+        """The names of the prefixes directly below a prefix, in order."""
         return sorted(entry.name for entry in self._scan(prefix) if entry.is_dir())
 
     def _scan(self, prefix: str) -> Iterator[os.DirEntry[str]]:
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root / prefix) as entries:
             for entry in entries:
-                # one that is deleted meanwhile is not there
+                # an entry may be deleted meanwhile
                 with contextlib.suppress(FileNotFoundError):
                     yield entry
 
@@ -81,7 +81,7 @@ class Storage:
         return Versioned(content, _version_of(content))
 
     def open(self, key: str) -> pa.Buffer:
-        """An object as a buffer whose bytes are read when they are used: mapped, not loaded.
+        """An object as a memory-mapped buffer: bytes are read when they are used.
 
         Raises:
             FileNotFoundError: there is no such object.
@@ -91,15 +91,15 @@ class Storage:
 
     @contextlib.contextmanager
     def write(self, key: str) -> Iterator[BinaryIO]:
-        """Write an object piece by piece; it is there, whole and durable, when the block has ended well.
+        """Write an object piece by piece; it appears, whole and durable, when the block ends without an error.
 
         Raises:
-            StoreError: the disk refuses.
+            StoreError: it cannot be written.
         """
         path = self.root / key
         # one name per process, so that two writers never share a file
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with _refusals(path):
+        with _write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with temporary.open("wb") as file:
@@ -109,38 +109,38 @@ class Storage:
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
-            sync_folder(path.parent)
+            _sync_folder(path.parent)
 
     def put(self, key: str, content: bytes) -> str:
-        """Write an object, whole and durable, whatever was there before; its version."""
+        """Write or replace an object, whole and durable; returns its version."""
         with self.write(key) as file:
             file.write(content)
         return _version_of(content)
 
     def put_if_unchanged(self, key: str, content: bytes, version: str | None) -> str | None:
-        """Replace an object that is still as it was read; of two writers that read the same version one succeeds.
+        """Replace an object that has not changed since it was read; of two concurrent writers only one succeeds.
 
         Args:
             key: of the object.
-            content: whole.
-            version: as `read` gave it; None: there must be no such object yet.
+            content: the whole content.
+            version: as `read` returned it; None: the object must not exist yet.
 
         Returns:
-            The new version; None if another process wrote the object since: nothing is written then.
+            The new version; None if the object has changed since: then nothing is written.
         """
         folder = (self.root / key).parent
-        with _refusals(folder):
+        with _write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder):
             found = self.read(key)
             return self.put(key, content) if (found.version if found else None) == version else None
 
     def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Delete an object, if it exists."""
         (self.root / key).unlink(missing_ok=True)
 
     def delete_all(self, prefix: str) -> None:
-        """Remove what is left directly under a prefix, files that were never finished among it."""
+        """Delete everything directly under a prefix, including unfinished files."""
         folder = self.root / prefix
         for path in folder.iterdir() if folder.exists() else ():
             path.unlink(missing_ok=True)
@@ -148,7 +148,7 @@ class Storage:
             folder.rmdir()
 
     def delete_leftovers(self, prefix: str) -> None:
-        """Remove files that killed processes never finished."""
+        """Delete files that killed processes never finished."""
         for path in (self.root / prefix).glob(".*.tmp"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > LEFTOVER_S:
@@ -156,8 +156,8 @@ class Storage:
 
 
 @contextlib.contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    """Name the path where the disk refuses to write."""
+def _write_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the file system into StoreError with the path."""
     try:
         yield
     except OSError as error:
@@ -172,9 +172,9 @@ def _version_of(content: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a created, renamed or removed entry of a folder durable."""
-    if os.name == "nt":  # Windows opens no folders; its renames are journalled
+def _sync_folder(folder: Path) -> None:
+    """Make created, renamed or deleted entries of a folder durable."""
+    if os.name == "nt":  # Windows cannot open folders; its renames are journalled
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -185,8 +185,8 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """Lock a folder against every other process and thread; the kernel releases the lock of one that is killed."""
-    if os.name == "nt":  # Windows opens no folders; the database holds the range's lock anyway
+    """Lock a folder against all other processes and threads; the kernel releases the lock of a killed process."""
+    if os.name == "nt":  # Windows cannot open folders; the database's lock of the range protects its files
         yield
         return
     import fcntl

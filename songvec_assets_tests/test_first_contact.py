@@ -171,7 +171,7 @@ class TestAWrongUrl:
 
     @pytest.mark.parametrize("url", ["http:///v1", "http://localhost:99999/v1", "http://localhost:port/v1"])
     def test_without_a_host_or_port_is_refused(self, deployment_at: Callable[..., Pipeline], url: str) -> None:
-        with pytest.raises(SettingsError, match="FIREWORKS_BASE_URL names no host"):
+        with pytest.raises(SettingsError, match="FIREWORKS_BASE_URL has no host"):
             deployment_at(fireworks_base_url=url)
 
 

@@ -420,16 +420,16 @@ class TestVersions:
         try:
             code, output = command("run")
             assert code == 0, output
-            assert output.count("pgvector 0.8.0.google-4 has errors that were mended since") == 1, output
+            assert output.count("pgvector 0.8.0.google-4 has errors that were fixed since") == 1, output
             code, output = command("status")
             assert code == 0, output
             assert "Server: pgvector 0.8.0.google-4" in output
             code, output = command("search", "sea")
-            assert (code, "mended" in output) == (0, False), output
+            assert (code, "fixed since" in output) == (0, False), output
         finally:
             execute(database.adbc_uri, "UPDATE pg_extension SET extversion = %s WHERE extname = 'vector'", (version,))
         code, output = command("run")
-        assert "mended" not in output
+        assert "fixed since" not in output
 
 
 class TestBoilerplate:

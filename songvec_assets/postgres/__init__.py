@@ -1,1 +1,1 @@
-"""How the database is reached."""
+"""The database: connections, sessions, error messages, and schema `songvec`."""

@@ -1,6 +1,7 @@
 """The embedded Postgres with pgvector, and its `songs` table: the sample catalogue plus generated songs.
 
-For demos and tests. Keep out: what other databases need; they are given by URL.
+For demos and tests. When to add here: another setting or workaround of the embedded server. Keep out: what other
+databases need; they are given by URL.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from songvec_assets.samples import read_sample_songs
 DEFAULT_FOLDER = Path(".songvec") / "postgres"
 SERVER_SETTINGS = {
     "shared_buffers": "256MB",
-    # the library ends a start after 10 s: a crash must not leave more log to replay than that
+    # the library gives a start 10 s: after a crash, replaying the log must take less
     "max_wal_size": "1GB",
     "autovacuum_naptime": "15s",
     "max_connections": "60",
@@ -41,7 +42,7 @@ def start_embedded_server(folder: Path) -> Database:
     """Start, or join, the embedded server whose cluster is in `folder`; it stops with the last process that uses it.
 
     Raises:
-        DatabaseError: it does not start; names its log.
+        DatabaseError: it does not start; the message has the path of its log.
     """
     with warnings.catch_warnings():
         # containers have no XDG_RUNTIME_DIR: the library warns on import that it uses a temporary folder
@@ -94,8 +95,7 @@ _PLAIN_PATH = re.compile(r"[\w./@+-]+", re.ASCII)
 
 
 def _find_socket_folder(find: Callable[[Path, Path], Path], cluster: Path, runtime: Path) -> Path:
-    """The folder of the server's socket: the cluster, as the library chooses, unless a shell or a URL would need
-    its path quoted, which the library does not do."""
+    """The folder of the server's socket: the library's choice, unless that path needs quoting, which it does not do."""
     if _PLAIN_PATH.fullmatch(str(cluster)):
         return find(cluster, runtime)
     folder = runtime / f"songvec-{hashlib.sha256(os.fsencode(cluster)).hexdigest()[:10]}"
@@ -104,14 +104,13 @@ def _find_socket_folder(find: Callable[[Path, Path], Path], cluster: Path, runti
 
 
 def _remove_stale_pid_file(folder: Path) -> None:
-    """Remove a postmaster.pid whose process number belongs to another program by now: the library would take that for
-    the server, and end it on exit."""
+    """Remove a postmaster.pid whose pid now belongs to another program: the library would end that program on exit."""
     path = folder / "postmaster.pid"
     try:
         pid = int(path.read_text(encoding="utf-8").split("\n", 1)[0])
         name = psutil.Process(pid).name()
     except (FileNotFoundError, ValueError, psutil.Error):
-        return  # no file, or no such process: the server itself replaces the file
+        return  # there is no file, or no such process: then the server replaces the file
     if not name.startswith("postgres"):
         path.unlink(missing_ok=True)
 
@@ -128,8 +127,8 @@ def create_songs_table(database: Database, range_size: int = 0) -> None:
     """Create `songs` with the sample catalogue, unless the table exists.
 
     Args:
-        range_size: song_ids per range; a quarter of the samples then begins each of the first four ranges, so that a
-            demo shows several. 0: their ids are consecutive.
+        range_size: song_ids per range; each of the first four ranges then begins with a quarter of the samples, so that
+            a demo shows several ranges. 0: consecutive ids.
     """
     samples = read_sample_songs()
     quarter = -(-samples.height // 4)
@@ -156,7 +155,7 @@ def add_generated_songs(database: Database, n_generated: int) -> None:
 
 
 def generate_songs(samples: pl.DataFrame, first: int, n_songs: int) -> Iterator[tuple[str, str, str]]:
-    """Songs to test size: lines of the samples in a new order, about 1.2 KB each; numbers keep them distinct."""
+    """Songs for tests of size: random lines of the samples, about 1.2 KB per song; numbers keep them distinct."""
     lines = [line for lyrics in samples["lyrics"].drop_nulls() for line in lyrics.splitlines()]
     names, artists = samples["name"].to_list(), samples["artist"].to_list()
     for number in range(first, first + n_songs):

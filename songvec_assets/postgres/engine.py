@@ -1,7 +1,8 @@
-"""Connections: engines with three kinds of pools, and the border where the driver's errors become DatabaseError.
+"""Connections: engines with three kinds of pools, and the border at which driver errors become DatabaseError.
 
-A pooler in transaction mode may stand before the server, so settings are made per transaction; what needs a session
-takes `Database.get_autocommit`. Keep out: statements, and anything that knows a table.
+The server may be behind a pooler in transaction mode, so settings are made per transaction; code that needs a session
+uses `Database.get_autocommit`.
+When to add here: another way to connect. Keep out: statements, and anything that knows a table.
 """
 
 import contextlib
@@ -39,11 +40,11 @@ _POOLS: dict[Profile, dict[str, Any]] = {
 _engines: dict[tuple[str, Profile], sa.Engine] = {}
 _engines_lock = threading.Lock()
 
-# names of types are compared: the server must not quote all of them
+# names of types are compared: the server must not quote them unnecessarily
 _UNQUOTED = "set_config('quote_all_identifiers', 'off', true)"
 # `cancel` identifies a transaction by its process and start
 _BEGIN = f"SELECT pg_backend_pid(), now(), {_UNQUOTED}"
-# a role's timeouts are meant for queries, not for loads and locks of hours; PostgreSQL before 17 has three of them
+# a role's timeouts are meant for queries, not for loads and locks of hours; before PostgreSQL 17 there are three
 _BEGIN_LONG = f"""
     SELECT pg_backend_pid(), now(), {_UNQUOTED}, set_config('statement_timeout', '0', true),
            set_config('idle_in_transaction_session_timeout', '0', true), set_config('lock_timeout', '60s', true),
@@ -59,7 +60,7 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
     """The process's engine for a URL and profile.
 
     Args:
-        url: as libpq takes it, with or without a driver's name.
+        url: as libpq reads it, with or without a driver's name.
         profile: `batch`, no pool, for long jobs; `web`, 5 pooled and up to 10 more; `parallel`, 15 for 8 workers.
     """
     with _engines_lock:
@@ -69,7 +70,7 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
                 # SQLAlchemy's own URLs have one host, and other rules for special characters
                 "postgresql+psycopg2://",
                 creator=functools.partial(psycopg2.connect, libpq_uri(url), **CONNECT_ARGS),
-                # part of each BEGIN; in stricter levels a statement that waited for a row fails
+                # part of each BEGIN; at stricter levels a statement that waited for a row fails
                 isolation_level="READ COMMITTED",
                 pool_pre_ping=profile != "batch",
                 **_POOLS[profile],
@@ -104,8 +105,8 @@ def _begin(connection: sa.Connection, statement: str) -> None:
 def atomic(statement: str) -> sa.TextClause:
     """A statement for AUTOCOMMIT, in one round trip, that is READ COMMITTED and ignores the role's timeouts.
 
-    Such statements share a row with all threads and processes that send requests: a timeout that hosts set for queries
-    could end one that waits for the row, and with it a run that has paid already.
+    For rows that all threads and processes that send requests share: a timeout for queries could cancel a statement
+    that waits for the row, and so end a run that has already paid.
     """
     return sa.text(f"{_BEGIN_ATOMIC}; {statement}")
 
@@ -115,7 +116,7 @@ def get_connection(url: str, profile: Profile = "batch") -> Iterator[sa.Connecti
     """A connection in a transaction, committed at the end of the block, rolled back on an error.
 
     Raises:
-        DatabaseError: unreachable, refused, or a statement failed; says what to do.
+        DatabaseError: unreachable, refused, or a statement failed; the message says what to do.
     """
     with error_border(), get_engine(url, profile).connect() as connection, _ended(connection):
         connection.begin()
@@ -125,7 +126,7 @@ def get_connection(url: str, profile: Profile = "batch") -> Iterator[sa.Connecti
 
 @contextlib.contextmanager
 def _ended(connection: sa.Connection) -> Iterator[None]:
-    """Roll back an open transaction after the block; if the connection broke, the block's error is the one raised."""
+    """Roll back an open transaction after the block; if the connection broke, the block's error is raised."""
     try:
         yield
     finally:
@@ -145,9 +146,9 @@ class Database:
     As a context manager it closes them at the end: `with Database(url) as database: …`.
 
     Attributes:
-        url: as libpq takes it.
-        embedded: whether it is the server that comes with this package.
-        direct_url: bypasses a pooler in transaction mode; None: `url` does.
+        url: as libpq reads it.
+        embedded: whether it is the embedded server.
+        direct_url: bypasses a pooler in transaction mode; None: `url` has no such pooler.
     """
 
     url: str = field(repr=False)
@@ -164,23 +165,23 @@ class Database:
         self.close()
 
     def close(self) -> None:
-        """Close this process's pooled connections to the URL. The database can be used again afterwards."""
+        """Close this process's pooled connections. The database can be used again afterwards."""
         for url in filter(None, {self.url, self.direct_url}):
             close_engines(url)
 
     def get_engine(self, profile: Profile = "batch") -> sa.Engine:
-        """See the function of that name."""
+        """See `get_engine` of this module."""
         return get_engine(self.url, profile)
 
     @contextlib.contextmanager
     def get_connection(self, profile: Profile = "batch") -> Iterator[sa.Connection]:
-        """See the function of that name; `cancel` reaches this connection's statements."""
+        """See `get_connection` of this module; `cancel` reaches this connection's statements."""
         with get_connection(self.url, profile) as connection, self._cancellable(connection.info["backend"]):
             yield connection
 
     @property
     def has_sessions(self) -> bool:
-        """Whether the URL gives sessions, which a pooler in transaction mode does not; asked once per process and URL.
+        """Whether the URL gives sessions, which a pooler in transaction mode does not; tested once per process and URL.
 
         Raises:
             DatabaseError: unreachable.
@@ -196,12 +197,12 @@ class Database:
             settings: server settings for this session: `maintenance_work_mem="1GB"`.
 
         Raises:
-            DatabaseError: a pooler in transaction mode stands before the server, or the server refused.
+            DatabaseError: the server is behind a pooler in transaction mode, or it refused.
         """
         if not self.has_sessions:
             raise DatabaseError(
-                "expected a session of the server's own, got a pooler in transaction mode: set SONGVEC_DIRECT_URL to "
-                "a URL that reaches the same database past it",
+                "expected a session of the server, got a pooler in transaction mode: set SONGVEC_DIRECT_URL to a "
+                "URL of the same database that bypasses the pooler",
                 "database.session",
             )
         engine = get_engine(self.direct_url or self.url).execution_options(isolation_level="AUTOCOMMIT")
@@ -238,7 +239,7 @@ class Database:
 
     @property
     def adbc_uri(self) -> str:
-        """The URL as libpq takes it."""
+        """The URL as libpq reads it."""
         return libpq_uri(self.url)
 
     def describe(self) -> str:

@@ -1,6 +1,6 @@
-"""Error messages of the database: what the server, the driver or a pooler said, and what to do about it.
+"""Error messages of the database: the message of the server, the driver or a pooler, and what to do about it.
 
-When to add here: advice for another error, in `_ADVICE`. Keep out: errors of our own, which have their advice.
+When to add here: advice for another error, in `_ADVICE`. Keep out: errors that this package raises itself.
 """
 
 import contextlib
@@ -73,12 +73,12 @@ _ADVICE = {
         r"|could not receive": f"the connection broke: what was committed is kept, {_GO_ON}",
     },
 }
-"""Advice by code, and by a pattern of the SQLSTATE, a space and the words: the first that is found. PgBouncer's own
-errors have no SQLSTATE."""
+"""Advice by error code and by pattern; patterns are searched, in order, in the SQLSTATE, a space and the message.
+Errors of PgBouncer have no SQLSTATE."""
 
 
 def read_database_error(error: BaseException | None) -> DatabaseError:
-    """The server's own words, on one line, and what to do about them."""
+    """The server's message on one line, and what to do about it."""
     words = " ".join(str(error).split())
     state = getattr(error, "pgcode", None) or getattr(error, "sqlstate", None)  # psycopg2's, or ADBC's
     for code, patterns in _ADVICE.items():
@@ -94,7 +94,7 @@ def lacks_shared_memory(error: BaseException) -> bool:
 
 
 class ReportingCursor(psycopg2.extensions.cursor):  # type: ignore[misc]
-    """psycopg2's cursor, whose errors also report why the server ended a connection."""
+    """A cursor of psycopg2 whose errors also say why the server closed the connection."""
 
     def execute(self, query: Any, parameters: Any = None) -> None:
         """See psycopg2."""
@@ -114,6 +114,6 @@ def _with_last_words(connection: Any) -> Iterator[None]:
     except psycopg2.OperationalError as error:
         if not connection.closed:
             raise
-        # a crash is reported by a notice, all else as the connection's error
+        # the server reports a crash as a notice, everything else as the connection's error
         notices = [notice.partition("\n")[0] for notice in connection.notices if "terminating connection" in notice]
         raise psycopg2.OperationalError("\n".join([*notices, connection.info.error_message or str(error)])) from error

@@ -1,7 +1,7 @@
-"""What people added to a table, as the catalog has it: what a table of another name can be given, and what it cannot.
+"""What users have added to a table, by the system catalog: what can be copied to its replacement, and what cannot.
 
-When to add here: another property that a later server lets people set on a table. Keep out: which table replaces which
-(`vectors/swap`).
+When to add here: another property of tables, of a later PostgreSQL. Keep out: which table replaces which
+(`vectors.swap`).
 """
 
 import contextlib
@@ -78,7 +78,7 @@ _ATTACHMENTS = """
     ORDER BY 1
 """
 
-# what a table that takes another's name is given, as statements about %(new)s; their order matters
+# statements that copy properties to the table %(new)s; their order matters
 _PROPERTIES = """
     WITH target AS (SELECT * FROM pg_class WHERE oid = %(table)s::regclass),
     columns AS (
@@ -127,27 +127,27 @@ _STATISTICS = """
 
 
 def find_attachments(connection: sa.Connection, table: str, indexes: Collection[str]) -> list[str]:
-    """What people added to a table that would stay with it when another one takes its name.
+    """What users have added to a table and would be left behind if another table replaced it.
 
     Args:
         connection: in a transaction.
         table: its name.
-        indexes: names of its indexes that are not theirs.
+        indexes: names of indexes to ignore, which this package created.
     """
     return list(connection.scalars(text(_ATTACHMENTS), {"table": table, "indexes": list(indexes)}))
 
 
 @contextlib.contextmanager
 def copying_properties(connection: sa.Connection, table: str, new: str) -> Iterator[None]:
-    """Give a table's owner, rights, options, comments and statistics to the one that takes its name.
+    """Copy a table's owner, rights, options, comments and statistics to the table that replaces it.
 
-    Rights that the new table alone has, by default privileges or from an earlier day, are taken away. Objects of
-    extended statistics have names of their own, so they move: created again when the block has renamed the tables.
+    Rights that only the new table has, for example by default privileges, are revoked. Extended statistics have unique
+    names, so they are dropped, and created again after the block has renamed the tables.
 
     Args:
         connection: in a transaction.
-        table: whose name is taken.
-        new: the table that takes it.
+        table: to be replaced.
+        new: the table that replaces it.
     """
     statistics = connection.execute(text(_STATISTICS), {"table": table}).all()
     with raw_cursor(connection) as cursor:  # names and comments may hold colons and percent signs

@@ -1,7 +1,7 @@
-"""Schema `songvec`: its migrations, the values in `songvec.settings` (one row each, as JSON), and advisory locks.
+"""Schema `songvec`: its migrations, the values in `songvec.settings` (JSON, one row per value), and advisory locks.
 
-When to add here: access to these tables. A change of the tables is another file in `migrations/`, `0002_….sql`, which
-runs once. Keep out: what the values mean.
+When to add here: access to these tables. To change the tables, add a file to `migrations/`, such as `0002_….sql`, which
+runs once. Keep out: the meaning of the values.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from songvec_assets.postgres.engine import Database, error_border, raw_cursor
 MIN_PGVECTOR = (0, 7, 0)
 """The first pgvector with the halfvec type (released 2024-04)."""
 
-_MENDED = {
+_FIXED = {
     (0, 8, 2): "a buffer overflow in parallel HNSW builds",
     (0, 8, 3): "HNSW indexes damaged by VACUUM",
     (0, 8, 4): "IVFFlat builds that take more than maintenance_work_mem",
 }
-"""Errors that a version fixed (pgvector's changelog, read 2026-11)."""
+"""Errors fixed in each version (pgvector's changelog, read 2026-11)."""
 
 _Record = TypeVar("_Record")
 
@@ -41,7 +41,7 @@ _READ_VALUE = "SELECT value FROM songvec.settings WHERE key = :key"
 _INSERT_VALUE = "INSERT INTO songvec.settings (key, value) VALUES (:key, CAST(:value AS jsonb)) ON CONFLICT"
 
 _VERSION = "schema_version"
-# releases that recorded no version: the last one created all of version 1
+# earlier releases recorded no version; the last of them created all of version 1
 _HAS_VERSION_1 = """
     SELECT EXISTS (
         SELECT FROM pg_attribute WHERE attrelid = to_regclass('songvec.budgets') AND attname = 'reserved_usd'
@@ -62,18 +62,18 @@ def read_migrations() -> list[str]:
 
 
 def ensure_schema(database: Database) -> None:
-    """Bring schema `songvec` to the newest version, and create the `vector` extension if it is missing.
+    """Migrate schema `songvec` to the newest version, and create the extension `vector` if it is missing.
 
-    All in one transaction: a migration that fails changes nothing. A schema from before versions were recorded is kept
+    All in one transaction: a failed migration changes nothing. A schema of a release that recorded no version is kept,
     with its rows.
 
     Raises:
-        DatabaseError: a newer release made the schema; the extension is not installed, not permitted or too old; or the
-            user may not create a schema.
+        DatabaseError: a newer release migrated the schema; the extension is not installed, not permitted or too old; or
+            the user may not create a schema.
     """
     migrations = read_migrations()
     with database.get_connection() as connection:
-        # two first runs at once would collide in the catalog
+        # concurrent first runs would conflict in the system catalog
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key("schema")})
         recorded = _read_version(connection)
         version = recorded if recorded is not None else int(bool(connection.scalar(text(_HAS_VERSION_1))))
@@ -112,7 +112,7 @@ def _ensure_extension(connection: sa.Connection) -> None:
         try:
             connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
         except sa.exc.ProgrammingError as error:
-            if getattr(error.orig, "pgcode", None) == _NO_SCHEMA:  # the message of error_border says more
+            if getattr(error.orig, "pgcode", None) == _NO_SCHEMA:  # the message from error_border is more specific
                 raise
             raise DatabaseError(
                 "the extension `vector` is not in this database and this user may not create it: let a superuser run "
@@ -137,10 +137,10 @@ _EXTENSION = """
 
 
 def check_search_path(connection: sa.Connection) -> None:
-    """Check that the user's search_path leads to the extension's types and operators.
+    """Check that the user's search_path includes the extension's schema.
 
     Raises:
-        DatabaseError: it does not; names the statement that helps.
+        DatabaseError: it does not; the message has the statement to run.
     """
     found = connection.execute(text(_EXTENSION)).one_or_none()
     if found is None:
@@ -164,27 +164,27 @@ def check_search_path(connection: sa.Connection) -> None:
 
 
 def parse_pgvector_version(installed: str) -> tuple[int, ...] | None:
-    """The first three numbers of an extversion, as hosts add their own: `0.8.0.google-4`. None: it has no number."""
+    """The first three numbers of an extversion, without suffixes of hosts (`0.8.0.google-4`). None: it has none."""
     numbers = re.match(r"v?(\d+(?:\.\d+)*)", installed)
     return tuple(map(int, f"{numbers[1]}.0.0".split(".")[:3])) if numbers else None
 
 
 def describe_pgvector(installed: str) -> str:
-    """Known errors of a version of pgvector; empty: none."""
+    """Known errors of a version of pgvector; empty if there are none."""
     version = parse_pgvector_version(installed)
     if version is None:
         return f"the version of pgvector, {installed!r}, was not understood: expected one like 0.8.5"
-    mended = [f"{what} ({'.'.join(map(str, since))})" for since, what in _MENDED.items() if version < since]
-    if not mended:
+    fixed = [f"{what} ({'.'.join(map(str, since))})" for since, what in _FIXED.items() if version < since]
+    if not fixed:
         return ""
     return (
-        f"pgvector {installed} has errors that were mended since: {', '.join(mended)}. Update the server's package, "
-        "then run ALTER EXTENSION vector UPDATE; where a host runs the server, ask for it"
+        f"pgvector {installed} has errors that were fixed since: {', '.join(fixed)}. Update the server's package, then "
+        "run ALTER EXTENSION vector UPDATE; if a host runs the server, ask for it"
     )
 
 
 def read_pgvector_caution(database: Database) -> str:
-    """Known errors of this database's pgvector; empty: none, or it has no pgvector yet."""
+    """Known errors of this database's pgvector; empty if there are none, or no pgvector yet."""
     with database.get_connection() as connection:
         installed = _read_pgvector_version(connection)
     return "" if installed is None else describe_pgvector(installed)
@@ -206,7 +206,7 @@ _with_tables: "weakref.WeakSet[sa.Engine]" = weakref.WeakSet()
 
 
 def has_tables(connection: sa.Connection) -> bool:
-    """Whether this database has our tables; asked until it has, once per engine."""
+    """Whether this database has the tables of schema `songvec`; once it has, the answer is cached per engine."""
     if connection.engine not in _with_tables:
         if not connection.scalar(text(_HAS_SETTINGS)):
             return False
@@ -224,7 +224,7 @@ def read_fact(connection: sa.Connection, key: str) -> Any:
 def read_record(connection: sa.Connection, key: str, kind: type[_Record]) -> _Record | None:
     """A value of `songvec.settings` as a number, text, dataclass or list of them.
 
-    None: there is none, or another version wrote it with other fields. Fields that `kind` does not have are ignored.
+    None: there is none, or another version wrote it with other fields. Fields that `kind` lacks are ignored.
     """
     value = read_fact(connection, key)
     try:
@@ -240,7 +240,7 @@ def write_fact(connection: sa.Connection, key: str, value: Any) -> None:
 
 
 def write_first_fact(connection: sa.Connection, key: str, value: Any) -> None:
-    """Set a value unless there is one; of several concurrent writers, the first one wins."""
+    """Set a value unless there is one; of concurrent writers, the first one wins."""
     connection.execute(text(f"{_INSERT_VALUE} DO NOTHING"), {"key": key, "value": json.dumps(value)})
 
 
@@ -253,19 +253,19 @@ def lock_key(name: str) -> int:
 def hold_lock(
     database: Database, name: str, on_wait: Callable[[], None], check: Callable[[], None]
 ) -> Iterator[Callable[[], None]]:
-    """Hold an advisory lock of a transaction until the end of the block or of the process.
+    """Hold a transaction-level advisory lock until the end of the block or of the process.
 
-    Behind a pooler in transaction mode a session's lock would be lost, or never end. The transaction is idle and has no
-    snapshot: neither VACUUM nor an index build waits for it.
+    Behind a pooler in transaction mode, a session-level lock would be lost, or never released. The transaction is idle
+    and has no snapshot: neither VACUUM nor an index build waits for it.
 
     Args:
         database: all runs on it share the same locks.
-        name: what is locked.
+        name: of the lock.
         on_wait: called once if another transaction holds the lock.
         check: called while waiting; raises to give up.
 
     Yields:
-        A function that raises DatabaseError if the transaction, and the lock with it, was lost.
+        A function that raises DatabaseError if the transaction was lost, and with it the lock.
     """
     with error_border(), database.get_engine().connect() as connection:
         take = text("SELECT pg_try_advisory_xact_lock(:key)").bindparams(key=lock_key(name))
@@ -282,6 +282,6 @@ def hold_lock(
         try:
             yield check_held
         finally:
-            # where the connection broke, the lock went with it
+            # if the connection broke, the lock is already released
             with contextlib.suppress(sa.exc.DBAPIError):
                 connection.rollback()

@@ -1,7 +1,8 @@
 """Sessions and their sockets: whether a URL gives sessions, their settings, and how statements are cancelled.
 
-A pooler in transaction mode (such as PgBouncer) gives none: each transaction may get another of the pooler's sessions,
-and a session's settings would reach the next client. Keep out: engines and transactions. Timeouts are seconds.
+A pooler in transaction mode (such as PgBouncer) gives none: each transaction may get a different session of the pooler,
+and session settings would leak to the next client. Timeouts are seconds.
+When to add here: another property of a session or a socket. Keep out: engines and transactions.
 """
 
 import contextlib
@@ -19,10 +20,10 @@ from songvec_assets.postgres.urls import libpq_uri
 CONNECT_ARGS: dict[str, Any] = {
     "connect_timeout": 10,
     "application_name": "songvec",
-    # all that we read and write is UTF-8, whatever the database's encoding and PGCLIENTENCODING
+    # clients read and write UTF-8, whatever the database's encoding and PGCLIENTENCODING
     "client_encoding": "UTF8",
     "cursor_factory": ReportingCursor,
-    # a load or an index build is silent for hours: firewalls forget such connections, and dead peers go unnoticed
+    # a load or an index build is silent for hours: firewalls drop such connections, and dead peers go unnoticed
     "keepalives": 1,
     "keepalives_idle": 30,
     "keepalives_interval": 10,
@@ -30,9 +31,9 @@ CONNECT_ARGS: dict[str, Any] = {
 }
 
 Backend = tuple[int, datetime.datetime]
-"""A process of the server, and when it or its transaction began: together they are unique."""
+"""The pid of a server process, and when it or its transaction began: together they are unique."""
 
-# only those that the server knows
+# of these, only the settings that the server has
 _NO_TIMEOUTS = """
     SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN (
         'statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout',
@@ -44,7 +45,7 @@ _SET = "SELECT set_config(%s, %s, false)"
 _N_TRIES = 5
 
 _SEND_BUFFER_BYTES = (16 << 20, 4 << 20, 1 << 20)
-"""Tried in turn. Linux gives up to twice `net.core.wmem_max`; others refuse what exceeds their limit."""
+"""Tried in this order. Linux grants up to twice `net.core.wmem_max`; other systems refuse sizes above their limit."""
 
 _CANCEL = """
     SELECT pg_cancel_backend(pid) FROM pg_stat_activity
@@ -54,10 +55,10 @@ _CANCEL = """
 
 @functools.cache
 def keeps_sessions(url: str) -> bool:
-    """Whether a connection to a URL keeps one session of the server; asked once per process and URL.
+    """Whether a connection to a URL keeps one session of the server; tested once per process and URL.
 
-    A pooler in transaction mode gives any free session: then two connections get the same one, or one of them gets
-    several. One connection asks twice in a row: of two sessions in rotation, each would otherwise always get its own.
+    A pooler in transaction mode gives any free session: two connections get the same one, or one connection gets
+    several. One connection asks twice in a row: otherwise, if two sessions rotate, each would always get the same one.
     """
     ones: set[int] = set()
     others: set[int] = set()
@@ -70,9 +71,9 @@ def keeps_sessions(url: str) -> bool:
 
 @contextlib.contextmanager
 def configure_session(cursor: Any, settings: dict[str, str]) -> Iterator[Backend]:
-    """Set a session's server settings for the block, and no timeouts, whatever its role has."""
+    """Set server settings for the session within the block, without the role's timeouts."""
     cursor.execute(_NO_TIMEOUTS)
-    # the server then notices that a client was killed, and ends its index build; older ones and some platforms cannot
+    # lets the server end the index build of a killed client; older servers and some platforms do not support it
     with contextlib.suppress(psycopg2.errors.UndefinedObject, psycopg2.errors.InvalidParameterValue):
         cursor.execute(_SET, ("client_connection_check_interval", "10s"))
     ours = {"default_transaction_isolation": "read committed", "quote_all_identifiers": "off"}
@@ -87,7 +88,7 @@ def configure_session(cursor: Any, settings: dict[str, str]) -> Iterator[Backend
 
 
 def cancel_statements(url: str, backends: Collection[Backend]) -> None:
-    """Cancel the statements that these processes run, if the server can be reached."""
+    """Cancel the statements of these processes, if the server can be reached."""
     pids, starts = [pid for pid, _ in backends], [start for _, start in backends]
     with contextlib.suppress(psycopg2.Error), _connect(url, connect_timeout=5) as cursor:
         cursor.execute(_CANCEL, (pids, starts, starts))
@@ -105,8 +106,8 @@ def _connect(url: str, **arguments: Any) -> Iterator[Any]:
 def widen_send_buffer(connection: Any) -> None:
     """Enlarge the send buffer of a Unix socket, so that a client can send ahead.
 
-    A server that loads rows works in bursts: after every 16 MB of new pages it writes them for 20 ms, and then takes
-    rows faster than a client makes them (PostgreSQL 18, measured 2026-11). TCP enlarges its buffers by itself.
+    A server loads rows in bursts: after each 16 MB of new pages it writes for 20 ms, and then reads rows faster than a
+    client produces them (PostgreSQL 18, measured 2026-11). TCP enlarges its buffers automatically.
 
     Args:
         connection: psycopg2's. A pooled one keeps the buffer: a limit, not an allocation.

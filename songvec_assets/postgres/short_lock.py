@@ -1,4 +1,7 @@
-"""Short transactions that need a strong lock on a table that searches use."""
+"""Short transactions that need a strong lock on a table that searches use.
+
+When to add here: another way to keep such a lock short. Keep out: the statements (`vectors`).
+"""
 
 import time
 from collections.abc import Callable
@@ -19,9 +22,9 @@ def run_with_short_lock(
     check: Callable[[], None] = lambda: None,
     patience_s: float = 600.0,
 ) -> None:
-    """Run `work` in one transaction that waits up to 250 ms for a lock, else rolls back and tries again.
+    """Run `work` in one transaction that waits up to 250 ms for a lock, and is rolled back and retried after that.
 
-    All later searches wait behind a session that waits for a strong lock, so the wait must be short.
+    While a session waits for a strong lock, all later searches wait behind it, so the wait must be short.
 
     Args:
         database: of the table.
@@ -30,7 +33,7 @@ def run_with_short_lock(
         patience_s: seconds after which a lock that is still held is an error.
 
     Raises:
-        DatabaseError: another session held its lock all the time; nothing is changed.
+        DatabaseError: another session held a lock until the end; nothing was changed.
     """
     deadline = time.monotonic() + patience_s
     while True:

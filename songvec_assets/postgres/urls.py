@@ -1,7 +1,7 @@
 """URLs of databases, as libpq reads them: checked, and passed to each driver unchanged.
 
-When to add here: options of another tool that people's URLs carry. Keep out: connections. No error holds a URL: it may
-hold a password.
+When to add here: another tool's options that users' URLs contain. Keep out: connections. No error shows a URL, since it
+may hold a password.
 """
 
 import re
@@ -38,11 +38,11 @@ _REPLACEMENTS = {
     "sslidentity": "write sslcert and sslkey instead",
     "server_settings": "write options=-c… instead",
 }
-"""What to write in their place; all others are left out."""
+"""What to write instead; all other options are left out."""
 
 
 def libpq_uri(url: str) -> str:
-    """The URL without the name of SQLAlchemy's driver, which libpq does not know: all else stays as it was given."""
+    """The URL without the name of SQLAlchemy's driver, which libpq does not know; otherwise unchanged."""
     return re.sub(r"^(postgres|postgresql\+psycopg2)://", "postgresql://", url)
 
 
@@ -50,8 +50,8 @@ def parse_url(url: str, variable: str = "POSTGRES_URL") -> dict[str, str]:
     """The parts of a URL, under libpq's names: `host` and `port` may be lists.
 
     Args:
-        url: as given, with one host or several, or none if an option names it.
-        variable: environment variable that it comes from.
+        url: as given, with one or several hosts, or none if an option names it.
+        variable: the environment variable of the URL.
 
     Raises:
         SettingsError: it does not parse, or has an option of another tool.
@@ -96,6 +96,6 @@ def describe_url(url: str) -> str:
         return f"service {parts['service']}"
     hosts = (parts.get("host") or parts.get("hostaddr") or "localhost").split(",")
     ports = parts.get("port", "").split(",")
-    # a single port is that of all hosts
+    # a single port applies to all hosts
     pairs = zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=False)
     return ",".join(f"{host}:{port or 5432}" for host, port in pairs) + f"/{parts.get('dbname', parts.get('user', ''))}"
