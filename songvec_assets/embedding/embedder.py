@@ -58,8 +58,12 @@ class Endpoint:
             cures[0] += " and SONGVEC_VECTOR_TYPE=halfvec"
         why = ""
         if is_longer:
-            cures.append("set SONGVEC_TRUNCATE=yes if its makers say that it may be cut (Matryoshka)")
-            why = " and is not known to be trained for truncation" if self.truncate is None else " and is not to be cut"
+            cures.append("set SONGVEC_TRUNCATE=yes if its makers say that it may be truncated (Matryoshka)")
+            why = (
+                " and is not known to be trained for truncation"
+                if self.truncate is None
+                else " and is not to be truncated"
+            )
         raise VectorSizeError(
             f"expected vectors of {self.dimensions} values, model {self.model!r} gives {n_values}{why}: "
             f"{', or '.join(cures)}"

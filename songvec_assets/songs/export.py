@@ -24,7 +24,7 @@ from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.counts import IdSums, RangeCount, check_ids, count_ranges, count_unreachable_ids
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.readers import Reader, Readers, is_server_gone
+from songvec_assets.songs.readers import Reader, Readers, is_server_lost
 from songvec_assets.songs.snapshots import (
     FILE_SCHEMA,
     NO_CHANGES,
@@ -114,7 +114,7 @@ class ExportReport:
     def found_no_server(self) -> bool:
         """Whether each of the last ranges failed because there was no connection."""
         last = self.ranges[-_MAX_UNREACHED:]
-        return len(last) == _MAX_UNREACHED and all(each.error and is_server_gone(each.error.__cause__) for each in last)
+        return len(last) == _MAX_UNREACHED and all(each.error and is_server_lost(each.error.__cause__) for each in last)
 
 
 class IncompleteExportError(DatabaseError):

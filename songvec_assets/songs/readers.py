@@ -36,7 +36,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def is_server_gone(error: BaseException | None) -> bool:
+def is_server_lost(error: BaseException | None) -> bool:
     """Whether the connection or the server failed, and not the statement."""
     return isinstance(error, adbc.Error) and (error.sqlstate is None or error.sqlstate.startswith(_LOST_SERVER))
 

@@ -340,7 +340,7 @@ class TestAServerThatIsOdd:
         songs(*plain_songs(range(1, 10)))
         provider.control(refuse_dimensions=True)
         _, error = try_fill(run(truncate=False))
-        assert "is not to be cut" in str(error)
+        assert "is not to be truncated" in str(error)
 
     @pytest.mark.parametrize("status", [424, 418])
     def test_now_and_then_is_tried_again(self, songs: Songs, run: Run, provider: Provider, status: int) -> None:
