@@ -135,4 +135,4 @@ def test_the_ui_shows_the_demos_run_under_its_job_and_prefills_the_launchpad(pro
     run = {"status": "SUCCESS", "repositoryOrigin": {"repositoryLocationName": "songvec_assets"}}
     assert shown["pipelineOrError"] == {"runs": [run]}
     assert "swap: true" in shown["runConfigSchemaOrError"]["rootDefaultYaml"]
-    assert shown["assetNodeOrError"]["partitionStats"] == {"numMaterialized": 1}
+    assert shown["assetNodeOrError"]["partitionStats"] == {"numMaterialized": 4}
