@@ -17,7 +17,7 @@ from songvec_assets.samples import read_sample_songs
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.browser.pages import DagsterUI
 from songvec_assets_tests.browser.stage import open_tab, running_project
-from songvec_assets_tests.defs.test_commands import Project, provider_settings, wait_until
+from songvec_assets_tests.cli.test_commands import Project, provider_settings, wait_until
 from songvec_assets_tests.provider import Provider, running_provider
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -15,7 +15,7 @@ from songvec_assets.definitions import defs
 from songvec_assets.defs.instance import WORKSPACE, choose_home, open_instance, origin_of
 from songvec_assets.errors import SettingsError
 from songvec_assets_tests.browser.stage import running_dagster
-from songvec_assets_tests.defs.test_commands import FIRST, ROOT, SET_AT_START, Project, project
+from songvec_assets_tests.cli.test_commands import FIRST, ROOT, SET_AT_START, Project, project
 
 pytestmark = pytest.mark.slow
 

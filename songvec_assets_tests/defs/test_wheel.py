@@ -15,7 +15,7 @@ import pytest
 
 from songvec_assets.defs.instance import WORKSPACE
 from songvec_assets.settings import variables
-from songvec_assets_tests.defs.test_commands import ROOT, SET_AT_START, Project
+from songvec_assets_tests.cli.test_commands import ROOT, SET_AT_START, Project
 
 pytestmark = pytest.mark.slow
 
