@@ -530,7 +530,7 @@ class TestDamage:
         writer, bad = cache.open(FIRST).writer, np.full((1, DIMENSIONS), value, dtype=np.float32)
         writer.write_base(Rows.of([7], [bytes(16)], bad), iter([bad]))
         cached = cache.open(FIRST)
-        file = next(DataFile(name, size) for name, size in cached.sizes.items() if name.endswith("-base.arrow"))
+        file = next(DataFile(name, size) for name, size in cached.files.sizes.items() if name.endswith("-base.arrow"))
         cached.save(cached.manifest.adopt([file], [7]))
         with pytest.raises(DamagedShardError, match="song_id 7,"):
             load(database, cache)
