@@ -480,7 +480,7 @@ def run_campaign(
     width = max(20, n_songs // (N_RANGES + 1))
     tiling = Tiling(width, width * (N_RANGES + 1))
     songs = make_songs(tiling, rng)
-    with _deployed(tiling, songs) as (pipeline, provider, folder, environment):
+    with _running_pipeline(tiling, songs) as (pipeline, provider, folder, environment):
         campaign = Campaign(pipeline, provider, folder / "billed.jsonl", folder, songs, rng, warm)
         kinds, waiting, n_early = iter(DAMAGES * n_kills), campaign.start(False, environment), 0
         try:
@@ -519,7 +519,9 @@ def _ended(process: "subprocess.Popen[str] | WarmProcess") -> Iterator[None]:
 
 
 @contextmanager
-def _deployed(tiling: Tiling, songs: Sequence[Song]) -> Iterator[tuple[Pipeline, Provider, Path, dict[str, str]]]:
+def _running_pipeline(
+    tiling: Tiling, songs: Sequence[Song]
+) -> Iterator[tuple[Pipeline, Provider, Path, dict[str, str]]]:
     # a short path: the server's socket lies in its folder, and socket paths end at 107 characters
     with tempfile.TemporaryDirectory(prefix="songvec-chaos-", ignore_cleanup_errors=True) as name:
         folder = Path(name)

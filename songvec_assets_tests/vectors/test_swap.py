@@ -47,7 +47,7 @@ from songvec_assets.vectors.swap import (
 )
 from songvec_assets.vectors.table import PREVIOUS, SERVING, STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, dispose, execute, wait_until
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.vectors.conftest import (
@@ -542,8 +542,8 @@ class TestLock:
         put(cache, range(30))
         publish(database, cache, songs_folder)
         publish(database, cache, songs_folder, HALF, swap=True)
-        pipeline = deploy(database, provider, tmp_path / "store")
-        monkeypatch.setattr(base, "deploy", lambda: pipeline)
+        pipeline = make_pipeline(database, provider, tmp_path / "store")
+        monkeypatch.setattr(base, "make_pipeline", lambda: pipeline)
         ended = once(lambda: self.end_holder(database))
         pipeline.stop = CallingStop(ended)
         with pytest.raises(DatabaseError):
@@ -636,9 +636,11 @@ class TestMissing:
         # the last of a range, and of the tail, so that no snapshot of theirs would be left
         song_ids = [*range(1, 90), *range(200, 205), *range(1_000, 1_004)]
         songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in song_ids))
-        run(deploy(database, provider, tmp_path / "store"))
+        run(make_pipeline(database, provider, tmp_path / "store"))
         execute(database.adbc_uri, "DELETE FROM songs WHERE id >= 1000 OR id BETWEEN 200 AND 210 OR id < 4")
-        other = deploy(database, provider, tmp_path / "store", embedding_dimensions=32, swap=True, song_id_stop=stop)
+        other = make_pipeline(
+            database, provider, tmp_path / "store", embedding_dimensions=32, swap=True, song_id_stop=stop
+        )
         run(other)
         assert VectorTable(database).spec == other.table_spec
         assert sorted(read_vectors(database)) == list(range(4, 90))

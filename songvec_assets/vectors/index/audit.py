@@ -39,7 +39,7 @@ class VectorAudit:
 
     Attributes:
         n_sampled: rows.
-        bad_song_ids: those zero or of another size; values that are not finite are refused by pgvector.
+        bad_song_ids: of vectors that are zero or of another size; pgvector itself refuses values that are not finite.
         mean_norm: their mean length; 1 for models that normalise; 0 for an empty table.
     """
 
@@ -66,11 +66,11 @@ def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS
 
 @dataclass(frozen=True)
 class IndexAudit:
-    """What the planner makes of the index.
+    """Whether the planner uses the index.
 
     Attributes:
-        valid: whether it is there and whole.
-        used: whether a search of ten neighbors takes it.
+        valid: whether the index exists and is valid.
+        used: whether a search for ten neighbors uses it.
         n_rows: of the table.
     """
 
@@ -113,12 +113,12 @@ def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
 
 
 def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> RecallReport | None:
-    """Take what was measured last of the index, or measure again if rows changed since; None: there is no valid index.
+    """The recall as measured last, or measured again if rows changed since; None: there is no valid index.
 
     Args:
         table: whose index.
-        cache: the shards that it was loaded from.
-        target: the recall wanted.
+        cache: that it was loaded from.
+        target: recall to reach.
 
     Raises:
         StoreError: the cache does not hold what is loaded.
@@ -142,7 +142,7 @@ class Comparison:
     Attributes:
         n_serving, n_staged: rows.
         n_sampled: songs whose neighbors were compared.
-        overlap: mean share of a song's ten nearest that both tables agree on; two models need not agree on much.
+        overlap: mean share of a song's ten nearest that both tables have in common; for two models it may be small.
         recall_serving, recall_staged: as measured last, in words.
     """
 

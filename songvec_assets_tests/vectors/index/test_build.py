@@ -78,7 +78,7 @@ class TestSettings:
     ) -> None:
         # so that a table of test size needs more than is set at least
         monkeypatch.setattr(sizing, "MIN_BUILD_MEMORY", 64 << 10)
-        monkeypatch.setattr(sizing, "SORT_MEMORY_A_PROCESS", 1)
+        monkeypatch.setattr(sizing, "SORT_MEMORY_PER_PROCESS", 1)
         name = sa.make_url(database.url).database
         execute(database.adbc_uri, f"ALTER DATABASE {name} SET maintenance_work_mem = '64kB'")
         VectorTable(database).ensure(SPEC)
