@@ -707,7 +707,7 @@ class TestSwap:
         assert report.comparison is not None
         assert report.comparison.describe() == (
             "120 rows, 120 before; recall 100.0% at 11 probes, before: recall 100.0% at 11 probes; "
-            "50 songs share 100% of their ten nearest with the table before"
+            "50 songs share 100% of their ten nearest with the previous table"
         )
         rows = execute(database.adbc_uri, "SELECT song_id, embedding::vector::real[] FROM song_embeddings")
         assert {song_id: np.float16(values).tolist() for song_id, values in rows} == {

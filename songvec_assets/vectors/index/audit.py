@@ -91,9 +91,9 @@ class IndexAudit:
             return f"the planner uses the index for {self.n_rows:,} rows"
         if self.should_be_used:
             return (
-                f"the planner passes the index by for {self.n_rows:,} rows: ANALYZE the table, check enable_indexscan"
+                f"the planner does not use the index for {self.n_rows:,} rows: ANALYZE the table, check enable_indexscan"
             )
-        return f"{self.n_rows:,} rows are few: the planner rightly scans them all"
+        return f"{self.n_rows:,} rows are few: the planner scans them all, which is faster"
 
 
 def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
@@ -157,7 +157,7 @@ class Comparison:
         """One line."""
         return (
             f"{self.n_staged:,} rows, {self.n_serving:,} before; {self.recall_staged}, before: {self.recall_serving}; "
-            f"{self.n_sampled:,} songs share {self.overlap:.0%} of their ten nearest with the table before"
+            f"{self.n_sampled:,} songs share {self.overlap:.0%} of their ten nearest with the previous table"
         )
 
 
