@@ -171,7 +171,7 @@ def run_example(name: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("search", "5 vectors of 2000 values"),
+        ("search", "5 vectors of 512 values"),
         ("nightly_refresh", "176 songs are loaded, 0 missing"),
         ("notebook", "songs 1 and 2 have similarity"),
         ("plain_sql", " — "),
