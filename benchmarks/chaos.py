@@ -1,14 +1,14 @@
 """Fills killed with SIGKILL, many times in a row, over one catalogue: is anything lost that was paid for?
 
-    python -m benchmarks.chaos                                  25 kills, four minutes; exit code 1 where a check fails
+    python -m benchmarks.chaos                                  25 kills, four minutes; exit code 1 if a check fails
     python -m benchmarks.chaos --kills 6 --songs 2200 --seed 7 --markdown
 
 A real Postgres; a provider in its own process, with latency and faults, that writes down each text as it bills it; and
 processes that fill (every sixth is `songvec run`), each killed a random time after its first billed texts. After every
-kill the provider's ledger is held against the shards. Between kills a shard is cut, gets a bit flipped or is
-replaced by something else. In these ranges faults come before billing, so that what is billed is delivered; in a last
-range answers are spoilt after it. The seed repeats songs and draws; timing is the machine's own. A kill leaves the
-kernel's page cache whole: what a loss of power does is not measured here.
+kill the provider's ledger is compared with the files. Between kills a file is truncated, gets a bit flipped or is
+replaced. In these ranges faults come before billing, so that what is billed is delivered; in a last range answers are
+spoilt after billing. The seed repeats songs and draws; timing is the machine's own. A kill leaves the
+kernel's page cache intact: a loss of power is not measured here.
 """
 
 import argparse
@@ -98,7 +98,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Damage:
-    """What was done to a shard between two kills, what it cost in texts, and who told."""
+    """What was done to a file between two kills, how many texts it cost, and what reported it."""
 
     after_kill: int
     kind: str
@@ -111,7 +111,7 @@ class Damage:
 
 @dataclass
 class CampaignReport:
-    """What a campaign found. `failures` has the words of each check that failed."""
+    """What a campaign found. `failures` names each check that failed."""
 
     kills: list[Kill] = field(default_factory=list)
     damages: list[Damage] = field(default_factory=list)
@@ -120,11 +120,11 @@ class CampaignReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every check held."""
+        """Whether every check passed."""
         return not self.failures
 
     def expect(self, check: str, holds: bool, words: str) -> None:
-        """Note a check that does not hold."""
+        """Record a check that fails."""
         if not holds:
             self.failures.setdefault(check, []).append(words)
 
@@ -154,7 +154,7 @@ class Song:
 
     @property
     def text_hash(self) -> bytes:
-        """What the provider's ledger and the shards know its text by."""
+        """The hash of its text, as the provider's ledger and the files have it."""
         return digest_of(f"{self.name} by {self.artist}\n{self.lyrics}")
 
     @property
@@ -181,7 +181,7 @@ def make_songs(tiling: Tiling, rng: Random) -> list[Song]:
 
 @dataclass
 class Campaign:
-    """One catalogue, its database, store and provider, and the accounts kept of them.
+    """One catalogue, its database, store and provider, and what is counted about them.
 
     Attributes:
         on_disk: texts that were found on disk, sound, at the last look.
@@ -227,7 +227,7 @@ class Campaign:
         return Counter(text for _, texts in self.read_ledger() for text in texts)
 
     def count_billed_twice(self) -> int:
-        """Billings again, without those that damage on purpose made right."""
+        """Texts billed again, without those that were damaged on purpose."""
         return sum(max(0, n - 1 - self.excused_damage[text]) for text, n in self.count_billings().items())
 
     def read_shard(self, song_range: SongIdRange) -> set[bytes]:
@@ -467,14 +467,14 @@ def run_campaign(
     say: Callable[[str], None] = lambda _: None,
     warm: bool = False,
 ) -> CampaignReport:
-    """Kill a fill so many times in its middle, damage shards in between, finish, audit.
+    """Kill fills in their middle, damage files in between, finish, audit.
 
     Args:
-        n_kills: fewer songs a kill make each fill shorter.
+        n_kills: number of kills; with fewer songs per kill each fill is shorter.
         seed: of songs, moments and damage.
         n_songs: of the catalogue; rounded to full ranges.
-        say: told each kill and each damage.
-        warm: whether processes are forked from one that has loaded the libraries; they leave no words then.
+        say: called with each kill and each damage.
+        warm: whether processes are forked from one that has loaded the libraries; then they print nothing.
     """
     rng = Random(seed)
     width = max(20, n_songs // (N_RANGES + 1))
@@ -510,7 +510,7 @@ def run_campaign(
 
 @contextmanager
 def _ended(process: "subprocess.Popen[str] | WarmProcess") -> Iterator[None]:
-    """Whatever happens in the block, the process is gone after it."""
+    """End the process at the end of the block, even after an error."""
     with process:
         try:
             yield

@@ -1,6 +1,6 @@
-"""What 12 and 100 million songs take, worked out from what was measured at smaller sizes: the tables of docs/scale.md.
+"""What 12 and 100 million songs take, computed from measurements at smaller sizes: the tables of docs/scale.md.
 
-    python -m benchmarks.scale            print the page with its tables worked out again
+    python -m benchmarks.scale            print the page with its tables computed again
     python -m benchmarks.scale --write    put them into the page
 
 An input stands once, with the size at which it was measured and the command that measures it again. A figure is what
@@ -71,7 +71,7 @@ INPUTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A catalogue of so many songs in a column of a type, with so many lists; None: as the package chooses."""
+    """A catalogue: number of songs, type of the column, number of lists; None: as the package chooses."""
 
     n: int
     vector_type: str = "vector"
@@ -196,7 +196,7 @@ def render_inputs() -> str:
 
 
 def render(figures: Iterator[Figure] | tuple[Figure, ...], cases: tuple[Case, ...] = CASES) -> str:
-    """Figures as a Markdown table, a column a case."""
+    """Figures as a Markdown table, a column per case."""
     worked_out = [work_out(case) for case in cases]
     rows = [
         f"| | formula | {' | '.join(map(str, cases))} |",

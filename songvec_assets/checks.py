@@ -70,11 +70,8 @@ class Evidence:
 def coverage(evidence: Evidence) -> Finding:
     """Does every song of the source have an embedding in the table, or a reason why not?"""
     total = evidence.total
-    n_missing, n_unexported, n_songs = (
-        total["n_missing"],
-        total["n_unexported"],
-        total["n_songs"] + total["n_unexported"],
-    )
+    n_missing, n_unexported = total["n_missing"], total["n_unexported"]
+    n_songs = total["n_songs"] + n_unexported
     unexported = f" ({n_unexported:,} of them not exported yet)" if n_unexported else ""
     cure = ": `songvec run` embeds and loads them" if n_missing else ""
     return Finding(

@@ -90,9 +90,7 @@ class IndexAudit:
         if self.used:
             return f"the planner uses the index for {self.n_rows:,} rows"
         if self.should_be_used:
-            return (
-                f"the planner does not use the index for {self.n_rows:,} rows: ANALYZE the table, check enable_indexscan"
-            )
+            return f"the planner does not use the index for {self.n_rows:,} rows: run ANALYZE, check enable_indexscan"
         return f"{self.n_rows:,} rows are few: the planner scans them all, which is faster"
 
 

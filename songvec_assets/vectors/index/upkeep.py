@@ -247,7 +247,7 @@ def _build(
     build.remove_leftovers(table, run, keep_whole=n_counted is not None)
     how = "a killed run had built it, and it was swapped in"
     if n_counted is None:
-        n_counted, is_whole = plan.n_changed, False
+        n_counted = plan.n_changed
         plan.capacity.check_disk(plan.estimate)
         with table.database.get_connection() as connection:
             table.write(connection, "building", n_counted)
