@@ -597,7 +597,7 @@ def main() -> None:
         fill_when_told(given.fill)
         return
     began = time.monotonic()
-    report = run_campaign(given.kills, given.seed, given.songs, lambda told: print(told, file=sys.stderr, flush=True))
+    report = run_campaign(given.kills, given.seed, given.songs, lambda line: print(line, file=sys.stderr, flush=True))
     report.figures["minutes"] = round((time.monotonic() - began) / 60, 1)
     print(report.render(given.markdown))
     sys.exit(0 if report.passed else 1)

@@ -393,7 +393,7 @@ def foreign_row(statement: str) -> Fault:
         world.admin(world.moment)
         if "{mine}" not in statement and "{free}" not in statement:
             n_foreign = load(world).n_unmanaged
-            world.expect(CLEAR, n_foreign == 1, f"{n_foreign} rows of somebody else were told, not 1")
+            world.expect(CLEAR, n_foreign == 1, f"{n_foreign} rows of somebody else were reported, not 1")
             world.admin(f"DELETE FROM song_embeddings WHERE song_id < 0 OR song_id > {world.tiling.stop}")
         world.finish()
 
@@ -580,8 +580,8 @@ def run_fault(name: str, server: Server, folder: Path, report: Report, draw: Ran
                 world.expect(MEANT, False, f"{type(error).__name__}: {error}")
             break
     verdict = "not run" if name in report.not_run else "FAIL" if report.n_failures > n_before else "PASS"
-    told = report.not_run.get(name, world.told)
-    report.rounds.append(Round(name, world.moment, told, round(time.monotonic() - began, 1), verdict))
+    reported = report.not_run.get(name, world.reported)
+    report.rounds.append(Round(name, world.moment, reported, round(time.monotonic() - began, 1), verdict))
     return report.rounds[-1]
 
 
@@ -649,7 +649,7 @@ def main() -> None:
     given = parser.parse_args()
     began = time.monotonic()
     faults = [name for name in FAULTS if given.only in name]
-    report = run_campaign(faults, given.seed, given.rounds, lambda told: print(told, file=sys.stderr, flush=True))
+    report = run_campaign(faults, given.seed, given.rounds, lambda line: print(line, file=sys.stderr, flush=True))
     print(report.render(given.markdown))
     print(f"\n{len(report.rounds)} rounds in {(time.monotonic() - began) / 60:.1f} minutes")
     sys.exit(0 if report.passed else 1)

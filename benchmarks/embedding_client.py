@@ -61,7 +61,7 @@ class Load(NamedTuple):
 
     @property
     def server(self) -> dict[str, Any]:
-        """The provider, as clients are told of it."""
+        """The provider's URL and key, as clients get them."""
         return {"base_url": self.provider.base_url, "api_key": self.provider.api_key}
 
 
@@ -125,7 +125,7 @@ async def connect_baseten(load: Load, encoding_format: str | None = None) -> Asy
     from baseten_performance_client import PerformanceClient, RequestProcessingPreference
 
     client = PerformanceClient(load.provider.base_url.removesuffix("/v1"), load.provider.api_key)
-    # requests are cut at 8,000 characters unless told otherwise; this is the most it takes
+    # requests are cut at 8,000 characters by default; this is the most it takes
     limits: dict[str, Any] = {"max_concurrent_requests": load.concurrency, "max_chars_per_request": 1_048_576}
     preference = RequestProcessingPreference(batch_size=load.request_texts, **limits)
 

@@ -95,13 +95,13 @@ def prepare_this(job: Job, n_connections: int) -> Load:
         marks: list[float] = []
         told_at = 0.0
 
-        def tell(progress: Progress) -> None:
+        def receive(progress: Progress) -> None:
             nonlocal told_at
             told_at = time.perf_counter()
             while progress.total and len(marks) <= 100 * progress.done // progress.total:
                 marks.append(told_at)
 
-        source, run = LoadSource(job.cache, job.tiling), RunContext(tell)
+        source, run = LoadSource(job.cache, job.tiling), RunContext(receive)
         upload_cached_embeddings_to_database(VectorTable(database), source, job.spec, run, n_connections=n_connections)
         # its last word comes after the last commit, and before VACUUM
         return Loading(told_at, [*marks[:100], told_at])

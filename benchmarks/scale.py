@@ -42,7 +42,7 @@ class Input:
 
 _CLIENT, _LOAD, _INDEX = "`make bench-client`", "`make bench-load`", "`make bench-index`"
 INPUTS = (
-    Input("tokens", "tokens a song", 400, "assumed: 1,600 characters", "`songvec estimate` tells yours"),
+    Input("tokens", "tokens a song", 400, "assumed: 1,600 characters", "`songvec estimate` shows yours"),
     Input("price", "dollars a million tokens", 0.10, "given", "`SONGVEC_USD_PER_MILLION_TOKENS`"),
     Input("quota", "tokens a minute", 900_000, "given", "`SONGVEC_TOKENS_PER_MINUTE`"),
     Input("cores", "of the server, for index builds", 2, "given", ""),

@@ -113,7 +113,7 @@ class Log:
         """Rows written in a phase, over its seconds."""
         return self.n_written[name] / sum(each.stop - each.start for each in self.phases if each.name == name)
 
-    def tell(self, progress: Progress) -> None:
+    def receive(self, progress: Progress) -> None:
         """Receive the package's progress: an index build's notes are its phases."""
         name = progress.step
         if progress.unit == "%" and progress.note and not progress.note.startswith("estimated"):
@@ -182,7 +182,7 @@ class World:
         """Make the serving table equal the cache, through this table; rows written."""
         source = LoadSource(self.cache, self.size.tiling, Snapshots(Storage(self.folder / "songs")))
         wanted = WantedTable(self.spec, IndexSettings(), swap, self.size.staged_from_rows)
-        report = publish_embeddings(self.database, source, wanted, RunContext(self.log.tell))
+        report = publish_embeddings(self.database, source, wanted, RunContext(self.log.receive))
         assert report.target.table.name == target, report.target
         return sum(load.n_written for load in report.loads)
 
@@ -191,7 +191,7 @@ class World:
         table = VectorTable(self.database)
         index = table.index
         wanted = IndexSettings(lists=index.lists + more_lists if index else None)
-        bring_index_up_to_date(table, self.cache, self.spec, wanted, RunContext(self.log.tell))
+        bring_index_up_to_date(table, self.cache, self.spec, wanted, RunContext(self.log.receive))
 
 
 def run(database: Database, folder: Path, size: Size) -> tuple[Log, list[Sample]]:

@@ -58,20 +58,19 @@ class Preview:
     neighborhoods: list[Neighborhood]
 
 
-def preview_table(rows: LoadedRows, source: SongsSource, spec: TableSpec, seed: int = 0) -> Preview:
+def preview_table(rows: LoadedRows, source: SongsSource, spec: TableSpec) -> Preview:
     """Draw a sample of the table; the same table gives the same sample.
 
     Args:
         rows: that the table holds, with their vectors in the cache.
         source: the songs table.
         spec: what the table holds.
-        seed: of the sample.
 
     Raises:
         StoreError: the cache does not hold what is loaded.
     """
     database = rows.table.database
-    song_ids, vectors = sample_rows(rows, _MAP_SONGS, np.random.default_rng(seed))
+    song_ids, vectors = sample_rows(rows, _MAP_SONGS, np.random.default_rng(0))
     if not song_ids:
         raise StoreError(
             f"the cache in {rows.cache.storage} holds no row that table {rows.table.name} has: fill it, then load",

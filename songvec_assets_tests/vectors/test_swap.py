@@ -117,7 +117,7 @@ BOTH = ALONE | {"song_embeddings_old", "song_embeddings_old_pkey", "embeddings_i
 
 
 def oid_of(database: Database, table: str = SERVING) -> int:
-    """What tells a table from another that took its name."""
+    """What distinguishes a table from another that took its name."""
     return int(execute(database.adbc_uri, f"SELECT '{table}'::regclass::oid")[0][0])
 
 
@@ -818,13 +818,13 @@ publish_embeddings(
 def publisher(
     database: Database, cache: ModelCache, songs_folder: Path, step: str
 ) -> contextlib.AbstractContextManager["subprocess.Popen[bytes]"]:
-    """A process that swaps OTHER in, and kills itself when a step tells that it is on its way."""
+    """A process that swaps OTHER in, and kills itself when a step reports that it has begun."""
     return running(_PUBLISHER, database.url, str(cache.storage), str(songs_folder), step)
 
 
 class TestInterrupted:
     def stop_at(self, step: str) -> tuple[StopSignal, Callable[[Progress], None]]:
-        """A signal that is set when a step tells its first progress."""
+        """A signal that is set when a step reports its first progress."""
         stop = StopSignal()
 
         def listen(progress: Progress) -> None:
