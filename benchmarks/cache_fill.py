@@ -55,7 +55,7 @@ def fill(settings: dict[str, Any], fsync_ms: float) -> tuple[float, float, int]:
 def run_round(
     server_url: str, provider: Provider, folder: Path, number: int, n_texts: int, fsync_ms: float
 ) -> tuple[float, float, int]:
-    """Export into a store of its own, then fill it."""
+    """Export into a new store, then fill it."""
     execute(server_url, f"CREATE DATABASE round_{number} TEMPLATE catalogue")
     settings = {
         "postgres_url": with_parts(server_url, database=f"round_{number}"),

@@ -316,7 +316,7 @@ class Campaign:
             n_open = figures["requests"] - sum(figures["requests_by_status"].values())
 
     def kill(self, process: "subprocess.Popen[str] | WarmProcess", number: int, n_kills: int, by_command: bool) -> bool:
-        """Let a process begin, kill it in its middle, audit; False where it ended by itself, or billed nothing."""
+        """Let a process begin, kill it in its middle, audit; False if it ended by itself, or billed nothing."""
         known, began = len(self.read_ledger()), time.monotonic()
         n_missing = len(self.paid_for) - len(self.on_disk) - len(self.by_range[self.spoilt_range])
         # so long that on average as much is left for each kill to come
@@ -376,7 +376,7 @@ class Campaign:
         told_by = " and ".join(["load"] * by_load + ["fill"] * by_fill)
         expect(FOUND, bool(told_by or not lost), f"{what}: {len(lost)} texts")
         expect(SMALL, "flip" not in kind or len(lost) <= PROMISED_TEXTS, f"{what}: {len(lost)} texts")
-        # as the words say, whoever found it: a fill does not open files that are as large as its manifest has them
+        # as the message says, from fill or load: a fill does not open files that are as large as its manifest has them
         told = [words for words in (str(load_error), str(report.error)) if path.name in words]
         if any(advice in words for words in told for advice in ("move it away", "remove it")):
             path.rename(path.with_name(f"{path.name}.damaged"))

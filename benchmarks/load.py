@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--ranges", type=int, default=Size.n_ranges_long, help="of 50,000 rows, in the long part")
     parser.add_argument("--clients", nargs="+", choices=CLIENTS, default=None, metavar="CLIENT")
     parser.add_argument("--vector-type", choices=("vector", "halfvec"), default="vector")
-    parser.add_argument("--folder", type=Path, help="where 30 GB are free; default: where temporary files go")
+    parser.add_argument("--folder", type=Path, help="folder with 30 GB free; default: that of temporary files")
     parser.add_argument("--markdown", action="store_true")
     asked = parser.parse_args()
     clients = asked.clients or (list(CLIENTS) if asked.vector_type == "vector" else _KNOW_HALFVEC)

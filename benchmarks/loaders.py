@@ -271,7 +271,7 @@ class Client(NamedTuple):
 
     Attributes:
         prepare: gets it ready; the result is timed.
-        plain: whether vectors are stored in their row (PLAIN), or where pgvector puts them by default (EXTERNAL).
+        plain: whether vectors are stored in their row (PLAIN), or outside of it, pgvector's default (EXTERNAL).
         share: of the rows that it loads: slow ones get fewer, at the same rate.
         makes_table: whether it makes the table itself.
     """

@@ -87,7 +87,7 @@ class Bench:
         return name
 
     def begin(self, template: str) -> dict[str, str]:
-        """The environment of a run over a fresh copy and a store of its own."""
+        """The environment of a run over a fresh copy and a new store."""
         self._number += 1
         name = f"run_{self._number}"
         execute(self.url, f"CREATE DATABASE {name} TEMPLATE {template}")
@@ -206,8 +206,8 @@ def main() -> None:
         ratio = median(ratios)
         rows = [["songvec run / bare core", f"{ratio:.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}", f"<= {MOST}"]]
         print_table("ratio | median | min–max | to reach", rows, markdown=True)
-        seconds = time_ui(bench, bench.make_template(asked.ui_songs))
-        rows = [[name, f"{each:.1f}"] for name, each in seconds.items()]
+        first_minutes = time_ui(bench, bench.make_template(asked.ui_songs))
+        rows = [[name, f"{each:.1f}"] for name, each in first_minutes.items()]
         print_table(f"`dagster dev`, {asked.ui_songs:,} songs | seconds", rows, markdown=True)
     sys.exit(0 if ratio <= MOST else 1)
 

@@ -41,7 +41,7 @@ class CachedOrLoaded:
         return {song_range: entry.n_songs for song_range, entry in self._ledger.read().items()}
 
     def counts(self) -> dict[SongIdRange, int]:
-        """Songs by range; of a range where the cache and the table differ, the greater number."""
+        """Songs by range; if the cache and the table differ, the greater number."""
         counts: Counter[SongIdRange] = Counter()
         for each, n_songs in self._loaded.items():
             if self.tiling.range_of(each.start) == each:

@@ -68,7 +68,7 @@ class Pipeline(Questions):
 
     @classmethod
     def from_env(cls, **settings: Any) -> Self:
-        """A pipeline with the settings of the environment, and of `.env` in the working folder where that has none.
+        """A pipeline with the settings of the environment, and of `.env` in the working folder if it lacks them.
 
         Args:
             settings: replace the values of both, by their names in `Settings`: `from_env(max_usd=5.0)`.

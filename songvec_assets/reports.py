@@ -1,6 +1,6 @@
-"""What the verbs of `Pipeline` return where no room below has a report: frozen, with polars frames for ranges.
+"""What methods of `Pipeline` return if no room below has a report: frozen, with polars frames for ranges.
 
-When to add here: the report of another verb over the whole graph. Keep out: how its figures are found.
+When to add here: the report of another method over the whole graph. Keep out: how its figures are found.
 """
 
 from collections.abc import Sequence

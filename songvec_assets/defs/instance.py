@@ -1,7 +1,7 @@
 """Which Dagster instance stores the runs of `songvec`, and how they are found in the UI.
 
 The embedded database and its store have a separate instance, `.songvec/dagster`: the demo's runs are not the history of
-a database given by URL. Runs on such a database are stored where dagster.yaml in the working folder says, else in
+a database given by URL. Runs on such a database are stored as dagster.yaml in the working folder says, else in
 `.dagster`. When to add here: another fact about where runs are stored. Keep out: running them (`cli/run`).
 """
 
