@@ -20,7 +20,7 @@ from songvec_assets.postgres.embedded import (
 )
 from songvec_assets_tests.administration import dispose, free_port
 from songvec_assets_tests.browser.pages import DagsterUI, running_chromium
-from songvec_assets_tests.defs.test_commands import Project, wait_until
+from songvec_assets_tests.cli.test_commands import Project, wait_until
 from songvec_assets_tests.postgres.test_embedded import stop
 
 

@@ -17,7 +17,7 @@ from songvec_assets.samples import read_sample_songs
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.browser.pages import DagsterUI
 from songvec_assets_tests.browser.stage import open_tab, running_project
-from songvec_assets_tests.defs.test_commands import Project, provider_settings, wait_until
+from songvec_assets_tests.cli.test_commands import Project, provider_settings, wait_until
 from songvec_assets_tests.provider import Provider, running_provider
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -83,7 +83,7 @@ def test_materialize_all_fills_range_by_range_and_all_checks_pass(scene: Scene) 
     scene.provider.control()
     scene.ui.page.goto("/runs")
     scene.ui.see("Success")
-    for asset, n_checks in {"song_embeddings_table": 9, "ivfflat_index": 3}.items():
+    for asset, n_checks in {"song_embeddings_table": 8, "ivfflat_index": 3}.items():
         scene.ui.open_asset(asset, "checks")
         scene.ui.see(f"Checks ({n_checks})")
         expect(scene.ui.page.get_by_text("Succeeded", exact=True)).to_have_count(n_checks)

@@ -1,1 +1,1 @@
-"""Tests of the Dagster face, and of the commands as people type them."""
+"""Tests of the Dagster face."""

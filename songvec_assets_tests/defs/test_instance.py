@@ -15,7 +15,7 @@ from songvec_assets.definitions import defs
 from songvec_assets.defs.instance import WORKSPACE, choose_home, open_instance, origin_of
 from songvec_assets.errors import SettingsError
 from songvec_assets_tests.browser.stage import running_dagster
-from songvec_assets_tests.defs.test_commands import FIRST, ROOT, SET_AT_START, Project, project
+from songvec_assets_tests.cli.test_commands import FIRST, ROOT, SET_AT_START, Project, project
 
 pytestmark = pytest.mark.slow
 
@@ -135,4 +135,4 @@ def test_the_ui_shows_the_demos_run_under_its_job_and_prefills_the_launchpad(pro
     run = {"status": "SUCCESS", "repositoryOrigin": {"repositoryLocationName": "songvec_assets"}}
     assert shown["pipelineOrError"] == {"runs": [run]}
     assert "swap: true" in shown["runConfigSchemaOrError"]["rootDefaultYaml"]
-    assert shown["assetNodeOrError"]["partitionStats"] == {"numMaterialized": 1}
+    assert shown["assetNodeOrError"]["partitionStats"] == {"numMaterialized": 4}

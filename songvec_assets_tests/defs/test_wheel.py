@@ -15,7 +15,7 @@ import pytest
 
 from songvec_assets.defs.instance import WORKSPACE
 from songvec_assets.settings import variables
-from songvec_assets_tests.defs.test_commands import ROOT, SET_AT_START, Project
+from songvec_assets_tests.cli.test_commands import ROOT, SET_AT_START, Project
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,7 @@ def test_the_demo_runs_and_the_command_that_it_names_shows_its_run(installed: In
     # that a server so started shows the run is tested from a clone: what may lack here are files
     code, output = installed.run("python", "-c", DEV, cold=True)
     assert code == 0, output
-    home, workspace, command = output.splitlines()
+    _hint, home, workspace, command = output.splitlines()
     assert command == f"-m dagster dev --workspace {workspace} --port 3000"
     assert Path(home) == installed.folder / ".songvec" / "dagster"
     assert (Path(home) / "dagster.yaml").is_file()

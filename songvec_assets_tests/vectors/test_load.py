@@ -530,7 +530,7 @@ class TestDamage:
         writer, bad = cache.open(FIRST).writer, np.full((1, DIMENSIONS), value, dtype=np.float32)
         writer.write_base(Rows.of([7], [bytes(16)], bad), iter([bad]))
         shard = cache.open(FIRST)
-        file = next(DataFile(name, size) for name, size in shard.sizes.items() if name.endswith("-base.arrow"))
+        file = next(DataFile(name, size) for name, size in shard.files.sizes.items() if name.endswith("-base.arrow"))
         shard.save(shard.manifest.adopt([file], [7]))
         with pytest.raises(DamagedShardError, match="song_id 7,"):
             load(database, cache)

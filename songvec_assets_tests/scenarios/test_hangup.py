@@ -14,7 +14,7 @@ import pytest
 
 from songvec_assets.postgres.embedded import create_songs_table
 from songvec_assets.postgres.engine import Database
-from songvec_assets_tests.defs.test_commands import (
+from songvec_assets_tests.cli.test_commands import (
     BIN,
     FIRST,
     Project,

@@ -11,7 +11,7 @@ import pytest
 
 from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import OFFLINE_MODEL
-from songvec_assets_tests.test_graph_core import run_all
+from songvec_assets_tests.scenarios.test_graph_core import run_all
 
 HEAVY = ("dagster", "matplotlib", "openai", "adbc_driver_manager", "pandas")
 CODE = f"""

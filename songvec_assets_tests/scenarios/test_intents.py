@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from songvec_assets_tests.defs.test_commands import FIRST, N_SAMPLES, OF_DEMO, Project, project
+from songvec_assets_tests.cli.test_commands import FIRST, N_SAMPLES, OF_DEMO, Project, project
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from songvec_assets.vectors.table import STAGING, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import environment_of
 from songvec_assets_tests.provider import Provider
-from songvec_assets_tests.test_graph_core import read_table
+from songvec_assets_tests.scenarios.test_graph_core import read_table
 
 pytestmark = pytest.mark.slow
 
