@@ -1,4 +1,4 @@
-"""What searches find equals the cache, whether rows went in under the index or a table was built beside and swapped."""
+"""What searches find equals the cache, whether rows went in under the index or a staging table was swapped."""
 
 import contextlib
 import re
