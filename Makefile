@@ -18,7 +18,7 @@ help:  ## This list
 
 $(RUNS): pyproject.toml constraints.txt songvec_assets.pth
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python 3.11 or newer, got " + sys.version.split()[0] + ": make PYTHON=python3.11")'
-	@echo "Installing what runs, with the demo's model, into $(VENV): about a minute, the first time only."
+	@echo "Installing the package, with the demo's model, into $(VENV): about a minute, the first time only."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) '.[demo]'
 	@touch $(RUNS)
@@ -36,13 +36,13 @@ demo: $(RUNS)  ## Sample songs to a search result, with nothing configured
 dev: $(RUNS)  ## The Dagster UI on http://127.0.0.1:3000, with the runs of the demo or of your database
 	$(BIN)/songvec dev
 
-test: $(INSTALLED)  ## The tests of all rooms, without the slow ones
+test: $(INSTALLED)  ## The quick tests of all rooms
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'not slow'
 
-test-slow: $(INSTALLED)  ## The rest: dagster in subprocesses, a browser, kills, other people's servers and databases
+test-slow: $(INSTALLED)  ## The other tests: dagster in subprocesses, a browser, kills, other people's servers and databases
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m slow
 
-check: $(INSTALLED)  ## Format, lint, types, floors
+check: $(INSTALLED)  ## Format, lint, types, imports between rooms
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -53,35 +53,35 @@ bench-installed: $(INSTALLED)
 
 bench: $(BENCHMARKS)  ## All benchmarks, one after the other; docs/benchmarks.md has the last results
 
-bench-client: bench-installed  ## This client beside its peers, and songs a second into the cache: 6 min
+bench-client: bench-installed  ## This client compared with its peers, and songs per second into the cache: 6 min
 	$(BIN)/python -m benchmarks.embedding_client
 	$(BIN)/python -m benchmarks.cache_fill
 
 bench-quota: $(INSTALLED)  ## How much of a quota is used, and how often it is exceeded: 4 min
 	$(BIN)/python -m benchmarks.quota
 
-bench-load: bench-installed  ## This loader beside its peers and the server's own COPY; a million rows: 8 min
+bench-load: bench-installed  ## This loader compared with its peers and the server's own COPY; a million rows: 8 min
 	$(BIN)/python -m benchmarks.load
 
-bench-export: bench-installed  ## This export beside its peers, a million songs: 3 to 6 min
+bench-export: bench-installed  ## This export compared with its peers, a million songs: 3 to 6 min
 	$(BIN)/python -m benchmarks.export
 
-bench-index: $(INSTALLED)  ## Index builds beside pgvector's defaults, recall, halfvec: 20 min
+bench-index: $(INSTALLED)  ## Index builds compared with pgvector's defaults, recall, halfvec: 20 min
 	$(BIN)/python -m benchmarks.index
 
 bench-serving: $(INSTALLED)  ## Searches while a table is loaded, rebuilt and swapped: 5 min
 	$(BIN)/python -m benchmarks.serving
 
-bench-operating: $(INSTALLED)  ## The graph in Dagster beside the bare core, and the first minutes of its UI: 8 min
+bench-operating: $(INSTALLED)  ## The graph in Dagster compared with the bare core, and the first minutes of its UI: 8 min
 	$(BIN)/python -m benchmarks.operating
 
-bench-size: $(INSTALLED)  ## Commands over a million songs: nothing to do, 0.1 % changed, status, estimate: 10 min
+bench-size: $(INSTALLED)  ## Commands over a million songs: a run with nothing to do, one with 0.1 % changed, status, estimate: 10 min
 	$(BIN)/python -m benchmarks.at_size
 
 bench-demo: $(INSTALLED)  ## How well the demo's model finds songs by their meaning: 10 s
 	$(BIN)/python -m benchmarks.demo_quality --queries
 
-chaos: $(INSTALLED)  ## Fills killed 25 times in a row, and shards damaged, held against the provider's ledger: 4 min
+chaos: $(INSTALLED)  ## Fills killed 25 times in a row, files damaged, all checked against the provider's bill: 4 min
 	$(BIN)/python -m benchmarks.chaos
 
 chaos-db: $(INSTALLED)  ## Servers killed, disks filled, connections cut during loads, builds and swaps: 5 min

@@ -3,10 +3,10 @@
     python -m benchmarks.at_size                     1,000,000 songs with short lyrics, vectors of 16 values
     python -m benchmarks.at_size --songs 20000       a short form
 
-Everything is embedded, loaded and indexed first. Then each command runs in a process of its own: a refresh with nothing
-to do, one after 0.1 % of the songs changed all over the catalogue, `status`, and `estimate` on the complete cache.
+Everything is embedded, loaded and indexed first. Then each command runs in its own process: a refresh with nothing to
+do, one after 0.1 % of the songs changed in all ranges, `status`, and `estimate` on the complete cache.
 Seconds are from start to end, imports included; `start` is a command that does nothing. CPU seconds and peak RssAnon
-are of the command's process. Exit code 1 if something to reach is missed.
+are of the command's process. Exit code 1 if a goal is missed.
 """
 
 import argparse
@@ -36,7 +36,7 @@ MAX_ANON_MB = 500
 
 
 class Step(NamedTuple):
-    """A command to measure; seconds that it may take, beyond what starting a command costs if it only looks."""
+    """A command to measure, and the seconds that it may take; if it only reads, beyond the start of a command."""
 
     name: str
     command: Sequence[str]
@@ -113,7 +113,7 @@ def read_anon_kib(pid: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and tell whether all was reached."""
+    """Measure and print; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--songs", type=int, default=N_SONGS)
     given = parser.parse_args(arguments)

@@ -1,10 +1,10 @@
-"""Songs a second from request to durable cache file: one range of 50,000 songs, a provider without latency.
+"""Songs per second from request to durable cache file: one range of 50,000 songs, a provider without latency.
 
     python -m benchmarks.cache_fill [--texts 2048] [--fsync-ms 10]
 
-The real fill with its locks, limiter and fsyncs, in a fresh process, database and storage a round; quotas are set out
-of the way. The songs (1,600 characters, about 400 tokens) are exported before. A step is the whole call: reading and
-comparing the songs, sending, storing.
+The real fill with its locks, limiter and fsyncs, in a fresh process, database and storage per round; quotas are too
+high to matter. The songs (1,600 characters, about 400 tokens) are exported beforehand. A step is the whole call:
+reading and comparing the songs, sending, storing.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TILING = Tiling(width=N_SONGS, stop=N_SONGS)
 
 
 def fill(settings: dict[str, Any], fsync_ms: float) -> tuple[float, float, int]:
-    """Fill the range, in a process of its own; seconds of the step, peak memory in MB, bytes of its files."""
+    """Fill the range, in its own process; seconds of the step, peak memory in MB, bytes of its files."""
     fsync = os.fsync
 
     def fsync_slowly(descriptor: int) -> None:
@@ -55,7 +55,7 @@ def fill(settings: dict[str, Any], fsync_ms: float) -> tuple[float, float, int]:
 def run_round(
     server_url: str, provider: Provider, folder: Path, number: int, n_texts: int, fsync_ms: float
 ) -> tuple[float, float, int]:
-    """Export into a store of its own, then fill it."""
+    """Export into a new store, then fill it."""
     execute(server_url, f"CREATE DATABASE round_{number} TEMPLATE catalogue")
     settings = {
         "postgres_url": with_parts(server_url, database=f"round_{number}"),
@@ -91,7 +91,7 @@ def create_catalogue(server_url: str) -> None:
 
 
 def main() -> None:
-    """Print a table with a row a round, and the median."""
+    """Print a table with a row per round, and the median."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cache_fill")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--texts", type=int, default=256, help="per request, at most")

@@ -1,14 +1,14 @@
 """Fills killed with SIGKILL, many times in a row, over one catalogue: is anything lost that was paid for?
 
-    python -m benchmarks.chaos                                  25 kills, four minutes; exit code 1 where a check fails
+    python -m benchmarks.chaos                                  25 kills, four minutes; exit code 1 if a check fails
     python -m benchmarks.chaos --kills 6 --songs 2200 --seed 7 --markdown
 
 A real Postgres; a provider in its own process, with latency and faults, that writes down each text as it bills it; and
 processes that fill (every sixth is `songvec run`), each killed a random time after its first billed texts. After every
-kill the provider's ledger is held against the shards. Between kills a shard is cut, gets a bit flipped or is
-replaced by something else. In these ranges faults come before billing, so that what is billed is delivered; in a last
-range answers are spoilt after it. The seed repeats songs and draws; timing is the machine's own. A kill leaves the
-kernel's page cache whole: what a loss of power does is not measured here.
+kill the provider's ledger is compared with the files. Between kills a file is truncated, gets a bit flipped or is
+replaced. In these ranges faults come before billing, so that what is billed is delivered; in a last range answers are
+spoilt after billing. The seed repeats songs and draws; timing is the machine's own. A kill leaves the
+kernel's page cache intact: a loss of power is not measured here.
 """
 
 import argparse
@@ -98,7 +98,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Damage:
-    """What was done to a shard between two kills, what it cost in texts, and who told."""
+    """What was done to a file between two kills, how many texts it cost, and what reported it."""
 
     after_kill: int
     kind: str
@@ -111,7 +111,7 @@ class Damage:
 
 @dataclass
 class CampaignReport:
-    """What a campaign found. `failures` has the words of each check that failed."""
+    """What a campaign found. `failures` names each check that failed."""
 
     kills: list[Kill] = field(default_factory=list)
     damages: list[Damage] = field(default_factory=list)
@@ -120,11 +120,11 @@ class CampaignReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every check held."""
+        """Whether every check passed."""
         return not self.failures
 
     def expect(self, check: str, holds: bool, words: str) -> None:
-        """Note a check that does not hold."""
+        """Record a check that fails."""
         if not holds:
             self.failures.setdefault(check, []).append(words)
 
@@ -154,7 +154,7 @@ class Song:
 
     @property
     def text_hash(self) -> bytes:
-        """What the provider's ledger and the shards know its text by."""
+        """The hash of its text, as the provider's ledger and the files have it."""
         return digest_of(f"{self.name} by {self.artist}\n{self.lyrics}")
 
     @property
@@ -181,7 +181,7 @@ def make_songs(tiling: Tiling, rng: Random) -> list[Song]:
 
 @dataclass
 class Campaign:
-    """One catalogue, its database, store and provider, and the accounts kept of them.
+    """One catalogue, its database, store and provider, and what is counted about them.
 
     Attributes:
         on_disk: texts that were found on disk, sound, at the last look.
@@ -227,7 +227,7 @@ class Campaign:
         return Counter(text for _, texts in self.read_ledger() for text in texts)
 
     def count_billed_twice(self) -> int:
-        """Billings again, without those that damage on purpose made right."""
+        """Texts billed again, without those that were damaged on purpose."""
         return sum(max(0, n - 1 - self.excused_damage[text]) for text, n in self.count_billings().items())
 
     def read_shard(self, song_range: SongIdRange) -> set[bytes]:
@@ -316,7 +316,7 @@ class Campaign:
             n_open = figures["requests"] - sum(figures["requests_by_status"].values())
 
     def kill(self, process: "subprocess.Popen[str] | WarmProcess", number: int, n_kills: int, by_command: bool) -> bool:
-        """Let a process begin, kill it in its middle, audit; False where it ended by itself, or billed nothing."""
+        """Let a process begin, kill it in its middle, audit; False if it ended by itself, or billed nothing."""
         known, began = len(self.read_ledger()), time.monotonic()
         n_missing = len(self.paid_for) - len(self.on_disk) - len(self.by_range[self.spoilt_range])
         # so long that on average as much is left for each kill to come
@@ -376,7 +376,7 @@ class Campaign:
         told_by = " and ".join(["load"] * by_load + ["fill"] * by_fill)
         expect(FOUND, bool(told_by or not lost), f"{what}: {len(lost)} texts")
         expect(SMALL, "flip" not in kind or len(lost) <= PROMISED_TEXTS, f"{what}: {len(lost)} texts")
-        # as the words say, whoever found it: a fill does not open files that are as large as its manifest has them
+        # as the message says, from fill or load: a fill does not open files that are as large as its manifest has them
         told = [words for words in (str(load_error), str(report.error)) if path.name in words]
         if any(advice in words for words in told for advice in ("move it away", "remove it")):
             path.rename(path.with_name(f"{path.name}.damaged"))
@@ -467,20 +467,20 @@ def run_campaign(
     say: Callable[[str], None] = lambda _: None,
     warm: bool = False,
 ) -> CampaignReport:
-    """Kill a fill so many times in its middle, damage shards in between, finish, audit.
+    """Kill fills in their middle, damage files in between, finish, audit.
 
     Args:
-        n_kills: fewer songs a kill make each fill shorter.
+        n_kills: number of kills; with fewer songs per kill each fill is shorter.
         seed: of songs, moments and damage.
         n_songs: of the catalogue; rounded to full ranges.
-        say: told each kill and each damage.
-        warm: whether processes are forked from one that has loaded the libraries; they leave no words then.
+        say: called with each kill and each damage.
+        warm: whether processes are forked from one that has loaded the libraries; then they print nothing.
     """
     rng = Random(seed)
     width = max(20, n_songs // (N_RANGES + 1))
     tiling = Tiling(width, width * (N_RANGES + 1))
     songs = make_songs(tiling, rng)
-    with _deployed(tiling, songs) as (pipeline, provider, folder, environment):
+    with _running_pipeline(tiling, songs) as (pipeline, provider, folder, environment):
         campaign = Campaign(pipeline, provider, folder / "billed.jsonl", folder, songs, rng, warm)
         kinds, waiting, n_early = iter(DAMAGES * n_kills), campaign.start(False, environment), 0
         try:
@@ -510,7 +510,7 @@ def run_campaign(
 
 @contextmanager
 def _ended(process: "subprocess.Popen[str] | WarmProcess") -> Iterator[None]:
-    """Whatever happens in the block, the process is gone after it."""
+    """End the process at the end of the block, even after an error."""
     with process:
         try:
             yield
@@ -519,7 +519,9 @@ def _ended(process: "subprocess.Popen[str] | WarmProcess") -> Iterator[None]:
 
 
 @contextmanager
-def _deployed(tiling: Tiling, songs: Sequence[Song]) -> Iterator[tuple[Pipeline, Provider, Path, dict[str, str]]]:
+def _running_pipeline(
+    tiling: Tiling, songs: Sequence[Song]
+) -> Iterator[tuple[Pipeline, Provider, Path, dict[str, str]]]:
     # a short path: the server's socket lies in its folder, and socket paths end at 107 characters
     with tempfile.TemporaryDirectory(prefix="songvec-chaos-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -595,7 +597,7 @@ def main() -> None:
         fill_when_told(given.fill)
         return
     began = time.monotonic()
-    report = run_campaign(given.kills, given.seed, given.songs, lambda told: print(told, file=sys.stderr, flush=True))
+    report = run_campaign(given.kills, given.seed, given.songs, lambda line: print(line, file=sys.stderr, flush=True))
     report.figures["minutes"] = round((time.monotonic() - began) / 60, 1)
     print(report.render(given.markdown))
     sys.exit(0 if report.passed else 1)

@@ -1,12 +1,12 @@
-"""Faults of the database under a load, a build and a swap: is each told clearly, and does a rerun make it right?
+"""Faults of the database during a load, a build and a swap: is each reported clearly, and does a rerun repair it?
 
     python -m benchmarks.chaos_db                 all faults, at several moments; five minutes; exit code 1 on a FAIL
     python -m benchmarks.chaos_db --only killed --rounds 2 --seed 7 --markdown
 
-A real Postgres server over TCP, with a password; a role that is no superuser; a database of its own for each fault. The
-fault is brought about at the moment that the server's own views show; then the same command is started again, and
-table, ledger, index and catalogue are held against the cache. The seed draws the moments; timing is the machine's own.
-A kill leaves the kernel's page cache whole: what a loss of power does is not measured here.
+A real Postgres server over TCP, with a password; a role that is not a superuser; a new database per fault. The fault
+is caused at a moment that the server's own views show; then the same command is started again, and table, ledger,
+index and catalogue are compared with the cache. The seed draws the moments; timing is the machine's own.
+A kill leaves the kernel's page cache intact: a loss of power is not measured here.
 """
 
 import argparse
@@ -78,7 +78,7 @@ Fault = Callable[[World, Random], None]
 
 
 def load(world: World, database: Database | None = None) -> PublishReport:
-    """Make what searches find equal the cache, as a pipeline does: under the index, or built beside."""
+    """Make what searches find equal the cache, as a pipeline does: under the index, or through a staging table."""
     ensure_schema(database or world.database)
     source = LoadSource(world.cache, world.tiling, Snapshots(Storage(world.folder / "songs")))
     wanted = WantedTable(world.spec, IndexSettings(world.lists), world.may_swap, world.staged_from_rows)
@@ -86,13 +86,13 @@ def load(world: World, database: Database | None = None) -> PublishReport:
 
 
 def build_index(world: World, database: Database | None = None) -> IndexReport:
-    """Build the index where that is worth it."""
+    """Build the index if that is worth it."""
     table = VectorTable(database or world.database)
     return bring_index_up_to_date(table, world.cache, world.spec, IndexSettings(world.lists))
 
 
 def attempt(world: World, step: Step, database: Database | None = None) -> Attempt:
-    """A step in a thread of its own."""
+    """A step in its own thread."""
     return Attempt(lambda: step(world, database))
 
 
@@ -105,7 +105,7 @@ def error_of(world: World, step: Step, database: Database | None = None) -> Exce
 
 
 def prepare_load(world: World, draw: Random) -> None:
-    """A first load; or one of changed rows, into the table or beside it."""
+    """A first load; or one of changed rows, into the table or a staging table."""
     kind = draw.choice(["first load", "a third changed", "all changed", "built beside"])
     if kind != "first load":
         world.run()
@@ -115,7 +115,7 @@ def prepare_load(world: World, draw: Random) -> None:
 
 
 def prepare_swap(world: World, other_model: bool = False) -> None:
-    """All rows changed, or another model: built beside, and put in place of the table that serves."""
+    """All rows changed, or another model: a staging table is built and replaces the serving one."""
     world.run()
     world.staged_from_rows = 1
     if other_model:
@@ -176,7 +176,7 @@ def kill_in_copy(world: World, draw: Random) -> None:
 
 
 def kill_in_build(world: World, draw: Random) -> None:
-    """Of the serving table's index, or of the one built beside."""
+    """Of the index of the serving or of the staging table."""
     if draw.random() < 0.5:
         prepare_swap(world)
         step: Step = load
@@ -260,7 +260,7 @@ def disk_full_in_build(world: World, draw: Random) -> None:
 
 @contextlib.contextmanager
 def on_small_disk(world: World, n_bytes: int) -> Iterator[SmallDisk]:
-    """What the world's database makes, and its temporary files, go to a disk of so many bytes."""
+    """What the world's database makes, and its temporary files, go to a disk of this size in bytes."""
     with small_disk(world.server, n_bytes) as disk:
         world.admin(f"GRANT CREATE ON TABLESPACE {disk.tablespace} TO {world.name}")
         for setting in ("default_tablespace", "temp_tablespaces"):
@@ -393,7 +393,7 @@ def foreign_row(statement: str) -> Fault:
         world.admin(world.moment)
         if "{mine}" not in statement and "{free}" not in statement:
             n_foreign = load(world).n_unmanaged
-            world.expect(CLEAR, n_foreign == 1, f"{n_foreign} rows of somebody else were told, not 1")
+            world.expect(CLEAR, n_foreign == 1, f"{n_foreign} rows of somebody else were reported, not 1")
             world.admin(f"DELETE FROM song_embeddings WHERE song_id < 0 OR song_id > {world.tiling.stop}")
         world.finish()
 
@@ -559,7 +559,7 @@ FAULTS: dict[str, tuple[Fault, int]] = {
 
 
 def run_fault(name: str, server: Server, folder: Path, report: Report, draw: Random, n_songs: int = SONGS) -> Round:
-    """Bring one fault about in a new world; what is found goes into the report."""
+    """Cause one fault in a new world; what is found goes into the report."""
     fault, _ = FAULTS[name]
     began, n_before = time.monotonic(), report.n_failures
     for tried in range(1, TRIES + 1):
@@ -580,8 +580,8 @@ def run_fault(name: str, server: Server, folder: Path, report: Report, draw: Ran
                 world.expect(MEANT, False, f"{type(error).__name__}: {error}")
             break
     verdict = "not run" if name in report.not_run else "FAIL" if report.n_failures > n_before else "PASS"
-    told = report.not_run.get(name, world.told)
-    report.rounds.append(Round(name, world.moment, told, round(time.monotonic() - began, 1), verdict))
+    reported = report.not_run.get(name, world.reported)
+    report.rounds.append(Round(name, world.moment, reported, round(time.monotonic() - began, 1), verdict))
     return report.rounds[-1]
 
 
@@ -589,7 +589,7 @@ def find_usual_relations(server: Server, folder: Path, n_songs: int = SONGS) -> 
     """What an undisturbed run leaves in a database.
 
     Raises:
-        RuntimeError: even that is not in order.
+        RuntimeError: even that run left something else.
     """
     with new_world(server, folder, Report(), load, build_index, n_songs, DIMENSIONS) as world:
         world.finish()
@@ -613,7 +613,7 @@ def prepared_server() -> Iterator[tuple[Server, Path]]:
 
 
 def sample_few_queries(rows: LoadedRows) -> Float32Matrix:
-    """Ten: how well searches find is measured elsewhere, and takes longer than all else here."""
+    """Ten queries: recall is measured elsewhere, and would take longer than everything else here."""
     queries = sample_queries(rows)
     n_rows = len(queries) // 2
     return queries[n_rows - 5 : n_rows + 5]
@@ -622,13 +622,13 @@ def sample_few_queries(rows: LoadedRows) -> Float32Matrix:
 def run_campaign(
     faults: list[str], seed: int = 0, rounds: int | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Bring each fault about, at as many moments as FAULTS says, or at so many.
+    """Cause each fault, at as many moments as FAULTS or `rounds` says.
 
     Args:
         faults: names.
         seed: of the moments.
-        rounds: moments a fault; None: as FAULTS says.
-        say: told each round.
+        rounds: moments per fault; None: as FAULTS says.
+        say: called with each round.
     """
     draw = Random(seed)
     with prepared_server() as (server, folder):
@@ -649,7 +649,7 @@ def main() -> None:
     given = parser.parse_args()
     began = time.monotonic()
     faults = [name for name in FAULTS if given.only in name]
-    report = run_campaign(faults, given.seed, given.rounds, lambda told: print(told, file=sys.stderr, flush=True))
+    report = run_campaign(faults, given.seed, given.rounds, lambda line: print(line, file=sys.stderr, flush=True))
     print(report.render(given.markdown))
     print(f"\n{len(report.rounds)} rounds in {(time.monotonic() - began) / 60:.1f} minutes")
     sys.exit(0 if report.passed else 1)

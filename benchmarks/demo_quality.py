@@ -1,8 +1,8 @@
 """How well the demo's model finds songs by what they are about, compared with the hashed words of `offline-v1`.
 
-`demo_queries.tsv` has queries in 15 languages with the sample songs that answer them: grade 2, the song is about it;
-grade 1, in part; songs without a line are not about it. Three in four share no word with any of their songs. The grades
-were given from the lyrics alone, before any ranking was seen (November 2026).
+`demo_queries.tsv` has queries in 15 languages with the sample songs that answer them. Grade 2: the song is about it;
+grade 1: in part; songs that are not listed are not about it. Three in four share no word with any of their songs. The
+grades were given from the lyrics alone, before any ranking was seen (November 2026).
 
     python -m benchmarks.demo_quality            # the table
     python -m benchmarks.demo_quality --queries  # and each query with its first three songs

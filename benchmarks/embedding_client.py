@@ -1,18 +1,18 @@
-"""How many embeddings a second a whole client takes from one local provider: this client, its peers, and a bare drain.
+"""Embeddings per second that a whole client gets from one local provider: this client, its peers, and a bare reader.
 
-All get the same texts (1,600 characters, about 400 tokens) in requests of the same size, as many requests at once where
+All get the same texts (1,600 characters, about 400 tokens) in requests of the same size, the same number in flight if
 their API allows it, and a fresh process each; rounds are interleaved. The provider is the tests' own: one process on
 loopback, no latency, 2,000 dimensions. Peers are called as documented and end with what their API gives: lists of
 floats for openai and LangChain (which sends one request after another), a float32 matrix for the others. Answers are
-dropped, but a client that takes all texts in one call holds all of them, as its peak memory shows. The first and last
+discarded, but a client that takes all texts in one call holds all of them, as its peak memory shows. The first and last
 vector of each call are compared with what the provider computed.
 
-Baseten's client is called three ways: as its documentation does, with all texts in one call, where it asks for floats;
-so with its option for base64, which its `numpy()` refuses, so that the caller decodes; and with one call a request,
-which is not in its documentation, and is the best that was found for it.
+Baseten's client is called three ways: as its documentation does, with all texts in one call, when it requests floats;
+the same with its option for base64, which its `numpy()` refuses, so that the caller decodes; and with one call per
+request, which is not in its documentation, and is the fastest way that was found.
 
 The drain rows are the ceiling: one request built beforehand, on as many connections, and answers that are only read.
-Where the provider is busy for a whole core, or a client comes near its drain, the provider was measured instead.
+If the provider keeps a whole core busy, or a client comes near its drain, the provider was measured instead.
 This client reserves its quota at the RateLimiter in an embedded Postgres, as in production. At the end it sends its
 texts once more, and four times as many: its peak memory must not grow.
 
@@ -61,7 +61,7 @@ class Load(NamedTuple):
 
     @property
     def server(self) -> dict[str, Any]:
-        """The provider, as clients are told of it."""
+        """The provider's URL and key, as clients get them."""
         return {"base_url": self.provider.base_url, "api_key": self.provider.api_key}
 
 
@@ -97,7 +97,7 @@ async def connect_this(load: Load) -> AsyncIterator[Embed]:
 
 @asynccontextmanager
 async def connect_openai(load: Load, **asked: Any) -> AsyncIterator[Embed]:
-    """AsyncOpenAI; where no format is asked for, it asks for base64 itself."""
+    """AsyncOpenAI; if no format is given, it requests base64 itself."""
     from openai import AsyncOpenAI
 
     client = AsyncOpenAI(**load.server)
@@ -112,7 +112,7 @@ async def connect_openai(load: Load, **asked: Any) -> AsyncIterator[Embed]:
 
 @asynccontextmanager
 async def connect_langchain(load: Load) -> AsyncIterator[Embed]:
-    """LangChain, as its reference says for servers other than OpenAI's."""
+    """LangChain, as its reference says for other servers than OpenAI's."""
     from langchain_openai import OpenAIEmbeddings
 
     size: dict[str, Any] = {"dimensions": DIMENSIONS, "chunk_size": load.request_texts}
@@ -125,7 +125,7 @@ async def connect_baseten(load: Load, encoding_format: str | None = None) -> Asy
     from baseten_performance_client import PerformanceClient, RequestProcessingPreference
 
     client = PerformanceClient(load.provider.base_url.removesuffix("/v1"), load.provider.api_key)
-    # requests are cut at 8,000 characters unless told otherwise; this is the most it takes
+    # requests are cut at 8,000 characters by default; this is the most it takes
     limits: dict[str, Any] = {"max_concurrent_requests": load.concurrency, "max_chars_per_request": 1_048_576}
     preference = RequestProcessingPreference(batch_size=load.request_texts, **limits)
 
@@ -161,7 +161,7 @@ async def connect_drain(load: Load, encoding_format: str) -> AsyncIterator[Embed
 
 
 class Contestant(NamedTuple):
-    """A client as it is called: it gets the texts of one request a call, or all of them where it `cuts_requests`."""
+    """A client as it is called: it gets the texts of one request per call, or all of them if it `cuts_requests`."""
 
     connect: Callable[[Load], AbstractAsyncContextManager[Embed]]
     n_texts: int
@@ -230,7 +230,7 @@ async def send(load: Load, embed: Embed) -> Measure:
 
 
 def measure(load: Load) -> Measure:
-    """Connect a client and send; in a process of its own, where its memory is to be measured."""
+    """Connect a client and send; in its own process, if its memory is to be measured."""
 
     async def connect_and_send() -> Measure:
         async with CONTESTANTS[load.client].connect(load) as embed:

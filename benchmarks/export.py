@@ -1,12 +1,12 @@
-"""Songs a second from a table in Postgres to zstd-1 Parquet files, beside other ways to do the same.
+"""Songs per second from a table in Postgres to zstd-1 Parquet files, compared with other ways to do the same.
 
     python -m benchmarks.export                             a million songs of about 1.2 KB, twice each way
     python -m benchmarks.export --songs 20000 --rounds 1    a short form
 
-Each way runs in a process of its own, as its documentation shows it; what counts begins after the imports. `COPY`
-reads the same bytes and drops them: the limit of a connection. All share the machine with the server; fsync is what
-only this export does. Then exports again, after nothing, a part or scattered songs changed, and of the same songs with
-ids from 0 to 2.1 billion. Exit code 1 where something to reach is missed.
+Each way runs in its own process, as its documentation shows it, and is timed from after the imports. `COPY` reads the
+same bytes and discards them: the limit of a connection. All share the machine with the server; only this export calls
+fsync. Then exports again, after nothing, a part or scattered songs changed, and of the same songs with
+ids from 0 to 2.1 billion. Exit code 1 if a goal is missed.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def run_way(name: str, job: Job) -> tuple[float, float, float]:
 
 
 def measure(name: str, job: Job) -> Measure:
-    """Export in a process of its own."""
+    """Export in its own process."""
     before = server_cpu_s(job.url)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
         seconds, cpu_s, peak_mb = processes.submit(run_way, name, job).result()
@@ -86,7 +86,7 @@ def server_cpu_s(url: str) -> float:
 
 
 def create_catalogue(url: str, n_songs: int) -> None:
-    """Table `songs`: lines of the sample songs in a new order, about 1.2 KB a song, ids from 0 on."""
+    """Table `songs`: lines of the sample songs in a new order, about 1.2 KB per song, ids from 0 on."""
     import adbc_driver_postgresql.dbapi as adbc
     import numpy as np
     import pyarrow as pa
@@ -119,7 +119,7 @@ def create_catalogue(url: str, n_songs: int) -> None:
 
 
 def spread_ids(url: str, width: int) -> None:
-    """Table `sparse_songs`: the same songs, a range every 50 million ids, the last one in the open tail."""
+    """Table `sparse_songs`: the same songs, one range per 50 million ids, the last one in the open tail."""
     from songvec_assets_tests.administration import execute
 
     spread = f"id % {width} + CASE WHEN id / {width} < {N_RANGES - 1} THEN id / {width} * 50000000 ELSE 2100000000 END"
@@ -132,7 +132,7 @@ def spread_ids(url: str, width: int) -> None:
 
 
 class Rerun(NamedTuple):
-    """An export over one that was there."""
+    """An export after an earlier one."""
 
     name: str
     concerned: int
@@ -178,7 +178,7 @@ def render_ways(measures: dict[str, list[Measure]], n_songs: int) -> str:
 
 
 def render_reruns(reruns: list[Rerun]) -> str:
-    """A row a rerun."""
+    """A row per rerun."""
     rows = [
         "| export again | seconds | ranges concerned | ranges written | peak MB |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -189,7 +189,7 @@ def render_reruns(reruns: list[Rerun]) -> str:
 
 
 def find_misses(measures: dict[str, list[Measure]], reruns: list[Rerun], sparse_s: float) -> list[str]:
-    """What was to be reached and was not."""
+    """The goals that were missed."""
     seconds = {name: median(run.seconds for run in runs) for name, runs in measures.items()}
     peak_mb = max(run.peak_mb for run in [*measures["this"], *(rerun.measured for rerun in reruns)])
     slower = [name for name in seconds if WAYS[name].writes and seconds[name] < seconds["this"]]
@@ -202,7 +202,7 @@ def find_misses(measures: dict[str, list[Measure]], reruns: list[Rerun], sparse_
 
 
 def main() -> None:
-    """Measure all, print tables, and end with 1 where something is missed."""
+    """Measure all and print tables; exit code 1 if a goal is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.export")
     parser.add_argument("--songs", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=2)

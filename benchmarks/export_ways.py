@@ -1,6 +1,6 @@
 """The ways to export that `benchmarks.export` compares: each reads a table of songs and leaves zstd-1 Parquet files.
 
-Each is written as its documentation shows it. Imports are within, so that a process holds its own way's alone.
+Each is written as its documentation shows it. Imports are in the functions: a process has only its own.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ CHUNK = 50_000
 
 
 class Job(NamedTuple):
-    """What is to be exported: a table with so many songs, at a libpq URL, into a folder."""
+    """What is to be exported: a table, its number of songs, a libpq URL, and the folder."""
 
     url: str
     table: str
@@ -25,7 +25,7 @@ class Job(NamedTuple):
 
     @property
     def width(self) -> int:
-        """song_ids a range."""
+        """song_ids per range."""
         return max(1, self.n_songs // N_RANGES)
 
 
@@ -105,7 +105,7 @@ def export_connectorx_stream(job: Job) -> None:
 
 
 def drain_copy(job: Job, n_connections: int) -> None:
-    """Read the songs as COPY sends them, and drop them."""
+    """Read the songs as COPY sends them, and discard them."""
     import psycopg2
 
     class Nothing:

@@ -1,4 +1,4 @@
-"""Index builds beside pgvector's defaults on the same rows, the recall and latency of both, and what halfvec saves.
+"""Index builds compared with pgvector's defaults on the same rows, recall and latency of both, and what halfvec saves.
 
     python -m benchmarks.index                     100,000 and 300,000 rows of 2,000 dimensions
     python -m benchmarks.index --rows 20000        another size; --rounds says how often each is built
@@ -6,12 +6,12 @@
 Rows are made up: the square root of n clusters, of sizes that follow a Pareto distribution; a row is its cluster's
 centre plus noise of 0.7 of its length in 64 dimensions, turned into 2,000 by a random matrix, plus a little noise in
 all of them, on the unit sphere. Stock is the table as CREATE TABLE makes it (vectors in TOAST) and the server's default
-settings, but for the least maintenance_work_mem that the build accepts; with the default it is an error, which is
+settings, except for the least maintenance_work_mem that the build accepts; with the default it is an error, which is
 shown. Ours is this package's table and session settings. Both have the same lists, and are built in a transaction, in
 turn, three times; ours also as halfvec, and, once, of the first size while writers go on. The last one is searched.
 Ratios are taken within a round. Latency is a search's round trip, of 100 made for
-the second time; recall that of the lower of two kinds of queries, 100 each, against an exact scan.
-Exit code 1 where ours is not 1.2 times as fast as stock, or its recall is over 0.01 lower at equal probes.
+the second time; recall is the lower of two kinds of queries, 100 each, against an exact scan.
+Exit code 1 if ours is not 1.2 times as fast as stock, or its recall is over 0.01 lower at equal probes.
 """
 
 import argparse
@@ -72,7 +72,7 @@ class Build:
 
 @dataclass
 class Result:
-    """What was measured over so many rows."""
+    """What was measured at one number of rows."""
 
     n_rows: int
     lists: int
@@ -101,7 +101,7 @@ class Result:
 
     @property
     def reached(self) -> bool:
-        """Whether it is what was wanted."""
+        """Whether the goal was reached."""
         return median(self.faster(OURS)) >= FASTER and self.differs(OURS) <= WITHIN
 
     def at(self, name: str, probes: int) -> RecallPoint:
@@ -126,7 +126,7 @@ def make_rows(n_rows: int, dimensions: int, seed: int = 1) -> Iterator[tuple[lis
 
 
 def measure(database: Database, cache: ModelCache, n_rows: int, n_rounds: int, writers_go_on: bool) -> Result:
-    """Load, build and search so many rows.
+    """Load, build and search one number of rows.
 
     Args:
         database: with our schema, and no table; of a server on this machine.
@@ -178,7 +178,7 @@ class _Run:
         return VectorTable(self.database, STOCK)
 
     def build_stock(self, spec: TableSpec) -> None:
-        """With the server's defaults; where that is an error, with the least memory that it accepts."""
+        """With the server's defaults; if that is an error, with the least memory that it accepts."""
         build = sa.text(
             f"CREATE INDEX {self.stock.index_name} ON {STOCK} USING ivfflat (embedding {spec.vector_type}_cosine_ops) "
             f"WITH (lists = {self.result.lists})"
@@ -199,7 +199,7 @@ class _Run:
             build_with(needed // 1024 + 1)
 
     def build_ours(self, name: str, table: str, spec: TableSpec) -> None:
-        """As the package builds: CONCURRENTLY where the table serves, else in a transaction."""
+        """As the package builds: CONCURRENTLY if the table serves, else in a transaction."""
         capacity, result = read_capacity(self.database), self.result
         estimate = estimate_build(result.n_rows, result.lists, spec.dimensions, spec.vector_type, capacity.workers)
         with self._timed(name, table):
@@ -320,7 +320,7 @@ def render(results: list[Result]) -> str:
 
 
 def main() -> None:
-    """One size after the other, in a database of its own each."""
+    """One size after the other, each in a new database."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 300_000])
     parser.add_argument("--rounds", type=int, default=3)

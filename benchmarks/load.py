@@ -1,19 +1,19 @@
-"""Rows a second into the table: this package's load beside its peers and beside the server's own COPY of a ready file.
+"""Rows per second into the table: this package's load, its peers, and the server's own COPY of a ready file.
 
     python -m benchmarks.load                     rounds of all clients, then a million rows and what changes of them
     python -m benchmarks.load --parts rounds      only the rounds; `long` for only the million rows
     python -m benchmarks.load --vector-type halfvec --parts rounds    this package and the limit, on halfvec
 
-A client gets a fresh table and a process of its own, in every round, after a CHECKPOINT; slow ones get fewer of the
-same rows, and are taken to go on at that rate. Rates count from the call to the last commit, and ratios are taken
+In every round a client gets a fresh table and its own process, after a CHECKPOINT; slow ones get fewer of the same
+rows, and are assumed to continue at that rate. Rates count from the call to the last commit, and ratios are taken
 within a round. This package's call is the whole path of a first load: it compares, reads mapped shards, checks every
-row, and keeps its ledger; its VACUUM (ANALYZE) follows the last commit and has a column of its own. Memory is the
+row, and keeps its ledger; its VACUUM (ANALYZE) follows the last commit and has a separate column. Memory is the
 client's RssAnon: mapped files are the kernel's. `loaders` has the clients.
 
 The long part loads a million rows with the package's defaults, then changes 1 % of the songs, scattered over all
 ranges, and loads again, ten times, and then all songs of one range, ten times: each time after a CHECKPOINT, when
 changes cost most WAL, and with a VACUUM after it in place of autovacuum. It needs 30 GB of disk. Exit code 1
-where a figure is not what it has to be.
+if a goal is missed.
 """
 
 import argparse
@@ -56,14 +56,14 @@ def run(
     vector_type: str = "vector",
     folder: Path | None = None,
 ) -> Result:
-    """Measure on an embedded server of its own; nothing is left of it.
+    """Measure on a new embedded server, which is removed afterwards.
 
     Args:
         size: how much is loaded.
         parts: of PARTS.
         clients: of CLIENTS, for the rounds.
         vector_type: the column's type.
-        folder: below which server and shards are made for the while; None: where temporary files go.
+        folder: for the server and the cache meanwhile; None: the folder of temporary files.
     """
     # a short path: the server's socket lies in its folder, and socket paths end at 107 characters
     made = tempfile.TemporaryDirectory(prefix=f"load-{getpass.getuser()}-", dir=folder, ignore_cleanup_errors=True)
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--ranges", type=int, default=Size.n_ranges_long, help="of 50,000 rows, in the long part")
     parser.add_argument("--clients", nargs="+", choices=CLIENTS, default=None, metavar="CLIENT")
     parser.add_argument("--vector-type", choices=("vector", "halfvec"), default="vector")
-    parser.add_argument("--folder", type=Path, help="where 30 GB are free; default: where temporary files go")
+    parser.add_argument("--folder", type=Path, help="folder with 30 GB free; default: that of temporary files")
     parser.add_argument("--markdown", action="store_true")
     asked = parser.parse_args()
     clients = asked.clients or (list(CLIENTS) if asked.vector_type == "vector" else _KNOW_HALFVEC)

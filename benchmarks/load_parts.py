@@ -32,8 +32,8 @@ class Size:
     """How much is loaded.
 
     Attributes:
-        dimensions: values a vector.
-        range_rows: rows a range.
+        dimensions: values per vector.
+        range_rows: rows per range.
         n_ranges, n_ranges_long: of the rounds and of the long part.
         n_rounds: of all clients.
         n_changes: how often 1 % of the songs change, and then how often all of one range.
@@ -48,7 +48,7 @@ class Size:
 
 
 class Figure(NamedTuple):
-    """A measure that has to be at least, or at most, so much."""
+    """A measure, and the least or most that it has to be."""
 
     name: str
     value: float
@@ -128,7 +128,7 @@ class Bench:
         return ModelCache(Storage(self.folder / name), MODEL, self.size.dimensions)
 
     def reset(self, plain: bool | None) -> None:
-        """Drop the table, and what is recorded of it; make it anew where a storage is given. Then CHECKPOINT."""
+        """Drop the table and what is recorded of it; create it again if a storage is given. Then CHECKPOINT."""
         with self.database.get_connection() as connection:
             VectorTable(self.database).drop(connection)
             if plain is not None:
@@ -138,7 +138,7 @@ class Bench:
         execute(self.database.adbc_uri, "CHECKPOINT")
 
     def check_rows(self, n_rows: int) -> None:
-        """Raise where the table does not hold just the first rows, or not the vectors of some of them."""
+        """Raise if the table does not hold exactly the first rows, or has wrong vectors for some of them."""
         if (found := self.ask(f"SELECT count(*) FROM {SERVING}")) != n_rows:
             raise RuntimeError(f"expected {n_rows:,} rows in the table, got {found:,}")
         for song_id in (0, n_rows // 2, n_rows - 1):
@@ -202,7 +202,7 @@ def run_rounds(bench: Bench, clients: list[str], result: Result) -> None:
 
 
 def run_long(bench: Bench, result: Result) -> None:
-    """A million rows by the defaults, then what 1 % changed songs cost, and a range that is written anew as a whole."""
+    """A million rows by the defaults, then what 1 % changed songs cost, and a range that is written again."""
     size, cache = bench.size, bench.cache("long")
     n_rows = size.n_ranges_long * size.range_rows
     n_bytes = fill_shards(cache, bench.tiling, n_rows)
@@ -256,7 +256,7 @@ def run_long(bench: Bench, result: Result) -> None:
 
 
 def _share(name: str, values: list[int], full: int) -> Figure:
-    """Of a full load's; the server's own upkeep may fall into one of the loads and not into another."""
+    """Of a full load's figure; the server's own upkeep may fall into one load and not into another."""
     shares = [100 * value / full for value in values]
     spread = f"{min(shares):.2f}–{max(shares):.2f}"
     return Figure(f"1 % changed: {name} / full load's", median(shares), 3, False, " %", spread)

@@ -1,4 +1,4 @@
-"""One load in a process of its own: its seconds, its CPU seconds, and its memory, sampled from outside."""
+"""One load in its own process: its seconds, its CPU seconds, and its memory, sampled from outside."""
 
 import time
 from multiprocessing import get_context
@@ -19,7 +19,7 @@ class Outcome(NamedTuple):
         seconds: to the commit.
         upkeep_s: from there to the call's end: this package's VACUUM (ANALYZE).
         cpu_s: of the client, all threads.
-        marks: seconds until each hundredth of the rows was handed on, where the client tells.
+        marks: seconds until each hundredth of the rows was passed on, if the client reports it.
         peak_anon_mb: the client's peak of memory that is not mapped files.
     """
 
@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
 
 
 def run_client(name: str, job: Job) -> Outcome:
-    """Load in a process of its own, whose memory is sampled from outside."""
+    """Load in its own process, whose memory is sampled from outside."""
     receiver, sender = get_context("spawn").Pipe(duplex=False)
     process = get_context("spawn").Process(target=_load, args=(name, job, sender))
     process.start()

@@ -1,7 +1,7 @@
 """Ways to get rows into `song_embeddings`: this package's, the server's own, and peers' as their documentation shows.
 
-Each is prepared (imports, connections, rows at hand) before the clock starts, and is timed to its commit. All read the
-vectors from the same memory-mapped shards, only this package holds them against their checksums. Peers, read 2026-11:
+Each is prepared (imports, connections, rows in memory) before the clock starts, and is timed to its commit. All read
+the vectors from the same memory-mapped files; only this package verifies checksums. Peers, read 2026-11:
 
 - psycopg 3 loop: pgvector-python's examples/loading/example.py.
 - SQLAlchemy: pgvector-python's README and SQLAlchemy 2.1's "ORM bulk inserts" and "INSERT" tutorials.
@@ -40,8 +40,8 @@ class Job(NamedTuple):
     Attributes:
         url: of the database; the table is there and empty, except for this package, which makes it.
         cache, tiling, spec: the shards and what they hold.
-        ready: folder of the same rows as files for a server-side COPY, one a range.
-        n_rows: the first so many.
+        ready: folder of the same rows as files for a server-side COPY, one per range.
+        n_rows: how many of the first ones.
     """
 
     url: str
@@ -74,7 +74,7 @@ class Job(NamedTuple):
 
 
 class Loading(NamedTuple):
-    """A load that has ended: when it had committed, and when it had handed on each hundredth of its rows."""
+    """A load that has ended: when it committed, and when it passed on each hundredth of its rows."""
 
     committed_at: float
     marks_at: list[float]
@@ -84,7 +84,7 @@ Load = Callable[[], Loading | None]
 
 
 def prepare_this(job: Job, n_connections: int) -> Load:
-    """The whole path: compare, read and check shards, COPY, ledger, commit a range; then VACUUM (ANALYZE)."""
+    """The whole path: compare, read and check shards, COPY, ledger, one commit per range; then VACUUM (ANALYZE)."""
     database = Database(job.url)
     # a first shard opened and a first connection import what they need: pandas, where it is installed
     next(job.shards())
@@ -95,13 +95,13 @@ def prepare_this(job: Job, n_connections: int) -> Load:
         marks: list[float] = []
         told_at = 0.0
 
-        def tell(progress: Progress) -> None:
+        def receive(progress: Progress) -> None:
             nonlocal told_at
             told_at = time.perf_counter()
             while progress.total and len(marks) <= 100 * progress.done // progress.total:
                 marks.append(told_at)
 
-        source, run = LoadSource(job.cache, job.tiling), RunContext(tell)
+        source, run = LoadSource(job.cache, job.tiling), RunContext(receive)
         upload_cached_embeddings_to_database(VectorTable(database), source, job.spec, run, n_connections=n_connections)
         # its last word comes after the last commit, and before VACUUM
         return Loading(told_at, [*marks[:100], told_at])
@@ -110,7 +110,7 @@ def prepare_this(job: Job, n_connections: int) -> Load:
 
 
 def write_ready_files(job: Job) -> None:
-    """Write what a server-side COPY reads, a file a range."""
+    """Write what a server-side COPY reads, a file per range."""
     job.ready.mkdir(exist_ok=True)
     for cached in job.shards():
         with (job.ready / cached.range.key).open("wb") as file:
@@ -141,7 +141,7 @@ def prepare_socket(job: Job, n_connections: int) -> Load:
 
 
 def _prepare_ready(job: Job, n_connections: int, copy: Callable[[Any, Path], None]) -> Load:
-    """Ready files, dealt out to the connections; one file, one transaction."""
+    """Ready files, divided among the connections; one file, one transaction."""
     import psycopg2
 
     files = sorted(job.ready.iterdir())
@@ -161,7 +161,7 @@ def _prepare_ready(job: Job, n_connections: int, copy: Callable[[Any, Path], Non
 
 
 def prepare_psycopg3(job: Job) -> Load:
-    """pgvector-python's documented loop: a row at a time, binary."""
+    """pgvector-python's documented loop: row by row, binary."""
     import psycopg
     from pgvector import Vector
     from pgvector.psycopg import register_vector
@@ -271,7 +271,7 @@ class Client(NamedTuple):
 
     Attributes:
         prepare: gets it ready; the result is timed.
-        plain: whether vectors are stored in their row (PLAIN), or where pgvector puts them by default (EXTERNAL).
+        plain: whether vectors are stored in their row (PLAIN), or outside of it, pgvector's default (EXTERNAL).
         share: of the rows that it loads: slow ones get fewer, at the same rate.
         makes_table: whether it makes the table itself.
     """

@@ -1,13 +1,13 @@
-"""What Dagster costs: the graph as `songvec run` beside the bare core, and the first minutes of `dagster dev`.
+"""What Dagster costs: the graph as `songvec run` compared with the bare core, and the first minutes of `dagster dev`.
 
     python -m benchmarks.operating                    100,000 songs, three rounds in turn; then 10,000 in `dagster dev`
     python -m benchmarks.operating --songs 2000 --ui-songs 500 --rounds 1    a short form
 
-Both do the same to a database and a store of their own, each in a process of its own from its start to its end, imports
-included: export, embed (the tests' provider, 64 values, no latency, no quota), load, index, measure recall. The core
-calls four functions; the run has in addition what a person sees: events, metadata, pictures, previews, checks. The
-second part counts from the start of `dagster dev` to the answer of its server, and from the launch of job `refresh` to
-the first materialization and to the end. Exit code 1 where the ratio is over 1.15.
+Both do the same with a new database and store, each in its own process from start to end, imports included:
+export, embed (the tests' provider, 64 values, no latency, no quota), load, index, measure recall. The core calls four
+functions; the run also makes what a person sees: events, metadata, charts, checks. The second part counts
+from the start of `dagster dev` to the answer of its server, and from the launch of job `refresh` to the first
+materialization and to the end. Exit code 1 if the ratio is over 1.15.
 """
 
 import argparse
@@ -77,7 +77,7 @@ class Bench:
         self._number = 0
 
     def make_template(self, n_songs: int) -> str:
-        """A database with so many songs."""
+        """A database with the songs."""
         name = f"songs_{n_songs}"
         execute(self.url, f"CREATE DATABASE {name}")
         database = Database(with_parts(self.url, database=name))
@@ -87,7 +87,7 @@ class Bench:
         return name
 
     def begin(self, template: str) -> dict[str, str]:
-        """The environment of a run over a fresh copy and a store of its own."""
+        """The environment of a run over a fresh copy and a new store."""
         self._number += 1
         name = f"run_{self._number}"
         execute(self.url, f"CREATE DATABASE {name} TEMPLATE {template}")
@@ -136,7 +136,7 @@ def ask(url: str, query: str, **variables: Any) -> Any:
 
 
 def wait_for(look: Any, patience_s: float = 900.0) -> Any:
-    """Ask until there is an answer."""
+    """Repeat the question until there is an answer."""
     deadline = time.perf_counter() + patience_s
     while time.perf_counter() < deadline:
         try:
@@ -206,8 +206,8 @@ def main() -> None:
         ratio = median(ratios)
         rows = [["songvec run / bare core", f"{ratio:.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}", f"<= {MOST}"]]
         print_table("ratio | median | min–max | to reach", rows, markdown=True)
-        told = time_ui(bench, bench.make_template(asked.ui_songs))
-        rows = [[name, f"{each:.1f}"] for name, each in told.items()]
+        first_minutes = time_ui(bench, bench.make_template(asked.ui_songs))
+        rows = [[name, f"{each:.1f}"] for name, each in first_minutes.items()]
         print_table(f"`dagster dev`, {asked.ui_songs:,} songs | seconds", rows, markdown=True)
     sys.exit(0 if ratio <= MOST else 1)
 

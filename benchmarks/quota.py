@@ -1,12 +1,12 @@
 """How much of a quota is used, and how often it is exceeded, against a provider that counts over every sliding minute.
 
-    python -m benchmarks.quota                   all scenarios side by side, for three minutes
+    python -m benchmarks.quota                   all scenarios at once, for three minutes
     python -m benchmarks.quota --seconds 20      a short form
 
 The provider allows 900,000 tokens and 6,000 requests in any sliding minute and answers 429 to what is more, without a
 Retry-After. Songs have about 400 tokens, in ranges of 2,000 song_ids, so that ranges end in the middle of it. Each
 scenario has its own provider, database and storage; its filling processes run the real fill and are killed at the end.
-Exit code 1 where a scenario does not reach what is wanted of it in three minutes.
+Exit code 1 if a scenario misses its goal in three minutes.
 Used: tokens billed from the first song's answer on, over the seconds measured, as a share of the quota.
 """
 
@@ -44,7 +44,7 @@ TILING = Tiling(width=2_000, stop=N_SONGS)
 
 @dataclass(frozen=True)
 class Scenario:
-    """Processes that fill, and how the provider differs from what they are told."""
+    """Processes that fill, and how the provider differs from their settings."""
 
     name: str
     latency_s: float
@@ -53,7 +53,7 @@ class Scenario:
 
     @property
     def to_reach(self) -> str:
-        """What is wanted of it."""
+        """Its goal."""
         return ">= 97 %, < 0.5 %" if self.configured == 1 else ">= 90 %, < 5 % after a minute"
 
 
@@ -80,14 +80,14 @@ class Result:
 
     @property
     def reached(self) -> bool:
-        """Whether it is what was wanted."""
+        """Whether it reached its goal."""
         if self.scenario.configured == 1:
             return self.used >= 0.97 and self.n_limited < 0.005 * self.n_requests
         return self.used >= 0.90 and self.n_limited_after_a_minute < 0.05 * self.n_requests_after_a_minute
 
 
 def run_scenario(scenario: Scenario, server_url: str, folder: Path, seconds: float, n_songs: int = N_SONGS) -> Result:
-    """Run one scenario in a database and a folder of its own."""
+    """Run one scenario in a new database and folder."""
     database = f"quota_{SCENARIOS.index(scenario)}"
     execute(server_url, f"CREATE DATABASE {database}")
     quota = {"tokens_per_minute": TOKENS_PER_MINUTE, "requests_per_minute": REQUESTS_PER_MINUTE}
@@ -110,7 +110,7 @@ def run_scenario(scenario: Scenario, server_url: str, folder: Path, seconds: flo
 
 
 def _export(pipeline: Pipeline, n_songs: int) -> None:
-    """Songs of 1,400 to 1,800 characters: at four characters a token, about 400 tokens each."""
+    """Songs of 1,400 to 1,800 characters: at four characters per token, about 400 tokens each."""
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(2_000)]
     songs = [

@@ -1,6 +1,6 @@
-"""What 12 and 100 million songs take, worked out from what was measured at smaller sizes: the tables of docs/scale.md.
+"""What 12 and 100 million songs take, computed from measurements at smaller sizes: the tables of docs/scale.md.
 
-    python -m benchmarks.scale            print the page with its tables worked out again
+    python -m benchmarks.scale            print the page with its tables computed again
     python -m benchmarks.scale --write    put them into the page
 
 An input stands once, with the size at which it was measured and the command that measures it again. A figure is what
@@ -42,24 +42,24 @@ class Input:
 
 _CLIENT, _LOAD, _INDEX = "`make bench-client`", "`make bench-load`", "`make bench-index`"
 INPUTS = (
-    Input("tokens", "tokens a song", 400, "assumed: 1,600 characters", "`songvec estimate` tells yours"),
+    Input("tokens", "tokens per song", 400, "assumed: 1,600 characters", "`songvec estimate` shows yours"),
     Input("price", "dollars a million tokens", 0.10, "given", "`SONGVEC_USD_PER_MILLION_TOKENS`"),
     Input("quota", "tokens a minute", 900_000, "given", "`SONGVEC_TOKENS_PER_MINUTE`"),
     Input("cores", "of the server, for index builds", 2, "given", ""),
     Input("used", "share of the quota that is used", 0.984, "three minutes", "`make bench-quota`"),
-    Input("fill", "songs a second into the cache, without quota and latency", 10_770, "50,000 songs", _CLIENT),
+    Input("fill", "songs per second into the cache, without quota and latency", 10_770, "50,000 songs", _CLIENT),
     Input("shard", "bytes a song in the cache", 8_033, "20,000 songs", _CLIENT),
     Input("parquet", "bytes a song in the snapshots", 212, "1,000,000 songs of 1.2 KB, zstd", ""),
     Input(
         "export",
-        "songs a second from Postgres to snapshots",
+        "songs per second from Postgres to snapshots",
         347_000,
         "1,000,000 songs of 1.3 KB",
         "`make bench-export`",
     ),
-    Input("load", "rows a second into a table without an index", 20_900, "1,000,000 rows, two connections", _LOAD),
-    Input("change", "changed rows a second, without an index", 4_500, "10,000 of 1,000,000 rows", _LOAD),
-    Input("compare", "songs a second compared, nothing changed", 1_250_000, "100,000 rows", _LOAD),
+    Input("load", "rows per second into a table without an index", 20_900, "1,000,000 rows, two connections", _LOAD),
+    Input("change", "changed rows per second, without an index", 4_500, "10,000 of 1,000,000 rows", _LOAD),
+    Input("compare", "songs per second compared, nothing changed", 1_250_000, "100,000 rows", _LOAD),
     Input("wal", "bytes of WAL, a row loaded and vacuumed", 16_200, "1,000,000 rows", _LOAD),
     Input("kmeans", "CPU seconds of k-means, a squared list", 72e-6, "100,000 rows, 100 to 632 lists", _INDEX),
     Input("row", "CPU seconds of assigning, a row", 25e-6, "100,000 rows, 100 to 632 lists", _INDEX),
@@ -71,7 +71,7 @@ INPUTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A catalogue of so many songs in a column of a type, with so many lists; None: as the package chooses."""
+    """A catalogue: number of songs, type of the column, number of lists; None: as the package chooses."""
 
     n: int
     vector_type: str = "vector"
@@ -140,7 +140,7 @@ FIGURES = {
         Figure("ledger of what is loaded", "ledger", "n * 12", _disk),
         Figure("serving", "serving", "table + key + index + ledger", _disk),
         Figure("temporary files of a build", "temporary", "n * (b * d + 48)", _disk),
-        Figure("while a table is built beside", "", "2 * serving + temporary", _disk),
+        Figure("while a staging table is built", "", "2 * serving + temporary", _disk),
         Figure("WAL of a load and a build", "", "n * wal * b / 4 + index", _disk),
     ),
     "memory": (
@@ -160,7 +160,7 @@ FIGURES = {
         Figure("k-means", "clustering", "kmeans * L ** 2", _time),
         Figure("assigning rows to lists", "assigning", "(row + assign * L) * n / cores", _time),
         Figure(
-            "writing the index, and validating it where writers go on",
+            "writing the index, and validating it while writers go on",
             "writing",
             "(write + 2 * validate) * index / 1e9",
             _time,
@@ -196,7 +196,7 @@ def render_inputs() -> str:
 
 
 def render(figures: Iterator[Figure] | tuple[Figure, ...], cases: tuple[Case, ...] = CASES) -> str:
-    """Figures as a Markdown table, a column a case."""
+    """Figures as a Markdown table, a column per case."""
     worked_out = [work_out(case) for case in cases]
     rows = [
         f"| | formula | {' | '.join(map(str, cases))} |",

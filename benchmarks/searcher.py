@@ -1,7 +1,7 @@
-"""A searcher in a process of its own, and what its searches met.
+"""A searcher in its own process, and the outcome of its searches.
 
-It sends searches at fixed times over one connection, whether or not the one before has been answered; latency counts
-from the time a search was to be sent, so that a stall counts for every search that it held up. Statements and
+It sends searches at fixed times over one connection, whether or not the previous one has been answered; latency
+counts from the time a search was due, so that a stall counts for every search that it delayed. Statements and
 transactions are those of `search_songs`. Times are of the monotonic clock, which all processes of a machine share.
 """
 
@@ -33,7 +33,7 @@ Known = dict[int, NDArray[np.float32]]
 
 
 class Sample(NamedTuple):
-    """A search: when it was to begin, its seconds, and what came of it: nothing to say, `missing`, or an error."""
+    """A search: when it was due, its seconds, and its outcome: empty, `missing`, or an error."""
 
     at: float
     seconds: float
@@ -51,7 +51,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Figures:
-    """What searches met in all windows of a name; times are milliseconds."""
+    """The outcome of searches in all windows of a name; times are milliseconds."""
 
     name: str
     seconds: float
@@ -63,7 +63,7 @@ class Figures:
 
     @classmethod
     def of(cls, name: str, windows: list[Window], samples: list[Sample]) -> "Figures":
-        """The searches that were to begin within the windows."""
+        """The searches that were due within the windows."""
         met = [each for each in samples if any(window.start <= each.at < window.stop for window in windows)]
         ms = np.sort([1e3 * each.seconds for each in met] or [math.nan])
         p50, p99 = (float(ms[math.ceil(share * len(ms)) - 1]) for share in (0.5, 0.99))
@@ -95,7 +95,7 @@ def searching(url: str, known: Known, per_s: float) -> Iterator[list[Sample]]:
 
 
 def search(url: str, known: Known, per_s: float, stop: Event, to: Connection) -> None:
-    """Search until told to stop, then send all samples. Runs in a process of its own."""
+    """Search until asked to stop, then send all samples. Runs in its own process."""
     database = Database(url)
     samples: list[Sample] = []
     _search(database, *next(iter(known.items())))  # connects
@@ -118,7 +118,7 @@ def search(url: str, known: Known, per_s: float, stop: Event, to: Connection) ->
 
 
 def _search(database: Database, song_id: int, vector: NDArray[np.float32]) -> str:
-    """A search, as `search_songs` does it: `missing` where the song is not among the ten."""
+    """A search, as `search_songs` does it: `missing` if the song is not among the ten."""
     table, columns = VectorTable(database), define_table(TableSpec("", len(vector))).c
     distance = columns.embedding.cosine_distance(vector)
     nearest = sa.select(columns.song_id, (1 - distance).label("similarity")).order_by(distance).limit(10)

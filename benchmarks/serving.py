@@ -1,13 +1,13 @@
-"""Searches while a table is loaded, indexed anew and swapped: errors, songs not found, and how much slower they are.
+"""Searches while a table is loaded, indexed again and swapped: errors, songs not found, and how much slower they are.
 
     python -m benchmarks.serving              all phases, five minutes
-    python -m benchmarks.serving --steps      also what the searches met in each step of a phase
+    python -m benchmarks.serving --steps      also the searches of each step of a phase
 
-A searcher in a process of its own, on one connection, sends searches at fixed times, whether or not the one before has
-been answered; its latency counts from then, so that a stall counts for every search that it held up. Statements and
+A searcher in its own process, on one connection, sends searches at fixed times, whether or not the previous one has
+been answered; its latency counts from then, so that a stall counts for every search that it delayed. Statements and
 transactions are those of `songvec search`. It looks for songs that never change, by their own vectors: one that is not
-among the ten found is missing. What the cache is given before each publication is no part of a phase.
-Exit code 1 where a search failed or a song was missing, or a phase's p99 is not below three times the quiet one.
+among the ten found is missing. Writing the changes to the cache beforehand is not part of a phase.
+Exit code 1 if a search failed or a song was missing, or a phase's p99 is not below three times the quiet one.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class Size:
         searches_per_s: sent, however long they take.
         quiet_s: seconds without anything else.
         small_s: seconds for which small changes are published one after the other.
-        settle_s: seconds after a swap that are counted with it: searches then read what none has read before.
+        settle_s: seconds after a swap that are counted with it: searches then read pages that none has read before.
         staged_from_rows: as `WantedTable` has it.
     """
 
@@ -74,7 +74,7 @@ class Size:
 
     @property
     def tiling(self) -> Tiling:
-        """How song_ids are cut."""
+        """How song_ids are divided."""
         return Tiling(self.n_songs // self.n_ranges, self.n_songs)
 
 
@@ -102,7 +102,7 @@ class Log:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What goes on in the block, which tells its steps."""
+        """A phase: the block, which reports its steps."""
         start = time.monotonic()
         self._step = Window(f"{name}: begin", start, start)
         yield
@@ -113,8 +113,8 @@ class Log:
         """Rows written in a phase, over its seconds."""
         return self.n_written[name] / sum(each.stop - each.start for each in self.phases if each.name == name)
 
-    def tell(self, progress: Progress) -> None:
-        """Listen to the package: an index build's notes are its phases."""
+    def receive(self, progress: Progress) -> None:
+        """Receive the package's progress: an index build's notes are its phases."""
         name = progress.step
         if progress.unit == "%" and progress.note and not progress.note.startswith("estimated"):
             name = f"{name}, {progress.note.rpartition(': ')[2]}"
@@ -136,7 +136,7 @@ class Log:
 
 @dataclass
 class World:
-    """A cache of made-up vectors, what publishes it, and the log of it all."""
+    """A cache of made-up vectors, what loads it, and the log."""
 
     database: Database
     folder: Path
@@ -182,20 +182,20 @@ class World:
         """Make the serving table equal the cache, through this table; rows written."""
         source = LoadSource(self.cache, self.size.tiling, Snapshots(Storage(self.folder / "songs")))
         wanted = WantedTable(self.spec, IndexSettings(), swap, self.size.staged_from_rows)
-        report = publish_embeddings(self.database, source, wanted, RunContext(self.log.tell))
+        report = publish_embeddings(self.database, source, wanted, RunContext(self.log.receive))
         assert report.target.table.name == target, report.target
         return sum(load.n_written for load in report.loads)
 
     def index(self, more_lists: int = 0) -> None:
-        """Build the index; also where there is one, if it is to have more lists."""
+        """Build the index; even if there is one, if it is to have more lists."""
         table = VectorTable(self.database)
         index = table.index
         wanted = IndexSettings(lists=index.lists + more_lists if index else None)
-        bring_index_up_to_date(table, self.cache, self.spec, wanted, RunContext(self.log.tell))
+        bring_index_up_to_date(table, self.cache, self.spec, wanted, RunContext(self.log.receive))
 
 
 def run(database: Database, folder: Path, size: Size) -> tuple[Log, list[Sample]]:
-    """Let everything happen to a table that serves."""
+    """Run all phases on a table that serves."""
     world = World(database, folder, size)
     log, versions = world.log, itertools.count(1)
     world.change(0)

@@ -1,6 +1,6 @@
 """Made-up vectors in a cache's shards, about as fast as the disk takes them: for benchmarks of what follows the cache.
 
-A thousand rows of noise come again and again; a vector's first two values tell its song and version. They form no
+A thousand rows of noise are repeated; a vector's first two values encode its song and version. They form no
 clusters: no index built on them says anything about recall.
 """
 
@@ -35,7 +35,7 @@ def make_vectors(song_ids: NDArray[np.int32], dimensions: int, version: int = 0)
 
 
 def put_songs(cache: ModelCache, song_range: SongIdRange, song_ids: NDArray[np.int32], version: int = 0) -> int:
-    """Store songs of one range as a fill does, its files merged where that is worth it.
+    """Store songs of one range as a fill does, its files merged if that is worth it.
 
     Returns:
         Bytes written.

@@ -1,4 +1,4 @@
-"""As in a notebook, where an event loop is running already: estimate, run, look at the ranges, compare two songs."""
+"""As in a notebook, in which an event loop is running already: estimate, run, look at the ranges, compare two songs."""
 
 import asyncio
 

@@ -1,7 +1,7 @@
-"""The data-quality checks: functions over the inventory and samples, each named as the check, with its question first.
+"""The data-quality checks: a function each, with the name of the check and its question as the docstring.
 
-A finding is figures, and one sentence that says what to do if something is wrong. When to add here: another check, with
-a row in docs/operations.md. Keep out: how a sample is taken or measured (the rooms below), and what a failed check
+A finding has figures, and one sentence that says what to do if something is wrong. When to add here: another check,
+with a row in docs/operations.md. Keep out: how a sample is taken or measured (the rooms below), and what a failed check
 stops (the face).
 """
 
@@ -68,13 +68,10 @@ class Evidence:
 
 
 def coverage(evidence: Evidence) -> Finding:
-    """Does every song of the source have an embedding in the table, or a named reason why not?"""
+    """Does every song of the source have an embedding in the table, or a reason why not?"""
     total = evidence.total
-    n_missing, n_unexported, n_songs = (
-        total["n_missing"],
-        total["n_unexported"],
-        total["n_songs"] + total["n_unexported"],
-    )
+    n_missing, n_unexported = total["n_missing"], total["n_unexported"]
+    n_songs = total["n_songs"] + n_unexported
     unexported = f" ({n_unexported:,} of them not exported yet)" if n_unexported else ""
     cure = ": `songvec run` embeds and loads them" if n_missing else ""
     return Finding(
@@ -122,7 +119,7 @@ def no_orphans(evidence: Evidence) -> Finding:
 
 
 def vectors_are_sound(evidence: Evidence) -> Finding:
-    """Is no vector of a sample zero, not finite or of another size?"""
+    """Are all vectors of a sample finite, other than zero, and of the right size?"""
     audit = audit_vectors(evidence.wiring.database, evidence.wiring.table_spec)
     return Finding(
         not audit.bad_song_ids,
@@ -188,7 +185,7 @@ def index_is_used(evidence: Evidence) -> Finding:
 
 
 def index_is_fresh(evidence: Evidence) -> Finding:
-    """Was the index built of the rows that the table has, up to a fifth of them?"""
+    """Have at most a fifth of the rows changed since the index was built?"""
     table, wiring = evidence.wiring.table, evidence.wiring
     index, n_rows = table.index, table.count_rows()
     if index is None:
@@ -226,8 +223,8 @@ class Check:
 
     Attributes:
         ask: the function; its name is the check's name, its docstring the question.
-        is_error: whether it is an error, or else a warning.
-        blocks: whether nothing downstream is made then.
+        is_error: whether a failure is an error; else it is a warning.
+        blocks: whether a failure stops what is downstream.
     """
 
     ask: Callable[[Evidence], Finding]

@@ -1,4 +1,4 @@
-"""The code location: a list of definitions, no logic."""
+"""The code location: what Dagster loads. When to add here: another definition. Keep out: logic."""
 
 import dagster as dg
 

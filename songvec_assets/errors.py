@@ -159,5 +159,5 @@ class StoppedError(SongvecError):
 
 
 def describe(error: BaseException | None) -> str:
-    """An error's message for people; with its code if it is one of these."""
+    """An error's message for people; with its code, if it is one of these."""
     return f"{error} [{error.code}]" if isinstance(error, SongvecError) else str(error)

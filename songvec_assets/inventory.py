@@ -2,7 +2,7 @@
 
 Every question about the state of ranges is answered from here. Counts and digests are read first: an index scan of the
 source, the footers of snapshots, manifests, the ledger without its song_ids, the table's primary key. The song_ids of a
-range are read only if its digests differ. When to add here: another column. Keep out: what follows from it.
+range are read only if its digests differ. When to add here: another column. Keep out: what follows from a figure.
 """
 
 from collections.abc import Mapping
@@ -34,12 +34,12 @@ class Inventory:
 
     Attributes:
         source: the cache and the snapshots.
-        frame: a row per range, in order: key; error (why the cache cannot be read: then nothing counts as cached);
-            is_answered (whether the cache answers the snapshot in full), is_loaded; n_source (songs of the source;
-            null: not counted), n_songs (of the snapshot; null: there is none that can be read), n_unexported (in the
-            source beyond those, by count), n_cached (with a vector), n_loaded (by the ledger), n_rows (of the table).
-            If the table was read, also n_rejected (by the export or the provider), n_missing (with neither a row nor a
-            reason; not exported ones included) and n_orphans (loaded, and not in the snapshot); else null.
+        frame: a row per range, in order. key; error (why the cache cannot be read; then nothing counts as cached);
+            is_answered (whether each song of the snapshot has a vector or a reason); is_loaded. Counts of songs:
+            n_source (in the source; null: not counted), n_songs (in the snapshot; null: it is missing or unreadable),
+            n_unexported (n_source less n_songs), n_cached (with a vector), n_loaded (by the ledger), n_rows (in the
+            table). If the table was read, and else null: n_rejected (by the export or the provider), n_missing
+            (without a row and without a reason, those not exported included), n_orphans (loaded, not in the snapshot).
     """
 
     source: LoadSource
@@ -47,7 +47,7 @@ class Inventory:
 
     @property
     def behind(self) -> list[SongIdRange]:
-        """The ranges whose snapshot is not answered in full by the cache, in order."""
+        """The ranges that have songs without a vector or a reason, in order."""
         keys = self.frame.filter(pl.col("n_songs").is_not_null(), ~pl.col("is_answered"))["key"]
         ranges = {*self.source.tiling}
         # a range from before the stop was raised is replaced by the next export
@@ -61,7 +61,7 @@ class Inventory:
     @property
     def coverage(self) -> pl.DataFrame:
         """What became of the songs of each snapshot, each song counted once: key, loaded, cached, rejected, missing."""
-        # by counts: a loaded song counts as that until the next load, whatever the snapshot says of it by now
+        # by counts: a song that is loaded counts as loaded until the next load, even if the snapshot rejects it by now
         left = pl.col("n_songs") - pl.col("loaded") - pl.col("rejected")
         return (
             self.frame.filter(pl.col("n_songs") > 0)
@@ -97,8 +97,8 @@ def read(
 
     Args:
         source: the cache and the snapshots.
-        text: identity of how songs become texts, which the cache is to answer.
-        server: that is asked for vectors: songs that another one rejected are not answered.
+        text: identity of how songs become texts; the cache must have been filled with the same.
+        server: that is asked for vectors; a song that another server rejected is not answered.
         table: whose ledger and rows are read; None: neither is.
         counts: of the source; None: it is not counted.
     """
@@ -124,7 +124,7 @@ def read(
 
 
 def _count_differing(source: LoadSource, table: VectorTable, song_range: SongIdRange) -> tuple[int, int, int]:
-    """Rejected, missing and orphaned songs, by song_id."""
+    """Numbers of rejected, missing and orphaned songs, compared by song_id."""
     songs, rejected = source.snapshots.read(song_range, ["song_id"])["song_id"], _read_rejected(source, song_range)
     loaded = table.ledger.read_song_ids(song_range)
     answered = pl.concat([rejected["song_id"], loaded])

@@ -1,6 +1,6 @@
 """The songs that were paid for or are served: those with a vector in the cache, or a row in the serving table.
 
-What a deletion in the source is compared with. Reads ledgers, manifests and narrow columns; no vector.
+Deletions in the source are compared with them. Reads ledgers, manifests and narrow columns; no vector.
 When to add here: another place where a song may be known. Keep out: whether its absence is plausible (`songs/absence`).
 """
 
@@ -25,7 +25,7 @@ class CachedOrLoaded:
 
     Attributes:
         database, cache: where they are.
-        tiling: how song_ids are cut; the ledger may still have the tail of another stop.
+        tiling: how song_ids are divided; the ledger may still have the tail of another stop.
     """
 
     database: Database
@@ -41,7 +41,7 @@ class CachedOrLoaded:
         return {song_range: entry.n_songs for song_range, entry in self._ledger.read().items()}
 
     def counts(self) -> dict[SongIdRange, int]:
-        """Songs by range; of a range where the cache and the table differ, the greater number."""
+        """Songs by range; if the cache and the table differ, the greater number."""
         counts: Counter[SongIdRange] = Counter()
         for each, n_songs in self._loaded.items():
             if self.tiling.range_of(each.start) == each:
@@ -53,7 +53,7 @@ class CachedOrLoaded:
         return {song_range: n_songs for song_range, n_songs in sorted(counts.items()) if n_songs}
 
     def song_ids(self, song_range: SongIdRange) -> pl.Series:
-        """The songs of one range, each once; without those whose deletion was accepted, and only the load is due."""
+        """The songs of one range, each once; without those whose deletion was accepted and awaits the next load."""
         known, deleted = [pl.Series("song_id", [], dtype=pl.Int32)], []
         # the fill or the load names what is wrong with the files
         with contextlib.suppress(StoreError):

@@ -68,10 +68,10 @@ class Pipeline(Questions):
 
     @classmethod
     def from_env(cls, **settings: Any) -> Self:
-        """A pipeline with the settings of the environment, and of `.env` in the working folder where that has none.
+        """A pipeline with the settings of the environment, and of `.env` in the working folder if it lacks them.
 
         Args:
-            settings: win over both, by their names in `Settings`: `from_env(max_usd=5.0)`.
+            settings: replace the values of both, by their names in `Settings`: `from_env(max_usd=5.0)`.
         """
         names = {*variables()} - os.environ.keys()
         dotenv = {name: value for name, value in dotenv_values(".env").items() if name in names}
@@ -88,7 +88,7 @@ class Pipeline(Questions):
         self.bind()
         options = export.ExportOptions(
             mode,
-            # an empty snapshot says that a range's songs were deleted; none says nothing
+            # an empty snapshot says that a range's songs were deleted; a missing one says nothing
             kept={*self.cache.ranges(), *self.table.ledger.find_ranges(self.tiling)},
             guard=None if confirm_deletions else self.known_songs(),
             full_compare_hours=self.settings.full_compare_hours,
@@ -115,7 +115,7 @@ class Pipeline(Questions):
             What happened to each range that holds anything.
 
         Raises:
-            SongvecError: of the first range that is not complete, after the others; or what made going on pointless.
+            SongvecError: of the first range that is not complete, once the others are done; or what ended the run.
         """
         filler = self.filler(progress, reembed=uuid4().hex if reembed else None, **choices)
         reports: list[FillReport] = []
@@ -134,7 +134,7 @@ class Pipeline(Questions):
         return swap.publish_embeddings(self.database, self.load_source, self.wanted_table, run)
 
     def build_index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
-        """Build the index if that is worth it, or in any case; see `bring_index_up_to_date`."""
+        """Build the index if it is missing or out of date, or if `rebuild`; see `bring_index_up_to_date`."""
         wanted, run = replace(self.index_settings, rebuild=rebuild), RunContext(progress, self.stop)
         return bring_index_up_to_date(self.table, self.cache, self.table_spec, wanted, run)
 
@@ -154,7 +154,7 @@ class Pipeline(Questions):
             choices: see `EmbedChoices`.
 
         Raises:
-            SongvecError: what failed first. If that leaves complete ranges, they are loaded and indexed before;
+            SongvecError: what failed first. Ranges that are complete are loaded and indexed before it is raised;
                 `status()` says what is missing.
         """
         from songvec_assets.songs.export import IncompleteExportError
@@ -190,7 +190,7 @@ class Pipeline(Questions):
         vector_type: str | None = None,
         progress: ReportProgress = ignore_progress,
     ) -> RunReport:
-        """Build another model, size or type as a staging table, compare it, and let it replace the serving table.
+        """Build a staging table of another model, size or type, compare it, and let it replace the serving table.
 
         Afterwards set SONGVEC_EMBEDDING_MODEL, SONGVEC_EMBEDDING_DIMENSIONS and SONGVEC_VECTOR_TYPE to it.
 
@@ -204,7 +204,7 @@ class Pipeline(Questions):
         return replace(self, settings=settings).run(progress=progress)
 
     def roll_back(self, progress: ReportProgress = ignore_progress) -> TableSpec | None:
-        """Let the table from before the last swap serve again; see `vectors.swap.roll_back`."""
+        """Make the previous table serve again; see `vectors.swap.roll_back`."""
         return swap.roll_back(self.database, RunContext(progress, self.stop))
 
     def filler(
@@ -218,8 +218,8 @@ class Pipeline(Questions):
 
         Args:
             progress: notified of songs, rate and dollars.
-            run: whose budget it is: all processes that name the same run share it; None: this filler's alone.
-            reembed: who requests that songs are embedded again; see `Filler`.
+            run: names the budget: all processes that name the same run share it; None: this filler has one alone.
+            reembed: names the request to embed songs again; None: there is none. See `Filler`.
             choices: see `EmbedChoices`; `reembed` confirms re-embedding.
         """
         from songvec_assets.cache import context, fill
@@ -263,7 +263,7 @@ class Pipeline(Questions):
                 write_record(storage, record)
 
     def _payment_check(self) -> Callable[[], None]:
-        """What is checked before each range's first request; what the server can take, only before the very first."""
+        """What is checked before each range's first request: the table's model; and once, what the server can take."""
 
         @functools.cache
         def check_once(target: VectorTable) -> None:
@@ -283,7 +283,7 @@ class Pipeline(Questions):
         """A query's vector, (dimensions,), by the model that searches find; see `as_loaded`.
 
         Raises:
-            TableMismatchError: nothing is loaded; or the table is of another model than the settings' or the server's.
+            TableMismatchError: nothing is loaded; or the table holds another model than the settings or the server.
             ProviderError: no answer, or none that helps.
         """
         loaded = self.as_loaded()

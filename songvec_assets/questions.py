@@ -48,7 +48,7 @@ class Questions(Wiring):
         check_ids(self.database, self.source, self.tiling, counts)
         ranges, held = {*self.tiling}, {*counts}
         for song_range in self.cache.ranges():
-            # a tail from before the stop was raised is going to be divided, from its start on
+            # a tail from before the stop was raised will be divided, from its start on
             start = max(song_range.start, self.tiling.start)
             held |= {song_range} if song_range in ranges else {self.tiling.range_of(start), self.tiling.tail}
         return sorted(held)
@@ -150,7 +150,7 @@ class Questions(Wiring):
         return absence
 
     def describe_boilerplate(self) -> list[str]:
-        """What the lyrics hold that is no lyric, and the view that removes it; empty if there is little of it."""
+        """What the lyrics hold that is no lyric, and a view that removes it; empty if there is little of it."""
         found = self.find_boilerplate()
         if not found.is_common:
             return []
@@ -158,7 +158,7 @@ class Questions(Wiring):
         return [f"lyrics: {words}", f"To embed them without it: {found.view(self.source)}"]
 
     def verify(self) -> dict[str, checks.Finding]:
-        """The finding of each check of table and index, by the check's name.
+        """The finding of every check of the table and the index, by the check's name.
 
         Raises:
             TableMismatchError: nothing is loaded yet.
@@ -168,7 +168,7 @@ class Questions(Wiring):
         return {each.name: evidence.answer(each) for each in (*checks.TABLE_CHECKS, *checks.INDEX_CHECKS)}
 
     def embeddings(self, song_ids: Collection[int]) -> pl.DataFrame:
-        """The vectors that the table holds of some songs, in the order of their ids; songs without one are left out.
+        """The vectors of some songs in the table, in the order of song_id; songs without one are left out.
 
         Returns:
             Columns song_id (Int32) and embedding (Array of Float32); `frame["embedding"].to_numpy()` is the matrix,
@@ -181,7 +181,7 @@ class Questions(Wiring):
         return preview_table(LoadedRows.of(self.table, self.cache), self.source, self.table_spec)
 
     def as_loaded(self) -> Self:
-        """The same with the model, size and type that searches find: after a swap they need no new settings."""
+        """The same for the model, size and type of the serving table: after a swap, searches need no new settings."""
         loaded = self.table.spec
         if loaded is None or (loaded.model in LOCAL_MODELS) != self.settings.offline:
             return self

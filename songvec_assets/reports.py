@@ -1,6 +1,6 @@
-"""What the verbs of `Pipeline` return where no room below has a report: frozen, with polars frames for ranges.
+"""What methods of `Pipeline` return if no room below has a report: frozen, with polars frames for ranges.
 
-When to add here: the report of another verb over the whole graph. Keep out: how its figures are found.
+When to add here: the report of another method over the whole graph. Keep out: how its figures are found.
 """
 
 from collections.abc import Sequence
@@ -40,18 +40,18 @@ class Status:
 
     Attributes:
         ranges: a row per range that holds anything, in order: key; n_songs (of the snapshot), n_unexported (in the
-            source beyond those, by count), n_cached (with a vector), n_rejected (that cannot be embedded, for a named
-            reason), n_loaded (in the table, by its ledger), n_indexed (loaded, and covered by a valid index), n_missing
-            (with neither a row nor a reason; not exported ones included), n_orphans (rows without a song).
+            source beyond those, by count), n_cached (with a vector), n_rejected (with the reason), n_loaded (in the
+            table, by its ledger), n_indexed (loaded, and covered by a valid index), n_missing (with neither a row nor a
+            reason; those not exported included), n_orphans (rows without a song).
         tables: what each table that exists holds, by its name.
         index: the serving table's, or None.
-        rejected: song_id and reason of a few.
+        rejected: song_id and reason of the first ones.
         unreachable: number of songs whose id is outside every range, by reason.
-        recall: as measured last, in words; empty before.
+        recall: as measured last, in words; empty: not measured.
         month: what this month has cost, over all runs.
-        unreadable: what is wrong with cache files that cannot be read; their ranges count as not cached.
-        caution: why the source may hold more songs than this user sees; else empty.
-        pgvector: what is wrong with the server's version; else empty.
+        unreadable: why some ranges of the cache cannot be read; they count as not cached.
+        caution: why the source may hold more songs than this user sees; empty: no reason.
+        pgvector: what is wrong with the server's version; empty: nothing.
     """
 
     ranges: pl.DataFrame
@@ -83,7 +83,7 @@ class Status:
         }
 
     def describe(self) -> list[str]:
-        """What there is besides the ranges, one line each."""
+        """Everything but the ranges, one line each."""
         index, n_unexported = "none yet", self.total["n_unexported"]
         if self.index is not None:
             index = (

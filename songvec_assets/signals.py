@@ -1,6 +1,6 @@
-"""A terminal that closes (SIGHUP) ends a run as SIGTERM does. How a step is then stopped is in `progress`.
+"""A terminal that closes (SIGHUP) ends a run as SIGTERM does: without this, the answers in flight, paid for, are lost.
 
-Without this, SIGHUP ends the process at once, and the answers in flight, which are paid for, are lost.
+When to add here: another signal that ends a process. Keep out: how a step is then stopped (`progress`).
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from types import FrameType
 class Hangup:
     """A handler of SIGHUP that interrupts once, as SIGTERM does at that moment.
 
-    A terminal that closes sends several: the kernel one, and the shell another. None of them is a second interrupt,
-    which would abandon what the first one waits for.
+    A terminal that closes sends several: one from the kernel, another from the shell. Only the first one counts: a
+    second interrupt would abandon what the first one waits for.
 
     Attributes:
         is_ending: whether the process was interrupted, by SIGHUP or otherwise; later SIGHUPs change nothing.
@@ -39,7 +39,7 @@ class Hangup:
 
 @contextlib.contextmanager
 def interrupted_by_hangup() -> Iterator[Hangup]:
-    """Let SIGHUP interrupt the block; in the main thread, and if SIGHUP would end the process.
+    """Let SIGHUP interrupt the block, if this is the main thread and SIGHUP would end the process.
 
     `nohup` ignores SIGHUP, and so does what it starts.
 

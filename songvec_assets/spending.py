@@ -21,7 +21,7 @@ class SpendingLog:
 
     Attributes:
         database: where it is recorded.
-        model: whose tokens.
+        model: of the tokens.
     """
 
     database: Database
@@ -37,7 +37,7 @@ class SpendingLog:
             return schema.read_record(connection, self._key, float)
 
     def read(self) -> "Spending | None":
-        """What the last run sent that sent anything; None also if another version recorded it in another form."""
+        """What was sent by the last run that sent anything; None: nothing is recorded that this version can read."""
         from songvec_assets.cache.fill import Spending
 
         with self.database.get_connection() as connection:

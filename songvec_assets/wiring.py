@@ -81,14 +81,14 @@ class Wiring:
             create_songs_table(database, self.settings.range_size)
         with database.get_connection() as connection:
             is_ours = schema.has_tables(connection)
-        # one without our tables is not written to until `bind`: its URL may be mistyped
+        # a database without our tables is not written to until `bind`: its URL may be mistyped
         if is_ours:
             schema.ensure_schema(database)
         return database
 
     @property
     def storage_root(self) -> Path:
-        """The folder of the store, whether it exists or not."""
+        """The folder of the store; it need not exist."""
         default = Path(".songvec") / ("main" if self.settings.postgres_url else "demo")
         return Path(self.settings.storage) if self.settings.storage else default
 
@@ -117,7 +117,7 @@ class Wiring:
         """
         self.__dict__.pop("store", None)  # another process may have bound it meanwhile
         if not self.store.bound:
-            # before there is a store: it would be bound to a tiling that cannot serve
+            # before there is a store: else it would be bound to a tiling that does not fit the ids
             check_ids(self.database, self.source, self.tiling, count_ranges(self.database, self.source, self.tiling))
         schema.ensure_schema(self.database)
         store = open_store(self.storage_root, self.tiling, guard=self._lock_tail)
@@ -164,7 +164,7 @@ class Wiring:
 
     @property
     def prompts(self) -> Prompts:
-        """What the model gets with queries and texts; see `choose_prompts`. Reads no database."""
+        """What the model is given around queries and texts; see `choose_prompts`. Reads no database."""
         given = self.settings
         cache = Store(self.storage_root, "", self.tiling).embeddings(given.model, given.dimensions)
         return choose_prompts(cache, given.query_prompt, given.document_prompt)
@@ -209,7 +209,7 @@ class Wiring:
 
     @property
     def spending(self) -> SpendingLog:
-        """What is known of the last run that sent anything, and of the model's tokens."""
+        """What is recorded of the last run that sent anything, and of the model's tokens."""
         return SpendingLog(self.database, self.settings.model)
 
     def token_estimator(self) -> TokenEstimator:
@@ -253,7 +253,7 @@ class Wiring:
     def table_spec(self) -> TableSpec:
         """What the table is to hold."""
         given, prompts, record = self.settings, self.prompts, read_record(self.cache.storage)
-        # of the vectors that are cached, also while another prompt is set and nothing is embedded with it yet
+        # the cached vectors' prompt, even if another one is set and nothing was embedded with it yet
         document = record.document_prompt if record else prompts.document
         return TableSpec(given.model, given.dimensions, given.vector_type, prompts.query, document)
 
@@ -285,7 +285,7 @@ class Wiring:
         """
         counts = None
         if with_source:
-            # divided as the files are, which a raised stop does not change before the next export
+            # divided as the files are: a raised stop changes them at the next export
             counts = count_ranges(self.database, self.source, self.store.tiling)
         table = self.table if with_table else None
         return inventory.read(self.load_source, self.text_spec.identity, self.server, table, counts)

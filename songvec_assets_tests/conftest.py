@@ -89,10 +89,10 @@ def provider() -> Iterator[Provider]:
 @pytest.fixture
 def pipeline(database: Database, provider: Provider, tmp_path: Path) -> Pipeline:
     """Database, provider and a storage folder of the test's own; 64 dimensions, ranges of 100 song_ids."""
-    return deploy(database, provider, tmp_path / "store")
+    return make_pipeline(database, provider, tmp_path / "store")
 
 
-def deploy(database: Database, provider: Provider, storage: Path, **settings: object) -> Pipeline:
+def make_pipeline(database: Database, provider: Provider, storage: Path, **settings: object) -> Pipeline:
     """A pipeline with some settings; a new one is a new run over the same database and store."""
     given: dict[str, object] = {
         "postgres_url": database.url,

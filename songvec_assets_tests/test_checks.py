@@ -15,7 +15,7 @@ from songvec_assets.settings import Settings
 from songvec_assets.spending import SPENDING
 from songvec_assets.vectors.index.sizing import Capacity
 from songvec_assets_tests.administration import execute
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider, running_provider
 
 CHECKS = {check.name: check for check in (*TABLE_CHECKS, *INDEX_CHECKS)}
@@ -35,8 +35,8 @@ def begin(
 ) -> Callable[..., Pipeline]:
     """Begins a look at a pipeline whose songs are all embedded, loaded and indexed."""
     songs(*((song_id, f"Song {song_id}", "Ann", "la la") for song_id in range(1, N_SONGS + 1)))
-    run_all(deploy(database, provider, tmp_path))
-    return lambda **settings: deploy(database, provider, tmp_path, **settings)
+    run_all(make_pipeline(database, provider, tmp_path))
+    return lambda **settings: make_pipeline(database, provider, tmp_path, **settings)
 
 
 def ask(pipeline: Pipeline, name: str) -> Finding:
@@ -166,13 +166,13 @@ def embed_cyrillic(pipeline: Pipeline, songs: Callable[..., None], song_id: int)
 def test_a_first_run_does_not_fail_for_want_of_experience_but_a_later_one_may(
     database: Database, provider: Provider, songs: Callable[..., None], tmp_path: Path
 ) -> None:
-    first = embed_cyrillic(deploy(database, provider, tmp_path), songs, 1)
+    first = embed_cyrillic(make_pipeline(database, provider, tmp_path), songs, 1)
     finding = ask(first, "billed_as_estimated")
     assert (finding.passed, "needs experience" in finding.words) == (True, True)
     assert abs(finding.figures["billed / estimated"] - 1) > 0.25, "nothing was to be forgiven"
     with database.get_connection() as connection:
         write_fact(connection, f"bytes per token of {first.settings.model}", 1.0)
-    later = embed_cyrillic(deploy(database, provider, tmp_path), songs, 101)
+    later = embed_cyrillic(make_pipeline(database, provider, tmp_path), songs, 101)
     finding = ask(later, "billed_as_estimated")
     assert (finding.passed, "needs experience" in finding.words) == (False, False)
 
@@ -187,7 +187,7 @@ def test_a_server_of_ones_own_without_a_key_costs_nothing(
     database: Database, own_server: Provider, songs: Callable[..., None], tmp_path: Path
 ) -> None:
     def begin(**settings: object) -> Pipeline:
-        return deploy(database, own_server, tmp_path, fireworks_api_key=None, **settings)
+        return make_pipeline(database, own_server, tmp_path, fireworks_api_key=None, **settings)
 
     pipeline = embed_cyrillic(begin(max_usd=0.0, max_usd_a_month=0.0), songs, 1)
     assert (pipeline.estimate(reembed=True).usd, pipeline.month_spending().billed) == (0.0, 0.0)
@@ -266,22 +266,22 @@ def test_songs_that_are_not_exported_yet_are_missing(
     songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in (1, 2, 3, 150, 5_000)))
 
     def look() -> dict[str, tuple[int, int, int]]:
-        status = deploy(database, provider, tmp_path).status()
+        status = make_pipeline(database, provider, tmp_path).status()
         rows = [*status.ranges.iter_rows(named=True), status.total]
         return {each["key"]: (each["n_songs"], each["n_unexported"], each["n_missing"]) for each in rows}
 
     first, second, tail = "000000000-000000100", "000000100-000000200", "000001000-max"
     assert look() == {first: (0, 3, 3), second: (0, 1, 1), tail: (0, 1, 1), "all": (0, 5, 5)}
-    finding = ask(deploy(database, provider, tmp_path), "coverage")
+    finding = ask(make_pipeline(database, provider, tmp_path), "coverage")
     assert (finding.passed, finding.figures["missing"], finding.figures["songs"]) == (False, 5, 5)
     execute(database.adbc_uri, "DELETE FROM songs WHERE id > 100")
-    run_all(deploy(database, provider, tmp_path))
+    run_all(make_pipeline(database, provider, tmp_path))
     assert look() == {first: (3, 0, 0), "all": (3, 0, 0)}
     songs((4, "New", "Ann", "la"), (150, "Song 150", "Ann", "la"))
     assert look() == {first: (3, 1, 1), second: (0, 1, 1), "all": (3, 2, 2)}
     execute(database.adbc_uri, "DELETE FROM songs WHERE id < 3")
     assert look() == {first: (3, 0, 0), second: (0, 1, 1), "all": (3, 1, 1)}, "songs that left the source wait too"
-    deploy(database, provider, tmp_path).export()
+    make_pipeline(database, provider, tmp_path).export()
     assert look() == {first: (2, 0, 1), second: (1, 0, 1), "all": (3, 0, 2)}
     execute(database.adbc_uri, "DROP TABLE songs")
     with pytest.raises(SourceError, match="this database has no table songs"):

@@ -14,7 +14,7 @@ import pytest
 import songvec_assets
 from songvec_assets import BudgetExceededError, Pipeline, Settings, SongIdRange, TableMismatchError
 from songvec_assets.postgres.engine import Database
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider, vector_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -30,7 +30,7 @@ def begin(
 
     def make(**settings: object) -> Pipeline:
         given = {"query_prompt": "{query}"} | settings
-        return Pipeline(deploy(database, provider, tmp_path / "store", **given).settings)
+        return Pipeline(make_pipeline(database, provider, tmp_path / "store", **given).settings)
 
     return make
 

@@ -1,4 +1,7 @@
-"""`songvec`: a thin face over the same graph and core."""
+"""`songvec`: the graph and its questions from a terminal.
+
+When to add here: another module of commands, so that it is imported. Keep out: the commands.
+"""
 
 from songvec_assets.cli import commands, queries
 from songvec_assets.cli.base import app, main

@@ -34,7 +34,7 @@ ConfirmDeletions = Annotated[
 
 @app.callback()
 def read_dotenv(context: typer.Context) -> None:
-    """Read `.env`, as dagster does; the demo ignores it and the environment."""
+    """Read `.env`, as Dagster does; the demo ignores both `.env` and the environment."""
     dotenv = Path.cwd() / ".env"
     if context.invoked_subcommand == "demo":
         from songvec_assets.settings import variables
@@ -47,7 +47,7 @@ def read_dotenv(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """Run the command; the package's errors are one line, not a traceback. SIGTERM and SIGHUP interrupt it."""
+    """Run the command. The package's errors are one line without a traceback; SIGTERM and SIGHUP interrupt it."""
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with interrupted_by_hangup():
@@ -59,7 +59,8 @@ def main() -> None:
             discard_unwritable_output()
 
 
-def deploy(**overrides: Any) -> "Pipeline":
+def make_pipeline(**overrides: Any) -> "Pipeline":
+    """A pipeline with the settings of the environment; `overrides` replace them, by name."""
     from songvec_assets.pipeline import Pipeline
     from songvec_assets.settings import Settings
 
@@ -67,7 +68,7 @@ def deploy(**overrides: Any) -> "Pipeline":
 
 
 def choose_span(pipeline: "Pipeline", ranges: str) -> "tuple[SongIdRange, SongIdRange]":
-    """First and last range of a run: those given, else all that hold songs or cache."""
+    """First and last range of a run: those given, else those of all that hold songs or cached vectors."""
     from songvec_assets.defs.resources import parse_span
 
     if ranges:

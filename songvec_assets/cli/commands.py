@@ -32,7 +32,7 @@ ConfirmModelChange = Annotated[
     bool,
     typer.Option(
         "--confirm-model-change",
-        help="Go on though the provider changed the model under its name.",
+        help="Continue even if the provider returns other vectors for the model than in earlier runs.",
     ),
 ]
 
@@ -40,7 +40,9 @@ ConfirmModelChange = Annotated[
 @app.command()
 def demo(
     context: typer.Context,
-    songs: Annotated[int, typer.Option(min=0, help="Generated songs to add to the samples, to try size.")] = 0,
+    songs: Annotated[
+        int, typer.Option(min=0, help="Number of generated songs to add to the samples, to try a larger catalogue.")
+    ] = 0,
 ) -> None:
     """Fill an embedded Postgres with sample songs, run the whole graph on it, and search."""
     from songvec_assets.cli.queries import print_hits
@@ -48,8 +50,8 @@ def demo(
     from songvec_assets.postgres.embedded import add_generated_songs
     from songvec_assets.settings import LOCAL_MODELS
 
-    find_files()  # a model that is not installed is refused before anything starts
-    pipeline = base.deploy()
+    find_files()  # if the model is not installed, fail before anything starts
+    pipeline = base.make_pipeline()
     held = pipeline.table.spec
     if held is not None and held.model not in LOCAL_MODELS:
         fail(
@@ -72,7 +74,7 @@ def demo(
 def dev(
     port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535, help="Port of the UI.")] = 3000,
     demo: Annotated[
-        bool, typer.Option("--demo", help="Show the demo's runs, whatever the environment or .env names.")
+        bool, typer.Option("--demo", help="Show the demo's runs, even if the environment or .env names a database.")
     ] = False,
 ) -> None:
     """Start the Dagster UI, with the runs of `songvec` in this folder: those of the demo, or of POSTGRES_URL."""
@@ -102,11 +104,11 @@ def refresh(
         bool, typer.Option("--append", help="Export only songs above the highest song_id exported so far.")
     ] = False,
     reembed: Annotated[
-        bool, typer.Option("--reembed", help="Embed, and pay for, all songs of the ranges again.")
+        bool, typer.Option("--reembed", help="Embed all songs of the ranges again, and pay for them again.")
     ] = False,
     anew: Annotated[bool, typer.Option("--anew", hidden=True)] = False,
     retry_rejected: Annotated[
-        bool, typer.Option("--retry-rejected", help="Send songs again that the provider rejected.")
+        bool, typer.Option("--retry-rejected", help="Send again the songs that the provider rejected.")
     ] = False,
     confirm_deletions: ConfirmDeletions = False,
     confirm_reembedding: ConfirmReembedding = False,
@@ -118,7 +120,7 @@ def refresh(
     """`run` and `embed`: one set of options; `--anew` is the former name of `--reembed`."""
     from songvec_assets.cli.queries import print_plan
 
-    pipeline = base.deploy()
+    pipeline = base.make_pipeline()
     span = base.choose_span(pipeline, ranges)
     if dry_run:
         print_plan(pipeline, span, reembed or anew)
@@ -143,14 +145,14 @@ def refresh(
 @app.command()
 def load() -> None:
     """Load the cache into the table: writes what changed. Sends nothing to the provider."""
-    _run_job("load", base.deploy())
+    _run_job("load", base.make_pipeline())
     hint("`songvec index` builds the index.")
 
 
 @app.command()
 def index() -> None:
-    """Build a new index while the present one serves, and measure its recall."""
-    _run_job("rebuild_index", base.deploy(), run={"rebuild_index": True})
+    """Build a new index while the current one serves, and measure its recall."""
+    _run_job("rebuild_index", base.make_pipeline(), run={"rebuild_index": True})
     hint("`songvec verify` runs all checks.")
 
 
@@ -160,7 +162,7 @@ def verify() -> None:
     from songvec_assets.checks import Evidence
     from songvec_assets.defs.checks import Answer
 
-    pipeline = base.deploy()
+    pipeline = base.make_pipeline()
     Evidence(pipeline).check_loaded()
     answers = _run_job("verify", pipeline).of(Answer)
     for each in answers:
@@ -198,7 +200,7 @@ def swap(
         "run": {"swap": True, "max_usd": max_usd},
     }
     resources = {name: {key: value for key, value in each.items() if value is not None} for name, each in given.items()}
-    pipeline = base.deploy(**resources["postgres"], **resources["fireworks"], **resources["run"])
+    pipeline = base.make_pipeline(**resources["postgres"], **resources["fireworks"], **resources["run"])
     resources["run"] |= {"confirm_deletions": confirm_deletions, "confirm_reembedding": confirm_reembedding}
     if pipeline.table.spec == pipeline.table_spec:
         fail(f"searches find {pipeline.table_spec} already: name another --model, --dimensions or --vector-type")
@@ -216,7 +218,7 @@ def _undo_swap(rollback: bool) -> None:
     from songvec_assets.progress import RunContext
     from songvec_assets.vectors.swap import drop_others, roll_back
 
-    pipeline = base.deploy()
+    pipeline = base.make_pipeline()
     run = RunContext(lambda _: err.print("Waiting for a load or swap to end.", style="yellow"), pipeline.stop)
     if rollback:
         say(f"Searches now find {roll_back(pipeline.database, run)}; set the settings back to it.")
@@ -232,7 +234,7 @@ def adopt() -> None:
     from songvec_assets.cache.store import adopt_store, open_store
     from songvec_assets.postgres.schema import ensure_schema
 
-    pipeline = base.deploy()
+    pipeline = base.make_pipeline()
     ensure_schema(pipeline.database)
     store = open_store(pipeline.storage_root, pipeline.tiling)
     adopt_store(store, pipeline.database)

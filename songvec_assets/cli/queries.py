@@ -1,4 +1,4 @@
-"""The commands that only look: estimate, status, search, settings, and the plan of a dry run.
+"""The commands that only read: estimate, status, search, settings, and the plan of a dry run.
 
 Each imports what it needs when it runs: `status` and `search` load neither Dagster nor matplotlib. When to add here:
 another command that changes nothing. Keep out: tables (`render`).
@@ -33,7 +33,7 @@ def estimate(
     """Show what a run would cost: songs, tokens, dollars, hours. Spends nothing."""
     from songvec_assets.cli.render import estimate_table
 
-    pipeline = base.deploy()
+    pipeline = base.make_pipeline()
 
     def measure(show: Callable[[Progress], None]) -> "tuple[Estimate, list[str]]":
         if refresh:
@@ -58,7 +58,7 @@ def status(
     """Show per range what is exported, cached, loaded and indexed. Exit code 3 if songs are missing."""
     from songvec_assets.cli.render import status_table
 
-    pipeline = base.deploy()
+    pipeline = base.make_pipeline()
     measured = pipeline.status()
     n_missing = measured.total["n_missing"]
     if as_json:
@@ -82,7 +82,7 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the songs nearest to a text."""
-    print_hits(base.deploy(), query, limit, as_json)
+    print_hits(base.make_pipeline(), query, limit, as_json)
     if not as_json:
         hint("-n shows more or fewer songs, --json prints them with their lyrics.")
 
@@ -93,7 +93,7 @@ def print_settings() -> None:
     from songvec_assets.settings import settings_table
 
     print(settings_table())
-    pipeline = base.deploy()
+    pipeline = base.make_pipeline()
     prompts = pipeline.prompts
     print(
         f"\nPrompts of {pipeline.settings.model}: {_show_prompt(prompts.query)} for queries, "
@@ -111,7 +111,7 @@ def print_plan(pipeline: "Pipeline", span: "tuple[SongIdRange, SongIdRange]", re
     say(pipeline.describe())
     planned = pipeline.dry_run([each for each in pipeline.tiling if first <= each <= last], reembed)
     for line in planned.describe():
-        # statements are to be copied
+        # one line each: people copy the statements in them
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     hint("the same command without --dry-run does it.")
 

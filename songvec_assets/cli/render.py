@@ -101,7 +101,7 @@ def estimate_table(estimate: "Estimate", offline: bool) -> Table:
 
 
 def status_table(status: "Status") -> Table:
-    """A row per range, and their sum."""
+    """A row per range, and their total."""
     table = _table("Range", "Songs", "New", "Cached", "Rejected", "Loaded", "Indexed", "Missing", "Orphans")
     for key, *counts in (*status.ranges.iter_rows(), [*status.total.values()]):
         table.add_row(key, *(f"{count:,}" for count in counts), style="bold" if key == "all" else None)
@@ -113,7 +113,7 @@ def hits_table(hits: Sequence["Hit"], width: int) -> Table:
 
     Args:
         hits: to show.
-        width: of the terminal. Names get what they need of it; the first line of the lyrics gets the rest.
+        width: of the terminal. Names get what they need; the first line of the lyrics gets the rest.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     table.add_column("Near", width=5)

@@ -1,6 +1,6 @@
-"""Runs a job without the UI: in this process and the project's Dagster instance; and prints what became of it.
+"""Runs a job without the UI, in this process and the project's Dagster instance, and prints its outcome.
 
-When to add here: how a job is run, another line about a run. Keep out: tables (`render`).
+When to add here: another way to run a job, another line about a run. Keep out: tables (`render`).
 """
 
 from collections.abc import Callable, Mapping
@@ -52,7 +52,7 @@ class RunResult:
 
     @property
     def incomplete(self) -> dict[str, list[str]]:
-        """Ranges that are not complete, by the reason; the run continued without them."""
+        """Keys of ranges that are not complete, by reason; the run continued without them."""
         merged: dict[str, list[str]] = {}
         for each in self.of(Incomplete):
             for reason, keys in each.reasons.items():
@@ -71,7 +71,7 @@ def run_job(
     Dagster would skip them: a step of several partitions either succeeds for all of them or fails.
 
     Args:
-        job: which.
+        job: to run.
         span: first and last range, if it embeds.
         resources: fields that override the settings, by resource.
         show: called with the progress of the steps.
@@ -116,9 +116,9 @@ def _execute(
     selected: list[dg.AssetKey] | None,
     result: RunResult,
 ) -> list[dg.DagsterEvent]:
-    """Run a job in this process, and give the steps that failed.
+    """Run a job in this process; returns the steps that failed.
 
-    Unlike a run of `execute_in_process` the run has an origin: the UI lists it under its job.
+    Unlike a run of `execute_in_process`, this run has an origin, so the UI lists it under its job.
     """
     run = instance.create_run_for_job(
         job.get_subset(asset_selection=frozenset(selected)) if selected else job,

@@ -1,4 +1,4 @@
-"""What all commands share of the terminal: the two outputs, errors and hints in one line, interrupts, progress.
+"""What all commands do with the terminal: the two outputs, errors and hints in one line, interrupts, progress.
 
 When to add here: another way to show progress. Keep out: tables (`render`), and what the commands do.
 """
@@ -38,7 +38,7 @@ def hint(words: str) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """End on Ctrl+C with a line about what is kept, before the command line's own silent exit."""
+    """On Ctrl+C, print that what was done is kept, and end with EXIT_INTERRUPTED."""
     try:
         yield
     except KeyboardInterrupt:
@@ -80,7 +80,7 @@ def bars(console: Console) -> Iterator[Callable[[Progress], None]]:
         BarColumn(bar_width=16),
         TextColumn("{task.fields[count]}", justify="right"),
         TextColumn("{task.fields[rate]}"),
-        # not rich's column, which counts what took no work
+        # not rich's own column: it counts songs that took no work
         TextColumn("{task.fields[left]}"),
         TextColumn(
             "[{task.fields[style]}]{task.fields[note]}[/]",

@@ -1,4 +1,4 @@
-"""The Dagster face: assets, checks, resources, reports."""
+"""The Dagster face: assets, checks, resources, jobs, automation, reports. Keep out: what a step computes (the core)."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""The source and the four assets. The body of each is one call into the core, and its report.
+"""The source and the four assets. The body of each is one call into the core, then its report.
 
 When to add here: another asset. Keep out: what an asset computes (the core), and how a report reads (`reports`).
 """
@@ -63,7 +63,7 @@ def _asset(**given: Any) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
 songs = dg.AssetSpec(
     "songs",
     kinds={"postgres", "table"},
-    description="The table of songs in Postgres, filled by others. The sensor `songs_source` looks whether it changed.",
+    description="The table of songs in Postgres, filled by others. The sensor `songs_source` watches it for changes.",
     metadata=SOURCE_SCHEMA,
     **COMMON,
 )
@@ -97,18 +97,18 @@ def songs_parquet(context: dg.AssetExecutionContext, run: RunResource) -> dg.Mat
     metadata=CACHE_SCHEMA,
 )
 def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None:
-    """Every vector that was paid for, so that no text is paid for twice: Arrow files, a folder per range and model."""
+    """Every vector that was paid for, so that no text is paid for twice: Arrow files, a folder per model and range."""
     with failing_clearly(), run.open() as pipeline:
         recorder = FillRecorder(context, pipeline)
 
         def fill(emit: Emit) -> None:
             request = reembed_request_of(context.run) if run.reembed else None
-            # first: it binds the store, and divides its tail if the stop was raised
             choices = {
                 "retry_rejected": run.retry_rejected,
                 "confirm_reembedding": run.confirm_reembedding,
                 "confirm_model_change": run.confirm_model_change,
             }
+            # before the ranges are chosen: it binds the store, and divides its tail if the stop was raised
             filler = pipeline.filler(emit, budget_of(context.run), request, **choices)
             filler.fill_ranges(run.choose_ranges(pipeline, launched_keys(context)), report=emit)
 

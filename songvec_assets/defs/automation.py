@@ -1,7 +1,7 @@
-"""What runs by itself once a person has switched it on: conditions, the source's sensor, a nightly run; and alerts.
+"""What starts runs without a person: conditions, the source's sensor, a nightly schedule; and alerts.
 
-All of it but the alerts spends money, so it starts stopped. Each run keeps to the run's and the month's budget. When to
-add here: another way to start runs. Keep out: what a run does.
+Runs spend money, so all but the alerts are stopped until somebody switches them on. Each run keeps to the run's and the
+month's budget. When to add here: another way to start runs. Keep out: what a run does.
 """
 
 from datetime import timedelta
@@ -24,7 +24,7 @@ _MAX_ALERT_CHARS = 1_500
 
 
 class RangesBehind(dg.AutomationCondition[dg.AssetKey]):
-    """The ranges whose songs are not all in the cache: looked up, since Dagster knows only of runs."""
+    """The ranges whose songs are not all in the cache: read from the store, since Dagster knows only of runs."""
 
     def evaluate(self, context: dg.AutomationContext[dg.AssetKey]) -> dg.AutomationResult[dg.AssetKey]:
         """Read footers and manifests, if a partition is a candidate."""
@@ -41,7 +41,7 @@ class RangesBehind(dg.AutomationCondition[dg.AssetKey]):
 _FIRST_LOOK = dg.AutomationCondition.initial_evaluation()
 _HANDLED = dg.AutomationCondition.newly_requested() | dg.AutomationCondition.newly_updated()
 _NEWS = dg.AutomationCondition.any_deps_updated().since(_HANDLED)
-# Dagster does not report what changed before it was switched on: then songs are exported, and ranges checked, once
+# Dagster does not report what changed before it was switched on: at first, songs are exported and ranges checked once
 _NEWS_OR_FIRST_LOOK = (dg.AutomationCondition.any_deps_updated() | _FIRST_LOOK).since(_HANDLED)
 _QUIET = ~dg.AutomationCondition.any_deps_in_progress() & ~dg.AutomationCondition.in_progress()
 
@@ -61,8 +61,8 @@ automation_sensor = dg.AutomationConditionSensorDefinition(
     use_user_code_server=True,
     description=(
         "Keeps the table up to date: exports once when it is switched on and then when songs changed, embeds the "
-        "ranges that changed, loads them, and indexes if that is worth it. Switch `songs_source` on too, which finds "
-        "out that songs changed. Spends money, up to SONGVEC_MAX_USD per run and SONGVEC_MAX_USD_A_MONTH."
+        "ranges that changed, loads them, and indexes if that is worth it. Switch `songs_source` on too: it finds "
+        "out whether songs changed. Spends money, up to SONGVEC_MAX_USD per run and SONGVEC_MAX_USD_A_MONTH."
     ),
 )
 
@@ -74,8 +74,8 @@ automation_sensor = dg.AutomationConditionSensorDefinition(
     description=(
         "Finds out each minute whether a song's text or id changed, and records it as an event of the asset `songs`, "
         "which `automation` acts on. Compares count and ids, and a digest of all texts if rows were written or the "
-        "server does not count writes (views, foreign tables). A digest reads the whole table, for at most a twentieth "
-        "of the time. Spends nothing."
+        "server does not count writes (views, foreign tables). A digest reads the whole table; digests take at most "
+        "5 % of the time. Spends nothing."
     ),
 )
 def songs_source_sensor(context: dg.SensorEvaluationContext, run: RunResource) -> dg.SensorResult | dg.SkipReason:
@@ -119,7 +119,7 @@ def failed_runs_sensor(context: dg.RunFailureSensorContext) -> dg.SkipReason | N
 
 
 def describe_failed_run(context: dg.RunFailureSensorContext) -> str:
-    """Which run failed, why, what is kept and how to continue."""
+    """Which run failed and why, what is kept, and how to continue."""
     run = context.dagster_run
     reasons = [describe_failure(event) for event in context.get_step_failure_events()]
     words = "\n".join(reasons) or context.failure_event.message or "it failed before its first step"

@@ -1,6 +1,6 @@
 """The three charts in the metadata: recall against latency, coverage by range, a map of the songs. PNG in Markdown.
 
-When to add here: a chart that people decide by. Keep out: what it shows (the core) and where it stands (`reports`).
+When to add here: a chart that people make decisions by. Keep out: its data (the core), and its name (`reports`).
 """
 
 import base64
@@ -51,13 +51,13 @@ def draw_if_changed(
 ) -> dict[str, Any]:
     """Charts of an asset: those of its previous materialization if their data is the same.
 
-    A chart that fails is a warning: the step's work is done.
+    A chart that fails is a warning: the step itself succeeded.
 
     Args:
         context: of the asset.
-        names: of the entries that `draw` makes.
-        digest: of what they show.
-        draw: makes them.
+        names: of the metadata that `draw` returns.
+        digest: of the data shown.
+        draw: draws the charts.
     """
     key = f"{names[0]}, digest of its data"
     event = context.instance.get_latest_materialization_event(context.asset_key)
@@ -81,7 +81,7 @@ def draw_recall(report: RecallReport) -> bytes:
         "recall@10",
     )
     chosen = report.chosen
-    # between the doublings only what was chosen: times of neighbors differ by chance, and the line would go back
+    # powers of two, and the chosen point: times of adjacent points differ by chance, and the line would turn back
     points = [each for each in report.points if each.probes.bit_count() == 1 or each in (chosen, report.points[-1])]
     times = [each.ms_median for each in points]
     axes.plot(times, [each.recall for each in points], "o-", color=_BLUE, linewidth=1.5, markersize=4)
@@ -132,7 +132,7 @@ def draw_coverage(coverage: pl.DataFrame) -> bytes:
 
 
 def draw_map(song_map: SongMap) -> bytes:
-    """A sample of the songs on its two main axes, colored by cluster, each named by a song in its middle."""
+    """A sample of the songs on its two main axes, colored by cluster; a cluster is named by a song near its centre."""
     figure, axes = _begin(
         f"{len(song_map.points):,} of {song_map.n_rows:,} songs; colors are clusters, named by a song in the middle",
         f"first principal axis (both show {song_map.share:.0%} of the variance)",

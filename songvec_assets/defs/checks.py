@@ -22,7 +22,7 @@ class Answer(NamedTuple):
 
 
 def _define(asset: dg.AssetsDefinition, name: str, checks: Sequence[Check]) -> dg.AssetChecksDefinition:
-    """All checks of an asset in one step, which reads once what several need."""
+    """All checks of an asset in one step, so that what several of them need is read once."""
     by_name = {check.name: check for check in checks}
     specs = [
         dg.AssetCheckSpec(check.name, asset=asset, description=check.ask.__doc__, blocking=check.blocks)

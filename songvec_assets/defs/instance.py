@@ -1,7 +1,8 @@
 """Which Dagster instance stores the runs of `songvec`, and how they are found in the UI.
 
 The embedded database and its store have a separate instance, `.songvec/dagster`: the demo's runs are not the history of
-a database given by URL. Runs on that one are stored where dagster.yaml in the working folder says, else in `.dagster`.
+a database given by URL. Runs on such a database are stored as dagster.yaml in the working folder says, else in
+`.dagster`. When to add here: another fact about where runs are stored. Keep out: running them (`cli/run`).
 """
 
 import os
@@ -30,7 +31,7 @@ CONFIGURATION = "telemetry:\n  enabled: false\n# no dialog over the first page\n
 
 
 def choose_home() -> Path:
-    """The folder for DAGSTER_HOME; made, with a dagster.yaml, if it is one of this package's.
+    """The folder for DAGSTER_HOME; created, with a dagster.yaml, if it is one of this package's.
 
     Raises:
         SettingsError: it cannot be made or written.
@@ -67,7 +68,7 @@ def open_instance() -> Iterator[dg.DagsterInstance]:
 
 
 def origin_of(job: dg.JobDefinition) -> RemoteJobOrigin:
-    """Where a job's definition is, as a code location has it: with this the UI lists a run under its job."""
+    """The origin that a code location would give a job: with it, the UI lists a run under its job."""
     target = LoadableTargetOrigin(executable_path=sys.executable, module_name=MODULE, working_directory=str(Path.cwd()))
     location = ManagedGrpcPythonEnvCodeLocationOrigin(target, LOCATION)
     return RemoteJobOrigin(RemoteRepositoryOrigin(location, "__repository__"), job.name)

@@ -22,8 +22,8 @@ _OPTIONS = "Its options are in the run config under resources, run: budget, rang
 class _JobWithDefaults(UnresolvedAssetJobDefinition):
     """An asset job whose launchpad is prefilled with the options that make it this job.
 
-    The launchpad shows the defaults of the resources' fields. A job's `config` is not shown if one of its assets is
-    partitioned, and hides all other options if none is.
+    The launchpad shows the defaults of the resources' fields. A job's `config` would not do: it is not shown if an
+    asset of the job is partitioned, and hides all other options if none is.
     """
 
     resources: Mapping[str, Any]
@@ -68,7 +68,7 @@ load_job = dg.define_asset_job(
 rebuild_index_job = _RebuildIndex(
     "rebuild_index",
     selection=dg.AssetSelection.assets("ivfflat_index"),
-    description="Build a new index while the present one serves, measure its recall, and replace the present one.",
+    description="Build a new index while the current one serves, measure its recall, and replace the current one.",
 )
 
 swap_job = _Swap(
@@ -76,7 +76,7 @@ swap_job = _Swap(
     selection=dg.AssetSelection.assets("songs_parquet", "embedding_cache", "song_embeddings_table", "ivfflat_index"),
     description=(
         "Switch to another model, size or type: build and index a staging table, compare it with the serving one, and "
-        "replace that. Type over the present values in the run config: resources, fireworks (embedding_model, "
+        "replace it. Type over the current values in the run config: resources, fireworks (embedding_model, "
         "embedding_dimensions) and postgres (vector_type). Searches work throughout; the previous table is kept as "
         "song_embeddings_old."
     ),
@@ -89,7 +89,7 @@ verify_job = dg.define_asset_job(
 )
 
 
-@dg.op(description="Make the table that served before the last swap serve again; the present one is kept.")
+@dg.op(description="Make the table that served before the last swap serve again; the current one is kept.")
 def restore_previous_table(context: dg.OpExecutionContext, run: RunResource) -> None:
     """See `roll_back`."""
     with failing_clearly(), run.open() as pipeline:

@@ -1,4 +1,8 @@
-"""The partitions: ranges of song_ids; and the other settings that shape the graph, read once, when it loads."""
+"""The partitions, one per range of song_ids, and how backfills divide them.
+
+When to add here: another setting that shapes the graph; it is read once, when the graph loads. Keep out: settings of a
+run (`resources`).
+"""
 
 import dagster as dg
 
@@ -12,6 +16,6 @@ TILING.check_count()
 
 song_id_ranges = dg.StaticPartitionsDefinition([song_range.key for song_range in TILING])
 
-# one run takes any number of ranges; a deployment with many workers may want several runs
+# by default one run takes all ranges of a backfill; with many workers several runs may be faster
 one_run = dg.BackfillPolicy.single_run()
 ranges_policy = dg.BackfillPolicy.multi_run(_GRAPH.ranges_per_run) if _GRAPH.ranges_per_run else one_run

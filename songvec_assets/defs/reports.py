@@ -43,7 +43,7 @@ def table_schema(column_type: str = "vector", model: str = "the configured model
 
 
 def report_export(report: ExportReport, pipeline: Pipeline, log: Any) -> dg.MaterializeResult[None]:
-    """An export's totals; its version is that of all snapshots."""
+    """An export's totals; the version is the digest of all snapshots."""
     snapshots, caution = pipeline.store.songs, pipeline.source.caution
     if caution:
         log.warning(caution)
@@ -59,7 +59,7 @@ def report_export(report: ExportReport, pipeline: Pipeline, log: Any) -> dg.Mate
 def report_publish(
     report: PublishReport, pipeline: Pipeline, context: dg.AssetExecutionContext
 ) -> dg.MaterializeResult[None]:
-    """A load's totals and the changed ranges; its version is that of the ledger."""
+    """A load's totals and the changed ranges; the version is the digest of the ledger."""
     context.log.info(report.target.reason)
     if report.comparison is not None:
         context.log.info(f"swapped in: {report.comparison.describe()}")
@@ -83,7 +83,7 @@ def report_publish(
 def report_index(
     report: IndexReport, pipeline: Pipeline, context: dg.AssetExecutionContext
 ) -> dg.MaterializeResult[None]:
-    """What was decided and measured, and what the vectors look like; its version is that of the build."""
+    """What was decided and measured, and charts; its version is that of the build."""
     context.log.info(report.reason)
     if caution := read_pgvector_caution(pipeline.database):
         context.log.warning(caution)

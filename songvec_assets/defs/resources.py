@@ -1,4 +1,4 @@
-"""Resources: the run config's options become core objects. An empty option reads its variable when the run starts.
+"""Resources: from the options of a run config to a `Pipeline`. An empty option reads its variable when the run starts.
 
 Secrets (POSTGRES_URL, FIREWORKS_API_KEY, SONGVEC_WEBHOOK_URL) are never options, whose values Dagster stores and shows.
 When to add here: an option of a run that is not a setting. Settings and their descriptions come from `settings`.
@@ -30,15 +30,15 @@ from songvec_assets.songs.ranges import SongIdRange, Tiling
 
 
 def options_of(group: type[BaseModel]) -> dict[str, str]:
-    """The options that a resource has for a group's settings: the names of settings to those of options."""
+    """The options of a resource: the name of each setting of a group, and of its option."""
     return {name: name.removeprefix("fireworks_") for name, field in group.model_fields.items() if field.repr}
 
 
 def with_options(group: type[BaseModel]) -> Any:
     """A base class for a resource that has a group's settings as options, all empty.
 
-    They are not inherited: Dagster passes a field's default as if it had been typed, so it would replace the
-    environment's value, and a resource that is part of another would read the environment when the graph loads.
+    A resource does not inherit from the group: Dagster passes a field's default as if it had been typed, so it would
+    replace the environment's value, and a nested resource would read the environment when the graph loads.
     """
     options: dict[str, Any] = {}
     for name, option in options_of(group).items():
@@ -51,7 +51,7 @@ def with_options(group: type[BaseModel]) -> Any:
 
 
 def given(group: type[BaseModel], resource: "dg.ConfigurableResource[Any]") -> dict[str, Any]:
-    """The values of a resource's options, under the names of the settings; None: empty."""
+    """The values of a resource's options, by the names of the settings; None: empty."""
     return {name: getattr(resource, option) for name, option in options_of(group).items()}
 
 
@@ -81,7 +81,7 @@ class StorageResource(with_options(StorageSettings)):  # type: ignore[misc]
 
 
 class RunResource(with_options(RunSettings)):  # type: ignore[misc]
-    """What this run does and may spend; the same for all of its steps."""
+    """What this run does and may spend; the same for all its steps."""
 
     postgres: dg.ResourceDependency[PostgresResource]
     fireworks: dg.ResourceDependency[FireworksResource]
@@ -99,14 +99,16 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
         description="all compares every range with Postgres; append reads only above the highest exported song_id.",
     )
     confirm_deletions: bool = Field(
-        default=False, description="Many songs are missing in the source on purpose: delete them instead of stopping."
+        default=False, description="Accept that songs missing in bulk were deleted on purpose, instead of stopping."
     )
     reembed: bool = Field(
         default=False,
-        description="Embed, and pay for, all songs of the ranges again. Re-executions of this run do not pay again.",
+        description=(
+            "Embed all songs of the ranges again, and pay for them again. Re-executions of this run do not pay again."
+        ),
     )
     retry_rejected: bool = Field(
-        default=False, description="Send the songs again that the provider rejected before. A refusal is not billed."
+        default=False, description="Send again the songs that the provider rejected. A refusal is not billed."
     )
     confirm_reembedding: bool = Field(
         default=False,
@@ -114,9 +116,9 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
     )
     confirm_model_change: bool = Field(
         default=False,
-        description="Go on though the provider gives other vectors under the model's name than in earlier runs.",
+        description="Continue even if the provider returns other vectors for the model than in earlier runs.",
     )
-    rebuild_index: bool = Field(default=False, description="Build the index even if the present one still fits.")
+    rebuild_index: bool = Field(default=False, description="Build the index even if the current one still fits.")
 
     def open(self) -> Pipeline:
         """What a run works with, from the environment and the resources' options.
@@ -152,10 +154,10 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
 
 
 def make_resources(**prefilled: Mapping[str, Any]) -> dict[str, Any]:
-    """The graph's resources, some of whose options the launchpad prefills.
+    """The graph's resources; the launchpad prefills the given options.
 
     Args:
-        prefilled: names of options to values, by resource.
+        prefilled: values by option, by resource.
     """
 
     def prefill(resource: type[Any], name: str) -> type[Any]:
@@ -178,7 +180,7 @@ RESOURCES = make_resources()
 
 
 def present_values(group: type[BaseModel], *names: str) -> dict[str, Any]:
-    """The values that settings have as the code location loads; none if one does not parse: a run refuses it."""
+    """The values of some settings when the code location loads; none if one does not parse: a run then refuses it."""
     try:
         settings = group()
     except SettingsError:
@@ -190,7 +192,7 @@ def parse_span(words: str, tiling: Tiling) -> tuple[SongIdRange, SongIdRange]:
     """The first and last range of FIRST...LAST, or of one key.
 
     Raises:
-        SettingsError: they are no ranges of the graph, or not in their order.
+        SettingsError: they are not ranges of the graph, or not in their order.
     """
     first, _, last = words.partition("...")
     try:

@@ -49,7 +49,7 @@ class Incomplete:
     """What a failed step leaves undone, if the steps after it can run without that.
 
     Attributes:
-        reasons: keys of ranges by the reason why they are not complete; no keys if the reason names them.
+        reasons: keys of the ranges that are not complete, by reason; no keys if the reason names the range.
     """
 
     reasons: dict[str, list[str]]
@@ -62,7 +62,7 @@ def notify(item: object) -> None:
 
 
 def find_incomplete(error: SongvecError) -> Incomplete | None:
-    """What an error says of ranges that failed while the others are done; None if it ends the run."""
+    """The ranges that an error names, if all others are done; None if it ends the run."""
     if isinstance(error, IncompleteExportError) and error.is_partial:
         return Incomplete(error.reasons)
     # its message names the range
@@ -73,7 +73,7 @@ def find_incomplete(error: SongvecError) -> Incomplete | None:
 def failing_clearly(
     find: Callable[[SongvecError], Incomplete | None] = find_incomplete,
 ) -> Iterator[None]:
-    """Turn the core's errors into failures that show their message and are not retried: a rerun alone rarely helps.
+    """Turn the core's errors into failures that show the message and are not retried: retrying alone rarely helps.
 
     Args:
         find: see `find_incomplete`.
@@ -106,8 +106,8 @@ def run_step(
         context: of the asset.
         pipeline: what the work uses; it is cancelled on an interrupt.
         work: a core function's call; it gets the callback for progress and reports.
-        describe: makes the result of the work's report, in the worker thread too.
-        on_report: called with what is emitted and is not `Progress`.
+        describe: turns the work's report into the result, in the worker thread too.
+        on_report: called with every emitted object that is not `Progress`.
 
     Raises:
         Whatever the core raises; the interrupt, after the core had time to end.
@@ -144,7 +144,7 @@ def run_step(
 
 
 def budget_of(run: dg.DagsterRun) -> str:
-    """Whose budget a run spends: its backfill's if it is one of several runs, or its own."""
+    """The name of a run's budget: the runs of a backfill share one."""
     return run.tags.get("dagster/backfill", run.run_id)
 
 
@@ -186,7 +186,11 @@ class FillRecorder:
         self._context.log.info(reports.describe_fills(self._reports))
 
     def conclude(self) -> None:
-        """End the step: with the version of all that is cached, or a failure that names the ranges not complete."""
+        """Set the version of all that is cached; raise a failure if ranges are not complete.
+
+        Raises:
+            dg.Failure: names them.
+        """
         self._context.set_data_version(self._context.asset_key, dg.DataVersion(self._pipeline.cache.digest()))
         failed = [each for each in self._reports if each.error is not None]
         if failed:
@@ -196,7 +200,7 @@ class FillRecorder:
             )
 
     def find_incomplete(self, error: SongvecError) -> Incomplete | None:
-        """The end of a budget, or of a provider, leaves what was embedded before."""
+        """What is incomplete if a budget or the provider ended the run: what was embedded before can be loaded."""
         return self._find_incomplete(error) if isinstance(error, (BudgetExceededError, ProviderError)) else None
 
     def _find_incomplete(self, stop: SongvecError | None = None) -> Incomplete | None:

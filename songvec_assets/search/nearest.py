@@ -53,11 +53,11 @@ def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) 
 
     Args:
         embedder: of the model that made the table's vectors.
-        query: in the words of who asks.
-        prompt: what that model is given for a query.
+        query: what the songs are about.
+        prompt: of that model for queries; see `Prompts`.
 
     Raises:
-        SettingsError: it holds bytes that are no UTF-8, as Python keeps those of a command line.
+        SettingsError: it holds bytes that are not UTF-8: Python passes them on from a command line.
         ProviderError: no answer, or none that helps.
     """
     words = fill_query(prompt, query)
@@ -101,7 +101,7 @@ def search_songs(
         spec: what the table holds.
         embedding: of the query, (dimensions,).
         limit: songs at most.
-        probes: lists to visit first; None: those stored with the index. More where they hold fewer songs than `limit`.
+        probes: lists to visit first; None: as stored with the index. More if they hold fewer songs than `limit`.
 
     Raises:
         TableMismatchError: nothing is loaded yet, or the table holds another model.
@@ -111,12 +111,12 @@ def search_songs(
     nearest = sa.select(columns.song_id, (1 - distance).label("similarity")).order_by(distance)
     with database.get_connection("web") as connection:
         _check_searchable(connection, table, spec)
-        # once more where songs were deleted from the source since they were loaded; no further, lest a source that is
-        # being filled again makes a search read the whole table
+        # a second try if songs were deleted from the source since they were loaded; not a third, or a source that is
+        # just being filled again would make each search read the whole table
         for n_rows in (limit, _SPARE * limit):
             find = partial(_fetch, connection, nearest.limit(n_rows))
             similarities = dict(search(table, connection, find, n_rows, probes))
-            if table.read_spec(connection) != spec:  # the query holds the table: what is recorded now is what it read
+            if table.read_spec(connection) != spec:  # the query locks the table: its record cannot change now
                 raise TableMismatchError("the embeddings table was swapped during the search: retry", "table.swapped")
             songs = read_songs(connection, source, list(similarities)) if similarities else {}
             if len(songs) >= limit or len(similarities) < n_rows:
@@ -130,7 +130,7 @@ def _fetch(connection: sa.Connection, nearest: sa.Select[tuple[int, float]]) -> 
 
 
 def check_searchable(database: Database, spec: TableSpec) -> None:
-    """Refuse to search what is not there, or by vectors of another model; before a query is paid for.
+    """Refuse to search a table that is missing or holds another model, before the query is paid for.
 
     Raises:
         TableMismatchError: nothing is loaded yet, or the table holds another model, size or type.
@@ -190,16 +190,16 @@ def read_embeddings(database: Database, song_ids: Collection[int]) -> pl.DataFra
 def check_server(
     asked: TableSpec, configured: TableSpec, server: str, error: ProviderError
 ) -> TableMismatchError | None:
-    """What an error of a query's embedding means where the server is not the one that made the table's vectors.
+    """What an error of a query's embedding means if the server is not the one that made the table's vectors.
 
     Args:
-        asked: what the table holds, as which the query was asked.
+        asked: what the table holds: the query's vector was requested for it.
         configured: what the settings name.
         server: its URL.
         error: what came.
 
     Returns:
-        The error to raise instead; None: this one says it.
+        The error to raise instead; None: the given one is right.
     """
     is_size = isinstance(error, VectorSizeError)
     is_other = (asked.model, asked.dimensions) != (configured.model, configured.dimensions)
@@ -217,7 +217,7 @@ def check_server(
 def read_songs(
     connection: sa.Connection, source: SongsSource, song_ids: Sequence[int]
 ) -> dict[int, tuple[str, str, str | None]]:
-    """Name, artist and lyrics of some songs; deleted ones are left out. What cannot be decoded is U+FFFD."""
+    """Name, artist and lyrics of some songs; deleted ones are left out. Bytes that cannot be decoded become U+FFFD."""
 
     def decode(value: memoryview | None) -> str:
         return "" if value is None else bytes(value).decode(source.codec, "replace")

@@ -1,7 +1,7 @@
-"""What shows at a glance that the vectors mean something: a map of a sample, and some songs' nearest neighbors.
+"""A sample of the vectors to look at: a map of some songs, and the nearest neighbors of a few.
 
 Vectors come from the cache, as in `vectors/index/neighbors`; the neighbors are found as a search finds them. When to
-add here: another look at a sample. Keep out: pictures, which are drawn elsewhere.
+add here: another view of a sample. Keep out: how a chart is drawn (`defs/charts`).
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class SongMap:
     Attributes:
         points: float32, (n, 2).
         clusters: of each point, from 0 on, (n,).
-        titles: of each cluster, those of the songs in its middle, the innermost first.
+        titles: per cluster, of the songs nearest to its centre, nearest first.
         share: of the sample's variance that the two axes show.
         n_rows: of the table.
     """
@@ -43,7 +43,7 @@ class SongMap:
 
 @dataclass(frozen=True)
 class Neighborhood:
-    """A song, and those that a search for its vector finds."""
+    """A song, and the songs that a search for its vector finds."""
 
     name: str
     artist: str
@@ -58,20 +58,19 @@ class Preview:
     neighborhoods: list[Neighborhood]
 
 
-def preview_table(rows: LoadedRows, source: SongsSource, spec: TableSpec, seed: int = 0) -> Preview:
+def preview_table(rows: LoadedRows, source: SongsSource, spec: TableSpec) -> Preview:
     """Draw a sample of the table; the same table gives the same sample.
 
     Args:
-        rows: of the cache, that the table holds.
+        rows: that the table holds, with their vectors in the cache.
         source: the songs table.
         spec: what the table holds.
-        seed: of the sample.
 
     Raises:
         StoreError: the cache does not hold what is loaded.
     """
     database = rows.table.database
-    song_ids, vectors = sample_rows(rows, _MAP_SONGS, np.random.default_rng(seed))
+    song_ids, vectors = sample_rows(rows, _MAP_SONGS, np.random.default_rng(0))
     if not song_ids:
         raise StoreError(
             f"the cache in {rows.cache.storage} holds no row that table {rows.table.name} has: fill it, then load",
@@ -94,7 +93,7 @@ def preview_table(rows: LoadedRows, source: SongsSource, spec: TableSpec, seed: 
 
 
 def project(vectors: Float32Matrix) -> tuple[Float32Matrix, float]:
-    """Vectors on their principal axes, the main ones first: two at least; and the variance's share on the first two.
+    """Vectors on their principal axes, two at least, the main ones first; and the two main axes' share of the variance.
 
     Args:
         vectors: (n, dimensions).
@@ -109,14 +108,14 @@ def project(vectors: Float32Matrix) -> tuple[Float32Matrix, float]:
 
 
 def find_clusters(points: Float32Matrix, n_clusters: int = _CLUSTERS) -> tuple[NDArray[np.int64], list[list[int]]]:
-    """Lloyd's k-means, begun at points far from each other; deterministic.
+    """Lloyd's k-means, which starts from points far from each other; deterministic.
 
     Args:
         points: (n, axes); at least one.
         n_clusters: at most.
 
     Returns:
-        The cluster of each point, and of each cluster the places of the points nearest to its centre, nearest first.
+        The cluster of each point; and per cluster the places of the points nearest to its centre, nearest first.
     """
     places = [int(np.argmax(((points - points.mean(axis=0)) ** 2).sum(axis=1)))]
     while len(places) < min(n_clusters, len(points)):

@@ -1,1 +1,1 @@
-"""The pgvector table: load, index, search."""
+"""The pgvector tables: loads, swaps, the ledger, the index."""

@@ -40,11 +40,11 @@ def row_dtype(dimensions: int, vector_type: str = "vector") -> "np.dtype[np.void
 def encode_rows(
     batches: Iterable[tuple[NDArray[np.int32], Float32Matrix]], dimensions: int, vector_type: str = "vector"
 ) -> Iterator[bytes]:
-    """Encode rows, without header and trailer, in chunks of 128 KiB at most, or one row.
+    """Encode rows, without header and trailer, in chunks of up to 128 KiB; a larger row is a chunk.
 
     Args:
         batches: song_ids, (n,), and embeddings, (n, dimensions).
-        dimensions: values a vector.
+        dimensions: values per vector.
         vector_type: the column's type.
     """
     dtype = row_dtype(dimensions, vector_type)
@@ -65,7 +65,7 @@ def encode_rows(
 class CopyStream:
     """A file that psycopg2's `copy_expert` reads: header, chunks, trailer, each made when it is read.
 
-    A thread that made them ahead gained nothing: the socket holds what the server works on meanwhile.
+    A thread that made them ahead was no faster: the socket's buffer keeps the server busy meanwhile.
 
     Attributes:
         error: what the chunks raised, or None. psycopg2 hides it.
@@ -76,7 +76,7 @@ class CopyStream:
         self.error: BaseException | None = None
 
     def read(self, _size: int = -1) -> bytes:
-        """The next chunk, of whatever size: psycopg2 takes more than it asks for. Empty at the end.
+        """The next chunk, of any size: psycopg2 takes more than it asks for. Empty at the end.
 
         Raises:
             Whatever the chunks raise.

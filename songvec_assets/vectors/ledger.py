@@ -1,8 +1,8 @@
 """The ledger of what is loaded into a table, by range: `songvec.loaded_ranges`.
 
 A range's row names every song_id and checksum that the table holds for it, and is written in the transaction that
-loads them: 12 bytes per song, whose row takes 8,008. When to add here: another question about what is loaded. Keep
-out: what the table itself holds (`table`).
+loads them: 12 bytes per song, compared with 8,008 in the table. When to add here: another question about what is
+loaded. Keep out: what the table itself holds (`table`).
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """What is loaded of a range, in short; equal entries are equal rows.
+    """A summary of what is loaded of a range; equal entries mean equal rows.
 
     Attributes:
         n_songs: rows.
@@ -96,19 +96,19 @@ class Ledger:
         return pl.DataFrame({"song_id": np.frombuffer(song_ids, "<i4"), "checksum": np.frombuffer(checksums, "<u8")})
 
     def read_song_ids(self, song_range: SongIdRange) -> pl.Series:
-        """The songs loaded of a range; empty where it was never loaded."""
+        """The songs loaded of a range; empty if it was never loaded."""
         rows = self.read_rows(song_range)
         return pl.Series("song_id", [], dtype=pl.Int32) if rows is None else rows["song_id"]
 
     def read_models(self) -> Counter[tuple[str, int]]:
-        """Model and dimensions of the loaded ranges, with their songs."""
+        """Number of loaded songs by model and dimensions."""
         models = Counter[tuple[str, int]]()
         for entry in self.read().values():
             models[entry.model, entry.dimensions] += entry.n_songs
         return models
 
     def find_ranges(self, tiling: Tiling) -> set[SongIdRange]:
-        """The ranges of the loaded songs, as song_ids are divided now: a ledger may know the tail before."""
+        """The ranges of the loaded songs, as song_ids are divided now: the ledger may still have an earlier tail."""
         ranges, tiles = set(), set(tiling)
         for song_range, entry in self.read().items():
             if song_range in tiles:
@@ -183,7 +183,7 @@ class Records:
         return name if self.is_serving else f"{self.name}.{name}"
 
     def read(self, connection: sa.Connection, name: str, kind: type[_Value]) -> _Value | None:
-        """A recorded value; None where there is none of this kind, such as one that another version wrote."""
+        """A recorded value; None if there is none, or none of this type: another version may have written it."""
         return schema.read_record(connection, self.metadata_key(name), kind)
 
     def write(self, connection: sa.Connection, name: str, value: Any) -> None:
@@ -191,7 +191,7 @@ class Records:
         schema.write_fact(connection, self.metadata_key(name), value)
 
     def count_changes(self, connection: sa.Connection, n_rows: int) -> None:
-        """Add to the rows changed since the index was built. Last in a transaction: others wait for its row."""
+        """Add to the rows changed since the index was built. Last in a transaction: others wait for its lock."""
         connection.execute(
             text("""
                 INSERT INTO songvec.settings (key, value) VALUES (:key, to_jsonb(CAST(:n_rows AS bigint)))
@@ -210,7 +210,7 @@ class Records:
         return self.read(connection, "probes", int)
 
     def rename_records(self, connection: sa.Connection, name: str) -> None:
-        """Let all that is recorded follow a table that is renamed."""
+        """Rename all that is recorded, with the table."""
         new = Records(self.database, name)
         connection.execute(
             text("UPDATE songvec.loaded_ranges SET table_name = :new WHERE table_name = :old"),
@@ -222,7 +222,7 @@ class Records:
         )
 
     def forget(self, connection: sa.Connection) -> None:
-        """Remove what is recorded about it: there is no table of this name."""
+        """Delete what is recorded: there is no table of this name any more."""
         connection.execute(text("DELETE FROM songvec.loaded_ranges WHERE table_name = :table"), {"table": self.name})
         keys = [self.metadata_key(name) for name in _METADATA]
         connection.execute(text("DELETE FROM songvec.settings WHERE key = ANY (:keys)"), {"keys": keys})

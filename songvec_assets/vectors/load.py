@@ -1,8 +1,8 @@
-"""Loads that make a table equal the cache: one transaction per range, and only what changed of it.
+"""Loads: the table becomes equal to the cache, in one transaction per range that writes only what changed.
 
-`plan_load` compares, `upload_cached_embeddings_to_database` does what it found. A range whose song_ids in the table
-differ from the ledger's was changed by somebody else, and is loaded again as a whole. When to add here: another way in
-for rows. Keep out: which ranges are loaded (`plan`), and the format of COPY (`copy`).
+`plan_load` compares, `upload_cached_embeddings_to_database` does what it found. If a range's song_ids in the table
+differ from the ledger's, somebody else changed it, and it is loaded again as a whole. When to add here: another way to
+insert rows. Keep out: which ranges are loaded (`plan`), and the format of COPY (`copy`).
 """
 
 import contextlib
@@ -36,8 +36,8 @@ from songvec_assets.vectors.plan import LoadPlan, LoadSource, check_whole, find_
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
 N_CONNECTIONS = 2
-"""Ranges loaded at a time: one range is encoded, committed and synced while the server takes in another. Only one where
-searches use an index meanwhile: they want a core, too."""
+"""Ranges loaded at a time: one is encoded, committed and synced while the server takes in another. While searches use
+an index, only one range is loaded at a time: searches need a core, too."""
 
 _STEP = "load rows"
 _VACUUM_SHARE = 0.1
@@ -47,7 +47,7 @@ _PAGE_ROWS = 500
 
 @dataclass(frozen=True)
 class RangeLoad:
-    """What a load did to one range: rows."""
+    """What a load did to one range, in rows."""
 
     range: SongIdRange
     n_rows: int
@@ -68,12 +68,12 @@ def upload_cached_embeddings_to_database(
     """Make a table equal the cache for every range that is cached, each in one transaction.
 
     Args:
-        table: to load; created where it is missing.
+        table: to load; created if it is missing.
         source: the cache.
         spec: what the table holds.
         run: notified of the rows loaded; a stop ends the load between two ranges, or in the middle of one, which is
             rolled back.
-        plan: what `plan_load` found; None: it is asked.
+        plan: what `plan_load` found; None: it is called here.
         n_connections: ranges loaded at a time.
 
     Returns:
@@ -89,7 +89,7 @@ def upload_cached_embeddings_to_database(
         raise ValueError(f"expected a cache of {spec}, got {source.cache.dimensions} values by {source.cache.model}")
     plan = plan or plan_load(table, source, run)
     if table.ensure(spec, plan.models) and plan.unchanged:
-        # a table that was replaced took with it what was compared
+        # the table was replaced, so what was compared no longer holds
         plan = plan_load(table, source, run)
     load = _Load(table, source, spec, run, plan.n_changed)
     loads, damaged = load.run_side_by_side(list(plan.changed), n_connections)
@@ -99,7 +99,7 @@ def upload_cached_embeddings_to_database(
         _vacuum_if_worth_it(table, loads)
     except DatabaseError as error:
         run.check_stop()
-        # the rows are committed and the ledger has them; autovacuum does it later
+        # the rows and the ledger are committed; autovacuum makes up for it
         note = f"the rows are loaded; VACUUM failed and can be run by hand: {error}"
         run.report(Progress(_STEP, plan.n_changed, plan.n_changed, unit="rows", note=note, is_trouble=True))
     if damaged := [*plan.damaged.values(), *damaged]:
@@ -122,7 +122,7 @@ class _Load:
             self._run.report(Progress(_STEP, min(self._n_done, self._n_rows), self._n_rows, unit="rows", note=note))
 
     def run_side_by_side(self, ranges: list[SongIdRange], n_connections: int) -> tuple[list[RangeLoad], list[str]]:
-        """Load ranges in some threads; what was loaded, and what is damaged. Any other error ends all of them."""
+        """Load ranges in threads; returns what was loaded and what is damaged. Any other error ends all threads."""
         waiting = iter(ranges)
         loads: list[RangeLoad] = []
         damaged: list[str] = []
@@ -138,7 +138,7 @@ class _Load:
                 except BaseException as error:  # noqa: BLE001 - it is raised again below
                     failures.append(error)
 
-        # daemons: where a server no longer answers, an interrupted process must be able to end
+        # daemons: an interrupted process must be able to end even if the server no longer answers
         threads = [threading.Thread(target=serve, daemon=True, name="songvec-load") for _ in range(n_connections)]
         for thread in threads:
             thread.start()
@@ -155,7 +155,7 @@ class _Load:
         check = self._run.check_stop
         with hold_lock(self._table.database, lock_name(song_range), on_wait=check, check=check):
             try:
-                # a fill that was just ending may have changed the range while it was read
+                # a fill that ended just now may have changed the range while it was read
                 return self._load_range(song_range)
             except DamagedShardError:
                 cached = self._source.cache.open(song_range)
@@ -167,7 +167,7 @@ class _Load:
         started, table = time.monotonic(), self._table
         with table.database.get_connection("parallel") as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key(f"load {song_range.key}")})
-            # read under the lock: what an earlier load wrote meanwhile may be newer than what was compared
+            # read under the lock: since the comparison another load may have written newer rows
             cached = self._source.cache.open(song_range)
             vectors, loaded = cached.rows, table.ledger.read_rows(song_range, connection)
             check_whole(cached, loaded)
@@ -192,7 +192,7 @@ class _Load:
             DamagedShardError: some do not fit.
         """
         for batch in cached.iter_vectors(wanted["row"]):
-            # few rows per slice: the server goes on with what the socket holds while they are checked
+            # few rows per slice: while they are checked, the server works on what the socket's buffer holds
             for start in range(0, len(batch), _SLICE_ROWS):
                 self._run.check_stop()
                 rows = batch.take(slice(start, start + _SLICE_ROWS))
@@ -210,7 +210,7 @@ class _Load:
 
 
 def _vacuum_if_worth_it(table: VectorTable, loads: list[RangeLoad]) -> None:
-    """After a bulk load the first scan would rewrite every page, and the planner would know nothing."""
+    """VACUUM after a bulk load: else the first scan rewrites every page, and the planner has no statistics."""
     n_changed = sum(load.n_written + load.n_deleted for load in loads)
     if n_changed <= _VACUUM_SHARE * max(1, sum(load.n_rows for load in loads)):
         return
@@ -223,7 +223,7 @@ def _vacuum_if_worth_it(table: VectorTable, loads: list[RangeLoad]) -> None:
 
 
 def store_rows(connection: sa.Connection, batches: Iterator[CachedRows], spec: TableSpec, table: str = SERVING) -> None:
-    """Insert rows by COPY; an empty one finds out whether a pooler in between takes it, else by row batches.
+    """Insert rows by COPY, or by multi-row statements if a pooler refuses an empty COPY, which is tried first.
 
     Args:
         connection: in a transaction.

@@ -1,6 +1,6 @@
 """What a table lacks compared with the cache: the ranges to load, damaged ones, and songs that a swap would lose.
 
-Reads the ledger, the table's primary key, manifests and narrow columns; no vector, and changes nothing. When to add
+Reads the ledger, the table's primary key, manifests and narrow columns, but no vector; changes nothing. When to add
 here: another reason to load a range, or to refuse it. Keep out: the load itself (`load`), and the swap (`swap`).
 """
 
@@ -72,7 +72,7 @@ class RangeState:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether all three have the same rows, and no file is damaged: a load names it."""
+        """Whether all three have the same rows and no file is damaged; if one is, the load reports it."""
         is_recorded = self.loaded == LedgerEntry(self.cached.n_vectors, self.cached.digest)
         return is_recorded and self.in_table == self.cached.ids and not self.cached.is_damaged
 
@@ -83,11 +83,11 @@ class LoadPlan:
 
     Attributes:
         models: of the loaded ranges.
-        n_unmanaged: rows of ranges that nothing was ever loaded of: somebody else's, and left alone.
+        n_unmanaged: rows in ranges that were never loaded: somebody else wrote them, and they are left alone.
         unchanged: rows of each range with nothing to do.
         changed: rows of each range that differs.
-        damaged: what is wrong with the ranges that cannot be read.
-        n_changed: rows of all ranges that differ.
+        damaged: why ranges cannot be read.
+        n_changed: rows that differ, over all ranges.
     """
 
     models: frozenset[str]
@@ -106,7 +106,7 @@ class LoadPlan:
 def compare(
     table: VectorTable, cache: ModelCache, tiling: Tiling, opens_files: bool = False
 ) -> tuple[dict[SongIdRange, RangeState], int]:
-    """What there is of each range, in order. One scan of the table's primary key; the ledger is read once.
+    """The state of each range, in order, by one scan of the table's primary key and one read of the ledger.
 
     Args:
         table: whose rows and ledger are looked at.
@@ -133,7 +133,7 @@ def plan_load(table: VectorTable, source: LoadSource, run: RunContext = SILENT) 
         StoreError: the cache is empty: nothing was ever filled.
     """
     ranges = source.ranges()
-    # each file is opened once: a load that has nothing to do still finds what a disk changed
+    # each file is opened once: damage is found even if there is nothing to load
     states, n_below = compare(table, source.cache, source.tiling, opens_files=True)
     unmanaged = [each.in_table.n_rows for key, each in states.items() if key not in ranges and each.loaded is None]
     unchanged, changed, damaged, n_changed = {}, {}, {}, 0
@@ -162,7 +162,7 @@ def find_differing(loaded: pl.DataFrame | None, vectors: pl.DataFrame, in_table:
     Args:
         loaded: song_id and checksum, by the ledger; None: the range was never loaded.
         vectors: the same columns of the cache, among others.
-        in_table: the song_ids that the table has. Others than the ledger's were written by somebody else.
+        in_table: sums of the table's song_ids. If the ledger's differ, somebody else changed the table.
     """
     if loaded is None or IdSums.of(loaded["song_id"]) != in_table:
         return None
@@ -173,10 +173,10 @@ def find_differing(loaded: pl.DataFrame | None, vectors: pl.DataFrame, in_table:
 
 
 def check_whole(cached: CachedRange, loaded: pl.DataFrame | None = None) -> None:
-    """Refuse a range that lost rows: that a song is not in it does not say that the song was deleted.
+    """Refuse a range that lost rows: else its songs would be taken for deleted.
 
-    Its manifest names the files that must be there, and songs whose rows were found damaged. Without a manifest each
-    loaded song must be in a file.
+    Its manifest names the files that must be there, and the songs whose rows were found damaged. Without a manifest,
+    each loaded song must be in a file.
 
     Raises:
         DamagedShardError: it lost rows.
@@ -203,18 +203,18 @@ def check_missing(
     read_song_ids: Callable[[SongIdRange], set[int] | None],
     run: RunContext,
 ) -> None:
-    """Refuse to replace the serving table where songs would get lost that it has.
+    """Refuse to replace the serving table if songs that it has would be lost.
 
-    Songs are compared by their ids, whatever ranges they were divided into: since they were loaded the stop may have
-    been raised. Not missing is a song that was deleted from the source or rejected by the export, so that it is not in
-    the snapshots, or that was rejected by the provider. Where a range has no snapshot, nothing is known of its songs.
+    Songs are compared by song_id, not by range: the stop may have been raised since they were loaded. A song is not
+    missing if it was deleted from the source, or rejected by the export or the provider. In a range without a snapshot,
+    every song counts as missing.
 
     Args:
         serving: the table that would be replaced.
-        source: what the other one is loaded from.
-        name: of what is to have the songs.
-        ranges: that it has.
-        read_song_ids: the songs that it has of a range; None: all.
+        source: what the replacement is loaded from.
+        name: of the replacement, or of what it is made from, for the message.
+        ranges: that the replacement has.
+        read_song_ids: the songs that the replacement has of a range; None: all.
         run: ends the comparison between two ranges.
 
     Raises:
@@ -252,7 +252,7 @@ def _overlapping(song_range: SongIdRange, ranges: Iterable[SongIdRange]) -> list
 
 
 def read_loadable(source: LoadSource, song_range: SongIdRange) -> set[int] | None:
-    """The songs that a load of a range brings; None: it is damaged, and its load says what is wrong."""
+    """The songs that a load of a range would write; None: the range is damaged, which the load reports."""
     try:
         cached = source.cache.open(song_range)
         check_whole(cached)

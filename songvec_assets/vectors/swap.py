@@ -1,6 +1,6 @@
-"""From the cache to what searches find: under the index where little changed, else through a staging table.
+"""From the cache to what searches find: under the index if little changed, else through a staging table.
 
-Searches see the old rows or the new ones, never a part: a range is one transaction, and a swap is one short one. When
+Searches see the old rows or the new ones, never a mixture: a range is one transaction, a swap another short one. When
 to add here: another reason to stage or to refuse a swap. Keep out: what people added to a table (`postgres/relations`)
 and how two tables compare (`index/audit`).
 """
@@ -31,9 +31,9 @@ LOCK = "publish"
 """Held by each run that loads, stages, swaps or drops: one at a time."""
 
 STAGED_SHARE = 0.2
-"""Rows changed beyond this share want a new index anyway: a new table is loaded five times as fast without one."""
+"""If more rows changed, a new index is due anyway, and a table without an index is loaded five times as fast."""
 STAGED_FROM_ROWS = 20_000
-"""Fewer rows are loaded under the index in seconds."""
+"""Fewer rows are loaded in seconds, even under the index."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class WantedTable:
         spec: what the table is to hold.
         index: how a staging table is indexed.
         may_swap: whether another model, size or type may replace what serves now.
-        staged_from_rows: changed rows from which an indexed table is not changed but replaced.
+        staged_from_rows: up to this number of changed rows, an indexed table is changed and not replaced.
     """
 
     spec: TableSpec
@@ -75,7 +75,7 @@ class PublishReport:
     Attributes:
         target: where the rows went, and why.
         loads: one per range.
-        n_unmanaged: rows of the serving table that somebody else wrote where nothing was ever loaded.
+        n_unmanaged: rows of the serving table in ranges that were never loaded: somebody else wrote them.
         index: of the table that was swapped in; None: none was.
         comparison: of the two tables; None: none was swapped in.
     """
@@ -88,11 +88,11 @@ class PublishReport:
 
 
 def check_publishable(database: Database, wanted: WantedTable, models: frozenset[str] | None = None) -> VectorTable:
-    """Refuse, before anything is paid for, what could not be loaded afterwards; see also `index/preflight`.
+    """Before anything is paid for, refuse what could not be loaded afterwards; see also `index/preflight`.
 
     Args:
         database, wanted: where, and what is to be loaded.
-        models: of the ranges that the serving table holds, if they are known.
+        models: of the ranges in the serving table; None: not known.
 
     Returns:
         Where the rows are to go: the serving table, or the staging table for a swap.
@@ -101,7 +101,7 @@ def check_publishable(database: Database, wanted: WantedTable, models: frozenset
         TableMismatchError: the serving table holds something else and may not be swapped, or something is in the way.
     """
     serving, staging, previous = (VectorTable(database, name) for name in (SERVING, STAGING, PREVIOUS))
-    # with a swap allowed, another table replaces what differs, even if it could be loaded over
+    # if a swap is allowed, a table that differs is replaced, even if it could be loaded over
     if not wanted.may_swap or serving.spec in (None, wanted.spec):
         try:
             serving.check(wanted.spec, models)
@@ -132,8 +132,8 @@ def publish_embeddings(
 ) -> PublishReport:
     """Make the serving table equal the cache.
 
-    What a staging table must fulfil to replace the serving one is checked before it is built, once it is complete, and
-    in the swap's own transaction: people and other runs go on working during a build of hours.
+    Whether a staging table may replace the serving one is checked before it is built, once it is complete, and in the
+    swap's own transaction: a build takes hours, and people and other runs change things meanwhile.
 
     Args:
         database: where the table is.
@@ -222,8 +222,8 @@ def put_in_place(
 
     Args:
         keep: whether what served is kept as the previous table, or dropped.
-        compared: the ledgers of both tables when their songs were compared.
-        check_held: raises where LOCK was lost.
+        compared: the ledgers of both tables, as read before their songs were compared.
+        check_held: raises if LOCK was lost.
         run: ends the wait while another session holds a lock on a table.
 
     Raises:
@@ -236,7 +236,7 @@ def put_in_place(
     def swap(connection: sa.Connection) -> None:
         connection.execute(sa.text(f"LOCK TABLE {SERVING}, {STAGING} IN ACCESS EXCLUSIVE MODE"))
         check_attachments(connection, serving)
-        # the song_ids of millions are not compared while searches wait: what was compared must be what is there
+        # millions of song_ids are not compared again while searches wait; equal ledgers mean that nothing changed
         if _read_ledgers(database, connection) != compared:
             raise TableMismatchError(
                 f"{SERVING} or {STAGING} was loaded by another run meanwhile: {SERVING} was not replaced. Start the "
@@ -255,10 +255,10 @@ def put_in_place(
 
 
 def roll_back(database: Database, run: RunContext = SILENT) -> TableSpec | None:
-    """Let what served before the last swap serve again; what serves now stays as the staging table.
+    """Make the previous table serve again; the serving table becomes the staging table.
 
     Returns:
-        What serves now; None where that was recorded by another version, and cannot be read.
+        What serves now; None: another version recorded it, and it cannot be read.
 
     Raises:
         TableMismatchError: there is no previous table, one is being staged, or see `check_attachments`.
@@ -290,7 +290,7 @@ def roll_back(database: Database, run: RunContext = SILENT) -> TableSpec | None:
 
 
 def drop_others(database: Database, run: RunContext = SILENT) -> list[str]:
-    """Drop the previous table and the staging table; the names of those that were there."""
+    """Drop the previous table and the staging table; returns the names of those that existed."""
     others = [VectorTable(database, name) for name in (STAGING, PREVIOUS)]
     dropped: list[str] = []
 

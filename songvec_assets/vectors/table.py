@@ -33,9 +33,9 @@ class TableSpec:
 
     Attributes:
         model: the embedding model's name.
-        dimensions: values a vector.
+        dimensions: values per vector.
         vector_type: `vector` or `halfvec`.
-        query_prompt, document_prompt: see `Prompts`; None: not recorded. Specs that differ in them alone are equal.
+        query_prompt, document_prompt: see `Prompts`; None: not recorded. They do not count when specs are compared.
     """
 
     model: str
@@ -67,7 +67,7 @@ class BuiltIndex:
 
     Attributes:
         n_rows: of the table then; 0: not recorded.
-        target, probes: the recall wanted when it was first measured, and the probes that it took; None: not yet.
+        target, probes: the target when recall was first measured, and the probes that reached it; None: never.
     """
 
     n_rows: int = 0
@@ -119,18 +119,18 @@ class VectorTable(Records):
 
     @property
     def building_index(self) -> str:
-        """What an index of it is called while it is built, until it replaces the one that searches use."""
+        """The name of an index while it is built, until it replaces the one that searches use."""
         return f"{self.index_name}_building"
 
     @property
     def replaced_index(self) -> str:
-        """What the index that was replaced is called until it is dropped."""
+        """The name of an index that was replaced, until it is dropped."""
         return f"{self.index_name}_replaced"
 
     @property
     def spec(self) -> TableSpec | None:
-        """What it is recorded to hold, or None before a first load."""
-        with self.database.get_connection("web") as connection:  # each search asks: by a pooled connection
+        """What the table holds, as recorded; None before a first load."""
+        with self.database.get_connection("web") as connection:  # each search reads it: by a pooled connection
             return self.read_spec(connection)
 
     @property
@@ -166,7 +166,7 @@ class VectorTable(Records):
     # the index, as the catalog has it
 
     def read_lists(self, connection: sa.Connection, index: str | None = None) -> int | None:
-        """The lists of its index, or of another one of its indexes that is named; None unless it is valid and ours."""
+        """The lists of its index, or of the index named; None if that is missing, invalid or not IVFFlat."""
         found = self._find_index(connection, index or self.index_name)
         return found.lists if found else None
 
@@ -193,14 +193,14 @@ class VectorTable(Records):
         return bool(connection.scalar(text("SELECT to_regclass(:name) IS NOT NULL"), {"name": self.name}))
 
     def count_rows(self) -> int:
-        """Its rows; 0 where there is no such table."""
+        """Its number of rows; 0 if there is no such table."""
         with self.database.get_connection() as connection:
             if not self.exists(connection):
                 return 0
             return int(connection.scalar(text(f"SELECT count(*) FROM {self.name}")) or 0)
 
     def read_id_sums(self, tiling: Tiling) -> tuple[dict[SongIdRange, IdSums], IdSums]:
-        """Its rows by range, and those with a negative song_id, in one scan of its primary key. No table has none."""
+        """Its rows by range, and those with a negative song_id, by a scan of its primary key; none without a table."""
         with self.database.get_connection() as connection:
             if not self.exists(connection):
                 return {}, IdSums()
@@ -226,11 +226,11 @@ class VectorTable(Records):
     # making, checking, renaming and dropping
 
     def ensure(self, spec: TableSpec, models: Collection[str] | None = None) -> bool:
-        """Create it where it is missing, else check it. The demo's table of the embedded database is replaced.
+        """Create it if it is missing, else check it. The demo's table in the embedded database is replaced.
 
         Args:
             spec: what it is to hold.
-            models: of the loaded ranges, where the ledger was read just now; None: it is read.
+            models: of the loaded ranges; None: they are read from the ledger.
 
         Returns:
             Whether it was created.
@@ -248,7 +248,7 @@ class VectorTable(Records):
             self.forget(connection)
             search_schema_of_serving_table(connection)
             define_table(spec, self.name).create(connection)
-            # a vector of 2,000 values then stays in its row's page: no TOAST look-ups, and parallel index builds
+            # keeps a vector of 2,000 values in its row's page: no TOAST look-ups, and parallel index builds
             connection.execute(text(f"ALTER TABLE {self.name} ALTER COLUMN embedding SET STORAGE PLAIN"))
             self._write_spec(connection, spec)
             return True
@@ -295,7 +295,7 @@ class VectorTable(Records):
                 f"table {self.name} has {wrong}, expected {expected}: set SONGVEC_EMBEDDING_DIMENSIONS and "
                 "SONGVEC_VECTOR_TYPE to what it holds, or let `songvec swap` build a staging table and replace it"
             )
-        # the ledger names the model of each range, also where the record of the whole table cannot be read
+        # the ledger names the model of each range, even if the record of the whole table cannot be read
         if models is None:
             models = {entry.model for entry in self.ledger.read(connection).values()}
         if others := set(models) - {spec.model}:
@@ -308,7 +308,7 @@ class VectorTable(Records):
         return True
 
     def rename_to(self, connection: sa.Connection, name: str) -> None:
-        """Rename it with its indexes and all that is recorded about it; no table of the new name may exist."""
+        """Rename it, its indexes and all that is recorded about it; no table of the new name may exist."""
         new = VectorTable(self.database, name)
         new.forget(connection)
         connection.execute(text(f"ALTER TABLE {self.name} RENAME TO {name}"))
@@ -334,7 +334,7 @@ def describe_tables(database: Database) -> dict[str, str]:
 
 
 def search_schema_of_serving_table(connection: sa.Connection) -> None:
-    """Let this transaction create tables where the serving one is, which need not be the first schema searched."""
+    """Let this transaction create tables in the serving table's schema, which need not be the first one searched."""
     connection.execute(
         text("""
             SELECT set_config('search_path', concat_ws(

@@ -21,7 +21,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import run_in_worker
 from songvec_assets.settings import Settings
 from songvec_assets_tests.cache.test_fill import assert_stored, billed, export, fill, plain_songs, plain_texts, stored
-from songvec_assets_tests.conftest import TILING, deploy
+from songvec_assets_tests.conftest import TILING, make_pipeline
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.warm import WarmProcess
 from songvec_assets_tests.warm import start as start_warm
@@ -54,7 +54,7 @@ class Filling:
 
 @pytest.fixture
 def pipeline(database: Database, provider: Provider, tmp_path: Path) -> Pipeline:
-    return deploy(database, provider, tmp_path / "store")
+    return make_pipeline(database, provider, tmp_path / "store")
 
 
 @pytest.fixture

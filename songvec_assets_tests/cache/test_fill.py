@@ -37,7 +37,7 @@ from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import TextSpec, hash_text, render_texts
 from songvec_assets_tests.administration import execute
-from songvec_assets_tests.conftest import TILING, deploy
+from songvec_assets_tests.conftest import TILING, make_pipeline
 from songvec_assets_tests.provider import Provider, running_provider, vector_of
 from songvec_assets_tests.vectors.conftest import upload
 
@@ -71,7 +71,7 @@ def run(database: Database, provider: Provider, tmp_path: Path) -> Run:
     """Begins a run over the test's database and store, with some settings: a pipeline of its own."""
 
     def begin(**settings: object) -> Pipeline:
-        return deploy(database, provider, tmp_path / "store", **settings)
+        return make_pipeline(database, provider, tmp_path / "store", **settings)
 
     return begin
 

@@ -15,7 +15,7 @@ from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider, running_provider
 
 N_SONGS = 30
@@ -37,7 +37,7 @@ def begin(database: Database, server: Provider, songs: Callable[..., None], tmp_
 
     def begin(**settings: object) -> Pipeline:
         given = {"max_request_texts": 5, "concurrency": 2, "usd_per_million_tokens": 1e6}
-        return deploy(database, server, tmp_path, **(given | settings))
+        return make_pipeline(database, server, tmp_path, **(given | settings))
 
     pipeline = begin()
     pipeline.export()

@@ -20,7 +20,7 @@ from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
-from songvec_assets_tests.conftest import deploy, environment_of
+from songvec_assets_tests.conftest import environment_of, make_pipeline
 from songvec_assets_tests.provider import Provider
 
 FIRST, SECOND = SongIdRange(0, 100), SongIdRange(100, 200)
@@ -67,10 +67,10 @@ def test_a_fill_with_nothing_to_do_reads_and_lists_each_range_once_and_opens_no_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", "stones"), (150, "Moon", "Cy", "a silver light"))
-    pipeline = deploy(database, provider, tmp_path / "store")
+    pipeline = make_pipeline(database, provider, tmp_path / "store")
     pipeline.export()
     fill(pipeline)
-    again = deploy(database, provider, tmp_path / "store")
+    again = make_pipeline(database, provider, tmp_path / "store")
     filler, reports = again.filler(), []
     folder = again.cache.storage.root
     before, n_requests = bytes_under(tmp_path), provider.ledger()["requests"]
@@ -129,7 +129,7 @@ def test_a_dry_run_leaves_every_byte_of_the_store_also_of_what_a_run_would_remov
     for name, value in (environment_of(database, provider, tmp_path) | ranges).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    pipeline = deploy(database, provider, tmp_path / "store")
+    pipeline = make_pipeline(database, provider, tmp_path / "store")
     pipeline.run()
     root = pipeline.store.root
     [named] = pipeline.cache.read_manifest(FIRST).files
@@ -153,7 +153,7 @@ def test_a_fill_works_inside_of_a_running_event_loop(
 ) -> None:
     """As in a notebook."""
     songs((1, "Sea", "Ann", "waves"), (150, "Moon", "Cy", "a silver light"))
-    pipeline = deploy(database, provider, tmp_path / "store")
+    pipeline = make_pipeline(database, provider, tmp_path / "store")
     pipeline.export()
 
     async def fill_in_loop() -> list[FillReport]:

@@ -39,7 +39,7 @@ def environment(
     monkeypatch.chdir(tmp_path)
     from songvec_assets.cli import base
 
-    run_all(base.deploy())
+    run_all(base.make_pipeline())
 
 
 def type_in(*command: str) -> tuple[str, str]:

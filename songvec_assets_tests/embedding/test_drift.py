@@ -12,7 +12,7 @@ from songvec_assets.errors import ModelChangedError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets_tests.cache.test_fill import export, plain_songs
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider
 
 Songs = Callable[..., None]
@@ -29,7 +29,7 @@ def embed(database: Database, songs: Songs, provider: Provider, tmp_path: Path) 
         songs(*plain_songs(range(n_songs + 1, n_songs + n_more + 1)))
         n_songs += n_more
         provider.reset_ledger()
-        pipeline: Pipeline = deploy(database, provider, tmp_path / "store", **settings)
+        pipeline: Pipeline = make_pipeline(database, provider, tmp_path / "store", **settings)
         export(pipeline)
         pipeline.filler(confirm_model_change=confirm).fill_ranges(list(pipeline.tiling), lambda _: None)
         return sum(n for text, n in provider.texts().items() if text != "probe")

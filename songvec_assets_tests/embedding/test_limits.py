@@ -539,7 +539,7 @@ def test_the_bucket_is_as_deep_at_a_lower_speed(database: Database, make_limiter
     )
 
 
-def test_a_provider_that_answers_nothing_but_429_for_long_does_not_stop_the_deployment_for_good(
+def test_a_provider_that_answers_nothing_but_429_for_long_does_not_stop_all_processes_for_good(
     database: Database, make_limiter: LimiterMaker
 ) -> None:
     """Ten minutes of an outage are 120 pauses; a quarter of an hour after it, a request must not wait for another."""

@@ -18,7 +18,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.songs import export as export_module
 from songvec_assets.songs.export import IncompleteExportError
 from songvec_assets_tests.administration import as_role, execute
-from songvec_assets_tests.conftest import deploy, environment_of
+from songvec_assets_tests.conftest import environment_of, make_pipeline
 from songvec_assets_tests.provider import Provider
 
 pytestmark = pytest.mark.slow
@@ -193,9 +193,9 @@ class TestRanges:
     def begin(self, database: Database, provider: Provider, tmp_path: Path) -> Callable[..., Pipeline]:
         """Begins a run over songs that are embedded and loaded."""
         insert(database)
-        run_all(deploy(database, provider, tmp_path))
+        run_all(make_pipeline(database, provider, tmp_path))
         provider.reset_ledger()
-        return lambda **settings: deploy(database, provider, tmp_path, **settings)
+        return lambda **settings: make_pipeline(database, provider, tmp_path, **settings)
 
     def test_a_few_deleted_songs_leave_the_table_and_come_back_for_nothing(
         self, begin: Callable[..., Pipeline], database: Database, provider: Provider
@@ -301,18 +301,18 @@ class TestRanges:
         self, database: Database, provider: Provider, tmp_path: Path
     ) -> None:
         insert(database)
-        deploy(database, provider, tmp_path).export()
+        make_pipeline(database, provider, tmp_path).export()
         change(database, "TRUNCATE songs")
-        deploy(database, provider, tmp_path).export()
+        make_pipeline(database, provider, tmp_path).export()
         assert not list((tmp_path / "songs").glob("*.parquet"))
 
     def test_a_raised_stop_hides_no_absence(self, database: Database, provider: Provider, tmp_path: Path) -> None:
         """The ledger still has the old tail as one range."""
         insert(database, 1_000, 1_099)
         insert(database, 1, 50)
-        run_all(deploy(database, provider, tmp_path))
+        run_all(make_pipeline(database, provider, tmp_path))
         change(database, "DELETE FROM songs WHERE id > 1040")
-        higher = deploy(database, provider, tmp_path, song_id_stop=2_000)
+        higher = make_pipeline(database, provider, tmp_path, song_id_stop=2_000)
         with pytest.raises(BulkDeletionError, match="59 of 150 songs"):
             higher.export()
 
@@ -355,7 +355,7 @@ class TestRanges:
                 change(database, f"GRANT ALL ON SCHEMA {schema} TO {role}")
                 change(database, f"GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO {role}")
             with pytest.raises(BulkDeletionError, match=r"100 of 300 songs.*Row security is active"):
-                deploy(seen, provider, tmp_path).export()
+                make_pipeline(seen, provider, tmp_path).export()
 
 
 class TestOneRange:
@@ -367,7 +367,7 @@ class TestOneRange:
         insert(database, 0, 2_199)
 
         def deploy_wide(**settings: object) -> Pipeline:
-            return deploy(database, provider, tmp_path, range_size=220, song_id_stop=2_200, **settings)
+            return make_pipeline(database, provider, tmp_path, range_size=220, song_id_stop=2_200, **settings)
 
         run_all(deploy_wide())
         provider.reset_ledger()
@@ -411,12 +411,12 @@ def test_an_edit_beside_a_row_of_the_future_is_embedded_and_loaded(
         UPDATE songs SET at = '2099-01-01' WHERE id = 7
         """,
     )
-    run_all(deploy(database, provider, tmp_path, updated_at_column="at"))
+    run_all(make_pipeline(database, provider, tmp_path, updated_at_column="at"))
     provider.reset_ledger()
     change(database, "UPDATE songs SET lyrics = 'edited', at = now() WHERE id = 8")
     change(database, "UPDATE songs SET lyrics = 'of the future' WHERE id = 7")
     change(database, "DELETE FROM songs WHERE id = 9; INSERT INTO songs VALUES (0, 'New', 'Ann', 'la', '2020-01-01')")
-    run_all(deploy(database, provider, tmp_path, updated_at_column="at"))
+    run_all(make_pipeline(database, provider, tmp_path, updated_at_column="at"))
     assert set(provider.texts()) - {"probe"} == {
         "Song 8 by Ann\nedited",
         "Song 7 by Ann\nof the future",

@@ -24,7 +24,7 @@ from songvec_assets.progress import Progress
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets_tests.administration import free_port
 from songvec_assets_tests.cache.test_fill import assert_stored, export, fill, plain_songs, plain_texts, try_fill
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider
 
 HTML = "<!doctype html><title>Welcome to nginx!</title>"
@@ -40,12 +40,12 @@ def _short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def deployment_at(
+def pipeline_at(
     database: Database, songs: Callable[..., None], provider: Provider, tmp_path: Path
 ) -> Callable[..., Pipeline]:
     """A pipeline over twenty songs in two ranges whose server is at some URL."""
     songs(*plain_songs([*range(1, 11), *range(101, 111)]))
-    return lambda **settings: deploy(database, provider, tmp_path / "store", **settings)
+    return lambda **settings: make_pipeline(database, provider, tmp_path / "store", **settings)
 
 
 @contextlib.contextmanager
@@ -84,17 +84,17 @@ def assert_ends(pipeline: Pipeline, *words: str, kind: type[Exception] = Provide
 
 
 class TestAWrongUrl:
-    def test_of_a_host_without_a_name(self, deployment_at: Callable[..., Pipeline]) -> None:
-        pipeline = deployment_at(fireworks_base_url="http://nowhere.invalid/v1")
+    def test_of_a_host_without_a_name(self, pipeline_at: Callable[..., Pipeline]) -> None:
+        pipeline = pipeline_at(fireworks_base_url="http://nowhere.invalid/v1")
         assert_ends(pipeline, "does not resolve: correct FIREWORKS_BASE_URL", kind=ProviderUnavailableError)
 
-    def test_of_a_closed_port(self, deployment_at: Callable[..., Pipeline]) -> None:
-        pipeline = deployment_at(fireworks_base_url=f"http://127.0.0.1:{free_port()}/v1")
+    def test_of_a_closed_port(self, pipeline_at: Callable[..., Pipeline]) -> None:
+        pipeline = pipeline_at(fireworks_base_url=f"http://127.0.0.1:{free_port()}/v1")
         assert_ends(pipeline, "cannot be reached", "nothing listens there", kind=ProviderUnavailableError)
 
-    def test_of_a_server_that_speaks_no_tls(self, deployment_at: Callable[..., Pipeline]) -> None:
+    def test_of_a_server_that_speaks_no_tls(self, pipeline_at: Callable[..., Pipeline]) -> None:
         with listener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
-            pipeline = deployment_at(fireworks_base_url=f"https://127.0.0.1:{port}/v1")
+            pipeline = pipeline_at(fireworks_base_url=f"https://127.0.0.1:{port}/v1")
             assert_ends(pipeline, "FIREWORKS_BASE_URL begins with http://", kind=ProviderUnavailableError)
 
     @pytest.mark.parametrize(
@@ -103,27 +103,27 @@ class TestAWrongUrl:
         ids=["ssh", "a proxy without its server"],
     )
     def test_of_something_that_is_no_web_server(
-        self, deployment_at: Callable[..., Pipeline], greeting: bytes, words: str
+        self, pipeline_at: Callable[..., Pipeline], greeting: bytes, words: str
     ) -> None:
         with listener(greeting) as port:
-            pipeline = deployment_at(fireworks_base_url=f"http://127.0.0.1:{port}/v1")
+            pipeline = pipeline_at(fireworks_base_url=f"http://127.0.0.1:{port}/v1")
             assert_ends(pipeline, words, kind=ProviderUnavailableError)
 
-    def test_of_a_server_that_does_not_end_the_tls_handshake(self, deployment_at: Callable[..., Pipeline]) -> None:
+    def test_of_a_server_that_does_not_end_the_tls_handshake(self, pipeline_at: Callable[..., Pipeline]) -> None:
         with listener(None) as port:
-            pipeline = deployment_at(fireworks_base_url=f"https://127.0.0.1:{port}/v1")
+            pipeline = pipeline_at(fireworks_base_url=f"https://127.0.0.1:{port}/v1")
             assert_ends(pipeline, "the host does not answer", kind=ProviderUnavailableError)
 
     @pytest.mark.parametrize("page", [HTML, "{}", '{"data": "none"}'])
-    def test_of_a_page(self, deployment_at: Callable[..., Pipeline], provider: Provider, page: str) -> None:
+    def test_of_a_page(self, pipeline_at: Callable[..., Pipeline], provider: Provider, page: str) -> None:
         provider.control(page=page)
-        assert_ends(deployment_at(), "/embeddings gives no embeddings", page[:20], "correct FIREWORKS_BASE_URL")
+        assert_ends(pipeline_at(), "/embeddings gives no embeddings", page[:20], "correct FIREWORKS_BASE_URL")
 
-    def test_of_a_path_that_is_none(self, deployment_at: Callable[..., Pipeline], provider: Provider) -> None:
+    def test_of_a_path_that_is_none(self, pipeline_at: Callable[..., Pipeline], provider: Provider) -> None:
         wrong = provider.base_url.removesuffix("/v1")
-        assert_ends(deployment_at(fireworks_base_url=wrong), "answered 404", "ends in /v1")
+        assert_ends(pipeline_at(fireworks_base_url=wrong), "answered 404", "ends in /v1")
         provider.control(mode="lmstudio")
-        assert_ends(deployment_at(fireworks_base_url=wrong), "Unexpected endpoint", "FIREWORKS_BASE_URL")
+        assert_ends(pipeline_at(fireworks_base_url=wrong), "Unexpected endpoint", "FIREWORKS_BASE_URL")
 
     @pytest.mark.parametrize(
         ("location", "words"),
@@ -133,10 +133,10 @@ class TestAWrongUrl:
         ],
     )
     def test_of_a_server_that_redirects_gets_no_key_elsewhere(
-        self, deployment_at: Callable[..., Pipeline], provider: Provider, location: str, words: str
+        self, pipeline_at: Callable[..., Pipeline], provider: Provider, location: str, words: str
     ) -> None:
         provider.control(redirect=location)
-        assert_ends(deployment_at(), "answered 301", location, words)
+        assert_ends(pipeline_at(), "answered 301", location, words)
         assert provider.ledger()["requests"] == 1
 
     @pytest.mark.parametrize(
@@ -149,18 +149,18 @@ class TestAWrongUrl:
         ],
     )
     def test_that_shows_is_refused_with_the_right_one_by_a_dry_run_too(
-        self, deployment_at: Callable[..., Pipeline], wrong: str, right: str, monkeypatch: pytest.MonkeyPatch
+        self, pipeline_at: Callable[..., Pipeline], wrong: str, right: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with pytest.raises(SettingsError, match=rf"FIREWORKS_BASE_URL.*set .*{right}(,|$)"):
-            deployment_at(fireworks_base_url=wrong)
+            pipeline_at(fireworks_base_url=wrong)
         monkeypatch.setenv("FIREWORKS_BASE_URL", wrong)
         result = CliRunner().invoke(app, ["run", "--dry-run"])
         assert right in str(result.exception)
 
     def test_that_redirects_is_refused_with_the_right_one_by_a_dry_run_that_sends_nothing(
-        self, deployment_at: Callable[..., Pipeline], provider: Provider
+        self, pipeline_at: Callable[..., Pipeline], provider: Provider
     ) -> None:
-        pipeline = deployment_at()
+        pipeline = pipeline_at()
         pipeline.export()
         provider.control(redirect="https://music.example/v1/embeddings")
         with pytest.raises(ProviderError, match=r"answered 301.*set FIREWORKS_BASE_URL=https://music\.example/v1$"):
@@ -170,25 +170,25 @@ class TestAWrongUrl:
         assert pipeline.dry_run(list(pipeline.tiling)).estimate.n_texts > 0
 
     @pytest.mark.parametrize("url", ["http:///v1", "http://localhost:99999/v1", "http://localhost:port/v1"])
-    def test_without_a_host_or_port_is_refused(self, deployment_at: Callable[..., Pipeline], url: str) -> None:
+    def test_without_a_host_or_port_is_refused(self, pipeline_at: Callable[..., Pipeline], url: str) -> None:
         with pytest.raises(SettingsError, match="FIREWORKS_BASE_URL has no host"):
-            deployment_at(fireworks_base_url=url)
+            pipeline_at(fireworks_base_url=url)
 
 
-def test_a_busy_server_is_not_a_wrong_one(deployment_at: Callable[..., Pipeline], provider: Provider) -> None:
+def test_a_busy_server_is_not_a_wrong_one(pipeline_at: Callable[..., Pipeline], provider: Provider) -> None:
     provider.control(statuses=[{"status": 503, "count": 40}])
-    pipeline = deployment_at()
+    pipeline = pipeline_at()
     fill(pipeline)
     assert_stored(pipeline, plain_texts([*range(1, 11), *range(101, 111)]))
     assert provider.ledger()["requests_by_status"]["503"] == 40
 
 
 def test_after_a_good_answer_patience_is_as_configured(
-    deployment_at: Callable[..., Pipeline], provider: Provider, monkeypatch: pytest.MonkeyPatch
+    pipeline_at: Callable[..., Pipeline], provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A page for a while, such as a gateway's in maintenance, in the middle of a run."""
     monkeypatch.setattr(transport_module, "FIRST_PATIENCE_S", 0.0)
-    pipeline, pages = deployment_at(max_request_texts=2, concurrency=1), []
+    pipeline, pages = pipeline_at(max_request_texts=2, concurrency=1), []
     export(pipeline)
 
     def watch(progress: Progress) -> None:
@@ -208,10 +208,10 @@ class TestAModelThatLoads:
         monkeypatch.setattr(contact_module, "FIRST_NOTE_S", 0.2)
 
     def test_is_waited_for_in_a_run_that_says_so(
-        self, deployment_at: Callable[..., Pipeline], provider: Provider
+        self, pipeline_at: Callable[..., Pipeline], provider: Provider
     ) -> None:
         provider.control(mode="ollama")
-        pipeline, notes = deployment_at(), list[Progress]()
+        pipeline, notes = pipeline_at(), list[Progress]()
         export(pipeline)
         pipeline.filler(progress=notes.append).fill_ranges([SongIdRange(0, 100)], lambda _: None)
         assert_stored(pipeline, plain_texts(range(1, 11)))
@@ -220,9 +220,9 @@ class TestAModelThatLoads:
         assert provider.ledger()["loads"] == 1, "nobody hung up"
 
     def test_is_waited_for_in_a_search_that_says_so(
-        self, deployment_at: Callable[..., Pipeline], provider: Provider, monkeypatch: pytest.MonkeyPatch
+        self, pipeline_at: Callable[..., Pipeline], provider: Provider, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        pipeline = deployment_at()
+        pipeline = pipeline_at()
         fill(pipeline)
         pipeline.load()
         provider.control(mode="ollama")
@@ -235,9 +235,9 @@ class TestAModelThatLoads:
 
 
 def test_a_search_names_a_wrong_url(
-    deployment_at: Callable[..., Pipeline], provider: Provider, monkeypatch: pytest.MonkeyPatch
+    pipeline_at: Callable[..., Pipeline], provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = deployment_at()
+    pipeline = pipeline_at()
     fill(pipeline)
     pipeline.load()
     provider.control(page=HTML)

@@ -15,7 +15,7 @@ from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.watch import look_at_source
 from songvec_assets.vectors.load import RangeLoad
 from songvec_assets_tests.administration import execute
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider, vector_of
 from songvec_assets_tests.vectors.conftest import upload
 from songvec_assets_tests.vectors.indexes import build_index
@@ -61,10 +61,10 @@ def test_a_second_run_sends_no_request_and_writes_nothing(
     songs: Callable[..., None], database: Database, provider: Provider, tmp_path: Path
 ) -> None:
     songs((1, "Sea", "Ann", "waves"), (2, "Hill", "Ben", "stones"))
-    run_all(deploy(database, provider, tmp_path))
+    run_all(make_pipeline(database, provider, tmp_path))
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     requests = provider.ledger()["requests"]
-    fills, loads = run_all(deploy(database, provider, tmp_path))
+    fills, loads = run_all(make_pipeline(database, provider, tmp_path))
     assert [fill.n_unchanged for fill in fills] == [2]
     assert [load.n_written + load.n_deleted for load in loads] == [0]
     assert provider.ledger()["requests"] == requests
@@ -75,12 +75,12 @@ def test_a_changed_a_new_and_a_deleted_song_cost_two_texts(
     songs: Callable[..., None], database: Database, provider: Provider, tmp_path: Path
 ) -> None:
     songs(*((song_id, f"Song {song_id}", "Ann", "la la") for song_id in range(1, 11)))
-    run_all(deploy(database, provider, tmp_path))
+    run_all(make_pipeline(database, provider, tmp_path))
     songs((3, "Song 3", "Ann", "new words"), (11, "Song 11", "Ann", "la la"))
     with database.get_connection() as connection:
         connection.execute(sa.text("DELETE FROM songs WHERE id = 7"))
     provider.reset_ledger()
-    fills, loads = run_all(deploy(database, provider, tmp_path))
+    fills, loads = run_all(make_pipeline(database, provider, tmp_path))
     assert (fills[0].n_new, fills[0].n_changed, fills[0].n_deleted, fills[0].n_unchanged) == (1, 1, 1, 8)
     assert set(provider.texts()) - {"probe"} == {"Song 3 by Ann\nnew words", "Song 11 by Ann\nla la"}
     assert (loads[0].n_written, loads[0].n_deleted) == (2, 2)
@@ -118,7 +118,7 @@ def test_only_the_columns_that_the_template_names_are_needed(
     database: Database, provider: Provider, tmp_path: Path, template: str, columns: str, rows: str, texts: set[str]
 ) -> None:
     create_songs(database, columns, rows)
-    pipeline = deploy(database, provider, tmp_path / "store", text_template=template)
+    pipeline = make_pipeline(database, provider, tmp_path / "store", text_template=template)
     fills, loads = run_all(pipeline)
     assert [(fill.n_songs, fill.n_rejected, fill.error) for fill in fills] == [(2, 0, None)]
     assert {*provider.texts()} - {"probe"} == texts
@@ -147,7 +147,7 @@ def test_a_song_is_rejected_for_what_the_template_names_and_it_lacks(
     template: str, rejected: dict[int, str],
 ) -> None:  # fmt: skip
     songs((1, " ", "Ann", "waves"), (2, "Sea", None, " \n"), (3, None, "", None), (4, "Hill", "Ben", "la"))
-    pipeline = deploy(database, provider, tmp_path / "store", text_template=template)
+    pipeline = make_pipeline(database, provider, tmp_path / "store", text_template=template)
     (fill,), _ = run_all(pipeline)
     snapshot = pipeline.store.songs.read(fill.range)
     found = {song_id: reason for song_id, reason in snapshot.select("song_id", "rejected").iter_rows() if reason}
@@ -163,11 +163,11 @@ def test_a_template_that_needs_less_takes_songs_that_were_rejected_even_where_ex
         "(1, 'Sea', NULL, 'waves'), (2, 'Hill', 'Ben', NULL)",
     )  # fmt: skip
     given = {"updated_at_column": "changed", "text_template": "{name} by {artist}"}
-    pipeline = deploy(database, provider, tmp_path / "store", **given)
+    pipeline = make_pipeline(database, provider, tmp_path / "store", **given)
     pipeline.export()
     pipeline.filler().fill_ranges(list(pipeline.tiling), lambda _: None)
     assert {*provider.texts()} - {"probe"} == {"Hill by Ben"}
-    changed = deploy(database, provider, tmp_path / "store", **given | {"text_template": "{name}"})
+    changed = make_pipeline(database, provider, tmp_path / "store", **given | {"text_template": "{name}"})
     changed.export()
     changed.filler(confirm_reembedding=True).fill_ranges(list(changed.tiling), lambda _: None)
     assert {*provider.texts()} - {"probe", "Hill by Ben"} == {"Sea", "Hill"}

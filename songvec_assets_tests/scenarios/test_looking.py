@@ -18,7 +18,7 @@ from songvec_assets.postgres.schema import read_fact
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets_tests import warm
 from songvec_assets_tests.administration import dispose, execute, with_parts
-from songvec_assets_tests.conftest import TILING, deploy, environment_of
+from songvec_assets_tests.conftest import TILING, environment_of, make_pipeline
 from songvec_assets_tests.provider import Provider
 
 SONGS = "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)"
@@ -78,7 +78,7 @@ def test_looking_creates_nothing_and_binds_nothing(
         assert "schema" not in str(result.exception), command
         assert not (tmp_path / "store").exists(), command
         assert made_of_ours(mistyped) == [], command
-    pipeline = deploy(mistyped, provider, tmp_path / "store")
+    pipeline = make_pipeline(mistyped, provider, tmp_path / "store")
     assert (pipeline.read_inventory(with_table=False, with_source=False).behind, pipeline.held_ranges()) == (
         [],
         [SongIdRange(0, 100)],
@@ -96,7 +96,7 @@ def test_a_database_without_songs_is_refused_before_anything_is_bound(
     for command in ("run", "embed", "estimate"):
         assert CliRunner().invoke(app, [command]).exit_code == 1, command
     with pytest.raises(SourceError, match="no table songs"):
-        deploy(mistyped, provider, tmp_path / "store").filler()
+        make_pipeline(mistyped, provider, tmp_path / "store").filler()
     assert made_of_ours(mistyped) == []
     assert not (tmp_path / "store").exists()
 
@@ -113,7 +113,7 @@ def test_after_a_look_at_a_mistyped_database_the_right_one_is_bound(
     environment(mistyped)
     looked = CliRunner().invoke(app, ["status", "--json"])
     assert (looked.exit_code, json.loads(looked.stdout)["missing"]) == (3, 1), "the song is not exported yet"
-    right = deploy(database, provider, tmp_path / "store", range_size=50_000, song_id_stop=16_000_000).settings
+    right = make_pipeline(database, provider, tmp_path / "store", range_size=50_000, song_id_stop=16_000_000).settings
     early = Pipeline(right)
     assert early.read_inventory(with_table=False, with_source=False).behind == [], (
         "it looked before another one bound them"
@@ -126,7 +126,7 @@ def test_after_a_look_at_a_mistyped_database_the_right_one_is_bound(
     refused = CliRunner().invoke(app, ["status"])
     assert isinstance(refused.exception, StoreError)
     assert "belongs to another database" in str(refused.exception)
-    elsewhere = deploy(database, provider, tmp_path / "another")
+    elsewhere = make_pipeline(database, provider, tmp_path / "another")
     with pytest.raises(StoreError, match="belongs to another database"):
         elsewhere.read_inventory()
     with pytest.raises(StoreError, match="belongs to another database"):

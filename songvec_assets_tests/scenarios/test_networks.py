@@ -25,7 +25,7 @@ from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets_tests.administration import free_port
 from songvec_assets_tests.cache.test_fill import assert_stored, fill, plain_songs, plain_texts, try_fill
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider
 
 HOST = "music.example"
@@ -44,12 +44,12 @@ def _no_network_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def deployment_at(
+def pipeline_at(
     database: Database, songs: Callable[..., None], provider: Provider, tmp_path: Path
 ) -> Callable[[str], Pipeline]:
     """A pipeline over ten songs whose server is at some URL."""
     songs(*plain_songs(range(1, 11)))
-    return lambda url: deploy(database, provider, tmp_path / "store", fireworks_base_url=url)
+    return lambda url: make_pipeline(database, provider, tmp_path / "store", fireworks_base_url=url)
 
 
 def make_authority(folder: Path) -> tuple[Path, ssl.SSLContext]:
@@ -166,28 +166,28 @@ def tls_port(provider: Provider, authority: tuple[Path, ssl.SSLContext]) -> Iter
 
 
 def test_a_certificate_of_a_private_authority_is_refused_until_ssl_cert_file_names_it(
-    deployment_at: Callable[[str], Pipeline],
+    pipeline_at: Callable[[str], Pipeline],
     authority: tuple[Path, ssl.SSLContext],
     tls_port: int,
     provider: Provider,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     url = f"https://127.0.0.1:{tls_port}/v1"
-    reports, error = try_fill(deployment_at(url))
+    reports, error = try_fill(pipeline_at(url))
     error = error or reports[0].error
     assert type(error) is ProviderUnavailableError
     for words in (url, "certificate verify failed", "SSL_CERT_FILE"):
         assert words in str(error)
     assert provider.ledger()["requests"] == 0
     monkeypatch.setenv("SSL_CERT_FILE", str(authority[0]))
-    pipeline = deployment_at(url)
+    pipeline = pipeline_at(url)
     fill(pipeline)
     assert_stored(pipeline, plain_texts(range(1, 11)))
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_proxy_of_the_environment_is_used(
-    deployment_at: Callable[[str], Pipeline],
+    pipeline_at: Callable[[str], Pipeline],
     authority: tuple[Path, ssl.SSLContext],
     tls_port: int,
     provider: Provider,
@@ -199,7 +199,7 @@ def test_a_proxy_of_the_environment_is_used(
     to_port = tls_port if scheme == "https" else urlsplit(provider.base_url).port or 0
     with running(Relay(to_port, is_proxy=True)) as proxy:
         monkeypatch.setenv(f"{scheme.upper()}_PROXY", f"http://127.0.0.1:{proxy.port}")
-        pipeline = deployment_at(f"{scheme}://{HOST}/v1")
+        pipeline = pipeline_at(f"{scheme}://{HOST}/v1")
         fill(pipeline)
         assert_stored(pipeline, plain_texts(range(1, 11)))
         assert proxy.requested
@@ -208,16 +208,16 @@ def test_a_proxy_of_the_environment_is_used(
         n_before = len(proxy.requested)
         monkeypatch.setenv("NO_PROXY", HOST)
         songs((11, "Sea", "Ann", "la"))
-        reports, error = try_fill(deployment_at(f"{scheme}://{HOST}/v1"))
+        reports, error = try_fill(pipeline_at(f"{scheme}://{HOST}/v1"))
         assert "does not resolve" in str(error or reports[0].error)
         assert len(proxy.requested) == n_before
 
 
 def test_a_proxy_that_is_not_there_is_named(
-    deployment_at: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
+    pipeline_at: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{(port := free_port())}")
-    reports, error = try_fill(deployment_at(f"https://{HOST}/v1"))
+    reports, error = try_fill(pipeline_at(f"https://{HOST}/v1"))
     error = error or reports[0].error
     assert type(error) is ProviderUnavailableError
     for words in (f"https://{HOST}/v1", f"127.0.0.1:{port}", "HTTPS_PROXY", "NO_PROXY"):

@@ -19,7 +19,7 @@ from songvec_assets.postgres.schema import read_fact
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.swap import roll_back
 from songvec_assets.vectors.table import VectorTable
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider, running_provider
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def begin(database: Database, provider: Provider, songs: Callable[..., None], tm
     songs(*((song_id, f"Song {song_id}", "Ann", "la la") for song_id in range(1, N_SONGS + 1)))
 
     def deploy_with(server: Provider = provider, **settings: object) -> Pipeline:
-        return deploy(database, server, tmp_path / "store", **settings)
+        return make_pipeline(database, server, tmp_path / "store", **settings)
 
     return deploy_with
 
@@ -72,7 +72,7 @@ def sent(provider: Provider) -> set[str]:
 
 
 def search(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(base, "deploy", lambda: pipeline)
+    monkeypatch.setattr(base, "make_pipeline", lambda: pipeline)
     result = CliRunner().invoke(app, ["search", "waves"])
     assert result.exit_code == 0, result.output
     return result.output

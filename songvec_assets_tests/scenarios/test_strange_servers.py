@@ -45,7 +45,7 @@ from songvec_assets_tests.cache.test_fill import (
     stored,
     try_fill,
 )
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider
 
 pytestmark = pytest.mark.slow
@@ -527,7 +527,7 @@ class TestAServerThatStops:
         self, songs: Songs, database: Database, provider: Provider, tmp_path: Path
     ) -> None:
         songs(*plain_songs(range(1, 81)))
-        pipeline = deploy(
+        pipeline = make_pipeline(
             database, provider, tmp_path / "store", fireworks_base_url=f"http://127.0.0.1:{free_port()}/v1",
             patience_s=1.5, requests_per_minute=60_000, tokens_per_minute=60_000,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.vectors.index.audit import find_neighbors
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import dispose, execute
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider, running_provider
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, make_vector, put
 from songvec_assets_tests.vectors.indexes import build_index
@@ -180,7 +180,7 @@ def test_the_command_shows_as_many_songs_as_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     songs(*((song_id, f"Tune {song_id}", "Ann", "la") for song_id in range(1, 101)))
-    pipeline = deploy(database, provider, tmp_path / "store")
+    pipeline = make_pipeline(database, provider, tmp_path / "store")
     pipeline.export()
     pipeline.filler().fill_ranges(pipeline.held_ranges(), lambda _: None)
     pipeline.load()
@@ -188,7 +188,7 @@ def test_the_command_shows_as_many_songs_as_asked_for(
     use_index(database)
     with database.get_connection() as connection:
         write_fact(connection, "probes", 1)
-    monkeypatch.setattr(base, "deploy", lambda: pipeline)
+    monkeypatch.setattr(base, "make_pipeline", lambda: pipeline)
     with pytest.raises(SystemExit) as ended:
         app(["search", "a storm at sea", "-n", "100"])
     assert ended.value.code == 0
@@ -273,11 +273,11 @@ def begin(
 ) -> Callable[..., Pipeline]:
     """Begins a search, with some settings, of a table of three songs by the provider's model."""
     songs(*((song_id, f"Tune {song_id}", "Ann", "la") for song_id in range(1, 4)))
-    pipeline = deploy(database, provider, tmp_path / "store")
+    pipeline = make_pipeline(database, provider, tmp_path / "store")
     pipeline.export()
     pipeline.filler().fill_ranges(pipeline.held_ranges(), lambda _: None)
     pipeline.load()
-    return lambda server=provider, **settings: deploy(database, server, tmp_path / "store", **settings)
+    return lambda server=provider, **settings: make_pipeline(database, server, tmp_path / "store", **settings)
 
 
 TABLE_MODEL = "fireworks/qwen3-embedding-8b"

@@ -94,7 +94,7 @@ def damage(cache: ModelCache, song_id: int, version: int = 0) -> None:
 
 def load(database: Database, cache: ModelCache, spec: TableSpec = SPEC) -> dict[str, tuple[int, int, int]]:
     """Load the cache; each range's rows, rows written and rows deleted."""
-    return told(upload(database, cache, spec))
+    return reported(upload(database, cache, spec))
 
 
 def upload(
@@ -124,7 +124,7 @@ class CallingStop(StopSignal):
         super().check()
 
 
-def told(loads: Iterable[RangeLoad]) -> dict[str, tuple[int, int, int]]:
+def reported(loads: Iterable[RangeLoad]) -> dict[str, tuple[int, int, int]]:
     """What loads report: rows, written and deleted, by range."""
     return {each.range.key: (each.n_rows, each.n_written, each.n_deleted) for each in loads}
 

@@ -118,7 +118,7 @@ class Builder(threading.Thread):
         super().__init__(daemon=True)
         self._database, self._cache, self._wanted = database, cache, wanted or IndexSettings()
         self._table, self._stop_signal = table, stop
-        self.told: list[Progress] = []
+        self.reported: list[Progress] = []
         self.report: IndexReport | None = None
         self.error: Exception | None = None
 
@@ -131,7 +131,7 @@ class Builder(threading.Thread):
                 SPEC,
                 self._wanted,
                 table=self._table,
-                progress=self.told.append,
+                progress=self.reported.append,
                 stop=self._stop_signal,
             )
         except Exception as error:  # noqa: BLE001 - looked at by the test

@@ -45,7 +45,7 @@ from songvec_assets_tests.vectors.conftest import (
     read_vectors,
     read_writers,
     reject,
-    told,
+    reported,
     upload,
     vectors_of,
 )
@@ -90,7 +90,7 @@ def kill_copy(database: Database) -> None:
 
 
 def cancel(database: Database) -> None:
-    """Cancel, and wait until the server was told."""
+    """Cancel, and wait until the server got the request."""
     database.cancel()
     for thread in threading.enumerate():
         if thread.name == "songvec-cancel":
@@ -251,7 +251,7 @@ class TestLoad:
         }  # fmt: skip
         assert_ledger_fits_table(database)
         assert {written for _, written, _ in
-                told(upload(database, cut, SPEC, wider)).values()} == {0}  # fmt: skip
+                reported(upload(database, cut, SPEC, wider)).values()} == {0}  # fmt: skip
 
 
 class TestForeignChanges:

@@ -1,4 +1,4 @@
-"""What searches find equals the cache, whether rows went in under the index or a table was built beside and swapped."""
+"""What searches find equals the cache, whether rows went in under the index or a staging table was swapped."""
 
 import contextlib
 import re
@@ -47,7 +47,7 @@ from songvec_assets.vectors.swap import (
 )
 from songvec_assets.vectors.table import PREVIOUS, SERVING, STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, dispose, execute, wait_until
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.vectors.conftest import (
@@ -117,7 +117,7 @@ BOTH = ALONE | {"song_embeddings_old", "song_embeddings_old_pkey", "embeddings_i
 
 
 def oid_of(database: Database, table: str = SERVING) -> int:
-    """What tells a table from another that took its name."""
+    """What distinguishes a table from another that took its name."""
     return int(execute(database.adbc_uri, f"SELECT '{table}'::regclass::oid")[0][0])
 
 
@@ -542,8 +542,8 @@ class TestLock:
         put(cache, range(30))
         publish(database, cache, songs_folder)
         publish(database, cache, songs_folder, HALF, swap=True)
-        pipeline = deploy(database, provider, tmp_path / "store")
-        monkeypatch.setattr(base, "deploy", lambda: pipeline)
+        pipeline = make_pipeline(database, provider, tmp_path / "store")
+        monkeypatch.setattr(base, "make_pipeline", lambda: pipeline)
         ended = once(lambda: self.end_holder(database))
         pipeline.stop = CallingStop(ended)
         with pytest.raises(DatabaseError):
@@ -636,9 +636,11 @@ class TestMissing:
         # the last of a range, and of the tail, so that no snapshot of theirs would be left
         song_ids = [*range(1, 90), *range(200, 205), *range(1_000, 1_004)]
         songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in song_ids))
-        run(deploy(database, provider, tmp_path / "store"))
+        run(make_pipeline(database, provider, tmp_path / "store"))
         execute(database.adbc_uri, "DELETE FROM songs WHERE id >= 1000 OR id BETWEEN 200 AND 210 OR id < 4")
-        other = deploy(database, provider, tmp_path / "store", embedding_dimensions=32, swap=True, song_id_stop=stop)
+        other = make_pipeline(
+            database, provider, tmp_path / "store", embedding_dimensions=32, swap=True, song_id_stop=stop
+        )
         run(other)
         assert VectorTable(database).spec == other.table_spec
         assert sorted(read_vectors(database)) == list(range(4, 90))
@@ -705,7 +707,7 @@ class TestSwap:
         assert report.comparison is not None
         assert report.comparison.describe() == (
             "120 rows, 120 before; recall 100.0% at 11 probes, before: recall 100.0% at 11 probes; "
-            "50 songs share 100% of their ten nearest with the table before"
+            "50 songs share 100% of their ten nearest with the previous table"
         )
         rows = execute(database.adbc_uri, "SELECT song_id, embedding::vector::real[] FROM song_embeddings")
         assert {song_id: np.float16(values).tolist() for song_id, values in rows} == {
@@ -816,13 +818,13 @@ publish_embeddings(
 def publisher(
     database: Database, cache: ModelCache, songs_folder: Path, step: str
 ) -> contextlib.AbstractContextManager["subprocess.Popen[bytes]"]:
-    """A process that swaps OTHER in, and kills itself when a step tells that it is on its way."""
+    """A process that swaps OTHER in, and kills itself when a step reports that it has begun."""
     return running(_PUBLISHER, database.url, str(cache.storage), str(songs_folder), step)
 
 
 class TestInterrupted:
     def stop_at(self, step: str) -> tuple[StopSignal, Callable[[Progress], None]]:
-        """A signal that is set when a step tells its first progress."""
+        """A signal that is set when a step reports its first progress."""
         stop = StopSignal()
 
         def listen(progress: Progress) -> None:

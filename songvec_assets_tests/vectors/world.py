@@ -67,11 +67,11 @@ class MissedError(Exception):
 
 @dataclass(frozen=True)
 class Round:
-    """One fault at one moment, and what was told of it."""
+    """One fault at one moment, and what was reported of it."""
 
     fault: str
     moment: str
-    told: str
+    reported: str
     seconds: float
     verdict: str
 
@@ -110,7 +110,7 @@ class Report:
 
     def render(self, markdown: bool = False) -> str:
         """Rounds and checks as tables; all words of what failed below them."""
-        rounds = [vars(each) | {"told": textwrap.shorten(each.told, 160)} for each in self.rounds]
+        rounds = [vars(each) | {"reported": textwrap.shorten(each.reported, 160)} for each in self.rounds]
         checks = [{"": "FAIL" if check in self.failures else "PASS", "check": check} for check in CHECKS]
         failed = [f"{check}:\n" + "\n".join(f"- {each}" for each in words) for check, words in self.failures.items()]
         return "\n\n".join([*(_table(rows, markdown) for rows in (rounds, checks) if rows), *failed])
@@ -156,7 +156,7 @@ class World:
         load, build: what the package is asked to do: to make the table equal the cache, and to index it.
         lists, staged_from_rows, may_swap: how.
         moment: what is being done, for people.
-        told: the words of the last error.
+        reported: the words of the last error.
         before: rows that the table had before the cache changed.
         schema: of our table, quoted.
         extra: relations that are the fault's own.
@@ -174,7 +174,7 @@ class World:
     staged_from_rows: int = 20_000
     may_swap: bool = True
     moment: str = ""
-    told: str = ""
+    reported: str = ""
     before: Rows | None = None
     fault: str = ""
     schema: str = "public"
@@ -267,7 +267,7 @@ class World:
     def expect_clear(self, error: Exception | None, remedy: str = _ANY_REMEDY) -> None:
         """An error came, it is ours, clear, names the remedy (a pattern), and keeps the secrets."""
         words = str(error)
-        self.told = words
+        self.reported = words
         kind = type(error).__name__
         self.expect(CLEAR, isinstance(error, SongvecError), f"{kind} instead of an error of ours: {words[:200]}")
         self.expect(CLEAR, re.search(remedy, words), f"no remedy ({remedy}) in: {words[:300]}")
@@ -449,16 +449,19 @@ def new_world(
 
 @contextlib.contextmanager
 def watched_tracebacks(report: Report) -> Iterator[None]:
-    """Note tracebacks that would be printed: of threads that end in one, and of code in C that has nobody to tell."""
+    """Note tracebacks that would be printed: of threads that end in one, and of code in C that nobody called."""
     usual = sys.excepthook, threading.excepthook
 
     def note(kind: type[BaseException], error: BaseException | None, _: TracebackType | None) -> None:
-        # psycopg2 prints this one itself where a server that is killed in a COPY tells so: raising it once is enough
+        # psycopg2 prints this one itself if a server is killed in a COPY: raising it once is enough
         if kind is SystemError and isinstance(error.__cause__ if error else None, psycopg2.Error):
             return
         report.expect(QUIET, False, f"{threading.current_thread().name}: {kind.__name__}: {error}")
 
-    sys.excepthook, threading.excepthook = note, lambda told: note(told.exc_type, told.exc_value, told.exc_traceback)
+    sys.excepthook, threading.excepthook = (
+        note,
+        lambda ended: note(ended.exc_type, ended.exc_value, ended.exc_traceback),
+    )
     try:
         yield
     finally:

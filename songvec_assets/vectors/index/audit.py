@@ -39,7 +39,7 @@ class VectorAudit:
 
     Attributes:
         n_sampled: rows.
-        bad_song_ids: those zero or of another size; values that are not finite are refused by pgvector.
+        bad_song_ids: of vectors that are zero or of another size; pgvector itself refuses values that are not finite.
         mean_norm: their mean length; 1 for models that normalise; 0 for an empty table.
     """
 
@@ -66,11 +66,11 @@ def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS
 
 @dataclass(frozen=True)
 class IndexAudit:
-    """What the planner makes of the index.
+    """Whether the planner uses the index.
 
     Attributes:
-        valid: whether it is there and whole.
-        used: whether a search of ten neighbors takes it.
+        valid: whether the index exists and is valid.
+        used: whether a search for ten neighbors uses it.
         n_rows: of the table.
     """
 
@@ -90,10 +90,8 @@ class IndexAudit:
         if self.used:
             return f"the planner uses the index for {self.n_rows:,} rows"
         if self.should_be_used:
-            return (
-                f"the planner passes the index by for {self.n_rows:,} rows: ANALYZE the table, check enable_indexscan"
-            )
-        return f"{self.n_rows:,} rows are few: the planner rightly scans them all"
+            return f"the planner does not use the index for {self.n_rows:,} rows: run ANALYZE, check enable_indexscan"
+        return f"{self.n_rows:,} rows are few: the planner scans them all, which is faster"
 
 
 def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
@@ -113,12 +111,12 @@ def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
 
 
 def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> RecallReport | None:
-    """Take what was measured last of the index, or measure again if rows changed since; None: there is no valid index.
+    """The recall as measured last, or measured again if rows changed since; None: there is no valid index.
 
     Args:
         table: whose index.
         cache: the cache that it was loaded from.
-        target: the recall wanted.
+        target: recall to reach.
 
     Raises:
         StoreError: the cache does not hold what is loaded.
@@ -142,7 +140,7 @@ class Comparison:
     Attributes:
         n_serving, n_staged: rows.
         n_sampled: songs whose neighbors were compared.
-        overlap: mean share of a song's ten nearest that both tables agree on; two models need not agree on much.
+        overlap: mean share of a song's ten nearest that both tables have in common; for two models it may be small.
         recall_serving, recall_staged: as measured last, in words.
     """
 
@@ -157,7 +155,7 @@ class Comparison:
         """One line."""
         return (
             f"{self.n_staged:,} rows, {self.n_serving:,} before; {self.recall_staged}, before: {self.recall_serving}; "
-            f"{self.n_sampled:,} songs share {self.overlap:.0%} of their ten nearest with the table before"
+            f"{self.n_sampled:,} songs share {self.overlap:.0%} of their ten nearest with the previous table"
         )
 
 

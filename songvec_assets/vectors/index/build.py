@@ -1,7 +1,7 @@
 """Building an index while another one serves: the statement, its progress, the swap of names, and leftovers.
 
-Searches never wait. Writers do not either, except for a build inside a transaction: of a table that nobody uses yet, or
-where a pooler gives no session of the server's own. When to add here: what happens between CREATE INDEX and the name
+Searches never wait. Writers wait only for a build inside a transaction: of a table that nobody uses yet, or behind a
+pooler that gives no session. When to add here: what happens between CREATE INDEX and the name
 that searches use. Keep out: whether to build (`upkeep`), and with what memory (`sizing`).
 """
 
@@ -34,7 +34,7 @@ def _report(run: RunContext, note: str, is_trouble: bool = False) -> None:
 
 
 def lets_writers_in(table: VectorTable) -> bool:
-    """Whether the build is CONCURRENTLY: a fourth slower, and not possible in a transaction."""
+    """Whether the build is CONCURRENTLY, which is a fourth slower and not possible in a transaction."""
     return table.is_serving and table.database.has_sessions
 
 
@@ -46,17 +46,16 @@ def create_index(
     Args:
         table: to index.
         spec: what it holds.
-        estimate: of the build: how much memory it is given.
+        estimate: of the build; says how much memory it is given.
         workers: parallel processes it may take.
         run: notified of the server's progress; a stop cancels the server's work.
 
     Returns:
-        A remark on how it was built; mostly empty.
+        A remark on how it was built; usually empty.
 
     Raises:
-        DatabaseError: the server refused, or the statement was cancelled. What it left is removed, or is by the next
-            build where a transaction holds on to it. Where only shared memory for the workers is missing, it is built
-            again without them.
+        DatabaseError: the server refused, or the statement was cancelled. Leftovers are removed; if a transaction still
+            uses them, by the next build. If only shared memory for the workers is missing, it is built without them.
         StoppedError: it was stopped.
     """
     concurrently = lets_writers_in(table)
@@ -75,7 +74,7 @@ def create_index(
             with _watching(table.database, pid, run):
                 connection.execute(text(statement))
     except (DatabaseError, sa.exc.DBAPIError) as error:
-        # a server that went down, or a transaction's lock: the next build drops it
+        # if the server went down, or a transaction holds a lock, the next build drops it
         with contextlib.suppress(DatabaseError):
             drop_index(table, table.building_index, patience_s=0)
         run.check_stop()
@@ -112,7 +111,7 @@ def _watching(database: Database, pid: int, run: RunContext) -> Iterator[None]:
         while not ended.wait(_POLL_S):
             if run.stop.is_set():
                 database.cancel()
-            # the build goes on where its progress cannot be read
+            # the build goes on, even if its progress cannot be read
             with contextlib.suppress(DatabaseError), database.get_connection("web") as connection:
                 row = connection.execute(
                     text("""
@@ -134,11 +133,11 @@ def _watching(database: Database, pid: int, run: RunContext) -> Iterator[None]:
 
 
 def read_progress(row: Any) -> Progress:
-    """What the server reports of the phase that a build is in: rows or blocks of it, if it counts any.
+    """The progress of a build's current phase, in rows or blocks if the phase counts either.
 
     Args:
-        row: of `pg_stat_progress_create_index`. Its counters keep their values in phases that do not use them: only
-            those count that have a total and are not at it yet, rows before blocks.
+        row: of `pg_stat_progress_create_index`. Counters keep their values in phases that do not use them, so only one
+            that has not reached its total counts; rows are preferred to blocks.
     """
     counters = {"rows": (row.tuples_done, row.tuples_total), "blocks": (row.blocks_done, row.blocks_total)}
     for unit, (done, total) in counters.items():
@@ -148,9 +147,9 @@ def read_progress(row: Any) -> Progress:
 
 
 def swap_names(table: VectorTable, record: Callable[[sa.Connection], None], run: RunContext = SILENT) -> None:
-    """Let the index that was built take the serving one's name, and drop that.
+    """Give the new index the name of the serving one, and drop that.
 
-    Renaming an index needs no lock that a search has to wait for; dropping it CONCURRENTLY does not either.
+    Searches wait neither for the renaming of an index nor for DROP INDEX CONCURRENTLY.
 
     Args:
         table: whose.
@@ -180,14 +179,14 @@ def swap_names(table: VectorTable, record: Callable[[sa.Connection], None], run:
     except DatabaseError as error:
         if not is_lock_timeout(error):
             raise
-        # no search takes it any more; a transaction that once did goes on, and the next run drops it
+        # no search uses it any more, but a transaction that did has not ended; the next run drops it
 
 
 def drop_index(table: VectorTable, name: str, run: RunContext = SILENT, patience_s: float = _DROP_PATIENCE_S) -> None:
-    """Drop an index of a table, if it is there; searches go on meanwhile.
+    """Drop an index of a table, if it exists; searches go on meanwhile.
 
     Raises:
-        DatabaseError: another session held a lock on it all the time.
+        DatabaseError: another session held a lock on it until the patience ended.
     """
     if not lets_writers_in(table):
 
@@ -209,12 +208,12 @@ def drop_index(table: VectorTable, name: str, run: RunContext = SILENT, patience
 
 
 def remove_leftovers(table: VectorTable, run: RunContext, keep_whole: bool = False) -> None:
-    """Drop what interrupted builds left: a build that the server goes on with for a killed client is ended first.
+    """Drop what interrupted builds left; a build that the server still runs for a killed client is cancelled first.
 
     Args:
         table: whose.
-        run: notified of what is waited for; a stop ends the wait.
-        keep_whole: whether a valid index under the building name stays, to be used.
+        run: notified of the waiting; a stop ends it.
+        keep_whole: whether a valid index under the building name is kept, to be used.
     """
     _end_orphans(table, run)
     with table.database.get_connection() as connection:
@@ -240,7 +239,7 @@ def remove_leftovers(table: VectorTable, run: RunContext, keep_whole: bool = Fal
 
 
 def _end_orphans(table: VectorTable, run: RunContext) -> None:
-    """Cancel builds under our building name: their run held the lock that is ours now, so it has ended."""
+    """Cancel builds under our building name: this run holds the lock now, so theirs has ended."""
     while True:
         with table.database.get_connection() as connection:
             n_orphans = connection.scalar(

@@ -1,8 +1,8 @@
-"""Queries like those that people make, and their exact nearest neighbors: from the cache that filled the table.
+"""Sample queries and their exact nearest neighbors, computed from the cache.
 
-The table equals the cache, and the ledger says which of its rows are loaded: one pass of matrix products over the
-mapped files answers all queries at once, where the server would read the whole table for each. Vectors are float32, so
-what a `halfvec` table loses shows. Memory is bounded by a stored batch. When to add here: another kind of query. Keep
+The ledger says which rows of the cache are loaded. One pass of matrix products over the mapped files answers all
+queries at once; the server would read the whole table for each. Vectors are float32, so the precision that a `halfvec`
+table loses is visible. Memory is bounded by a stored batch. When to add here: another kind of query. Keep
 out: what searches find (`recall`).
 """
 
@@ -24,11 +24,11 @@ from songvec_assets.vectors.table import VectorTable
 
 NEIGHBORS = 10
 EPSILON = 1e-6
-"""Cosine distances this near are equal. A row counts as found if it is no farther than the exact tenth nearest plus
-this, so that ties and duplicates do not count against an index; so does ann-benchmarks (`plotting/metrics.py`, distance
-of the k-th + epsilon, read 2026-11). Its 1e-3 would count half a cluster of similar songs here, and hide what halfvec
-loses: a few millionths at 2,000 dimensions. By about 1e-6 two float32 sums of 2,000 products differ that are added in
-another order."""
+"""Cosine distances that differ by less are equal. A row counts as found if it is no farther than the exact tenth
+nearest plus this, so that ties and duplicates do not count against an index. ann-benchmarks does the same
+(`plotting/metrics.py`, distance of the k-th + epsilon, read 2026-11). Its 1e-3 would count half a cluster of similar
+songs here, and hide what halfvec loses: a few millionths at 2,000 dimensions. Two float32 sums of 2,000 products in
+different orders differ by about 1e-6."""
 
 _KEPT = 50
 _MOST_QUERIES = 100
@@ -41,7 +41,7 @@ class LoadedRows:
 
     Attributes:
         table, cache: where they are.
-        ranges: that are loaded, with their number of rows.
+        ranges: number of rows of each loaded range.
     """
 
     table: VectorTable
@@ -59,7 +59,7 @@ class LoadedRows:
         return sum(self.ranges.values())
 
     def read(self, song_range: SongIdRange) -> tuple[CachedRange, pl.DataFrame]:
-        """A range, and its rows (song_id, row) that are loaded, also where a newer one waits for a load."""
+        """A range and its loaded rows (song_id, row), even if newer ones are not loaded yet."""
         cached = self.cache.open(song_range)
         loaded = self.table.ledger.read_rows(song_range)
         stored = cached.all_rows.unique(["song_id", "checksum"], keep="last")
@@ -68,16 +68,16 @@ class LoadedRows:
         return cached, stored.join(loaded, on=["song_id", "checksum"], how="semi").select("song_id", "row").sort("row")
 
 
-def sample_queries(rows: LoadedRows, seed: int = 0) -> Float32Matrix:
-    """Draw rows, a tenth of the table's, ten at least and a hundred at most; then mix as many queries of them.
+def sample_queries(rows: LoadedRows) -> Float32Matrix:
+    """Draw a tenth of the table's rows, ten to a hundred, and mix an equal number of synthetic queries from them.
 
-    A row is among its ten neighbors, as a song is the first answer to its own words. A synthetic query lies
-    between two rows, nearer to one, with noise of a fifth of its length: nothing in the table is like it.
+    A row is its own nearest neighbor. A synthetic query lies between two rows, nearer to one, with noise of a fifth of
+    its length: nothing in the table is like it.
 
     Returns:
         Unit vectors, (2 n, dimensions): n rows, then n synthetic ones.
     """
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)  # the same table gives the same queries
     _, sampled = sample_rows(rows, min(_MOST_QUERIES, max(NEIGHBORS, rows.n_rows // 10)), draw)
     weights = draw.uniform(0.5, 0.9, (len(sampled), 1)).astype(np.float32)
     noise = _normalise(draw.standard_normal(sampled.shape, dtype=np.float32))
@@ -106,11 +106,11 @@ class ExactNeighbors:
     """The nearest rows of each query, by exact arithmetic.
 
     Attributes:
-        rows: among which.
+        rows: that are searched.
         queries: unit vectors, (n, dimensions).
         song_ids: int32, (n, 50), nearest first; -1 if there are fewer rows.
         similarities: float32, (n, 50); -inf if there are fewer rows. A distance is 1 less it.
-        n_found: rows that the cache held.
+        n_found: rows that the cache has.
     """
 
     rows: LoadedRows
@@ -126,9 +126,9 @@ class ExactNeighbors:
         return min(NEIGHBORS, self.n_found)
 
     def count_hits(self, found: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-        """How many rows of each query's search are as near as its tenth nearest, give or take EPSILON; (n,).
+        """Per query, how many of the rows found are as near as the exact tenth nearest, within EPSILON; (n,).
 
-        Exact distances decide, not the server's, which those of a `halfvec` table would flatter.
+        Distances are exact, and not the server's, which are rounded for a `halfvec` table.
         """
         floors = self.similarities[:, max(0, self.n_wanted - 1)] - EPSILON
         hits, unsure = np.zeros(len(found), dtype=np.int64), []
@@ -143,7 +143,7 @@ class ExactNeighbors:
         return hits
 
     def _look_up(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Work out the similarities of (query, song_id), one range after another."""
+        """Compute the similarities of pairs (query, song_id), range by range."""
         self._looked_up.update(dict.fromkeys(pairs, -np.inf))
         for song_range in self.rows.ranges:
             here = [(query, song_id) for query, song_id in pairs if song_id in song_range]
@@ -168,7 +168,7 @@ def find_exact_neighbors(rows: LoadedRows, queries: Float32Matrix, run: RunConte
     """
     shape = (len(queries), _KEPT)
     best = ExactNeighbors(rows, queries, np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32))
-    # a core is left to the server's searches
+    # one core is left to the server's searches
     with threadpool_limits(max(1, (os.cpu_count() or 2) - 1), "blas"):
         for song_range in rows.ranges:
             cached, loaded = rows.read(song_range)
@@ -185,7 +185,7 @@ def find_exact_neighbors(rows: LoadedRows, queries: Float32Matrix, run: RunConte
 
 
 def _keep_best(best: ExactNeighbors, song_ids: NDArray[np.int32], similarities: Float32Matrix) -> None:
-    """Take the better ones of a batch, (n queries, n rows), in the places of the worst that are kept."""
+    """Replace the worst of those kept by the better ones of a batch, (n queries, n rows)."""
     for query in np.flatnonzero((similarities > best.similarities.min(axis=1, keepdims=True)).any(axis=1)):
         values = np.concatenate([best.similarities[query], similarities[query]])
         ids = np.concatenate([best.song_ids[query], song_ids])

@@ -1,9 +1,8 @@
-"""Whether what is about to be paid for or loaded can be indexed afterwards: checked with the server before it begins.
+"""Checks before anything is paid for or loaded: whether the table can be created and indexed afterwards.
 
-What a table needs is tried on a scratch table of one row, in the schema of the serving one, and rolled back; rights are
-read from the catalog; memory and disk are worked out, for an index on a small table shows neither. Nothing here touches
-the serving table. When to add here: what can be known beforehand. Keep out: what depends on the rows themselves, which
-belongs to the load.
+A scratch table of one row is created and indexed in the serving table's schema, and rolled back. Rights are read from
+the catalog. Memory and disk are computed, as an index on one row needs neither. Nothing here touches the serving table.
+When to add here: what can be known beforehand. Keep out: what depends on the rows themselves (`load`).
 """
 
 from uuid import uuid4
@@ -56,8 +55,8 @@ def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_
         n_songs: rows that it is to have.
 
     Raises:
-        DatabaseError: says which right, schema, memory or disk is wanting, and the statement that helps.
-        SettingsError: the lists that were set do not fit into memory.
+        DatabaseError: says which right, schema, memory or disk is missing, and the statement that helps.
+        SettingsError: the number of lists that was set does not fit into memory.
     """
     n_new = max(0, n_songs - target.ledger.count_songs())
     with target.database.get_connection() as connection:
@@ -74,7 +73,7 @@ def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_
 def _check_rights(connection: sa.Connection, builds: bool) -> str:
     """The schema of the table, quoted; raises if a right is missing.
 
-    VACUUM needs no further right: the owner may, and the server only warns anybody else.
+    VACUUM needs no further right: for anybody but the owner, the server only warns.
     """
     lacking = connection.execute(text(_LACKING), {"table": SERVING, "needed": _NEEDED.split(", ")}).all()
     if lacking:
@@ -110,8 +109,8 @@ def _check_rights(connection: sa.Connection, builds: bool) -> str:
 
 
 def _try_out(database: Database, spec: TableSpec, schema: str) -> None:
-    """Make a table of one row and its index where the real one is to be, and roll all of it back."""
-    scratch = f"songvec_preflight_{uuid4().hex[:16]}"  # two runs at once must not meet
+    """Create a table of one row and its index in the real one's schema, and roll both back."""
+    scratch = f"songvec_preflight_{uuid4().hex[:16]}"  # two runs at once need two names
     try:
         with database.get_connection() as connection:
             memory_kib = -(-sizing.build_bytes(1, spec.dimensions, spec.vector_type) // 1024)
@@ -140,13 +139,13 @@ def _try_out(database: Database, spec: TableSpec, schema: str) -> None:
 
 
 def find_attachments(connection: sa.Connection, serving: VectorTable) -> list[str]:
-    """What people added to the serving table that would stay with it when another one takes its name."""
+    """What people added to the serving table, and a swap would leave behind with it."""
     indexes = serving.index_name, serving.building_index, serving.replaced_index
     return relations.find_attachments(connection, serving.name, indexes)
 
 
 def check_attachments(connection: sa.Connection, serving: VectorTable) -> None:
-    """Refuse to give the serving table's name to another while people's additions would stay behind.
+    """Refuse to replace the serving table if additions of people would be left behind.
 
     Raises:
         TableMismatchError: names them.

@@ -1,6 +1,6 @@
-"""How many lists of an IVFFlat index a search visits, its probes, and searches that go on to further lists.
+"""Probes: how many lists of an IVFFlat index a search visits, and when it goes on to further lists.
 
-When to add here: another way to choose probes. Keep out: how well searches with n probes find (`recall`).
+When to add here: another way to choose probes. Keep out: the recall of searches with n probes (`recall`).
 """
 
 import bisect
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from songvec_assets.vectors.table import VectorTable
 
 SMALL_TABLE_ROWS = 10_000
-"""Up to here a search visits all lists: it costs nothing, and nothing is missed."""
+"""A search of a table up to this size visits all lists: it is quick anyway, and finds everything."""
 
 _Row = TypeVar("_Row")
 
@@ -30,7 +30,7 @@ def find_smallest(reaches: Callable[[int], bool], tried: set[int], lists: int) -
 
     Args:
         reaches: whether n probes reach the target.
-        tried: that were measured; all lists among them if none reaches it.
+        tried: numbers of probes that were measured; all lists among them if none reaches it.
         lists: of the index.
     """
     high = min((probes for probes in tried if reaches(probes)), default=None)
@@ -43,8 +43,8 @@ def find_smallest(reaches: Callable[[int], bool], tried: set[int], lists: int) -
 def set_probes(connection: sa.Connection, probes: int | None) -> None:
     """Let this transaction's searches visit n lists; None leaves the server's default.
 
-    Without just-in-time compilation: it costs a large table's searches a tenth of a second each, and they have nothing
-    that it makes faster.
+    Switches just-in-time compilation off: it costs each search of a large table a tenth of a second, and makes nothing
+    in it faster.
     """
     if probes is not None:
         connection.execute(
@@ -60,11 +60,10 @@ def search(
     limit: int,
     probes: int | None = None,
 ) -> Sequence[_Row]:
-    """Run a search, and again over more lists while those it visited hold fewer rows than it wants.
+    """Run a search, and repeat it over more lists while those visited hold fewer rows than `limit`.
 
-    pgvector ends a scan with the last row of the lists visited, however many rows LIMIT still wants. A first answer
-    that is full costs no further round trip. Each answer is in strict order, unlike those of pgvector's relaxed
-    scans.
+    pgvector ends a scan with the last row of the lists visited, even if LIMIT asks for more. If the first answer is
+    full, there is no further round trip. Each answer is in strict order, unlike those of pgvector's relaxed scans.
 
     Args:
         table: with its index.
@@ -80,7 +79,7 @@ def search(
         return rows
     lists, probes = table.read_lists(connection) or 0, probes or 1
     while len(rows) < limit and probes < lists:
-        # at least twice as many, else by the rows that a list was found to hold
+        # at least twice as many; more if a list was found to hold few rows
         probes = min(lists, max(2 * probes, -(-probes * limit // max(1, len(rows)))))
         set_probes(connection, probes)
         rows = fetch()

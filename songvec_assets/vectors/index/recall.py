@@ -1,8 +1,8 @@
-"""Recall, measured: how many of the true ten nearest rows searches find, and how fast, over a sweep of probes.
+"""Recall and latency of searches at several numbers of probes, measured.
 
-Searches run as `search/nearest` runs them, through the server, but never past the index. Times are milliseconds of a
-round trip. When to add here: another figure of the same searches. Keep out: what is searched for and the exact answers
-(`neighbors`).
+Recall is the share of the true ten nearest rows that a search finds. Searches run on the server as those of
+`search/nearest`, but always by the index. Times are milliseconds per round trip. When to add here: another figure of
+the same searches. Keep out: what is searched for and the exact answers (`neighbors`).
 """
 
 import json
@@ -40,10 +40,10 @@ class RecallPoint:
 
     Attributes:
         probes: lists visited.
-        recall: the lower of the two that follow: whatever people ask is to be found.
+        recall: the lower of the two that follow.
         recall_of_rows: share of the ten nearest found, if the query is a row of the table.
-        recall_of_synthetic: the same, if it is like nothing in the table.
-        ms_median, ms_p99: a search's round trip, once its pages were read.
+        recall_of_synthetic: the same, if nothing in the table is like the query.
+        ms_median, ms_p99: round trip of a search whose pages are in memory.
     """
 
     probes: int
@@ -60,11 +60,11 @@ class RecallReport:
 
     Attributes:
         n_queries: rows and synthetic ones together.
-        n_rows: of the table, that they were compared with.
-        target: the recall wanted.
+        n_rows: of the table.
+        target: recall to reach.
         points: by probes, ascending.
         probes: the smallest that reach the target; all lists if the table is small, or if none do.
-        n_changed: rows that had changed by then since the index was built.
+        n_changed: rows changed since the index was built, when this was measured.
     """
 
     n_queries: int
@@ -76,21 +76,21 @@ class RecallReport:
 
     @property
     def chosen(self) -> RecallPoint:
-        """At the chosen probes."""
+        """The measurement at the chosen probes."""
         return next(point for point in self.points if point.probes == self.probes)
 
     @property
     def recall(self) -> float:
-        """At the chosen probes."""
+        """The recall at the chosen probes."""
         return self.chosen.recall
 
     @property
     def reached(self) -> bool:
-        """Whether the target was."""
+        """Whether the target was reached."""
         return self.recall >= self.target
 
     def holds(self, n_changed: int) -> bool:
-        """Whether so few rows changed that it is still true: fewer do not move it by more than the sample's own error.
+        """Whether the report is still true: up to 1 % changed rows move recall by no more than the sampling error.
 
         Args:
             n_changed: rows changed since the index was built.
@@ -104,7 +104,7 @@ class RecallReport:
 
 
 def read_recall(connection: sa.Connection, table: VectorTable) -> RecallReport | None:
-    """Recall as measured last of the index that is there, or None."""
+    """The recall of the current index, as measured last, or None."""
     report = table.read(connection, "recall", RecallReport)
     is_whole = report is not None and any(point.probes == report.probes for point in report.points)
     return report if is_whole else None
@@ -130,13 +130,13 @@ def measure_recall(
         table: with its index.
         cache: the cache that it was loaded from.
         lists: of the index.
-        target: the recall wanted, of both kinds of queries.
-        kept: probes that searches use now, chosen again if they reach the target.
+        target: recall to reach, for both kinds of queries.
+        kept: probes that searches use now; they are chosen again if they reach the target.
         run: notified of the rows, then of the searches; a stop ends it between two batches or searches.
 
     Raises:
-        StoreError: the cache does not hold what is loaded, so that nothing exact is known.
-        DatabaseError: the planner does not take the index even where it should.
+        StoreError: the cache does not hold what is loaded, so that exact neighbors are not known.
+        DatabaseError: the planner does not use the index, even if sequential scans are off.
     """
     with table.database.get_connection() as connection:
         n_changed = table.read_changes(connection)
@@ -157,7 +157,7 @@ def measure_recall(
 def measure_and_record(
     table: VectorTable, cache: ModelCache, lists: int, target: float, run: RunContext, kept: int | None = None
 ) -> tuple[RecallReport | None, str]:
-    """Measure and record; returns what to report. A cache that lacks rows is no error: the index is there."""
+    """Measure and record; returns the report and a sentence. If the cache lacks rows, nothing is measured: no error."""
     try:
         report = measure_recall(table, cache, lists, target, kept, run)
     except StoreError as error:
@@ -207,7 +207,7 @@ class Searches:
         return cls(table, exact, run)
 
     def report(self, target: float, probes: int, n_changed: int) -> RecallReport:
-        """All that was measured, with the probes that were chosen."""
+        """The report of all measurements, with the chosen probes."""
         points = tuple(self.points[each] for each in sorted(self.points))
         return RecallReport(len(self.exact.queries), self.exact.n_found, target, points, probes, n_changed)
 
@@ -220,10 +220,10 @@ class Searches:
         return f"SELECT song_id FROM {self.table.name} ORDER BY embedding <=> %s LIMIT {NEIGHBORS}"
 
     def measure(self, probes: int) -> RecallPoint:
-        """Search for every query, then for every other one again, whose pages were read by then: those are timed.
+        """Run every query, then time every other one again, whose pages are in memory by then.
 
         Raises:
-            DatabaseError: the planner does not take the index even where it should.
+            DatabaseError: the planner does not use the index, even if sequential scans are off.
         """
         if probes not in self.points:
             with self.table.database.get_connection() as connection:

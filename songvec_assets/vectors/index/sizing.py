@@ -1,8 +1,8 @@
-"""What an IVFFlat index takes, what the server has for it, and whether a build fits. Add here what a build costs.
+"""The memory and disk that an index build needs, what the server has, and whether the build fits.
 
-Refused or made smaller before it begins. What cannot be seen from here is not assumed: the build then says what it
-needs. Sizes are bytes. Memory: pgvector 0.8.5's ivfbuild.c and ivfkmeans.c, Elkan's k-means (read 2026-11). Keep out:
-how long it takes, which the server's own progress shows (`build`).
+A build that does not fit is refused, or gets fewer lists, before it begins. What cannot be read from the server is not
+assumed. Sizes are bytes. Memory: pgvector 0.8.5's ivfbuild.c and ivfkmeans.c, Elkan's k-means (read 2026-11).
+When to add here: another cost of a build. Keep out: its time, which the server's progress shows (`build`).
 """
 
 import bisect
@@ -17,10 +17,10 @@ from songvec_assets.postgres.engine import Database
 
 MIN_BUILD_MEMORY = 64 << 20
 """Postgres' own default of maintenance_work_mem, which no build goes below."""
-SORT_MEMORY_A_PROCESS = 32 << 20
-"""Less for each, and the planner takes fewer parallel workers (PostgreSQL's plan_create_index_workers)."""
+SORT_MEMORY_PER_PROCESS = 32 << 20
+"""With less for each process, the planner takes fewer workers (PostgreSQL's plan_create_index_workers)."""
 MOST_WORKERS = 8
-"""More parallel processes than this wait for the disk."""
+"""More parallel processes would wait for the disk."""
 
 _MOST_LISTS = 32_768  # pgvector's own limit
 _PAGE_BYTES = 8192
@@ -49,13 +49,13 @@ _LIMITS = """
 
 @dataclass(frozen=True)
 class BuildEstimate:
-    """What a build is expected to take.
+    """What a build is expected to need.
 
     Attributes:
         n_rows: to be indexed.
         lists: of the index.
-        memory_bytes: of the server, while it clusters.
-        index_bytes: of disk, which stay.
+        memory_bytes: of the server, during k-means.
+        index_bytes: of disk, for the finished index.
         temporary_bytes: of disk, at most, while it sorts.
     """
 
@@ -74,15 +74,15 @@ class BuildEstimate:
 
 
 def choose_lists(n_rows: int) -> int:
-    """The square root of the rows: at equal recall it beat rows/1000 on clustered data."""
+    """The square root of the rows: on clustered data, searches were faster at equal recall than with rows/1000."""
     return max(1, round(math.sqrt(n_rows)))
 
 
 def kmeans_bytes(lists: int, dimensions: int, vector_type: str = "vector") -> int:
-    """Memory that k-means needs; maintenance_work_mem under it is a hard error of the server.
+    """Memory that k-means needs; if maintenance_work_mem is less, the server fails with an error.
 
-    Samples, their bounds to every centre, three sets of centres of which one is float32 sums, and the distances
-    between centres.
+    Samples, their bounds to every centre, three sets of centres (one of float32 sums), and the distances between
+    centres.
     """
     samples = max(10_000, 50 * lists)
     vector = math.ceil((_VALUE_BYTES[vector_type] * dimensions + 8) / 8) * 8
@@ -92,9 +92,9 @@ def kmeans_bytes(lists: int, dimensions: int, vector_type: str = "vector") -> in
 
 
 def build_bytes(lists: int, dimensions: int, vector_type: str = "vector", workers: int = 0) -> int:
-    """The maintenance_work_mem that a build is given: what k-means needs, a little more, and the workers' share."""
+    """The maintenance_work_mem of a build: what k-means needs and 2 % more, or what the workers need to sort."""
     needed = math.ceil(1.02 * kmeans_bytes(lists, dimensions, vector_type))
-    return max(needed, (workers + 1) * SORT_MEMORY_A_PROCESS, MIN_BUILD_MEMORY)
+    return max(needed, (workers + 1) * SORT_MEMORY_PER_PROCESS, MIN_BUILD_MEMORY)
 
 
 def most_lists(memory_bytes: int, dimensions: int, vector_type: str = "vector") -> int:
@@ -104,41 +104,41 @@ def most_lists(memory_bytes: int, dimensions: int, vector_type: str = "vector") 
 
 
 def index_bytes(n_rows: int, lists: int, dimensions: int, vector_type: str = "vector") -> int:
-    """The size of an index: the centres' pages, and each list's own, of which the last is half full on average."""
+    """The size of an index: pages of centres, and pages of each list, of which the last is half full on average."""
     vector = _VALUE_BYTES[vector_type] * dimensions + 8
-    centres = math.ceil(lists / _a_page(vector + _LIST_BYTES))
-    rows_a_page = _a_page(vector + _TUPLE_BYTES)
-    rows = math.ceil(n_rows / rows_a_page) + (lists // 2 if rows_a_page > 1 else 0)
+    centres = math.ceil(lists / _per_page(vector + _LIST_BYTES))
+    rows_per_page = _per_page(vector + _TUPLE_BYTES)
+    rows = math.ceil(n_rows / rows_per_page) + (lists // 2 if rows_per_page > 1 else 0)
     return _PAGE_BYTES * (1 + centres + max(lists, rows))
 
 
 def table_bytes(n_rows: int, dimensions: int, vector_type: str = "vector") -> int:
-    """The size of a table and its primary key; a vector that fits into a page stays in its row's."""
+    """The size of a table and its primary key; a vector that fits into a page is stored in its row's page."""
     row = _ROW_BYTES + _VALUE_BYTES[vector_type] * dimensions + 8
-    pages = math.ceil(row / _PAGE_BYTES) if row > _PAGE_BYTES - _PAGE_OVERHEAD_BYTES else 1 / _a_page(row)
+    pages = math.ceil(row / _PAGE_BYTES) if row > _PAGE_BYTES - _PAGE_OVERHEAD_BYTES else 1 / _per_page(row)
     return math.ceil(n_rows * (_PAGE_BYTES * pages + _KEY_BYTES))
 
 
-def _a_page(n_bytes: int) -> int:
+def _per_page(n_bytes: int) -> int:
     return max(1, (_PAGE_BYTES - _PAGE_OVERHEAD_BYTES) // (math.ceil(n_bytes / 8) * 8 + _POINTER_BYTES))
 
 
 def estimate_build(
     n_rows: int, lists: int, dimensions: int, vector_type: str = "vector", workers: int = 0
 ) -> BuildEstimate:
-    """Work out what a build takes.
+    """Estimate what a build needs.
 
     Args:
         n_rows: in the table.
         lists: of the index.
-        dimensions: values a vector.
+        dimensions: values per vector.
         vector_type: the column's type.
         workers: parallel processes in addition to the one that builds.
     """
     size = index_bytes(n_rows, lists, dimensions, vector_type)
     memory = build_bytes(lists, dimensions, vector_type, workers)
     sorted_bytes = n_rows * (_VALUE_BYTES[vector_type] * dimensions + 8 + _SORT_TUPLE_BYTES)
-    # parallel workers hand their sorted rows over in files, however few they are
+    # parallel workers pass their sorted rows on in files, even if they are few
     spills = workers > 0 or sorted_bytes > memory
     return BuildEstimate(n_rows, lists, memory, size, sorted_bytes if spills else 0)
 
@@ -156,7 +156,7 @@ class Capacity:
         memory_bytes: of the server.
         memory_source: how that is known, in words.
         temporary_bytes: of files while it sorts; None: no limit.
-        free_bytes: on the disk of the server's data; None where that is not seen from here.
+        free_bytes: on the disk of the server's data; None: not known, as on another machine.
         workers: parallel processes in addition to the one that builds.
     """
 
@@ -167,7 +167,7 @@ class Capacity:
     workers: int
 
     def fit_lists(self, lists: int, dimensions: int, vector_type: str) -> tuple[int, str]:
-        """As many of these lists as fit into memory, and why no more do; no reason where all do.
+        """How many of these lists fit into memory, and why no more; no reason if all do.
 
         Raises:
             DatabaseError: not even one does.
@@ -187,7 +187,7 @@ class Capacity:
         return fitting, shortage
 
     def check_disk(self, estimate: BuildEstimate, table_bytes: int = 0) -> None:
-        """Raise DatabaseError where the build would run into a limit of temporary files, or out of disk.
+        """Raise DatabaseError if the build would exceed the limit of temporary files, or fill the disk.
 
         Args:
             estimate: of the build.
@@ -217,7 +217,7 @@ def read_capacity(database: Database, memory_bytes: int | None = None, searched:
 
     Args:
         database: of the table.
-        memory_bytes: that may be taken, if it is set; else half of what is available, if that can be read.
+        memory_bytes: of the setting; None: half of what is available, if that can be read.
         searched: whether searches go on meanwhile: a core is left to them.
     """
     with database.get_connection() as connection:
@@ -238,7 +238,7 @@ def read_capacity(database: Database, memory_bytes: int | None = None, searched:
     else:
         memory_bytes = limits.cache_bytes
         source = "the server's effective_cache_size; SONGVEC_INDEX_MEMORY_MB says otherwise"
-    # without a look at the cores, half of what the administrator allows, or what a build takes anyway
+    # if the cores are not known, half of what the administrator allows, or what a build takes anyway
     workers = max(limits.workers // 2, limits.own_workers)
     if cores:
         # the process that builds takes a core itself
@@ -248,12 +248,12 @@ def read_capacity(database: Database, memory_bytes: int | None = None, searched:
         source,
         limits.temporary_bytes if limits.temporary_bytes >= 0 else None,
         _free_bytes(folder),
-        max(0, min(workers, limits.workers, memory_bytes // SORT_MEMORY_A_PROCESS - 1)),
+        max(0, min(workers, limits.workers, memory_bytes // SORT_MEMORY_PER_PROCESS - 1)),
     )
 
 
 def _available_memory(files: dict[str, str]) -> int | None:
-    """MemAvailable of a Linux server, or its container's limit where that is lower."""
+    """MemAvailable of a Linux server, or its container's limit if that is lower."""
     fields = dict(line.split(":", 1) for line in files["/proc/meminfo"].splitlines() if ":" in line)
     if "MemAvailable" not in fields:
         return None

@@ -28,13 +28,13 @@ _PROBES_GROWN = 1.5
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """What may be set about the index.
+    """Settings of the index.
 
     Attributes:
         lists: how many; None: the square root of the rows.
-        target_recall: the share of the true ten nearest that searches must find.
-        memory_bytes: that a build may take on the server; None: half of what is available, as far as it shows.
-        rebuild: whether it is to be built even where it fits.
+        target_recall: share of the true ten nearest that searches are to find.
+        memory_bytes: that a build may take on the server; None: half of what is available, if that can be read.
+        rebuild: whether it is to be built even if it fits.
     """
 
     lists: int | None = None
@@ -50,10 +50,10 @@ class IndexReport:
     Attributes:
         reason: why it was built, or why not; and remarks.
         built: whether it was.
-        index: as it now is.
-        seconds: of the build; 0 where there was none.
-        recall: as measured last; None where the cache does not hold what is loaded.
-        estimate: what a build takes.
+        index: as it is now.
+        seconds: of the build; 0 if there was none.
+        recall: as measured last; None: the cache does not hold what is loaded.
+        estimate: what a build needs.
     """
 
     reason: str
@@ -72,7 +72,7 @@ def reason_to_build(n_rows: int, lists: int, lists_now: int | None, n_changed: i
         lists: that suit them.
         lists_now: of the valid index that is there, or None.
         n_changed: rows written or deleted since it was built.
-        exact: whether the number of lists was set; then no other fits.
+        exact: whether the number of lists was set: then only that number fits.
     """
     if lists_now is None:
         return "there is none"
@@ -86,10 +86,10 @@ def reason_to_build(n_rows: int, lists: int, lists_now: int | None, n_changed: i
 def plan_lists(
     n_rows: int, wanted: IndexSettings, lists_now: int | None, capacity: Capacity, spec: TableSpec
 ) -> tuple[int, str]:
-    """How many lists the index is to have, and why not the number that suits the rows, if so.
+    """How many lists the index is to have; and if the number that suits the rows does not fit, why.
 
     Raises:
-        SettingsError: more were set than fit into memory.
+        SettingsError: more lists were set than fit into memory.
         DatabaseError: not even one fits.
     """
     lists = wanted.lists or choose_lists(n_rows)
@@ -103,7 +103,7 @@ def plan_lists(
             f"SONGVEC_LISTS: {shortage}: set {fitting:,} or fewer, or none, or raise SONGVEC_INDEX_MEMORY_MB",
             "index.no-room",
         )
-    # memory that was there when it was built, and is not now, makes it no worse
+    # the index stays good, even if there is less memory now than when it was built
     if lists_now is not None and fitting <= lists_now <= lists:
         return lists_now, ""
     return fitting, f"{shortage}, so it gets {fitting:,}"
@@ -111,15 +111,15 @@ def plan_lists(
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Whether an index is to be built, and what that takes.
+    """Whether an index is to be built, and what that needs.
 
     Attributes:
         n_changed: rows changed since the table's index was built.
         lists_now: of its valid index; None: there is none.
-        reason: why it is to be built; None: it need not.
-        limit: why it does not get the number of lists that suits the rows, if so.
+        reason: why it is to be built; None: it is not.
+        limit: why it does not get the number of lists that suits the rows; empty: it does.
         capacity: of the server.
-        estimate: what a build takes, and of how many lists.
+        estimate: what a build needs, and its number of lists.
     """
 
     n_changed: int
@@ -177,12 +177,12 @@ def bring_index_up_to_date(
         wanted: the settings.
         run: notified of the build's phases, then of rows and searches of the measurement; a stop ends it, the server's
             work included.
-        check_held: of the lock under which the caller alone works on this table; None: a lock is taken here. Each takes
-            a session, and a pooler may have two in all.
+        check_held: raises if the caller lost the lock under which it works on this table alone; None: a lock is taken
+            here. Each lock needs a session, and a pooler may have only two.
 
     Raises:
         TableMismatchError: the table is missing or empty: an index built on nothing finds nothing later.
-        SettingsError: the lists that were set do not fit into memory.
+        SettingsError: the number of lists that was set does not fit into memory.
         DatabaseError: the build does not fit, the server refused, or the statement was cancelled.
         StoppedError: it was stopped.
     """
@@ -236,10 +236,10 @@ def _count(table: VectorTable) -> tuple[int, int]:
 def _build(
     table: VectorTable, spec: TableSpec, plan: BuildPlan, run: RunContext, check_held: Callable[[], None]
 ) -> str:
-    """Build and swap, or only swap if a killed run had built it; returns what else to report."""
+    """Build and swap, or only swap if a killed run had finished the build; returns a remark for the report."""
     n_rows, lists = plan.estimate.n_rows, plan.estimate.lists
     with table.database.get_connection() as connection:
-        # recorded when a build begins: the rows that had changed until then
+        # recorded when the build began: the number of changed rows at that time
         n_counted = table.read(connection, "building", int)
         is_whole = table.read_lists(connection, table.building_index) == lists
     if not is_whole or n_counted is None or plan.n_changed - n_counted > _CHANGED_SHARE * n_rows:
@@ -247,7 +247,7 @@ def _build(
     build.remove_leftovers(table, run, keep_whole=n_counted is not None)
     how = "a killed run had built it, and it was swapped in"
     if n_counted is None:
-        n_counted, is_whole = plan.n_changed, False
+        n_counted = plan.n_changed
         plan.capacity.check_disk(plan.estimate)
         with table.database.get_connection() as connection:
             table.write(connection, "building", n_counted)
@@ -257,12 +257,12 @@ def _build(
             how = "; ".join(filter(None, [how, waited]))
 
     def record(connection: sa.Connection) -> None:
-        # of what was measured of the old index, only that its searches needed n probes is worth keeping till then
+        # until recall is measured again, searches use at least as many probes as with the old index
         probes = max(choose_probes(lists, n_rows), min(table.read_probes(connection) or 1, lists))
         values = {"index": asdict(BuiltIndex(n_rows)), "probes": probes, "recall": None, "building": None}
         for name, value in values.items():
             table.write(connection, name, value)
-        # rows that changed while it was built stay counted; others wait for this row, so it is the last
+        # rows that changed during the build stay counted; last, as others wait for the row it locks
         table.count_changes(connection, -n_counted)
 
     check_held()
@@ -273,7 +273,7 @@ def _build(
 def _review_recall(
     table: VectorTable, cache: ModelCache, lists: int, target: float, run: RunContext
 ) -> tuple[RecallReport | None, str, str | None]:
-    """The recall of the index that is there, measured where that is due; what to report, and why to build, if so."""
+    """The recall of the current index, measured again if due; a sentence about it; and why to build, or None."""
     with table.database.get_connection() as connection:
         built = table.read(connection, "index", BuiltIndex) or BuiltIndex()
         last, n_changed = read_recall(connection, table), table.read_changes(connection)

@@ -78,7 +78,7 @@ class TestSettings:
     ) -> None:
         # so that a table of test size needs more than is set at least
         monkeypatch.setattr(sizing, "MIN_BUILD_MEMORY", 64 << 10)
-        monkeypatch.setattr(sizing, "SORT_MEMORY_A_PROCESS", 1)
+        monkeypatch.setattr(sizing, "SORT_MEMORY_PER_PROCESS", 1)
         name = sa.make_url(database.url).database
         execute(database.adbc_uri, f"ALTER DATABASE {name} SET maintenance_work_mem = '64kB'")
         VectorTable(database).ensure(SPEC)
@@ -93,7 +93,7 @@ class TestSettings:
             builder = Builder(seen, cache)
             with transaction(table, WRITE):
                 builder.start()
-                wait_until(lambda: builder.told or not builder.is_alive())
+                wait_until(lambda: builder.reported or not builder.is_alive())
                 builder.join(1.2)  # three times as long
             builder.finish()
             dispose(seen.url)
@@ -107,14 +107,14 @@ class TestProgress:
         builder = Builder(table, cache)
         with transaction(table, WRITE):
             builder.start()
-            wait_until(lambda: len(builder.told) >= 2 or not builder.is_alive())
+            wait_until(lambda: len(builder.reported) >= 2 or not builder.is_alive())
         builder.finish()
         assert builder.error is None
-        first, second = builder.told[:2]
+        first, second = builder.reported[:2]
         assert (first.step, first.done, first.total, first.unit) == ("build index", 0, 100, "%")
         assert re.match(r"estimated: 20 lists, \d+ MiB of memory, 0 MiB of disk.*$", first.note)
         assert second.note == "waiting for writers before build"
-        assert Progress("build index", 100, 100, unit="%") in builder.told
+        assert Progress("build index", 100, 100, unit="%") in builder.reported
 
     @pytest.mark.parametrize(
         ("phase", "counters", "expected"),
@@ -187,12 +187,12 @@ class TestUnderWay:
             builders[0].start()
             builders[0].wait_for_new_index()
             builders[1].start()
-            wait_until(lambda: builders[1].told)
+            wait_until(lambda: builders[1].reported)
         for builder in builders:
             builder.finish()
         assert [builder.error for builder in builders] == [None, None]
         assert [builder.report.built for builder in builders if builder.report] == [True, False]
-        assert builders[1].told[0].note == "waiting for another run that builds or checks it"
+        assert builders[1].reported[0].note == "waiting for another run that builds or checks it"
         assert read_indexes(table) == WHOLE
 
     def test_a_table_beside_is_built_in_one_transaction(self, table: Database, cache: ModelCache) -> None:
@@ -304,8 +304,8 @@ class TestInterrupted:
             assert len(orphans) == 1, "the server goes on for a client that is gone"
             builder = Builder(indexed, cache)
             builder.start()
-            wait_until(lambda: builder.told)
-            assert builder.told[0].note == "ending a build whose run was killed"
+            wait_until(lambda: builder.reported)
+            assert builder.reported[0].note == "ending a build whose run was killed"
             wait_until(lambda: orphans[0] not in execute(indexed.adbc_uri, BUILDS), seconds=5)
         builder.finish()
         assert builder.error is None
@@ -372,13 +372,13 @@ class TestInterrupted:
         builder = Builder(table, cache)
         with transaction(table, WRITE):
             builder.start()
-            wait_until(lambda: len(builder.told) > 3)
+            wait_until(lambda: len(builder.reported) > 3)
             execute(elsewhere, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
             try:
                 wait_until(lambda: execute(elsewhere, watchers))
-                told = len(builder.told)
+                reported = len(builder.reported)
                 time.sleep(0.3)
-                assert len(builder.told) <= told + 1
+                assert len(builder.reported) <= reported + 1
             finally:
                 execute(elsewhere, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
         builder.finish()

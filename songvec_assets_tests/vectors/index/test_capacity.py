@@ -83,9 +83,9 @@ class TestLists:
         assert plan_lists(1_000_000, IndexSettings(), None, with_lists(1000), SONGS) == (1000, "")
 
     def test_what_does_not_fit_is_lowered_to_the_most_that_do_and_says_why(self) -> None:
-        lists, told = plan_lists(1_000_000, IndexSettings(), None, with_lists(400), SONGS)
+        lists, reported = plan_lists(1_000_000, IndexSettings(), None, with_lists(400), SONGS)
         assert lists == 400
-        assert told == "1,000 lists need 612 MiB of memory, 197 MiB may be taken (a test), so it gets 400"
+        assert reported == "1,000 lists need 612 MiB of memory, 197 MiB may be taken (a test), so it gets 400"
 
     def test_what_a_person_set_is_refused_with_both_figures_and_the_remedy(self) -> None:
         with pytest.raises(SettingsError) as caught:

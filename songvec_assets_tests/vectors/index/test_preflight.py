@@ -20,7 +20,7 @@ from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable, publish_embeddings, roll_back
 from songvec_assets.vectors.table import STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, dispose, execute
-from songvec_assets_tests.conftest import deploy
+from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.vectors.conftest import SPEC, TILING, load, make_vector, put, read_vectors, vectors_of
@@ -80,13 +80,13 @@ class TestSearchPath:
     ) -> None:
         songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in range(1, 31)))
         execute(database.adbc_uri, 'CREATE SCHEMA "Ext"; ALTER EXTENSION vector SET SCHEMA "Ext"')
-        pipeline = deploy(database, provider, tmp_path / "store")
+        pipeline = make_pipeline(database, provider, tmp_path / "store")
         with pytest.raises(DatabaseError, match=r'in schema "Ext", which is not in this user') as refused:
             run(pipeline)
         assert provider.ledger()["requests"] == 0
         execute(database.adbc_uri, helping_statement(str(refused.value)))
         dispose(database.url)
-        run(deploy(database, provider, tmp_path / "store"))
+        run(make_pipeline(database, provider, tmp_path / "store"))
         assert len(execute(database.adbc_uri, "SELECT song_id FROM song_embeddings")) == 30
         assert VectorTable(database).index is not None
 
@@ -102,7 +102,7 @@ class TestSearchPath:
         put(cache, range(40))
         with pytest.raises(DatabaseError, match="SET search_path ="):
             publish_embeddings(database, LoadSource(cache, TILING), WantedTable(SPEC))
-        source = deploy(database, provider, tmp_path / "store").source
+        source = make_pipeline(database, provider, tmp_path / "store").source
         with pytest.raises(DatabaseError, match=r"ALTER ROLE .+ SET search_path = .+, ext;"):
             search_songs(database, source, SPEC, make_vector(1))
 
@@ -183,7 +183,7 @@ class TestRights:
         self, database: Database, songs: Callable[..., None], provider: Provider, tmp_path: Path
     ) -> None:
         songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in range(1, 31)))
-        deploy(database, provider, tmp_path / "store").export()
+        make_pipeline(database, provider, tmp_path / "store").export()
         with as_role(database) as seen:
             role = sa.make_url(seen.url).username
             execute(
@@ -192,7 +192,7 @@ class TestRights:
                 f"GRANT SELECT ON ALL TABLES IN SCHEMA songvec TO {role}",
             )
             with pytest.raises(DatabaseError, match="lacks a right"):
-                run(deploy(seen, provider, tmp_path / "store"))
+                run(make_pipeline(seen, provider, tmp_path / "store"))
         assert provider.ledger()["requests"] == 0
 
     def test_who_only_loads_a_few_rows_need_not_own_the_table(self, database: Database, cache: ModelCache) -> None:
@@ -262,7 +262,7 @@ class TestScratchTable:
         self, database: Database, songs: Callable[..., None], provider: Provider, tmp_path: Path
     ) -> None:
         songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in range(1, 250)))
-        pipeline = deploy(database, provider, tmp_path / "store")
+        pipeline = make_pipeline(database, provider, tmp_path / "store")
         with scratch_tables(database) as made:
             pipeline.export()
             pipeline.filler().fill_ranges(list(TILING), lambda _: None)
@@ -280,7 +280,7 @@ class TestRoom:
     ) -> None:
         songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in range(1, 31)))
         with pytest.raises(DatabaseError, match="raise SONGVEC_INDEX_MEMORY_MB"):
-            run(deploy(database, provider, tmp_path / "store", index_memory_mb=64, embedding_dimensions=2000))
+            run(make_pipeline(database, provider, tmp_path / "store", index_memory_mb=64, embedding_dimensions=2000))
         assert provider.ledger()["requests"] == 0
 
     def test_lists_that_do_not_fit(self, database: Database) -> None:

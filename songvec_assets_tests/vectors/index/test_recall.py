@@ -106,10 +106,10 @@ class TestExactNeighbours:
     def test_it_is_told_how_far_it_is_and_can_be_stopped(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(250))
         load(database, cache)
-        rows, told, stop = LoadedRows.of(VectorTable(database), cache), [], StopSignal()
+        rows, reported, stop = LoadedRows.of(VectorTable(database), cache), [], StopSignal()
         queries = sample_queries(rows)
-        find_exact_neighbors(rows, queries, RunContext(told.append))
-        assert [(each.done, each.total, each.unit) for each in told] == [
+        find_exact_neighbors(rows, queries, RunContext(reported.append))
+        assert [(each.done, each.total, each.unit) for each in reported] == [
             (100, 250, "rows"), (200, 250, "rows"), (250, 250, "rows")]  # fmt: skip
         stop.set()
         with pytest.raises(StoppedError):
@@ -257,16 +257,16 @@ class TestMeasurement:
 
     def test_searches_are_told_and_can_be_stopped(self, indexed: Database, cache: ModelCache) -> None:
         stop = StopSignal()
-        told: list[Progress] = []
+        reported: list[Progress] = []
 
-        def tell(progress: Progress) -> None:
-            told.append(progress)
+        def report(progress: Progress) -> None:
+            reported.append(progress)
             if progress.step == "measure recall":
                 stop.set()
 
         with pytest.raises(StoppedError):
-            measure_recall(VectorTable(indexed), cache, 20, run=RunContext(tell, stop))
-        assert (told[-1].step, told[-1].done, told[-1].unit, told[-1].note) == (
+            measure_recall(VectorTable(indexed), cache, 20, run=RunContext(report, stop))
+        assert (reported[-1].step, reported[-1].done, reported[-1].unit, reported[-1].note) == (
             "measure recall", 1, "searches", "1 probes")  # fmt: skip
         assert execute(indexed.adbc_uri, "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%'") == [(0,)]
 

@@ -37,22 +37,22 @@ def test_a_build_goes_on_without_workers_and_a_load_stays_done(server: Server, t
     put(cache, range(600))
     upload(database, cache, SPEC, TILING)
     execute(database.adbc_uri, "ALTER TABLE song_embeddings SET (parallel_workers = 1)")
-    told: list[Progress] = []
+    reported: list[Progress] = []
     server.fill_shared_memory(32 << 10)
-    report = build_index(database, cache, SPEC, progress=told.append)
+    report = build_index(database, cache, SPEC, progress=reported.append)
     assert report.built
     assert "the server's /dev/shm is too small for parallel workers" in report.reason
-    assert [each.note for each in told if each.is_trouble] == [
+    assert [each.note for each in reported if each.is_trouble] == [
         "the server's /dev/shm is too small for parallel workers, so it is built without them, which takes longer"
     ]
     valid = "SELECT bool_and(indisvalid), count(*) FROM pg_index WHERE indrelid = 'song_embeddings'::regclass"
     assert execute(database.adbc_uri, valid) == [(True, 2)]
     # the table has two indexes now, which VACUUM cleans side by side
     put(cache, range(600), version=1)
-    told.clear()
-    loads = upload(database, cache, SPEC, TILING, progress=told.append)
+    reported.clear()
+    loads = upload(database, cache, SPEC, TILING, progress=reported.append)
     assert sum(load.n_written for load in loads) == 600
-    (warning,) = [each.note for each in told if each.is_trouble]
+    (warning,) = [each.note for each in reported if each.is_trouble]
     assert warning.startswith("the rows are loaded; VACUUM failed")
     assert "--shm-size" in warning
     assert "disk is full" not in warning

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.index.sizing import (
-    SORT_MEMORY_A_PROCESS,
+    SORT_MEMORY_PER_PROCESS,
     build_bytes,
     choose_lists,
     estimate_build,
@@ -62,7 +62,7 @@ def test_a_build_gets_what_k_means_needs_or_what_keeps_its_workers() -> None:
     assert kmeans_bytes(3464, 2000) < build_bytes(3464, 2000) < 1.05 * kmeans_bytes(3464, 2000)
     assert build_bytes(3464, 2000, workers=8) == build_bytes(3464, 2000)
     assert build_bytes(10, 8) == 64 * MEBIBYTE
-    assert build_bytes(10, 8, workers=4) == 5 * SORT_MEMORY_A_PROCESS
+    assert build_bytes(10, 8, workers=4) == 5 * SORT_MEMORY_PER_PROCESS
 
 
 @pytest.mark.parametrize("vector_type", ["vector", "halfvec"])
