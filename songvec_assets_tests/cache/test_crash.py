@@ -26,6 +26,8 @@ from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.warm import WarmProcess
 from songvec_assets_tests.warm import start as start_warm
 
+pytestmark = pytest.mark.slow
+
 REQUEST_TEXTS, CONCURRENCY = 8, 4
 IN_FLIGHT = REQUEST_TEXTS * CONCURRENCY
 """Texts that a kill may cost."""

@@ -25,6 +25,8 @@ from songvec_assets_tests.administration import execute, free_port
 from songvec_assets_tests.conftest import environment_of
 from songvec_assets_tests.provider import Provider
 
+pytestmark = pytest.mark.slow
+
 FIRST = "000000000-000050000"
 ASSETS = ("songs_parquet", "embedding_cache", "song_embeddings_table", "ivfflat_index")
 

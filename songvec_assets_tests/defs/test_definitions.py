@@ -36,6 +36,8 @@ from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.vectors.conftest import SPEC, put
 from songvec_assets_tests.vectors.conftest import TILING as SMALL_TILING
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -27,6 +27,8 @@ from songvec_assets_tests.cache.test_fill import assert_stored, export, fill, pl
 from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider
 
+pytestmark = pytest.mark.slow
+
 HTML = "<!doctype html><title>Welcome to nginx!</title>"
 
 

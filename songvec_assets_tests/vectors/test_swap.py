@@ -822,6 +822,7 @@ def publisher(
     return running(_PUBLISHER, database.url, str(cache.storage), str(songs_folder), step)
 
 
+@pytest.mark.slow
 class TestInterrupted:
     def stop_at(self, step: str) -> tuple[StopSignal, Callable[[Progress], None]]:
         """A signal that is set when a step reports its first progress."""
@@ -913,6 +914,7 @@ class TestInterrupted:
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(130), 1))
 
 
+@pytest.mark.slow
 class TestSearchesMeanwhile:
     def test_every_song_is_found_at_every_moment_of_a_swap_and_its_rollback(
         self, database: Database, cache: ModelCache, songs_folder: Path
