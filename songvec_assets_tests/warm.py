@@ -130,6 +130,12 @@ def _warm() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
         [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment, cwd="/"
     )
     theirs.close()
+
+    def end() -> None:
+        ours.close()
+        process.wait()
+
+    atexit.register(end)
     return ours, process
 
 
