@@ -133,6 +133,7 @@ def _warm() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
 
     def end() -> None:
         ours.close()
+        process.kill()
         process.wait()
 
     atexit.register(end)
