@@ -41,6 +41,15 @@ _N_CHECKS = 3
 _N_PROOFS = 2
 
 
+class _ProbeHooks(RequestHooks):
+    """Counts the tokens that probes were, or may have been, billed."""
+
+    n_tokens = 0
+
+    def count_spoilt(self, n_tokens: int) -> None:
+        self.n_tokens += n_tokens
+
+
 class EmbeddingClient(Embedder):
     """Embeds texts with an OpenAI-compatible server. One client per run, used within one event loop.
 
@@ -71,9 +80,7 @@ class EmbeddingClient(Embedder):
         self._gate = QuotaGate(limiter, self._patience)
         self._window = InFlightWindow(self._patience.concurrency)
         self._probing: asyncio.Future[Dialect] | None = None
-        self._probe_hooks = RequestHooks()
-        self._probe_hooks.count_spoilt = self.count_probe_tokens  # type: ignore[method-assign]
-        self._probe_tokens = 0
+        self._probe_hooks = _ProbeHooks()
         self._checking = asyncio.Lock()
         self._last_served_at = self._found_sick_at = float("-inf")
 
@@ -133,13 +140,9 @@ class EmbeddingClient(Embedder):
                 self._found_sick_at = time.monotonic()
             return self._contact.last_good_at > since
 
-    def count_probe_tokens(self, n_tokens: int) -> None:
-        """Count n tokens that a probe was, or may have been, billed."""
-        self._probe_tokens += n_tokens
-
     def take_probe_tokens(self) -> int:
         """The billed tokens of probes since the last call."""
-        n_tokens, self._probe_tokens = self._probe_tokens, 0
+        n_tokens, self._probe_hooks.n_tokens = self._probe_hooks.n_tokens, 0
         return n_tokens
 
     async def _learn_dialect(self) -> Dialect:
@@ -193,7 +196,7 @@ class EmbeddingClient(Embedder):
     async def _send_probe(self, dialect: Dialect, until_good: bool = False) -> EmbeddingBatch:
         """The answer to a probe; `until_good`: retry an answer without a good vector."""
         batch = await self._request_patiently(_PROBE, dialect, self._probe_hooks, until_good)
-        self.count_probe_tokens(batch.n_tokens)
+        self._probe_hooks.n_tokens += batch.n_tokens
         return batch
 
     async def _request_patiently(
