@@ -157,4 +157,6 @@ class AnswerGatherer:
             parts[-1].append(answer)
         for part in parts:
             song_ids, text_hashes, embeddings = zip(*part, strict=True)
-            self.writer.write([*chain(*song_ids)], [*chain(*text_hashes)], np.concatenate(embeddings))
+            # an answer that fills a part alone is written as it is: joining would copy its 16 MB
+            joined = embeddings[0] if len(part) == 1 else np.concatenate(embeddings)
+            self.writer.write([*chain(*song_ids)], [*chain(*text_hashes)], joined)
