@@ -3,6 +3,7 @@
 When to add here: another signal that ends a process. Keep out: how a step is then stopped (`progress`).
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -61,7 +62,10 @@ def interrupted_by_hangup() -> Iterator[Hangup]:
     try:
         yield hangup
     finally:
-        if not hangup.is_ending:
+        if hangup.is_ending:
+            # Python's own end restores the default: a second SIGHUP then would kill the process and hide its exit code
+            atexit.register(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+        else:
             signal.signal(signal.SIGHUP, before)
 
 
