@@ -272,7 +272,7 @@ class EmbeddingClient(Embedder):
                         outcome = self._narrow(outcome, sent_at, now)
                     billed_tokens = None if outcome.sent else 0
                 else:
-                    self._window.count_answer(now - sent_at, usual_s)
+                    self._window.count_answer(now - sent_at, usual_s, outcome.n_bytes)
                     billed_tokens = outcome.n_tokens or None
             finally:
                 if billed_tokens is not None:  # unknown after a try that was sent: then the estimate stays charged

@@ -35,6 +35,7 @@ class EmbeddingBatch:
         embeddings: float32, (n texts, dimensions), in the order of the texts; NaN in the rows of `bad`.
         n_tokens: billed prompt tokens; 0 if the provider does not say.
         n_values: values per vector as received, before truncation to `dimensions`.
+        n_bytes: of the response's body.
         bad: rows whose vector is zero, null or not finite.
         n_retries: bad answers before this one.
         n_limited: those of them with status 429.
@@ -43,6 +44,7 @@ class EmbeddingBatch:
     embeddings: Float32Matrix
     n_tokens: int
     n_values: int = 0
+    n_bytes: int = 0
     bad: tuple[int, ...] = ()
     n_retries: int = 0
     n_limited: int = 0
@@ -128,7 +130,7 @@ def decode_response(body: bytes, n_texts: int, dimensions: int) -> EmbeddingBatc
         embeddings /= np.sqrt(np.vecdot(embeddings, embeddings))[:, np.newaxis]
     bad = find_bad_vectors(embeddings)
     embeddings[bad] = np.nan
-    return EmbeddingBatch(embeddings, _count_billed(response.usage), n_values, tuple(bad))
+    return EmbeddingBatch(embeddings, _count_billed(response.usage), n_values, len(body), tuple(bad))
 
 
 def _stack(values: Iterable[tuple[int, memoryview]], n_texts: int, dimensions: int) -> tuple[Float32Matrix, int]:
