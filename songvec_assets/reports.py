@@ -16,7 +16,7 @@ from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.watch import SourceState
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.plan import LoadPlan
-from songvec_assets.vectors.swap import PublishReport
+from songvec_assets.vectors.swap import LoadReport
 from songvec_assets.vectors.table import IndexFacts
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class RunReport:
 
     export: "ExportReport"
     embed: "list[FillReport]"
-    load: PublishReport
+    load: LoadReport
     index: IndexReport
 
 

@@ -188,7 +188,7 @@ def swap(
     drop_old: Annotated[bool, typer.Option("--drop-old", help="Drop the tables that earlier swaps kept.")] = False,
 ) -> None:
     """Switch to another model, size or type: build a staging table, compare it, and replace the serving one."""
-    from songvec_assets.vectors.swap import PublishReport
+    from songvec_assets.vectors.swap import LoadReport
 
     if rollback or drop_old:
         with interruptible():
@@ -210,7 +210,7 @@ def swap(
         f"Searches now find {pipeline.table_spec}. Keep these settings: SONGVEC_EMBEDDING_MODEL={each.model} "
         f"SONGVEC_EMBEDDING_DIMENSIONS={each.dimensions} SONGVEC_VECTOR_TYPE={each.vector_type}"
     )
-    if any(load.comparison for load in swapped.of(PublishReport)):
+    if any(load.comparison for load in swapped.of(LoadReport)):
         hint("`songvec swap --rollback` makes the previous table serve again, `songvec swap --drop-old` drops it.")
 
 

@@ -25,7 +25,7 @@ def run_table(result: "RunResult") -> Table:
     from songvec_assets.defs.reports import count_vectors
     from songvec_assets.songs.export import ExportReport
     from songvec_assets.vectors.index.upkeep import IndexReport
-    from songvec_assets.vectors.swap import PublishReport
+    from songvec_assets.vectors.swap import LoadReport
 
     table = _table("Asset", "Rows", "Seconds", "Tokens", "Cost", "Unchanged", "New", "Changed")
 
@@ -43,7 +43,7 @@ def run_table(result: "RunResult") -> Table:
         n_tokens, usd, *counts = (sum(getattr(each, name) for each in fills) for name in names)
         n_vectors, cost = sum(map(count_vectors, fills)), f"${usd:,.4f}"
         add("embedding_cache", n_vectors, n_tokens, cost, *counts)
-    for load in result.of(PublishReport):
+    for load in result.of(LoadReport):
         add("song_embeddings_table", sum(each.n_rows for each in load.loads))
     for index in result.of(IndexReport):
         add("ivfflat_index", index.index.n_rows)

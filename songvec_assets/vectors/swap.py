@@ -27,7 +27,7 @@ from songvec_assets.vectors.load import RangeLoad
 from songvec_assets.vectors.plan import LoadPlan, LoadSource, check_missing, plan_load, read_loadable
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
-LOCK = "publish"
+LOCK = "publish"  # as earlier releases call it, which may run at the same time
 """Held by each run that loads, stages, swaps or drops: one at a time."""
 
 STAGED_SHARE = 0.2
@@ -69,7 +69,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class PublishReport:
+class LoadReport:
     """What was decided and done.
 
     Attributes:
@@ -87,7 +87,7 @@ class PublishReport:
     comparison: Comparison | None = None
 
 
-def check_publishable(database: Database, wanted: WantedTable, models: frozenset[str] | None = None) -> VectorTable:
+def check_loadable(database: Database, wanted: WantedTable, models: frozenset[str] | None = None) -> VectorTable:
     """Before anything is paid for, refuse what could not be loaded afterwards; see also `index/preflight`.
 
     Args:
@@ -127,9 +127,9 @@ def check_publishable(database: Database, wanted: WantedTable, models: frozenset
     return staging
 
 
-def publish_embeddings(
+def bring_table_up_to_date(
     database: Database, source: LoadSource, wanted: WantedTable, run: RunContext = SILENT
-) -> PublishReport:
+) -> LoadReport:
     """Make the serving table equal the cache.
 
     Whether a staging table may replace the serving one is checked before it is built, once it is complete, and in the
@@ -143,8 +143,8 @@ def publish_embeddings(
 
     Raises:
         StoreError: the cache is empty.
-        DamagedShardError: see `upload_cached_embeddings_to_database`; what serves stays as it is.
-        TableMismatchError: see `check_publishable`, `check_missing` and `put_in_place`.
+        DamagedCacheError: see `upload_cached_embeddings_to_database`; what serves stays as it is.
+        TableMismatchError: see `check_loadable`, `check_missing` and `put_in_place`.
     """
     serving, staging = VectorTable(database), VectorTable(database, STAGING)
     with _holding_lock(database, run) as check_held:
@@ -162,13 +162,13 @@ def publish_embeddings(
             target.table, source, wanted.spec, run, plan=plan, n_connections=n_connections
         )
         if not is_staged:
-            return PublishReport(target, loads, n_unmanaged)
+            return LoadReport(target, loads, n_unmanaged)
         index = bring_index_up_to_date(staging, source.cache, wanted.spec, wanted.index, run, check_held)
         compared = _read_ledgers(database)
         check_missing(serving, source, STAGING, compared[1], lambda each: set(staging.ledger.read_song_ids(each)), run)
         comparison = compare_tables(database)
         put_in_place(database, target.keep, compared, check_held, run)
-        return PublishReport(target, loads, 0, index, comparison)
+        return LoadReport(target, loads, 0, index, comparison)
 
 
 @contextlib.contextmanager
@@ -182,7 +182,7 @@ def _holding_lock(database: Database, run: RunContext) -> Iterator[Callable[[], 
 
 def _choose_target(serving: VectorTable, wanted: WantedTable, plan: LoadPlan, check_held: Callable[[], None]) -> Target:
     database, spec = serving.database, wanted.spec
-    staging = check_publishable(database, wanted, plan.models)
+    staging = check_loadable(database, wanted, plan.models)
     if staging != serving:
         served = serving.spec or "the old table"
         return Target(staging, f"{served} serves until {spec} is complete and indexed", keep=True)
