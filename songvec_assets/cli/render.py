@@ -126,6 +126,24 @@ def hits_table(hits: Sequence["Hit"], width: int) -> Table:
     return table
 
 
+def settings_table() -> str:
+    """All settings, as the Markdown table in the README."""
+    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, describe, variable
+
+    lines = [
+        "| Variable | Default | Meaning | Read | Store identity |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for group in GROUPS:
+        read = "when the graph loads" if group is GraphSettings else "when a run starts"
+        for name, field in group.model_fields.items():
+            default = "" if field.default is None else f"`{field.default!s}`".replace("\n", "\\n")
+            identity = "yes" if name in STORE_IDENTITY else ""
+            meaning = describe(field).removesuffix(".")
+            lines.append(f"| `{variable(name)}` | {default} | {meaning} | {read} | {identity} |")
+    return "\n".join(lines)
+
+
 def _table(first: str, *others: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column(first, no_wrap=True)

@@ -5,8 +5,8 @@ to add here: another reason to stage or to refuse a swap. Keep out: what people 
 and how two tables compare (`index/audit`).
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
@@ -91,7 +91,6 @@ def check_loadable(database: Database, wanted: WantedTable, models: frozenset[st
     """Before anything is paid for, refuse what could not be loaded afterwards; see also `index/preflight`.
 
     Args:
-        database, wanted: where, and what is to be loaded.
         models: of the ranges in the serving table; None: not known.
 
     Returns:
@@ -136,7 +135,6 @@ def bring_table_up_to_date(
     swap's own transaction: a build takes hours, and people and other runs change things meanwhile.
 
     Args:
-        database: where the table is.
         source: the cache and the snapshots.
         wanted: what the table is to hold.
         run: notified of each step; a stop ends it, and the next call goes on from there.
@@ -147,7 +145,7 @@ def bring_table_up_to_date(
         TableMismatchError: see `check_loadable`, `check_missing` and `put_in_place`.
     """
     serving, staging = VectorTable(database), VectorTable(database, STAGING)
-    with _holding_lock(database, run) as check_held:
+    with _hold_lock(database, run) as check_held:
         plan = plan_load(serving, source, run)
         target = _choose_target(serving, wanted, plan, check_held)
         is_staged, n_unmanaged = target.table == staging, plan.n_unmanaged
@@ -171,13 +169,9 @@ def bring_table_up_to_date(
         return LoadReport(target, loads, 0, index, comparison)
 
 
-@contextlib.contextmanager
-def _holding_lock(database: Database, run: RunContext) -> Iterator[Callable[[], None]]:
-    def report_waiting() -> None:
-        run.report(Progress("load rows", 0, 0, unit="rows", note="waiting for another load or swap to end"))
-
-    with hold_lock(database, LOCK, on_wait=report_waiting, check=run.check_stop) as check_held:
-        yield check_held
+def _hold_lock(database: Database, run: RunContext) -> AbstractContextManager[Callable[[], None]]:
+    waiting = Progress("load rows", 0, 0, unit="rows", note="waiting for another load or swap to end")
+    return hold_lock(database, LOCK, on_wait=lambda: run.report(waiting), check=run.check_stop)
 
 
 def _choose_target(serving: VectorTable, wanted: WantedTable, plan: LoadPlan, check_held: Callable[[], None]) -> Target:
@@ -284,7 +278,7 @@ def roll_back(database: Database, run: RunContext = SILENT) -> TableSpec | None:
             previous.rename_to(connection, SERVING)
         check_held()
 
-    with _holding_lock(database, run) as check_held:
+    with _hold_lock(database, run) as check_held:
         run_with_short_lock(database, swap, run.check_stop)
     return serving.spec
 
@@ -300,6 +294,6 @@ def drop_others(database: Database, run: RunContext = SILENT) -> list[str]:
             table.drop(connection)
         check_held()
 
-    with _holding_lock(database, run) as check_held:
+    with _hold_lock(database, run) as check_held:
         run_with_short_lock(database, drop, run.check_stop)
     return dropped
