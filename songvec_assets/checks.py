@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from songvec_assets.errors import SongvecError, TableMismatchError
+from songvec_assets.errors import SongvecError, TableMismatchError, describe
 from songvec_assets.vectors.index.audit import audit_index, audit_recall, audit_vectors
 from songvec_assets.vectors.index.upkeep import plan_build
 from songvec_assets.wiring import Wiring
@@ -64,7 +64,7 @@ class Evidence:
         try:
             return check.ask(self)
         except SongvecError as error:
-            return Finding(False, str(error))
+            return Finding(False, describe(error))
 
 
 def coverage(evidence: Evidence) -> Finding:

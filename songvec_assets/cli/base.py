@@ -12,7 +12,7 @@ import typer
 from dotenv import dotenv_values, load_dotenv
 
 from songvec_assets.cli.terminal import fail
-from songvec_assets.errors import SettingsError, SongvecError, describe
+from songvec_assets.errors import SettingsError, SongvecError, SourceError, describe
 from songvec_assets.signals import discard_unwritable_output, interrupted_by_hangup
 
 if TYPE_CHECKING:
@@ -79,8 +79,9 @@ def choose_span(pipeline: "Pipeline", ranges: str) -> "tuple[SongIdRange, SongId
     held = pipeline.held_ranges()
     if not held:
         caution = f" ({pipeline.source.caution})" if pipeline.source.caution else ""
-        fail(
+        raise SourceError(
             f"table {pipeline.source.table} holds no songs with an id from {pipeline.tiling.start} on: nothing to "
-            f"do{caution}"
+            f"do{caution}",
+            "source.empty",
         )
     return held[0], held[-1]

@@ -15,7 +15,8 @@ import typer
 
 from songvec_assets.cli import base
 from songvec_assets.cli.base import ConfirmDeletions, app
-from songvec_assets.cli.terminal import EXIT_INCOMPLETE, err, fail, hint, interruptible, say
+from songvec_assets.cli.terminal import EXIT_INCOMPLETE, err, hint, interruptible, say
+from songvec_assets.errors import SettingsError, TableMismatchError
 
 if TYPE_CHECKING:
     from songvec_assets.cli.run import RunResult
@@ -54,9 +55,10 @@ def demo(
     pipeline = base.make_pipeline()
     held = pipeline.table.spec
     if held is not None and held.model not in LOCAL_MODELS:
-        fail(
+        raise TableMismatchError(
             f"the embedded database holds vectors of {held.model}, made with a key: the demo would replace them. "
-            "Search them with `songvec search` and the key, or remove .songvec to start again"
+            "Search them with `songvec search` and the key, or remove .songvec to start again",
+            "table.not-demo",
         )
     if songs:
         add_generated_songs(pipeline.database, songs)
@@ -159,12 +161,9 @@ def index() -> None:
 @app.command()
 def verify() -> None:
     """Run all checks of the table and the index; changes nothing. Exit code 3 if one does not pass."""
-    from songvec_assets.checks import Evidence
     from songvec_assets.defs.checks import Answer
 
-    pipeline = base.make_pipeline()
-    Evidence(pipeline).check_loaded()
-    answers = _run_job("verify", pipeline).of(Answer)
+    answers = _run_job("verify", base.make_pipeline()).of(Answer)
     for each in answers:
         if each.finding.passed:
             say(f"{each.check}: {each.finding.words}")
@@ -203,7 +202,10 @@ def swap(
     pipeline = base.make_pipeline(**resources["postgres"], **resources["fireworks"], **resources["run"])
     resources["run"] |= {"confirm_deletions": confirm_deletions, "confirm_reembedding": confirm_reembedding}
     if pipeline.table.spec == pipeline.table_spec:
-        fail(f"searches find {pipeline.table_spec} already: name another --model, --dimensions or --vector-type")
+        raise SettingsError(
+            f"searches find {pipeline.table_spec} already: name another --model, --dimensions or --vector-type",
+            "settings.unchanged",
+        )
     swapped = _run_job("swap", pipeline, base.choose_span(pipeline, ""), **resources)
     each = pipeline.settings
     say(
