@@ -132,7 +132,7 @@ def wait_in_copy(world: World, running: Attempt, proxy: Proxy) -> None:
     """Until what clients send is held in the middle of a COPY."""
     while running.running:
         if proxy.holding:
-            time.sleep(0.05)  # what passed is on its way
+            time.sleep(0.05)  # what passed arrives
             rows = world.admin("SELECT bytes_processed FROM pg_stat_progress_copy WHERE datname = current_database()")
             if rows:
                 world.note(f"{sum(n_bytes for (n_bytes,) in rows) >> 10} KiB into COPY")
@@ -165,7 +165,7 @@ def wait_for_lock(world: World, running: Attempt, query: str = "") -> None:
 
 
 def kill_in_copy(world: World, draw: Random) -> None:
-    """While rows are on their way."""
+    """While rows are sent."""
     prepare_load(world, draw)
     with world.proxied() as (proxy, database):
         proxy.hold_after(int(world.n_bytes * draw.uniform(0.05, 0.95)))
@@ -275,7 +275,7 @@ def on_small_disk(world: World, n_bytes: int) -> Iterator[SmallDisk]:
 
 
 def drop_in_copy(world: World, draw: Random) -> None:
-    """While rows are on their way."""
+    """While rows are sent."""
     prepare_load(world, draw)
     with world.proxied() as (proxy, database):
         proxy.hold_after(int(world.n_bytes * draw.uniform(0.05, 0.95)))

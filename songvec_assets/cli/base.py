@@ -3,10 +3,13 @@
 When to add here: what several commands need before they begin. Keep out: the commands.
 """
 
+import functools
+import inspect
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from dotenv import dotenv_values, load_dotenv
@@ -18,6 +21,8 @@ from songvec_assets.signals import discard_unwritable_output, interrupted_by_han
 if TYPE_CHECKING:
     from songvec_assets.pipeline import Pipeline
     from songvec_assets.songs.ranges import SongIdRange
+
+Options = TypeVar("Options")
 
 app = typer.Typer(
     help="Songs in Postgres become an indexed pgvector table of embeddings.",
@@ -57,6 +62,19 @@ def main() -> None:
             fail(describe(error))
         finally:
             discard_unwritable_output()
+
+
+def takes_options(command: Callable[[Options], None]) -> Callable[..., None]:
+    """Let a command take its options as one dataclass; typer sees an option for each of its fields."""
+    [parameter] = inspect.signature(command).parameters.values()
+    options = parameter.annotation
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        command(options(**given))
+
+    with_options.__signature__ = inspect.signature(options)  # type: ignore[attr-defined]
+    return with_options
 
 
 def make_pipeline(**overrides: Any) -> "Pipeline":
