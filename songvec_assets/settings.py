@@ -1,9 +1,8 @@
 """All settings: environment variable, type, default and meaning, in one group per resource.
 
 A value passed to `Settings(...)` replaces that of its variable; an empty variable counts as unset. `GraphSettings` are
-read when the graph loads, all others when a run starts.
-When to add here: a setting, as a field of its group, of a type that Dagster's run config supports (text, number,
-Boolean, one of several words). Keep out: what a setting does.
+read when the graph loads, all others when a run starts. When to add here: a setting, as a field of its group, of a type
+that Dagster's run config supports (text, number, Boolean, one of several words). Keep out: what a setting does.
 """
 
 import re
@@ -61,6 +60,7 @@ class _Group(BaseSettings):
         frozen=True,
         str_strip_whitespace=True,
         allow_inf_nan=False,
+        validate_default=False,
         use_attribute_docstrings=True,
     )
 
