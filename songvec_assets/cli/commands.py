@@ -185,7 +185,7 @@ def verify() -> None:
     answers = _run_job("verify", base.make_pipeline()).of(Answer)
     for each in answers:
         if each.finding.passed:
-            say(f"{each.check}: {each.finding.words}")
+            say(f"{each.check}: {each.finding.message}")
     if not all(each.finding.passed for each in answers):
         hint("docs/operations.md says what to do about each check; `songvec run` often is enough.")
         raise typer.Exit(EXIT_INCOMPLETE)

@@ -158,7 +158,7 @@ def run_and_print(
     for line in _describe_outcome(result):
         say(line)
     warnings = [
-        f"Check {each.check} did not pass: {each.finding.words}"
+        f"Check {each.check} did not pass: {each.finding.message}"
         for each in result.of(Answer)
         if not each.finding.passed
     ]
