@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.drift import ModelRecord
-from songvec_assets.errors import BudgetExceededError, DamagedShardError, ProviderError, SongvecError, StoreError
+from songvec_assets.errors import BudgetExceededError, DamagedCacheError, ProviderError, SongvecError, StoreError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
 from songvec_assets.questions import Questions
@@ -30,7 +30,7 @@ from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import swap
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
-from songvec_assets.vectors.swap import PublishReport
+from songvec_assets.vectors.swap import LoadReport
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
 if TYPE_CHECKING:  # the HTTP client of providers and the driver of exports, which a search does not need
@@ -126,12 +126,12 @@ class Pipeline(Questions):
             raise error
         return reports
 
-    def load(self, progress: ReportProgress = ignore_progress) -> PublishReport:
-        """Make what searches find equal to the cache; see `publish_embeddings`. Sends nothing to the provider."""
+    def load(self, progress: ReportProgress = ignore_progress) -> LoadReport:
+        """Make what searches find equal to the cache; see `bring_table_up_to_date`. Sends nothing to the provider."""
         if self.cache.ranges():  # else nothing is written: an empty cache is refused
             self.bind()
         run = RunContext(progress, self.stop)
-        return swap.publish_embeddings(self.database, self.load_source, self.wanted_table, run)
+        return swap.bring_table_up_to_date(self.database, self.load_source, self.wanted_table, run)
 
     def build_index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
         """Build the index if it is missing or out of date, or if `rebuild`; see `bring_index_up_to_date`."""
@@ -168,13 +168,13 @@ class Pipeline(Questions):
             failures.append(error)
         try:
             filled = self.embed(ranges, progress, **choices)
-        except (BudgetExceededError, ProviderError, StoreError, DamagedShardError) as error:
+        except (BudgetExceededError, ProviderError, StoreError, DamagedCacheError) as error:
             if self.settings.swap or not self.cache.ranges():  # an incomplete staging table would not be swapped in
                 raise
             failures.append(error)
         try:
             loaded = self.load(progress)
-        except DamagedShardError as error:
+        except DamagedCacheError as error:
             failures.append(error)
         indexed = self.build_index(progress=progress)
         if failures:
@@ -270,7 +270,7 @@ class Pipeline(Questions):
             n_songs = sum(self.store.songs.footer(each).n_songs for each in self.store.songs.ranges())
             check_target(target, self.table_spec, self.index_settings, n_songs)
 
-        return lambda: check_once(swap.check_publishable(self.database, self.wanted_table))
+        return lambda: check_once(swap.check_loadable(self.database, self.wanted_table))
 
     # searches
 

@@ -14,10 +14,10 @@ from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.progress import describe_seconds
 from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.watch import SourceState
+from songvec_assets.vectors.index.catalog import IndexFacts
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.plan import LoadPlan
-from songvec_assets.vectors.swap import PublishReport
-from songvec_assets.vectors.table import IndexFacts
+from songvec_assets.vectors.swap import LoadReport
 
 if TYPE_CHECKING:
     from songvec_assets.cache.plan import FillReport
@@ -30,7 +30,7 @@ class RunReport:
 
     export: "ExportReport"
     embed: "list[FillReport]"
-    load: PublishReport
+    load: LoadReport
     index: IndexReport
 
 

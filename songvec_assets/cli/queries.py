@@ -90,7 +90,7 @@ def search(
 @app.command("settings")
 def print_settings() -> None:
     """Print all settings as a Markdown table, and the prompts of the configured model."""
-    from songvec_assets.settings import settings_table
+    from songvec_assets.cli.render import settings_table
 
     print(settings_table())
     pipeline = base.make_pipeline()

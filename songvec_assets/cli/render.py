@@ -25,7 +25,7 @@ def run_table(result: "RunResult") -> Table:
     from songvec_assets.defs.reports import count_vectors
     from songvec_assets.songs.export import ExportReport
     from songvec_assets.vectors.index.upkeep import IndexReport
-    from songvec_assets.vectors.swap import PublishReport
+    from songvec_assets.vectors.swap import LoadReport
 
     table = _table("Asset", "Rows", "Seconds", "Tokens", "Cost", "Unchanged", "New", "Changed")
 
@@ -43,7 +43,7 @@ def run_table(result: "RunResult") -> Table:
         n_tokens, usd, *counts = (sum(getattr(each, name) for each in fills) for name in names)
         n_vectors, cost = sum(map(count_vectors, fills)), f"${usd:,.4f}"
         add("embedding_cache", n_vectors, n_tokens, cost, *counts)
-    for load in result.of(PublishReport):
+    for load in result.of(LoadReport):
         add("song_embeddings_table", sum(each.n_rows for each in load.loads))
     for index in result.of(IndexReport):
         add("ivfflat_index", index.index.n_rows)
@@ -124,6 +124,24 @@ def hits_table(hits: Sequence["Hit"], width: int) -> Table:
         first_line = (hit.lyrics or "").partition("\n")[0]
         table.add_row(f"{hit.similarity:.3f}", *map(Text, (hit.name, hit.artist, first_line)))
     return table
+
+
+def settings_table() -> str:
+    """All settings, as the Markdown table in the README."""
+    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, describe, variable
+
+    lines = [
+        "| Variable | Default | Meaning | Read | Store identity |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for group in GROUPS:
+        read = "when the graph loads" if group is GraphSettings else "when a run starts"
+        for name, field in group.model_fields.items():
+            default = "" if field.default is None else f"`{field.default!s}`".replace("\n", "\\n")
+            identity = "yes" if name in STORE_IDENTITY else ""
+            meaning = describe(field).removesuffix(".")
+            lines.append(f"| `{variable(name)}` | {default} | {meaning} | {read} | {identity} |")
+    return "\n".join(lines)
 
 
 def _table(first: str, *others: str) -> Table:

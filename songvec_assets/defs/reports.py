@@ -17,7 +17,7 @@ from songvec_assets.search.preview import Preview
 from songvec_assets.songs.export import ExportReport
 from songvec_assets.vectors.index.recall import RecallReport
 from songvec_assets.vectors.index.upkeep import IndexReport
-from songvec_assets.vectors.swap import PublishReport
+from songvec_assets.vectors.swap import LoadReport
 
 Metadata = dict[str, Any]
 _MAX_TABLE_ROWS = 50
@@ -56,8 +56,8 @@ def report_export(report: ExportReport, pipeline: Pipeline, log: Any) -> dg.Mate
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(snapshots.digest_all()))
 
 
-def report_publish(
-    report: PublishReport, pipeline: Pipeline, context: dg.AssetExecutionContext
+def report_load(
+    report: LoadReport, pipeline: Pipeline, context: dg.AssetExecutionContext
 ) -> dg.MaterializeResult[None]:
     """A load's totals and the changed ranges; the version is the digest of the ledger."""
     context.log.info(report.target.reason)
@@ -75,9 +75,7 @@ def report_publish(
         return {COVERAGE: show_chart(draw_coverage(coverage), "songs by range: loaded, cached, rejected, missing")}
 
     charts = draw_if_changed(context, (COVERAGE,), digest_data(coverage.rows()), draw) if len(coverage) else {}
-    return dg.MaterializeResult(
-        metadata=describe_publish(report, pipeline) | charts, data_version=dg.DataVersion(version)
-    )
+    return dg.MaterializeResult(metadata=describe_load(report, pipeline) | charts, data_version=dg.DataVersion(version))
 
 
 def report_index(
@@ -175,7 +173,7 @@ def describe_fills(reports: Sequence[FillReport]) -> str:
     )
 
 
-def describe_publish(report: PublishReport, pipeline: Pipeline) -> Metadata:
+def describe_load(report: LoadReport, pipeline: Pipeline) -> Metadata:
     """Totals of a load, what was swapped in, a row per range that was written."""
     compared, spec = report.comparison, pipeline.table_spec
     swapped = {}

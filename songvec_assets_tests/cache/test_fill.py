@@ -149,7 +149,7 @@ def vector_bytes(pipeline: Pipeline, song_id: int) -> bytes:
 
 
 def assert_stored(pipeline: Pipeline, texts: dict[int, str]) -> None:
-    """The shards hold these songs with the vectors of these texts, and no others."""
+    """The cache holds these songs with the vectors of these texts, and no others."""
     found = stored(pipeline)
     assert set(found) == set(texts)
     for song_id, text in texts.items():
@@ -564,7 +564,7 @@ def test_a_range_whose_files_are_deleted_is_filled_again_though_it_was_complete(
     assert_stored(second, plain_texts(range(1, 9)))
 
 
-def test_a_shard_without_a_snapshot_is_left_as_it_is(songs: Songs, run: Run, provider: Provider) -> None:
+def test_a_range_without_a_snapshot_is_left_as_it_is(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*plain_songs(range(1, 9)))
     first = run()
     fill(first)

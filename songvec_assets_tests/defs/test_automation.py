@@ -84,9 +84,9 @@ class TestConditions:
         tick = dg.evaluate_automation_conditions(defs=defs, instance=instance)
         materialize(instance, "songs_parquet")
         tick = dg.evaluate_automation_conditions(defs=defs, instance=instance, cursor=tick.cursor)
-        shards = tmp_path / "store" / "embeddings" / "fireworks--qwen3-embedding-8b-64"
-        (shards / "000050000-000100000").mkdir(parents=True)
-        (shards / "000050000-000100000" / "manifest.json").write_bytes(b"not a file of ours" * 100)
+        folder = tmp_path / "store" / "embeddings" / "fireworks--qwen3-embedding-8b-64" / "000050000-000100000"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_bytes(b"not a file of ours" * 100)
         failed = run_job(defs.resolve_job_def("embed"))
         assert [keys for keys in failed.incomplete.values() if keys] == [["000050000-000100000"]]
         tick = dg.evaluate_automation_conditions(defs=defs, instance=instance, cursor=tick.cursor)

@@ -16,10 +16,10 @@ from songvec_assets.defs.reports import describe_index, describe_preview
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.preview import Neighborhood, Preview, SongMap
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange
+from songvec_assets.vectors.index.catalog import IndexFacts
 from songvec_assets.vectors.index.recall import RecallPoint, RecallReport
 from songvec_assets.vectors.index.sizing import estimate_build
 from songvec_assets.vectors.index.upkeep import IndexReport
-from songvec_assets.vectors.table import IndexFacts
 
 POINTS = tuple(
     RecallPoint(probes, min(rows, made_up), rows, made_up, ms, 3 * ms)

@@ -18,6 +18,7 @@ from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.progress import SILENT, Progress, RunContext
+from songvec_assets.vectors.index.catalog import BuiltIndex
 from songvec_assets.vectors.index.neighbors import (
     NEIGHBORS,
     ExactNeighbors,
@@ -26,7 +27,7 @@ from songvec_assets.vectors.index.neighbors import (
     sample_queries,
 )
 from songvec_assets.vectors.index.probes import SMALL_TABLE_ROWS, find_smallest, set_probes
-from songvec_assets.vectors.table import BuiltIndex, VectorTable
+from songvec_assets.vectors.table import VectorTable
 
 STEP = "measure recall"
 DEFAULT_TARGET = 0.95

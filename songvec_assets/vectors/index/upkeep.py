@@ -16,10 +16,11 @@ from songvec_assets.errors import SettingsError, TableMismatchError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.index import build
+from songvec_assets.vectors.index.catalog import BuiltIndex, IndexFacts
 from songvec_assets.vectors.index.probes import choose_probes
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport, measure_and_record, read_recall
 from songvec_assets.vectors.index.sizing import BuildEstimate, Capacity, choose_lists, estimate_build, read_capacity
-from songvec_assets.vectors.table import BuiltIndex, IndexFacts, TableSpec, VectorTable
+from songvec_assets.vectors.table import TableSpec, VectorTable
 
 _LISTS_OFF_BY = 0.25
 _CHANGED_SHARE = 0.2
