@@ -7,10 +7,8 @@ import time
 from dataclasses import dataclass, replace
 
 import msgspec
-from psycopg2 import sql
 
-from songvec_assets.postgres.engine import Database, raw_cursor
-from songvec_assets.songs.source import DIGEST, SongsSource, fetch_rows
+from songvec_assets.songs.source import DIGEST, SongsSource, literal
 
 
 @dataclass(frozen=True)
@@ -43,32 +41,29 @@ class SourceState:
         return f"{self.n_songs:,} songs in Postgres, the highest id {self.highest_id}{newest}"
 
 
-def measure_source(database: Database, source: SongsSource) -> SourceState:
+def measure_source(source: SongsSource) -> SourceState:
     """Measure the source; index-only scans, if possible."""
     newest = f"max({source.updated_at})::text" if source.updated_at else "NULL"
-    with database.get_connection() as connection, raw_cursor(connection) as cursor:
-        # inlined: names may contain percent signs
-        relation = sql.Literal(source.relation).as_string(cursor)
-        cursor.execute(f"""
-            WITH RECURSIVE part (oid) AS (
-                SELECT to_regclass({relation})::oid
-                UNION SELECT inhrelid FROM pg_inherits JOIN part ON inhparent = part.oid
-            )
-            SELECT count(*), max({source.song_id}), {newest}, coalesce(sum({source.song_id}), 0)::text, (
-                SELECT sum(
-                    pg_stat_get_tuples_inserted(oid) + pg_stat_get_tuples_updated(oid) + pg_stat_get_tuples_deleted(oid)
-                )::bigint
-                FROM pg_class WHERE oid IN (SELECT oid FROM part)
-                HAVING bool_and(relkind IN ('r', 'p')) AND current_setting('track_counts')::boolean
-            )
-            FROM {source.relation}
-        """)
-        return SourceState(*cursor.fetchone())
+    [row] = source.fetch(f"""
+        WITH RECURSIVE part (oid) AS (
+            SELECT to_regclass({literal(source.relation)})::oid
+            UNION SELECT inhrelid FROM pg_inherits JOIN part ON inhparent = part.oid
+        )
+        SELECT count(*), max({source.song_id}), {newest}, coalesce(sum({source.song_id}), 0)::text, (
+            SELECT sum(
+                pg_stat_get_tuples_inserted(oid) + pg_stat_get_tuples_updated(oid) + pg_stat_get_tuples_deleted(oid)
+            )::bigint
+            FROM pg_class WHERE oid IN (SELECT oid FROM part)
+            HAVING bool_and(relkind IN ('r', 'p')) AND current_setting('track_counts')::boolean
+        )
+        FROM {source.relation}
+    """)
+    return SourceState(*row)
 
 
-def digest_source(database: Database, source: SongsSource) -> str:
+def digest_source(source: SongsSource) -> str:
     """A digest of all texts with their song_ids. The server reads the whole table."""
-    [(digest,)] = fetch_rows(database, source.select(DIGEST))
+    [(digest,)] = source.fetch(source.select(DIGEST))
     return str(digest)
 
 
@@ -159,11 +154,10 @@ class SourceLook:
         return state.n_writes is None or state.n_writes != self.state.n_writes
 
 
-def look_at_source(database: Database, source: SongsSource, cursor: str | None) -> "tuple[SourceLook, str | None]":
+def look_at_source(source: SongsSource, cursor: str | None) -> "tuple[SourceLook, str | None]":
     """Look whether a song's text or id changed since the last look.
 
     Args:
-        database: of the source.
         source: which table and columns.
         cursor: the last look's `dump`; None or anything else: this is the first look.
 
@@ -171,12 +165,12 @@ def look_at_source(database: Database, source: SongsSource, cursor: str | None) 
         See `SourceLook.judge`; a first look counts as a change.
     """
     before = SourceLook.load(cursor, source)
-    state, now = measure_source(database, source), time.time()
+    state, now = measure_source(source), time.time()
     digest = None
     # after the state: writes in between count at the next look
     if before is None or before.wants_digest(state, now):
         began = time.monotonic()
-        value = digest_source(database, source)
+        value = digest_source(source)
         digest = Digest(value, now, time.monotonic() - began)
     if before is None:
         return SourceLook(source.identity, state, digest, is_current=True), None

@@ -12,8 +12,9 @@ from songvec_assets.errors import DatabaseError, StoppedError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext, StopSignal
 from songvec_assets.songs import readers
-from songvec_assets.songs.export import ExportMode, ExportOptions, IncompleteExportError, cache_songs_to_parquet
+from songvec_assets.songs.export import ExportMode, ExportOptions, cache_songs_to_parquet
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.reports import IncompleteExportError
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets.storage import Storage
@@ -64,9 +65,7 @@ def run(
     reported: list[Progress] = []
     options = ExportOptions(mode, n_readers=n_readers)
     source = find_source(database, FRAGILE)
-    cache_songs_to_parquet(
-        database, source, Snapshots(Storage(folder)), TILING, options, context or RunContext(reported.append)
-    )
+    cache_songs_to_parquet(source, Snapshots(Storage(folder)), TILING, options, context or RunContext(reported.append))
     return reported
 
 
@@ -304,7 +303,7 @@ class TestSideBySide:
         source = find_source(database, FRAGILE)
         options = ExportOptions(n_readers=n_readers)
         report = cache_songs_to_parquet(
-            database, source, Snapshots(Storage(tmp_path)), TILING, options, RunContext(reported.append)
+            source, Snapshots(Storage(tmp_path)), TILING, options, RunContext(reported.append)
         )
         assert [each.range.start for each in report.ranges] == list(range(0, 1000, 100))
         assert [(each.done, each.total) for each in reported] == [(2 * n, 20) for n in range(1, 11)]
@@ -328,7 +327,7 @@ class TestSideBySide:
             "pg_backend_pid()::text AS lyrics FROM faults.rows",
         )
         source = find_source(database, SourceNames("faults.named", song_id_column="id"))
-        cache_songs_to_parquet(database, source, Snapshots(Storage(tmp_path)), TILING, ExportOptions(n_readers=2))
+        cache_songs_to_parquet(source, Snapshots(Storage(tmp_path)), TILING, ExportOptions(n_readers=2))
         songs = [Snapshots(Storage(tmp_path)).read(each) for each in Snapshots(Storage(tmp_path)).ranges()]
         assert {name for each in songs for name in each["artist"]} == {"songvec"}
         assert len({pid for each in songs for pid in each["lyrics"]}) <= 2

@@ -40,7 +40,7 @@ def ids(*song_ids: int) -> IdSums:
 
 def export(database: Database, names: SourceNames, folder: Path) -> list[tuple]:
     """Find the source, export it, and read all that was written."""
-    cache_songs_to_parquet(database, find_source(database, names), Snapshots(Storage(folder)), TILING)
+    cache_songs_to_parquet(find_source(database, names), Snapshots(Storage(folder)), TILING)
     tables = [Snapshots(Storage(folder)).read(each) for each in Snapshots(Storage(folder)).ranges()]
     return [row for table in tables for row in table.drop("rejected").rows()]
 
@@ -73,7 +73,7 @@ class TestNames:
         )
         names = SourceNames("100% songs", name_column="%(name)s")
         assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves")]
-        assert count_unreachable_ids(database, find_source(database, names)) == Counter()
+        assert count_unreachable_ids(find_source(database, names)) == Counter()
 
     @pytest.mark.parametrize(
         "odd", ['My "Songs";--', "100% %s %(name)s", "a:b :name ::text", "it's $1 \\ {x}", "Ünï çødé"]
@@ -98,10 +98,10 @@ class TestNames:
         assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves"), (8, "Hill", "Ben", None)]
         run(database, f"INSERT INTO {schema}.{schema} VALUES (9, 'Moon', 'Cy', NULL, '2026-01-03')")
         cache_songs_to_parquet(
-            database, find_source(database, names), Snapshots(Storage(tmp_path)), TILING, ExportOptions("append")
+            find_source(database, names), Snapshots(Storage(tmp_path)), TILING, ExportOptions("append")
         )
         assert Snapshots(Storage(tmp_path)).read(SongIdRange(0, 100))["song_id"].to_list() == [7, 8, 9]
-        assert count_unreachable_ids(database, find_source(database, names)) == Counter()
+        assert count_unreachable_ids(find_source(database, names)) == Counter()
 
     def test_a_table_is_looked_for_as_written_then_in_lower_case(self, database: Database) -> None:
         run(database, "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)")
@@ -169,7 +169,7 @@ class TestMissing:
     def test_a_table_that_this_user_may_not_read_says_which_right_is_lacking(self, database: Database) -> None:
         run(database, "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)")
         with as_role(database) as seen, pytest.raises((SourceError, DatabaseError)) as caught:
-            count_ranges(seen, find_source(seen, SourceNames()), TILING)
+            count_ranges(find_source(seen, SourceNames()), TILING)
         assert "this user lacks a right" in str(caught.value)
 
 
@@ -242,7 +242,7 @@ class TestIds:
             "CREATE TABLE songs (id bigint PRIMARY KEY, name text, artist text, lyrics text)",
             f"INSERT INTO songs SELECT unnest(ARRAY[-1, 0, 99, 100, 999, 1000, 50000, {MAX_SONG_ID}, {2**31}])",
         )
-        assert count_ranges(database, find_source(database, SourceNames()), TILING) == {
+        assert count_ranges(find_source(database, SourceNames()), TILING) == {
             SongIdRange(0, 100): RangeCount(ids(0, 99)),
             SongIdRange(100, 200): RangeCount(ids(100)),
             SongIdRange(900, 1000): RangeCount(ids(999)),
@@ -256,7 +256,7 @@ class TestIds:
             f"INSERT INTO songs SELECT unnest(ARRAY[NULL, NULL, NULL, -1, {-(2**40)}, 0, {MAX_SONG_ID}, {2**31}])",
         )
         source = find_source(database, SourceNames(song_id_column="id"))
-        assert count_unreachable_ids(database, source) == Counter(
+        assert count_unreachable_ids(source) == Counter(
             {"the id is NULL": 3, "the id is negative": 2, "the id is above 2147483647, the highest INTEGER": 1}
         )
 
@@ -266,7 +266,7 @@ class TestIds:
             "CREATE TABLE songs (id smallint PRIMARY KEY, name text, artist text, lyrics text)",
             "INSERT INTO songs VALUES (1, 'Sea', 'Ann', NULL)",
         )
-        assert count_unreachable_ids(database, find_source(database, SourceNames())) == Counter()
+        assert count_unreachable_ids(find_source(database, SourceNames())) == Counter()
 
     def test_the_newest_time_of_a_range_comes_with_its_count(self, database: Database) -> None:
         run(
@@ -277,7 +277,7 @@ class TestIds:
             VALUES (1, '2026-01-02'), (2, '2026-01-03'), (3, NULL), (100, NULL)
             """,
         )
-        counts = count_ranges(database, find_source(database, SourceNames(updated_at_column="at")), TILING)
+        counts = count_ranges(find_source(database, SourceNames(updated_at_column="at")), TILING)
         assert counts == {
             SongIdRange(0, 100): RangeCount(ids(1, 2, 3), "2026-01-03 00:00:00"),
             SongIdRange(100, 200): RangeCount(ids(100), None),
