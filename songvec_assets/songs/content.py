@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from songvec_assets.songs.text import TEXT_HASH_BYTES, TextSpec, render_texts
+from songvec_assets.songs.text import FIELDS, TEXT_HASH_BYTES, TextSpec, render_texts
 
 SNAPSHOT_SCHEMA = pa.schema(
     [
         pa.field("song_id", pa.int32(), nullable=False),
-        *(pa.field(name, pa.string()) for name in ("name", "artist", "lyrics", "rejected")),
+        *(pa.field(name, pa.string()) for name in (*FIELDS, "rejected")),
     ]
 )
 _TEXT_HASHES = [pa.field("text_hash", pa.binary(TEXT_HASH_BYTES)), pa.field("truncated", pa.bool_())]
@@ -87,7 +87,7 @@ def make_content(songs: pa.Table, spec: TextSpec) -> pa.Table:
         Of FILE_SCHEMA.
     """
     reasons = [pl.Series(songs["undecodable"])] if "undecodable" in songs.column_names else []
-    for column in ("name", "artist", "lyrics"):
+    for column in FIELDS:
         # only required columns are read: lyrics, most of a song's bytes, are required only if nothing else is embedded
         if column in spec.required:
             is_blank = pl.Series(songs[column]).fill_null("").str.strip_chars() == ""

@@ -35,8 +35,6 @@ ExportMode = Literal["all", "append"]
 N_READERS = 2
 """Connections that read in parallel: with one, the server is idle while files are written; three take over 450 MB."""
 
-FULL_COMPARE_HOURS = 24.0
-
 _LOOKS = "looks.json"
 _MOST_NAMED_SHARE = 0.25
 """If a larger share of a range's songs changed, the range is read as a whole."""
@@ -60,7 +58,7 @@ class ExportOptions:
     kept: Collection[SongIdRange] = ()
     guard: Absence | None = None
     n_readers: int = N_READERS
-    full_compare_hours: float = FULL_COMPARE_HOURS
+    full_compare_hours: float = 24.0
 
 
 _DEFAULT_OPTIONS = ExportOptions()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from multiprocessing.pool import AsyncResult, ThreadPool
 from queue import SimpleQueue
-from types import TracebackType
 from typing import TypeVar
 
 import adbc_driver_postgresql.dbapi as adbc
@@ -27,6 +26,7 @@ from songvec_assets.postgres.sessions import CONNECT_ARGS
 from songvec_assets.progress import RunContext
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.source import SONGS, SONGS_AS_BYTES, SongsSource
+from songvec_assets.songs.text import FIELDS
 
 _PAUSES_S = (0.0, 1.0, 4.0)
 """Before each attempt: a server that restarts is back after a few seconds."""
@@ -157,9 +157,7 @@ class Readers:
     def __enter__(self) -> "Readers":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
         for reader in self._readers if kind is not None else ():
             # in a thread, since a cancellation waits for the server
@@ -227,7 +225,7 @@ def read_songs_from_postgres(
 def _decode(songs: pa.Table, codec: str) -> pa.Table:
     """Decode texts one by one; what is invalid in the database's encoding gets a reason and replacement characters."""
     reasons: list[str | None] = [None] * songs.num_rows
-    for column, name in enumerate(("name", "artist", "lyrics"), start=1):
+    for column, name in enumerate(FIELDS, start=1):
         texts: list[str | None] = []
         for row, value in enumerate(songs[name].to_pylist()):
             try:

@@ -16,7 +16,7 @@ from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs import catalogue
 from songvec_assets.songs.advice import describe_missing, describe_numbering, describe_types, list_grants
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.text import TextSpec
+from songvec_assets.songs.text import FIELDS, TextSpec
 
 OVERLAP = "2 hours"
 """How far an export looks back before the newest time seen. Covers clocks that differ by up to an hour plus
@@ -53,9 +53,7 @@ def as_bytes(column: str) -> str:
     return f"convert_to({column}::text, getdatabaseencoding())"
 
 
-SONGS_AS_BYTES = ", ".join(
-    ["song_id", *(f"{as_bytes(name)} AS {name}" for name in ("name", "artist", "lyrics")), _SOURCE_HASH]
-)
+SONGS_AS_BYTES = ", ".join(["song_id", *(f"{as_bytes(name)} AS {name}" for name in FIELDS), _SOURCE_HASH])
 
 
 @dataclass(frozen=True)

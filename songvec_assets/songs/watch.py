@@ -93,14 +93,14 @@ class SourceLook:
     Attributes:
         source: which table and columns.
         state: as last reported.
-        digest: the last one taken; None before the first.
+        digest: the last one taken.
         is_current: whether the digest was taken of the songs as `state` describes them.
     """
 
     source: str
     state: SourceState
-    digest: Digest | None = None
-    is_current: bool = False
+    digest: Digest
+    is_current: bool = True
 
     def dump(self) -> str:
         """As text, for a cursor."""
@@ -117,7 +117,7 @@ class SourceLook:
 
     def wants_digest(self, state: SourceState, now: float) -> bool:
         """Whether to compare the texts: they may have changed, and the last digest is long enough ago."""
-        if self.digest and 0 <= now - self.digest.at < _DIGEST_REST * self.digest.took_s:
+        if 0 <= now - self.digest.at < _DIGEST_REST * self.digest.took_s:
             return False
         return not self.is_current or self._may_differ(state) or state.ids != self.state.ids
 
@@ -141,10 +141,8 @@ class SourceLook:
             later = "texts are compared later: comparing takes a twentieth of the time at most"
             return self, later if waits else "nothing changed"
         known = replace(self, state=state, digest=digest, is_current=True)
-        if self.is_current and self.digest:
-            differs = self.digest.value != digest.value
-        else:
-            differs = may_differ or self.is_current
+        # a digest of other songs says nothing about these
+        differs = self.digest.value != digest.value if self.is_current else may_differ
         if differs:
             return known, None
         return known, "rows were written, but no song's text or id changed" if may_differ else "nothing changed"
@@ -166,12 +164,10 @@ def look_at_source(source: SongsSource, cursor: str | None) -> "tuple[SourceLook
     """
     before = SourceLook.load(cursor, source)
     state, now = measure_source(source), time.time()
-    digest = None
+    if before is not None and not before.wants_digest(state, now):
+        return before.judge(state, None)
     # after the state: writes in between count at the next look
-    if before is None or before.wants_digest(state, now):
-        began = time.monotonic()
-        value = digest_source(source)
-        digest = Digest(value, now, time.monotonic() - began)
-    if before is None:
-        return SourceLook(source.identity, state, digest, is_current=True), None
-    return before.judge(state, digest)
+    began = time.monotonic()
+    value = digest_source(source)
+    digest = Digest(value, now, time.monotonic() - began)
+    return (SourceLook(source.identity, state, digest), None) if before is None else before.judge(state, digest)

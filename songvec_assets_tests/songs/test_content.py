@@ -3,7 +3,7 @@
 import polars as pl
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from songvec_assets.songs.content import (
@@ -16,6 +16,7 @@ from songvec_assets.songs.content import (
 )
 from songvec_assets.songs.text import TextSpec
 
+PROFILE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Row = tuple[int, str | None, str | None, str | None, str | None]
 ROWS: list[Row] = [
     (1, "Füße", "Ann", "la la", None), (3, None, "Ben", None, "the song has no name"), (7, "", "", "", None),
@@ -56,6 +57,7 @@ class TestDigest:
         assert digest_songs(columns_of(ROWS)) == "50cccbb2e78f5b392695b7dcbaa357c6"
         assert digest_songs(columns_of([])) == "e5189a9599e3f86205ea23ef06e28b2d"
 
+    @PROFILE
     @given(rows, st.lists(st.integers(0, 12), max_size=4))
     def test_chunks_make_no_difference(self, songs: list[Row], cuts: list[int]) -> None:
         whole = columns_of(songs)
@@ -63,6 +65,7 @@ class TestDigest:
         pieces = [whole.slice(start, stop - start) for start, stop in zip([0, *ends], [*ends, len(songs)], strict=True)]
         assert digest_songs(pa.concat_tables(pieces)) == digest_songs(whole)
 
+    @PROFILE
     @given(rows, rows)
     def test_other_rows_have_another(self, some: list[Row], others: list[Row]) -> None:
         assert (digest_songs(columns_of(some)) == digest_songs(columns_of(others))) == (some == others)
@@ -82,6 +85,7 @@ class TestDigest:
 
 
 class TestCompare:
+    @PROFILE
     @given(rows, rows)
     def test_it_counts_as_one_would_by_hand(self, before: list[Row], after: list[Row]) -> None:
         # hypothesis draws few song_ids twice: every second song stays
