@@ -310,24 +310,6 @@ class TestBadInput:
         assert caught.value.reasons == {describe(caught.value.__cause__): [SECOND.key]}
         assert caught.value.is_partial
 
-    def test_an_id_that_is_there_twice_costs_the_connections_other_ranges_nothing(
-        self, database: Database, tmp_path: Path
-    ) -> None:
-        change(
-            database,
-            """
-            CREATE TABLE songs (id integer, name text, artist text, lyrics text);
-            INSERT INTO songs SELECT n, 'Sea', 'Ann', NULL FROM unnest(ARRAY[1, 150]) n
-            """,
-        )
-        names = SourceNames(song_id_column="id")
-        run(database, tmp_path, names)
-        change(database, "INSERT INTO songs SELECT * FROM songs WHERE id = 1")
-        change(database, "UPDATE songs SET name = 'New' WHERE id = 150")
-        with pytest.raises(IncompleteExportError, match="1 of 2 ranges"):
-            run(database, tmp_path, names, n_readers=1)
-        assert names_of(tmp_path) == {1: "Sea", 150: "New"}
-
     def test_a_range_that_cannot_be_read_ends_in_the_servers_words_and_leaves_its_file(
         self, database: Database, songs: Callable[..., None], tmp_path: Path
     ) -> None:

@@ -8,7 +8,7 @@ from threading import Thread
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.errors import DatabaseError, StoppedError
+from songvec_assets.errors import DatabaseError, SourceError, StoppedError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext, StopSignal
 from songvec_assets.songs import readers
@@ -87,6 +87,22 @@ def set_timeout(database: Database, milliseconds: int) -> None:
     """What an administrator sets against long queries."""
     name = sa.make_url(database.url).database
     execute(database.adbc_uri, f"ALTER DATABASE {name} SET statement_timeout = {milliseconds}")
+
+
+def test_songs_that_are_refused_do_not_leave_their_transaction_to_the_next_range(database: Database) -> None:
+    begun: list[object] = []
+
+    def read(connection: readers.adbc.Connection) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT now()")
+            begun.append(cursor.fetchone())
+        raise SourceError("an id is there twice")
+
+    with readers.Readers(database, 1) as one:
+        for _ in range(2):
+            with pytest.raises(SourceError, match="twice"):
+                next(one.map(lambda reader, _: reader.read(read), [None], RunContext()))
+    assert begun[0] != begun[1]
 
 
 class TestPassingFaults:
