@@ -550,7 +550,7 @@ def _running_pipeline(
             }
             own = {name: value for name, value in os.environ.items() if name not in {*variables(), "DAGSTER_HOME"}}
             pipeline = Pipeline(Settings(**settings))
-            cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, tiling)
+            cache_songs_to_parquet(pipeline.source, pipeline.store.songs, tiling)
             try:
                 yield pipeline, provider, folder, own | settings | {"PYTHONPATH": str(ROOT)}
             finally:

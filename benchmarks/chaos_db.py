@@ -521,7 +521,7 @@ def names(world: World, _: Random) -> None:
         "song_id_stop": world.tiling.stop,
     }
     pipeline = Pipeline(Settings(**settings))
-    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, world.tiling)
+    cache_songs_to_parquet(pipeline.source, pipeline.store.songs, world.tiling)
     pipeline.filler().fill_ranges(list(world.tiling), lambda _: None)
     world.cache, world.spec = pipeline.cache, pipeline.table_spec
     world.moment = f"{relation} ({', '.join(quoted)})"

@@ -36,7 +36,8 @@ from songvec_assets.vectors.table import TableSpec, VectorTable
 if TYPE_CHECKING:  # the HTTP client of providers and the driver of exports, which a search does not need
     from songvec_assets.cache.fill import Filler
     from songvec_assets.cache.plan import FillReport
-    from songvec_assets.songs.export import ExportMode, ExportReport
+    from songvec_assets.songs.export import ExportMode
+    from songvec_assets.songs.reports import ExportReport
 
 
 class EmbedChoices(TypedDict, total=False):
@@ -94,7 +95,7 @@ class Pipeline(Questions):
             full_compare_hours=self.settings.full_compare_hours,
         )
         run = RunContext(progress, self.stop)
-        return export.cache_songs_to_parquet(self.database, self.source, self.store.songs, self.tiling, options, run)
+        return export.cache_songs_to_parquet(self.source, self.store.songs, self.tiling, options, run)
 
     def embed(
         self,
@@ -157,7 +158,7 @@ class Pipeline(Questions):
             SongvecError: what failed first. Ranges that are complete are loaded and indexed before it is raised;
                 `status()` says what is missing.
         """
-        from songvec_assets.songs.export import IncompleteExportError
+        from songvec_assets.songs.reports import IncompleteExportError
 
         failures: list[SongvecError] = []
         try:
@@ -166,6 +167,9 @@ class Pipeline(Questions):
             if not error.is_partial:
                 raise
             failures.append(error)
+            exported = error.report
+        # the export has just counted the songs
+        ranges = [each.range for each in exported.ranges] if ranges is None else ranges
         try:
             filled = self.embed(ranges, progress, **choices)
         except (BudgetExceededError, ProviderError, StoreError, DamagedCacheError) as error:
@@ -267,7 +271,7 @@ class Pipeline(Questions):
 
         @functools.cache
         def check_once(target: VectorTable) -> None:
-            n_songs = sum(self.store.songs.footer(each).n_songs for each in self.store.songs.ranges())
+            n_songs = sum(self.store.songs.count().values())
             check_target(target, self.table_spec, self.index_settings, n_songs)
 
         return lambda: check_once(swap.check_loadable(self.database, self.wanted_table))

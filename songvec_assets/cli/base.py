@@ -94,12 +94,12 @@ def choose_span(pipeline: "Pipeline", ranges: str) -> "tuple[SongIdRange, SongId
             return parse_span(ranges, pipeline.tiling)
         except SettingsError as error:
             raise typer.BadParameter(describe(error)) from error
-    held = pipeline.held_ranges()
-    if not held:
+    span = pipeline.find_span()
+    if span is None:
         caution = f" ({pipeline.source.caution})" if pipeline.source.caution else ""
         raise SourceError(
             f"table {pipeline.source.table} holds no songs with an id from {pipeline.tiling.start} on: nothing to "
             f"do{caution}",
             "source.empty",
         )
-    return held[0], held[-1]
+    return span

@@ -23,7 +23,7 @@ def run_table(result: "RunResult") -> Table:
     """A row per asset."""
     from songvec_assets.cache.plan import FillReport
     from songvec_assets.defs.reports import count_vectors
-    from songvec_assets.songs.export import ExportReport
+    from songvec_assets.songs.reports import ExportReport
     from songvec_assets.vectors.index.upkeep import IndexReport
     from songvec_assets.vectors.swap import LoadReport
 

@@ -23,8 +23,8 @@ from songvec_assets.errors import SongvecError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.progress import Progress
-from songvec_assets.songs.export import ExportReport
 from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.reports import ExportReport
 from songvec_assets.vectors.swap import LoadReport
 
 Report = TypeVar("Report")

@@ -14,7 +14,7 @@ from songvec_assets.defs.charts import digest_data, draw_coverage, draw_if_chang
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.search.preview import Preview
-from songvec_assets.songs.export import ExportReport
+from songvec_assets.songs.reports import ExportReport
 from songvec_assets.vectors.index.recall import RecallReport
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.swap import LoadReport

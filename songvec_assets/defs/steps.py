@@ -24,7 +24,7 @@ from songvec_assets.errors import (
 )
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.progress import Progress, ProgressLines, run_in_worker
-from songvec_assets.songs.export import IncompleteExportError
+from songvec_assets.songs.reports import IncompleteExportError
 
 Report = TypeVar("Report")
 Result = TypeVar("Result")

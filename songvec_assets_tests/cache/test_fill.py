@@ -32,7 +32,7 @@ from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import Progress
-from songvec_assets.songs import snapshots
+from songvec_assets.songs import content, snapshots
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import TextSpec, hash_text, render_texts
@@ -84,7 +84,7 @@ def one_range_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def export(pipeline: Pipeline) -> None:
     """Bring the snapshots to the state of the songs table."""
-    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, pipeline.tiling)
+    cache_songs_to_parquet(pipeline.source, pipeline.store.songs, pipeline.tiling)
 
 
 def fill(pipeline: Pipeline, max_usd: float | None = None, confirm_reembedding: bool = False) -> list[FillReport]:
@@ -247,7 +247,8 @@ def test_only_the_texts_that_are_sent_are_rendered(
         n_rendered += songs.height
         return render_texts(songs, spec)
 
-    monkeypatch.setattr(snapshots, "render_texts", count_and_render)
+    for module in (content, snapshots):
+        monkeypatch.setattr(module, "render_texts", count_and_render)
     provider.reset_ledger()
     execute(database.adbc_uri, "UPDATE songs SET lyrics = 'new' WHERE id % 180 = 7")
     export(pipeline)
@@ -889,7 +890,7 @@ def test_an_overfull_tail_that_was_exported_all_the_same_is_not_paid_for(
     filler = pipeline.filler()  # it counts the tail, too: these songs come later
     songs(*plain_songs(range(1000, 1101)))
     wider = Tiling(width=1000, stop=TILING.stop)
-    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, wider)
+    cache_songs_to_parquet(pipeline.source, pipeline.store.songs, wider)
     reports: list[FillReport] = []
     with pytest.raises(SongvecError, match=r"101 songs.*SONGVEC_SONG_ID_STOP") as caught:
         filler.fill_ranges([TILING.tail], reports.append)

@@ -26,8 +26,9 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import lock_key
 from songvec_assets.postgres.short_lock import run_with_short_lock
 from songvec_assets.progress import Progress, ReportProgress, RunContext, StopSignal, ignore_progress
+from songvec_assets.songs.content import SNAPSHOT_SCHEMA
 from songvec_assets.songs.ranges import Tiling
-from songvec_assets.songs.snapshots import SNAPSHOT_SCHEMA, Snapshots
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.storage import Storage
 from songvec_assets.vectors import swap
 from songvec_assets.vectors.index.audit import Comparison
