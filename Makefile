@@ -15,7 +15,7 @@ BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench
 .NOTPARALLEL:
 
 help:  ## This list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /make \1\t/' | expand -t 20
 
 $(RUNS): pyproject.toml constraints.txt songvec_assets.pth
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python 3.11 or newer, got " + sys.version.split()[0] + ": make PYTHON=python3.11")'
