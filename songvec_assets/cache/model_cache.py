@@ -173,8 +173,10 @@ def write_embeddings_to_file(
     Raises:
         ValueError: a vector is zero, not finite, or of another size: nothing is written.
     """
+    if len(embeddings) != len(song_ids):
+        raise ValueError(f"expected {len(song_ids)} vectors, got {len(embeddings)}")
     if len(song_ids):
-        cached.writer.write(song_ids, text_hashes, embeddings)
+        cached.writer.write([CachedRows.of(song_ids, text_hashes, embeddings)])
 
 
 def read_embeddings_from_file(cached: CachedRange, rows: pl.Series) -> Iterator[CachedRows]:
