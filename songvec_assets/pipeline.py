@@ -235,7 +235,7 @@ class Pipeline(Questions):
         shared = context.SendContext(
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
             quota=self.quota,
-            budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
+            budget=Budget(self.price, self.database.get_engine("autocommit"), run or uuid4().hex, *limits),
             estimator=estimator,
             concurrency=given.concurrency,
             server=self.server,

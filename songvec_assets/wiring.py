@@ -243,7 +243,7 @@ class Wiring:
         quota = given.requests_per_minute, given.tokens_per_minute
         return EmbeddingClient(
             Endpoint(given.fireworks_base_url, given.fireworks_api_key, *model),
-            RateLimiter(self.database.get_engine("web"), given.fireworks_base_url, *quota),
+            RateLimiter(self.database.get_engine("autocommit"), given.fireworks_base_url, *quota),
             Patience(given.patience_s, given.concurrency, self.stop, on_trouble),
             estimator,
             check_probe,
