@@ -211,6 +211,9 @@ def recall_reaches_target(evidence: Evidence) -> Finding:
         {
             "target": target,
             "recall": round(point.recall, 4),
+            "recall, low": round(point.low, 4),
+            "recall, high": round(point.high, 4),
+            "queries": point.n_queries,
             "probes": point.probes,
             "median ms": round(point.ms_median, 3),
         },

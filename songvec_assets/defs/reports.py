@@ -16,6 +16,7 @@ from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.search.preview import Preview
 from songvec_assets.songs.reports import ExportReport
 from songvec_assets.vectors.index.recall import RecallReport
+from songvec_assets.vectors.index.searches import RecallPoint
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.swap import LoadReport
 
@@ -234,6 +235,10 @@ def describe_recall(recall: RecallReport) -> Metadata:
     """What was measured, a row per number of probes."""
     return {
         "recall (%)": round(100 * recall.recall, 2),
+        "recall, 95% interval (%)": describe_interval(recall.chosen),
+        "recall, queries": recall.chosen.n_queries,
+        "recall, rows compared": recall.n_read,
+        "recall, duration (s)": round(recall.seconds, 1),
         "target recall (%)": 100 * recall.target,
         "median search (ms)": round(recall.chosen.ms_median, 3),
         **_table(
@@ -243,6 +248,8 @@ def describe_recall(recall: RecallReport) -> Metadata:
                     "probes": point.probes,
                     "chosen": point.probes == recall.probes,
                     "recall (%)": round(100 * point.recall, 2),
+                    "95% interval (%)": describe_interval(point),
+                    "queries": point.n_queries,
                     "recall of rows (%)": round(100 * point.recall_of_rows, 2),
                     "recall of synthetic queries (%)": round(100 * point.recall_of_synthetic, 2),
                     "median (ms)": round(point.ms_median, 3),
@@ -252,6 +259,11 @@ def describe_recall(recall: RecallReport) -> Metadata:
             ],
         ),
     }
+
+
+def describe_interval(point: RecallPoint) -> str:
+    """`94.1 to 97.2`."""
+    return f"{100 * point.low:.1f} to {100 * point.high:.1f}"
 
 
 def describe_preview(preview: Preview) -> Metadata:

@@ -707,7 +707,8 @@ class TestSwap:
         assert VectorTable(database).spec == HALF
         assert report.comparison is not None
         assert report.comparison.describe() == (
-            "120 rows, 120 before; recall 100.0% at 11 probes, before: recall 100.0% at 11 probes; "
+            "120 rows, 120 before; recall 100.0% at 11 probes (exact: all lists are visited), "
+            "before: recall 100.0% at 11 probes (exact: all lists are visited); "
             "50 songs share 100% of their ten nearest with the previous table"
         )
         rows = execute(database.adbc_uri, "SELECT song_id, embedding::vector::real[] FROM song_embeddings")

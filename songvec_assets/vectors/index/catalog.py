@@ -18,11 +18,13 @@ class BuiltIndex:
     Attributes:
         n_rows: of the table then; 0: not recorded.
         target, probes: the target when recall was first measured, and the probes that reached it; None: never.
+        seconds: that the build took; 0: not recorded.
     """
 
     n_rows: int = 0
     target: float | None = None
     probes: int | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
