@@ -159,6 +159,7 @@ class Pipeline(Questions):
         """
         from songvec_assets.songs.export import IncompleteExportError
 
+        self.check_model()
         failures: list[SongvecError] = []
         try:
             exported = self.export("all", progress, confirm_deletions)

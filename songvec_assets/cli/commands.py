@@ -46,12 +46,11 @@ def demo(
 ) -> None:
     """Fill an embedded Postgres with sample songs, run the whole graph on it, and search."""
     from songvec_assets.cli.queries import print_hits
-    from songvec_assets.embedding.demo import find_files
     from songvec_assets.postgres.embedded import add_generated_songs
     from songvec_assets.settings import LOCAL_MODELS
 
-    find_files()  # if the model is not installed, fail before anything starts
     pipeline = base.make_pipeline()
+    pipeline.check_model()
     held = pipeline.table.spec
     if held is not None and held.model not in LOCAL_MODELS:
         fail(
@@ -121,6 +120,8 @@ def refresh(
     from songvec_assets.cli.queries import print_plan
 
     pipeline = base.make_pipeline()
+    if not dry_run:
+        pipeline.check_model()
     span = base.choose_span(pipeline, ranges)
     if dry_run:
         print_plan(pipeline, span, reembed or anew)
@@ -202,6 +203,7 @@ def swap(
     resources = {name: {key: value for key, value in each.items() if value is not None} for name, each in given.items()}
     pipeline = base.make_pipeline(**resources["postgres"], **resources["fireworks"], **resources["run"])
     resources["run"] |= {"confirm_deletions": confirm_deletions, "confirm_reembedding": confirm_reembedding}
+    pipeline.check_model()
     if pipeline.table.spec == pipeline.table_spec:
         fail(f"searches find {pipeline.table_spec} already: name another --model, --dimensions or --vector-type")
     swapped = _run_job("swap", pipeline, base.choose_span(pipeline, ""), **resources)
