@@ -7,7 +7,7 @@ RUNS := $(VENV)/.runs
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size bench-demo
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size bench-commands bench-demo
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dev test test-slow check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
@@ -77,6 +77,9 @@ bench-operating: $(INSTALLED)  ## The graph in Dagster compared with the bare co
 
 bench-size: $(INSTALLED)  ## Commands over a million songs: a run with nothing to do, one with 0.1 % changed, status, estimate: 10 min
 	$(BIN)/python -m benchmarks.at_size
+
+bench-commands: $(INSTALLED)  ## How long a person waits for a command, compared with `import dagster`: 5 min
+	$(BIN)/python -m benchmarks.commands
 
 bench-demo: $(INSTALLED)  ## How well the demo's model finds songs by their meaning: 10 s
 	$(BIN)/python -m benchmarks.demo_quality --queries
