@@ -23,7 +23,7 @@ from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
 from songvec_assets.questions import Questions
 from songvec_assets.reports import RunReport
-from songvec_assets.search import nearest
+from songvec_assets.search import lines, nearest
 from songvec_assets.search.nearest import Hit
 from songvec_assets.settings import Settings, variables
 from songvec_assets.songs.ranges import SongIdRange
@@ -160,6 +160,7 @@ class Pipeline(Questions):
         """
         from songvec_assets.songs.reports import IncompleteExportError
 
+        self.check_model()
         failures: list[SongvecError] = []
         try:
             exported = self.export("all", progress, confirm_deletions)
@@ -280,8 +281,10 @@ class Pipeline(Questions):
 
     def search(self, query: str, limit: int = 10, on_trouble: Callable[[str], None] = lambda _: None) -> Sequence[Hit]:
         """The songs nearest to a text, nearest first; `pl.DataFrame(hits)` has a row per song."""
-        vector = self.embed_query(query, on_trouble)
-        return nearest.search_songs(self.database, self.source, self.as_loaded().table_spec, vector, limit)
+        vector, loaded = self.embed_query(query, on_trouble), self.as_loaded()
+        hits = nearest.search_songs(self.database, self.source, loaded.table_spec, vector, limit)
+        embedder = loaded.embedder() if loaded.settings.offline else None
+        return lines.add_best_lines(hits, query, vector, embedder)
 
     def embed_query(self, query: str, on_trouble: Callable[[str], None] = lambda _: None) -> NDArray[np.float32]:
         """A query's vector, (dimensions,), by the model that searches find; see `as_loaded`.

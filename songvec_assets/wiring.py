@@ -223,6 +223,17 @@ class Wiring:
         """An estimator that starts from what earlier runs learned about the model."""
         return TokenEstimator(self.spending.read_bytes_per_token() or UTF8_BYTES_PER_TOKEN)
 
+    def check_model(self) -> None:
+        """Refuse a local model that is not installed, before anything is done.
+
+        Raises:
+            SettingsError: it is not; the message says how to install it.
+        """
+        if self.settings.model == DEMO_MODEL:
+            from songvec_assets.embedding.demo import find_files
+
+            find_files()
+
     def embedder(
         self,
         estimator: TokenEstimator | None = None,

@@ -48,12 +48,11 @@ def demo(
 ) -> None:
     """Fill an embedded Postgres with sample songs, run the whole graph on it, and search."""
     from songvec_assets.cli.queries import print_hits
-    from songvec_assets.embedding.demo import find_files
     from songvec_assets.postgres.embedded import add_generated_songs
     from songvec_assets.settings import LOCAL_MODELS
 
-    find_files()  # if the model is not installed, fail before anything starts
     pipeline = base.make_pipeline()
+    pipeline.check_model()
     held = pipeline.table.spec
     if held is not None and held.model not in LOCAL_MODELS:
         raise TableMismatchError(
@@ -155,6 +154,8 @@ def _run_or_plan(job: str, options: RunOptions, next_step: str) -> None:
     from songvec_assets.cli.queries import print_plan
 
     pipeline = base.make_pipeline()
+    if not options.dry_run:
+        pipeline.check_model()
     span = base.choose_span(pipeline, options.ranges)
     if options.dry_run:
         print_plan(pipeline, span, options.reembed or options.anew)
@@ -224,6 +225,8 @@ def swap(options: SwapOptions) -> None:
         "run": {"swap": True, "max_usd": options.max_usd},
     }
     pipeline = base.make_pipeline(**resources["postgres"], **resources["fireworks"], **resources["run"])
+    if not options.dry_run:
+        pipeline.check_model()
     resources["run"] |= {
         "confirm_deletions": options.confirm_deletions,
         "confirm_reembedding": options.confirm_reembedding,

@@ -124,4 +124,4 @@ def print_hits(pipeline: "Pipeline", query: str, limit: int, as_json: bool = Fal
         print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
         return
     out.print(Text(f"“{query}”", style="bold"))
-    out.print(hits_table(hits, out.width))
+    out.print(hits_table(hits))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -108,21 +109,15 @@ def status_table(status: "Status") -> Table:
     return table
 
 
-def hits_table(hits: Sequence["Hit"], width: int) -> Table:
-    """The songs found, nearest first.
-
-    Args:
-        hits: to show.
-        width: of the terminal. Names get what they need; the first line of the lyrics gets the rest.
-    """
+def hits_table(hits: Sequence["Hit"]) -> Table:
+    """The songs found, nearest first: name and artist, and below them the best line."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     table.add_column("Near", width=5)
-    for name, most in {"Song": 45, "Artist": 30}.items():
-        table.add_column(name, no_wrap=True, max_width=most * width // 100)
-    table.add_column("First line", no_wrap=True, ratio=1)
+    table.add_column("Song, artist and best line", ratio=1)
     for hit in hits:
-        first_line = (hit.lyrics or "").partition("\n")[0]
-        table.add_row(f"{hit.similarity:.3f}", *map(Text, (hit.name, hit.artist, first_line)))
+        song = Text.assemble((hit.name, "bold"), f" — {hit.artist}")
+        line = Text(hit.best_line or "(no lyrics)", style="dim", no_wrap=True, overflow="ellipsis")
+        table.add_row(f"{hit.similarity:.3f}", Group(song, line))
     return table
 
 

@@ -21,6 +21,7 @@ from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.progress import SILENT, Progress, RunContext
+from songvec_assets.vectors.index.catalog import BuiltIndex
 from songvec_assets.vectors.index.interval import estimate_share
 from songvec_assets.vectors.index.neighbors import (
     NEIGHBORS,
@@ -31,7 +32,7 @@ from songvec_assets.vectors.index.neighbors import (
     sample_queries,
 )
 from songvec_assets.vectors.index.probes import set_probes
-from songvec_assets.vectors.table import BuiltIndex, VectorTable
+from songvec_assets.vectors.table import VectorTable
 
 STEP = "measure recall"
 _MOST_MISSING = 0.01
