@@ -225,12 +225,11 @@ def swap(options: SwapOptions) -> None:
         "run": {"swap": True, "max_usd": options.max_usd},
     }
     pipeline = base.make_pipeline(**resources["postgres"], **resources["fireworks"], **resources["run"])
-    if not options.dry_run:
-        pipeline.check_model()
     resources["run"] |= {
         "confirm_deletions": options.confirm_deletions,
         "confirm_reembedding": options.confirm_reembedding,
     }
+    pipeline.check_model()
     if pipeline.table.spec == pipeline.table_spec:
         raise SettingsError(
             f"searches find {pipeline.table_spec} already: name another --model, --dimensions or --vector-type",

@@ -35,9 +35,11 @@ def add_best_lines(
         vector: of the query, (dimensions,).
         embedder: that made it; only a local one is asked for the lines' vectors.
     """
-    n_near = N_BY_MEANING if isinstance(embedder, LocalEmbedder) else 0
-    near = _choose(hits[:n_near], lambda lines: (embedder.embed(lines) @ vector).tolist())
-    return near + _choose(hits[n_near:], by_words(query))
+    near: list[Hit] = []
+    if isinstance(embedder, LocalEmbedder):
+        embed = embedder.embed
+        near = _choose(hits[:N_BY_MEANING], lambda lines: (embed(lines) @ vector).tolist())
+    return near + _choose(hits[len(near) :], by_words(query))
 
 
 def by_words(query: str) -> Score:

@@ -8,7 +8,6 @@ trip. When to add here: another figure of the same searches. Keep out: what foll
 
 import json
 import time
-from collections import ChainMap
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -199,7 +198,9 @@ class Searches:
     def _others(self, query: int) -> Found:
         if self.exact.share >= 1:
             return {}  # the exact neighbors are all known
-        return ChainMap(*(found[query] for found in self._found.values() if query < len(found)))
+        return {
+            key: value for found in self._found.values() if query < len(found) for key, value in found[query].items()
+        }
 
     @cached_property
     def _literals(self) -> list[str]:
