@@ -61,8 +61,6 @@ class Wiring:
             embedder = f"{given.model} at {given.fireworks_base_url}"
         return f"{self.database.describe()}, {embedder}, {given.dimensions} dimensions"
 
-    # the database and the store
-
     @property
     def tiling(self) -> Tiling:
         """How song_ids are divided into ranges."""
@@ -224,11 +222,7 @@ class Wiring:
         return TokenEstimator(self.spending.read_bytes_per_token() or UTF8_BYTES_PER_TOKEN)
 
     def check_model(self) -> None:
-        """Refuse a local model that is not installed, before anything is done.
-
-        Raises:
-            SettingsError: it is not; the message says how to install it.
-        """
+        """Refuse a local model that is not installed, before anything is done; the SettingsError says how to."""
         if self.settings.model == DEMO_MODEL:
             from songvec_assets.embedding.demo import find_files
 
@@ -279,8 +273,7 @@ class Wiring:
     def index_settings(self) -> IndexSettings:
         """How the table is to be indexed."""
         given = self.settings
-        memory = given.index_memory_mb * (1 << 20) if given.index_memory_mb else None
-        return IndexSettings(given.lists, given.target_recall, memory)
+        return IndexSettings(given.lists, given.target_recall, (given.index_memory_mb or 0) * (1 << 20) or None)
 
     @property
     def wanted_table(self) -> WantedTable:
@@ -301,9 +294,7 @@ class Wiring:
             with_table: whether to look at the table and its ledger.
             with_source: whether to count the songs of the source.
         """
-        counts = None
-        if with_source:
-            # divided as the files are: a raised stop changes them at the next export
-            counts = count_ranges(self.source, self.store.tiling)
+        # divided as the files are: a raised stop changes them at the next export
+        counts = count_ranges(self.source, self.store.tiling) if with_source else None
         table = self.table if with_table else None
         return inventory.read(self.load_source, self.text_spec.identity, self.server, table, counts)
