@@ -28,7 +28,7 @@ from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import StopSignal
 from songvec_assets.settings import DEMO_MODEL, Settings
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
-from songvec_assets.songs.counts import RangeCount, check_ids, count_ranges
+from songvec_assets.songs.counts import check_ids, count_ranges, get_numbers
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
@@ -172,19 +172,15 @@ class Wiring:
         """How a song becomes a text."""
         return TextSpec(self.settings.text_template, self.settings.max_text_chars, self.prompts.document)
 
-    def find_boilerplate(self, counts: Mapping[SongIdRange, RangeCount] | None = None) -> Boilerplate:
+    def find_boilerplate(self, n_songs: Mapping[SongIdRange, int] | None = None) -> Boilerplate:
         """What a sample of the source's lyrics holds that is no lyric; nothing if lyrics are not embedded.
 
         Args:
-            counts: of the source; None: it is counted if there are no snapshots.
+            n_songs: of the source, by range; None: of the snapshots, or counted if there are none.
         """
         if "{lyrics}" not in self.settings.text_template:
             return Boilerplate()
-        # for a sample, the counts of the last export suffice
-        n_songs = {} if counts else self.store.songs.count()
-        if not n_songs:
-            counts = counts or count_ranges(self.source, self.tiling)
-            n_songs = {each: counted.n_songs for each, counted in counts.items()}
+        n_songs = n_songs or self.store.songs.count() or get_numbers(count_ranges(self.source, self.tiling))
         return find_boilerplate(sample_lyrics(self.source, sorted(n_songs)), sum(n_songs.values()))
 
     # the cache and what it costs
