@@ -155,7 +155,8 @@ class ExactNeighbors:
         Args:
             query: its number.
             found: song_ids and distances that the search returned.
-            others: what other searches for the same query returned.
+            others: what other searches for the same query returned. If only a sample was read, and no wider search was
+                made, rows beyond the true ten count too, and recall is rather too low.
         """
         kept = dict(zip(self.song_ids[query].tolist(), self.similarities[query].tolist(), strict=True))
         # if all rows were read, one that was not kept is no nearer than the last one that was
