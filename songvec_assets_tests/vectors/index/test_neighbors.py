@@ -7,7 +7,7 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import StoppedError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import RunContext, StopSignal
-from songvec_assets.vectors.index.neighbors import LoadedRows, find_exact_neighbors, sample_queries
+from songvec_assets.vectors.index.neighbors import ExactNeighbors, LoadedRows, find_exact_neighbors, sample_queries
 from songvec_assets.vectors.table import VectorTable
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, forget, load, make_vector, put, reject
 from songvec_assets_tests.vectors.indexes import put_clusters, put_vectors
@@ -75,6 +75,16 @@ class TestExactNeighbours:
         assert exact.judge(0, dict(list(equal.items())[175:]) | others, {}) == (5, 10)
         assert exact.judge(1, dict.fromkeys(nearest[:4], 0.1), {}) == (4, 10)
         assert exact.judge(1, dict.fromkeys([*nearest[:9], 999], 0.1), {}) == (9, 10)
+
+    def test_an_unseen_row_of_a_sample_stands_for_those_left_out(self) -> None:
+        ids, similarities = np.full((1, 50), -1, np.int32), np.full((1, 50), -np.inf, np.float32)
+        ids[0, :4], similarities[0, :4] = [1, 2, 3, 10], [0.9, 0.8, 0.7, 0.6]
+        exact = ExactNeighbors(np.ones((1, 1), np.float32), 1000, ids, similarities, n_read=100)
+        found = {song_id: 0.3 + song_id / 100 for song_id in range(10, 20)}
+        assert exact.judge(0, found, {}) == (0, 1), "ten rows are as near as the first"
+        assert exact.judge(0, found, {1: 0.1, 2: 0.2}) == (0, 3), "these two are known to be nearest"
+        assert exact.judge(0, found, {1: 0.1, 2: 0.2, 3: 0.3}) == (1, 4)
+        assert exact.judge(0, found | {3: 0.3}, {1: 0.1, 2: 0.2}) == (2, 4)
 
     def test_it_is_told_how_far_it_is_and_can_be_stopped(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(250))
