@@ -162,8 +162,9 @@ class TestTimeLimit:
             return searched(self, cursor, query, probes)
 
         monkeypatch.setattr(Searches, "_search", search)
-        monkeypatch.setattr("songvec_assets.vectors.index.searches.time", SimpleNamespace(
-            monotonic=lambda: seconds[0], perf_counter=time.perf_counter))  # fmt: skip
+        fake = SimpleNamespace(monotonic=lambda: seconds[0], perf_counter=time.perf_counter)
+        for module in ("searches", "neighbors"):
+            monkeypatch.setattr(f"songvec_assets.vectors.index.{module}.time", fake)
         return seconds
 
     def test_no_search_starts_when_it_is_up_and_the_report_says_so(
@@ -185,6 +186,17 @@ class TestTimeLimit:
         report = measure_recall(VectorTable(indexed), cache)
         assert 15 < clock[0] <= 60
         assert (report.is_cut_short, report.chosen.n_queries > 2) == (True, True)
+
+    def test_a_query_whose_neighbors_fewer_probes_all_found_is_not_searched_again(
+        self, indexed: Database, cache: ModelCache
+    ) -> None:
+        searches = Searches.over(VectorTable(indexed), cache)
+        few, n_done = searches.measure(4, 200), searches.n_done
+        more = searches.measure(8, 200)
+        assert 200 + 20 <= searches.n_done < n_done + 200
+        anew = Searches.over(VectorTable(indexed), cache).measure(8, 200)
+        assert few.recall < more.recall == anew.recall
+        assert (more.low, more.high, more.n_queries) == (anew.low, anew.high, 200)
 
     def test_what_was_read_by_then_is_a_sample(self, indexed: Database, cache: ModelCache) -> None:
         rows = LoadedRows.of(VectorTable(indexed), cache)
