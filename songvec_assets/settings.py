@@ -7,6 +7,7 @@ Boolean, one of several words). Keep out: what a setting does.
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
@@ -260,6 +261,11 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
         """Whether vectors are made in this process: by a local model's name, or because nothing else is configured."""
         real = self.fireworks_api_key or self.postgres_url or self.fireworks_base_url != FIREWORKS_BASE_URL
         return self.embedding_model in LOCAL_MODELS or not real
+
+    @property
+    def storage_root(self) -> Path:
+        """The folder of the store; it need not exist."""
+        return Path(self.storage or Path(".songvec") / ("main" if self.postgres_url else "demo"))
 
     @property
     def price(self) -> float:

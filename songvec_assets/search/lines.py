@@ -20,7 +20,7 @@ from songvec_assets.search.nearest import Hit
 
 Score = Callable[[Sequence[str]], Sequence[float]]
 
-N_BY_MEANING = 10
+N_BY_MEANING = 3
 """Songs whose lines are embedded, nearest first; further songs' lines are chosen by words."""
 
 
@@ -35,9 +35,10 @@ def add_best_lines(
         vector: of the query, (dimensions,).
         embedder: that made it; only a local one is asked for the lines' vectors.
     """
-    n_near = N_BY_MEANING if isinstance(embedder, LocalEmbedder) else 0
-    near = _choose(hits[:n_near], lambda lines: (embedder.embed(lines) @ vector).tolist())
-    return near + _choose(hits[n_near:], by_words(query))
+    near: list[Hit] = []
+    if isinstance(embedder, LocalEmbedder):
+        near = _choose(hits[:N_BY_MEANING], lambda lines: (embedder.embed(lines) @ vector).tolist())
+    return near + _choose(hits[len(near) :], by_words(query))
 
 
 def by_words(query: str) -> Score:
