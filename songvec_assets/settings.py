@@ -6,6 +6,7 @@ that Dagster's run config supports (text, number, Boolean, one of several words)
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
@@ -250,6 +251,11 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
         """Whether vectors are made in this process: by a local model's name, or because nothing else is configured."""
         real = self.fireworks_api_key or self.postgres_url or self.fireworks_base_url != FIREWORKS_BASE_URL
         return self.embedding_model in LOCAL_MODELS or not real
+
+    @property
+    def storage_root(self) -> Path:
+        """The folder of the store; it need not exist."""
+        return Path(self.storage or Path(".songvec") / ("main" if self.postgres_url else "demo"))
 
     @property
     def price(self) -> float:

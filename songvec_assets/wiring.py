@@ -15,7 +15,7 @@ from typing import Self
 from songvec_assets import inventory
 from songvec_assets.cache.model_cache import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
-from songvec_assets.cache.texts import choose_prompts, read_record
+from songvec_assets.cache.texts import choose_prompts, model_storage, read_record
 from songvec_assets.embedding.embedder import Embedder, Endpoint, Patience
 from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Price, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import Prompts
@@ -87,8 +87,7 @@ class Wiring:
     @property
     def storage_root(self) -> Path:
         """The folder of the store; it need not exist."""
-        default = Path(".songvec") / ("main" if self.settings.postgres_url else "demo")
-        return Path(self.settings.storage) if self.settings.storage else default
+        return self.settings.storage_root
 
     @cached_property
     def store(self) -> Store:
@@ -164,8 +163,8 @@ class Wiring:
     def prompts(self) -> Prompts:
         """What the model is given around queries and texts; see `choose_prompts`. Reads no database."""
         given = self.settings
-        cache = Store(self.storage_root, "", self.tiling).embeddings(given.model, given.dimensions)
-        return choose_prompts(cache, given.query_prompt, given.document_prompt)
+        storage = model_storage(self.storage_root, given.model, given.dimensions)
+        return choose_prompts(storage, given.model, given.query_prompt, given.document_prompt)
 
     @property
     def text_spec(self) -> TextSpec:

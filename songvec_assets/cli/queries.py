@@ -90,13 +90,16 @@ def search(
 @app.command("settings")
 def print_settings() -> None:
     """Print all settings as a Markdown table, and the prompts of the configured model."""
+    from songvec_assets.cache.texts import choose_prompts, model_storage
     from songvec_assets.cli.render import settings_table
+    from songvec_assets.settings import Settings
 
     print(settings_table())
-    pipeline = base.make_pipeline()
-    prompts = pipeline.prompts
+    given = Settings()
+    storage = model_storage(given.storage_root, given.model, given.dimensions)
+    prompts = choose_prompts(storage, given.model, given.query_prompt, given.document_prompt)
     print(
-        f"\nPrompts of {pipeline.settings.model}: {_show_prompt(prompts.query)} for queries, "
+        f"\nPrompts of {given.model}: {_show_prompt(prompts.query)} for queries, "
         f"{_show_prompt(prompts.document)} for songs."
     )
     hint("set them in the environment or in .env; `songvec estimate` shows what a run would cost.")

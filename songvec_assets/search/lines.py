@@ -20,7 +20,7 @@ from songvec_assets.search.nearest import Hit
 
 Score = Callable[[Sequence[str]], Sequence[float]]
 
-N_BY_MEANING = 10
+N_BY_MEANING = 3
 """Songs whose lines are embedded, nearest first; further songs' lines are chosen by words."""
 
 
@@ -37,8 +37,7 @@ def add_best_lines(
     """
     near: list[Hit] = []
     if isinstance(embedder, LocalEmbedder):
-        embed = embedder.embed
-        near = _choose(hits[:N_BY_MEANING], lambda lines: (embed(lines) @ vector).tolist())
+        near = _choose(hits[:N_BY_MEANING], lambda lines: (embedder.embed(lines) @ vector).tolist())
     return near + _choose(hits[len(near) :], by_words(query))
 
 
