@@ -5,16 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size bench-demo
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size bench-commands bench-demo bench-e2e
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dev test test-slow check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
 .NOTPARALLEL:
 
 help:  ## This list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /make \1\t/' | expand -t 20
 
 $(RUNS): pyproject.toml constraints.txt songvec_assets.pth
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python 3.11 or newer, got " + sys.version.split()[0] + ": make PYTHON=python3.11")'
@@ -77,6 +78,17 @@ bench-operating: $(INSTALLED)  ## The graph in Dagster compared with the bare co
 
 bench-size: $(INSTALLED)  ## Commands over a million songs: a run with nothing to do, one with 0.1 % changed, status, estimate: 10 min
 	$(BIN)/python -m benchmarks.at_size
+
+$(PEERS):
+	@$(PYTHON) -m venv $(VENV)/peers
+	@$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check langchain-postgres==0.0.19 langchain-openai==1.7.4 'psycopg[binary]==3.3.9'
+	@touch $(PEERS)
+
+bench-e2e: bench-installed $(PEERS)  ## 50,000 songs end to end, compared with programs written by hand and LangChain: 8 min
+	$(BIN)/python -m benchmarks.end_to_end --peers $(VENV)/peers/bin/python
+
+bench-commands: $(INSTALLED)  ## How long a person waits for a command, compared with `import dagster`: 5 min
+	$(BIN)/python -m benchmarks.commands
 
 bench-demo: $(INSTALLED)  ## How well the demo's model finds songs by their meaning: 10 s
 	$(BIN)/python -m benchmarks.demo_quality --queries

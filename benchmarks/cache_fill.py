@@ -69,7 +69,7 @@ def run_round(
         "song_id_stop": TILING.stop,
     }
     pipeline = Pipeline(Settings(**settings))
-    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, TILING)
+    cache_songs_to_parquet(pipeline.source, pipeline.store.songs, TILING)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
         return processes.submit(fill, settings, fsync_ms).result()
 

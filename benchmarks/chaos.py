@@ -71,7 +71,7 @@ PROMISE = f"texts billed twice are at most {PROMISED_TEXTS:,} a kill"
 ONCE = "every text was billed once, and once more for each time it was lost, no more"
 FOUND = "damage that costs a vector is named, by the load's error or the fill's report"
 SMALL = f"a flipped bit costs at most {PROMISED_TEXTS:,} texts"
-REBUILT = "the next fill rebuilds a damaged shard"
+REBUILT = "the next fill rebuilds a damaged range"
 UNLOADED = "a damaged vector is never loaded"
 SPOILED = "spoilt answers are paid for again and never stored"
 COMPLETE = "in the end every song has its text's vector, and refused songs their reason"
@@ -106,7 +106,7 @@ class Damage:
     at_byte: int
     of_bytes: int
     texts_lost: int
-    told_by: str
+    named_by: str
 
 
 @dataclass
@@ -185,7 +185,7 @@ class Campaign:
 
     Attributes:
         on_disk: texts that were found on disk, sound, at the last look.
-        excused: how often each text may be billed again: lost in flight, or with a shard that was damaged on purpose.
+        excused: how often each text may be billed again: lost in flight, or in a file that was damaged on purpose.
         warm: whether processes are forked from one that has loaded the libraries.
     """
 
@@ -230,11 +230,11 @@ class Campaign:
         """Texts billed again, without those that were damaged on purpose."""
         return sum(max(0, n - 1 - self.excused_damage[text]) for text, n in self.count_billings().items())
 
-    def read_shard(self, song_range: SongIdRange) -> set[bytes]:
+    def read_range(self, song_range: SongIdRange) -> set[bytes]:
         """A range's texts whose vector can be read, fits its checksum and is right.
 
         Raises:
-            StoreError: the file is not the range's shard.
+            StoreError: a file is of another range.
         """
         cached = self.pipeline.cache.open(song_range)
         sound = cached.find_sound(cached.all_rows)
@@ -245,7 +245,7 @@ class Campaign:
 
     def read_disk(self) -> set[bytes]:
         """All texts on disk."""
-        return {text for song_range in self.pipeline.cache.ranges() for text in self.read_shard(song_range)}
+        return {text for song_range in self.pipeline.cache.ranges() for text in self.read_range(song_range)}
 
     def find_wrong_songs(self, song_range: SongIdRange) -> list[int]:
         """Songs of a range whose holding row is not the vector of their text, or the reason of their refusal."""
@@ -360,11 +360,11 @@ class Campaign:
             named = {each: [NAME] for each in named if (root / each.key / NAME).exists()}
         paths = {each: root / each.key / self.rng.choice(names) for each, names in named.items() if names}
         song_range = self.rng.choice(list(paths))
-        path, before = paths.pop(song_range), self.read_shard(song_range)
+        path, before = paths.pop(song_range), self.read_range(song_range)
         size, at_byte = path.stat().st_size, spoil(path, kind, list(paths.values()), self.rng)
         what = f"{kind} at byte {at_byte} of {path.name} after kill {after_kill}"
         try:
-            lost = before - self.read_shard(song_range)
+            lost = before - self.read_range(song_range)
         except StoreError:
             lost = before
         load_error = self.load()
@@ -373,15 +373,15 @@ class Campaign:
         [report] = self.fill([song_range])
         by_load = song_range.key in str(load_error)
         by_fill = report.n_bytes_damaged > 0 or path.name in str(report.error)
-        told_by = " and ".join(["load"] * by_load + ["fill"] * by_fill)
-        expect(FOUND, bool(told_by or not lost), f"{what}: {len(lost)} texts")
+        named_by = " and ".join(["load"] * by_load + ["fill"] * by_fill)
+        expect(FOUND, bool(named_by or not lost), f"{what}: {len(lost)} texts")
         expect(SMALL, "flip" not in kind or len(lost) <= PROMISED_TEXTS, f"{what}: {len(lost)} texts")
         # as the message says, from fill or load: a fill does not open files that are as large as its manifest has them
-        told = [words for words in (str(load_error), str(report.error)) if path.name in words]
-        if any(advice in words for words in told for advice in ("move it away", "remove it")):
+        errors = [words for words in (str(load_error), str(report.error)) if path.name in words]
+        if any(advice in words for words in errors for advice in ("move it away", "remove it")):
             path.rename(path.with_name(f"{path.name}.damaged"))
             # without its manifest a range still has the vectors of its parts
-            lost = before - self.read_shard(song_range)
+            lost = before - self.read_range(song_range)
             [report] = self.fill([song_range])
         wrong = [] if report.error else self.find_wrong_songs(song_range)
         expect(REBUILT, not wrong and not report.error, f"{what}: {len(wrong)} songs left without, {report.error!r}")
@@ -396,7 +396,7 @@ class Campaign:
         self.excused_damage.update(lost)
         self.on_disk |= self.read_disk()
         self.report.damages.append(
-            Damage(after_kill, kind, path.name, at_byte, size, len(lost), told_by or ("nobody" if lost else ""))
+            Damage(after_kill, kind, path.name, at_byte, size, len(lost), named_by or ("nobody" if lost else ""))
         )
 
     def finish(self) -> None:
@@ -550,7 +550,7 @@ def _running_pipeline(
             }
             own = {name: value for name, value in os.environ.items() if name not in {*variables(), "DAGSTER_HOME"}}
             pipeline = Pipeline(Settings(**settings))
-            cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, tiling)
+            cache_songs_to_parquet(pipeline.source, pipeline.store.songs, tiling)
             try:
                 yield pipeline, provider, folder, own | settings | {"PYTHONPATH": str(ROOT)}
             finally:
@@ -575,7 +575,7 @@ def _table(rows: Sequence[dict[str, object]], markdown: bool) -> str:
     return "\n".join(f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in lines)
 
 
-def fill_when_told(asked: str) -> None:
+def fill_on_signal(asked: str) -> None:
     """What is killed: wait for a line, then fill."""
     pipeline = Pipeline(Settings())
     first, last = (SongIdRange.from_key(key) for key in asked.split("..."))
@@ -594,7 +594,7 @@ def main() -> None:
     parser.add_argument("--fill", metavar="FIRST...LAST", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.fill:
-        fill_when_told(given.fill)
+        fill_on_signal(given.fill)
         return
     began = time.monotonic()
     report = run_campaign(given.kills, given.seed, given.songs, lambda line: print(line, file=sys.stderr, flush=True))

@@ -35,7 +35,7 @@ from songvec_assets.vectors.index import recall
 from songvec_assets.vectors.index.neighbors import LoadedRows, sample_queries
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
 from songvec_assets.vectors.plan import LoadSource
-from songvec_assets.vectors.swap import PublishReport, WantedTable, publish_embeddings
+from songvec_assets.vectors.swap import LoadReport, WantedTable, bring_table_up_to_date
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute, wait_until
 from songvec_assets_tests.proxy import Direction, Proxy
@@ -64,7 +64,7 @@ from songvec_assets_tests.vectors.world import (
 SONGS, DIMENSIONS = 2_400, 2_000
 PHASES = ("performing k-means", "assigning tuples", "loading tuples")
 LONG_BUILD_LISTS = 300
-"""So many that a build lasts long enough to be caught in any phase."""
+"""Enough that a build lasts long enough to be caught in any phase."""
 TIMEOUT_S = 0.5
 TRIES = 3
 """How often a fault is tried that misses its moment."""
@@ -77,12 +77,12 @@ Step = Callable[[World, Database | None], Any]
 Fault = Callable[[World, Random], None]
 
 
-def load(world: World, database: Database | None = None) -> PublishReport:
+def load(world: World, database: Database | None = None) -> LoadReport:
     """Make what searches find equal the cache, as a pipeline does: under the index, or through a staging table."""
     ensure_schema(database or world.database)
     source = LoadSource(world.cache, world.tiling, Snapshots(Storage(world.folder / "songs")))
     wanted = WantedTable(world.spec, IndexSettings(world.lists), world.may_swap, world.staged_from_rows)
-    return publish_embeddings(database or world.database, source, wanted)
+    return bring_table_up_to_date(database or world.database, source, wanted)
 
 
 def build_index(world: World, database: Database | None = None) -> IndexReport:
@@ -106,11 +106,11 @@ def error_of(world: World, step: Step, database: Database | None = None) -> Exce
 
 def prepare_load(world: World, draw: Random) -> None:
     """A first load; or one of changed rows, into the table or a staging table."""
-    kind = draw.choice(["first load", "a third changed", "all changed", "built beside"])
+    kind = draw.choice(["first load", "a third changed", "all changed", "staged"])
     if kind != "first load":
         world.run()
         world.change(1, 0.3 if kind == "a third changed" else 1.0)
-        world.staged_from_rows = 1 if kind == "built beside" else 20_000
+        world.staged_from_rows = 1 if kind == "staged" else 20_000
     world.moment = kind
 
 
@@ -132,7 +132,7 @@ def wait_in_copy(world: World, running: Attempt, proxy: Proxy) -> None:
     """Until what clients send is held in the middle of a COPY."""
     while running.running:
         if proxy.holding:
-            time.sleep(0.05)  # what passed is on its way
+            time.sleep(0.05)  # what passed arrives
             rows = world.admin("SELECT bytes_processed FROM pg_stat_progress_copy WHERE datname = current_database()")
             if rows:
                 world.note(f"{sum(n_bytes for (n_bytes,) in rows) >> 10} KiB into COPY")
@@ -165,7 +165,7 @@ def wait_for_lock(world: World, running: Attempt, query: str = "") -> None:
 
 
 def kill_in_copy(world: World, draw: Random) -> None:
-    """While rows are on their way."""
+    """While rows are sent."""
     prepare_load(world, draw)
     with world.proxied() as (proxy, database):
         proxy.hold_after(int(world.n_bytes * draw.uniform(0.05, 0.95)))
@@ -231,11 +231,11 @@ def kill_and_restart(world: World, running: Attempt, draw: Random) -> None:
 def disk_full_in_copy(world: World, draw: Random) -> None:
     """On a first load, or on the way to a swap."""
     with on_small_disk(world, ROOM) as disk:
-        if beside := draw.random() < 0.5:
+        if staged := draw.random() < 0.5:
             prepare_swap(world)
         n_bytes = int(world.n_table_bytes * draw.uniform(0.2, 0.9))
         disk.resize(disk.n_used() + n_bytes)
-        world.moment = f"{n_bytes >> 20} MiB for {world.n_table_bytes >> 20}, {'beside' if beside else 'first load'}"
+        world.moment = f"{n_bytes >> 20} MiB for {world.n_table_bytes >> 20}, {'staged' if staged else 'first load'}"
         world.expect_clear(error_of(world, load), "disk is full: free space")
         world.expect_whole()
         world.expect_settled()
@@ -275,7 +275,7 @@ def on_small_disk(world: World, n_bytes: int) -> Iterator[SmallDisk]:
 
 
 def drop_in_copy(world: World, draw: Random) -> None:
-    """While rows are on their way."""
+    """While rows are sent."""
     prepare_load(world, draw)
     with world.proxied() as (proxy, database):
         proxy.hold_after(int(world.n_bytes * draw.uniform(0.05, 0.95)))
@@ -382,7 +382,7 @@ def expect_completed(world: World, step: Step, statement: str, query: str = "", 
         world.expect(RERUN, error is None, f"it did not complete: {error}")
 
 
-def foreign_row(statement: str) -> Fault:
+def unmanaged_row(statement: str) -> Fault:
     """Another program writes to the loaded table; {mine} is one of our song_ids, {free} one of nobody's."""
 
     def fault(world: World, draw: Random) -> None:
@@ -392,15 +392,15 @@ def foreign_row(statement: str) -> Fault:
         world.moment = statement.format(**values)
         world.admin(world.moment)
         if "{mine}" not in statement and "{free}" not in statement:
-            n_foreign = load(world).n_unmanaged
-            world.expect(CLEAR, n_foreign == 1, f"{n_foreign} rows of somebody else were reported, not 1")
+            n_unmanaged = load(world).n_unmanaged
+            world.expect(CLEAR, n_unmanaged == 1, f"{n_unmanaged} unmanaged rows were reported, not 1")
             world.admin(f"DELETE FROM song_embeddings WHERE song_id < 0 OR song_id > {world.tiling.stop}")
         world.finish()
 
     return fault
 
 
-def foreign_row_in_the_way(world: World, draw: Random) -> None:
+def unmanaged_row_in_the_way(world: World, draw: Random) -> None:
     """Its transaction is open when our COPY comes to its song_id, then committed."""
     world.run()
     world.change(1)
@@ -421,11 +421,11 @@ def zeros(world: World) -> str:
     return f"array_fill(0, ARRAY[{world.spec.dimensions}])::vector"
 
 
-FOREIGN_ROWS = {
-    "a foreign row among ours": "INSERT INTO song_embeddings VALUES ({free}, {vector})",
-    "a foreign row where no shard is": "INSERT INTO song_embeddings VALUES ({above}, {vector})",
-    "a foreign row with a negative song_id": "INSERT INTO song_embeddings VALUES (-7, {vector})",
-    "a foreign row in the place of one of ours": "UPDATE song_embeddings SET song_id = {free} WHERE song_id = {mine}",
+UNMANAGED_ROWS = {
+    "an unmanaged row among ours": "INSERT INTO song_embeddings VALUES ({free}, {vector})",
+    "an unmanaged row where no range is cached": "INSERT INTO song_embeddings VALUES ({above}, {vector})",
+    "an unmanaged row with a negative song_id": "INSERT INTO song_embeddings VALUES (-7, {vector})",
+    "an unmanaged row in place of one of ours": "UPDATE song_embeddings SET song_id = {free} WHERE song_id = {mine}",
 }
 
 
@@ -521,7 +521,7 @@ def names(world: World, _: Random) -> None:
         "song_id_stop": world.tiling.stop,
     }
     pipeline = Pipeline(Settings(**settings))
-    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, world.tiling)
+    cache_songs_to_parquet(pipeline.source, pipeline.store.songs, world.tiling)
     pipeline.filler().fill_ranges(list(world.tiling), lambda _: None)
     world.cache, world.spec = pipeline.cache, pipeline.table_spec
     world.moment = f"{relation} ({', '.join(quoted)})"
@@ -547,8 +547,8 @@ FAULTS: dict[str, tuple[Fault, int]] = {
     "connection dropped at any byte": (drop_anywhere, 20),
     "lock of another session, released": (lock_released, 1),
     "lock of another session, kept": (lock_kept, 1),
-    **{name: (foreign_row(statement), 1) for name, statement in FOREIGN_ROWS.items()},
-    "a foreign row committed during COPY": (foreign_row_in_the_way, 1),
+    **{name: (unmanaged_row(statement), 1) for name, statement in UNMANAGED_ROWS.items()},
+    "an unmanaged row committed during COPY": (unmanaged_row_in_the_way, 1),
     "a column of another size": (other_size, 1),
     "a user without CREATE": (no_create, 1),
     "the URL of a read-only standby": (read_only_standby, 1),

@@ -160,9 +160,9 @@ def run_again(job: Job, measured: Callable[[str, Job], Measure] = measure) -> It
 
 
 def render_ways(measures: dict[str, list[Measure]], n_songs: int) -> str:
-    """Medians and spread, and how many times as fast this is as each, round by round."""
+    """Medians and spread, and how many times as fast this package is, round by round."""
     rows = [
-        "| way | songs/s | min–max | this is so many times as fast | client CPU s | server CPU s | peak MB |",
+        "| way | songs/s | min–max | speed-up of this package | client CPU s | server CPU s | peak MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, runs in measures.items():

@@ -41,7 +41,7 @@ def export_this(job: Job, n_readers: int | None = None) -> None:
     database, names = Database(job.url), SourceNames(job.table)
     tiling = Tiling(job.width, 999_999_999 // job.width * job.width)
     options = ExportOptions(n_readers=n_readers or N_READERS)
-    cache_songs_to_parquet(database, find_source(database, names), Snapshots(Storage(job.folder)), tiling, options)
+    cache_songs_to_parquet(find_source(database, names), Snapshots(Storage(job.folder)), tiling, options)
 
 
 def export_pandas(job: Job) -> None:

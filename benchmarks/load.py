@@ -6,7 +6,7 @@
 
 In every round a client gets a fresh table and its own process, after a CHECKPOINT; slow ones get fewer of the same
 rows, and are assumed to continue at that rate. Rates count from the call to the last commit, and ratios are taken
-within a round. This package's call is the whole path of a first load: it compares, reads mapped shards, checks every
+within a round. This package's call is the whole path of a first load: it compares, reads mapped files, checks every
 row, and keeps its ledger; its VACUUM (ANALYZE) follows the last commit and has a separate column. Memory is the
 client's RssAnon: mapped files are the kernel's. `loaders` has the clients.
 
@@ -33,7 +33,7 @@ from songvec_assets_tests.administration import dispose, execute, with_parts
 
 PARTS = ("rounds", "long")
 SERVER_SETTINGS = {"max_wal_size": "8GB", "min_wal_size": "2GB"}
-"""Beside the embedded server's own: no checkpoint, and no making of new WAL files, falls into one client's time."""
+"""Added to the embedded server's own: no checkpoint, and no making of WAL files, falls into one client's time."""
 _SHOWN = (
     "server_version shared_buffers max_wal_size fsync synchronous_commit wal_level full_page_writes data_checksums "
     "autovacuum"

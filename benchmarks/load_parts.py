@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.load_process import Outcome, run_client
 from benchmarks.loaders import CLIENTS, SERVER, THIS, THIS_TWO, Job, write_ready_files
-from benchmarks.vectors import MODEL, change_songs, fill_shards, make_vectors, put_songs
+from benchmarks.vectors import MODEL, change_songs, fill_ranges, make_vectors, put_songs
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
@@ -81,7 +81,7 @@ class Change(NamedTuple):
 
     Attributes:
         n_written: rows.
-        cache_bytes, wal_bytes: written to the shards by the change, and to the WAL by the load.
+        cache_bytes, wal_bytes: written to the cache by the change, and to the WAL by the load.
         seconds: of the load.
         n_pages: of the table, after VACUUM.
         n_dead_kept: dead rows that VACUUM left.
@@ -181,7 +181,7 @@ def run_rounds(bench: Bench, clients: list[str], result: Result) -> None:
     """All clients, round by round, on the same rows."""
     size, cache = bench.size, bench.cache("rounds")
     n_rows = size.n_ranges * size.range_rows
-    fill_shards(cache, bench.tiling, n_rows)
+    fill_ranges(cache, bench.tiling, n_rows)
     job = Job(bench.url, cache, bench.tiling, bench.spec, bench.folder / "ready", n_rows)
     write_ready_files(job)
     bench.reset(plain=True)
@@ -205,7 +205,7 @@ def run_long(bench: Bench, result: Result) -> None:
     """A million rows by the defaults, then what 1 % changed songs cost, and a range that is written again."""
     size, cache = bench.size, bench.cache("long")
     n_rows = size.n_ranges_long * size.range_rows
-    n_bytes = fill_shards(cache, bench.tiling, n_rows)
+    n_bytes = fill_ranges(cache, bench.tiling, n_rows)
     bench.reset(plain=None)
     name, job = (
         THIS_TWO if N_CONNECTIONS == 2 else THIS,

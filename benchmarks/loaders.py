@@ -39,7 +39,7 @@ class Job(NamedTuple):
 
     Attributes:
         url: of the database; the table is there and empty, except for this package, which makes it.
-        cache, tiling, spec: the shards and what they hold.
+        cache, tiling, spec: the cached ranges and what they hold.
         ready: folder of the same rows as files for a server-side COPY, one per range.
         n_rows: how many of the first ones.
     """
@@ -56,7 +56,7 @@ class Job(NamedTuple):
         """The URL as libpq reads it."""
         return Database(self.url).adbc_uri
 
-    def shards(self) -> Iterator[CachedRange]:
+    def ranges(self) -> Iterator[CachedRange]:
         """Those that hold the rows, in order."""
         for song_range in self.cache.ranges():
             if song_range.start < self.n_rows:
@@ -65,7 +65,7 @@ class Job(NamedTuple):
     def rows(self) -> Iterator[tuple[NDArray[np.int32], Float32Matrix]]:
         """song_ids and mapped vectors, a stored batch at a time."""
         n_left = self.n_rows
-        for cached in self.shards():
+        for cached in self.ranges():
             for batch in cached.iter_vectors(cached.rows["row"]):
                 n_rows = min(n_left, len(batch))
                 if n_rows:
@@ -84,27 +84,27 @@ Load = Callable[[], Loading | None]
 
 
 def prepare_this(job: Job, n_connections: int) -> Load:
-    """The whole path: compare, read and check shards, COPY, ledger, one commit per range; then VACUUM (ANALYZE)."""
+    """The whole path: compare, read and check the cache, COPY, ledger, one commit per range; then VACUUM (ANALYZE)."""
     database = Database(job.url)
-    # a first shard opened and a first connection import what they need: pandas, where it is installed
-    next(job.shards())
+    # a first range opened and a first connection import what they need: pandas, where it is installed
+    next(job.ranges())
     with database.get_connection():
         pass
 
     def load() -> Loading:
         marks: list[float] = []
-        told_at = 0.0
+        reported_at = 0.0
 
         def receive(progress: Progress) -> None:
-            nonlocal told_at
-            told_at = time.perf_counter()
+            nonlocal reported_at
+            reported_at = time.perf_counter()
             while progress.total and len(marks) <= 100 * progress.done // progress.total:
-                marks.append(told_at)
+                marks.append(reported_at)
 
         source, run = LoadSource(job.cache, job.tiling), RunContext(receive)
         upload_cached_embeddings_to_database(VectorTable(database), source, job.spec, run, n_connections=n_connections)
-        # its last word comes after the last commit, and before VACUUM
-        return Loading(told_at, [*marks[:100], told_at])
+        # its last report comes after the last commit, and before VACUUM
+        return Loading(reported_at, [*marks[:100], reported_at])
 
     return load
 
@@ -112,7 +112,7 @@ def prepare_this(job: Job, n_connections: int) -> Load:
 def write_ready_files(job: Job) -> None:
     """Write what a server-side COPY reads, a file per range."""
     job.ready.mkdir(exist_ok=True)
-    for cached in job.shards():
+    for cached in job.ranges():
         with (job.ready / cached.range.key).open("wb") as file:
             file.write(HEADER)
             rows = ((each.song_ids, each.embeddings) for each in cached.iter_vectors(cached.rows["row"]))

@@ -120,7 +120,7 @@ def _export(pipeline: Pipeline, n_songs: int) -> None:
     with pipeline.database.get_connection() as connection:
         connection.execute(sa.text("CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)"))
         connection.execute(sa.text("INSERT INTO songs VALUES (:id, 'Song ' || :id, 'Ann', :lyrics)"), songs)
-    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, TILING)
+    cache_songs_to_parquet(pipeline.source, pipeline.store.songs, TILING)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ INPUTS = (
     Input("cores", "of the server, for index builds", 2, "given", ""),
     Input("used", "share of the quota that is used", 0.984, "three minutes", "`make bench-quota`"),
     Input("fill", "songs per second into the cache, without quota and latency", 10_770, "50,000 songs", _CLIENT),
-    Input("shard", "bytes a song in the cache", 8_033, "20,000 songs", _CLIENT),
+    Input("cached", "bytes a song in the cache", 8_033, "20,000 songs", _CLIENT),
     Input("parquet", "bytes a song in the snapshots", 212, "1,000,000 songs of 1.2 KB, zstd", ""),
     Input(
         "export",
@@ -132,7 +132,7 @@ FIGURES = {
     ),
     "disk": (
         Figure("snapshots", "", "n * parquet", _disk),
-        Figure("cache", "", "n * shard", _disk),
+        Figure("cache", "", "n * cached", _disk),
         Figure("rows a page of 8 KiB", "k", "(8192 - 24) // (b * d + 52)", _count),
         Figure("table", "table", "n / k * 8192", _disk),
         Figure("its primary key", "key", "n * 31.5", _disk),

@@ -38,7 +38,7 @@ from songvec_assets.songs.text import hash_text
 from songvec_assets.storage import Storage
 from songvec_assets.vectors.index.upkeep import IndexSettings, bring_index_up_to_date
 from songvec_assets.vectors.plan import LoadSource
-from songvec_assets.vectors.swap import STAGED_FROM_ROWS, WantedTable, drop_others, publish_embeddings, roll_back
+from songvec_assets.vectors.swap import STAGED_FROM_ROWS, WantedTable, bring_table_up_to_date, drop_others, roll_back
 from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable
 
 MODEL = "made-up"
@@ -57,7 +57,7 @@ class Size:
         n_known: songs that are searched for and never change.
         searches_per_s: sent, however long they take.
         quiet_s: seconds without anything else.
-        small_s: seconds for which small changes are published one after the other.
+        small_s: seconds for which small changes are loaded one after the other.
         settle_s: seconds after a swap that are counted with it: searches then read pages that none has read before.
         staged_from_rows: as `WantedTable` has it.
     """
@@ -178,11 +178,11 @@ class World:
             cached.add_written()
             upkeep.complete(cached, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
 
-    def publish(self, target: str = SERVING, *, swap: bool = False) -> int:
+    def load(self, target: str = SERVING, *, swap: bool = False) -> int:
         """Make the serving table equal the cache, through this table; rows written."""
         source = LoadSource(self.cache, self.size.tiling, Snapshots(Storage(self.folder / "songs")))
         wanted = WantedTable(self.spec, IndexSettings(), swap, self.size.staged_from_rows)
-        report = publish_embeddings(self.database, source, wanted, RunContext(self.log.receive))
+        report = bring_table_up_to_date(self.database, source, wanted, RunContext(self.log.receive))
         assert report.target.table.name == target, report.target
         return sum(load.n_written for load in report.loads)
 
@@ -199,24 +199,24 @@ def run(database: Database, folder: Path, size: Size) -> tuple[Log, list[Sample]
     world = World(database, folder, size)
     log, versions = world.log, itertools.count(1)
     world.change(0)
-    world.publish()
+    world.load()
     world.index()
     with searching(database.url, world.known, size.searches_per_s) as samples:
         time.sleep(size.settle_s)
         with log.phase(QUIET):
             time.sleep(size.quiet_s)
         for share in (0.01, 0.05):
-            _publish_small_changes(world, versions, share)
-        with log.phase("index built anew"):
+            _load_small_changes(world, versions, share)
+        with log.phase("index rebuilt"):
             world.index(more_lists=1)
         world.change(next(versions))
-        with log.phase("all changed, built beside and swapped in"):
-            world.publish(STAGING)
+        with log.phase("all changed, staged and swapped in"):
+            world.load(STAGING)
             log.swapped("swap")
             time.sleep(size.settle_s)
         world.spec = replace(world.spec, vector_type="halfvec")
-        with log.phase("another type, built beside and swapped in"):
-            world.publish(STAGING, swap=True)
+        with log.phase("another type, staged and swapped in"):
+            world.load(STAGING, swap=True)
             log.swapped("swap of another type")
             time.sleep(size.settle_s)
         with log.phase("rolled back, and the other dropped"):
@@ -228,13 +228,13 @@ def run(database: Database, folder: Path, size: Size) -> tuple[Log, list[Sample]
     return log, samples
 
 
-def _publish_small_changes(world: World, versions: Iterator[int], share: float) -> None:
+def _load_small_changes(world: World, versions: Iterator[int], share: float) -> None:
     """One after the other, until the phase has lasted long enough to have a 99th percentile."""
     name, seconds = f"{share:.0%} changed, in place, again and again", 0.0
     while not seconds or seconds < world.size.small_s:
         world.change(next(versions), share)
         with world.log.phase(name):
-            world.log.n_written[name] += world.publish()
+            world.log.n_written[name] += world.load()
         seconds += world.log.phases[-1].stop - world.log.phases[-1].start
 
 

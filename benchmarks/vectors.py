@@ -1,4 +1,4 @@
-"""Made-up vectors in a cache's shards, about as fast as the disk takes them: for benchmarks of what follows the cache.
+"""Made-up vectors in a cache, about as fast as the disk takes them: for benchmarks of what follows the cache.
 
 A thousand rows of noise are repeated; a vector's first two values encode its song and version. They form no
 clusters: no index built on them says anything about recall.
@@ -53,7 +53,7 @@ def put_songs(cache: ModelCache, song_range: SongIdRange, song_ids: NDArray[np.i
     return n_written + sum(merged)
 
 
-def fill_shards(cache: ModelCache, tiling: Tiling, n_songs: int) -> int:
+def fill_ranges(cache: ModelCache, tiling: Tiling, n_songs: int) -> int:
     """Give the first songs, from song_id 0 on, their first vectors; bytes written."""
     return sum(put_songs(cache, song_range, song_ids) for song_range, song_ids in _tiles(tiling, n_songs))
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from songvec_assets.errors import (
         BudgetExceededError,
         BulkDeletionError,
-        DamagedShardError,
+        DamagedCacheError,
         DatabaseError,
         ModelChangedError,
         ProviderError,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BudgetExceededError",
     "BulkDeletionError",
-    "DamagedShardError",
+    "DamagedCacheError",
     "DatabaseError",
     "Hit",
     "ModelChangedError",

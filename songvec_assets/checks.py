@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from songvec_assets.errors import SongvecError, TableMismatchError
+from songvec_assets.errors import SongvecError, TableMismatchError, describe
 from songvec_assets.vectors.index.audit import audit_index, audit_recall, audit_vectors
 from songvec_assets.vectors.index.upkeep import plan_build
 from songvec_assets.wiring import Wiring
@@ -28,12 +28,12 @@ class Finding:
 
     Attributes:
         passed: whether all is well.
-        words: what was found, and what to do if it is wrong.
+        message: what was found, and what to do if it is wrong.
         figures: by name.
     """
 
     passed: bool
-    words: str
+    message: str
     figures: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,7 +64,7 @@ class Evidence:
         try:
             return check.ask(self)
         except SongvecError as error:
-            return Finding(False, str(error))
+            return Finding(False, describe(error))
 
 
 def coverage(evidence: Evidence) -> Finding:
@@ -97,10 +97,10 @@ def few_rejected(evidence: Evidence) -> Finding:
 def texts_are_lyrics(evidence: Evidence) -> Finding:
     """Are a sample's lyrics free of time stamps and leftovers of web pages?"""
     found = evidence.wiring.find_boilerplate()
-    words = found.describe(evidence.wiring.token_estimator().bytes_per_token)
+    message = found.describe(evidence.wiring.token_estimator().bytes_per_token)
     if found.is_common:
-        words += f". To embed them without it: {found.view(evidence.wiring.source)}"
-    return Finding(not found.is_common, words, {"sampled": found.n_sampled, "songs with it": found.n_found})
+        message += f". To embed them without it: {found.view(evidence.wiring.source)}"
+    return Finding(not found.is_common, message, {"sampled": found.n_sampled, "songs with it": found.n_found})
 
 
 def no_orphans(evidence: Evidence) -> Finding:
@@ -137,8 +137,8 @@ def one_model(evidence: Evidence) -> Finding:
     loaded, spec = evidence.wiring.table.ledger.read_models(), evidence.wiring.table_spec
     models = {f"{model} ({dimensions})": n_songs for (model, dimensions), n_songs in loaded.items()}
     expected = f"{spec.model} ({spec.dimensions})"
-    words = f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}"
-    return Finding(list(models) == [expected], words, models)
+    message = f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}"
+    return Finding(list(models) == [expected], message, models)
 
 
 def billed_as_estimated(evidence: Evidence) -> Finding:
@@ -191,9 +191,9 @@ def index_is_fresh(evidence: Evidence) -> Finding:
     if index is None:
         return Finding(False, "there is no valid index: materialize ivfflat_index")
     reason = plan_build(table, wiring.table_spec, wiring.index_settings, n_rows, index.n_changed).reason
-    words = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
-    words = f"{reason}: materialize ivfflat_index" if reason else words
-    return Finding(reason is None, words, {"rows changed": index.n_changed, "lists": index.lists})
+    message = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
+    message = f"{reason}: materialize ivfflat_index" if reason else message
+    return Finding(reason is None, message, {"rows changed": index.n_changed, "lists": index.lists})
 
 
 def recall_reaches_target(evidence: Evidence) -> Finding:
@@ -202,15 +202,18 @@ def recall_reaches_target(evidence: Evidence) -> Finding:
     found = audit_recall(wiring.table, wiring.cache, target)
     if found is None:
         return Finding(False, "there is no valid index to measure: materialize ivfflat_index", {"target": target})
-    words, point = f"{found.describe()}; {found.n_changed:,} rows changed since the index was built", found.chosen
+    message, point = f"{found.describe()}; {found.n_changed:,} rows changed since the index was built", found.chosen
     if not found.reached:
-        words += ": materialize ivfflat_index, which takes more probes or rebuilds it"
+        message += ": materialize ivfflat_index, which takes more probes or rebuilds it"
     return Finding(
         found.reached,
-        words,
+        message,
         {
             "target": target,
             "recall": round(point.recall, 4),
+            "recall, low": round(point.low, 4),
+            "recall, high": round(point.high, 4),
+            "queries": point.n_queries,
             "probes": point.probes,
             "median ms": round(point.ms_median, 3),
         },

@@ -7,7 +7,7 @@
     │   └── BulkDeletionError    more songs are missing than is plausible
     ├── StoreError               the storage folder is another database's, or cannot be used
     ├── ReembeddingError         a changed setting would embed cached texts again
-    ├── DamagedShardError        a file of the cache is damaged or missing
+    ├── DamagedCacheError        a file of the cache is damaged or missing
     ├── TableMismatchError       the table holds another model, size or type
     ├── ProviderError            the provider's answer ends the run
     │   ├── VectorSizeError      vectors of another size than the settings name
@@ -80,7 +80,7 @@ class ReembeddingError(SongvecError):
     code = "cache.reembedding"
 
 
-class DamagedShardError(SongvecError):
+class DamagedCacheError(SongvecError):
     """A file of the cache is damaged or missing. Its range is not loaded; fill it again, then load."""
 
     code = "cache.damaged"

@@ -18,25 +18,26 @@ from numpy.typing import NDArray
 from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.drift import ModelRecord
-from songvec_assets.errors import BudgetExceededError, DamagedShardError, ProviderError, SongvecError, StoreError
+from songvec_assets.errors import BudgetExceededError, DamagedCacheError, ProviderError, SongvecError, StoreError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
 from songvec_assets.questions import Questions
 from songvec_assets.reports import RunReport
-from songvec_assets.search import nearest
+from songvec_assets.search import lines, nearest
 from songvec_assets.search.nearest import Hit
 from songvec_assets.settings import Settings, variables
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import swap
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
-from songvec_assets.vectors.swap import PublishReport
+from songvec_assets.vectors.swap import LoadReport
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
 if TYPE_CHECKING:  # the HTTP client of providers and the driver of exports, which a search does not need
     from songvec_assets.cache.fill import Filler
     from songvec_assets.cache.plan import FillReport
-    from songvec_assets.songs.export import ExportMode, ExportReport
+    from songvec_assets.songs.export import ExportMode
+    from songvec_assets.songs.reports import ExportReport
 
 
 class EmbedChoices(TypedDict, total=False):
@@ -94,7 +95,7 @@ class Pipeline(Questions):
             full_compare_hours=self.settings.full_compare_hours,
         )
         run = RunContext(progress, self.stop)
-        return export.cache_songs_to_parquet(self.database, self.source, self.store.songs, self.tiling, options, run)
+        return export.cache_songs_to_parquet(self.source, self.store.songs, self.tiling, options, run)
 
     def embed(
         self,
@@ -126,12 +127,12 @@ class Pipeline(Questions):
             raise error
         return reports
 
-    def load(self, progress: ReportProgress = ignore_progress) -> PublishReport:
-        """Make what searches find equal to the cache; see `publish_embeddings`. Sends nothing to the provider."""
+    def load(self, progress: ReportProgress = ignore_progress) -> LoadReport:
+        """Make what searches find equal to the cache; see `bring_table_up_to_date`. Sends nothing to the provider."""
         if self.cache.ranges():  # else nothing is written: an empty cache is refused
             self.bind()
         run = RunContext(progress, self.stop)
-        return swap.publish_embeddings(self.database, self.load_source, self.wanted_table, run)
+        return swap.bring_table_up_to_date(self.database, self.load_source, self.wanted_table, run)
 
     def build_index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
         """Build the index if it is missing or out of date, or if `rebuild`; see `bring_index_up_to_date`."""
@@ -157,8 +158,9 @@ class Pipeline(Questions):
             SongvecError: what failed first. Ranges that are complete are loaded and indexed before it is raised;
                 `status()` says what is missing.
         """
-        from songvec_assets.songs.export import IncompleteExportError
+        from songvec_assets.songs.reports import IncompleteExportError
 
+        self.check_model()
         failures: list[SongvecError] = []
         try:
             exported = self.export("all", progress, confirm_deletions)
@@ -166,15 +168,18 @@ class Pipeline(Questions):
             if not error.is_partial:
                 raise
             failures.append(error)
+            exported = error.report
+        # the export has just counted the songs
+        ranges = [each.range for each in exported.ranges] if ranges is None else ranges
         try:
             filled = self.embed(ranges, progress, **choices)
-        except (BudgetExceededError, ProviderError, StoreError, DamagedShardError) as error:
+        except (BudgetExceededError, ProviderError, StoreError, DamagedCacheError) as error:
             if self.settings.swap or not self.cache.ranges():  # an incomplete staging table would not be swapped in
                 raise
             failures.append(error)
         try:
             loaded = self.load(progress)
-        except DamagedShardError as error:
+        except DamagedCacheError as error:
             failures.append(error)
         indexed = self.build_index(progress=progress)
         if failures:
@@ -231,7 +236,7 @@ class Pipeline(Questions):
         shared = context.SendContext(
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
             quota=self.quota,
-            budget=Budget(self.price, self.database.get_engine("web"), run or uuid4().hex, *limits),
+            budget=Budget(self.price, self.database.get_engine("autocommit"), run or uuid4().hex, *limits),
             estimator=estimator,
             concurrency=given.concurrency,
             server=self.server,
@@ -267,17 +272,19 @@ class Pipeline(Questions):
 
         @functools.cache
         def check_once(target: VectorTable) -> None:
-            n_songs = sum(self.store.songs.footer(each).n_songs for each in self.store.songs.ranges())
+            n_songs = sum(self.store.songs.count().values())
             check_target(target, self.table_spec, self.index_settings, n_songs)
 
-        return lambda: check_once(swap.check_publishable(self.database, self.wanted_table))
+        return lambda: check_once(swap.check_loadable(self.database, self.wanted_table))
 
     # searches
 
     def search(self, query: str, limit: int = 10, on_trouble: Callable[[str], None] = lambda _: None) -> Sequence[Hit]:
         """The songs nearest to a text, nearest first; `pl.DataFrame(hits)` has a row per song."""
-        vector = self.embed_query(query, on_trouble)
-        return nearest.search_songs(self.database, self.source, self.as_loaded().table_spec, vector, limit)
+        vector, loaded = self.embed_query(query, on_trouble), self.as_loaded()
+        hits = nearest.search_songs(self.database, self.source, loaded.table_spec, vector, limit)
+        embedder = loaded.embedder() if loaded.settings.offline else None
+        return lines.add_best_lines(hits, query, vector, embedder)
 
     def embed_query(self, query: str, on_trouble: Callable[[str], None] = lambda _: None) -> NDArray[np.float32]:
         """A query's vector, (dimensions,), by the model that searches find; see `as_loaded`.

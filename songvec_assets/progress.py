@@ -10,10 +10,10 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar
 
 from songvec_assets.errors import StoppedError
 from songvec_assets.signals import interrupted_by_hangup
@@ -179,12 +179,6 @@ SILENT = RunContext()
 """The default of core functions: shows no progress, and is never stopped."""
 
 
-@dataclass(frozen=True)
-class _End(Generic[Result]):
-    result: Result | None = None
-    error: BaseException | None = None
-
-
 def run_in_worker(
     work: Callable[[Callable[[Report], None]], Result],
     *,
@@ -208,49 +202,51 @@ def run_in_worker(
     Raises:
         Any error of `work`; the interrupt, if there was one, after the grace period.
     """
-    reports: queue.SimpleQueue[Report | _End[Result]] = queue.SimpleQueue()
+    reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    outcome: Future[Result] = Future()
 
     def run() -> None:
         try:
-            reports.put(_End(result=work(reports.put)))
+            outcome.set_result(work(reports.put))
         except BaseException as caught:  # noqa: BLE001 - raised in the calling thread
-            reports.put(_End(error=caught))
+            outcome.set_exception(caught)
+        reports.put(outcome)
 
     worker = threading.Thread(target=run, daemon=True, name="songvec-worker")
-
-    def follow(report: Callable[[Report], None], deadline: float = math.inf) -> _End[Result] | None:
-        while time.monotonic() < deadline:
-            alive = worker.is_alive()
-            try:
-                # short waits: a signal that another thread receives does not wake this one
-                item = reports.get(timeout=_POLL_S)
-            except queue.Empty:
-                if not alive:
-                    return None
-                continue
-            if isinstance(item, _End):
-                return item
-            report(item)
-        return None
-
-    def report_if_possible(item: Report) -> None:
-        # `report` may have caused the error; the step still gets its grace period, and the first error is raised
-        with contextlib.suppress(Exception, SystemExit):  # rich exits if a pipe is closed
-            report(item)
-
     with interrupted_by_hangup() as hangup:
         try:
             worker.start()
-            end = follow(report)
+            for item in _take_until(outcome, reports, worker):
+                report(item)
         except BaseException:
             hangup.is_ending = True
             stop()
-            follow(report_if_possible, time.monotonic() + grace_s)
+            for item in _take_until(outcome, reports, worker, time.monotonic() + grace_s):
+                # `report` may have caused the error: the step still gets its grace, and the first error is raised.
+                # rich exits if a pipe is closed
+                with contextlib.suppress(Exception, SystemExit):
+                    report(item)
             raise
-    assert end is not None
-    if end.error is not None:
-        raise end.error
-    return cast(Result, end.result)
+    return outcome.result()
+
+
+def _take_until(
+    last: object, items: "queue.SimpleQueue[Any]", writer: threading.Thread, deadline: float = math.inf
+) -> Iterator[Any]:
+    """The items before `last`, as they come; ends at the deadline too, or if the thread that writes them has ended."""
+    while time.monotonic() < deadline:
+        alive = writer.is_alive()
+        try:
+            # short waits: a signal that another thread receives does not wake this one
+            item = items.get(timeout=_POLL_S)
+        except queue.Empty:
+            # an interrupt may have taken `last` from the queue
+            if not alive:
+                return
+            continue
+        if item is last:
+            return
+        yield item
 
 
 def run_event_loop(work: Coroutine[Any, Any, Result]) -> Result:

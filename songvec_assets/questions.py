@@ -4,7 +4,7 @@ When to add here: another question. Keep out: what an answer looks like (`report
 (`pipeline`).
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -23,9 +23,8 @@ from songvec_assets.search.nearest import read_embeddings
 from songvec_assets.search.preview import Preview, preview_table
 from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.absence import Absence
-from songvec_assets.songs.counts import check_ids, count_ranges, count_unreachable_ids
+from songvec_assets.songs.counts import RangeCount, check_ids, count_ranges, count_unreachable_ids, find_ends
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.watch import measure_source
 from songvec_assets.vectors.index.neighbors import LoadedRows
 from songvec_assets.vectors.index.recall import read_recall
 from songvec_assets.vectors.plan import plan_load
@@ -44,9 +43,18 @@ class Questions(Wiring):
         Raises:
             SettingsError, SourceError: songs have ids that the ranges do not reach; see `check_ids`.
         """
-        counts = count_ranges(self.database, self.source, self.tiling)
-        check_ids(self.database, self.source, self.tiling, counts)
-        ranges, held = {*self.tiling}, {*counts}
+        check_ids(self.source, self.tiling)
+        return self._with_cached(count_ranges(self.source, self.tiling))
+
+    def find_span(self) -> tuple[SongIdRange, SongIdRange] | None:
+        """The first and last of `held_ranges`; None if there are none. Counts no songs."""
+        check_ids(self.source, self.tiling)
+        held = self._with_cached(find_ends(self.source, self.tiling))
+        return (held[0], held[-1]) if held else None
+
+    def _with_cached(self, found: Iterable[SongIdRange]) -> list[SongIdRange]:
+        """Some ranges and those that hold cache, in order."""
+        ranges, held = {*self.tiling}, {*found}
         for song_range in self.cache.ranges():
             # a tail from before the stop was raised will be divided, from its start on
             start = max(song_range.start, self.tiling.start)
@@ -66,7 +74,7 @@ class Questions(Wiring):
             describe_tables(self.database),
             index,
             inventory.name_rejected(max_rejected),
-            dict(count_unreachable_ids(self.database, self.source)),
+            dict(count_unreachable_ids(self.source)),
             recall.describe() if recall else "",
             self.month_spending(),
             inventory.errors,
@@ -125,16 +133,19 @@ class Questions(Wiring):
             load = plan_load(self.table, self.load_source, RunContext(stop=self.stop))
         except StoreError:
             load = None
+        check_ids(self.source, self.tiling)
+        counts, absence = count_ranges(self.source, self.tiling), self.known_songs()
+        absence.find(self.source, self.store.songs, counts, RunContext(stop=self.stop))
         return RunPlan(
-            measure_source(self.database, self.source),
-            self.find_absence(),
-            self.estimate(self.held_ranges() if ranges is None else ranges, reembed),
+            sum(each.n_songs for each in counts.values()),
+            absence,
+            self.estimate(self._with_cached(counts) if ranges is None else ranges, reembed),
             load,
             self.table.index,
             self.month_spending(),
             self.settings.max_usd,
             self.settings.max_usd_a_month,
-            self.describe_boilerplate(),
+            self.describe_boilerplate(counts),
         )
 
     def known_songs(self) -> Absence:
@@ -143,15 +154,13 @@ class Questions(Wiring):
         limits = self.settings.max_missing_share, self.settings.max_missing_range_share
         return Absence(known.counts(), known.song_ids, *limits)
 
-    def find_absence(self) -> Absence:
-        """The cached or loaded songs that an export would take for deleted; see `Absence.find`."""
-        absence, counts = self.known_songs(), count_ranges(self.database, self.source, self.tiling)
-        absence.find(self.database, self.source, self.store.songs, counts, RunContext(stop=self.stop))
-        return absence
+    def describe_boilerplate(self, counts: Mapping[SongIdRange, RangeCount] | None = None) -> list[str]:
+        """What the lyrics hold that is no lyric, and a view that removes it; empty if there is little of it.
 
-    def describe_boilerplate(self) -> list[str]:
-        """What the lyrics hold that is no lyric, and a view that removes it; empty if there is little of it."""
-        found = self.find_boilerplate()
+        Args:
+            counts: see `find_boilerplate`.
+        """
+        found = self.find_boilerplate(counts)
         if not found.is_common:
             return []
         words = found.describe(self.token_estimator().bytes_per_token)

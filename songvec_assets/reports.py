@@ -13,15 +13,14 @@ from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.progress import describe_seconds
 from songvec_assets.songs.absence import Absence
-from songvec_assets.songs.watch import SourceState
+from songvec_assets.vectors.index.catalog import IndexFacts
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.plan import LoadPlan
-from songvec_assets.vectors.swap import PublishReport
-from songvec_assets.vectors.table import IndexFacts
+from songvec_assets.vectors.swap import LoadReport
 
 if TYPE_CHECKING:
     from songvec_assets.cache.plan import FillReport
-    from songvec_assets.songs.export import ExportReport
+    from songvec_assets.songs.reports import ExportReport
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class RunReport:
 
     export: "ExportReport"
     embed: "list[FillReport]"
-    load: PublishReport
+    load: LoadReport
     index: IndexReport
 
 
@@ -109,7 +108,7 @@ class RunPlan:
     """What a run would do and cost.
 
     Attributes:
-        source: the table of songs as it is.
+        n_songs: songs of the source that ranges can hold.
         absence: songs that are cached or loaded and no longer in that table.
         estimate: of what would be sent for the ranges asked for.
         load: what the table lacks compared with the cache as it is; None if nothing is cached yet.
@@ -119,7 +118,7 @@ class RunPlan:
         boilerplate: what the lyrics hold that is no lyric, in words; empty if there is little of it.
     """
 
-    source: SourceState
+    n_songs: int
     absence: Absence
     estimate: Estimate
     load: LoadPlan | None
@@ -142,8 +141,8 @@ class RunPlan:
                 "since"
             )
         return [
-            f"export: {self.source.describe()}; the snapshots hold {each.n_songs:,} songs of these ranges. Songs that "
-            "changed since the last export are not in this plan: `songvec estimate` exports first",
+            f"export: {self.n_songs:,} songs in Postgres; the snapshots hold {each.n_songs:,} songs of these ranges. "
+            "Songs that changed since the last export are not in this plan: `songvec estimate` exports first",
             f"delete: {self._describe_deletions()}",
             f"embed: {each.n_texts:,} texts, about {each.n_tokens:,} tokens, about ${each.usd:,.4f}, "
             f"{describe_seconds(each.hours * 3600)} at the full quota; {budget}, this month "

@@ -1,9 +1,8 @@
 """All settings: environment variable, type, default and meaning, in one group per resource.
 
 A value passed to `Settings(...)` replaces that of its variable; an empty variable counts as unset. `GraphSettings` are
-read when the graph loads, all others when a run starts.
-When to add here: a setting, as a field of its group, of a type that Dagster's run config supports (text, number,
-Boolean, one of several words). Keep out: what a setting does.
+read when the graph loads, all others when a run starts. When to add here: a setting, as a field of its group, of a type
+that Dagster's run config supports (text, number, Boolean, one of several words). Keep out: what a setting does.
 """
 
 import re
@@ -33,8 +32,6 @@ STORE_IDENTITY = {
 """Settings that a storage folder and its table are bound to."""
 
 _MAX_INT = 2**31 - 1
-_KEY_CHARACTERS = {chr(code) for code in range(0x21, 0x7F)}
-_ENDPOINTS = ("/embeddings", "/chat/completions", "/completions", "/models")
 
 Count = Annotated[int, Field(ge=1, le=_MAX_INT)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -63,6 +60,7 @@ class _Group(BaseSettings):
         frozen=True,
         str_strip_whitespace=True,
         allow_inf_nan=False,
+        validate_default=False,
         use_attribute_docstrings=True,
     )
 
@@ -94,8 +92,7 @@ class PostgresSettings(_Group):
     postgres_url: str | None = Field(default=None, repr=False)
     """Database with the songs and the embeddings; unset: the embedded server."""
     direct_url: str | None = Field(default=None, repr=False)
-    """URL of the same database that bypasses a pooler in transaction mode, for index builds and VACUUM; unset:
-    `POSTGRES_URL`."""
+    """URL without the pooler in transaction mode, for index builds and VACUUM; unset: `POSTGRES_URL`."""
     songs_table: str = "songs"
     """Source table, as `table` or `schema.table`."""
     song_id_column: str | None = None
@@ -111,8 +108,7 @@ class PostgresSettings(_Group):
     full_compare_hours: NotNegative = 24.0
     """Hours after which an export reads all songs even if `SONGVEC_UPDATED_AT_COLUMN` is set; 0: always."""
     max_missing_share: Share = 0.1
-    """Share of all cached or loaded songs that may be missing in the source before a run stops (checked from 20 songs
-    on)."""
+    """Share of the cached or loaded songs that the source may lack before a run stops (checked from 20 songs on)."""
     max_missing_range_share: Share = 0.5
     """The same limit for a single range (checked from 100 songs on)."""
     vector_type: Literal["vector", "halfvec"] = "vector"
@@ -140,8 +136,7 @@ class ProviderSettings(_Group):
     document_prompt: str | None = None
     """Text sent for a song, such as `passage: {text}`; a change re-embeds all songs, after confirmation."""
     truncate: bool | None = None
-    """Whether to truncate longer vectors to the configured dimensions; unset: only for models known to be trained for
-    it (Matryoshka)."""
+    """Whether to truncate longer vectors to these dimensions; unset: only of models trained for it (Matryoshka)."""
     requests_per_minute: Count = 6000
     """The provider's request quota, shared by all processes."""
     tokens_per_minute: Count = 900_000
@@ -149,8 +144,7 @@ class ProviderSettings(_Group):
     max_request_texts: int = Field(default=2048, ge=1, le=2048)
     """Maximum texts per request."""
     max_request_tokens: Count = 100_000
-    """Maximum tokens per request; never more than 1/50 of the token quota, or one request's share of it if fewer than
-    50 requests per minute are allowed."""
+    """Maximum tokens per request; never above the token quota divided by 50, or by the request quota if less."""
     patience_s: NotNegative = 600.0
     """Seconds to retry a failing provider before the run ends."""
     usd_per_million_tokens: float | None = Field(default=None, ge=0)
@@ -158,9 +152,7 @@ class ProviderSettings(_Group):
 
     @field_validator("query_prompt", "document_prompt")
     @classmethod
-    def _parse_prompt(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None:
-            return None
+    def _parse_prompt(cls, value: str, info: ValidationInfo) -> str:
         placeholder = "{query}" if info.field_name == "query_prompt" else "{text}"
         prompt = placeholder if value.lower() == "none" else value.replace("\\n", "\n")
         if prompt.count(placeholder) != 1:
@@ -176,8 +168,7 @@ class StorageSettings(_Group):
     retention_days: NotNegative = 30.0
     """Minimum days that the cache keeps vectors of deleted songs; 0: none."""
     text_template: Escaped = DEFAULT_TEMPLATE
-    r"""Text to embed, from `{name}`, `{artist}` and `{lyrics}`; `\n` is a line end; a change re-embeds all songs,
-    after confirmation."""
+    r"""Text to embed: `{name}`, `{artist}`, `{lyrics}`; `\n` ends a line; a change re-embeds all, once confirmed."""
     max_text_chars: int = Field(default=24_000, ge=1, le=1_000_000)
     """Longer texts are truncated; a change re-embeds the songs it affects, after confirmation."""
 
@@ -196,8 +187,7 @@ class RunSettings(_Group):
     swap: bool = False
     """Whether another model, size or type is built as a staging table and swapped in; otherwise it is refused."""
     webhook_url: str | None = Field(default=None, repr=False)
-    """Webhook URL that receives a message for each failed run, as JSON with a `text` (Slack, Mattermost, Teams, …);
-    unset: none."""
+    """Webhook URL that receives a message per failed run, as JSON with a `text` (Slack, Teams, …); unset: none."""
 
 
 class GraphSettings(_Group):
@@ -235,7 +225,7 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
             )
         if self.direct_url and not self.postgres_url:
             raise SettingsError("SONGVEC_DIRECT_URL is set but POSTGRES_URL is not: set both, to the same database")
-        if not set(self.fireworks_api_key or "") <= _KEY_CHARACTERS:
+        if re.search("[^!-~]", self.fireworks_api_key or ""):
             raise SettingsError(
                 "FIREWORKS_API_KEY contains a space, a line end or a character that keys do not have: copy it again"
             )
@@ -264,10 +254,9 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
     @property
     def price(self) -> float:
         """Dollars per million tokens; 0 for a self-hosted server, which needs no key."""
-        if self.usd_per_million_tokens is not None:
-            return self.usd_per_million_tokens
         is_self_hosted = self.fireworks_base_url != FIREWORKS_BASE_URL and not self.fireworks_api_key
-        return 0.0 if is_self_hosted else FIREWORKS_USD_PER_MILLION_TOKENS
+        default = 0.0 if is_self_hosted else FIREWORKS_USD_PER_MILLION_TOKENS
+        return default if self.usd_per_million_tokens is None else self.usd_per_million_tokens
 
     @property
     def model(self) -> str:
@@ -285,26 +274,20 @@ def _check_base_url(url: str) -> None:
     parts = urlsplit(url)
     if "@" in parts.netloc:
         raise SettingsError("FIREWORKS_BASE_URL has a user or password, which logs would show: use FIREWORKS_API_KEY")
-    if parts.scheme not in ("http", "https"):
-        raise SettingsError(f"FIREWORKS_BASE_URL must begin with http:// or https://, got {url!r}")
     try:
-        has_host = bool(parts.hostname) and parts.port != 0
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # of an invalid port
-        has_host = False
-    if not has_host:
-        raise SettingsError(f"FIREWORKS_BASE_URL has no host, or an invalid port, got {url!r}")
-    if parts.query or parts.fragment:
+        is_address = False
+    if not is_address:
+        raise SettingsError(f"FIREWORKS_BASE_URL must be http:// or https:// with a host and a valid port, got {url!r}")
+    path = re.sub("(/embeddings|/chat/completions|/completions|/models)/*$", "", parts.path)
+    root = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+    if root != urlunsplit(parts):
+        rest = ", or a gateway that adds the rest" if parts.query else ""
         raise SettingsError(
-            f"FIREWORKS_BASE_URL must end with its path, without ? and #: set "
-            f"{urlunsplit(parts._replace(query='', fragment=''))}, or a gateway that adds the rest"
+            "FIREWORKS_BASE_URL must be the root of the API, to which /embeddings is added, without ? and #: set "
+            f"FIREWORKS_BASE_URL={root}{rest}"
         )
-    path = parts.path.rstrip("/")
-    for endpoint in _ENDPOINTS:
-        if path.endswith(endpoint):
-            right = urlunsplit(parts._replace(path=path.removesuffix(endpoint)))
-            raise SettingsError(
-                f"FIREWORKS_BASE_URL ends in {endpoint}, which is added to it: set FIREWORKS_BASE_URL={right}"
-            )
 
 
 def describe(field: FieldInfo) -> str:
@@ -312,23 +295,6 @@ def describe(field: FieldInfo) -> str:
     return " ".join((field.description or "").split())
 
 
-def settings_table() -> str:
-    """All settings as the Markdown table in the README."""
-    lines = [
-        "| Variable | Default | Meaning | Read | Store identity |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for group in GROUPS:
-        read = "when the graph loads" if group is GraphSettings else "when a run starts"
-        for name, field in group.model_fields.items():
-            default = "" if field.default is None else f"`{field.default!s}`".replace("\n", "\\n")
-            identity = "yes" if name in STORE_IDENTITY else ""
-            lines.append(
-                f"| `{variable(name)}` | {default} | {describe(field).removesuffix('.')} | {read} | {identity} |"
-            )
-    return "\n".join(lines)
-
-
 def variables() -> list[str]:
-    """The names of all variables, in the table's order."""
+    """The names of all variables, in the order of the groups."""
     return [variable(name) for group in GROUPS for name in group.model_fields]

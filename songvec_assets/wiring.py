@@ -5,7 +5,7 @@ does with them (`pipeline`).
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +28,7 @@ from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import StopSignal
 from songvec_assets.settings import DEMO_MODEL, Settings
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
-from songvec_assets.songs.counts import check_ids, count_ranges
+from songvec_assets.songs.counts import RangeCount, check_ids, count_ranges
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
@@ -60,8 +60,6 @@ class Wiring:
         else:
             embedder = f"{given.model} at {given.fireworks_base_url}"
         return f"{self.database.describe()}, {embedder}, {given.dimensions} dimensions"
-
-    # the database and the store
 
     @property
     def tiling(self) -> Tiling:
@@ -118,7 +116,7 @@ class Wiring:
         self.__dict__.pop("store", None)  # another process may have bound it meanwhile
         if not self.store.bound:
             # before there is a store: else it would be bound to a tiling that does not fit the ids
-            check_ids(self.database, self.source, self.tiling, count_ranges(self.database, self.source, self.tiling))
+            check_ids(self.source, self.tiling)
         schema.ensure_schema(self.database)
         store = open_store(self.storage_root, self.tiling, guard=self._lock_tail)
         bind_store(store, self.database)
@@ -174,13 +172,20 @@ class Wiring:
         """How a song becomes a text."""
         return TextSpec(self.settings.text_template, self.settings.max_text_chars, self.prompts.document)
 
-    def find_boilerplate(self) -> Boilerplate:
-        """What a sample of the source's lyrics holds that is no lyric; nothing if lyrics are not embedded."""
+    def find_boilerplate(self, counts: Mapping[SongIdRange, RangeCount] | None = None) -> Boilerplate:
+        """What a sample of the source's lyrics holds that is no lyric; nothing if lyrics are not embedded.
+
+        Args:
+            counts: of the source; None: it is counted if there are no snapshots.
+        """
         if "{lyrics}" not in self.settings.text_template:
             return Boilerplate()
-        counts = count_ranges(self.database, self.source, self.tiling)
-        n_songs = sum(each.n_songs for each in counts.values())
-        return find_boilerplate(sample_lyrics(self.database, self.source, sorted(counts)), n_songs)
+        # for a sample, the counts of the last export suffice
+        n_songs = {} if counts else self.store.songs.count()
+        if not n_songs:
+            counts = counts or count_ranges(self.source, self.tiling)
+            n_songs = {each: counted.n_songs for each, counted in counts.items()}
+        return find_boilerplate(sample_lyrics(self.source, sorted(n_songs)), sum(n_songs.values()))
 
     # the cache and what it costs
 
@@ -216,6 +221,13 @@ class Wiring:
         """An estimator that starts from what earlier runs learned about the model."""
         return TokenEstimator(self.spending.read_bytes_per_token() or UTF8_BYTES_PER_TOKEN)
 
+    def check_model(self) -> None:
+        """Refuse a local model that is not installed, before anything is done; the SettingsError says how to."""
+        if self.settings.model == DEMO_MODEL:
+            from songvec_assets.embedding.demo import find_files
+
+            find_files()
+
     def embedder(
         self,
         estimator: TokenEstimator | None = None,
@@ -236,7 +248,7 @@ class Wiring:
         quota = given.requests_per_minute, given.tokens_per_minute
         return EmbeddingClient(
             Endpoint(given.fireworks_base_url, given.fireworks_api_key, *model),
-            RateLimiter(self.database.get_engine("web"), given.fireworks_base_url, *quota),
+            RateLimiter(self.database.get_engine("autocommit"), given.fireworks_base_url, *quota),
             Patience(given.patience_s, given.concurrency, self.stop, on_trouble),
             estimator,
             check_probe,
@@ -261,8 +273,7 @@ class Wiring:
     def index_settings(self) -> IndexSettings:
         """How the table is to be indexed."""
         given = self.settings
-        memory = given.index_memory_mb * (1 << 20) if given.index_memory_mb else None
-        return IndexSettings(given.lists, given.target_recall, memory)
+        return IndexSettings(given.lists, given.target_recall, (given.index_memory_mb or 0) * (1 << 20) or None)
 
     @property
     def wanted_table(self) -> WantedTable:
@@ -283,9 +294,7 @@ class Wiring:
             with_table: whether to look at the table and its ledger.
             with_source: whether to count the songs of the source.
         """
-        counts = None
-        if with_source:
-            # divided as the files are: a raised stop changes them at the next export
-            counts = count_ranges(self.database, self.source, self.store.tiling)
+        # divided as the files are: a raised stop changes them at the next export
+        counts = count_ranges(self.source, self.store.tiling) if with_source else None
         table = self.table if with_table else None
         return inventory.read(self.load_source, self.text_spec.identity, self.server, table, counts)

@@ -55,7 +55,7 @@ def test_a_dry_run_says_each_step_and_does_none(filled: Pipeline, provider: Prov
     plan = filled.dry_run()
     steps = [line.partition(":")[0] for line in plan.describe()]
     assert steps == ["export", "delete", "embed", "load", "index"]
-    assert (plan.source.n_songs, plan.load.n_changed if plan.load else None, plan.index) == (4, 3, None)
+    assert (plan.n_songs, plan.load.n_changed if plan.load else None, plan.index) == (4, 3, None)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
     assert provider.ledger()["requests"] == before
     provider.control(redirect="https://elsewhere.invalid/v1/embeddings")

@@ -11,7 +11,7 @@ import pytest
 from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.reports import RunPlan, Status
-from songvec_assets.vectors.table import IndexFacts
+from songvec_assets.vectors.index.catalog import IndexFacts
 
 COLUMNS = "key n_songs n_unexported n_cached n_rejected n_loaded n_indexed n_missing n_orphans".split()
 RANGES = pl.DataFrame(
@@ -26,7 +26,7 @@ STATUS = Status(
 )  # fmt: skip
 ABSENCE: Any = SimpleNamespace(n_missing=0, n_known=50, is_bulk=False, describe=lambda: "5 of 50 songs")
 PLAN = RunPlan(
-    SimpleNamespace(describe=lambda: "50 songs in Postgres"),  # type: ignore[arg-type]
+    50,
     ABSENCE,
     Estimate(50, 3, 60, 0.0006, 0.5),
     None,

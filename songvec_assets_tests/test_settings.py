@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+from songvec_assets.cli.render import settings_table
 from songvec_assets.errors import SettingsError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.settings import (
@@ -20,7 +21,6 @@ from songvec_assets.settings import (
     ProviderSettings,
     RunSettings,
     Settings,
-    settings_table,
     variables,
 )
 from songvec_assets.songs.ranges import Tiling

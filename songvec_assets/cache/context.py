@@ -19,6 +19,9 @@ from songvec_assets.errors import BudgetExceededError, ProviderUnavailableError,
 from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
 
+N_STORING = 8
+"""Answers that may be stored while `concurrency` requests are in flight: if a part took their slots, the provider would
+wait for the disk. A kill costs these, too."""
 _GROWTH = 1.1
 """Factor by which requests grow again per answer, after one timed out."""
 
@@ -33,7 +36,7 @@ class SendContext:
         quota: limits of a request.
         budget: refuses the request that would exceed it.
         estimator: of tokens; the embedder corrects it.
-        concurrency: maximum requests in flight; the actual number follows from quota and latency.
+        concurrency: maximum requests at the provider; the actual number follows from quota and latency.
         server: its name; the reason of a rejection begins with it, so that another server gets the text again.
         run: receives progress; once it is stopped, no further request starts.
         health: of the server.
@@ -71,8 +74,8 @@ class SendContext:
 
     @cached_property
     def slots(self) -> asyncio.Semaphore:
-        """Limits the requests that are begun, over all ranges."""
-        return asyncio.Semaphore(self.concurrency)
+        """Limits the requests that are begun, over all ranges; the embedder limits those in flight."""
+        return asyncio.Semaphore(self.concurrency + N_STORING)
 
     async def close(self) -> None:
         """Close the embedder, if it was used, and settle the tokens of its probes."""

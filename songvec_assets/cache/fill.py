@@ -25,8 +25,9 @@ from songvec_assets.cache.requests import RangeSender
 from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.errors import ProviderUnavailableError
 from songvec_assets.progress import run_event_loop
+from songvec_assets.songs.content import Footer
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.snapshots import Footer, Snapshots
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import TextSpec
 
 MAX_OPEN_RANGES = 4

@@ -16,7 +16,7 @@ from songvec_assets.cache.cached_range import CachedRange, RangeFiles
 from songvec_assets.cache.manifest import Completion, Manifest
 from songvec_assets.cache.parts import CachedRows, PartIdentity, read_identity
 from songvec_assets.embedding.wire import Float32Matrix
-from songvec_assets.errors import StoreError
+from songvec_assets.errors import StoreError, describe
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
@@ -124,7 +124,7 @@ class ModelCache:
                 return RangeSummary(done.n_vectors, done.digest, IdSums(*done.ids), done)
             opened = self.open(song_range)
         except StoreError as error:
-            return RangeSummary(error=str(error))
+            return RangeSummary(error=describe(error))
         rows, is_damaged = opened.rows, bool(opened.damaged)
         return RangeSummary(rows.height, manifests.digest_rows(rows), IdSums.of(rows["song_id"]), None, is_damaged)
 
@@ -173,8 +173,10 @@ def write_embeddings_to_file(
     Raises:
         ValueError: a vector is zero, not finite, or of another size: nothing is written.
     """
+    if len(embeddings) != len(song_ids):
+        raise ValueError(f"expected {len(song_ids)} vectors, got {len(embeddings)}")
     if len(song_ids):
-        cached.writer.write(song_ids, text_hashes, embeddings)
+        cached.writer.write([CachedRows.of(song_ids, text_hashes, embeddings)])
 
 
 def read_embeddings_from_file(cached: CachedRange, rows: pl.Series) -> Iterator[CachedRows]:

@@ -129,6 +129,12 @@ class CachedRows(Rows):
 
     embeddings: Float32Matrix
 
+    @classmethod
+    def of(cls, song_ids: Sequence[int], text_hashes: TextHashes, embeddings: Float32Matrix) -> "CachedRows":
+        """New rows, with computed checksums."""
+        narrow = Rows.of(song_ids, text_hashes, embeddings)
+        return cls(narrow.song_ids, narrow.text_hashes, narrow.checksums, embeddings)
+
     def find_sound(self) -> NDArray[np.bool_]:
         """Which rows have a usable vector and a matching checksum; (n,)."""
         # first: it reads a cold file without the interpreter's lock, which the checksums hold
@@ -245,7 +251,7 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
     return batches
 
 
-def join_rows(batches: Sequence[CachedRows]) -> Rows:
+def join_rows(batches: Sequence[Rows]) -> Rows:
     """The narrow columns of several batches, concatenated."""
     narrow = [(each.song_ids, each.text_hashes, each.checksums) for each in batches]
     return Rows(*map(np.concatenate, zip(*narrow, strict=True))) if narrow else Rows.of((), (), _NONE)

@@ -7,6 +7,7 @@ When to add here: another count of a fill, or another reason to send a text. Kee
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import polars as pl
 
 from songvec_assets.cache.cached_range import CachedRange
@@ -18,8 +19,7 @@ from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import TextSpec
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(msgspec.Struct, frozen=True, gc=False):
     """A text to send.
 
     Attributes:
@@ -29,6 +29,8 @@ class Text:
         n_bytes: its size in UTF-8.
         again: whether one of these songs already has a vector of another text.
         rejected_before: whether it was rejected before.
+
+    The collector of garbage skips it: a large range has 50,000, and each pass over them costs time.
     """
 
     text: str

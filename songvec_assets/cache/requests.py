@@ -139,9 +139,9 @@ class RangeSender:
         batch: EmbeddingBatch | None = None
         n_songs, bad, asked_at = 0, list(texts), time.monotonic()
         try:
-            # before anything is sent, the probe included
             await hooks.before_try()
-            await self.check_sendable()
+            if not self.report.n_embedded:  # before the probe, which no hook precedes
+                await self.check_sendable()
             with self.gatherer.expecting():
                 batch = await self.context.embedder.generate_embeddings_batch([each.text for each in texts], hooks)
             reservation.n_billed += batch.n_tokens

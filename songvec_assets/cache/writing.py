@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 
 from songvec_assets.cache.manifest import DataFile
-from songvec_assets.cache.parts import PIECE_ROWS, PartIdentity, Rows, join_rows, open_part, write_part
+from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, PartIdentity, Rows, join_rows, open_part, write_part
 from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.storage import Storage
 
@@ -43,21 +43,21 @@ class PartWriter:
     _n_parts: int = 0
     _small: list[DataFile] = field(default_factory=list)
 
-    def write(self, song_ids: Sequence[int], text_hashes: Sequence[bytes], embeddings: Float32Matrix) -> None:
+    def write(self, batches: Sequence[CachedRows]) -> None:
         """Write songs with their vectors as one part.
 
         Raises:
             ValueError: a vector is zero, not finite, or of another size: nothing is written.
             StoreError: the disk refuses.
         """
-        expected = (len(song_ids), self.identity.dimensions)
-        if embeddings.shape != expected or find_bad_vectors(embeddings):
-            raise ValueError(
-                f"expected finite vectors other than zero of shape {expected}, got shape {embeddings.shape}"
-            )
-        pieces = (embeddings[start : start + PIECE_ROWS] for start in range(0, len(song_ids), PIECE_ROWS))
-        part = self._write(Rows.of(song_ids, text_hashes, embeddings), pieces)
-        if len(song_ids) < PIECE_ROWS // 2:
+        for each in batches:
+            expected, shape = (len(each), self.identity.dimensions), each.embeddings.shape
+            if shape != expected or find_bad_vectors(each.embeddings):
+                raise ValueError(f"expected finite vectors other than zero of shape {expected}, got shape {shape}")
+        rows = join_rows(batches)
+        pieces = (each.embeddings[at : at + PIECE_ROWS] for each in batches for at in range(0, len(each), PIECE_ROWS))
+        part = self._write(rows, pieces)
+        if len(rows) < PIECE_ROWS // 2:
             self._small.append(part)
             if len(self._small) >= _MOST_SMALL:
                 self._unite_small_parts()
@@ -95,7 +95,7 @@ Answer = tuple[Sequence[int], Sequence[bytes], Float32Matrix]
 
 @dataclass
 class AnswerGatherer:
-    """Gathers the answers to a range's requests into parts of PIECE_ROWS rows, or of half a second.
+    """Gathers the answers to a range's requests into parts: of PIECE_ROWS rows or more, or of half a second.
 
     Attributes:
         writer: writes the parts; in a thread, one at a time.
@@ -146,17 +146,19 @@ class AnswerGatherer:
             await asyncio.to_thread(self._write, taken)
 
     def _write(self, taken: Sequence[Answer]) -> None:
-        """Write answers as parts of up to PIECE_ROWS rows: joining them copies them."""
-        parts: list[list[Answer]] = []
+        """Write answers as one part, since each file costs a sync; small answers share a batch."""
+        groups: list[list[Answer]] = []
         n_rows = PIECE_ROWS
         for answer in taken:
             n_rows += len(answer[0])
             if n_rows > PIECE_ROWS:
-                parts.append([])
+                groups.append([])
                 n_rows = len(answer[0])
-            parts[-1].append(answer)
-        for part in parts:
-            song_ids, text_hashes, embeddings = zip(*part, strict=True)
-            # an answer that fills a part alone is written as it is: joining would copy its 16 MB
-            joined = embeddings[0] if len(part) == 1 else np.concatenate(embeddings)
-            self.writer.write([*chain(*song_ids)], [*chain(*text_hashes)], joined)
+            groups[-1].append(answer)
+        batches = []
+        for group in groups:
+            song_ids, text_hashes, embeddings = zip(*group, strict=True)
+            # an answer that fills a batch is written as it is: joining would copy its 16 MB
+            joined = embeddings[0] if len(group) == 1 else np.concatenate(embeddings)
+            batches.append(CachedRows.of([*chain(*song_ids)], [*chain(*text_hashes)], joined))
+        self.writer.write(batches)

@@ -3,21 +3,26 @@
 When to add here: what several commands need before they begin. Keep out: the commands.
 """
 
+import functools
+import inspect
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from dotenv import dotenv_values, load_dotenv
 
 from songvec_assets.cli.terminal import fail
-from songvec_assets.errors import SettingsError, SongvecError, describe
+from songvec_assets.errors import SettingsError, SongvecError, SourceError, describe
 from songvec_assets.signals import discard_unwritable_output, interrupted_by_hangup
 
 if TYPE_CHECKING:
     from songvec_assets.pipeline import Pipeline
     from songvec_assets.songs.ranges import SongIdRange
+
+Options = TypeVar("Options")
 
 app = typer.Typer(
     help="Songs in Postgres become an indexed pgvector table of embeddings.",
@@ -59,6 +64,19 @@ def main() -> None:
             discard_unwritable_output()
 
 
+def takes_options(command: Callable[[Options], None]) -> Callable[..., None]:
+    """Let a command take its options as one dataclass; typer sees an option for each of its fields."""
+    [parameter] = inspect.signature(command).parameters.values()
+    options = parameter.annotation
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        command(options(**given))
+
+    with_options.__signature__ = inspect.signature(options)  # type: ignore[attr-defined]
+    return with_options
+
+
 def make_pipeline(**overrides: Any) -> "Pipeline":
     """A pipeline with the settings of the environment; `overrides` replace them, by name."""
     from songvec_assets.pipeline import Pipeline
@@ -76,11 +94,12 @@ def choose_span(pipeline: "Pipeline", ranges: str) -> "tuple[SongIdRange, SongId
             return parse_span(ranges, pipeline.tiling)
         except SettingsError as error:
             raise typer.BadParameter(describe(error)) from error
-    held = pipeline.held_ranges()
-    if not held:
+    span = pipeline.find_span()
+    if span is None:
         caution = f" ({pipeline.source.caution})" if pipeline.source.caution else ""
-        fail(
+        raise SourceError(
             f"table {pipeline.source.table} holds no songs with an id from {pipeline.tiling.start} on: nothing to "
-            f"do{caution}"
+            f"do{caution}",
+            "source.empty",
         )
-    return held[0], held[-1]
+    return span

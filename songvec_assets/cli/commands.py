@@ -8,14 +8,16 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from songvec_assets.cli import base
-from songvec_assets.cli.base import ConfirmDeletions, app
-from songvec_assets.cli.terminal import EXIT_INCOMPLETE, err, fail, hint, interruptible, say
+from songvec_assets.cli.base import ConfirmDeletions, app, takes_options
+from songvec_assets.cli.terminal import EXIT_INCOMPLETE, err, hint, interruptible, say
+from songvec_assets.errors import SettingsError, TableMismatchError
 
 if TYPE_CHECKING:
     from songvec_assets.cli.run import RunResult
@@ -46,17 +48,17 @@ def demo(
 ) -> None:
     """Fill an embedded Postgres with sample songs, run the whole graph on it, and search."""
     from songvec_assets.cli.queries import print_hits
-    from songvec_assets.embedding.demo import find_files
     from songvec_assets.postgres.embedded import add_generated_songs
     from songvec_assets.settings import LOCAL_MODELS
 
-    find_files()  # if the model is not installed, fail before anything starts
     pipeline = base.make_pipeline()
+    pipeline.check_model()
     held = pipeline.table.spec
     if held is not None and held.model not in LOCAL_MODELS:
-        fail(
+        raise TableMismatchError(
             f"the embedded database holds vectors of {held.model}, made with a key: the demo would replace them. "
-            "Search them with `songvec search` and the key, or remove .songvec to start again"
+            "Search them with `songvec search` and the key, or remove .songvec to start again",
+            "table.not-demo",
         )
     if songs:
         add_generated_songs(pipeline.database, songs)
@@ -94,52 +96,72 @@ def dev(
     os.execv(sys.executable, command)
 
 
-@app.command("embed", help="Export and embed: pays for what is missing. Does not change the table.")
-@app.command("run", help="Run the whole graph: export, embed, load, index. Processes only what changed.")
-def refresh(
-    context: typer.Context,
-    ranges: Annotated[str, typer.Option(help="FIRST...LAST range keys. Default: all that hold songs.")] = "",
-    max_usd: MaxUsd = None,
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of `run` and `embed`; `--anew` is the former name of `--reembed`."""
+
+    ranges: Annotated[str, typer.Option(help="FIRST...LAST range keys. Default: all that hold songs.")] = ""
+    max_usd: MaxUsd = None
     append: Annotated[
         bool, typer.Option("--append", help="Export only songs above the highest song_id exported so far.")
-    ] = False,
+    ] = False
     reembed: Annotated[
         bool, typer.Option("--reembed", help="Embed all songs of the ranges again, and pay for them again.")
-    ] = False,
-    anew: Annotated[bool, typer.Option("--anew", hidden=True)] = False,
+    ] = False
+    anew: Annotated[bool, typer.Option("--anew", hidden=True)] = False
     retry_rejected: Annotated[
         bool, typer.Option("--retry-rejected", help="Send again the songs that the provider rejected.")
-    ] = False,
-    confirm_deletions: ConfirmDeletions = False,
-    confirm_reembedding: ConfirmReembedding = False,
-    confirm_model_change: ConfirmModelChange = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what a run would do and cost, and do nothing.")
-    ] = False,
-) -> None:
-    """`run` and `embed`: one set of options; `--anew` is the former name of `--reembed`."""
+    ] = False
+    confirm_deletions: ConfirmDeletions = False
+    confirm_reembedding: ConfirmReembedding = False
+    confirm_model_change: ConfirmModelChange = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what a run would do and cost.")] = False
+
+    def as_config(self) -> dict[str, Any]:
+        """The config of the resource `run`."""
+        return {
+            "max_usd": self.max_usd,
+            "export_mode": "append" if self.append else "all",
+            "reembed": self.reembed or self.anew,
+            "retry_rejected": self.retry_rejected,
+            "confirm_deletions": self.confirm_deletions,
+            "confirm_reembedding": self.confirm_reembedding,
+            "confirm_model_change": self.confirm_model_change,
+        }
+
+
+@app.command()
+@takes_options
+def run(options: RunOptions) -> None:
+    """Run the whole graph: export, embed, load, index. Processes only what changed."""
+    _run_or_plan(
+        "refresh",
+        options,
+        "`songvec search “…”` finds songs, `songvec status` shows each range, `songvec verify` runs all checks.",
+    )
+
+
+@app.command()
+@takes_options
+def embed(options: RunOptions) -> None:
+    """Export and embed: pays for what is missing. Does not change the table."""
+    _run_or_plan(
+        "embed", options, "`songvec load` loads what was embedded, `songvec index` indexes it; `songvec run` does both."
+    )
+
+
+def _run_or_plan(job: str, options: RunOptions, next_step: str) -> None:
     from songvec_assets.cli.queries import print_plan
 
     pipeline = base.make_pipeline()
-    span = base.choose_span(pipeline, ranges)
-    if dry_run:
-        print_plan(pipeline, span, reembed or anew)
+    if not options.dry_run:
+        pipeline.check_model()
+    span = base.choose_span(pipeline, options.ranges)
+    if options.dry_run:
+        print_plan(pipeline, span, options.reembed or options.anew)
         return
-    options: dict[str, Any] = {
-        "export_mode": "append" if append else "all",
-        "reembed": reembed or anew,
-        "retry_rejected": retry_rejected,
-        "confirm_deletions": confirm_deletions,
-        "confirm_reembedding": confirm_reembedding,
-        "confirm_model_change": confirm_model_change,
-    }
-    options |= {} if max_usd is None else {"max_usd": max_usd}
-    is_embed = context.info_name == "embed"
-    _run_job("embed" if is_embed else "refresh", pipeline, span, run=options)
-    hint(
-        "`songvec load` loads what was embedded, `songvec index` indexes it; `songvec run` does both." if is_embed
-        else "`songvec search “…”` finds songs, `songvec status` shows each range, `songvec verify` runs all checks."
-    )  # fmt: skip
+    _run_job(job, pipeline, span, run=options.as_config())
+    hint(next_step)
 
 
 @app.command()
@@ -159,58 +181,67 @@ def index() -> None:
 @app.command()
 def verify() -> None:
     """Run all checks of the table and the index; changes nothing. Exit code 3 if one does not pass."""
-    from songvec_assets.checks import Evidence
     from songvec_assets.defs.checks import Answer
 
-    pipeline = base.make_pipeline()
-    Evidence(pipeline).check_loaded()
-    answers = _run_job("verify", pipeline).of(Answer)
+    answers = _run_job("verify", base.make_pipeline()).of(Answer)
     for each in answers:
         if each.finding.passed:
-            say(f"{each.check}: {each.finding.words}")
+            say(f"{each.check}: {each.finding.message}")
     if not all(each.finding.passed for each in answers):
         hint("docs/operations.md says what to do about each check; `songvec run` often is enough.")
         raise typer.Exit(EXIT_INCOMPLETE)
     hint("`songvec search “…”` finds songs.")
 
 
-@app.command()
-def swap(
-    model: Annotated[str | None, typer.Option(help="Model to switch to. Default: SONGVEC_EMBEDDING_MODEL.")] = None,
+@dataclass(frozen=True)
+class SwapOptions:
+    """The options of `swap`."""
+
+    model: Annotated[str | None, typer.Option(help="Model to switch to. Default: SONGVEC_EMBEDDING_MODEL.")] = None
     dimensions: Annotated[
         int | None, typer.Option(help="Values per vector. Default: SONGVEC_EMBEDDING_DIMENSIONS.")
-    ] = None,
-    vector_type: Annotated[str | None, typer.Option(help="vector or halfvec. Default: SONGVEC_VECTOR_TYPE.")] = None,
-    max_usd: MaxUsd = None,
-    confirm_deletions: ConfirmDeletions = False,
-    confirm_reembedding: ConfirmReembedding = False,
-    rollback: Annotated[bool, typer.Option("--rollback", help="Make the previous table serve again.")] = False,
-    drop_old: Annotated[bool, typer.Option("--drop-old", help="Drop the tables that earlier swaps kept.")] = False,
-) -> None:
-    """Switch to another model, size or type: build a staging table, compare it, and replace the serving one."""
-    from songvec_assets.vectors.swap import PublishReport
+    ] = None
+    vector_type: Annotated[str | None, typer.Option(help="vector or halfvec. Default: SONGVEC_VECTOR_TYPE.")] = None
+    max_usd: MaxUsd = None
+    confirm_deletions: ConfirmDeletions = False
+    confirm_reembedding: ConfirmReembedding = False
+    rollback: Annotated[bool, typer.Option("--rollback", help="Make the previous table serve again.")] = False
+    drop_old: Annotated[bool, typer.Option("--drop-old", help="Drop the tables that earlier swaps kept.")] = False
 
-    if rollback or drop_old:
+
+@app.command()
+@takes_options
+def swap(options: SwapOptions) -> None:
+    """Switch to another model, size or type: build a staging table, compare it, and replace the serving one."""
+    from songvec_assets.vectors.swap import LoadReport
+
+    if options.rollback or options.drop_old:
         with interruptible():
-            _undo_swap(rollback)
+            _undo_swap(options.rollback)
         return
-    given: dict[str, dict[str, Any]] = {
-        "postgres": {"vector_type": vector_type},
-        "fireworks": {"embedding_model": model, "embedding_dimensions": dimensions},
-        "run": {"swap": True, "max_usd": max_usd},
+    resources: dict[str, dict[str, Any]] = {
+        "postgres": {"vector_type": options.vector_type},
+        "fireworks": {"embedding_model": options.model, "embedding_dimensions": options.dimensions},
+        "run": {"swap": True, "max_usd": options.max_usd},
     }
-    resources = {name: {key: value for key, value in each.items() if value is not None} for name, each in given.items()}
     pipeline = base.make_pipeline(**resources["postgres"], **resources["fireworks"], **resources["run"])
-    resources["run"] |= {"confirm_deletions": confirm_deletions, "confirm_reembedding": confirm_reembedding}
+    resources["run"] |= {
+        "confirm_deletions": options.confirm_deletions,
+        "confirm_reembedding": options.confirm_reembedding,
+    }
+    pipeline.check_model()
     if pipeline.table.spec == pipeline.table_spec:
-        fail(f"searches find {pipeline.table_spec} already: name another --model, --dimensions or --vector-type")
+        raise SettingsError(
+            f"searches find {pipeline.table_spec} already: name another --model, --dimensions or --vector-type",
+            "settings.unchanged",
+        )
     swapped = _run_job("swap", pipeline, base.choose_span(pipeline, ""), **resources)
     each = pipeline.settings
     say(
         f"Searches now find {pipeline.table_spec}. Keep these settings: SONGVEC_EMBEDDING_MODEL={each.model} "
         f"SONGVEC_EMBEDDING_DIMENSIONS={each.dimensions} SONGVEC_VECTOR_TYPE={each.vector_type}"
     )
-    if any(load.comparison for load in swapped.of(PublishReport)):
+    if any(load.comparison for load in swapped.of(LoadReport)):
         hint("`songvec swap --rollback` makes the previous table serve again, `songvec swap --drop-old` drops it.")
 
 

@@ -90,7 +90,7 @@ def search(
 @app.command("settings")
 def print_settings() -> None:
     """Print all settings as a Markdown table, and the prompts of the configured model."""
-    from songvec_assets.settings import settings_table
+    from songvec_assets.cli.render import settings_table
 
     print(settings_table())
     pipeline = base.make_pipeline()
@@ -124,4 +124,4 @@ def print_hits(pipeline: "Pipeline", query: str, limit: int, as_json: bool = Fal
         print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
         return
     out.print(Text(f"“{query}”", style="bold"))
-    out.print(hits_table(hits, out.width))
+    out.print(hits_table(hits))

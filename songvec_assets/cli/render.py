@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -23,9 +24,9 @@ def run_table(result: "RunResult") -> Table:
     """A row per asset."""
     from songvec_assets.cache.plan import FillReport
     from songvec_assets.defs.reports import count_vectors
-    from songvec_assets.songs.export import ExportReport
+    from songvec_assets.songs.reports import ExportReport
     from songvec_assets.vectors.index.upkeep import IndexReport
-    from songvec_assets.vectors.swap import PublishReport
+    from songvec_assets.vectors.swap import LoadReport
 
     table = _table("Asset", "Rows", "Seconds", "Tokens", "Cost", "Unchanged", "New", "Changed")
 
@@ -43,7 +44,7 @@ def run_table(result: "RunResult") -> Table:
         n_tokens, usd, *counts = (sum(getattr(each, name) for each in fills) for name in names)
         n_vectors, cost = sum(map(count_vectors, fills)), f"${usd:,.4f}"
         add("embedding_cache", n_vectors, n_tokens, cost, *counts)
-    for load in result.of(PublishReport):
+    for load in result.of(LoadReport):
         add("song_embeddings_table", sum(each.n_rows for each in load.loads))
     for index in result.of(IndexReport):
         add("ivfflat_index", index.index.n_rows)
@@ -108,22 +109,34 @@ def status_table(status: "Status") -> Table:
     return table
 
 
-def hits_table(hits: Sequence["Hit"], width: int) -> Table:
-    """The songs found, nearest first.
-
-    Args:
-        hits: to show.
-        width: of the terminal. Names get what they need; the first line of the lyrics gets the rest.
-    """
+def hits_table(hits: Sequence["Hit"]) -> Table:
+    """The songs found, nearest first: name and artist, and below them the best line."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     table.add_column("Near", width=5)
-    for name, most in {"Song": 45, "Artist": 30}.items():
-        table.add_column(name, no_wrap=True, max_width=most * width // 100)
-    table.add_column("First line", no_wrap=True, ratio=1)
+    table.add_column("Song, artist and best line", ratio=1)
     for hit in hits:
-        first_line = (hit.lyrics or "").partition("\n")[0]
-        table.add_row(f"{hit.similarity:.3f}", *map(Text, (hit.name, hit.artist, first_line)))
+        song = Text.assemble((hit.name, "bold"), f" — {hit.artist}")
+        line = Text(hit.best_line or "(no lyrics)", style="dim", no_wrap=True, overflow="ellipsis")
+        table.add_row(f"{hit.similarity:.3f}", Group(song, line))
     return table
+
+
+def settings_table() -> str:
+    """All settings, as the Markdown table in the README."""
+    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, describe, variable
+
+    lines = [
+        "| Variable | Default | Meaning | Read | Store identity |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for group in GROUPS:
+        read = "when the graph loads" if group is GraphSettings else "when a run starts"
+        for name, field in group.model_fields.items():
+            default = "" if field.default is None else f"`{field.default!s}`".replace("\n", "\\n")
+            identity = "yes" if name in STORE_IDENTITY else ""
+            meaning = describe(field).removesuffix(".")
+            lines.append(f"| `{variable(name)}` | {default} | {meaning} | {read} | {identity} |")
+    return "\n".join(lines)
 
 
 def _table(first: str, *others: str) -> Table:

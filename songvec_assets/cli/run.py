@@ -23,9 +23,9 @@ from songvec_assets.errors import SongvecError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.progress import Progress
-from songvec_assets.songs.export import ExportReport
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.vectors.swap import PublishReport
+from songvec_assets.songs.reports import ExportReport
+from songvec_assets.vectors.swap import LoadReport
 
 Report = TypeVar("Report")
 
@@ -158,7 +158,7 @@ def run_and_print(
     for line in _describe_outcome(result):
         say(line)
     warnings = [
-        f"Check {each.check} did not pass: {each.finding.words}"
+        f"Check {each.check} did not pass: {each.finding.message}"
         for each in result.of(Answer)
         if not each.finding.passed
     ]
@@ -172,7 +172,7 @@ def run_and_print(
 
 
 def _describe_outcome(result: RunResult) -> list[str]:
-    lines = [f"Swapped in: {each.comparison.describe()}." for each in result.of(PublishReport) if each.comparison]
+    lines = [f"Swapped in: {each.comparison.describe()}." for each in result.of(LoadReport) if each.comparison]
     n_rejected = sum(each.n_rejected for each in result.of(FillReport))
     n_rejected += sum(sum(each.unreachable.values()) for each in result.of(ExportReport))
     if n_rejected:

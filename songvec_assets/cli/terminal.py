@@ -27,7 +27,7 @@ def say(words: str, style: str | None = None) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """End the command with an error."""
+    """End the command with an error, whose code is at the end of the message: see `errors.describe`."""
     # one line stays one line if another program reads it
     err.print(message, style="red", markup=False, highlight=False, soft_wrap=not err.is_terminal)
     sys.exit(EXIT_FAILED)

@@ -130,9 +130,7 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
 def song_embeddings_table(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
     """The table that searches read, `song_embeddings`: equal to the cache, loaded in one transaction per range."""
     with failing_clearly(), run.open() as pipeline:
-        return run_step(
-            context, pipeline, pipeline.load, lambda report: reports.report_publish(report, pipeline, context)
-        )
+        return run_step(context, pipeline, pipeline.load, lambda report: reports.report_load(report, pipeline, context))
 
 
 @_asset(

@@ -81,7 +81,7 @@ automation_sensor = dg.AutomationConditionSensorDefinition(
 def songs_source_sensor(context: dg.SensorEvaluationContext, run: RunResource) -> dg.SensorResult | dg.SkipReason:
     """See `look_at_source`."""
     with failing_clearly(), run.open() as pipeline:
-        look, quiet = look_at_source(pipeline.database, pipeline.source, context.cursor)
+        look, quiet = look_at_source(pipeline.source, context.cursor)
     if quiet:
         context.update_cursor(look.dump())
         return dg.SkipReason(f"{quiet}: {look.state.describe()}")

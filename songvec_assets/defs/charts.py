@@ -76,7 +76,7 @@ def draw_recall(report: RecallReport) -> bytes:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure, axes = _begin(
-        f"Recall of {report.n_queries:,} searches among {report.n_rows:,} rows; labels are probes",
+        f"Recall of {report.chosen.n_queries:,} searches among {report.n_rows:,} rows; labels are probes",
         "median time of a search, ms (log scale)",
         "recall@10",
     )

@@ -43,12 +43,12 @@ def _define(asset: dg.AssetsDefinition, name: str, checks: Sequence[Check]) -> d
                     asset_key=spec.asset_key,
                     passed=finding.passed,
                     severity=dg.AssetCheckSeverity.ERROR if check.is_error else dg.AssetCheckSeverity.WARN,
-                    description=finding.words,
+                    description=finding.message,
                     metadata=finding.figures,
                 )
 
     return run_checks
 
 
-table_checks = _define(song_embeddings_table, "ask_about_table", TABLE_CHECKS)
-index_checks = _define(ivfflat_index, "ask_about_index", INDEX_CHECKS)
+table_checks = _define(song_embeddings_table, "check_table", TABLE_CHECKS)
+index_checks = _define(ivfflat_index, "check_index", INDEX_CHECKS)

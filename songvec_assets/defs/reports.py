@@ -14,10 +14,11 @@ from songvec_assets.defs.charts import digest_data, draw_coverage, draw_if_chang
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.search.preview import Preview
-from songvec_assets.songs.export import ExportReport
+from songvec_assets.songs.reports import ExportReport
 from songvec_assets.vectors.index.recall import RecallReport
+from songvec_assets.vectors.index.searches import RecallPoint
 from songvec_assets.vectors.index.upkeep import IndexReport
-from songvec_assets.vectors.swap import PublishReport
+from songvec_assets.vectors.swap import LoadReport
 
 Metadata = dict[str, Any]
 _MAX_TABLE_ROWS = 50
@@ -56,8 +57,8 @@ def report_export(report: ExportReport, pipeline: Pipeline, log: Any) -> dg.Mate
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(snapshots.digest_all()))
 
 
-def report_publish(
-    report: PublishReport, pipeline: Pipeline, context: dg.AssetExecutionContext
+def report_load(
+    report: LoadReport, pipeline: Pipeline, context: dg.AssetExecutionContext
 ) -> dg.MaterializeResult[None]:
     """A load's totals and the changed ranges; the version is the digest of the ledger."""
     context.log.info(report.target.reason)
@@ -75,9 +76,7 @@ def report_publish(
         return {COVERAGE: show_chart(draw_coverage(coverage), "songs by range: loaded, cached, rejected, missing")}
 
     charts = draw_if_changed(context, (COVERAGE,), digest_data(coverage.rows()), draw) if len(coverage) else {}
-    return dg.MaterializeResult(
-        metadata=describe_publish(report, pipeline) | charts, data_version=dg.DataVersion(version)
-    )
+    return dg.MaterializeResult(metadata=describe_load(report, pipeline) | charts, data_version=dg.DataVersion(version))
 
 
 def report_index(
@@ -175,7 +174,7 @@ def describe_fills(reports: Sequence[FillReport]) -> str:
     )
 
 
-def describe_publish(report: PublishReport, pipeline: Pipeline) -> Metadata:
+def describe_load(report: LoadReport, pipeline: Pipeline) -> Metadata:
     """Totals of a load, what was swapped in, a row per range that was written."""
     compared, spec = report.comparison, pipeline.table_spec
     swapped = {}
@@ -236,6 +235,10 @@ def describe_recall(recall: RecallReport) -> Metadata:
     """What was measured, a row per number of probes."""
     return {
         "recall (%)": round(100 * recall.recall, 2),
+        "recall, 95% interval (%)": describe_interval(recall.chosen),
+        "recall, queries": recall.chosen.n_queries,
+        "recall, rows compared": recall.n_read,
+        "recall, duration (s)": round(recall.seconds, 1),
         "target recall (%)": 100 * recall.target,
         "median search (ms)": round(recall.chosen.ms_median, 3),
         **_table(
@@ -245,6 +248,8 @@ def describe_recall(recall: RecallReport) -> Metadata:
                     "probes": point.probes,
                     "chosen": point.probes == recall.probes,
                     "recall (%)": round(100 * point.recall, 2),
+                    "95% interval (%)": describe_interval(point),
+                    "queries": point.n_queries,
                     "recall of rows (%)": round(100 * point.recall_of_rows, 2),
                     "recall of synthetic queries (%)": round(100 * point.recall_of_synthetic, 2),
                     "median (ms)": round(point.ms_median, 3),
@@ -254,6 +259,11 @@ def describe_recall(recall: RecallReport) -> Metadata:
             ],
         ),
     }
+
+
+def describe_interval(point: RecallPoint) -> str:
+    """`94.1 to 97.2`."""
+    return f"{100 * point.low:.1f} to {100 * point.high:.1f}"
 
 
 def describe_preview(preview: Preview) -> Metadata:

@@ -16,7 +16,7 @@ from songvec_assets.cache.plan import FillReport
 from songvec_assets.defs import reports
 from songvec_assets.errors import (
     BudgetExceededError,
-    DamagedShardError,
+    DamagedCacheError,
     ProviderError,
     SongvecError,
     StoppedError,
@@ -24,7 +24,7 @@ from songvec_assets.errors import (
 )
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.progress import Progress, ProgressLines, run_in_worker
-from songvec_assets.songs.export import IncompleteExportError
+from songvec_assets.songs.reports import IncompleteExportError
 
 Report = TypeVar("Report")
 Result = TypeVar("Result")
@@ -66,7 +66,7 @@ def find_incomplete(error: SongvecError) -> Incomplete | None:
     if isinstance(error, IncompleteExportError) and error.is_partial:
         return Incomplete(error.reasons)
     # its message names the range
-    return Incomplete({describe(error): []}) if isinstance(error, DamagedShardError) else None
+    return Incomplete({describe(error): []}) if isinstance(error, DamagedCacheError) else None
 
 
 @contextlib.contextmanager

@@ -30,9 +30,8 @@ MAX_ALIKE_OF_PART = 2
 """The same for a part of a divided request; a single text gets MAX_ALIKE tries."""
 QUOTA_WINDOW_S = 60.0
 """If a request gets 429 for longer, while no other texts are served, it is larger than the whole quota."""
-BASE_TIMEOUT_S, TOKENS_PER_SECOND = 60.0, 200.0
-"""The time limit of a request is what a slow server needs for it; after a time-out it doubles."""
-MAX_TIMEOUT_S = 600.0
+BASE_TIMEOUT_S, TOKENS_PER_SECOND, MAX_TIMEOUT_S = 60.0, 200.0, 600.0
+"""The time limit of a request is what a slow server needs for it; after a time-out it doubles, up to the maximum."""
 FIRST_TIMEOUT_S = 600.0
 """The first request of a process waits this long: a server may load its model for it, and Ollama aborts the load when
 the client hangs up (its issue 8006)."""
@@ -272,7 +271,7 @@ class EmbeddingClient(Embedder):
                         outcome = self._narrow(outcome, sent_at, now)
                     billed_tokens = None if outcome.sent else 0
                 else:
-                    self._window.count_answer(now - sent_at, usual_s)
+                    self._window.count_answer(now - sent_at, usual_s, outcome.n_bytes)
                     billed_tokens = outcome.n_tokens or None
             finally:
                 if billed_tokens is not None:  # unknown after a try that was sent: then the estimate stays charged
@@ -294,9 +293,8 @@ class EmbeddingClient(Embedder):
     def _narrow(self, failure: Failure, sent_at: float, now: float) -> Failure:
         """Allow fewer requests in flight after a time-out, and report it in the failure."""
         alone = self._window.count_timeout(sent_at, now)
-        n_allowed = self._window.n_allowed
         words = (
-            f"{failure.words}; up to {n_allowed} {'request' if n_allowed == 1 else 'requests'} in flight from now on. "
-            "If this goes on, lower SONGVEC_CONCURRENCY and SONGVEC_MAX_REQUEST_TOKENS"
+            f"{failure.words}; requests in flight from now on: up to {self._window.n_allowed}. If this goes on, lower "
+            "SONGVEC_CONCURRENCY and SONGVEC_MAX_REQUEST_TOKENS"
         )
         return replace(failure, words=words, alone=alone)

@@ -16,6 +16,8 @@ from songvec_assets.embedding.limits import Grant, RateLimiter
 
 FIRST = 4
 """Requests in flight at first: a small server can answer before it gets more; a fast one gets 32 after three rounds."""
+MAX_ANSWER_BYTES = 768 << 20
+"""Bytes of answers in flight: they may all arrive before the first one is decoded. Floats of 2,048 texts take 42 MB."""
 _QUICK_SHARE, _SLOW_SHARE = 0.25, 0.5
 """Answers within the first share of their time limit grow the window fast, within the second slowly."""
 
@@ -34,6 +36,7 @@ class InFlightWindow:
     def __init__(self, highest: int) -> None:
         self._highest = highest
         self._size = float(min(FIRST, highest))
+        self._largest = 1
         self._n_in_flight = 0
         self._shrunk_at = float("-inf")
         self._changed = asyncio.Condition()
@@ -42,7 +45,7 @@ class InFlightWindow:
     @property
     def n_allowed(self) -> int:
         """Maximum requests in flight at the moment."""
-        return int(self._size)
+        return max(1, min(int(self._size), MAX_ANSWER_BYTES // self._largest))
 
     @contextlib.asynccontextmanager
     async def place(self, check: Callable[[], None]) -> AsyncIterator[None]:
@@ -64,8 +67,9 @@ class InFlightWindow:
                 self._n_in_flight -= 1
                 self._changed.notify_all()
 
-    def count_answer(self, seconds: float, timeout_s: float) -> None:
+    def count_answer(self, seconds: float, timeout_s: float, n_bytes: int) -> None:
         """Grow the window after an answer: it doubles per round at first; after time-outs or slow answers, by one."""
+        self._largest = max(self._largest, n_bytes)
         self.stretch = max(1.0, self.stretch / 2)
         if seconds < _SLOW_SHARE * timeout_s:
             has_shrunk = self._shrunk_at > float("-inf")

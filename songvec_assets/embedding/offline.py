@@ -24,7 +24,7 @@ from songvec_assets.embedding.wire import EmbeddingBatch, Float32Matrix
 
 _WORD = re.compile(r"\w+")
 _FIRST_UNSPACED = 0x0E00  # from Thai on, scripts put few spaces between words
-_STOP_WORDS = frozenset(
+STOP_WORDS = frozenset(
     "a about all an and are as at be been but by for from had has have he her him his i if in into is it its just me "
     "my no not of on or our out she so some song songs that the their them then there they this to too up us was we "
     "were what when where which who will with you your "
@@ -65,10 +65,8 @@ class OfflineEmbedder(LocalEmbedder):
     def _embed(self, text: str) -> Float32Matrix:
         places: list[int] = []
         weights: list[float] = []
-        for feature, count in Counter(_features(text)).items():
-            weight = (0.1 if feature in _STOP_WORDS else 0.5 if feature.endswith("~") else 1.0) * (
-                1.0 + math.log(count)
-            )
+        for feature, count in Counter(find_features(text)).items():
+            weight = weigh(feature) * (1.0 + math.log(count))
             for place in _places(feature):
                 places.append((place >> 1) % self.dimensions)
                 weights.append(weight if place & 1 else -weight)
@@ -85,11 +83,27 @@ def _places(feature: str) -> tuple[int, ...]:
     return tuple(np.frombuffer(xxhash.xxh3_128_digest(feature.encode()), dtype="<u4").tolist())
 
 
-def _features(text: str) -> Iterator[str]:
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-    for word in _WORD.findall(plain):
+def fold(text: str) -> str:
+    """A text without case, accents and compatibility forms."""
+    folded = text.casefold()
+    if folded.isascii():
+        return folded
+    return "".join(c for c in unicodedata.normalize("NFKD", folded) if not unicodedata.combining(c))
+
+
+def weigh(feature: str) -> float:
+    """What a feature counts, compared with a word."""
+    return 0.1 if feature in STOP_WORDS else 0.5 if feature.endswith("~") else 1.0
+
+
+def find_features(text: str) -> Iterator[str]:
+    """The folded words of a text; and of those that say something, their beginnings with a `~`.
+
+    In scripts without spaces, characters and pairs of them instead of beginnings.
+    """
+    for word in _WORD.findall(fold(text)):
         yield word.removesuffix("s") if len(word) > 3 else word
-        if word in _STOP_WORDS:
+        if word in STOP_WORDS:
             continue
         if ord(max(word)) >= _FIRST_UNSPACED:
             yield from word

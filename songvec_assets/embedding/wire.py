@@ -35,6 +35,7 @@ class EmbeddingBatch:
         embeddings: float32, (n texts, dimensions), in the order of the texts; NaN in the rows of `bad`.
         n_tokens: billed prompt tokens; 0 if the provider does not say.
         n_values: values per vector as received, before truncation to `dimensions`.
+        n_bytes: of the response's body.
         bad: rows whose vector is zero, null or not finite.
         n_retries: bad answers before this one.
         n_limited: those of them with status 429.
@@ -43,6 +44,7 @@ class EmbeddingBatch:
     embeddings: Float32Matrix
     n_tokens: int
     n_values: int = 0
+    n_bytes: int = 0
     bad: tuple[int, ...] = ()
     n_retries: int = 0
     n_limited: int = 0
@@ -55,7 +57,7 @@ class _Request(msgspec.Struct, omit_defaults=True):
     dimensions: int | None = None
 
 
-class _Item(msgspec.Struct):
+class _Item(msgspec.Struct, gc=False):
     embedding: msgspec.Raw
     index: int | None = None
 
@@ -117,11 +119,9 @@ def decode_response(body: bytes, n_texts: int, dimensions: int) -> EmbeddingBatc
     order = _fill_in([item.index for item in response.data], n_texts)
     if not order or sorted(order) != list(range(n_texts)):
         raise MalformedResponseError(f"expected each index from 0 to {n_texts - 1} once, got {_shorten(order)}")
-    values = [memoryview(item.embedding) for item in response.data]
-    kinds = {bytes(value[:1]) for value in values if value != _NULL}
-    if kinds not in (set(), {b'"'}, {b"["}):
-        raise MalformedResponseError(f"expected all vectors as base64 or all as arrays, got {sorted(kinds)}")
     try:
+        # one view at a time: thousands of them would call the collector of garbage
+        values = (memoryview(item.embedding) for item in response.data)
         embeddings, n_values = _stack(zip(order, values, strict=True), n_texts, dimensions)
     # simdjson raises TypeError for values that are not numbers, and RuntimeError for integers of over 64 bits
     except (msgspec.DecodeError, TypeError, ValueError, RuntimeError) as error:
@@ -130,26 +130,35 @@ def decode_response(body: bytes, n_texts: int, dimensions: int) -> EmbeddingBatc
         embeddings /= np.sqrt(np.vecdot(embeddings, embeddings))[:, np.newaxis]
     bad = find_bad_vectors(embeddings)
     embeddings[bad] = np.nan
-    return EmbeddingBatch(embeddings, _count_billed(response.usage), n_values, tuple(bad))
+    return EmbeddingBatch(embeddings, _count_billed(response.usage), n_values, len(body), tuple(bad))
 
 
 def _stack(values: Iterable[tuple[int, memoryview]], n_texts: int, dimensions: int) -> tuple[Float32Matrix, int]:
     """Vectors as rows, truncated to `dimensions`, NaN if there is none; and the values per vector as received."""
     embeddings, n_values = np.full((n_texts, 0), np.nan, dtype=np.float32), 0
+    missing: list[int] = []
+    kinds = set()
     for index, value in values:
-        if value == _NULL:
-            continue
-        vector = _decode_base64(value) if bytes(value[:1]) == b'"' else _decode_array(value)
+        vector = None
+        if value != _NULL:
+            kinds.add(bytes(value[:1]))
+            if kinds not in ({b'"'}, {b"["}):
+                raise MalformedResponseError(f"expected all vectors as base64 or all as arrays, got {sorted(kinds)}")
+            vector = _decode_base64(value) if kinds == {b'"'} else _decode_array(value)
         if vector is None:
+            missing.append(index)
             continue
         if not n_values:
             n_values = len(vector)
-            embeddings = np.full((n_texts, min(n_values, dimensions)), np.nan, dtype=np.float32)
+            embeddings = np.empty((n_texts, min(n_values, dimensions)), dtype=np.float32)
         if len(vector) != n_values or not n_values:
             raise MalformedResponseError(f"expected {n_values} values, got {len(vector)}")
         # also bad if a truncated value is not finite
-        if n_values <= dimensions or np.isfinite(vector).all():
+        if n_values > dimensions and not np.isfinite(vector).all():
+            missing.append(index)
+        else:
             embeddings[index] = vector[:dimensions]
+    embeddings[missing] = np.nan
     return embeddings, n_values
 
 

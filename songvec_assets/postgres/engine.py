@@ -1,4 +1,4 @@
-"""Connections: engines with three kinds of pools, and the border at which driver errors become DatabaseError.
+"""Connections: engines with four kinds of pools, and the border at which driver errors become DatabaseError.
 
 The server may be behind a pooler in transaction mode, so settings are made per transaction; code that needs a session
 uses `Database.get_autocommit`.
@@ -27,7 +27,7 @@ from songvec_assets.postgres.sessions import (
 )
 from songvec_assets.postgres.urls import describe_url, libpq_uri, parse_url
 
-Profile = Literal["batch", "web", "parallel"]
+Profile = Literal["batch", "web", "parallel", "autocommit"]
 
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 
@@ -35,6 +35,7 @@ _POOLS: dict[Profile, dict[str, Any]] = {
     "batch": {"poolclass": NullPool},
     "web": {"pool_size": 5, "max_overflow": 10},
     "parallel": {"pool_size": 15, "max_overflow": 0},
+    "autocommit": {"pool_size": 15, "max_overflow": 0},
 }
 
 _engines: dict[tuple[str, Profile], sa.Engine] = {}
@@ -61,7 +62,9 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
 
     Args:
         url: as libpq reads it, with or without a driver's name.
-        profile: `batch`, no pool, for long jobs; `web`, 5 pooled and up to 10 more; `parallel`, 15 for 8 workers.
+        profile: `batch`, no pool, for long jobs; `web`, 5 pooled and up to 10 more; `parallel`, 15 for 8 workers;
+            `autocommit`, 15 without transactions, for `atomic` statements: a connection that changes to AUTOCOMMIT and
+            back costs two round trips more.
     """
     with _engines_lock:
         if (url, profile) not in _engines:
@@ -71,7 +74,7 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
                 "postgresql+psycopg2://",
                 creator=functools.partial(psycopg2.connect, libpq_uri(url), **CONNECT_ARGS),
                 # part of each BEGIN; at stricter levels a statement that waited for a row fails
-                isolation_level="READ COMMITTED",
+                isolation_level="AUTOCOMMIT" if profile == "autocommit" else "READ COMMITTED",
                 pool_pre_ping=profile != "batch",
                 **_POOLS[profile],
             )

@@ -39,6 +39,8 @@ class Hit:
     Attributes:
         song_id, name, artist, lyrics: the song as the source has it now.
         similarity: cosine similarity to the query, -1 to 1.
+        best_line: of the lyrics, which shows best why the song was found (see `lines`); None: there are no lyrics, or
+            the search was for a vector.
     """
 
     song_id: int
@@ -46,6 +48,7 @@ class Hit:
     artist: str
     lyrics: str | None
     similarity: float
+    best_line: str | None = None
 
 
 def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) -> NDArray[np.float32]:

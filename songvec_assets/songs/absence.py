@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from songvec_assets.errors import BulkDeletionError
-from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import RunContext
 from songvec_assets.songs.counts import IdSums, RangeCount, read_song_ids
-from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.ranges import SongIdRange, name_some
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SongsSource
 
@@ -23,7 +22,7 @@ MIN_MISSING = 20
 MIN_MISSING_OF_RANGE = 100
 """The same for a single range."""
 
-_MAX_NAMED = 5
+_CONFIRM = "confirm it for one run with `--confirm-deletions`, or `confirm_deletions` in the run config"
 
 
 def count_missing(song_ids: pl.Series, others: pl.Series) -> int:
@@ -54,7 +53,6 @@ class Absence:
 
     def find(
         self,
-        database: Database,
         source: SongsSource,
         snapshots: Snapshots,
         counts: Mapping[SongIdRange, RangeCount],
@@ -65,7 +63,6 @@ class Absence:
         Reads ids only of ranges that gained or lost songs since their snapshot, or that hold fewer than are known.
 
         Args:
-            database: of the source.
             source: which table and columns.
             snapshots: as the previous export left them.
             counts: of the source, by range.
@@ -83,7 +80,7 @@ class Absence:
                     continue
             known = self.read_known(song_range)
             if embeddable is None and IdSums.of(known) != in_source:
-                embeddable = read_song_ids(database, source, song_range)
+                embeddable = read_song_ids(source, song_range)
             # songs that earlier exports rejected count too: else an emptied column would pass, range by range
             self._note(song_range, known, known if embeddable is None else embeddable)
 
@@ -117,9 +114,8 @@ class Absence:
     def describe(self) -> str:
         """The numbers, and the ranges with the most missing songs."""
         most = sorted(filter(self.missing.get, self.missing), key=lambda each: -self.missing[each])
-        named = [f"{each.key}: {self.missing[each]:,} of {self.known.get(each, 0):,}" for each in most[:_MAX_NAMED]]
-        more = f" and {len(most) - _MAX_NAMED:,} ranges more" if len(most) > _MAX_NAMED else ""
-        return f"{self.n_missing:,} of {self.n_known:,} songs that are loaded or cached ({', '.join(named)}{more})"
+        named = name_some([f"{each.key}: {self.missing[each]:,} of {self.known.get(each, 0):,}" for each in most])
+        return f"{self.n_missing:,} of {self.n_known:,} songs that are loaded or cached ({named})"
 
     def check(self, source: SongsSource) -> None:
         """Refuse an export before it begins.
@@ -132,8 +128,7 @@ class Absence:
             raise BulkDeletionError(
                 f"{self.describe()} are no longer in {source.table}: nothing was changed. {hidden}Check whether the "
                 "table was truncated, is filtered by a view or a policy, is still being loaded or restored, or is the "
-                "wrong one (POSTGRES_URL, SONGVEC_SONGS_TABLE). If the songs are meant to be deleted, confirm it for "
-                "one run with `--confirm-deletions`, or `confirm_deletions` in the run config"
+                f"wrong one (POSTGRES_URL, SONGVEC_SONGS_TABLE). If the songs are meant to be deleted, {_CONFIRM}"
             )
 
     def check_range(self, song_range: SongIdRange, embeddable: pl.Series) -> None:
@@ -158,6 +153,5 @@ class Absence:
             raise BulkDeletionError(
                 f"{words} no longer have the fields of the text template, or were deleted while they were read: "
                 f"{song_range.key} was not exported. Check for a column that was emptied, or a table that is still "
-                "being loaded. If this is intended, confirm it for one run with `--confirm-deletions`, or "
-                "`confirm_deletions` in the run config"
+                f"being loaded. If this is intended, {_CONFIRM}"
             )

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.source import SongsSource, as_bytes, fetch_rows
+from songvec_assets.songs.source import SongsSource, as_bytes, literal
 
 PATTERNS = {
     "LRC time stamps": r"[\[<]\d{1,3}:\d\d([.:]\d{1,3})?[\]>][ \t]*",
@@ -78,9 +77,9 @@ class Boilerplate:
             return ""
         lyrics = f"{source.lyrics}::text"
         for name in self.kinds:
-            lyrics = f"regexp_replace({lyrics}, {_literal(PATTERNS[name])}, '', 'g')"
+            lyrics = f"regexp_replace({lyrics}, {literal(PATTERNS[name])}, '', 'g')"
         for line in self.lines:
-            lyrics = f"replace({lyrics}, {_literal(line)}, '')"
+            lyrics = f"replace({lyrics}, {literal(line)}, '')"
         updated_at = f", {source.updated_at} AS updated_at" if source.updated_at else ""
         # the server quotes only names that need it
         schema, _, table = source.relation.rpartition(".")
@@ -92,10 +91,6 @@ class Boilerplate:
             f"FROM {source.relation}; then set SONGVEC_SONGS_TABLE={named} SONGVEC_SONG_ID_COLUMN=song_id, and leave "
             "SONGVEC_NAME_COLUMN, SONGVEC_ARTIST_COLUMN and SONGVEC_LYRICS_COLUMN unset"
         )
-
-
-def _literal(words: str) -> str:
-    return "'" + words.replace("'", "''") + "'"
 
 
 def find_boilerplate(lyrics: Sequence[str], n_songs: int) -> Boilerplate:
@@ -130,11 +125,10 @@ def find_boilerplate(lyrics: Sequence[str], n_songs: int) -> Boilerplate:
     )
 
 
-def sample_lyrics(database: Database, source: SongsSource, ranges: Sequence[SongIdRange]) -> list[str]:
+def sample_lyrics(source: SongsSource, ranges: Sequence[SongIdRange]) -> list[str]:
     """The lyrics of a few songs per range, without empty ones; if there are many ranges, only of some.
 
     Args:
-        database: of the source.
         source: which table and columns.
         ranges: that hold songs.
     """
@@ -142,8 +136,7 @@ def sample_lyrics(database: Database, source: SongsSource, ranges: Sequence[Song
     if not some:
         return []
     edges = ", ".join(f"({each.start}::bigint, {each.stop}::bigint)" for each in some)
-    rows = fetch_rows(
-        database,
+    rows = source.fetch(
         f"SELECT song.lyrics FROM (VALUES {edges}) AS edge (start, stop) CROSS JOIN LATERAL ("
         f"SELECT {as_bytes(source.lyrics)} AS lyrics FROM {source.relation} AS source "
         f"WHERE {source.song_id} >= edge.start AND {source.song_id} < edge.stop "

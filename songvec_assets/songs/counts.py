@@ -4,7 +4,6 @@ When to add here: another number that the source's indexes give. Keep out: texts
 """
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,11 +11,10 @@ import numpy as np
 import polars as pl
 
 from songvec_assets.errors import SettingsError, SourceError
-from songvec_assets.postgres.engine import Database
 from songvec_assets.songs import catalogue
 from songvec_assets.songs.advice import describe_numbering
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
-from songvec_assets.songs.source import PRESENT, SongsSource, fetch_rows
+from songvec_assets.songs.source import PRESENT, SongsSource
 
 _PRIME = 2**31 - 1
 
@@ -61,14 +59,13 @@ class RangeCount:
         return self.ids.n_rows
 
 
-def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dict[SongIdRange, RangeCount]:
+def count_ranges(source: SongsSource, tiling: Tiling) -> dict[SongIdRange, RangeCount]:
     """Count the source's songs by range, without empty ranges. An index-only scan of the ids, if possible."""
     newest = "NULL"
     if source.updated_at:
         present = PRESENT[str(source.updated_at_type)]
         newest = f"(max({source.updated_at}) FILTER (WHERE {source.updated_at} <= {present}))::text"
-    rows = fetch_rows(
-        database,
+    rows = source.fetch(
         f"SELECT least({source.song_id}, {tiling.stop}) / {tiling.width} AS number, {newest}, "
         f"{IdSums.columns(source.song_id)} "
         f"FROM {source.relation} WHERE {source.song_id} BETWEEN {tiling.start} AND {MAX_SONG_ID} GROUP BY number",
@@ -76,36 +73,35 @@ def count_ranges(database: Database, source: SongsSource, tiling: Tiling) -> dic
     return {tiling.range_of(number * tiling.width): RangeCount(IdSums(*sums), newest) for number, newest, *sums in rows}
 
 
-def read_song_ids(database: Database, source: SongsSource, song_range: SongIdRange) -> pl.Series:
+def find_ends(source: SongsSource, tiling: Tiling) -> list[SongIdRange]:
+    """The ranges of the lowest and of the highest song_id, from the id's index; empty if no range holds songs."""
+    ends = f"SELECT min({source.song_id}), max({source.song_id}) FROM {source.relation}"
+    [(lowest, highest)] = source.fetch(f"{ends} WHERE {source.song_id} BETWEEN {tiling.start} AND {MAX_SONG_ID}")
+    return [] if lowest is None else [tiling.range_of(lowest), tiling.range_of(highest)]
+
+
+def read_song_ids(source: SongsSource, song_range: SongIdRange) -> pl.Series:
     """The ids of a range's songs, in order."""
-    rows = fetch_rows(database, source.select("song_id", song_range))
-    return pl.Series([song_id for (song_id,) in rows], dtype=pl.Int32)
+    return pl.Series([song_id for (song_id,) in source.fetch(source.select("song_id", song_range))], dtype=pl.Int32)
 
 
-def check_ids(
-    database: Database, source: SongsSource, tiling: Tiling, counts: Mapping[SongIdRange, RangeCount]
-) -> None:
-    """Refuse ids that no range can hold.
-
-    Args:
-        database: of the source.
-        source: which table and columns.
-        tiling: how song_ids are divided into ranges.
-        counts: see `count_ranges`.
+def check_ids(source: SongsSource, tiling: Tiling) -> None:
+    """Refuse ids that no range can hold. Reads the id's index outside the ranges, and counts songs only if it must.
 
     Raises:
         SettingsError: songs have ids below the first range, or the open tail holds more songs than a range may.
         SourceError: more songs have ids above INTEGER than within it; the message has the statements that number them.
     """
-    tiling.check_tail(tiling.tail, counts.get(tiling.tail, RangeCount()).n_songs)
-    song_id, start = source.song_id, tiling.start
-    [(n_below, lowest, n_beyond)] = fetch_rows(
-        database,
+    song_id, start, relation = source.song_id, tiling.start, source.relation
+    in_tail = f"SELECT FROM {relation} WHERE {song_id} BETWEEN {tiling.stop} AND {MAX_SONG_ID} LIMIT {tiling.width + 1}"
+    [(n_below, lowest, n_beyond, n_in_tail)] = source.fetch(
         f"SELECT count(*) FILTER (WHERE {song_id} < {start}), min({song_id}), "
-        f"count(*) FILTER (WHERE {song_id} > {MAX_SONG_ID}) FROM {source.relation} "
+        f"count(*) FILTER (WHERE {song_id} > {MAX_SONG_ID}), (SELECT count(*) FROM ({in_tail}) AS tail) "
         # negative ids are rejected one by one
-        f"WHERE {song_id} > {MAX_SONG_ID} OR {song_id} >= 0 AND {song_id} < {start}",
+        f"FROM {relation} WHERE {song_id} > {MAX_SONG_ID} OR {song_id} >= 0 AND {song_id} < {start}"
     )
+    counts = count_ranges(source, tiling) if n_beyond or n_in_tail > tiling.width else {}
+    tiling.check_tail(tiling.tail, counts.get(tiling.tail, RangeCount()).n_songs)
     if n_below:
         raise SettingsError(
             f"{n_below:,} songs of {source.table} have an id below SONGVEC_SONG_ID_START, which is {start}; "
@@ -113,7 +109,7 @@ def check_ids(
             "settings.song-ids",
         )
     if n_beyond > sum(each.n_songs for each in counts.values()):
-        with database.get_connection() as connection:
+        with source.database.get_connection() as connection:
             table = catalogue.find_table(connection, source.table)
             cure = f": {describe_numbering(connection, table, source.song_id_column)}" if table else ""
         raise SourceError(
@@ -123,7 +119,7 @@ def check_ids(
         )
 
 
-def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[str]:
+def count_unreachable_ids(source: SongsSource) -> Counter[str]:
     """Number of songs with an id that no range can hold, by reason."""
     reasons = {
         f"the id is above {MAX_SONG_ID}, the highest INTEGER": f"{source.song_id} > {MAX_SONG_ID}",
@@ -132,5 +128,5 @@ def count_unreachable_ids(database: Database, source: SongsSource) -> Counter[st
     }
     # one subquery per reason, so that each can use the index
     numbers = (f"(SELECT count(*) FROM {source.relation} WHERE {each})" for each in reasons.values())
-    [row] = fetch_rows(database, f"SELECT {', '.join(numbers)}")
+    [row] = source.fetch(f"SELECT {', '.join(numbers)}")
     return +Counter(dict(zip(reasons, row, strict=True)))

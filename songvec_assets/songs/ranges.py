@@ -5,7 +5,7 @@ A range's key is `000050000-000100000`; that of the open tail above the last sto
 When to add here: another check of ranges or of their tiling. Keep out: what a range holds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from songvec_assets.errors import SettingsError
@@ -14,6 +14,7 @@ MAX_SONG_ID = 2**31 - 1
 """The highest value of Postgres' INTEGER, the type of `song_embeddings.song_id`."""
 
 _TAIL = "max"
+_MAX_NAMED = 5
 _MAX_RANGES = 5_000
 """With more partitions, Dagster's pages and sensors take seconds."""
 
@@ -57,6 +58,12 @@ class SongIdRange:
         if song_range.key != key:
             raise ValueError(f"expected the range key {song_range.key}, got {key!r}")
         return song_range
+
+
+def name_some(ranges: Sequence[str], separator: str = ", ") -> str:
+    """The first few ranges, and how many more there are."""
+    rest = len(ranges) - _MAX_NAMED
+    return separator.join(ranges[:_MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 @dataclass(frozen=True)

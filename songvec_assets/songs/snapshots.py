@@ -1,18 +1,12 @@
-"""Snapshots: one Parquet file per range, its rows in the order of song_id, a digest of its content in the footer.
+"""Snapshots: one Parquet file per range, its rows in the order of song_id; see `content` for its columns and footer.
 
-Content: song_id (int32), name, artist, lyrics and rejected (strings); rejected is null, or the reason why the song has
-no embedding. Hashes: source_hash (int64) is the server's hash of name, artist and lyrics; text_hash (16 bytes) and
-truncated (Boolean) are of the text to embed, null for rejected songs. The digest covers the content alone. A snapshot
-of an earlier version, which has other columns, is exported again.
-When to add here: something else to keep of a song. Keep out: reading the source.
+A snapshot of an earlier version, which has other columns, is exported again.
+When to add here: another way to read or replace a snapshot. Keep out: what it contains (`content`).
 """
 
-import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -22,59 +16,12 @@ import pyarrow.parquet as pq
 import xxhash
 
 from songvec_assets.errors import StoreError
+from songvec_assets.songs.content import BATCH_ROWS, FILE_SCHEMA, SNAPSHOT_SCHEMA, Footer
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.text import TEXT_HASH_BYTES, TextSpec, render_texts
+from songvec_assets.songs.text import TextSpec, render_texts
 from songvec_assets.storage import Storage
 
-SNAPSHOT_SCHEMA = pa.schema(
-    [
-        pa.field("song_id", pa.int32(), nullable=False),
-        *(pa.field(name, pa.string()) for name in ("name", "artist", "lyrics", "rejected")),
-    ]
-)
-_TEXT_HASHES = [pa.field("text_hash", pa.binary(TEXT_HASH_BYTES)), pa.field("truncated", pa.bool_())]
-FILE_SCHEMA = pa.schema([*SNAPSHOT_SCHEMA, pa.field("source_hash", pa.int64()), *_TEXT_HASHES])
-_DIGEST, _TEXT, _COUNTS = b"songvec.digest2", b"songvec.text2", b"songvec.counts"
 _SUFFIX = ".parquet"
-_BATCH_ROWS = 4096
-SIZE_CLASS_BYTES = 128
-"""Width of the classes in which songs are counted by the size of their texts."""
-
-
-@dataclass(frozen=True)
-class Footer:
-    """The metadata in a snapshot's footer.
-
-    Attributes:
-        digest: identity of the content; empty if there is no snapshot.
-        text: identity of the settings by which texts were hashed and songs rejected; empty in earlier versions.
-        n_songs: rows.
-        rejected: number of rejected songs by reason.
-        text_sizes: number of songs by size, see `count_text_sizes`.
-    """
-
-    digest: str = ""
-    text: str = ""
-    n_songs: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    text_sizes: Counter[int] = field(default_factory=Counter)
-
-    @classmethod
-    def of(cls, songs: pa.Table, text: str) -> "Footer":
-        """The footer of these songs."""
-        reasons = Counter[str](songs["rejected"].drop_null().to_pylist())
-        return cls(digest_songs(songs), text, songs.num_rows, reasons, count_text_sizes(songs))
-
-
-class Changes(NamedTuple):
-    """Numbers of songs that a range gained, changed and lost."""
-
-    n_new: int = 0
-    n_changed: int = 0
-    n_deleted: int = 0
-
-
-NO_CHANGES = Changes()
 
 
 @dataclass(frozen=True)
@@ -134,7 +81,7 @@ class Snapshots:
             if song_ids is None:
                 return pl.DataFrame(file.read(columns))
             wanted = pl.Series(song_ids, dtype=pl.Int32).to_arrow()
-            batches = file.iter_batches(_BATCH_ROWS, columns=columns) if len(wanted) else ()
+            batches = file.iter_batches(BATCH_ROWS, columns=columns) if len(wanted) else ()
             found = [batch.filter(pc.is_in(batch["song_id"], wanted)) for batch in batches]
             return pl.DataFrame(pa.Table.from_batches(found, empty.schema))
         except (pa.ArrowException, OSError) as error:
@@ -208,9 +155,12 @@ class Snapshots:
             file = pq.read_metadata(pa.BufferReader(self.storage.open(_key(song_range))))
         except (FileNotFoundError, pa.ArrowInvalid):
             return Footer()
-        digest, text, counts = ((file.metadata or {}).get(key, b"").decode() for key in (_DIGEST, _TEXT, _COUNTS))
-        reasons, sizes = json.loads(counts) if counts else ({}, [])
-        return Footer(digest, text, file.num_rows, Counter(reasons), Counter(dict(sizes)))
+        return Footer.decode(file.metadata or {}, file.num_rows)
+
+    def count(self) -> dict[SongIdRange, int]:
+        """Number of songs by range, from the footers; in order, without empty ranges."""
+        counts = {song_range: self.footer(song_range).n_songs for song_range in self.ranges()}
+        return {song_range: n_songs for song_range, n_songs in counts.items() if n_songs}
 
     def digest_all(self) -> str:
         """An identity of all snapshots, from their footers."""
@@ -235,10 +185,9 @@ class Snapshots:
             songs: of FILE_SCHEMA.
             footer: of these songs.
         """
-        counts = json.dumps([footer.rejected, sorted(footer.text_sizes.items())])
         with self.storage.write(_key(song_range)) as file:
             pq.write_table(
-                songs.replace_schema_metadata({_DIGEST: footer.digest, _TEXT: footer.text, _COUNTS: counts}),
+                songs.replace_schema_metadata(footer.encode()),
                 file,
                 compression="zstd",
                 compression_level=1,
@@ -276,7 +225,7 @@ class Snapshots:
         newer_ids, pieces, start = newer["song_id"].to_numpy(), [], 0
         kept = song_ids.filter(~song_ids.is_in(newer_ids)).to_arrow()
         # in batches, so that the range is in memory only once. Threads gain nothing here, and take 30 MB
-        for batch in self._open(song_range).iter_batches(_BATCH_ROWS, use_threads=False):
+        for batch in self._open(song_range).iter_batches(BATCH_ROWS, use_threads=False):
             stop = int(np.searchsorted(newer_ids, batch["song_id"][-1].as_py(), side="right"))
             before = pa.Table.from_batches([batch.filter(pc.is_in(batch["song_id"], kept))]).cast(FILE_SCHEMA)
             both = pa.concat_tables([before, newer.slice(start, stop - start)])
@@ -299,68 +248,3 @@ def load_songs_from_parquet(
 def get_max_cached_song_id(folder: Path) -> int | None:
     """The highest song_id of all snapshots of a folder, or None if there are none."""
     return Snapshots(Storage(folder)).find_max_song_id()
-
-
-def add_text_hashes(songs: pa.Table, spec: TextSpec) -> pa.Table:
-    """Add the hashes of the texts; in batches, since rendered texts take several times the memory of songs."""
-    columns = pl.DataFrame(songs.select(SNAPSHOT_SCHEMA.names))
-    accepted = columns.filter(pl.col("rejected").is_null())
-    pieces = [accepted[:0], *accepted.iter_slices(_BATCH_ROWS)]
-    rendered = pl.concat([render_texts(piece, spec).drop("text") for piece in pieces])
-    joined = columns.select("song_id").join(rendered, on="song_id", how="left", maintain_order="left")
-    # from lists: the arrays of polars have other types
-    hashes = [pa.array(joined[each.name].to_list(), each.type) for each in _TEXT_HASHES]
-    return pa.table([*songs.select(FILE_SCHEMA.names[: -len(hashes)]).columns, *hashes], schema=FILE_SCHEMA)
-
-
-def count_changes(before: pl.DataFrame | None, after: pl.DataFrame) -> Changes:
-    """Count songs that are new, changed and deleted.
-
-    Args:
-        before: columns song_id and source_hash; None: there was no snapshot.
-        after: the same columns.
-    """
-    if before is None:
-        return Changes(n_new=after.height)
-    both = after.join(before, on="song_id", how="inner", suffix="_before")
-    n_changed = int((both["source_hash"] != both["source_hash_before"]).sum())
-    return Changes(after.height - both.height, n_changed, before.height - both.height)
-
-
-def count_text_sizes(songs: pa.Table) -> Counter[int]:
-    """Number of songs by the size of name, artist and lyrics in UTF-8, in units of SIZE_CLASS_BYTES, rounded down."""
-    sizes = sum(pc.fill_null(pc.binary_length(songs[name]), 0).to_numpy() for name in ("name", "artist", "lyrics"))
-    classes, counts = np.unique(sizes // SIZE_CLASS_BYTES, return_counts=True)
-    return Counter(dict(zip(classes.tolist(), counts.tolist(), strict=True)))
-
-
-def digest_songs(songs: pa.Table) -> str:
-    """A digest of the content; it does not depend on how the table is chunked. Copies no text.
-
-    Args:
-        songs: with the columns of SNAPSHOT_SCHEMA, and no bytes under nulls.
-    """
-    state = xxhash.xxh3_128()
-    for column in songs.select(SNAPSHOT_SCHEMA.names).columns:
-        for chunk in column.chunks:
-            state.update(np.asarray(chunk.is_null()).data)
-        if pa.types.is_string(column.type):
-            ends = np.cumsum(pc.fill_null(pc.binary_length(column), 0).to_numpy(), dtype=np.int64)
-            state.update(np.append([0], ends).astype(np.int32).data)
-        for chunk in column.chunks:
-            state.update(_values(chunk))
-    return state.hexdigest()
-
-
-def _values(chunk: pa.Array) -> memoryview:
-    """The bytes of a chunk's values, without a copy."""
-    _, *buffers = chunk.buffers()
-    start, stop = chunk.offset, chunk.offset + len(chunk)
-    if pa.types.is_string(chunk.type):
-        if not len(chunk) or buffers[1] is None:
-            return memoryview(b"")
-        offsets = np.frombuffer(buffers[0], np.int32)
-        start, stop, width = offsets[start], offsets[stop], 1
-    else:
-        width = chunk.type.byte_width
-    return memoryview(buffers[-1])[start * width : stop * width]

@@ -16,7 +16,7 @@ from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.songs import catalogue
 from songvec_assets.songs.advice import describe_missing, describe_numbering, describe_types, list_grants
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.text import TextSpec
+from songvec_assets.songs.text import FIELDS, TextSpec
 
 OVERLAP = "2 hours"
 """How far an export looks back before the newest time seen. Covers clocks that differ by up to an hour plus
@@ -43,14 +43,17 @@ DIGEST = f"coalesce(sum({_HASH}), 0)::text"
 """A digest of all texts with their song_ids."""
 
 
+def literal(words: str) -> str:
+    """A string for SQL."""
+    return "'" + words.replace("'", "''") + "'"
+
+
 def as_bytes(column: str) -> str:
     """SQL for a text's stored bytes, without conversion to UTF-8."""
     return f"convert_to({column}::text, getdatabaseencoding())"
 
 
-SONGS_AS_BYTES = ", ".join(
-    ["song_id", *(f"{as_bytes(name)} AS {name}" for name in ("name", "artist", "lyrics")), _SOURCE_HASH]
-)
+SONGS_AS_BYTES = ", ".join(["song_id", *(f"{as_bytes(name)} AS {name}" for name in FIELDS), _SOURCE_HASH])
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class SongsSource:
     """A songs table that was found and checked.
 
     Attributes:
+        database: of the table.
         table: its name, for messages.
         song_id_column: the id column's name, for messages.
         relation: the table, quoted for SQL.
@@ -82,6 +86,7 @@ class SongsSource:
         encoding: of the database.
     """
 
+    database: Database
     table: str
     song_id_column: str
     relation: str
@@ -145,16 +150,14 @@ class SongsSource:
     def updated_since(self, time: str) -> str:
         """Condition: the row was updated since a time (less OVERLAP), or has no time."""
         # rows that were committed late have a time before the newest one seen
-        quoted = time.replace("'", "''")
-        since = f"CAST('{quoted}' AS {self.updated_at_type}) - INTERVAL '{OVERLAP}'"
+        since = f"CAST({literal(time)} AS {self.updated_at_type}) - INTERVAL '{OVERLAP}'"
         return f" AND ({self.updated_at} >= {since} OR {self.updated_at} IS NULL)"
 
-
-def fetch_rows(database: Database, statement: str) -> list[tuple[Any, ...]]:
-    """The rows of a statement; percent signs in it are literal, since names may contain them."""
-    with database.get_connection() as connection, raw_cursor(connection) as cursor:
-        cursor.execute(statement)
-        return list(cursor)
+    def fetch(self, statement: str) -> list[tuple[Any, ...]]:
+        """The rows of a statement; percent signs in it are literal, since names may contain them."""
+        with self.database.get_connection() as connection, raw_cursor(connection) as cursor:
+            cursor.execute(statement)
+            return list(cursor)
 
 
 def find_source(database: Database, names: SourceNames, spec: TextSpec | None = None) -> SongsSource:
@@ -177,27 +180,11 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
             raise SourceError(describe_missing(connection, names.table))
         columns = table.columns
         song_id = names.song_id_column or _choose_song_id(connection, table)
-        updated_at = columns.get(names.updated_at_column or "")
         by_field = {"name": names.name_column, "artist": names.artist_column, "lyrics": names.lyrics_column}
         texts = {name: column for name, column in by_field.items() if name in spec.fields}
         wanted = {"song_id": song_id, **texts, "updated_at": names.updated_at_column}
-        by_setting = {f"SONGVEC_{name.upper()}_COLUMN": column for name, column in wanted.items() if column}
-        _check_columns(connection, table, by_setting)
-        if columns[song_id].kind not in _ID_TYPES:
-            raise SourceError(
-                f"the id column {song_id!r} of {table.name} is {columns[song_id].kind}; song_embeddings.song_id is "
-                "INTEGER: name an integer column with SONGVEC_SONG_ID_COLUMN, or "
-                f"{describe_numbering(connection, table, song_id)}",
-                "source.id-column",
-            )
-        if updated_at and updated_at.kind not in PRESENT:
-            raise SourceError(
-                f"SONGVEC_UPDATED_AT_COLUMN {names.updated_at_column!r} is {updated_at.kind}; expected a date or "
-                "timestamp column"
-            )
-        # numbers and JSON would be embedded, and paid for, in their raw form
-        if any(not columns[column].is_text for column in texts.values()):
-            raise SourceError(describe_types(connection, table, song_id, [*by_setting.values()], [*texts.values()]))
+        _check_columns(connection, table, {name: column for name, column in wanted.items() if column}, texts)
+        updated_at = columns.get(names.updated_at_column or "")
 
         def express(name: str, separator: str) -> str:
             column = columns.get(by_field[name])
@@ -205,6 +192,7 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
             return column.expression(separator) if column and shown else "NULL"
 
         return SongsSource(
+            database=database,
             table=table.name,
             song_id_column=song_id,
             relation=table.relation,
@@ -220,18 +208,44 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
         )
 
 
-def _check_columns(connection: sa.Connection, table: catalogue.Table, wanted: dict[str, str]) -> None:
-    """Refuse a table that lacks these columns (by their setting) or that this user may not read."""
-    for variable, column in wanted.items():
+def _check_columns(
+    connection: sa.Connection, table: catalogue.Table, wanted: dict[str, str], texts: dict[str, str]
+) -> None:
+    """Refuse a table that lacks columns, or has them in other types, or that this user may not read.
+
+    Args:
+        connection: to the table's database.
+        table: to check.
+        wanted: columns to read, by their part of the setting's name.
+        texts: those to embed, likewise.
+    """
+    for name, column in wanted.items():
         if column not in table.columns:
             raise SourceError(
-                f"table {table.name} has no column {column!r}; it has {', '.join(table.columns)}: set {variable}"
+                f"table {table.name} has no column {column!r}; it has {', '.join(table.columns)}: set "
+                f"SONGVEC_{name.upper()}_COLUMN"
             )
     if grants := list_grants(connection, table, [*wanted.values()]):
         raise SourceError(
             f"table {table.name} exists, and this user lacks a right to read it: let its owner run {' '.join(grants)}",
             "source.no-right",
         )
+    kinds = {name: table.columns[column].kind for name, column in wanted.items()}
+    if kinds["song_id"] not in _ID_TYPES:
+        raise SourceError(
+            f"the id column {wanted['song_id']!r} of {table.name} is {kinds['song_id']}; song_embeddings.song_id is "
+            "INTEGER: name an integer column with SONGVEC_SONG_ID_COLUMN, or "
+            f"{describe_numbering(connection, table, wanted['song_id'])}",
+            "source.id-column",
+        )
+    if kinds.get("updated_at", "date") not in PRESENT:
+        raise SourceError(
+            f"SONGVEC_UPDATED_AT_COLUMN {wanted['updated_at']!r} is {kinds['updated_at']}; expected a date or "
+            "timestamp column"
+        )
+    # numbers and JSON would be embedded, and paid for, in their raw form
+    if any(not table.columns[column].is_text for column in texts.values()):
+        raise SourceError(describe_types(connection, table, wanted["song_id"], [*wanted.values()], [*texts.values()]))
 
 
 def _choose_song_id(connection: sa.Connection, table: catalogue.Table) -> str:

@@ -19,7 +19,7 @@ TEXT_HASH_BYTES = 16
 
 NO_PROMPT = "{text}"
 
-_FIELDS = ("name", "artist", "lyrics")
+FIELDS = ("name", "artist", "lyrics")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TextSpec:
             parsed = [piece for piece in string.Formatter().parse(self.template) if piece[1] is not None]
         except ValueError as error:
             raise SettingsError(f"SONGVEC_TEXT_TEMPLATE does not parse ({error}): {self.template!r}") from error
-        if not parsed or any(field not in _FIELDS or spec or conversion for _, field, spec, conversion in parsed):
+        if not parsed or any(field not in FIELDS or spec or conversion for _, field, spec, conversion in parsed):
             raise SettingsError(
                 f"SONGVEC_TEXT_TEMPLATE must name some of {{name}}, {{artist}}, {{lyrics}} and nothing else, "
                 f"got {self.template!r}"

@@ -7,10 +7,8 @@ import time
 from dataclasses import dataclass, replace
 
 import msgspec
-from psycopg2 import sql
 
-from songvec_assets.postgres.engine import Database, raw_cursor
-from songvec_assets.songs.source import DIGEST, SongsSource, fetch_rows
+from songvec_assets.songs.source import DIGEST, SongsSource, literal
 
 
 @dataclass(frozen=True)
@@ -43,32 +41,29 @@ class SourceState:
         return f"{self.n_songs:,} songs in Postgres, the highest id {self.highest_id}{newest}"
 
 
-def measure_source(database: Database, source: SongsSource) -> SourceState:
+def measure_source(source: SongsSource) -> SourceState:
     """Measure the source; index-only scans, if possible."""
     newest = f"max({source.updated_at})::text" if source.updated_at else "NULL"
-    with database.get_connection() as connection, raw_cursor(connection) as cursor:
-        # inlined: names may contain percent signs
-        relation = sql.Literal(source.relation).as_string(cursor)
-        cursor.execute(f"""
-            WITH RECURSIVE part (oid) AS (
-                SELECT to_regclass({relation})::oid
-                UNION SELECT inhrelid FROM pg_inherits JOIN part ON inhparent = part.oid
-            )
-            SELECT count(*), max({source.song_id}), {newest}, coalesce(sum({source.song_id}), 0)::text, (
-                SELECT sum(
-                    pg_stat_get_tuples_inserted(oid) + pg_stat_get_tuples_updated(oid) + pg_stat_get_tuples_deleted(oid)
-                )::bigint
-                FROM pg_class WHERE oid IN (SELECT oid FROM part)
-                HAVING bool_and(relkind IN ('r', 'p')) AND current_setting('track_counts')::boolean
-            )
-            FROM {source.relation}
-        """)
-        return SourceState(*cursor.fetchone())
+    [row] = source.fetch(f"""
+        WITH RECURSIVE part (oid) AS (
+            SELECT to_regclass({literal(source.relation)})::oid
+            UNION SELECT inhrelid FROM pg_inherits JOIN part ON inhparent = part.oid
+        )
+        SELECT count(*), max({source.song_id}), {newest}, coalesce(sum({source.song_id}), 0)::text, (
+            SELECT sum(
+                pg_stat_get_tuples_inserted(oid) + pg_stat_get_tuples_updated(oid) + pg_stat_get_tuples_deleted(oid)
+            )::bigint
+            FROM pg_class WHERE oid IN (SELECT oid FROM part)
+            HAVING bool_and(relkind IN ('r', 'p')) AND current_setting('track_counts')::boolean
+        )
+        FROM {source.relation}
+    """)
+    return SourceState(*row)
 
 
-def digest_source(database: Database, source: SongsSource) -> str:
+def digest_source(source: SongsSource) -> str:
     """A digest of all texts with their song_ids. The server reads the whole table."""
-    [(digest,)] = fetch_rows(database, source.select(DIGEST))
+    [(digest,)] = source.fetch(source.select(DIGEST))
     return str(digest)
 
 
@@ -98,14 +93,14 @@ class SourceLook:
     Attributes:
         source: which table and columns.
         state: as last reported.
-        digest: the last one taken; None before the first.
+        digest: the last one taken.
         is_current: whether the digest was taken of the songs as `state` describes them.
     """
 
     source: str
     state: SourceState
-    digest: Digest | None = None
-    is_current: bool = False
+    digest: Digest
+    is_current: bool = True
 
     def dump(self) -> str:
         """As text, for a cursor."""
@@ -122,7 +117,7 @@ class SourceLook:
 
     def wants_digest(self, state: SourceState, now: float) -> bool:
         """Whether to compare the texts: they may have changed, and the last digest is long enough ago."""
-        if self.digest and 0 <= now - self.digest.at < _DIGEST_REST * self.digest.took_s:
+        if 0 <= now - self.digest.at < _DIGEST_REST * self.digest.took_s:
             return False
         return not self.is_current or self._may_differ(state) or state.ids != self.state.ids
 
@@ -146,10 +141,8 @@ class SourceLook:
             later = "texts are compared later: comparing takes a twentieth of the time at most"
             return self, later if waits else "nothing changed"
         known = replace(self, state=state, digest=digest, is_current=True)
-        if self.is_current and self.digest:
-            differs = self.digest.value != digest.value
-        else:
-            differs = may_differ or self.is_current
+        # a digest of other songs says nothing about these
+        differs = self.digest.value != digest.value if self.is_current else may_differ
         if differs:
             return known, None
         return known, "rows were written, but no song's text or id changed" if may_differ else "nothing changed"
@@ -159,11 +152,10 @@ class SourceLook:
         return state.n_writes is None or state.n_writes != self.state.n_writes
 
 
-def look_at_source(database: Database, source: SongsSource, cursor: str | None) -> "tuple[SourceLook, str | None]":
+def look_at_source(source: SongsSource, cursor: str | None) -> "tuple[SourceLook, str | None]":
     """Look whether a song's text or id changed since the last look.
 
     Args:
-        database: of the source.
         source: which table and columns.
         cursor: the last look's `dump`; None or anything else: this is the first look.
 
@@ -171,13 +163,11 @@ def look_at_source(database: Database, source: SongsSource, cursor: str | None) 
         See `SourceLook.judge`; a first look counts as a change.
     """
     before = SourceLook.load(cursor, source)
-    state, now = measure_source(database, source), time.time()
-    digest = None
+    state, now = measure_source(source), time.time()
+    if before is not None and not before.wants_digest(state, now):
+        return before.judge(state, None)
     # after the state: writes in between count at the next look
-    if before is None or before.wants_digest(state, now):
-        began = time.monotonic()
-        value = digest_source(database, source)
-        digest = Digest(value, now, time.monotonic() - began)
-    if before is None:
-        return SourceLook(source.identity, state, digest, is_current=True), None
-    return before.judge(state, digest)
+    began = time.monotonic()
+    value = digest_source(source)
+    digest = Digest(value, now, time.monotonic() - began)
+    return (SourceLook(source.identity, state, digest), None) if before is None else before.judge(state, digest)

@@ -24,7 +24,7 @@ from sqlalchemy import text
 from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.model_cache import lock_name
 from songvec_assets.cache.parts import CachedRows
-from songvec_assets.errors import DamagedShardError, DatabaseError, StoreError
+from songvec_assets.errors import DamagedCacheError, DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.postgres.schema import hold_lock, lock_key
 from songvec_assets.postgres.sessions import widen_send_buffer
@@ -82,7 +82,7 @@ def upload_cached_embeddings_to_database(
     Raises:
         ValueError: the cache is of another model or size than the table.
         StoreError: the cache is empty: nothing was ever filled.
-        DamagedShardError: ranges lost rows, hold rows that do not fit their checksum, or are another's; the other
+        DamagedCacheError: ranges lost rows, hold rows that do not fit their checksum, or are another's; the other
             ranges are loaded.
     """
     if (source.cache.model, source.cache.dimensions) != (spec.model, spec.dimensions):
@@ -103,7 +103,7 @@ def upload_cached_embeddings_to_database(
         note = f"the rows are loaded; VACUUM failed and can be run by hand: {error}"
         run.report(Progress(_STEP, plan.n_changed, plan.n_changed, unit="rows", note=note, is_trouble=True))
     if damaged := [*plan.damaged.values(), *damaged]:
-        raise DamagedShardError("; ".join(damaged))
+        raise DamagedCacheError("; ".join(damaged))
     return sorted(loads, key=lambda each: each.range)
 
 
@@ -133,7 +133,7 @@ class _Load:
                 try:
                     self._run.check_stop()
                     loads.append(self._load_or_discard(song_range))
-                except (DamagedShardError, StoreError) as error:
+                except (DamagedCacheError, StoreError) as error:
                     damaged.append(str(error))
                 except BaseException as error:  # noqa: BLE001 - it is raised again below
                     failures.append(error)
@@ -150,14 +150,14 @@ class _Load:
 
     def _load_or_discard(self, song_range: SongIdRange) -> RangeLoad:
         """Load a range; damaged rows are recorded, so that the next fill embeds those songs again."""
-        with contextlib.suppress(DamagedShardError):
+        with contextlib.suppress(DamagedCacheError):
             return self._load_range(song_range)
         check = self._run.check_stop
         with hold_lock(self._table.database, lock_name(song_range), on_wait=check, check=check):
             try:
                 # a fill that ended just now may have changed the range while it was read
                 return self._load_range(song_range)
-            except DamagedShardError:
+            except DamagedCacheError:
                 cached = self._source.cache.open(song_range)
                 sound = cached.find_sound(cached.rows)
                 cached.discard(cached.rows.join(sound, on="song_id", how="anti")["song_id"].to_list())
@@ -189,7 +189,7 @@ class _Load:
         """Vectors of some rows, a few at a time; a vector that does not fit its checksum is not sent.
 
         Raises:
-            DamagedShardError: some do not fit.
+            DamagedCacheError: some do not fit.
         """
         for batch in cached.iter_vectors(wanted["row"]):
             # few rows per slice: while they are checked, the server works on what the socket's buffer holds
@@ -199,7 +199,7 @@ class _Load:
                 wrong = ~rows.find_sound()
                 if wrong.any():
                     named = ", ".join(map(str, rows.song_ids[wrong][:5].tolist()))
-                    raise DamagedShardError(
+                    raise DamagedCacheError(
                         f"{cached.describe} was changed on disk: the vectors of {int(wrong.sum())} or more songs do "
                         f"not fit their checksums (song_id {named}, …). They are discarded and the range was not "
                         f"loaded: materialize embedding_cache for {cached.range.key}, which embeds those songs again, "

@@ -12,7 +12,7 @@ import polars as pl
 
 from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.model_cache import ModelCache, RangeSummary
-from songvec_assets.errors import DamagedShardError, StoreError, TableMismatchError
+from songvec_assets.errors import DamagedCacheError, StoreError, TableMismatchError
 from songvec_assets.progress import SILENT, RunContext
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
@@ -179,7 +179,7 @@ def check_whole(cached: CachedRange, loaded: pl.DataFrame | None = None) -> None
     each loaded song must be in a file.
 
     Raises:
-        DamagedShardError: it lost rows.
+        DamagedCacheError: it lost rows.
     """
     n_lost = 0
     if loaded is not None:
@@ -188,7 +188,7 @@ def check_whole(cached: CachedRange, loaded: pl.DataFrame | None = None) -> None
         n_lost = loaded.filter(~found & lost).height
     if cached.damaged or n_lost:
         named = "; ".join(f"{name}: {why}" for name, why in cached.damaged.items()) or "none"
-        raise DamagedShardError(
+        raise DamagedCacheError(
             f"{cached.describe} was changed on disk: {len(cached.damaged):,} files cannot be read ({named}), and "
             f"the vectors of {n_lost:,} loaded songs are lost. The range was not loaded: materialize "
             f"embedding_cache for {cached.range.key}, which embeds again what is lost, then load again"
@@ -256,6 +256,6 @@ def read_loadable(source: LoadSource, song_range: SongIdRange) -> set[int] | Non
     try:
         cached = source.cache.open(song_range)
         check_whole(cached)
-    except (StoreError, DamagedShardError):
+    except (StoreError, DamagedCacheError):
         return None
     return set(cached.rows["song_id"])

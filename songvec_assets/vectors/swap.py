@@ -5,8 +5,8 @@ to add here: another reason to stage or to refuse a swap. Keep out: what people 
 and how two tables compare (`index/audit`).
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
@@ -27,7 +27,7 @@ from songvec_assets.vectors.load import RangeLoad
 from songvec_assets.vectors.plan import LoadPlan, LoadSource, check_missing, plan_load, read_loadable
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
-LOCK = "publish"
+LOCK = "publish"  # as earlier releases call it, which may run at the same time
 """Held by each run that loads, stages, swaps or drops: one at a time."""
 
 STAGED_SHARE = 0.2
@@ -69,7 +69,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class PublishReport:
+class LoadReport:
     """What was decided and done.
 
     Attributes:
@@ -87,11 +87,10 @@ class PublishReport:
     comparison: Comparison | None = None
 
 
-def check_publishable(database: Database, wanted: WantedTable, models: frozenset[str] | None = None) -> VectorTable:
+def check_loadable(database: Database, wanted: WantedTable, models: frozenset[str] | None = None) -> VectorTable:
     """Before anything is paid for, refuse what could not be loaded afterwards; see also `index/preflight`.
 
     Args:
-        database, wanted: where, and what is to be loaded.
         models: of the ranges in the serving table; None: not known.
 
     Returns:
@@ -127,27 +126,26 @@ def check_publishable(database: Database, wanted: WantedTable, models: frozenset
     return staging
 
 
-def publish_embeddings(
+def bring_table_up_to_date(
     database: Database, source: LoadSource, wanted: WantedTable, run: RunContext = SILENT
-) -> PublishReport:
+) -> LoadReport:
     """Make the serving table equal the cache.
 
     Whether a staging table may replace the serving one is checked before it is built, once it is complete, and in the
     swap's own transaction: a build takes hours, and people and other runs change things meanwhile.
 
     Args:
-        database: where the table is.
         source: the cache and the snapshots.
         wanted: what the table is to hold.
         run: notified of each step; a stop ends it, and the next call goes on from there.
 
     Raises:
         StoreError: the cache is empty.
-        DamagedShardError: see `upload_cached_embeddings_to_database`; what serves stays as it is.
-        TableMismatchError: see `check_publishable`, `check_missing` and `put_in_place`.
+        DamagedCacheError: see `upload_cached_embeddings_to_database`; what serves stays as it is.
+        TableMismatchError: see `check_loadable`, `check_missing` and `put_in_place`.
     """
     serving, staging = VectorTable(database), VectorTable(database, STAGING)
-    with _holding_lock(database, run) as check_held:
+    with _hold_lock(database, run) as check_held:
         plan = plan_load(serving, source, run)
         target = _choose_target(serving, wanted, plan, check_held)
         is_staged, n_unmanaged = target.table == staging, plan.n_unmanaged
@@ -162,27 +160,23 @@ def publish_embeddings(
             target.table, source, wanted.spec, run, plan=plan, n_connections=n_connections
         )
         if not is_staged:
-            return PublishReport(target, loads, n_unmanaged)
+            return LoadReport(target, loads, n_unmanaged)
         index = bring_index_up_to_date(staging, source.cache, wanted.spec, wanted.index, run, check_held)
         compared = _read_ledgers(database)
         check_missing(serving, source, STAGING, compared[1], lambda each: set(staging.ledger.read_song_ids(each)), run)
         comparison = compare_tables(database)
         put_in_place(database, target.keep, compared, check_held, run)
-        return PublishReport(target, loads, 0, index, comparison)
+        return LoadReport(target, loads, 0, index, comparison)
 
 
-@contextlib.contextmanager
-def _holding_lock(database: Database, run: RunContext) -> Iterator[Callable[[], None]]:
-    def report_waiting() -> None:
-        run.report(Progress("load rows", 0, 0, unit="rows", note="waiting for another load or swap to end"))
-
-    with hold_lock(database, LOCK, on_wait=report_waiting, check=run.check_stop) as check_held:
-        yield check_held
+def _hold_lock(database: Database, run: RunContext) -> AbstractContextManager[Callable[[], None]]:
+    waiting = Progress("load rows", 0, 0, unit="rows", note="waiting for another load or swap to end")
+    return hold_lock(database, LOCK, on_wait=lambda: run.report(waiting), check=run.check_stop)
 
 
 def _choose_target(serving: VectorTable, wanted: WantedTable, plan: LoadPlan, check_held: Callable[[], None]) -> Target:
     database, spec = serving.database, wanted.spec
-    staging = check_publishable(database, wanted, plan.models)
+    staging = check_loadable(database, wanted, plan.models)
     if staging != serving:
         served = serving.spec or "the old table"
         return Target(staging, f"{served} serves until {spec} is complete and indexed", keep=True)
@@ -284,7 +278,7 @@ def roll_back(database: Database, run: RunContext = SILENT) -> TableSpec | None:
             previous.rename_to(connection, SERVING)
         check_held()
 
-    with _holding_lock(database, run) as check_held:
+    with _hold_lock(database, run) as check_held:
         run_with_short_lock(database, swap, run.check_stop)
     return serving.spec
 
@@ -300,6 +294,6 @@ def drop_others(database: Database, run: RunContext = SILENT) -> list[str]:
             table.drop(connection)
         check_held()
 
-    with _holding_lock(database, run) as check_held:
+    with _hold_lock(database, run) as check_held:
         run_with_short_lock(database, drop, run.check_stop)
     return dropped

@@ -1,15 +1,14 @@
-"""The pgvector tables: their names, definition and recorded metadata, and their index as the server's catalog has it.
+"""The pgvector tables: their names, definition, rows and recorded metadata, and which index each has.
 
 Searches read the `SERVING` table. A `STAGING` table is loaded and indexed while they do, and then replaces it (see
 `swap`); the `PREVIOUS` table is what served before another model replaced it. When to add here: another fact that is
-read or recorded about one table. Keep out: what is loaded by range (`ledger`), and everything that builds or measures
-an index (`index/`).
+read or recorded about one table. Keep out: what is loaded by range (`ledger`), and everything that reads, builds or
+measures an index (`index/`).
 """
 
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 import sqlalchemy as sa
 from pgvector.sqlalchemy import HALFVEC, VECTOR
@@ -21,6 +20,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.vectors.index.catalog import BuiltIndex, IndexFacts, find_index
 from songvec_assets.vectors.index.probes import choose_probes
 from songvec_assets.vectors.ledger import PREVIOUS, SERVING, STAGING, Records
 
@@ -59,41 +59,6 @@ class _SpecRecord:
     column_type: str
     query_prompt: str | None = None
     document_prompt: str | None = None
-
-
-@dataclass(frozen=True)
-class BuiltIndex:
-    """What is recorded of an index when it is built.
-
-    Attributes:
-        n_rows: of the table then; 0: not recorded.
-        target, probes: the target when recall was first measured, and the probes that reached it; None: never.
-    """
-
-    n_rows: int = 0
-    target: float | None = None
-    probes: int | None = None
-
-
-@dataclass(frozen=True)
-class IndexFacts:
-    """A table's index as the server has it.
-
-    Attributes:
-        n_rows: of the table when it was built.
-        lists: of the index.
-        probes: lists that a search visits.
-        n_bytes: its size.
-        n_changed: rows changed since it was built.
-        version: differs for each build.
-    """
-
-    n_rows: int
-    lists: int
-    probes: int
-    n_bytes: int
-    n_changed: int = 0
-    version: str = ""
 
 
 def define_table(spec: TableSpec, name: str = SERVING) -> sa.Table:
@@ -143,7 +108,7 @@ class VectorTable(Records):
     def index(self) -> IndexFacts | None:
         """Its valid index, or None."""
         with self.database.get_connection() as connection:
-            found = self._find_index(connection, self.index_name)
+            found = find_index(connection, self.name, self.index_name)
             if found is None:
                 return None
             n_rows = (self.read(connection, "index", BuiltIndex) or BuiltIndex()).n_rows
@@ -167,24 +132,8 @@ class VectorTable(Records):
 
     def read_lists(self, connection: sa.Connection, index: str | None = None) -> int | None:
         """The lists of its index, or of the index named; None if that is missing, invalid or not IVFFlat."""
-        found = self._find_index(connection, index or self.index_name)
+        found = find_index(connection, self.name, index or self.index_name)
         return found.lists if found else None
-
-    def _find_index(self, connection: sa.Connection, index: str) -> Any:
-        return connection.execute(
-            text("""
-                SELECT coalesce((SELECT option_value::int FROM pg_options_to_table(c.reloptions)
-                                 WHERE option_name = 'lists'), 100) AS lists,
-                    pg_relation_size(c.oid) AS n_bytes, pg_relation_filenode(c.oid)::text AS file
-                FROM pg_index i
-                JOIN pg_class c ON c.oid = i.indexrelid
-                JOIN pg_am a ON a.oid = c.relam
-                JOIN pg_opclass o ON o.oid = i.indclass[0]
-                WHERE i.indexrelid = to_regclass(:index) AND i.indrelid = to_regclass(:table) AND i.indisvalid
-                  AND a.amname = 'ivfflat' AND o.opcname IN ('vector_cosine_ops', 'halfvec_cosine_ops')
-            """),
-            {"index": index, "table": self.name},
-        ).one_or_none()
 
     # rows
 

@@ -12,7 +12,7 @@ from songvec_assets_tests.provider import Provider
 pytestmark = pytest.mark.slow
 
 
-def test_runs_that_are_killed_and_shards_that_are_damaged_cost_no_more_than_promised() -> None:
+def test_runs_that_are_killed_and_files_that_are_damaged_cost_no_more_than_promised() -> None:
     campaign = chaos.run_campaign(4, seed=1, n_songs=880, warm=True)
     assert campaign.passed, campaign.render()
     assert len(campaign.kills) == 4

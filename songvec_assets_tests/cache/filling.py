@@ -26,7 +26,7 @@ Run = Callable[..., Pipeline]
 
 def export(pipeline: Pipeline) -> None:
     """Bring the snapshots to the state of the songs table."""
-    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, pipeline.tiling)
+    cache_songs_to_parquet(pipeline.source, pipeline.store.songs, pipeline.tiling)
 
 
 def fill(pipeline: Pipeline, max_usd: float | None = None, confirm_reembedding: bool = False) -> list[FillReport]:
@@ -91,7 +91,7 @@ def vector_bytes(pipeline: Pipeline, song_id: int) -> bytes:
 
 
 def assert_stored(pipeline: Pipeline, texts: dict[int, str]) -> None:
-    """The shards hold these songs with the vectors of these texts, and no others."""
+    """The cache holds these songs with the vectors of these texts, and no others."""
     found = stored(pipeline)
     assert set(found) == set(texts)
     for song_id, text in texts.items():

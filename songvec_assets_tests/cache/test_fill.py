@@ -164,7 +164,7 @@ def test_an_overfull_tail_that_was_exported_all_the_same_is_not_paid_for(
     filler = pipeline.filler()  # it counts the tail, too: these songs come later
     songs(*plain_songs(range(1000, 1101)))
     wider = Tiling(width=1000, stop=TILING.stop)
-    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, wider)
+    cache_songs_to_parquet(pipeline.source, pipeline.store.songs, wider)
     reports: list[FillReport] = []
     with pytest.raises(SongvecError, match=r"101 songs.*SONGVEC_SONG_ID_STOP") as caught:
         filler.fill_ranges([TILING.tail], reports.append)

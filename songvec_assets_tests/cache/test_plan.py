@@ -10,7 +10,7 @@ from songvec_assets.errors import (
     StoreError,
 )
 from songvec_assets.postgres.engine import Database
-from songvec_assets.songs import snapshots
+from songvec_assets.songs import content, snapshots
 from songvec_assets.songs.text import TextSpec, render_texts
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.cache.filling import (
@@ -52,7 +52,8 @@ def test_only_the_texts_that_are_sent_are_rendered(
         n_rendered += songs.height
         return render_texts(songs, spec)
 
-    monkeypatch.setattr(snapshots, "render_texts", count_and_render)
+    for module in (content, snapshots):
+        monkeypatch.setattr(module, "render_texts", count_and_render)
     provider.reset_ledger()
     execute(database.adbc_uri, "UPDATE songs SET lyrics = 'new' WHERE id % 180 = 7")
     export(pipeline)
@@ -190,7 +191,7 @@ def test_a_song_that_the_export_rejected_is_counted_and_its_neighbours_are_embed
     assert_stored(second, {1: "Moon by Ann\nla"})
 
 
-def test_a_shard_without_a_snapshot_is_left_as_it_is(songs: Songs, run: Run, provider: Provider) -> None:
+def test_a_range_without_a_snapshot_is_left_as_it_is(songs: Songs, run: Run, provider: Provider) -> None:
     songs(*plain_songs(range(1, 9)))
     first = run()
     fill(first)

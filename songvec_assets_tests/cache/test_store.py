@@ -15,7 +15,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import hash_text
-from songvec_assets.storage import Storage
+from songvec_assets_tests.cache.kills import KilledError, killed_after
 
 TILING = Tiling(100, 1_000)
 HIGHER = Tiling(100, 1_300)
@@ -208,30 +208,13 @@ def test_a_store_without_a_tail_only_learns_the_higher_stop(root):
         open_store(root, TILING)
 
 
-class KilledError(BaseException):
-    """Where the process ends."""
-
-
 @pytest.mark.parametrize("survives", range(14))
-def test_a_cut_that_is_interrupted_anywhere_is_done_again(root, monkeypatch, survives):
+def test_a_cut_that_is_interrupted_anywhere_is_done_again(root, survives):
     cache = open_store(root, TILING).embeddings("m", 3)
     fill(cache, TILING.tail, [1_000, 1_100])
     fill(cache, TILING.tail, [1_500])
-    n_left = survives
-
-    def or_die(do):
-        def step(self, *given):
-            nonlocal n_left
-            n_left -= 1
-            if n_left < 0:
-                raise KilledError
-            return do(self, *given)
-
-        return step
-
-    with monkeypatch.context() as dying, contextlib.suppress(KilledError):
-        for name in ("write", "put_if_unchanged", "delete", "delete_all"):
-            dying.setattr(Storage, name, or_die(getattr(Storage, name)))
+    methods = ("write", "put_if_unchanged", "delete", "delete_all")
+    with contextlib.suppress(KilledError), killed_after(survives, methods):
         open_store(root, HIGHER)
         assert survives > 8, "every moment was one to die at"
     open_store(root, HIGHER)

@@ -12,6 +12,7 @@ from songvec_assets.cache.model_cache import (
 )
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
+from songvec_assets_tests.cache.kills import KilledError, killed_after
 from songvec_assets_tests.cache.rows import (
     FILLED,
     RANGE,
@@ -26,31 +27,14 @@ from songvec_assets_tests.cache.rows import (
 )
 
 
-class KilledError(BaseException):
-    """Where the process ends."""
-
-
 @pytest.mark.parametrize("survives", range(12))
-def test_a_death_before_any_write_or_removal_of_a_merge_loses_nothing(cache, monkeypatch, survives):
+def test_a_death_before_any_write_or_removal_of_a_merge_loses_nothing(cache, survives):
     for seed in range(4):
         put(cache, [1, 2, 3 + seed], seed)
     delete(cache, [4])
     reject(cache, [5])
-    expected, n_left = content_of(cache.open(RANGE)), survives
-
-    def or_die(do):
-        def step(self, *given):
-            nonlocal n_left
-            n_left -= 1
-            if n_left < 0:
-                raise KilledError
-            return do(self, *given)
-
-        return step
-
-    with monkeypatch.context() as dying:
-        for name in ("write", "put_if_unchanged", "delete"):
-            dying.setattr(Storage, name, or_die(getattr(Storage, name)))
+    expected = content_of(cache.open(RANGE))
+    with killed_after(survives, ("write", "put_if_unchanged", "delete")):
         try:
             complete(cache, retention_s=60.0)
         except KilledError:

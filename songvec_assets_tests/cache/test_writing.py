@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from songvec_assets.cache import writing
-from songvec_assets.cache.parts import PIECE_ROWS, PartIdentity
+from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, PartIdentity, open_part
 from songvec_assets.cache.writing import AnswerGatherer, PartWriter
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
@@ -30,9 +30,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counted: list[int] = []
     write = PartWriter.write
 
-    def count_and_write(self, song_ids, *given):
-        write(self, song_ids, *given)
-        counted.append(len(song_ids))
+    def count_and_write(self, batches):
+        write(self, batches)
+        counted.append(sum(map(len, batches)))
 
     monkeypatch.setattr(PartWriter, "write", count_and_write)
     return counted
@@ -67,11 +67,15 @@ def test_an_answer_waits_half_a_second_for_others_at_most(writer, written, monke
     assert written == [3]
 
 
-def test_no_part_that_joins_answers_has_more_rows_than_a_piece(writer, written) -> None:
+def test_what_waits_is_one_part_whose_batches_have_up_to_a_piece_of_rows(writer, written) -> None:
     sizes = [PIECE_ROWS, 100, PIECE_ROWS - 100, 1, PIECE_ROWS + 5]
     assert asyncio.run(store_all(AnswerGatherer(writer), sizes)) == [None] * 5
     assert sum(written) == sum(sizes)
-    assert sorted(written)[:-1] == [1, PIECE_ROWS, PIECE_ROWS], "what is larger is one answer"
+    assert len(written) == 1, "one sync for all"
+    [file] = writer.files
+    key = f"{IDENTITY.range.key}/{file.name}"
+    stored = [len(each) for each in open_part(writer.storage.open(key), IDENTITY, key)]
+    assert stored == [PIECE_ROWS, PIECE_ROWS, 1, PIECE_ROWS, 5]
 
 
 def test_an_answer_that_ends_without_vectors_lets_the_others_be_written(writer, written, monkeypatch) -> None:
@@ -126,7 +130,7 @@ def test_a_waiter_that_is_cancelled_costs_nobody_an_answer(writer, written) -> N
 def test_small_parts_of_one_writer_become_one(cache):
     writer = cache.open(RANGE).writer
     for song_id in range(64):
-        writer.write([song_id], hashes_of([song_id]), vectors_of([song_id]))
+        writer.write([CachedRows.of([song_id], hashes_of([song_id]), vectors_of([song_id]))])
     assert len(names(cache)) == len(writer.files) == 1
     assert sorted(content_of(cache.open(RANGE))) == list(range(64))
 
@@ -161,6 +165,6 @@ def test_a_part_is_whole_and_synced_before_a_write_returns(cache, monkeypatch):
 
 def test_a_writer_names_its_files_after_their_generation(cache):
     writer = PartWriter(cache.storage, cache.identity(RANGE), 3)
-    writer.write([1], hashes_of([1]), vectors_of([1]))
+    writer.write([CachedRows.of([1], hashes_of([1]), vectors_of([1]))])
     assert writer.files[0].name.startswith("3-")
     assert writer.files[0].n_bytes == cache.look(RANGE).sizes[writer.files[0].name]

@@ -1,14 +1,17 @@
 """What commands start from: `.env`, errors in one line, and the ranges of a run."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from songvec_assets.cli import base
-from songvec_assets.cli.base import app, choose_span, main
+from songvec_assets.cli.base import app, choose_span, main, takes_options
+from songvec_assets.errors import SourceError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.songs.ranges import SongIdRange
 
@@ -56,10 +59,27 @@ def test_a_run_goes_from_the_first_to_the_last_range_that_holds_anything_or_as_g
             choose_span(pipeline, wrong)
 
 
-def test_without_songs_there_is_nothing_to_do(
-    pipeline: Pipeline, songs: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_songs_there_is_nothing_to_do(pipeline: Pipeline, songs: Callable[..., None]) -> None:
     songs()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SourceError, match="table songs holds no songs with an id from 0 on: nothing to do") as refused:
         choose_span(pipeline, "")
-    assert capsys.readouterr().err == "table songs holds no songs with an id from 0 on: nothing to do\n"
+    assert refused.value.code == "source.empty"
+
+
+def test_a_command_may_take_its_options_as_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass
+    class Options:
+        limit: Annotated[int, typer.Option(min=1, help="How many.")] = 3
+        quiet: bool = False
+
+    @takes_options
+    def show(options: Options) -> None:
+        """Show some."""
+        print(options.limit, options.quiet)
+
+    commands = typer.Typer()
+    commands.command()(show)
+    assert CliRunner().invoke(commands, ["--limit", "5", "--quiet"]).output == "5 True\n"
+    assert CliRunner().invoke(commands, []).output == "3 False\n"
+    assert CliRunner().invoke(commands, ["--limit", "0"]).exit_code == 2
+    assert "How many." in CliRunner().invoke(commands, ["--help"]).output

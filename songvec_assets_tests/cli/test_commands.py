@@ -264,6 +264,7 @@ def test_swap_puts_another_type_in_place_and_back(demo: tuple[Project, str]) -> 
     assert (code, "Searches now find vector(512) by demo-v2" in output) == (0, True), output
     code, output = project.run("songvec", "swap")
     assert (code, "searches find vector(512) by demo-v2 already" in output) == (1, True), output
+    assert "[settings.unchanged]" in output
     code, output = project.run("songvec", "status")
     assert "Table song_embeddings_new: halfvec(512) by demo-v2" in output
     code, output = project.run("songvec", "swap", "--drop-old")

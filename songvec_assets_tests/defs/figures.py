@@ -4,18 +4,19 @@ import io
 
 from PIL import Image
 
-from songvec_assets.vectors.index.recall import RecallPoint, RecallReport
+from songvec_assets.vectors.index.catalog import IndexFacts
+from songvec_assets.vectors.index.recall import RecallReport
+from songvec_assets.vectors.index.searches import RecallPoint
 from songvec_assets.vectors.index.sizing import estimate_build
 from songvec_assets.vectors.index.upkeep import IndexReport
-from songvec_assets.vectors.table import IndexFacts
 
 POINTS = tuple(
-    RecallPoint(probes, min(rows, made_up), rows, made_up, ms, 3 * ms)
+    RecallPoint(probes, min(rows, made_up), 0.0, 1.0, 200, rows, made_up, ms, 3 * ms)
     for probes, rows, made_up, ms in ((1, 0.6, 0.5, 1.1), (2, 0.8, 0.7, 1.5), (3, 0.97, 0.96, 2.0), (4, 1, 0.99, 2.9))
 )
 
 
-RECALL = RecallReport(200, 20_000, 0.95, POINTS, 3, 0)
+RECALL = RecallReport(20_000, 20_000, 0.95, POINTS, 3, 0, 12.0, False)
 
 
 REPORT = IndexReport(

@@ -16,7 +16,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
 from songvec_assets.vectors.plan import LoadSource
-from songvec_assets.vectors.swap import WantedTable, publish_embeddings
+from songvec_assets.vectors.swap import WantedTable, bring_table_up_to_date
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.provider import Provider
@@ -132,7 +132,7 @@ def test_the_rollback_job_lets_the_table_before_serve_again(
     cache = ModelCache(Storage(tmp_path / "embeddings"), SPEC.model, SPEC.dimensions)
     put(cache, range(30))
     for spec in (SPEC, TableSpec(SPEC.model, SPEC.dimensions, "halfvec")):
-        publish_embeddings(database, LoadSource(cache, SMALL_TILING), WantedTable(spec, may_swap=True))
+        bring_table_up_to_date(database, LoadSource(cache, SMALL_TILING), WantedTable(spec, may_swap=True))
     monkeypatch.setenv("POSTGRES_URL", database.url)
     monkeypatch.setenv("FIREWORKS_API_KEY", "never-used")
     with dg.DagsterInstance.ephemeral() as instance:

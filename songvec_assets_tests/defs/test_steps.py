@@ -7,7 +7,7 @@ import pytest
 
 from songvec_assets.defs import steps
 from songvec_assets.defs.steps import CONTINUE, Incomplete, failing_clearly, find_incomplete, listener, run_step
-from songvec_assets.errors import DamagedShardError, ProviderError, StoreError
+from songvec_assets.errors import DamagedCacheError, ProviderError, StoreError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.progress import Progress
 
@@ -33,7 +33,7 @@ def test_an_error_of_ours_fails_the_step_with_its_words_and_code_and_is_not_retr
 
 def test_what_the_steps_after_it_can_do_without_is_told_to_who_listens(heard: list[object]) -> None:
     with pytest.raises(dg.Failure) as failed, failing_clearly():
-        raise DamagedShardError("range a is damaged")
+        raise DamagedCacheError("range a is damaged")
     assert str(failed.value.description).endswith(CONTINUE)
     assert heard == [Incomplete({"range a is damaged [cache.damaged]": []})]
     assert find_incomplete(StoreError("another database's")) is None

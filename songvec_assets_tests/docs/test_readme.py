@@ -14,7 +14,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 KEPT = {
     "get_engine": "songvec_assets.postgres.engine",
     "get_connection": "songvec_assets.postgres.engine",
-    "read_songs_from_postgres": "songvec_assets.songs.export",
+    "read_songs_from_postgres": "songvec_assets.songs.readers",
     "cache_songs_to_parquet": "songvec_assets.songs.export",
     "load_songs_from_parquet": "songvec_assets.songs.snapshots",
     "get_max_cached_song_id": "songvec_assets.songs.snapshots",

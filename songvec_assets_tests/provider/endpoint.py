@@ -217,7 +217,7 @@ def _compute_items(
     faults = plan.faults
     spoil = faults.corrupt if faults.corrupt and plan.happens(faults.corrupt_share) else None
     victim = plan.random.randrange(len(digests)) if spoil else 0
-    vectors = [_turn(vector_of_digest(digest, dimensions), faults.turn) for digest in digests]
+    vectors = [_turn(vector_of_digest(digest, dimensions, faults.clusters), faults.turn) for digest in digests]
     if spoil == "wrong_size":
         vectors[victim] = vectors[victim][:-1]
     elif spoil == "nan":

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from .vectors import MAX_DIMENSIONS, MIN_DIMENSIONS
+from .vectors import MAX_CLUSTERS, MAX_DIMENSIONS, MIN_DIMENSIONS
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Corruption = Literal["drop_item", "duplicate_index", "wrong_size", "nan", "zero", "bad_base64", "not_json"]
@@ -56,10 +56,10 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     everything; `redirect`, a Location; `wrong_path_200`; `model`, the alias that it is served under; `refuse_encoding`,
     of any format that is asked for; `errors_as`, where an error's words are, and `error_type`; `usage`, the JSON of it,
     with `{n}` for the tokens, or nothing for no such field; `base64_of`, the number type of its base64 ("of all bits":
-    read as float32 its halves are NaN); `turn`, how far its vectors point away, as those of another model (1: at right
-    angles); `blank_status`, for a text without a visible character; `idle`, what becomes of a connection after an
-    answer: it is closed, or reset at the next request; `native_at_api`, Ollama's own answer under `/api`; `gzip`,
-    `mark` (a byte order mark) and `content_type`.
+    read as float32 its halves are NaN); `clusters`, around which its vectors lie; `turn`, how far they point away, as
+    those of another model (1: at right angles); `blank_status`, for a text without a visible character; `idle`, what
+    becomes of a connection after an answer: it is closed, or reset at the next request; `native_at_api`, Ollama's own
+    answer under `/api`; `gzip`, `mark` (a byte order mark) and `content_type`.
 
     `hold_after` is for tests: all requests after so many are answered after the next `PUT /control`, not before.
     """
@@ -124,6 +124,7 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     content_type: str = "application/json"
     retry_after_date: bool = False
     quota: Quota | None = None
+    clusters: Annotated[int, Meta(ge=0, le=MAX_CLUSTERS)] = 0
     keep_texts: bool = True
 
 

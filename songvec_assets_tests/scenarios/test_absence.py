@@ -16,7 +16,7 @@ from songvec_assets.errors import BulkDeletionError, SongvecError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs import export as export_module
-from songvec_assets.songs.export import IncompleteExportError
+from songvec_assets.songs.reports import IncompleteExportError
 from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.conftest import environment_of, make_pipeline
 from songvec_assets_tests.provider import Provider

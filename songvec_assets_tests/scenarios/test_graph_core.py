@@ -23,7 +23,7 @@ from songvec_assets_tests.vectors.indexes import build_index
 
 def run_all(pipeline: Pipeline) -> tuple[list[FillReport], list[RangeLoad]]:
     """Export, fill and load everything once."""
-    cache_songs_to_parquet(pipeline.database, pipeline.source, pipeline.store.songs, pipeline.tiling)
+    cache_songs_to_parquet(pipeline.source, pipeline.store.songs, pipeline.tiling)
     fills: list[FillReport] = []
     pipeline.filler().fill_ranges(list(pipeline.tiling), fills.append)
     loads = upload(pipeline.database, pipeline.cache, pipeline.table_spec, pipeline.tiling)
@@ -127,8 +127,8 @@ def test_only_the_columns_that_the_template_names_are_needed(
     hits = search_songs(database, pipeline.source, pipeline.table_spec, vector)
     shown = {hit.song_id: (hit.name, hit.artist) for hit in hits}
     assert (shown[1][0] or "Sea", shown[1][1] in ("", "Ann")) == ("Sea", True)
-    assert look_at_source(database, pipeline.source, None)[0].state.n_songs == 2
-    assert pipeline.find_absence().n_missing == 0
+    assert look_at_source(pipeline.source, None)[0].state.n_songs == 2
+    assert pipeline.dry_run().absence.n_missing == 0
     pipeline.preview()
 
 

@@ -67,14 +67,14 @@ def read_table_if_any(database: Database) -> dict[int, object]:
     return dict(read_table(database)) if is_there else {}
 
 
-def shard_of(tmp_path: Path, key: str) -> Path:
+def folder_of(tmp_path: Path, key: str) -> Path:
     [path] = (tmp_path / "store").glob(f"embeddings/*/{key}")
     return path
 
 
 def break_second_range(tmp_path: Path) -> None:
     """Put another range's folder where the second one's belongs: it cannot be filled until that is mended."""
-    shutil.copytree(shard_of(tmp_path, FIRST), shard_of(tmp_path, FIRST).with_name(SECOND), dirs_exist_ok=True)
+    shutil.copytree(folder_of(tmp_path, FIRST), folder_of(tmp_path, FIRST).with_name(SECOND), dirs_exist_ok=True)
 
 
 def test_a_range_that_cannot_be_filled_keeps_no_other_from_being_loaded_and_indexed(
@@ -106,7 +106,7 @@ def test_a_range_that_cannot_be_filled_keeps_no_other_from_being_loaded_and_inde
     assert (code, again[-1]) == (1, lines[-1]), "each time until the cause is mended"
     code, lines = run("status")
     assert (code, any(line.startswith("Cannot be read:") for line in lines)) == (3, True), lines
-    shutil.rmtree(shard_of(tmp_path, SECOND))
+    shutil.rmtree(folder_of(tmp_path, SECOND))
     assert run("run")[0] == 0
     assert len(read_table(database)) == 3 * N_SONGS
 

@@ -109,7 +109,7 @@ class TestTransactions:
         )
         for n_written in (6, 0):
             report = cache_songs_to_parquet(
-                pooled, find_source(pooled, SourceNames()), Snapshots(Storage(tmp_path)), Tiling(width=300, stop=1_500)
+                find_source(pooled, SourceNames()), Snapshots(Storage(tmp_path)), Tiling(width=300, stop=1_500)
             )
             assert report.n_songs == 1_500
             assert sum(each.written for each in report.ranges) == n_written

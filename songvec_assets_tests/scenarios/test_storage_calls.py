@@ -14,6 +14,7 @@ from songvec_assets.cache import fill as fill_module
 from songvec_assets.cache import upkeep
 from songvec_assets.cache.manifest import Completion
 from songvec_assets.cache.model_cache import ModelCache
+from songvec_assets.cache.parts import CachedRows
 from songvec_assets.cache.plan import FillPlan, FillReport
 from songvec_assets.cli import app
 from songvec_assets.pipeline import Pipeline
@@ -102,7 +103,9 @@ def test_storing_vectors_again_takes_calls_in_proportion_to_their_pieces(
     def count_calls(n_pieces: int) -> int:
         cache = ModelCache(Storage(tmp_path / str(n_pieces)), "m", 3)
         cached = cache.open(SongIdRange(0, 1_000))
-        cached.writer.write(range(n_pieces), [bytes(16)] * n_pieces, np.ones((n_pieces, 3), np.float32))
+        cached.writer.write(
+            [CachedRows.of(range(n_pieces), [bytes(16)] * n_pieces, np.ones((n_pieces, 3), np.float32))]
+        )
         cached.add_written()
         calls.clear()
         reused = cached.rows.with_columns(song_id=cached.rows["song_id"] + 500)

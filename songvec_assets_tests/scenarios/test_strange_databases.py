@@ -14,9 +14,7 @@ import sqlalchemy as sa
 
 from songvec_assets import cli
 from songvec_assets.postgres.engine import Database
-from songvec_assets.samples import read_sample_songs
 from songvec_assets.settings import variables
-from songvec_assets.songs.boilerplate import find_boilerplate
 from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets.songs.watch import digest_source
 from songvec_assets_tests.administration import dispose, execute, own_engine, wait_until, with_parts
@@ -269,7 +267,7 @@ class TestEncodings:
         assert shown in output, output
         with database.get_connection() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM song_embeddings WHERE song_id IN (7, 32)")) == 0
-        assert digest_source(database, find_source(database, SourceNames()))
+        assert digest_source(find_source(database, SourceNames()))
 
 
 class TestRoles:
@@ -465,9 +463,3 @@ class TestBoilerplate:
         assert texts["Song 11 by Bo\n[Chorus]\nla 11\nlu"] == 1
         assert texts["Song 21 by Cy"] == 1
         assert texts["Song 26 by Di\n[Chorus]\nla la 26"] == 1
-
-    def test_the_samples_and_texts_like_it_are_lyrics(self) -> None:
-        lyrics = read_sample_songs()["lyrics"].drop_nulls().to_list()
-        lyrics += ["[Verse 1]\nI embed my heart\n[Chorus]\nyou might also like me", "an instrumental night at 12:30"]
-        found = find_boilerplate(lyrics, 100)
-        assert (found.n_found, found.is_common) == (0, False), found

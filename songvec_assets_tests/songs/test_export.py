@@ -14,26 +14,18 @@ import sqlalchemy as sa
 from polars.testing import assert_frame_equal
 
 from songvec_assets.cache.fill import FillReport
-from songvec_assets.errors import BulkDeletionError, DatabaseError, SourceError, StoreError, describe
+from songvec_assets.errors import SourceError, StoreError, describe
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext
+from songvec_assets.songs import content, readers
 from songvec_assets.songs import export as export_module
-from songvec_assets.songs import snapshots
-from songvec_assets.songs.export import (
-    ExportOptions,
-    ExportReport,
-    IncompleteExportError,
-    RangeExport,
-    cache_songs_to_parquet,
-    read_songs_from_postgres,
-)
+from songvec_assets.songs.content import FILE_SCHEMA, SNAPSHOT_SCHEMA
+from songvec_assets.songs.export import ExportOptions, cache_songs_to_parquet
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
-from songvec_assets.songs.snapshots import (
-    FILE_SCHEMA,
-    SNAPSHOT_SCHEMA,
-    Snapshots,
-)
+from songvec_assets.songs.readers import read_songs_from_postgres
+from songvec_assets.songs.reports import ExportReport, IncompleteExportError
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets.songs.text import TextSpec, render_texts
 from songvec_assets.storage import Storage
@@ -72,7 +64,7 @@ def run(
 ) -> ExportReport:
     """One export of the table."""
     source = find_source(database, names or SourceNames(), spec)
-    return cache_songs_to_parquet(database, source, stored(folder), TILING, ExportOptions(mode, **options))
+    return cache_songs_to_parquet(source, stored(folder), TILING, ExportOptions(mode, **options))
 
 
 def stored(folder: Path) -> Snapshots:
@@ -193,7 +185,7 @@ class TestContent:
         songs(*((song_id, "Sea", "Ann", None) for song_id in (1, 2, 150, 5000)))
         reported: list[Progress] = []
         source = find_source(database, SourceNames())
-        cache_songs_to_parquet(database, source, stored(tmp_path), TILING, run=RunContext(reported.append))
+        cache_songs_to_parquet(source, stored(tmp_path), TILING, run=RunContext(reported.append))
         assert [(each.done, each.total) for each in reported] == [(2, 4), (3, 4), (4, 4)]
 
 
@@ -218,7 +210,7 @@ class TestUnchanged:
         change(database, "UPDATE songs SET lyrics = repeat('la ', 50 * id) WHERE id % 2 = 0")
         run(database, tmp_path)
         before = files_of(tmp_path)
-        monkeypatch.setattr(export_module, "_BATCH_BYTES", 1)
+        monkeypatch.setattr(readers, "_BATCH_BYTES", 1)
         run(database, tmp_path)
         assert files_of(tmp_path) == before
 
@@ -271,7 +263,7 @@ class TestUnchanged:
         songs((1, "Sea", "Ann", None), (1001, "Hill", "Ben", None), (5000, "Moon", "Cy", None))
         run(database, tmp_path)
         source = find_source(database, SourceNames())
-        cache_songs_to_parquet(database, source, stored(tmp_path), Tiling(width=100, stop=2_000), ExportOptions(mode))
+        cache_songs_to_parquet(source, stored(tmp_path), Tiling(width=100, stop=2_000), ExportOptions(mode))
         assert [each.key for each in stored(tmp_path).ranges()] == [
             "000000000-000000100", "000001000-000001100", "000002000-max"
         ]  # fmt: skip
@@ -317,13 +309,6 @@ class TestBadInput:
         assert [song_id for song_id, *_ in read(tmp_path)] == [1, 2, 250]
         assert caught.value.reasons == {describe(caught.value.__cause__): [SECOND.key]}
         assert caught.value.is_partial
-
-    def test_a_run_does_not_go_on_where_all_failed_or_a_person_is_to_confirm(self) -> None:
-        failed, done = RangeExport(FIRST, error=DatabaseError("no")), RangeExport(SECOND)
-        asks = RangeExport(FIRST, error=BulkDeletionError("so many?"))
-        assert IncompleteExportError(ExportReport([failed, done])).is_partial
-        assert not IncompleteExportError(ExportReport([failed])).is_partial
-        assert not IncompleteExportError(ExportReport([asks, done])).is_partial
 
     def test_a_range_that_cannot_be_read_ends_in_the_servers_words_and_leaves_its_file(
         self, database: Database, songs: Callable[..., None], tmp_path: Path
@@ -638,8 +623,8 @@ class TestHashes:
         run(dated, tmp_path, names)
         sent: list[int] = []
 
-        def read_and_count(*arguments: Any) -> pa.Table:
-            songs = read_songs_from_postgres(*arguments)
+        def read_and_count(*arguments: Any, **named: Any) -> pa.Table:
+            songs = read_songs_from_postgres(*arguments, **named)
             sent.extend(songs["song_id"].to_pylist())
             return songs
 
@@ -750,7 +735,7 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         song_ids.extend(songs["song_id"])
         return render_texts(songs, spec)
 
-    monkeypatch.setattr(snapshots, "render_texts", count_and_render)
+    monkeypatch.setattr(content, "render_texts", count_and_render)
     return song_ids
 
 

@@ -8,12 +8,13 @@ from threading import Thread
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.errors import DatabaseError, StoppedError
+from songvec_assets.errors import DatabaseError, SourceError, StoppedError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext, StopSignal
 from songvec_assets.songs import readers
-from songvec_assets.songs.export import ExportMode, ExportOptions, IncompleteExportError, cache_songs_to_parquet
+from songvec_assets.songs.export import ExportMode, ExportOptions, cache_songs_to_parquet
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.reports import IncompleteExportError
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets.storage import Storage
@@ -64,9 +65,7 @@ def run(
     reported: list[Progress] = []
     options = ExportOptions(mode, n_readers=n_readers)
     source = find_source(database, FRAGILE)
-    cache_songs_to_parquet(
-        database, source, Snapshots(Storage(folder)), TILING, options, context or RunContext(reported.append)
-    )
+    cache_songs_to_parquet(source, Snapshots(Storage(folder)), TILING, options, context or RunContext(reported.append))
     return reported
 
 
@@ -88,6 +87,22 @@ def set_timeout(database: Database, milliseconds: int) -> None:
     """What an administrator sets against long queries."""
     name = sa.make_url(database.url).database
     execute(database.adbc_uri, f"ALTER DATABASE {name} SET statement_timeout = {milliseconds}")
+
+
+def test_songs_that_are_refused_do_not_leave_their_transaction_to_the_next_range(database: Database) -> None:
+    begun: list[object] = []
+
+    def read(connection: readers.adbc.Connection) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT now()")
+            begun.append(cursor.fetchone())
+        raise SourceError("an id is there twice")
+
+    with readers.Readers(database, 1) as one:
+        for _ in range(2):
+            with pytest.raises(SourceError, match="twice"):
+                next(one.map(lambda reader, _: reader.read(read), [None], RunContext()))
+    assert begun[0] != begun[1]
 
 
 class TestPassingFaults:
@@ -304,7 +319,7 @@ class TestSideBySide:
         source = find_source(database, FRAGILE)
         options = ExportOptions(n_readers=n_readers)
         report = cache_songs_to_parquet(
-            database, source, Snapshots(Storage(tmp_path)), TILING, options, RunContext(reported.append)
+            source, Snapshots(Storage(tmp_path)), TILING, options, RunContext(reported.append)
         )
         assert [each.range.start for each in report.ranges] == list(range(0, 1000, 100))
         assert [(each.done, each.total) for each in reported] == [(2 * n, 20) for n in range(1, 11)]
@@ -328,7 +343,7 @@ class TestSideBySide:
             "pg_backend_pid()::text AS lyrics FROM faults.rows",
         )
         source = find_source(database, SourceNames("faults.named", song_id_column="id"))
-        cache_songs_to_parquet(database, source, Snapshots(Storage(tmp_path)), TILING, ExportOptions(n_readers=2))
+        cache_songs_to_parquet(source, Snapshots(Storage(tmp_path)), TILING, ExportOptions(n_readers=2))
         songs = [Snapshots(Storage(tmp_path)).read(each) for each in Snapshots(Storage(tmp_path)).ranges()]
         assert {name for each in songs for name in each["artist"]} == {"songvec"}
         assert len({pid for each in songs for pid in each["lyrics"]}) <= 2

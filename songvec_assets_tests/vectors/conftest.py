@@ -1,4 +1,4 @@
-"""Shards of made-up vectors, and the table as an administrator sees it."""
+"""Cached ranges of made-up vectors, and the table as an administrator sees it."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -40,7 +40,7 @@ def make_vector(song_id: int, version: int = 0, dimensions: int = DIMENSIONS) ->
 
 
 def put(cache: ModelCache, song_ids: Iterable[int], version: int = 0, tiling: Tiling = TILING) -> None:
-    """Store songs' vectors of a version, each in its range's shard."""
+    """Store songs' vectors of a version, each in its range."""
     by_range: dict[SongIdRange, list[int]] = {}
     for song_id in song_ids:
         by_range.setdefault(tiling.range_of(song_id), []).append(song_id)

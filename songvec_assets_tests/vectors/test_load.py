@@ -12,7 +12,7 @@ from songvec_assets.cache.manifest import DataFile
 from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.cache.parts import CachedRows, Rows
 from songvec_assets.errors import (
-    DamagedShardError,
+    DamagedCacheError,
     DatabaseError,
     SongvecError,
     StoppedError,
@@ -404,7 +404,7 @@ class TestDamage:
         put(cache, [*range(20), *range(100, 120), *range(200, 220)])
         damage(cache, 107)
         with pytest.raises(
-            DamagedShardError, match=r"song_id 107,.*materialize embedding_cache for 000000100"
+            DamagedCacheError, match=r"song_id 107,.*materialize embedding_cache for 000000100"
         ) as caught:
             load(database, cache)
         assert cache.storage.describe(SECOND.key) in str(caught.value)
@@ -417,7 +417,7 @@ class TestDamage:
         put(cache, range(20))
         damage(cache, 7)
         damage(cache, 8)
-        with pytest.raises(DamagedShardError):
+        with pytest.raises(DamagedCacheError):
             load(database, cache)
         _, live = load_embeddings_from_cache(cache, FIRST)
         assert live["song_id"].to_list() == [*range(7), *range(9, 20)]
@@ -426,7 +426,7 @@ class TestDamage:
         load(database, cache)
         assert read_vectors(database) == vectors_of(range(20))
 
-    def test_a_loaded_range_keeps_its_rows_when_its_shard_is_damaged_later(
+    def test_a_loaded_range_keeps_its_rows_when_its_files_are_damaged_later(
         self, database: Database, cache: ModelCache
     ) -> None:
         put(cache, range(20))
@@ -434,7 +434,7 @@ class TestDamage:
         put(cache, [30])
         put(cache, [30, 31], version=1)
         damage(cache, 31, version=1)
-        with pytest.raises(DamagedShardError, match="song_id 31"):
+        with pytest.raises(DamagedCacheError, match="song_id 31"):
             load(database, cache)
         assert read_vectors(database) == vectors_of(range(20))
         load(database, cache)
@@ -460,7 +460,7 @@ class TestDamage:
             path.unlink()
         put(cache, [105], version=1)
         for _ in range(2):
-            with pytest.raises(DamagedShardError, match=r"materialize embedding_cache for 000000000-000000100"):
+            with pytest.raises(DamagedCacheError, match=r"materialize embedding_cache for 000000000-000000100"):
                 load(database, cache)
             assert {song_id for song_id in read_vectors(database) if song_id < 100} == {*range(20)}
             assert cache.read_manifest(FIRST).complete is None, "the next fill compares"
@@ -473,7 +473,7 @@ class TestDamage:
         load(database, cache)
         file_with(cache, 45).unlink()
         (cache.storage.root / FIRST.key / "manifest.json").unlink()
-        with pytest.raises(DamagedShardError, match="the vectors of 2 loaded songs are lost"):
+        with pytest.raises(DamagedCacheError, match="the vectors of 2 loaded songs are lost"):
             load(database, cache)
         assert set(read_vectors(database)) == {44, 45, 46, 47}
 
@@ -484,7 +484,7 @@ class TestDamage:
         damage(cache, 3)
         damage(cache, 30)
         for _ in range(2):
-            with pytest.raises(DamagedShardError):
+            with pytest.raises(DamagedCacheError):
                 load(database, cache)
             assert read_vectors(database) == vectors_of(range(10))
         put(cache, [3, 30], version=1)
@@ -518,7 +518,7 @@ class TestDamage:
         put(cache, [*range(10), *range(100, 110)])
         (path,) = files_of(cache, FIRST)
         path.write_bytes(files_of(cache, SECOND)[0].read_bytes())
-        with pytest.raises(DamagedShardError, match=rf"{path.name} holds model-a.*range 000000100-0"):
+        with pytest.raises(DamagedCacheError, match=rf"{path.name} holds model-a.*range 000000100-0"):
             load(database, cache)
         assert read_vectors(database) == vectors_of(range(100, 110))
 
@@ -532,7 +532,7 @@ class TestDamage:
         cached = cache.open(FIRST)
         file = next(DataFile(name, size) for name, size in cached.files.sizes.items() if name.endswith("-base.arrow"))
         cached.save(cached.manifest.adopt([file], [7]))
-        with pytest.raises(DamagedShardError, match="song_id 7,"):
+        with pytest.raises(DamagedCacheError, match="song_id 7,"):
             load(database, cache)
         load(database, cache)
         assert read_vectors(database) == vectors_of({*range(20)} - {7})
@@ -563,7 +563,7 @@ class TestDamage:
             assert cache.read_manifest(FIRST) == before
             assert loader.is_alive()
         loader.join(timeout=10)
-        assert [type(error) for error in errors] == [DamagedShardError]
+        assert [type(error) for error in errors] == [DamagedCacheError]
         assert cache.read_manifest(FIRST).damaged == (7,)
 
 

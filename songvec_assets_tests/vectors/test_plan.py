@@ -9,11 +9,11 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.cache.model_cache import ModelCache
-from songvec_assets.errors import DamagedShardError
+from songvec_assets.errors import DamagedCacheError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.storage import Storage
 from songvec_assets.vectors.plan import LoadSource, plan_load
-from songvec_assets.vectors.swap import WantedTable, publish_embeddings
+from songvec_assets.vectors.swap import WantedTable, bring_table_up_to_date
 from songvec_assets.vectors.table import VectorTable
 from songvec_assets_tests.vectors.conftest import FIRST, SECOND, SPEC, TILING, complete, load, put, read_writers
 from songvec_assets_tests.vectors.indexes import build_index
@@ -32,7 +32,7 @@ class TestPlan:
         plan = plan_load(VectorTable(database), LoadSource(cache, TILING))
         assert (plan.changed, plan.unchanged, plan.n_changed, list(plan.damaged)) == ({FIRST: 100}, {}, 1, [SECOND])
         assert (read_folder(cache.storage.root), read_writers(database)) == before
-        with pytest.raises(DamagedShardError, match=r"manifest\.json does not parse"):
+        with pytest.raises(DamagedCacheError, match=r"manifest\.json does not parse"):
             load(database, cache)
 
 
@@ -51,7 +51,7 @@ class TestNothingToDo:
         for song_range in (FIRST, SECOND):
             complete(cache, song_range)
         wanted, source = WantedTable(SPEC), LoadSource(cache, TILING)
-        publish_embeddings(database, source, wanted)
+        bring_table_up_to_date(database, source, wanted)
         build_index(database, cache)
         opened: list[str] = []
         open_object = Storage.open
@@ -63,7 +63,7 @@ class TestNothingToDo:
         monkeypatch.setattr(Storage, "open", note)
         before = read_writers(database)
         with sent_statements() as statements:
-            report = publish_embeddings(database, source, wanted)
+            report = bring_table_up_to_date(database, source, wanted)
         assert [(each.n_rows, each.n_written, each.n_deleted) for each in report.loads] == [(100, 0, 0), (50, 0, 0)]
         assert read_writers(database) == before
         assert sum("loaded_ranges" in each for each in statements) == 1

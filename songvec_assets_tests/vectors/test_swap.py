@@ -19,15 +19,16 @@ import sqlalchemy as sa
 from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
 from songvec_assets.cache.parts import CachedRows
 from songvec_assets.cli import app, base
-from songvec_assets.errors import DamagedShardError, DatabaseError, StoppedError, TableMismatchError
+from songvec_assets.errors import DamagedCacheError, DatabaseError, StoppedError, TableMismatchError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres import short_lock
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import lock_key
 from songvec_assets.postgres.short_lock import run_with_short_lock
 from songvec_assets.progress import Progress, ReportProgress, RunContext, StopSignal, ignore_progress
+from songvec_assets.songs.content import SNAPSHOT_SCHEMA
 from songvec_assets.songs.ranges import Tiling
-from songvec_assets.songs.snapshots import SNAPSHOT_SCHEMA, Snapshots
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.storage import Storage
 from songvec_assets.vectors import swap
 from songvec_assets.vectors.index.audit import Comparison
@@ -36,12 +37,12 @@ from songvec_assets.vectors.load import store_embeddings_batch, store_embeddings
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import (
     LOCK,
-    PublishReport,
+    LoadReport,
     WantedTable,
-    check_publishable,
+    bring_table_up_to_date,
+    check_loadable,
     drop_others,
     find_attachments,
-    publish_embeddings,
     put_in_place,
     roll_back,
 )
@@ -86,7 +87,7 @@ def other_cache(tmp_path: Path) -> ModelCache:
     return ModelCache(Storage(tmp_path / "other"), OTHER.model, OTHER.dimensions)
 
 
-def publish(
+def load_table(
     database: Database,
     cache: ModelCache,
     songs_folder: Path,
@@ -97,11 +98,11 @@ def publish(
     staged_from_rows: int = 20,
     progress: ReportProgress = ignore_progress,
     stop: StopSignal | None = None,
-) -> PublishReport:
-    """Publish and index as the graph does; tables are staged from 20 changed rows on."""
+) -> LoadReport:
+    """Load and index as the graph does; tables are staged from 20 changed rows on."""
     wanted = WantedTable(spec, IndexSettings(), swap, staged_from_rows)
     run = RunContext(progress, stop or StopSignal())
-    report = publish_embeddings(database, LoadSource(cache, tiling, Snapshots(Storage(songs_folder))), wanted, run)
+    report = bring_table_up_to_date(database, LoadSource(cache, tiling, Snapshots(Storage(songs_folder))), wanted, run)
     build_index(database, cache, spec)
     return report
 
@@ -126,7 +127,7 @@ class TestPlace:
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(150))
-        report = publish(database, cache, songs_folder)
+        report = load_table(database, cache, songs_folder)
         assert report.target.table.name == SERVING
         assert read_vectors(database) == vectors_of(range(150))
         assert relations(database) == ALONE
@@ -135,23 +136,23 @@ class TestPlace:
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         before = oid_of(database)
         put(cache, range(10), version=1)
-        report = publish(database, cache, songs_folder)
+        report = load_table(database, cache, songs_folder)
         assert report.target.table.name == SERVING
         assert "10 of 150 rows changed" in report.target.reason
         assert oid_of(database) == before
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(10), 1))
 
-    def test_a_large_change_is_built_beside_and_swapped_in_with_index_and_records(
+    def test_a_large_change_is_staged_and_swapped_in_with_index_and_records(
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         before = oid_of(database)
         put(cache, range(80), version=1)
-        report = publish(database, cache, songs_folder)
+        report = load_table(database, cache, songs_folder)
         assert (report.target.table.name, report.target.keep) == (STAGING, False)
         assert oid_of(database) != before
         assert relations(database) == ALONE
@@ -165,22 +166,22 @@ class TestPlace:
             assert VectorTable(database).read_probes(connection) == index.probes
         keys = execute(database.adbc_uri, "SELECT key FROM songvec.settings WHERE key LIKE 'song_embeddings%'")
         assert keys == []
-        assert publish(database, cache, songs_folder).loads == [*report.loads[:0], *publish_again(report)]
+        assert load_table(database, cache, songs_folder).loads == [*report.loads[:0], *loads_of_rerun(report)]
 
     def test_what_people_hung_on_the_table_keeps_it_in_its_place(
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         execute(database.adbc_uri, 'CREATE VIEW "Hot: 100%" AS SELECT song_id FROM song_embeddings')
         put(cache, range(80), version=1)
-        report = publish(database, cache, songs_folder)
+        report = load_table(database, cache, songs_folder)
         assert report.target.table.name == SERVING
         assert "Hot: 100%" in report.target.reason
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
 
 
-def publish_again(report: PublishReport) -> list[object]:
+def loads_of_rerun(report: LoadReport) -> list[object]:
     """The loads of a rerun that has nothing to do."""
     return [type(each)(each.range, each.n_rows) for each in report.loads]
 
@@ -266,7 +267,7 @@ class TestAttachments:
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(30))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         for named, (statement, undo) in ATTACHMENTS.items():
             with database.get_connection() as connection:
                 assert find_attachments(connection, VectorTable(database)) == []
@@ -274,7 +275,7 @@ class TestAttachments:
             with database.get_connection() as connection:
                 assert find_attachments(connection, VectorTable(database)) == [named]
             with pytest.raises(TableMismatchError, match=re.escape(named)):
-                check_publishable(database, WantedTable(OTHER, may_swap=True))
+                check_loadable(database, WantedTable(OTHER, may_swap=True))
             execute(database.adbc_uri, undo)
 
     @pytest.mark.parametrize("named", ["policy secret on table song_embeddings", "trigger noted", "function n_songs()"])
@@ -283,7 +284,7 @@ class TestAttachments:
     ) -> None:
         put(cache, range(150))
         put(other_cache, range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         serving = oid_of(database)
         statement, undo = ATTACHMENTS[named]
         at_build = once(lambda: execute(database.adbc_uri, statement))
@@ -293,13 +294,13 @@ class TestAttachments:
                 at_build()
 
         with pytest.raises(TableMismatchError, match=re.escape(named)):
-            publish(database, other_cache, songs_folder, OTHER, swap=True, progress=listen)
+            load_table(database, other_cache, songs_folder, OTHER, swap=True, progress=listen)
         assert (oid_of(database), VectorTable(database).spec) == (serving, SPEC)
         with database.get_connection() as connection:
             assert find_attachments(connection, VectorTable(database)) == [named]
         built = oid_of(database, STAGING)
         execute(database.adbc_uri, undo)
-        report = publish(database, other_cache, songs_folder, OTHER, swap=True)
+        report = load_table(database, other_cache, songs_folder, OTHER, swap=True)
         assert (oid_of(database), VectorTable(database).spec) == (built, OTHER)
         assert report.index is not None
         assert not report.index.built
@@ -308,7 +309,7 @@ class TestAttachments:
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         put(cache, range(80), version=1)
         statement, undo = ATTACHMENTS["row security"]
         at_build = once(lambda: execute(database.adbc_uri, statement))
@@ -318,11 +319,11 @@ class TestAttachments:
                 at_build()
 
         with pytest.raises(TableMismatchError, match="row security"):
-            publish(database, cache, songs_folder, progress=listen)
+            load_table(database, cache, songs_folder, progress=listen)
         assert read_vectors(database) == vectors_of(range(150))
         execute(database.adbc_uri, undo)
         built = oid_of(database, STAGING)
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         assert oid_of(database) == built
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
 
@@ -330,8 +331,8 @@ class TestAttachments:
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(30))
-        publish(database, cache, songs_folder)
-        publish(database, cache, songs_folder, HALF, swap=True)
+        load_table(database, cache, songs_folder)
+        load_table(database, cache, songs_folder, HALF, swap=True)
         for named in ("view seen", "row security", "trigger noted"):
             statement, undo = ATTACHMENTS[named]
             execute(database.adbc_uri, statement)
@@ -345,13 +346,13 @@ class TestAttachments:
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         execute(
             database.adbc_uri,
             "INSERT INTO song_embeddings (song_id, embedding) SELECT 700, embedding FROM song_embeddings LIMIT 1",
         )
         put(cache, range(80), version=1)
-        report = publish(database, cache, songs_folder)
+        report = load_table(database, cache, songs_folder)
         assert report.target.table.name == SERVING
         assert "1 rows that somebody else wrote there" in report.target.reason
         assert 700 in read_vectors(database)
@@ -395,7 +396,7 @@ class TestProperties:
         self, database: Database, cache: ModelCache, songs_folder: Path, keep: bool
     ) -> None:
         put(cache, range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         with as_role(database) as reader, as_role(database) as owner:
             roles = {"reader": sa.make_url(reader.url).username, "owner": sa.make_url(owner.url).username}
             execute(
@@ -415,10 +416,10 @@ class TestProperties:
             )
             before, serving = self.read(database), oid_of(database)
             if keep:
-                publish(database, cache, songs_folder, HALF, swap=True)
+                load_table(database, cache, songs_folder, HALF, swap=True)
             else:
                 put(cache, range(80), version=1)
-                publish(database, cache, songs_folder)
+                load_table(database, cache, songs_folder)
             assert oid_of(database) != serving
             assert self.read(database) == before
             assert execute(reader.adbc_uri, "SELECT count(song_id) FROM song_embeddings") == [(150,)]
@@ -438,10 +439,10 @@ class TestProperties:
             role = sa.make_url(reader.url).username
             execute(database.adbc_uri, f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO {role}")
             put(cache, range(150))
-            publish(database, cache, songs_folder)
+            load_table(database, cache, songs_folder)
             execute(database.adbc_uri, f"REVOKE SELECT ON song_embeddings FROM {role}")
             put(cache, range(80), version=1)
-            assert publish(database, cache, songs_folder).target.table.name == STAGING
+            assert load_table(database, cache, songs_folder).target.table.name == STAGING
             with pytest.raises(psycopg2.errors.InsufficientPrivilege):
                 execute(reader.adbc_uri, "SELECT count(*) FROM song_embeddings")
 
@@ -464,7 +465,7 @@ class TestLock:
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         put(cache, range(80), version=1)
         serving, at_build = oid_of(database), once(lambda: self.end_holder(database))
 
@@ -473,21 +474,21 @@ class TestLock:
                 at_build()
 
         with pytest.raises(DatabaseError):
-            publish(database, cache, songs_folder, progress=listen)
+            load_table(database, cache, songs_folder, progress=listen)
         assert oid_of(database) == serving
         assert read_vectors(database) == vectors_of(range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
 
     def test_nothing_is_built_when_the_lock_was_lost_before(
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         put(cache, range(80), version=1)
         lose = CallingStop(once(lambda: self.end_holder(database)))
         with pytest.raises(DatabaseError):
-            publish(database, cache, songs_folder, stop=lose)
+            load_table(database, cache, songs_folder, stop=lose)
         assert relations(database) == ALONE
 
     def test_guards_are_checked_before_the_build_after_it_and_in_the_swap(
@@ -509,11 +510,11 @@ class TestLock:
             return note
 
         put(cache, range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         put(cache, range(80), version=1)
         for name in ("find_attachments", "check_missing", "check_attachments"):
             monkeypatch.setattr(swap, name, noting(name))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         assert asked == [
             ("find_attachments", False, False),
             ("check_missing", False, False),
@@ -526,8 +527,8 @@ class TestLock:
         self, database: Database, cache: ModelCache, songs_folder: Path, undo: Callable[..., object]
     ) -> None:
         put(cache, range(30))
-        publish(database, cache, songs_folder)
-        publish(database, cache, songs_folder, HALF, swap=True)
+        load_table(database, cache, songs_folder)
+        load_table(database, cache, songs_folder, HALF, swap=True)
         lose = CallingStop(once(lambda: self.end_holder(database)))
         with pytest.raises(DatabaseError):
             undo(database, RunContext(stop=lose))
@@ -540,8 +541,8 @@ class TestLock:
         monkeypatch: pytest.MonkeyPatch, option: str,
     ) -> None:  # fmt: skip
         put(cache, range(30))
-        publish(database, cache, songs_folder)
-        publish(database, cache, songs_folder, HALF, swap=True)
+        load_table(database, cache, songs_folder)
+        load_table(database, cache, songs_folder, HALF, swap=True)
         pipeline = make_pipeline(database, provider, tmp_path / "store")
         monkeypatch.setattr(base, "make_pipeline", lambda: pipeline)
         ended = once(lambda: self.end_holder(database))
@@ -561,12 +562,12 @@ class TestMissing:
         self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, [*range(50), *range(1_000, 1_010), *range(1_950, 1_960)])
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         put(other_cache, [*range(50), *range(1_000, 1_010), *range(1_950, 1_959)], tiling=self.RAISED)
         with pytest.raises(TableMismatchError, match=r"lacks 1 songs .*song_id 1959, …; range 000001900-000002000"):
-            publish(database, other_cache, songs_folder, OTHER, self.RAISED, swap=True)
+            load_table(database, other_cache, songs_folder, OTHER, self.RAISED, swap=True)
         put(other_cache, [1_959], tiling=self.RAISED)
-        publish(database, other_cache, songs_folder, OTHER, self.RAISED, swap=True)
+        load_table(database, other_cache, songs_folder, OTHER, self.RAISED, swap=True)
         assert VectorTable(database).spec == OTHER
         assert_ledger_fits_table(database)
 
@@ -574,12 +575,12 @@ class TestMissing:
         self, database: Database, cache: ModelCache, songs_folder: Path, tmp_path: Path
     ) -> None:
         put(cache, [*range(50), *range(1_000, 1_050)])
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         # as the store leaves it once the tail was divided
         divided = ModelCache(Storage(tmp_path / "divided"), SPEC.model, SPEC.dimensions)
         song_ids = [*range(50), *range(1_000, 1_050), *range(1_100, 1_200)]
         put(divided, song_ids, tiling=self.RAISED)
-        report = publish(database, divided, songs_folder, tiling=self.RAISED)
+        report = load_table(database, divided, songs_folder, tiling=self.RAISED)
         assert report.target.table.name == STAGING
         assert read_vectors(database) == vectors_of(song_ids)
 
@@ -587,23 +588,23 @@ class TestMissing:
         self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(130))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         put(other_cache, range(100))
         with pytest.raises(TableMismatchError, match=r"the cache lacks 30 songs .*range 000000100-000000200"):
-            publish(database, other_cache, songs_folder, OTHER, swap=True)
+            load_table(database, other_cache, songs_folder, OTHER, swap=True)
         assert relations(database) == ALONE
 
-    def test_a_damaged_shard_is_said_to_be_damaged_not_to_lack_songs(
+    def test_a_damaged_range_is_reported_as_damaged_not_as_lacking_songs(
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         put(cache, range(80), version=1)
         complete(cache, SECOND)
         (path,) = files_of(cache, SECOND)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(DamagedShardError):
-            publish(database, cache, songs_folder)
+        with pytest.raises(DamagedCacheError):
+            load_table(database, cache, songs_folder)
         assert read_vectors(database) == vectors_of(range(150))
 
     def test_what_was_compared_must_be_what_is_swapped_in(
@@ -612,7 +613,7 @@ class TestMissing:
     ) -> None:  # fmt: skip
         put(cache, range(30))
         put(other_cache, range(30))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         compare = swap.compare_tables
 
         def compare_and_lose(database: Database) -> Comparison:
@@ -626,7 +627,7 @@ class TestMissing:
 
         monkeypatch.setattr(swap, "compare_tables", compare_and_lose)
         with pytest.raises(TableMismatchError, match="by another run meanwhile"):
-            publish(database, other_cache, songs_folder, OTHER, swap=True)
+            load_table(database, other_cache, songs_folder, OTHER, swap=True)
         assert VectorTable(database).spec == SPEC
 
     @pytest.mark.parametrize("stop", [1_000, 2_000])
@@ -660,12 +661,12 @@ class TestSwap:
     ) -> None:
         put(cache, range(30))
         put(other_cache, range(30))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         with pytest.raises(TableMismatchError, match="songvec swap"):
-            check_publishable(database, WantedTable(OTHER))
+            check_loadable(database, WantedTable(OTHER))
         with pytest.raises(TableMismatchError, match="songvec swap"):
-            publish(database, other_cache, songs_folder, OTHER)
-        check_publishable(database, WantedTable(OTHER, may_swap=True))
+            load_table(database, other_cache, songs_folder, OTHER)
+        check_loadable(database, WantedTable(OTHER, may_swap=True))
         assert read_vectors(database) == vectors_of(range(30))
 
     def test_another_model_takes_the_tables_place_and_can_be_undone_and_redone(
@@ -673,25 +674,25 @@ class TestSwap:
     ) -> None:
         put(cache, range(130))
         put(other_cache, range(130))
-        publish(database, cache, songs_folder)
-        report = publish(database, other_cache, songs_folder, OTHER, swap=True)
+        load_table(database, cache, songs_folder)
+        report = load_table(database, other_cache, songs_folder, OTHER, swap=True)
         assert VectorTable(database).spec == OTHER
         assert report.comparison is not None
         assert (report.comparison.n_serving, report.comparison.n_staged) == (130, 130)
         assert relations(database) == BOTH
         assert len(read_vectors(database)[0]) == OTHER.dimensions
         with pytest.raises(TableMismatchError, match="--drop-old"):
-            check_publishable(database, WantedTable(SPEC, may_swap=True))
+            check_loadable(database, WantedTable(SPEC, may_swap=True))
 
         assert roll_back(database) == SPEC
         assert VectorTable(database).spec == SPEC
         assert read_vectors(database) == vectors_of(range(130))
         assert_ledger_fits_table(database)
-        assert publish(database, cache, songs_folder).target.table.name == SERVING
+        assert load_table(database, cache, songs_folder).target.table.name == SERVING
         with pytest.raises(TableMismatchError, match="nothing was swapped"):
             roll_back(database)
 
-        again = publish(database, other_cache, songs_folder, OTHER, swap=True)
+        again = load_table(database, other_cache, songs_folder, OTHER, swap=True)
         assert [each.n_written for each in again.loads] == [0, 0]
         assert VectorTable(database).spec == OTHER
         assert drop_others(database) == [PREVIOUS]
@@ -701,12 +702,13 @@ class TestSwap:
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(120))
-        publish(database, cache, songs_folder)
-        report = publish(database, cache, songs_folder, HALF, swap=True)
+        load_table(database, cache, songs_folder)
+        report = load_table(database, cache, songs_folder, HALF, swap=True)
         assert VectorTable(database).spec == HALF
         assert report.comparison is not None
         assert report.comparison.describe() == (
-            "120 rows, 120 before; recall 100.0% at 11 probes, before: recall 100.0% at 11 probes; "
+            "120 rows, 120 before; recall 100.0% at 11 probes (exact: all lists are visited), "
+            "before: recall 100.0% at 11 probes (exact: all lists are visited); "
             "50 songs share 100% of their ten nearest with the previous table"
         )
         rows = execute(database.adbc_uri, "SELECT song_id, embedding::vector::real[] FROM song_embeddings")
@@ -720,7 +722,7 @@ class TestSwap:
         wide = TableSpec("wide", 4_000, "halfvec")
         cache = ModelCache(Storage(tmp_path / "wide"), wide.model, wide.dimensions)
         put(cache, range(40))
-        publish(database, cache, songs_folder, wide)
+        load_table(database, cache, songs_folder, wide)
         assert VectorTable(database).index is not None
         nearest = """
             SELECT song_id FROM song_embeddings
@@ -734,26 +736,26 @@ class TestSwap:
         self, database: Database, cache: ModelCache, other_cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(30))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         put(other_cache, range(27))
         with pytest.raises(TableMismatchError, match=r"lacks 3 songs .*27, 28, 29"):
-            publish(database, other_cache, songs_folder, OTHER, swap=True)
+            load_table(database, other_cache, songs_folder, OTHER, swap=True)
         assert VectorTable(database).spec == SPEC
         reject(other_cache, [27], "the provider refused it")
         write_snapshot(songs_folder, [*range(28), 29], set_aside=[29])
-        publish(database, other_cache, songs_folder, OTHER, swap=True)
+        load_table(database, other_cache, songs_folder, OTHER, swap=True)
         assert VectorTable(database).spec == OTHER
 
     def test_rights_that_others_were_given_go_with_the_name(
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(150))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         with as_role(database) as reader:
             role = sa.make_url(reader.url).username
             execute(database.adbc_uri, f"GRANT SELECT ON song_embeddings TO {role} WITH GRANT OPTION")
             put(cache, range(80), version=1)
-            assert publish(database, cache, songs_folder).target.table.name == STAGING
+            assert load_table(database, cache, songs_folder).target.table.name == STAGING
             assert execute(reader.adbc_uri, "SELECT count(*) FROM song_embeddings") == [(150,)]
             grants = "SELECT privilege_type, is_grantable FROM information_schema.role_table_grants WHERE grantee = %s"
             assert execute(database.adbc_uri, grants, (role,)) == [("SELECT", "YES")]
@@ -763,8 +765,8 @@ class TestSwap:
     ) -> None:
         monkeypatch.setattr(short_lock, "_PAUSE_S", 0.05)
         put(cache, range(30))
-        publish(database, cache, songs_folder)
-        publish(database, cache, songs_folder, HALF, swap=True)
+        load_table(database, cache, songs_folder)
+        load_table(database, cache, songs_folder, HALF, swap=True)
         tries: list[int] = []
         with database.get_connection() as holder:
             holder.execute(sa.text("SELECT 1 FROM song_embeddings LIMIT 1"))
@@ -791,7 +793,7 @@ class TestSwap:
                 run_with_short_lock(database, rename, patience_s=0)
 
 
-_PUBLISHER = """
+_LOADER = """
 import os, signal, sys
 from pathlib import Path
 from songvec_assets.storage import Storage
@@ -801,7 +803,7 @@ from songvec_assets.progress import RunContext
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.vectors.plan import LoadSource
-from songvec_assets.vectors.swap import WantedTable, publish_embeddings
+from songvec_assets.vectors.swap import WantedTable, bring_table_up_to_date
 from songvec_assets.vectors.table import TableSpec
 url, cache, songs, step = sys.argv[1:]
 def listen(progress):
@@ -809,17 +811,17 @@ def listen(progress):
         os.kill(os.getpid(), signal.SIGKILL)
 snapshots = Snapshots(Storage(Path(songs)))
 source = LoadSource(ModelCache(Storage(Path(cache)), "model-b", 16), Tiling(100, 1_000), snapshots)
-publish_embeddings(
+bring_table_up_to_date(
     Database(url), source, WantedTable(TableSpec("model-b", 16), may_swap=True), RunContext(listen)
 )
 """
 
 
-def publisher(
+def loader(
     database: Database, cache: ModelCache, songs_folder: Path, step: str
 ) -> contextlib.AbstractContextManager["subprocess.Popen[bytes]"]:
     """A process that swaps OTHER in, and kills itself when a step reports that it has begun."""
-    return running(_PUBLISHER, database.url, str(cache.storage), str(songs_folder), step)
+    return running(_LOADER, database.url, str(cache.storage), str(songs_folder), step)
 
 
 @pytest.mark.slow
@@ -842,11 +844,11 @@ class TestInterrupted:
         """A table that serves, of which nothing may change in the block; the next run then swaps the other in."""
         put(cache, range(230))
         put(other_cache, range(230))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         yield
         assert VectorTable(database).spec == SPEC
         assert read_vectors(database) == vectors_of(range(230))
-        publish(database, other_cache, songs_folder, OTHER, swap=True)
+        load_table(database, other_cache, songs_folder, OTHER, swap=True)
         assert VectorTable(database).spec == OTHER
         assert relations(database) == BOTH
 
@@ -857,7 +859,7 @@ class TestInterrupted:
         with self.serving_all_the_while(database, cache, other_cache, songs_folder):
             stop, listen = self.stop_at(step)
             with pytest.raises(StoppedError):
-                publish(database, other_cache, songs_folder, OTHER, swap=True, stop=stop, progress=listen)
+                load_table(database, other_cache, songs_folder, OTHER, swap=True, stop=stop, progress=listen)
 
     @pytest.mark.parametrize("step", ["load rows", "build index", "measure recall"])
     def test_a_swap_that_is_killed_in_a_step_goes_on_with_the_next_run(
@@ -865,7 +867,7 @@ class TestInterrupted:
     ) -> None:
         with (
             self.serving_all_the_while(database, cache, other_cache, songs_folder),
-            publisher(database, other_cache, songs_folder, step) as process,
+            loader(database, other_cache, songs_folder, step) as process,
         ):
             assert process.wait(60) == -signal.SIGKILL
 
@@ -878,7 +880,7 @@ class TestInterrupted:
             database.get_connection() as holder,
         ):
             holder.execute(sa.text("LOCK TABLE song_embeddings IN ACCESS SHARE MODE"))
-            with publisher(database, other_cache, songs_folder, "no step") as process:
+            with loader(database, other_cache, songs_folder, "no step") as process:
                 wait_until(lambda: execute(database.adbc_uri, waiting) == [(1,)], seconds=60)
                 process.send_signal(signal.SIGKILL)
                 process.wait()
@@ -887,13 +889,13 @@ class TestInterrupted:
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(230))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         put(cache, range(120), version=1)
         stop, listen = self.stop_at("build index")
         with pytest.raises(StoppedError):
-            publish(database, cache, songs_folder, stop=stop, progress=listen)
+            load_table(database, cache, songs_folder, stop=stop, progress=listen)
         assert STAGING in relations(database)
-        assert publish(database, cache, songs_folder, staged_from_rows=1000).target.table.name == SERVING
+        assert load_table(database, cache, songs_folder, staged_from_rows=1000).target.table.name == SERVING
         assert relations(database) == ALONE
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(230), 0) | dict.fromkeys(range(120), 1))
 
@@ -902,12 +904,12 @@ class TestInterrupted:
     ) -> None:
         put(cache, range(130))
         put(other_cache, range(130))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         stop, listen = self.stop_at("build index")
         with pytest.raises(StoppedError):
-            publish(database, other_cache, songs_folder, OTHER, swap=True, stop=stop, progress=listen)
+            load_table(database, other_cache, songs_folder, OTHER, swap=True, stop=stop, progress=listen)
         put(cache, range(130), version=1)
-        report = publish(database, cache, songs_folder)
+        report = load_table(database, cache, songs_folder)
         assert report.target.table.name == SERVING
         assert "songvec swap" in report.target.reason
         assert STAGING in relations(database)
@@ -920,22 +922,22 @@ class TestSearchesMeanwhile:
         self, database: Database, cache: ModelCache, songs_folder: Path
     ) -> None:
         put(cache, range(230))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         with searching(database) as counts:
             put(cache, range(230), version=1)
-            assert publish(database, cache, songs_folder).target.table.name == STAGING
-            publish(database, cache, songs_folder, HALF, swap=True)
+            assert load_table(database, cache, songs_folder).target.table.name == STAGING
+            load_table(database, cache, songs_folder, HALF, swap=True)
             roll_back(database)
         assert set(counts) == {230}
 
     def test_a_range_is_never_half_there(self, database: Database, cache: ModelCache, songs_folder: Path) -> None:
         put(cache, range(230))
-        publish(database, cache, songs_folder)
+        load_table(database, cache, songs_folder)
         with searching(database) as counts:
             for version in (1, 2, 3):
                 put(cache, range(40), version=version)
                 forget(cache, [50 + version])
-                publish(database, cache, songs_folder, staged_from_rows=1000)
+                load_table(database, cache, songs_folder, staged_from_rows=1000)
         assert set(counts) <= {230, 229, 228, 227}
         assert sorted(counts, reverse=True) == counts
 
@@ -984,7 +986,7 @@ def test_put_in_place_without_a_table_beside_changes_nothing(
     database: Database, cache: ModelCache, songs_folder: Path
 ) -> None:
     put(cache, range(30))
-    publish(database, cache, songs_folder)
+    load_table(database, cache, songs_folder)
     with pytest.raises(DatabaseError, match="song_embeddings_new"):
         put_in_place(database, False, [], lambda: None, RunContext())
     assert read_vectors(database) == vectors_of(range(30))
@@ -1013,12 +1015,12 @@ class TestThroughAPooler:
             pooled = Database(url, direct_url=database.url if past else None)
             try:
                 put(cache, range(150))
-                assert publish(pooled, cache, songs_folder).target.table.name == SERVING
+                assert load_table(pooled, cache, songs_folder).target.table.name == SERVING
                 rows = execute(database.adbc_uri, "SELECT reltuples FROM pg_class WHERE relname = 'song_embeddings'")
                 assert rows == [(150,)], "the planner knows the table, whether it was vacuumed or only analyzed"
                 put(cache, range(80), version=1)
-                assert publish(pooled, cache, songs_folder).target.table.name == STAGING
-                publish(pooled, cache, songs_folder, HALF, swap=True)
+                assert load_table(pooled, cache, songs_folder).target.table.name == STAGING
+                load_table(pooled, cache, songs_folder, HALF, swap=True)
                 roll_back(pooled)
                 assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(80), 1))
                 assert_ledger_fits_table(database)

@@ -349,7 +349,7 @@ class World:
         self.expect(SETTLED, not left, str(left))
 
     def read_cache(self) -> Rows:
-        """The live vectors of all shards."""
+        """The live vectors of all ranges."""
         song_ids = [np.empty(0, np.int32)]
         vectors = [np.empty((0, self.spec.dimensions), np.float32)]
         for song_range in self.cache.ranges():

@@ -15,7 +15,8 @@ from sqlalchemy import text
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.index.probes import search, set_probes
-from songvec_assets.vectors.index.recall import RecallReport, Searches, read_recall
+from songvec_assets.vectors.index.recall import RecallReport, read_recall
+from songvec_assets.vectors.index.searches import Searches
 from songvec_assets.vectors.ledger import SERVING, STAGING
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
@@ -128,8 +129,8 @@ def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> Recall
         report = read_recall(connection, table)
     if report is None or not report.holds(index.n_changed):
         searches = Searches.over(table, cache)
-        searches.measure(index.probes)
-        report = searches.report(target, index.probes, index.n_changed)
+        searches.reaches(index.probes, target)
+        report = RecallReport.of(searches, target, index.probes)
     return replace(report, target=target, n_changed=index.n_changed)
 
 

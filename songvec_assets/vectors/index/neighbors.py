@@ -2,13 +2,15 @@
 
 The ledger says which rows of the cache are loaded. One pass of matrix products over the mapped files answers all
 queries at once; the server would read the whole table for each. Vectors are float32, so the precision that a `halfvec`
-table loses is visible. Memory is bounded by a stored batch. When to add here: another kind of query. Keep
-out: what searches find (`recall`).
+table loses is visible. Memory is bounded by a stored batch. Of a large table a sample of the rows is read, see
+`ExactNeighbors`. When to add here: another kind of query. Keep out: what searches find (`recall`).
 """
 
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -17,6 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.model_cache import ModelCache
+from songvec_assets.cache.parts import PIECE_ROWS, CachedRows
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
@@ -30,8 +33,12 @@ nearest plus this, so that ties and duplicates do not count against an index. an
 songs here, and hide what halfvec loses: a few millionths at 2,000 dimensions. Two float32 sums of 2,000 products in
 different orders differ by about 1e-6."""
 
+Found = Mapping[int, float]
+"""What a search returned: song_ids and cosine distances, nearest first."""
+
 _KEPT = 50
-_MOST_QUERIES = 100
+_MOST_ROWS, _LEAST_SHARE = 1_000_000, 0.1
+_MOST_QUERIES, _MOST_QUERIES_OF_SAMPLE = 200, 1000
 _NOISE = 0.2
 
 
@@ -58,6 +65,11 @@ class LoadedRows:
         """Of all ranges, as the ledger counts them."""
         return sum(self.ranges.values())
 
+    @property
+    def share(self) -> float:
+        """Of the rows that are compared: all up to a million, then a million, or a tenth if that is more."""
+        return max(min(1.0, _MOST_ROWS / max(1, self.n_rows)), _LEAST_SHARE)
+
     def read(self, song_range: SongIdRange) -> tuple[CachedRange, pl.DataFrame]:
         """A range and its loaded rows (song_id, row), even if newer ones are not loaded yet."""
         cached = self.cache.open(song_range)
@@ -69,20 +81,23 @@ class LoadedRows:
 
 
 def sample_queries(rows: LoadedRows) -> Float32Matrix:
-    """Draw a tenth of the table's rows, ten to a hundred, and mix an equal number of synthetic queries from them.
+    """Draw rows of the table, and mix an equal number of synthetic queries from them.
 
-    A row is its own nearest neighbor. A synthetic query lies between two rows, nearer to one, with noise of a fifth of
-    its length: nothing in the table is like it.
+    There are a hundred of each kind; of a table of fewer than a thousand rows a tenth, but ten; more if only a sample
+    of the rows is compared, as each query then has fewer trials. A row is its own nearest neighbor. A synthetic query
+    lies between two rows, nearer to one, with noise of a fifth of its length: nothing in the table is like it.
 
     Returns:
-        Unit vectors, (2 n, dimensions): n rows, then n synthetic ones.
+        Unit vectors, (2 n, dimensions), in random order: a row, a synthetic one, a row, …
     """
     draw = np.random.default_rng(0)  # the same table gives the same queries
-    _, sampled = sample_rows(rows, min(_MOST_QUERIES, max(NEIGHBORS, rows.n_rows // 10)), draw)
+    n_pairs = min(round(_MOST_QUERIES / rows.share), _MOST_QUERIES_OF_SAMPLE) // 2
+    _, sampled = sample_rows(rows, min(n_pairs, max(NEIGHBORS, rows.n_rows // 10)), draw)
+    sampled = draw.permutation(sampled)
     weights = draw.uniform(0.5, 0.9, (len(sampled), 1)).astype(np.float32)
     noise = _normalise(draw.standard_normal(sampled.shape, dtype=np.float32))
     mixed = weights * sampled + (1 - weights) * np.roll(sampled, 1, axis=0) + _NOISE * noise
-    return np.concatenate([sampled, _normalise(mixed)])
+    return np.stack([sampled, _normalise(mixed)], axis=1).reshape(-1, rows.cache.dimensions)
 
 
 def sample_rows(rows: LoadedRows, n_rows: int, draw: np.random.Generator) -> tuple[list[int], Float32Matrix]:
@@ -103,85 +118,101 @@ def sample_rows(rows: LoadedRows, n_rows: int, draw: np.random.Generator) -> tup
 
 @dataclass
 class ExactNeighbors:
-    """The nearest rows of each query, by exact arithmetic.
+    """The nearest rows of each query among those that were read, by exact arithmetic.
+
+    If only a sample of the rows was read, the true ten nearest of the table are known in part. Each of them is in the
+    sample with the same probability, whether the index finds it or not: those that are in it are unbiased trials. A row
+    of the sample is one of the ten if fewer than ten are nearer, and these are counted among all that searches found,
+    and the sample's other rows, each of which stands for as many as were left out. A sample searched by itself would
+    tell less: its ten nearest are far from the query, and in other lists than the table's ten nearest.
 
     Attributes:
-        rows: that are searched.
         queries: unit vectors, (n, dimensions).
+        n_rows: of the table, as the ledger counts them.
         song_ids: int32, (n, 50), nearest first; -1 if there are fewer rows.
         similarities: float32, (n, 50); -inf if there are fewer rows. A distance is 1 less it.
-        n_found: rows that the cache has.
+        n_read: rows compared.
+        n_missing: rows that the cache lacks.
     """
 
-    rows: LoadedRows
     queries: Float32Matrix
+    n_rows: int
     song_ids: NDArray[np.int32]
     similarities: Float32Matrix
-    n_found: int = 0
-    _looked_up: dict[tuple[int, int], float] = field(default_factory=dict)
+    n_read: int = 0
+    n_missing: int = 0
 
     @property
-    def n_wanted(self) -> int:
-        """Neighbors of each query: ten, or all rows of a table that has fewer."""
-        return min(NEIGHBORS, self.n_found)
+    def share(self) -> float:
+        """Of the rows that were read."""
+        return self.n_read / max(1, self.n_rows - self.n_missing)
 
-    def count_hits(self, found: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-        """Per query, how many of the rows found are as near as the exact tenth nearest, within EPSILON; (n,).
+    def judge(self, query: int, found: Found, others: Found) -> tuple[int, int]:
+        """How many of a query's true ten nearest a search found, and of how many that were read.
 
-        Distances are exact, and not the server's, which are rounded for a `halfvec` table.
+        Distances are exact where a row was kept; else they are the server's, which are rounded for a `halfvec` table.
+
+        Args:
+            query: its number.
+            found: song_ids and distances that the search returned.
+            others: what other searches for the same query returned.
         """
-        floors = self.similarities[:, max(0, self.n_wanted - 1)] - EPSILON
-        hits, unsure = np.zeros(len(found), dtype=np.int64), []
-        for query, ids in enumerate(found):
-            near = set(self.song_ids[query][self.similarities[query] >= floors[query]].tolist())
-            hits[query] = len(near.intersection(ids))
-            if self.similarities[query, -1] >= floors[query]:  # more rows tie than were kept
-                unsure += [(query, song_id) for song_id in set(ids) - near]
-        self._look_up([pair for pair in unsure if pair not in self._looked_up])
-        for query, song_id in unsure:
-            hits[query] += self._looked_up[query, song_id] >= floors[query]
-        return hits
-
-    def _look_up(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Compute the similarities of pairs (query, song_id), range by range."""
-        self._looked_up.update(dict.fromkeys(pairs, -np.inf))
-        for song_range in self.rows.ranges:
-            here = [(query, song_id) for query, song_id in pairs if song_id in song_range]
-            if not here:
-                continue
-            cached, loaded = self.rows.read(song_range)
-            wanted = loaded.filter(pl.col("song_id").is_in({song_id for _, song_id in here}))
-            vectors = _normalise(cached.embeddings_at(wanted["row"].to_list()))
-            places = {song_id: place for place, song_id in enumerate(wanted["song_id"].to_list())}
-            for query, song_id in here:
-                if song_id in places:
-                    self._looked_up[query, song_id] = float(vectors[places[song_id]] @ self.queries[query])
+        kept = dict(zip(self.song_ids[query].tolist(), self.similarities[query].tolist(), strict=True))
+        # if all rows were read, one that was not kept is no nearer than the last one that was
+        ceiling = self.similarities[query, -1].item() if self.share >= 1 else 1.0
+        nearness = {song_id: min(1 - distance, ceiling) for song_id, distance in {**others, **found}.items()} | kept
+        # among equals, those that were found count
+        order = sorted(nearness, key=lambda song_id: -nearness[song_id] - EPSILON * (song_id in found))
+        n_wanted, n_nearer, n_hits, n_trials = min(NEIGHBORS, self.n_rows - self.n_missing), 0.0, 0, 0
+        for song_id in order:
+            if n_nearer >= n_wanted:
+                break
+            is_trial = self.share >= 1 or song_id in kept
+            n_trials += is_trial
+            n_hits += is_trial and song_id in found
+            n_nearer += 1 if song_id in found or song_id in others else 1 / self.share
+        return n_hits, n_trials
 
 
-def find_exact_neighbors(rows: LoadedRows, queries: Float32Matrix, run: RunContext = SILENT) -> ExactNeighbors:
-    """Compare every loaded row with every query, in one pass over the cache.
+def find_exact_neighbors(
+    rows: LoadedRows, queries: Float32Matrix, run: RunContext = SILENT, ends_at: float = math.inf
+) -> ExactNeighbors:
+    """Compare the loaded rows, or a sample, with every query, in one pass over the cache in random order.
 
     Args:
         rows: the table's.
         queries: unit vectors, (n, dimensions).
         run: notified of the rows; a stop ends it between two batches.
+        ends_at: `time.monotonic()` after which no further batch is read; one is in any case.
     """
     shape = (len(queries), _KEPT)
-    best = ExactNeighbors(rows, queries, np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32))
+    best = ExactNeighbors(queries, rows.n_rows, np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32))
     # one core is left to the server's searches
     with threadpool_limits(max(1, (os.cpu_count() or 2) - 1), "blas"):
-        for song_range in rows.ranges:
-            cached, loaded = rows.read(song_range)
-            for batch in cached.iter_vectors(loaded["row"]):
-                run.check_stop()
-                lengths = np.sqrt(np.einsum("ij,ij->i", batch.embeddings, batch.embeddings))
-                _keep_best(best, batch.song_ids, (queries @ batch.embeddings.T) / lengths)
-                best.n_found += len(batch.song_ids)
-                run.report(Progress("find exact neighbors", best.n_found, rows.n_rows, unit="rows"))
+        for batch in _read_pieces(rows, best):
+            run.check_stop()
+            lengths = np.sqrt(np.einsum("ij,ij->i", batch.embeddings, batch.embeddings))
+            _keep_best(best, batch.song_ids, (queries @ batch.embeddings.T) / lengths)
+            best.n_read += len(batch.song_ids)
+            run.report(Progress("find exact neighbors", best.n_read, round(rows.n_rows * rows.share), unit="rows"))
+            if time.monotonic() >= ends_at:
+                break
     order = np.argsort(-best.similarities, axis=1, kind="stable")
     best.song_ids = np.take_along_axis(best.song_ids, order, axis=1)
     best.similarities = np.take_along_axis(best.similarities, order, axis=1)
     return best
+
+
+def _read_pieces(rows: LoadedRows, best: ExactNeighbors) -> Iterator[CachedRows]:
+    """The loaded rows, or a sample of them, piece by piece in random order; counts the missing ones."""
+    draw, ranges = np.random.default_rng(0), list(rows.ranges)
+    for place in draw.permutation(len(ranges)).tolist():
+        cached, loaded = rows.read(ranges[place])
+        best.n_missing += rows.ranges[ranges[place]] - loaded.height
+        pieces = loaded["row"].to_numpy() // PIECE_ROWS
+        numbers = draw.permutation(np.unique(pieces))
+        for number in numbers[: int(rows.share * len(numbers) + draw.random())]:
+            yield from cached.iter_vectors(loaded["row"].filter(pieces == number))
 
 
 def _keep_best(best: ExactNeighbors, song_ids: NDArray[np.int32], similarities: Float32Matrix) -> None:

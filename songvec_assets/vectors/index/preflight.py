@@ -46,7 +46,7 @@ _SCHEMA = """
 
 
 def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_songs: int) -> None:
-    """Refuse what could not be loaded or indexed. The serving table must fit: see `check_publishable`.
+    """Refuse what could not be loaded or indexed. The serving table must fit: see `check_loadable`.
 
     Args:
         target: the serving table, or the staging table if that is built.

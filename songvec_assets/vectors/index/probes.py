@@ -3,7 +3,6 @@
 When to add here: another way to choose probes. Keep out: the recall of searches with n probes (`recall`).
 """
 
-import bisect
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -26,18 +25,23 @@ def choose_probes(lists: int, n_rows: int) -> int:
 
 
 def find_smallest(reaches: Callable[[int], bool], tried: set[int], lists: int) -> int:
-    """Halve the gap between the most probes that fail and the fewest that do not; recall grows with probes.
+    """Halve the gap between the most probes that fail and the fewest that do not, to an eighth; recall grows with them.
 
     Args:
         reaches: whether n probes reach the target.
-        tried: numbers of probes that were measured; all lists among them if none reaches it.
-        lists: of the index.
+        tried: numbers of probes that were measured.
+        lists: of the index; taken if none reaches the target.
     """
-    high = min((probes for probes in tried if reaches(probes)), default=None)
-    if high is None:
+    # ascending: those above the first are never asked for
+    high = next(filter(reaches, sorted(tried)), None)
+    if high is None and lists in tried:
         return lists
+    high = high or lists
     low = max((probes for probes in tried if probes < high), default=0)
-    return bisect.bisect_left(range(lists + 1), True, low + 1, high, key=reaches)
+    while high - low > max(1, high // 8):
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return high
 
 
 def set_probes(connection: sa.Connection, probes: int | None) -> None:

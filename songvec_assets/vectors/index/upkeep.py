@@ -16,10 +16,11 @@ from songvec_assets.errors import SettingsError, TableMismatchError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.index import build
+from songvec_assets.vectors.index.catalog import BuiltIndex, IndexFacts
 from songvec_assets.vectors.index.probes import choose_probes
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport, measure_and_record, read_recall
 from songvec_assets.vectors.index.sizing import BuildEstimate, Capacity, choose_lists, estimate_build, read_capacity
-from songvec_assets.vectors.table import BuiltIndex, IndexFacts, TableSpec, VectorTable
+from songvec_assets.vectors.table import TableSpec, VectorTable
 
 _LISTS_OFF_BY = 0.25
 _CHANGED_SHARE = 0.2
@@ -200,7 +201,7 @@ def bring_index_up_to_date(
         recall, words, seconds, is_built = None, [plan.reason], 0.0, plan.reason is not None
         if not is_built:
             build.remove_leftovers(table, run)
-            recall, measured, reason = _review_recall(table, cache, plan.lists_now or 0, wanted.target_recall, run)
+            recall, measured, reason = _review_recall(table, cache, wanted.target_recall, run)
             fits = f"{plan.lists_now:,} lists fit {n_rows:,} rows, {n_changed:,} rows changed since it was built"
             words, is_built = [reason or fits, measured], reason is not None
             if is_built:
@@ -209,7 +210,7 @@ def bring_index_up_to_date(
             started = time.monotonic()
             how = _build(table, spec, plan, run, check_held)
             seconds = time.monotonic() - started
-            recall, measured = measure_and_record(table, cache, plan.estimate.lists, wanted.target_recall, run)
+            recall, measured = measure_and_record(table, cache, wanted.target_recall, run)
             words = [words[0], plan.limit, how, measured]
         index = table.index
         assert index is not None
@@ -237,7 +238,7 @@ def _build(
     table: VectorTable, spec: TableSpec, plan: BuildPlan, run: RunContext, check_held: Callable[[], None]
 ) -> str:
     """Build and swap, or only swap if a killed run had finished the build; returns a remark for the report."""
-    n_rows, lists = plan.estimate.n_rows, plan.estimate.lists
+    started, n_rows, lists = time.monotonic(), plan.estimate.n_rows, plan.estimate.lists
     with table.database.get_connection() as connection:
         # recorded when the build began: the number of changed rows at that time
         n_counted = table.read(connection, "building", int)
@@ -259,7 +260,8 @@ def _build(
     def record(connection: sa.Connection) -> None:
         # until recall is measured again, searches use at least as many probes as with the old index
         probes = max(choose_probes(lists, n_rows), min(table.read_probes(connection) or 1, lists))
-        values = {"index": asdict(BuiltIndex(n_rows)), "probes": probes, "recall": None, "building": None}
+        built = BuiltIndex(n_rows, seconds=time.monotonic() - started)
+        values = {"index": asdict(built), "probes": probes, "recall": None, "building": None}
         for name, value in values.items():
             table.write(connection, name, value)
         # rows that changed during the build stay counted; last, as others wait for the row it locks
@@ -271,7 +273,7 @@ def _build(
 
 
 def _review_recall(
-    table: VectorTable, cache: ModelCache, lists: int, target: float, run: RunContext
+    table: VectorTable, cache: ModelCache, target: float, run: RunContext
 ) -> tuple[RecallReport | None, str, str | None]:
     """The recall of the current index, measured again if due; a sentence about it; and why to build, or None."""
     with table.database.get_connection() as connection:
@@ -280,7 +282,7 @@ def _review_recall(
     same = last if last and last.target == target else None
     if same and same.holds(n_changed):
         return same, same.describe(), None
-    report, words = measure_and_record(table, cache, lists, target, run, same.probes if same else None)
+    report, words = measure_and_record(table, cache, target, run, same.probes if same else None)
     reason, first = None, built.probes if built.target == target and n_changed else None
     if report and first and report.probes > _PROBES_GROWN * first + 1:
         then = f"{first:,} when it was built; {n_changed:,} rows changed since"

@@ -17,7 +17,7 @@ from songvec_assets.search.nearest import search_songs
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexSettings
 from songvec_assets.vectors.plan import LoadSource
-from songvec_assets.vectors.swap import WantedTable, publish_embeddings, roll_back
+from songvec_assets.vectors.swap import WantedTable, bring_table_up_to_date, roll_back
 from songvec_assets.vectors.table import STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, dispose, execute
 from songvec_assets_tests.conftest import make_pipeline
@@ -101,7 +101,7 @@ class TestSearchPath:
         dispose(database.url)
         put(cache, range(40))
         with pytest.raises(DatabaseError, match="SET search_path ="):
-            publish_embeddings(database, LoadSource(cache, TILING), WantedTable(SPEC))
+            bring_table_up_to_date(database, LoadSource(cache, TILING), WantedTable(SPEC))
         source = make_pipeline(database, provider, tmp_path / "store").source
         with pytest.raises(DatabaseError, match=r"ALTER ROLE .+ SET search_path = .+, ext;"):
             search_songs(database, source, SPEC, make_vector(1))
@@ -126,7 +126,7 @@ class TestSearchPath:
             database.adbc_uri, f"CREATE SCHEMA mine; ALTER DATABASE {name_of(database)} SET search_path = mine, public"
         )
         dispose(database.url)
-        publish_embeddings(database, LoadSource(cache, TILING), WantedTable(HALF, may_swap=True))
+        bring_table_up_to_date(database, LoadSource(cache, TILING), WantedTable(HALF, may_swap=True))
         places = "SELECT tablename, schemaname FROM pg_tables WHERE tablename ~ '^song_emb'"
         assert sorted(execute(database.adbc_uri, places)) == [
             ("song_embeddings", "public"),
@@ -203,7 +203,7 @@ class TestRights:
         with as_role(database) as seen:
             role = sa.make_url(seen.url).username
             execute(database.adbc_uri, f"{RIGHTS.format(role=role)}; GRANT ALL ON song_embeddings TO {role}")
-            publish_embeddings(seen, LoadSource(cache, TILING), WantedTable(SPEC))
+            bring_table_up_to_date(seen, LoadSource(cache, TILING), WantedTable(SPEC))
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(10), 1))
 
 
