@@ -48,6 +48,12 @@ def as_role(database: Database, attributes: str = "", database_right: str = "CON
             execute(database.adbc_uri, f"DROP OWNED BY {role}")
 
 
+def set_for_role(database: Database, seen: Database, **settings: str) -> None:
+    """Set what the sessions of the role that it is seen as begin with."""
+    for name, value in settings.items():
+        execute(database.adbc_uri, f"ALTER ROLE {sa.make_url(seen.url).username} SET {name} = '{value}'")
+
+
 _idle_databases: dict[str, list[tuple[str, str]]] = {}
 
 _CLEAN = """
@@ -143,7 +149,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Look every 20 ms; fail where the condition does not come true in time."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -3,6 +3,7 @@
 import getpass
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.settings import Settings, variables
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets_tests.administration import borrow_database, dispose, execute, with_parts
+from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.provider import Provider, running_provider
 
 TEMPLATE = "songvec_template"
@@ -57,6 +59,25 @@ def database(server_url: str) -> Iterator[Database]:
 
 
 @pytest.fixture
+def bare_url(server_url: str) -> Iterator[str]:
+    """URL of a fresh database with neither the extension nor our schema."""
+    name = f"bare_{uuid.uuid4().hex[:12]}"
+    execute(server_url, f"CREATE DATABASE {name}")
+    url = with_parts(server_url, database=name)
+    yield url
+    dispose(url)
+    execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def pooled(database: Database) -> Iterator[Database]:
+    """The database through a pooler with two sessions."""
+    with running_pgbouncer(database.url) as url:
+        yield Database(url)
+        dispose(url)
+
+
+@pytest.fixture
 def songs(database: Database) -> Callable[..., None]:
     """Creates `songs` and puts rows into it: songs((1, "Name", "Artist", "lyrics"), …)."""
 
@@ -79,11 +100,18 @@ def songs(database: Database) -> Callable[..., None]:
     return insert
 
 
-@pytest.fixture
-def provider() -> Iterator[Provider]:
-    """A well-behaved provider in a process of its own; `provider.control(…)` makes it misbehave."""
+@pytest.fixture(scope="session")
+def provider_process() -> Iterator[Provider]:
+    """A provider per test worker: to start one takes longer than most tests."""
     with running_provider() as running:
         yield running
+
+
+@pytest.fixture
+def provider(provider_process: Provider) -> Provider:
+    """A well-behaved provider with an empty ledger; `provider.control(…)` makes it misbehave."""
+    provider_process.begin_again()
+    return provider_process
 
 
 @pytest.fixture

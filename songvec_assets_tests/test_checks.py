@@ -288,14 +288,3 @@ def test_songs_that_are_not_exported_yet_are_missing(
     execute(database.adbc_uri, "DROP TABLE songs")
     with pytest.raises(SourceError, match="this database has no table songs"):
         look()
-
-
-def test_spending_that_another_version_recorded_otherwise_counts_as_not_recorded(
-    pipeline: Pipeline, songs: Callable[..., None]
-) -> None:
-    songs((1, "Sea", "Ann", "waves"))
-    pipeline.bind()
-    with pipeline.database.get_connection() as connection:
-        write_fact(connection, SPENDING, {"tokens": 12, "dollars": 3})
-    assert pipeline.spending.read() is None
-    assert ask(pipeline, "billed_as_estimated").passed

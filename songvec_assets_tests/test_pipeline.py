@@ -17,7 +17,6 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider, vector_of
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 FIRST, SECOND = SongIdRange(0, 100), SongIdRange(100, 200)
 
 
@@ -139,48 +138,3 @@ def test_an_import_costs_nothing_and_the_api_needs_no_dagster(tmp_path: Path) ->
     assert not loaded_by("import songvec_assets", tmp_path) & {*HEAVY, "polars", "numpy", "sqlalchemy"}
     assert not loaded_by("from songvec_assets import Pipeline", tmp_path) & {"dagster", "matplotlib"}
     assert (Path(songvec_assets.__file__).parent / "py.typed").exists()
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the sample songs are loaded and indexed."""
-    folder = tmp_path_factory.mktemp("demo")
-    run_example("notebook", folder)
-    return folder
-
-
-def test_a_search_imports_neither_dagster_nor_what_draws_or_asks_a_provider(demo: Path) -> None:
-    command = """
-import contextlib
-from songvec_assets.cli import main
-sys.argv = ["songvec", "search", "a storm at sea"]
-with contextlib.suppress(SystemExit):
-    main()
-assert "songvec_assets.search.nearest" in sys.modules
-"""
-    assert not loaded_by(command, demo, HOME=str(demo)) & {*HEAVY}
-
-
-def run_example(name: str, folder: Path) -> str:
-    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(command, cwd=folder, env={"HOME": str(folder)}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("search", "5 vectors of 512 values"),
-        ("nightly_refresh", "176 songs are loaded, 0 missing"),
-        ("notebook", "songs 1 and 2 have similarity"),
-        ("plain_sql", " — "),
-    ],
-)
-def test_each_example_runs(demo: Path, name: str, shown: str) -> None:
-    assert shown in run_example(name, demo)
-    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 30
-
-
-def test_the_examples_are_those(demo: Path) -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"search", "nightly_refresh", "notebook", "plain_sql"}

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 
 from songvec_assets.progress import Progress, ProgressLines, RateMeter, describe_time_left
 
 EXIT_FAILED, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
 
-out = Console()
-err = Console(stderr=True)
+# names of songs and words of servers are shown as they are
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
 
 
 def say(words: str, style: str | None = None) -> None:
@@ -55,7 +57,7 @@ def showing_progress() -> Iterator[Callable[[Progress], None]]:
         return
     # the terminal itself: Dagster redirects a step's standard error to a file
     terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding=sys.stderr.encoding)
-    console = Console(file=terminal)
+    console = Console(file=terminal, emoji=False)
     try:
         with contextlib.nullcontext(_lines(console)) if console.is_dumb_terminal else bars(console) as show:
             yield show
@@ -103,7 +105,7 @@ def bars(console: Console) -> Iterator[Callable[[Progress], None]]:
             count=f"{progress.done:,}" + ("%" if percent else f"/{progress.total:,}" if progress.total else ""),
             rate=f"{rate:,.0f}/s" if rate and not percent else "",
             left=describe_time_left(progress, rate),
-            note=progress.note,
+            note=escape(progress.note),
             style="yellow" if progress.is_trouble else "dim",
         )
 

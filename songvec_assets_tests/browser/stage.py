@@ -18,9 +18,9 @@ from songvec_assets.postgres.embedded import (
     create_songs_table,
     start_embedded_server,
 )
-from songvec_assets_tests.administration import dispose, free_port
+from songvec_assets_tests.administration import dispose, free_port, wait_until
 from songvec_assets_tests.browser.pages import DagsterUI, running_chromium
-from songvec_assets_tests.cli.test_commands import Project, wait_until
+from songvec_assets_tests.cli.test_commands import Project
 from songvec_assets_tests.postgres.test_embedded import stop
 
 
@@ -78,7 +78,7 @@ def running_dagster(project: Project, *command: str) -> Iterator[str]:
                 return False
 
         try:
-            wait_until(answers, timeout_s=120)
+            wait_until(answers, seconds=120)
             yield f"http://127.0.0.1:{port}"
         finally:
             # a run that goes on would hold the embedded server, and outlive its folder

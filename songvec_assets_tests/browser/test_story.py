@@ -14,10 +14,10 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed: 
 from playwright.sync_api import expect
 
 from songvec_assets.samples import read_sample_songs
-from songvec_assets_tests.administration import execute
+from songvec_assets_tests.administration import execute, wait_until
 from songvec_assets_tests.browser.pages import DagsterUI
 from songvec_assets_tests.browser.stage import open_tab, running_project
-from songvec_assets_tests.cli.test_commands import Project, provider_settings, wait_until
+from songvec_assets_tests.cli.test_commands import Project, provider_settings
 from songvec_assets_tests.provider import Provider, running_provider
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -74,13 +74,15 @@ def test_the_graph_shows_all_five_assets(scene: Scene) -> None:
 
 
 def test_materialize_all_fills_range_by_range_and_all_checks_pass(scene: Scene) -> None:
-    scene.provider.control(latency_s=1.0)
-    scene.ui.materialize_all()
     scene.ui.open_asset("embedding_cache", "partitions")
     scene.ui.see("Missing (11)")
-    scene.ui.see(re.compile(r"^Materialized \([1-9]\)$"))
-    scene.ui.see("Materialized (11)")
+    # the first of four ranges with songs has 13 requests; the last one cannot be complete
+    scene.provider.control(hold_after=20)
+    scene.ui.materialize_all()
+    scene.ui.open_asset("embedding_cache", "partitions")
+    scene.ui.see(re.compile(r"^Materialized \(([1-9]|10)\)$"))
     scene.provider.control()
+    scene.ui.see("Materialized (11)")
     scene.ui.page.goto("/runs")
     scene.ui.see("Success")
     for asset, n_checks in {"song_embeddings_table": 8, "ivfflat_index": 3}.items():
@@ -142,7 +144,7 @@ def test_a_failed_range_says_why_and_is_all_that_a_retry_sends(scene: Scene) -> 
 
 def test_a_terminated_run_is_resumed_and_nothing_is_billed_twice(scene: Scene) -> None:
     n_changed = change_songs(scene, "sung slowly", 0, 500)
-    scene.provider.control(latency_s=1.5)
+    scene.provider.control(latency_s=1.5, hold_after=4)
     scene.ui.launch("refresh")
     wait_until(lambda: scene.provider.ledger()["texts_billed"] >= 9)
     scene.ui.terminate()
@@ -164,7 +166,7 @@ def test_switched_on_automation_brings_new_songs_into_the_search(scene: Scene) -
     scene.ask(f"INSERT INTO songs (name, artist, lyrics) VALUES ('{new[0]}', '{new[1]}', 'up, up') RETURNING id")
     text = f"{new[0]} by {new[1]}\nup, up"
     found = "SELECT count(*) FROM song_embeddings JOIN songs ON id = song_id WHERE artist = 'The Late Arrivals'"
-    wait_until(lambda: scene.ask(found) == [(1,)], timeout_s=360)
+    wait_until(lambda: scene.ask(found) == [(1,)], seconds=360)
     assert billed(scene) == {text: 1}
     code, output = scene.project.run("songvec", "search", text, "-n", "1")
     assert (code, new[0] in output) == (0, True), output

@@ -1,6 +1,6 @@
 """Songs that are embedded again on request: once for each request, and resumable as any fill."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,26 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
 from songvec_assets_tests.conftest import make_pipeline
-from songvec_assets_tests.provider import Provider, running_provider
+from songvec_assets_tests.provider import Provider
 
 N_SONGS = 30
 FIRST = SongIdRange(0, 100)
 Begin = Callable[..., Pipeline]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Provider]:
-    with running_provider() as running:
-        yield running
-
-
 @pytest.fixture
-def begin(database: Database, server: Provider, songs: Callable[..., None], tmp_path: Path) -> Begin:
+def begin(database: Database, provider: Provider, songs: Callable[..., None], tmp_path: Path) -> Begin:
     """Begins a run over a store that has all songs embedded already."""
-    server.control()
     songs(*((song_id, f"Song {song_id}", "Ann", "la") for song_id in range(1, N_SONGS + 1)))
 
     def begin(**settings: object) -> Pipeline:
         given = {"max_request_texts": 5, "concurrency": 2, "usd_per_million_tokens": 1e6}
-        return make_pipeline(database, server, tmp_path, **(given | settings))
+        return make_pipeline(database, provider, tmp_path, **(given | settings))
 
     pipeline = begin()
     pipeline.export()
     fill(pipeline)
-    server.reset_ledger()
+    provider.reset_ledger()
     return begin
 
 
@@ -56,58 +49,58 @@ def fill(pipeline: Pipeline, reembed: str | None = None) -> tuple[FillReport, So
     return reports[0], None
 
 
-def sent(server: Provider) -> dict[str, int]:
+def sent(provider: Provider) -> dict[str, int]:
     """How often each song's text was billed since."""
-    return {text: count for text, count in server.texts().items() if text != "probe"}
+    return {text: count for text, count in provider.texts().items() if text != "probe"}
 
 
-def test_each_text_is_paid_for_again_once_for_each_who_asks(begin: Begin, server: Provider) -> None:
+def test_each_text_is_paid_for_again_once_for_each_who_asks(begin: Begin, provider: Provider) -> None:
     report, _ = fill(begin(), reembed="one")
     assert (report.n_embedded, report.n_reused) == (N_SONGS, 0)
-    assert set(sent(server).values()) == {1}
+    assert set(sent(provider).values()) == {1}
     report, _ = fill(begin(), reembed="one")
     assert report.n_unchanged == N_SONGS
-    assert set(sent(server).values()) == {1}
+    assert set(sent(provider).values()) == {1}
     fill(begin(), reembed="another")
-    assert set(sent(server).values()) == {2}
+    assert set(sent(provider).values()) == {2}
     fill(begin(), reembed="one")
     fill(begin())
-    assert set(sent(server).values()) == {2}, "what was served stays served, whatever came after"
+    assert set(sent(provider).values()) == {2}, "what was served stays served, whatever came after"
 
 
 @pytest.mark.parametrize("again", ["one", "the same command in another run"])
-def test_what_was_stopped_goes_on_with_the_rest(begin: Begin, server: Provider, again: str) -> None:
+def test_what_was_stopped_goes_on_with_the_rest(begin: Begin, provider: Provider, again: str) -> None:
     _, error = fill(begin(max_usd=80), reembed="one")
     assert isinstance(error, BudgetExceededError)
-    n_first = len(sent(server))
+    n_first = len(sent(provider))
     assert 0 < n_first < N_SONGS
     report, _ = fill(begin(), reembed=again)
     assert report.n_embedded == N_SONGS - n_first
-    assert set(sent(server).values()) == {1}
-    assert len(sent(server)) == N_SONGS
+    assert set(sent(provider).values()) == {1}
+    assert len(sent(provider)) == N_SONGS
     report, _ = fill(begin(), reembed="one")
     assert report.n_unchanged == N_SONGS
 
 
-def test_a_plain_run_in_between_pays_nothing_and_the_rest_stays_owed(begin: Begin, server: Provider) -> None:
+def test_a_plain_run_in_between_pays_nothing_and_the_rest_stays_owed(begin: Begin, provider: Provider) -> None:
     fill(begin(max_usd=80), reembed="one")
-    n_first = len(sent(server))
+    n_first = len(sent(provider))
     report, _ = fill(begin())
-    assert (report.n_unchanged, len(sent(server))) == (N_SONGS, n_first)
+    assert (report.n_unchanged, len(sent(provider))) == (N_SONGS, n_first)
     report, _ = fill(begin(), reembed="one")
     assert report.n_embedded == N_SONGS - n_first
-    assert set(sent(server).values()) == {1}
+    assert set(sent(provider).values()) == {1}
 
 
 @pytest.mark.parametrize("settings", [{"max_usd": 0.0}, {"fireworks_api_key": "wrong"}])
 def test_where_nothing_could_be_sent_nothing_is_given_up(
-    begin: Begin, server: Provider, settings: dict[str, object]
+    begin: Begin, provider: Provider, settings: dict[str, object]
 ) -> None:
     _, error = fill(begin(**settings), reembed="one")
     assert error is not None
     assert len(begin().load().loads) == 1
     report, _ = fill(begin())
-    assert (report.n_unchanged, sent(server)) == (N_SONGS, {})
+    assert (report.n_unchanged, sent(provider)) == (N_SONGS, {})
 
 
 def test_loads_in_between_keep_the_old_vectors_until_all_new_ones_are_there(begin: Begin) -> None:
@@ -125,12 +118,12 @@ def test_loads_in_between_keep_the_old_vectors_until_all_new_ones_are_there(begi
 
 
 def test_songs_deleted_before_keep_their_vectors_and_rejected_ones_their_reason(
-    begin: Begin, server: Provider, songs: Callable[..., None], database: Database
+    begin: Begin, provider: Provider, songs: Callable[..., None], database: Database
 ) -> None:
     songs((1, "POISON", "Ann", "la"))
     with database.get_connection() as connection:
         connection.execute(sa.text("DELETE FROM songs WHERE id = 2"))
-    server.control(poison=["POISON"])
+    provider.control(poison=["POISON"])
     begin().export()
     fill(begin(), reembed="one")
     cached = begin().cache.open(FIRST)
@@ -147,7 +140,7 @@ def test_a_damaged_record_of_who_asked_is_named(begin: Begin) -> None:
 
 @pytest.mark.parametrize("moment", ["add_written", "save", "delete_garbage"])
 def test_a_death_after_the_last_answer_pays_nothing_more(
-    begin: Begin, server: Provider, monkeypatch: pytest.MonkeyPatch, moment: str
+    begin: Begin, provider: Provider, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Before the new vectors are merged, when they are merged and not named, and before the old ones are removed."""
 
@@ -166,7 +159,7 @@ def test_a_death_after_the_last_answer_pays_nothing_more(
     monkeypatch.undo()
     report, _ = fill(begin(), reembed="one")
     assert report.n_unchanged == N_SONGS
-    assert set(sent(server).values()) == {1}
+    assert set(sent(provider).values()) == {1}
 
 
 def test_of_two_requests_at_once_none_is_lost(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,12 +188,12 @@ def test_another_version_of_all_vectors_is_another_version_of_the_cache(begin: B
     assert len(set(versions)) == 3
 
 
-def test_nothing_is_spent_where_the_table_could_not_take_it(begin: Begin, server: Provider) -> None:
+def test_nothing_is_spent_where_the_table_could_not_take_it(begin: Begin, provider: Provider) -> None:
     begin().load()
     other = begin()
     other.settings = other.settings.model_copy(update={"vector_type": "halfvec"})
     report, _ = fill(other, reembed="one")
     assert "expected" in str(report.error)
-    assert sent(server) == {}
+    assert sent(provider) == {}
     report, _ = fill(begin())
-    assert (report.n_unchanged, sent(server)) == (N_SONGS, {})
+    assert (report.n_unchanged, sent(provider)) == (N_SONGS, {})

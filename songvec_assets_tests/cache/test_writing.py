@@ -1,17 +1,20 @@
 """Answers become parts together, each is durable when its own `store` returns, and no failure of one costs another."""
 
 import asyncio
+import os
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from songvec_assets.cache import writing
-from songvec_assets.cache.parts import PIECE_ROWS, PartIdentity, open_part
+from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, PartIdentity, open_part
 from songvec_assets.cache.writing import AnswerGatherer, PartWriter
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
+from songvec_assets_tests.cache.rows import RANGE, content_of, hashes_of, names, put, vectors_of
 
 IDENTITY = PartIdentity("m", 2, SongIdRange(0, 100_000))
 
@@ -122,3 +125,46 @@ def test_a_waiter_that_is_cancelled_costs_nobody_an_answer(writer, written) -> N
 
     asyncio.run(run())
     assert written == [4]
+
+
+def test_small_parts_of_one_writer_become_one(cache):
+    writer = cache.open(RANGE).writer
+    for song_id in range(64):
+        writer.write([CachedRows.of([song_id], hashes_of([song_id]), vectors_of([song_id]))])
+    assert len(names(cache)) == len(writer.files) == 1
+    assert sorted(content_of(cache.open(RANGE))) == list(range(64))
+
+
+def test_a_write_that_the_disk_refuses_is_told_and_the_next_one_goes_on(cache, monkeypatch):
+    put(cache, [1, 2])
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(StoreError, match=r"No space left.*make room"):
+            put(cache, [3])
+    put(cache, [3])
+    assert sorted(content_of(cache.open(RANGE))) == [1, 2, 3]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+def test_a_part_is_whole_and_synced_before_a_write_returns(cache, monkeypatch):
+    """Looks at fsync itself: no test can cut the power."""
+    synced = []
+    real = os.fsync
+
+    def fsync(descriptor):
+        real(descriptor)
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink(), os.fstat(descriptor)))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    put(cache, [1, 2])
+    (_, written), (folder, _) = synced
+    (path,) = (cache.storage.root / RANGE.key).iterdir()
+    assert (written.st_ino, written.st_size) == (path.stat().st_ino, path.stat().st_size)
+    assert folder == path.parent, "a new file's name must be on disk too"
+
+
+def test_a_writer_names_its_files_after_their_generation(cache):
+    writer = PartWriter(cache.storage, cache.identity(RANGE), 3)
+    writer.write([CachedRows.of([1], hashes_of([1]), vectors_of([1]))])
+    assert writer.files[0].name.startswith("3-")
+    assert writer.files[0].n_bytes == cache.look(RANGE).sizes[writer.files[0].name]

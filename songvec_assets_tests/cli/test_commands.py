@@ -20,11 +20,14 @@ from pathlib import Path
 
 import pytest
 
+from songvec_assets.defs.steps import GRACE_S
 from songvec_assets.postgres.embedded import create_songs_table
 from songvec_assets.postgres.engine import Database
 from songvec_assets.samples import read_sample_songs
 from songvec_assets.settings import variables
-from songvec_assets_tests.provider import Provider, running_provider
+from songvec_assets_tests.administration import wait_until
+from songvec_assets_tests.processes import send_signal
+from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.warm import WarmProcess
 from songvec_assets_tests.warm import start as start_warm
 
@@ -36,6 +39,8 @@ FIRST = "000000000-000050000"
 OF_DEMO = {FIRST, "000050000-000100000", "000100000-000150000", "000150000-000200000"}
 """The ranges that hold the samples in the embedded database."""
 N_SAMPLES = read_sample_songs().height
+N_TEXTS, N_AT_ONCE = 4, 4
+"""Of a request to a provider, and requests in flight."""
 SET_AT_START = dict.fromkeys(
     ("DAGSTER_CLI_ASSET_MATERIALIZE_MODULE_NAME", "DAGSTER_CLI_JOB_EXECUTE_MODULE_NAME"), "songvec_assets.definitions"
 )
@@ -108,9 +113,10 @@ def demo() -> Iterator[tuple[Project, str]]:
 
 
 @pytest.fixture
-def slow_provider() -> Iterator[Provider]:
-    with running_provider(latency_s=1.0) as provider:
-        yield provider
+def holding_provider(provider: Provider) -> Provider:
+    """Answers the probe and three requests, and holds all others until `control`; then they still take a second."""
+    provider.control(latency_s=1.0, hold_after=4)
+    return provider
 
 
 def provider_settings(provider: Provider) -> dict[str, str]:
@@ -119,17 +125,15 @@ def provider_settings(provider: Provider) -> dict[str, str]:
         "FIREWORKS_API_KEY": provider.api_key,
         "FIREWORKS_BASE_URL": provider.base_url,
         "SONGVEC_TOKENS_PER_MINUTE": "1000000000",
-        "SONGVEC_MAX_REQUEST_TEXTS": "4",
-        "SONGVEC_CONCURRENCY": "4",
+        "SONGVEC_MAX_REQUEST_TEXTS": str(N_TEXTS),
+        "SONGVEC_CONCURRENCY": str(N_AT_ONCE),
     }
 
 
-def wait_until(condition: object, timeout_s: float = 60.0) -> None:
-    """Wait for a condition without an event of its own."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.05)
+def wait_until_held(provider: Provider) -> None:
+    """Until as many requests as `provider_settings` allow are in flight: the run can neither go on nor end."""
+    wait_until(lambda: provider.count_in_flight() == N_AT_ONCE)
+    assert provider.ledger()["texts_billed"] == 1 + 3 * N_TEXTS
 
 
 def test_materialize_and_dg_commands_work_with_no_flag_beyond_the_readme(project: Project) -> None:
@@ -200,34 +204,34 @@ def test_a_real_run_is_estimated_then_paid_once(project: Project, provider: Prov
     ],
 )
 def test_an_interrupt_keeps_the_answers_on_their_way_and_the_next_run_sends_the_rest(
-    project: Project, database: Database, slow_provider: Provider, command: tuple[str, ...], sent: signal.Signals
+    project: Project, database: Database, holding_provider: Provider, command: tuple[str, ...], sent: signal.Signals
 ) -> None:
     create_songs_table(database)
-    settings = provider_settings(slow_provider) | {"POSTGRES_URL": database.url}
+    settings = provider_settings(holding_provider) | {"POSTGRES_URL": database.url}
     process = project.start(*command, cold=False, **settings)
-    wait_until(lambda: slow_provider.ledger()["texts_billed"] >= 9)
-    requests = slow_provider.ledger()["requests"]
-    process.send_signal(sent)
+    wait_until_held(holding_provider)
+    requests = holding_provider.ledger()["requests"]
+    send_signal(process, sent)
+    holding_provider.control(latency_s=1.0)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "kept" in output, output
-    assert slow_provider.ledger()["requests"] <= requests + 4
-    slow_provider.control()
+    assert holding_provider.ledger()["requests"] <= requests + N_AT_ONCE
+    holding_provider.control()
     code, output = project.run("songvec", "run", **settings)
     assert code == 0, output
-    assert {count for text, count in slow_provider.texts().items() if text != "probe"} == {1}
+    assert {count for text, count in holding_provider.texts().items() if text != "probe"} == {1}
 
 
-def test_a_second_interrupt_ends_at_once(project: Project, database: Database, slow_provider: Provider) -> None:
+def test_a_second_interrupt_ends_at_once(project: Project, database: Database, holding_provider: Provider) -> None:
     create_songs_table(database)
-    slow_provider.control(latency_s=25.0)
-    process = project.start("songvec", "run", **provider_settings(slow_provider), POSTGRES_URL=database.url)
-    wait_until(lambda: slow_provider.ledger()["max_in_flight"] >= 1)
-    process.send_signal(signal.SIGINT)
-    time.sleep(1.0)
+    process = project.start("songvec", "run", **provider_settings(holding_provider), POSTGRES_URL=database.url)
+    wait_until_held(holding_provider)
+    send_signal(process, signal.SIGINT)
+    time.sleep(1.0)  # the first one is being handled by now
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=GRACE_S - 5)
     assert process.returncode != 0
 
 

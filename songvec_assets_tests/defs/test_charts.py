@@ -1,42 +1,19 @@
 """What the UI shows of table and index: numbers, tables, and charts that are drawn only if their data changed."""
 
-import base64
-import io
-import re
 from dataclasses import replace
 
 import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
-from PIL import Image
 
 from songvec_assets.defs.charts import draw_coverage, draw_if_changed, draw_map, draw_recall, show_chart
-from songvec_assets.defs.reports import describe_index, describe_preview
+from songvec_assets.defs.reports import describe_preview
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.preview import Neighborhood, Preview, SongMap
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange
-from songvec_assets.vectors.index.catalog import IndexFacts
 from songvec_assets.vectors.index.recall import RecallReport
-from songvec_assets.vectors.index.searches import RecallPoint
-from songvec_assets.vectors.index.sizing import estimate_build
-from songvec_assets.vectors.index.upkeep import IndexReport
-
-POINTS = tuple(
-    RecallPoint(probes, min(rows, made_up), 0.0, 1.0, 200, rows, made_up, ms, 3 * ms)
-    for probes, rows, made_up, ms in ((1, 0.6, 0.5, 1.1), (2, 0.8, 0.7, 1.5), (3, 0.97, 0.96, 2.0), (4, 1, 0.99, 2.9))
-)
-RECALL = RecallReport(20_000, 20_000, 0.95, POINTS, 3, 0, 12.0, False)
-REPORT = IndexReport(
-    "there is none", True, IndexFacts(20_000, 141, 3, 10_000_000), 12.3456, RECALL, estimate_build(20_000, 141, 2000)
-)
-
-
-def open_picture(png: bytes) -> Image.Image:
-    """The picture, decoded."""
-    picture = Image.open(io.BytesIO(png))
-    picture.load()
-    return picture.convert("RGB")
+from songvec_assets_tests.defs.figures import POINTS, RECALL, open_picture
 
 
 class TestPicture:
@@ -119,30 +96,6 @@ class TestMap:
         table = shown["songs and their nearest"]
         assert [column.name for column in table.schema.columns] == ["song", "nearest 1", "nearest 2", "nearest 3"]
         assert table.records[0].data["nearest 1"] == "Hill — Ben (0.99)"
-
-
-class TestMetadata:
-    def test_an_index_is_shown_in_numbers_with_units_a_table_and_a_chart(self) -> None:
-        shown = describe_index(REPORT)
-        expected = {"built": True, "lists": 141, "probes": 3, "size (MB)": 10.0, "duration (s)": 12.346,
-                    "recall (%)": 96.0, "target recall (%)": 95.0, "median search (ms)": 2.0,
-                    "dagster/row_count": 20_000}  # fmt: skip
-        assert {name: shown[name] for name in expected} == expected
-        assert shown["memory for a build, estimated (MB)"] == round(REPORT.estimate.memory_bytes / 1e6, 1)
-        records = [record.data for record in shown["recall and latency by probes"].records]
-        assert [record["probes"] for record in records] == [1, 2, 3, 4]
-        assert [record["chosen"] for record in records] == [False, False, True, False]
-        assert records[2]["recall of rows (%)"] == 97.0
-        assert records[2]["p99 (ms)"] == 6.0
-        chart = show_chart(draw_recall(RECALL), "recall")
-        encoded = re.fullmatch(r"!\[.+\]\(data:image/png;base64,(.+)\)", chart.md_str)
-        assert encoded is not None
-        open_picture(base64.b64decode(encoded[1]))
-
-    def test_without_a_measurement_there_is_no_recall(self) -> None:
-        shown = describe_index(replace(REPORT, recall=None))
-        assert shown["reason"] == "there is none"
-        assert not [name for name in shown if "recall" in name]
 
 
 class TestDrawing:

@@ -11,7 +11,7 @@ import pytest
 from songvec_assets.errors import ModelChangedError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
-from songvec_assets_tests.cache.test_fill import export, plain_songs
+from songvec_assets_tests.cache.filling import export, plain_songs
 from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider
 

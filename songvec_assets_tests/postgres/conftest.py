@@ -2,7 +2,6 @@
 
 import getpass
 import tempfile
-import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets_tests.administration import dispose, execute, free_port, with_parts
+from songvec_assets_tests.administration import execute, free_port
 
 PASSWORD = "open%sesame@7"
 """Of the role `guarded`; with characters that a URL must encode."""
@@ -55,14 +54,3 @@ def tcp_server() -> Iterator[TcpServer]:
         finally:
             stop = ("-w", "-m", "immediate", "-D", str(folder), "stop")
             pgexec("pg_ctl", stop, bin_path=server.bin_path, user=server.system_user)
-
-
-@pytest.fixture
-def bare_url(server_url: str) -> Iterator[str]:
-    """URL of a fresh database with neither the extension nor our schema."""
-    name = f"bare_{uuid.uuid4().hex[:12]}"
-    execute(server_url, f"CREATE DATABASE {name}")
-    url = with_parts(server_url, database=name)
-    yield url
-    dispose(url)
-    execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")

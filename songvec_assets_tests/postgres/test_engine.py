@@ -11,18 +11,23 @@ from collections.abc import Iterator
 from datetime import timedelta
 from urllib.parse import quote
 
-import adbc_driver_postgresql.dbapi as adbc
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.errors import DatabaseError, SettingsError
+from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database, Profile, atomic, get_connection, get_engine, raw_cursor
 from songvec_assets.postgres.schema import ensure_schema
-from songvec_assets.postgres.sessions import Backend, cancel_statements, widen_send_buffer
-from songvec_assets.postgres.urls import parse_url
-from songvec_assets.progress import RunContext
-from songvec_assets.songs.readers import Readers
-from songvec_assets_tests.administration import as_role, dispose, execute, free_port, login_role, wait_until, with_parts
+from songvec_assets.postgres.sessions import Backend, cancel_statements
+from songvec_assets_tests.administration import (
+    as_role,
+    dispose,
+    execute,
+    free_port,
+    login_role,
+    set_for_role,
+    wait_until,
+    with_parts,
+)
 from songvec_assets_tests.postgres.conftest import PASSWORD, TcpServer
 
 
@@ -41,12 +46,6 @@ def sleeping(database: Database) -> bool:
         SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'
     """
     return bool(execute(database.adbc_uri, statement)[0][0])
-
-
-def set_for_role(database: Database, seen: Database, **settings: str) -> None:
-    """Set what the role's sessions begin with."""
-    for name, value in settings.items():
-        execute(database.adbc_uri, f"ALTER ROLE {sa.make_url(seen.url).username} SET {name} = '{value}'")
 
 
 def show(database: Database, profile: Profile, name: str) -> str:
@@ -232,165 +231,6 @@ class TestTransactions:
                 assert raw.notices == []
 
 
-class TestSessions:
-    def test_a_server_reached_directly_has_them(self, database: Database) -> None:
-        assert database.has_sessions
-
-    def test_a_server_that_is_gone_is_an_error_of_ours(self) -> None:
-        with pytest.raises(DatabaseError, match="is it running"):
-            _ = Database(f"postgresql://ann@127.0.0.1:{free_port()}/songs").has_sessions
-
-    def test_one_has_none_of_the_roles_timeouts_and_what_was_asked_for(self, database: Database) -> None:
-        with as_role(database) as seen:
-            timeouts = {
-                "statement_timeout": "7s",
-                "lock_timeout": "7s",
-                "idle_in_transaction_session_timeout": "7s",
-                "idle_session_timeout": "7s",
-                "transaction_timeout": "7s",
-            }
-            set_for_role(database, seen, default_transaction_isolation="serializable", **timeouts)
-            with seen.get_autocommit(maintenance_work_mem="77MB") as connection:
-                for name in timeouts:
-                    assert connection.scalar(sa.text(f"SHOW {name}")) == "0"
-                assert connection.scalar(sa.text("SHOW transaction_isolation")) == "read committed"
-                assert connection.scalar(sa.text("SHOW maintenance_work_mem")) == "77MB"
-            with seen.get_autocommit(statement_timeout="8s", idle_session_timeout="9s") as connection:
-                assert connection.scalar(sa.text("SHOW statement_timeout")) == "8s"
-                assert connection.scalar(sa.text("SHOW idle_session_timeout")) == "9s"
-
-    @pytest.mark.skipif(sys.platform == "win32", reason="the server does not notice killed clients there")
-    def test_the_server_looks_whether_the_client_is_still_there(self, database: Database) -> None:
-        with database.get_autocommit() as connection:
-            assert connection.scalar(sa.text("SHOW client_connection_check_interval")) == "10s"
-
-    def test_a_setting_that_the_server_does_not_know_or_take_is_refused(self, database: Database) -> None:
-        for settings in ({"no_such_setting": "1"}, {"maintenance_work_mem": "much"}):
-            with pytest.raises(DatabaseError, match=next(iter(settings))), database.get_autocommit(**settings):
-                pass
-
-    def test_an_error_in_the_block_passes_even_where_the_connection_broke(self, database: Database) -> None:
-        with pytest.raises(KeyError, match="mine"), database.get_autocommit() as connection:
-            pid = connection.scalar(sa.text("SELECT pg_backend_pid()"))
-            execute(database.adbc_uri, "SELECT pg_terminate_backend(%s, 5000)", (pid,))
-            raise KeyError("mine")
-
-
-class TestUrls:
-    @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
-    def test_every_usual_form_of_a_url_connects_through_psycopg2(self, database: Database, scheme: str) -> None:
-        url = f"{scheme}://{database.adbc_uri.partition('://')[2]}"
-        with get_connection(url) as connection:
-            assert connection.dialect.driver == "psycopg2"
-            assert connection.scalar(sa.text("SELECT current_database()")) == sa.make_url(database.url).database
-        assert Database(url).adbc_uri == database.adbc_uri
-        dispose(url)
-
-    @pytest.mark.parametrize(
-        "url",
-        [
-            "mysql://ann:hunter2@host/songs",
-            "postgresql+asyncpg://ann:hunter2@host/songs",
-            "postgresql+psycopg://ann:hunter2@host/songs",
-            "https://ann:hunter2@host/songs",
-            "host=db password=hunter2 dbname=songs",
-            "ann:hunter2@host/songs",
-            "postgresql:ann:hunter2@host/songs",
-            "",
-        ],
-    )
-    def test_other_forms_are_refused_with_the_variable_and_without_the_password(self, url: str) -> None:
-        with pytest.raises(SettingsError, match="POSTGRES_URL") as caught:
-            parse_url(url)
-        assert "hunter2" not in str(caught.value)
-        with pytest.raises(SettingsError, match="POSTGRES_URL"):
-            get_engine(url)
-
-    def test_several_hosts_are_tried_by_every_driver(
-        self, tcp_server: TcpServer, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
-        single = sa.make_url(tcp_server.url("guarded", PASSWORD))
-        port, database, closed = single.port, single.database, free_port()
-        login = f"guarded:{quote(PASSWORD, safe='')}"
-        url = f"postgresql://{login}@127.0.0.1:{closed},127.0.0.1:{port}/{database}?target_session_attrs=read-write"
-        seen = Database(url)
-        assert seen.describe() == f"127.0.0.1:{closed},127.0.0.1:{port}/{database}"
-        with seen.get_connection() as connection:
-            assert connection.scalar(sa.text("SHOW client_encoding")) == "UTF8"
-        assert seen.has_sessions
-        with seen.get_autocommit() as connection:
-            assert connection.scalar(sa.text("SHOW client_encoding")) == "UTF8"
-
-        def ask(connection: adbc.Connection) -> str:
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT current_setting('client_encoding')")
-                return str(cursor.fetchone()[0])
-
-        with Readers(seen, 1) as readers:
-            assert list(readers.map(lambda reader, _: reader.read(ask), [None], RunContext())) == ["UTF8"]
-        dispose(url)
-
-    @pytest.mark.parametrize(
-        ("url", "described"),
-        [
-            ("postgresql://ann@[::1]:6543/songs", "::1:6543/songs"),
-            ("postgresql://ann@%2Frun%2Fpg/songs", "/run/pg:5432/songs"),
-            ("postgresql://ann@/songs?host=a,b&port=1,2", "a:1,b:2/songs"),
-            ("postgresql://ann@a,b:6/songs", "a:5432,b:6/songs"),
-            ("postgresql://a,b/songs?port=7&user=ann", "a:7,b:7/songs"),
-            ("postgresql:///?service=music", "service music"),
-            ("postgresql://ann@db", "db:5432/ann"),
-        ],
-    )
-    def test_what_libpq_takes_is_taken(self, url: str, described: str) -> None:
-        assert Database(url).describe() == described
-
-    @pytest.mark.parametrize(
-        ("query", "words"),
-        [
-            ("pgbouncer=true", "pgbouncer is Prisma's: leave it out"),
-            ("schema=music&sslmode=require", "schema is Prisma's: write options=-csearch_path%3D"),
-            ("sslmode=require&currentSchema=music&prepareThreshold=0", "prepareThreshold is JDBC's: leave it out"),
-            ("statement_cache_size=0", "asyncpg's"),
-            ("unheard_of=1", "options of libpq only"),
-        ],
-    )
-    def test_options_of_other_tools_are_named_with_what_to_write(self, query: str, words: str) -> None:
-        with pytest.raises(SettingsError, match="POSTGRES_URL") as refused:
-            get_engine(f"postgresql://ann:{PASSWORD}@db/songs?{query}")
-        assert words in str(refused.value)
-        assert PASSWORD not in "".join(traceback.format_exception(refused.value))
-
-    @pytest.mark.parametrize("password", ["hunter2/x", "hunter2%zz", "9/hunter2", "a:b/hunter2"])
-    def test_what_is_not_encoded_in_a_password_is_refused_and_shown_nowhere(self, password: str) -> None:
-        with pytest.raises(SettingsError, match="POSTGRES_URL") as refused:
-            parse_url(f"postgresql://ann:{password}@db/songs")
-        assert "hunter2" not in "".join(traceback.format_exception(refused.value))
-
-    def test_a_port_that_is_no_number_is_refused_with_the_variable(self) -> None:
-        with pytest.raises(SettingsError, match="POSTGRES_URL"):
-            get_engine("postgresql://ann:hunter2@host:54x2/songs")
-
-    def test_an_at_sign_left_unencoded_in_the_password_is_refused_and_shown_nowhere(self) -> None:
-        url = "postgresql://ann:half@hunter2@127.0.0.1:1/songs"
-        shown = repr(Database(url))
-        with contextlib.suppress(SettingsError):
-            shown += Database(url).describe()
-        with pytest.raises((SettingsError, DatabaseError)) as caught, get_connection(url):
-            pass
-        shown += "".join(traceback.format_exception(caught.value))
-        assert "hunter2" not in shown
-        assert isinstance(caught.value, SettingsError)
-        assert "percent-encode" in str(caught.value)
-
-    def test_a_database_is_described_by_host_port_and_name(self) -> None:
-        assert Database("postgres://ann:hunter2@db.example:6543/songs").describe() == "db.example:6543/songs"
-        assert Database("postgresql://ann:hunter2@db.example/songs").describe() == "db.example:5432/songs"
-        assert Database("postgresql://ann@/songs?host=/run/pg").describe() == "/run/pg:5432/songs"
-        assert Database("postgresql://ann@/songs", embedded=True).describe() == "embedded Postgres"
-
-
 class TestRefusals:
     def test_a_port_where_no_server_listens_is_named_with_what_to_check(self) -> None:
         error = str(error_of(f"postgresql://ann:hunter2@127.0.0.1:{free_port()}/songs"))
@@ -518,28 +358,6 @@ class TestKeepalive:
                     assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
                     assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 6
         assert parameters["connect_timeout"] == "10"
-        dispose(database.url)
-
-
-class TestSendBuffer:
-    @staticmethod
-    def widen(database: Database) -> list[int]:
-        """What the socket holds before and after."""
-        with database.get_connection() as connection:
-            raw = connection.connection.driver_connection
-            with socket.socket(fileno=socket.dup(raw.fileno())) as end:
-                sizes = [end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)]
-                widen_send_buffer(raw)
-                return [*sizes, end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)]
-
-    def test_a_unix_socket_holds_more_than_before(self, database: Database) -> None:
-        before, after = self.widen(database)
-        assert after > before
-
-    def test_a_tcp_socket_stays_as_the_kernel_tunes_it(self, tcp_server: TcpServer) -> None:
-        database = Database(tcp_server.url())
-        before, after = self.widen(database)
-        assert after == before
         dispose(database.url)
 
 

@@ -54,10 +54,19 @@ class Provider:
         figures: dict[str, Any] = self._ask("GET", "/ledger")
         return figures
 
+    def count_in_flight(self) -> int:
+        """Requests that are not answered yet; right only if the ledger was not reset while some were in flight."""
+        figures = self.ledger()
+        return int(figures["requests"] - sum(figures["requests_by_status"].values()))
+
     def texts(self) -> dict[str, int]:
         """How often each text was billed."""
         texts: dict[str, int] = self._ask("GET", "/ledger/texts")
         return texts
+
+    def begin_again(self) -> None:
+        """Be as if just started: no faults, an empty ledger; requests still in flight are nobody's."""
+        self._ask("PUT", "/new")
 
     def reset_ledger(self) -> None:
         """Begin the ledger anew; a ledger file goes on."""

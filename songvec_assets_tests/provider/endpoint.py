@@ -77,14 +77,26 @@ class EmbeddingsRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Endpoint:
-    """The embeddings endpoint of one account: its key, its model, its faults and its bill."""
+    """The embeddings endpoint of one account: its key, its model, its faults and its bill.
+
+    Attributes:
+        plan: the faults in force.
+        ledger: what was asked and billed.
+        n_in_flight: requests that are being answered.
+    """
 
     def __init__(self, api_key: str, model: str, faults: Faults, ledger: Ledger) -> None:
+        self._account = api_key, model
         self._authorization = f"Bearer {api_key}"
         self._models = {model, model.replace("fireworks/", "accounts/fireworks/models/", 1)}
         self._decoder = msgspec.json.Decoder(EmbeddingsRequest)
         self.plan = FaultPlan(faults)
         self.ledger = ledger
+        self.n_in_flight = 0
+
+    def begin_again(self) -> "Endpoint":
+        """The same account without faults or bill; what this one still answers is billed here."""
+        return Endpoint(*self._account, Faults(), Ledger(self.ledger.file))
 
     async def embed(self, headers: Mapping[str, str], body: bytes) -> Answer:
         """Answer one request.
@@ -115,6 +127,7 @@ class Endpoint:
             if not admitted:
                 raise RefusedError(429, _LIMITED, headroom, faults.quota.retry_after_s)
 
+        await plan.hold()
         await asyncio.sleep(plan.latency_s(body, n_tokens))
         digests = [digest_of(text) for text in texts]
         without = [_names(text, faults.nan) for text in texts]

@@ -4,6 +4,7 @@ Decides whether something goes wrong with a request; the endpoint and the server
 Durations are in seconds, shares are probabilities of one request, drawn from `seed` in order of arrival.
 """
 
+import asyncio
 import math
 import time
 from collections import Counter, deque
@@ -53,13 +54,14 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     `max_texts` of a request; `every` n-th request answered with `every_status`; `index` of the items; `cold_s`, in
     which the first request loads a model, from the beginning again where the client hangs up; `page`, answered to
     everything; `redirect`, a Location; `wrong_path_200`; `model`, the alias that it is served under; `refuse_encoding`,
-    of any format that is asked for; `errors_as`, where
-    an error's words are, and `error_type`; `usage`, the JSON of it, with `{n}` for the tokens, or nothing for no such
-    field; `base64_of`, the number type of its base64 ("of all bits": read as float32 its halves are NaN); `clusters`,
-    around which its vectors lie; `turn`, how far they point away, as those of another model (1: at right angles);
-    `blank_status`, for a text without a visible character; `idle`, what becomes of a connection after an answer: it is
-    closed, or reset at the next request; `native_at_api`, Ollama's own answer under `/api`; `gzip`, `mark` (a byte
-    order mark) and `content_type`.
+    of any format that is asked for; `errors_as`, where an error's words are, and `error_type`; `usage`, the JSON of it,
+    with `{n}` for the tokens, or nothing for no such field; `base64_of`, the number type of its base64 ("of all bits":
+    read as float32 its halves are NaN); `clusters`, around which its vectors lie; `turn`, how far they point away, as
+    those of another model (1: at right angles); `blank_status`, for a text without a visible character; `idle`, what
+    becomes of a connection after an answer: it is closed, or reset at the next request; `native_at_api`, Ollama's own
+    answer under `/api`; `gzip`, `mark` (a byte order mark) and `content_type`.
+
+    `hold_after` is for tests: all requests after so many are answered after the next `PUT /control`, not before.
     """
 
     seed: int = 0
@@ -91,6 +93,7 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
     fail: list[str] = []
     fail_status: int = 500
     lane_tokens_per_s: float | None = None
+    hold_after: int | None = None
     late: int = 0
     late_s: float = 0.0
     max_request_tokens: float = math.inf
@@ -136,6 +139,8 @@ class FaultPlan:
         self._admitted: deque[tuple[float, int]] = deque()
         self._tries: Counter[bytes] = Counter()
         self._lane_free_at = 0.0
+        self._n_passed = 0
+        self.released = asyncio.Event()
         self.is_warm = not faults.cold_s
 
     def happens(self, share: float) -> bool:
@@ -152,6 +157,12 @@ class FaultPlan:
         if self.faults.every and self._n_requests % self.faults.every == 0:
             return StatusFault(self.faults.every_status, body=self.faults.every_body)
         return None
+
+    async def hold(self) -> None:
+        """Wait until the test has seen what it waits for, if enough requests were let through."""
+        self._n_passed += 1
+        if self.faults.hold_after is not None and self._n_passed > self.faults.hold_after:
+            await self.released.wait()
 
     def latency_s(self, body: bytes, n_tokens: int) -> float:
         """How long the answer to this request takes."""

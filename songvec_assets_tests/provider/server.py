@@ -23,7 +23,6 @@ class Server:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._n_in_flight = 0
 
     async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection until either side ends it (the callback of `asyncio.start_server`)."""
@@ -59,19 +58,20 @@ class Server:
         return answer.delivery == "whole" and headers.get("connection") != "close" and faults.idle != "closed"
 
     async def _embed(self, headers: dict[str, str], body: bytes, writer: asyncio.StreamWriter) -> Answer:
-        self._n_in_flight += 1
-        self._endpoint.ledger.arrive(self._n_in_flight)
+        endpoint = self._endpoint  # another one may begin meanwhile
+        endpoint.n_in_flight += 1
+        endpoint.ledger.arrive(endpoint.n_in_flight)
         try:
             try:
-                answer = await self._endpoint.embed(headers, body)
+                answer = await endpoint.embed(headers, body)
             except RefusedError as refusal:
-                answer = refusal.answer_as(self._endpoint.plan.faults)
+                answer = refusal.answer_as(endpoint.plan.faults)
             except msgspec.DecodeError as error:
                 answer = RefusedError(400, str(error)).answer
-            self._endpoint.ledger.answer(answer.status)
+            endpoint.ledger.answer(answer.status)
             await _send(writer, answer)
         finally:
-            self._n_in_flight -= 1
+            endpoint.n_in_flight -= 1
         return answer
 
     async def _load(self, reader: asyncio.StreamReader) -> bool:
@@ -99,9 +99,14 @@ class Server:
                 pass
             case "PUT", "/control":
                 try:
-                    endpoint.plan = FaultPlan(msgspec.json.decode(body, type=Faults))
+                    plan = FaultPlan(msgspec.json.decode(body, type=Faults))
                 except msgspec.DecodeError as error:
                     return RefusedError(400, str(error)).answer
+                endpoint.plan.released.set()
+                endpoint.plan = plan
+            case "PUT", "/new":
+                endpoint.plan.released.set()
+                self._endpoint = endpoint.begin_again()
             case "GET", "/ledger":
                 found = endpoint.ledger.figures
             case "GET", "/ledger/texts":

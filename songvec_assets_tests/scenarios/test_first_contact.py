@@ -23,7 +23,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets_tests.administration import free_port
-from songvec_assets_tests.cache.test_fill import assert_stored, export, fill, plain_songs, plain_texts, try_fill
+from songvec_assets_tests.cache.filling import assert_stored, export, fill, plain_songs, plain_texts, try_fill
 from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider
 

@@ -7,27 +7,29 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from songvec_assets.postgres.embedded import create_songs_table
 from songvec_assets.postgres.engine import Database
+from songvec_assets_tests.administration import wait_until
 from songvec_assets_tests.cli.test_commands import (
     BIN,
     FIRST,
+    N_AT_ONCE,
     Project,
+    holding_provider,
     project,
     provider_settings,
-    slow_provider,
-    wait_until,
+    wait_until_held,
 )
+from songvec_assets_tests.processes import send_signal
 from songvec_assets_tests.provider import Provider
 
 pytestmark = pytest.mark.slow
 
-__all__ = ["project", "slow_provider"]
+__all__ = ["holding_provider", "project"]
 
 _TAKE_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -73,52 +75,52 @@ def billed(provider: Provider) -> set[int]:
 
 
 def test_a_terminal_that_closes_is_an_interrupt_and_no_text_is_paid_twice(
-    project: Project, database: Database, slow_provider: Provider
+    project: Project, database: Database, holding_provider: Provider
 ) -> None:
     create_songs_table(database)
-    settings = provider_settings(slow_provider) | {"POSTGRES_URL": database.url}
+    settings = provider_settings(holding_provider) | {"POSTGRES_URL": database.url}
     with terminal() as (master, slave, shown):
         process = in_terminal(project, slave, "songvec", "run", **settings)
         os.close(slave)
-        wait_until(lambda: slow_provider.ledger()["texts_billed"] >= 9)
-        assert b"embed songs" in shown, "bars"
-        requests = slow_provider.ledger()["requests"]
+        wait_until_held(holding_provider)
+        wait_until(lambda: b"embed songs" in shown)  # bars
+        requests = holding_provider.ledger()["requests"]
         os.close(master)
-        time.sleep(0.3)
         # as a shell does, which passes on to its jobs that the terminal is closed
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGHUP)
+        send_signal(process, signal.SIGHUP)
+        holding_provider.control(latency_s=1.0)
         assert process.wait(timeout=60) == 130
-    assert slow_provider.ledger()["requests"] <= requests + 4
-    slow_provider.control()
+    assert holding_provider.ledger()["requests"] <= requests + N_AT_ONCE
+    holding_provider.control()
     code, output = project.run("songvec", "run", **settings)
-    assert (code, billed(slow_provider)) == (0, {1}), output
+    assert (code, billed(holding_provider)) == (0, {1}), output
 
 
 def test_dagsters_own_command_takes_sighup_as_sigterm(
-    project: Project, database: Database, slow_provider: Provider
+    project: Project, database: Database, holding_provider: Provider
 ) -> None:
     create_songs_table(database)
-    settings = provider_settings(slow_provider) | {"POSTGRES_URL": database.url}
+    settings = provider_settings(holding_provider) | {"POSTGRES_URL": database.url}
     command = ("dagster", "asset", "materialize", "--select", "*", "--partition-range", f"{FIRST}...{FIRST}")
     process = project.start(*command, cold=False, **settings)
-    wait_until(lambda: slow_provider.ledger()["texts_billed"] >= 9)
-    process.send_signal(signal.SIGHUP)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGHUP)
+    wait_until_held(holding_provider)
+    for _ in range(2):
+        send_signal(process, signal.SIGHUP)
+    holding_provider.control(latency_s=1.0)
     output, _ = process.communicate(timeout=60)
     assert process.returncode not in (0, -signal.SIGHUP)
     assert "Interrupted. What was done is kept" in output, output
-    slow_provider.control()
+    holding_provider.control()
     code, output = project.run("songvec", "run", **settings)
-    assert (code, billed(slow_provider)) == (0, {1}), output
+    assert (code, billed(holding_provider)) == (0, {1}), output
 
 
-def test_nohup_goes_on_to_the_end(project: Project, database: Database, slow_provider: Provider) -> None:
+def test_nohup_goes_on_to_the_end(project: Project, database: Database, holding_provider: Provider) -> None:
     create_songs_table(database)
-    settings = provider_settings(slow_provider) | {"POSTGRES_URL": database.url}
+    settings = provider_settings(holding_provider) | {"POSTGRES_URL": database.url}
     process = project.start("nohup", "songvec", "run", cold=True, **settings)
-    wait_until(lambda: slow_provider.ledger()["texts_billed"] >= 9)
-    process.send_signal(signal.SIGHUP)
+    wait_until_held(holding_provider)
+    send_signal(process, signal.SIGHUP)
+    holding_provider.control()
     output, _ = process.communicate(timeout=60)
-    assert (process.returncode, billed(slow_provider)) == (0, {1}), output
+    assert (process.returncode, billed(holding_provider)) == (0, {1}), output

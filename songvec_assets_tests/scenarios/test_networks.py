@@ -24,7 +24,7 @@ from songvec_assets.errors import ProviderUnavailableError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets_tests.administration import free_port
-from songvec_assets_tests.cache.test_fill import assert_stored, fill, plain_songs, plain_texts, try_fill
+from songvec_assets_tests.cache.filling import assert_stored, fill, plain_songs, plain_texts, try_fill
 from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider
 

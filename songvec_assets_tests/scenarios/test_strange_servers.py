@@ -32,7 +32,8 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets_tests.administration import execute, free_port
-from songvec_assets_tests.cache.test_fill import (
+from songvec_assets_tests.cache.conftest import run
+from songvec_assets_tests.cache.filling import (
     Run,
     Songs,
     assert_stored,
@@ -41,7 +42,6 @@ from songvec_assets_tests.cache.test_fill import (
     fill,
     plain_songs,
     plain_texts,
-    run,
     stored,
     try_fill,
 )

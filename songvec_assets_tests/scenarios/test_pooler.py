@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,54 +30,9 @@ SESSION_SETTINGS = """
     WHERE source = 'session' AND name NOT IN ('application_name', 'transaction_isolation') ORDER BY name
 """
 """But those that the pooler, and the server with each transaction, sets anew."""
+
+
 SLEEPING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
-
-
-@pytest.fixture
-def pooled(database: Database) -> Iterator[Database]:
-    """The database through a pooler with two sessions."""
-    with running_pgbouncer(database.url) as url:
-        yield Database(url)
-        dispose(url)
-
-
-class TestHasSessions:
-    def test_a_pooler_in_transaction_mode_has_none(self, pooled: Database) -> None:
-        assert not pooled.has_sessions
-
-    @pytest.mark.parametrize("pool_size", [1, 2, 3, 4])
-    @pytest.mark.parametrize("in_turn", [0, 1], ids=["the last used first", "in turn"])
-    def test_whatever_its_size_and_order(self, database: Database, pool_size: int, in_turn: int) -> None:
-        with running_pgbouncer(database.url, pool_size, server_round_robin=in_turn) as url:
-            with ThreadPoolExecutor() as pool:  # so that all its sessions are there
-                list(pool.map(lambda _: execute(url, "SELECT pg_sleep(0.05)"), range(pool_size)))
-            assert not Database(url).has_sessions
-
-    def test_a_pooler_that_others_use_has_none_either(self, database: Database) -> None:
-        with running_pgbouncer(database.url, pool_size=3) as url:
-            ended = threading.Event()
-
-            def work() -> None:
-                while not ended.is_set():
-                    execute(url, "SELECT 1")
-
-            threads = [threading.Thread(target=work) for _ in range(2)]
-            for thread in threads:
-                thread.start()
-            try:
-                assert not Database(url).has_sessions
-            finally:
-                ended.set()
-                for thread in threads:
-                    thread.join()
-
-    def test_a_pooler_in_session_mode_has_them(self, database: Database) -> None:
-        with running_pgbouncer(database.url, pool_mode="session") as url:
-            assert Database(url).has_sessions
-
-    def test_past_a_pooler_there_are_some(self, database: Database, pooled: Database) -> None:
-        assert Database(pooled.url, direct_url=database.url).has_sessions
-        assert not Database(pooled.url, direct_url=pooled.url).has_sessions
 
 
 class TestAutocommit:

@@ -19,7 +19,7 @@ from songvec_assets.checks import INDEX_CHECKS, TABLE_CHECKS
 from songvec_assets.defs.steps import failing_clearly
 from songvec_assets.errors import SettingsError, SongvecError, describe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "operations.md"
 CODE = re.compile(r"[a-z]+\.[a-z]+(-[a-z]+)*")
 _HEADER = ["Code", "Why", "What to do"]

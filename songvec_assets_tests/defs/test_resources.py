@@ -10,14 +10,33 @@ from dagster._core.snap import JobSnap
 from dagster._core.snap.snap_to_yaml import default_values_yaml_from_type_snap
 
 from songvec_assets.definitions import defs
-from songvec_assets.defs.resources import RESOURCES, RunResource, make_resources, present_values
-from songvec_assets.settings import FIREWORKS_MODEL, ProviderSettings
+from songvec_assets.defs.resources import (
+    RESOURCES,
+    FireworksResource,
+    PostgresResource,
+    RunResource,
+    StorageResource,
+    given,
+    make_resources,
+    present_values,
+)
+from songvec_assets.settings import (
+    FIREWORKS_MODEL,
+    GraphSettings,
+    PostgresSettings,
+    ProviderSettings,
+    RunSettings,
+    Settings,
+    StorageSettings,
+)
 
 OF_ANY_RUN = {
     "confirm_deletions": False, "confirm_model_change": False,
     "confirm_reembedding": False, "export_mode": "all", "ranges": "", "rebuild_index": False, "reembed": False,
     "retry_rejected": False,
 }  # fmt: skip
+
+
 OWN: dict[str, dict[str, dict[str, object]]] = {
     "rebuild_index": {"run": {"rebuild_index": True}},
     "swap": {
@@ -27,6 +46,8 @@ OWN: dict[str, dict[str, dict[str, object]]] = {
     },
 }
 """What jobs have beyond the usual, by resource."""
+
+
 JOBS = ["refresh", "embed", "load", "rebuild_index", "swap", "rollback", "verify", "dry_run"]
 
 
@@ -136,3 +157,19 @@ def test_an_empty_option_reads_its_variable_when_the_run_starts_and_a_given_one_
     given = {"resources": {"storage": {"config": {"max_text_chars": 80}}}}
     assert job.execute_in_process(run_config=given).success
     assert seen == [24_000, 700, 80]
+
+
+def test_every_setting_is_an_option_of_one_resource_shapes_the_graph_or_is_secret() -> None:
+    secret = {name for name, field in Settings.model_fields.items() if not field.repr}
+    assert secret == {"postgres_url", "direct_url", "fireworks_api_key", "webhook_url"}
+    options = {
+        PostgresResource: given(PostgresSettings, PostgresResource()),
+        FireworksResource: given(ProviderSettings, FireworksResource()),
+        StorageResource: given(StorageSettings, StorageResource()),
+        RunResource: given(RunSettings, RESOURCES["run"]),
+    }
+    assert {value for values in options.values() for value in values.values()} == {None}
+    names = [name for values in options.values() for name in values]
+    assert sorted([*names, *secret, *GraphSettings.model_fields]) == sorted(Settings.model_fields)
+    for resource in options:
+        assert not {*resource.model_fields} & secret

@@ -9,7 +9,7 @@ import pytest
 import songvec_assets
 from songvec_assets import Pipeline
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 KEPT = {
     "get_engine": "songvec_assets.postgres.engine",

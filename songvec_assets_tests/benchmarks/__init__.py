@@ -1,0 +1,1 @@
+"""Short forms of the benchmarks: no figures, only what must hold."""

@@ -1,0 +1,1 @@
+"""Tests that the pages of the documentation say what the package does."""
