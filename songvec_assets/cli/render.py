@@ -119,10 +119,12 @@ def hits_table(hits: Sequence["Hit"], width: int) -> Table:
     table.add_column("Near", width=5)
     for name, most in {"Song": 45, "Artist": 30}.items():
         table.add_column(name, no_wrap=True, max_width=most * width // 100)
-    table.add_column("First line", no_wrap=True, ratio=1)
+    is_explained = any(hit.explanation for hit in hits)
+    table.add_column("Why" if is_explained else "First line", no_wrap=True, ratio=1)
     for hit in hits:
-        first_line = (hit.lyrics or "").partition("\n")[0]
-        table.add_row(f"{hit.similarity:.3f}", *map(Text, (hit.name, hit.artist, first_line)))
+        last = hit.explanation if is_explained else (hit.lyrics or "").partition("\n")[0]
+        near = "–" if hit.similarity is None else f"{hit.similarity:.3f}"
+        table.add_row(near, *map(Text, (hit.name, hit.artist, last)))
     return table
 
 
