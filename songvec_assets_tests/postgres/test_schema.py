@@ -219,9 +219,7 @@ class TestEnsureSchema:
         with as_role(Database(bare_url)) as seen:
             role = sa.make_url(seen.url).username
             execute(bare_url, f"GRANT USAGE ON SCHEMA songvec TO {role}; GRANT SELECT ON songvec.settings TO {role}")
-            with pytest.raises(
-                DatabaseError, match=rf"version 1, expected {NEWEST}.*let its owner run"
-            ):
+            with pytest.raises(DatabaseError, match=rf"version 1, expected {NEWEST}.*let its owner run"):
                 ensure_schema(seen)
             ensure_schema(Database(bare_url))
             ensure_schema(seen)
