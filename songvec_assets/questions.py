@@ -6,7 +6,6 @@ When to add here: another question. Keep out: what an answer looks like (`report
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Self
 
 import polars as pl
 
@@ -21,7 +20,6 @@ from songvec_assets.progress import RunContext
 from songvec_assets.reports import RunPlan, Status
 from songvec_assets.search.nearest import read_embeddings
 from songvec_assets.search.preview import Preview, preview_table
-from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.counts import (
     RangeCount,
@@ -206,18 +204,3 @@ class Questions(Wiring):
     def preview(self) -> Preview:
         """A map of a sample of the songs, and some with their nearest; see `preview_table`."""
         return preview_table(LoadedRows.of(self.table, self.cache), self.source, self.table_spec)
-
-    def as_loaded(self) -> Self:
-        """The same for the model, size and type of the serving table: after a swap, searches need no new settings."""
-        loaded = self.table.spec
-        if loaded is None or (loaded.model in LOCAL_MODELS) != self.settings.offline:
-            return self
-        # a prompt that is set belongs to the model that is set
-        is_set = self.settings.query_prompt and loaded.model == self.settings.model
-        changed = {
-            "query_prompt": self.settings.query_prompt if is_set else loaded.query_prompt,
-            "embedding_model": loaded.model,
-            "embedding_dimensions": loaded.dimensions,
-            "vector_type": loaded.vector_type,
-        }
-        return replace(self, settings=self.settings.model_copy(update=changed))

@@ -112,6 +112,8 @@ class PostgresSettings(_Group):
     """Share of the cached or loaded songs that the source may lack before a run stops (checked from 20 songs on)."""
     max_missing_range_share: Share = 0.5
     """The same limit for a single range (checked from 100 songs on)."""
+    filter_columns: str | None = None
+    """Columns of the songs table that searches may filter by, such as `artist, year`; unset: none."""
     vector_type: Literal["vector", "halfvec"] = "vector"
     """Column type: `vector`, or `halfvec` at half the size."""
     lists: int | None = Field(default=None, ge=1, le=32_768)

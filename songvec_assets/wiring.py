@@ -160,6 +160,12 @@ class Wiring:
         return find_source(self.database, names, self.text_spec)
 
     @property
+    def filter_columns(self) -> tuple[str, ...]:
+        """The columns of the songs table that searches may filter by."""
+        listed = (each.strip() for each in (self.settings.filter_columns or "").split(","))
+        return (self.source.song_id_column, *filter(None, listed))
+
+    @property
     def prompts(self) -> Prompts:
         """What the model is given around queries and texts; see `choose_prompts`. Reads no database."""
         given = self.settings

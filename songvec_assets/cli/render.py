@@ -113,9 +113,11 @@ def hits_table(hits: Sequence["Hit"]) -> Table:
     table.add_column("Near", width=5)
     table.add_column("Song, artist and best line", ratio=1)
     for hit in hits:
+        near = "–" if hit.similarity is None else f"{hit.similarity:.3f}"
         song = Text.assemble((hit.name, "bold"), f" — {hit.artist}")
         line = Text(hit.best_line or "(no lyrics)", style="dim", no_wrap=True, overflow="ellipsis")
-        table.add_row(f"{hit.similarity:.3f}", Group(song, line))
+        below = [line, Text(hit.explanation, style="dim")] if hit.explanation else [line]
+        table.add_row(near, Group(song, *below))
     return table
 
 
