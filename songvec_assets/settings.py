@@ -8,12 +8,12 @@ that Dagster's run config supports (text, number, Boolean, one of several words)
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from songvec_assets.base_url import check_base_url
 from songvec_assets.errors import SettingsError
 
 FIREWORKS_BASE_URL = "https://api.fireworks.ai/inference/v1"
@@ -245,7 +245,7 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
                 "point FIREWORKS_BASE_URL at a server that needs none, or select the demo's vectors by name with "
                 f"SONGVEC_EMBEDDING_MODEL={DEMO_MODEL}"
             )
-        _check_base_url(self.fireworks_base_url)
+        check_base_url(self.fireworks_base_url)
         return self
 
     @property
@@ -275,27 +275,6 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
     def dimensions(self) -> int:
         """Dimensions per vector: as set, except for the demo's model, which has a fixed number."""
         return DEMO_DIMENSIONS if self.model == DEMO_MODEL else self.embedding_dimensions
-
-
-def _check_base_url(url: str) -> None:
-    """Raise SettingsError for a URL that cannot be the root of an API; if possible, with the correct one."""
-    parts = urlsplit(url)
-    if "@" in parts.netloc:
-        raise SettingsError("FIREWORKS_BASE_URL has a user or password, which logs would show: use FIREWORKS_API_KEY")
-    try:
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of an invalid port
-        is_address = False
-    if not is_address:
-        raise SettingsError(f"FIREWORKS_BASE_URL must be http:// or https:// with a host and a valid port, got {url!r}")
-    path = re.sub("(/embeddings|/chat/completions|/completions|/models)/*$", "", parts.path)
-    root = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
-    if root != urlunsplit(parts):
-        rest = ", or a gateway that adds the rest" if parts.query else ""
-        raise SettingsError(
-            "FIREWORKS_BASE_URL must be the root of the API, to which /embeddings is added, without ? and #: set "
-            f"FIREWORKS_BASE_URL={root}{rest}"
-        )
 
 
 def describe(field: FieldInfo) -> str:

@@ -5,6 +5,7 @@ does with them (`pipeline`).
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -162,8 +163,10 @@ class Wiring:
     @property
     def filter_columns(self) -> tuple[str, ...]:
         """The columns of the songs table that searches may filter by."""
-        listed = (each.strip() for each in (self.settings.filter_columns or "").split(","))
-        return (self.source.song_id_column, *filter(None, listed))
+        return (
+            self.source.song_id_column,
+            *filter(None, re.split(r"\s*,\s*", (self.settings.filter_columns or "").strip())),
+        )
 
     @property
     def prompts(self) -> Prompts:

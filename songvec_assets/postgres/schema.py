@@ -32,7 +32,6 @@ _FIXED = {
 """Errors fixed in each version (pgvector's changelog, read 2026-11)."""
 
 _Record = TypeVar("_Record")
-
 _LOCK_POLL_S = 0.5
 _NO_SCHEMA = "3F000"
 
