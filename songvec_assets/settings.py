@@ -260,6 +260,11 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
         return Path(self.storage or Path(".songvec") / ("main" if self.postgres_url else "demo"))
 
     @property
+    def filters(self) -> list[str]:
+        """The columns that searches may filter by."""
+        return [each for each in map(str.strip, (self.filter_columns or "").split(",")) if each]
+
+    @property
     def price(self) -> float:
         """Dollars per million tokens; 0 for a self-hosted server, which needs no key."""
         is_self_hosted = self.fireworks_base_url != FIREWORKS_BASE_URL and not self.fireworks_api_key

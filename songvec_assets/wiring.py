@@ -5,7 +5,6 @@ does with them (`pipeline`).
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -163,10 +162,7 @@ class Wiring:
     @property
     def filter_columns(self) -> tuple[str, ...]:
         """The columns of the songs table that searches may filter by."""
-        return (
-            self.source.song_id_column,
-            *filter(None, re.split(r"\s*,\s*", (self.settings.filter_columns or "").strip())),
-        )
+        return (self.source.song_id_column, *self.settings.filters)
 
     @property
     def prompts(self) -> Prompts:
