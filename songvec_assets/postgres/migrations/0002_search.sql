@@ -150,7 +150,7 @@ BEGIN
         matching := songvec.match(words, n_wanted, filter, source);
     END IF;
     IF query IS NOT NULL THEN
-        -- saved and restored by hand: CREATE FUNCTION … SET ivfflat.probes fails for those who do not own the extension
+        -- saved and restored by hand: CREATE FUNCTION ... SET ivfflat.probes fails for those who do not own the extension
         SELECT array_agg(current_setting(x.knob, true) ORDER BY x.place) INTO saved
         FROM unnest(knobs) WITH ORDINALITY AS x (knob, place);
         PERFORM set_config('ivfflat.probes', facts ->> 'probes', true) WHERE facts ? 'probes';
@@ -172,7 +172,7 @@ BEGIN
         PERFORM set_config(x.knob, saved[x.place], true) FROM unnest(knobs) WITH ORDINALITY AS x (knob, place)
         WHERE saved[x.place] IS NOT NULL;
     END IF;
-    -- reciprocal rank fusion, with the constant of Cormack, Clarke and Büttcher (2009); of equals, a match comes first
+    -- reciprocal rank fusion, with the constant of Cormack et al. (2009); of equals, a match comes first
     RETURN QUERY EXECUTE format(
         'SELECT song_id, 1 - (%s), v.rank, t.rank
         FROM unnest($2) WITH ORDINALITY AS v (song_id, rank)
