@@ -226,6 +226,13 @@ class Wiring:
 
             find_files()
 
+    def read_model_ahead(self) -> None:
+        """Begin to read the demo's model, if it is the one of the settings; returns at once."""
+        if self.settings.model == DEMO_MODEL:
+            from songvec_assets.embedding.demo import read_ahead
+
+            read_ahead()
+
     def embedder(
         self,
         estimator: TokenEstimator | None = None,

@@ -65,7 +65,7 @@ def status(
         print(json.dumps(measured.as_dict()))
     else:
         say(pipeline.describe())
-        out.print(status_table(measured))
+        out.print(status_table(measured, out.width))
         for line in measured.describe():
             say(line)
         hint(
@@ -82,7 +82,9 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the songs nearest to a text."""
-    print_hits(base.make_pipeline(), query, limit, as_json)
+    pipeline = base.make_pipeline()
+    pipeline.read_model_ahead()
+    print_hits(pipeline, query, limit, as_json)
     if not as_json:
         hint("-n shows more or fewer songs, --json prints them with their lyrics.")
 
