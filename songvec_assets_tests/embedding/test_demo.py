@@ -118,7 +118,7 @@ def test_a_model_that_is_not_installed_is_refused_with_the_command_that_installs
 
 
 @pytest.mark.usefixtures("not_installed")
-@pytest.mark.parametrize("command", ["run", "embed", "demo", "swap"])
+@pytest.mark.parametrize("command", ["run", "embed", "demo", "swap", "search sea"])
 def test_commands_that_embed_refuse_before_anything_starts(command):
     with pytest.raises(SettingsError, match=r"pip install 'songvec-assets\[demo\]'"):
-        app([command])
+        app(command.split())
