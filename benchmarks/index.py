@@ -9,8 +9,8 @@ all of them, on the unit sphere. Stock is the table as CREATE TABLE makes it (ve
 settings, except for the least maintenance_work_mem that the build accepts; with the default it is an error, which is
 shown. Ours is this package's table and session settings. Both have the same lists, and are built in a transaction, in
 turn, three times; ours also as halfvec, and, once, of the first size while writers go on. The last one is searched.
-Ratios are taken within a round. Latency is a search's round trip, of twenty made for the second time; recall is the
-lower of two kinds of queries, 100 each, against an exact scan, without the time limit that runs have.
+Ratios are taken within a round. Latency is a search's round trip, of 20; recall is the lower of two kinds of queries,
+100 each, against an exact scan, without the time limit that runs have.
 Exit code 1 if ours is not 1.2 times as fast as stock, or its recall is over 0.01 lower at equal probes.
 """
 

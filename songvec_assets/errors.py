@@ -9,6 +9,7 @@
     ├── ReembeddingError         a changed setting would embed cached texts again
     ├── DamagedCacheError        a file of the cache is damaged or missing
     ├── TableMismatchError       the table holds another model, size or type
+    ├── SearchError              a search asks for something that it cannot get
     ├── ProviderError            the provider's answer ends the run
     │   ├── VectorSizeError      vectors of another size than the settings name
     │   ├── ModelChangedError    another model answers under the same name
@@ -90,6 +91,12 @@ class TableMismatchError(SongvecError):
     """The table holds another model, size or type. Refused before any request is paid for."""
 
     code = "table.mismatch"
+
+
+class SearchError(SongvecError):
+    """A search asks for something that it cannot get. Nothing was found; correct the query."""
+
+    code = "search.invalid"
 
 
 class ProviderError(SongvecError):

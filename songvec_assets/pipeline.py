@@ -11,9 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 from uuid import uuid4
 
-import numpy as np
 from dotenv import dotenv_values
-from numpy.typing import NDArray
 
 from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
 from songvec_assets.embedding.budget import Budget
@@ -23,8 +21,8 @@ from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
 from songvec_assets.questions import Questions
 from songvec_assets.reports import RunReport
-from songvec_assets.search import lines, nearest
-from songvec_assets.search.nearest import Hit
+from songvec_assets.search import nearest
+from songvec_assets.searches import Searches
 from songvec_assets.settings import Settings, variables
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import swap
@@ -54,7 +52,7 @@ class EmbedChoices(TypedDict, total=False):
     confirm_model_change: bool
 
 
-class Pipeline(Questions):
+class Pipeline(Questions, Searches):
     """Songs in Postgres to an indexed pgvector table of embeddings, and searches of it.
 
     with Pipeline.from_env() as songs:
@@ -132,7 +130,9 @@ class Pipeline(Questions):
         if self.cache.ranges():  # else nothing is written: an empty cache is refused
             self.bind()
         run = RunContext(progress, self.stop)
-        return swap.bring_table_up_to_date(self.database, self.load_source, self.wanted_table, run)
+        report = swap.bring_table_up_to_date(self.database, self.load_source, self.wanted_table, run)
+        nearest.record_source(self.database, self.source, self.filter_columns)
+        return report
 
     def build_index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
         """Build the index if it is missing or out of date, or if `rebuild`; see `bring_index_up_to_date`."""
@@ -276,27 +276,3 @@ class Pipeline(Questions):
             check_target(target, self.table_spec, self.index_settings, n_songs)
 
         return lambda: check_once(swap.check_loadable(self.database, self.wanted_table))
-
-    # searches
-
-    def search(self, query: str, limit: int = 10, on_trouble: Callable[[str], None] = lambda _: None) -> Sequence[Hit]:
-        """The songs nearest to a text, nearest first; `pl.DataFrame(hits)` has a row per song."""
-        vector, loaded = self.embed_query(query, on_trouble), self.as_loaded()
-        hits = nearest.search_songs(self.database, self.source, loaded.table_spec, vector, limit)
-        embedder = loaded.embedder() if loaded.settings.offline else None
-        return lines.add_best_lines(hits, query, vector, embedder)
-
-    def embed_query(self, query: str, on_trouble: Callable[[str], None] = lambda _: None) -> NDArray[np.float32]:
-        """A query's vector, (dimensions,), by the model that searches find; see `as_loaded`.
-
-        Raises:
-            TableMismatchError: nothing is loaded; or the table holds another model than the settings or the server.
-            ProviderError: no answer, or none that helps.
-        """
-        loaded = self.as_loaded()
-        nearest.check_searchable(loaded.database, loaded.table_spec)
-        try:
-            return nearest.embed_query(loaded.embedder(on_trouble=on_trouble), query, loaded.prompts.query)
-        except ProviderError as error:
-            mismatch = nearest.check_server(loaded.table_spec, self.table_spec, self.server, error)
-            raise mismatch or error from None

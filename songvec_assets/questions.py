@@ -6,7 +6,6 @@ When to add here: another question. Keep out: what an answer looks like (`report
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Self
 
 import polars as pl
 
@@ -21,9 +20,15 @@ from songvec_assets.progress import RunContext
 from songvec_assets.reports import RunPlan, Status
 from songvec_assets.search.nearest import read_embeddings
 from songvec_assets.search.preview import Preview, preview_table
-from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.absence import Absence
-from songvec_assets.songs.counts import RangeCount, check_ids, count_ranges, count_unreachable_ids, find_ends
+from songvec_assets.songs.counts import (
+    RangeCount,
+    check_ids,
+    count_ranges,
+    count_unreachable_ids,
+    find_ends,
+    get_numbers,
+)
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.index.neighbors import LoadedRows
 from songvec_assets.vectors.index.recall import read_recall
@@ -134,18 +139,18 @@ class Questions(Wiring):
         except StoreError:
             load = None
         check_ids(self.source, self.tiling)
-        counts, absence = count_ranges(self.source, self.tiling), self.known_songs()
-        absence.find(self.source, self.store.songs, counts, RunContext(stop=self.stop))
+        counts = count_ranges(self.source, self.tiling)
+        n_songs = get_numbers(counts)
         return RunPlan(
-            sum(each.n_songs for each in counts.values()),
-            absence,
+            sum(n_songs.values()),
+            self.find_absence(counts),
             self.estimate(self._with_cached(counts) if ranges is None else ranges, reembed),
             load,
             self.table.index,
             self.month_spending(),
             self.settings.max_usd,
             self.settings.max_usd_a_month,
-            self.describe_boilerplate(counts),
+            self.describe_boilerplate(n_songs),
         )
 
     def known_songs(self) -> Absence:
@@ -154,13 +159,24 @@ class Questions(Wiring):
         limits = self.settings.max_missing_share, self.settings.max_missing_range_share
         return Absence(known.counts(), known.song_ids, *limits)
 
-    def describe_boilerplate(self, counts: Mapping[SongIdRange, RangeCount] | None = None) -> list[str]:
+    def find_absence(self, counts: Mapping[SongIdRange, RangeCount] | None = None) -> Absence:
+        """The cached or loaded songs that an export would take for deleted; see `Absence.find`.
+
+        Args:
+            counts: of the source; None: it is counted.
+        """
+        absence, run = self.known_songs(), RunContext(stop=self.stop)
+        counts = count_ranges(self.source, self.tiling) if counts is None else counts
+        absence.find(self.source, self.store.songs, counts, run)
+        return absence
+
+    def describe_boilerplate(self, n_songs: Mapping[SongIdRange, int] | None = None) -> list[str]:
         """What the lyrics hold that is no lyric, and a view that removes it; empty if there is little of it.
 
         Args:
-            counts: see `find_boilerplate`.
+            n_songs: see `find_boilerplate`.
         """
-        found = self.find_boilerplate(counts)
+        found = self.find_boilerplate(n_songs)
         if not found.is_common:
             return []
         words = found.describe(self.token_estimator().bytes_per_token)
@@ -188,18 +204,3 @@ class Questions(Wiring):
     def preview(self) -> Preview:
         """A map of a sample of the songs, and some with their nearest; see `preview_table`."""
         return preview_table(LoadedRows.of(self.table, self.cache), self.source, self.table_spec)
-
-    def as_loaded(self) -> Self:
-        """The same for the model, size and type of the serving table: after a swap, searches need no new settings."""
-        loaded = self.table.spec
-        if loaded is None or (loaded.model in LOCAL_MODELS) != self.settings.offline:
-            return self
-        # a prompt that is set belongs to the model that is set
-        is_set = self.settings.query_prompt and loaded.model == self.settings.model
-        changed = {
-            "query_prompt": self.settings.query_prompt if is_set else loaded.query_prompt,
-            "embedding_model": loaded.model,
-            "embedding_dimensions": loaded.dimensions,
-            "vector_type": loaded.vector_type,
-        }
-        return replace(self, settings=self.settings.model_copy(update=changed))

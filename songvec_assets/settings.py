@@ -6,13 +6,14 @@ that Dagster's run config supports (text, number, Boolean, one of several words)
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from songvec_assets.base_url import check_base_url
 from songvec_assets.errors import SettingsError
 
 FIREWORKS_BASE_URL = "https://api.fireworks.ai/inference/v1"
@@ -111,6 +112,8 @@ class PostgresSettings(_Group):
     """Share of the cached or loaded songs that the source may lack before a run stops (checked from 20 songs on)."""
     max_missing_range_share: Share = 0.5
     """The same limit for a single range (checked from 100 songs on)."""
+    filter_columns: str | None = None
+    """Columns of the songs table that searches may filter by, such as `artist, year`; unset: none."""
     vector_type: Literal["vector", "halfvec"] = "vector"
     """Column type: `vector`, or `halfvec` at half the size."""
     lists: int | None = Field(default=None, ge=1, le=32_768)
@@ -242,7 +245,7 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
                 "point FIREWORKS_BASE_URL at a server that needs none, or select the demo's vectors by name with "
                 f"SONGVEC_EMBEDDING_MODEL={DEMO_MODEL}"
             )
-        _check_base_url(self.fireworks_base_url)
+        check_base_url(self.fireworks_base_url)
         return self
 
     @property
@@ -250,6 +253,16 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
         """Whether vectors are made in this process: by a local model's name, or because nothing else is configured."""
         real = self.fireworks_api_key or self.postgres_url or self.fireworks_base_url != FIREWORKS_BASE_URL
         return self.embedding_model in LOCAL_MODELS or not real
+
+    @property
+    def storage_root(self) -> Path:
+        """The folder of the store; it need not exist."""
+        return Path(self.storage or Path(".songvec") / ("main" if self.postgres_url else "demo"))
+
+    @property
+    def filters(self) -> list[str]:
+        """The columns that searches may filter by."""
+        return [each for each in map(str.strip, (self.filter_columns or "").split(",")) if each]
 
     @property
     def price(self) -> float:
@@ -267,27 +280,6 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
     def dimensions(self) -> int:
         """Dimensions per vector: as set, except for the demo's model, which has a fixed number."""
         return DEMO_DIMENSIONS if self.model == DEMO_MODEL else self.embedding_dimensions
-
-
-def _check_base_url(url: str) -> None:
-    """Raise SettingsError for a URL that cannot be the root of an API; if possible, with the correct one."""
-    parts = urlsplit(url)
-    if "@" in parts.netloc:
-        raise SettingsError("FIREWORKS_BASE_URL has a user or password, which logs would show: use FIREWORKS_API_KEY")
-    try:
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of an invalid port
-        is_address = False
-    if not is_address:
-        raise SettingsError(f"FIREWORKS_BASE_URL must be http:// or https:// with a host and a valid port, got {url!r}")
-    path = re.sub("(/embeddings|/chat/completions|/completions|/models)/*$", "", parts.path)
-    root = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
-    if root != urlunsplit(parts):
-        rest = ", or a gateway that adds the rest" if parts.query else ""
-        raise SettingsError(
-            "FIREWORKS_BASE_URL must be the root of the API, to which /embeddings is added, without ? and #: set "
-            f"FIREWORKS_BASE_URL={root}{rest}"
-        )
 
 
 def describe(field: FieldInfo) -> str:

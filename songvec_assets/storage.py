@@ -11,12 +11,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-import pyarrow as pa
 import xxhash
 
 from songvec_assets.errors import StoreError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LEFTOVER_S = 3600.0
 """A temporary file that was not written for this time was left by a killed process."""
@@ -80,12 +82,14 @@ class Storage:
             return None
         return Versioned(content, _version_of(content))
 
-    def open(self, key: str) -> pa.Buffer:
+    def open(self, key: str) -> "pa.Buffer":
         """An object as a memory-mapped buffer: bytes are read when they are used.
 
         Raises:
             FileNotFoundError: there is no such object.
         """
+        import pyarrow as pa
+
         path = self.root / key
         return pa.memory_map(str(path)).read_buffer() if path.stat().st_size else pa.py_buffer(b"")
 

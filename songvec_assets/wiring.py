@@ -15,7 +15,7 @@ from typing import Self
 from songvec_assets import inventory
 from songvec_assets.cache.model_cache import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
-from songvec_assets.cache.texts import choose_prompts, read_record
+from songvec_assets.cache.texts import choose_prompts, model_storage, read_record
 from songvec_assets.embedding.embedder import Embedder, Endpoint, Patience
 from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Price, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import Prompts
@@ -28,7 +28,7 @@ from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import StopSignal
 from songvec_assets.settings import DEMO_MODEL, Settings
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
-from songvec_assets.songs.counts import RangeCount, check_ids, count_ranges
+from songvec_assets.songs.counts import check_ids, count_ranges, get_numbers
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
@@ -87,8 +87,7 @@ class Wiring:
     @property
     def storage_root(self) -> Path:
         """The folder of the store; it need not exist."""
-        default = Path(".songvec") / ("main" if self.settings.postgres_url else "demo")
-        return Path(self.settings.storage) if self.settings.storage else default
+        return self.settings.storage_root
 
     @cached_property
     def store(self) -> Store:
@@ -161,30 +160,31 @@ class Wiring:
         return find_source(self.database, names, self.text_spec)
 
     @property
+    def filter_columns(self) -> tuple[str, ...]:
+        """The columns of the songs table that searches may filter by."""
+        return (self.source.song_id_column, *self.settings.filters)
+
+    @property
     def prompts(self) -> Prompts:
         """What the model is given around queries and texts; see `choose_prompts`. Reads no database."""
         given = self.settings
-        cache = Store(self.storage_root, "", self.tiling).embeddings(given.model, given.dimensions)
-        return choose_prompts(cache, given.query_prompt, given.document_prompt)
+        storage = model_storage(self.storage_root, given.model, given.dimensions)
+        return choose_prompts(storage, given.model, given.query_prompt, given.document_prompt)
 
     @property
     def text_spec(self) -> TextSpec:
         """How a song becomes a text."""
         return TextSpec(self.settings.text_template, self.settings.max_text_chars, self.prompts.document)
 
-    def find_boilerplate(self, counts: Mapping[SongIdRange, RangeCount] | None = None) -> Boilerplate:
+    def find_boilerplate(self, n_songs: Mapping[SongIdRange, int] | None = None) -> Boilerplate:
         """What a sample of the source's lyrics holds that is no lyric; nothing if lyrics are not embedded.
 
         Args:
-            counts: of the source; None: it is counted if there are no snapshots.
+            n_songs: of the source, by range; None: of the snapshots, or counted if there are none.
         """
         if "{lyrics}" not in self.settings.text_template:
             return Boilerplate()
-        # for a sample, the counts of the last export suffice
-        n_songs = {} if counts else self.store.songs.count()
-        if not n_songs:
-            counts = counts or count_ranges(self.source, self.tiling)
-            n_songs = {each: counted.n_songs for each, counted in counts.items()}
+        n_songs = n_songs or self.store.songs.count() or get_numbers(count_ranges(self.source, self.tiling))
         return find_boilerplate(sample_lyrics(self.source, sorted(n_songs)), sum(n_songs.values()))
 
     # the cache and what it costs

@@ -41,6 +41,7 @@ GOOD = {
     "SONGVEC_FULL_COMPARE_HOURS": ("full_compare_hours", 24.0, {"0": 0.0, "168": 168.0}),
     "SONGVEC_MAX_MISSING_SHARE": ("max_missing_share", 0.1, {"1": 1.0, "0.02": 0.02}),
     "SONGVEC_MAX_MISSING_RANGE_SHARE": ("max_missing_range_share", 0.5, {"1": 1.0, "0.2": 0.2}),
+    "SONGVEC_FILTER_COLUMNS": ("filter_columns", None, {"artist, year": "artist, year"}),
     "SONGVEC_VECTOR_TYPE": ("vector_type", "vector", {"vector": "vector", "halfvec": "halfvec"}),
     "SONGVEC_LISTS": ("lists", None, {"1": 1, "32768": 32_768}),
     "SONGVEC_INDEX_MEMORY_MB": ("index_memory_mb", None, {"64": 64}),

@@ -19,9 +19,6 @@ from songvec_assets.errors import BudgetExceededError, ProviderUnavailableError,
 from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
 
-N_STORING = 8
-"""Answers that may be stored while `concurrency` requests are in flight: if a part took their slots, the provider would
-wait for the disk. A kill costs these, too."""
 _GROWTH = 1.1
 """Factor by which requests grow again per answer, after one timed out."""
 
@@ -36,7 +33,7 @@ class SendContext:
         quota: limits of a request.
         budget: refuses the request that would exceed it.
         estimator: of tokens; the embedder corrects it.
-        concurrency: maximum requests at the provider; the actual number follows from quota and latency.
+        concurrency: maximum requests in flight; the actual number follows from quota and latency.
         server: its name; the reason of a rejection begins with it, so that another server gets the text again.
         run: receives progress; once it is stopped, no further request starts.
         health: of the server.
@@ -74,8 +71,8 @@ class SendContext:
 
     @cached_property
     def slots(self) -> asyncio.Semaphore:
-        """Limits the requests that are begun, over all ranges; the embedder limits those in flight."""
-        return asyncio.Semaphore(self.concurrency + N_STORING)
+        """Limits the requests that are begun, over all ranges, until their answers are stored: a kill costs no more."""
+        return asyncio.Semaphore(self.concurrency)
 
     async def close(self) -> None:
         """Close the embedder, if it was used, and settle the tokens of its probes."""

@@ -20,6 +20,7 @@ import polars as pl
 
 from songvec_assets.cache.manifest import Manifest
 from songvec_assets.cache.model_cache import ModelCache
+from songvec_assets.cache.texts import model_storage
 from songvec_assets.cache.upkeep import write_rows
 from songvec_assets.errors import SettingsError, StoreError
 from songvec_assets.postgres.engine import Database
@@ -60,8 +61,7 @@ class Store:
 
     def embeddings(self, model: str, dimensions: int) -> ModelCache:
         """The cache of a model."""
-        prefix = f"embeddings/{model.replace('/', '--')}-{dimensions}"
-        return ModelCache(self.storage.within(prefix), model, dimensions)
+        return ModelCache(model_storage(self.root, model, dimensions), model, dimensions)
 
     def model_caches(self) -> list[ModelCache]:
         """The caches of all models that have a folder, without model ids and dimensions."""

@@ -5,17 +5,20 @@ When to add here: another setting that changes every text. Keep out: the confirm
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from songvec_assets.cache.cached_range import RangeFiles
-from songvec_assets.cache.model_cache import ModelCache
-from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.embedding.prompts import NO_PROMPTS, Prompts, default_prompts
 from songvec_assets.errors import ReembeddingError, StoreError
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.songs.text import TextSpec
 from songvec_assets.storage import Storage
+
+if TYPE_CHECKING:  # `songvec settings` reads the record, and needs neither frames nor a database
+    from songvec_assets.cache.cached_range import RangeFiles
+    from songvec_assets.embedding.pricing import Estimate
+    from songvec_assets.songs.text import TextSpec
 
 _KEY = "texts.json"
 
@@ -29,13 +32,15 @@ class TextRecord(msgspec.Struct, frozen=True):
     query_prompt: str
 
     @classmethod
-    def of(cls, spec: TextSpec, query_prompt: str) -> "TextRecord":
+    def of(cls, spec: "TextSpec", query_prompt: str) -> "TextRecord":
         """The record for these settings."""
         return cls(spec.template, spec.max_chars, spec.document_prompt, query_prompt)
 
     @property
-    def spec(self) -> TextSpec:
+    def spec(self) -> "TextSpec":
         """How songs became texts."""
+        from songvec_assets.songs.text import TextSpec
+
         return TextSpec(self.template, self.max_chars, self.document_prompt)
 
 
@@ -62,20 +67,25 @@ def write_record(storage: Storage, record: TextRecord) -> None:
     storage.put(_KEY, msgspec.json.encode(record))
 
 
-def choose_prompts(cache: ModelCache, query: str | None, document: str | None) -> Prompts:
+def model_storage(root: Path, model: str, dimensions: int) -> Storage:
+    """Where the cache of a model is in a store."""
+    return Storage(root / "embeddings" / f"{model.replace('/', '--')}-{dimensions}")
+
+
+def choose_prompts(storage: Storage, model: str, query: str | None, document: str | None) -> Prompts:
     """The prompts of a model: as set, else as recorded with its cache, else the defaults of its family.
 
     A cache without a record, of an earlier version, has no document prompt.
     """
-    record, default = read_record(cache.storage), default_prompts(cache.model)
+    record, default = read_record(storage), default_prompts(model)
     if record is not None:
         default = Prompts(record.query_prompt, record.document_prompt)
-    elif cache.ranges():
+    elif storage.list_prefixes():
         default = Prompts(default.query, NO_PROMPTS.document)
     return Prompts(query or default.query, document or default.document)
 
 
-def is_made_otherwise(storage: Storage, files: RangeFiles, spec: TextSpec) -> bool:
+def is_made_otherwise(storage: Storage, files: "RangeFiles", spec: "TextSpec") -> bool:
     """Whether a range's cached texts were made with other settings, as far as recorded."""
     if files.manifest is not None and files.manifest.complete is not None:
         return files.manifest.complete.text != spec.identity
@@ -87,8 +97,8 @@ def is_made_otherwise(storage: Storage, files: RangeFiles, spec: TextSpec) -> bo
 def check_reembedding(
     storage: Storage,
     changed: Sequence[SongIdRange],
-    spec: TextSpec,
-    estimate: Callable[[Sequence[SongIdRange]], Estimate],
+    spec: "TextSpec",
+    estimate: "Callable[[Sequence[SongIdRange]], Estimate]",
 ) -> None:
     """Refuse to re-embed cached songs only because a setting changed their texts.
 
@@ -111,7 +121,7 @@ def check_reembedding(
         )
 
 
-def _name_changes(record: TextRecord | None, spec: TextSpec) -> str:
+def _name_changes(record: TextRecord | None, spec: "TextSpec") -> str:
     variables = {
         "template": "SONGVEC_TEXT_TEMPLATE",
         "max_chars": "SONGVEC_MAX_TEXT_CHARS",

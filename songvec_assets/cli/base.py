@@ -3,7 +3,9 @@
 When to add here: what several commands need before they begin. Keep out: the commands.
 """
 
+import atexit
 import functools
+import gc
 import inspect
 import os
 import signal
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from songvec_assets.songs.ranges import SongIdRange
 
 Options = TypeVar("Options")
+_GARBAGE_OBJECTS = 50_000
 
 app = typer.Typer(
     help="Songs in Postgres become an indexed pgvector table of embeddings.",
@@ -53,6 +56,9 @@ def read_dotenv(context: typer.Context) -> None:
 
 def main() -> None:
     """Run the command. The package's errors are one line without a traceback; SIGTERM and SIGHUP interrupt it."""
+    # a command makes little garbage: looking for it, and at the end among all that was imported, takes a fifth of a run
+    gc.set_threshold(_GARBAGE_OBJECTS)
+    atexit.register(gc.freeze)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with interrupted_by_hangup():

@@ -7,7 +7,7 @@ another command that changes nothing. Keep out: tables (`render`).
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -77,12 +77,23 @@ def status(
 
 @app.command()
 def search(
-    query: Annotated[str, typer.Argument(help="What the songs are about.")],
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="Number of songs.")] = 10,
+    query: Annotated[str, typer.Argument(help="What the songs are about.", show_default=False)] = "",
+    limit: Annotated[int, typer.Option("--limit", "-n", help="Number of songs, up to 1000.")] = 10,
+    like: Annotated[int | None, typer.Option(help="Find songs near this song_id, instead of a text.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="A condition, such as 'artist = Ann' or 'year in 1990, 1991'; repeatable.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="vector; text, by name and artist; or hybrid, both.")] = "vector",
+    explain: Annotated[bool, typer.Option("--explain", help="Show how each song was found.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the songs nearest to a text."""
-    print_hits(base.make_pipeline(), query, limit, as_json)
+    """Find the songs nearest to a text or a song."""
+    from songvec_assets.search.query import parse_condition
+
+    if query and like is not None:
+        raise typer.BadParameter("expected a text or --like, got both")
+    options = {"where": [*map(parse_condition, where or ())], "mode": mode, "explain": explain}
+    print_hits(base.make_pipeline(), query if like is None else like, limit, as_json, **options)
     if not as_json:
         hint("-n shows more or fewer songs, --json prints them with their lyrics.")
 
@@ -90,13 +101,16 @@ def search(
 @app.command("settings")
 def print_settings() -> None:
     """Print all settings as a Markdown table, and the prompts of the configured model."""
+    from songvec_assets.cache.texts import choose_prompts, model_storage
     from songvec_assets.cli.render import settings_table
+    from songvec_assets.settings import Settings
 
     print(settings_table())
-    pipeline = base.make_pipeline()
-    prompts = pipeline.prompts
+    given = Settings()
+    storage = model_storage(given.storage_root, given.model, given.dimensions)
+    prompts = choose_prompts(storage, given.model, given.query_prompt, given.document_prompt)
     print(
-        f"\nPrompts of {pipeline.settings.model}: {_show_prompt(prompts.query)} for queries, "
+        f"\nPrompts of {given.model}: {_show_prompt(prompts.query)} for queries, "
         f"{_show_prompt(prompts.document)} for songs."
     )
     hint("set them in the environment or in .env; `songvec estimate` shows what a run would cost.")
@@ -116,12 +130,15 @@ def print_plan(pipeline: "Pipeline", span: "tuple[SongIdRange, SongIdRange]", re
     hint("the same command without --dry-run does it.")
 
 
-def print_hits(pipeline: "Pipeline", query: str, limit: int, as_json: bool = False) -> None:
+def print_hits(pipeline: "Pipeline", query: str | int, limit: int, as_json: bool = False, **options: Any) -> None:
     from songvec_assets.cli.render import hits_table
 
-    hits = pipeline.search(query, limit, on_trouble=lambda words: err.print(words, style="yellow", markup=False))
+    def warn(words: str) -> None:
+        err.print(words, style="yellow", markup=False)
+
+    hits = pipeline.search(query, limit, on_trouble=warn, **options)
     if as_json:
         print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
         return
-    out.print(Text(f"“{query}”", style="bold"))
+    out.print(Text(f"“{query}”" if isinstance(query, str) else f"songs like {query}", style="bold"))
     out.print(hits_table(hits))

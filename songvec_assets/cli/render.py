@@ -11,6 +11,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from songvec_assets.songs.ranges import name_some
+
 if TYPE_CHECKING:
     from songvec_assets.cli.run import RunResult
     from songvec_assets.embedding.pricing import Estimate
@@ -74,14 +76,10 @@ def describe_incomplete_run(result: "RunResult", status: "Status | None", loads:
     done = (
         "the rest could not be done" if result.failures else f"the rest is {'loaded and indexed' if loads else 'kept'}"
     )
-    reasons = [f"{_name_some(keys)}: {reason}" if keys else reason for reason, keys in result.incomplete.items()]
+    named = {reason: name_some(keys, most=_MAX_KEYS) for reason, keys in result.incomplete.items()}
+    reasons = [f"{keys}: {reason}" if keys else reason for reason, keys in named.items()]
     rest = f"; and {len(reasons) - _MAX_REASONS:,} more reasons" if len(reasons) > _MAX_REASONS else ""
     return f"Incomplete: {counted}; {done}. {'; '.join(reasons[:_MAX_REASONS])}{rest}"
-
-
-def _name_some(keys: Sequence[str]) -> str:
-    rest = len(keys) - _MAX_KEYS
-    return ", ".join(keys[:_MAX_KEYS]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def estimate_table(estimate: "Estimate", offline: bool) -> Table:
@@ -115,9 +113,11 @@ def hits_table(hits: Sequence["Hit"]) -> Table:
     table.add_column("Near", width=5)
     table.add_column("Song, artist and best line", ratio=1)
     for hit in hits:
+        near = "–" if hit.similarity is None else f"{hit.similarity:.3f}"
         song = Text.assemble((hit.name, "bold"), f" — {hit.artist}")
         line = Text(hit.best_line or "(no lyrics)", style="dim", no_wrap=True, overflow="ellipsis")
-        table.add_row(f"{hit.similarity:.3f}", Group(song, line))
+        below = [line, Text(hit.explanation, style="dim")] if hit.explanation else [line]
+        table.add_row(near, Group(song, *below))
     return table
 
 

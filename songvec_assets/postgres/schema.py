@@ -32,7 +32,6 @@ _FIXED = {
 """Errors fixed in each version (pgvector's changelog, read 2026-11)."""
 
 _Record = TypeVar("_Record")
-
 _LOCK_POLL_S = 0.5
 _NO_SCHEMA = "3F000"
 
@@ -46,6 +45,12 @@ _HAS_VERSION_1 = """
     SELECT EXISTS (
         SELECT FROM pg_attribute WHERE attrelid = to_regclass('songvec.budgets') AND attname = 'reserved_usd'
     )
+"""
+# DROP EXTENSION … CASCADE drops functions that take a vector; from version 2 on, migrations can be run again
+_LACKS_FUNCTIONS = "SELECT to_regproc('songvec.search') IS NULL"
+_MAY_MIGRATE = """
+    SELECT coalesce(has_schema_privilege(to_regnamespace('songvec'), 'CREATE'),
+        has_database_privilege(current_database(), 'CREATE'))
 """
 _MAY_RECORD = """
     SELECT current_setting('transaction_read_only') = 'off' AND has_table_privilege('songvec.settings', 'INSERT')
@@ -83,6 +88,15 @@ def ensure_schema(database: Database) -> None:
                 f"knows version {len(migrations)}: upgrade songvec-assets here. Nothing was changed",
                 "database.newer-schema",
             )
+        _ensure_extension(connection)
+        if version > 1 and connection.scalar(text(_LACKS_FUNCTIONS)):
+            version = 1
+        if version < len(migrations) and not connection.scalar(text(_MAY_MIGRATE)):
+            raise DatabaseError(
+                f"schema songvec has version {version}, expected {len(migrations)}, and this user may not migrate it: "
+                "let its owner run `songvec status` once",
+                "database.no-right",
+            )
         with raw_cursor(connection) as cursor:  # SQL may hold colons
             for migration in migrations[version:]:
                 cursor.execute(migration)
@@ -90,7 +104,6 @@ def ensure_schema(database: Database) -> None:
             write_fact(connection, _VERSION, len(migrations))
         elif recorded is None and connection.scalar(text(_MAY_RECORD)):  # a reader may not write
             write_first_fact(connection, _VERSION, version)
-        _ensure_extension(connection)
 
 
 def _read_version(connection: sa.Connection) -> int | None:

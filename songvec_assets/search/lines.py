@@ -20,25 +20,24 @@ from songvec_assets.search.nearest import Hit
 
 Score = Callable[[Sequence[str]], Sequence[float]]
 
-N_BY_MEANING = 10
+N_BY_MEANING = 3
 """Songs whose lines are embedded, nearest first; further songs' lines are chosen by words."""
 
 
 def add_best_lines(
-    hits: Sequence[Hit], query: str, vector: NDArray[np.float32], embedder: Embedder | None = None
+    hits: Sequence[Hit], query: str, vector: NDArray[np.float32] | None = None, embedder: Embedder | None = None
 ) -> list[Hit]:
     """The hits with their best lines; of lines that score the same, the first one. Songs without lyrics have none.
 
     Args:
         hits: nearest first.
-        query: its words.
+        query: its words; empty if the search was for a song or a vector: each line scores the same.
         vector: of the query, (dimensions,).
         embedder: that made it; only a local one is asked for the lines' vectors.
     """
     near: list[Hit] = []
-    if isinstance(embedder, LocalEmbedder):
-        embed = embedder.embed
-        near = _choose(hits[:N_BY_MEANING], lambda lines: (embed(lines) @ vector).tolist())
+    if vector is not None and isinstance(embedder, LocalEmbedder):
+        near = _choose(hits[:N_BY_MEANING], lambda lines: (embedder.embed(lines) @ vector).tolist())
     return near + _choose(hits[len(near) :], by_words(query))
 
 

@@ -1,14 +1,18 @@
-"""From a query's words to the nearest songs.
+"""From a query to songs, by the SQL functions of `postgres/migrations/0002_search.sql`.
 
-When to add here: another way to ask for the nearest songs. Keep out: how an index is built or measured (`vectors/`).
+When to add here: another question to the serving table. Keep out: how songs are found (the SQL functions), and how an
+index is built or measured (`vectors/`).
 """
 
+import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 import polars as pl
+import psycopg2
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
@@ -17,19 +21,34 @@ from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
 from songvec_assets.errors import (
     ProviderError,
     ProviderUnavailableError,
+    SearchError,
     SettingsError,
+    SongvecError,
     TableMismatchError,
     VectorSizeError,
 )
-from songvec_assets.postgres.engine import Database, raw_cursor
+from songvec_assets.postgres.engine import Database, error_border, raw_cursor
 from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.progress import run_event_loop
+from songvec_assets.search.query import Query
 from songvec_assets.songs.source import SongsSource, as_bytes
-from songvec_assets.vectors.index.probes import search
 from songvec_assets.vectors.ledger import SERVING
-from songvec_assets.vectors.table import TableSpec, VectorTable, define_table
+from songvec_assets.vectors.table import TableSpec, VectorTable
 
-_SPARE = 4
+_REFUSED = "SONGV"
+"""The SQLSTATE of the functions' own errors, whose detail is a code."""
+_SEARCH_CODES = ("search.invalid", "search.column", "search.unknown-song", "search.no-index")
+_FUSION = 60
+
+# the songs table as the functions need it, with the schema in which this user finds the serving table
+_SOURCE = f"""
+    CAST(%(source)s AS jsonb) || jsonb_build_object('schema', (
+        SELECT nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.oid = to_regclass('{SERVING}')
+    ))
+"""
+_SEARCH = f"songvec.search(%(vector)s, %(limit)s, %(words)s, %(filter)s, %(model)s, {_SOURCE})"
+_SIMILAR = f"songvec.similar(%(song_id)s, %(limit)s, %(filter)s, {_SOURCE})"
 
 
 @dataclass(frozen=True)
@@ -38,17 +57,18 @@ class Hit:
 
     Attributes:
         song_id, name, artist, lyrics: the song as the source has it now.
-        similarity: cosine similarity to the query, -1 to 1.
-        best_line: of the lyrics, which shows best why the song was found (see `lines`); None: there are no lyrics, or
-            the search was for a vector.
+        similarity: cosine similarity to the query, -1 to 1; None: one of the two has no vector.
+        best_line: of the lyrics, which shows best why the song was found (see `lines`); None: there are no lyrics.
+        explanation: the song's ranks in the lists that were fused, if asked for.
     """
 
     song_id: int
     name: str
     artist: str
     lyrics: str | None
-    similarity: float
+    similarity: float | None
     best_line: str | None = None
+    explanation: str = ""
 
 
 def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) -> NDArray[np.float32]:
@@ -88,48 +108,86 @@ def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) 
     return run_event_loop(embed())
 
 
-def search_songs(
-    database: Database,
-    source: SongsSource,
-    spec: TableSpec,
-    embedding: NDArray[np.float32],
-    limit: int = 10,
-    probes: int | None = None,
-) -> Sequence[Hit]:
-    """Find the songs nearest to a vector, nearest first.
+def search_songs(database: Database, source: SongsSource, query: Query) -> Sequence[Hit]:
+    """Find songs, best first, in one statement.
 
     Args:
         database: where songs and table are.
         source: the songs table.
-        spec: what the table holds.
-        embedding: of the query, (dimensions,).
-        limit: songs at most.
-        probes: lists to visit first; None: as stored with the index. More if they hold fewer songs than `limit`.
+        query: what is searched for.
 
     Raises:
-        TableMismatchError: nothing is loaded yet, or the table holds another model.
+        SearchError: see `Query.check`; or the song is unknown, a value is none of its column's type, or a search by
+            words lacks an index.
+        TableMismatchError: nothing is loaded yet, or the table holds another model or size.
     """
-    table, columns = VectorTable(database), define_table(spec).c
-    distance = columns.embedding.cosine_distance(embedding)
-    nearest = sa.select(columns.song_id, (1 - distance).label("similarity")).order_by(distance)
-    with database.get_connection("web") as connection:
-        _check_searchable(connection, table, spec)
-        # a second try if songs were deleted from the source since they were loaded; not a third, or a source that is
-        # just being filled again would make each search read the whole table
-        for n_rows in (limit, _SPARE * limit):
-            find = partial(_fetch, connection, nearest.limit(n_rows))
-            similarities = dict(search(table, connection, find, n_rows, probes))
-            if table.read_spec(connection) != spec:  # the query locks the table: its record cannot change now
-                raise TableMismatchError("the embeddings table was swapped during the search: retry", "table.swapped")
-            songs = read_songs(connection, source, list(similarities)) if similarities else {}
-            if len(songs) >= limit or len(similarities) < n_rows:
-                break
-    found = {song_id: Hit(song_id, *songs[song_id], similarities[song_id]) for song_id in songs}
-    return [found[song_id] for song_id in similarities if song_id in found][:limit]
+    texts = ", ".join(map(as_bytes, (source.name, source.artist, source.lyrics)))
+    song = f"SELECT {texts} FROM {source.relation} WHERE {source.song_id} = songvec_hit.id LIMIT 1"
+    statement = f"""
+        SELECT songvec_hit.*, song.* FROM {_SEARCH if query.song_id is None else _SIMILAR} WITH ORDINALITY
+            AS songvec_hit (id, similarity, vector_rank, text_rank, place), LATERAL ({song.replace("%", "%%")}) AS song
+        ORDER BY place
+    """
+    hits = []
+    for song_id, similarity, *ranks, _, name, artist, lyrics in _ask(database, source, query, statement):
+        title = _decode(name, source) or "", _decode(artist, source) or ""
+        explanation = _explain(*ranks) if query.explain else ""
+        hits.append(Hit(song_id, *title, _decode(lyrics, source), similarity, explanation=explanation))
+    return hits
 
 
-def _fetch(connection: sa.Connection, nearest: sa.Select[tuple[int, float]]) -> list[tuple[int, float]]:
-    return [(row.song_id, row.similarity) for row in connection.execute(nearest)]
+def record_source(database: Database, source: SongsSource, columns: Sequence[str]) -> None:
+    """Record the songs table, and the columns to filter by, for callers of the SQL functions; only if they changed."""
+    _ask(
+        database,
+        source,
+        Query(columns=columns),
+        f"""
+            INSERT INTO songvec.settings (key, value) VALUES ('search', {_SOURCE})
+            ON CONFLICT (key) DO UPDATE SET value = excluded.value WHERE settings.value <> excluded.value
+            RETURNING key
+        """,
+    )
+
+
+def _ask(database: Database, source: SongsSource, query: Query, statement: str) -> list[Any]:
+    """Run a statement with a query's parameters. In AUTOCOMMIT it is one round trip, after the pool's own test."""
+    described = {
+        "songs": source.relation,
+        "song_id": source.song_id_column,
+        "name": _read_column(source.name),
+        "artist": _read_column(source.artist),
+        "columns": [*query.columns],
+    }
+    autocommit = database.get_engine("web").execution_options(isolation_level="AUTOCOMMIT")
+    with error_border(), autocommit.connect() as connection, raw_cursor(connection) as cursor:
+        try:
+            cursor.execute(statement, query.parameters | {"source": json.dumps(described)})
+        except psycopg2.Error as error:
+            raise _read_refusal(error) from error
+        return list(cursor)
+
+
+def _read_column(expression: str) -> str | None:
+    """The column of a source's expression: a quoted name, or one in a function; None: it has none."""
+    quoted = re.search(r'"((?:[^"]|"")+)"', expression)
+    return quoted[1].replace('""', '"') if quoted else None
+
+
+def _read_refusal(error: psycopg2.Error) -> SongvecError | psycopg2.Error:
+    state = error.pgcode or ""
+    if state.startswith("22"):
+        return SearchError(f"the query holds a value that the server cannot read: {error.diag.message_primary}")
+    if state != _REFUSED:
+        return error
+    message, code = str(error.diag.message_primary), str(error.diag.message_detail)
+    return SearchError(message, code) if code in _SEARCH_CODES else TableMismatchError(message, code)
+
+
+def _explain(vector_rank: int | None, text_rank: int | None) -> str:
+    ranks = {"nearest": vector_rank, "matching": text_rank}
+    named = [f"{place}. {name}" for name, place in ranks.items() if place]
+    return f"{', '.join(named)}; score {sum(1 / (_FUSION + place) for place in ranks.values() if place):.4f}"
 
 
 def check_searchable(database: Database, spec: TableSpec) -> None:
@@ -221,10 +279,6 @@ def read_songs(
     connection: sa.Connection, source: SongsSource, song_ids: Sequence[int]
 ) -> dict[int, tuple[str, str, str | None]]:
     """Name, artist and lyrics of some songs; deleted ones are left out. Bytes that cannot be decoded become U+FFFD."""
-
-    def decode(value: memoryview | None) -> str:
-        return "" if value is None else bytes(value).decode(source.codec, "replace")
-
     columns = ", ".join(map(as_bytes, (source.name, source.artist, source.lyrics)))
     with raw_cursor(connection) as cursor:
         cursor.execute(
@@ -232,6 +286,10 @@ def read_songs(
             f"WHERE {source.song_id} IN ({', '.join(map(str, song_ids))})"
         )
         return {
-            song_id: (decode(name), decode(artist), None if lyrics is None else decode(lyrics))
+            song_id: (_decode(name, source) or "", _decode(artist, source) or "", _decode(lyrics, source))
             for song_id, name, artist, lyrics in cursor
         }
+
+
+def _decode(value: memoryview | None, source: SongsSource) -> str | None:
+    return None if value is None else bytes(value).decode(source.codec, "replace")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import StoreError
 from songvec_assets.search.nearest import Hit, read_songs, search_songs
+from songvec_assets.search.query import Query
 from songvec_assets.songs.source import SongsSource
 from songvec_assets.vectors.index.neighbors import LoadedRows, sample_rows
 from songvec_assets.vectors.table import TableSpec
@@ -85,7 +86,8 @@ def preview_table(rows: LoadedRows, source: SongsSource, spec: TableSpec) -> Pre
     titles = [[songs[song_ids[each]][0] for each in places if song_ids[each] in songs] for places in middles]
     neighborhoods = []
     for song_id in shown.keys() & songs.keys():
-        hits = search_songs(database, source, spec, shown[song_id], _PREVIEW_NEIGHBORS + 1)
+        asked = Query(shown[song_id], limit=_PREVIEW_NEIGHBORS + 1, model=spec.model)
+        hits = search_songs(database, source, asked)
         nearest = [hit for hit in hits if hit.song_id != song_id][:_PREVIEW_NEIGHBORS]
         neighborhoods.append(Neighborhood(*songs[song_id][:2], nearest))
     song_map = SongMap(components[:, :2], clusters, titles, share, rows.n_rows)

@@ -4,6 +4,7 @@ When to add here: another number that the source's indexes give. Keep out: texts
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -73,6 +74,11 @@ def count_ranges(source: SongsSource, tiling: Tiling) -> dict[SongIdRange, Range
     return {tiling.range_of(number * tiling.width): RangeCount(IdSums(*sums), newest) for number, newest, *sums in rows}
 
 
+def get_numbers(counts: Mapping[SongIdRange, RangeCount]) -> dict[SongIdRange, int]:
+    """Number of songs by range."""
+    return {song_range: counted.n_songs for song_range, counted in counts.items()}
+
+
 def find_ends(source: SongsSource, tiling: Tiling) -> list[SongIdRange]:
     """The ranges of the lowest and of the highest song_id, from the id's index; empty if no range holds songs."""
     ends = f"SELECT min({source.song_id}), max({source.song_id}) FROM {source.relation}"
@@ -108,7 +114,7 @@ def check_ids(source: SongsSource, tiling: Tiling) -> None:
             f"the lowest is {lowest}: set it to {lowest // tiling.width * tiling.width} or less",
             "settings.song-ids",
         )
-    if n_beyond > sum(each.n_songs for each in counts.values()):
+    if n_beyond > sum(get_numbers(counts).values()):
         with source.database.get_connection() as connection:
             table = catalogue.find_table(connection, source.table)
             cure = f": {describe_numbering(connection, table, source.song_id_column)}" if table else ""

@@ -14,7 +14,6 @@ MAX_SONG_ID = 2**31 - 1
 """The highest value of Postgres' INTEGER, the type of `song_embeddings.song_id`."""
 
 _TAIL = "max"
-_MAX_NAMED = 5
 _MAX_RANGES = 5_000
 """With more partitions, Dagster's pages and sensors take seconds."""
 
@@ -60,10 +59,10 @@ class SongIdRange:
         return song_range
 
 
-def name_some(ranges: Sequence[str], separator: str = ", ") -> str:
+def name_some(ranges: Sequence[str], separator: str = ", ", most: int = 5) -> str:
     """The first few ranges, and how many more there are."""
-    rest = len(ranges) - _MAX_NAMED
-    return separator.join(ranges[:_MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
+    rest = len(ranges) - most
+    return separator.join(ranges[:most]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from songvec_assets.cache.plan import FillReport
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import embed_query, search_songs
+from songvec_assets.search.query import Query
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.watch import look_at_source
 from songvec_assets.vectors.load import RangeLoad
@@ -51,7 +52,7 @@ def test_songs_become_a_table_that_a_search_finds(
     np.testing.assert_allclose(table[1], vector_of("Sea by Ann\nwaves and salt", 64), atol=1e-6)
     np.testing.assert_allclose(table[2], vector_of("Hill by Ben", 64), atol=1e-6)
     build_index(pipeline.database, pipeline.cache, pipeline.table_spec)
-    hits = search_songs(pipeline.database, pipeline.source, pipeline.table_spec, table[150], limit=2)
+    hits = search_songs(pipeline.database, pipeline.source, Query(table[150], limit=2))
     assert (hits[0].song_id, hits[0].name, round(hits[0].similarity, 3)) == (150, "Moon", 1.0)
     assert embed_query(pipeline.embedder(), "moonlight").shape == (64,)
     assert pipeline.status().total["n_missing"] == 0
@@ -124,11 +125,11 @@ def test_only_the_columns_that_the_template_names_are_needed(
     assert {*provider.texts()} - {"probe"} == texts
     assert sum(load.n_written for load in loads) == 2
     vector = pipeline.embed_query("waves")
-    hits = search_songs(database, pipeline.source, pipeline.table_spec, vector)
+    hits = search_songs(database, pipeline.source, Query(vector))
     shown = {hit.song_id: (hit.name, hit.artist) for hit in hits}
     assert (shown[1][0] or "Sea", shown[1][1] in ("", "Ann")) == ("Sea", True)
     assert look_at_source(pipeline.source, None)[0].state.n_songs == 2
-    assert pipeline.dry_run().absence.n_missing == 0
+    assert pipeline.find_absence().n_missing == 0
     pipeline.preview()
 
 

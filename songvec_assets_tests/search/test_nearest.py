@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import ProviderError, TableMismatchError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import PROFILES, Database, Profile
+from songvec_assets.postgres.messages import ReportingCursor
 from songvec_assets.postgres.schema import write_fact
-from songvec_assets.search.nearest import Hit, check_searchable, embed_query, search_songs
+from songvec_assets.search.nearest import Hit, check_searchable, embed_query, record_source, search_songs
+from songvec_assets.search.query import Query
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.vectors.index.audit import find_neighbors
 from songvec_assets.vectors.table import TableSpec, VectorTable
@@ -73,7 +76,7 @@ def use_index(database: Database) -> None:
 
 def test_the_nearest_songs_come_first_with_their_similarity(database: Database, source: SongsSource) -> None:
     query = 3 * make_vector(5, version=9)
-    hits = search_songs(database, source, SPEC, query, limit=7)
+    hits = search_songs(database, source, Query(query, limit=7, model=SPEC.model))
     expected = nearest(query)[:7]
     assert [hit.song_id for hit in hits] == [song_id for song_id, _ in expected]
     assert [hit.similarity for hit in hits] == pytest.approx([similarity for _, similarity in expected], abs=1e-6)
@@ -81,7 +84,7 @@ def test_the_nearest_songs_come_first_with_their_similarity(database: Database, 
 
 def test_a_hit_shows_the_song_as_the_source_has_it_now(database: Database, source: SongsSource) -> None:
     execute(database.adbc_uri, "UPDATE songs SET name = 'Renamed' WHERE id = 8")
-    hits = search_songs(database, source, SPEC, make_vector(8), limit=1)
+    hits = search_songs(database, source, Query(make_vector(8), limit=1, model=SPEC.model))
     assert hits == [Hit(8, "Renamed", "Ann", None, pytest.approx(1.0, abs=1e-6))]
 
 
@@ -90,13 +93,13 @@ def test_a_song_deleted_from_the_source_is_left_out_and_the_next_one_comes_inste
 ) -> None:
     first, second, third, fourth = [song_id for song_id, _ in nearest(make_vector(8))][:4]
     execute(database.adbc_uri, "DELETE FROM songs WHERE id = %s", (second,))
-    hits = search_songs(database, source, SPEC, make_vector(8), limit=3)
+    hits = search_songs(database, source, Query(make_vector(8), limit=3, model=SPEC.model))
     assert [hit.song_id for hit in hits] == [first, third, fourth]
 
 
 @pytest.mark.parametrize("limit", [1, 100, 1000])
 def test_no_more_songs_come_than_asked_for_or_there(database: Database, source: SongsSource, limit: int) -> None:
-    assert len(search_songs(database, source, SPEC, make_vector(8), limit=limit)) == min(limit, 100)
+    assert len(search_songs(database, source, Query(make_vector(8), limit=limit, model=SPEC.model))) == min(limit, 100)
 
 
 @pytest.fixture
@@ -109,24 +112,33 @@ def indexed(database: Database, source: SongsSource, cache: ModelCache) -> Songs
     return source
 
 
-def executed(database: Database) -> "contextlib.AbstractContextManager[list[str]]":
-    """The statements that searches of this process send while the block runs."""
+@contextlib.contextmanager
+def recording(database: Database) -> Iterator[list[str]]:
+    """What searches of this process do while the block runs: `checkout` of the pool, and the statements sent."""
+    seen: list[str] = []
 
-    @contextlib.contextmanager
-    def listening() -> Iterator[list[str]]:
-        sent: list[str] = []
+    class Recording(ReportingCursor):
+        def execute(self, query: object, parameters: object = None) -> None:
+            seen.append(str(query) if self.connection.autocommit else f"BEGIN; {query}")
+            super().execute(query, parameters)
 
-        def listen(*arguments: object) -> None:
-            sent.append(str(arguments[2]))
+    def check_out(connection: Any, *_: object) -> None:
+        seen.append("checkout")
 
-        engine = database.get_engine("web")
-        sa.event.listen(engine, "before_cursor_execute", listen)
-        try:
-            yield sent
-        finally:
-            sa.event.remove(engine, "before_cursor_execute", listen)
+    def connect(connection: Any, *_: object) -> None:
+        connection.cursor_factory = Recording
 
-    return listening()
+    listeners = {"checkout": check_out, "connect": connect}
+    engine = database.get_engine("web")
+    engine.dispose()
+    for name, listener in listeners.items():
+        sa.event.listen(engine, name, listener)
+    try:
+        yield seen
+    finally:
+        for name, listener in listeners.items():
+            sa.event.remove(engine, name, listener)
+        engine.dispose()
 
 
 def test_searches_share_one_pooled_connection(database: Database, source: SongsSource) -> None:
@@ -140,26 +152,27 @@ def test_searches_share_one_pooled_connection(database: Database, source: SongsS
         sa.event.listen(database.get_engine(profile), "connect", listener)
     for _ in range(3):
         check_searchable(database, SPEC)
-        assert len(search_songs(database, source, SPEC, make_vector(8), limit=3)) == 3
+        assert len(search_songs(database, source, Query(make_vector(8), limit=3, model=SPEC.model))) == 3
     assert opened == ["web"]
 
 
-def test_through_the_index_a_search_visits_the_lists_that_are_stored_or_asked_for(
-    database: Database, indexed: SongsSource
-) -> None:
-    query = make_vector(8)
-    for stored, asked in ((1, 10), (10, None)):
+def test_through_the_index_a_search_visits_as_many_lists_as_recorded(database: Database, indexed: SongsSource) -> None:
+    exact = [song_id for song_id, _ in nearest(make_vector(8))][:5]
+    differs = False
+    for probes in (1, 10):
         with database.get_connection() as connection:
-            write_fact(connection, "probes", stored)
-        hits = search_songs(database, indexed, SPEC, query, limit=5, probes=asked)
-        assert [hit.song_id for hit in hits] == [song_id for song_id, _ in nearest(query)][:5]
+            write_fact(connection, "probes", probes)
+        hits = search_songs(database, indexed, Query(make_vector(8), limit=5))
+        differs |= [hit.song_id for hit in hits] != exact
+    assert [hit.song_id for hit in hits] == exact
+    assert differs, "one list of ten does not hold the nearest five"
 
 
 @pytest.mark.parametrize("limit", [40, 99, 100, 1000])
 def test_a_limit_beyond_what_the_lists_visited_hold_is_filled_from_further_lists(
     database: Database, indexed: SongsSource, limit: int
 ) -> None:
-    hits = search_songs(database, indexed, SPEC, make_vector(8), limit=limit)
+    hits = search_songs(database, indexed, Query(make_vector(8), limit=limit, model=SPEC.model))
     assert len(hits) == len({hit.song_id for hit in hits}) == min(limit, 100)
     similarities = [hit.similarity for hit in hits]
     assert similarities == sorted(similarities, reverse=True)
@@ -167,12 +180,15 @@ def test_a_limit_beyond_what_the_lists_visited_hold_is_filled_from_further_lists
         assert [hit.song_id for hit in hits] == [song_id for song_id, _ in nearest(make_vector(8))]
 
 
-def test_a_first_answer_that_is_full_costs_no_further_statement(database: Database, indexed: SongsSource) -> None:
-    with executed(database) as sent:
-        assert len(search_songs(database, indexed, SPEC, make_vector(8), limit=1)) == 1
-    searches = [statement for statement in sent if "ORDER BY" in statement]
-    assert len(searches) == sum("set_config" in statement for statement in sent) == 1
-    assert not any("pg_index" in statement for statement in sent)
+def test_a_search_is_one_statement_of_one_connection_after_the_pools_own_test(
+    database: Database, indexed: SongsSource
+) -> None:
+    with recording(database) as seen:
+        search_songs(database, indexed, Query(make_vector(8)))
+        seen.clear()  # a new connection
+        assert len(search_songs(database, indexed, Query(make_vector(8), limit=1000))) == 100
+    assert [each.split("(")[0].split()[0] for each in seen] == ["SELECT", "checkout", "SELECT"], seen
+    assert "songvec.search" in seen[-1]
 
 
 def test_the_command_shows_as_many_songs_as_asked_for(
@@ -203,10 +219,25 @@ def test_the_comparison_of_two_tables_sees_ten_neighbours_of_each_song(
     assert [len(each) for each in found.values()] == [10, 10]
 
 
-def test_a_search_leaves_no_setting_behind_in_the_connection_it_used(database: Database, source: SongsSource) -> None:
-    search_songs(database, source, SPEC, make_vector(8), limit=1, probes=7)
-    with database.get_connection("web") as connection:
-        assert connection.scalar(sa.text("SHOW ivfflat.probes")) == "1"
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "AUTOCOMMIT"])
+def test_a_search_leaves_no_setting_behind_in_its_session(
+    database: Database, indexed: SongsSource, isolation: str
+) -> None:
+    record_source(database, indexed, ())
+    knobs = ("search_path", "jit", "ivfflat.probes", "ivfflat.iterative_scan", "ivfflat.max_probes")
+    shown = sa.text("SELECT " + ", ".join(f"current_setting('{each}')" for each in knobs))
+    engine = database.get_engine("web").execution_options(isolation_level=isolation)
+    with engine.connect() as connection:
+        connection.execute(sa.text("SELECT '[1]'::vector, set_config('ivfflat.probes', '3', :local)"),
+                           {"local": isolation != "AUTOCOMMIT"})  # fmt: skip
+        before = connection.execute(shown).one()
+        for query in ("songvec.search(:vector, 50)", "songvec.similar(8)"):
+            n_found = connection.scalar(
+                sa.text(f"SELECT count(*) FROM {query}"), {"vector": str(make_vector(8).tolist())}
+            )
+            assert n_found in (10, 50)
+            assert connection.execute(shown).one() == before
+        connection.execute(sa.text("RESET ALL"))
 
 
 def test_halfvec_tables_are_searched_alike(database: Database, songs: Callable[..., None], cache: ModelCache) -> None:
@@ -214,7 +245,9 @@ def test_halfvec_tables_are_searched_alike(database: Database, songs: Callable[.
     songs(*((song_id, "Song", "Ann", None) for song_id in range(1, 101)))
     put(cache, range(1, 101))
     load(database, cache, spec)
-    hits = search_songs(database, find_source(database, SourceNames()), spec, make_vector(8), limit=3)
+    hits = search_songs(
+        database, find_source(database, SourceNames()), Query(make_vector(8), limit=3, model=spec.model)
+    )
     expected = nearest(make_vector(8))[:3]
     assert [hit.song_id for hit in hits] == [song_id for song_id, _ in expected]
     assert [hit.similarity for hit in hits] == pytest.approx([similarity for _, similarity in expected], abs=2e-3)
@@ -231,20 +264,20 @@ def test_a_source_with_odd_names_is_searched(database: Database, cache: ModelCac
     put(cache, [7])
     load(database, cache)
     source = find_source(database, SourceNames("Songs", name_column=column))
-    hits = search_songs(database, source, SPEC, make_vector(7))
+    hits = search_songs(database, source, Query(make_vector(7), model=SPEC.model))
     assert [(hit.song_id, hit.name, hit.lyrics) for hit in hits] == [(7, "Sea", "waves")]
 
 
 def test_before_the_first_load_it_says_what_to_run(database: Database, songs: Callable[..., None]) -> None:
     songs((1, "Sea", "Ann", None))
     with pytest.raises(TableMismatchError, match=r"nothing is loaded yet.*`songvec run` first"):
-        search_songs(database, find_source(database, SourceNames()), SPEC, make_vector(1))
+        search_songs(database, find_source(database, SourceNames()), Query(make_vector(1), model=SPEC.model))
 
 
 @pytest.mark.parametrize("spec", [TableSpec("model-b", DIMENSIONS), TableSpec("model-a", 16)])
 def test_a_query_of_another_model_or_size_is_refused(database: Database, source: SongsSource, spec: TableSpec) -> None:
     with pytest.raises(TableMismatchError):
-        search_songs(database, source, spec, make_vector(1, dimensions=spec.dimensions))
+        search_songs(database, source, Query(make_vector(1, dimensions=spec.dimensions), model=spec.model))
 
 
 def test_a_query_is_asked_within_its_prompt() -> None:

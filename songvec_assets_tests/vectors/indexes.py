@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 
 import numpy as np
 import psycopg2
+from numpy.typing import NDArray
 
 from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.postgres.engine import Database
@@ -66,6 +67,14 @@ def put_clusters(cache: ModelCache, first: int, stop: int, n_clusters: int, seed
         cached, _ = load_embeddings_from_cache(cache, song_range)
         hashes = [hash_text(f"{song_id} {seed}") for song_id in song_ids[here]]
         write_embeddings_to_file(cached, song_ids[here].tolist(), hashes, vectors[here])
+
+
+def put_vectors(cache: ModelCache, vectors: NDArray[np.float32]) -> None:
+    """Store songs with these vectors; song_ids count from 0."""
+    for song_range in sorted({TILING.range_of(song_id) for song_id in range(len(vectors))}):
+        here = [song_id for song_id in range(len(vectors)) if song_id in song_range]
+        cached, _ = load_embeddings_from_cache(cache, song_range)
+        write_embeddings_to_file(cached, here, [hash_text("made up")] * len(here), vectors[here])
 
 
 def read_indexes(database: Database, table: str = SERVING) -> dict[str, tuple[bool, str]]:

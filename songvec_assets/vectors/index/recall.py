@@ -35,7 +35,7 @@ class RecallReport:
             the most that were measured if the time was up before any did.
         n_changed: rows changed since the index was built, when this was measured.
         seconds: that it took.
-        is_cut_short: whether the time was up before the interval was narrow.
+        is_cut_short: whether the time was up before the target was reached, or the interval was narrow.
     """
 
     n_rows: int
@@ -51,9 +51,9 @@ class RecallReport:
     def of(cls, searches: Searches, target: float, probes: int) -> "RecallReport":
         """All that was measured, with the chosen probes."""
         points = tuple(searches.judge(each) for each in sorted(searches.tried))
-        exact, seconds = searches.exact, searches.seconds
-        is_clear = next(point for point in points if point.probes == probes).is_clear(target)
-        n_rows, is_cut_short = exact.n_rows - exact.n_missing, searches.is_late and not is_clear
+        exact, chosen = searches.exact, searches.judge(probes)
+        is_cut_short = searches.is_late and not (chosen.recall >= target and chosen.is_clear(target))
+        n_rows, seconds = exact.n_rows - exact.n_missing, searches.seconds
         return cls(n_rows, exact.n_read, target, points, probes, searches.n_changed, seconds, is_cut_short)
 
     @property

@@ -7,6 +7,7 @@ trip. When to add here: another figure of the same searches. Keep out: what foll
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,7 +37,8 @@ from songvec_assets.vectors.table import VectorTable
 STEP = "measure recall"
 _MOST_MISSING = 0.01
 _FIRST_QUERIES, _NARROW, _FAR = 20, 0.015, 1.5
-_LIMIT_S, _LIMIT_OF_BUILD = 15.0, 0.2
+_LIMIT_S, _LIMIT_OF_BUILD = 14.0, 0.19
+"""Measuring takes up to 15 s, or a fifth of the build's time if that is more: the search under way is waited for."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class RecallPoint:
         n_queries: of both kinds.
         recall_of_rows: share of the ten nearest found, if the query is a row of the table.
         recall_of_synthetic: the same, if nothing in the table is like the query.
-        ms_median, ms_p99: round trip of a search whose pages are in memory; of the first twenty queries.
+        ms_median, ms_p99: round trip of a search; of the first twenty queries.
     """
 
     probes: int
@@ -82,6 +84,7 @@ class Searches:
         table: with its index.
         exact: what is searched for, see `sample_queries`, and the true neighbors.
         lists: of the index.
+        exact_from: probes that miss nothing: all lists, if vectors are not rounded to `halfvec`.
         n_changed: rows changed since it was built.
         limit_s: for all of it, from `began_at` on; then no further search starts, but for two at new probes.
         run: notified of each search; a stop ends them.
@@ -92,6 +95,7 @@ class Searches:
     table: VectorTable
     exact: ExactNeighbors
     lists: int
+    exact_from: float
     n_changed: int
     limit_s: float
     run: RunContext
@@ -102,7 +106,7 @@ class Searches:
 
     @classmethod
     def over(cls, table: VectorTable, cache: ModelCache, run: RunContext = SILENT) -> "Searches":
-        """Draw queries and find their exact neighbors, in half of the time: 15 s, or a fifth of the build's.
+        """Draw queries and find their exact neighbors, in half of the time.
 
         Raises:
             StoreError: the cache does not hold what is loaded.
@@ -110,7 +114,7 @@ class Searches:
         began_at = time.monotonic()
         with table.database.get_connection() as connection:
             lists, n_changed = table.read_lists(connection) or 1, table.read_changes(connection)
-            built = table.read(connection, "index", BuiltIndex) or BuiltIndex()
+            built, spec = table.read(connection, "index", BuiltIndex) or BuiltIndex(), table.read_spec(connection)
         limit_s = max(_LIMIT_S, _LIMIT_OF_BUILD * built.seconds)
         rows = LoadedRows.of(table, cache)
         exact = find_exact_neighbors(rows, sample_queries(rows), run, began_at + limit_s / 2)
@@ -121,7 +125,8 @@ class Searches:
                 "it, then materialize ivfflat_index",
                 "cache.missing",
             )
-        return cls(table, exact, lists, n_changed, limit_s, run, began_at)
+        exact_from = lists if spec and spec.vector_type == "vector" else math.inf
+        return cls(table, exact, lists, exact_from, n_changed, limit_s, run, began_at)
 
     @property
     def seconds(self) -> float:
@@ -151,46 +156,55 @@ class Searches:
         return point.recall >= target
 
     def measure(self, probes: int, n_queries: int = _FIRST_QUERIES) -> RecallPoint:
-        """Run n queries, those that did not run yet, and the first ones again, whose pages are in memory by then.
+        """Run the first n queries, unless they were run.
 
         Raises:
             DatabaseError: the planner does not use the index, even if sequential scans are off.
         """
-        found, times = self._found.setdefault(probes, []), self._times.setdefault(probes, [])
-        if len(found) < min(n_queries, len(self.exact.queries)):
+        n_queries, found = min(n_queries, len(self.exact.queries)), self._found.setdefault(probes, [])
+        if self.exact.share < 1 and n_queries > _FIRST_QUERIES and probes < max(self._found):
+            # of a sample, the widest search says which rows are among the true ten
+            self.measure(max(self._found), n_queries)
+        if len(found) < n_queries:
             with self.table.database.get_connection() as connection:
                 set_probes(connection, probes)
                 connection.execute(sa.text("SET LOCAL enable_seqscan = off; SET LOCAL enable_indexscan = on"))
                 with raw_cursor(connection) as cursor:
                     self._check_plan(cursor)
-                    for query in range(len(found), min(n_queries, len(self.exact.queries))):
+                    for query in range(len(found), n_queries):
                         if found and query % 2 == 0 and self.is_late:
                             break  # with as many queries of one kind as of the other
-                        found.append(self._search(cursor, query, probes)[0])
-                    for query in range(len(times), min(len(found), _FIRST_QUERIES)):
-                        if times and self.is_late:
-                            break
-                        times.append(self._search(cursor, query, probes)[1])
+                        found.append(self._find_complete(query, probes) or self._search(cursor, query, probes))
         return self.judge(probes)
 
-    def _search(self, cursor: Any, query: int, probes: int) -> tuple[Found, float]:
+    def _find_complete(self, query: int, probes: int) -> Found | None:
+        """What fewer probes found, if that is all: more probes visit the same lists and others, and find it again.
+
+        Not for the first queries, whose times count, nor of a sample, where it is not known what is all.
+        """
+        if query < _FIRST_QUERIES or self.exact.share < 1:
+            return None
+        by_fewer = (found[query] for fewer, found in self._found.items() if fewer < probes and query < len(found))
+        return next((found for found in by_fewer if len(set(self.exact.judge(query, found, {}))) == 1), None)
+
+    def _search(self, cursor: Any, query: int, probes: int) -> Found:
         self.run.check_stop()
         started = time.perf_counter()
         cursor.execute(self._statement, (self._literals[query],))
         found = dict(cursor.fetchall())
-        milliseconds = 1000 * (time.perf_counter() - started)
+        if query < _FIRST_QUERIES:
+            self._times.setdefault(probes, []).append(1000 * (time.perf_counter() - started))
         self.n_done += 1
         self.run.report(Progress(STEP, self.n_done, 0, unit="searches", note=f"{probes:,} probes"))
-        return found, milliseconds
+        return found
 
     def judge(self, probes: int) -> RecallPoint:
         """What was measured at a number of probes."""
         judged = np.array([self.exact.judge(*each, self._others(each[0])) for each in enumerate(self._found[probes])])
         kinds = of_rows, of_synthetic = [estimate_share(*judged[first::2].T) for first in (0, 1)]
         recall, low, high = (min(getattr(kind, name) for kind in kinds) for name in ("share", "low", "high"))
-        spec = self.table.spec
-        if recall == 1 and probes >= self.lists and spec and spec.vector_type == "vector":
-            low = high = 1.0  # a `halfvec` is rounded, and may be missed even so
+        if recall == 1 and probes >= self.exact_from:
+            low = high = 1.0
         median, p99 = np.percentile(self._times[probes], [50, 99]).tolist()
         n_queries = len(judged)
         return RecallPoint(probes, recall, low, high, n_queries, of_rows.share, of_synthetic.share, median, p99)
@@ -199,7 +213,9 @@ class Searches:
         if self.exact.share >= 1:
             return {}  # the exact neighbors are all known
         return {
-            key: value for found in self._found.values() if query < len(found) for key, value in found[query].items()
+            song_id: distance
+            for found in self._found.values()
+            for song_id, distance in (found[query] if query < len(found) else {}).items()
         }
 
     @cached_property

@@ -13,7 +13,8 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import DatabaseError, SettingsError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
-from songvec_assets.search.nearest import search_songs
+from songvec_assets.search.nearest import check_searchable, search_songs
+from songvec_assets.search.query import Query
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexSettings
 from songvec_assets.vectors.plan import LoadSource
@@ -102,9 +103,10 @@ class TestSearchPath:
         put(cache, range(40))
         with pytest.raises(DatabaseError, match="SET search_path ="):
             bring_table_up_to_date(database, LoadSource(cache, TILING), WantedTable(SPEC))
-        source = make_pipeline(database, provider, tmp_path / "store").source
         with pytest.raises(DatabaseError, match=r"ALTER ROLE .+ SET search_path = .+, ext;"):
-            search_songs(database, source, SPEC, make_vector(1))
+            check_searchable(database, SPEC)
+        source = make_pipeline(database, provider, tmp_path / "store").source
+        assert [hit.song_id for hit in search_songs(database, source, Query(make_vector(1)))] == [1]
 
     def test_a_schema_that_the_user_may_not_use(self, database: Database) -> None:
         execute(database.adbc_uri, "CREATE SCHEMA ext; ALTER EXTENSION vector SET SCHEMA ext")
