@@ -92,6 +92,16 @@ def test_vectors_are_distinct_and_mostly_far_apart():
     assert np.mean(np.abs(cosines) > 0.5) < 1e-5
 
 
+def test_clustered_vectors_are_near_those_of_their_cluster_alone(provider, client):
+    provider.control(clusters=2)
+    texts = [f"song no. {number}" for number in range(20)]
+    vectors = matrix(embed(client, texts, dimensions=2000))
+    np.testing.assert_allclose(vectors, [vector_of(text, 2000, 2) for text in texts], atol=1e-6)
+    is_near = vectors @ vectors[0] > 0.2
+    assert 1 < is_near.sum() < 20
+    assert (vectors @ vectors[0])[~is_near].max() < 0.15
+
+
 def test_tokens_are_quarters_of_characters():
     assert [count_tokens("x" * n) for n in (1, 4, 5, 400)] == [1, 1, 2, 100]
 
