@@ -7,6 +7,7 @@ When to add here: another kind of storage. Keep out: what objects contain, and w
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,8 +102,8 @@ class Storage:
             StoreError: it cannot be written.
         """
         path = self.root / key
-        # one name per process, so that two writers never share a file
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # one name per thread, so that two writers never share a file
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
         with _write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:

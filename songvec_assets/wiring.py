@@ -14,7 +14,7 @@ from typing import Self
 
 from songvec_assets import inventory
 from songvec_assets.cache.model_cache import ModelCache, lock_name
-from songvec_assets.cache.store import Store, bind_store, check_pair, find_store, open_store
+from songvec_assets.cache.store import Store, bind_store, look_up, open_store
 from songvec_assets.cache.texts import choose_prompts, model_storage, read_record
 from songvec_assets.embedding.embedder import Embedder, Endpoint, Patience
 from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Price, Quota, TokenEstimator
@@ -98,9 +98,7 @@ class Wiring:
         Raises:
             StoreError: it belongs to another database.
         """
-        store = find_store(self.storage_root, self.tiling) or Store(self.storage_root, "", self.tiling)
-        check_pair(store, self.database)
-        return store
+        return look_up(self.storage_root, self.tiling, self.database)
 
     def bind(self) -> None:
         """Prepare storage root and database for writing, and record in each that they belong together.

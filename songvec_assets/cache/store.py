@@ -123,6 +123,25 @@ def find_store(root: Path, tiling: Tiling) -> Store | None:
     return store
 
 
+def look_up(root: Path, tiling: Tiling, database: Database) -> Store:
+    """The store at a root, or a new one, which belongs to the database or to none. Changes nothing.
+
+    Raises:
+        StoreError: see `find_store` and `check_pair`.
+    """
+    store = find_store(root, tiling) or Store(root, "", tiling)
+    try:
+        check_pair(store, database)
+    except StoreError:
+        # another first run may have bound a new store after this one had looked
+        found = find_store(root, tiling)
+        if found is None or found == store:
+            raise
+        store = found
+        check_pair(store, database)
+    return store
+
+
 def _check_start(root: Path, song_ids: Iterable[int], tiling: Tiling) -> None:
     lowest = min(song_ids, default=tiling.start)
     if lowest < tiling.start:

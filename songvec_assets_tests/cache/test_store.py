@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from songvec_assets.cache import store as stores
 from songvec_assets.cache.manifest import Rejection
 from songvec_assets.cache.model_cache import ModelCache, write_embeddings_to_file
-from songvec_assets.cache.store import adopt_store, bind_store, open_store
+from songvec_assets.cache.store import adopt_store, bind_store, look_up, open_store
 from songvec_assets.errors import StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_fact
@@ -358,3 +359,20 @@ def test_a_storage_folder_that_cannot_be_made_is_named_with_its_setting(tmp_path
         StoreError, match=r"cannot write to the storage folder .*: Not a directory.* set SONGVEC_STORAGE"
     ):
         open_store(tmp_path / "file" / "store", TILING)
+
+
+def test_a_store_that_another_first_run_binds_meanwhile_is_taken(
+    root: Path, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = stores.find_store
+
+    def find_and_let_another_bind(*given):
+        found = find(*given)
+        monkeypatch.setattr(stores, "find_store", find)
+        bind_store(open_store(root, TILING), database)
+        return found
+
+    monkeypatch.setattr(stores, "find_store", find_and_let_another_bind)
+    assert look_up(root, TILING, database) == find(root, TILING)
+    with pytest.raises(StoreError, match="belongs to another database"):
+        look_up(root / "other", TILING, database)
