@@ -1,8 +1,8 @@
 """A searcher in its own process, and the outcome of its searches.
 
 It sends searches at fixed times over one connection, whether or not the previous one has been answered; latency
-counts from the time a search was due, so that a stall counts for every search that it delayed. Statements and
-transactions are those of `search_songs`. Times are of the monotonic clock, which all processes of a machine share.
+counts from the time a search was due, so that a stall counts for every search that it delayed. The table is searched
+without its songs, so not by `songvec.search`. Times are of the monotonic clock, which all processes of a machine share.
 """
 
 import gc
@@ -118,7 +118,7 @@ def search(url: str, known: Known, per_s: float, stop: Event, to: Connection) ->
 
 
 def _search(database: Database, song_id: int, vector: NDArray[np.float32]) -> str:
-    """A search, as `search_songs` does it: `missing` if the song is not among the ten."""
+    """A search by SQL of its own: `missing` if the song is not among the ten."""
     table, columns = VectorTable(database), define_table(TableSpec("", len(vector))).c
     distance = columns.embedding.cosine_distance(vector)
     nearest = sa.select(columns.song_id, (1 - distance).label("similarity")).order_by(distance).limit(10)

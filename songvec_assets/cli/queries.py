@@ -65,7 +65,7 @@ def status(
         print(json.dumps(measured.as_dict()))
     else:
         say(pipeline.describe())
-        out.print(status_table(measured))
+        out.print(status_table(measured, out.width))
         for line in measured.describe():
             say(line)
         hint(
@@ -93,7 +93,10 @@ def search(
     if query and like is not None:
         raise typer.BadParameter("expected a text or --like, got both")
     options = {"where": [*map(parse_condition, where or ())], "mode": mode, "explain": explain}
-    print_hits(base.make_pipeline(), query if like is None else like, limit, as_json, **options)
+    pipeline = base.make_pipeline()
+    if query and mode != "text":
+        pipeline.read_model_ahead()
+    print_hits(pipeline, query if like is None else like, limit, as_json, **options)
     if not as_json:
         hint("-n shows more or fewer songs, --json prints them with their lyrics.")
 

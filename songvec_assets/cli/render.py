@@ -4,6 +4,7 @@ When to add here: another table. Keep out: what the figures are, and when to pri
 """
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -20,23 +21,28 @@ if TYPE_CHECKING:
     from songvec_assets.search.nearest import Hit
 
 _MAX_REASONS, _MAX_KEYS = 2, 3
+_FULL_WIDTH = 78
 
 
-def run_table(result: "RunResult") -> Table:
-    """A row per asset."""
+def run_table(result: "RunResult", width: int) -> Table:
+    """A row per asset.
+
+    Args:
+        result: of the run.
+        width: of the terminal.
+    """
     from songvec_assets.cache.plan import FillReport
     from songvec_assets.defs.reports import count_vectors
     from songvec_assets.songs.reports import ExportReport
     from songvec_assets.vectors.index.upkeep import IndexReport
     from songvec_assets.vectors.swap import LoadReport
 
-    table = _table("Asset", "Rows", "Seconds", "Tokens", "Cost", "Unchanged", "New", "Changed")
+    rows: list[list[str]] = []
 
     def add(asset: str, n_rows: int, *figures: int | str) -> None:
         seconds = f"{result.seconds[asset]:.2f}" if asset in result.seconds else "–"
-        table.add_row(
-            asset, f"{n_rows:,}", seconds, *(each if isinstance(each, str) else f"{each:,}" for each in figures)
-        )
+        shown = [each if isinstance(each, str) else f"{each:,}" for each in figures]
+        rows.append([asset, f"{n_rows:,}", seconds, *(shown or [""] * 5)])
 
     for export in result.of(ExportReport):
         changes = export.changes
@@ -50,7 +56,8 @@ def run_table(result: "RunResult") -> Table:
         add("song_embeddings_table", sum(each.n_rows for each in load.loads))
     for index in result.of(IndexReport):
         add("ivfflat_index", index.index.n_rows)
-    return table
+    columns = ("Asset", "Rows", "Seconds", "Tokens", "Cost", "Unchanged", "New", "Changed")
+    return _table(columns, rows, width)
 
 
 def describe_incomplete_run(result: "RunResult", status: "Status | None", loads: bool) -> str:
@@ -100,12 +107,16 @@ def estimate_table(estimate: "Estimate", offline: bool) -> Table:
     return table
 
 
-def status_table(status: "Status") -> Table:
-    """A row per range, and their total."""
-    table = _table("Range", "Songs", "New", "Cached", "Rejected", "Loaded", "Indexed", "Missing", "Orphans")
-    for key, *counts in (*status.ranges.iter_rows(), [*status.total.values()]):
-        table.add_row(key, *(f"{count:,}" for count in counts), style="bold" if key == "all" else None)
-    return table
+def status_table(status: "Status", width: int) -> Table:
+    """A row per range, and their total.
+
+    Args:
+        status: to show.
+        width: of the terminal.
+    """
+    columns = ("Range", "Songs", "New", "Cached", "Rejected", "Loaded", "Indexed", "Missing", "Orphans")
+    ranges = [*status.ranges.iter_rows(), [*status.total.values()]]
+    return _table(columns, [[key, *(f"{count:,}" for count in counts)] for key, *counts in ranges], width)
 
 
 def hits_table(hits: Sequence["Hit"]) -> Table:
@@ -140,9 +151,14 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
-def _table(first: str, *others: str) -> Table:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+    """A table whose row `all` is bold; on a narrow terminal without the columns that hold nothing but zeros."""
+    shown = [width >= _FULL_WIDTH or any(cell.strip("$0.") for cell in column) for column in zip(*rows, strict=True)]
+    shown[:2] = True, True
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(name, justify="right", overflow="fold")
+    for name in compress(columns, shown):
+        is_first = name == columns[0]
+        table.add_column(name, no_wrap=is_first, justify="left" if is_first else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*compress(row, shown), style="bold" if row[0] == "all" else None)
     return table

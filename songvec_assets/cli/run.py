@@ -152,7 +152,7 @@ def run_and_print(
     say(pipeline.describe())
     with interruptible(), showing_progress() as show:
         result = run_job(defs.resolve_job_def(job), span, resources, show)
-    table = run_table(result)
+    table = run_table(result, out.width)
     if table.row_count:
         out.print(table)
     for line in _describe_outcome(result):

@@ -5,6 +5,7 @@ When to add here: another way to show progress. Keep out: tables (`render`), and
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -16,9 +17,11 @@ from songvec_assets.progress import Progress, ProgressLines, RateMeter, describe
 
 EXIT_FAILED, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
 
+# rich takes a terminal that cannot redraw a line for one of 80 columns
+_width, _height = shutil.get_terminal_size() if os.environ.get("TERM") == "dumb" else (None, None)
 # names of songs and words of servers are shown as they are
-out = Console(emoji=False)
-err = Console(stderr=True, emoji=False)
+out = Console(width=_width, height=_height, emoji=False)
+err = Console(width=_width, height=_height, stderr=True, emoji=False)
 
 
 def say(words: str, style: str | None = None) -> None:
@@ -35,7 +38,7 @@ def fail(message: str) -> NoReturn:
 
 def hint(words: str) -> None:
     """Print what to do next, on standard error: what a script reads is on standard output."""
-    err.print(f"Next: {words}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"Next: {words}", style="bold", markup=False, highlight=False, soft_wrap=not err.is_terminal)
 
 
 @contextlib.contextmanager

@@ -109,6 +109,9 @@ class Budget:
         self.n_tokens = 0
         self.n_held = self.n_asking = self.n_settled = 0
         self._lock = threading.Lock()
+        self._unsettled: list[Reservation] = []
+        self._settling: asyncio.Task[None] | None = None
+        self._settling_alone = asyncio.Lock()
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         # decimals: with a price of 0.1 a limit of 0.3 is reached exactly
         self._given: dict[str, Any] = {
@@ -168,6 +171,21 @@ class Budget:
             with error_border(), self._engine.connect() as connection:
                 connection.execute(_SETTLE, given)
 
+    async def settle_together(self, reservation: "Reservation") -> None:
+        """Settle a reservation together with all that wait: answers of one part come at once, and lock the same row."""
+        self._unsettled.append(reservation)
+        if self._settling is None:
+            self._settling = asyncio.create_task(self._settle_waiting())
+        await asyncio.shield(self._settling)
+
+    async def _settle_waiting(self) -> None:
+        async with self._settling_alone:
+            taken, self._unsettled, self._settling = self._unsettled, [], None
+            for month in {each.month for each in taken}:
+                group = [each for each in taken if each.month == month]
+                n_reserved, n_billed = sum(each.n_reserved for each in group), sum(each.n_billed for each in group)
+                await asyncio.to_thread(self.settle, n_reserved, n_billed, month)
+
 
 @dataclass
 class Reservation:
@@ -221,7 +239,7 @@ class Reservation:
     async def settle(self) -> None:
         """Replace what is reserved by what was billed."""
         try:
-            await asyncio.to_thread(self.budget.settle, self.n_reserved, self.n_billed, self.month)
+            await self.budget.settle_together(self)
         finally:
             self.budget.n_held -= self.n_reserved > 0
             self.budget.n_settled += 1

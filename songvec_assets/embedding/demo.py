@@ -37,6 +37,8 @@ _UNKNOWN_PENALTY = 10.0
 _EPSILON = 1e-12
 _N_BLOCKS = 17
 """Row r of the table of word pieces is in block r % 17; blocks are stored and scaled separately."""
+_COMMON_ROWS = 1_500
+"""Rows of a block with nine in ten of the pieces of the sample songs."""
 _ORDERS = {2: 0, 3: 1, 5: 2}
 """The three convolutions: how many word pieces each looks at, and how many of them before the present one."""
 
@@ -54,6 +56,8 @@ class DemoEmbedder(LocalEmbedder):
 
     def embed(self, texts: Sequence[str]) -> Float32Matrix:
         """Unit vectors, (n texts, 512)."""
+        if _reader.cache_info().currsize:
+            _reader().join()
         # two threads multiply such small matrices no faster, and much slower if cores are shared
         with threadpool_limits(1, "blas"):
             return np.stack([_encode(_tokenize(text)) for text in texts])
@@ -73,6 +77,30 @@ def find_files() -> Path:
             code="settings.demo-model",
         )
     return Path(spec.origin).parent / "resources"
+
+
+def read_ahead() -> None:
+    """Begin to read the model in another thread: what a search needs of it, while its database starts.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    find_files()
+    _reader()
+
+
+@functools.cache
+def _reader() -> threading.Thread:
+    thread = threading.Thread(target=_read, daemon=True, name="songvec-model")
+    thread.start()
+    return thread
+
+
+def _read() -> None:
+    _vocabulary()
+    _weights()
+    for number in range(_N_BLOCKS):
+        _block(number)[_COMMON_ROWS - 1]
 
 
 class _Vocabulary(NamedTuple):

@@ -130,11 +130,11 @@ def create_songs_table(database: Database, range_size: int = 0) -> None:
         range_size: song_ids per range; each of the first four ranges then begins with a quarter of the samples, so that
             a demo shows several ranges. 0: consecutive ids.
     """
-    samples = read_sample_songs()
-    quarter = -(-samples.height // 4)
     with database.get_connection() as connection:
         if connection.scalar(text("SELECT to_regclass('songs') IS NOT NULL")):
             return
+        samples = read_sample_songs()
+        quarter = -(-samples.height // 4)
         connection.execute(
             text("CREATE TABLE songs (id serial PRIMARY KEY, name text NOT NULL, artist text NOT NULL, lyrics text)")
         )

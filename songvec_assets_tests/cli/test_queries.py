@@ -22,6 +22,7 @@ try:
 finally:
     print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
 """
+DATA = ("numpy", "polars", "pyarrow", "sqlalchemy", "psycopg2")
 
 
 @pytest.fixture
@@ -42,9 +43,9 @@ def environment(
     run_all(base.make_pipeline())
 
 
-def type_in(*command: str) -> tuple[str, str]:
+def type_in(*command: str, code: str = CODE) -> tuple[str, str]:
     """What a command prints on standard output and on standard error."""
-    ran = subprocess.run([sys.executable, "-c", CODE, *command], capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout, ran.stderr
 
@@ -55,10 +56,40 @@ def test_search_and_status_load_only_what_they_need_and_fit_80_columns() -> None
     assert said.splitlines()[-1] == "[]"
     assert said.startswith("Next: ")
     assert max(map(len, found.splitlines())) <= 80
-    assert re.search(r"Sea — Ann\s+and salt\n", found), "below the song is the line that shares most with the query"
+    assert re.search(r"Sea — Ann\s+and salt\s", found), "below the song is the line that shares most with the query"
     assert len(re.findall("far", found)) == 20, "no name is cut"
     found, said = type_in("search", "salt", "-n", "1", "--json")
     (hit,) = json.loads(found)
     assert (said.strip(), hit["name"], hit["best_line"]) == ("[]", "Sea", "and salt"), "no hint where a script reads"
     shown, said = type_in("status")
     assert (said.splitlines()[-1], max(map(len, shown.splitlines())) <= 80) == ("[]", True)
+
+
+@pytest.mark.parametrize("command", ["settings", "--help"])
+def test_what_needs_no_data_loads_nothing_that_reads_data(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown, said = type_in(command, code=CODE.replace(str(HEAVY), str(HEAVY + DATA)))
+    assert (said.splitlines()[-1], "songvec" in shown) == ("[]", True)
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("columns", [45, 60])
+def test_on_a_narrow_terminal_columns_of_zeros_are_left_out_and_no_word_is_divided(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown, _ = type_in("status")
+    (header,) = (line.split() for line in shown.splitlines() if "Range" in line)
+    assert header == ["Range", "Songs", "Cached", "Loaded"]
+    assert max(map(len, shown.splitlines())) <= columns
+
+
+def test_a_dumb_terminal_has_the_width_that_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("TERM", "dumb")
+    said = "import songvec_assets.cli.terminal as t; t.err._force_terminal = True; t.hint('word ' * 20)"
+    _, shown = type_in(code=said)
+    assert [len(line) <= 50 for line in shown.splitlines()] == [True, True, True]

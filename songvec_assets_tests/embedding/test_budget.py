@@ -1,5 +1,6 @@
 """What a run may spend: no order of requests, threads or processes exceeds it, and what was reserved is not lost."""
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.pool import NullPool
 
-from songvec_assets.embedding.budget import Budget, read_month_spending
+from songvec_assets.embedding.budget import Budget, Reservation, read_month_spending
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError, DatabaseError
 from songvec_assets.postgres.engine import Database, get_engine
@@ -310,3 +311,28 @@ def test_a_database_that_is_gone_is_an_error_of_ours(database: Database, run: st
         budget.reserve(1)
     with pytest.raises(DatabaseError, match="budgets"):
         budget.settle(2, 1)
+
+
+def test_answers_that_come_at_once_are_settled_together(engine: sa.Engine, run: str) -> None:
+    """They lock the same row: one after the other each would wait for the commits of all before it."""
+    budget = Budget(DOLLAR_A_TOKEN, engine, run, 100)
+    statements: list[str] = []
+
+    def note(*event: object) -> None:
+        statements.append(str(event[2]))
+
+    async def spend() -> None:
+        reservations = [Reservation(budget, 4, lambda: None) for _ in range(8)]
+        await asyncio.gather(*(each.grow() for each in reservations))
+        for billed, each in enumerate(reservations):
+            each.n_billed = billed
+        sa.event.listen(engine, "before_cursor_execute", note)
+        await asyncio.gather(*(each.settle() for each in reservations))
+        sa.event.remove(engine, "before_cursor_execute", note)
+
+    asyncio.run(spend())
+    assert 1 <= len(statements) <= 2
+    assert (budget.n_tokens, budget.n_held, budget.n_settled) == (28, 0, 8)
+    with pytest.raises(BudgetExceededError, match=r"\$28\.0000 billed, \$0\.0000 reserved"):
+        budget.reserve(73)
+    budget.reserve(72)

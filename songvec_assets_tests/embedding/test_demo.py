@@ -88,6 +88,17 @@ def test_a_first_query_costs_well_under_half_a_second_and_opening_the_model_noth
     assert float(ran.stdout) < 0.5
 
 
+def test_a_model_that_is_read_ahead_gives_the_same_vectors_and_is_read_once():
+    program = (
+        "import asyncio, sys; from songvec_assets.embedding import demo; demo.read_ahead(); demo.read_ahead(); "
+        "batch = asyncio.run(demo.DemoEmbedder().generate_embeddings_batch([sys.argv[1]])); "
+        "assert demo._vocabulary.cache_info().misses == demo._weights.cache_info().misses == 1; "
+        "print(batch.embeddings.tobytes().hex())"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, "storm"], capture_output=True, check=True, text=True)
+    assert ran.stdout.strip() == embed(["storm"]).tobytes().hex()
+
+
 @pytest.fixture
 def not_installed(monkeypatch, tmp_path):
     """The model is not installed; the working folder is empty."""
@@ -107,7 +118,7 @@ def test_a_model_that_is_not_installed_is_refused_with_the_command_that_installs
 
 
 @pytest.mark.usefixtures("not_installed")
-@pytest.mark.parametrize("command", ["run", "embed", "demo", "swap"])
+@pytest.mark.parametrize("command", ["run", "embed", "demo", "swap", "search sea"])
 def test_commands_that_embed_refuse_before_anything_starts(command):
     with pytest.raises(SettingsError, match=r"pip install 'songvec-assets\[demo\]'"):
-        app([command])
+        app(command.split())

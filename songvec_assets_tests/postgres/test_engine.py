@@ -158,6 +158,17 @@ class TestPools:
             raise ZeroDivisionError
         assert execute(database.adbc_uri, "SELECT n FROM kept") == [(1,)]
 
+    def test_the_autocommit_profile_commits_each_statement_and_its_connections_stay_so(
+        self, database: Database
+    ) -> None:
+        execute(database.adbc_uri, "CREATE TABLE kept (n integer)")
+        with database.get_engine("autocommit").connect() as connection:
+            kept = connection.connection.driver_connection
+            connection.execute(sa.text("INSERT INTO kept VALUES (1)"))
+        assert execute(database.adbc_uri, "SELECT n FROM kept") == [(1,)]
+        assert kept is not None
+        assert kept.autocommit, "changing back and forth costs two round trips each time"
+
     def test_an_autocommit_connection_commits_each_statement(self, database: Database) -> None:
         with pytest.raises(ZeroDivisionError), database.get_autocommit() as connection:
             connection.execute(sa.text("CREATE TABLE kept (n integer)"))

@@ -234,6 +234,9 @@ class TestEnsureSchema:
         with database.get_connection() as connection:
             assert read_fact(connection, "schema_version") == 7
 
+    def test_migrations_are_ascii_as_databases_have_other_encodings(self) -> None:
+        assert all(migration.isascii() for migration in read_migrations())
+
     def test_a_later_migration_runs_once_over_what_is_there_and_one_that_fails_changes_nothing(
         self, bare_url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -117,7 +117,7 @@ def test_runs_killed_at_any_moment_lose_no_more_than_what_was_in_flight(
     moments = [1, 90, 202, 330, 480]
     for filling, moment in zip(start(len(moments)), moments, strict=True):
         # however late the kill, it does not come after the end: a few requests later all answers are held
-        provider.control(latency_s=(0.02, 0.08), hold_after=(moment - len(billed(provider))) // REQUEST_TEXTS + 8)
+        provider.control(latency_s=(0.02, 0.08), hold_after=(moment - len(stored(pipeline))) // REQUEST_TEXTS + 8)
         filling.begin()
         wait_for(lambda moment=moment: len(billed(provider)) >= moment)  # type: ignore[misc]
         filling.process.kill()

@@ -61,9 +61,11 @@ BEGIN
     RETURN condition;
 END $$;
 
--- The songs whose name and artist have all the words or, with pg_trgm, are spelled like them. Exact names come first.
+-- The songs whose name and artist have all the words or, with pg_trgm, are spelled like them: those called exactly so,
+-- the best spelled, those that have the words in their order, the shortest.
+-- With less memory the places of a common word's matches become pages, all of whose songs are parsed.
 CREATE OR REPLACE FUNCTION songvec.match(words text, n integer, filter jsonb, source jsonb) RETURNS integer[]
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET work_mem = '64MB' AS $$
 DECLARE
     songs CONSTANT regclass := source ->> 'songs';
     name CONSTANT text := CASE WHEN source ->> 'name' IS NULL THEN 'NULL' ELSE format('s.%I::text', source ->> 'name') END;
@@ -87,15 +89,16 @@ BEGIN
     END IF;
     SELECT home.nspname INTO trgm FROM pg_extension x JOIN pg_namespace home ON home.oid = x.extnamespace
     WHERE x.extname = 'pg_trgm' AND (is_small OR has_spelling);
+    -- a common word matches millions: of them only lengths are compared, and no text is parsed again
     EXECUTE format(
         'SELECT array_agg(id ORDER BY place) FROM (
-            SELECT s.%1$I::integer AS id, row_number() OVER (ORDER BY lower(%2$s) = lower($1) DESC NULLS LAST,
-                matches.words @@ asked DESC, ts_rank_cd(matches.words, asked, 2) DESC, %3$s DESC, s.%1$I) AS place
-            FROM %4$s s, plainto_tsquery(''simple'', $1) asked,
-                LATERAL (SELECT to_tsvector(''simple'', %5$s) AS words) matches
-            WHERE (matches.words @@ asked %6$s) AND %7$s ORDER BY place LIMIT $2
+            SELECT s.%1$I::integer AS id, row_number() OVER (
+                ORDER BY lower(%2$s) = lower($1) DESC NULLS LAST, %3$s strpos(lower(%4$s), lower($1)) = 0, length(%4$s), s.%1$I
+            ) AS place
+            FROM %5$s s WHERE (to_tsvector(''simple'', %4$s) @@ plainto_tsquery(''simple'', $1) %6$s) AND %7$s
+            ORDER BY place LIMIT $2
         ) AS found', source ->> 'song_id', name,
-        CASE WHEN trgm IS NULL THEN '0' ELSE format('%I.word_similarity($1, %s)', trgm, title) END, songs, title,
+        CASE WHEN trgm IS NULL THEN '' ELSE format('%I.word_similarity($1, %s) DESC,', trgm, title) END, title, songs,
         CASE WHEN trgm IS NULL THEN '' ELSE format('OR %s OPERATOR(%I.%%>) $1', title, trgm) END,
         songvec.condition(filter, source)) INTO matching USING trim(words), n;
     RETURN matching;
@@ -147,7 +150,7 @@ BEGIN
         matching := songvec.match(words, n_wanted, filter, source);
     END IF;
     IF query IS NOT NULL THEN
-        -- saved and restored by hand: CREATE FUNCTION … SET ivfflat.probes fails for those who do not own the extension
+        -- saved and restored by hand: CREATE FUNCTION ... SET ivfflat.probes fails for those who do not own the extension
         SELECT array_agg(current_setting(x.knob, true) ORDER BY x.place) INTO saved
         FROM unnest(knobs) WITH ORDINALITY AS x (knob, place);
         PERFORM set_config('ivfflat.probes', facts ->> 'probes', true) WHERE facts ? 'probes';
@@ -169,7 +172,7 @@ BEGIN
         PERFORM set_config(x.knob, saved[x.place], true) FROM unnest(knobs) WITH ORDINALITY AS x (knob, place)
         WHERE saved[x.place] IS NOT NULL;
     END IF;
-    -- reciprocal rank fusion, with the constant of Cormack, Clarke and Büttcher (2009); of equals, a match comes first
+    -- reciprocal rank fusion, with the constant of Cormack et al. (2009); of equals, a match comes first
     RETURN QUERY EXECUTE format(
         'SELECT song_id, 1 - (%s), v.rank, t.rank
         FROM unnest($2) WITH ORDINALITY AS v (song_id, rank)

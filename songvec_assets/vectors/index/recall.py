@@ -32,10 +32,10 @@ class RecallReport:
         target: recall to reach.
         points: by probes, ascending.
         probes: the smallest that reach the target, within an eighth; all lists if the table is small, or if none do;
-            the most that were measured if the time was up before any did.
+            the most that were measured, or as before, if the time was up before any did.
         n_changed: rows changed since the index was built, when this was measured.
         seconds: that it took.
-        is_cut_short: whether the time was up before the target was reached, or the interval was narrow.
+        is_cut_short: whether the time was up: then fewer probes might do, or the interval is wide.
     """
 
     n_rows: int
@@ -51,10 +51,9 @@ class RecallReport:
     def of(cls, searches: Searches, target: float, probes: int) -> "RecallReport":
         """All that was measured, with the chosen probes."""
         points = tuple(searches.judge(each) for each in sorted(searches.tried))
-        exact, chosen = searches.exact, searches.judge(probes)
-        is_cut_short = searches.is_late and not (chosen.recall >= target and chosen.is_clear(target))
-        n_rows, seconds = exact.n_rows - exact.n_missing, searches.seconds
-        return cls(n_rows, exact.n_read, target, points, probes, searches.n_changed, seconds, is_cut_short)
+        exact, is_late, seconds = searches.exact, searches.is_late, searches.seconds
+        n_rows = exact.n_rows - exact.n_missing
+        return cls(n_rows, exact.n_read, target, points, probes, searches.n_changed, seconds, is_late)
 
     @property
     def chosen(self) -> RecallPoint:
@@ -139,8 +138,13 @@ def measure_recall(
         chosen = min(kept, lists)
     else:
         chosen = find_smallest(reaches, searches.tried, lists)
+    if searches.is_late and chosen not in searches.tried:
+        # nothing reached the target in time: then searches go on with as many probes as before, if that is more
+        with table.database.get_connection() as connection:
+            chosen = max(*searches.tried, min(table.read_probes(connection) or 1, lists))
+        searches.measure(chosen)
     reaches(chosen)
-    report = RecallReport.of(searches, target, chosen if chosen in searches.tried else max(searches.tried))
+    report = RecallReport.of(searches, target, chosen)
     run.report(Progress(STEP, searches.n_done, searches.n_done, unit="searches", note=report.describe()))
     return report
 

@@ -284,7 +284,7 @@ def _review_recall(
         return same, same.describe(), None
     report, words = measure_and_record(table, cache, target, run, same.probes if same else None)
     reason, first = None, built.probes if built.target == target and n_changed else None
-    if report and first and report.probes > _PROBES_GROWN * first + 1:
+    if report and first and report.probes > _PROBES_GROWN * first + 1 and not report.is_cut_short:
         then = f"{first:,} when it was built; {n_changed:,} rows changed since"
         reason = f"a recall of {target:.0%} takes {report.probes:,} probes, {then}"
     return report, words, reason

@@ -1,5 +1,7 @@
 """When the index is built and why not, how many lists it visits, and what decay does."""
 
+from dataclasses import replace
+
 import pytest
 
 from songvec_assets.cache.model_cache import ModelCache
@@ -256,6 +258,20 @@ class TestRecall:
         assert read_identity(clustered) != identity
         assert reaches_target(clustered, cache)
         assert not bring(clustered, cache).built
+
+    @pytest.mark.parametrize("is_cut_short", [True, False])
+    def test_more_probes_are_a_reason_to_build_unless_there_was_no_time_to_try_fewer(
+        self, clustered: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch, is_cut_short: bool
+    ) -> None:
+        first = bring(clustered, cache).recall
+        assert first is not None
+        changed = replace(first, is_cut_short=is_cut_short, n_changed=100)
+        monkeypatch.setattr("songvec_assets.vectors.index.recall.measure_recall", lambda *_: changed)
+        put_aside(clustered, "index", {"n_rows": 600, "target": 0.95, "probes": 1})
+        put_aside(clustered, "recall", None)
+        change(clustered, 100)
+        assert first.probes > 2
+        assert bring(clustered, cache).built is not is_cut_short
 
     def test_rows_that_changed_while_it_was_built_stay_counted(
         self, clustered: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
