@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size bench-commands bench-demo bench-e2e
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-e2e
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dev test test-slow check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
@@ -89,6 +89,9 @@ bench-e2e: bench-installed $(PEERS)  ## 50,000 songs end to end, compared with p
 
 bench-commands: $(INSTALLED)  ## How long a person waits for a command, compared with `import dagster`: 5 min
 	$(BIN)/python -m benchmarks.commands
+
+bench-ranges: $(INSTALLED)  ## How long a fill looks for texts in other ranges, 12 million songs cached: 1 min
+	$(BIN)/python -m benchmarks.other_ranges
 
 bench-demo: $(INSTALLED)  ## How well the demo's model finds songs by their meaning: 10 s
 	$(BIN)/python -m benchmarks.demo_quality --queries

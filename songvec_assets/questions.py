@@ -6,10 +6,12 @@ When to add here: another question. Keep out: what an answer looks like (`report
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import polars as pl
 
 from songvec_assets import checks
+from songvec_assets.cache.elsewhere import OtherRanges
 from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
 from songvec_assets.embedding.budget import MonthSpending, read_month_spending
 from songvec_assets.embedding.pricing import Estimate
@@ -100,7 +102,7 @@ class Questions(Wiring):
             reembed: whether all their songs are to be embedded again.
         """
         known = self.read_inventory(with_table=False, with_source=False).frame.drop_nulls("n_songs")
-        tiling, answered = {*self.tiling}, 0
+        tiling, answered, others = {*self.tiling}, 0, OtherRanges(self.cache)
 
         def plan() -> Iterator[FillPlan]:
             nonlocal answered
@@ -115,7 +117,8 @@ class Questions(Wiring):
                 self.stop.check()
                 generation = self.cache.look(song_range).last_generation + 1 if reembed else None
                 cached = self.cache.open(song_range, generation)
-                yield plan_fill(self.store.songs, cached, self.text_spec, None if reembed else self.server)
+                rejected_by, find = None if reembed else self.server, partial(others.find, song_range)
+                yield plan_fill(self.store.songs, cached, self.text_spec, rejected_by, find)
 
         estimate = estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
         return replace(estimate, n_songs=estimate.n_songs + answered)

@@ -145,8 +145,9 @@ class RunPlan:
             "Songs that changed since the last export are not in this plan: `songvec estimate` exports first",
             f"delete: {self._describe_deletions()}",
             f"embed: {each.n_texts:,} texts, about {each.n_tokens:,} tokens, about ${each.usd:,.4f}, "
-            f"{describe_seconds(each.hours * 3600)} at the full quota; {budget}, this month "
-            f"{self.month.describe()}{of_month}{'. ' if each.n_again else ''}{each.describe_again()}",
+            f"{describe_seconds(each.hours * 3600)} at the full quota; {each.n_reused:,} songs take the stored vector "
+            f"of their text; {budget}, this month {self.month.describe()}{of_month}"
+            f"{'. ' if each.n_again else ''}{each.describe_again()}",
             f"load: {load}",
             f"index: {index}",
             *self.boilerplate,

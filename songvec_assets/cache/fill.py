@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from msgspec.structs import replace
 
 from songvec_assets.cache import reembedding, texts, upkeep
 from songvec_assets.cache.cached_range import CachedRange, RangeFiles
 from songvec_assets.cache.context import SendContext
+from songvec_assets.cache.elsewhere import OtherRanges
 from songvec_assets.cache.manifest import Completion, Manifest, Rejection
 from songvec_assets.cache.model_cache import ModelCache, write_embeddings_to_file
 from songvec_assets.cache.parts import PIECE_ROWS
@@ -93,6 +94,11 @@ class Filler:
     _generation: int = 0
     _has_failed: bool = False
     _was_unavailable: bool = False
+
+    @cached_property
+    def others(self) -> OtherRanges:
+        """What ranges have that others may lack. Plans use it one after the other."""
+        return OtherRanges(self.cache)
 
     def fill_ranges(self, ranges: Sequence[SongIdRange], report: Callable[[FillReport], None]) -> None:
         """Fill ranges in order; after a failed range the next one is tried.
@@ -232,7 +238,7 @@ class _RangeFill:
         server = context.server if plan.has_rejected or rejected else ""
         counts = plan.report.n_songs, plan.report.n_rejected, plan.report.n_truncated
         filled = Completion(snapshot, filler.spec.identity, *counts, server, 0, b"")
-        await asyncio.to_thread(upkeep.complete, cached, filled, filler.retention_s, rejected)
+        await asyncio.to_thread(upkeep.complete, cached, filled, filler.retention_s, rejected, plan.spared)
 
     def _plan(self, song_range: SongIdRange, generation: int) -> tuple[CachedRange, FillPlan]:
         filler = self.filler
@@ -240,10 +246,11 @@ class _RangeFill:
         if cached.manifest.generation < generation:
             cached = filler.cache.open(song_range, generation)
         rejected_by = None if filler.retry_rejected or cached.replaces else filler.context.server
-        return cached, plan_fill(filler.snapshots, cached, filler.spec, rejected_by)
+        copy = partial(filler.others.copy, cached, check=filler.context.check_halted)
+        return cached, plan_fill(filler.snapshots, cached, filler.spec, rejected_by, copy)
 
     def _begin(self, cached: CachedRange, plan: FillPlan) -> None:
-        """Record deletions and the parts of killed runs, then store the reused vectors."""
+        """Record deletions and the parts of killed runs, then store the range's own vectors that are reused."""
         wanted = cached.manifest
         if plan.deleted:
             has_vector = {*cached.rows["song_id"], *(cached.replaces or cached).rows["song_id"]}

@@ -1,10 +1,10 @@
-"""What the cache lacks of a range's snapshot, and what filling it will cost. Writes nothing.
+"""What the cache lacks of a range's snapshot, and what filling it will cost. Writes nothing itself.
 
 When to add here: another count of a fill, or another reason to send a text. Keep out: sending (`requests`), storing
 (`fill`), and prices (`embedding.pricing`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -49,7 +49,7 @@ class FillReport:
         range: that is filled.
         n_songs: songs of the snapshot, including rejected ones.
         n_new, n_changed, n_deleted, n_reused, n_unchanged: compared with the cache before the fill; a reused vector is
-            that of another song with the same text, or of an older row of the song.
+            that of another song with the same text, in any range, or of an older row of the song.
         n_embedded: songs that got a vector from the provider.
         n_rejected: songs rejected by the export or by the provider.
         n_truncated: songs whose text was cut.
@@ -91,10 +91,13 @@ class FillPlan:
     Attributes:
         report: the counts of the plan.
         deleted: song_ids that are cached but no longer embeddable.
-        reused: songs (song_id, text_hash, row) whose text already has a vector, of another song or in an older row.
+        reused: songs (song_id, text_hash, row) whose text has a vector in this range, of another song or in an older
+            row.
         texts: to send.
         has_rejected: whether an earlier rejection by the provider still counts.
         made_otherwise: whether the cached texts were made with other settings.
+        spared: numbers of the rows that this fill does not drop, even if their songs now have other texts: if songs
+            changed their ids, another range may lack these texts.
     """
 
     report: FillReport
@@ -103,6 +106,7 @@ class FillPlan:
     texts: list[Text]
     has_rejected: bool = False
     made_otherwise: bool = False
+    spared: Sequence[int] | pl.Series = ()
 
     def estimate_tokens(self, estimator: TokenEstimator) -> int:
         """Estimated tokens of the texts to send."""
@@ -114,7 +118,13 @@ class FillPlan:
         return [each for each in self.texts if each.again] if self.made_otherwise else []
 
 
-def plan_fill(snapshots: Snapshots, cached: CachedRange, spec: TextSpec, rejected_by: str | None = None) -> FillPlan:
+def plan_fill(
+    snapshots: Snapshots,
+    cached: CachedRange,
+    spec: TextSpec,
+    rejected_by: str | None = None,
+    find_elsewhere: Callable[[pl.DataFrame], pl.DataFrame] = lambda songs: songs.clear(),
+) -> FillPlan:
     """Compare a range's snapshot with what is cached of it.
 
     Args:
@@ -123,6 +133,8 @@ def plan_fill(snapshots: Snapshots, cached: CachedRange, spec: TextSpec, rejecte
         spec: how songs become texts.
         rejected_by: the server whose earlier rejections count; songs rejected by another server are sent again. None:
             no earlier rejection counts.
+        find_elsewhere: see `OtherRanges`; returns those of some songs whose text need not be sent. Not called if the
+            range is embedded again on request.
 
     Raises:
         StoreError: there is no snapshot; its absence does not mean that the cached songs were deleted.
@@ -140,17 +152,12 @@ def plan_fill(snapshots: Snapshots, cached: CachedRange, spec: TextSpec, rejecte
     stored = cached.all_rows.join(missing, on="text_hash", how="semi")
     vectors = cached.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
     reused = missing.join(vectors, on="text_hash", how="inner", maintain_order="left")
-    unpaid = (
-        missing.join(vectors, on="text_hash", how="anti", maintain_order="left")
-        .group_by("text_hash", maintain_order=True)
-        .agg(pl.col("song_id"), (~pl.col("refused")).any().alias("again"))
-        .with_columns(rejected_before=pl.col("text_hash").is_in(rejected.filter(~holds)["text_hash"].implode()))
+    left = missing.join(vectors, on="text_hash", how="anti", maintain_order="left")
+    elsewhere = find_elsewhere(left.select("song_id", "text_hash") if cached.replaces is None else left.clear())
+    left = left.join(elsewhere, on="song_id", how="anti", maintain_order="left").with_columns(
+        rejected_before=pl.col("text_hash").is_in(rejected.filter(~holds)["text_hash"].implode())
     )
-    # one song per text to send; all other songs are cached or share such a text
-    texts = snapshots.render(cached.range, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
-    to_send = unpaid.join(texts, on="text_hash", how="inner", maintain_order="left").select(
-        "text", "text_hash", "song_id", pl.col("text").str.len_bytes().alias("n_bytes"), "again", "rejected_before"
-    )
+    sent = _render(snapshots, cached.range, spec, left)
     before = (cached.replaces or cached).rows
     known = pl.concat([before["song_id"], cached.rows["song_id"], rejected["song_id"]]).unique()
     deleted = known.filter(~known.is_in(hashes["song_id"].implode())).to_list()
@@ -162,15 +169,30 @@ def plan_fill(snapshots: Snapshots, cached: CachedRange, spec: TextSpec, rejecte
         n_new=n_new,
         n_changed=missing.height - n_new,
         n_deleted=len(deleted),
-        n_reused=reused.height,
+        n_reused=reused.height + elsewhere.height,
         n_unchanged=unchanged.height - n_refused,
         n_rejected=n_songs - hashes.height + n_refused,
         n_truncated=int(hashes["truncated"].sum()),
         n_bytes_damaged=sum(each.n_bytes for each in cached.manifest.files if each.name in cached.damaged),
     )
-    sent = [Text(*row) for row in to_send.iter_rows()]
     made_otherwise = is_made_otherwise(cached.storage, cached.files, spec)
-    return FillPlan(report, deleted, reused.select("song_id", "text_hash", "row"), sent, n_refused > 0, made_otherwise)
+    # of an interrupted fill, also the rows that it replaced
+    spared = () if made_otherwise else (cached.rows if cached.files.done else cached.all_rows)["row"]
+    reused = reused.select("song_id", "text_hash", "row")
+    return FillPlan(report, deleted, reused, sent, n_refused > 0, made_otherwise, spared)
+
+
+def _render(snapshots: Snapshots, song_range: SongIdRange, spec: TextSpec, songs: pl.DataFrame) -> list[Text]:
+    """The texts to send, each once."""
+    unpaid = songs.group_by("text_hash", maintain_order=True).agg(
+        pl.col("song_id"), (~pl.col("refused")).any().alias("again"), pl.col("rejected_before").first()
+    )
+    # one song per text to send; all other songs are cached or share such a text
+    texts = snapshots.render(song_range, spec, unpaid["song_id"].list.first()).select("text_hash", "text")
+    to_send = unpaid.join(texts, on="text_hash", how="inner", maintain_order="left").select(
+        "text", "text_hash", "song_id", pl.col("text").str.len_bytes().alias("n_bytes"), "again", "rejected_before"
+    )
+    return [Text(*row) for row in to_send.iter_rows()]
 
 
 def _compare(hashes: pl.DataFrame, rows: pl.DataFrame, refused: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -188,13 +210,13 @@ def _compare(hashes: pl.DataFrame, rows: pl.DataFrame, refused: pl.DataFrame) ->
 
 def estimate_fills(plans: Iterable[FillPlan], estimator: TokenEstimator, price: Price, quota: Quota) -> Estimate:
     """Tokens, dollars and hours of several plans together."""
-    n_songs = n_texts = n_tokens = n_again = n_tokens_again = 0
+    n_songs = n_texts = n_tokens = n_again = n_tokens_again = n_reused = 0
     for plan in plans:
         n_songs += plan.report.n_songs
         n_texts += len(plan.texts)
         n_tokens += plan.estimate_tokens(estimator)
+        n_reused += plan.report.n_reused
         n_again += len(plan.texts_again)
         n_tokens_again += sum(estimator.estimate(each.n_bytes for each in plan.texts_again))
-    return replace(
-        price.estimate(n_songs, n_texts, n_tokens, quota), n_again=n_again, usd_again=price.usd(n_tokens_again)
-    )
+    estimate = price.estimate(n_songs, n_texts, n_tokens, quota)
+    return replace(estimate, n_again=n_again, usd_again=price.usd(n_tokens_again), n_reused=n_reused)

@@ -5,7 +5,7 @@ Callers hold the range's lock. When to add here: another step that completes a r
 
 import dataclasses
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import polars as pl
 from msgspec.structs import replace
@@ -24,7 +24,13 @@ _MOST_FILES = 64
 _DEAD_SHARE = _PARTS_SHARE = 0.2
 
 
-def complete(cached: CachedRange, filled: Completion, retention_s: float, rejected: Collection[Rejection] = ()) -> None:
+def complete(
+    cached: CachedRange,
+    filled: Completion,
+    retention_s: float,
+    rejected: Collection[Rejection] = (),
+    spared: Sequence[int] | pl.Series = (),
+) -> None:
     """Record that a range is complete, and merge its files into one base if that is worth it.
 
     Args:
@@ -32,6 +38,7 @@ def complete(cached: CachedRange, filled: Completion, retention_s: float, reject
         filled: the snapshot, settings and counts of the fill; n_vectors, digest and ids are computed here.
         retention_s: seconds for which the vectors of deleted songs are kept.
         rejected: songs that the provider rejected in this fill.
+        spared: row numbers; these rows are not dropped, though they may no longer be valid. See `FillPlan`.
     """
     since = time.time() - retention_s if retention_s else float("inf")
     cached.add_written()
@@ -42,11 +49,13 @@ def complete(cached: CachedRange, filled: Completion, retention_s: float, reject
     filled = replace(filled, n_vectors=rows.height, digest=digest_rows(rows), ids=IdSums.of(rows["song_id"]))
     consumed = tuple(name for name in cached.manifest.consumed if name in cached.files.sizes)
     manifest = replace(cached.manifest, complete=filled, consumed=consumed)
-    n_dead = cached.n_rows - rows.height - kept.height
+    # an older text may come back: then its vector is reused
+    older = _older_rows(cached, kept)
+    recent = older.filter(pl.col("row").is_in(pl.Series(spared, dtype=pl.Int64).implode()))
+    n_dead = cached.n_rows - rows.height - kept.height - recent.height
     has_many_dead = n_dead > _DEAD_SHARE * cached.n_rows
     if has_many_dead or _is_merge_due(cached):
-        # an older text may come back: then its vector is reused
-        older = kept.clear() if has_many_dead else _older_rows(cached, kept)
+        older = recent if has_many_dead else older
         manifest = _merge(cached, manifest, pl.concat([older, kept]), rows)
     if manifest != cached.files.manifest:
         cached.save(manifest)

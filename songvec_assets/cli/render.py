@@ -97,6 +97,7 @@ def estimate_table(estimate: "Estimate", offline: bool) -> Table:
     usd = f"${estimate.usd:,.{2 if estimate.usd >= 1 else 4}f}"
     for name, value in {
         "Songs in the snapshot": f"{estimate.n_songs:,}",
+        "Songs whose text has a stored vector": f"{estimate.n_reused:,}",
         "Texts to embed": f"{estimate.n_texts:,}",
         "Tokens, about": f"{estimate.n_tokens:,}",
         "Cost, about": f"{usd} (a local model costs nothing)" if offline else usd,

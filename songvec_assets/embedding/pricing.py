@@ -25,6 +25,7 @@ class Estimate:
         usd: their price in dollars.
         hours: at the full quota.
         n_again, usd_again: number and price of the texts that are sent again only because settings changed.
+        n_reused: songs that get the stored vector of their text, for nothing.
     """
 
     n_songs: int
@@ -34,6 +35,7 @@ class Estimate:
     hours: float
     n_again: int = 0
     usd_again: float = 0.0
+    n_reused: int = 0
 
     def describe_again(self) -> str:
         """Why a run would stop for confirmation, in a sentence; empty if it would not."""

@@ -1,0 +1,115 @@
+"""Texts that other ranges of a model have vectors of: found by their hashes, and copied instead of paid for again.
+
+Songs that get other song_ids may move into other ranges. Of each range the first 64 bits of its text hashes are held:
+8 bytes per row, 96 MB for 12 million songs. Any row counts, also one of an older text or of a deleted song.
+When to add here: another source of stored vectors. Keep out: what a range lacks (`plan`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from songvec_assets.cache.cached_range import CachedRange
+from songvec_assets.cache.model_cache import ModelCache, write_embeddings_to_file
+from songvec_assets.cache.parts import PIECE_ROWS
+from songvec_assets.errors import StoreError
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.text import TEXT_HASH_BYTES
+
+_Keys = NDArray[np.uint64]
+_Take = Callable[[SongIdRange, pl.DataFrame], pl.DataFrame]
+
+
+@dataclass
+class OtherRanges:
+    """See the module. A range is read when it is needed, and again once its manifest changed. One thread at a time.
+
+    Attributes:
+        cache: of the model.
+    """
+
+    cache: ModelCache
+    _keys: dict[SongIdRange, tuple[str | None, _Keys]] = field(default_factory=dict)
+
+    def find(self, song_range: SongIdRange, songs: pl.DataFrame) -> pl.DataFrame:
+        """The songs whose text a range other than theirs has. Reads no vector, so that damaged ones count, too.
+
+        Args:
+            song_range: of the songs.
+            songs: columns song_id (Int32) and text_hash (Binary).
+        """
+        return self._take(song_range, songs, lambda _, here: here)
+
+    def copy(self, cached: CachedRange, songs: pl.DataFrame, check: Callable[[], None]) -> pl.DataFrame:
+        """Copy sound vectors of other ranges into a range; they are durable when this returns.
+
+        Args:
+            cached: the range of the songs; its lock is held.
+            songs: as in `find`.
+            check: called before each range that is copied from; raises to stop. What was copied before is kept.
+
+        Returns:
+            The songs that got a vector.
+        """
+
+        def take(other: SongIdRange, here: pl.DataFrame) -> pl.DataFrame:
+            check()
+            source = self._open(other)
+            if source is None:
+                return here.clear()
+            stored = source.all_rows.join(here, on="text_hash", how="semi")
+            vectors = source.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
+            copied = here.join(vectors, on="text_hash", how="inner", maintain_order="left")
+            for piece in copied.iter_slices(PIECE_ROWS):
+                embeddings = source.embeddings_at(piece["row"])
+                write_embeddings_to_file(cached, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
+            return copied
+
+        return self._take(cached.range, songs, take)
+
+    def _take(self, song_range: SongIdRange, songs: pl.DataFrame, take: _Take) -> pl.DataFrame:
+        """Offer each other range the songs whose texts it seems to have; the songs that were taken."""
+        # in the order of their keys, which makes each search several times faster
+        left = songs[np.argsort(_keys_of(songs))]
+        wanted = _keys_of(left)
+        for other in self.cache.ranges() if songs.height else ():
+            if other == song_range or left.is_empty():
+                continue
+            are_here = _are_in(wanted, self._read_keys(other))
+            if are_here.any():
+                taken = take(other, left.filter(are_here))
+                left = left.join(taken, on="song_id", how="anti", maintain_order="left")
+                wanted = _keys_of(left)
+        return songs.join(left, on="song_id", how="anti", maintain_order="left")
+
+    def _read_keys(self, song_range: SongIdRange) -> _Keys:
+        """The sorted keys of a range's rows."""
+        version, keys = self._keys.get(song_range, ("", np.empty(0, np.uint64)))
+        files = self.cache.look(song_range)
+        if version != files.version:
+            opened = self._open(song_range)
+            keys = np.sort(_keys_of(opened.all_rows)) if opened else keys
+            self._keys[song_range] = files.version, keys
+        return keys
+
+    def _open(self, song_range: SongIdRange) -> CachedRange | None:
+        try:
+            return self.cache.open(song_range)
+        except StoreError:  # its own fill and `songvec status` name it; the range that lacks texts is not at fault
+            return None
+
+
+def _keys_of(rows: pl.DataFrame) -> _Keys:
+    hashes = np.frombuffer(b"".join(rows["text_hash"].to_list()), dtype=f"V{TEXT_HASH_BYTES}")
+    return hashes.view("<u8")[:: TEXT_HASH_BYTES // 8]
+
+
+def _are_in(wanted: _Keys, stored: _Keys) -> NDArray[np.bool_]:
+    """Which of some keys are among stored ones; both in order."""
+    if not len(stored):
+        return np.zeros(len(wanted), dtype=np.bool_)
+    are_in: NDArray[np.bool_] = stored.take(np.searchsorted(stored, wanted), mode="clip") == wanted
+    return are_in
