@@ -189,10 +189,10 @@ def index_is_fresh(evidence: Evidence) -> Finding:
     table, wiring = evidence.wiring.table, evidence.wiring
     index, n_rows = table.index, table.count_rows()
     if index is None:
-        return Finding(False, "there is no valid index: materialize ivfflat_index")
+        return Finding(False, "there is no valid index: run `songvec index`")
     reason = plan_build(table, wiring.table_spec, wiring.index_settings, n_rows, index.n_changed).reason
     message = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
-    message = f"{reason}: materialize ivfflat_index" if reason else message
+    message = f"{reason}: run `songvec index`" if reason else message
     return Finding(reason is None, message, {"rows changed": index.n_changed, "lists": index.lists})
 
 
@@ -201,10 +201,10 @@ def recall_reaches_target(evidence: Evidence) -> Finding:
     wiring, target = evidence.wiring, evidence.wiring.settings.target_recall
     found = audit_recall(wiring.table, wiring.cache, target)
     if found is None:
-        return Finding(False, "there is no valid index to measure: materialize ivfflat_index", {"target": target})
+        return Finding(False, "there is no valid index to measure: run `songvec index`", {"target": target})
     message, point = f"{found.describe()}; {found.n_changed:,} rows changed since the index was built", found.chosen
     if not found.reached:
-        message += ": materialize ivfflat_index, which takes more probes or rebuilds it"
+        message += ": run `songvec index`, which takes more probes or rebuilds it"
     return Finding(
         found.reached,
         message,

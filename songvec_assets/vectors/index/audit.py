@@ -87,7 +87,7 @@ class IndexAudit:
     def describe(self) -> str:
         """One sentence."""
         if not self.valid:
-            return "the index is missing or invalid: materialize ivfflat_index"
+            return "the index is missing or invalid: run `songvec index`"
         if self.used:
             return f"the planner uses the index for {self.n_rows:,} rows"
         if self.should_be_used:

@@ -166,7 +166,7 @@ def swap_names(table: VectorTable, record: Callable[[sa.Connection], None], run:
             {"name": table.building_index},
         ):
             raise DatabaseError(
-                f"the build of {table.building_index} ended without a valid index: materialize ivfflat_index again",
+                f"the build of {table.building_index} ended without a valid index: run `songvec index` again",
                 "index.failed",
             )
         connection.execute(text(f"ALTER INDEX IF EXISTS {table.index_name} RENAME TO {table.replaced_index}"))

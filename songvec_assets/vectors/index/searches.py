@@ -122,7 +122,7 @@ class Searches:
             raise StoreError(
                 f"the cache in {cache.storage} holds {exact.n_rows - exact.n_missing:,} of the {exact.n_rows:,} rows "
                 f"that the ledger of table {table.name} names, so recall cannot be measured: fill the cache and load "
-                "it, then materialize ivfflat_index",
+                "it, then run `songvec index`",
                 "cache.missing",
             )
         exact_from = lists if spec and spec.vector_type == "vector" else math.inf
@@ -232,7 +232,7 @@ class Searches:
         if f'"{self.table.index_name}"' not in json.dumps(cursor.fetchone()[0]):
             raise DatabaseError(
                 f"expected the planner to take {self.table.index_name} with enable_seqscan off, it does not: "
-                "materialize ivfflat_index, which builds a valid one",
+                "run `songvec index`, which builds a valid one",
                 "index.failed",
             )
 

@@ -222,7 +222,7 @@ def _count(table: VectorTable) -> tuple[int, int]:
     with table.database.get_connection() as connection:
         if not table.exists(connection):
             raise TableMismatchError(
-                f"there is no table {table.name} yet: materialize song_embeddings_table first", "table.not-loaded"
+                f"there is no table {table.name} yet: load it first, with `songvec load`", "table.not-loaded"
             )
         n_changed = table.read_changes(connection)
     n_rows = table.count_rows()

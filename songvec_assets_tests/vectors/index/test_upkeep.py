@@ -151,7 +151,7 @@ class TestBuild:
         assert not build_index(table, cache, SPEC, table=STAGING).built
 
     def test_without_a_table_or_rows_it_is_refused(self, database: Database, cache: ModelCache) -> None:
-        with pytest.raises(TableMismatchError, match="materialize song_embeddings_table first"):
+        with pytest.raises(TableMismatchError, match="load it first, with `songvec load`"):
             bring(database, cache)
         VectorTable(database).ensure(SPEC)
         with pytest.raises(TableMismatchError, match=r"empty: .* load it first"):
