@@ -101,7 +101,7 @@ class Storage:
             StoreError: it cannot be written.
         """
         path = self.root / key
-        # one name per process, so that two writers never share a file
+        # one name per process, so that two of them never share a file; callers let one thread at a time write a key
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with _write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)

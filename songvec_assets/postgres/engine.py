@@ -29,8 +29,6 @@ from songvec_assets.postgres.urls import describe_url, libpq_uri, parse_url
 
 Profile = Literal["batch", "web", "parallel", "autocommit"]
 
-PROFILES: tuple[Profile, ...] = get_args(Profile)
-
 _POOLS: dict[Profile, dict[str, Any]] = {
     "batch": {"poolclass": NullPool},
     "web": {"pool_size": 5, "max_overflow": 10},

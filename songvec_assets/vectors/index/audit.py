@@ -14,6 +14,7 @@ from sqlalchemy import text
 
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
+from songvec_assets.vectors.index.neighbors import NEIGHBORS
 from songvec_assets.vectors.index.probes import search, set_probes
 from songvec_assets.vectors.index.recall import RecallReport, read_recall
 from songvec_assets.vectors.index.searches import Searches
@@ -22,7 +23,7 @@ from songvec_assets.vectors.table import TableSpec, VectorTable
 
 SAMPLE_ROWS = 1000
 
-_SHARED_SONGS, _NEIGHBORS = 50, 10
+_SHARED_SONGS = 50
 _INDEX_WORTH_FROM_ROWS = 50_000
 
 
@@ -104,7 +105,7 @@ def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
         plan = connection.scalar(
             text(
                 f"EXPLAIN (FORMAT JSON) SELECT song_id FROM {SERVING} "
-                f"ORDER BY embedding <=> CAST(:vector AS {spec.vector_type}) LIMIT {_NEIGHBORS}"
+                f"ORDER BY embedding <=> CAST(:vector AS {spec.vector_type}) LIMIT {NEIGHBORS}"
             ),
             {"vector": json.dumps(vector)},
         )
@@ -178,10 +179,10 @@ def find_neighbors(connection: sa.Connection, table: VectorTable, song_ids: list
     """The ten nearest others of some songs, as a table's searches find them."""
     statement = text(f"""
         SELECT song_id FROM {table.name} WHERE song_id <> :song_id
-        ORDER BY embedding <=> (SELECT embedding FROM {table.name} WHERE song_id = :song_id) LIMIT {_NEIGHBORS}
+        ORDER BY embedding <=> (SELECT embedding FROM {table.name} WHERE song_id = :song_id) LIMIT {NEIGHBORS}
     """)
 
     def fetch(song_id: int) -> Sequence[int]:
         return connection.scalars(statement, {"song_id": song_id}).all()
 
-    return {song_id: set(search(table, connection, partial(fetch, song_id), _NEIGHBORS)) for song_id in song_ids}
+    return {song_id: set(search(table, connection, partial(fetch, song_id), NEIGHBORS)) for song_id in song_ids}

@@ -1,6 +1,6 @@
 """Probes: how many lists of an IVFFlat index a search visits, and when it goes on to further lists.
 
-When to add here: another way to choose probes. Keep out: the recall of searches with n probes (`recall`).
+When to add here: another way to choose probes. Keep out: the recall of searches with n probes (`searches`).
 """
 
 import math

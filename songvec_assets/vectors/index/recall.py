@@ -19,6 +19,7 @@ from songvec_assets.vectors.table import VectorTable
 
 DEFAULT_TARGET = 0.95
 _ENOUGH = 0.99
+"""Up to here recall is measured in any case, so that the report shows what more probes than the target's would give."""
 _UNMEASURED_SHARE = 0.01
 
 
