@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy import text
 
 from songvec_assets.cache.model_cache import ModelCache
-from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.engine import Database, raw_cursor
+from songvec_assets.vectors.index.catalog import uses_index
 from songvec_assets.vectors.index.neighbors import NEIGHBORS
 from songvec_assets.vectors.index.probes import search, set_probes
 from songvec_assets.vectors.index.recall import RecallReport, read_recall
@@ -102,14 +103,10 @@ def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
     with database.get_connection() as connection:
         valid = table.read_lists(connection) is not None
         set_probes(connection, table.read_probes(connection))
-        plan = connection.scalar(
-            text(
-                f"EXPLAIN (FORMAT JSON) SELECT song_id FROM {SERVING} "
-                f"ORDER BY embedding <=> CAST(:vector AS {spec.vector_type}) LIMIT {NEIGHBORS}"
-            ),
-            {"vector": json.dumps(vector)},
-        )
-    return IndexAudit(valid, f'"{table.index_name}"' in json.dumps(plan), table.count_rows())
+        statement = f"SELECT song_id FROM {SERVING} ORDER BY embedding <=> %s LIMIT {NEIGHBORS}"
+        with raw_cursor(connection) as cursor:
+            is_used = uses_index(cursor, table.index_name, statement, json.dumps(vector))
+    return IndexAudit(valid, is_used, table.count_rows())
 
 
 def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> RecallReport | None:

@@ -4,6 +4,7 @@ When to add here: another fact of an index that the catalog knows. Keep out: whe
 is built (`build`).
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,3 +68,9 @@ def find_index(connection: sa.Connection, table: str, index: str) -> "sa.Row[Any
         """),
         {"index": index, "table": table},
     ).one_or_none()
+
+
+def uses_index(cursor: Any, index: str, search: str, vector: str) -> bool:
+    """Whether the planner takes an index for a search, whose only parameter is a vector."""
+    cursor.execute(f"EXPLAIN (FORMAT JSON) {search}", (vector,))
+    return f'"{index}"' in json.dumps(cursor.fetchone()[0])
