@@ -192,7 +192,7 @@ def index_is_used(evidence: Evidence) -> Finding:
 
 
 def index_is_fresh(evidence: Evidence) -> Finding:
-    """Have at most a fifth of the rows changed since the index was built?"""
+    """Do the lists still fit the rows, of which at most a fifth changed since the index was built?"""
     table, wiring = evidence.wiring.table, evidence.wiring
     index, n_rows = table.index, table.count_rows()
     if index is None:

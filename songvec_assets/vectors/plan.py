@@ -29,7 +29,7 @@ class LoadSource:
     Attributes:
         cache: of the table's model.
         tiling: how song_ids are divided into ranges.
-        snapshots: say what songs there are; only a swap reads them.
+        snapshots: say what songs there are; a load reads them only before a swap.
     """
 
     cache: ModelCache

@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import StoreError
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.vectors.index.catalog import BuiltIndex
-from songvec_assets.vectors.index.probes import SMALL_TABLE_ROWS, find_smallest
+from songvec_assets.vectors.catalog import SMALL_TABLE_ROWS, BuiltIndex
+from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.searches import STEP, RecallPoint, Searches
 from songvec_assets.vectors.table import VectorTable
 

@@ -20,7 +20,7 @@ from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.vectors.index.catalog import BuiltIndex, uses_index
+from songvec_assets.vectors.catalog import BuiltIndex, uses_index
 from songvec_assets.vectors.index.interval import estimate_share
 from songvec_assets.vectors.index.neighbors import (
     NEIGHBORS,
