@@ -17,6 +17,7 @@ import argparse
 import getpass
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -149,7 +150,7 @@ class Bench:
         measure = self._time(contestant, self._environment(url, place), place, n_songs)
         self._check(url, n_songs)
         execute(self.url, f"DROP DATABASE {name}")
-        subprocess.run(["rm", "-rf", str(place)], check=True)
+        shutil.rmtree(place)
         return measure
 
     def _environment(self, url: str, place: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ OF_NO_MODULE = {
     "cli/test_refusals.py": "of `commands`, without a process of its own",
     "search/test_docs.py": "of docs/search.md, over the songs of `search/conftest`",
     "search/test_doors.py": "of a search by Python, command and SQL, over the same songs",
+    "search/test_spelling.py": "of misspelt words in a search, through Python",
     "defs/test_surface.py": "of all names that users see, in `defs/` and `cli/`",
     "vectors/index/test_capacity.py": "of `sizing`, on servers with little memory or disk",
     "vectors/index/test_shared_memory.py": "of `build`, on a server with a small /dev/shm",

@@ -146,7 +146,7 @@ def test_an_interrupt_at_the_very_start_of_a_step_asks_it_to_stop_too():
 
         def work(emit, stopping=stopping):
             interrupt()
-            stopping.wait(0.5)
+            stopping.wait(LONG_S)
 
         with pytest.raises(KeyboardInterrupt):
             run_in_worker(work, report=ignore, stop=stopping.set)

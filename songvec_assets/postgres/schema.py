@@ -48,10 +48,7 @@ _HAS_VERSION_1 = """
 """
 # DROP EXTENSION … CASCADE drops functions that take a vector; from version 2 on, migrations can be run again
 _LACKS_FUNCTIONS = "SELECT to_regproc('songvec.search') IS NULL"
-_MAY_MIGRATE = """
-    SELECT coalesce(has_schema_privilege(to_regnamespace('songvec'), 'CREATE'),
-        has_database_privilege(current_database(), 'CREATE'))
-"""
+_MAY_MIGRATE = "SELECT has_schema_privilege('songvec', 'CREATE')"
 _MAY_RECORD = """
     SELECT current_setting('transaction_read_only') = 'off' AND has_table_privilege('songvec.settings', 'INSERT')
 """
@@ -91,7 +88,7 @@ def ensure_schema(database: Database) -> None:
         _ensure_extension(connection)
         if version > 1 and connection.scalar(text(_LACKS_FUNCTIONS)):
             version = 1
-        if version < len(migrations) and not connection.scalar(text(_MAY_MIGRATE)):
+        if 0 < version < len(migrations) and not connection.scalar(text(_MAY_MIGRATE)):
             raise DatabaseError(
                 f"schema songvec has version {version}, expected {len(migrations)}, and this user may not migrate it: "
                 "let its owner run `songvec status` once",

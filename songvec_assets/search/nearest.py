@@ -138,16 +138,13 @@ def search_songs(database: Database, source: SongsSource, query: Query) -> Seque
 
 def record_source(database: Database, source: SongsSource, columns: Sequence[str]) -> None:
     """Record the songs table, and the columns to filter by, for callers of the SQL functions; only if they changed."""
-    _ask(
-        database,
-        source,
-        Query(columns=columns),
-        f"""
-            INSERT INTO songvec.settings (key, value) VALUES ('search', {_SOURCE})
-            ON CONFLICT (key) DO UPDATE SET value = excluded.value WHERE settings.value <> excluded.value
-            RETURNING key
-        """,
-    )
+    statement = f"""
+        INSERT INTO songvec.settings (key, value)
+        SELECT 'search', described FROM (SELECT {_SOURCE} AS described) AS source
+        WHERE NOT EXISTS (SELECT FROM songvec.settings WHERE key = 'search' AND value = described)
+        ON CONFLICT (key) DO UPDATE SET value = excluded.value RETURNING key
+    """
+    _ask(database, source, Query(columns=columns), statement)
 
 
 def _ask(database: Database, source: SongsSource, query: Query, statement: str) -> list[Any]:

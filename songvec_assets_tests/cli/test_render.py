@@ -30,13 +30,13 @@ def test_a_run_has_a_row_per_asset_with_totals_over_its_ranges() -> None:
         for start in (0, 100)
     ]
     result = RunResult(list(fills), {"embedding_cache": 1.234})
-    (row,) = [line.split() for line in show(run_table(result)).splitlines() if "embedding_cache" in line]
+    (row,) = [line.split() for line in show(run_table(result, 100)).splitlines() if "embedding_cache" in line]
     assert row == ["embedding_cache", "2,010", "1.23", "14,000", "$1.0000", "10", "1,980", "0"]
-    assert run_table(RunResult()).row_count == 0
+    assert run_table(RunResult(), 100).row_count == 0
 
 
 def test_a_status_has_a_row_per_range_and_the_total_last() -> None:
-    lines = [line.split() for line in show(status_table(STATUS)).splitlines() if line.strip()]
+    lines = [line.split() for line in show(status_table(STATUS, 100)).splitlines() if line.strip()]
     assert lines[0][:3] == ["Range", "Songs", "New"]
     assert lines[-1] == ["all", "50", "2", "48", "1", "47", "47", "4", "1"]
 

@@ -277,6 +277,9 @@ class TestRefusals:
         assert "the password is wrong: correct POSTGRES_URL" in str(error_of(tcp_server.url("guarded", password)))
 
     def test_a_role_that_may_not_create_is_told_about_the_right(self, bare_url: str) -> None:
+        with as_role(Database(bare_url)) as seen, pytest.raises(DatabaseError, match="CREATE EXTENSION vector"):
+            ensure_schema(seen)
+        execute(bare_url, "CREATE EXTENSION vector")
         with as_role(Database(bare_url)) as seen, pytest.raises(DatabaseError) as caught:
             ensure_schema(seen)
         assert "permission denied for database" in str(caught.value)

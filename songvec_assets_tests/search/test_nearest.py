@@ -219,6 +219,16 @@ def test_the_comparison_of_two_tables_sees_ten_neighbours_of_each_song(
     assert [len(each) for each in found.values()] == [10, 10]
 
 
+def test_the_songs_table_is_recorded_when_it_changed_and_only_then(database: Database, source: SongsSource) -> None:
+    recorded = "SELECT value -> 'columns', xmin, xmax FROM songvec.settings WHERE key = 'search'"
+    record_source(database, source, ["artist"])
+    before = execute(database.adbc_uri, recorded)
+    record_source(database, source, ["artist"])
+    assert execute(database.adbc_uri, recorded) == before
+    record_source(database, source, ["name"])
+    assert execute(database.adbc_uri, recorded)[0][0] == ["name"]
+
+
 @pytest.mark.parametrize("isolation", ["READ COMMITTED", "AUTOCOMMIT"])
 def test_a_search_leaves_no_setting_behind_in_its_session(
     database: Database, indexed: SongsSource, isolation: str
