@@ -37,6 +37,7 @@ from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage import Storage
 from songvec_assets.vectors.index.build import create_index, swap_names
@@ -143,7 +144,7 @@ def measure(database: Database, cache: ModelCache, n_rows: int, n_rounds: int, w
     for song_ids, vectors in make_rows(n_rows, cache.dimensions):
         cached, _ = load_embeddings_from_cache(cache, tiling.range_of(song_ids[0]))
         write_embeddings_to_file(cached, song_ids, [hash_text(str(each)) for each in song_ids], vectors)
-    source = LoadSource(cache, tiling)
+    source = LoadSource(cache, tiling, Snapshots(cache.storage.within("songs")))
     upload_cached_embeddings_to_database(VectorTable(database, STAGING), source, spec)
     result = Result(n_rows, choose_lists(n_rows))
     with database.get_connection() as connection:

@@ -18,6 +18,7 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.storage import Storage
 from songvec_assets.vectors.load import N_CONNECTIONS, upload_cached_embeddings_to_database
 from songvec_assets.vectors.plan import LoadSource
@@ -267,7 +268,9 @@ def _load_changed(bench: Bench, cache: ModelCache, cache_bytes: int) -> Change:
     started = time.perf_counter()
     with bench.count_wal() as wal:
         loads = upload_cached_embeddings_to_database(
-            VectorTable(bench.database), LoadSource(cache, bench.tiling), bench.spec
+            VectorTable(bench.database),
+            LoadSource(cache, bench.tiling, Snapshots(cache.storage.within("songs"))),
+            bench.spec,
         )
     seconds = time.perf_counter() - started
     execute(bench.database.adbc_uri, f"VACUUM {SERVING}")

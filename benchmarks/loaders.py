@@ -28,6 +28,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.sessions import widen_send_buffer
 from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.vectors.copy import HEADER, TRAILER, encode_rows
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets.vectors.plan import LoadSource
@@ -101,7 +102,8 @@ def prepare_this(job: Job, n_connections: int) -> Load:
             while progress.total and len(marks) <= 100 * progress.done // progress.total:
                 marks.append(reported_at)
 
-        source, run = LoadSource(job.cache, job.tiling), RunContext(receive)
+        source = LoadSource(job.cache, job.tiling, Snapshots(job.cache.storage.within("songs")))
+        run = RunContext(receive)
         upload_cached_embeddings_to_database(VectorTable(database), source, job.spec, run, n_connections=n_connections)
         # its last report comes after the last commit, and before VACUUM
         return Loading(reported_at, [*marks[:100], reported_at])

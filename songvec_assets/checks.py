@@ -1,8 +1,8 @@
 """The data-quality checks: a function each, with the name of the check and its question as the docstring.
 
 A finding has figures, and one sentence that says what to do if something is wrong. When to add here: another check,
-with a row in docs/operations.md. Keep out: how a sample is taken or measured (the rooms below), and what a failed check
-stops (the face).
+with a row in docs/operations.md. Keep out: how a sample is taken or measured (the rooms below), and what a failed
+check stops (`Check.blocks` says it, the face does it).
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from songvec_assets.wiring import Wiring
 
 MAX_REJECTED_SHARE = 0.01
 _BILLED_OFF_BY = 0.25
+"""Bytes per token vary with the language of the songs, which an estimate knows from earlier runs only."""
 _FEW_TOKENS = 10_000
 _SANE_USD_PER_MILLION = (0.001, 10.0)
 _SANE_BYTES_PER_TOKEN = (1.0, 12.0)
@@ -121,9 +122,10 @@ def no_orphans(evidence: Evidence) -> Finding:
 def vectors_are_sound(evidence: Evidence) -> Finding:
     """Are all vectors of a sample finite, other than zero, and of the right size?"""
     audit = audit_vectors(evidence.wiring.database, evidence.wiring.table_spec)
+    cure = ": somebody else wrote them; delete these rows, then `songvec run` loads them again"
     return Finding(
         not audit.bad_song_ids,
-        f"{len(audit.bad_song_ids)} of {audit.n_sampled:,} sampled vectors are bad",
+        f"{len(audit.bad_song_ids)} of {audit.n_sampled:,} sampled vectors are bad{cure if audit.bad_song_ids else ''}",
         {
             "sampled": audit.n_sampled,
             "bad song_ids": str(audit.bad_song_ids[:20]),
@@ -137,8 +139,13 @@ def one_model(evidence: Evidence) -> Finding:
     loaded, spec = evidence.wiring.table.ledger.read_models(), evidence.wiring.table_spec
     models = {f"{model} ({dimensions})": n_songs for (model, dimensions), n_songs in loaded.items()}
     expected = f"{spec.model} ({spec.dimensions})"
-    message = f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}"
-    return Finding(list(models) == [expected], message, models)
+    message, passed = (
+        f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}",
+        [*models] == [expected],
+    )
+    if not passed:
+        message += ": set SONGVEC_EMBEDDING_MODEL and SONGVEC_EMBEDDING_DIMENSIONS to what is loaded, or `songvec swap`"
+    return Finding(passed, message, models)
 
 
 def billed_as_estimated(evidence: Evidence) -> Finding:
@@ -185,14 +192,14 @@ def index_is_used(evidence: Evidence) -> Finding:
 
 
 def index_is_fresh(evidence: Evidence) -> Finding:
-    """Have at most a fifth of the rows changed since the index was built?"""
+    """Do the lists still fit the rows, of which at most a fifth changed since the index was built?"""
     table, wiring = evidence.wiring.table, evidence.wiring
     index, n_rows = table.index, table.count_rows()
     if index is None:
-        return Finding(False, "there is no valid index: materialize ivfflat_index")
+        return Finding(False, "there is no valid index: run `songvec index`")
     reason = plan_build(table, wiring.table_spec, wiring.index_settings, n_rows, index.n_changed).reason
     message = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
-    message = f"{reason}: materialize ivfflat_index" if reason else message
+    message = f"{reason}: run `songvec index`" if reason else message
     return Finding(reason is None, message, {"rows changed": index.n_changed, "lists": index.lists})
 
 
@@ -201,10 +208,10 @@ def recall_reaches_target(evidence: Evidence) -> Finding:
     wiring, target = evidence.wiring, evidence.wiring.settings.target_recall
     found = audit_recall(wiring.table, wiring.cache, target)
     if found is None:
-        return Finding(False, "there is no valid index to measure: materialize ivfflat_index", {"target": target})
+        return Finding(False, "there is no valid index to measure: run `songvec index`", {"target": target})
     message, point = f"{found.describe()}; {found.n_changed:,} rows changed since the index was built", found.chosen
     if not found.reached:
-        message += ": materialize ivfflat_index, which takes more probes or rebuilds it"
+        message += ": run `songvec index`, which takes more probes or rebuilds it"
     return Finding(
         found.reached,
         message,

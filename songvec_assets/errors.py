@@ -1,4 +1,4 @@
-"""All errors that the package raises on purpose, in one tree.
+"""The tree of the errors that the package raises on purpose.
 
     SongvecError
     ├── SettingsError            a setting is missing or does not parse
@@ -23,6 +23,8 @@
     ├── AlertError               the webhook could not be notified
     └── StoppedError             the run was interrupted
 
+Two stand with what they report: `IncompleteExportError`, a DatabaseError, in `songs/reports`; and
+`MalformedResponseError`, a ProviderUnavailableError, in `embedding/wire`.
 A message says what was expected, what came and what to do. A `code` identifies the cause for scripts and for the list
 in docs/operations.md: that of the class, or a given one if a class has causes with different remedies.
 When to add here: an error that callers handle differently from all others. Keep out: messages, which are written where

@@ -16,11 +16,11 @@ from dotenv import dotenv_values
 from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.drift import ModelRecord
-from songvec_assets.errors import BudgetExceededError, DamagedCacheError, ProviderError, SongvecError, StoreError
+from songvec_assets.errors import SongvecError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
 from songvec_assets.questions import Questions
-from songvec_assets.reports import RunReport
+from songvec_assets.reports import RunReport, continues_without
 from songvec_assets.search import nearest
 from songvec_assets.searches import Searches
 from songvec_assets.settings import Settings, variables
@@ -155,8 +155,8 @@ class Pipeline(Questions, Searches):
             choices: see `EmbedChoices`.
 
         Raises:
-            SongvecError: what failed first. Ranges that are complete are loaded and indexed before it is raised;
-                `status()` says what is missing.
+            SongvecError: what failed first. If later steps can run without the ranges that failed, the others are
+                loaded and indexed before it is raised (see `continues_without`); `status()` says what is missing.
         """
         from songvec_assets.songs.reports import IncompleteExportError
 
@@ -165,7 +165,7 @@ class Pipeline(Questions, Searches):
         try:
             exported = self.export("all", progress, confirm_deletions)
         except IncompleteExportError as error:
-            if not error.is_partial:
+            if not continues_without("export", error, self.is_swap):
                 raise
             failures.append(error)
             exported = error.report
@@ -173,13 +173,15 @@ class Pipeline(Questions, Searches):
         ranges = [each.range for each in exported.ranges] if ranges is None else ranges
         try:
             filled = self.embed(ranges, progress, **choices)
-        except (BudgetExceededError, ProviderError, StoreError, DamagedCacheError) as error:
-            if self.settings.swap or not self.cache.ranges():  # an incomplete staging table would not be swapped in
+        except SongvecError as error:
+            if not continues_without("embed", error, self.is_swap) or not self.cache.ranges():
                 raise
             failures.append(error)
         try:
             loaded = self.load(progress)
-        except DamagedCacheError as error:
+        except SongvecError as error:
+            if not continues_without("load", error, self.is_swap):
+                raise
             failures.append(error)
         indexed = self.build_index(progress=progress)
         if failures:
@@ -206,7 +208,12 @@ class Pipeline(Questions, Searches):
         names = "embedding_model", "embedding_dimensions", "vector_type"
         given = {name: value for name, value in zip(names, (model, dimensions, vector_type), strict=True) if value}
         settings = Settings(**self.settings.model_dump(exclude_none=True) | given | {"swap": True})
-        return replace(self, settings=settings).run(progress=progress)
+        return self.with_settings(settings).run(progress=progress)
+
+    @property
+    def is_swap(self) -> bool:
+        """Whether a run builds a staging table to replace one of another model, size or type."""
+        return self.settings.swap and self.table.spec not in (None, self.table_spec)
 
     def roll_back(self, progress: ReportProgress = ignore_progress) -> TableSpec | None:
         """Make the previous table serve again; see `vectors.swap.roll_back`."""
@@ -234,7 +241,9 @@ class Pipeline(Questions, Searches):
         confirmed, limits = choices.get("confirm_reembedding") or reembed, (given.max_usd, given.max_usd_a_month)
         record = ModelRecord(self.database, given.model, given.dimensions, choices.get("confirm_model_change", False))
         shared = context.SendContext(
-            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
+            embedder_factory=lambda on_trouble: self.embedder(
+                estimator, on_trouble, replace(record, on_trouble=on_trouble).check
+            ),
             quota=self.quota,
             budget=Budget(self.price, self.database.get_engine("autocommit"), run or uuid4().hex, *limits),
             estimator=estimator,

@@ -138,6 +138,9 @@ def ignore_progress(_progress: Progress) -> None:
     """Show no progress."""
 
 
+INTERRUPTED = "interrupted; what was done so far is kept, and the same command goes on from there"
+
+
 class StopSignal:
     """Asks a step, possibly in another thread, to end early and keep what it has done."""
 
@@ -155,7 +158,7 @@ class StopSignal:
     def check(self) -> None:
         """Raise StoppedError if the step was asked to end."""
         if self._event.is_set():
-            raise StoppedError("interrupted; what was done so far is kept, and the same command goes on from there")
+            raise StoppedError(INTERRUPTED)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from songvec_assets.cache.elsewhere import OtherRanges
 from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
 from songvec_assets.embedding.budget import MonthSpending, read_month_spending
 from songvec_assets.embedding.pricing import Estimate
-from songvec_assets.errors import StoreError
 from songvec_assets.known import CachedOrLoaded
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.progress import RunContext
@@ -100,8 +99,11 @@ class Questions(Wiring):
         Args:
             ranges: to embed; None: all.
             reembed: whether all their songs are to be embedded again.
+
+        Raises:
+            StoreError: a snapshot cannot be read; without its songs the price would be too low.
         """
-        known = self.read_inventory(with_table=False, with_source=False).frame.drop_nulls("n_songs")
+        known = self.read_inventory(with_table=False, with_source=False).frame
         tiling, answered, others = {*self.tiling}, 0, OtherRanges(self.cache)
 
         def plan() -> Iterator[FillPlan]:
@@ -111,6 +113,8 @@ class Questions(Wiring):
                 # a range from before the stop was raised may hold songs of any range
                 if ranges is not None and song_range in tiling and song_range not in ranges:
                     continue
+                if n_songs is None and song_range not in self.store.songs:
+                    continue  # not exported: the plan is of the snapshots as they are
                 if is_answered and not reembed:
                     answered += n_songs
                     continue
@@ -132,15 +136,14 @@ class Questions(Wiring):
 
         Raises:
             ProviderError: the server's URL redirects to another one.
+            StoreError: a snapshot, or the list of cached ranges, cannot be read.
         """
         if not self.settings.offline:
             from songvec_assets.embedding.transport import check_redirect
 
             check_redirect(self.server)
-        try:
-            load = plan_load(self.table, self.load_source, RunContext(stop=self.stop))
-        except StoreError:
-            load = None
+        source, run = self.load_source, RunContext(stop=self.stop)
+        load = plan_load(self.table, source, run) if source.find_ranges() else None
         check_ids(self.source, self.tiling)
         counts = count_ranges(self.source, self.tiling)
         n_songs = get_numbers(counts)

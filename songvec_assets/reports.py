@@ -5,18 +5,21 @@ When to add here: the report of another method over the whole graph. Keep out: h
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
 
 from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.embedding.pricing import Estimate
+from songvec_assets.errors import BudgetExceededError, DamagedCacheError, ProviderError, SongvecError, StoreError
 from songvec_assets.progress import describe_seconds
 from songvec_assets.songs.absence import Absence
-from songvec_assets.vectors.index.catalog import IndexFacts
+from songvec_assets.vectors.catalog import IndexFacts
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.plan import LoadPlan
 from songvec_assets.vectors.swap import LoadReport
+
+Step = Literal["export", "embed", "load"]
 
 if TYPE_CHECKING:
     from songvec_assets.cache.plan import FillReport
@@ -31,6 +34,26 @@ class RunReport:
     embed: "list[FillReport]"
     load: LoadReport
     index: IndexReport
+
+
+_OF_SOME_RANGES: dict[Step, tuple[type[SongvecError], ...]] = {
+    "embed": (BudgetExceededError, ProviderError, StoreError),
+    "load": (DamagedCacheError,),
+}
+"""The errors that leave ranges undone, and not the whole step."""
+
+
+def continues_without(step: Step, error: Exception, is_swap: bool) -> bool:
+    """Whether the steps after a failed one run without the ranges that it left undone; if not, the run ends.
+
+    Args:
+        step: that failed.
+        error: why.
+        is_swap: whether a staging table is built of another model, size or type: incomplete it would not be swapped in.
+    """
+    if step == "export":
+        return bool(getattr(error, "is_partial", False))
+    return not is_swap and isinstance(error, _OF_SOME_RANGES[step])
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +155,11 @@ class RunPlan:
         """One line per step."""
         each, load, index = self.estimate, "nothing is cached yet", "there is none yet"
         budget = "no budget per run" if self.max_usd is None else f"the run's budget is ${self.max_usd:,.2f}"
+        damaged = self.load.damaged.items() if self.load else ()
         of_month = "" if self.max_usd_a_month is None else f" of ${self.max_usd_a_month:,.2f}"
         if self.load is not None:
             load = f"{self.load.n_changed:,} of {self.load.n_rows:,} rows cached so far are to be written"
+            load += "".join(f"; not range {each.key}, which cannot be read: {why}" for each, why in damaged)
         if self.index is not None:
             index = (
                 f"{self.index.lists:,} lists over {self.index.n_rows:,} rows; {self.index.n_changed:,} rows changed "

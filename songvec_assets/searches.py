@@ -15,7 +15,7 @@ from songvec_assets.errors import ProviderError, TableMismatchError
 from songvec_assets.search import lines, nearest
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.query import Condition, Mode, Query
-from songvec_assets.settings import DEMO_MODEL, LOCAL_MODELS
+from songvec_assets.settings import DEMO_MODEL, LOCAL_MODELS, Settings
 from songvec_assets.vectors.table import TableSpec
 from songvec_assets.wiring import Wiring
 
@@ -100,6 +100,12 @@ class Searches(Wiring):
             mismatch = nearest.check_server(spec, self.table_spec, self.server, error)
             raise mismatch or error from None
 
+    def with_settings(self, settings: Settings) -> Self:
+        """The same with other settings and the same opened database, which is closed and cancelled with this one."""
+        other = replace(self, settings=settings)
+        other.database = self.database
+        return other
+
     def as_loaded(self) -> Self:
         """The same for the model, size and type of the serving table: after a swap, searches need no new settings."""
         loaded = self.table.spec
@@ -113,4 +119,4 @@ class Searches(Wiring):
             "embedding_dimensions": loaded.dimensions,
             "vector_type": loaded.vector_type,
         }
-        return replace(self, settings=self.settings.model_copy(update=changed))
+        return self.with_settings(self.settings.model_copy(update=changed))

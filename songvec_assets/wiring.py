@@ -103,8 +103,6 @@ class Wiring:
     def bind(self) -> None:
         """Prepare storage root and database for writing, and record in each that they belong together.
 
-        Everything that writes to either starts with it.
-
         Raises:
             StoreError: they do not belong together.
             SourceError: they are new to each other, and the database has no songs: its URL may be mistyped.

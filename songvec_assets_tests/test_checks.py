@@ -97,11 +97,17 @@ def drop_index(url: str) -> None:
         ("texts_are_lyrics", stamp_lyrics, False, "LRC time stamps in 3"),
         ("no_orphans", delete_row, False, "39 rows, 40 of them in the ledger"),
         ("no_orphans", delete_song, True, "1 without a song"),
-        ("vectors_are_sound", zero_vector, False, "1 of 40 sampled vectors are bad"),
+        (
+            "vectors_are_sound",
+            zero_vector,
+            False,
+            "1 of 40 sampled vectors are bad: somebody else wrote them; delete",
+        ),
         ("one_model", another_model, False, "the ledger has other"),
-        ("index_is_used", drop_index, False, "materialize ivfflat_index"),
-        ("index_is_fresh", drop_index, False, "materialize ivfflat_index"),
-        ("recall_reaches_target", drop_index, False, "materialize ivfflat_index"),
+        ("one_model", another_model, False, ": set SONGVEC_EMBEDDING_MODEL and SONGVEC_EMBEDDING_DIMENSIONS to what"),
+        ("index_is_used", drop_index, False, "run `songvec index`"),
+        ("index_is_fresh", drop_index, False, "run `songvec index`"),
+        ("recall_reaches_target", drop_index, False, "run `songvec index`"),
     ],
 )
 def test_what_is_wrong_is_found_and_named(

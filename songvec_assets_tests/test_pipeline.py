@@ -86,6 +86,40 @@ def test_what_was_embedded_before_a_budget_ended_is_loaded_and_the_error_raised(
         assert songs.table.index is not None
 
 
+@pytest.mark.parametrize("dimensions", [64, 32])
+def test_an_allowed_swap_ends_the_run_only_if_the_table_is_another(
+    begin: Callable[..., Pipeline], songs: Callable[..., None], dimensions: int
+) -> None:
+    with begin() as first:
+        first.run()
+    songs((3, "Dune", "Dee", "sand"), (151, "Star", "Eve", "light"))
+    with begin(swap=True, embedding_dimensions=dimensions) as again:
+        again.export()
+        again.embed([FIRST])
+    with begin(swap=True, embedding_dimensions=dimensions, max_usd=0.0) as again:
+        with pytest.raises(BudgetExceededError):
+            again.run()
+        assert again.status().tables == {"song_embeddings": f"vector(64) by {again.settings.model}"}
+        assert again.table.count_rows() == (4 if dimensions == 64 else 3)
+
+
+def test_what_serves_another_model_uses_the_database_that_is_closed_and_cancelled(
+    begin: Callable[..., Pipeline],
+) -> None:
+    with begin() as songs:
+        songs.run()
+        songs.swap(dimensions=32)
+        loaded = songs.as_loaded()
+        assert loaded.settings.dimensions == 32
+        assert loaded.database is songs.database
+        with (
+            pytest.raises(songvec_assets.DatabaseError, match="cancel"),
+            loaded.database.get_connection() as connection,
+        ):
+            songs.cancel()
+            connection.exec_driver_sql("SELECT pg_sleep(30)")
+
+
 def test_a_range_that_fails_is_raised_after_the_others_are_done(begin: Callable[..., Pipeline]) -> None:
     with begin() as songs:
         songs.export()

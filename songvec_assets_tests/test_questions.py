@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from songvec_assets.errors import ProviderError, SourceError, TableMismatchError
+from songvec_assets.errors import ProviderError, SourceError, StoreError, TableMismatchError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
@@ -60,6 +60,25 @@ def test_a_dry_run_says_each_step_and_does_none(filled: Pipeline, provider: Prov
     assert provider.ledger()["requests"] == before
     provider.control(redirect="https://elsewhere.invalid/v1/embeddings")
     with pytest.raises(ProviderError, match="redirects"):
+        filled.dry_run()
+
+
+def test_a_snapshot_that_cannot_be_read_makes_no_estimate_cheaper(filled: Pipeline) -> None:
+    path = filled.storage_root / "songs" / f"{SECOND.key}.parquet"
+    path.write_bytes(b"no snapshot")
+    for ask in (filled.estimate, filled.dry_run, lambda: filled.estimate([SECOND])):
+        with pytest.raises(StoreError, match=r"is damaged .* remove it and export again"):
+            ask()
+    assert filled.estimate([FIRST]).n_songs == 2, "the other one is not asked for"
+    path.unlink()
+    assert filled.estimate().n_songs == 2, "not exported"
+
+
+def test_only_an_empty_cache_is_called_one(filled: Pipeline) -> None:
+    empty = Pipeline(filled.settings.model_copy(update={"embedding_dimensions": 32}))
+    assert empty.dry_run().load is None
+    (filled.cache.storage.root / "elsewhere").mkdir()
+    with pytest.raises(StoreError, match="elsewhere"):
         filled.dry_run()
 
 

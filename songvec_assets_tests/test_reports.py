@@ -10,8 +10,20 @@ import pytest
 
 from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.embedding.pricing import Estimate
-from songvec_assets.reports import RunPlan, Status
-from songvec_assets.vectors.index.catalog import IndexFacts
+from songvec_assets.errors import (
+    BudgetExceededError,
+    DamagedCacheError,
+    ProviderError,
+    ReembeddingError,
+    SettingsError,
+    StoppedError,
+    StoreError,
+)
+from songvec_assets.reports import RunPlan, Status, Step, continues_without
+from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.songs.reports import ExportReport, IncompleteExportError, RangeExport
+from songvec_assets.vectors.catalog import IndexFacts
+from songvec_assets.vectors.plan import LoadPlan
 
 COLUMNS = "key n_songs n_unexported n_cached n_rejected n_loaded n_indexed n_missing n_orphans".split()
 RANGES = pl.DataFrame(
@@ -80,7 +92,7 @@ def test_a_status_in_words_names_what_is_wrong() -> None:
         ({"max_usd": 5.0}, "the run's budget is $5.00"),
         ({"max_usd_a_month": 20.0}, "of $20.00"),
         ({}, "load: nothing is cached yet"),
-        ({"load": SimpleNamespace(n_changed=1200, n_rows=5000)}, "load: 1,200 of 5,000 rows cached so far"),
+        ({"load": SimpleNamespace(n_changed=1200, n_rows=5000, damaged={})}, "load: 1,200 of 5,000 rows cached so far"),
         ({}, "index: there is none yet"),
         ({"index": INDEX}, "index: 6 lists over 47 rows"),
         ({"boilerplate": ["lyrics: 3 have stamps"]}, "lyrics: 3 have stamps"),
@@ -96,3 +108,34 @@ def test_reports_are_frozen() -> None:
     for report in (STATUS, PLAN):
         with pytest.raises(FrozenInstanceError):
             report.index = INDEX  # type: ignore[misc, union-attr]
+
+
+def test_a_plan_names_the_ranges_that_a_load_could_not_read() -> None:
+    load = LoadPlan(frozenset(), 0, damaged={SongIdRange(100, 200): "manifest.json does not parse"})
+    [line] = [each for each in replace(PLAN, load=load).describe() if each.startswith("load: ")]
+    assert line.endswith("; not range 000000100-000000200, which cannot be read: manifest.json does not parse")
+
+
+DONE = RangeExport(SongIdRange(0, 100))
+FAILED = RangeExport(SongIdRange(100, 200), error=StoreError("the disk is full"))
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "goes_on"),
+    [
+        ("export", IncompleteExportError(ExportReport([DONE, FAILED])), True),
+        ("export", IncompleteExportError(ExportReport([FAILED])), False),
+        ("export", StoreError("another database's"), False),
+        ("embed", BudgetExceededError("over"), True),
+        ("embed", ProviderError("down"), True),
+        ("embed", StoreError("a range's manifest"), True),
+        ("embed", ReembeddingError("confirm it"), False),
+        ("embed", SettingsError("wrong"), False),
+        ("load", DamagedCacheError("a range"), True),
+        ("load", StoreError("nothing is cached"), False),
+        ("load", StoppedError("interrupted"), False),
+    ],
+)
+def test_a_run_goes_on_only_without_ranges_and_not_to_a_swap(step: Step, error: Exception, goes_on: bool) -> None:
+    assert continues_without(step, error, is_swap=False) is goes_on
+    assert continues_without(step, error, is_swap=True) is (goes_on and step == "export")

@@ -1,4 +1,4 @@
-"""An opened range of the cache: its valid rows, their vectors, and the one way to write the range.
+"""A range of the cache, as listed and as opened: its valid rows, their vectors, its writer and its manifest.
 
 Of a song's rows the last one is valid, in the order of the files, unless the manifest says that the song was rejected
 or deleted. Many processes may read a range; only the holder of its lock writes.

@@ -141,7 +141,7 @@ def plan_fill(
     """
     if cached.range not in snapshots:
         raise StoreError(
-            f"range {cached.range.key} has cached embeddings but no snapshot: materialize songs_parquet first",
+            f"range {cached.range.key} has cached embeddings but no snapshot: export first, with `songvec run`",
             "cache.missing",
         )
     hashes, n_songs = snapshots.read_text_hashes(cached.range, spec), snapshots.footer(cached.range).n_songs

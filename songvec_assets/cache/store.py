@@ -4,6 +4,7 @@ store.json                                 identity, range width, start and stop
 songs/<key>.parquet                        snapshots
 songs/looks.json                           how far exports by an updated_at column have looked
 embeddings/<model>-<dimensions>/texts.json     how their texts are made
+embeddings/<model>-<dimensions>/reembed.json   a request to embed songs again
 embeddings/<model>-<dimensions>/<key>/         parts, bases and the manifest of a range
 
 When to add here: another property of a whole store. Keep out: what is cached of a model (`model_cache`).
@@ -112,7 +113,7 @@ def find_store(root: Path, tiling: Tiling) -> Store | None:
     if store.tiling.stop > tiling.stop:
         raise StoreError(
             f"the tail of {root} begins at {store.tiling.stop}, SONGVEC_SONG_ID_STOP is {tiling.stop}: it may only "
-            "grow",
+            f"grow, so set it to {store.tiling.stop} or more",
             "store.other-ranges",
         )
     if store.tiling.start < tiling.start:

@@ -14,8 +14,18 @@ from itertools import chain
 import numpy as np
 
 from songvec_assets.cache.manifest import DataFile
-from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, PartIdentity, Rows, join_rows, open_part, write_part
+from songvec_assets.cache.parts import (
+    PIECE_ROWS,
+    CachedRows,
+    DamagedPartError,
+    PartIdentity,
+    Rows,
+    join_rows,
+    open_part,
+    write_part,
+)
 from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
+from songvec_assets.errors import StoreError
 from songvec_assets.storage import Storage
 
 GATHER_S = 0.5
@@ -48,7 +58,7 @@ class PartWriter:
 
         Raises:
             ValueError: a vector is zero, not finite, or of another size: nothing is written.
-            StoreError: the disk refuses.
+            StoreError: the disk refuses, or changed a part that was written before.
         """
         for each in batches:
             expected, shape = (len(each), self.identity.dimensions), each.embeddings.shape
@@ -82,11 +92,21 @@ class PartWriter:
         """Write small parts again as one. A crash in between leaves duplicate rows, which are harmless."""
         small, self._small = self._small, []
         keys = [f"{self.identity.range.key}/{each.name}" for each in small]
-        batches = [rows for key in keys for rows in open_part(self.storage.open(key), self.identity, key)]
+        batches = [rows for key in keys for rows in self._read(key)]
         self._write(join_rows(batches), (each.embeddings for each in batches))
         self.files = [each for each in self.files if each not in small]
         for key in keys:
             self.storage.delete(key)
+
+    def _read(self, key: str) -> list[CachedRows]:
+        try:
+            return open_part(self.storage.open(key), self.identity, key)
+        except (DamagedPartError, FileNotFoundError) as error:
+            raise StoreError(
+                f"{self.storage.describe(key)} was changed on disk since this run wrote it ({error}): check the disk, "
+                "then run again, which embeds again what is lost",
+                "store.damaged",
+            ) from error
 
 
 Answer = tuple[Sequence[int], Sequence[bytes], Float32Matrix]

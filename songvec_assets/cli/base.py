@@ -93,7 +93,7 @@ def make_pipeline(**overrides: Any) -> "Pipeline":
 
 def choose_span(pipeline: "Pipeline", ranges: str) -> "tuple[SongIdRange, SongIdRange]":
     """First and last range of a run: those given, else those of all that hold songs or cached vectors."""
-    from songvec_assets.defs.resources import parse_span
+    from songvec_assets.songs.ranges import parse_span
 
     if ranges:
         try:

@@ -23,6 +23,7 @@ from songvec_assets.defs.steps import (
     FillRecorder,
     budget_of,
     failing_clearly,
+    finding_incomplete,
     launched_keys,
     reembed_request_of,
     run_step,
@@ -78,7 +79,7 @@ songs = dg.AssetSpec(
 )
 def songs_parquet(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
     """Snapshots of the songs, from which later steps see what changed: one Parquet file per range of song_ids."""
-    with failing_clearly(), run.open() as pipeline:
+    with failing_clearly(), run.open() as pipeline, finding_incomplete("export", pipeline):
         return run_step(
             context,
             pipeline,
@@ -129,7 +130,7 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
 )
 def song_embeddings_table(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
     """The table that searches read, `song_embeddings`: equal to the cache, loaded in one transaction per range."""
-    with failing_clearly(), run.open() as pipeline:
+    with failing_clearly(), run.open() as pipeline, finding_incomplete("load", pipeline):
         return run_step(context, pipeline, pipeline.load, lambda report: reports.report_load(report, pipeline, context))
 
 

@@ -81,10 +81,11 @@ automation_sensor = dg.AutomationConditionSensorDefinition(
 def songs_source_sensor(context: dg.SensorEvaluationContext, run: RunResource) -> dg.SensorResult | dg.SkipReason:
     """See `look_at_source`."""
     with failing_clearly(), run.open() as pipeline:
-        look, quiet = look_at_source(pipeline.source, context.cursor)
-    if quiet:
+        found = look_at_source(pipeline.source, context.cursor)
+    look = found.look
+    if not found.changed:
         context.update_cursor(look.dump())
-        return dg.SkipReason(f"{quiet}: {look.state.describe()}")
+        return dg.SkipReason(f"{found.note}: {look.state.describe()}")
     return dg.SensorResult(asset_events=[_observe(look.state)], cursor=look.dump())
 
 

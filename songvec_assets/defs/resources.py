@@ -26,7 +26,7 @@ from songvec_assets.settings import (
     variable,
 )
 from songvec_assets.songs.export import ExportMode
-from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.ranges import SongIdRange, parse_span
 
 
 def options_of(group: type[BaseModel]) -> dict[str, str]:
@@ -59,7 +59,7 @@ class PostgresResource(with_options(PostgresSettings)):  # type: ignore[misc]
     """The database with the songs and the embeddings: POSTGRES_URL, or the embedded server if that is unset."""
 
     def get_engine(self, profile: Profile = "batch") -> sa.Engine:
-        """An SQLAlchemy engine with one of three pools: batch, web, parallel."""
+        """An SQLAlchemy engine with one of four pools: batch, web, parallel, autocommit."""
         return self._pipeline().database.get_engine(profile)
 
     @contextlib.contextmanager
@@ -73,7 +73,7 @@ class PostgresResource(with_options(PostgresSettings)):  # type: ignore[misc]
 
 
 class FireworksResource(with_options(ProviderSettings)):  # type: ignore[misc]
-    """The embeddings provider: Fireworks AI, or any OpenAI-compatible server; the offline model if no key is set."""
+    """The embeddings provider: Fireworks AI, or any OpenAI-compatible server; the demo's model if no key is set."""
 
 
 class StorageResource(with_options(StorageSettings)):  # type: ignore[misc]
@@ -186,21 +186,3 @@ def present_values(group: type[BaseModel], *names: str) -> dict[str, Any]:
     except SettingsError:
         return {}
     return {name: getattr(settings, name) for name in names}
-
-
-def parse_span(words: str, tiling: Tiling) -> tuple[SongIdRange, SongIdRange]:
-    """The first and last range of FIRST...LAST, or of one key.
-
-    Raises:
-        SettingsError: they are not ranges of the graph, or not in their order.
-    """
-    first, _, last = words.partition("...")
-    try:
-        span = SongIdRange.from_key(first.strip()), SongIdRange.from_key((last or first).strip())
-    except ValueError as error:
-        raise SettingsError(f"ranges: {error} for each end of FIRST...LAST", "settings.ranges") from error
-    if not {*span} <= {*tiling} or span[0] > span[1]:
-        raise SettingsError(
-            f"ranges: FIRST...LAST names no ranges of this graph in their order, got {words!r}", "settings.ranges"
-        )
-    return span

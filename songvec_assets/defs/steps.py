@@ -6,6 +6,7 @@ keeps what it has, and the log says how to continue. When to add here: what ever
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,16 +15,10 @@ import dagster as dg
 
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.defs import reports
-from songvec_assets.errors import (
-    BudgetExceededError,
-    DamagedCacheError,
-    ProviderError,
-    SongvecError,
-    StoppedError,
-    describe,
-)
+from songvec_assets.errors import SongvecError, StoppedError, describe
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.progress import Progress, ProgressLines, run_in_worker
+from songvec_assets.reports import Step, continues_without
 from songvec_assets.songs.reports import IncompleteExportError
 
 Report = TypeVar("Report")
@@ -61,27 +56,30 @@ def notify(item: object) -> None:
         listen(item)
 
 
-def find_incomplete(error: SongvecError) -> Incomplete | None:
-    """The ranges that an error names, if all others are done; None if it ends the run."""
-    if isinstance(error, IncompleteExportError) and error.is_partial:
-        return Incomplete(error.reasons)
-    # its message names the range
-    return Incomplete({describe(error): []}) if isinstance(error, DamagedCacheError) else None
-
-
 @contextlib.contextmanager
 def failing_clearly(
-    find: Callable[[SongvecError], Incomplete | None] = find_incomplete,
+    find: Callable[[SongvecError], Incomplete | None] = lambda _: None,
 ) -> Iterator[None]:
     """Turn the core's errors into failures that show the message and are not retried: retrying alone rarely helps.
 
     Args:
-        find: see `find_incomplete`.
+        find: what the error leaves undone, if the steps after this one run without that; None: it ends the run.
     """
     try:
         yield
     except SongvecError as error:
         raise fail(describe(error), find(error)) from error
+
+
+def finding_incomplete(step: Step, pipeline: Pipeline) -> AbstractContextManager[None]:
+    """As `failing_clearly`, for a step whose error names the ranges that it left undone."""
+
+    def find(error: SongvecError) -> Incomplete | None:
+        if not continues_without(step, error, pipeline.is_swap):
+            return None
+        return Incomplete(error.reasons if isinstance(error, IncompleteExportError) else {describe(error): []})
+
+    return failing_clearly(find)
 
 
 def fail(message: str, incomplete: Incomplete | None) -> dg.Failure:
@@ -192,27 +190,22 @@ class FillRecorder:
             dg.Failure: names them.
         """
         self._context.set_data_version(self._context.asset_key, dg.DataVersion(self._pipeline.cache.digest()))
-        failed = [each for each in self._reports if each.error is not None]
-        if failed:
-            named = "; ".join(f"{each.range.key}: {describe(each.error)}" for each in failed[:5])
-            raise fail(
-                f"{len(failed)} of {len(self._reports)} ranges are not complete: {named}", self._find_incomplete()
-            )
+        if failed := {each.range.key: each.error for each in self._reports if each.error is not None}:
+            named = "; ".join(f"{key}: {describe(error)}" for key, error in [*failed.items()][:5])
+            incomplete = self._find_incomplete(next(iter(failed.values())), {})
+            raise fail(f"{len(failed)} of {len(self._reports)} ranges are not complete: {named}", incomplete)
 
     def find_incomplete(self, error: SongvecError) -> Incomplete | None:
-        """What is incomplete if a budget or the provider ended the run: what was embedded before can be loaded."""
-        return self._find_incomplete(error) if isinstance(error, (BudgetExceededError, ProviderError)) else None
+        """What is incomplete if an error ended the step: what was embedded before can be loaded."""
+        return self._find_incomplete(error, {describe(error): []})
 
-    def _find_incomplete(self, stop: SongvecError | None = None) -> Incomplete | None:
-        serving, wanted = self._pipeline.table.spec, self._pipeline.table_spec
-        # another model's table would be built and indexed, and then refused because it is incomplete
-        is_swap = self._pipeline.settings.swap and serving not in (None, wanted)
-        if is_swap or not any(map(reports.count_vectors, self._reports)):
+    def _find_incomplete(self, error: Exception, reasons: dict[str, list[str]]) -> Incomplete | None:
+        is_continued = continues_without("embed", error, self._pipeline.is_swap)
+        if not is_continued or not any(map(reports.count_vectors, self._reports)):
             return None
-        reasons: dict[str, list[str]] = {} if stop is None else {describe(stop): []}
         for each in self._reports:
             if each.error is not None:
                 # a range that was stopped because another failed
-                reason = stop if stop and isinstance(each.error, StoppedError) else each.error
+                reason = error if isinstance(each.error, StoppedError) else each.error
                 reasons.setdefault(describe(reason), []).append(each.range.key)
         return Incomplete(reasons)

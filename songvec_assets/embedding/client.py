@@ -33,11 +33,10 @@ QUOTA_WINDOW_S = 60.0
 BASE_TIMEOUT_S, TOKENS_PER_SECOND, MAX_TIMEOUT_S = 60.0, 200.0, 600.0
 """The time limit of a request is what a slow server needs for it; after a time-out it doubles, up to the maximum."""
 FIRST_TIMEOUT_S = 600.0
-"""The first request of a process waits this long: a server may load its model for it, and Ollama aborts the load when
-the client hangs up (its issue 8006)."""
+"""For a process's first request: a server may load its model, and Ollama aborts that on a hang-up (its issue 8006)."""
 _PROBE = ["probe"]
-_N_CHECKS = 3
-_N_PROOFS = 2
+_N_CHECKS, _N_PROOFS = 3, 2
+"""Bad probes until a server counts as failing; good ones until texts count as at fault. One of either may be chance."""
 
 
 class _ProbeHooks(RequestHooks):
@@ -105,8 +104,7 @@ class EmbeddingClient(Embedder):
 
         Raises:
             RequestRefusedError: the server refuses this request; others may succeed.
-            RequestTooLargeError: the same, for its size.
-            RequestFailsError: the same: it fails equally again and again while others succeed.
+            RequestTooLargeError, RequestFailsError: the same, for its size; as it always fails while others succeed.
             ProviderUnavailableError: no good answer to any request within the patience.
             ProviderError: no request can succeed: key, model, billing, sizes.
             StoppedError: the stop signal was set before the request was sent.
@@ -116,7 +114,9 @@ class EmbeddingClient(Embedder):
         batch = replace(batch, n_tokens=batch.n_tokens + self.take_probe_tokens())
         if len(batch.bad) < len(texts) and batch.n_values != dialect.n_values:
             raise ProviderError(
-                f"expected vectors of {dialect.n_values} values, got {batch.n_values}", "provider.vector-size"
+                f"expected vectors of {dialect.n_values} values as before, got {batch.n_values}: another server "
+                "answers behind this URL: point FIREWORKS_BASE_URL at one model",
+                "provider.vector-size",
             )
         return batch
 

@@ -6,6 +6,7 @@ When to add here: another comparison of the probe's vector. Keep out: sending th
 """
 
 import base64
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,15 +28,17 @@ class ModelRecord:
         database: all runs on it compare with the same vector.
         model, dimensions: of the vector.
         is_confirmed: whether a different vector is expected, and replaces the recorded one.
+        on_trouble: called with a warning.
     """
 
     database: Database
     model: str
     dimensions: int
     is_confirmed: bool = False
+    on_trouble: Callable[[str], None] = lambda _: None
 
     def check(self, vector: Float32Matrix) -> None:
-        """Compare the probe's vector, (dimensions,), with the recorded one; record the first one of a model.
+        """Compare the probe's vector, (dimensions,), with the recorded one; record it if there is none to compare with.
 
         Raises:
             ModelChangedError: they differ, and that is not confirmed.
@@ -43,10 +46,18 @@ class ModelRecord:
         key = f"probe of {self.model}, {self.dimensions} values"
         encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         with self.database.get_connection() as connection:
-            recorded = schema.read_record(connection, key, bytes)
-            known = np.frombuffer(recorded or b"", dtype="<f4").astype(np.float64)
-            if len(known) != len(vector):  # nothing is recorded, or another version recorded it
+            if schema.read_fact(connection, key) is None:
                 schema.write_first_fact(connection, key, encoded)
+                return
+            recorded = schema.read_record(connection, key, bytes) or b""
+            known = np.frombuffer(recorded if len(recorded) == 4 * len(vector) else b"", dtype="<f4").astype(np.float64)
+            if not known.any() or not np.isfinite(known).all():
+                # kept, it would let every later change pass
+                schema.write_fact(connection, key, encoded)
+                self.on_trouble(
+                    f"the recorded probe of {self.model!r} cannot be read: it was replaced by this run's. A change of "
+                    "the model before this run would not have been noticed"
+                )
                 return
             cosine = float(known @ vector / np.linalg.norm(known) / np.linalg.norm(vector.astype(np.float64)))
             if cosine >= MIN_COSINE:

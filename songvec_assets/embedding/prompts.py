@@ -1,7 +1,7 @@
 """The prompts that models expect around queries and documents: defaults by the model's family. Pure.
 
 A prompt is a text that contains `{query}`, or `{text}`, once. When to add here: a family whose model card asks for one.
-Keep out: prompts from settings or from a store (see `Pipeline.prompts`).
+Keep out: prompts from settings or from a store (`cache.texts.choose_prompts`).
 
 Sources, as read in November 2026: the model cards of Qwen/Qwen3-Embedding-8B, intfloat/e5-large-v2,
 intfloat/multilingual-e5-large-instruct, Alibaba-NLP/gte-Qwen2-7B-instruct (a space after `Query:`, unlike Qwen3),

@@ -10,7 +10,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import psycopg2
 import sqlalchemy as sa
@@ -28,8 +28,6 @@ from songvec_assets.postgres.sessions import (
 from songvec_assets.postgres.urls import describe_url, libpq_uri, parse_url
 
 Profile = Literal["batch", "web", "parallel", "autocommit"]
-
-PROFILES: tuple[Profile, ...] = get_args(Profile)
 
 _POOLS: dict[Profile, dict[str, Any]] = {
     "batch": {"poolclass": NullPool},

@@ -35,14 +35,22 @@ def run_with_short_lock(
     Raises:
         DatabaseError: another session held a lock until the end; nothing was changed.
     """
+
+    def attempt() -> None:
+        with database.get_connection() as connection:
+            connection.execute(_SET_LOCK_TIMEOUT)
+            work(connection)
+
+    retry_for_lock(attempt, check, patience_s)
+
+
+def retry_for_lock(attempt: Callable[[], None], check: Callable[[], None], patience_s: float) -> None:
+    """Call `attempt` again while a statement in it gives up waiting for a lock; for the arguments see above."""
     deadline = time.monotonic() + patience_s
     while True:
         check()
         try:
-            with database.get_connection() as connection:
-                connection.execute(_SET_LOCK_TIMEOUT)
-                work(connection)
-                return
+            return attempt()
         except DatabaseError as error:
             if not is_lock_timeout(error) or time.monotonic() > deadline:
                 raise

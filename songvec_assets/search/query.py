@@ -78,8 +78,10 @@ class Query:
             raise SearchError("the query is empty: expected words, a song or a vector")
         if self.words is not None and len(self.words) > MAX_CHARS:
             raise SearchError(f"expected up to {MAX_CHARS} characters, got {len(self.words)}")
-        if self.vector is not None and (self.vector.ndim != 1 or not np.isfinite(self.vector).all()):
-            raise SearchError(f"expected a vector of finite values, got one of shape {self.vector.shape} or others")
+        if self.vector is not None and self.vector.ndim != 1:
+            raise SearchError(f"expected a 1-d vector of finite values, got shape {self.vector.shape}")
+        if self.vector is not None and not np.isfinite(self.vector).all():
+            raise SearchError("expected a 1-d vector of finite values, got one with NaN or infinity")
         if self.song_id is not None and not -(2**31) <= self.song_id < 2**31:
             raise SearchError(f"song {self.song_id} has no vector in the table", "search.unknown-song")
         for condition in self.where:

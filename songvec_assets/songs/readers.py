@@ -23,7 +23,7 @@ from songvec_assets.errors import SourceError, StoppedError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.messages import read_database_error
 from songvec_assets.postgres.sessions import CONNECT_ARGS
-from songvec_assets.progress import RunContext
+from songvec_assets.progress import INTERRUPTED, RunContext
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.source import SONGS, SONGS_AS_BYTES, SongsSource
 from songvec_assets.songs.text import FIELDS
@@ -72,7 +72,7 @@ class Reader:
         failure: adbc.Error | None = None
         for pause_s in _PAUSES_S:
             if self._ended.wait(pause_s):
-                raise StoppedError("interrupted")
+                raise StoppedError(INTERRUPTED)
             try:
                 if self._connection is None:
                     self._connection = adbc.connect(self._address)
@@ -147,7 +147,7 @@ class Readers:
 
     def _lend(self, work: Callable[[Reader, Item], Result], item: Item) -> Result:
         if self._ended.is_set():
-            raise StoppedError("interrupted")
+            raise StoppedError(INTERRUPTED)
         reader = self._idle.get()
         try:
             return work(reader, item)

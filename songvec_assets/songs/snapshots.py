@@ -75,8 +75,8 @@ class Snapshots:
             file = self._open(song_range)
             if not {*columns} <= {*file.schema_arrow.names}:
                 raise StoreError(
-                    f"{self.storage.describe(_key(song_range))} was written by an earlier version: materialize "
-                    "songs_parquet, which exports the range again"
+                    f"{self.storage.describe(_key(song_range))} was written by an earlier version: export "
+                    "again, with `songvec run`, which replaces it"
                 )
             if song_ids is None:
                 return pl.DataFrame(file.read(columns))
@@ -93,8 +93,8 @@ class Snapshots:
 
     def _damaged(self, song_range: SongIdRange, why: Exception | str) -> StoreError:
         return StoreError(
-            f"{self.storage.describe(_key(song_range))} is damaged ({why}): remove it and materialize songs_parquet, "
-            "which exports the range again",
+            f"{self.storage.describe(_key(song_range))} is damaged ({why}): remove it and export again, "
+            "with `songvec run`",
             "store.damaged",
         )
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.source import DIGEST, SongsSource, literal
+
+CHANGED, UNCHANGED = "a song's text or id changed", "nothing changed"
 
 
 @dataclass(frozen=True)
@@ -16,24 +19,22 @@ class SourceState:
     """Cheap measurements of the source table.
 
     Attributes:
-        n_songs: rows.
+        ids: of all rows; ids of more than 31 bits by their remainder.
         highest_id: highest song_id; None if there are no rows.
         newest: the latest time of the updated_at column, as text; None if there is none.
-        sum_of_ids: of all rows; "0" if there are none.
         n_writes: rows inserted, updated and deleted, by the server's statistics; None if they are incomplete: for
             views, foreign tables, and tables with a foreign partition.
     """
 
-    n_songs: int
+    ids: IdSums
     highest_id: int | None
     newest: str | None
-    sum_of_ids: str
     n_writes: int | None
 
     @property
-    def ids(self) -> tuple[int, int | None, str]:
-        """Equal for equal sets of song_ids, and almost never for others."""
-        return self.n_songs, self.highest_id, self.sum_of_ids
+    def n_songs(self) -> int:
+        """Rows."""
+        return self.ids.n_rows
 
     def describe(self) -> str:
         """One line."""
@@ -44,12 +45,14 @@ class SourceState:
 def measure_source(source: SongsSource) -> SourceState:
     """Measure the source; index-only scans, if possible."""
     newest = f"max({source.updated_at})::text" if source.updated_at else "NULL"
-    [row] = source.fetch(f"""
+    # squares of larger ids would overflow
+    sums = IdSums.columns(f"({source.song_id} % {2**31 - 1})")
+    [(n_rows, total, squares, *rest)] = source.fetch(f"""
         WITH RECURSIVE part (oid) AS (
             SELECT to_regclass({literal(source.relation)})::oid
             UNION SELECT inhrelid FROM pg_inherits JOIN part ON inhparent = part.oid
         )
-        SELECT count(*), max({source.song_id}), {newest}, coalesce(sum({source.song_id}), 0)::text, (
+        SELECT {sums}, max({source.song_id}), {newest}, (
             SELECT sum(
                 pg_stat_get_tuples_inserted(oid) + pg_stat_get_tuples_updated(oid) + pg_stat_get_tuples_deleted(oid)
             )::bigint
@@ -58,7 +61,7 @@ def measure_source(source: SongsSource) -> SourceState:
         )
         FROM {source.relation}
     """)
-    return SourceState(*row)
+    return SourceState(IdSums(n_rows, total or 0, squares or 0), *rest)
 
 
 def digest_source(source: SongsSource) -> str:
@@ -121,38 +124,50 @@ class SourceLook:
             return False
         return not self.is_current or self._may_differ(state) or state.ids != self.state.ids
 
-    def judge(self, state: SourceState, digest: Digest | None) -> "tuple[SourceLook, str | None]":
+    def judge(self, state: SourceState, digest: Digest | None) -> "Found":
         """Compare with the last look.
 
         Args:
             state: the current one.
             digest: of the current texts; None: it was not taken.
-
-        Returns:
-            The look to compare with next time, and the reason why nothing is reported; None as the reason: a song's
-            text or id changed.
         """
         if state.ids != self.state.ids:
-            return replace(self, state=state, digest=digest or self.digest, is_current=digest is not None), None
+            look = replace(self, state=state, digest=digest or self.digest, is_current=digest is not None)
+            return Found(look, True, CHANGED)
         may_differ = self._may_differ(state)
         if digest is None:
             waits = may_differ or not self.is_current
             # the old state is kept, so that the texts written since are still compared
             later = "texts are compared later: comparing takes a twentieth of the time at most"
-            return self, later if waits else "nothing changed"
+            return Found(self, False, later if waits else UNCHANGED)
         known = replace(self, state=state, digest=digest, is_current=True)
         # a digest of other songs says nothing about these
         differs = self.digest.value != digest.value if self.is_current else may_differ
         if differs:
-            return known, None
-        return known, "rows were written, but no song's text or id changed" if may_differ else "nothing changed"
+            return Found(known, True, CHANGED)
+        return Found(known, False, "rows were written, but no song's text or id changed" if may_differ else UNCHANGED)
 
     def _may_differ(self, state: SourceState) -> bool:
         """Whether the server counted writes, or cannot count them."""
         return state.n_writes is None or state.n_writes != self.state.n_writes
 
 
-def look_at_source(source: SongsSource, cursor: str | None) -> "tuple[SourceLook, str | None]":
+@dataclass(frozen=True)
+class Found:
+    """What a look at the source found.
+
+    Attributes:
+        look: to compare with next time.
+        changed: whether a song's text or id changed since the last look.
+        note: what is known, in words.
+    """
+
+    look: SourceLook
+    changed: bool
+    note: str
+
+
+def look_at_source(source: SongsSource, cursor: str | None) -> Found:
     """Look whether a song's text or id changed since the last look.
 
     Args:
@@ -160,7 +175,7 @@ def look_at_source(source: SongsSource, cursor: str | None) -> "tuple[SourceLook
         cursor: the last look's `dump`; None or anything else: this is the first look.
 
     Returns:
-        See `SourceLook.judge`; a first look counts as a change.
+        A first look counts as a change.
     """
     before = SourceLook.load(cursor, source)
     state, now = measure_source(source), time.time()
@@ -170,4 +185,6 @@ def look_at_source(source: SongsSource, cursor: str | None) -> "tuple[SourceLook
     began = time.monotonic()
     value = digest_source(source)
     digest = Digest(value, now, time.monotonic() - began)
-    return (SourceLook(source.identity, state, digest), None) if before is None else before.judge(state, digest)
+    if before is None:
+        return Found(SourceLook(source.identity, state, digest), True, CHANGED)
+    return before.judge(state, digest)

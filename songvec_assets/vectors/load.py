@@ -202,8 +202,8 @@ class _Load:
                     raise DamagedCacheError(
                         f"{cached.describe} was changed on disk: the vectors of {int(wrong.sum())} or more songs do "
                         f"not fit their checksums (song_id {named}, …). They are discarded and the range was not "
-                        f"loaded: materialize embedding_cache for {cached.range.key}, which embeds those songs again, "
-                        "then load again"
+                        f"loaded: run `songvec run --ranges {cached.range.key}`, which embeds those songs again, "
+                        "and loads them"
                     )
                 yield rows
                 self.report(len(rows), cached.range.key)

@@ -6,7 +6,6 @@ here: another reason to load a range, or to refuse it. Keep out: the load itself
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import polars as pl
 
@@ -17,7 +16,6 @@ from songvec_assets.progress import SILENT, RunContext
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import Snapshots
-from songvec_assets.storage import Storage
 from songvec_assets.vectors.ledger import SERVING, LedgerEntry
 from songvec_assets.vectors.table import VectorTable
 
@@ -31,26 +29,29 @@ class LoadSource:
     Attributes:
         cache: of the table's model.
         tiling: how song_ids are divided into ranges.
-        snapshots: say what songs there are; only a swap reads them.
+        snapshots: say what songs there are; a load reads them only before a swap.
     """
 
     cache: ModelCache
     tiling: Tiling
-    snapshots: Snapshots = field(default_factory=lambda: Snapshots(Storage(Path())))
+    snapshots: Snapshots
+
+    def find_ranges(self) -> list[SongIdRange]:
+        """The ranges that are cached, as song_ids are divided now."""
+        tiles = set(self.tiling)
+        return [song_range for song_range in self.cache.ranges() if song_range in tiles]
 
     def ranges(self) -> list[SongIdRange]:
-        """The ranges that are cached, as song_ids are divided now.
+        """See `find_ranges`.
 
         Raises:
-            StoreError: none is: nothing was ever filled.
+            StoreError: none is cached: nothing was ever filled.
         """
-        tiles = set(self.tiling)
-        ranges = [song_range for song_range in self.cache.ranges() if song_range in tiles]
+        ranges = self.find_ranges()
         if not ranges:
             raise StoreError(
                 f"no embeddings are cached for model {self.cache.model!r} in {self.cache.storage}: fill the cache "
-                "first, with `songvec run`, or with `dagster asset materialize --select '*' --partition-range "
-                "FIRST...LAST`",
+                "first, with `songvec run`",
                 "cache.missing",
             )
         return ranges
@@ -190,8 +191,8 @@ def check_whole(cached: CachedRange, loaded: pl.DataFrame | None = None) -> None
         named = "; ".join(f"{name}: {why}" for name, why in cached.damaged.items()) or "none"
         raise DamagedCacheError(
             f"{cached.describe} was changed on disk: {len(cached.damaged):,} files cannot be read ({named}), and "
-            f"the vectors of {n_lost:,} loaded songs are lost. The range was not loaded: materialize "
-            f"embedding_cache for {cached.range.key}, which embeds again what is lost, then load again"
+            f"the vectors of {n_lost:,} loaded songs are lost. The range was not loaded: run `songvec "
+            f"run --ranges {cached.range.key}`, which embeds again what is lost, and loads it"
         )
 
 

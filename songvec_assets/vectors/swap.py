@@ -21,7 +21,7 @@ from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import load
 from songvec_assets.vectors.index.audit import Comparison, compare_tables
 from songvec_assets.vectors.index.preflight import check_attachments, check_target, find_attachments
-from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.index.upkeep import CHANGED_SHARE, IndexReport, IndexSettings, bring_index_up_to_date
 from songvec_assets.vectors.ledger import PREVIOUS, SERVING, STAGING, LedgerEntry
 from songvec_assets.vectors.load import RangeLoad
 from songvec_assets.vectors.plan import LoadPlan, LoadSource, check_missing, plan_load, read_loadable
@@ -30,8 +30,6 @@ from songvec_assets.vectors.table import TableSpec, VectorTable
 LOCK = "publish"  # as earlier releases call it, which may run at the same time
 """Held by each run that loads, stages, swaps or drops: one at a time."""
 
-STAGED_SHARE = 0.2
-"""If more rows changed, a new index is due anyway, and a table without an index is loaded five times as fast."""
 STAGED_FROM_ROWS = 20_000
 """Fewer rows are loaded in seconds, even under the index."""
 
@@ -147,9 +145,14 @@ def bring_table_up_to_date(
     serving, staging = VectorTable(database), VectorTable(database, STAGING)
     with _hold_lock(database, run) as check_held:
         plan = plan_load(serving, source, run)
-        target = _choose_target(serving, wanted, plan, check_held)
+        target = _choose_target(serving, wanted, plan)
         is_staged, n_unmanaged = target.table == staging, plan.n_unmanaged
-        if is_staged:
+        if not is_staged:
+            with database.get_connection() as connection:
+                if staging.read_spec(connection) == wanted.spec:  # left by a load that was killed
+                    check_held()
+                    staging.drop(connection)
+        else:
             check_missing(serving, source, "the cache", source.ranges(), lambda each: read_loadable(source, each), run)
             check_held()
             plan = plan_load(staging, source, run)
@@ -174,7 +177,7 @@ def _hold_lock(database: Database, run: RunContext) -> AbstractContextManager[Ca
     return hold_lock(database, LOCK, on_wait=lambda: run.report(waiting), check=run.check_stop)
 
 
-def _choose_target(serving: VectorTable, wanted: WantedTable, plan: LoadPlan, check_held: Callable[[], None]) -> Target:
+def _choose_target(serving: VectorTable, wanted: WantedTable, plan: LoadPlan) -> Target:
     database, spec = serving.database, wanted.spec
     staging = check_loadable(database, wanted, plan.models)
     if staging != serving:
@@ -185,10 +188,8 @@ def _choose_target(serving: VectorTable, wanted: WantedTable, plan: LoadPlan, ch
         return Target(serving, f"{changes}, and there is no index yet that they would slow down")
     with database.get_connection() as connection:
         staged = staging.read_spec(connection)
-        if plan.n_changed <= max(wanted.staged_from_rows, STAGED_SHARE * plan.n_rows):
-            if staged == spec:  # left by a load that was killed
-                check_held()
-                staging.drop(connection)
+        # if more changed, a new index is due anyway, and a table without an index is loaded five times as fast
+        if plan.n_changed <= max(wanted.staged_from_rows, CHANGED_SHARE * plan.n_rows):
             return Target(serving, f"{changes}: few enough to be loaded under the index")
         attachments = find_attachments(connection, serving)
     if plan.n_unmanaged:

@@ -20,8 +20,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.vectors.index.catalog import BuiltIndex, IndexFacts, find_index
-from songvec_assets.vectors.index.probes import choose_probes
+from songvec_assets.vectors.catalog import BuiltIndex, IndexFacts, choose_probes, find_index
 from songvec_assets.vectors.ledger import PREVIOUS, SERVING, STAGING, Records
 
 _ID_SUMS = IdSums.columns("song_id")

@@ -200,7 +200,7 @@ def test_a_range_without_a_snapshot_is_left_as_it_is(songs: Songs, run: Run, pro
     reports: list[FillReport] = []
     run().filler().fill_ranges(list(TILING), reports.append)
     assert [type(report.error) for report in reports] == [StoreError]
-    assert "songs_parquet" in str(reports[0].error)
+    assert "export first, with `songvec run`" in str(reports[0].error)
     assert_stored(first, plain_texts(range(1, 9)))
 
 

@@ -95,7 +95,9 @@ def test_another_width_is_refused_by_the_name_of_its_setting(root, width):
 
 def test_a_lower_stop_is_refused_by_the_name_of_its_setting(root):
     store = open_store(root, TILING)
-    with pytest.raises(StoreError, match="begins at 1000, SONGVEC_SONG_ID_STOP is 900"):
+    with pytest.raises(
+        StoreError, match="begins at 1000, SONGVEC_SONG_ID_STOP is 900: it may only grow, so set it to 1000 or more"
+    ):
         open_store(root, Tiling(100, 900))
     assert open_store(root, TILING) == store
 

@@ -135,6 +135,16 @@ def test_small_parts_of_one_writer_become_one(cache):
     assert sorted(content_of(cache.open(RANGE))) == list(range(64))
 
 
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"ARROW1")])
+def test_a_small_part_that_the_disk_changed_ends_the_range_with_words(cache, harm):
+    writer = cache.open(RANGE).writer
+    for song_id in range(63):
+        writer.write([CachedRows.of([song_id], hashes_of([song_id]), vectors_of([song_id]))])
+    harm(cache.storage.root / RANGE.key / writer.files[7].name)
+    with pytest.raises(StoreError, match=r"was changed on disk since this run wrote it \(.+\): check the disk"):
+        writer.write([CachedRows.of([63], hashes_of([63]), vectors_of([63]))])
+
+
 def test_a_write_that_the_disk_refuses_is_told_and_the_next_one_goes_on(cache, monkeypatch):
     put(cache, [1, 2])
     with monkeypatch.context() as broken:

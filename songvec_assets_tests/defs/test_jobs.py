@@ -15,12 +15,11 @@ from songvec_assets.defs.resources import FireworksResource, PostgresResource, R
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable, bring_table_up_to_date
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.provider import Provider
-from songvec_assets_tests.vectors.conftest import SPEC, put
+from songvec_assets_tests.vectors.conftest import SPEC, put, source_of
 from songvec_assets_tests.vectors.conftest import TILING as SMALL_TILING
 
 pytestmark = pytest.mark.slow
@@ -132,7 +131,7 @@ def test_the_rollback_job_lets_the_table_before_serve_again(
     cache = ModelCache(Storage(tmp_path / "embeddings"), SPEC.model, SPEC.dimensions)
     put(cache, range(30))
     for spec in (SPEC, TableSpec(SPEC.model, SPEC.dimensions, "halfvec")):
-        bring_table_up_to_date(database, LoadSource(cache, SMALL_TILING), WantedTable(spec, may_swap=True))
+        bring_table_up_to_date(database, source_of(cache, SMALL_TILING), WantedTable(spec, may_swap=True))
     monkeypatch.setenv("POSTGRES_URL", database.url)
     monkeypatch.setenv("FIREWORKS_API_KEY", "never-used")
     with dg.DagsterInstance.ephemeral() as instance:

@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 
 from songvec_assets.defs import steps
-from songvec_assets.defs.steps import CONTINUE, Incomplete, failing_clearly, find_incomplete, listener, run_step
+from songvec_assets.defs.steps import CONTINUE, Incomplete, failing_clearly, finding_incomplete, listener, run_step
 from songvec_assets.errors import DamagedCacheError, ProviderError, StoreError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.progress import Progress
@@ -31,12 +31,15 @@ def test_an_error_of_ours_fails_the_step_with_its_words_and_code_and_is_not_retr
         1 / 0  # noqa: B018 - an error that is not ours
 
 
-def test_what_the_steps_after_it_can_do_without_is_told_to_who_listens(heard: list[object]) -> None:
-    with pytest.raises(dg.Failure) as failed, failing_clearly():
+def test_what_the_steps_after_it_can_do_without_is_told_to_who_listens(pipeline: Pipeline, heard: list[object]) -> None:
+    with pytest.raises(dg.Failure) as failed, finding_incomplete("load", pipeline):
         raise DamagedCacheError("range a is damaged")
     assert str(failed.value.description).endswith(CONTINUE)
     assert heard == [Incomplete({"range a is damaged [cache.damaged]": []})]
-    assert find_incomplete(StoreError("another database's")) is None
+    with pytest.raises(dg.Failure) as failed, finding_incomplete("load", pipeline):
+        raise StoreError("another database's")
+    assert not str(failed.value.description).endswith(CONTINUE)
+    assert len(heard) == 1
 
 
 def test_runs_of_a_backfill_share_a_budget_and_re_executions_a_request_to_re_embed() -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from songvec_assets.embedding.drift import ModelRecord
 from songvec_assets.errors import ModelChangedError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
+from songvec_assets_tests.administration import execute
 from songvec_assets_tests.cache.filling import export, plain_songs
 from songvec_assets_tests.conftest import make_pipeline
-from songvec_assets_tests.provider import Provider
+from songvec_assets_tests.provider import Provider, vector_of
 
 Songs = Callable[..., None]
 Embed = Callable[..., int]
@@ -58,6 +60,24 @@ def test_a_change_that_is_confirmed_is_what_later_runs_compare_with(embed: Embed
     provider.control()
     with pytest.raises(ModelChangedError):
         embed()
+
+
+@pytest.mark.parametrize("recorded", ["7", '"AAAA"', '"?"', '{"a": 1}'])
+def test_a_recorded_probe_that_cannot_be_read_is_replaced_with_a_warning(
+    embed: Embed, database: Database, provider: Provider, recorded: str
+) -> None:
+    embed()
+    execute(database.adbc_uri, f"UPDATE songvec.settings SET value = '{recorded}' WHERE key LIKE 'probe of %'")
+    warnings: list[str] = []
+    pipeline = make_pipeline(database, provider, Path())
+    vector, given = vector_of("probe", 64), pipeline.settings
+    record = ModelRecord(database, given.model, given.dimensions, on_trouble=warnings.append)
+    record.check(vector)
+    assert ["cannot be read: it was replaced" in each for each in warnings] == [True]
+    with pytest.raises(ModelChangedError):
+        record.check(-vector)
+    record.check(vector)
+    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize(("turn", "ends"), [(0.02, False), (0.1, True)])

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from songvec_assets.cli import app, base
 from songvec_assets.errors import SearchError, SongvecError
 from songvec_assets.pipeline import Pipeline
-from songvec_assets.search.query import parse_condition
+from songvec_assets.search.query import Query, parse_condition
 from songvec_assets.vectors.swap import drop_others
 from songvec_assets_tests.administration import execute, wait_until
 from songvec_assets_tests.provider import Provider
@@ -220,6 +220,17 @@ class TestRefusals:
             pipeline.search(query, **options)
         assert refused.value.code == code, refused.value
         assert songs_provider.ledger()["requests"] == n_sent
+
+    @pytest.mark.parametrize(
+        ("vector", "words"),
+        [
+            (np.ones((2, 64)), r"^expected a 1-d vector of finite values, got shape \(2, 64\)$"),
+            (np.full(64, np.nan), "got one with NaN or infinity$"),
+        ],
+    )
+    def test_a_vector_with_words_for_what_is_wrong(self, vector: Any, words: str) -> None:
+        with pytest.raises(SearchError, match=words):
+            Query.of(vector, "vector")
 
     @pytest.mark.parametrize(
         ("call", "code"),

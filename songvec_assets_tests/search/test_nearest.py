@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import ProviderError, TableMismatchError
 from songvec_assets.pipeline import Pipeline
-from songvec_assets.postgres.engine import PROFILES, Database, Profile
+from songvec_assets.postgres.engine import Database, Profile
 from songvec_assets.postgres.messages import ReportingCursor
 from songvec_assets.postgres.schema import write_fact
 from songvec_assets.search.nearest import Hit, check_searchable, embed_query, record_source, search_songs
@@ -147,7 +147,7 @@ def test_searches_share_one_pooled_connection(database: Database, source: SongsS
     def note(profile: Profile) -> Callable[..., None]:
         return lambda *_: opened.append(profile)
 
-    listeners = {profile: note(profile) for profile in PROFILES}
+    listeners = {profile: note(profile) for profile in get_args(Profile)}
     for profile, listener in listeners.items():
         sa.event.listen(database.get_engine(profile), "connect", listener)
     for _ in range(3):

@@ -679,7 +679,7 @@ class TestHashes:
         for each in stored(tmp_path).ranges():
             make_old(path_of(tmp_path, each), columns)
         with pytest.raises(
-            StoreError, match=r"000000000-000000100\.parquet was written by an earlier version: materialize"
+            StoreError, match=r"000000000-000000100\.parquet was written by an earlier version: export again"
         ):
             stored(tmp_path).read_text_hashes(FIRST, TextSpec())
         assert stored(tmp_path).digest_all() == digest

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from songvec_assets.errors import SettingsError
-from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
+from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling, parse_span
 
 PROFILE = settings(deadline=None)
 
@@ -32,6 +32,17 @@ def tilings(draw):
 @given(ranges())
 def test_a_key_names_its_range_and_no_other(song_range):
     assert SongIdRange.from_key(song_range.key) == song_range
+
+
+def test_a_span_is_two_ranges_of_the_tiling_in_order_or_one():
+    tiling = Tiling(100, 300)
+    first, second, tail = SongIdRange(0, 100), SongIdRange(100, 200), tiling.tail
+    assert parse_span(f"{first.key} ... {tail.key}", tiling) == (first, tail)
+    assert parse_span(second.key, tiling) == (second, second)
+    for words in ("", "x", f"{second.key}...{first.key}", f"{first.key}...{SongIdRange(100, 300).key}"):
+        with pytest.raises(SettingsError, match=r"FIRST\.\.\.LAST") as refused:
+            parse_span(words, tiling)
+        assert refused.value.code == "settings.ranges"
 
 
 def test_keys_look_as_documented():

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 
 from songvec_assets.postgres.engine import Database
+from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets.songs.watch import Digest, SourceLook, SourceState, look_at_source, measure_source
 from songvec_assets_tests.administration import execute
 
 SONGS = "(id integer PRIMARY KEY, name text, artist text, lyrics text, plays integer DEFAULT 0, at timestamptz)"
+SONGS_BIG = "CREATE TABLE songs (id bigint PRIMARY KEY, name text, artist text, lyrics text)"
 ROWS = "(1, 'Sea', 'Ann', 'waves'), (2, 'Hill', 'Ben', 'stones')"
 QUIET = "rows were written, but no song's text or id changed"
 
@@ -37,10 +39,10 @@ def create(database: Database, kind: str) -> SourceNames:
 
 
 def look(database: Database, names: SourceNames, cursor: str | None) -> tuple[str, str | None]:
-    """The server counts what a session wrote when that ends."""
+    """A look's cursor, and why it is quiet. The server counts what a session wrote when that ends."""
     execute(database.adbc_uri, "SELECT pg_stat_force_next_flush()")
-    seen, quiet = look_at_source(find_source(database, names), cursor)
-    return seen.dump(), quiet
+    found = look_at_source(find_source(database, names), cursor)
+    return found.look.dump(), None if found.changed else found.note
 
 
 @pytest.mark.parametrize("kind", ["table", "partitioned", "inherited", "view"])
@@ -118,21 +120,35 @@ def test_a_cursor_of_another_version_is_taken_for_none(database: Database, curso
     assert look(database, replace(names, lyrics_column="artist"), now)[1] is None, "other columns"
 
 
+def test_ids_of_the_same_number_sum_and_maximum_are_not_the_same_and_none_is_too_large(database: Database) -> None:
+    execute(database.adbc_uri, SONGS_BIG)
+    source = find_source(database, SourceNames())
+    states = []
+    for ids in ("1, 4, 9", "2, 3, 9", "-3, 9000000000000000000, 9223372036854775807"):
+        execute(database.adbc_uri, f"TRUNCATE songs; INSERT INTO songs SELECT unnest(ARRAY[{ids}]::bigint[])")
+        states.append(measure_source(source))
+    assert [each.n_songs for each in states] == [3, 3, 3]
+    assert states[0].highest_id == states[1].highest_id
+    assert len({each.ids for each in states}) == 3
+
+
 def test_a_digest_takes_a_twentieth_of_the_time_at_most() -> None:
-    state = SourceState(2, 2, None, "3", 7)
+    state = SourceState(IdSums(2, 3, 5), 2, None, 7)
     seen = SourceLook("s", state, Digest("a", at=1_000.0, took_s=3.0), is_current=True)
     assert not seen.wants_digest(state, now=9_999.0), "nothing was written"
-    written, more = replace(state, n_writes=8), SourceState(3, 3, None, "6", 9)
+    written, more = replace(state, n_writes=8), SourceState(IdSums(3, 6, 14), 3, None, 9)
     assert [seen.wants_digest(written, now) for now in (1_059.0, 1_060.0, 900.0)] == [False, True, True]
     view = replace(seen, state=replace(state, n_writes=None))
     assert [view.wants_digest(view.state, now) for now in (1_059.0, 1_060.0)] == [False, True]
-    waiting, quiet = seen.judge(written, None)
-    assert (waiting, "compared later" in (quiet or "")) == (seen, True), "it is not forgotten"
-    grown, quiet = seen.judge(more, None)
-    assert (quiet, grown.is_current) == (None, False), "songs that came are reported at once"
+    waiting = seen.judge(written, None)
+    assert (waiting.look, waiting.changed) == (seen, False), "it is not forgotten"
+    assert "compared later" in waiting.note
+    found = seen.judge(more, None)
+    grown = found.look
+    assert (found.changed, grown.is_current) == (True, False), "songs that came are reported at once"
     assert grown.wants_digest(more, now=1_060.0)
-    assert grown.judge(more, Digest("b", 1_060.0, 3.0))[1] == "nothing changed", "since those were reported"
-    assert grown.judge(replace(more, n_writes=10), Digest("b", 1_060.0, 3.0))[1] is None
+    assert not grown.judge(more, Digest("b", 1_060.0, 3.0)).changed, "since those were reported"
+    assert grown.judge(replace(more, n_writes=10), Digest("b", 1_060.0, 3.0)).changed
 
 
 def test_a_view_and_a_column_of_times_are_looked_at_as_they_can_be(database: Database) -> None:

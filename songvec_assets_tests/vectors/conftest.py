@@ -14,6 +14,7 @@ from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_ca
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage import Storage
 from songvec_assets.vectors.load import RangeLoad, upload_cached_embeddings_to_database
@@ -92,6 +93,11 @@ def damage(cache: ModelCache, song_id: int, version: int = 0) -> None:
     path.write_bytes(content)
 
 
+def source_of(cache: ModelCache, tiling: Tiling = TILING) -> LoadSource:
+    """A cache with the snapshots beside it: none, unless a test writes some."""
+    return LoadSource(cache, tiling, Snapshots(Storage(cache.storage.root.parent / "songs")))
+
+
 def load(database: Database, cache: ModelCache, spec: TableSpec = SPEC) -> dict[str, tuple[int, int, int]]:
     """Load the cache; each range's rows, rows written and rows deleted."""
     return reported(upload(database, cache, spec))
@@ -108,7 +114,7 @@ def upload(
 ) -> list[RangeLoad]:
     """Load the cache into the serving table."""
     run = RunContext(progress, stop or StopSignal())
-    return upload_cached_embeddings_to_database(VectorTable(database), LoadSource(cache, tiling), spec, run, **options)
+    return upload_cached_embeddings_to_database(VectorTable(database), source_of(cache, tiling), spec, run, **options)
 
 
 class CallingStop(StopSignal):

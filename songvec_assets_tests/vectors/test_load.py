@@ -403,9 +403,7 @@ class TestDamage:
     ) -> None:
         put(cache, [*range(20), *range(100, 120), *range(200, 220)])
         damage(cache, 107)
-        with pytest.raises(
-            DamagedCacheError, match=r"song_id 107,.*materialize embedding_cache for 000000100"
-        ) as caught:
+        with pytest.raises(DamagedCacheError, match=r"song_id 107,.*run `songvec run --ranges 000000100") as caught:
             load(database, cache)
         assert cache.storage.describe(SECOND.key) in str(caught.value)
         assert read_vectors(database) == vectors_of([*range(20), *range(200, 220)])
@@ -460,7 +458,7 @@ class TestDamage:
             path.unlink()
         put(cache, [105], version=1)
         for _ in range(2):
-            with pytest.raises(DamagedCacheError, match=r"materialize embedding_cache for 000000000-000000100"):
+            with pytest.raises(DamagedCacheError, match=r"run `songvec run --ranges 000000000-000000100"):
                 load(database, cache)
             assert {song_id for song_id in read_vectors(database) if song_id < 100} == {*range(20)}
             assert cache.read_manifest(FIRST).complete is None, "the next fill compares"

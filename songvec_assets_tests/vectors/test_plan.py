@@ -12,10 +12,10 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import DamagedCacheError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.plan import LoadSource, plan_load
+from songvec_assets.vectors.plan import plan_load
 from songvec_assets.vectors.swap import WantedTable, bring_table_up_to_date
 from songvec_assets.vectors.table import VectorTable
-from songvec_assets_tests.vectors.conftest import FIRST, SECOND, SPEC, TILING, complete, load, put, read_writers
+from songvec_assets_tests.vectors.conftest import FIRST, SECOND, SPEC, complete, load, put, read_writers, source_of
 from songvec_assets_tests.vectors.indexes import build_index
 
 
@@ -29,7 +29,7 @@ class TestPlan:
         manifest = cache.storage.root / SECOND.key / "manifest.json"
         manifest.write_bytes(b"no manifest")
         before = read_folder(cache.storage.root), read_writers(database)
-        plan = plan_load(VectorTable(database), LoadSource(cache, TILING))
+        plan = plan_load(VectorTable(database), source_of(cache))
         assert (plan.changed, plan.unchanged, plan.n_changed, list(plan.damaged)) == ({FIRST: 100}, {}, 1, [SECOND])
         assert (read_folder(cache.storage.root), read_writers(database)) == before
         with pytest.raises(DamagedCacheError, match=r"manifest\.json does not parse"):
@@ -50,7 +50,7 @@ class TestNothingToDo:
         put(cache, range(150))
         for song_range in (FIRST, SECOND):
             complete(cache, song_range)
-        wanted, source = WantedTable(SPEC), LoadSource(cache, TILING)
+        wanted, source = WantedTable(SPEC), source_of(cache)
         bring_table_up_to_date(database, source, wanted)
         build_index(database, cache)
         opened: list[str] = []

@@ -13,7 +13,9 @@ import sqlalchemy as sa
 from sqlalchemy import text
 
 from songvec_assets.cache.model_cache import ModelCache
-from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.engine import Database, raw_cursor
+from songvec_assets.vectors.catalog import uses_index
+from songvec_assets.vectors.index.neighbors import NEIGHBORS
 from songvec_assets.vectors.index.probes import search, set_probes
 from songvec_assets.vectors.index.recall import RecallReport, read_recall
 from songvec_assets.vectors.index.searches import Searches
@@ -22,7 +24,7 @@ from songvec_assets.vectors.table import TableSpec, VectorTable
 
 SAMPLE_ROWS = 1000
 
-_SHARED_SONGS, _NEIGHBORS = 50, 10
+_SHARED_SONGS = 50
 _INDEX_WORTH_FROM_ROWS = 50_000
 
 
@@ -87,7 +89,7 @@ class IndexAudit:
     def describe(self) -> str:
         """One sentence."""
         if not self.valid:
-            return "the index is missing or invalid: materialize ivfflat_index"
+            return "the index is missing or invalid: run `songvec index`"
         if self.used:
             return f"the planner uses the index for {self.n_rows:,} rows"
         if self.should_be_used:
@@ -101,14 +103,10 @@ def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
     with database.get_connection() as connection:
         valid = table.read_lists(connection) is not None
         set_probes(connection, table.read_probes(connection))
-        plan = connection.scalar(
-            text(
-                f"EXPLAIN (FORMAT JSON) SELECT song_id FROM {SERVING} "
-                f"ORDER BY embedding <=> CAST(:vector AS {spec.vector_type}) LIMIT {_NEIGHBORS}"
-            ),
-            {"vector": json.dumps(vector)},
-        )
-    return IndexAudit(valid, f'"{table.index_name}"' in json.dumps(plan), table.count_rows())
+        statement = f"SELECT song_id FROM {SERVING} ORDER BY embedding <=> %s LIMIT {NEIGHBORS}"
+        with raw_cursor(connection) as cursor:
+            is_used = uses_index(cursor, table.index_name, statement, json.dumps(vector))
+    return IndexAudit(valid, is_used, table.count_rows())
 
 
 def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> RecallReport | None:
@@ -178,10 +176,10 @@ def find_neighbors(connection: sa.Connection, table: VectorTable, song_ids: list
     """The ten nearest others of some songs, as a table's searches find them."""
     statement = text(f"""
         SELECT song_id FROM {table.name} WHERE song_id <> :song_id
-        ORDER BY embedding <=> (SELECT embedding FROM {table.name} WHERE song_id = :song_id) LIMIT {_NEIGHBORS}
+        ORDER BY embedding <=> (SELECT embedding FROM {table.name} WHERE song_id = :song_id) LIMIT {NEIGHBORS}
     """)
 
     def fetch(song_id: int) -> Sequence[int]:
         return connection.scalars(statement, {"song_id": song_id}).all()
 
-    return {song_id: set(search(table, connection, partial(fetch, song_id), _NEIGHBORS)) for song_id in song_ids}
+    return {song_id: set(search(table, connection, partial(fetch, song_id), NEIGHBORS)) for song_id in song_ids}

@@ -17,7 +17,7 @@ from sqlalchemy import text
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.messages import lacks_shared_memory
-from songvec_assets.postgres.short_lock import is_lock_timeout, run_with_short_lock
+from songvec_assets.postgres.short_lock import is_lock_timeout, retry_for_lock, run_with_short_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.index.sizing import BuildEstimate
 from songvec_assets.vectors.table import TableSpec, VectorTable
@@ -166,7 +166,7 @@ def swap_names(table: VectorTable, record: Callable[[sa.Connection], None], run:
             {"name": table.building_index},
         ):
             raise DatabaseError(
-                f"the build of {table.building_index} ended without a valid index: materialize ivfflat_index again",
+                f"the build of {table.building_index} ended without a valid index: run `songvec index` again",
                 "index.failed",
             )
         connection.execute(text(f"ALTER INDEX IF EXISTS {table.index_name} RENAME TO {table.replaced_index}"))
@@ -195,16 +195,12 @@ def drop_index(table: VectorTable, name: str, run: RunContext = SILENT, patience
 
         run_with_short_lock(table.database, drop, run.check_stop, patience_s)
         return
-    deadline = time.monotonic() + patience_s
-    while True:
-        run.check_stop()
-        try:
-            with table.database.get_autocommit(lock_timeout=_DROP_LOCK_TIMEOUT) as connection:
-                connection.execute(text(f"DROP INDEX CONCURRENTLY IF EXISTS {name}"))
-                return
-        except DatabaseError as error:
-            if not is_lock_timeout(error) or time.monotonic() > deadline:
-                raise
+
+    def drop_concurrently() -> None:
+        with table.database.get_autocommit(lock_timeout=_DROP_LOCK_TIMEOUT) as connection:
+            connection.execute(text(f"DROP INDEX CONCURRENTLY IF EXISTS {name}"))
+
+    retry_for_lock(drop_concurrently, run.check_stop, patience_s)
 
 
 def remove_leftovers(table: VectorTable, run: RunContext, keep_whole: bool = False) -> None:

@@ -3,7 +3,7 @@
 The ledger says which rows of the cache are loaded. One pass of matrix products over the mapped files answers all
 queries at once; the server would read the whole table for each. Vectors are float32, so the precision that a `halfvec`
 table loses is visible. Memory is bounded by a stored batch. Of a large table a sample of the rows is read, see
-`ExactNeighbors`. When to add here: another kind of query. Keep out: what searches find (`recall`).
+`ExactNeighbors`. When to add here: another kind of query. Keep out: what searches find (`searches`).
 """
 
 import math
@@ -37,6 +37,7 @@ Found = Mapping[int, float]
 """What a search returned: song_ids and cosine distances, nearest first."""
 
 _KEPT = 50
+"""Rows kept of each query, more than NEIGHBORS: rows that tie with the tenth count as found, too."""
 _MOST_ROWS, _LEAST_SHARE = 1_000_000, 0.1
 _MOST_QUERIES, _MOST_QUERIES_OF_SAMPLE = 200, 1000
 _NOISE = 0.2

@@ -1,27 +1,17 @@
 """Probes: how many lists of an IVFFlat index a search visits, and when it goes on to further lists.
 
-When to add here: another way to choose probes. Keep out: the recall of searches with n probes (`recall`).
+When to add here: another way to choose probes. Keep out: the recall of searches with n probes (`searches`).
 """
 
-import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import text
 
-if TYPE_CHECKING:
-    from songvec_assets.vectors.table import VectorTable
-
-SMALL_TABLE_ROWS = 10_000
-"""A search of a table up to this size visits all lists: it is quick anyway, and finds everything."""
+from songvec_assets.vectors.table import VectorTable
 
 _Row = TypeVar("_Row")
-
-
-def choose_probes(lists: int, n_rows: int) -> int:
-    """Lists that a search visits before recall is measured: the square root of all; all of a small table's."""
-    return lists if n_rows <= SMALL_TABLE_ROWS else max(1, round(math.sqrt(lists)))
 
 
 def find_smallest(reaches: Callable[[int], bool], tried: set[int], lists: int) -> int:
@@ -58,7 +48,7 @@ def set_probes(connection: sa.Connection, probes: int | None) -> None:
 
 
 def search(
-    table: "VectorTable",
+    table: VectorTable,
     connection: sa.Connection,
     fetch: Callable[[], Sequence[_Row]],
     limit: int,

@@ -12,13 +12,14 @@ import sqlalchemy as sa
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import StoreError
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.vectors.index.catalog import BuiltIndex
-from songvec_assets.vectors.index.probes import SMALL_TABLE_ROWS, find_smallest
+from songvec_assets.vectors.catalog import SMALL_TABLE_ROWS, BuiltIndex
+from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.searches import STEP, RecallPoint, Searches
 from songvec_assets.vectors.table import VectorTable
 
 DEFAULT_TARGET = 0.95
 _ENOUGH = 0.99
+"""Up to here recall is measured in any case, so that the report shows what more probes than the target's would give."""
 _UNMEASURED_SHARE = 0.01
 
 

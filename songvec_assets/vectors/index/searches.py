@@ -6,7 +6,6 @@ there are more, until the interval is far from it or narrow, or the time is up. 
 trip. When to add here: another figure of the same searches. Keep out: what follows from it (`recall`).
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.vectors.index.catalog import BuiltIndex
+from songvec_assets.vectors.catalog import BuiltIndex, uses_index
 from songvec_assets.vectors.index.interval import estimate_share
 from songvec_assets.vectors.index.neighbors import (
     NEIGHBORS,
@@ -122,7 +121,7 @@ class Searches:
             raise StoreError(
                 f"the cache in {cache.storage} holds {exact.n_rows - exact.n_missing:,} of the {exact.n_rows:,} rows "
                 f"that the ledger of table {table.name} names, so recall cannot be measured: fill the cache and load "
-                "it, then materialize ivfflat_index",
+                "it, then run `songvec index`",
                 "cache.missing",
             )
         exact_from = lists if spec and spec.vector_type == "vector" else math.inf
@@ -228,11 +227,10 @@ class Searches:
         return f"SELECT song_id, {distance} FROM {self.table.name} ORDER BY distance LIMIT {NEIGHBORS}"
 
     def _check_plan(self, cursor: Any) -> None:
-        cursor.execute(f"EXPLAIN (FORMAT JSON) {self._statement}", (self._literals[0],))
-        if f'"{self.table.index_name}"' not in json.dumps(cursor.fetchone()[0]):
+        if not uses_index(cursor, self.table.index_name, self._statement, self._literals[0]):
             raise DatabaseError(
                 f"expected the planner to take {self.table.index_name} with enable_seqscan off, it does not: "
-                "materialize ivfflat_index, which builds a valid one",
+                "run `songvec index`, which builds a valid one",
                 "index.failed",
             )
 

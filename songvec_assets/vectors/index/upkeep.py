@@ -15,16 +15,18 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import SettingsError, TableMismatchError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
+from songvec_assets.vectors.catalog import BuiltIndex, IndexFacts, choose_probes
 from songvec_assets.vectors.index import build
-from songvec_assets.vectors.index.catalog import BuiltIndex, IndexFacts
-from songvec_assets.vectors.index.probes import choose_probes
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport, measure_and_record, read_recall
 from songvec_assets.vectors.index.sizing import BuildEstimate, Capacity, choose_lists, estimate_build, read_capacity
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
+CHANGED_SHARE = 0.2
+"""If more rows changed, the lists' centers no longer fit them: the index is built again."""
 _LISTS_OFF_BY = 0.25
-_CHANGED_SHARE = 0.2
+"""Lists grow as the square root of the rows: a quarter more are due once the rows have grown by half."""
 _PROBES_GROWN = 1.5
+"""Searches take as much longer as they visit more lists; one probe more or less is what a measurement cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def reason_to_build(n_rows: int, lists: int, lists_now: int | None, n_changed: i
         return "there is none"
     if abs(lists - lists_now) > (0 if exact else _LISTS_OFF_BY * lists_now):
         return f"{n_rows:,} rows want {lists:,} lists, it has {lists_now:,}"
-    if n_changed > _CHANGED_SHARE * n_rows:
+    if n_changed > CHANGED_SHARE * n_rows:
         return f"{n_changed:,} rows changed since it was built, over a fifth of {n_rows:,}"
     return None
 
@@ -222,7 +224,7 @@ def _count(table: VectorTable) -> tuple[int, int]:
     with table.database.get_connection() as connection:
         if not table.exists(connection):
             raise TableMismatchError(
-                f"there is no table {table.name} yet: materialize song_embeddings_table first", "table.not-loaded"
+                f"there is no table {table.name} yet: load it first, with `songvec load`", "table.not-loaded"
             )
         n_changed = table.read_changes(connection)
     n_rows = table.count_rows()
@@ -243,7 +245,7 @@ def _build(
         # recorded when the build began: the number of changed rows at that time
         n_counted = table.read(connection, "building", int)
         is_whole = table.read_lists(connection, table.building_index) == lists
-    if not is_whole or n_counted is None or plan.n_changed - n_counted > _CHANGED_SHARE * n_rows:
+    if not is_whole or n_counted is None or plan.n_changed - n_counted > CHANGED_SHARE * n_rows:
         n_counted = None
     build.remove_leftovers(table, run, keep_whole=n_counted is not None)
     how = "a killed run had built it, and it was swapped in"

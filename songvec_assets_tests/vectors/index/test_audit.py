@@ -66,12 +66,12 @@ class TestVectors:
 
 
 class TestIndex:
-    def test_without_an_index_it_says_what_to_materialize(self, database: Database, cache: ModelCache) -> None:
+    def test_without_an_index_it_says_what_to_run(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(100))
         load(database, cache)
         audit = audit_index(database, SPEC)
         assert (audit.valid, audit.used, audit.n_rows) == (False, False, 100)
-        assert "materialize ivfflat_index" in audit.describe()
+        assert "run `songvec index`" in audit.describe()
 
     def test_few_rows_are_rightly_scanned(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(50))

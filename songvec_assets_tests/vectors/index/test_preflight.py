@@ -17,14 +17,22 @@ from songvec_assets.search.nearest import check_searchable, search_songs
 from songvec_assets.search.query import Query
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexSettings
-from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable, bring_table_up_to_date, roll_back
 from songvec_assets.vectors.table import STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, dispose, execute
 from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.provider import Provider
-from songvec_assets_tests.vectors.conftest import SPEC, TILING, load, make_vector, put, read_vectors, vectors_of
+from songvec_assets_tests.vectors.conftest import (
+    SPEC,
+    TILING,
+    load,
+    make_vector,
+    put,
+    read_vectors,
+    source_of,
+    vectors_of,
+)
 from songvec_assets_tests.vectors.indexes import build_index
 
 WIDE = TableSpec("model-a", 2000)
@@ -102,7 +110,7 @@ class TestSearchPath:
         dispose(database.url)
         put(cache, range(40))
         with pytest.raises(DatabaseError, match="SET search_path ="):
-            bring_table_up_to_date(database, LoadSource(cache, TILING), WantedTable(SPEC))
+            bring_table_up_to_date(database, source_of(cache), WantedTable(SPEC))
         with pytest.raises(DatabaseError, match=r"ALTER ROLE .+ SET search_path = .+, ext;"):
             check_searchable(database, SPEC)
         source = make_pipeline(database, provider, tmp_path / "store").source
@@ -128,7 +136,7 @@ class TestSearchPath:
             database.adbc_uri, f"CREATE SCHEMA mine; ALTER DATABASE {name_of(database)} SET search_path = mine, public"
         )
         dispose(database.url)
-        bring_table_up_to_date(database, LoadSource(cache, TILING), WantedTable(HALF, may_swap=True))
+        bring_table_up_to_date(database, source_of(cache), WantedTable(HALF, may_swap=True))
         places = "SELECT tablename, schemaname FROM pg_tables WHERE tablename ~ '^song_emb'"
         assert sorted(execute(database.adbc_uri, places)) == [
             ("song_embeddings", "public"),
@@ -205,7 +213,7 @@ class TestRights:
         with as_role(database) as seen:
             role = sa.make_url(seen.url).username
             execute(database.adbc_uri, f"{RIGHTS.format(role=role)}; GRANT ALL ON song_embeddings TO {role}")
-            bring_table_up_to_date(seen, LoadSource(cache, TILING), WantedTable(SPEC))
+            bring_table_up_to_date(seen, source_of(cache), WantedTable(SPEC))
         assert read_vectors(database) == vectors_of(dict.fromkeys(range(150), 0) | dict.fromkeys(range(10), 1))
 
 

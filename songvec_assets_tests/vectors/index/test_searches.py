@@ -114,7 +114,7 @@ class TestMeasurement:
 
     def test_without_an_index_it_says_what_to_do(self, indexed: Database, cache: ModelCache) -> None:
         execute(indexed.adbc_uri, "DROP INDEX embeddings_ivfflat_idx")
-        with pytest.raises(DatabaseError, match="materialize ivfflat_index"):
+        with pytest.raises(DatabaseError, match="run `songvec index`"):
             Searches.over(VectorTable(indexed), cache).measure(1)
 
     def test_rows_that_the_cache_does_not_hold_are_no_ground_for_figures(

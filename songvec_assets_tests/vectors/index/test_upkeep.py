@@ -151,7 +151,7 @@ class TestBuild:
         assert not build_index(table, cache, SPEC, table=STAGING).built
 
     def test_without_a_table_or_rows_it_is_refused(self, database: Database, cache: ModelCache) -> None:
-        with pytest.raises(TableMismatchError, match="materialize song_embeddings_table first"):
+        with pytest.raises(TableMismatchError, match="load it first, with `songvec load`"):
             bring(database, cache)
         VectorTable(database).ensure(SPEC)
         with pytest.raises(TableMismatchError, match=r"empty: .* load it first"):
@@ -163,7 +163,7 @@ class TestBuild:
 def clustered(database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> Database:
     """A database whose table has 600 clustered rows, loaded from the cache, and counts as no small one."""
     monkeypatch.setattr("songvec_assets.vectors.index.recall.SMALL_TABLE_ROWS", 500)
-    monkeypatch.setattr("songvec_assets.vectors.index.probes.SMALL_TABLE_ROWS", 500)
+    monkeypatch.setattr("songvec_assets.vectors.catalog.SMALL_TABLE_ROWS", 500)
     put_clusters(cache, 0, 600, n_clusters=24)
     load(database, cache)
     return database

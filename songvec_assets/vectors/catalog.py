@@ -1,14 +1,18 @@
-"""An IVFFlat index as the server's catalog has it, and what is recorded when it is built.
+"""An IVFFlat index as the server's catalog has it, what is recorded when it is built, and its probes until measured.
 
-When to add here: another fact of an index that the catalog knows. Keep out: whether to build one (`upkeep`), and how it
-is built (`build`).
+When to add here: another fact of an index that a table reports. Keep out: whether to build one, and how (`index/`).
 """
 
+import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import text
+
+SMALL_TABLE_ROWS = 10_000
+"""A search of a table up to this size visits all lists: it is quick anyway, and finds everything."""
 
 
 @dataclass(frozen=True)
@@ -67,3 +71,14 @@ def find_index(connection: sa.Connection, table: str, index: str) -> "sa.Row[Any
         """),
         {"index": index, "table": table},
     ).one_or_none()
+
+
+def choose_probes(lists: int, n_rows: int) -> int:
+    """Lists that a search visits before recall is measured: the square root of all; all of a small table's."""
+    return lists if n_rows <= SMALL_TABLE_ROWS else max(1, round(math.sqrt(lists)))
+
+
+def uses_index(cursor: Any, index: str, search: str, vector: str) -> bool:
+    """Whether the planner takes an index for a search, whose only parameter is a vector."""
+    cursor.execute(f"EXPLAIN (FORMAT JSON) {search}", (vector,))
+    return f'"{index}"' in json.dumps(cursor.fetchone()[0])

@@ -1,9 +1,9 @@
-"""An index as the server's catalog has it: found only if it is valid, IVFFlat, and by cosine."""
+"""An index as the server's catalog has it: found only if it is valid, IVFFlat, and by cosine. Probes until measured."""
 
 import pytest
 
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.index.catalog import find_index
+from songvec_assets.vectors.catalog import choose_probes, find_index
 from songvec_assets_tests.administration import execute
 
 IVFFLAT = "CREATE INDEX near ON rows USING ivfflat (v vector_cosine_ops)"
@@ -48,3 +48,13 @@ def test_any_other_is_none(rows: Database, statement: str) -> None:
     execute(rows.adbc_uri, statement)
     assert find(rows) is None
     assert find(rows, "no_such_table") is None
+
+
+@pytest.mark.parametrize(
+    ("lists", "n_rows", "probes"),
+    [(1, 1, 1), (20, 400, 20), (100, 10_000, 100), (100, 10_001, 10), (1000, 1_000_000, 32), (1, 20_000, 1)],
+)
+def test_probes_are_all_lists_of_a_small_table_and_the_square_root_of_a_large_ones(
+    lists: int, n_rows: int, probes: int
+) -> None:
+    assert choose_probes(lists, n_rows) == probes
