@@ -43,7 +43,7 @@ from songvec_assets.storage import Storage
 from songvec_assets.vectors.index.build import create_index, swap_names
 from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport, measure_recall
-from songvec_assets.vectors.index.searches import RecallPoint, Searches
+from songvec_assets.vectors.index.recall_searches import RecallPoint, Searches
 from songvec_assets.vectors.index.sizing import (
     choose_lists,
     estimate_build,

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.searcher import Sample, Window, collect, render, searching
-from songvec_assets.cache import upkeep
+from songvec_assets.cache import completion
 from songvec_assets.cache.manifest import Completion
 from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.postgres.embedded import start_embedded_server
@@ -176,7 +176,7 @@ class World:
                 hashes = [hash_text(f"{song_id} {version}") for song_id in piece.tolist()]
                 write_embeddings_to_file(cached, piece.tolist(), hashes, self.make(piece, version))
             cached.add_written()
-            upkeep.complete(cached, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
+            completion.complete(cached, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
 
     def load(self, target: str = SERVING, *, swap: bool = False) -> int:
         """Make the serving table equal the cache, through this table; rows written."""

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from songvec_assets.cache import upkeep
+from songvec_assets.cache import completion
 from songvec_assets.cache.manifest import Completion
 from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.embedding.wire import Float32Matrix
@@ -48,7 +48,7 @@ def put_songs(cache: ModelCache, song_range: SongIdRange, song_ids: NDArray[np.i
         write_embeddings_to_file(cached, ids.tolist(), hashes, make_vectors(ids, cache.dimensions, version))
     n_written = sum(each.n_bytes for each in cached.writer.files)
     cached.add_written()
-    upkeep.complete(cached, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
+    completion.complete(cached, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
     merged = [each.n_bytes for each in cached.manifest.files if each.is_base and each.name not in before]
     return n_written + sum(merged)
 

@@ -14,7 +14,7 @@
     │   ├── VectorSizeError      vectors of another size than the settings name
     │   ├── ModelChangedError    another model answers under the same name
     │   ├── ProviderUnavailableError    no good answer within the patience
-    │   │   └── ServerSickError  more texts fail than songs can be at fault for
+    │   │   └── ServerFailingError  more texts fail than songs can be at fault for
     │   └── RequestRefusedError  this one request is refused
     │       ├── RequestTooLargeError    for its size
     │       │   └── RequestTooSlowError    it takes too long
@@ -125,10 +125,10 @@ class ProviderUnavailableError(ProviderError):
     code = "provider.unavailable"
 
 
-class ServerSickError(ProviderUnavailableError):
+class ServerFailingError(ProviderUnavailableError):
     """More texts fail, each alone, than songs can be at fault for. None of them is rejected; a later rerun may help."""
 
-    code = "provider.sick"
+    code = "provider.failing"
 
 
 class RequestRefusedError(ProviderError):

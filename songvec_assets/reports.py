@@ -14,7 +14,7 @@ from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import BudgetExceededError, DamagedCacheError, ProviderError, SongvecError, StoreError
 from songvec_assets.progress import describe_seconds
 from songvec_assets.songs.absence import Absence
-from songvec_assets.vectors.catalog import IndexFacts
+from songvec_assets.vectors.catalog import IndexInfo
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.plan import LoadPlan
 from songvec_assets.vectors.swap import LoadReport
@@ -78,7 +78,7 @@ class Status:
 
     ranges: pl.DataFrame
     tables: dict[str, str]
-    index: IndexFacts | None
+    index: IndexInfo | None
     rejected: list[tuple[int, str]]
     unreachable: dict[str, int]
     recall: str
@@ -145,7 +145,7 @@ class RunPlan:
     absence: Absence
     estimate: Estimate
     load: LoadPlan | None
-    index: IndexFacts | None
+    index: IndexInfo | None
     month: MonthSpending
     max_usd: float | None = None
     max_usd_a_month: float | None = None

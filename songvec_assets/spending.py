@@ -46,6 +46,6 @@ class SpendingLog:
     def write(self, spending: "Spending") -> None:
         """Record what a run sent, at its end."""
         with self.database.get_connection() as connection:
-            is_first = schema.read_fact(connection, self._key) is None
-            schema.write_fact(connection, self._key, round(spending.bytes_per_token, 3))
-            schema.write_fact(connection, SPENDING, asdict(replace(spending, is_first=is_first)))
+            is_first = schema.read_value(connection, self._key) is None
+            schema.write_value(connection, self._key, round(spending.bytes_per_token, 3))
+            schema.write_value(connection, SPENDING, asdict(replace(spending, is_first=is_first)))

@@ -11,7 +11,7 @@ from songvec_assets.checks import INDEX_CHECKS, TABLE_CHECKS, Evidence, Finding
 from songvec_assets.errors import BudgetExceededError, SourceError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import write_fact
+from songvec_assets.postgres.schema import write_value
 from songvec_assets.settings import Settings
 from songvec_assets.spending import SPENDING
 from songvec_assets.vectors.index.sizing import Capacity
@@ -123,7 +123,7 @@ def test_what_is_wrong_is_found_and_named(
 
 def test_rows_changed_beyond_a_fifth_make_the_index_stale(begin: Callable[..., Pipeline]) -> None:
     with begin().database.get_connection() as connection:
-        write_fact(connection, "rows_changed_since_index", 9)
+        write_value(connection, "rows_changed_since_index", 9)
     finding = ask(begin(), "index_is_fresh")
     assert (finding.passed, "9 rows changed" in finding.message) == (False, True)
 
@@ -160,7 +160,7 @@ def test_the_bill_is_compared_with_the_estimate(
     pipeline = begin()
     with pipeline.database.get_connection() as connection:
         fact = {"n_tokens_expected": expected, "n_tokens": billed, "bytes_per_token": 4.0}
-        write_fact(connection, SPENDING, fact)
+        write_value(connection, SPENDING, fact)
     assert ask(pipeline, "billed_as_estimated").passed == passed
 
 
@@ -179,7 +179,7 @@ def test_a_first_run_does_not_fail_for_want_of_experience_but_a_later_one_may(
     assert (finding.passed, "needs experience" in finding.message) == (True, True)
     assert abs(finding.figures["billed / estimated"] - 1) > 0.25, "nothing was to be forgiven"
     with database.get_connection() as connection:
-        write_fact(connection, f"bytes per token of {first.settings.model}", 1.0)
+        write_value(connection, f"bytes per token of {first.settings.model}", 1.0)
     later = embed_cyrillic(make_pipeline(database, provider, tmp_path), songs, 101)
     finding = ask(later, "billed_as_estimated")
     assert (finding.passed, "needs experience" in finding.message) == (False, False)
@@ -229,7 +229,7 @@ def test_a_price_that_no_provider_has_is_named(
 ) -> None:
     pipeline = begin(usd_per_million_tokens=price)
     with pipeline.database.get_connection() as connection:
-        write_fact(connection, SPENDING, {"n_tokens_expected": 9, "n_tokens": 9, "bytes_per_token": bytes_per_token})
+        write_value(connection, SPENDING, {"n_tokens_expected": 9, "n_tokens": 9, "bytes_per_token": bytes_per_token})
     assert ask(pipeline, "price_is_sane").passed == passed
 
 

@@ -22,7 +22,7 @@ from songvec_assets.errors import (
 from songvec_assets.reports import RunPlan, Status, Step, continues_without
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.reports import ExportReport, IncompleteExportError, RangeExport
-from songvec_assets.vectors.catalog import IndexFacts
+from songvec_assets.vectors.catalog import IndexInfo
 from songvec_assets.vectors.plan import LoadPlan
 
 COLUMNS = "key n_songs n_unexported n_cached n_rejected n_loaded n_indexed n_missing n_orphans".split()
@@ -31,7 +31,7 @@ RANGES = pl.DataFrame(
     COLUMNS,
     orient="row",
 )
-INDEX = IndexFacts(47, 6, 3, 1_500_000)
+INDEX = IndexInfo(47, 6, 3, 1_500_000)
 STATUS = Status(
     RANGES, {"song_embeddings": "vector(64) by m"}, None, [(7, "refused")], {"negative id": 2}, "",
     MonthSpending(1.25, 0.5), ["a range is damaged"],

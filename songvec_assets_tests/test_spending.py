@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from songvec_assets.cache.fill import Spending
 from songvec_assets.pipeline import Pipeline
-from songvec_assets.postgres.schema import write_fact
+from songvec_assets.postgres.schema import write_value
 from songvec_assets.spending import SPENDING, SpendingLog
 from songvec_assets_tests.test_checks import ask
 
@@ -29,6 +29,6 @@ def test_spending_that_another_version_recorded_otherwise_counts_as_not_recorded
     songs((1, "Sea", "Ann", "waves"))
     pipeline.bind()
     with pipeline.database.get_connection() as connection:
-        write_fact(connection, SPENDING, {"tokens": 12, "dollars": 3})
+        write_value(connection, SPENDING, {"tokens": 12, "dollars": 3})
     assert pipeline.spending.read() is None
     assert ask(pipeline, "billed_as_estimated").passed

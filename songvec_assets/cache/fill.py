@@ -14,7 +14,7 @@ from functools import cached_property, partial
 
 from msgspec.structs import replace
 
-from songvec_assets.cache import reembedding, texts, upkeep
+from songvec_assets.cache import completion, reembedding, texts
 from songvec_assets.cache.cached_range import CachedRange, RangeFiles
 from songvec_assets.cache.context import SendContext
 from songvec_assets.cache.elsewhere import OtherRanges
@@ -238,7 +238,7 @@ class _RangeFill:
         server = context.server if plan.has_rejected or rejected else ""
         counts = plan.report.n_songs, plan.report.n_rejected, plan.report.n_truncated
         filled = Completion(snapshot, filler.spec.identity, *counts, server, 0, b"")
-        await asyncio.to_thread(upkeep.complete, cached, filled, filler.retention_s, rejected, plan.spared)
+        await asyncio.to_thread(completion.complete, cached, filled, filler.retention_s, rejected, plan.spared)
 
     def _plan(self, song_range: SongIdRange, generation: int) -> tuple[CachedRange, FillPlan]:
         filler = self.filler

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from songvec_assets.cache.context import SendContext
 from songvec_assets.cache.manifest import Rejection
 from songvec_assets.cache.plan import FillReport, Text
-from songvec_assets.errors import ProviderError, ServerSickError
+from songvec_assets.errors import ProviderError, ServerFailingError
 
 MAX_REFUSALS_IN_A_ROW = 25
 """If more texts in a row are refused, the songs are not at fault."""
@@ -33,12 +33,12 @@ class RefusedTexts:
     rejected: list[Rejection] = field(default_factory=list)
     _texts: list[tuple[Text, str]] = field(default_factory=list)
     _last_at: float = 0.0
-    _is_blamed: bool = False
+    _is_server_fault: bool = False
 
     @property
-    def are_proven(self) -> bool:
+    def others_succeeded(self) -> bool:
         """Whether another text got a vector after the last of them."""
-        return not self._is_blamed and self.context.health.last_good_at > self._last_at
+        return not self._is_server_fault and self.context.health.last_good_at > self._last_at
 
     async def answers_well(self, since: float) -> bool:
         """Whether the server gave a good vector after `since`; may send a probe, whose tokens are counted."""
@@ -61,7 +61,7 @@ class RefusedTexts:
         if is_refusal:
             self.context.n_refused_in_a_row += 1
             if self.context.n_refused_in_a_row > MAX_REFUSALS_IN_A_ROW:
-                self._is_blamed = True
+                self._is_server_fault = True
                 raise ProviderError(
                     f"{MAX_REFUSALS_IN_A_ROW} texts in a row were refused, so the fault is not the songs'. {reason}. "
                     "None of this range's is rejected. Check the model, its dimensions and the account, then start the "
@@ -71,27 +71,27 @@ class RefusedTexts:
             return
         health = self.context.health
         health.count_bad(text.text_hash)
-        if health.is_sick() and health.n_texts() >= _ENOUGH_TEXTS:
-            self._is_blamed = True
+        if health.is_failing() and health.n_texts() >= _ENOUGH_TEXTS:
+            self._is_server_fault = True
             raise ProviderError(
                 f"of the last {health.n_texts():,} texts {health.n_bad:,} fail though others succeed, more than songs "
                 f"can be at fault for: the server is. {reason}. None of this range's is rejected, and nothing more is "
                 "sent. See the server's log, then start the same command again",
-                "provider.sick",
+                "provider.failing",
             )
 
     async def check(self) -> None:
         """Refuse to reject texts that may not be at fault.
 
         Raises:
-            ServerSickError: too many fail; other ranges may still show that the texts are at fault.
+            ServerFailingError: too many fail; other ranges may still show that the texts are at fault.
             ProviderError: no other text was accepted after them, and the probe fails too.
         """
         if not self._texts:
             return
         health = self.context.health
-        if health.is_sick() and not all(text.rejected_before for text, _ in self._texts):
-            raise ServerSickError(
+        if health.is_failing() and not all(text.rejected_before for text, _ in self._texts):
+            raise ServerFailingError(
                 f"of {health.n_texts():,} texts {health.n_bad:,} fail though others succeed, more than songs can be at "
                 f"fault for: the server is, unless other ranges show that it is not. {self._texts[-1][1]}. None of "
                 "this range's is rejected. See the server's log, then start the same command again"

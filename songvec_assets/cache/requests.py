@@ -34,7 +34,7 @@ _LEAST_HINT = 8
 """The smallest number in a refusal that is tried as a limit of texts: real limits begin at 10 (DashScope)."""
 
 
-class _OutgrownError(Exception):
+class _TooLargeNowError(Exception):
     """A limit was learned while the request waited: it was not sent, and is divided."""
 
 
@@ -83,7 +83,7 @@ class RangeSender:
         self._pass_turn()
         await asyncio.gather(*sending)
         if self._errors:
-            if self.refused.are_proven:  # even if something else failed
+            if self.refused.others_succeeded:  # even if something else failed
                 self.refused.reject()
             raise next((error for error in self._errors if not isinstance(error, StoppedError)), self._errors[0])
         await self.refused.check()
@@ -150,7 +150,7 @@ class RangeSender:
             self.context.limits.count_accepted(len(texts), sum(each.n_bytes for each in texts))
         except RequestRefusedError as error:
             refusal = error
-        except _OutgrownError:
+        except _TooLargeNowError:
             batch = None
         finally:
             # after the answer is stored: an error here must not lose it
@@ -215,7 +215,7 @@ class RangeSender:
                 f"{len(bad):,} texts got a vector that is zero, null or not finite, and so does a plain one: the fault "
                 "is the server's. No song is rejected for it, and nothing more is sent. See the server's log and its "
                 "precision (some models give NaN in fp16), then start the same command again",
-                "provider.sick",
+                "provider.failing",
             )
         if was_alone and n_bad >= _N_BAD_ALONE:
             reason = "gives no vector for the text, alone or with others: its values are zero, null or not finite"
@@ -266,10 +266,10 @@ class _Hooks(RequestHooks):
 
     def check_size(self) -> None:
         if self.sender.is_too_large(self.texts):
-            raise _OutgrownError
+            raise _TooLargeNowError
 
     async def before_send(self) -> None:
         await self.sender.check_sendable()
 
-    def count_spoilt(self, n_tokens: int) -> None:
+    def count_unusable(self, n_tokens: int) -> None:
         self.reservation.n_billed += n_tokens

@@ -19,19 +19,19 @@ from pathlib import Path
 import msgspec
 import polars as pl
 
+from songvec_assets.cache.completion import write_rows
 from songvec_assets.cache.manifest import Manifest
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cache.texts import model_storage
-from songvec_assets.cache.upkeep import write_rows
 from songvec_assets.errors import SettingsError, StoreError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import read_fact, write_fact, write_first_fact
+from songvec_assets.postgres.schema import read_value, write_first_value, write_value
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.storage import Storage
 
 _KEY = "store.json"
-_FACT = "store_id"
+_STORE_ID = "store_id"
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def bind_store(store: Store, database: Database) -> None:
     check_pair(store, database)
     if not store.bound:
         with database.get_connection() as connection:
-            write_first_fact(connection, _FACT, store.store_id)
+            write_first_value(connection, _STORE_ID, store.store_id)
         # another store may have been first
         check_pair(replace(store, bound=True), database)
         _write(replace(store, bound=True))
@@ -209,7 +209,7 @@ def check_pair(store: Store, database: Database) -> None:
         StoreError: the database is bound to another store, or it is unbound and the store is bound.
     """
     with database.get_connection() as connection:
-        known = read_fact(connection, _FACT)
+        known = read_value(connection, _STORE_ID)
     if known != store.store_id and (known is not None or store.bound):
         raise StoreError(
             f"the storage folder {store.root} belongs to another database than {database.describe()}: set "
@@ -221,7 +221,7 @@ def check_pair(store: Store, database: Database) -> None:
 def adopt_store(store: Store, database: Database) -> None:
     """Bind a store to a database, even if that was bound to another store."""
     with database.get_connection() as connection:
-        write_fact(connection, _FACT, store.store_id)
+        write_value(connection, _STORE_ID, store.store_id)
     _write(replace(store, bound=True))
 
 

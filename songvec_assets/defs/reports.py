@@ -16,7 +16,7 @@ from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.search.preview import Preview
 from songvec_assets.songs.reports import ExportReport
 from songvec_assets.vectors.index.recall import RecallReport
-from songvec_assets.vectors.index.searches import RecallPoint
+from songvec_assets.vectors.index.recall_searches import RecallPoint
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.swap import LoadReport
 

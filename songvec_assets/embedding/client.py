@@ -44,7 +44,7 @@ class _ProbeHooks(RequestHooks):
 
     n_tokens = 0
 
-    def count_spoilt(self, n_tokens: int) -> None:
+    def count_unusable(self, n_tokens: int) -> None:
         self.n_tokens += n_tokens
 
 
@@ -215,7 +215,7 @@ class EmbeddingClient(Embedder):
                     self._last_served_at = time.monotonic()
                 return replace(outcome, n_retries=n_retries, n_limited=n_limited)
             if outcome.may_be_billed:
-                hooks.count_spoilt(request.n_tokens)
+                hooks.count_unusable(request.n_tokens)
             if outcome.kind != kind:
                 kind, n_alike, n_proofs, first_at = outcome.kind, 0, 0, started
             is_limited = outcome.status == 429

@@ -46,14 +46,14 @@ class ModelRecord:
         key = f"probe of {self.model}, {self.dimensions} values"
         encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         with self.database.get_connection() as connection:
-            if schema.read_fact(connection, key) is None:
-                schema.write_first_fact(connection, key, encoded)
+            if schema.read_value(connection, key) is None:
+                schema.write_first_value(connection, key, encoded)
                 return
             recorded = schema.read_record(connection, key, bytes) or b""
             known = np.frombuffer(recorded if len(recorded) == 4 * len(vector) else b"", dtype="<f4").astype(np.float64)
             if not known.any() or not np.isfinite(known).all():
                 # kept, it would let every later change pass
-                schema.write_fact(connection, key, encoded)
+                schema.write_value(connection, key, encoded)
                 self.on_trouble(
                     f"the recorded probe of {self.model!r} cannot be read: it was replaced by this run's. A change of "
                     "the model before this run would not have been noticed"
@@ -71,4 +71,4 @@ class ModelRecord:
                     "(`--confirm-model-change`, `confirm_model_change` in the run config): searches then compare "
                     "vectors of both, until all songs are embedded again"
                 )
-            schema.write_fact(connection, key, encoded)
+            schema.write_value(connection, key, encoded)

@@ -119,7 +119,7 @@ class RequestHooks:
     def check_size(self) -> None:
         """Called when a try may be in flight, before it waits for the quota; raises to cancel it."""
 
-    def count_spoilt(self, n_tokens: int) -> None:
+    def count_unusable(self, n_tokens: int) -> None:
         """Called after a try without a usable answer that may have been billed about n tokens."""
 
 

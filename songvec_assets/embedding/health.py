@@ -58,7 +58,7 @@ class ServerHealth:
             self._good.popleft()
         return sum(n_texts for _, n_texts in self._good) + self._n_known + self.n_bad
 
-    def is_sick(self) -> bool:
+    def is_failing(self) -> bool:
         """Whether more texts are bad than can be the fault of texts."""
         n_bad = self.n_bad
         return n_bad > MAX_BAD_TEXTS and n_bad > MAX_BAD_SHARE * self.n_texts()

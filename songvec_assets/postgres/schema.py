@@ -98,9 +98,9 @@ def ensure_schema(database: Database) -> None:
             for migration in migrations[version:]:
                 cursor.execute(migration)
         if version < len(migrations):
-            write_fact(connection, _VERSION, len(migrations))
+            write_value(connection, _VERSION, len(migrations))
         elif recorded is None and connection.scalar(text(_MAY_RECORD)):  # a reader may not write
-            write_first_fact(connection, _VERSION, version)
+            write_first_value(connection, _VERSION, version)
 
 
 def _read_version(connection: sa.Connection) -> int | None:
@@ -224,7 +224,7 @@ def has_tables(connection: sa.Connection) -> bool:
     return True
 
 
-def read_fact(connection: sa.Connection, key: str) -> Any:
+def read_value(connection: sa.Connection, key: str) -> Any:
     """A value of `songvec.settings`, or None."""
     if not has_tables(connection):
         return None
@@ -236,20 +236,20 @@ def read_record(connection: sa.Connection, key: str, kind: type[_Record]) -> _Re
 
     None: there is none, or another version wrote it with other fields. Fields that `kind` lacks are ignored.
     """
-    value = read_fact(connection, key)
+    value = read_value(connection, key)
     try:
         return None if value is None else msgspec.convert(value, kind)
     except msgspec.ValidationError:
         return None
 
 
-def write_fact(connection: sa.Connection, key: str, value: Any) -> None:
+def write_value(connection: sa.Connection, key: str, value: Any) -> None:
     """Set a value of `songvec.settings` within the connection's transaction."""
     statement = f"{_INSERT_VALUE} (key) DO UPDATE SET value = excluded.value"
     connection.execute(text(statement), {"key": key, "value": json.dumps(value)})
 
 
-def write_first_fact(connection: sa.Connection, key: str, value: Any) -> None:
+def write_first_value(connection: sa.Connection, key: str, value: Any) -> None:
     """Set a value unless there is one; of concurrent writers, the first one wins."""
     connection.execute(text(f"{_INSERT_VALUE} DO NOTHING"), {"key": key, "value": json.dumps(value)})
 

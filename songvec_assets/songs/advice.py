@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from songvec_assets.songs.catalogue import IS_TABLE, Table, quote
+from songvec_assets.songs.songs_table import IS_TABLE, Table, quote
 
 
 def describe_missing(connection: sa.Connection, name: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from songvec_assets.errors import SettingsError, SourceError
-from songvec_assets.songs import catalogue
+from songvec_assets.songs import songs_table
 from songvec_assets.songs.advice import describe_numbering
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.source import PRESENT, SongsSource
@@ -116,7 +116,7 @@ def check_ids(source: SongsSource, tiling: Tiling) -> None:
         )
     if n_beyond > sum(get_numbers(counts).values()):
         with source.database.get_connection() as connection:
-            table = catalogue.find_table(connection, source.table)
+            table = songs_table.find_table(connection, source.table)
             cure = f": {describe_numbering(connection, table, source.song_id_column)}" if table else ""
         raise SourceError(
             f"{n_beyond:,} songs of {source.table} have an id above {MAX_SONG_ID}, the highest INTEGER, which is "

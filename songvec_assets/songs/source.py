@@ -1,7 +1,7 @@
 """The songs table: found by the names in the settings, checked, and the SQL that reads it.
 
 When to add here: another check of the table, or another statement that reads texts. Keep out: messages about tables
-(`advice`), the system catalog (`catalogue`), counts (`counts`).
+(`advice`), the system catalog (`songs_table`), counts (`counts`).
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from psycopg2.extensions import encodings
 
 from songvec_assets.errors import SourceError
 from songvec_assets.postgres.engine import Database, raw_cursor
-from songvec_assets.songs import catalogue
+from songvec_assets.songs import songs_table
 from songvec_assets.songs.advice import describe_missing, describe_numbering, describe_types, list_grants
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import FIELDS, TextSpec
@@ -175,7 +175,7 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
     """
     spec = spec or TextSpec()
     with database.get_connection() as connection:
-        table = catalogue.find_table(connection, names.table)
+        table = songs_table.find_table(connection, names.table)
         if table is None:
             raise SourceError(describe_missing(connection, names.table))
         columns = table.columns
@@ -209,7 +209,7 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
 
 
 def _check_columns(
-    connection: sa.Connection, table: catalogue.Table, wanted: dict[str, str], texts: dict[str, str]
+    connection: sa.Connection, table: songs_table.Table, wanted: dict[str, str], texts: dict[str, str]
 ) -> None:
     """Refuse a table that lacks columns, or has them in other types, or that this user may not read.
 
@@ -248,8 +248,8 @@ def _check_columns(
         raise SourceError(describe_types(connection, table, wanted["song_id"], [*wanted.values()], [*texts.values()]))
 
 
-def _choose_song_id(connection: sa.Connection, table: catalogue.Table) -> str:
-    primary_key = catalogue.find_primary_key(connection, table)
+def _choose_song_id(connection: sa.Connection, table: songs_table.Table) -> str:
+    primary_key = songs_table.find_primary_key(connection, table)
     # a key of another type is refused later, by its name
     if len(primary_key) == 1:
         return primary_key[0]

@@ -32,7 +32,7 @@ class BuiltIndex:
 
 
 @dataclass(frozen=True)
-class IndexFacts:
+class IndexInfo:
     """A table's index as the server has it.
 
     Attributes:

@@ -188,7 +188,7 @@ class Records:
 
     def write(self, connection: sa.Connection, name: str, value: Any) -> None:
         """Record a value within the connection's transaction."""
-        schema.write_fact(connection, self.metadata_key(name), value)
+        schema.write_value(connection, self.metadata_key(name), value)
 
     def count_changes(self, connection: sa.Connection, n_rows: int) -> None:
         """Add to the rows changed since the index was built. Last in a transaction: others wait for its lock."""

@@ -20,7 +20,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.vectors.catalog import BuiltIndex, IndexFacts, choose_probes, find_index
+from songvec_assets.vectors.catalog import BuiltIndex, IndexInfo, choose_probes, find_index
 from songvec_assets.vectors.ledger import PREVIOUS, SERVING, STAGING, Records
 
 _ID_SUMS = IdSums.columns("song_id")
@@ -104,7 +104,7 @@ class VectorTable(Records):
             return self.read_lists(connection) is not None
 
     @property
-    def index(self) -> IndexFacts | None:
+    def index(self) -> IndexInfo | None:
         """Its valid index, or None."""
         with self.database.get_connection() as connection:
             found = find_index(connection, self.name, self.index_name)
@@ -112,7 +112,7 @@ class VectorTable(Records):
                 return None
             n_rows = (self.read(connection, "index", BuiltIndex) or BuiltIndex()).n_rows
             probes = self.read_probes(connection) or choose_probes(found.lists, n_rows)
-            return IndexFacts(n_rows, found.lists, probes, found.n_bytes, self.read_changes(connection), found.file)
+            return IndexInfo(n_rows, found.lists, probes, found.n_bytes, self.read_changes(connection), found.file)
 
     def read_spec(self, connection: sa.Connection) -> TableSpec | None:
         """See `spec`; within the connection's transaction."""

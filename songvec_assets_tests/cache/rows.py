@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from songvec_assets.cache import upkeep
+from songvec_assets.cache import completion
 from songvec_assets.cache.manifest import Completion, Rejection
 from songvec_assets.cache.model_cache import (
     ModelCache,
@@ -51,7 +51,7 @@ def reject(cache, song_ids, reason="refused"):
 
 
 def complete(cache, retention_s=0.0):
-    upkeep.complete(cache.open(RANGE), FILLED, retention_s)
+    completion.complete(cache.open(RANGE), FILLED, retention_s)
 
 
 def names(cache):

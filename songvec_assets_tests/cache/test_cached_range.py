@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from songvec_assets.cache import upkeep
+from songvec_assets.cache import completion
 from songvec_assets.cache.model_cache import (
     write_embeddings_to_file,
 )
@@ -156,7 +156,7 @@ def test_a_later_generation_is_apart_from_what_holds_until_it_is_complete(cache)
     assert cache.look(RANGE).done is not None
     later = cache.open(RANGE, 5)
     assert later.rows["song_id"].to_list() == [1, 2], "another fill keeps them"
-    upkeep.complete(later, FILLED, 0.0)
+    completion.complete(later, FILLED, 0.0)
     assert content_of(cache.open(RANGE)) == dict(zip([1, 2], map(bytes, vectors_of([1, 2], 7)), strict=True))
     assert {name.split("-")[0] for name in names(cache)} == {"5", "manifest.json"}
 
@@ -166,7 +166,7 @@ def test_a_later_generation_keeps_the_vectors_of_deleted_songs_and_not_of_those_
     delete(cache, [1, 2])
     later = cache.open(RANGE, 1)
     write_embeddings_to_file(later, [1, 3], hashes_of([1, 3]), vectors_of([1, 3], 7))
-    upkeep.complete(later, FILLED, 60.0)
+    completion.complete(later, FILLED, 60.0)
     cached = cache.open(RANGE)
     assert content_of(cached) == dict(zip([1, 3], map(bytes, vectors_of([1, 3], 7)), strict=True))
     assert cached.deleted_rows(0.0)["song_id"].to_list() == [2]

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from songvec_assets.cache import upkeep
 from songvec_assets.cache.manifest import Manifest
 from songvec_assets.cache.model_cache import (
     load_embeddings_from_cache,
@@ -104,7 +103,7 @@ def test_a_complete_range_says_what_it_holds_without_a_file_being_opened(cache, 
     monkeypatch.setattr(Storage, "open", None)
     done = cache.look(RANGE).done
     assert done is not None
-    assert (done.n_vectors, done.digest) == (2, upkeep.digest_rows(rows))
+    assert (done.n_vectors, done.digest) == (2, digest_rows(rows))
 
 
 def test_it_is_no_longer_complete_when_anything_is_written_or_lost(cache):

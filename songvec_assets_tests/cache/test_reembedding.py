@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.cache import reembedding, upkeep
+from songvec_assets.cache import completion, reembedding
 from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.errors import BudgetExceededError, SongvecError, StoreError
@@ -147,13 +147,13 @@ def test_a_death_after_the_last_answer_pays_nothing_more(
     def die(*_: object) -> None:
         raise SystemExit
 
-    complete = upkeep.complete
+    complete = completion.complete
 
     def complete_and_die(*given: Any) -> None:
         monkeypatch.setattr(CachedRange, moment, die)
         complete(*given)
 
-    monkeypatch.setattr(upkeep, "complete", complete_and_die)
+    monkeypatch.setattr(completion, "complete", complete_and_die)
     with pytest.raises(SystemExit):
         begin().filler(reembed="one").fill_ranges([FIRST], lambda _: None)
     monkeypatch.undo()

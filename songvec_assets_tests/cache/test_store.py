@@ -13,7 +13,7 @@ from songvec_assets.cache.model_cache import ModelCache, write_embeddings_to_fil
 from songvec_assets.cache.store import adopt_store, bind_store, look_up, open_store
 from songvec_assets.errors import StoreError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import read_fact
+from songvec_assets.postgres.schema import read_value
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import hash_text
 from songvec_assets_tests.cache.kills import KilledError, killed_after
@@ -254,7 +254,7 @@ def test_cutting_the_tail_does_not_bless_what_a_disk_changed(root):
 
 def known_store(database):
     with database.get_connection() as connection:
-        return read_fact(connection, "store_id")
+        return read_value(connection, "store_id")
 
 
 def test_a_new_database_and_a_new_store_belong_together_from_then_on(database, root):

@@ -4,9 +4,9 @@ import io
 
 from PIL import Image
 
-from songvec_assets.vectors.catalog import IndexFacts
+from songvec_assets.vectors.catalog import IndexInfo
 from songvec_assets.vectors.index.recall import RecallReport
-from songvec_assets.vectors.index.searches import RecallPoint
+from songvec_assets.vectors.index.recall_searches import RecallPoint
 from songvec_assets.vectors.index.sizing import estimate_build
 from songvec_assets.vectors.index.upkeep import IndexReport
 
@@ -20,7 +20,7 @@ RECALL = RecallReport(20_000, 20_000, 0.95, POINTS, 3, 0, 12.0, False)
 
 
 REPORT = IndexReport(
-    "there is none", True, IndexFacts(20_000, 141, 3, 10_000_000), 12.3456, RECALL, estimate_build(20_000, 141, 2000)
+    "there is none", True, IndexInfo(20_000, 141, 3, 10_000_000), 12.3456, RECALL, estimate_build(20_000, 141, 2000)
 )
 
 

@@ -85,5 +85,5 @@ def test_hooks_that_nobody_gave_do_nothing() -> None:
 
     asyncio.run(call())
     NO_HOOKS.check_size()
-    NO_HOOKS.count_spoilt(7)
+    NO_HOOKS.count_unusable(7)
     assert not NO_HOOKS.is_part

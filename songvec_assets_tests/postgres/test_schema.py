@@ -20,10 +20,10 @@ from songvec_assets.postgres.schema import (
     ensure_schema,
     hold_lock,
     lock_key,
-    read_fact,
     read_migrations,
     read_record,
-    write_fact,
+    read_value,
+    write_value,
 )
 from songvec_assets.progress import StopSignal
 from songvec_assets_tests.administration import as_role, execute, wait_until, with_parts
@@ -162,7 +162,7 @@ class TestEnsureSchema:
         database = Database(bare_url)
         ensure_schema(database)
         with database.get_connection() as connection:
-            write_fact(connection, "mine", 1)
+            write_value(connection, "mine", 1)
         # rows that are written anew, were it only by an update, have a new xmin
         catalogue = """
             SELECT oid, xmin::text FROM pg_class WHERE relnamespace = 'songvec'::regnamespace
@@ -173,7 +173,7 @@ class TestEnsureSchema:
         ensure_schema(database)
         assert execute(bare_url, catalogue) == before
         with database.get_connection() as connection:
-            assert read_fact(connection, "mine") == 1
+            assert read_value(connection, "mine") == 1
 
     @pytest.mark.parametrize("tables", [EARLIER_TABLES, LATER_TABLES], ids=["the first", "a later one"])
     def test_the_tables_of_an_earlier_version_get_what_is_new_and_keep_what_they_hold(
@@ -185,7 +185,7 @@ class TestEnsureSchema:
         assert read_tables(bare_url) == TABLES
         assert execute(bare_url, READ_COLUMNS) == execute(with_parts(server_url, database=TEMPLATE), READ_COLUMNS)
         with database.get_connection() as connection:
-            assert read_fact(connection, "mine") == 1
+            assert read_value(connection, "mine") == 1
         assert execute(bare_url, "SELECT table_name, range_start, range_stop, model FROM songvec.loaded_ranges") == [
             ("song_embeddings", 0, 100, "model")
         ]
@@ -210,7 +210,7 @@ class TestEnsureSchema:
         assert (execute(bare_url, catalog), execute(bare_url, ranges)) == before
         assert execute(bare_url, READ_COLUMNS) == execute(with_parts(server_url, database=TEMPLATE), READ_COLUMNS)
         with database.get_connection() as connection:
-            assert (read_fact(connection, "mine"), read_fact(connection, "schema_version")) == (1, NEWEST)
+            assert (read_value(connection, "mine"), read_value(connection, "schema_version")) == (1, NEWEST)
 
     def test_who_may_not_migrate_an_earlier_schema_is_told_who_may_and_may_look_at_it_afterwards(
         self, bare_url: str
@@ -228,11 +228,11 @@ class TestEnsureSchema:
         database = Database(bare_url)
         ensure_schema(database)
         with database.get_connection() as connection:
-            write_fact(connection, "schema_version", 7)
+            write_value(connection, "schema_version", 7)
         with pytest.raises(DatabaseError, match=rf"newer songvec, to version 7 .* knows version {NEWEST}: upgrade"):
             ensure_schema(database)
         with database.get_connection() as connection:
-            assert read_fact(connection, "schema_version") == 7
+            assert read_value(connection, "schema_version") == 7
 
     def test_migrations_are_ascii_as_databases_have_other_encodings(self) -> None:
         assert all(migration.isascii() for migration in read_migrations())
@@ -253,14 +253,14 @@ class TestEnsureSchema:
         ensure_schema(database)
         assert execute(bare_url, "SELECT range_stop, note FROM songvec.loaded_ranges") == [(100, ":a 50% b")]
         with database.get_connection() as connection:
-            assert read_fact(connection, "schema_version") == NEWEST + 1
+            assert read_value(connection, "schema_version") == NEWEST + 1
 
     def test_what_another_version_recorded_counts_as_not_recorded(self, database: Database) -> None:
         with database.get_connection() as connection:
             for value in ({"n": "one"}, {"m": 1}, [1], "n", None):
-                write_fact(connection, "mine", value)
+                write_value(connection, "mine", value)
                 assert read_record(connection, "mine", Mine) is None
-            write_fact(connection, "mine", {"n": 1, "since": 2030})
+            write_value(connection, "mine", {"n": 1, "since": 2030})
             assert read_record(connection, "mine", Mine) == Mine(1)
             assert read_record(connection, "none", Mine) is None
 
@@ -350,19 +350,19 @@ class TestFacts:
     @pytest.mark.parametrize("value", [1, "zwölf", {"n_rows": 3, "lists": None}, [1, 2], 2**40, None])
     def test_a_fact_is_read_as_it_was_written(self, database: Database, value: object) -> None:
         with database.get_connection() as connection:
-            assert read_fact(connection, "a") is None
-            write_fact(connection, "a", "before")
-            write_fact(connection, "a", value)
-            write_fact(connection, "b", "other")
+            assert read_value(connection, "a") is None
+            write_value(connection, "a", "before")
+            write_value(connection, "a", value)
+            write_value(connection, "b", "other")
         with database.get_connection() as connection:
-            assert read_fact(connection, "a") == value
+            assert read_value(connection, "a") == value
 
     def test_a_fact_is_part_of_the_transaction(self, database: Database) -> None:
         with pytest.raises(KeyError), database.get_connection() as connection:
-            write_fact(connection, "a", 1)
+            write_value(connection, "a", 1)
             raise KeyError
         with database.get_connection() as connection:
-            assert read_fact(connection, "a") is None
+            assert read_value(connection, "a") is None
 
 
 class TestHoldLock:

@@ -14,7 +14,7 @@ from songvec_assets.defs.resources import PostgresResource
 from songvec_assets.errors import SourceError, StoreError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import read_fact
+from songvec_assets.postgres.schema import read_value
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets_tests import warm
 from songvec_assets_tests.administration import dispose, execute, with_parts
@@ -122,7 +122,7 @@ def test_after_a_look_at_a_mistyped_database_the_right_one_is_bound(
     early.export()
     store_id = json.loads((tmp_path / "store" / "store.json").read_text())["store_id"]
     with database.get_connection() as connection:
-        assert read_fact(connection, "store_id") == store_id
+        assert read_value(connection, "store_id") == store_id
     refused = CliRunner().invoke(app, ["status"])
     assert isinstance(refused.exception, StoreError)
     assert "belongs to another database" in str(refused.exception)
@@ -200,5 +200,5 @@ def test_two_first_starts_at_once_bind_one_pair(mistyped: Database, tmp_path: Pa
     assert first == second
     assert len({*first}) == len(first) == 21
     with mistyped.get_connection() as connection:
-        assert read_fact(connection, "store_id") == first[-1]
+        assert read_value(connection, "store_id") == first[-1]
     assert [path.name for path in (tmp_path / "bound").iterdir()] == ["store.json"]

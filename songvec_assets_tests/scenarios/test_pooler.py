@@ -14,7 +14,7 @@ from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError, DatabaseError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import ensure_schema, hold_lock, lock_key, read_fact, write_fact
+from songvec_assets.postgres.schema import ensure_schema, hold_lock, lock_key, read_value, write_value
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
@@ -81,9 +81,9 @@ class TestTransactions:
             for _ in range(2):
                 ensure_schema(Database(url))
             with Database(url).get_connection() as connection:
-                write_fact(connection, "mine", 1)
+                write_value(connection, "mine", 1)
             with Database(url).get_connection() as connection:
-                assert read_fact(connection, "mine") == 1
+                assert read_value(connection, "mine") == 1
 
     def test_nothing_that_is_set_reaches_another_client(self, database: Database) -> None:
         with running_pgbouncer(database.url, pool_size=1) as url:

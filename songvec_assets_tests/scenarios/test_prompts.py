@@ -15,7 +15,7 @@ from songvec_assets.embedding.prompts import TASK
 from songvec_assets.errors import BudgetExceededError, ReembeddingError, StoreError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import read_fact
+from songvec_assets.postgres.schema import read_value
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.swap import roll_back
 from songvec_assets.vectors.table import VectorTable
@@ -233,7 +233,7 @@ def test_a_record_that_does_not_parse_stops_before_payment(begin: Begin, provide
 def recorded(database: Database) -> dict[str, str]:
     """What an application reads to ask rightly."""
     with database.get_connection() as connection:
-        fact: dict[str, str] = read_fact(connection, "table")
+        fact: dict[str, str] = read_value(connection, "table")
     return fact
 
 

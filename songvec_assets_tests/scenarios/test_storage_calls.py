@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from songvec_assets.cache import completion
 from songvec_assets.cache import fill as fill_module
-from songvec_assets.cache import upkeep
 from songvec_assets.cache.manifest import Completion
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cache.parts import CachedRows
@@ -111,7 +111,7 @@ def test_storing_vectors_again_takes_calls_in_proportion_to_their_pieces(
         reused = cached.rows.with_columns(song_id=cached.rows["song_id"] + 500)
         plan = FillPlan(FillReport(cached.range), deleted=[], reused=reused, texts=[])
         fill_module._RangeFill(None, lambda: None, plan.report)._begin(cached, plan)  # type: ignore[arg-type]
-        upkeep.complete(cached, Completion("snapshot", "text", 0, 0, 0, "", 0, b""), 0.0)
+        completion.complete(cached, Completion("snapshot", "text", 0, 0, 0, "", 0, b""), 0.0)
         assert cache.open(cached.range).rows.height == 2 * n_pieces
         return len(calls)
 

@@ -25,7 +25,7 @@ from songvec_assets.errors import (
     DatabaseError,
     ProviderError,
     ProviderUnavailableError,
-    ServerSickError,
+    ServerFailingError,
     StoppedError,
 )
 from songvec_assets.postgres.engine import Database
@@ -202,7 +202,7 @@ class TestAServerThatIsSick:
         provider.control(nan=["Importance"])
         for _ in range(2):
             (report,), _ = try_fill(run())
-            assert type(report.error) is ServerSickError
+            assert type(report.error) is ServerFailingError
             assert "the server is" in str(report.error)
             assert set(stored(run())) == set(range(1, 100)) - set(bad), "the good ones are kept, no other is rejected"
 
@@ -216,7 +216,7 @@ class TestAServerThatIsSick:
         provider.control(nan=["Importance"])
         reports, error = try_fill(run())
         assert error is None
-        assert [type(report.error) for report in reports] == [ServerSickError, *[type(None)] * 8]
+        assert [type(report.error) for report in reports] == [ServerFailingError, *[type(None)] * 8]
         assert sum(report.n_rejected for report in fill(run())) == 4
 
     def test_for_a_while_rejects_no_text_that_was_sent_alone(self, songs: Songs, run: Run, provider: Provider) -> None:

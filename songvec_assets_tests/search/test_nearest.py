@@ -18,7 +18,7 @@ from songvec_assets.errors import ProviderError, TableMismatchError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database, Profile
 from songvec_assets.postgres.messages import ReportingCursor
-from songvec_assets.postgres.schema import write_fact
+from songvec_assets.postgres.schema import write_value
 from songvec_assets.search.nearest import Hit, check_searchable, embed_query, record_source, search_songs
 from songvec_assets.search.query import Query
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
@@ -108,7 +108,7 @@ def indexed(database: Database, source: SongsSource, cache: ModelCache) -> Songs
     build_index(database, cache, SPEC)
     use_index(database)
     with database.get_connection() as connection:
-        write_fact(connection, "probes", 1)
+        write_value(connection, "probes", 1)
     return source
 
 
@@ -161,7 +161,7 @@ def test_through_the_index_a_search_visits_as_many_lists_as_recorded(database: D
     differs = False
     for probes in (1, 10):
         with database.get_connection() as connection:
-            write_fact(connection, "probes", probes)
+            write_value(connection, "probes", probes)
         hits = search_songs(database, indexed, Query(make_vector(8), limit=5))
         differs |= [hit.song_id for hit in hits] != exact
     assert [hit.song_id for hit in hits] == exact
@@ -203,7 +203,7 @@ def test_the_command_shows_as_many_songs_as_asked_for(
     pipeline.build_index()
     use_index(database)
     with database.get_connection() as connection:
-        write_fact(connection, "probes", 1)
+        write_value(connection, "probes", 1)
     monkeypatch.setattr(base, "make_pipeline", lambda: pipeline)
     with pytest.raises(SystemExit) as ended:
         app(["search", "a storm at sea", "-n", "100"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from songvec_assets.cache import upkeep
+from songvec_assets.cache import completion
 from songvec_assets.cache.manifest import Completion, Rejection
 from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.postgres.engine import Database
@@ -70,7 +70,7 @@ def complete(cache: ModelCache, song_range: SongIdRange) -> None:
     """End a fill of a range."""
     cached = cache.open(song_range)
     n_songs = cached.rows.height
-    upkeep.complete(cached, Completion("digest", "identity", n_songs, 0, 0, "", 0, b""), 0.0)
+    completion.complete(cached, Completion("digest", "identity", n_songs, 0, 0, "", 0, b""), 0.0)
 
 
 def files_of(cache: ModelCache, song_range: SongIdRange) -> list[Path]:

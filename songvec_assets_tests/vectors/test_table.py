@@ -10,7 +10,7 @@ from songvec_assets.errors import (
     TableMismatchError,
 )
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import write_fact
+from songvec_assets.postgres.schema import write_value
 from songvec_assets.settings import DEMO_MODEL, OFFLINE_MODEL
 from songvec_assets.storage import Storage
 from songvec_assets.vectors.index.audit import audit_recall
@@ -150,7 +150,7 @@ class TestRecords:
         names = ("table", "rows_changed_since_index", "index", "building", "probes", "recall")
         with database.get_connection() as connection:
             for name in names:
-                write_fact(connection, name, value)
+                write_value(connection, name, value)
         table = VectorTable(database)
         assert table.spec is None
         assert describe_tables(database) == {"song_embeddings": "nothing that was loaded"}
@@ -171,7 +171,7 @@ class TestRecords:
         put(cache, [1, 2])
         load(database, cache)
         with database.get_connection() as connection:
-            write_fact(connection, "table", {"of": "another version"})
+            write_value(connection, "table", {"of": "another version"})
         with pytest.raises(TableMismatchError, match="'model-a', the configured model is 'model-b'"):
             VectorTable(database).check(TableSpec("model-b", DIMENSIONS))
 

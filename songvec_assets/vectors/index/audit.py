@@ -18,7 +18,7 @@ from songvec_assets.vectors.catalog import uses_index
 from songvec_assets.vectors.index.neighbors import NEIGHBORS
 from songvec_assets.vectors.index.probes import search, set_probes
 from songvec_assets.vectors.index.recall import RecallReport, read_recall
-from songvec_assets.vectors.index.searches import Searches
+from songvec_assets.vectors.index.recall_searches import Searches
 from songvec_assets.vectors.ledger import SERVING, STAGING
 from songvec_assets.vectors.table import TableSpec, VectorTable
 

@@ -14,7 +14,7 @@ from songvec_assets.errors import StoreError
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.catalog import SMALL_TABLE_ROWS, BuiltIndex
 from songvec_assets.vectors.index.probes import find_smallest
-from songvec_assets.vectors.index.searches import STEP, RecallPoint, Searches
+from songvec_assets.vectors.index.recall_searches import STEP, RecallPoint, Searches
 from songvec_assets.vectors.table import VectorTable
 
 DEFAULT_TARGET = 0.95

@@ -15,7 +15,7 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import SettingsError, TableMismatchError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.vectors.catalog import BuiltIndex, IndexFacts, choose_probes
+from songvec_assets.vectors.catalog import BuiltIndex, IndexInfo, choose_probes
 from songvec_assets.vectors.index import build
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport, measure_and_record, read_recall
 from songvec_assets.vectors.index.sizing import BuildEstimate, Capacity, choose_lists, estimate_build, read_capacity
@@ -61,7 +61,7 @@ class IndexReport:
 
     reason: str
     built: bool
-    index: IndexFacts
+    index: IndexInfo
     seconds: float
     recall: RecallReport | None
     estimate: BuildEstimate

@@ -5,7 +5,7 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import read_fact, write_fact
+from songvec_assets.postgres.schema import read_value, write_value
 from songvec_assets.vectors.index.audit import IndexAudit, VectorAudit, audit_index, audit_recall, audit_vectors
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
@@ -125,10 +125,10 @@ class TestRecall:
         report = build_index(database, cache, SPEC).recall
         assert audit_recall(VectorTable(database), cache, 0.95) == report, "to the last digit of its times"
         with database.get_connection() as connection:
-            fact = read_fact(connection, "recall")
+            fact = read_value(connection, "recall")
             for point in fact["points"]:
                 point["recall"] = 0.9
-            write_fact(connection, "recall", fact)
+            write_value(connection, "recall", fact)
         for target, reached in ((0.95, False), (0.9, True)):
             found = audit_recall(VectorTable(database), cache, target)
             assert found is not None

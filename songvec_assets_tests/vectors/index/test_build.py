@@ -12,7 +12,7 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import DatabaseError, StoppedError
 from songvec_assets.postgres import short_lock
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import read_fact
+from songvec_assets.postgres.schema import read_value
 from songvec_assets.progress import Progress, StopSignal
 from songvec_assets.vectors.index import build, sizing
 from songvec_assets.vectors.index.build import read_progress
@@ -327,8 +327,8 @@ class TestInterrupted:
         assert read_identity(indexed) == built
         assert read_indexes(indexed) == {INDEX: (True, definition(30))}
         with indexed.get_connection() as connection:
-            assert read_fact(connection, "rows_changed_since_index") == 3
-            assert read_fact(connection, "building") is None
+            assert read_value(connection, "rows_changed_since_index") == 3
+            assert read_value(connection, "building") is None
 
     @pytest.mark.parametrize(("lists", "n_changed"), [(29, 0), (30, 181)])
     def test_one_with_other_lists_or_of_long_ago_is_not(

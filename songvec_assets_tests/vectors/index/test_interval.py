@@ -11,7 +11,7 @@ from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.text import hash_text
 from songvec_assets.vectors.index.interval import estimate_share
 from songvec_assets.vectors.index.neighbors import ExactNeighbors
-from songvec_assets.vectors.index.searches import Searches
+from songvec_assets.vectors.index.recall_searches import Searches
 from songvec_assets.vectors.table import VectorTable
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, upload
 from songvec_assets_tests.vectors.indexes import build_index

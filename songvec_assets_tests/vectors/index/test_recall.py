@@ -7,7 +7,7 @@ import pytest
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.index.recall import RecallReport, read_recall, write_recall
-from songvec_assets.vectors.index.searches import RecallPoint
+from songvec_assets.vectors.index.recall_searches import RecallPoint
 from songvec_assets.vectors.table import SERVING, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import load, put

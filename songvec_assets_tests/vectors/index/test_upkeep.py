@@ -7,7 +7,7 @@ import pytest
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import TableMismatchError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import read_fact, write_fact
+from songvec_assets.postgres.schema import read_value, write_value
 from songvec_assets.vectors.index import build
 from songvec_assets.vectors.index.audit import audit_recall
 from songvec_assets.vectors.index.recall import read_recall
@@ -172,13 +172,13 @@ def clustered(database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyP
 def put_aside(database: Database, key: str, value: object) -> None:
     """Write a fact past the package."""
     with database.get_connection() as connection:
-        write_fact(connection, key, value)
+        write_value(connection, key, value)
 
 
 def read(database: Database, key: str) -> object:
     """Read a fact past the package."""
     with database.get_connection() as connection:
-        return read_fact(connection, key)
+        return read_value(connection, key)
 
 
 def reaches_target(database: Database, cache: ModelCache) -> bool:

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from songvec_assets.cache import upkeep
+from songvec_assets.cache import completion
 from songvec_assets.cache.model_cache import (
     ModelCache,
     write_embeddings_to_file,
@@ -68,7 +68,7 @@ def test_a_few_large_parts_are_not_written_twice(cache):
     for start in (0, 2_000):
         song_ids = list(range(start, start + 2_000))
         write_embeddings_to_file(cache.open(wide), song_ids, hashes_of(song_ids), np.ones((2_000, 3), np.float32))
-    upkeep.complete(cache.open(wide), FILLED, 0.0)
+    completion.complete(cache.open(wide), FILLED, 0.0)
     assert [each.is_base for each in cache.read_manifest(wide).files] == [False, False]
 
 
@@ -122,7 +122,7 @@ def test_a_merge_of_many_pieces_keeps_every_vector_with_its_song(cache):
         ids = song_ids[start : start + 500].tolist()
         write_embeddings_to_file(cache.open(wide), ids, hashes_of(ids), embeddings[start : start + 500])
     cached = cache.open(wide)
-    upkeep.complete(cached, FILLED, 0.0)
+    completion.complete(cached, FILLED, 0.0)
     cached = cache.open(wide)
     assert len(cached.manifest.files) == 1
     found = {}

@@ -15,7 +15,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext, StopSignal
 from songvec_assets.vectors.index.neighbors import LoadedRows, find_exact_neighbors, sample_queries
 from songvec_assets.vectors.index.recall import measure_recall
-from songvec_assets.vectors.index.searches import Searches, to_literal
+from songvec_assets.vectors.index.recall_searches import Searches, to_literal
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
