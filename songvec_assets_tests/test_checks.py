@@ -166,7 +166,9 @@ def test_the_bill_is_compared_with_the_estimate(
 
 def embed_cyrillic(pipeline: Pipeline, songs: Callable[..., None], song_id: int) -> Pipeline:
     """Embed a song's worth of tokens that the first estimate takes for twice as many."""
-    songs(*((song_id + n, f"Песня {n}", "Анна", f"ля{'абвгдежзийклмнопрстуфхцч'[n]} " * 700) for n in range(20)))
+    songs(
+        *((song_id + n, f"Песня {song_id + n}", "Анна", f"ля{'абвгдежзийклмнопрстуфхцч'[n]} " * 700) for n in range(20))
+    )
     run_all(pipeline)
     return pipeline
 

@@ -115,7 +115,7 @@ def test_ranges_that_change_places_may_be_interrupted(
         raise RuntimeError("killed before the range is complete")
 
     with monkeypatch.context() as patched:
-        patched.setattr(fill_module.upkeep, "complete", die)
+        patched.setattr(fill_module.completion, "complete", die)
         with pytest.raises(RuntimeError):
             try_fill(run())
     later = run()

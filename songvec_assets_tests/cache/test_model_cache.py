@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from songvec_assets.cache.manifest import Manifest
+from songvec_assets.cache.manifest import Manifest, digest_rows
 from songvec_assets.cache.model_cache import (
     load_embeddings_from_cache,
     write_embeddings_to_file,
