@@ -126,7 +126,7 @@ class ProviderUnavailableError(ProviderError):
 
 
 class ServerFailingError(ProviderUnavailableError):
-    """More texts fail, each alone, than songs can be at fault for. None of them is rejected; a later rerun may help."""
+    """So many texts fail, each alone, that the server is at fault. None is rejected; a later rerun may help."""
 
     code = "provider.failing"
 

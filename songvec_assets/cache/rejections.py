@@ -1,5 +1,14 @@
 """Texts of a range that were sent alone and got no vector: rejected if others succeed, else the server is at fault.
 
+Who decides what a failure means, from the request to the run:
+
+- `embedding.client`: a try may be repeated, until `contact` says that the server has not answered for too long;
+- `requests`: a request that is refused, or fails each time, is divided until the failing text is alone;
+- here: a text that fails alone is rejected once others succeeded after it; so many that fail are the server's fault;
+- `embedding.health`: how many of the last texts of the run failed, over all ranges;
+- `fill`: a range that fails is reported, the others go on; two in a row without an answer end the run;
+- `context.note_error`: an error that every range would meet ends the run.
+
 When to add here: another sign that the server is at fault. Keep out: how a request is divided down to single texts.
 """
 
@@ -74,9 +83,9 @@ class RefusedTexts:
         if health.is_failing() and health.n_texts() >= _ENOUGH_TEXTS:
             self._is_server_fault = True
             raise ProviderError(
-                f"of the last {health.n_texts():,} texts {health.n_bad:,} fail though others succeed, more than songs "
-                f"can be at fault for: the server is. {reason}. None of this range's is rejected, and nothing more is "
-                "sent. See the server's log, then start the same command again",
+                f"{health.n_bad:,} of the last {health.n_texts():,} texts fail while others succeed: so many point to "
+                f"the server, not to the songs. {reason}. None of this range's is rejected, and nothing more is sent. "
+                "See the server's log, then start the same command again",
                 "provider.failing",
             )
 
@@ -92,9 +101,9 @@ class RefusedTexts:
         health = self.context.health
         if health.is_failing() and not all(text.rejected_before for text, _ in self._texts):
             raise ServerFailingError(
-                f"of {health.n_texts():,} texts {health.n_bad:,} fail though others succeed, more than songs can be at "
-                f"fault for: the server is, unless other ranges show that it is not. {self._texts[-1][1]}. None of "
-                "this range's is rejected. See the server's log, then start the same command again"
+                f"{health.n_bad:,} of {health.n_texts():,} texts fail while others succeed: so many point to the "
+                f"server, not to the songs. {self._texts[-1][1]}. None of this range's is rejected. See the server's "
+                "log, then start the same command again"
             )
         if not await self.answers_well(self._last_at):
             raise ProviderError(

@@ -124,7 +124,7 @@ class ExactNeighbors:
     If only a sample of the rows was read, the true ten nearest of the table are known in part. Each of them is in the
     sample with the same probability, whether the index finds it or not: those that are in it are unbiased trials. A row
     of the sample is one of the ten if fewer than ten are nearer, and these are counted among all that searches found,
-    and the sample's other rows, each of which stands for as many as were left out. A sample searched by itself would
+    and the sample's other rows, each of which represents 1/share rows. A sample searched by itself would
     tell less: its ten nearest are far from the query, and in other lists than the table's ten nearest.
 
     Attributes:

@@ -143,7 +143,7 @@ class Searches:
         return set(self._found)
 
     def reaches(self, probes: int, target: float) -> bool:
-        """Whether so many probes reach the target; measured with twice as many queries until that is clear.
+        """Whether so many probes reach the target; the number of queries doubles until that is clear.
 
         False if they were not measured before the time was up.
         """
