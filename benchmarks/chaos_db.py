@@ -32,7 +32,7 @@ from songvec_assets.settings import Settings
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.storage import Storage
-from songvec_assets.vectors.index import searches
+from songvec_assets.vectors.index import recall_searches
 from songvec_assets.vectors.index.neighbors import LoadedRows, sample_queries
 from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
 from songvec_assets.vectors.plan import LoadSource
@@ -607,7 +607,7 @@ def prepared_server() -> Iterator[tuple[Server, Path]]:
     with (
         tempfile.TemporaryDirectory(prefix="songvec-chaos-db-", ignore_cleanup_errors=True) as folder,
         running_server(**settings) as server,
-        mock.patch.object(searches, "sample_queries", sample_few_queries),
+        mock.patch.object(recall_searches, "sample_queries", sample_few_queries),
     ):
         execute(server.url("template1"), "CREATE EXTENSION vector")
         yield server, Path(folder)

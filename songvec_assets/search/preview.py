@@ -109,17 +109,18 @@ def project(vectors: Float32Matrix) -> tuple[Float32Matrix, float]:
     return components, float((lengths[:2] ** 2).sum()) / total if total else 1.0
 
 
-def find_clusters(points: Float32Matrix) -> tuple[NDArray[np.int64], list[list[int]]]:
+def find_clusters(points: Float32Matrix, n_clusters: int = _CLUSTERS) -> tuple[NDArray[np.int64], list[list[int]]]:
     """Lloyd's k-means, which starts from points far from each other; deterministic.
 
     Args:
         points: (n, axes); at least one.
+        n_clusters: at most.
 
     Returns:
         The cluster of each point; and per cluster the places of the points nearest to its centre, nearest first.
     """
     places = [int(np.argmax(((points - points.mean(axis=0)) ** 2).sum(axis=1)))]
-    while len(places) < min(_CLUSTERS, len(points)):
+    while len(places) < min(n_clusters, len(points)):
         places.append(int(np.argmax(_distances(points, points[places]).min(axis=1))))
     centres = points[places]
     for _ in range(_ROUNDS):
