@@ -86,6 +86,7 @@ def test_what_was_embedded_before_a_budget_ended_is_loaded_and_the_error_raised(
         assert songs.table.index is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimensions", [64, 32])
 def test_an_allowed_swap_ends_the_run_only_if_the_table_is_another(
     begin: Callable[..., Pipeline], songs: Callable[..., None], dimensions: int
@@ -130,6 +131,7 @@ def test_a_range_that_fails_is_raised_after_the_others_are_done(begin: Callable[
         assert songs.cache.read_manifest(SECOND).complete is not None
 
 
+@pytest.mark.slow
 def test_another_size_is_swapped_in_and_back(begin: Callable[..., Pipeline]) -> None:
     with begin() as songs:
         songs.run()

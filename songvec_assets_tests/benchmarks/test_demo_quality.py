@@ -41,6 +41,7 @@ def test_scores_are_those_worked_out_by_hand() -> None:
     np.testing.assert_allclose(found, [1.0, 1 / np.log2(3)])
 
 
+@pytest.mark.slow
 def test_the_demo_finds_by_meaning_what_spelling_does_not(
     spelling: demo_quality.Result, meaning: demo_quality.Result
 ) -> None:

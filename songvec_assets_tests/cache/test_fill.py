@@ -45,6 +45,7 @@ from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.vectors.conftest import upload
 
 
+@pytest.mark.slow
 def test_the_next_ranges_begin_while_the_last_answers_of_one_are_awaited(
     songs: Songs, run: Run, provider: Provider
 ) -> None:

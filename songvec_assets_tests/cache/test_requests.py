@@ -83,6 +83,7 @@ def test_answers_on_their_way_when_another_request_fails_are_stored(
     assert provider.ledger()["requests"] <= 1 + 4, "no further request starts"
 
 
+@pytest.mark.slow
 def test_an_answer_that_ends_the_run_ends_it_for_the_requests_that_wait_too(
     songs: Songs, run: Run, provider: Provider
 ) -> None:

@@ -50,6 +50,7 @@ def type_in(*command: str, code: str = CODE) -> tuple[str, str]:
     return ran.stdout, ran.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("environment")
 def test_search_and_status_load_only_what_they_need_and_fit_80_columns() -> None:
     found, said = type_in("search", "waves and salt")

@@ -141,6 +141,7 @@ def test_nothing_is_limited_before_anything_was_refused():
     assert not limits.are_exceeded_by(10_000, 10**9)
 
 
+@pytest.mark.slow
 @PROFILE
 @given(st.integers(1, 200), st.integers(2, 500), st.integers(1, 50))
 def test_a_limit_of_texts_is_found_with_few_refusals(most, first, size):

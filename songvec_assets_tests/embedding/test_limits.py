@@ -539,6 +539,7 @@ def test_the_bucket_is_as_deep_at_a_lower_speed(database: Database, make_limiter
     )
 
 
+@pytest.mark.slow
 def test_a_provider_that_answers_nothing_but_429_for_long_does_not_stop_all_processes_for_good(
     database: Database, make_limiter: LimiterMaker
 ) -> None:

@@ -68,6 +68,7 @@ def made_of_ours(database: Database) -> list[tuple]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::dagster.BetaWarning", "ignore:InitResourceContext.dagster_run:DeprecationWarning")
 def test_looking_creates_nothing_and_binds_nothing(
     mistyped: Database, environment: Callable[[Database], None], tmp_path: Path, provider: Provider
@@ -188,6 +189,7 @@ print(*stores, pipeline.store.store_id)
 """
 
 
+@pytest.mark.slow
 def test_two_first_starts_at_once_bind_one_pair(mistyped: Database, tmp_path: Path) -> None:
     processes = [warm.start(["-c", FIRST_START, str(tmp_path), mistyped.url]) for _ in range(2)]
     for process in processes:

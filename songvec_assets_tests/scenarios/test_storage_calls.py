@@ -120,6 +120,7 @@ def test_storing_vectors_again_takes_calls_in_proportion_to_their_pieces(
     assert many < 2.2 * more
 
 
+@pytest.mark.slow
 def test_a_dry_run_leaves_every_byte_of_the_store_also_of_what_a_run_would_remove(
     songs: Callable[..., None],
     database: Database,

@@ -58,6 +58,7 @@ def test_from_python(environment: dict[str, str], tmp_path: Path) -> None:
     assert len(shown.split()) == 20
 
 
+@pytest.mark.slow
 def test_from_the_command_line(environment: dict[str, str], tmp_path: Path) -> None:
     [example] = read_examples("From the command line", "sh")
     shown = run(["bash", "-ec", example], environment, tmp_path)

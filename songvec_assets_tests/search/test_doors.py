@@ -317,6 +317,7 @@ def test_a_scan_that_cannot_go_on_is_repeated_over_all_lists(pipeline: Pipeline,
 class TestSwaps:
     """Searches find the old table or the new one, by its model."""
 
+    @pytest.mark.slow
     def test_a_pipeline_that_searched_before_embeds_again_by_the_new_size(self, pipeline: Pipeline) -> None:
         assert len(pipeline.search("a storm", 5)) == 5
         for dimensions in (32, 64):

@@ -56,6 +56,7 @@ def test_it_copies_every_sound_vector_with_what_was_known_of_the_songs(cache):
     assert cache.open(TAIL).rows["song_id"].to_list() == [1000]
 
 
+@pytest.mark.slow
 def test_it_is_started_again_after_a_crash_and_does_nothing_twice(cache):
     take_over(cache)
     before = {path: path.read_bytes() for path in cache.storage.root.rglob("*") if path.is_file()}

@@ -360,6 +360,7 @@ class TestInterrupted:
         assert not bring(table, cache).built
         assert read_indexes(table) == WHOLE
 
+    @pytest.mark.slow
     def test_a_build_goes_on_where_its_progress_cannot_be_read(
         self, table: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -163,7 +163,7 @@ class TestTimeLimit:
 
         monkeypatch.setattr(Searches, "_search", search)
         fake = SimpleNamespace(monotonic=lambda: seconds[0], perf_counter=time.perf_counter)
-        for module in ("searches", "neighbors"):
+        for module in ("recall_searches", "neighbors"):
             monkeypatch.setattr(f"songvec_assets.vectors.index.{module}.time", fake)
         return seconds
 

@@ -232,6 +232,7 @@ class TestRecall:
         recorded = {"n_rows": 600, "target": 0.999, "probes": high.recall.probes, "seconds": low.seconds}
         assert read(clustered, "index") == pytest.approx(recorded, abs=1)
 
+    @pytest.mark.slow
     def test_an_index_built_over_few_rows_and_filled_later_fails_the_check_and_is_built_anew(
         self, clustered: Database, cache: ModelCache
     ) -> None:
