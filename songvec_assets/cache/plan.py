@@ -133,8 +133,7 @@ def plan_fill(
         spec: how songs become texts.
         rejected_by: the server whose earlier rejections count; songs rejected by another server are sent again. None:
             no earlier rejection counts.
-        find_elsewhere: see `OtherRanges`; returns those of some songs whose text need not be sent. Not called if the
-            range is embedded again on request.
+        find_elsewhere: see `OtherRanges`; the songs whose text need not be sent. None if all are embedded again.
 
     Raises:
         StoreError: there is no snapshot; its absence does not mean that the cached songs were deleted.
@@ -145,27 +144,27 @@ def plan_fill(
             "cache.missing",
         )
     hashes, n_songs = snapshots.read_text_hashes(cached.range, spec), snapshots.footer(cached.range).n_songs
-    rejected = cached.rejected.select("song_id", "text_hash", "reason")
+    rejected = cached.rejected
     holds = pl.lit(False) if rejected_by is None else pl.col("reason").str.starts_with(f"{rejected_by} ")
     unchanged, missing = _compare(hashes, cached.rows, rejected.filter(holds))
     # any stored vector of the text is reused: of another song, or of an older row (lyrics changed back)
     stored = cached.all_rows.join(missing, on="text_hash", how="semi")
     vectors = cached.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
-    reused = missing.join(vectors, on="text_hash", how="inner", maintain_order="left")
+    reused = missing.join(vectors, on="text_hash", maintain_order="left").select("song_id", "text_hash", "row")
     left = missing.join(vectors, on="text_hash", how="anti", maintain_order="left")
     elsewhere = find_elsewhere(left.select("song_id", "text_hash") if cached.replaces is None else left.clear())
     left = left.join(elsewhere, on="song_id", how="anti", maintain_order="left").with_columns(
         rejected_before=pl.col("text_hash").is_in(rejected.filter(~holds)["text_hash"].implode())
     )
     sent = _render(snapshots, cached.range, spec, left)
-    before = (cached.replaces or cached).rows
-    known = pl.concat([before["song_id"], cached.rows["song_id"], rejected["song_id"]]).unique()
+    held = (cached.replaces or cached).rows, cached.rows, rejected
+    known = pl.concat([each["song_id"] for each in held]).unique()
     deleted = known.filter(~known.is_in(hashes["song_id"].implode())).to_list()
     n_new = missing.filter(~pl.col("song_id").is_in(known.implode())).height
     n_refused = int(unchanged["refused"].sum())
     report = FillReport(
-        range=cached.range,
-        n_songs=n_songs,
+        cached.range,
+        n_songs,
         n_new=n_new,
         n_changed=missing.height - n_new,
         n_deleted=len(deleted),
@@ -178,7 +177,6 @@ def plan_fill(
     made_otherwise = is_made_otherwise(cached.storage, cached.files, spec)
     # of an interrupted fill, also the rows that it replaced
     spared = () if made_otherwise else (cached.rows if cached.files.done else cached.all_rows)["row"]
-    reused = reused.select("song_id", "text_hash", "row")
     return FillPlan(report, deleted, reused, sent, n_refused > 0, made_otherwise, spared)
 
 
