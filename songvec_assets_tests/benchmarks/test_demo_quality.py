@@ -11,6 +11,8 @@ from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.samples import read_sample_songs
 from songvec_assets.settings import DEFAULT_DIMENSIONS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def spelling() -> demo_quality.Result:
@@ -41,7 +43,6 @@ def test_scores_are_those_worked_out_by_hand() -> None:
     np.testing.assert_allclose(found, [1.0, 1 / np.log2(3)])
 
 
-@pytest.mark.slow
 def test_the_demo_finds_by_meaning_what_spelling_does_not(
     spelling: demo_quality.Result, meaning: demo_quality.Result
 ) -> None:

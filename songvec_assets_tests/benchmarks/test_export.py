@@ -10,6 +10,8 @@ from benchmarks.export_ways import Job
 from songvec_assets.postgres.engine import Database
 from songvec_assets_tests.administration import execute
 
+pytestmark = pytest.mark.slow
+
 N_SONGS = 2_000
 
 

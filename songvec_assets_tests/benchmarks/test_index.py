@@ -10,8 +10,9 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.storage import Storage
 from songvec_assets_tests.administration import execute
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_stock_and_ours_are_built_over_the_same_rows_and_find_the_same(database: Database, tmp_path: Path) -> None:
     cache = ModelCache(Storage(tmp_path / "cache"), "made-up", 32)
     result = index.measure(database, cache, 600, n_rounds=2, writers_go_on=True)

@@ -24,6 +24,8 @@ from songvec_assets.storage import Storage
 from songvec_assets_tests.conftest import environment_of, make_pipeline
 from songvec_assets_tests.provider import Provider
 
+pytestmark = pytest.mark.slow
+
 FIRST, SECOND = SongIdRange(0, 100), SongIdRange(100, 200)
 CALLS = ("read", "open", "list_objects", "list_prefixes", "write", "put_if_unchanged", "delete", "delete_all")
 
@@ -120,7 +122,6 @@ def test_storing_vectors_again_takes_calls_in_proportion_to_their_pieces(
     assert many < 2.2 * more
 
 
-@pytest.mark.slow
 def test_a_dry_run_leaves_every_byte_of_the_store_also_of_what_a_run_would_remove(
     songs: Callable[..., None],
     database: Database,

@@ -21,6 +21,8 @@ from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.search.conftest import N_SONGS, SONGS
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
 ROLES = ("songvec_builder", "songvec_loader", "songvec_reader")
 
@@ -58,7 +60,6 @@ def test_from_python(environment: dict[str, str], tmp_path: Path) -> None:
     assert len(shown.split()) == 20
 
 
-@pytest.mark.slow
 def test_from_the_command_line(environment: dict[str, str], tmp_path: Path) -> None:
     [example] = read_examples("From the command line", "sh")
     shown = run(["bash", "-ec", example], environment, tmp_path)
@@ -145,7 +146,6 @@ def as_roles(server_url: str, songs_provider: Provider, tmp_path: Path) -> Itera
             execute(url, f"DROP ROLE {', '.join(ROLES)}")
 
 
-@pytest.mark.slow
 def test_each_role_does_its_part_and_no_more(as_roles: Callable[..., Pipeline]) -> None:
     builder, loader, reader = (as_roles(role) for role in ROLES)
     # the reader finds what it may see, and as many

@@ -18,6 +18,8 @@ from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage import Storage
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).parents[2] / "tools" / "import_old_cache.py"
 FIRST, TAIL = SongIdRange(0, 100), SongIdRange(1_000, 2**31)
 
@@ -56,7 +58,6 @@ def test_it_copies_every_sound_vector_with_what_was_known_of_the_songs(cache):
     assert cache.open(TAIL).rows["song_id"].to_list() == [1000]
 
 
-@pytest.mark.slow
 def test_it_is_started_again_after_a_crash_and_does_nothing_twice(cache):
     take_over(cache)
     before = {path: path.read_bytes() for path in cache.storage.root.rglob("*") if path.is_file()}

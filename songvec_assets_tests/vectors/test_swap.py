@@ -262,6 +262,7 @@ ATTACHMENTS = {
 """What people hang on a table, by the words that name it: how it comes, and how it goes."""
 
 
+@pytest.mark.slow
 class TestAttachments:
     def test_each_is_found_and_stops_a_swap_before_anything_is_paid_for(
         self, database: Database, cache: ModelCache, songs_folder: Path
@@ -1004,6 +1005,7 @@ def write_snapshot(folder: Path, song_ids: list[int], set_aside: list[int]) -> N
     pq.write_table(pa.table(rows, SNAPSHOT_SCHEMA), folder / f"{FIRST.key}.parquet")
 
 
+@pytest.mark.slow
 class TestThroughAPooler:
     """PgBouncer in transaction mode: the same tables, by COPY or by row batches, with or without a way past it."""
 
