@@ -137,14 +137,16 @@ def _stack(values: Iterable[tuple[int, memoryview]], n_texts: int, dimensions: i
     """Vectors as rows, truncated to `dimensions`, NaN if there is none; and the values per vector as received."""
     embeddings, n_values = np.full((n_texts, 0), np.nan, dtype=np.float32), 0
     missing: list[int] = []
-    kinds = set()
+    kind = b""
     for index, value in values:
         vector = None
         if value != _NULL:
-            kinds.add(bytes(value[:1]))
-            if kinds not in ({b'"'}, {b"["}):
-                raise MalformedResponseError(f"expected all vectors as base64 or all as arrays, got {sorted(kinds)}")
-            vector = _decode_base64(value) if kinds == {b'"'} else _decode_array(value)
+            begins = bytes(value[:1])
+            kind = kind or begins
+            if begins != kind or kind not in (b'"', b"["):
+                found = sorted({kind, begins})
+                raise MalformedResponseError(f"expected all vectors as base64 or all as arrays, got {found}")
+            vector = _decode_base64(value) if kind == b'"' else _decode_array(value)
         if vector is None:
             missing.append(index)
             continue
