@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from songvec_assets.cache import manifest as manifests
 from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.manifest import Completion, DataFile, Manifest, Rejection, digest_rows
-from songvec_assets.cache.model_cache import write_embeddings_to_file
+from songvec_assets.cache.model_cache import copy_vectors
 from songvec_assets.cache.parts import PIECE_ROWS, Rows
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.songs.counts import IdSums
@@ -81,9 +81,7 @@ def _copy_deleted(cached: CachedRange, replaced: CachedRange, since_s: float) ->
     """Copy the vectors of songs deleted at this time or later, which a later generation does not embed."""
     deleted_at = {song_id: at for song_id, at in cached.manifest.deleted_at.items() if at >= since_s}
     rows = replaced.find_sound(replaced.last_rows().filter(pl.col("song_id").is_in([*deleted_at])))
-    for piece in rows.iter_slices(PIECE_ROWS):
-        embeddings = replaced.embeddings_at(piece["row"])
-        write_embeddings_to_file(cached, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
+    copy_vectors(replaced, rows, cached)
     cached.add_written()
     cached.manifest = replace(cached.manifest, deleted_at=deleted_at)
 

@@ -13,8 +13,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from songvec_assets.cache.cached_range import CachedRange
-from songvec_assets.cache.model_cache import ModelCache, write_embeddings_to_file
-from songvec_assets.cache.parts import PIECE_ROWS
+from songvec_assets.cache.model_cache import ModelCache, copy_vectors
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TEXT_HASH_BYTES
@@ -63,9 +62,7 @@ class OtherRanges:
             stored = source.all_rows.join(here, on="text_hash", how="semi")
             vectors = source.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
             copied = here.join(vectors, on="text_hash", how="inner", maintain_order="left")
-            for piece in copied.iter_slices(PIECE_ROWS):
-                embeddings = source.embeddings_at(piece["row"])
-                write_embeddings_to_file(cached, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
+            copy_vectors(source, copied, cached)
             return copied
 
         return self._take(cached.range, songs, take)

@@ -19,8 +19,7 @@ from songvec_assets.cache.cached_range import CachedRange, RangeFiles
 from songvec_assets.cache.context import SendContext
 from songvec_assets.cache.elsewhere import OtherRanges
 from songvec_assets.cache.manifest import Completion, Manifest, Rejection
-from songvec_assets.cache.model_cache import ModelCache, write_embeddings_to_file
-from songvec_assets.cache.parts import PIECE_ROWS
+from songvec_assets.cache.model_cache import ModelCache, copy_vectors
 from songvec_assets.cache.plan import FillPlan, FillReport, plan_fill
 from songvec_assets.cache.requests import RangeSender
 from songvec_assets.cache.writing import AnswerGatherer
@@ -263,9 +262,7 @@ class _RangeFill:
         # a later generation is saved once it is complete: until then loads read the earlier one
         if cached.replaces is None and wanted != (cached.files.manifest or Manifest()):
             cached.save(wanted)
-        for piece in plan.reused.iter_slices(PIECE_ROWS):
-            embeddings = cached.embeddings_at(piece["row"])
-            write_embeddings_to_file(cached, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
+        copy_vectors(cached, plan.reused, cached)
 
     async def _send(self, cached: CachedRange, plan: FillPlan, check_held: Callable[[], None]) -> list[Rejection]:
         """Send the missing texts; return the songs that the provider rejected."""

@@ -14,7 +14,7 @@ import xxhash
 from songvec_assets.cache import manifest as manifests
 from songvec_assets.cache.cached_range import CachedRange, RangeFiles
 from songvec_assets.cache.manifest import Completion, Manifest
-from songvec_assets.cache.parts import CachedRows, PartIdentity, read_identity
+from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, PartIdentity, read_identity
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import StoreError, describe
 from songvec_assets.songs.counts import IdSums
@@ -177,6 +177,19 @@ def write_embeddings_to_file(
         raise ValueError(f"expected {len(song_ids)} vectors, got {len(embeddings)}")
     if len(song_ids):
         cached.writer.write([CachedRows.of(song_ids, text_hashes, embeddings)])
+
+
+def copy_vectors(source: CachedRange, rows: pl.DataFrame, cached: CachedRange) -> None:
+    """Write vectors of a range as parts of a range, the same or another; they are durable when this returns.
+
+    Args:
+        source: the range that has them.
+        rows: song_id and text_hash to write, and the row number in `source`.
+        cached: the range to write.
+    """
+    for piece in rows.iter_slices(PIECE_ROWS):
+        embeddings = source.embeddings_at(piece["row"])
+        write_embeddings_to_file(cached, piece["song_id"].to_list(), piece["text_hash"].to_list(), embeddings)
 
 
 def read_embeddings_from_file(cached: CachedRange, rows: pl.Series) -> Iterator[CachedRows]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from songvec_assets.cache import completion
+from songvec_assets.cache import completion, model_cache
 from songvec_assets.cache import fill as fill_module
 from songvec_assets.cache.manifest import Completion
 from songvec_assets.cache.model_cache import ModelCache
@@ -100,7 +100,7 @@ def test_storing_vectors_again_takes_calls_in_proportion_to_their_pieces(
     tmp_path: Path, calls: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each piece that is free is a part: opening all parts for each of them would take the square of their number."""
-    monkeypatch.setattr(fill_module, "PIECE_ROWS", 1)
+    monkeypatch.setattr(model_cache, "PIECE_ROWS", 1)
 
     def count_calls(n_pieces: int) -> int:
         cache = ModelCache(Storage(tmp_path / str(n_pieces)), "m", 3)
