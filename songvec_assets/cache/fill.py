@@ -96,7 +96,7 @@ class Filler:
 
     @cached_property
     def others(self) -> OtherRanges:
-        """What ranges have that others may lack. Plans use it one after the other."""
+        """Where a range finds vectors of texts that it lacks. Only one plan uses it at a time."""
         return OtherRanges(self.cache)
 
     def fill_ranges(self, ranges: Sequence[SongIdRange], report: Callable[[FillReport], None]) -> None:

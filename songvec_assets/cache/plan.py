@@ -30,7 +30,7 @@ class Text(msgspec.Struct, frozen=True, gc=False):
         again: whether one of these songs already has a vector of another text.
         rejected_before: whether it was rejected before.
 
-    The collector of garbage skips it: a large range has 50,000, and each pass over them costs time.
+    The garbage collector skips it: a large range has 50,000 of them, and each pass over them costs time.
     """
 
     text: str

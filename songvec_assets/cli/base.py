@@ -56,7 +56,7 @@ def read_dotenv(context: typer.Context) -> None:
 
 def main() -> None:
     """Run the command. The package's errors are one line without a traceback; SIGTERM and SIGHUP interrupt it."""
-    # a command makes little garbage: looking for it, and at the end among all that was imported, takes a fifth of a run
+    # a command makes little garbage; looking for it takes a fifth of a run, most of it at the end, among all imports
     gc.set_threshold(_GARBAGE_OBJECTS)
     atexit.register(gc.freeze)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:

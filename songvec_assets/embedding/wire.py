@@ -120,7 +120,7 @@ def decode_response(body: bytes, n_texts: int, dimensions: int) -> EmbeddingBatc
     if not order or sorted(order) != list(range(n_texts)):
         raise MalformedResponseError(f"expected each index from 0 to {n_texts - 1} once, got {_shorten(order)}")
     try:
-        # one view at a time: thousands of them would call the collector of garbage
+        # one view at a time: thousands of them would trigger the garbage collector
         values = (memoryview(item.embedding) for item in response.data)
         embeddings, n_values = _stack(zip(order, values, strict=True), n_texts, dimensions)
     # simdjson raises TypeError for values that are not numbers, and RuntimeError for integers of over 64 bits
