@@ -144,7 +144,8 @@ def one_model(evidence: Evidence) -> Finding:
         [*models] == [expected],
     )
     if not passed:
-        message += ": set SONGVEC_EMBEDDING_MODEL and SONGVEC_EMBEDDING_DIMENSIONS to what is loaded, or `songvec swap`"
+        names = "SONGVEC_EMBEDDING_MODEL or SONGVEC_MODEL_ID, and SONGVEC_EMBEDDING_DIMENSIONS"
+        message += f": set {names} to what is loaded; or `songvec swap`"
     return Finding(passed, message, models)
 
 

@@ -12,7 +12,7 @@
     ├── SearchError              a search asks for something that it cannot get
     ├── ProviderError            the provider's answer ends the run
     │   ├── VectorSizeError      vectors of another size than the settings name
-    │   ├── ModelChangedError    another model answers under the same name
+    │   ├── ModelChangedError    the server's vectors are not those stored
     │   ├── ProviderUnavailableError    no good answer within the patience
     │   │   └── ServerFailingError  more texts fail than songs can be at fault for
     │   └── RequestRefusedError  this one request is refused
@@ -114,7 +114,7 @@ class VectorSizeError(ProviderError):
 
 
 class ModelChangedError(ProviderError):
-    """The provider gives other vectors under the same model name. Nothing was paid for; restore or confirm it."""
+    """The provider gives other vectors than those stored of the model. No song was paid for; restore or confirm it."""
 
     code = "provider.model-changed"
 

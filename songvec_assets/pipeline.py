@@ -44,7 +44,7 @@ class EmbedChoices(TypedDict, total=False):
     Attributes:
         retry_rejected: whether songs that the provider rejected before are sent again.
         confirm_reembedding: whether cached texts may be paid for again because settings changed.
-        confirm_model_change: whether the provider may give other vectors under the model's name than in earlier runs.
+        confirm_model_change: whether the provider may give other vectors for the model than those that are cached.
     """
 
     retry_rejected: bool
@@ -199,14 +199,17 @@ class Pipeline(Questions, Searches):
     ) -> RunReport:
         """Build a staging table of another model, size or type, compare it, and let it replace the serving table.
 
-        Afterwards set SONGVEC_EMBEDDING_MODEL, SONGVEC_EMBEDDING_DIMENSIONS and SONGVEC_VECTOR_TYPE to it.
+        Afterwards set SONGVEC_EMBEDDING_MODEL, SONGVEC_EMBEDDING_DIMENSIONS and SONGVEC_VECTOR_TYPE to it, and
+        SONGVEC_MODEL_ID if it was set.
 
         Args:
-            model, dimensions, vector_type: of the new table; None: those of the settings.
+            model: of the new table: the provider's name, which becomes its model id; None: that of the settings.
+            dimensions, vector_type: the same.
             progress: notified of each step.
         """
-        names = "embedding_model", "embedding_dimensions", "vector_type"
-        given = {name: value for name, value in zip(names, (model, dimensions, vector_type), strict=True) if value}
+        names = "embedding_model", "model_id", "embedding_dimensions", "vector_type"
+        values = model, model, dimensions, vector_type
+        given = {name: value for name, value in zip(names, values, strict=True) if value}
         settings = Settings(**self.settings.model_dump(exclude_none=True) | given | {"swap": True})
         return self.with_settings(settings).run(progress=progress)
 
@@ -239,11 +242,12 @@ class Pipeline(Questions, Searches):
         self.bind()
         estimator, given = self.token_estimator(), self.settings
         confirmed, limits = choices.get("confirm_reembedding") or reembed, (given.max_usd, given.max_usd_a_month)
-        record = ModelRecord(self.database, given.model, given.dimensions, choices.get("confirm_model_change", False))
+        server = given.embedding_model, given.fireworks_base_url
+        # a model that runs in this process is what its name says
+        is_confirmed = given.offline or choices.get("confirm_model_change", False)
+        record = ModelRecord(self.database, given.model, given.dimensions, *server, is_confirmed)
         shared = context.SendContext(
-            embedder_factory=lambda on_trouble: self.embedder(
-                estimator, on_trouble, replace(record, on_trouble=on_trouble).check
-            ),
+            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
             quota=self.quota,
             budget=Budget(self.price, self.database.get_engine("autocommit"), run or uuid4().hex, *limits),
             estimator=estimator,
@@ -257,6 +261,7 @@ class Pipeline(Questions, Searches):
             tiling=self.tiling,
             spec=self.text_spec,
             context=shared,
+            record=record,
             lock_range=self.lock_range,
             before_fill=functools.partial(self._check_texts, bool(confirmed)),
             before_payment=self._payment_check(),

@@ -109,14 +109,16 @@ class Searches(Wiring):
     def as_loaded(self) -> Self:
         """The same for the model, size and type of the serving table: after a swap, searches need no new settings."""
         loaded = self.table.spec
-        if loaded is None or (loaded.model in LOCAL_MODELS) != self.settings.offline:
+        given = self.settings
+        if loaded is None or (loaded.model in LOCAL_MODELS) != given.offline:
             return self
-        # a prompt that is set belongs to the model that is set
-        is_set = self.settings.query_prompt and loaded.model == self.settings.model
+        # a prompt, and a provider's name, that are set belong to the model that is set
+        is_same = loaded.model == given.model
         changed = {
-            "query_prompt": self.settings.query_prompt if is_set else loaded.query_prompt,
-            "embedding_model": loaded.model,
+            "query_prompt": (given.query_prompt if is_same else None) or loaded.query_prompt,
+            "embedding_model": given.embedding_model if is_same else loaded.model,
+            "model_id": loaded.model,
             "embedding_dimensions": loaded.dimensions,
             "vector_type": loaded.vector_type,
         }
-        return self.with_settings(self.settings.model_copy(update=changed))
+        return self.with_settings(given.model_copy(update=changed))

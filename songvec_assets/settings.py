@@ -28,7 +28,7 @@ LOCAL_MODELS = frozenset({OFFLINE_MODEL, DEMO_MODEL})
 """Models that run in this process and cost nothing."""
 DEFAULT_TEMPLATE = "{name} by {artist}\n{lyrics}"
 STORE_IDENTITY = {
-    "embedding_model", "embedding_dimensions", "vector_type", "song_id_start", "song_id_stop", "range_size",
+    "embedding_model", "model_id", "embedding_dimensions", "vector_type", "song_id_start", "song_id_stop", "range_size",
 }  # fmt: skip
 """Settings that a storage folder and its table are bound to."""
 
@@ -130,7 +130,9 @@ class ProviderSettings(_Group):
     fireworks_base_url: str = FIREWORKS_BASE_URL
     """Any OpenAI-compatible server: vLLM, TEI, Ollama, Infinity and others."""
     embedding_model: str = FIREWORKS_MODEL
-    """Model name; `demo-v2`: the demo's model; `offline-v1`: hashed words."""
+    """The provider's name for the model; `demo-v2`: the demo's model; `offline-v1`: hashed words."""
+    model_id: str | None = None
+    """Name of the model in cache and table, kept if a provider calls it otherwise; unset: the provider's name."""
     embedding_dimensions: int = Field(default=DEFAULT_DIMENSIONS, ge=2, le=4000)
     """Dimensions per vector; over 2,000 needs `SONGVEC_VECTOR_TYPE=halfvec`; `demo-v2` always has 512."""
     query_prompt: str | None = None
@@ -245,6 +247,8 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
                 "point FIREWORKS_BASE_URL at a server that needs none, or select the demo's vectors by name with "
                 f"SONGVEC_EMBEDDING_MODEL={DEMO_MODEL}"
             )
+        if self.model_id in LOCAL_MODELS:
+            raise SettingsError(f"SONGVEC_MODEL_ID: expected a name of no local model, got {self.model_id!r}: unset it")
         check_base_url(self.fireworks_base_url)
         return self
 
@@ -273,8 +277,10 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
 
     @property
     def model(self) -> str:
-        """The model's name in cache, ledger and table."""
-        return DEMO_MODEL if self.offline and self.embedding_model not in LOCAL_MODELS else self.embedding_model
+        """The model id: its name in cache, ledger and table. Requests ask for `embedding_model`."""
+        if self.offline:
+            return self.embedding_model if self.embedding_model in LOCAL_MODELS else DEMO_MODEL
+        return self.model_id or self.embedding_model
 
     @property
     def dimensions(self) -> int:

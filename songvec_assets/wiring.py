@@ -58,7 +58,8 @@ class Wiring:
             what = "a small model" if given.model == DEMO_MODEL else "spelling, not meaning"
             embedder = f"DEMO vectors ({given.model}: {what}; FIREWORKS_API_KEY makes real ones)"
         else:
-            embedder = f"{given.model} at {given.fireworks_base_url}"
+            alias = f", as {given.model}" if given.model != given.embedding_model else ""
+            embedder = f"{given.embedding_model} at {given.fireworks_base_url}{alias}"
         return f"{self.database.describe()}, {embedder}, {given.dimensions} dimensions"
 
     @property
@@ -165,7 +166,8 @@ class Wiring:
         """What the model is given around queries and texts; see `choose_prompts`. Reads no database."""
         given = self.settings
         storage = model_storage(self.storage_root, given.model, given.dimensions)
-        return choose_prompts(storage, given.model, given.query_prompt, given.document_prompt)
+        names = given.model, given.embedding_model
+        return choose_prompts(storage, names, given.query_prompt, given.document_prompt)
 
     @property
     def text_spec(self) -> TextSpec:

@@ -48,6 +48,7 @@ GOOD = {
     "FIREWORKS_API_KEY": ("fireworks_api_key", None, {" fw_1 ": "fw_1"}),
     "FIREWORKS_BASE_URL": ("fireworks_base_url", FIREWORKS_BASE_URL, {"http://localhost:8000/v1": "http://localhost:8000/v1"}),
     "SONGVEC_EMBEDDING_MODEL": ("embedding_model", FIREWORKS_MODEL, {"nomic": "nomic", OFFLINE_MODEL: OFFLINE_MODEL}),
+    "SONGVEC_MODEL_ID": ("model_id", None, {"fireworks/qwen3-embedding-8b": "fireworks/qwen3-embedding-8b"}),
     "SONGVEC_EMBEDDING_DIMENSIONS": ("embedding_dimensions", 2000, {"2": 2, "2000": 2000}),
     "SONGVEC_QUERY_PROMPT": ("query_prompt", None, {r"to\n{query}": "to\n{query}", "None": "{query}"}),
     "SONGVEC_DOCUMENT_PROMPT": ("document_prompt", None, {"passage: {text}": "passage: {text}", "none": "{text}"}),
@@ -112,6 +113,7 @@ BAD = (
     + [(variable, value) for variable in ("SONGVEC_SWAP", "SONGVEC_TRUNCATE") for value in ("2", "perhaps")]
     + [("SONGVEC_QUERY_PROMPT", value) for value in ("query:", "{text}", "{query} or {query}")]
     + [("SONGVEC_DOCUMENT_PROMPT", value) for value in ("passage:", "{query}", "{name}")]
+    + [("SONGVEC_MODEL_ID", value) for value in (DEMO_MODEL, OFFLINE_MODEL)]
     + [("SONGVEC_EMBEDDING_DIMENSIONS", value) for value in ("1", "2001")]
     + [("FIREWORKS_BASE_URL", value) for value in ("ftp://x/v1", "localhost:8000", "api.fireworks.ai/inference/v1")]
     + [("FIREWORKS_BASE_URL", value) for value in ("http://:8000/v1", "http://x:99999/v1")]
@@ -208,6 +210,12 @@ def test_vectors_are_made_here_only_if_nothing_is_configured_or_a_local_model_is
     settings = read(**environment)
     assert settings.model == model
     assert settings.offline is (model != FIREWORKS_MODEL)
+
+
+def test_the_model_id_names_the_vectors_and_the_providers_name_the_requests():
+    given = {"SONGVEC_EMBEDDING_MODEL": "Qwen/Qwen3-Embedding-8B", "SONGVEC_MODEL_ID": FIREWORKS_MODEL}
+    assert read(**BASE, **given).model == FIREWORKS_MODEL
+    assert read(**given).model == DEMO_MODEL, "a local model's vectors never get another's name"
 
 
 def test_a_url_without_a_key_is_refused_with_every_way_out():

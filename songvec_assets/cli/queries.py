@@ -111,7 +111,8 @@ def print_settings() -> None:
     print(settings_table())
     given = Settings()
     storage = model_storage(given.storage_root, given.model, given.dimensions)
-    prompts = choose_prompts(storage, given.model, given.query_prompt, given.document_prompt)
+    names = given.model, given.embedding_model
+    prompts = choose_prompts(storage, names, given.query_prompt, given.document_prompt)
     print(
         f"\nPrompts of {given.model}: {_show_prompt(prompts.query)} for queries, "
         f"{_show_prompt(prompts.document)} for songs."

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy import Engine
 
+from songvec_assets.embedding.embedder import RequestHooks
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError
 from songvec_assets.postgres.engine import atomic, error_border
@@ -243,6 +244,19 @@ class Reservation:
         finally:
             self.budget.n_held -= self.n_reserved > 0
             self.budget.n_settled += 1
+
+
+@dataclass
+class ReservationHooks(RequestHooks):
+    """Reserves the budget before each try of a request, and counts tries that may be billed without an answer."""
+
+    reservation: Reservation
+
+    async def before_try(self) -> None:
+        await self.reservation.grow()
+
+    def count_unusable(self, n_tokens: int) -> None:
+        self.reservation.n_billed += n_tokens
 
 
 def _describe(name: str, billed: Decimal, reserved: Decimal, max_usd: Decimal, after: Decimal) -> str:

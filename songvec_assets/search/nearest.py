@@ -267,8 +267,9 @@ def check_server(
     named = f", while the settings name {configured.model!r} ({configured.dimensions})" if is_other else ""
     return TableMismatchError(
         f"the table holds {asked.column_type} by {asked.model!r}, and for that model {server} gives {what}{named}: "
-        f"point FIREWORKS_BASE_URL at a server of {asked.model!r}; or set SONGVEC_EMBEDDING_MODEL and "
-        "SONGVEC_EMBEDDING_DIMENSIONS to what this one serves, and `songvec swap` builds its table"
+        f"point FIREWORKS_BASE_URL at a server of {asked.model!r}; or, if this one calls it otherwise, set "
+        f"SONGVEC_MODEL_ID={asked.model} and SONGVEC_EMBEDDING_MODEL to its name there; or set SONGVEC_EMBEDDING_MODEL "
+        "and SONGVEC_EMBEDDING_DIMENSIONS to what it serves, and `songvec swap` builds its table"
     )
 
 
