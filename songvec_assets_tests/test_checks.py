@@ -104,7 +104,7 @@ def drop_index(url: str) -> None:
             "1 of 40 sampled vectors are bad: somebody else wrote them; delete",
         ),
         ("one_model", another_model, False, "the ledger has other"),
-        ("one_model", another_model, False, ": set SONGVEC_EMBEDDING_MODEL and SONGVEC_EMBEDDING_DIMENSIONS to what"),
+        ("one_model", another_model, False, "SONGVEC_MODEL_ID, and SONGVEC_EMBEDDING_DIMENSIONS to what"),
         ("index_is_used", drop_index, False, "run `songvec index`"),
         ("index_is_fresh", drop_index, False, "run `songvec index`"),
         ("recall_reaches_target", drop_index, False, "run `songvec index`"),

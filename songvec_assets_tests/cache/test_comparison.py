@@ -33,6 +33,12 @@ def ids_of(pipeline: Pipeline) -> list[int]:
     return sorted(each.song_id for each in find(pipeline))
 
 
+def test_a_model_that_runs_here_is_not_compared(songs: Songs, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "find_songs", None)
+    songs(*plain_songs(range(1, 4)))
+    assert fill(run(embedding_model="offline-v1"))[0].n_embedded == 3
+
+
 def test_they_are_spread_over_the_ranges_and_within_each(songs: Songs, run: Run) -> None:
     songs(*plain_songs([*range(1, 41), *range(101, 141), 250]))
     pipeline = run()

@@ -68,7 +68,9 @@ def test_from_the_command_line(environment: dict[str, str], tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not (shutil.which("psql") and shutil.which("curl")), reason="psql and curl are not installed")
-def test_with_curl_and_psql(environment: dict[str, str], pipeline: Pipeline, tmp_path: Path) -> None:
+def test_with_curl_and_psql(
+    environment: dict[str, str], pipeline: Pipeline, songs_provider: Provider, tmp_path: Path
+) -> None:
     [example] = read_examples("From SQL", "sh")
     shown = run(["bash", "-ec", example], environment, tmp_path)
     rows = [line.split("|") for line in shown.splitlines()]
@@ -76,6 +78,12 @@ def test_with_curl_and_psql(environment: dict[str, str], pipeline: Pipeline, tmp
     assert [(int(song_id), pytest.approx(float(similarity))) for song_id, similarity in rows] == [
         (hit.song_id, hit.similarity) for hit in hits
     ]
+    moved = {"SONGVEC_MODEL_ID": pipeline.settings.model, "SONGVEC_EMBEDDING_MODEL": "otherwise"}
+    songs_provider.control(model="otherwise")
+    try:
+        assert run(["bash", "-ec", example], environment | moved, tmp_path) == shown
+    finally:
+        songs_provider.control()
 
 
 def test_from_sql(pipeline: Pipeline) -> None:
