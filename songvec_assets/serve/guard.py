@@ -3,6 +3,7 @@
 When to add here: another reason to refuse a request unread. Keep out: what a request means (`answers`).
 """
 
+import asyncio
 import hmac
 import ipaddress
 import logging
@@ -86,6 +87,10 @@ class Guard:
         self._n_now += guarded
         try:
             await self.app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:
+            # the server ends before this search does
+            ending = ServeError("the server is ending: try again later", "serve.busy")
+            await answer_error(ending)(scope, receive, send_with_headers)
         except Exception:
             # answered already; without the URL: what people search for is nobody's business
             log.exception("a request failed unexpectedly")

@@ -76,7 +76,7 @@ class TestToken:
             for given in ({}, {"Authorization": f"Bearer {TOKEN}x"}, {"Authorization": f"Basic {TOKEN}"},
                           {"Authorization": "Bearer é"}, {"Authorization": "Bearer"}):  # fmt: skip
                 headers = {name: value.encode() for name, value in given.items()}
-                for path in ("/similar/7", "/search?q=a", "/nothing", "//search", "/search/"):
+                for path in ("/similar/7", "/search?q=a", "/nothing", "/search/"):
                     assert code_of(client.get(path, headers=headers)) == (401, "serve.unauthorized"), path
                 assert client.get("/healthz", headers=headers).json() == {"status": "ok"}
                 assert client.get("/", headers=headers).status_code == 200

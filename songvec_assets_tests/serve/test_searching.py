@@ -96,6 +96,7 @@ def test_where_words_find_nothing_either_the_failure_is_the_answer(
 
 def test_a_spent_budget_is_a_notice(pipeline: Pipeline, provider: Provider) -> None:
     update = {"usd_per_million_tokens": 1e6, "max_search_usd_a_month": 20.0}
+    provider.reset_ledger()
     poor = type(pipeline)(pipeline.settings.model_copy(update=update))
     with running_server(poor) as address, httpx2.Client(base_url=address, timeout=60) as client:
         modes = [ask(client, f"song {n}")[0]["mode"] for n in range(20)]
