@@ -26,7 +26,8 @@ from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres import engine, short_lock
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
-from songvec_assets.search.nearest import embed_query, search_songs
+from songvec_assets.search.nearest import search_songs
+from songvec_assets.search.queries import embed_query
 from songvec_assets.search.query import Query
 from songvec_assets.settings import Settings
 from songvec_assets.songs.export import cache_songs_to_parquet

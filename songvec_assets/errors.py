@@ -10,6 +10,7 @@
     ├── DamagedCacheError        a file of the cache is damaged or missing
     ├── TableMismatchError       the table holds another model, size or type
     ├── SearchError              a search asks for something that it cannot get
+    ├── ServeError               the HTTP server cannot start, or refuses a request
     ├── ProviderError            the provider's answer ends the run
     │   ├── VectorSizeError      vectors of another size than the settings name
     │   ├── ModelChangedError    the server's vectors are not those stored
@@ -99,6 +100,12 @@ class SearchError(SongvecError):
     """A search asks for something that it cannot get. Nothing was found; correct the query."""
 
     code = "search.invalid"
+
+
+class ServeError(SongvecError):
+    """The HTTP server cannot start, or refuses a request before it searches."""
+
+    code = "serve.request"
 
 
 class ProviderError(SongvecError):

@@ -6,13 +6,15 @@ When to add here: another way to search, as a method. Keep out: how songs are fo
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Self
+from datetime import UTC, datetime
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from songvec_assets.embedding.budget import Budget
 from songvec_assets.errors import ProviderError, TableMismatchError
-from songvec_assets.search import lines, nearest
+from songvec_assets.search import lines, nearest, queries
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.query import Condition, Mode, Query
 from songvec_assets.settings import DEMO_MODEL, LOCAL_MODELS, Settings
@@ -53,25 +55,48 @@ class Searches(Wiring):
 
         Raises:
             SearchError: the query cannot be searched for; nothing was paid.
-            TableMismatchError, ProviderError: see `embed_query`.
+            TableMismatchError, BudgetExceededError, ProviderError: see `embed_query`.
         """
-        asked = Query.of(query, mode, limit=limit, where=where, columns=self.filter_columns, explain=explain)
+        asked = self.ask(query, mode, limit=limit, where=where, explain=explain)
         try:
-            return self._search(asked, mode, on_trouble)
+            return self._search(asked, on_trouble)
         except TableMismatchError:
-            if self.__dict__.pop("_serving", None) is None:
+            if not self.forget_serving():
                 raise
-        # what serves was read before: the table may have been swapped since
-        return self._search(asked, mode, on_trouble)
+        return self._search(asked, on_trouble)
 
-    def _search(self, asked: Query, mode: Mode, on_trouble: Callable[[str], None]) -> Sequence[Hit]:
+    def _search(self, asked: Query, on_trouble: Callable[[str], None]) -> Sequence[Hit]:
+        if not asked.needs_vector:
+            return self.find(asked)
+        serving = self.serving
+        return self.find(asked, self._embed(asked.words or "", serving, on_trouble), serving)
+
+    def ask(self, query: str | int | NDArray[np.float32], mode: Mode, **options: Any) -> Query:
+        """A checked query; see `search`. If it `needs_vector`, `find` takes that and the `serving` it is by."""
+        return Query.of(query, mode, columns=self.filter_columns, **options)
+
+    def find(
+        self,
+        asked: Query,
+        vector: NDArray[np.float32] | None = None,
+        serving: "tuple[Self, TableSpec] | None" = None,
+        timeout_s: float | None = None,
+    ) -> Sequence[Hit]:
+        """The songs of a checked query, with their best lines.
+
+        Args:
+            asked: what is searched for.
+            vector: of its words; None: it needs none.
+            serving: by whose model the vector is.
+            timeout_s: see `search_songs`.
+        """
         words, embedder = asked.words or "", None
-        if words and mode != "text":
-            loaded, spec = self._serving
-            vector = self.embed_query(words, on_trouble)
-            asked = replace(asked, vector=vector, words=words if mode == "hybrid" else None, model=spec.model)
+        if vector is not None and serving is not None:
+            loaded, spec = serving
+            kept = words if asked.mode == "hybrid" else None
+            asked = replace(asked, vector=vector, words=kept, model=spec.model)
             embedder = loaded.embedder() if loaded.settings.offline else None
-        hits = nearest.search_songs(self.database, self.source, asked)
+        hits = nearest.search_songs(self.database, self.source, asked, timeout_s)
         return lines.add_best_lines(hits, words, asked.vector, embedder)
 
     def similar_to(self, song_id: int, limit: int = 10, where: Sequence[Condition] = ()) -> Sequence[Hit]:
@@ -79,26 +104,43 @@ class Searches(Wiring):
         return self.search(song_id, limit, where)
 
     @functools.cached_property
-    def _serving(self) -> tuple[Self, TableSpec]:
+    def serving(self) -> tuple[Self, TableSpec]:
         """See `as_loaded`, and what that table holds. Read once: a search names the model, and fails if it changed."""
         loaded = self.as_loaded()
         spec = loaded.table_spec
         nearest.check_searchable(loaded.database, spec)
         return loaded, spec
 
+    def forget_serving(self) -> bool:
+        """Read again what serves: the table may have been swapped since. Returns whether it was read before."""
+        return self.__dict__.pop("serving", None) is not None
+
     def embed_query(self, query: str, on_trouble: Callable[[str], None] = lambda _: None) -> NDArray[np.float32]:
         """A query's vector, (dimensions,), by the model that searches find; see `as_loaded`.
 
         Raises:
             TableMismatchError: nothing is loaded; or the table holds another model than the settings or the server.
+            BudgetExceededError: searches may cost no more this month.
             ProviderError: no answer, or none that helps.
         """
-        loaded, spec = self._serving
+        return self._embed(query, self.serving, on_trouble)
+
+    def _embed(
+        self, query: str, serving: tuple[Self, TableSpec], on_trouble: Callable[[str], None]
+    ) -> NDArray[np.float32]:
+        loaded, spec = serving
+        embedder, budget = loaded.embedder(on_trouble=on_trouble), self.search_budget()
         try:
-            return nearest.embed_query(loaded.embedder(on_trouble=on_trouble), query, loaded.prompts.query)
+            return queries.embed_query(embedder, query, loaded.prompts.query, budget)
         except ProviderError as error:
-            mismatch = nearest.check_server(spec, self.table_spec, self.server, error)
+            mismatch = queries.check_server(spec, self.table_spec, self.server, error)
             raise mismatch or error from None
+
+    def search_budget(self) -> Budget:
+        """What searches may spend this month; all doors and processes share it."""
+        given, engine = self.settings, self.database.get_engine("autocommit")
+        month = f"searches {datetime.now(UTC):%Y-%m}"
+        return Budget(self.price, engine, month, given.max_search_usd_a_month, given.max_usd_a_month)
 
     def with_settings(self, settings: Settings) -> Self:
         """The same with other settings and the same opened database, which is closed and cancelled with this one."""

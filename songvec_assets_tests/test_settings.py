@@ -73,6 +73,10 @@ GOOD = {
     "SONGVEC_SONG_ID_STOP": ("song_id_stop", 16_000_000, {"50000": 50_000, "2147483648": 2**31}),
     "SONGVEC_RANGE_SIZE": ("range_size", 50_000, {"1": 1, "1000000": 1_000_000}),
     "SONGVEC_RANGES_PER_RUN": ("ranges_per_run", None, {"1": 1}),
+    "SONGVEC_MAX_SEARCH_USD_A_MONTH": ("max_search_usd_a_month", None, {"0": 0.0, "3.5": 3.5}),
+    "SONGVEC_SERVE_TOKEN_FILE": ("serve_token_file", None, {"/run/token": "/run/token"}),
+    "SONGVEC_SERVE_HOSTS": ("serve_hosts", None, {"songs.example": "songs.example"}),
+    "SONGVEC_SERVE_REQUESTS_PER_MINUTE": ("serve_requests_per_minute", 1200, {"1": 1}),
 }  # fmt: skip
 
 NOT_WHOLE = ["0", "-1", "1.5", "many", "1e3", "inf", "nan"]
@@ -90,6 +94,7 @@ TOO_HIGH = {
     "SONGVEC_SONG_ID_STOP": "2147483649",
     "SONGVEC_RANGE_SIZE": "1000001",
     "SONGVEC_RANGES_PER_RUN": "1000001",
+    "SONGVEC_SERVE_REQUESTS_PER_MINUTE": "2147483648",
 }
 BAD = (
     [(variable, value) for variable, highest in TOO_HIGH.items() for value in [*NOT_WHOLE, highest]]

@@ -135,14 +135,16 @@ def hits_table(hits: Sequence["Hit"]) -> Table:
 
 def settings_table() -> str:
     """All settings, as the Markdown table in the README."""
-    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, describe, variable
+    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, ServeSettings, describe
+    from songvec_assets.settings_group import variable
 
     lines = [
         "| Variable | Default | Meaning | Read | Store identity |",
         "| --- | --- | --- | --- | --- |",
     ]
     for group in GROUPS:
-        read = "when the graph loads" if group is GraphSettings else "when a run starts"
+        reads = {GraphSettings: "when the graph loads", ServeSettings: "when a search or the server starts"}
+        read = reads.get(group, "when a run starts")
         for name, field in group.model_fields.items():
             default = "" if field.default is None else f"`{field.default!s}`".replace("\n", "\\n")
             identity = "yes" if name in STORE_IDENTITY else ""
