@@ -1,20 +1,21 @@
 """All settings: environment variable, type, default and meaning, in one group per resource.
 
-A value passed to `Settings(...)` replaces that of its variable; an empty variable counts as unset. `GraphSettings` are
-read when the graph loads, all others when a run starts. When to add here: a setting, as a field of its group, of a type
-that Dagster's run config supports (text, number, Boolean, one of several words). Keep out: what a setting does.
+A value passed to `Settings(...)` replaces that of its variable; an empty variable counts as unset. A field with
+`repr=False` is a secret. `GraphSettings` are read when the graph loads, all others when a run starts. When to add here:
+a setting, as a field of its group, of a type that Dagster's run config supports (text, number, Boolean, one of several
+words). Keep out: what a setting does, and how it is read (`settings_group`).
 """
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from songvec_assets.base_url import check_base_url
 from songvec_assets.errors import SettingsError
+from songvec_assets.settings_group import Group, file_variable, variable
 
 FIREWORKS_BASE_URL = "https://api.fireworks.ai/inference/v1"
 FIREWORKS_MODEL = "fireworks/qwen3-embedding-8b"
@@ -40,54 +41,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Escaped = Annotated[str, AfterValidator(lambda value: value.replace("\\n", "\n"))]
 
 
-def variable(name: str) -> str:
-    """The environment variable of a setting."""
-    return name.upper() if name.startswith(("postgres_", "fireworks_")) else f"SONGVEC_{name.upper()}"
-
-
-class _Group(BaseSettings):
-    """Settings from explicit values, else the environment, else their defaults.
-
-    Args:
-        given: values by the setting's name or its variable's; None or empty: not given.
-
-    Raises:
-        SettingsError: a value does not parse; one line names the variable and, unless it is a secret, the value.
-    """
-
-    model_config = SettingsConfigDict(
-        alias_generator=variable,
-        case_sensitive=True,
-        frozen=True,
-        str_strip_whitespace=True,
-        allow_inf_nan=False,
-        validate_default=False,
-        use_attribute_docstrings=True,
-    )
-
-    def __init__(self, **given: Any) -> None:
-        fields = {variable(name): field for name, field in type(self).model_fields.items()}
-        named = {name if name in fields else variable(name): value for name, value in given.items()}
-        try:
-            super().__init__(**{name: value for name, value in named.items() if value not in (None, "")})
-        except ValidationError as error:
-            first = error.errors()[0]
-            name, value = str(first["loc"][0]), first["input"]
-            if name not in fields:
-                raise TypeError(f"{type(self).__name__} has no setting for {name}") from None
-            expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            expected = re.sub("^(greater|less)", r"a number \1", expected)
-            came = repr(value) if fields[name].repr else type(value).__name__
-            # not chained: pydantic's error shows the values, secrets among them
-            raise SettingsError(f"{name}: expected {expected}, got {came}") from None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_blank(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if str(value).strip()}
-
-
-class PostgresSettings(_Group):
+class PostgresSettings(Group):
     """The database, its songs, and how vectors are stored and indexed there."""
 
     postgres_url: str | None = Field(default=None, repr=False)
@@ -122,7 +76,7 @@ class PostgresSettings(_Group):
     """Memory in MB that an index build may use on the server; unset: half of what is available there."""
 
 
-class ProviderSettings(_Group):
+class ProviderSettings(Group):
     """The embeddings provider, the model, and the provider's quotas."""
 
     fireworks_api_key: str | None = Field(default=None, repr=False)
@@ -163,7 +117,7 @@ class ProviderSettings(_Group):
         return prompt
 
 
-class StorageSettings(_Group):
+class StorageSettings(Group):
     """The folder of snapshots and cached embeddings, and how songs become texts."""
 
     storage: str | None = None
@@ -176,7 +130,7 @@ class StorageSettings(_Group):
     """Longer texts are truncated; a change re-embeds the songs it affects, after confirmation."""
 
 
-class RunSettings(_Group):
+class RunSettings(Group):
     """What a run may spend, and how."""
 
     max_usd: float | None = Field(default=None, ge=0)
@@ -193,7 +147,7 @@ class RunSettings(_Group):
     """Webhook URL that receives a message per failed run, as JSON with a `text` (Slack, Teams, …); unset: none."""
 
 
-class GraphSettings(_Group):
+class GraphSettings(Group):
     """What shapes the graph: its partitions, and how backfills are split."""
 
     song_id_start: int = Field(default=0, ge=0, le=_MAX_INT)
@@ -288,5 +242,6 @@ def describe(field: FieldInfo) -> str:
 
 
 def variables() -> list[str]:
-    """The names of all variables, in the order of the groups."""
-    return [variable(name) for group in GROUPS for name in group.model_fields]
+    """The names of all variables, in the order of the groups; a secret's is followed by that of its file."""
+    fields = {variable(name): field for group in GROUPS for name, field in group.model_fields.items()}
+    return [each for name, field in fields.items() for each in ((name,) if field.repr else (name, file_variable(name)))]

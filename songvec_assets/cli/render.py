@@ -135,7 +135,8 @@ def hits_table(hits: Sequence["Hit"]) -> Table:
 
 def settings_table() -> str:
     """All settings, as the Markdown table in the README."""
-    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, describe, variable
+    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, describe
+    from songvec_assets.settings_group import variable
 
     lines = [
         "| Variable | Default | Meaning | Read | Store identity |",

@@ -23,8 +23,8 @@ from songvec_assets.settings import (
     Settings,
     StorageSettings,
     describe,
-    variable,
 )
+from songvec_assets.settings_group import variable
 from songvec_assets.songs.export import ExportMode
 from songvec_assets.songs.ranges import SongIdRange, parse_span
 
