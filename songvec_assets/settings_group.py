@@ -106,17 +106,17 @@ def _read_secrets(names: Iterable[str], given: Mapping[str, Any]) -> dict[str, s
 def _read(variable: str, path: Path) -> str:
     try:
         # editors and `echo` end a file with a line end
-        secret = path.read_text(encoding="utf-8").rstrip("\r\n")
+        secret = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise SettingsError(
             f"{variable} names {path}, which cannot be read ({error.strerror}): correct the path, or let this user "
             "read the file"
         ) from None
     except UnicodeDecodeError:
-        # not chained: the error shows the bytes
+        # not chained: the error holds the bytes
         raise SettingsError(
             f"{variable} names {path}, which is not UTF-8 text: write the secret alone into it"
         ) from None
-    if not secret.strip():
+    if not secret:
         raise SettingsError(f"{variable} names {path}, which is empty: write the secret into it, or unset {variable}")
     return secret

@@ -48,7 +48,7 @@ def test_a_group_reads_the_files_of_its_own_secrets_only(file: Path) -> None:
 
 
 def test_a_given_value_replaces_the_file_and_a_blank_name_is_none(file: Path) -> None:
-    with mock.patch.dict(os.environ, {"POSTGRES_URL_FILE": str(file), "FIREWORKS_API_KEY_FILE": "  "}):
+    with mock.patch.dict(os.environ, {"POSTGRES_URL_FILE": str(file), "SONGVEC_WEBHOOK_URL_FILE": "  "}):
         assert Settings(postgres_url="postgresql://x/y", fireworks_api_key="k").postgres_url == "postgresql://x/y"
         assert Settings(postgres_url="", fireworks_api_key="k").postgres_url == URL
 
@@ -78,6 +78,7 @@ def test_a_file_that_holds_no_secret_is_refused_by_its_variable_and_path(
     file.write_bytes(content)
     with pytest.raises(SettingsError, match=f"^POSTGRES_URL_FILE names {file}, which {words}: ") as refusal:
         read(POSTGRES_URL_FILE=file)
+    assert refusal.value.__suppress_context__ or not refusal.value.__context__, "it holds the file's bytes"
     assert "geheim" not in "".join(traceback.format_exception(refusal.value))
 
 
