@@ -43,11 +43,13 @@ test: $(INSTALLED)  ## The quick tests of all rooms
 test-slow: $(INSTALLED)  ## The other tests: dagster in subprocesses, a browser, kills, other people's servers and databases
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m slow
 
-check: $(INSTALLED)  ## Format, lint, types, imports between rooms
+check: $(INSTALLED)  ## Format, lint, types, imports between rooms, files of deploy/
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 bench-installed: $(INSTALLED)
 	@$(PIP) '.[bench]'

@@ -1,8 +1,9 @@
 """All settings: environment variable, type, default and meaning, in one group per resource.
 
-A value passed to `Settings(...)` replaces that of its variable; an empty variable counts as unset. `GraphSettings` are
-read when the graph loads, all others when a run starts. When to add here: a setting, as a field of its group, of a type
-that Dagster's run config supports (text, number, Boolean, one of several words). Keep out: what a setting does.
+A value passed to `Settings(...)` replaces that of its variable; an empty variable counts as unset. A field with
+`repr=False` is a secret. `GraphSettings` are read when the graph loads, all others when a run starts. When to add here:
+a setting, as a field of its group, of a type that Dagster's run config supports (text, number, Boolean, one of several
+words). Keep out: what a setting does, and how it is read (`settings_group`).
 """
 
 import re
@@ -14,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from songvec_assets.base_url import check_base_url
 from songvec_assets.errors import SettingsError
-from songvec_assets.settings_group import Group, variable
+from songvec_assets.settings_group import Group, file_variable, variable
 
 FIREWORKS_BASE_URL = "https://api.fireworks.ai/inference/v1"
 FIREWORKS_MODEL = "fireworks/qwen3-embedding-8b"
@@ -265,5 +266,6 @@ def describe(field: FieldInfo) -> str:
 
 
 def variables() -> list[str]:
-    """The names of all variables, in the order of the groups."""
-    return [variable(name) for group in GROUPS for name in group.model_fields]
+    """The names of all variables, in the order of the groups; a secret's is followed by that of its file."""
+    fields = {variable(name): field for group in GROUPS for name, field in group.model_fields.items()}
+    return [each for name, field in fields.items() for each in ((name,) if field.repr else (name, file_variable(name)))]

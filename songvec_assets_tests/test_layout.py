@@ -4,7 +4,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "songvec_assets"
-ELSEWHERE = {"scenarios", "browser", "benchmarks", "docs", "examples", "tools"}
+ELSEWHERE = {"scenarios", "browser", "benchmarks", "deploy", "docs", "examples", "tools"}
 """Folders of tests that are of no single module."""
 WITHOUT_A_TEST: dict[str, str] = {
     "samples/__main__.py": "prints what `test_samples` reads",

@@ -45,7 +45,7 @@ SET_AT_START = dict.fromkeys(
     ("DAGSTER_CLI_ASSET_MATERIALIZE_MODULE_NAME", "DAGSTER_CLI_JOB_EXECUTE_MODULE_NAME"), "songvec_assets.definitions"
 )
 """By `songvec_assets.pth`, in every process that starts from nothing."""
-MISLEADING = "POSTGRES_URL=postgresql://nobody@localhost:1/none\n"
+MISLEADING = "POSTGRES_URL=postgresql://nobody@localhost:1/none\nSONGVEC_WEBHOOK_URL_FILE=/nowhere\n"
 """A `.env` that the demo must not look at."""
 
 
