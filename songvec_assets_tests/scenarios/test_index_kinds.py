@@ -1,5 +1,6 @@
 """Searches by each kind of index, while it is built of another mean or as another kind, and by a reader."""
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,23 +93,32 @@ def test_each_kind_finds_what_is_nearest_under_any_limit_and_condition(
 
 @contextmanager
 def searching(database: Database, source: SongsSource) -> Iterator[list[object]]:
-    """Search for songs by their own vectors, in two threads, while the block runs; what was found or went wrong."""
+    """Search for songs by their own vectors while the block runs; what was found or went wrong.
+
+    One thread has the pool's sessions, which know an index for long, the other a new one for each search.
+    """
     ended, found = threading.Event(), list[object]()
-    asked = [*range(0, N_SONGS, 3)]
 
-    def search() -> None:
-        while not ended.is_set():
-            for song_id in asked:
-                query = Query(make_vector(song_id, dimensions=DIMENSIONS), limit=3)
-                try:
-                    hits = search_songs(database, source, query)
-                except Exception as error:  # noqa: BLE001 - looked at by the test
-                    found.append(error)
-                    return
-                is_right = hits[0].song_id == song_id and len(hits) == 3
-                found.append(None if is_right else (song_id, hits))
+    def by_pool(song_id: int) -> list[int]:
+        query = Query(make_vector(song_id, dimensions=DIMENSIONS), limit=3)
+        return [hit.song_id for hit in search_songs(database, source, query)]
 
-    threads = [threading.Thread(target=search) for _ in range(2)]
+    def by_session(song_id: int) -> list[int]:
+        vector = str(make_vector(song_id, dimensions=DIMENSIONS).tolist())
+        rows = execute(database.adbc_uri, "SELECT song_id FROM songvec.search(%s, 3)", (vector,))
+        return [each for (each,) in rows]
+
+    def search(ask: Callable[[int], list[int]]) -> None:
+        for song_id in itertools.cycle(range(0, N_SONGS, 3)):
+            if ended.is_set():
+                return
+            try:
+                hits = ask(song_id)
+            except Exception as error:  # noqa: BLE001 - looked at by the test
+                hits = [error]  # type: ignore[list-item]
+            found.append(None if hits[0] == song_id and len(hits) == 3 else (song_id, hits))
+
+    threads = [threading.Thread(target=search, args=(ask,)) for ask in (by_pool, by_session)]
     for thread in threads:
         thread.start()
     try:
@@ -119,20 +129,17 @@ def searching(database: Database, source: SongsSource) -> Iterator[list[object]]
             thread.join()
 
 
-@pytest.mark.parametrize("kind", ["ivfflat_bit", "hnsw_bit"])
+@pytest.mark.parametrize(("kind", "n_candidates"), [("ivfflat_bit", 3), ("hnsw_bit", 20)])
 def test_while_the_mean_changes_each_search_finds_the_song_of_its_vector(
-    database: Database, cache_of_64: ModelCache, source: SongsSource, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three candidates: bits of one mean among bits of another would find it in none of them."""
-    monkeypatch.setattr("songvec_assets.vectors.index.recall._FEWEST_CANDIDATES", 3)
-    monkeypatch.setattr("songvec_assets.vectors.index.recall._MOST_CANDIDATES", 3)
-    monkeypatch.setattr("songvec_assets.vectors.index.recall._FEWEST_EF_SEARCH", 3)
-    monkeypatch.setattr("songvec_assets.vectors.catalog.FIRST_CANDIDATES", 3)
+    database: Database, cache_of_64: ModelCache, source: SongsSource, kind: str, n_candidates: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Among few candidates: bits of one mean, compared with bits of another, put many songs too far for these."""
+    monkeypatch.setattr("songvec_assets.vectors.catalog.FIRST_CANDIDATES", n_candidates)
     draw = np.random.default_rng(0)
     means = [str((0.15 * draw.standard_normal(DIMENSIONS)).round(4).tolist()) for _ in range(6)]
     made = iter(means)
     monkeypatch.setattr(bits, "read_mean", lambda *_: next(made))
-    monkeypatch.setattr("songvec_assets.vectors.index.recall_searches.read_drift", lambda *_: None)
     monkeypatch.setattr("songvec_assets.vectors.index.upkeep.measure_and_record", lambda *_: (None, "not measured"))
     build(database, cache_of_64, kind)
     functions = set()
