@@ -34,8 +34,9 @@ from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.storage import Storage
 from songvec_assets.vectors.index import recall_searches
+from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.index.neighbors import LoadedRows, sample_queries
-from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import LoadReport, WantedTable, bring_table_up_to_date
 from songvec_assets.vectors.table import TableSpec, VectorTable

@@ -12,7 +12,8 @@ from typing import Any
 
 from songvec_assets.errors import SongvecError, TableMismatchError, describe
 from songvec_assets.vectors.index.audit import audit_index, audit_recall, audit_vectors
-from songvec_assets.vectors.index.upkeep import plan_build
+from songvec_assets.vectors.index.build_plan import plan_build, reason_of_drift
+from songvec_assets.vectors.index.recall import read_recall
 from songvec_assets.wiring import Wiring
 
 MAX_REJECTED_SHARE = 0.01
@@ -193,15 +194,21 @@ def index_is_used(evidence: Evidence) -> Finding:
 
 
 def index_is_fresh(evidence: Evidence) -> Finding:
-    """Do the lists still fit the rows, of which at most a fifth changed since the index was built?"""
+    """Does the index still fit the rows, of which at most a fifth changed since it was built?"""
     table, wiring = evidence.wiring.table, evidence.wiring
     index, n_rows = table.index, table.count_rows()
     if index is None:
         return Finding(False, "there is no valid index: run `songvec index`")
     reason = plan_build(table, wiring.table_spec, wiring.index_settings, n_rows, index.n_changed).reason
+    with table.database.get_connection() as connection:
+        recall = read_recall(connection, table)
+    reason = reason or reason_of_drift(recall)
     message = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
     message = f"{reason}: run `songvec index`" if reason else message
-    return Finding(reason is None, message, {"rows changed": index.n_changed, "lists": index.lists})
+    figures: dict[str, Any] = {"rows changed": index.n_changed, "kind": index.kind, "lists": index.lists}
+    if recall is not None and recall.drift is not None:
+        figures["drift of the mean (%)"] = round(100 * recall.drift, 2)
+    return Finding(reason is None, message, figures)
 
 
 def recall_reaches_target(evidence: Evidence) -> Finding:
@@ -223,6 +230,7 @@ def recall_reaches_target(evidence: Evidence) -> Finding:
             "recall, high": round(point.high, 4),
             "queries": point.n_queries,
             "probes": point.probes,
+            "candidates": found.candidates or 0,
             "median ms": round(point.ms_median, 3),
         },
     )

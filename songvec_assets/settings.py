@@ -70,8 +70,10 @@ class PostgresSettings(Group):
     """Columns of the songs table that searches may filter by, such as `artist, year`; unset: none."""
     vector_type: Literal["vector", "halfvec"] = "vector"
     """Column type: `vector`, or `halfvec` at half the size."""
+    index_kind: Literal["ivfflat", "ivfflat_halfvec", "ivfflat_bit", "hnsw_bit"] = "ivfflat"
+    """Kind of the index: `ivfflat`, `ivfflat_halfvec`, `ivfflat_bit` or `hnsw_bit`; docs/search.md compares them."""
     lists: int | None = Field(default=None, ge=1, le=32_768)
-    """Lists of the IVFFlat index; unset: the square root of the number of rows."""
+    """Lists of an IVFFlat index; unset: the square root of the number of rows."""
     index_memory_mb: int | None = Field(default=None, ge=64, le=_MAX_INT)
     """Memory in MB that an index build may use on the server; unset: half of what is available there."""
 

@@ -33,7 +33,7 @@ from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.spending import SpendingLog
-from songvec_assets.vectors.index.upkeep import IndexSettings
+from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable
 from songvec_assets.vectors.table import TableSpec, VectorTable
@@ -270,7 +270,8 @@ class Wiring:
     def index_settings(self) -> IndexSettings:
         """How the table is to be indexed."""
         given = self.settings
-        return IndexSettings(given.lists, given.target_recall, (given.index_memory_mb or 0) * (1 << 20) or None)
+        memory_bytes = (given.index_memory_mb or 0) * (1 << 20) or None
+        return IndexSettings(given.lists, given.target_recall, memory_bytes, kind=given.index_kind)
 
     @property
     def wanted_table(self) -> WantedTable:

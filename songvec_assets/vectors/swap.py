@@ -20,10 +20,10 @@ from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import load
 from songvec_assets.vectors.index.audit import Comparison, compare_tables
+from songvec_assets.vectors.index.build_plan import CHANGED_SHARE, IndexSettings
 from songvec_assets.vectors.index.preflight import check_attachments, check_target, find_attachments
-from songvec_assets.vectors.index.upkeep import CHANGED_SHARE, IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
 from songvec_assets.vectors.ledger import PREVIOUS, SERVING, STAGING, LedgerEntry
-from songvec_assets.vectors.load import RangeLoad
 from songvec_assets.vectors.plan import LoadPlan, LoadSource, check_missing, plan_load, read_loadable
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
@@ -79,7 +79,7 @@ class LoadReport:
     """
 
     target: Target
-    loads: list[RangeLoad]
+    loads: list[load.RangeLoad]
     n_unmanaged: int = 0
     index: IndexReport | None = None
     comparison: Comparison | None = None

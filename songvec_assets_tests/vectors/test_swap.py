@@ -32,7 +32,7 @@ from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.storage import Storage
 from songvec_assets.vectors import swap
 from songvec_assets.vectors.index.audit import Comparison
-from songvec_assets.vectors.index.upkeep import IndexSettings
+from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.load import store_embeddings_batch, store_embeddings_copy_bulk
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import (

@@ -5,9 +5,7 @@ follows from an answer.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import sqlalchemy as sa
 from sqlalchemy import text
@@ -16,7 +14,7 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.vectors.catalog import uses_index
 from songvec_assets.vectors.index.neighbors import NEIGHBORS
-from songvec_assets.vectors.index.probes import search, set_probes
+from songvec_assets.vectors.index.probes import NearestSearch, find_nearest
 from songvec_assets.vectors.index.recall import RecallReport, read_recall
 from songvec_assets.vectors.index.recall_searches import Searches
 from songvec_assets.vectors.ledger import SERVING, STAGING
@@ -102,10 +100,12 @@ def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
     table, vector = VectorTable(database), [1.0] + [0.0] * (spec.dimensions - 1)
     with database.get_connection() as connection:
         valid = table.read_lists(connection) is not None
-        set_probes(connection, table.read_probes(connection))
-        statement = f"SELECT song_id FROM {SERVING} ORDER BY embedding <=> %s LIMIT {NEIGHBORS}"
+        search = NearestSearch.read(connection, table, of_songs=True)
+        search.set_knobs(connection, table.read_probes(connection) or 1)
+        candidates = table.read_candidates(connection) or NEIGHBORS
+        parameters = {"vector": json.dumps(vector), "limit": NEIGHBORS, "candidates": candidates}
         with raw_cursor(connection) as cursor:
-            is_used = uses_index(cursor, table.index_name, statement, json.dumps(vector))
+            is_used = uses_index(cursor, table.index_name, search.statement, parameters)
     return IndexAudit(valid, is_used, table.count_rows())
 
 
@@ -174,12 +174,9 @@ def compare_tables(database: Database) -> Comparison:
 
 def find_neighbors(connection: sa.Connection, table: VectorTable, song_ids: list[int]) -> dict[int, set[int]]:
     """The ten nearest others of some songs, as a table's searches find them."""
-    statement = text(f"""
-        SELECT song_id FROM {table.name} WHERE song_id <> :song_id
-        ORDER BY embedding <=> (SELECT embedding FROM {table.name} WHERE song_id = :song_id) LIMIT {NEIGHBORS}
-    """)
-
-    def fetch(song_id: int) -> Sequence[int]:
-        return connection.scalars(statement, {"song_id": song_id}).all()
-
-    return {song_id: set(search(table, connection, partial(fetch, song_id), NEIGHBORS)) for song_id in song_ids}
+    statement = text(f"SELECT song_id, embedding::text FROM {table.name} WHERE song_id = ANY (:song_ids)")
+    neighbors = {}
+    for song_id, vector in connection.execute(statement, {"song_ids": song_ids}).all():
+        found = find_nearest(table, connection, vector, NEIGHBORS + 1)
+        neighbors[song_id] = set([each for each in found if each != song_id][:NEIGHBORS])
+    return neighbors
