@@ -8,6 +8,7 @@ import httpx2
 import pytest
 
 from songvec_assets.pipeline import Pipeline
+from songvec_assets.serve import searching
 from songvec_assets.serve.guard import OPEN, Limits, Rates, _read_client
 from songvec_assets_tests.administration import wait_until
 from songvec_assets_tests.provider import Provider
@@ -116,15 +117,25 @@ class TestRate:
         assert _read_client({"client": None}) == ""
 
 
-def test_more_searches_at_once_than_allowed_are_sent_away(pipeline: Pipeline, songs_provider: Provider) -> None:
+def test_more_searches_at_once_than_allowed_are_sent_away(
+    pipeline: Pipeline, songs_provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "EMBED_S", 60.0)  # held searches stay held, however slow this machine is
     songs_provider.control(hold_after=0)
     try:
         with (
             running_server(pipeline, Limits(n_at_once=3)) as address,
             ThreadPoolExecutor(3) as pool,
-            httpx2.Client(base_url=address, timeout=30) as client,
+            httpx2.Client(base_url=address, timeout=60) as client,
         ):
-            held = [pool.submit(httpx2.get, f"{address}/search?q=held+{n}", timeout=30) for n in range(3)]
+
+            def search(number: int) -> httpx2.Response:
+                # the other client's request may take the last slot for a moment
+                while (found := httpx2.get(f"{address}/search?q=held+{number}", timeout=60)).status_code == 503:
+                    pass
+                return found
+
+            held = [pool.submit(search, number) for number in range(3)]
             wait_until(lambda: client.get("/similar/7").status_code == 503)
             busy = client.get("/similar/7")
             assert (code_of(busy), busy.headers["retry-after"]) == ((503, "serve.busy"), "1")
