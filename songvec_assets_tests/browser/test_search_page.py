@@ -168,7 +168,7 @@ def test_all_of_it_goes_by_keyboard(page: Page) -> None:
     keyboard.press("Tab")
     expect(page.get_by_role("button", name="Search", exact=True)).to_be_focused()
     keyboard.press("Tab")
-    expect(page.get_by_role("radio", name="Meaning and title")).to_be_focused()
+    expect(page.get_by_role("radio", name="Both")).to_be_focused()
     assert page.evaluate("getComputedStyle(document.activeElement.nextElementSibling).outlineStyle") == "solid"
     keyboard.press("ArrowRight")
     expect(page.get_by_role("radio", name="Meaning", exact=True)).to_be_checked()
@@ -296,7 +296,7 @@ def test_a_screen_reader_is_given_names_and_roles(page: Page) -> None:
     ]
     for expected in (
         ("main", ""), ("search", ""), ("searchbox", "What is the song about?"), ("button", "Search"),
-        ("group", "Compare"), ("radio", "Meaning and title"), ("radio", "Meaning"), ("radio", "Title and artist"),
+        ("group", "Compare"), ("radio", "Meaning"), ("radio", "Title and artist"), ("radio", "Both"),
         ("combobox", "Column"), ("combobox", "Condition"), ("textbox", "Value"), ("button", "Remove"),
         ("button", "Show more"),
     ):  # fmt: skip
