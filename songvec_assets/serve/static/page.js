@@ -13,9 +13,10 @@ function copy(template) {
   return find(template).content.firstElementChild.cloneNode(true);
 }
 
-function show(id, words) {
-  find(id).textContent = words;
-  find(id).hidden = !words;
+function showNotice(words = "", why = "") {
+  find("notice").textContent = words;
+  find("why-words").textContent = why;
+  find("why").hidden = !why;
 }
 
 async function ask(path) {
@@ -105,7 +106,7 @@ async function fetchHits(state) {
     // a large catalogue without an index of words: what is possible is better than nothing, and says so
     if (error.code !== "search.no-index" || mode !== "hybrid") throw error;
     const found = await ask(pathOf(state, "vector"));
-    return { ...found, notice: { ...error, message: `Titles are not compared: ${error.message}` } };
+    return { ...found, notice: error };
   }
 }
 
@@ -113,8 +114,8 @@ async function run() {
   const state = stateOfPage();
   const mine = ++asked;
   const isLatest = () => mine === asked;
-  show("problem", "");
-  show("notice", "");
+  find("problem").textContent = "";
+  showNotice();
   if (!state.has("q") && !state.has("like")) {
     hits.replaceChildren();
     find("more").hidden = true;
@@ -140,7 +141,7 @@ async function run() {
 
 function showProblem({ code, message }) {
   if (code === "serve.unauthorized") return askToken(token ? "That token is not the server's. Enter it again." : "");
-  show("problem", code ? `${message} [${code}]` : message);
+  find("problem").textContent = code ? `${message} [${code}]` : message;
 }
 
 function describeCount(n, state, seconds) {
@@ -150,18 +151,14 @@ function describeCount(n, state, seconds) {
   return `${n} ${n === 1 ? "song" : "songs"} ${what}, in ${seconds.toFixed(2)} s`;
 }
 
-function describeNotice(found, state) {
-  if (!found.notice) return "";
-  const byWords = found.mode === "text" && state.get("mode") !== "text";
-  const why = byWords ? "Only titles and artists were compared, since meaning cannot be just now: " : "";
-  return why + found.notice.message;
-}
-
 function showHits(found, state, seconds) {
   const [n, limit] = [found.hits.length, Number(state.get("limit") ?? STEP)];
   status.textContent = describeCount(n, state, seconds);
   document.title = `${state.get("title") ?? state.get("q") ?? "Songs"} – Song search`;
-  show("notice", describeNotice(found, state));
+  if (found.notice) {
+    const what = found.mode === "text" ? "Only titles and artists" : "Only meanings";
+    showNotice(`${what} were compared. [${found.notice.code}]`, found.notice.message);
+  }
   hits.replaceChildren(...found.hits.map(showHit));
   find("more").hidden = n < limit || limit >= MOST;
 }
@@ -209,7 +206,7 @@ async function begin() {
     showProblem(error);
   }
   fillForm(stateOfPage());
-  if (find("problem").hidden) await run();
+  if (!find("problem").textContent) await run();
 }
 
 find("token-form").addEventListener("submit", (event) => {
