@@ -242,10 +242,15 @@ class Pipeline(Questions, Searches):
         self.bind()
         estimator, given = self.token_estimator(), self.settings
         confirmed, limits = choices.get("confirm_reembedding") or reembed, (given.max_usd, given.max_usd_a_month)
-        server = given.embedding_model, given.fireworks_base_url
-        # a model that runs in this process is what its name says
-        is_confirmed = given.offline or choices.get("confirm_model_change", False)
-        record = ModelRecord(self.database, given.model, given.dimensions, *server, is_confirmed)
+        record = ModelRecord(
+            database=self.database,
+            model=given.model,
+            dimensions=given.dimensions,
+            name=given.embedding_model,
+            url=given.fireworks_base_url,
+            # a model that runs in this process is what its name says
+            is_confirmed=given.offline or choices.get("confirm_model_change", False),
+        )
         shared = context.SendContext(
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
             quota=self.quota,

@@ -34,7 +34,10 @@ def ids_of(pipeline: Pipeline) -> list[int]:
 
 
 def test_a_model_that_runs_here_is_not_compared(songs: Songs, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "find_songs", None)
+    def fail(*_: object) -> list[CachedSong]:
+        raise AssertionError
+
+    monkeypatch.setattr(comparison, "find_songs", fail)
     songs(*plain_songs(range(1, 4)))
     assert fill(run(embedding_model="offline-v1"))[0].n_embedded == 3
 

@@ -251,6 +251,16 @@ def test_errors_are_one_line_that_says_what_to_do(project: Project) -> None:
         assert "secret" not in output
 
 
+def test_a_swap_to_another_model_replaces_the_model_id_that_is_set(project: Project, provider: Provider) -> None:
+    settings = provider_settings(provider) | {"SONGVEC_EMBEDDING_DIMENSIONS": "64", "SONGVEC_STORAGE": "store"}
+    code, output = project.run("songvec", "run", **settings, SONGVEC_MODEL_ID="ours")
+    assert code == 0, output
+    provider.control(model="theirs")
+    code, output = project.run("songvec", "swap", "--model", "theirs", **settings, SONGVEC_MODEL_ID="ours")
+    assert (code, "Searches now find vector(64) by theirs" in output) == (0, True), output
+    assert "SONGVEC_EMBEDDING_MODEL=theirs SONGVEC_MODEL_ID=theirs" in output
+
+
 def test_swap_puts_another_type_in_place_and_back(demo: tuple[Project, str]) -> None:
     project, _ = demo
     code, output = project.run("songvec", "swap", "--vector-type", "halfvec")
