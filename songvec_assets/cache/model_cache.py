@@ -75,6 +75,10 @@ class ModelCache:
         name, identity = self.storage.describe(key), self.identity(song_range)
         return manifests.decode(read.content, name, identity) if read else Manifest()
 
+    def look_all(self, ranges: Sequence[SongIdRange]) -> dict[SongIdRange, RangeFiles]:
+        """`look` at each of some ranges."""
+        return dict(zip(ranges, self.storage.map(self.look, ranges), strict=True))
+
     def look(self, song_range: SongIdRange) -> RangeFiles:
         """The manifest and the file sizes of a range: one read and one listing."""
         return RangeFiles.read(self.storage, self.identity(song_range))
@@ -106,7 +110,7 @@ class ModelCache:
         read = self.storage.read(key)
         found = manifests.decode(read.content, self.storage.describe(key)).identity if read else None
         for name in () if found else self.look(song_range).sizes:
-            found = found or read_identity(self.storage.open(f"{song_range.key}/{name}"))
+            found = found or read_identity(self.storage.open(f"{song_range.key}/{name}").file())
         cache = ModelCache(self.storage, found.model_id, found.dimensions) if found else self
         return cache.open(song_range)
 
@@ -131,8 +135,7 @@ class ModelCache:
     def digest(self) -> str:
         """A digest of all that is cached; opens no file with vectors."""
         state = xxhash.xxh3_128(f"{self.model} {self.dimensions}".encode())
-        for song_range in self.ranges():
-            files = self.look(song_range)
+        for song_range, files in self.look_all(self.ranges()).items():
             names = [] if files.manifest and files.manifest.complete else sorted(files.sizes)
             state.update(f"{song_range.key} {files.version} {names}\n".encode())
         return state.hexdigest()

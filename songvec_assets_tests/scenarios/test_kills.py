@@ -67,7 +67,7 @@ def start(pipeline: Pipeline, provider: Provider) -> Iterator[Callable[[int], li
         "postgres_url": pipeline.database.url,
         "fireworks_api_key": provider.api_key,
         "fireworks_base_url": provider.base_url,
-        "storage": str(pipeline.storage_root),
+        "storage": pipeline.settings.storage,
         "embedding_dimensions": pipeline.settings.embedding_dimensions,
         "requests_per_minute": pipeline.settings.requests_per_minute,
         "tokens_per_minute": pipeline.settings.tokens_per_minute,

@@ -20,7 +20,7 @@ from songvec_assets.cli import app
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.conftest import environment_of, make_pipeline
 from songvec_assets_tests.provider import Provider
 
@@ -36,14 +36,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     counted: list[tuple[str, str]] = []
 
     def counting(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Storage, key: str = "", *given: Any) -> Any:
+        def call(self: LocalStorage, key: str = "", *given: Any) -> Any:
             counted.append((name, str(self.root / key)))
             return do(self, key, *given)
 
         return call
 
     for name in CALLS:
-        monkeypatch.setattr(Storage, name, counting(name, getattr(Storage, name)))
+        monkeypatch.setattr(LocalStorage, name, counting(name, getattr(LocalStorage, name)))
     return counted
 
 
@@ -103,7 +103,7 @@ def test_storing_vectors_again_takes_calls_in_proportion_to_their_pieces(
     monkeypatch.setattr(model_cache, "PIECE_ROWS", 1)
 
     def count_calls(n_pieces: int) -> int:
-        cache = ModelCache(Storage(tmp_path / str(n_pieces)), "m", 3)
+        cache = ModelCache(LocalStorage(tmp_path / str(n_pieces)), "m", 3)
         cached = cache.open(SongIdRange(0, 1_000))
         cached.writer.write(
             [CachedRows.of(range(n_pieces), [bytes(16)] * n_pieces, np.ones((n_pieces, 3), np.float32))]
@@ -136,7 +136,7 @@ def test_a_dry_run_leaves_every_byte_of_the_store_also_of_what_a_run_would_remov
     monkeypatch.chdir(tmp_path)
     pipeline = make_pipeline(database, provider, tmp_path / "store")
     pipeline.run()
-    root = pipeline.store.root
+    root = pipeline.store.storage.root
     [named] = pipeline.cache.read_manifest(FIRST).files
     folder = pipeline.cache.storage.root / FIRST.key
     # of a merge that was not named, of a killed writer, and what the next fill adopts
