@@ -249,8 +249,10 @@ class CachedRange:
 
     def delete_garbage(self) -> None:
         """Delete files that the durable manifest no longer needs."""
-        for name in self.manifest.find_garbage(self.files.sizes) if self.files.manifest else ():
-            self.storage.delete(f"{self.range.key}/{name}")
+        garbage = self.manifest.find_garbage(self.files.sizes) if self.files.manifest else []
+        if garbage:
+            self.storage.delete(*(f"{self.range.key}/{name}" for name in garbage))
+        for name in garbage:
             del self.files.sizes[name]
         self.storage.delete_leftovers(self.range.key)
 

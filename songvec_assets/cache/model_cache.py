@@ -49,7 +49,8 @@ class ModelCache:
         Raises:
             StoreError: a folder has another name, or there are files of an earlier format.
         """
-        old = [name for name in self.storage.list_objects() if name.endswith(".arrow")]
+        listed = self.storage.scan()
+        old = [name for name in listed.objects if name.endswith(".arrow")]
         if old:
             raise StoreError(
                 f"{self.storage} holds {len(old):,} files of an earlier format ({old[0]}, …): copy what they hold with "
@@ -58,7 +59,7 @@ class ModelCache:
                 "store.other-version",
             )
         try:
-            return sorted(SongIdRange.from_key(name) for name in self.storage.list_prefixes())
+            return sorted(SongIdRange.from_key(name) for name in listed.prefixes)
         except ValueError as error:
             raise StoreError(
                 f"a folder that is not ours lies in {self.storage}: {error}; move it away", "store.foreign-file"

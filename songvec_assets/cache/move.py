@@ -94,8 +94,8 @@ def _copy_all(source: Storage, target: Storage, run: RunContext) -> MoveReport:
     """Bring the target's objects to the state of the source's."""
     wanted = {key: size for key, size in source.list_keys() if "/" in key}
     arrived = {key: size for key, size in target.list_keys() if "/" in key}
-    for key in arrived.keys() - wanted.keys():  # merged away since an earlier try
-        target.delete(key)
+    if stale := arrived.keys() - wanted.keys():  # merged away since an earlier try
+        target.delete(*stale)
     report = MoveReport(len(wanted), sum(wanted.values()))
     n_done = 0
     # manifests last, so that what they name is there

@@ -264,6 +264,4 @@ def _divide_tail(cache: ModelCache, store: Store, tiling: Tiling) -> None:
     # once this is saved, nothing is left to divide, even if files remain
     names = tuple(tail.files.sizes)
     tail.save(Manifest(generation=manifest.generation, consumed=names))
-    for name in names:
-        tail.storage.delete(f"{tail.range.key}/{name}")
     tail.storage.delete_all(tail.range.key)

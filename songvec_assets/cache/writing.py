@@ -96,8 +96,7 @@ class PartWriter:
         batches = [rows for key in keys for rows in self._read(key)]
         self._write(join_rows(batches), (each.load().embeddings for each in batches))
         self.files = [each for each in self.files if each not in small]
-        for key in keys:
-            self.storage.delete(key)
+        self.storage.delete(*keys)
 
     def _read(self, key: str) -> Sequence[StoredRows]:
         try:

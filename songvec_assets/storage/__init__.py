@@ -34,6 +34,18 @@ class Versioned(NamedTuple):
     version: str
 
 
+class Listing(NamedTuple):
+    """What is directly under a prefix.
+
+    Attributes:
+        objects: sizes, by name.
+        prefixes: their names, in order.
+    """
+
+    objects: dict[str, int]
+    prefixes: list[str]
+
+
 class Opened(ABC):
     """An object that was opened: its bytes are read when they are used."""
 
@@ -76,12 +88,16 @@ class Storage(ABC):
         """An object's name in messages."""
 
     @abstractmethod
-    def list_objects(self, prefix: str = "") -> dict[str, int]:
-        """Names and sizes of the objects directly under a prefix, without those that are being written."""
+    def scan(self, prefix: str = "") -> Listing:
+        """What is directly under a prefix, without objects that are being written."""
 
-    @abstractmethod
+    def list_objects(self, prefix: str = "") -> dict[str, int]:
+        """Names and sizes of the objects directly under a prefix; see `scan`."""
+        return self.scan(prefix).objects
+
     def list_prefixes(self, prefix: str = "") -> list[str]:
         """The names of the prefixes directly below a prefix, in order."""
+        return self.scan(prefix).prefixes
 
     @abstractmethod
     def read(self, key: str) -> Versioned | None:
@@ -129,8 +145,8 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def delete(self, key: str) -> None:
-        """Delete an object, if it exists."""
+    def delete(self, *keys: str) -> None:
+        """Delete objects, if they exist."""
 
     @abstractmethod
     def delete_all(self, prefix: str) -> None:
@@ -146,9 +162,9 @@ class Storage(ABC):
 
     def list_keys(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """Keys and sizes of all objects that begin with a prefix."""
-        start = f"{prefix}/" if prefix else ""
-        yield from ((f"{start}{name}", size) for name, size in sorted(self.list_objects(prefix).items()))
-        for name in self.list_prefixes(prefix):
+        start, listed = f"{prefix}/" if prefix else "", self.scan(prefix)
+        yield from ((f"{start}{name}", size) for name, size in sorted(listed.objects.items()))
+        for name in listed.prefixes:
             yield from self.list_keys(f"{start}{name}")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import xxhash
 
 from songvec_assets.errors import StoreError
-from songvec_assets.storage import Opened, Span, Storage, Versioned
+from songvec_assets.storage import Listing, Opened, Span, Storage, Versioned
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,22 +78,18 @@ class LocalStorage(Storage):
     def describe(self, key: str) -> str:
         return str(self.root / key)
 
-    def list_objects(self, prefix: str = "") -> dict[str, int]:
-        return {
-            entry.name: entry.stat().st_size
-            for entry in self._scan(prefix)
-            if entry.is_file() and not entry.name.startswith(".")
-        }
-
-    def list_prefixes(self, prefix: str = "") -> list[str]:
-        return sorted(entry.name for entry in self._scan(prefix) if entry.is_dir())
-
-    def _scan(self, prefix: str) -> Iterator[os.DirEntry[str]]:
+    def scan(self, prefix: str = "") -> Listing:
+        found = Listing({}, [])
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root / prefix) as entries:
             for entry in entries:
                 # an entry may be deleted meanwhile
                 with contextlib.suppress(FileNotFoundError):
-                    yield entry
+                    if entry.is_dir():
+                        found.prefixes.append(entry.name)
+                    elif entry.is_file() and not entry.name.startswith("."):
+                        found.objects[entry.name] = entry.stat().st_size
+        found.prefixes.sort()
+        return found
 
     def read(self, key: str) -> Versioned | None:
         try:
@@ -141,15 +137,19 @@ class LocalStorage(Storage):
     def check_writes(self) -> None:
         """Nothing: rename and flock are what they are, and a full disk is found by the write."""
 
-    def delete(self, key: str) -> None:
-        (self.root / key).unlink(missing_ok=True)
+    def delete(self, *keys: str) -> None:
+        for key in keys:
+            self._remove(self.root / key)
 
     def delete_all(self, prefix: str) -> None:
         folder = self.root / prefix
         for path in folder.iterdir() if folder.exists() else ():
-            path.unlink(missing_ok=True)
+            self._remove(path)
         with contextlib.suppress(FileNotFoundError):
             folder.rmdir()
+
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
 
     def delete_leftovers(self, prefix: str) -> None:
         for path in (self.root / prefix).glob(".*.tmp"):

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from songvec_assets.errors import StorageError
-from songvec_assets.storage import Storage, Versioned
+from songvec_assets.storage import Listing, Storage, Versioned
 from songvec_assets.storage.messages import clear_errors
 from songvec_assets.storage.opened import OpenedObject
 
@@ -102,21 +102,16 @@ class ObjectStorage(Storage):
     def describe(self, key: str) -> str:
         return f"{self.location}/{key}".rstrip("/")
 
-    def list_objects(self, prefix: str = "") -> dict[str, int]:
-        # SeaweedFS lists a folder, too, as an object of the prefix's own name
-        prefix = f"{self.prefix}{prefix}".rstrip("/")
-        found = {str(each["path"]): int(each["size"]) for each in self._list(prefix)["objects"]}
-        return {path.rpartition("/")[2]: size for path, size in found.items() if path != prefix}
-
-    def list_prefixes(self, prefix: str = "") -> list[str]:
-        listed = self._list(f"{self.prefix}{prefix}".rstrip("/"))
-        return sorted(str(each).rstrip("/").rpartition("/")[2] for each in listed["common_prefixes"])
-
-    def _list(self, prefix: str) -> Any:
+    def scan(self, prefix: str = "") -> Listing:
         import obstore
 
-        with clear_errors(f"list {self.bucket.url}/{prefix}"):
-            return obstore.list_with_delimiter(self.bucket.client, prefix or None)
+        path = f"{self.prefix}{prefix}".rstrip("/")
+        with self._clear_errors("list", prefix):
+            listed = obstore.list_with_delimiter(self.bucket.client, path or None)
+        # SeaweedFS lists a folder, too, as an object of the prefix's own name
+        objects = {str(each["path"]): int(each["size"]) for each in listed["objects"] if each["path"] != path}
+        names = sorted(str(each).rstrip("/").rpartition("/")[2] for each in listed["common_prefixes"])
+        return Listing({each.rpartition("/")[2]: size for each, size in objects.items()}, names)
 
     def read(self, key: str) -> Versioned | None:
         found = self._get(key)
@@ -191,17 +186,15 @@ class ObjectStorage(Storage):
     def check_writes(self) -> None:
         self.bucket.check_writes(replace(self, prefix=""))
 
-    def delete(self, key: str) -> None:
+    def delete(self, *keys: str) -> None:
         import obstore
 
-        with contextlib.suppress(FileNotFoundError), self._clear_errors("delete", key):
-            obstore.delete(self.bucket.client, self.prefix + key)
+        with contextlib.suppress(FileNotFoundError), self._clear_errors("delete", keys[0] if keys else ""):
+            obstore.delete(self.bucket.client, [self.prefix + key for key in keys])
 
     def delete_all(self, prefix: str) -> None:
-        for name in self.list_objects(prefix):
-            self.delete(f"{prefix}/{name}")
-        # the folder that SeaweedFS keeps; elsewhere there is none
-        self.delete(prefix)
+        # and the folder that SeaweedFS keeps; elsewhere there is none
+        self.delete(*(f"{prefix}/{name}" for name in self.list_objects(prefix)), prefix)
 
     def delete_leftovers(self, prefix: str) -> None:
         """Nothing: what was not sent as a whole does not exist. A rule of the bucket ends unfinished uploads."""

@@ -34,7 +34,7 @@ def test_a_death_before_any_write_or_removal_of_a_merge_loses_nothing(cache, sur
     delete(cache, [4])
     reject(cache, [5])
     expected = content_of(cache.open(RANGE))
-    with killed_after(survives, ("write", "put_if_unchanged", "delete")):
+    with killed_after(survives, ("write", "put_if_unchanged", "_remove")):
         try:
             complete(cache, retention_s=60.0)
         except KilledError:

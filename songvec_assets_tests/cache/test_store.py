@@ -222,7 +222,7 @@ def test_a_cut_that_is_interrupted_anywhere_is_done_again(root, survives):
     cache = open_store(root, TILING).embeddings("m", 3)
     fill(cache, TILING.tail, [1_000, 1_100])
     fill(cache, TILING.tail, [1_500])
-    methods = ("write", "put_if_unchanged", "delete", "delete_all")
+    methods = ("write", "put_if_unchanged", "_remove", "delete_all")
     with contextlib.suppress(KilledError), killed_after(survives, methods):
         open_store(root, HIGHER)
         assert survives > 8, "every moment was one to die at"

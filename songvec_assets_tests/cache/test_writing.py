@@ -141,7 +141,7 @@ def test_a_small_part_that_the_disk_changed_ends_the_range_with_words(cache, har
     for song_id in range(63):
         writer.write([CachedRows.of([song_id], hashes_of([song_id]), vectors_of([song_id]))])
     harm(cache.storage.root / RANGE.key / writer.files[7].name)
-    with pytest.raises(StoreError, match=r"was changed on disk since this run wrote it \(.+\): check the disk"):
+    with pytest.raises(StoreError, match=r"was changed since this run wrote it \(.+\): check the disk"):
         writer.write([CachedRows.of([63], hashes_of([63]), vectors_of([63]))])
 
 

@@ -27,7 +27,7 @@ from songvec_assets_tests.provider import Provider
 pytestmark = pytest.mark.slow
 
 FIRST, SECOND = SongIdRange(0, 100), SongIdRange(100, 200)
-CALLS = ("read", "open", "list_objects", "list_prefixes", "write", "put_if_unchanged", "delete", "delete_all")
+CALLS = ("read", "open", "scan", "write", "put_if_unchanged", "delete", "delete_all")
 
 
 @pytest.fixture
@@ -88,9 +88,9 @@ def test_a_fill_with_nothing_to_do_reads_and_lists_each_range_once_and_opens_no_
     assert in_ranges == {
         call: 1
         for each in (FIRST, SECOND)
-        for call in [("read", f"{folder}/{each.key}/manifest.json"), ("list_objects", f"{folder}/{each.key}")]
+        for call in [("read", f"{folder}/{each.key}/manifest.json"), ("scan", f"{folder}/{each.key}")]
     }
-    elsewhere = Counter(call for call in calls if call[0] not in ("read", "list_objects", "list_prefixes"))
+    elsewhere = Counter(call for call in calls if call[0] not in ("read", "scan"))
     footers = [("open", f"{again.store.songs.storage.root}/{each.key}.parquet") for each in (FIRST, SECOND)]
     assert elsewhere == dict.fromkeys(footers, 1)
     assert (bytes_under(tmp_path), provider.ledger()["requests"]) == (before, n_requests)
