@@ -95,7 +95,9 @@ class Searches(Wiring):
         """
         loaded, spec = self._serving
         try:
-            return nearest.embed_query(loaded.embedder(on_trouble=on_trouble), query, spec.query_prompt or loaded.prompts.query)
+            return nearest.embed_query(
+                loaded.embedder(on_trouble=on_trouble), query, spec.query_prompt or loaded.prompts.query
+            )
         except ProviderError as error:
             mismatch = nearest.check_server(spec, self.table_spec, self.server, error)
             raise mismatch or error from None

@@ -134,18 +134,28 @@ def start_s3() -> Iterator[Callable[[Kind], S3]]:
         yield functools.cache(lambda kind: stack.enter_context(running_s3(kind)))
 
 
+@pytest.fixture
+def use_s3(start_s3: Callable[[Kind], S3], monkeypatch: pytest.MonkeyPatch) -> Callable[[Kind], S3]:
+    """Leads the environment to a well-behaved S3 server of a kind, with an empty log."""
+
+    def lead(kind: Kind) -> S3:
+        s3 = start_s3(kind)
+        for name, value in s3.environment.items():
+            monkeypatch.setenv(name, value)
+        # as often as always, without the waits
+        backoff = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.05), "base": 2}
+        monkeypatch.setitem(objects.RETRIES, "backoff", backoff)
+        s3.spoil()
+        s3.requests()
+        return s3
+
+    return lead
+
+
 @pytest.fixture(params=["moto", pytest.param("weed", marks=pytest.mark.slow)])
-def s3(request: pytest.FixtureRequest, start_s3: Callable[[Kind], S3], monkeypatch: pytest.MonkeyPatch) -> S3:
-    """A well-behaved S3 server with an empty log, to which the environment leads; `s3.spoil(…)` makes it misbehave."""
-    s3 = start_s3(request.param)
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    # as often as always, without the waits
-    backoff = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.05), "base": 2}
-    monkeypatch.setitem(objects.RETRIES, "backoff", backoff)
-    s3.spoil()
-    s3.requests()
-    return s3
+def s3(request: pytest.FixtureRequest, use_s3: Callable[[Kind], S3]) -> S3:
+    """An S3 server to which the environment leads; `s3.spoil(…)` makes it misbehave."""
+    return use_s3(request.param)
 
 
 @pytest.fixture

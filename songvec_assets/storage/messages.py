@@ -49,7 +49,7 @@ def read_storage_error(what: str, error: BaseException) -> StorageError:
     # its first part: the rest, for programmers, may hold a session token
     said, _, _ = str(error).partition("\n\nDebug source")
     found = " ".join(re.findall(r"<(?:Code|Message)>([^<]*)<", said))
-    words = " ".join(f"{re.split(_ANSWER, said)[0]} {found}".split())[:400]
+    words = " ".join(f"{re.split(_ANSWER, said)[0]} {found}".split())[:1000]
     for code, advice in _ADVICE.items():
         for pattern, cure in advice.items():
             if re.search(pattern, words, re.IGNORECASE):

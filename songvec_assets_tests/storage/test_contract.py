@@ -15,12 +15,7 @@ def storage(request, tmp_path):
     """A storage of each kind, with nothing in it."""
     if request.param == "local":
         return open_storage(str(tmp_path / "store"))
-    server = request.getfixturevalue("start_s3")(request.param)
-    server.spoil()
-    monkeypatch = request.getfixturevalue("monkeypatch")
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return open_storage(server.new_url())
+    return open_storage(request.getfixturevalue("use_s3")(request.param).new_url())
 
 
 def test_what_was_put_is_read_and_listed_by_its_key(storage):
