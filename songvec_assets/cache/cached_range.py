@@ -186,9 +186,12 @@ class CachedRange:
         wanted = np.asarray(rows, dtype=np.int64)
         embeddings = np.empty((len(wanted), self.identity.dimensions), dtype=np.float32)
         places = np.searchsorted(self._starts, wanted, side="right") - 1
-        for place in np.unique(places):
+
+        def read(place: int) -> None:
             here = places == place
             embeddings[here] = self._batches[place].vectors_at(wanted[here] - self._starts[place])
+
+        self.storage.map(read, np.unique(places).tolist())
         return embeddings
 
     def iter_vectors(self, rows: pl.Series) -> Iterator[CachedRows]:
