@@ -105,7 +105,12 @@ def _weed(folder: Path) -> tuple[list[str], int]:
     for name in ("master", "volume", "filer"):
         others |= {f"{name}.port": free_port(), f"{name}.port.grpc": free_port()}
     options = {"dir": folder, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "s3.port": port, "s3.port.grpc": free_port()}
-    options |= others | {"master.volumeSizeLimitMB": 256, "volume.max": 100, "master.telemetry": "false"}
+    options |= others | {
+        "master.volumeSizeLimitMB": 256,
+        "volume.max": 100,
+        "master.telemetry": "false",
+        "s3.port.iceberg": 0,
+    }
     return [program, "server", "-s3", *(f"-{name}={value}" for name, value in options.items())], port
 
 
