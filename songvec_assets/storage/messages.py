@@ -28,11 +28,11 @@ _ADVICE = {
     "storage.denied": {
         r"169\.254\.|metadata\.google|credential": "no credentials were found: set AWS_ACCESS_KEY_ID and "
         "AWS_SECRET_ACCESS_KEY, or run where a role gives them",
-        r"AccessDenied|Forbidden|\b403\b|\b401\b|SignatureDoesNotMatch|InvalidAccessKeyId|Unauthorized": "the "
+        r"AccessDenied|Forbidden|(code:|status) 40[13]|SignatureDoesNotMatch|InvalidAccessKeyId|Unauthorized": "the "
         "credentials do not allow it: correct them, or allow to get, put, list and delete objects of this prefix",
     },
     "storage.unreachable": {
-        r"\b5\d\d\b|SlowDown|InternalError": f"the object store fails: wait until it answers again, {_GO_ON}",
+        r"(code:|status) 5\d\d|SlowDown|InternalError": f"the object store fails: wait until it answers again, {_GO_ON}",
         r"error sending request|connect|dns|timed? ?out|reset|closed|decoding|body|ends after": "the object store "
         f"cannot be reached, or breaks off: check the network and AWS_ENDPOINT_URL, {_GO_ON}",
     },

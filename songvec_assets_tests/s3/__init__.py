@@ -110,6 +110,7 @@ def _weed(folder: Path) -> tuple[list[str], int]:
         "volume.max": 100,
         "master.telemetry": "false",
         "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
     }
     return [program, "server", "-s3", *(f"-{name}={value}" for name, value in options.items())], port
 

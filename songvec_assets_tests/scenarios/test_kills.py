@@ -109,6 +109,7 @@ def n_billed_again(provider: Provider) -> int:
     return sum(count - 1 for count in billed(provider).values())
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("pipeline", ["folder", "moto", "weed"], indirect=True)
 def test_runs_killed_at_any_moment_lose_no_more_than_what_was_in_flight(
     songs: Callable[..., None],

@@ -28,6 +28,7 @@ Generic { headers: "x-amz-security-token: IQoJb3JpZ2luX2VjE" }"""
         ("Server returned non-2xx status code: 503 Service Unavailable: SlowDown", "storage.unreachable"),
         ("Error performing GET http://127.0.0.1:1/b: error sending request", "storage.unreachable"),
         ("HTTP error: request or response body error", "storage.unreachable"),
+        ("in 403.5ms, after 10 retries - HTTP error: error sending request", "storage.unreachable"),
         ("something new", "storage.failed"),
     ],
 )
