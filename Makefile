@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-e2e
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-store bench-e2e
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dev test test-slow check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
@@ -95,11 +95,15 @@ bench-commands: $(INSTALLED)  ## How long a person waits for a command, compared
 bench-ranges: $(INSTALLED)  ## How long a fill looks for texts in other ranges, 12 million songs cached: 1 min
 	$(BIN)/python -m benchmarks.other_ranges
 
+bench-store: $(INSTALLED)  ## Fills and loads over a bucket compared with a folder, and their requests: 3 min
+	$(BIN)/python -m benchmarks.object_store
+
 bench-demo: $(INSTALLED)  ## How well the demo's model finds songs by their meaning: 10 s
 	$(BIN)/python -m benchmarks.demo_quality --queries
 
-chaos: $(INSTALLED)  ## Fills killed 25 times in a row, files damaged, all checked against the provider's bill: 4 min
-	$(BIN)/python -m benchmarks.chaos
+STORE ?= folder
+chaos: $(INSTALLED)  ## Fills killed 25 times in a row, files damaged, all checked against the provider's bill: 4 min; STORE=weed: over a bucket
+	$(BIN)/python -m benchmarks.chaos --store $(STORE)
 
 chaos-db: $(INSTALLED)  ## Servers killed, disks filled, connections cut during loads, builds and swaps: 5 min
 	$(BIN)/python -m benchmarks.chaos_db

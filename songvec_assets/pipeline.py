@@ -293,5 +293,6 @@ class Pipeline(Questions, Searches):
         def check_once(target: VectorTable) -> None:
             n_songs = sum(self.store.songs.count().values())
             check_target(target, self.table_spec, self.index_settings, n_songs)
+            self.storage.check_writes()
 
         return lambda: check_once(swap.check_loadable(self.database, self.wanted_table))

@@ -131,7 +131,8 @@ class Searches(Wiring):
         loaded, spec = serving
         embedder, budget = loaded.embedder(on_trouble=on_trouble), self.search_budget()
         try:
-            return queries.embed_query(embedder, query, loaded.prompts.query, budget)
+            prompt = spec.query_prompt or loaded.prompts.query
+            return queries.embed_query(embedder, query, prompt, budget)
         except ProviderError as error:
             mismatch = queries.check_server(spec, self.table_spec, self.server, error)
             raise mismatch or error from None

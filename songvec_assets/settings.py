@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from songvec_assets.base_url import check_base_url
 from songvec_assets.errors import SettingsError
 from songvec_assets.settings_group import Group, file_variable, variable
+from songvec_assets.storage import check_location
 
 FIREWORKS_BASE_URL = "https://api.fireworks.ai/inference/v1"
 FIREWORKS_MODEL = "fireworks/qwen3-embedding-8b"
@@ -125,13 +126,19 @@ class StorageSettings(Group):
     """The folder of snapshots and cached embeddings, and how songs become texts."""
 
     storage: str | None = None
-    """Folder of snapshots and cached embeddings; unset: `.songvec/demo` (embedded server) or `.songvec/main`."""
+    """Folder of snapshots and cached embeddings, or `s3://bucket/prefix`, `gs://…`, `az://account/container/…`; unset:
+    `.songvec/demo` (embedded server) or `.songvec/main`."""
     retention_days: NotNegative = 30.0
     """Minimum days that the cache keeps vectors of deleted songs; 0: none."""
     text_template: Escaped = DEFAULT_TEMPLATE
     r"""Text to embed: `{name}`, `{artist}`, `{lyrics}`; `\n` ends a line; a change re-embeds all, once confirmed."""
     max_text_chars: int = Field(default=24_000, ge=1, le=1_000_000)
     """Longer texts are truncated; a change re-embeds the songs it affects, after confirmation."""
+
+    @field_validator("storage")
+    @classmethod
+    def _check_location(cls, value: str) -> str:
+        return check_location(value)
 
 
 class RunSettings(Group):
@@ -228,9 +235,9 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
         return self.embedding_model in LOCAL_MODELS or not real
 
     @property
-    def storage_root(self) -> Path:
-        """The folder of the store; it need not exist."""
-        return Path(self.storage or Path(".songvec") / ("main" if self.postgres_url else "demo"))
+    def storage_location(self) -> str:
+        """The folder of the store, or the URL of its objects; need not exist."""
+        return self.storage or str(Path(".songvec") / ("main" if self.postgres_url else "demo"))
 
     @property
     def filters(self) -> list[str]:

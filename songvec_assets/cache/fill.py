@@ -112,11 +112,12 @@ class Filler:
         Raises:
             SongvecError: an error that all ranges would meet (budget, key, model, stop); the range is reported first.
         """
-        cached = {*self.cache.ranges()}
-        held = [each for each in ranges if each in cached or each in self.snapshots]
+        cached, exported = {*self.cache.ranges()}, {*self.snapshots.ranges()}
+        held = [each for each in ranges if each in cached or each in exported]
         # looked at once, for all decisions before a range's lock is taken
-        self._found = {each: self.cache.look(each) if each in cached else RangeFiles() for each in held}
-        self._footers = {each: self.snapshots.footer(each) for each in held}
+        found = self.cache.look_all([each for each in held if each in cached])
+        self._found = {each: found.get(each) or RangeFiles() for each in held}
+        self._footers = self.snapshots.footers(held)
         if not held:
             return
         self.before_fill(

@@ -5,7 +5,6 @@ When to add here: another setting that changes every text. Keep out: the confirm
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -67,9 +66,9 @@ def write_record(storage: Storage, record: TextRecord) -> None:
     storage.put(_KEY, msgspec.json.encode(record))
 
 
-def model_storage(root: Path, model: str, dimensions: int) -> Storage:
+def model_storage(root: Storage, model: str, dimensions: int) -> Storage:
     """Where the cache of a model is in a store."""
-    return Storage(root / "embeddings" / f"{model.replace('/', '--')}-{dimensions}")
+    return root.within("embeddings").within(f"{model.replace('/', '--')}-{dimensions}")
 
 
 def choose_prompts(storage: Storage, names: tuple[str, ...], query: str | None, document: str | None) -> Prompts:

@@ -52,7 +52,7 @@ def report_export(report: ExportReport, pipeline: Pipeline, log: Any) -> dg.Mate
         # before anything is paid for
         for line in pipeline.describe_boilerplate():
             log.warning(line)
-    metadata = describe_export(report) | {"folder": dg.MetadataValue.path(str(snapshots.storage.root.resolve()))}
+    metadata = describe_export(report) | {"folder": dg.MetadataValue.path(snapshots.storage.location)}
     metadata |= {"row security": caution} if caution else {}
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(snapshots.digest_all()))
 

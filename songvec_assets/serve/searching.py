@@ -109,7 +109,7 @@ class Searcher:
         try:
             async with asyncio.timeout(EMBED_S):
                 client = await self._open_client(serving)
-                text, budget = await self._workers.run(self._prepare, words, loaded)
+                text, budget = await self._workers.run(self._prepare, words, serving)
                 return await queries.embed(client, text, budget)
         except TimeoutError:
             error: ProviderError = ProviderUnavailableError(f"{loaded.server} gave no vector within {EMBED_S:g} s")
@@ -132,11 +132,12 @@ class Searcher:
                 self._clients[spec] = await self._workers.run(hasty.embedder)
             return self._clients[spec]
 
-    def _prepare(self, words: str, loaded: Searches) -> tuple[str, Budget]:
+    def _prepare(self, words: str, serving: Serving) -> tuple[str, Budget]:
+        loaded, spec = serving
         month = f"{datetime.now(UTC):%Y-%m}"
         if self._budget is None or self._budget[0] != month:
             self._budget = month, self._songs.search_budget()
-        return fill_query(loaded.prompts.query, words), self._budget[1]
+        return fill_query(spec.query_prompt or loaded.prompts.query, words), self._budget[1]
 
     async def check(self) -> Serves:
         """What serves, read again at most once per CHECK_EVERY_S.

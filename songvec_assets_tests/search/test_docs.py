@@ -42,7 +42,7 @@ def read_examples(heading: str, language: str) -> list[str]:
 def environment(pipeline: Pipeline, songs_provider: Provider, tmp_path: Path) -> dict[str, str]:
     """The variables of the examples, with this environment's commands."""
     given = environment_of(pipeline.database, songs_provider, tmp_path) | {
-        "SONGVEC_STORAGE": str(pipeline.storage_root),
+        "SONGVEC_STORAGE": pipeline.settings.storage,
         "SONGVEC_FILTER_COLUMNS": "artist, year",
         "SONGVEC_RANGE_SIZE": "100",
         "SONGVEC_SONG_ID_STOP": "1000",
