@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-store bench-e2e
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-search bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-store bench-e2e
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dev test test-slow check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
@@ -71,6 +71,9 @@ bench-export: bench-installed  ## This export compared with its peers, a million
 
 bench-index: $(INSTALLED)  ## Index builds compared with pgvector's defaults, recall, halfvec: 20 min
 	$(BIN)/python -m benchmarks.index
+
+bench-search: $(INSTALLED)  ## The kinds of index compared: size, build, recall, latency, pages read, extrapolated to 12 million: 20 min
+	$(BIN)/python -m benchmarks.search
 
 bench-serving: $(INSTALLED)  ## Searches while a table is loaded, rebuilt and swapped: 5 min
 	$(BIN)/python -m benchmarks.serving

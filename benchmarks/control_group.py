@@ -3,8 +3,9 @@
 Only for a server on this machine, by root. What the server has in memory beforehand is dropped from it.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,16 +44,21 @@ def limited_memory(url: str, folder: Path, n_bytes: int) -> Iterator[Callable[[]
         with path.open("rb") as file:  # what is in memory now counts in nobody's group
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     postmaster = psutil.Process(int((folder / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0]))
-    for process in (postmaster, *postmaster.children()):
-        for group in groups:
-            (group / "cgroup.procs").write_text(str(process.pid))
+    for group in groups:
+        _move([str(process.pid) for process in (postmaster, *postmaster.children())], group)
     try:
         yield lambda: _read_bytes(groups[1])
     finally:
         for group in groups:
-            for pid in (group / "cgroup.procs").read_text(encoding="utf-8").split():
-                (group.parent / "cgroup.procs").write_text(pid)
+            while pids := (group / "cgroup.procs").read_text(encoding="utf-8").split():
+                _move(pids, group.parent)
             group.rmdir()
+
+
+def _move(pids: Sequence[str], group: Path) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # a session that ended meanwhile
+            (group / "cgroup.procs").write_text(pid)
 
 
 def _read_bytes(group: Path) -> int:

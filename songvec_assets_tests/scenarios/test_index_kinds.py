@@ -76,10 +76,9 @@ def test_each_kind_finds_what_is_nearest_under_any_limit_and_condition(
     assert (index.candidates is None) == (not KINDS[kind].is_bits)
     if before_0_8:
         [(body,)] = execute(database.adbc_uri, "SELECT pg_get_functiondef('songvec.search'::regproc)")
-        execute(
-            database.adbc_uri,
-            body.replace("'{ivfflat.probes,ivfflat.iterative_scan,", "'{ivfflat.probes,ivfflat.none,"),
-        )
+        former = body.replace("'{ivfflat.probes,ivfflat.iterative_scan,", "'{ivfflat.probes,ivfflat.none,")
+        assert former != body
+        execute(database.adbc_uri, former)
     for limit in (1, 10, 60, 1000):
         hits = search_songs(database, source, Query(make_vector(7, dimensions=DIMENSIONS), limit=limit))
         assert [hit.song_id for hit in hits][:3] == nearest(7, 3)[:limit]
