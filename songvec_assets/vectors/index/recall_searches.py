@@ -8,6 +8,7 @@ trip. When to add here: another figure of the same searches. Keep out: what foll
 
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,7 @@ from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.progress import SILENT, Progress, RunContext
+from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.catalog import BuiltIndex, uses_index
 from songvec_assets.vectors.index.interval import estimate_share
 from songvec_assets.vectors.index.neighbors import (
@@ -31,6 +33,7 @@ from songvec_assets.vectors.index.neighbors import (
     sample_queries,
 )
 from songvec_assets.vectors.index.probes import set_probes
+from songvec_assets.vectors.ledger import LedgerEntry
 from songvec_assets.vectors.table import VectorTable
 
 STEP = "measure recall"
@@ -75,6 +78,33 @@ class RecallPoint:
         return is_above or is_below or self.high - self.low <= 2 * _NARROW
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Queries and their exact neighbors, which do not depend on the index.
+
+    Attributes:
+        ledger: of the table when they were sought: if it has changed, they are sought again.
+        exact: what was found.
+    """
+
+    ledger: dict[SongIdRange, LedgerEntry]
+    exact: ExactNeighbors
+
+
+def prepare(table: VectorTable, cache: ModelCache, run: RunContext) -> "Future[Prepared]":
+    """Begin to find the exact neighbors in another thread: for a table of seconds, while its index is built."""
+
+    def find() -> Prepared:
+        ledger, rows = table.ledger.read(), LoadedRows.of(table, cache)
+        # silent: the build's progress is shown
+        return Prepared(ledger, find_exact_neighbors(rows, sample_queries(rows), RunContext(stop=run.stop)))
+
+    thread = ThreadPoolExecutor(1, "songvec-neighbors")
+    prepared = thread.submit(find)
+    thread.shutdown(wait=False)
+    return prepared
+
+
 @dataclass
 class Searches:
     """The same searches at several numbers of probes: `Searches.over(…).measure(8)`.
@@ -104,8 +134,20 @@ class Searches:
     _times: dict[int, list[float]] = field(default_factory=dict)
 
     @classmethod
-    def over(cls, table: VectorTable, cache: ModelCache, run: RunContext = SILENT) -> "Searches":
+    def over(
+        cls,
+        table: VectorTable,
+        cache: ModelCache,
+        run: RunContext = SILENT,
+        ahead: "Future[Prepared] | None" = None,
+    ) -> "Searches":
         """Draw queries and find their exact neighbors, in half of the time.
+
+        Args:
+            table: with its index.
+            cache: that it was loaded from.
+            run: notified of the rows; a stop ends it.
+            ahead: see `prepare`; None: nothing was prepared.
 
         Raises:
             StoreError: the cache does not hold what is loaded.
@@ -115,8 +157,12 @@ class Searches:
             lists, n_changed = table.read_lists(connection) or 1, table.read_changes(connection)
             built, spec = table.read(connection, "index", BuiltIndex) or BuiltIndex(), table.read_spec(connection)
         limit_s = max(_LIMIT_S, _LIMIT_OF_BUILD * built.seconds)
-        rows = LoadedRows.of(table, cache)
-        exact = find_exact_neighbors(rows, sample_queries(rows), run, began_at + limit_s / 2)
+        prepared = ahead.result() if ahead else None
+        if prepared and prepared.ledger == table.ledger.read():
+            exact = prepared.exact
+        else:
+            rows = LoadedRows.of(table, cache)
+            exact = find_exact_neighbors(rows, sample_queries(rows), run, began_at + limit_s / 2)
         if not exact.n_read or exact.n_missing > _MOST_MISSING * exact.n_rows:
             raise StoreError(
                 f"the cache in {cache.storage} holds {exact.n_rows - exact.n_missing:,} of the {exact.n_rows:,} rows "

@@ -18,6 +18,7 @@ from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.catalog import BuiltIndex, IndexInfo, choose_probes
 from songvec_assets.vectors.index import build
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport, measure_and_record, read_recall
+from songvec_assets.vectors.index.recall_searches import prepare
 from songvec_assets.vectors.index.sizing import BuildEstimate, Capacity, choose_lists, estimate_build, read_capacity
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
@@ -27,6 +28,8 @@ _LISTS_OFF_BY = 0.25
 """Lists grow as the square root of the rows: a quarter more are due once the rows have grown by half."""
 _PROBES_GROWN = 1.5
 """Searches take as much longer as they visit more lists; one probe more or less is what a measurement cannot tell."""
+_PREPARED_ROWS = 100_000
+"""Up to here exact neighbors are found while the index is built: in a long build rows change meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -210,9 +213,10 @@ def bring_index_up_to_date(
                 plan = plan_build(table, spec, replace(wanted, rebuild=True), n_rows, n_changed)
         if is_built:
             started = time.monotonic()
+            ahead = prepare(table, cache, run) if n_rows <= _PREPARED_ROWS else None
             how = _build(table, spec, plan, run, check_held)
             seconds = time.monotonic() - started
-            recall, measured = measure_and_record(table, cache, wanted.target_recall, run)
+            recall, measured = measure_and_record(table, cache, wanted.target_recall, run, ahead=ahead)
             words = [words[0], plan.limit, how, measured]
         index = table.index
         assert index is not None
