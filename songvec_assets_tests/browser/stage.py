@@ -21,7 +21,7 @@ from songvec_assets.postgres.embedded import (
 from songvec_assets_tests.administration import dispose, free_port, wait_until
 from songvec_assets_tests.browser.pages import DagsterUI, running_chromium
 from songvec_assets_tests.cli.test_commands import Project
-from songvec_assets_tests.postgres.test_embedded import stop
+from songvec_assets_tests.postgres.test_server import stop
 
 
 @contextmanager
