@@ -17,20 +17,13 @@ from songvec_assets.errors import ProviderError, TableMismatchError
 from songvec_assets.search import lines, nearest, queries
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.query import Condition, Mode, Query
-from songvec_assets.settings import DEMO_MODEL, LOCAL_MODELS, Settings
+from songvec_assets.settings import LOCAL_MODELS, Settings
 from songvec_assets.vectors.table import TableSpec
 from songvec_assets.wiring import Wiring
 
 
 class Searches(Wiring):
     """How songs are found."""
-
-    def read_model_ahead(self) -> None:
-        """Begin to read the demo's model, if it is the one of the settings; returns at once."""
-        if self.settings.model == DEMO_MODEL:
-            from songvec_assets.embedding.demo import read_ahead
-
-            read_ahead()
 
     def search(
         self,

@@ -21,8 +21,9 @@ from songvec_assets.embedding.prompts import Prompts
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.inventory import Inventory
 from songvec_assets.postgres import schema
-from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
+from songvec_assets.postgres.embedded import create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.server import DEFAULT_FOLDER
 from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import StopSignal
 from songvec_assets.settings import DEMO_MODEL, Settings

@@ -93,9 +93,7 @@ def search(
     if query and like is not None:
         raise typer.BadParameter("expected a text or --like, got both")
     options = {"where": [*map(parse_condition, where or ())], "mode": mode, "explain": explain}
-    pipeline = base.make_pipeline()
-    if query and mode != "text":
-        pipeline.read_model_ahead()
+    pipeline = base.make_pipeline(embeds_query=bool(query) and mode != "text")
     print_hits(pipeline, query if like is None else like, limit, as_json, **options)
     if not as_json:
         hint("-n shows more or fewer songs, --json prints them with their lyrics.")

@@ -32,7 +32,8 @@ _ADVICE = {
         "credentials do not allow it: correct them, or allow to get, put, list and delete objects of this prefix",
     },
     "storage.unreachable": {
-        r"(code:|status) 5\d\d|SlowDown|InternalError": f"the object store fails: wait until it answers again, {_GO_ON}",
+        r"(code:|status) 5\d\d|SlowDown|InternalError": "the object store fails: wait until it answers again, "
+        f"{_GO_ON}",
         r"error sending request|connect|dns|timed? ?out|reset|closed|decoding|body|ends after": "the object store "
         f"cannot be reached, or breaks off: check the network and AWS_ENDPOINT_URL, {_GO_ON}",
     },

@@ -26,7 +26,7 @@ from songvec_assets_tests.administration import borrow_database, dispose, execut
 from songvec_assets_tests.browser.pages import DagsterUI, running_chromium
 from songvec_assets_tests.cli.test_commands import Project
 from songvec_assets_tests.conftest import TEMPLATE
-from songvec_assets_tests.postgres.test_embedded import stop
+from songvec_assets_tests.postgres.test_server import stop
 from songvec_assets_tests.serve.conftest import running_server
 
 
