@@ -11,6 +11,10 @@ from functools import cached_property
 from typing import Any
 
 from songvec_assets.errors import SongvecError, TableMismatchError, describe
+from songvec_assets.search.evaluate import evaluate, find_songs
+from songvec_assets.search.labels import ALL, label_samples
+from songvec_assets.search.query_vectors import embed_queries
+from songvec_assets.settings import DEMO_MODEL
 from songvec_assets.vectors.index.audit import audit_index, audit_recall, audit_vectors
 from songvec_assets.vectors.index.upkeep import plan_build
 from songvec_assets.wiring import Wiring
@@ -21,6 +25,8 @@ _BILLED_OFF_BY = 0.25
 _FEW_TOKENS = 10_000
 _SANE_USD_PER_MILLION = (0.001, 10.0)
 _SANE_BYTES_PER_TOKEN = (1.0, 12.0)
+_EVERY_SAMPLE_QUERY, _SAMPLE_NDCG = 8, 0.6
+"""A run with nothing to do checks, too: an eighth of the labelled queries takes a third of a second."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +233,30 @@ def recall_reaches_target(evidence: Evidence) -> Finding:
     )
 
 
+def samples_are_found(evidence: Evidence) -> Finding:
+    """Do searches of the sample catalogue find the songs that labelled queries ask for?"""
+    wiring = evidence.wiring
+    is_demo = wiring.database.embedded and wiring.settings.model == DEMO_MODEL
+    queries = label_samples(wiring.database, wiring.source) if is_demo else None
+    if not queries:
+        return Finding(
+            True, "the songs are not those of the demo; `songvec evaluate` measures searches with your queries"
+        )
+    asked = queries[::_EVERY_SAMPLE_QUERY]
+    vectors = embed_queries(wiring.embedder(), [query.words for query in asked], wiring.prompts.query)
+    found, notes = find_songs(wiring.database, wiring.source, asked, vectors, wiring.settings.model)
+    result = evaluate(asked, found, notes)
+    scores = {score.mode: score.ndcg.mean for score in result.scores if score.slice == ALL}
+    figures = ", ".join(f"{mode} {score:.3f}" for mode, score in scores.items())
+    worse = [verdict.describe() for verdict in result.verdicts if verdict.is_worse]
+    message = f"nDCG@10 of {len(asked)} labelled queries: {figures}; expected {_SAMPLE_NDCG} of hybrid or more"
+    return Finding(
+        not worse and scores["hybrid"] >= _SAMPLE_NDCG,
+        ". ".join([message, *worse]),
+        {"queries": len(asked)} | {f"nDCG@10, {mode}": round(score, 4) for mode, score in scores.items()},
+    )
+
+
 @dataclass(frozen=True)
 class Check:
     """A check, and what it means if it does not pass.
@@ -257,4 +287,9 @@ TABLE_CHECKS = (
     Check(billed_as_estimated),
     Check(price_is_sane),
 )
-INDEX_CHECKS = (Check(index_is_used, is_error=True), Check(index_is_fresh), Check(recall_reaches_target, is_error=True))
+INDEX_CHECKS = (
+    Check(index_is_used, is_error=True),
+    Check(index_is_fresh),
+    Check(recall_reaches_target, is_error=True),
+    Check(samples_are_found),
+)

@@ -6,18 +6,33 @@ When to add here: another way to search, as a method. Keep out: how songs are fo
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from songvec_assets.errors import ProviderError, TableMismatchError
+from songvec_assets.errors import (
+    ProviderError,
+    SearchError,
+    SongvecError,
+    StoppedError,
+    TableMismatchError,
+    describe,
+)
 from songvec_assets.search import lines, nearest
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.query import Condition, Mode, Query
+from songvec_assets.search.query_vectors import embed_queries
 from songvec_assets.settings import DEMO_MODEL, LOCAL_MODELS, Settings
-from songvec_assets.vectors.table import TableSpec
+from songvec_assets.vectors.index.audit import QualityChange, find_nearest
+from songvec_assets.vectors.ledger import STAGING
+from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets.wiring import Wiring
+
+if TYPE_CHECKING:  # what a search does not need
+    from songvec_assets.search.evaluate import Evaluation
+    from songvec_assets.search.labels import LabelledQuery
 
 
 class Searches(Wiring):
@@ -93,12 +108,94 @@ class Searches(Wiring):
             TableMismatchError: nothing is loaded; or the table holds another model than the settings or the server.
             ProviderError: no answer, or none that helps.
         """
+        vector: NDArray[np.float32] = self._embed([query], on_trouble)[0]
+        return vector
+
+    def _embed(self, queries: Sequence[str], on_trouble: Callable[[str], None]) -> NDArray[np.float32]:
         loaded, spec = self._serving
         try:
-            return nearest.embed_query(loaded.embedder(on_trouble=on_trouble), query, loaded.prompts.query)
+            return embed_queries(loaded.embedder(on_trouble=on_trouble), queries, loaded.prompts.query)
         except ProviderError as error:
             mismatch = nearest.check_server(spec, self.table_spec, self.server, error)
             raise mismatch or error from None
+
+    def evaluate(
+        self,
+        queries: "str | Path | Sequence[LabelledQuery] | None" = None,
+        on_trouble: Callable[[str], None] = lambda _: None,
+    ) -> "Evaluation":
+        """How well searches by text, by vector and by both answer labelled queries, beside BM25.
+
+        A query costs its tokens once; all are embedded with few requests.
+
+        Args:
+            queries: a file, or labelled queries; None: SONGVEC_EVALUATION_QUERIES, or those of the sample catalogue.
+            on_trouble: notified if the provider fails and is tried again.
+
+        Raises:
+            SearchError: there are no labelled queries, a line of the file cannot be read, or no song in it is known;
+                nothing was paid.
+            TableMismatchError, ProviderError: see `embed_query`.
+        """
+        from songvec_assets.search import baseline, evaluate
+
+        labelled, notes = self.label_queries(queries)
+        words = [query.words for query in labelled]
+        vectors, model = self._embed(words, on_trouble), self._serving[1].model
+        found, left_out = evaluate.find_songs(self.database, self.source, labelled, vectors, model)
+        try:
+            found[baseline.NAME] = baseline.search_bm25(self.store.songs, self.text_spec, words)
+        except SongvecError as error:  # only a comparison is missing
+            left_out.append(f"left out: {error}")
+        return evaluate.evaluate(labelled, found, [*notes, *left_out])
+
+    def label_queries(
+        self, queries: "str | Path | Sequence[LabelledQuery] | None" = None
+    ) -> "tuple[list[LabelledQuery], list[str]]":
+        """See `evaluate`: the labelled queries without unknown songs, and a note that names those."""
+        from songvec_assets.search import labels
+
+        path = self.settings.evaluation_queries if queries is None else queries
+        if isinstance(path, str | Path):
+            given: Sequence[LabelledQuery] | None = labels.read_labels(path)
+        else:
+            given = labels.label_samples(self.database, self.source) if path is None else path
+        if not given:
+            raise SearchError(
+                "expected labelled queries: name a file of them, or set SONGVEC_EVALUATION_QUERIES", "search.labels"
+            )
+        return labels.drop_unknown(self.database, self.source, given)
+
+    def judge_staging(self) -> QualityChange:
+        """How well the serving and the staging table answer the labelled queries of the settings; costs both models'.
+
+        What keeps it from being measured is part of the answer: a swap is not refused for it.
+        """
+        from songvec_assets.search import evaluate
+
+        try:
+            labelled, _ = self.label_queries()
+            tables = (self.table, self.as_loaded()), (VectorTable(self.database, STAGING), self)
+            vectors: dict[TableSpec, NDArray[np.float32]] = {}
+            scores = []
+            for table, wiring in tables:
+                spec = wiring.table_spec
+                if table.spec != spec:
+                    raise TableMismatchError(
+                        f"{table.name} holds {table.spec}, and queries would be embedded for {spec}"
+                    )
+                if spec not in vectors:
+                    words = [query.words for query in labelled]
+                    vectors[spec] = embed_queries(wiring.embedder(), words, wiring.prompts.query)
+                found = find_nearest(table, spec, vectors[spec])
+                scores.append([evaluate.measure_ndcg(*each) for each in zip(labelled, found, strict=True)])
+        except StoppedError:
+            raise
+        except SongvecError as error:
+            return QualityChange(trouble=describe(error))
+        serving, staged = map(np.mean, scores)
+        difference = evaluate.compare(scores[1], scores[0])
+        return QualityChange(len(labelled), float(serving), float(staged), difference.low, difference.high)
 
     def with_settings(self, settings: Settings) -> Self:
         """The same with other settings and the same opened database, which is closed and cancelled with this one."""

@@ -17,20 +17,19 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from songvec_assets.embedding.embedder import Embedder
-from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
+from songvec_assets.embedding.prompts import NO_PROMPTS
 from songvec_assets.errors import (
     ProviderError,
     ProviderUnavailableError,
     SearchError,
-    SettingsError,
     SongvecError,
     TableMismatchError,
     VectorSizeError,
 )
 from songvec_assets.postgres.engine import Database, error_border, raw_cursor
 from songvec_assets.postgres.schema import check_search_path
-from songvec_assets.progress import run_event_loop
 from songvec_assets.search.query import Query
+from songvec_assets.search.query_vectors import embed_queries
 from songvec_assets.songs.source import SongsSource, as_bytes
 from songvec_assets.vectors.ledger import SERVING
 from songvec_assets.vectors.table import TableSpec, VectorTable
@@ -80,32 +79,10 @@ def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) 
         prompt: of that model for queries; see `Prompts`.
 
     Raises:
-        SettingsError: it holds bytes that are not UTF-8: Python passes them on from a command line.
-        ProviderError: no answer, or none that helps.
+        SettingsError, ProviderError: see `embed_queries`.
     """
-    words = fill_query(prompt, query)
-    try:
-        words.encode()
-    except UnicodeEncodeError:
-        raise SettingsError(
-            "the query is not valid UTF-8: type it in a terminal whose encoding is UTF-8, or convert it first"
-        ) from None
-
-    async def embed() -> NDArray[np.float32]:
-        try:
-            batch = await embedder.generate_embeddings_batch([words])
-        finally:
-            await embedder.close()
-        if batch.bad:
-            raise ProviderError(
-                "the server gives no vector for this query: its values are zero, null or not finite. Ask in other "
-                "words",
-                "provider.no-vector",
-            )
-        vector: NDArray[np.float32] = batch.embeddings[0]
-        return vector
-
-    return run_event_loop(embed())
+    vector: NDArray[np.float32] = embed_queries(embedder, [query], prompt)[0]
+    return vector
 
 
 def search_songs(database: Database, source: SongsSource, query: Query) -> Sequence[Hit]:

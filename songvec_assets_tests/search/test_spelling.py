@@ -56,9 +56,7 @@ def url() -> Iterator[str]:
         server.start()
         try:
             sql = (resources.files("songvec_assets.postgres") / "migrations" / "0002_search.sql").read_text()
-            words = sql[
-                sql.index("CREATE OR REPLACE FUNCTION songvec.title") : sql.index("-- The songs nearest to a vec")
-            ]
+            words = sql[sql.index("-- A text without accents") : sql.index("-- The songs nearest to a vec")]
             execute(server.url(), f"CREATE SCHEMA songvec; {words}")
             execute(server.url(), SONGS)
             yield server.url()

@@ -5,9 +5,25 @@
 SELECT set_config('search_path', concat_ws(', ', nullif(current_setting('search_path'), ''), quote_ident(nspname)), true)
 FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace WHERE extname = 'vector';
 
--- What a search by words reads of a song. Indexes of the songs table are made of it: it must never change.
-CREATE OR REPLACE FUNCTION songvec.title(name text, artist text) RETURNS text
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT coalesce(name, '') || ' ' || coalesce(artist, '') $$;
+-- A text without accents, so that "Beyonce" finds "Beyoncé": letters are decomposed, and their marks dropped. Postgres can
+-- do so in UTF-8 only; elsewhere accents count. Indexes are made of it and of the next one: both must never change.
+DO $do$ BEGIN
+    IF getdatabaseencoding() = 'UTF8' THEN
+        CREATE OR REPLACE FUNCTION songvec.plain(words text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+            SELECT CASE WHEN octet_length(words) = length(words) THEN words
+                ELSE normalize(regexp_replace(normalize(words, NFD), '[\u0300-\u036f]', '', 'g')) END
+        $$;
+    ELSE
+        CREATE OR REPLACE FUNCTION songvec.plain(words text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+            SELECT words
+        $$;
+    END IF;
+END $do$;
+
+-- What a search by words reads of a song.
+CREATE OR REPLACE FUNCTION songvec.title(name text, artist text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT songvec.plain(coalesce(name, '') || ' ' || coalesce(artist, ''))
+$$;
 
 -- SQLSTATE SONGV: the search was refused; the detail is the error's code in docs/operations.md.
 CREATE OR REPLACE FUNCTION songvec.refuse(code text, message text) RETURNS void
@@ -93,14 +109,14 @@ BEGIN
     EXECUTE format(
         'SELECT array_agg(id ORDER BY place) FROM (
             SELECT s.%1$I::integer AS id, row_number() OVER (
-                ORDER BY lower(%2$s) = lower($1) DESC NULLS LAST, %3$s strpos(lower(%4$s), lower($1)) = 0, length(%4$s), s.%1$I
+                ORDER BY lower(%2$s) = lower($1) DESC NULLS LAST, %3$s strpos(lower(%4$s), lower($3)) = 0, length(%4$s), s.%1$I
             ) AS place
-            FROM %5$s s WHERE (to_tsvector(''simple'', %4$s) @@ plainto_tsquery(''simple'', $1) %6$s) AND %7$s
+            FROM %5$s s WHERE (to_tsvector(''simple'', %4$s) @@ plainto_tsquery(''simple'', $3) %6$s) AND %7$s
             ORDER BY place LIMIT $2
         ) AS found', source ->> 'song_id', name,
-        CASE WHEN trgm IS NULL THEN '' ELSE format('%I.word_similarity($1, %s) DESC,', trgm, title) END, title, songs,
-        CASE WHEN trgm IS NULL THEN '' ELSE format('OR %s OPERATOR(%I.%%>) $1', title, trgm) END,
-        songvec.condition(filter, source)) INTO matching USING trim(words), n;
+        CASE WHEN trgm IS NULL THEN '' ELSE format('%I.word_similarity($3, %s) DESC,', trgm, title) END, title, songs,
+        CASE WHEN trgm IS NULL THEN '' ELSE format('OR %s OPERATOR(%I.%%>) $3', title, trgm) END,
+        songvec.condition(filter, source)) INTO matching USING trim(words), n, songvec.plain(trim(words));
     RETURN matching;
 END $$;
 
