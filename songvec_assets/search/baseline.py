@@ -35,8 +35,8 @@ def search_bm25(snapshots: Snapshots, spec: TextSpec, queries: Sequence[str]) ->
     texts: list[str] = []
     for each in snapshots.ranges():
         rendered = snapshots.render(each, spec, snapshots.read_embeddable(each))
-        song_ids += rendered["song_id"]
-        texts += rendered["text"]
+        song_ids.extend(rendered["song_id"])
+        texts.extend(rendered["text"])
     ranking = bm25s.BM25()
     ranking.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
     words = bm25s.tokenize([*queries], show_progress=False, return_ids=False)

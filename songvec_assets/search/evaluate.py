@@ -80,7 +80,7 @@ class Verdict:
         found = (
             f"is significantly better than {self.other}" if low > 0
             else f"is significantly worse than {self.other}" if self.is_worse
-            else f"and {self.other} find the same" if low == high == 0
+            else f"is as good as {self.other}" if low == high == 0
             else f"does not differ significantly from {self.other}"
         )  # fmt: skip
         return f"{self.slice}: hybrid {found} (nDCG@10 {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})."

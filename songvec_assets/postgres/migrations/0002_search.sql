@@ -88,6 +88,10 @@ DECLARE
     artist CONSTANT text := CASE WHEN source ->> 'artist' IS NULL THEN 'NULL'
         ELSE format('s.%I::text', source ->> 'artist') END;
     title CONSTANT text := format('songvec.title(%s, %s)', name, artist);
+    -- One word is compared with whole words: else "tea" would be spelled like "Teapot". Several are compared with any part
+    -- of a title: one of them can be half of it.
+    is_word CONSTANT boolean := trim(words) !~ '\s';
+    similarity CONSTANT text := CASE WHEN is_word THEN 'strict_word_similarity' ELSE 'word_similarity' END;
     is_small boolean; has_words boolean; has_spelling boolean; trgm text; matching integer[];
 BEGIN
     SELECT c.reltuples < 50000 OR c.relkind = 'v', coalesce(bool_or(o.opcname = 'tsvector_ops'), false),
@@ -114,8 +118,9 @@ BEGIN
             FROM %5$s s WHERE (to_tsvector(''simple'', %4$s) @@ plainto_tsquery(''simple'', $3) %6$s) AND %7$s
             ORDER BY place LIMIT $2
         ) AS found', source ->> 'song_id', name,
-        CASE WHEN trgm IS NULL THEN '' ELSE format('%I.word_similarity($3, %s) DESC,', trgm, title) END, title, songs,
-        CASE WHEN trgm IS NULL THEN '' ELSE format('OR %s OPERATOR(%I.%%>) $3', title, trgm) END,
+        CASE WHEN trgm IS NULL THEN '' ELSE format('%I.%s($3, %s) DESC,', trgm, similarity, title) END, title, songs,
+        CASE WHEN trgm IS NULL THEN '' ELSE
+            format('OR %s OPERATOR(%I.%s) $3', title, trgm, CASE WHEN is_word THEN '%>>' ELSE '%>' END) END,
         songvec.condition(filter, source)) INTO matching USING trim(words), n, songvec.plain(trim(words));
     RETURN matching;
 END $$;
