@@ -12,8 +12,8 @@ import polars as pl
 
 from songvec_assets.cache.manifest import Manifest
 from songvec_assets.errors import StoreError
-from songvec_assets.songs.absence import count_missing
 from songvec_assets.songs.counts import IdSums, RangeCount
+from songvec_assets.songs.missing import count_missing
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.plan import LoadSource, RangeState, compare
 from songvec_assets.vectors.table import VectorTable

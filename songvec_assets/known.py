@@ -1,7 +1,7 @@
 """The songs that were paid for or are served: those with a vector in the cache, or a row in the serving table.
 
 Deletions in the source are compared with them. Reads ledgers, manifests and narrow columns; no vector.
-When to add here: another place where a song may be known. Keep out: whether its absence is plausible (`songs/absence`).
+When to add here: another place where a song may be known. Keep out: whether its absence is plausible (`songs/missing`).
 """
 
 import contextlib

@@ -89,7 +89,7 @@ class Pipeline(Questions, Searches):
             mode,
             # an empty snapshot says that a range's songs were deleted; a missing one says nothing
             kept={*self.cache.ranges(), *self.table.ledger.find_ranges(self.tiling)},
-            guard=None if confirm_deletions else self.known_songs(),
+            guard=None if confirm_deletions else self.missing_songs(),
             full_compare_hours=self.settings.full_compare_hours,
         )
         run = RunContext(progress, self.stop)

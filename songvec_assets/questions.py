@@ -21,7 +21,6 @@ from songvec_assets.progress import RunContext
 from songvec_assets.reports import RunPlan, Status
 from songvec_assets.search.nearest import read_embeddings
 from songvec_assets.search.preview import Preview, preview_table
-from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.counts import (
     RangeCount,
     check_ids,
@@ -30,6 +29,7 @@ from songvec_assets.songs.counts import (
     find_ends,
     get_numbers,
 )
+from songvec_assets.songs.missing import MissingSongs
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.index.neighbors import LoadedRows
 from songvec_assets.vectors.index.recall import read_recall
@@ -76,16 +76,16 @@ class Questions(Wiring):
         with self.database.get_connection() as connection:
             recall = read_recall(connection, self.table)
         return Status(
-            ranges.select("key", *_COUNTS),
-            describe_tables(self.database),
-            index,
-            inventory.name_rejected(max_rejected),
-            dict(count_unreachable_ids(self.source)),
-            recall.describe() if recall else "",
-            self.month_spending(),
-            inventory.errors,
-            self.source.caution,
-            read_pgvector_caution(self.database),
+            ranges=ranges.select("key", *_COUNTS),
+            tables=describe_tables(self.database),
+            index=index,
+            rejected=inventory.name_rejected(max_rejected),
+            unreachable=dict(count_unreachable_ids(self.source)),
+            recall=recall.describe() if recall else "",
+            month=self.month_spending(),
+            unreadable=inventory.errors,
+            caution=self.source.caution,
+            pgvector=read_pgvector_caution(self.database),
         )
 
     def month_spending(self) -> MonthSpending:
@@ -148,33 +148,33 @@ class Questions(Wiring):
         counts = count_ranges(self.source, self.tiling)
         n_songs = get_numbers(counts)
         return RunPlan(
-            sum(n_songs.values()),
-            self.find_absence(counts),
-            self.estimate(self._with_cached(counts) if ranges is None else ranges, reembed),
-            load,
-            self.table.index,
-            self.month_spending(),
-            self.settings.max_usd,
-            self.settings.max_usd_a_month,
-            self.describe_boilerplate(n_songs),
+            n_songs=sum(n_songs.values()),
+            missing=self.find_missing(counts),
+            estimate=self.estimate(self._with_cached(counts) if ranges is None else ranges, reembed),
+            load=load,
+            index=self.table.index,
+            month=self.month_spending(),
+            max_usd=self.settings.max_usd,
+            max_usd_a_month=self.settings.max_usd_a_month,
+            boilerplate=self.describe_boilerplate(n_songs),
         )
 
-    def known_songs(self) -> Absence:
+    def missing_songs(self) -> MissingSongs:
         """The songs that are cached or loaded; compared with the source it stops an export if too many are missing."""
         known = CachedOrLoaded(self.database, self.cache, self.tiling)
         limits = self.settings.max_missing_share, self.settings.max_missing_range_share
-        return Absence(known.counts(), known.song_ids, *limits)
+        return MissingSongs(known.counts(), known.song_ids, *limits)
 
-    def find_absence(self, counts: Mapping[SongIdRange, RangeCount] | None = None) -> Absence:
-        """The cached or loaded songs that an export would take for deleted; see `Absence.find`.
+    def find_missing(self, counts: Mapping[SongIdRange, RangeCount] | None = None) -> MissingSongs:
+        """The cached or loaded songs that an export would take for deleted; see `MissingSongs.find`.
 
         Args:
             counts: of the source; None: it is counted.
         """
-        absence, run = self.known_songs(), RunContext(stop=self.stop)
+        missing, run = self.missing_songs(), RunContext(stop=self.stop)
         counts = count_ranges(self.source, self.tiling) if counts is None else counts
-        absence.find(self.source, self.store.songs, counts, run)
-        return absence
+        missing.find(self.source, self.store.songs, counts, run)
+        return missing
 
     def describe_boilerplate(self, n_songs: Mapping[SongIdRange, int] | None = None) -> list[str]:
         """What the lyrics hold that is no lyric, and a view that removes it; empty if there is little of it.

@@ -13,7 +13,7 @@ from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import BudgetExceededError, DamagedCacheError, ProviderError, SongvecError, StoreError
 from songvec_assets.progress import describe_seconds
-from songvec_assets.songs.absence import Absence
+from songvec_assets.songs.missing import MissingSongs
 from songvec_assets.vectors.catalog import IndexInfo
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.plan import LoadPlan
@@ -132,7 +132,7 @@ class RunPlan:
 
     Attributes:
         n_songs: songs of the source that ranges can hold.
-        absence: songs that are cached or loaded and no longer in that table.
+        missing: songs that are cached or loaded and no longer in that table.
         estimate: of what would be sent for the ranges asked for.
         load: what the table lacks compared with the cache as it is; None if nothing is cached yet.
         index: the serving table's, or None.
@@ -142,7 +142,7 @@ class RunPlan:
     """
 
     n_songs: int
-    absence: Absence
+    missing: MissingSongs
     estimate: Estimate
     load: LoadPlan | None
     index: IndexInfo | None
@@ -179,10 +179,10 @@ class RunPlan:
         ]
 
     def _describe_deletions(self) -> str:
-        if not self.absence.n_missing:
-            return f"no song; {self.absence.n_known:,} are loaded or cached, and all of them are in the source"
-        if self.absence.is_bulk:
+        if not self.missing.n_missing:
+            return f"no song; {self.missing.n_known:,} are loaded or cached, and all of them are in the source"
+        if self.missing.is_bulk:
             consequence = ". A run would stop before it changes anything, unless it is given --confirm-deletions"
         else:
             consequence = "; their rows would be deleted from the table"
-        return f"{self.absence.describe()} are no longer in the source{consequence}"
+        return f"{self.missing.describe()} are no longer in the source{consequence}"

@@ -240,11 +240,10 @@ class Wiring:
         from songvec_assets.embedding.client import EmbeddingClient
         from songvec_assets.embedding.limits import RateLimiter
 
-        model = given.embedding_model, given.dimensions, given.truncate
-        quota = given.requests_per_minute, given.tokens_per_minute
+        url, engine = given.fireworks_base_url, self.database.get_engine("autocommit")
         return EmbeddingClient(
-            Endpoint(given.fireworks_base_url, given.fireworks_api_key, *model),
-            RateLimiter(self.database.get_engine("autocommit"), given.fireworks_base_url, *quota),
+            Endpoint(url, given.fireworks_api_key, given.embedding_model, given.dimensions, given.truncate),
+            RateLimiter(engine, url, given.requests_per_minute, given.tokens_per_minute),
             Patience(given.patience_s, given.concurrency, self.stop, on_trouble),
             estimator,
             check_probe,

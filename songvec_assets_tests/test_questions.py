@@ -95,10 +95,10 @@ def test_before_a_load_there_is_nothing_to_verify_and_after_it_every_check_has_a
 
 
 def test_songs_that_left_the_source_are_in_the_plan_and_stay(filled: Pipeline) -> None:
-    assert filled.dry_run().absence.n_missing == 0
+    assert filled.dry_run().missing.n_missing == 0
     execute(filled.database.adbc_uri, "DELETE FROM songs WHERE id = 150")
-    absence = Pipeline(filled.settings).dry_run().absence
-    assert (absence.n_missing, absence.n_known) == (1, 3)
+    missing = Pipeline(filled.settings).dry_run().missing
+    assert (missing.n_missing, missing.n_known) == (1, 3)
     assert filled.cache.open(SECOND).rows["song_id"].to_list() == [150]
 
 

@@ -80,11 +80,11 @@ def test_a_status_in_words_names_what_is_wrong() -> None:
     [
         ({}, "delete: no song; 50 are loaded or cached, and all of them are in the source"),
         (
-            {"absence": SimpleNamespace(**vars(ABSENCE) | {"n_missing": 5})},
+            {"missing": SimpleNamespace(**vars(ABSENCE) | {"n_missing": 5})},
             "delete: 5 of 50 songs are no longer in the source; their rows would be deleted from the table",
         ),
         (
-            {"absence": SimpleNamespace(**vars(ABSENCE) | {"n_missing": 5, "is_bulk": True})},
+            {"missing": SimpleNamespace(**vars(ABSENCE) | {"n_missing": 5, "is_bulk": True})},
             "A run would stop before it changes anything, unless it is given --confirm-deletions",
         ),
         ({}, "3 texts, about 60 tokens, about $0.0006"),

@@ -234,9 +234,14 @@ class _RangeFill:
         n_to_embed = sum(len(each.song_ids) for each in plan.texts)
         context.advance(plan.report.n_songs - n_to_embed, song_range, are_free=True)
         rejected = await self._send(cached, plan, check_held)
-        server = context.server if plan.has_rejected or rejected else ""
-        counts = plan.report.n_songs, plan.report.n_rejected, plan.report.n_truncated
-        filled = Completion(snapshot, filler.spec.identity, *counts, server, 0, b"")
+        filled = Completion(
+            snapshot=snapshot,
+            text=filler.spec.identity,
+            n_songs=plan.report.n_songs,
+            n_rejected=plan.report.n_rejected,
+            n_truncated=plan.report.n_truncated,
+            server=context.server if plan.has_rejected or rejected else "",
+        )
         await asyncio.to_thread(completion.complete, cached, filled, filler.retention_s, rejected, plan.spared)
 
     def _plan(self, song_range: SongIdRange, generation: int) -> tuple[CachedRange, FillPlan]:

@@ -72,8 +72,8 @@ class Completion(msgspec.Struct, frozen=True):
     n_rejected: int
     n_truncated: int
     server: str
-    n_vectors: int
-    digest: bytes
+    n_vectors: int = 0
+    digest: bytes = b""
     ids: tuple[int, ...] = ()
 
     def fits(self, snapshot: str, text: str, server: str) -> bool:

@@ -123,9 +123,9 @@ def describe_failed_run(context: dg.RunFailureSensorContext) -> str:
     """Which run failed and why, what is kept, and how to continue."""
     run = context.dagster_run
     reasons = [describe_failure(event) for event in context.get_step_failure_events()]
-    words = "\n".join(reasons) or context.failure_event.message or "it failed before its first step"
+    message = "\n".join(reasons) or context.failure_event.message or "it failed before its first step"
     return (
-        f"songvec: run {run.run_id[:8]} ({run.job_name}) failed.\n{words[:_MAX_ALERT_CHARS]}\n"
+        f"songvec: run {run.run_id[:8]} ({run.job_name}) failed.\n{message[:_MAX_ALERT_CHARS]}\n"
         "What was done is kept and is not paid for again. When the cause is fixed, open the run in Dagster and choose "
         "“From failure”, next to “Re-execute all”, or start the same command again."
     )
@@ -134,18 +134,18 @@ def describe_failed_run(context: dg.RunFailureSensorContext) -> str:
 def describe_failure(event: dg.DagsterEvent) -> str:
     """A failed step and the message of its error."""
     data = event.step_failure_data
-    words = data.user_failure_data.description if data.user_failure_data else None
-    return f"{event.step_key}: {words or (data.error.to_string() if data.error else 'failed')}"
+    message = data.user_failure_data.description if data.user_failure_data else None
+    return f"{event.step_key}: {message or (data.error.to_string() if data.error else 'failed')}"
 
 
-def post_alert(url: str, words: str) -> None:
+def post_alert(url: str, message: str) -> None:
     """Send a message to a webhook, as JSON with a `text`.
 
     Raises:
         AlertError: the webhook refused it. Its URL is a secret, and not named.
     """
     try:
-        response = httpx2.post(url, json={"text": words}, timeout=_ALERT_TIMEOUT_S)
+        response = httpx2.post(url, json={"text": message}, timeout=_ALERT_TIMEOUT_S)
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise AlertError(
             f"SONGVEC_WEBHOOK_URL could not be reached ({type(error).__name__}): is the address right, may this "

@@ -31,14 +31,14 @@ _STATES = {"loaded": _BLUE, "cached, not loaded": "#7fa7d1", "rejected": "#c9c9c
 _CLUSTERS = ("#1f3a5f", "#d1495b", "#2a9d8f", "#e9a03b", "#7b5ea7", "#6a994e", "#3f88c5", "#8d6e63")
 
 
-def show_chart(png: bytes, words: str) -> dg.MarkdownMetadataValue:
+def show_chart(png: bytes, text: str) -> dg.MarkdownMetadataValue:
     """A PNG as metadata: the image itself, not a link to one.
 
     Args:
         png: the file's bytes.
-        words: the alternative text.
+        text: the alternative text.
     """
-    return dg.MetadataValue.md(f"![{words}](data:image/png;base64,{base64.b64encode(png).decode()})")
+    return dg.MetadataValue.md(f"![{text}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
 def digest_data(data: object) -> str:

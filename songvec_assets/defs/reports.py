@@ -27,7 +27,7 @@ RECALL_POINTS, NEAREST = "recall and latency by probes", "songs and their neares
 
 
 def make_schema(**columns: tuple[str, str]) -> Metadata:
-    described = [dg.TableColumn(name, kind, words) for name, (kind, words) in columns.items()]
+    described = [dg.TableColumn(name, kind, meaning) for name, (kind, meaning) in columns.items()]
     return {"dagster/column_schema": dg.TableSchema(columns=described)}
 
 

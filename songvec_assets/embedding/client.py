@@ -255,7 +255,7 @@ class EmbeddingClient(Embedder):
         usual_s = min(MAX_TIMEOUT_S, self._window.stretch * (BASE_TIMEOUT_S + request.n_tokens / TOKENS_PER_SECOND))
         is_first = not self._contact.has_answered
         timeout_s = FIRST_TIMEOUT_S if is_first else usual_s
-        async with self._window.place(self._patience.stop.check):
+        async with self._window.slot(self._patience.stop.check):
             hooks.check_size()
             grant = await self._gate.next_grant(request.n_tokens)
             billed_tokens: int | None = 0

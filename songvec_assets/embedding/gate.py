@@ -48,8 +48,8 @@ class InFlightWindow:
         return max(1, min(int(self._size), MAX_ANSWER_BYTES // self._largest))
 
     @contextlib.asynccontextmanager
-    async def place(self, check: Callable[[], None]) -> AsyncIterator[None]:
-        """Wait for a place and hold it for the block.
+    async def slot(self, check: Callable[[], None]) -> AsyncIterator[None]:
+        """Wait for a slot and hold it for the block.
 
         Args:
             check: called whenever something changes; raises to give up.

@@ -1,7 +1,7 @@
 """Tokens, dollars and time: what a run will cost at the provider's price and quota. Pure.
 
 Dollars are floats: they are forecasts; the provider's invoice is exact.
-When to add here: another number of the estimate. Keep out: what was spent (`budget`), and the pace of requests
+When to add here: another number of the estimate. Keep out: what was spent (`budget`), and the rate of requests
 (`limits`).
 """
 

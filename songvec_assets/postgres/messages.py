@@ -79,13 +79,13 @@ Errors of PgBouncer have no SQLSTATE."""
 
 def read_database_error(error: BaseException | None) -> DatabaseError:
     """The server's message on one line, and what to do about it."""
-    words = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     state = getattr(error, "pgcode", None) or getattr(error, "sqlstate", None)  # psycopg2's, or ADBC's
     for code, patterns in _ADVICE.items():
         for pattern, advice in patterns.items():
-            if re.search(pattern, f"{state or ''} {words}"):
-                return DatabaseError(f"Postgres: {words} ({advice})", code)
-    return DatabaseError(f"Postgres: {words}")
+            if re.search(pattern, f"{state or ''} {message}"):
+                return DatabaseError(f"Postgres: {message} ({advice})", code)
+    return DatabaseError(f"Postgres: {message}")
 
 
 def lacks_shared_memory(error: BaseException) -> bool:

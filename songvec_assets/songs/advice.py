@@ -108,8 +108,8 @@ def _make_text(connection: sa.Connection, table: Table, column: str, alias: str)
     ).one_or_none()
     if referenced is not None:
         other = quote(connection, referenced.nspname, referenced.relname)
-        key, words = (quote(connection, each) for each in (referenced.key, referenced.text))
-        return [f"LEFT JOIN {other} AS {alias} ON {alias}.{key} = {value}"], f"{alias}.{words}"
+        key, text = (quote(connection, each) for each in (referenced.key, referenced.text))
+        return [f"LEFT JOIN {other} AS {alias} ON {alias}.{key} = {value}"], f"{alias}.{text}"
     if facts.is_array:
         return [], f"array_to_string({value}, ', ')"
     kind = facts.kind

@@ -142,5 +142,5 @@ def sample_lyrics(source: SongsSource, ranges: Sequence[SongIdRange]) -> list[st
         f"WHERE {source.song_id} >= edge.start AND {source.song_id} < edge.stop "
         f"ORDER BY source.{source.song_id} LIMIT {max(1, SAMPLE_SONGS // len(some))}) AS song",
     )
-    texts = [bytes(words).decode(source.codec, "replace") for (words,) in rows if words is not None]
-    return [words for words in texts if words.strip()]
+    texts = [bytes(lyrics).decode(source.codec, "replace") for (lyrics,) in rows if lyrics is not None]
+    return [lyrics for lyrics in texts if lyrics.strip()]

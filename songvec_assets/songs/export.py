@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 
 from songvec_assets.errors import DatabaseError, SourceError
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.content import FILE_SCHEMA, NO_CHANGES, Changes, Footer, count_changes, make_content
 from songvec_assets.songs.counts import IdSums, RangeCount, check_ids, count_ranges, count_unreachable_ids
+from songvec_assets.songs.missing import MissingSongs
 from songvec_assets.songs.ranges import SongIdRange, Tiling, name_some
 from songvec_assets.songs.readers import Reader, Readers, read_columns, read_songs_from_postgres
 from songvec_assets.songs.reports import ExportReport, IncompleteExportError, RangeExport
@@ -56,7 +56,7 @@ class ExportOptions:
 
     mode: ExportMode = "all"
     kept: Collection[SongIdRange] = ()
-    guard: Absence | None = None
+    guard: MissingSongs | None = None
     n_readers: int = N_READERS
     full_compare_hours: float = 24.0
 

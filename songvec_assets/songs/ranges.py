@@ -158,19 +158,19 @@ class Tiling:
         return SongIdRange(start, start + self.width)
 
 
-def parse_span(words: str, tiling: Tiling) -> tuple[SongIdRange, SongIdRange]:
+def parse_span(given: str, tiling: Tiling) -> tuple[SongIdRange, SongIdRange]:
     """The first and last range of FIRST...LAST, or of one key.
 
     Raises:
         SettingsError: they are not ranges of the graph, or not in their order.
     """
-    first, _, last = words.partition("...")
+    first, _, last = given.partition("...")
     try:
         span = SongIdRange.from_key(first.strip()), SongIdRange.from_key((last or first).strip())
     except ValueError as error:
         raise SettingsError(f"ranges: {error} for each end of FIRST...LAST", "settings.ranges") from error
     if not {*span} <= {*tiling} or span[0] > span[1]:
         raise SettingsError(
-            f"ranges: FIRST...LAST names no ranges of this graph in their order, got {words!r}", "settings.ranges"
+            f"ranges: FIRST...LAST names no ranges of this graph in their order, got {given!r}", "settings.ranges"
         )
     return span

@@ -43,9 +43,9 @@ DIGEST = f"coalesce(sum({_HASH}), 0)::text"
 """A digest of all texts with their song_ids."""
 
 
-def literal(words: str) -> str:
+def literal(text: str) -> str:
     """A string for SQL."""
-    return "'" + words.replace("'", "''") + "'"
+    return "'" + text.replace("'", "''") + "'"
 
 
 def as_bytes(column: str) -> str:

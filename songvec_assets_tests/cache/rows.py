@@ -20,7 +20,7 @@ from songvec_assets.storage import Storage
 RANGE = SongIdRange(0, 100)
 
 
-FILLED = Completion("snapshot", "text", 0, 0, 0, "", 0, b"")
+FILLED = Completion("snapshot", "text", 0, 0, 0, "")
 
 
 def new_cache(folder):

@@ -65,7 +65,7 @@ def test_no_more_than_allowed_are_in_flight_and_who_waits_goes_on_in_time() -> N
 
         async def one() -> None:
             nonlocal in_flight
-            async with window.place(lambda: None):
+            async with window.slot(lambda: None):
                 in_flight += 1
                 seen.append(in_flight)
                 await asyncio.sleep(0)
@@ -81,8 +81,8 @@ def test_no_more_than_allowed_are_in_flight_and_who_waits_goes_on_in_time() -> N
 def test_who_waits_for_a_place_gives_up_when_the_run_is_stopped() -> None:
     async def wait() -> None:
         window, stop = InFlightWindow(1), StopSignal()
-        async with window.place(stop.check):
-            waiting = asyncio.create_task(window.place(stop.check).__aenter__())
+        async with window.slot(stop.check):
+            waiting = asyncio.create_task(window.slot(stop.check).__aenter__())
             await asyncio.sleep(0)
             stop.set()
         with pytest.raises(StoppedError):
@@ -94,8 +94,8 @@ def test_who_waits_for_a_place_gives_up_when_the_run_is_stopped() -> None:
 def test_a_time_out_of_a_request_that_is_alone_in_flight_says_so() -> None:
     async def look() -> tuple[bool, bool]:
         window = InFlightWindow(2)
-        async with window.place(lambda: None):
-            async with window.place(lambda: None):
+        async with window.slot(lambda: None):
+            async with window.slot(lambda: None):
                 beside_another = window.count_timeout(1.0, 2.0)
             return beside_another, window.count_timeout(3.0, 4.0)
 

@@ -113,7 +113,7 @@ def test_storing_vectors_again_takes_calls_in_proportion_to_their_pieces(
         reused = cached.rows.with_columns(song_id=cached.rows["song_id"] + 500)
         plan = FillPlan(FillReport(cached.range), deleted=[], reused=reused, texts=[])
         fill_module._RangeFill(None, lambda: None, plan.report)._begin(cached, plan)  # type: ignore[arg-type]
-        completion.complete(cached, Completion("snapshot", "text", 0, 0, 0, "", 0, b""), 0.0)
+        completion.complete(cached, Completion("snapshot", "text", 0, 0, 0, ""), 0.0)
         assert cache.open(cached.range).rows.height == 2 * n_pieces
         return len(calls)
 

@@ -70,7 +70,7 @@ def complete(cache: ModelCache, song_range: SongIdRange) -> None:
     """End a fill of a range."""
     cached = cache.open(song_range)
     n_songs = cached.rows.height
-    completion.complete(cached, Completion("digest", "identity", n_songs, 0, 0, "", 0, b""), 0.0)
+    completion.complete(cached, Completion("digest", "identity", n_songs, 0, 0, ""), 0.0)
 
 
 def files_of(cache: ModelCache, song_range: SongIdRange) -> list[Path]:

@@ -8,9 +8,9 @@ import pytest
 from songvec_assets.errors import BulkDeletionError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import SILENT
-from songvec_assets.songs.absence import Absence
 from songvec_assets.songs.counts import count_ranges
 from songvec_assets.songs.export import cache_songs_to_parquet
+from songvec_assets.songs.missing import MissingSongs
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SourceNames, find_source
@@ -44,9 +44,11 @@ def test_a_share_of_all_songs_or_of_a_range_stops_an_export_and_a_few_songs_do_n
     known: tuple[int, int], missing: tuple[int, int], is_empty: bool, is_bulk: bool
 ) -> None:
     ranges = (FIRST, SECOND)
-    absence = Absence(dict(zip(ranges, known, strict=True)), read_all, missing=dict(zip(ranges, missing, strict=True)))
-    absence.is_empty = is_empty
-    assert absence.is_bulk == is_bulk
+    missing = MissingSongs(
+        dict(zip(ranges, known, strict=True)), read_all, missing=dict(zip(ranges, missing, strict=True))
+    )
+    missing.is_empty = is_empty
+    assert missing.is_bulk == is_bulk
 
 
 def test_ids_are_read_of_ranges_that_differ_from_their_snapshot_only(database: Database, tmp_path: Path) -> None:
@@ -63,14 +65,14 @@ def test_ids_are_read_of_ranges_that_differ_from_their_snapshot_only(database: D
         read.append(song_range)
         return read_all(song_range)
 
-    absence = Absence(dict.fromkeys((FIRST, SECOND, THIRD), 100), read_and_note)
-    absence.find(source, snapshots, count_ranges(source, TILING), SILENT)
-    assert (read, absence.missing) == ([FIRST, THIRD], {FIRST: 2, THIRD: 1})
-    assert absence.describe() == (
+    missing = MissingSongs(dict.fromkeys((FIRST, SECOND, THIRD), 100), read_and_note)
+    missing.find(source, snapshots, count_ranges(source, TILING), SILENT)
+    assert (read, missing.missing) == ([FIRST, THIRD], {FIRST: 2, THIRD: 1})
+    assert missing.describe() == (
         "3 of 300 songs that are loaded or cached (000000000-000000100: 2 of 100, 000000200-000000300: 1 of 100)"
     )
-    absence.check(source)
+    missing.check(source)
     run(database, "DELETE FROM songs WHERE id > 250")
-    absence.find(source, snapshots, count_ranges(source, TILING), SILENT)
+    missing.find(source, snapshots, count_ranges(source, TILING), SILENT)
     with pytest.raises(BulkDeletionError, match=r"52 of 300 songs .* are no longer in songs: nothing was changed"):
-        absence.check(source)
+        missing.check(source)

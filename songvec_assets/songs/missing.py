@@ -31,7 +31,7 @@ def count_missing(song_ids: pl.Series, others: pl.Series) -> int:
 
 
 @dataclass
-class Absence:
+class MissingSongs:
     """Known songs that are missing in the source; stops an export that would delete them in bulk.
 
     Attributes:
@@ -148,10 +148,10 @@ class Absence:
             # also if the range is refused: its missing songs count towards the share of all ranges
             self._note(song_range, known, embeddable)
             is_bulk = self._is_bulk_of(song_range) or self._is_bulk_of_all()
-            words = self.describe()
+            missing = self.describe()
         if self.missing[song_range] and is_bulk:
             raise BulkDeletionError(
-                f"{words} no longer have the fields of the text template, or were deleted while they were read: "
+                f"{missing} no longer have the fields of the text template, or were deleted while they were read: "
                 f"{song_range.key} was not exported. Check for a column that was emptied, or a table that is still "
                 f"being loaded. If this is intended, {_CONFIRM}"
             )
