@@ -142,7 +142,7 @@ class Searches(Wiring):
         labelled, notes = self.label_queries(queries)
         words = [query.words for query in labelled]
         vectors, model = self._embed(words, on_trouble), self._serving[1].model
-        found, left_out = evaluate.find_songs(self.database, self.source, labelled, vectors, model)
+        found, left_out = evaluate.find_songs(self.source, labelled, vectors, model)
         try:
             found[baseline.NAME] = baseline.search_bm25(self.store.songs, self.text_spec, words)
         except SongvecError as error:  # only a comparison is missing

@@ -12,12 +12,11 @@ import numpy as np
 
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import SearchError
-from songvec_assets.postgres.engine import Database
 from songvec_assets.search import measures
 from songvec_assets.search.labels import ALL, LabelledQuery
 from songvec_assets.search.measures import N_FIRST, Interval
 from songvec_assets.search.nearest import search_songs
-from songvec_assets.search.query import Query
+from songvec_assets.search.query import Mode, Query
 from songvec_assets.songs.source import SongsSource
 
 Found = Mapping[str, Sequence[Sequence[int]]]
@@ -104,31 +103,40 @@ class Evaluation:
 
 
 def find_songs(
-    database: Database, source: SongsSource, queries: Sequence[LabelledQuery], vectors: Float32Matrix, model: str
+    source: SongsSource,
+    queries: Sequence[LabelledQuery],
+    vectors: Float32Matrix,
+    model: str,
+    modes: Sequence[Mode] = ("text", "vector", "hybrid"),
 ) -> tuple[dict[str, list[list[int]]], list[str]]:
     """The song_ids that each mode finds for each query, and what could not be searched for.
 
     Args:
-        database, source: see `search_songs`.
+        source: the songs table.
         queries: to search for.
         vectors: of the queries, (n queries, dimensions).
         model: that made them.
+        modes: to search by.
     """
-    pairs = [*zip(queries, vectors, strict=True)]
-    asked = {
-        "text": [Query(words=query.words, limit=N_FIRST) for query in queries],
-        "vector": [Query(vector, limit=N_FIRST, model=model) for _, vector in pairs],
-        "hybrid": [Query(vector, query.words, limit=N_FIRST, model=model) for query, vector in pairs],
-    }
-    found, refused = {}, {}
-    for mode, each in asked.items():
+    found: dict[str, list[list[int]]] = {}
+    refused: dict[str, str] = {}
+    for mode in modes:
+        asked = [
+            Query(
+                None if mode == "text" else vector,
+                None if mode == "vector" else query.words,
+                limit=N_FIRST,
+                model=None if mode == "text" else model,
+            )
+            for query, vector in zip(queries, vectors, strict=True)
+        ]
         try:
-            found[mode] = [[hit.song_id for hit in search_songs(database, source, query)] for query in each]
+            found[mode] = [[hit.song_id for hit in search_songs(source.database, source, each)] for each in asked]
         except SearchError as error:
             if error.code != "search.no-index":
                 raise
             refused[mode] = str(error)
-    return found, [f"left out: {', '.join(refused)}: {refused['text']}"] if refused else []
+    return found, [f"left out: {', '.join(refused)}: {next(iter(refused.values()))}"] if refused else []
 
 
 def evaluate(queries: Sequence[LabelledQuery], found: Found, notes: Sequence[str] = ()) -> Evaluation:
