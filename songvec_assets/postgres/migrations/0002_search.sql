@@ -5,8 +5,8 @@
 SELECT set_config('search_path', concat_ws(', ', nullif(current_setting('search_path'), ''), quote_ident(nspname)), true)
 FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace WHERE extname = 'vector';
 
--- A text without accents, so that "Beyonce" finds "Beyoncé": letters are decomposed, and their marks dropped. Postgres can
--- do so in UTF-8 only; elsewhere accents count. Indexes are made of it and of the next one: both must never change.
+-- A text without accents, as few type them: letters are decomposed, and their marks dropped. Postgres can do so in UTF-8
+-- only; elsewhere accents count. Indexes are made of this function and of the next one: both must never change.
 DO $do$ BEGIN
     IF getdatabaseencoding() = 'UTF8' THEN
         CREATE OR REPLACE FUNCTION songvec.plain(words text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
