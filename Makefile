@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-search bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-store bench-e2e
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-search bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-quality bench-store bench-e2e
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dev test test-slow check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
@@ -103,6 +103,9 @@ bench-store: $(INSTALLED)  ## Fills and loads over a bucket compared with a fold
 
 bench-demo: $(INSTALLED)  ## How well the demo's model finds songs by their meaning: 10 s
 	$(BIN)/python -m benchmarks.demo_quality --queries
+
+bench-quality: $(INSTALLED)  ## How well searches by words, by vectors and by both answer labelled queries: 30 s
+	$(BIN)/python -m benchmarks.search_quality
 
 STORE ?= folder
 chaos: $(INSTALLED)  ## Fills killed 25 times in a row, files damaged, all checked against the provider's bill: 4 min; STORE=weed: over a bucket

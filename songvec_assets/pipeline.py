@@ -126,11 +126,15 @@ class Pipeline(Questions, Searches):
         return reports
 
     def load(self, progress: ReportProgress = ignore_progress) -> LoadReport:
-        """Make what searches find equal to the cache; see `bring_table_up_to_date`. Sends nothing to the provider."""
+        """Make what searches find equal to the cache; see `bring_table_up_to_date`.
+
+        Sends nothing to the provider but the labelled queries of SONGVEC_EVALUATION_QUERIES, before a swap.
+        """
         if self.cache.ranges():  # else nothing is written: an empty cache is refused
             self.bind()
         run = RunContext(progress, self.stop)
-        report = swap.bring_table_up_to_date(self.database, self.load_source, self.wanted_table, run)
+        wanted = replace(self.wanted_table, judge=self.judge_staging if self.settings.evaluation_queries else None)
+        report = swap.bring_table_up_to_date(self.database, self.load_source, wanted, run)
         nearest.record_source(self.database, self.source, self.filter_columns)
         return report
 
@@ -287,12 +291,17 @@ class Pipeline(Questions, Searches):
                 write_record(storage, record)
 
     def _payment_check(self) -> Callable[[], None]:
-        """What is checked before each range's first request: the table's model; and once, what the server can take."""
+        """What is checked before each range's first request: the table's model; and once, what the server can take.
+
+        So are labelled queries: a file that cannot be read would show at the swap, after all is paid for.
+        """
 
         @functools.cache
         def check_once(target: VectorTable) -> None:
             n_songs = sum(self.store.songs.count().values())
             check_target(target, self.table_spec, self.index_settings, n_songs)
             self.storage.check_writes()
+            if self.settings.evaluation_queries:
+                self.label_queries()
 
         return lambda: check_once(swap.check_loadable(self.database, self.wanted_table))

@@ -7,19 +7,34 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from songvec_assets.embedding.budget import Budget
-from songvec_assets.errors import ProviderError, TableMismatchError
+from songvec_assets.embedding.wire import Float32Matrix
+from songvec_assets.errors import (
+    ProviderError,
+    SearchError,
+    SongvecError,
+    StoppedError,
+    TableMismatchError,
+    describe,
+)
 from songvec_assets.search import lines, nearest, queries
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.query import Condition, Mode, Query
 from songvec_assets.settings import LOCAL_MODELS, Settings
-from songvec_assets.vectors.table import TableSpec
+from songvec_assets.vectors.index.audit import QualityChange, find_nearest_songs
+from songvec_assets.vectors.ledger import STAGING
+from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets.wiring import Wiring
+
+if TYPE_CHECKING:  # what a search does not need
+    from songvec_assets.search.evaluate import Evaluation
+    from songvec_assets.search.labels import LabelledQuery
 
 
 class Searches(Wiring):
@@ -116,16 +131,16 @@ class Searches(Wiring):
             BudgetExceededError: searches may cost no more this month.
             ProviderError: no answer, or none that helps.
         """
-        return self._embed(query, self.serving, on_trouble)
+        vector: NDArray[np.float32] = self._embed([query], self.serving, on_trouble)[0]
+        return vector
 
     def _embed(
-        self, query: str, serving: tuple[Self, TableSpec], on_trouble: Callable[[str], None]
-    ) -> NDArray[np.float32]:
+        self, words: Sequence[str], serving: tuple[Self, TableSpec], on_trouble: Callable[[str], None]
+    ) -> Float32Matrix:
         loaded, spec = serving
-        embedder, budget = loaded.embedder(on_trouble=on_trouble), self.search_budget()
+        embedder, prompt = loaded.embedder(on_trouble=on_trouble), spec.query_prompt or loaded.prompts.query
         try:
-            prompt = spec.query_prompt or loaded.prompts.query
-            return queries.embed_query(embedder, query, prompt, budget)
+            return queries.embed_queries(embedder, words, prompt, self.search_budget())
         except ProviderError as error:
             mismatch = queries.check_server(spec, self.table_spec, self.server, error)
             raise mismatch or error from None
@@ -135,6 +150,86 @@ class Searches(Wiring):
         given, engine = self.settings, self.database.get_engine("autocommit")
         month = f"searches {datetime.now(UTC):%Y-%m}"
         return Budget(self.price, engine, month, given.max_search_usd_a_month, given.max_usd_a_month)
+
+    def evaluate(
+        self,
+        labelled_queries: "str | Path | Sequence[LabelledQuery] | None" = None,
+        on_trouble: Callable[[str], None] = lambda _: None,
+    ) -> "Evaluation":
+        """How well searches by text, by vector and by both answer labelled queries, beside BM25.
+
+        A query costs its tokens once; all are embedded with few requests.
+
+        Args:
+            labelled_queries: their file, or themselves; None: SONGVEC_EVALUATION_QUERIES, or those of the samples.
+            on_trouble: notified if the provider fails and is tried again.
+
+        Raises:
+            SearchError: there are no labelled queries, a line of the file cannot be read, or no song in it is known;
+                nothing was paid.
+            TableMismatchError, ProviderError: see `embed_query`.
+        """
+        from songvec_assets.search import baseline, evaluate
+
+        labelled, notes = self.label_queries(labelled_queries)
+        words = [query.words for query in labelled]
+        vectors, model = self._embed(words, self.serving, on_trouble), self.serving[1].model
+        found, left_out = evaluate.find_songs(self.source, labelled, vectors, model)
+        try:
+            found[baseline.NAME] = baseline.search_bm25(self.store.songs, self.text_spec, words)
+        except SongvecError as error:  # only a comparison is missing
+            left_out.append(f"left out: {error}")
+        return evaluate.evaluate(labelled, found, [*notes, *left_out])
+
+    def label_queries(
+        self, given: "str | Path | Sequence[LabelledQuery] | None" = None
+    ) -> "tuple[list[LabelledQuery], list[str]]":
+        """See `evaluate`: the labelled queries without unknown songs, and a note that names those."""
+        from songvec_assets.search import labels
+
+        path = self.settings.evaluation_queries if given is None else given
+        if isinstance(path, str | Path):
+            labelled: Sequence[LabelledQuery] | None = labels.read_labels(path)
+        else:
+            labelled = labels.label_samples(self.database, self.source) if path is None else path
+        if not labelled:
+            raise SearchError(
+                "expected labelled queries: name a file of them, or set SONGVEC_EVALUATION_QUERIES", "search.labels"
+            )
+        return labels.drop_unknown(self.database, self.source, labelled)
+
+    def judge_staging(self) -> QualityChange:
+        """How well the serving and the staging table answer the labelled queries of the settings; costs both models'.
+
+        What keeps it from being measured is part of the answer: a swap is not refused for it.
+        """
+        from songvec_assets.search import evaluate
+
+        try:
+            labelled, _ = self.label_queries()
+            tables = (self.table, self.as_loaded()), (VectorTable(self.database, STAGING), self)
+            vectors: dict[TableSpec, NDArray[np.float32]] = {}
+            scores = []
+            for table, wiring in tables:
+                spec = wiring.table_spec
+                if table.spec != spec:
+                    raise TableMismatchError(
+                        f"{table.name} holds {table.spec}, and queries would be embedded for {spec}"
+                    )
+                if spec not in vectors:
+                    words = [query.words for query in labelled]
+                    vectors[spec] = queries.embed_queries(
+                        wiring.embedder(), words, wiring.prompts.query, self.search_budget()
+                    )
+                found = find_nearest_songs(table, vectors[spec])
+                scores.append([evaluate.measure_ndcg(*each) for each in zip(labelled, found, strict=True)])
+        except StoppedError:
+            raise
+        except SongvecError as error:
+            return QualityChange(trouble=describe(error))
+        serving, staged = map(np.mean, scores)
+        difference = evaluate.compare(scores[1], scores[0])
+        return QualityChange(len(labelled), float(serving), float(staged), difference.low, difference.high)
 
     def with_settings(self, settings: Settings) -> Self:
         """The same with other settings and the same opened database, which is closed and cancelled with this one."""

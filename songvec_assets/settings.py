@@ -152,6 +152,8 @@ class RunSettings(Group):
     """Maximum requests in flight; the actual number follows from quota and latency."""
     target_recall: Share = 0.95
     """Measured recall that searches must reach: the share found of the true ten nearest songs."""
+    evaluation_queries: str | None = None
+    """File of labelled queries on which each swap compares both tables (docs/search.md); unset: none."""
     swap: bool = False
     """Whether another model, size or type is built as a staging table and swapped in; otherwise it is refused."""
     webhook_url: str | None = Field(default=None, repr=False)

@@ -69,6 +69,7 @@ GOOD = {
     "SONGVEC_MAX_USD_A_MONTH": ("max_usd_a_month", None, {"0": 0.0, "480": 480.0}),
     "SONGVEC_CONCURRENCY": ("concurrency", 32, {"1": 1, "1000": 1000}),
     "SONGVEC_TARGET_RECALL": ("target_recall", 0.95, {"1": 1.0, "0.9": 0.9}),
+    "SONGVEC_EVALUATION_QUERIES": ("evaluation_queries", None, {"queries.tsv": "queries.tsv"}),
     "SONGVEC_SWAP": ("swap", False, {"yes": True, "True": True, "no": False, "false": False}),
     "SONGVEC_WEBHOOK_URL": ("webhook_url", None, {"https://x.example/hook": "https://x.example/hook"}),
     "SONGVEC_SONG_ID_START": ("song_id_start", 0, {"0": 0, "1500000000": 1_500_000_000}),

@@ -166,7 +166,7 @@ def _run_or_plan(job: str, options: RunOptions, next_step: str) -> None:
 
 @app.command()
 def load() -> None:
-    """Load the cache into the table: writes what changed. Sends nothing to the provider."""
+    """Load the cache into the table: writes what changed. Sends no song to the provider."""
     _run_job("load", base.make_pipeline())
     hint("`songvec index` builds the index.")
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from songvec_assets.cli.run import RunResult
     from songvec_assets.embedding.pricing import Estimate
     from songvec_assets.reports import Status
+    from songvec_assets.search.evaluate import Evaluation
     from songvec_assets.search.nearest import Hit
 
 _MAX_REASONS, _MAX_KEYS = 2, 3
@@ -130,6 +131,22 @@ def hits_table(hits: Sequence["Hit"]) -> Table:
         line = Text(hit.best_line or "(no lyrics)", style="dim", no_wrap=True, overflow="ellipsis")
         below = [line, Text(hit.explanation, style="dim")] if hit.explanation else [line]
         table.add_row(near, Group(song, *below))
+    return table
+
+
+def evaluation_table(found: "Evaluation") -> Table:
+    """A row per slice and mode: means over queries with their 95 % intervals."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column("Slice", max_width=12, overflow="fold")
+    for name in ("Mode", "Queries", "Recall@10", "MRR@10", "nDCG@10"):
+        table.add_column(name, justify="left" if name == "Mode" else "right", no_wrap=True)
+    before = None
+    for each in found.scores:
+        if each.slice != before:
+            table.add_section()
+        figures = [f"{of.mean:.3f} {of.low:.2f}–{of.high:.2f}" for of in (each.recall, each.mrr, each.ndcg)]
+        table.add_row("" if each.slice == before else each.slice, each.mode, f"{each.n_queries:,}", *figures)
+        before = each.slice
     return table
 
 

@@ -62,7 +62,7 @@ embed_job = dg.define_asset_job(
 load_job = dg.define_asset_job(
     "load",
     selection=dg.AssetSelection.assets("song_embeddings_table"),
-    description="Load the cache into the table: writes what changed, and sends nothing to the provider.",
+    description="Load the cache into the table: writes what changed, and sends no song to the provider.",
 )
 
 rebuild_index_job = _RebuildIndex(

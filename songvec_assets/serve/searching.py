@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.embedder import Embedder
-from songvec_assets.embedding.prompts import fill_query
 from songvec_assets.errors import (
     BudgetExceededError,
     ProviderError,
@@ -109,8 +108,10 @@ class Searcher:
         try:
             async with asyncio.timeout(EMBED_S):
                 client = await self._open_client(serving)
-                text, budget = await self._workers.run(self._prepare, words, serving)
-                return await queries.embed(client, text, budget)
+                prompt, budget = await self._workers.run(self._prepare, serving)
+                vectors = await queries.embed(client, [words], prompt, budget)
+                vector: NDArray[np.float32] = vectors[0]
+                return vector
         except TimeoutError:
             error: ProviderError = ProviderUnavailableError(f"{loaded.server} gave no vector within {EMBED_S:g} s")
         except ProviderError as caught:
@@ -132,12 +133,12 @@ class Searcher:
                 self._clients[spec] = await self._workers.run(hasty.embedder)
             return self._clients[spec]
 
-    def _prepare(self, words: str, serving: Serving) -> tuple[str, Budget]:
+    def _prepare(self, serving: Serving) -> tuple[str, Budget]:
         loaded, spec = serving
         month = f"{datetime.now(UTC):%Y-%m}"
         if self._budget is None or self._budget[0] != month:
             self._budget = month, self._songs.search_budget()
-        return fill_query(spec.query_prompt or loaded.prompts.query, words), self._budget[1]
+        return spec.query_prompt or loaded.prompts.query, self._budget[1]
 
     async def check(self) -> Serves:
         """What serves, read again at most once per CHECK_EVERY_S.

@@ -137,6 +137,14 @@ def test_from_sql(pipeline: Pipeline) -> None:
             assert execute(pipeline.database.adbc_uri, statement), statement
 
 
+def test_how_good_it_is(environment: dict[str, str], tmp_path: Path) -> None:
+    [example], [content] = (read_examples("How good it is", language) for language in ("sh", "tsv"))
+    (tmp_path / "queries.tsv").write_text(content)
+    shown = run(["bash", "-ec", example], environment, tmp_path)
+    assert "1 of 4 labelled song_ids are not in table songs (204)" in shown
+    assert '"query": "whale song"' in shown
+
+
 def test_the_index_of_words_is_used(pipeline: Pipeline) -> None:
     [example] = read_examples("Words, and both", "sql")
     url = pipeline.database.adbc_uri

@@ -13,7 +13,7 @@ from songvec_assets.errors import BudgetExceededError, ProviderError, SettingsEr
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search import queries
-from songvec_assets.search.queries import embed_query
+from songvec_assets.search.queries import embed_queries, embed_query
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider, running_provider
@@ -173,3 +173,24 @@ class TestTheBill:
         [(_, usd, reserved), _] = execute(searching.database.adbc_uri, SPENT)
         # the probe, the first query, and the estimate of the one that was sent: twelve bytes
         assert (usd, reserved) == (billed[0] + 3, 0)
+
+
+def test_queries_share_requests_and_keep_their_order(pipeline: Pipeline, songs_provider: Provider) -> None:
+    asked = [f"query {n}" for n in range(70)]
+    one = embed_queries(pipeline.embedder(), asked[41:42], "find {query}")
+    before = songs_provider.ledger()["requests"]
+    vectors = embed_queries(pipeline.embedder(), asked, "find {query}")
+    # one of them is the probe
+    assert songs_provider.ledger()["requests"] - before == 1 + 7
+    assert vectors.shape == (70, 64)
+    np.testing.assert_array_equal(vectors[41], one[0])
+    long = ["x" * 4000] * 9
+    before = songs_provider.ledger()["requests"]
+    embed_queries(pipeline.embedder(), long, "{query}")
+    assert songs_provider.ledger()["requests"] - before == 1 + 2
+
+
+def test_a_query_without_a_vector_is_named(pipeline: Pipeline, songs_provider: Provider) -> None:
+    songs_provider.control(nan=["bad"])
+    with pytest.raises(ProviderError, match="for the query 'bad words'"):
+        embed_queries(pipeline.embedder(), ["good words", "bad words"], "{query}")

@@ -619,8 +619,8 @@ class TestMissing:
         load_table(database, cache, songs_folder)
         compare = swap.compare_tables
 
-        def compare_and_lose(database: Database) -> Comparison:
-            compared = compare(database)
+        def compare_and_lose(database: Database, *judge: object) -> Comparison:
+            compared = compare(database, *judge)
             execute(
                 database.adbc_uri,
                 "DELETE FROM songvec.loaded_ranges WHERE table_name = %s",
