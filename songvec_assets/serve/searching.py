@@ -106,11 +106,13 @@ class Searcher:
         loaded, spec = serving
         if self._failure and time.monotonic() < self._rests_until:
             raise self._failure.with_traceback(None)
+        client = await self._open_client(serving)
+        text, budget = await self._workers.run(self._prepare, words, loaded)
         try:
             async with asyncio.timeout(EMBED_S):
-                client = await self._open_client(serving)
-                text, budget = await self._workers.run(self._prepare, words, loaded)
-                return await queries.embed(client, text, budget)
+                vector = await queries.embed(client, text, budget)
+            self._failure = None
+            return vector
         except TimeoutError:
             error: ProviderError = ProviderUnavailableError(f"{loaded.server} gave no vector within {EMBED_S:g} s")
         except ProviderError as caught:
