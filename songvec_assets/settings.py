@@ -1,4 +1,4 @@
-"""All settings: environment variable, type, default and meaning, in one group per resource.
+"""All settings: environment variable, type, default and meaning, in one group per resource or purpose.
 
 A value passed to `Settings(...)` replaces that of its variable; an empty variable counts as unset. A field with
 `repr=False` is a secret. `GraphSettings` are read when the graph loads, all others when a run starts. When to add here:

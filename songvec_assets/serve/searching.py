@@ -105,13 +105,14 @@ class Searcher:
         loaded, spec = serving
         if self._failure and time.monotonic() < self._rests_until:
             raise self._failure.with_traceback(None)
+        client = await self._open_client(serving)
+        prompt, budget = await self._workers.run(self._prepare, serving)
         try:
             async with asyncio.timeout(EMBED_S):
-                client = await self._open_client(serving)
-                prompt, budget = await self._workers.run(self._prepare, serving)
                 vectors = await queries.embed(client, [words], prompt, budget)
-                vector: NDArray[np.float32] = vectors[0]
-                return vector
+            self._failure = None
+            vector: NDArray[np.float32] = vectors[0]
+            return vector
         except TimeoutError:
             error: ProviderError = ProviderUnavailableError(f"{loaded.server} gave no vector within {EMBED_S:g} s")
         except ProviderError as caught:

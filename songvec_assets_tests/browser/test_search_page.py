@@ -5,6 +5,7 @@
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed: 
 from playwright.sync_api import Browser, Page, expect
 
 from songvec_assets.serve.guard import Limits
+from songvec_assets.serve.searching import Searcher
 from songvec_assets_tests.administration import wait_until
 from songvec_assets_tests.browser.pages import running_chromium
 from songvec_assets_tests.browser.stage import ATTACKS, find_chromium, serving_samples
@@ -249,6 +251,25 @@ def test_a_token_is_asked_for_once_and_is_in_no_address(browser: Browser, server
         other = page.context.new_page()
         other.goto(f"{address}/")
         expect(other.get_by_label("Token", exact=True)).to_be_visible()
+
+
+def test_what_is_typed_while_the_server_is_slow_is_kept(
+    browser: Browser, pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end, look = threading.Event(), Searcher._look
+    monkeypatch.setattr(Searcher, "_look", lambda self: end.wait(60) and look(self))
+    with running_server(type(pipeline)(pipeline.settings)) as address, open_page(browser, address) as page:
+        page.goto("/?q=song+7&mode=text&where=%22year%22%20=%201987")
+        see_count(page, "^1 song for “song 7”")
+        search(page, "song 8")
+        see_count(page, "^No song for “song 8” meets")
+        page.get_by_label("Value").fill("1988")
+        end.set()
+        expect(page.get_by_role("button", name="Add a filter")).to_be_visible()
+        expect(page.get_by_role("searchbox")).to_have_value("song 8")
+        expect(page.get_by_label("Column").get_by_role("option")).to_have_count(8)
+        page.get_by_label("Value").press("Enter")
+        see_count(page, "^1 song for “song 8”")
 
 
 def test_a_failing_provider_and_a_server_that_ended_are_named(

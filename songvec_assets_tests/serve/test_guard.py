@@ -8,9 +8,7 @@ import httpx2
 import pytest
 
 from songvec_assets.pipeline import Pipeline
-from songvec_assets.serve import searching
 from songvec_assets.serve.guard import OPEN, Limits, Rates, _read_client
-from songvec_assets_tests.administration import wait_until
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.serve.conftest import Get, running_server
 
@@ -117,34 +115,24 @@ class TestRate:
         assert _read_client({"client": None}) == ""
 
 
-def test_more_searches_at_once_than_allowed_are_sent_away(
-    pipeline: Pipeline, songs_provider: Provider, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(searching, "EMBED_S", 60.0)  # held searches stay held, however slow this machine is
-    songs_provider.control(hold_after=0)
-    try:
-        with (
-            running_server(pipeline, Limits(n_at_once=3)) as address,
-            ThreadPoolExecutor(3) as pool,
-            httpx2.Client(base_url=address, timeout=60) as client,
-        ):
+def test_more_searches_at_once_than_allowed_are_sent_away(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, end, ask = threading.Semaphore(0), threading.Event(), type(pipeline).ask
 
-            def search(number: int) -> httpx2.Response:
-                # the other client's request may take the last slot for a moment
-                while (found := httpx2.get(f"{address}/search?q=held+{number}", timeout=60)).status_code == 503:
-                    pass
-                return found
+    def hold(*given: Any, **options: Any) -> Any:
+        begun.release()
+        assert end.wait(60)
+        return ask(*given, **options)
 
-            held = [pool.submit(search, number) for number in range(3)]
-            wait_until(lambda: client.get("/similar/7").status_code == 503)
-            busy = client.get("/similar/7")
-            assert (code_of(busy), busy.headers["retry-after"]) == ((503, "serve.busy"), "1")
-            assert client.get("/healthz").status_code == 200
-            songs_provider.control()
-            assert {each.result().status_code for each in held} == {200}
-            assert client.get("/similar/7").status_code == 200
-    finally:
-        songs_provider.control()
+    monkeypatch.setattr(type(pipeline), "ask", hold)
+    with running_server(pipeline, Limits(n_at_once=3)) as address, ThreadPoolExecutor(3) as pool:
+        held = [pool.submit(httpx2.get, f"{address}/similar/7", timeout=60) for _ in range(3)]
+        assert all(begun.acquire(timeout=60) for _ in held)
+        busy = httpx2.get(f"{address}/similar/7", timeout=60)
+        assert (code_of(busy), busy.headers["retry-after"]) == ((503, "serve.busy"), "1")
+        assert httpx2.get(f"{address}/healthz", timeout=60).status_code == 200
+        end.set()
+        assert {each.result().status_code for each in held} == {200}
+        assert httpx2.get(f"{address}/similar/7", timeout=60).status_code == 200
 
 
 def test_an_unexpected_error_is_answered_and_logged_without_the_query(

@@ -38,7 +38,7 @@ async function ask(path) {
 function addFilter([column, operator, value] = []) {
   const row = copy("filter");
   const select = part(row, "column");
-  for (const name of columns) select.add(new Option(name));
+  for (const name of new Set([...columns, ...(column ? [column] : [])])) select.add(new Option(name));
   if (column) [select.value, part(row, "operator").value, part(row, "value").value] = [column, operator, value];
   part(row, "remove").addEventListener("click", () => {
     const counted = part(row, "value").value.trim() && stateOfPage().has("q");
@@ -66,6 +66,10 @@ function parseFilter(words) {
 
 function stateOfPage() {
   return new URLSearchParams(location.search);
+}
+
+function isSearch(state) {
+  return state.has("q") || state.has("like");
 }
 
 function stateOfForm() {
@@ -116,12 +120,7 @@ async function run() {
   const isLatest = () => mine === asked;
   find("problem").textContent = "";
   showNotice();
-  if (!state.has("q") && !state.has("like")) {
-    hits.replaceChildren();
-    find("more").hidden = true;
-    status.textContent = "";
-    return;
-  }
+  if (!isSearch(state)) return showNothing();
   document.querySelector("main").setAttribute("aria-busy", "true");
   status.textContent = "Searching …";
   const started = performance.now();
@@ -130,13 +129,17 @@ async function run() {
     if (isLatest()) showHits(found, state, (performance.now() - started) / 1000);
   } catch (error) {
     if (!isLatest()) return;
-    hits.replaceChildren();
-    find("more").hidden = true;
-    status.textContent = "";
+    showNothing();
     showProblem(error);
   } finally {
     if (isLatest()) document.querySelector("main").removeAttribute("aria-busy");
   }
+}
+
+function showNothing() {
+  hits.replaceChildren();
+  find("more").hidden = true;
+  status.textContent = "";
 }
 
 function showProblem({ code, message }) {
@@ -193,20 +196,31 @@ function askToken(why) {
   find("token").focus();
 }
 
-async function begin() {
-  columns = [];
+async function learnColumns() {
+  let health;
   try {
-    const health = await ask("healthz");
-    if (!health.filters) return askToken(token ? "That token is not the server's. Enter it again." : "");
-    columns = health.filters;
-    find("token-form").hidden = true;
-    form.hidden = false;
-    find("add").hidden = !columns.length;
+    health = await ask("healthz");
   } catch (error) {
-    showProblem(error);
+    // a search says itself what it meets
+    if (!isSearch(stateOfPage())) showProblem(error);
+    return;
   }
+  if (!health.filters) return askToken(token ? "That token is not the server's. Enter it again." : "");
+  columns = health.filters;
+  find("add").hidden = !columns.length;
+  for (const row of filters.children) {
+    const select = part(row, "column");
+    const known = new Set(Array.from(select.options, (option) => option.value));
+    for (const name of columns) if (!known.has(name)) select.add(new Option(name));
+  }
+}
+
+// at once: who types while the server is slow loses nothing
+function begin() {
+  find("token-form").hidden = true;
+  form.hidden = false;
   fillForm(stateOfPage());
-  if (!find("problem").textContent) await run();
+  return Promise.all([learnColumns(), run()]);
 }
 
 find("token-form").addEventListener("submit", (event) => {
