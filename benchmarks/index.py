@@ -51,6 +51,7 @@ from songvec_assets.vectors.index.sizing import (
     kmeans_bytes,
     read_capacity,
 )
+from songvec_assets.vectors.kinds import IVFFLAT
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable
@@ -207,7 +208,8 @@ class _Run:
         capacity, result = read_capacity(self.database), self.result
         estimate = estimate_build(result.n_rows, result.lists, spec.dimensions, spec.vector_type, capacity.workers)
         with self._timed(name, table):
-            create_index(VectorTable(self.database, table), spec, estimate, capacity.workers)
+            definition = IVFFLAT.define(spec.vector_type, spec.dimensions, result.lists)
+            create_index(VectorTable(self.database, table), definition, estimate, capacity.workers)
         swap_names(VectorTable(self.database, table), lambda _: None)
 
     def search(self, name: str, table: str) -> None:

@@ -36,7 +36,8 @@ from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage.local import LocalStorage
-from songvec_assets.vectors.index.upkeep import IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.index.build_plan import IndexSettings
+from songvec_assets.vectors.index.upkeep import bring_index_up_to_date
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import STAGED_FROM_ROWS, WantedTable, bring_table_up_to_date, drop_others, roll_back
 from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable

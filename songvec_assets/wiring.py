@@ -21,8 +21,9 @@ from songvec_assets.embedding.prompts import Prompts
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.inventory import Inventory
 from songvec_assets.postgres import schema
-from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
+from songvec_assets.postgres.embedded import create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.server import DEFAULT_FOLDER
 from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import StopSignal
 from songvec_assets.settings import DEMO_MODEL, Settings
@@ -33,7 +34,7 @@ from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.spending import SpendingLog
 from songvec_assets.storage import Storage, open_storage
-from songvec_assets.vectors.index.upkeep import IndexSettings
+from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable
 from songvec_assets.vectors.table import TableSpec, VectorTable
@@ -58,7 +59,8 @@ class Wiring:
             what = "a small model" if given.model == DEMO_MODEL else "spelling, not meaning"
             embedder = f"DEMO vectors ({given.model}: {what}; FIREWORKS_API_KEY makes real ones)"
         else:
-            embedder = f"{given.model} at {given.fireworks_base_url}"
+            alias = f", as {given.model}" if given.model != given.embedding_model else ""
+            embedder = f"{given.embedding_model} at {given.fireworks_base_url}{alias}"
         return f"{self.database.describe()}, {embedder}, {given.dimensions} dimensions"
 
     @property
@@ -165,7 +167,8 @@ class Wiring:
         """What the model is given around queries and texts; see `choose_prompts`. Reads no database."""
         given = self.settings
         storage = model_storage(self.storage, given.model, given.dimensions)
-        return choose_prompts(storage, given.model, given.query_prompt, given.document_prompt)
+        names = given.model, given.embedding_model
+        return choose_prompts(storage, names, given.query_prompt, given.document_prompt)
 
     @property
     def text_spec(self) -> TextSpec:
@@ -268,7 +271,8 @@ class Wiring:
     def index_settings(self) -> IndexSettings:
         """How the table is to be indexed."""
         given = self.settings
-        return IndexSettings(given.lists, given.target_recall, (given.index_memory_mb or 0) * (1 << 20) or None)
+        memory_bytes = (given.index_memory_mb or 0) * (1 << 20) or None
+        return IndexSettings(given.lists, given.target_recall, memory_bytes, kind=given.index_kind)
 
     @property
     def wanted_table(self) -> WantedTable:

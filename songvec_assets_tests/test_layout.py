@@ -4,12 +4,13 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "songvec_assets"
-ELSEWHERE = {"scenarios", "browser", "benchmarks", "docs", "examples", "tools"}
+ELSEWHERE = {"scenarios", "browser", "benchmarks", "deploy", "docs", "examples", "tools"}
 """Folders of tests that are of no single module."""
 WITHOUT_A_TEST: dict[str, str] = {
     "samples/__main__.py": "prints what `test_samples` reads",
     "search/query.py": "`search/test_doors` asks with it by Python, command and SQL alike",
     "searches.py": "the same",
+    "settings_group.py": "`test_settings` reads each setting through it",
 }
 """Modules without a file of tests, and why."""
 OF_NO_MODULE = {

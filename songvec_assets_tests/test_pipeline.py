@@ -160,7 +160,7 @@ def test_the_public_names_are_there_and_no_others_are_promised() -> None:
         _ = songvec_assets.Deployment
 
 
-HEAVY = ("dagster", "matplotlib", "openai")
+HEAVY = ("dagster", "matplotlib", "aiohttp")
 
 
 def loaded_by(statement: str, folder: Path, **environment: str) -> set[str]:

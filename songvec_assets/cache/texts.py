@@ -71,12 +71,17 @@ def model_storage(root: Storage, model: str, dimensions: int) -> Storage:
     return root.within("embeddings").within(f"{model.replace('/', '--')}-{dimensions}")
 
 
-def choose_prompts(storage: Storage, model: str, query: str | None, document: str | None) -> Prompts:
+def choose_prompts(storage: Storage, names: tuple[str, ...], query: str | None, document: str | None) -> Prompts:
     """The prompts of a model: as set, else as recorded with its cache, else the defaults of its family.
 
     A cache without a record, of an earlier version, has no document prompt.
+
+    Args:
+        storage: of the model.
+        names: the model's: that of its cache, then that of the provider.
+        query, document: as set; None: unset.
     """
-    record, default = read_record(storage), default_prompts(model)
+    record, default = read_record(storage), default_prompts(*names)
     if record is not None:
         default = Prompts(record.query_prompt, record.document_prompt)
     elif storage.list_prefixes():

@@ -47,8 +47,9 @@ _HAS_VERSION_1 = """
         SELECT FROM pg_attribute WHERE attrelid = to_regclass('songvec.budgets') AND attname = 'reserved_usd'
     )
 """
-# DROP EXTENSION … CASCADE drops functions that take a vector; from version 2 on, migrations can be run again
-_LACKS_FUNCTIONS = "SELECT to_regproc('songvec.search') IS NULL"
+# DROP EXTENSION … CASCADE drops functions that take a vector, and earlier builds of version 2 lack the second one; from
+# version 2 on, migrations can be run again
+_LACKS_FUNCTIONS = "SELECT to_regproc('songvec.search') IS NULL OR to_regproc('songvec.nearest_sql') IS NULL"
 _MAY_MIGRATE = "SELECT has_schema_privilege('songvec', 'CREATE')"
 _MAY_RECORD = """
     SELECT current_setting('transaction_read_only') = 'off' AND has_table_privilege('songvec.settings', 'INSERT')

@@ -53,13 +53,13 @@ def test_a_record_that_does_not_parse_is_named_with_a_way_out(storage: LocalStor
 
 def test_prompts_are_those_that_are_set_else_recorded_else_of_the_models_family(storage: LocalStorage) -> None:
     cache = ModelCache(storage, E5, 3)
-    assert choose_prompts(storage, E5, None, None) == default_prompts(E5)
+    assert choose_prompts(storage, (E5,), None, None) == default_prompts(E5)
     put(cache, [1])
-    assert choose_prompts(storage, E5, None, None).query == default_prompts(E5).query
-    assert choose_prompts(storage, E5, None, None).document == "{text}", "caches of earlier versions had none"
+    assert choose_prompts(storage, (E5,), None, None).query == default_prompts(E5).query
+    assert choose_prompts(storage, (E5,), None, None).document == "{text}", "caches of earlier versions had none"
     write_record(storage, TextRecord.of(SPEC, "find {query}"))
-    assert choose_prompts(storage, E5, None, None) == Prompts("find {query}", "passage: {text}")
-    assert choose_prompts(storage, E5, "q {query}", "d {text}") == Prompts("q {query}", "d {text}")
+    assert choose_prompts(storage, (E5,), None, None) == Prompts("find {query}", "passage: {text}")
+    assert choose_prompts(storage, (E5,), "q {query}", "d {text}") == Prompts("q {query}", "d {text}")
 
 
 def test_a_range_is_made_otherwise_by_its_completion_else_by_the_record(storage: LocalStorage) -> None:

@@ -14,7 +14,8 @@ from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_ca
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.songs.text import hash_text
-from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.index.build_plan import IndexSettings
+from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
 from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable
 from songvec_assets_tests.administration import execute, wait_until
 from songvec_assets_tests.vectors.conftest import SPEC, TILING

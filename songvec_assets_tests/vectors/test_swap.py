@@ -32,7 +32,7 @@ from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors import swap
 from songvec_assets.vectors.index.audit import Comparison
-from songvec_assets.vectors.index.upkeep import IndexSettings
+from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.load import store_embeddings_batch, store_embeddings_copy_bulk
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import (
@@ -619,8 +619,8 @@ class TestMissing:
         load_table(database, cache, songs_folder)
         compare = swap.compare_tables
 
-        def compare_and_lose(database: Database) -> Comparison:
-            compared = compare(database)
+        def compare_and_lose(database: Database, *judge: object) -> Comparison:
+            compared = compare(database, *judge)
             execute(
                 database.adbc_uri,
                 "DELETE FROM songvec.loaded_ranges WHERE table_name = %s",

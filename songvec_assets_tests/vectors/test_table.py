@@ -147,7 +147,7 @@ class TestRecords:
         put(cache, range(60))
         load(database, cache)
         build_index(database, cache)
-        names = ("table", "rows_changed_since_index", "index", "building", "probes", "recall")
+        names = ("table", "rows_changed_since_index", "index", "building", "probes", "candidates", "recall")
         with database.get_connection() as connection:
             for name in names:
                 write_value(connection, name, value)
