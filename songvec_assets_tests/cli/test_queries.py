@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import OFFLINE_MODEL
@@ -95,16 +94,3 @@ def test_a_dumb_terminal_has_the_width_that_it_has(monkeypatch: pytest.MonkeyPat
     said = "import songvec_assets.cli.terminal as t; t.err._force_terminal = True; t.hint('word ' * 20)"
     _, shown = type_in(code=said)
     assert [len(line) <= 50 for line in shown.splitlines()] == [True, True, True]
-
-
-@pytest.mark.usefixtures("environment")
-def test_a_moved_store_is_named_with_what_to_do_next(tmp_path: Path) -> None:
-    from songvec_assets.cli import app
-
-    moved = CliRunner().invoke(app, ["move-store", str(tmp_path / "s"), str(tmp_path / "to")])
-    assert moved.exit_code == 0, moved.output
-    words = "".join(moved.output.split())
-    assert re.search(r"\dobjects,\d\.\dMB,arein.*to;\dwerecopiednow", words), words
-    assert f"SetSONGVEC_STORAGE={tmp_path / 'to'}" in words
-    again = CliRunner().invoke(app, ["move-store", str(tmp_path / "s"), str(tmp_path / "to")])
-    assert "holds no store" in str(again.exception)
