@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import sqlalchemy as sa
@@ -539,8 +540,7 @@ def _in_store(store: Literal["folder", "moto", "weed"]) -> Iterator[tuple[str, d
     if store == "folder":
         yield "", {}
         return
-    with running_s3(store) as s3:
-        os.environ |= s3.environment
+    with running_s3(store) as s3, patch.dict(os.environ, s3.environment):
         yield s3.new_url(), s3.environment
 
 

@@ -6,7 +6,7 @@
     ├── SourceError              the songs table is not what the settings name
     │   └── BulkDeletionError    more songs are missing than is plausible
     ├── StoreError               the storage folder is another database's, or cannot be used
-    │   └── StorageError         the object store refused, or could not be reached
+    ├── StorageError             the object store refused, or could not be reached
     ├── ReembeddingError         a changed setting would embed cached texts again
     ├── DamagedCacheError        a file of the cache is damaged or missing
     ├── TableMismatchError       the table holds another model, size or type
@@ -79,8 +79,8 @@ class StoreError(SongvecError):
     code = "store.mismatch"
 
 
-class StorageError(StoreError):
-    """The object store refused or could not be reached. The message says what to do."""
+class StorageError(SongvecError):
+    """The object store refused or could not be reached, as it would for every range. The message says what to do."""
 
     code = "storage.failed"
 

@@ -191,7 +191,9 @@ class CachedRange:
             here = places == place
             embeddings[here] = self._batches[place].vectors_at(wanted[here] - self._starts[place])
 
-        self.storage.map(read, np.unique(places).tolist())
+        # large batches one after the other: each may be read as a whole
+        are_small = self.n_rows < self.n_batches * PIECE_ROWS // 4
+        [*(self.storage.map if are_small else map)(read, np.unique(places).tolist())]
         return embeddings
 
     def iter_vectors(self, rows: pl.Series) -> Iterator[CachedRows]:

@@ -22,7 +22,7 @@ from songvec_assets.cache.completion import write_rows
 from songvec_assets.cache.manifest import Manifest
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cache.texts import model_storage
-from songvec_assets.errors import SettingsError, StorageError, StoreError
+from songvec_assets.errors import SettingsError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_value, write_first_value, write_value
 from songvec_assets.songs.ranges import Tiling
@@ -164,8 +164,6 @@ def open_store(
             # another process may be first: concurrent first starts create one store
             storage.check_writes()
             storage.put_if_unchanged(KEY, _encode(Store(storage, str(uuid.uuid4()), tiling)), None)
-        except StorageError:
-            raise
         except StoreError as error:
             reason = getattr(error.__cause__, "strerror", error)
             raise StoreError(

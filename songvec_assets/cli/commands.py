@@ -266,32 +266,6 @@ def _undo_swap(rollback: bool) -> None:
         say(f"Dropped: {', '.join(dropped) or 'nothing, there was no other table'}")
 
 
-@app.command("move-store")
-def move(
-    source: Annotated[str, typer.Argument(metavar="FROM", help="Folder or URL of the store.")],
-    target: Annotated[str, typer.Argument(metavar="TO", help="Where it goes: a folder, s3://…, gs://…, az://….")],
-) -> None:
-    """Move the store to another folder or bucket, checked by its checksums; pays nothing, resumes if interrupted."""
-    from songvec_assets.cli.queries import print_move
-
-    with interruptible():
-        print_move(base.make_pipeline(), source, target)
-
-
-@app.command()
-def adopt() -> None:
-    """Bind the storage folder to the database, after one of them was moved, copied or restored."""
-    from songvec_assets.cache.store import adopt_store, open_store
-    from songvec_assets.postgres.schema import ensure_schema
-
-    pipeline = base.make_pipeline()
-    ensure_schema(pipeline.database)
-    store = open_store(pipeline.storage, pipeline.tiling)
-    adopt_store(store, pipeline.database)
-    say(f"{store.storage} now belongs to {pipeline.database.describe()}")
-    hint("`songvec estimate` shows what a run would cost.")
-
-
 def _run_job(
     job: str,
     pipeline: "Pipeline",

@@ -167,23 +167,6 @@ def print_plan(pipeline: "Pipeline", span: "tuple[SongIdRange, SongIdRange]", re
     hint("the same command without --dry-run does it.")
 
 
-def print_move(pipeline: "Pipeline", source: str, target: str) -> None:
-    from songvec_assets.cache.move import move_store
-    from songvec_assets.progress import RunContext
-    from songvec_assets.storage import open_storage
-
-    storages = open_storage(source), open_storage(target)
-    with showing_progress() as show:
-        moved = move_store(*storages, pipeline.tiling, pipeline.database, RunContext(show, pipeline.stop))
-    for line in moved.damaged:
-        err.print(f"{line}: it was damaged before, and the next run embeds what it lacks", style="yellow", markup=False)
-    say(
-        f"{moved.n_objects:,} objects, {moved.n_bytes / 1e6:,.1f} MB, are in {storages[1].location}; "
-        f"{moved.n_copied:,} were copied now. Set SONGVEC_STORAGE={target}"
-    )
-    hint(f"what is left in {source} is no store any more: remove it once the next run has passed.")
-
-
 def print_hits(pipeline: "Pipeline", query: str | int, limit: int, as_json: bool = False, **options: Any) -> None:
     from songvec_assets.cli.render import hits_table
 

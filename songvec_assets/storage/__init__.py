@@ -69,7 +69,10 @@ class Opened(ABC):
 
 
 class Storage(ABC):
-    """All objects whose keys begin with one prefix. Need not exist yet."""
+    """All objects whose keys begin with one prefix. Need not exist yet.
+
+    Every method may raise StorageError: the object store refuses, or cannot be reached.
+    """
 
     @property
     @abstractmethod
@@ -141,7 +144,7 @@ class Storage(ABC):
         """Refuse a storage that cannot be written to, or in which two writers could both win. Checked once.
 
         Raises:
-            StoreError: says which.
+            StorageError: says which.
         """
 
     @abstractmethod

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import xxhash
 
-from songvec_assets.errors import StoreError
 from songvec_assets.storage import Listing, Opened, Span, Storage, Versioned
+from songvec_assets.storage.messages import clear_disk_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -109,7 +109,7 @@ class LocalStorage(Storage):
         path = self.root / key
         # one name per thread, so that two writers never share a file
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-        with _write_errors(path):
+        with clear_disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with temporary.open("wb") as file:
@@ -128,7 +128,7 @@ class LocalStorage(Storage):
 
     def put_if_unchanged(self, key: str, content: bytes, version: str | None) -> str | None:
         folder = (self.root / key).parent
-        with _write_errors(folder):
+        with clear_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder):
             found = self.read(key)
@@ -156,19 +156,6 @@ class LocalStorage(Storage):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > LEFTOVER_S:
                     path.unlink()
-
-
-@contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the file system into StoreError with the path."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"could not write {path}: {error}. What was stored before is kept: make room, or give access, and start "
-            "the same command again",
-            "store.not-writable",
-        ) from error
 
 
 def _version_of(content: bytes) -> str:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from songvec_assets.errors import StorageError
 from songvec_assets.storage import Listing, Storage, Versioned
-from songvec_assets.storage.messages import clear_errors
+from songvec_assets.storage.messages import clear_disk_errors, clear_errors
 from songvec_assets.storage.opened import OpenedObject
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-SINGLE_BYTES = 1 << 26
+SINGLE_BYTES = 1 << 25
 """A larger object is gathered on disk, and sent in several requests: only then its size does not matter to memory."""
 _PIECE_BYTES = 1 << 24
 RETRIES: Any = {
@@ -133,7 +133,7 @@ class ObjectStorage(Storage):
     def write(self, key: str) -> Iterator[BinaryIO]:
         import obstore
 
-        with tempfile.SpooledTemporaryFile(SINGLE_BYTES) as file:
+        with clear_disk_errors(self.describe(key)), tempfile.SpooledTemporaryFile(SINGLE_BYTES) as file:
             yield cast(BinaryIO, file)
             is_small = file.tell() <= SINGLE_BYTES
             file.seek(0)
@@ -163,7 +163,7 @@ class ObjectStorage(Storage):
         mode: Any = known if version else "create"
         writer = uuid.uuid4().hex
         try:
-            with self._clear_errors("write", key):
+            with self._clear_errors("write", key, may_lose=True):
                 put = obstore.put(
                     self.bucket.client, self.prefix + key, content, mode=mode, attributes={_WRITER: writer}
                 )
@@ -199,8 +199,8 @@ class ObjectStorage(Storage):
     def delete_leftovers(self, prefix: str) -> None:
         """Nothing: what was not sent as a whole does not exist. A rule of the bucket ends unfinished uploads."""
 
-    def _clear_errors(self, verb: str, key: str) -> contextlib.AbstractContextManager[None]:
-        return clear_errors(f"{verb} {self.describe(key)}")
+    def _clear_errors(self, verb: str, key: str, may_lose: bool = False) -> contextlib.AbstractContextManager[None]:
+        return clear_errors(f"{verb} {self.describe(key)}", may_lose)
 
 
 def _version_of(made: Any) -> str:
@@ -217,7 +217,7 @@ def _check_conditions(storage: ObjectStorage) -> None:
         wrong = [storage.put_if_unchanged(key, b"3", version) for version in (None, first)]
         is_heeded, came = bool(second) and wrong == [None, None], "this one replaces what has changed"
     except StorageError as error:
-        if error.code != "storage.failed" and "501" not in str(error):
+        if error.code != "storage.failed" and "NotImplemented" not in str(error):
             raise
         came, is_heeded = str(error), False
     storage.delete(key)

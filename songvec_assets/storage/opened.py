@@ -109,7 +109,7 @@ class OpenedObject(Opened):
         from obstore import exceptions
 
         try:
-            with clear_errors(f"read {self.name}"):
+            with clear_errors(f"read {self.name}", may_lose=True):
                 yield
         except (exceptions.PreconditionError, FileNotFoundError):
             raise StoreError(

@@ -1,5 +1,7 @@
 """A store that moves between a folder and a bucket: all arrives, checked, whatever interrupts it; nothing is paid."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from songvec_assets.progress import SILENT, RunContext, StopSignal
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import open_storage
 from songvec_assets.storage.local import LocalStorage
+from songvec_assets_tests.cache.kills import KilledError, killed_after
 from songvec_assets_tests.conftest import TILING, make_pipeline
 
 
@@ -67,6 +70,24 @@ def test_a_move_that_is_stopped_after_any_object_goes_on_from_there(filled, tmp_
     assert content_of(target) == before
     # snapshots and manifests are replaced in place, so that they are copied again
     assert 0 < copied <= len(before)
+
+
+def test_a_move_that_dies_before_any_of_its_writes_leaves_one_store_and_goes_on(filled, tmp_path, database):
+    before, target = content_of(filled.storage), LocalStorage(tmp_path / "to")
+    for n_passing in itertools.count():
+        try:
+            with killed_after(n_passing, ("write", "put_if_unchanged", "delete")):
+                move_store(filled.storage, target, TILING, database, SILENT)
+            break
+        except KilledError:
+            assert filled.storage.read("store.json") or target.read("store.json")
+            assert content_of(filled.storage) == before
+            assert n_passing < 100
+        except StoreError as error:  # it died when all was done but the record of the move
+            assert error.code == "store.missing"
+            break
+    assert content_of(target) == before
+    assert target.read("store.json") and not filled.storage.read("store.json")
 
 
 def test_what_changed_or_was_merged_since_an_interrupted_try_is_brought_up_to_date(filled, tmp_path, database):

@@ -12,7 +12,7 @@ from songvec_assets.search import baseline
 from songvec_assets.search.baseline import search_bm25
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import TextSpec
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 
 
 def test_songs_with_the_rarest_words_come_first_and_others_are_left_out(pipeline: Pipeline) -> None:
@@ -27,7 +27,7 @@ def test_what_keeps_it_from_ranking_is_said(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SearchError, match="the snapshots hold 0"):
-        search_bm25(Snapshots(Storage(tmp_path)), TextSpec(), ["x"])
+        search_bm25(Snapshots(LocalStorage(tmp_path)), TextSpec(), ["x"])
     monkeypatch.setattr(baseline, "MOST_SONGS", 59)
     with pytest.raises(SearchError, match="takes 1 to 59 songs, the snapshots hold 60"):
         search_bm25(pipeline.store.songs, pipeline.text_spec, ["x"])
