@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # what a search does not need
     from songvec_assets.search.evaluate import Evaluation
     from songvec_assets.search.labels import LabelledQuery
 
+_JUDGE_PATIENCE_S = 60.0
+
 
 class Searches(Wiring):
     """How songs are found."""
@@ -185,8 +187,11 @@ class Searches(Wiring):
                         f"{table.name} holds {table.spec}, and queries would be embedded for {spec}"
                     )
                 if spec not in vectors:
+                    # a complete table does not wait long for a figure
+                    patience_s = min(wiring.settings.patience_s, _JUDGE_PATIENCE_S)
+                    hasty = wiring.with_settings(wiring.settings.model_copy(update={"patience_s": patience_s}))
                     words = [query.words for query in labelled]
-                    vectors[spec] = embed_queries(wiring.embedder(), words, wiring.prompts.query)
+                    vectors[spec] = embed_queries(hasty.embedder(), words, wiring.prompts.query)
                 found = find_nearest(table, spec, vectors[spec])
                 scores.append([evaluate.measure_ndcg(*each) for each in zip(labelled, found, strict=True)])
         except StoppedError:
