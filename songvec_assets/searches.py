@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,9 @@ from songvec_assets.errors import (
     TableMismatchError,
     describe,
 )
-from songvec_assets.search import lines, nearest
+from songvec_assets.search import baseline, evaluate, labels, lines, nearest
+from songvec_assets.search.evaluate import Evaluation
+from songvec_assets.search.labels import LabelledQuery
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.query import Condition, Mode, Query
 from songvec_assets.search.query_vectors import embed_queries
@@ -29,10 +31,6 @@ from songvec_assets.vectors.index.audit import QualityChange, find_nearest
 from songvec_assets.vectors.ledger import STAGING
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets.wiring import Wiring
-
-if TYPE_CHECKING:  # what a search does not need
-    from songvec_assets.search.evaluate import Evaluation
-    from songvec_assets.search.labels import LabelledQuery
 
 _JUDGE_PATIENCE_S = 60.0
 
@@ -123,9 +121,9 @@ class Searches(Wiring):
 
     def evaluate(
         self,
-        queries: "str | Path | Sequence[LabelledQuery] | None" = None,
+        queries: str | Path | Sequence[LabelledQuery] | None = None,
         on_trouble: Callable[[str], None] = lambda _: None,
-    ) -> "Evaluation":
+    ) -> Evaluation:
         """How well searches by text, by vector and by both answer labelled queries, beside BM25.
 
         A query costs its tokens once; all are embedded with few requests.
@@ -139,8 +137,6 @@ class Searches(Wiring):
                 nothing was paid.
             TableMismatchError, ProviderError: see `embed_query`.
         """
-        from songvec_assets.search import baseline, evaluate
-
         labelled, notes = self.label_queries(queries)
         words = [query.words for query in labelled]
         vectors, model = self._embed(words, on_trouble), self._serving[1].model
@@ -152,11 +148,9 @@ class Searches(Wiring):
         return evaluate.evaluate(labelled, found, [*notes, *left_out])
 
     def label_queries(
-        self, queries: "str | Path | Sequence[LabelledQuery] | None" = None
-    ) -> "tuple[list[LabelledQuery], list[str]]":
+        self, queries: str | Path | Sequence[LabelledQuery] | None = None
+    ) -> tuple[list[LabelledQuery], list[str]]:
         """See `evaluate`: the labelled queries without unknown songs, and a note that names those."""
-        from songvec_assets.search import labels
-
         path = self.settings.evaluation_queries if queries is None else queries
         if isinstance(path, str | Path):
             given: Sequence[LabelledQuery] | None = labels.read_labels(path)
@@ -173,8 +167,6 @@ class Searches(Wiring):
 
         What keeps it from being measured is part of the answer: a swap is not refused for it.
         """
-        from songvec_assets.search import evaluate
-
         try:
             labelled, _ = self.label_queries()
             tables = (self.table, self.as_loaded()), (VectorTable(self.database, STAGING), self)
