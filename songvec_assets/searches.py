@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,9 @@ from songvec_assets.errors import (
     TableMismatchError,
     describe,
 )
-from songvec_assets.search import lines, nearest, queries
+from songvec_assets.search import baseline, evaluate, labels, lines, nearest, queries
+from songvec_assets.search.evaluate import Evaluation
+from songvec_assets.search.labels import LabelledQuery
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.query import Condition, Mode, Query
 from songvec_assets.settings import LOCAL_MODELS, Settings
@@ -32,9 +34,7 @@ from songvec_assets.vectors.ledger import STAGING
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets.wiring import Wiring
 
-if TYPE_CHECKING:  # what a search does not need
-    from songvec_assets.search.evaluate import Evaluation
-    from songvec_assets.search.labels import LabelledQuery
+_JUDGE_PATIENCE_S = 60.0
 
 
 class Searches(Wiring):
@@ -153,9 +153,9 @@ class Searches(Wiring):
 
     def evaluate(
         self,
-        labelled_queries: "str | Path | Sequence[LabelledQuery] | None" = None,
+        labelled_queries: str | Path | Sequence[LabelledQuery] | None = None,
         on_trouble: Callable[[str], None] = lambda _: None,
-    ) -> "Evaluation":
+    ) -> Evaluation:
         """How well searches by text, by vector and by both answer labelled queries, beside BM25.
 
         A query costs its tokens once; all are embedded with few requests.
@@ -169,8 +169,6 @@ class Searches(Wiring):
                 nothing was paid.
             TableMismatchError, ProviderError: see `embed_query`.
         """
-        from songvec_assets.search import baseline, evaluate
-
         labelled, notes = self.label_queries(labelled_queries)
         words = [query.words for query in labelled]
         vectors, model = self._embed(words, self.serving, on_trouble), self.serving[1].model
@@ -182,11 +180,9 @@ class Searches(Wiring):
         return evaluate.evaluate(labelled, found, [*notes, *left_out])
 
     def label_queries(
-        self, given: "str | Path | Sequence[LabelledQuery] | None" = None
-    ) -> "tuple[list[LabelledQuery], list[str]]":
+        self, given: str | Path | Sequence[LabelledQuery] | None = None
+    ) -> tuple[list[LabelledQuery], list[str]]:
         """See `evaluate`: the labelled queries without unknown songs, and a note that names those."""
-        from songvec_assets.search import labels
-
         path = self.settings.evaluation_queries if given is None else given
         if isinstance(path, str | Path):
             labelled: Sequence[LabelledQuery] | None = labels.read_labels(path)
@@ -203,8 +199,6 @@ class Searches(Wiring):
 
         What keeps it from being measured is part of the answer: a swap is not refused for it.
         """
-        from songvec_assets.search import evaluate
-
         try:
             labelled, _ = self.label_queries()
             tables = (self.table, self.as_loaded()), (VectorTable(self.database, STAGING), self)
@@ -217,10 +211,12 @@ class Searches(Wiring):
                         f"{table.name} holds {table.spec}, and queries would be embedded for {spec}"
                     )
                 if spec not in vectors:
+                    # a complete table does not wait long for a figure
+                    patience_s = min(wiring.settings.patience_s, _JUDGE_PATIENCE_S)
+                    hasty = wiring.with_settings(wiring.settings.model_copy(update={"patience_s": patience_s}))
                     words = [query.words for query in labelled]
-                    vectors[spec] = queries.embed_queries(
-                        wiring.embedder(), words, wiring.prompts.query, self.search_budget()
-                    )
+                    prompt, budget = wiring.prompts.query, self.search_budget()
+                    vectors[spec] = queries.embed_queries(hasty.embedder(), words, prompt, budget)
                 found = find_nearest_songs(table, vectors[spec])
                 scores.append([evaluate.measure_ndcg(*each) for each in zip(labelled, found, strict=True)])
         except StoppedError:
