@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from songvec_assets.postgres.embedded import (
-    DEFAULT_FOLDER,
     add_generated_songs,
     create_songs_table,
     start_embedded_server,
 )
+from songvec_assets.postgres.server import DEFAULT_FOLDER
 from songvec_assets_tests.administration import dispose, free_port, wait_until
 from songvec_assets_tests.browser.pages import DagsterUI, running_chromium
 from songvec_assets_tests.cli.test_commands import Project
