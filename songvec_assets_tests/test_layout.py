@@ -10,7 +10,6 @@ WITHOUT_A_TEST: dict[str, str] = {
     "samples/__main__.py": "prints what `test_samples` reads",
     "search/query.py": "`search/test_doors` asks with it by Python, command and SQL alike",
     "searches.py": "the same",
-    "settings_group.py": "`test_settings` reads each setting through it",
 }
 """Modules without a file of tests, and why."""
 OF_NO_MODULE = {
