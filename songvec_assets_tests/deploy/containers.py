@@ -181,9 +181,11 @@ class Container:
         for target, source in mounts.items():
             arguments += ["--ro-bind", str(source), target]
         for volume in self.service.get("volumes", ()):
-            name, target = volume.split(":")
+            name, target, *options = volume.split(":")
+            assert options in ([], ["ro"])
             (self.project / "volumes" / name).mkdir(parents=True, exist_ok=True)
-            arguments += ["--bind", str(self.project / "volumes" / name), target]
+            bind = "--ro-bind" if options else "--bind"
+            arguments += [bind, str(self.project / "volumes" / name), target]
         for name, value in self._environment().items():
             arguments += ["--setenv", name, str(value)]
         return [*arguments, "--remount-ro", "/", "--chdir", self.image.folder]
