@@ -107,11 +107,12 @@ def bits_of(database: Database) -> str:
 
 
 def test_the_memory_of_lists_of_bits_is_what_the_server_itself_asks_for(database: Database, bits_of: str) -> None:
-    expected = kmeans_bytes(300, 512, "bit")
-    execute(database.adbc_uri, "INSERT INTO song_embeddings SELECT 10000 + song_id, embedding FROM song_embeddings")
+    expected = kmeans_bytes(200, 512, "bit")
+    copies = "SELECT 10000 * n + song_id, embedding FROM song_embeddings, generate_series(1, 3) n"
+    execute(database.adbc_uri, f"INSERT INTO song_embeddings {copies}")
     with pytest.raises(DatabaseError) as caught, database.get_connection() as connection:
         connection.execute(sa.text(f"SET LOCAL maintenance_work_mem = '{expected * 9 // 10 // 1024}kB'"))
-        connection.execute(sa.text(f"CREATE INDEX ON song_embeddings USING ivfflat ({bits_of}) WITH (lists = 300)"))
+        connection.execute(sa.text(f"CREATE INDEX ON song_embeddings USING ivfflat ({bits_of}) WITH (lists = 200)"))
     asked = re.search(r"memory required is (\d+) MB", str(caught.value))
     assert asked is not None
     assert int(asked[1]) == expected // MEBIBYTE + 1
