@@ -45,6 +45,7 @@ GOOD = {
     "SONGVEC_MAX_MISSING_RANGE_SHARE": ("max_missing_range_share", 0.5, {"1": 1.0, "0.2": 0.2}),
     "SONGVEC_FILTER_COLUMNS": ("filter_columns", None, {"artist, year": "artist, year"}),
     "SONGVEC_VECTOR_TYPE": ("vector_type", "vector", {"vector": "vector", "halfvec": "halfvec"}),
+    "SONGVEC_INDEX_KIND": ("index_kind", "ivfflat", {"hnsw_bit": "hnsw_bit"}),
     "SONGVEC_LISTS": ("lists", None, {"1": 1, "32768": 32_768}),
     "SONGVEC_INDEX_MEMORY_MB": ("index_memory_mb", None, {"64": 64}),
     "FIREWORKS_API_KEY": ("fireworks_api_key", None, {" fw_1 ": "fw_1"}),
@@ -106,6 +107,7 @@ BAD = (
         for variable in ("SONGVEC_PATIENCE_S", "SONGVEC_MAX_USD", "SONGVEC_USD_PER_MILLION_TOKENS")
         for value in NOT_A_NUMBER
     ]
+    + [("SONGVEC_INDEX_KIND", value) for value in ("hnsw", "IVFFlat")]
     + [("SONGVEC_VECTOR_TYPE", value) for value in ("bit", "Vector", "vector(3)")]
     + [
         (variable, value)

@@ -14,11 +14,11 @@ import pytest
 
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.embedded import (
-    DEFAULT_FOLDER,
     add_generated_songs,
     create_songs_table,
     start_embedded_server,
 )
+from songvec_assets.postgres.server import DEFAULT_FOLDER
 from songvec_assets.samples import read_sample_songs
 from songvec_assets.serve.guard import Limits
 from songvec_assets.settings import DEMO_MODEL, Settings

@@ -175,10 +175,11 @@ class Container:
         names = {name: self.project / name for name in ("hosts", "passwd")}
         secrets = {f"/run/secrets/{name}": self.project / "secrets" / name for name in self.service.get("secrets", ())}
         mounts = system | {f"/etc/{name}": path for name, path in names.items()} | self.image.files | secrets
-        for target, source in mounts.items():
-            arguments += ["--ro-bind", str(source), target]
+        # first, since this project may be below one of them
         for target in self.service.get("tmpfs", ()):
             arguments += ["--tmpfs", target]
+        for target, source in mounts.items():
+            arguments += ["--ro-bind", str(source), target]
         for volume in self.service.get("volumes", ()):
             name, target = volume.split(":")
             (self.project / "volumes" / name).mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from songvec_assets_tests.servers import Server, running_server
 
 PAGE = ROOT / "docs" / "deployment.md"
 N_SONGS = 60
-WEBSERVER = "http://127.0.0.1:3000"
+WEBSERVER, SERVE = "http://127.0.0.1:3000", "http://127.0.0.1:8765"
 LAUNCH = """
     mutation ($selector: JobOrPipelineSelector!) {
         launchRun(executionParams: {selector: $selector, runConfigData: {}}) {
@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
             run = launch()
             wait_until(lambda: status_of(run, containers) == "SUCCESS", seconds=240)
             assert sum(provider.texts().values()) == N_SONGS + 1, "the songs, and the probe"
-            check_status_and_search(containers)
+            check_status_and_search(containers, (folder / "secrets" / "serve_token").read_text().strip())
             add_songs(server, range(N_SONGS + 1, N_SONGS + 11))
             provider.control(hold_after=1)
             run = launch()
@@ -117,12 +117,16 @@ def status_of(run: str, containers: dict[str, Container]) -> str:
     return status
 
 
-def check_status_and_search(containers: dict[str, Container]) -> None:
-    """Commands in the container of the code location find what the run made."""
-    for command in (["status"], ["search", "line 7"]):
-        answer = containers["code"].run("songvec", *command)
-        assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert "Song " in answer.stdout
+def check_status_and_search(containers: dict[str, Container], token: str) -> None:
+    """What the run made is found in the container of the code location, and over HTTP with the token."""
+    answer = containers["code"].run("songvec", "status")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    search = {"url": f"{SERVE}/search", "params": {"q": "line 7"}, "timeout": 60}
+    assert httpx2.get(**search).status_code == 401
+    found = httpx2.get(**search, headers={"Authorization": f"Bearer {token}"})
+    assert found.status_code == 200, found.text
+    assert len(found.json()["hits"]) == 10, found.text
+    assert httpx2.get(f"{SERVE}/healthz").status_code == 200
 
 
 def stop(containers: dict[str, Container]) -> None:

@@ -547,7 +547,7 @@ class TestLock:
         load_table(database, cache, songs_folder)
         load_table(database, cache, songs_folder, HALF, swap=True)
         pipeline = make_pipeline(database, provider, tmp_path / "store")
-        monkeypatch.setattr(base, "make_pipeline", lambda: pipeline)
+        monkeypatch.setattr(base, "make_pipeline", lambda **_: pipeline)
         ended = once(lambda: self.end_holder(database))
         pipeline.stop = CallingStop(ended)
         with pytest.raises(DatabaseError):
