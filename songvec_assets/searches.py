@@ -77,7 +77,7 @@ class Searches(Wiring):
         if not asked.needs_vector:
             return self.find(asked)
         serving = self.serving
-        return self.find(asked, self._embed(asked.words or "", serving, on_trouble), serving)
+        return self.find(asked, self._embed([asked.words or ""], serving, on_trouble)[0], serving)
 
     def ask(self, query: str | int | NDArray[np.float32], mode: Mode, **options: Any) -> Query:
         """A checked query; see `search`. If it `needs_vector`, `find` takes that and the `serving` it is by."""
