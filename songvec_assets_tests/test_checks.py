@@ -12,7 +12,7 @@ from songvec_assets.errors import BudgetExceededError, SourceError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.embedded import create_songs_table
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import write_value
+from songvec_assets.postgres.schema import read_value, write_value
 from songvec_assets.settings import DEMO_MODEL, Settings
 from songvec_assets.spending import SPENDING
 from songvec_assets.vectors.index.sizing import Capacity
@@ -127,6 +127,19 @@ def test_rows_changed_beyond_a_fifth_make_the_index_stale(begin: Callable[..., P
         write_value(connection, "rows_changed_since_index", 9)
     finding = ask(begin(), "index_is_fresh")
     assert (finding.passed, "9 rows changed" in finding.message) == (False, True)
+
+
+def test_an_index_of_another_kind_or_about_a_mean_that_moved_is_stale(begin: Callable[..., Pipeline]) -> None:
+    assert "asks for ivfflat_bit, it is ivfflat" in ask(begin(index_kind="ivfflat_bit"), "index_is_fresh").message
+    begin(index_kind="ivfflat_bit").build_index()
+    finding = ask(begin(index_kind="ivfflat_bit"), "index_is_fresh")
+    assert (finding.passed, finding.figures["drift of the mean (%)"]) == (True, 0)
+    with begin().database.get_connection() as connection:
+        recorded = read_value(connection, "recall")
+        write_value(connection, "recall", recorded | {"drift": 0.11})
+    finding = ask(begin(index_kind="ivfflat_bit"), "index_is_fresh")
+    assert not finding.passed
+    assert "the mean of the vectors has moved by 11% of their spread" in finding.message
 
 
 def test_a_check_that_cannot_run_does_not_pass_and_stops_no_other(

@@ -11,7 +11,6 @@ from hashlib import blake2b
 import sqlalchemy as sa
 from sqlalchemy import text
 
-from songvec_assets.postgres.schema import lock_key
 from songvec_assets.vectors.catalog import find_index
 from songvec_assets.vectors.table import VectorTable
 
@@ -57,7 +56,6 @@ def name_function(mean: str) -> str:
 def create_function(connection: sa.Connection, mean: str) -> str:
     """Make the function of a mean, unless there is one; returns its name."""
     name = name_function(mean)
-    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key("bits")})
     if connection.scalar(text("SELECT to_regproc('songvec.' || :name) IS NULL"), {"name": name}):
         # a body in quotes would be read with the search_path of an index build, which lacks the extension
         connection.exec_driver_sql(f"""

@@ -129,7 +129,8 @@ def _try_out(database: Database, spec: TableSpec, schema: str, kind: IndexKind) 
             )
             function = ""
             if kind.is_bits:
-                function = bits.create_function(connection, str([uuid4().int % 97] * spec.dimensions))
+                mean = str([uuid4().int % 10**6] * spec.dimensions)
+                function = bits.create_function(connection, mean)
             definition = kind.define(spec.vector_type, spec.dimensions, 1, function)
             connection.execute(text(f"CREATE INDEX ON {scratch} {definition}"))
             connection.rollback()
