@@ -39,7 +39,7 @@ from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import hash_text
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.index.build import create_index, swap_names
 from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport, measure_recall
@@ -51,6 +51,7 @@ from songvec_assets.vectors.index.sizing import (
     kmeans_bytes,
     read_capacity,
 )
+from songvec_assets.vectors.kinds import IVFFLAT
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable
@@ -207,7 +208,8 @@ class _Run:
         capacity, result = read_capacity(self.database), self.result
         estimate = estimate_build(result.n_rows, result.lists, spec.dimensions, spec.vector_type, capacity.workers)
         with self._timed(name, table):
-            create_index(VectorTable(self.database, table), spec, estimate, capacity.workers)
+            definition = IVFFLAT.define(spec.vector_type, spec.dimensions, result.lists)
+            create_index(VectorTable(self.database, table), definition, estimate, capacity.workers)
         swap_names(VectorTable(self.database, table), lambda _: None)
 
     def search(self, name: str, table: str) -> None:
@@ -352,7 +354,7 @@ def main() -> None:
         ensure_schema(database)
         results = []
         for place, n_rows in enumerate(asked.rows):
-            cache = ModelCache(Storage(folder / f"cache_{place}"), "made-up", DIMENSIONS)
+            cache = ModelCache(LocalStorage(folder / f"cache_{place}"), "made-up", DIMENSIONS)
             results.append(measure(database, cache, n_rows, asked.rounds, writers_go_on=place == 0))
             shutil.rmtree(cache.storage.root)
     print(render(results))

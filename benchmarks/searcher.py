@@ -23,7 +23,6 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.index.probes import set_probes
 from songvec_assets.vectors.table import TableSpec, VectorTable, define_table
 
 SLOWER_AT_MOST = 3.0
@@ -124,7 +123,8 @@ def _search(database: Database, song_id: int, vector: NDArray[np.float32]) -> st
     nearest = sa.select(columns.song_id, (1 - distance).label("similarity")).order_by(distance).limit(10)
     with database.get_connection("web") as connection:
         table.read_spec(connection)
-        set_probes(connection, table.read_probes(connection))
+        probes = {"probes": str(table.read_probes(connection) or 1)}
+        connection.execute(sa.text("SELECT set_config('ivfflat.probes', :probes, true)"), probes)
         found = connection.execute(nearest).all()
         table.read_spec(connection)
     return "" if song_id in {row.song_id for row in found} else MISSING

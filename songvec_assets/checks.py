@@ -11,8 +11,13 @@ from functools import cached_property
 from typing import Any
 
 from songvec_assets.errors import SongvecError, TableMismatchError, describe
+from songvec_assets.search.evaluate import evaluate, find_songs
+from songvec_assets.search.labels import label_samples
+from songvec_assets.search.queries import embed_queries
+from songvec_assets.settings import DEMO_MODEL
 from songvec_assets.vectors.index.audit import audit_index, audit_recall, audit_vectors
-from songvec_assets.vectors.index.upkeep import plan_build
+from songvec_assets.vectors.index.build_plan import plan_build, reason_of_drift
+from songvec_assets.vectors.index.recall import read_recall
 from songvec_assets.wiring import Wiring
 
 MAX_REJECTED_SHARE = 0.01
@@ -21,6 +26,8 @@ _BILLED_OFF_BY = 0.25
 _FEW_TOKENS = 10_000
 _SANE_USD_PER_MILLION = (0.001, 10.0)
 _SANE_BYTES_PER_TOKEN = (1.0, 12.0)
+_EVERY_SAMPLE_QUERY, _SAMPLE_NDCG = 8, 0.65
+"""A run with nothing to do checks, too: hybrid searches for an eighth of the queries take about half a second."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,8 @@ def one_model(evidence: Evidence) -> Finding:
         [*models] == [expected],
     )
     if not passed:
-        message += ": set SONGVEC_EMBEDDING_MODEL and SONGVEC_EMBEDDING_DIMENSIONS to what is loaded, or `songvec swap`"
+        names = "SONGVEC_EMBEDDING_MODEL or SONGVEC_MODEL_ID, and SONGVEC_EMBEDDING_DIMENSIONS"
+        message += f": set {names} to what is loaded; or `songvec swap`"
     return Finding(passed, message, models)
 
 
@@ -192,15 +200,21 @@ def index_is_used(evidence: Evidence) -> Finding:
 
 
 def index_is_fresh(evidence: Evidence) -> Finding:
-    """Do the lists still fit the rows, of which at most a fifth changed since the index was built?"""
+    """Does the index still fit the rows, of which at most a fifth changed since it was built?"""
     table, wiring = evidence.wiring.table, evidence.wiring
     index, n_rows = table.index, table.count_rows()
     if index is None:
         return Finding(False, "there is no valid index: run `songvec index`")
     reason = plan_build(table, wiring.table_spec, wiring.index_settings, n_rows, index.n_changed).reason
+    with table.database.get_connection() as connection:
+        recall = read_recall(connection, table)
+    reason = reason or reason_of_drift(recall)
     message = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
     message = f"{reason}: run `songvec index`" if reason else message
-    return Finding(reason is None, message, {"rows changed": index.n_changed, "lists": index.lists})
+    figures: dict[str, Any] = {"rows changed": index.n_changed, "kind": index.kind, "lists": index.lists}
+    if recall is not None and recall.drift is not None:
+        figures["drift of the mean (%)"] = round(100 * recall.drift, 2)
+    return Finding(reason is None, message, figures)
 
 
 def recall_reaches_target(evidence: Evidence) -> Finding:
@@ -222,8 +236,30 @@ def recall_reaches_target(evidence: Evidence) -> Finding:
             "recall, high": round(point.high, 4),
             "queries": point.n_queries,
             "probes": point.probes,
+            "candidates": found.candidates or 0,
             "median ms": round(point.ms_median, 3),
         },
+    )
+
+
+def samples_are_found(evidence: Evidence) -> Finding:
+    """Do searches of the sample catalogue find the songs that labelled queries ask for?"""
+    wiring = evidence.wiring
+    is_demo = wiring.database.embedded and wiring.settings.model == DEMO_MODEL
+    queries = label_samples(wiring.database, wiring.source) if is_demo else None
+    if not queries:
+        return Finding(
+            True, "the songs are not those of the demo; `songvec evaluate` measures searches with your queries"
+        )
+    asked = queries[::_EVERY_SAMPLE_QUERY]
+    vectors = embed_queries(wiring.embedder(), [query.words for query in asked], wiring.prompts.query)
+    found, _ = find_songs(wiring.source, asked, vectors, wiring.settings.model, ["hybrid"])
+    ndcg = evaluate(asked, found).scores[0].ndcg.mean
+    return Finding(
+        ndcg >= _SAMPLE_NDCG,
+        f"nDCG@10 of {len(asked)} labelled queries is {ndcg:.3f}, expected {_SAMPLE_NDCG} or more"
+        f"{'' if ndcg >= _SAMPLE_NDCG else ': `songvec evaluate` shows where searches became worse'}",
+        {"labelled queries": len(asked), "nDCG@10": round(ndcg, 4)},
     )
 
 
@@ -257,4 +293,9 @@ TABLE_CHECKS = (
     Check(billed_as_estimated),
     Check(price_is_sane),
 )
-INDEX_CHECKS = (Check(index_is_used, is_error=True), Check(index_is_fresh), Check(recall_reaches_target, is_error=True))
+INDEX_CHECKS = (
+    Check(index_is_used, is_error=True),
+    Check(index_is_fresh),
+    Check(recall_reaches_target, is_error=True),
+    Check(samples_are_found),
+)

@@ -109,8 +109,8 @@ class Status:
         index, n_unexported = "none yet", self.total["n_unexported"]
         if self.index is not None:
             index = (
-                f"{self.index.lists:,} lists over {self.index.n_rows:,} rows, {self.index.n_bytes / 1e6:,.1f} MB, "
-                f"{self.index.probes} probes, {self.recall or 'recall not measured'}; "
+                f"{self.index.describe()}, {self.index.n_bytes / 1e6:,.1f} MB, "
+                f"{self.index.describe_search()}, {self.recall or 'recall not measured'}; "
                 f"{self.index.n_changed:,} rows changed since"
             )
         lines = [f"Table {name}: {held}" for name, held in self.tables.items()]
@@ -161,10 +161,7 @@ class RunPlan:
             load = f"{self.load.n_changed:,} of {self.load.n_rows:,} rows cached so far are to be written"
             load += "".join(f"; not range {each.key}, which cannot be read: {why}" for each, why in damaged)
         if self.index is not None:
-            index = (
-                f"{self.index.lists:,} lists over {self.index.n_rows:,} rows; {self.index.n_changed:,} rows changed "
-                "since"
-            )
+            index = f"{self.index.describe()}; {self.index.n_changed:,} rows changed since"
         return [
             f"export: {self.n_songs:,} songs in Postgres; the snapshots hold {each.n_songs:,} songs of these ranges. "
             "Songs that changed since the last export are not in this plan: `songvec estimate` exports first",

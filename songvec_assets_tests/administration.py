@@ -94,6 +94,7 @@ _CATALOGUE = """
         UNION ALL SELECT concat_ws(' ', 'schema', oid, nspname, nspowner, nspacl) FROM pg_namespace
         UNION ALL SELECT concat_ws(' ', 'extension', oid, extname, extversion) FROM pg_extension
         UNION ALL SELECT concat_ws(' ', 'index', indexrelid, indisvalid) FROM pg_index
+        UNION ALL SELECT 'function ' || proname FROM pg_proc WHERE pronamespace = to_regnamespace('songvec')
         UNION ALL SELECT concat_ws(' ', 'constraint', oid, conname) FROM pg_constraint
         UNION ALL SELECT concat_ws(' ', 'database', oid, datacl) FROM pg_database WHERE datname = current_database()
     ) AS objects

@@ -94,7 +94,7 @@ def test_a_status_in_words_names_what_is_wrong() -> None:
         ({}, "load: nothing is cached yet"),
         ({"load": SimpleNamespace(n_changed=1200, n_rows=5000, damaged={})}, "load: 1,200 of 5,000 rows cached so far"),
         ({}, "index: there is none yet"),
-        ({"index": INDEX}, "index: 6 lists over 47 rows"),
+        ({"index": INDEX}, "index: ivfflat, 6 lists over 47 rows"),
         ({"boilerplate": ["lyrics: 3 have stamps"]}, "lyrics: 3 have stamps"),
     ],
 )

@@ -166,6 +166,8 @@ def run_and_print(
         for each in result.of(Answer)
         if not each.finding.passed
     ]
+    compared = [load.comparison.quality for load in result.of(LoadReport) if load.comparison]
+    warnings += [quality.warning for quality in compared if quality]
     for warning in filter(None, [*warnings, read_pgvector_caution(pipeline.database)]):
         say(warning, style="yellow")
     if result.incomplete:

@@ -22,6 +22,7 @@ from dagster._core.storage.event_log import SqliteEventLogStorage
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
 from songvec_assets.errors import SettingsError
+from songvec_assets.settings_group import is_set
 
 WORKSPACE = Path(__file__).parents[1] / "workspace.yaml"
 """What `songvec dev` serves; the one in a clone's root is a copy, for Dagster's commands."""
@@ -40,7 +41,7 @@ def choose_home() -> Path:
     """
     if given := os.environ.get("DAGSTER_HOME"):
         return Path(given)
-    if not os.environ.get("POSTGRES_URL", "").strip():
+    if not is_set("POSTGRES_URL"):
         home = EMBEDDED_HOME
     elif Path("dagster.yaml").exists():
         return Path.cwd()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SERVING, STAGING, PREVIOUS = "song_embeddings", "song_embeddings_new", "song_embeddings_old"
 
-_METADATA = ("table", "rows_changed_since_index", "index", "building", "probes", "recall")
+_METADATA = ("table", "rows_changed_since_index", "index", "building", "probes", "candidates", "recall")
 _CHANGES = "rows_changed_since_index"
 
 _Value = TypeVar("_Value")
@@ -208,6 +208,10 @@ class Records:
     def read_probes(self, connection: sa.Connection) -> int | None:
         """The lists that searches visit, as recorded with the index; None before there is one."""
         return self.read(connection, "probes", int)
+
+    def read_candidates(self, connection: sa.Connection) -> int | None:
+        """The rows that searches by bits put into exact order; None: the index is none by bits."""
+        return self.read(connection, "candidates", int)
 
     def rename_records(self, connection: sa.Connection, name: str) -> None:
         """Rename all that is recorded, with the table."""

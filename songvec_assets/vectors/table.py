@@ -20,7 +20,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.vectors.catalog import BuiltIndex, IndexInfo, choose_probes, find_index
+from songvec_assets.vectors.catalog import BuiltIndex, IndexInfo, find_index
 from songvec_assets.vectors.ledger import PREVIOUS, SERVING, STAGING, Records
 
 _ID_SUMS = IdSums.columns("song_id")
@@ -31,7 +31,7 @@ class TableSpec:
     """What a table holds.
 
     Attributes:
-        model: the embedding model's name.
+        model: the model id.
         dimensions: values per vector.
         vector_type: `vector` or `halfvec`.
         query_prompt, document_prompt: see `Prompts`; None: not recorded. They do not count when specs are compared.
@@ -111,8 +111,8 @@ class VectorTable(Records):
             if found is None:
                 return None
             n_rows = (self.read(connection, "index", BuiltIndex) or BuiltIndex()).n_rows
-            probes = self.read_probes(connection) or choose_probes(found.lists, n_rows)
-            return IndexInfo(n_rows, found.lists, probes, found.n_bytes, self.read_changes(connection), found.file)
+            recorded = self.read_changes(connection), self.read_probes(connection), self.read_candidates(connection)
+            return IndexInfo.of(found, n_rows, *recorded)
 
     def read_spec(self, connection: sa.Connection) -> TableSpec | None:
         """See `spec`; within the connection's transaction."""
@@ -129,9 +129,9 @@ class VectorTable(Records):
 
     # the index, as the catalog has it
 
-    def read_lists(self, connection: sa.Connection, index: str | None = None) -> int | None:
-        """The lists of its index, or of the index named; None if that is missing, invalid or not IVFFlat."""
-        found = find_index(connection, self.name, index or self.index_name)
+    def read_lists(self, connection: sa.Connection) -> int | None:
+        """The lists of its index, 0 if its kind has none; None: the index is missing, invalid or of no kind."""
+        found = find_index(connection, self.name, self.index_name)
         return found.lists if found else None
 
     # rows
@@ -250,8 +250,8 @@ class VectorTable(Records):
             held = min(others)
             raise TableMismatchError(
                 f"table {self.name} holds vectors of {held!r}, the configured model is {spec.model!r}: one table holds "
-                f"one model. Set SONGVEC_EMBEDDING_MODEL={held}, or let `songvec swap` build a staging table and "
-                "replace it"
+                f"one model. Set SONGVEC_EMBEDDING_MODEL={held}; or, if the provider calls the same model otherwise, "
+                f"SONGVEC_MODEL_ID={held}; or let `songvec swap` build a staging table and replace it"
             )
         return True
 

@@ -35,6 +35,9 @@ def test_the_embedded_database_and_one_given_by_url_have_instances_of_their_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert choose_home() == folder / ".songvec" / "dagster"
+    monkeypatch.setenv("POSTGRES_URL_FILE", "/run/secrets/postgres_url")
+    assert choose_home() == folder / ".dagster"
+    monkeypatch.delenv("POSTGRES_URL_FILE")
     monkeypatch.setenv("POSTGRES_URL", POSTGRES_URL)
     assert choose_home() == folder / ".dagster"
     assert "enabled: false" in (folder / ".dagster" / "dagster.yaml").read_text()

@@ -14,7 +14,8 @@ from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_ca
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.songs.text import hash_text
-from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, bring_index_up_to_date
+from songvec_assets.vectors.index.build_plan import IndexSettings
+from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
 from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable
 from songvec_assets_tests.administration import execute, wait_until
 from songvec_assets_tests.vectors.conftest import SPEC, TILING
@@ -160,13 +161,13 @@ class Builder(threading.Thread):
 _PROCESS = """
 import sys
 from pathlib import Path
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.index.upkeep import bring_index_up_to_date
 from songvec_assets.vectors.table import TableSpec, VectorTable
 url, folder = sys.argv[1:]
-cache = ModelCache(Storage(Path(folder)), "model-a", 8)
+cache = ModelCache(LocalStorage(Path(folder)), "model-a", 8)
 bring_index_up_to_date(VectorTable(Database(url)), cache, TableSpec("model-a", 8))
 """
 

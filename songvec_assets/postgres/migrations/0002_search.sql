@@ -5,9 +5,25 @@
 SELECT set_config('search_path', concat_ws(', ', nullif(current_setting('search_path'), ''), quote_ident(nspname)), true)
 FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace WHERE extname = 'vector';
 
--- What a search by words reads of a song. Indexes of the songs table are made of it: it must never change.
-CREATE OR REPLACE FUNCTION songvec.title(name text, artist text) RETURNS text
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT coalesce(name, '') || ' ' || coalesce(artist, '') $$;
+-- A text without accents, as few type them: letters are decomposed, and their marks dropped. Postgres can do so in UTF-8
+-- only; elsewhere accents count. Indexes are made of this function and of the next one: both must never change.
+DO $do$ BEGIN
+    IF getdatabaseencoding() = 'UTF8' THEN
+        CREATE OR REPLACE FUNCTION songvec.plain(words text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+            SELECT CASE WHEN octet_length(words) = length(words) THEN words
+                ELSE normalize(regexp_replace(normalize(words, NFD), '[\u0300-\u036f]', '', 'g')) END
+        $$;
+    ELSE
+        CREATE OR REPLACE FUNCTION songvec.plain(words text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+            SELECT words
+        $$;
+    END IF;
+END $do$;
+
+-- What a search by words reads of a song.
+CREATE OR REPLACE FUNCTION songvec.title(name text, artist text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT songvec.plain(coalesce(name, '') || ' ' || coalesce(artist, ''))
+$$;
 
 -- SQLSTATE SONGV: the search was refused; the detail is the error's code in docs/operations.md.
 CREATE OR REPLACE FUNCTION songvec.refuse(code text, message text) RETURNS void
@@ -72,6 +88,10 @@ DECLARE
     artist CONSTANT text := CASE WHEN source ->> 'artist' IS NULL THEN 'NULL'
         ELSE format('s.%I::text', source ->> 'artist') END;
     title CONSTANT text := format('songvec.title(%s, %s)', name, artist);
+    -- One word is compared with whole words: else "tea" would be spelled like "Teapot". Several are compared with any part
+    -- of a title: one of them can be half of it.
+    is_word CONSTANT boolean := trim(words) !~ '\s';
+    similarity CONSTANT text := CASE WHEN is_word THEN 'strict_word_similarity' ELSE 'word_similarity' END;
     is_small boolean; has_words boolean; has_spelling boolean; trgm text; matching integer[];
 BEGIN
     SELECT c.reltuples < 50000 OR c.relkind = 'v', coalesce(bool_or(o.opcname = 'tsvector_ops'), false),
@@ -93,15 +113,50 @@ BEGIN
     EXECUTE format(
         'SELECT array_agg(id ORDER BY place) FROM (
             SELECT s.%1$I::integer AS id, row_number() OVER (
-                ORDER BY lower(%2$s) = lower($1) DESC NULLS LAST, %3$s strpos(lower(%4$s), lower($1)) = 0, length(%4$s), s.%1$I
+                ORDER BY lower(%2$s) = lower($1) DESC NULLS LAST, %3$s strpos(lower(%4$s), lower($3)) = 0, length(%4$s), s.%1$I
             ) AS place
-            FROM %5$s s WHERE (to_tsvector(''simple'', %4$s) @@ plainto_tsquery(''simple'', $1) %6$s) AND %7$s
+            FROM %5$s s WHERE (to_tsvector(''simple'', %4$s) @@ plainto_tsquery(''simple'', $3) %6$s) AND %7$s
             ORDER BY place LIMIT $2
         ) AS found', source ->> 'song_id', name,
-        CASE WHEN trgm IS NULL THEN '' ELSE format('%I.word_similarity($1, %s) DESC,', trgm, title) END, title, songs,
-        CASE WHEN trgm IS NULL THEN '' ELSE format('OR %s OPERATOR(%I.%%>) $1', title, trgm) END,
-        songvec.condition(filter, source)) INTO matching USING trim(words), n;
+        CASE WHEN trgm IS NULL THEN '' ELSE format('%I.%s($3, %s) DESC,', trgm, similarity, title) END, title, songs,
+        CASE WHEN trgm IS NULL THEN '' ELSE
+            format('OR %s OPERATOR(%I.%s) $3', title, trgm, CASE WHEN is_word THEN '%>>' ELSE '%>' END) END,
+        songvec.condition(filter, source)) INTO matching USING trim(words), n, songvec.plain(trim(words));
     RETURN matching;
+END $$;
+
+-- How a table's rows nearest to a vector are found: the method of its index, NULL if it has none that is valid; whether
+-- that index finds candidates by bits; and SQL for their song_ids and exact distances, nearest first.
+--   $1  the vector; $2 how many; $3 how many candidates, which are $2 unless they are found by bits
+-- The index says itself of what it was made, and the query is made alike. Each index of bits has a function of its own,
+-- so an index and a query of different means never meet. STABLE: as its caller's statement sees the catalog.
+CREATE OR REPLACE FUNCTION songvec.nearest_sql(
+    serving regclass, index text, filter jsonb DEFAULT '[]', source jsonb DEFAULT NULL,
+    OUT method text, OUT is_bits boolean, OUT statement text
+) LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE home text; kind text; made_of text; condition text := 'true';
+BEGIN
+    SELECT n.nspname INTO home FROM pg_extension x JOIN pg_namespace n ON n.oid = x.extnamespace WHERE x.extname = 'vector';
+    SELECT format_type(c.atttypid, c.atttypmod) INTO kind FROM pg_attribute c
+    WHERE c.attrelid = serving AND c.attname = 'embedding';
+    SELECT a.amname, k.atttypid = 'bit'::regtype, pg_get_indexdef(i.indexrelid, 1, false) INTO method, is_bits, made_of
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam
+    JOIN pg_attribute k ON k.attrelid = c.oid AND k.attnum = 1
+    WHERE i.indrelid = serving AND c.relname = index AND i.indisvalid AND a.amname IN ('ivfflat', 'hnsw');
+    IF made_of IS NULL THEN  -- there is none, or it was dropped since: all rows are compared
+        method := NULL; is_bits := false; made_of := 'embedding';
+    END IF;
+    IF source IS NOT NULL THEN
+        condition := format('EXISTS (SELECT FROM %s s WHERE s.%I = e.song_id AND %s)', (source ->> 'songs')::regclass,
+            source ->> 'song_id', songvec.condition(filter, source));
+    END IF;
+    -- + 0: in relaxed order the planner takes rows for sorted that are not
+    statement := format(
+        'SELECT song_id, distance FROM (
+            SELECT e.song_id, e.embedding OPERATOR(%1$I.<=>) $1::%2$s AS distance FROM %3$s e WHERE %4$s
+            ORDER BY %5$s OPERATOR(%1$I.%6$s) %7$s LIMIT $3
+        ) AS candidates ORDER BY distance + 0, song_id LIMIT $2', home, kind, serving, condition, made_of,
+        CASE WHEN is_bits THEN '<~>' ELSE '<=>' END, regexp_replace(made_of, '\membedding\M', '($1::' || kind || ')'));
 END $$;
 
 -- The songs nearest to a vector, those whose name and artist match words, or, given both, the two lists fused.
@@ -117,9 +172,10 @@ CREATE OR REPLACE FUNCTION songvec.search(
 ) RETURNS TABLE (song_id integer, similarity double precision, vector_rank bigint, text_rank bigint)
 LANGUAGE plpgsql VOLATILE ROWS 10 SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
-    knobs CONSTANT text[] := '{ivfflat.probes,ivfflat.iterative_scan,ivfflat.max_probes}';
-    serving text; facts jsonb; kind text[]; distance text; statement text; saved text[];
-    n_wanted integer := k; nearest integer[]; matching integer[];
+    knobs CONSTANT text[] := '{ivfflat.probes,ivfflat.iterative_scan,ivfflat.max_probes,hnsw.ef_search,hnsw.iterative_scan}';
+    serving text; facts jsonb; kind text[]; distance text; found record; saved text[];
+    gather CONSTANT text := 'SELECT array_agg(song_id ORDER BY distance, song_id) FROM (%s) AS found';
+    n_wanted integer := k; n_candidates integer; nearest integer[]; matching integer[];
 BEGIN
     IF k IS NULL OR k NOT BETWEEN 1 AND 1000 THEN
         PERFORM songvec.refuse('search.invalid', format('expected a limit from 1 to 1000, got %s', k));
@@ -130,13 +186,13 @@ BEGIN
     END IF;
     source := coalesce(source, (SELECT s.value FROM songvec.settings s WHERE s.key = 'search'));
     serving := songvec.lock_table(source);
-    SELECT jsonb_object_agg(s.key, s.value) INTO facts FROM songvec.settings s WHERE s.key IN ('table', 'probes');
-    kind := regexp_match(facts #>> '{table,column_type}', '^(vector|halfvec)\((\d+)\)$');
+    SELECT s.value INTO facts FROM songvec.settings s WHERE s.key = 'table';
+    kind := regexp_match(facts ->> 'column_type', '^(vector|halfvec)\((\d+)\)$');
     IF kind IS NULL THEN
         PERFORM songvec.refuse('table.not-loaded', 'nothing is loaded yet, so nothing can be found: `songvec run` first');
-    ELSIF model <> facts #>> '{table,model}' THEN
+    ELSIF model <> facts ->> 'model' THEN
         PERFORM songvec.refuse('table.mismatch', format('the table holds vectors by %L, the query''s is by %L: embed it by '
-            'the table''s model, or let `songvec swap` build the other one''s table', facts #>> '{table,model}', model));
+            'the table''s model, or let `songvec swap` build the other one''s table', facts ->> 'model', model));
     ELSIF cardinality(query::real[]) <> kind[2]::integer THEN
         PERFORM songvec.refuse('table.mismatch', format('the table holds vectors of %s values, the query''s has %s',
             kind[2], cardinality(query::real[])));
@@ -153,21 +209,26 @@ BEGIN
         -- saved and restored by hand: CREATE FUNCTION ... SET ivfflat.probes fails for those who do not own the extension
         SELECT array_agg(current_setting(x.knob, true) ORDER BY x.place) INTO saved
         FROM unnest(knobs) WITH ORDINALITY AS x (knob, place);
-        PERFORM set_config('ivfflat.probes', facts ->> 'probes', true) WHERE facts ? 'probes';
+        -- one statement: the index and what is recorded of it change together
+        SELECT plan.*, (SELECT s.value #>> '{}' FROM songvec.settings s WHERE s.key = 'probes') AS probes,
+            (SELECT s.value #>> '{}' FROM songvec.settings s WHERE s.key = 'candidates')::integer AS candidates
+        INTO found FROM songvec.nearest_sql(serving::regclass, 'embeddings_ivfflat_idx', filter, source) AS plan;
+        -- those recorded were measured for ten rows; the more are wanted, the smaller is the share that bits put too far
+        n_candidates := greatest(n_wanted, CASE WHEN found.is_bits
+            THEN ceil(coalesce(found.candidates, 400) * (greatest(n_wanted, 10) / 10.0) ^ 0.75) END);
+        PERFORM set_config('ivfflat.probes', found.probes, true) WHERE found.method = 'ivfflat' AND found.probes IS NOT NULL;
+        PERFORM set_config('hnsw.ef_search', least(n_candidates, 1000)::text, true) WHERE found.method = 'hnsw';
         -- a scan that found too few rows goes on to further lists, up to all of them; before pgvector 0.8 it cannot
-        PERFORM set_config('ivfflat.iterative_scan', 'relaxed_order', true), set_config('ivfflat.max_probes', '32768', true)
+        PERFORM set_config('ivfflat.iterative_scan', 'relaxed_order', true), set_config('ivfflat.max_probes', '32768', true),
+            set_config('hnsw.iterative_scan', 'relaxed_order', true)
         WHERE saved[2] IS NOT NULL;
-        -- + 0: in relaxed order the planner takes rows for sorted that are not
-        statement := format(
-            'SELECT array_agg(song_id ORDER BY distance + 0, song_id) FROM (
-                SELECT e.song_id, %s AS distance FROM %s e
-                WHERE EXISTS (SELECT FROM %s s WHERE s.%I = e.song_id AND %s) ORDER BY distance LIMIT $2
-            ) AS found', distance, serving, (source ->> 'songs')::regclass, source ->> 'song_id',
-            songvec.condition(filter, source));
-        EXECUTE statement INTO nearest USING query, n_wanted;
-        IF saved[2] IS NULL AND coalesce(cardinality(nearest), 0) < n_wanted THEN
+        EXECUTE format(gather, found.statement) INTO nearest USING query, n_wanted, n_candidates;
+        IF coalesce(cardinality(nearest), 0) < n_wanted AND (saved[2] IS NULL OR found.method = 'hnsw') THEN
             PERFORM set_config('ivfflat.probes', '32768', true);
-            EXECUTE statement INTO nearest USING query, n_wanted;
+            IF found.method = 'hnsw' THEN  -- a scan of a graph ends early: what it did not reach is found without it
+                SELECT * INTO found FROM songvec.nearest_sql(serving::regclass, NULL, filter, source);
+            END IF;
+            EXECUTE format(gather, found.statement) INTO nearest USING query, n_wanted, n_candidates;
         END IF;
         PERFORM set_config(x.knob, saved[x.place], true) FROM unnest(knobs) WITH ORDINALITY AS x (knob, place)
         WHERE saved[x.place] IS NOT NULL;

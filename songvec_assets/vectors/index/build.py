@@ -19,8 +19,9 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.messages import lacks_shared_memory
 from songvec_assets.postgres.short_lock import is_lock_timeout, retry_for_lock, run_with_short_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
+from songvec_assets.vectors.index.bits import drop_unused
 from songvec_assets.vectors.index.sizing import BuildEstimate
-from songvec_assets.vectors.table import TableSpec, VectorTable
+from songvec_assets.vectors.table import VectorTable
 
 STEP = "build index"
 _POLL_S = 1.0
@@ -39,13 +40,13 @@ def lets_writers_in(table: VectorTable) -> bool:
 
 
 def create_index(
-    table: VectorTable, spec: TableSpec, estimate: BuildEstimate, workers: int, run: RunContext = SILENT
+    table: VectorTable, definition: str, estimate: BuildEstimate, workers: int, run: RunContext = SILENT
 ) -> str:
     """Build the index under its building name.
 
     Args:
         table: to index.
-        spec: what it holds.
+        definition: of the index, from USING on.
         estimate: of the build; says how much memory it is given.
         workers: parallel processes it may take.
         run: notified of the server's progress; a stop cancels the server's work.
@@ -64,8 +65,7 @@ def create_index(
         "max_parallel_maintenance_workers": str(workers),
     }
     statement = (
-        f"CREATE INDEX {'CONCURRENTLY ' if concurrently else ''}{table.building_index} ON {table.name} "
-        f"USING ivfflat (embedding {spec.vector_type}_cosine_ops) WITH (lists = {estimate.lists:d})"
+        f"CREATE INDEX {'CONCURRENTLY ' if concurrently else ''}{table.building_index} ON {table.name} {definition}"
     )
     _report(run, f"estimated: {estimate.describe()}")
     try:
@@ -84,7 +84,7 @@ def create_index(
             "the server's /dev/shm is too small for parallel workers, so it is built without them, which takes longer"
         )
         _report(run, note, is_trouble=True)
-        create_index(table, spec, estimate, 0, run)
+        create_index(table, definition, estimate, 0, run)
         return note
     run.report(Progress(STEP, 100, 100, unit="%"))
     return ""
@@ -180,6 +180,8 @@ def swap_names(table: VectorTable, record: Callable[[sa.Connection], None], run:
         if not is_lock_timeout(error):
             raise
         # no search uses it any more, but a transaction that did has not ended; the next run drops it
+    with table.database.get_connection() as connection:
+        drop_unused(connection)
 
 
 def drop_index(table: VectorTable, name: str, run: RunContext = SILENT, patience_s: float = _DROP_PATIENCE_S) -> None:
@@ -232,6 +234,8 @@ def remove_leftovers(table: VectorTable, run: RunContext, keep_whole: bool = Fal
     for name in names:
         _report(run, f"dropping {name}, left by an interrupted build")
         drop_index(table, name, run)
+    with table.database.get_connection() as connection:
+        drop_unused(connection)
 
 
 def _end_orphans(table: VectorTable, run: RunContext) -> None:

@@ -15,8 +15,9 @@ from songvec_assets.errors import DatabaseError, TableMismatchError
 from songvec_assets.postgres import relations
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import check_search_path
-from songvec_assets.vectors.index import sizing
-from songvec_assets.vectors.index.upkeep import IndexSettings, plan_build
+from songvec_assets.vectors.index import bits, sizing
+from songvec_assets.vectors.index.build_plan import IndexSettings, plan_build
+from songvec_assets.vectors.kinds import IndexKind
 from songvec_assets.vectors.ledger import SERVING
 from songvec_assets.vectors.table import TableSpec, VectorTable, define_table, search_schema_of_serving_table
 
@@ -66,7 +67,7 @@ def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_
     with target.database.get_connection() as connection:
         schema = _check_rights(connection, plan.reason is not None or not target.is_serving)
     if plan.reason is not None:
-        _try_out(target.database, spec, schema)
+        _try_out(target.database, spec, schema, plan.kind)
         plan.capacity.check_disk(plan.estimate, sizing.table_bytes(n_new, spec.dimensions, spec.vector_type))
 
 
@@ -108,12 +109,12 @@ def _check_rights(connection: sa.Connection, builds: bool) -> str:
     return str(schema.name)
 
 
-def _try_out(database: Database, spec: TableSpec, schema: str) -> None:
+def _try_out(database: Database, spec: TableSpec, schema: str, kind: IndexKind) -> None:
     """Create a table of one row and its index in the real one's schema, and roll both back."""
     scratch = f"songvec_preflight_{uuid4().hex[:16]}"  # two runs at once need two names
     try:
         with database.get_connection() as connection:
-            memory_kib = -(-sizing.build_bytes(1, spec.dimensions, spec.vector_type) // 1024)
+            memory_kib = -(-sizing.build_bytes(1, spec.dimensions, kind.indexed_type(spec.vector_type)) // 1024)
             connection.execute(
                 text("""
                     SELECT set_config('lock_timeout', :timeout, true), set_config('maintenance_work_mem', :memory, true)
@@ -126,10 +127,12 @@ def _try_out(database: Database, spec: TableSpec, schema: str) -> None:
                 text(f"INSERT INTO {scratch} (song_id, embedding) VALUES (1, CAST(:ones AS {spec.vector_type}))"),
                 {"ones": Vector([1.0] * spec.dimensions).to_text()},
             )
-            connection.execute(
-                text(f"CREATE INDEX ON {scratch} USING ivfflat (embedding {spec.vector_type}_cosine_ops) "
-                     "WITH (lists = 1)")
-            )  # fmt: skip
+            function = ""
+            if kind.is_bits:
+                mean = str([uuid4().int % 10**6] * spec.dimensions)
+                function = bits.create_function(connection, mean)
+            definition = kind.define(spec.vector_type, spec.dimensions, 1, function)
+            connection.execute(text(f"CREATE INDEX ON {scratch} {definition}"))
             connection.rollback()
     except DatabaseError as error:
         raise DatabaseError(

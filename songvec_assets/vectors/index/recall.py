@@ -13,15 +13,20 @@ import sqlalchemy as sa
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import StoreError
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.vectors.catalog import SMALL_TABLE_ROWS, BuiltIndex
+from songvec_assets.vectors.catalog import SMALL_TABLE_ROWS, BuiltIndex, choose_probes, describe_knobs
+from songvec_assets.vectors.index.neighbors import Prepared
 from songvec_assets.vectors.index.probes import find_smallest
-from songvec_assets.vectors.index.recall_searches import STEP, Prepared, RecallPoint, Searches
+from songvec_assets.vectors.index.recall_searches import STEP, RecallPoint, Searches
 from songvec_assets.vectors.table import VectorTable
 
 DEFAULT_TARGET = 0.95
 _ENOUGH = 0.99
 """Up to here recall is measured in any case, so that the report shows what more probes than the target's would give."""
 _UNMEASURED_SHARE = 0.01
+_FEWEST_CANDIDATES, _MOST_CANDIDATES = 25, 1600
+_WIDER = 8
+"""Candidates are chosen with so many times the lists of a first guess, so that few neighbors are in none of these."""
+_FEWEST_EF_SEARCH = 16
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class RecallReport:
         n_changed: rows changed since the index was built, when this was measured.
         seconds: that it took.
         is_cut_short: whether the time was up: then fewer probes might do, or the interval is wide.
+        candidates: that a search by bits puts into exact order; None: it is none by bits.
+        drift: of the mean that the bits are taken about, see `bits`; None: there are none.
     """
 
     n_rows: int
@@ -48,6 +55,8 @@ class RecallReport:
     n_changed: int
     seconds: float
     is_cut_short: bool
+    candidates: int | None = None
+    drift: float | None = None
 
     @classmethod
     def of(cls, searches: Searches, target: float, probes: int) -> "RecallReport":
@@ -55,7 +64,9 @@ class RecallReport:
         points = tuple(searches.judge(each) for each in sorted(searches.tried))
         exact, is_late, seconds = searches.exact, searches.is_late, searches.seconds
         n_rows = exact.n_rows - exact.n_missing
-        return cls(n_rows, exact.n_read, target, points, probes, searches.n_changed, seconds, is_late)
+        candidates = searches.candidates if searches.kind.has_lists else probes
+        measured = n_rows, exact.n_read, target, points, probes, searches.n_changed, seconds, is_late
+        return cls(*measured, candidates, searches.drift)
 
     @property
     def chosen(self) -> RecallPoint:
@@ -82,7 +93,7 @@ class RecallReport:
 
     def describe(self) -> str:
         """One line: recall, interval and number of queries, and what is in doubt."""
-        point, words = self.chosen, [f"recall {self.recall:.1%} at {self.probes:,} probes"]
+        point, words = self.chosen, [f"recall {self.recall:.1%} at {describe_knobs(self.probes, self.candidates)}"]
         if point.low == point.high:
             words[0] += " (exact: all lists are visited)"
         else:
@@ -105,9 +116,10 @@ def read_recall(connection: sa.Connection, table: VectorTable) -> RecallReport |
 
 
 def write_recall(connection: sa.Connection, table: VectorTable, report: RecallReport) -> None:
-    """Record a measurement, and let searches visit the probes that it chose."""
+    """Record a measurement, and let searches use the probes and candidates that it chose."""
     table.write(connection, "recall", asdict(report))
     table.write(connection, "probes", report.probes)
+    table.write(connection, "candidates", report.candidates)
 
 
 def measure_recall(
@@ -132,11 +144,15 @@ def measure_recall(
         StoreError: the cache does not hold what is loaded, so that exact neighbors are not known.
         DatabaseError: the planner does not use the index, even if sequential scans are off.
     """
-    searches, probes = Searches.over(table, cache, run, ahead), 1
-    lists, reaches = searches.lists, partial(searches.reaches, target=target)
+    searches = Searches.over(table, cache, run, ahead)
+    lists, reaches, probes = searches.lists, partial(searches.reaches, target=target), 1
+    if searches.candidates is not None:
+        choose_candidates(searches, target)
+    elif not searches.kind.has_lists:
+        probes = _FEWEST_EF_SEARCH
     while searches.measure(probes).recall < max(target, _ENOUGH) and probes < lists and not searches.is_late:
         probes = min(2 * probes, lists)
-    if searches.exact.n_rows <= SMALL_TABLE_ROWS:
+    if searches.exact.n_rows <= SMALL_TABLE_ROWS and searches.kind.has_lists:
         chosen = lists
     elif kept is not None and reaches(min(kept, lists)):
         chosen = min(kept, lists)
@@ -151,6 +167,22 @@ def measure_recall(
     report = RecallReport.of(searches, target, chosen)
     run.report(Progress(STEP, searches.n_done, searches.n_done, unit="searches", note=report.describe()))
     return report
+
+
+def choose_candidates(searches: Searches, target: float) -> None:
+    """Take the fewest candidates, of powers of two, that lose no more than half of what recall may lack.
+
+    The other half is left to the lists that are not visited. What no candidates would find is another matter: the most
+    are taken, and the report says that the target is not reached.
+    """
+    n_rows, wide, before = searches.exact.n_rows, searches.lists, searches.candidates or 0
+    if n_rows > SMALL_TABLE_ROWS:
+        wide = min(wide, _WIDER * choose_probes(searches.lists, n_rows))
+    searches.candidates = _FEWEST_CANDIDATES
+    while not searches.reaches(wide, (1 + target) / 2) and searches.candidates < min(n_rows, _MOST_CANDIDATES):
+        searches.candidates = max(before, searches.candidates) if searches.is_late else 2 * searches.candidates
+        if searches.is_late:
+            break
 
 
 def measure_and_record(

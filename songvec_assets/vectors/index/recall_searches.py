@@ -1,14 +1,15 @@
 """The same searches at several numbers of probes, within a time limit: how much they find and how long they take.
 
-Recall is the share of the true ten nearest rows that a search finds. Searches run on the server as those of
-`search/nearest`, but always by the index. Twenty queries decide if a number of probes is far from the target; near it
-there are more, until the interval is far from it or narrow, or the time is up. Times are milliseconds per round
-trip. When to add here: another figure of the same searches. Keep out: what follows from it (`recall`).
+Recall is the share of the true ten nearest rows that a search finds. Searches run on the server by the statement of
+`songvec.search`, but always by the index, and find songs that were deleted since, too. Twenty queries decide if a
+number of probes is far from the target; near it there are more, until the interval is far from it or narrow, or the
+time is up. Times are milliseconds per round trip. When to add here: another figure of the same searches. Keep out: what
+follows from it (`recall`).
 """
 
 import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,19 +22,20 @@ from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.vectors.catalog import BuiltIndex, uses_index
+from songvec_assets.vectors.catalog import BuiltIndex, choose_knobs, find_index, uses_index
+from songvec_assets.vectors.index.bits import read_drift
 from songvec_assets.vectors.index.interval import estimate_share
 from songvec_assets.vectors.index.neighbors import (
     NEIGHBORS,
     ExactNeighbors,
     Found,
     LoadedRows,
+    Prepared,
     find_exact_neighbors,
     sample_queries,
 )
-from songvec_assets.vectors.index.probes import set_probes
-from songvec_assets.vectors.ledger import LedgerEntry
+from songvec_assets.vectors.index.probes import NearestSearch
+from songvec_assets.vectors.kinds import IVFFLAT, KINDS, MOST_EF_SEARCH, IndexKind
 from songvec_assets.vectors.table import VectorTable
 
 STEP = "measure recall"
@@ -78,33 +80,6 @@ class RecallPoint:
         return is_above or is_below or self.high - self.low <= 2 * _NARROW
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Queries and their exact neighbors, which do not depend on the index.
-
-    Attributes:
-        ledger: of the table when they were sought: if it has changed, they are sought again.
-        exact: what was found.
-    """
-
-    ledger: dict[SongIdRange, LedgerEntry]
-    exact: ExactNeighbors
-
-
-def prepare(table: VectorTable, cache: ModelCache, run: RunContext) -> "Future[Prepared]":
-    """Begin to find the exact neighbors in another thread: for a table of seconds, while its index is built."""
-
-    def find() -> Prepared:
-        ledger, rows = table.ledger.read(), LoadedRows.of(table, cache)
-        # silent: the build's progress is shown
-        return Prepared(ledger, find_exact_neighbors(rows, sample_queries(rows), RunContext(stop=run.stop)))
-
-    thread = ThreadPoolExecutor(1, "songvec-neighbors")
-    prepared = thread.submit(find)
-    thread.shutdown(wait=False)
-    return prepared
-
-
 @dataclass
 class Searches:
     """The same searches at several numbers of probes: `Searches.over(…).measure(8)`.
@@ -112,8 +87,11 @@ class Searches:
     Attributes:
         table: with its index.
         exact: what is searched for, see `sample_queries`, and the true neighbors.
-        lists: of the index.
-        exact_from: probes that miss nothing: all lists, if vectors are not rounded to `halfvec`.
+        kind: of the index.
+        lists: of the index; of a graph, its greatest `ef_search`.
+        exact_from: probes that miss nothing: all lists, if vectors are not rounded to half floats or bits.
+        candidates: rows that are put into exact order, by bits in lists; None: as many as probes in a graph, else none.
+        drift: of the mean of an index by bits, see `bits`; None: it is none.
         n_changed: rows changed since it was built.
         limit_s: for all of it, from `began_at` on; then no further search starts, but for two at new probes.
         run: notified of each search; a stop ends them.
@@ -123,15 +101,18 @@ class Searches:
 
     table: VectorTable
     exact: ExactNeighbors
+    kind: IndexKind
     lists: int
     exact_from: float
+    candidates: int | None
+    drift: float | None
     n_changed: int
     limit_s: float
     run: RunContext
     began_at: float
     n_done: int = 0
-    _found: dict[int, list[Found]] = field(default_factory=dict)
-    _times: dict[int, list[float]] = field(default_factory=dict)
+    _found: dict[tuple[int, int], list[Found]] = field(default_factory=dict)
+    _times: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
     @classmethod
     def over(
@@ -154,8 +135,14 @@ class Searches:
         """
         began_at = time.monotonic()
         with table.database.get_connection() as connection:
-            lists, n_changed = table.read_lists(connection) or 1, table.read_changes(connection)
+            found, n_changed = find_index(connection, table.name, table.index_name), table.read_changes(connection)
             built, spec = table.read(connection, "index", BuiltIndex) or BuiltIndex(), table.read_spec(connection)
+            candidates, drift = table.read_candidates(connection), read_drift(connection, table)
+        kind, lists = (KINDS[found.kind], found.lists or MOST_EF_SEARCH) if found else (IVFFLAT, 1)
+        if kind.is_bits and kind.has_lists:
+            candidates = candidates or choose_knobs(kind, lists, built.n_rows)[1]
+        else:
+            candidates = None
         limit_s = max(_LIMIT_S, _LIMIT_OF_BUILD * built.seconds)
         prepared = ahead.result() if ahead else None
         if prepared and prepared.ledger == table.ledger.read():
@@ -170,8 +157,9 @@ class Searches:
                 "it, then run `songvec index`",
                 "cache.missing",
             )
-        exact_from = lists if spec and spec.vector_type == "vector" else math.inf
-        return cls(table, exact, lists, exact_from, n_changed, limit_s, run, began_at)
+        is_whole = spec and spec.vector_type == "vector" and kind == IVFFLAT
+        exact_from = lists if is_whole else math.inf
+        return cls(table, exact, kind, lists, exact_from, candidates, drift, n_changed, limit_s, run, began_at)
 
     @property
     def seconds(self) -> float:
@@ -185,15 +173,18 @@ class Searches:
 
     @property
     def tried(self) -> set[int]:
-        """The numbers of probes that were measured."""
-        return set(self._found)
+        """The numbers of probes that were measured with these candidates."""
+        return {probes for candidates, probes in self._found if candidates == (self.candidates or 0)}
+
+    def _key(self, probes: int) -> tuple[int, int]:
+        return self.candidates or 0, probes
 
     def reaches(self, probes: int, target: float) -> bool:
         """Whether so many probes reach the target; the number of queries doubles until that is clear.
 
         False if they were not measured before the time was up.
         """
-        if self.is_late and probes not in self._found:
+        if self.is_late and self._key(probes) not in self._found:
             return False
         point = self.measure(probes)
         while not point.is_clear(target) and point.n_queries < len(self.exact.queries) and not self.is_late:
@@ -206,51 +197,58 @@ class Searches:
         Raises:
             DatabaseError: the planner does not use the index, even if sequential scans are off.
         """
-        n_queries, found = min(n_queries, len(self.exact.queries)), self._found.setdefault(probes, [])
-        if self.exact.share < 1 and n_queries > _FIRST_QUERIES and probes < max(self._found):
+        n_queries, key = min(n_queries, len(self.exact.queries)), self._key(probes)
+        found = self._found.setdefault(key, [])
+        if self.exact.share < 1 and n_queries > _FIRST_QUERIES and key < max(self._found):
             # of a sample, the widest search says which rows are among the true ten
-            self.measure(max(self._found), n_queries)
+            candidates, self.candidates = self.candidates, max(self._found)[0] or None
+            self.measure(max(self._found)[1], n_queries)
+            self.candidates = candidates
         if len(found) < n_queries:
             with self.table.database.get_connection() as connection:
-                set_probes(connection, probes)
+                nearest = NearestSearch.read(connection, self.table)
+                nearest.set_knobs(connection, probes)
                 connection.execute(sa.text("SET LOCAL enable_seqscan = off; SET LOCAL enable_indexscan = on"))
                 with raw_cursor(connection) as cursor:
-                    self._check_plan(cursor)
+                    self._check_plan(cursor, nearest, probes)
                     for query in range(len(found), n_queries):
                         if found and query % 2 == 0 and self.is_late:
                             break  # with as many queries of one kind as of the other
-                        found.append(self._find_complete(query, probes) or self._search(cursor, query, probes))
+                        found.append(self._find_complete(query, probes) or self._search(cursor, nearest, query, probes))
         return self.judge(probes)
 
     def _find_complete(self, query: int, probes: int) -> Found | None:
         """What fewer probes found, if that is all: more probes visit the same lists and others, and find it again.
 
-        Not for the first queries, whose times count, nor of a sample, where it is not known what is all.
+        Not for the first queries, whose times count, nor of a sample, where it is not known what is all; nor by bits:
+        further lists have nearer bits, which take the place of candidates.
         """
-        if query < _FIRST_QUERIES or self.exact.share < 1:
+        if query < _FIRST_QUERIES or self.exact.share < 1 or self.kind.is_bits:
             return None
-        by_fewer = (found[query] for fewer, found in self._found.items() if fewer < probes and query < len(found))
+        by_fewer = (found[query] for (_, fewer), found in self._found.items() if fewer < probes and query < len(found))
         return next((found for found in by_fewer if len(set(self.exact.judge(query, found, {}))) == 1), None)
 
-    def _search(self, cursor: Any, query: int, probes: int) -> Found:
+    def _search(self, cursor: Any, nearest: NearestSearch, query: int, probes: int) -> Found:
         self.run.check_stop()
+        parameters = self._parameters(query, probes)
         started = time.perf_counter()
-        cursor.execute(self._statement, (self._literals[query],))
+        cursor.execute(nearest.statement, parameters)
         found = dict(cursor.fetchall())
         if query < _FIRST_QUERIES:
-            self._times.setdefault(probes, []).append(1000 * (time.perf_counter() - started))
+            self._times.setdefault(self._key(probes), []).append(1000 * (time.perf_counter() - started))
         self.n_done += 1
         self.run.report(Progress(STEP, self.n_done, 0, unit="searches", note=f"{probes:,} probes"))
         return found
 
     def judge(self, probes: int) -> RecallPoint:
         """What was measured at a number of probes."""
-        judged = np.array([self.exact.judge(*each, self._others(each[0])) for each in enumerate(self._found[probes])])
+        found = self._found[self._key(probes)]
+        judged = np.array([self.exact.judge(*each, self._others(each[0])) for each in enumerate(found)])
         kinds = of_rows, of_synthetic = [estimate_share(*judged[first::2].T) for first in (0, 1)]
         recall, low, high = (min(getattr(kind, name) for kind in kinds) for name in ("share", "low", "high"))
         if recall == 1 and probes >= self.exact_from:
             low = high = 1.0
-        median, p99 = np.percentile(self._times[probes], [50, 99]).tolist()
+        median, p99 = np.percentile(self._times[self._key(probes)], [50, 99]).tolist()
         n_queries = len(judged)
         return RecallPoint(probes, recall, low, high, n_queries, of_rows.share, of_synthetic.share, median, p99)
 
@@ -267,13 +265,12 @@ class Searches:
     def _literals(self) -> list[str]:
         return [to_literal(vector) for vector in self.exact.queries]
 
-    @property
-    def _statement(self) -> str:
-        distance = "embedding <=> %s AS distance"
-        return f"SELECT song_id, {distance} FROM {self.table.name} ORDER BY distance LIMIT {NEIGHBORS}"
+    def _parameters(self, query: int, probes: int) -> dict[str, Any]:
+        candidates = self.candidates or (NEIGHBORS if self.kind.has_lists else probes)
+        return {"vector": self._literals[query], "limit": NEIGHBORS, "candidates": max(NEIGHBORS, candidates)}
 
-    def _check_plan(self, cursor: Any) -> None:
-        if not uses_index(cursor, self.table.index_name, self._statement, self._literals[0]):
+    def _check_plan(self, cursor: Any, nearest: NearestSearch, probes: int) -> None:
+        if not uses_index(cursor, self.table.index_name, nearest.statement, self._parameters(0, probes)):
             raise DatabaseError(
                 f"expected the planner to take {self.table.index_name} with enable_seqscan off, it does not: "
                 "run `songvec index`, which builds a valid one",

@@ -1,8 +1,9 @@
 """The memory and disk that an index build needs, what the server has, and whether the build fits.
 
 A build that does not fit is refused, or gets fewer lists, before it begins. What cannot be read from the server is not
-assumed. Sizes are bytes. Memory: pgvector 0.8.5's ivfbuild.c and ivfkmeans.c, Elkan's k-means (read 2026-11).
-When to add here: another cost of a build. Keep out: its time, which the server's progress shows (`build`).
+assumed. Sizes are bytes. A `vector_type` is the type of what is indexed: `vector`, `halfvec` or `bit`. Memory: pgvector
+0.8.5's ivfbuild.c and ivfkmeans.c, Elkan's k-means, and hnsw.h (read 2026-11). When to add here: another cost of a
+build. Keep out: its time, which the server's progress shows (`build`).
 """
 
 import bisect
@@ -29,7 +30,10 @@ _POINTER_BYTES = 4
 _TUPLE_BYTES, _LIST_BYTES = 8, 12  # before a row's vector, and before a centre's
 _SORT_TUPLE_BYTES = 40
 _ROW_BYTES, _KEY_BYTES = 24 + 16, 22  # a row's header, song_id and created_at; its entry in the primary key
-_VALUE_BYTES = {"vector": 4, "halfvec": 2}
+_VALUE_BYTES = {"vector": 4.0, "halfvec": 2.0, "bit": 0.125}
+_NEIGHBORS = 32  # of a row in the graph's lowest level, twice its m; half as many in each of the few above
+_ELEMENT_BYTES, _NEIGHBOR_BYTES, _NEIGHBOR_HEADER_BYTES = 72, 6, 4
+_BUILD_ELEMENT_BYTES, _BUILD_NEIGHBOR_BYTES = 200, 16  # in memory, with the allocator's rounding
 
 _FILES = ("/proc/meminfo", "/proc/cpuinfo", "/sys/fs/cgroup/memory.max")
 _LIMITS = """
@@ -53,8 +57,8 @@ class BuildEstimate:
 
     Attributes:
         n_rows: to be indexed.
-        lists: of the index.
-        memory_bytes: of the server, during k-means.
+        lists: of the index; 0: it is a graph.
+        memory_bytes: of the server, during k-means, or for the graph.
         index_bytes: of disk, for the finished index.
         temporary_bytes: of disk, at most, while it sorts.
     """
@@ -70,7 +74,8 @@ class BuildEstimate:
         disk = f"{format_bytes(self.index_bytes)} of disk"
         if self.temporary_bytes:
             disk += f" and up to {format_bytes(self.temporary_bytes)} more while it sorts"
-        return f"{self.lists:,} lists, {format_bytes(self.memory_bytes)} of memory, {disk}"
+        lists = f"{self.lists:,} lists" if self.lists else "a graph"
+        return f"{lists}, {format_bytes(self.memory_bytes)} of memory, {disk}"
 
 
 def choose_lists(n_rows: int) -> int:
@@ -85,7 +90,7 @@ def kmeans_bytes(lists: int, dimensions: int, vector_type: str = "vector") -> in
     centres.
     """
     samples = max(10_000, 50 * lists)
-    vector = math.ceil((_VALUE_BYTES[vector_type] * dimensions + 8) / 8) * 8
+    vector = math.ceil(_vector_bytes(dimensions, vector_type) / 8) * 8
     sums = 4 * dimensions * lists
     bounds = 4 * samples * lists + 4 * lists**2 + 8 * samples + 12 * lists
     return samples * vector + 2 * lists * vector + sums + bounds
@@ -105,18 +110,36 @@ def most_lists(memory_bytes: int, dimensions: int, vector_type: str = "vector") 
 
 def index_bytes(n_rows: int, lists: int, dimensions: int, vector_type: str = "vector") -> int:
     """The size of an index: pages of centres, and pages of each list, of which the last is half full on average."""
-    vector = _VALUE_BYTES[vector_type] * dimensions + 8
+    vector = _vector_bytes(dimensions, vector_type)
     centres = math.ceil(lists / _per_page(vector + _LIST_BYTES))
     rows_per_page = _per_page(vector + _TUPLE_BYTES)
     rows = math.ceil(n_rows / rows_per_page) + (lists // 2 if rows_per_page > 1 else 0)
     return _PAGE_BYTES * (1 + centres + max(lists, rows))
 
 
+def graph_bytes(n_rows: int, dimensions: int, vector_type: str = "bit") -> int:
+    """The size of an HNSW index: of each row an element with its value, and its neighbors."""
+    element = math.ceil((_ELEMENT_BYTES + _vector_bytes(dimensions, vector_type)) / 8) * 8
+    neighbors = math.ceil((_NEIGHBOR_HEADER_BYTES + _NEIGHBORS * _NEIGHBOR_BYTES) / 8) * 8
+    rows_per_page = (_PAGE_BYTES - _PAGE_OVERHEAD_BYTES) // (element + neighbors + 2 * _POINTER_BYTES)
+    return _PAGE_BYTES * (1 + math.ceil(n_rows / max(1, rows_per_page)))
+
+
+def graph_memory_bytes(n_rows: int, dimensions: int, vector_type: str = "bit") -> int:
+    """Memory in which an HNSW index is built at once; with less, the rest is added row by row on disk."""
+    neighbors = 1.07 * _NEIGHBORS * _BUILD_NEIGHBOR_BYTES
+    return math.ceil(n_rows * (_BUILD_ELEMENT_BYTES + _vector_bytes(dimensions, vector_type) + neighbors))
+
+
 def table_bytes(n_rows: int, dimensions: int, vector_type: str = "vector") -> int:
     """The size of a table and its primary key; a vector that fits into a page is stored in its row's page."""
-    row = _ROW_BYTES + _VALUE_BYTES[vector_type] * dimensions + 8
+    row = _ROW_BYTES + _vector_bytes(dimensions, vector_type)
     pages = math.ceil(row / _PAGE_BYTES) if row > _PAGE_BYTES - _PAGE_OVERHEAD_BYTES else 1 / _per_page(row)
     return math.ceil(n_rows * (_PAGE_BYTES * pages + _KEY_BYTES))
+
+
+def _vector_bytes(dimensions: int, vector_type: str) -> int:
+    return math.ceil(_VALUE_BYTES[vector_type] * dimensions) + 8
 
 
 def _per_page(n_bytes: int) -> int:
@@ -137,10 +160,17 @@ def estimate_build(
     """
     size = index_bytes(n_rows, lists, dimensions, vector_type)
     memory = build_bytes(lists, dimensions, vector_type, workers)
-    sorted_bytes = n_rows * (_VALUE_BYTES[vector_type] * dimensions + 8 + _SORT_TUPLE_BYTES)
+    sorted_bytes = n_rows * (_vector_bytes(dimensions, vector_type) + _SORT_TUPLE_BYTES)
     # parallel workers pass their sorted rows on in files, even if they are few
     spills = workers > 0 or sorted_bytes > memory
     return BuildEstimate(n_rows, lists, memory, size, sorted_bytes if spills else 0)
+
+
+def estimate_graph(n_rows: int, dimensions: int, memory_bytes: int, workers: int = 0) -> BuildEstimate:
+    """Estimate what an HNSW build on bits needs, of which it gets no more memory than there is."""
+    least = max((workers + 1) * SORT_MEMORY_PER_PROCESS, MIN_BUILD_MEMORY)
+    memory = min(memory_bytes, max(graph_memory_bytes(n_rows, dimensions), least))
+    return BuildEstimate(n_rows, 0, memory, graph_bytes(n_rows, dimensions), 0)
 
 
 def format_bytes(n_bytes: int) -> str:
@@ -207,7 +237,8 @@ class Capacity:
             raise DatabaseError(
                 f"the build needs {format_bytes(estimate.index_bytes)} of disk for the index and up to "
                 f"{format_bytes(estimate.temporary_bytes)} while it sorts{rows}, {format_bytes(self.free_bytes)} are "
-                "free: make room, or halve it with SONGVEC_VECTOR_TYPE=halfvec",
+                "free: make room, halve it with SONGVEC_VECTOR_TYPE=halfvec, or index bits with "
+                "SONGVEC_INDEX_KIND=ivfflat_bit",
                 "index.no-room",
             )
 

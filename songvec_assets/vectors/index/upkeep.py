@@ -1,7 +1,7 @@
-"""The upkeep of an IVFFlat index: whether it is built, of how many lists, and bringing it up to date.
+"""The upkeep of an index: bringing it up to date, measuring its recall, and what of both is recorded and reported.
 
-When to add here: another reason to build, or another thing to report about it. Keep out: what a build takes (`sizing`),
-how it is done (`build`) and measured (`recall`).
+When to add here: another thing to report about an index. Keep out: whether it is built (`build_plan`), how that is done
+(`build`), and how recall is measured (`recall`).
 """
 
 import contextlib
@@ -12,41 +12,28 @@ from dataclasses import asdict, dataclass, replace
 import sqlalchemy as sa
 
 from songvec_assets.cache.model_cache import ModelCache
-from songvec_assets.errors import SettingsError, TableMismatchError
+from songvec_assets.errors import TableMismatchError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.vectors.catalog import BuiltIndex, IndexInfo, choose_probes
-from songvec_assets.vectors.index import build
-from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport, measure_and_record, read_recall
-from songvec_assets.vectors.index.recall_searches import prepare
-from songvec_assets.vectors.index.sizing import BuildEstimate, Capacity, choose_lists, estimate_build, read_capacity
+from songvec_assets.vectors.catalog import BuiltIndex, IndexInfo, StartedBuild, choose_knobs, find_index
+from songvec_assets.vectors.index import bits, build
+from songvec_assets.vectors.index.build_plan import (
+    CHANGED_SHARE,
+    DEFAULT_SETTINGS,
+    BuildPlan,
+    IndexSettings,
+    plan_build,
+    reason_of_drift,
+)
+from songvec_assets.vectors.index.neighbors import prepare
+from songvec_assets.vectors.index.recall import RecallReport, measure_and_record, read_recall
+from songvec_assets.vectors.index.sizing import BuildEstimate
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
-CHANGED_SHARE = 0.2
-"""If more rows changed, the lists' centers no longer fit them: the index is built again."""
-_LISTS_OFF_BY = 0.25
-"""Lists grow as the square root of the rows: a quarter more are due once the rows have grown by half."""
 _PROBES_GROWN = 1.5
 """Searches take as much longer as they visit more lists; one probe more or less is what a measurement cannot tell."""
 _PREPARED_ROWS = 100_000
 """Up to here exact neighbors are found while the index is built: in a long build rows change meanwhile."""
-
-
-@dataclass(frozen=True)
-class IndexSettings:
-    """Settings of the index.
-
-    Attributes:
-        lists: how many; None: the square root of the rows.
-        target_recall: share of the true ten nearest that searches are to find.
-        memory_bytes: that a build may take on the server; None: half of what is available, if that can be read.
-        rebuild: whether it is to be built even if it fits.
-    """
-
-    lists: int | None = None
-    target_recall: float = DEFAULT_TARGET
-    memory_bytes: int | None = None
-    rebuild: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,105 +57,11 @@ class IndexReport:
     estimate: BuildEstimate
 
 
-def reason_to_build(n_rows: int, lists: int, lists_now: int | None, n_changed: int, exact: bool = False) -> str | None:
-    """Why the index should be built now, or None.
-
-    Args:
-        n_rows: in the table.
-        lists: that suit them.
-        lists_now: of the valid index that is there, or None.
-        n_changed: rows written or deleted since it was built.
-        exact: whether the number of lists was set: then only that number fits.
-    """
-    if lists_now is None:
-        return "there is none"
-    if abs(lists - lists_now) > (0 if exact else _LISTS_OFF_BY * lists_now):
-        return f"{n_rows:,} rows want {lists:,} lists, it has {lists_now:,}"
-    if n_changed > CHANGED_SHARE * n_rows:
-        return f"{n_changed:,} rows changed since it was built, over a fifth of {n_rows:,}"
-    return None
-
-
-def plan_lists(
-    n_rows: int, wanted: IndexSettings, lists_now: int | None, capacity: Capacity, spec: TableSpec
-) -> tuple[int, str]:
-    """How many lists the index is to have; and if the number that suits the rows does not fit, why.
-
-    Raises:
-        SettingsError: more lists were set than fit into memory.
-        DatabaseError: not even one fits.
-    """
-    lists = wanted.lists or choose_lists(n_rows)
-    if lists == lists_now:
-        return lists, ""
-    fitting, shortage = capacity.fit_lists(lists, spec.dimensions, spec.vector_type)
-    if not shortage:
-        return lists, ""
-    if wanted.lists:
-        raise SettingsError(
-            f"SONGVEC_LISTS: {shortage}: set {fitting:,} or fewer, or none, or raise SONGVEC_INDEX_MEMORY_MB",
-            "index.no-room",
-        )
-    # the index stays good, even if there is less memory now than when it was built
-    if lists_now is not None and fitting <= lists_now <= lists:
-        return lists_now, ""
-    return fitting, f"{shortage}, so it gets {fitting:,}"
-
-
-@dataclass(frozen=True)
-class BuildPlan:
-    """Whether an index is to be built, and what that needs.
-
-    Attributes:
-        n_changed: rows changed since the table's index was built.
-        lists_now: of its valid index; None: there is none.
-        reason: why it is to be built; None: it is not.
-        limit: why it does not get the number of lists that suits the rows; empty: it does.
-        capacity: of the server.
-        estimate: what a build needs, and its number of lists.
-    """
-
-    n_changed: int
-    lists_now: int | None
-    reason: str | None
-    limit: str
-    capacity: Capacity
-    estimate: BuildEstimate
-
-
-def plan_build(table: VectorTable, spec: TableSpec, wanted: IndexSettings, n_rows: int, n_changed: int) -> BuildPlan:
-    """Decide whether an index is to be built.
-
-    Args:
-        table: whose; it need not exist.
-        spec: what it holds.
-        wanted: the settings.
-        n_rows: that it has, or is to have.
-        n_changed: of them, since the index was built.
-
-    Raises:
-        SettingsError, DatabaseError: see `plan_lists`.
-    """
-    with table.database.get_connection() as connection:
-        lists_now = table.read_lists(connection)
-        is_searched = VectorTable(table.database).read_lists(connection) is not None
-    capacity = read_capacity(table.database, wanted.memory_bytes, is_searched)
-    lists, limit = plan_lists(max(1, n_rows), wanted, lists_now, capacity, spec)
-    reason = reason_to_build(n_rows, lists, lists_now, n_changed, exact=wanted.lists is not None)
-    if reason is None and wanted.rebuild:
-        reason = "a rebuild was requested"
-    if reason is not None:
-        # what it has now may have fitted into memory once
-        lists, limit = plan_lists(max(1, n_rows), wanted, None, capacity, spec)
-    estimate = estimate_build(n_rows, lists, spec.dimensions, spec.vector_type, capacity.workers)
-    return BuildPlan(n_changed, lists_now, reason, limit, capacity, estimate)
-
-
 def bring_index_up_to_date(
     table: VectorTable,
     cache: ModelCache,
     spec: TableSpec,
-    wanted: IndexSettings = IndexSettings(),
+    wanted: IndexSettings = DEFAULT_SETTINGS,
     run: RunContext = SILENT,
     check_held: Callable[[], None] | None = None,
 ) -> IndexReport:
@@ -207,7 +100,8 @@ def bring_index_up_to_date(
         if not is_built:
             build.remove_leftovers(table, run)
             recall, measured, reason = _review_recall(table, cache, wanted.target_recall, run)
-            fits = f"{plan.lists_now:,} lists fit {n_rows:,} rows, {n_changed:,} rows changed since it was built"
+            of_lists = f"{plan.lists_now:,} lists fit " if plan.kind.has_lists else ""
+            fits = f"{of_lists}{n_rows:,} rows, {n_changed:,} rows changed since it was built"
             words, is_built = [reason or fits, measured], reason is not None
             if is_built:
                 plan = plan_build(table, spec, replace(wanted, rebuild=True), n_rows, n_changed)
@@ -244,30 +138,32 @@ def _build(
     table: VectorTable, spec: TableSpec, plan: BuildPlan, run: RunContext, check_held: Callable[[], None]
 ) -> str:
     """Build and swap, or only swap if a killed run had finished the build; returns a remark for the report."""
-    started, n_rows, lists = time.monotonic(), plan.estimate.n_rows, plan.estimate.lists
+    began_at, n_rows, lists = time.monotonic(), plan.estimate.n_rows, plan.estimate.lists
     with table.database.get_connection() as connection:
-        # recorded when the build began: the number of changed rows at that time
-        n_counted = table.read(connection, "building", int)
-        is_whole = table.read_lists(connection, table.building_index) == lists
-    if not is_whole or n_counted is None or plan.n_changed - n_counted > CHANGED_SHARE * n_rows:
-        n_counted = None
-    build.remove_leftovers(table, run, keep_whole=n_counted is not None)
+        started = table.read(connection, "building", StartedBuild)
+        found = find_index(connection, table.name, table.building_index)
+    is_whole = found is not None and (found.kind, found.lists) == (plan.kind.name, lists)
+    if not is_whole or started is None or plan.n_changed - started.n_changed > CHANGED_SHARE * n_rows:
+        started = None
+    build.remove_leftovers(table, run, keep_whole=started is not None)
     how = "a killed run had built it, and it was swapped in"
-    if n_counted is None:
-        n_counted = plan.n_changed
+    if started is None:
         plan.capacity.check_disk(plan.estimate)
-        with table.database.get_connection() as connection:
-            table.write(connection, "building", n_counted)
-        how = build.create_index(table, spec, plan.estimate, plan.capacity.workers, run)
+        started = _begin(table, plan)
+        definition = plan.kind.define(spec.vector_type, spec.dimensions, lists, started.function or "")
+        how = build.create_index(table, definition, plan.estimate, plan.capacity.workers, run)
         if table.is_serving and not build.lets_writers_in(table):
             waited = "loads waited meanwhile: a pooler in transaction mode takes no build that lets them go on"
             how = "; ".join(filter(None, [how, waited]))
+    n_counted = started.n_changed
 
     def record(connection: sa.Connection) -> None:
-        # until recall is measured again, searches use at least as many probes as with the old index
-        probes = max(choose_probes(lists, n_rows), min(table.read_probes(connection) or 1, lists))
-        built = BuiltIndex(n_rows, seconds=time.monotonic() - started)
-        values = {"index": asdict(built), "probes": probes, "recall": None, "building": None}
+        probes, candidates = choose_knobs(plan.kind, lists, n_rows)
+        if plan.kind.has_lists and plan.lists_now is not None:
+            # until recall is measured again, searches use at least as many probes as with the old index
+            probes = max(probes, min(table.read_probes(connection) or 1, lists))
+        built = BuiltIndex(n_rows, seconds=time.monotonic() - began_at)
+        values = {"index": asdict(built), "probes": probes, "candidates": candidates, "recall": None, "building": None}
         for name, value in values.items():
             table.write(connection, name, value)
         # rows that changed during the build stay counted; last, as others wait for the row it locks
@@ -276,6 +172,18 @@ def _build(
     check_held()
     build.swap_names(table, record, run)
     return how
+
+
+def _begin(table: VectorTable, plan: BuildPlan) -> StartedBuild:
+    """Record that a build begins, and make the function that it needs: once recorded, it is not dropped as unused."""
+    with table.database.get_connection() as connection:
+        mean = bits.read_mean(connection, table.name) if plan.kind.is_bits else None
+        started = StartedBuild(plan.n_changed, mean and bits.name_function(mean))
+        table.write(connection, "building", asdict(started))
+    if mean is not None:
+        with table.database.get_connection() as connection:
+            bits.create_function(connection, mean)
+    return started
 
 
 def _review_recall(
@@ -293,4 +201,4 @@ def _review_recall(
     if report and first and report.probes > _PROBES_GROWN * first + 1 and not report.is_cut_short:
         then = f"{first:,} when it was built; {n_changed:,} rows changed since"
         reason = f"a recall of {target:.0%} takes {report.probes:,} probes, {then}"
-    return report, words, reason
+    return report, words, reason or reason_of_drift(report)

@@ -16,7 +16,8 @@ from songvec_assets.postgres.schema import read_value
 from songvec_assets.progress import Progress, StopSignal
 from songvec_assets.vectors.index import build, sizing
 from songvec_assets.vectors.index.build import read_progress
-from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings
+from songvec_assets.vectors.index.build_plan import IndexSettings
+from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.table import STAGING, VectorTable
 from songvec_assets_tests.administration import dispose, execute, login_role, wait_until, with_parts
 from songvec_assets_tests.pooler import running_pgbouncer

@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import DatabaseError, SettingsError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.index import upkeep
+from songvec_assets.vectors.index import build_plan
+from songvec_assets.vectors.index.build_plan import IndexSettings, plan_lists
 from songvec_assets.vectors.index.sizing import Capacity, build_bytes, estimate_build, read_capacity
-from songvec_assets.vectors.index.upkeep import IndexSettings, plan_lists
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, dispose, execute
 from songvec_assets_tests.vectors.conftest import SPEC
@@ -140,7 +140,7 @@ class TestBuild:
         self, database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # a table of test size does not want so many
-        monkeypatch.setattr(upkeep, "choose_lists", lambda n_rows: 2 * n_rows)
+        monkeypatch.setattr(build_plan, "choose_lists", lambda n_rows: 2 * n_rows)
         VectorTable(database).ensure(SPEC)
         fill(database, 1, 400)
         report = build_index(database, cache, SPEC, IndexSettings(memory_bytes=100 * MEBIBYTE))

@@ -15,8 +15,8 @@ from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import check_searchable, search_songs
 from songvec_assets.search.query import Query
+from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.index.preflight import check_target
-from songvec_assets.vectors.index.upkeep import IndexSettings
 from songvec_assets.vectors.swap import WantedTable, bring_table_up_to_date, roll_back
 from songvec_assets.vectors.table import STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, dispose, execute

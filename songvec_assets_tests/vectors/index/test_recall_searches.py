@@ -13,10 +13,11 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import DatabaseError, StoppedError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext, StopSignal
-from songvec_assets.vectors.index.neighbors import LoadedRows, find_exact_neighbors, sample_queries
+from songvec_assets.vectors.index.build_plan import IndexSettings
+from songvec_assets.vectors.index.neighbors import LoadedRows, find_exact_neighbors, prepare, sample_queries
 from songvec_assets.vectors.index.recall import measure_recall
-from songvec_assets.vectors.index.recall_searches import Searches, prepare, to_literal
-from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings
+from songvec_assets.vectors.index.recall_searches import Searches, to_literal
+from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, TILING, load, make_vector
@@ -171,9 +172,9 @@ class TestTimeLimit:
         seconds = [0.0]
         searched = Searches._search
 
-        def search(self: Searches, cursor: object, query: int, probes: int) -> object:
+        def search(self: Searches, *arguments: object) -> object:
             seconds[0] += 1.0
-            return searched(self, cursor, query, probes)
+            return searched(self, *arguments)
 
         monkeypatch.setattr(Searches, "_search", search)
         fake = SimpleNamespace(monotonic=lambda: seconds[0], perf_counter=time.perf_counter)

@@ -1,7 +1,9 @@
 """What an index takes, against what the server itself asks for and uses."""
 
 import re
+from contextlib import closing
 
+import psycopg2
 import pytest
 import sqlalchemy as sa
 
@@ -12,7 +14,10 @@ from songvec_assets.vectors.index.sizing import (
     build_bytes,
     choose_lists,
     estimate_build,
+    estimate_graph,
     format_bytes,
+    graph_bytes,
+    graph_memory_bytes,
     index_bytes,
     kmeans_bytes,
     most_lists,
@@ -90,6 +95,51 @@ def test_the_size_of_an_index_is_foretold(database: Database, spec: TableSpec) -
     )
     [(size,)] = execute(database.adbc_uri, "SELECT pg_relation_size('made')")
     assert index_bytes(1_000, 30, spec.dimensions, spec.vector_type) == pytest.approx(size, rel=0.2)
+
+
+@pytest.fixture
+def bits_of(database: Database) -> str:
+    """Creates a table of 3,000 vectors of 512 values; gives the key of an index of their bits."""
+    spec = TableSpec("model-a", 512)
+    VectorTable(database).ensure(spec)
+    fill(database, 1, 3_000, spec)
+    return "((binary_quantize(embedding))::bit(512)) bit_hamming_ops"
+
+
+def test_the_memory_of_lists_of_bits_is_what_the_server_itself_asks_for(database: Database, bits_of: str) -> None:
+    expected = kmeans_bytes(200, 512, "bit")
+    copies = "SELECT 10000 * n + song_id, embedding FROM song_embeddings, generate_series(1, 3) n"
+    execute(database.adbc_uri, f"INSERT INTO song_embeddings {copies}")
+    with pytest.raises(DatabaseError) as caught, database.get_connection() as connection:
+        connection.execute(sa.text(f"SET LOCAL maintenance_work_mem = '{expected * 9 // 10 // 1024}kB'"))
+        connection.execute(sa.text(f"CREATE INDEX ON song_embeddings USING ivfflat ({bits_of}) WITH (lists = 200)"))
+    asked = re.search(r"memory required is (\d+) MB", str(caught.value))
+    assert asked is not None
+    assert int(asked[1]) == expected // MEBIBYTE + 1
+
+
+@pytest.mark.parametrize("method", ["ivfflat", "hnsw"])
+def test_the_size_of_an_index_of_bits_is_foretold(database: Database, bits_of: str, method: str) -> None:
+    options = " WITH (lists = 55)" if method == "ivfflat" else ""
+    execute(database.adbc_uri, f"CREATE INDEX made ON song_embeddings USING {method} ({bits_of}){options}")
+    [(size,)] = execute(database.adbc_uri, "SELECT pg_relation_size('made')")
+    expected = index_bytes(3_000, 55, 512, "bit") if method == "ivfflat" else graph_bytes(3_000, 512)
+    assert expected == pytest.approx(size, rel=0.1)
+
+
+def test_the_memory_of_a_graph_is_what_it_fits_into(database: Database, bits_of: str) -> None:
+    with closing(psycopg2.connect(database.adbc_uri)) as connection, connection.cursor() as cursor:
+        cursor.execute("SET maintenance_work_mem = '1MB'; SET max_parallel_maintenance_workers = 0")
+        cursor.execute(f"CREATE INDEX made ON song_embeddings USING hnsw ({bits_of})")
+        fitted = re.search(r"no longer fits into maintenance_work_mem after (\d+) tuples", "".join(connection.notices))
+    assert fitted is not None
+    assert graph_memory_bytes(int(fitted[1]), 512) == pytest.approx(MEBIBYTE, rel=0.1)
+    estimate = estimate_graph(12_000_000, 2000, 20 * GIBIBYTE)
+    assert (estimate.lists, estimate.temporary_bytes) == (0, 0)
+    assert estimate.index_bytes == pytest.approx(6.6e9, rel=0.02)
+    assert estimate.memory_bytes == pytest.approx(11.5e9, rel=0.1)
+    assert estimate.describe().startswith("a graph, ")
+    assert estimate_graph(12_000_000, 2000, GIBIBYTE).memory_bytes == GIBIBYTE
 
 
 def test_an_estimate_is_told_in_one_line() -> None:

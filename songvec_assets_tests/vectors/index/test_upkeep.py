@@ -10,8 +10,9 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_value, write_value
 from songvec_assets.vectors.index import build
 from songvec_assets.vectors.index.audit import audit_recall
+from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.index.recall import read_recall
-from songvec_assets.vectors.index.upkeep import IndexReport, IndexSettings, reason_to_build
+from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.table import STAGING, TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import SPEC, load
@@ -40,32 +41,6 @@ def table(database: Database) -> Database:
 def bring(database: Database, cache: ModelCache, **wanted: object) -> IndexReport:
     """Bring the index of SPEC's table up to date."""
     return build_index(database, cache, SPEC, IndexSettings(**wanted))  # type: ignore[arg-type]
-
-
-class TestReason:
-    @pytest.mark.parametrize(
-        ("n_rows", "lists", "lists_now", "n_changed", "reason"),
-        [
-            (400, 20, None, 0, "there is none"),
-            (400, 20, 20, 0, None),
-            (400, 20, 20, 80, None),
-            (400, 20, 20, 81, "81 rows changed since it was built, over a fifth of 400"),
-            (625, 25, 20, 100, None),
-            (676, 26, 20, 100, "676 rows want 26 lists, it has 20"),
-            (225, 15, 20, 10, None),
-            (196, 14, 20, 10, "196 rows want 14 lists, it has 20"),
-            (12_000_000, 3464, 3464, 2_500_000,
-             "2,500,000 rows changed since it was built, over a fifth of 12,000,000"),
-        ],
-    )  # fmt: skip
-    def test_it_is_built_when_there_is_none_or_lists_or_changes_are_far_off(
-        self, n_rows: int, lists: int, lists_now: int | None, n_changed: int, reason: str | None
-    ) -> None:
-        assert reason_to_build(n_rows, lists, lists_now, n_changed) == reason
-
-    def test_lists_that_a_person_set_are_to_be_just_those(self) -> None:
-        assert reason_to_build(400, 21, 20, 0) is None
-        assert reason_to_build(400, 21, 20, 0, exact=True) == "400 rows want 21 lists, it has 20"
 
 
 class TestBuild:

@@ -1,0 +1,33 @@
+"""The short form of `make bench-search`: no figures of time, only what must hold."""
+
+import numpy as np
+import pytest
+
+from benchmarks import search
+from benchmarks.lifelike import make_rows, share_by_bits
+from songvec_assets.vectors.kinds import KINDS
+
+pytestmark = pytest.mark.slow
+
+
+def test_made_up_rows_are_unit_vectors_about_a_common_mean_and_bits_tell_some_of_them_apart() -> None:
+    rows = np.concatenate([vectors for _, vectors in make_rows(3_000, 256)])
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    assert np.linalg.norm(rows.mean(axis=0)) ** 2 == pytest.approx(0.4, abs=0.1)
+    assert 0.2 < share_by_bits(rows) < 0.8
+
+
+def test_each_kind_is_built_searched_and_extrapolated() -> None:
+    results = [search.measure(n_rows, 128) for n_rows in (300, 600)]
+    for of_size in results:
+        assert [each.kind for each in of_size] == [*KINDS]
+        for each in of_size:
+            assert each.report.recall >= search.TARGET
+            assert each.pages > 0
+            assert [*each.by_callers] == [1, 16]
+    text = search.render(results)
+    for words in ("| 600 | ivfflat_bit |", "| hnsw_bit |"):
+        assert words in text
+    smaller, faster, _ = search.compare(results, "ivfflat_halfvec")
+    assert 1.3 < smaller < 2.2
+    assert faster > 0
