@@ -113,7 +113,8 @@ def find_contestants(peers: str | None) -> tuple[dict[str, Contestant], dict[str
         STEPS: Contestant((python, "-c", steps)),
         SCRIPT: Contestant((python, str(folder / "openai_copy.py"))),
         BASETEN: Contestant((python, str(folder / "baseten_copy.py"))),
-        LANGCHAIN: Contestant((peers or python, str(folder / "langchain_store.py")), 0.1),
+        # contestants run in folders of their own; a link is not followed: it is what makes an environment
+        LANGCHAIN: Contestant((str(Path(peers or python).absolute()), str(folder / "langchain_store.py")), 0.1),
     }
     left_out = {}
     for name, libraries in _PEERS.items():
@@ -145,14 +146,8 @@ class Bench:
     def _find_postmaster(self) -> int:
         return int((self.folder / "pg" / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0])
 
-    def run_and_say(self, name: str, contestant: Contestant) -> Measure:
-        """As `run`, with a line as soon as it has ended: all of them take minutes."""
-        measure = self.run(contestant)
-        print(f"{name}: {measure.n_songs:,} songs in {measure.seconds:.1f} s", flush=True)
-        return measure
-
-    def run(self, contestant: Contestant) -> Measure:
-        """Run one in a new database, and check what it stored.
+    def run(self, label: str, contestant: Contestant) -> Measure:
+        """Run one in a new database, check what it stored, and print its time: all of them take minutes.
 
         Raises:
             RuntimeError: it failed, or stored something else.
@@ -168,6 +163,7 @@ class Bench:
         place = self.folder / name
         place.mkdir()
         measure = self._time(contestant, self._environment(url, place), place, n_songs)
+        print(f"{label}: {n_songs:,} songs in {measure.seconds:.1f} s", flush=True)
         self._check(url, n_songs)
         execute(self.url, f"DROP DATABASE {name}")
         shutil.rmtree(place)
@@ -294,9 +290,7 @@ def main() -> None:
     with folder, running_provider(**_PROVIDER) as provider:
         Path(folder.name).chmod(0o755)  # the embedded server may run as another user
         bench = Bench(Path(folder.name), provider, asked.songs)
-        rounds = [
-            {name: bench.run_and_say(name, each) for name, each in contestants.items()} for _ in range(asked.rounds)
-        ]
+        rounds = [{name: bench.run(name, each) for name, each in contestants.items()} for _ in range(asked.rounds)]
     measures = {name: [each[name] for each in rounds] for name in contestants}
     columns = "contestant | songs | seconds | min–max | songs/s | CPU s | Postgres CPU s | peak MB | in flight"
     print_table(columns, compare(measures), asked.markdown)
