@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-search bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-e2e
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-search bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-quality bench-store bench-e2e
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dev test test-slow check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
@@ -43,11 +43,13 @@ test: $(INSTALLED)  ## The quick tests of all rooms
 test-slow: $(INSTALLED)  ## The other tests: dagster in subprocesses, a browser, kills, other people's servers and databases
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m slow
 
-check: $(INSTALLED)  ## Format, lint, types, imports between rooms
+check: $(INSTALLED)  ## Format, lint, types, imports between rooms, files of deploy/
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 bench-installed: $(INSTALLED)
 	@$(PIP) '.[bench]'
@@ -96,11 +98,18 @@ bench-commands: $(INSTALLED)  ## How long a person waits for a command, compared
 bench-ranges: $(INSTALLED)  ## How long a fill looks for texts in other ranges, 12 million songs cached: 1 min
 	$(BIN)/python -m benchmarks.other_ranges
 
+bench-store: $(INSTALLED)  ## Fills and loads over a bucket compared with a folder, and their requests: 3 min
+	$(BIN)/python -m benchmarks.object_store
+
 bench-demo: $(INSTALLED)  ## How well the demo's model finds songs by their meaning: 10 s
 	$(BIN)/python -m benchmarks.demo_quality --queries
 
-chaos: $(INSTALLED)  ## Fills killed 25 times in a row, files damaged, all checked against the provider's bill: 4 min
-	$(BIN)/python -m benchmarks.chaos
+bench-quality: $(INSTALLED)  ## How well searches by words, by vectors and by both answer labelled queries: 30 s
+	$(BIN)/python -m benchmarks.search_quality
+
+STORE ?= folder
+chaos: $(INSTALLED)  ## Fills killed 25 times in a row, files damaged, all checked against the provider's bill: 4 min; STORE=weed: over a bucket
+	$(BIN)/python -m benchmarks.chaos --store $(STORE)
 
 chaos-db: $(INSTALLED)  ## Servers killed, disks filled, connections cut during loads, builds and swaps: 5 min
 	$(BIN)/python -m benchmarks.chaos_db

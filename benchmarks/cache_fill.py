@@ -74,7 +74,7 @@ def run_round(
         return processes.submit(fill, settings, fsync_ms).result()
 
 
-def create_catalogue(server_url: str) -> None:
+def create_catalogue(server_url: str, n_songs: int = N_SONGS) -> None:
     """The database that each round copies."""
     execute(server_url, "CREATE DATABASE catalogue")
     database = Database(with_parts(server_url, database="catalogue"))
@@ -86,7 +86,7 @@ def create_catalogue(server_url: str) -> None:
                 SELECT id, 'Song ' || id, 'Ann', left(repeat(md5(id::text) || ' ', 49), 1580)
                 FROM generate_series(0, :n_songs - 1) AS id
             """),
-            {"n_songs": N_SONGS},
+            {"n_songs": n_songs},
         )
 
 

@@ -1,6 +1,7 @@
 """Fills killed with SIGKILL, many times in a row, over one catalogue: is anything lost that was paid for?
 
     python -m benchmarks.chaos                                  25 kills, four minutes; exit code 1 if a check fails
+    python -m benchmarks.chaos --store weed                     the same over a bucket of SeaweedFS; or moto
     python -m benchmarks.chaos --kills 6 --songs 2200 --seed 7 --markdown
 
 A real Postgres; a provider in its own process, with latency and faults, that writes down each text as it bills it; and
@@ -25,7 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import sqlalchemy as sa
@@ -38,10 +40,12 @@ from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.settings import Settings, variables
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
+from songvec_assets.storage import Storage
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets_tests.administration import dispose
 from songvec_assets_tests.provider import Provider, digest_of, running_provider
 from songvec_assets_tests.provider.vectors import vector_of_digest
+from songvec_assets_tests.s3 import running_s3
 from songvec_assets_tests.warm import WarmProcess
 from songvec_assets_tests.warm import start as start_warm
 
@@ -354,15 +358,16 @@ class Campaign:
     def damage(self, kind: str, after_kill: int) -> None:
         """Damage a file or a manifest, load, fill its range, load again; the range is complete afterwards."""
         cache, expect = self.pipeline.cache, self.report.expect
-        root = cache.storage.root
+        storage = cache.storage
         named = {each: [file.name for file in cache.open(each).manifest.files] for each in cache.ranges()}
-        if kind == "manifest flip" and any((root / each.key / NAME).exists() for each in named):
-            named = {each: [NAME] for each in named if (root / each.key / NAME).exists()}
-        paths = {each: root / each.key / self.rng.choice(names) for each, names in named.items() if names}
-        song_range = self.rng.choice(list(paths))
-        path, before = paths.pop(song_range), self.read_range(song_range)
-        size, at_byte = path.stat().st_size, spoil(path, kind, list(paths.values()), self.rng)
-        what = f"{kind} at byte {at_byte} of {path.name} after kill {after_kill}"
+        if kind == "manifest flip" and any(f"{each.key}/{NAME}" in storage for each in named):
+            named = {each: [NAME] for each in named if f"{each.key}/{NAME}" in storage}
+        keys = {each: f"{each.key}/{self.rng.choice(names)}" for each, names in named.items() if names}
+        song_range = self.rng.choice(list(keys))
+        key, before = keys.pop(song_range), self.read_range(song_range)
+        name, size = key.rpartition("/")[2], storage.open(key).size
+        at_byte = spoil(storage, key, kind, list(keys.values()), self.rng)
+        what = f"{kind} at byte {at_byte} of {name} after kill {after_kill}"
         try:
             lost = before - self.read_range(song_range)
         except StoreError:
@@ -372,14 +377,14 @@ class Campaign:
         expect(UNLOADED, not n_loaded_wrong, f"{what}: {n_loaded_wrong} rows")
         [report] = self.fill([song_range])
         by_load = song_range.key in str(load_error)
-        by_fill = report.n_bytes_damaged > 0 or path.name in str(report.error)
+        by_fill = report.n_bytes_damaged > 0 or name in str(report.error)
         named_by = " and ".join(["load"] * by_load + ["fill"] * by_fill)
         expect(FOUND, bool(named_by or not lost), f"{what}: {len(lost)} texts")
         expect(SMALL, "flip" not in kind or len(lost) <= PROMISED_TEXTS, f"{what}: {len(lost)} texts")
         # as the message says, from fill or load: a fill does not open files that are as large as its manifest has them
-        errors = [words for words in (str(load_error), str(report.error)) if path.name in words]
+        errors = [words for words in (str(load_error), str(report.error)) if name in words]
         if any(advice in words for words in errors for advice in ("move it away", "remove it")):
-            path.rename(path.with_name(f"{path.name}.damaged"))
+            storage.delete(key)
             # without its manifest a range still has the vectors of its parts
             lost = before - self.read_range(song_range)
             [report] = self.fill([song_range])
@@ -396,7 +401,7 @@ class Campaign:
         self.excused_damage.update(lost)
         self.on_disk |= self.read_disk()
         self.report.damages.append(
-            Damage(after_kill, kind, path.name, at_byte, size, len(lost), named_by or ("nobody" if lost else ""))
+            Damage(after_kill, kind, name, at_byte, size, len(lost), named_by or ("nobody" if lost else ""))
         )
 
     def finish(self) -> None:
@@ -441,14 +446,14 @@ class Campaign:
         expect(IDLE, self.provider.ledger()["requests"] == n_requests, "it sent requests")
 
 
-def spoil(path: Path, kind: str, others: Sequence[Path], rng: Random) -> int:
+def spoil(storage: Storage, key: str, kind: str, others: Sequence[str], rng: Random) -> int:
     """Damage a file in one of the ways of DAMAGES; at which byte."""
-    content = bytearray(path.read_bytes())
+    content = bytearray(_read(storage, key))
     at_byte = rng.randrange(len(content))
     if kind == "cut":
         del content[at_byte:]
     elif kind == "foreign" and others:
-        at_byte, content = 0, bytearray(rng.choice(others).read_bytes())
+        at_byte, content = 0, bytearray(_read(storage, rng.choice(others)))
     elif "flip" in kind:
         if kind == "head flip":  # where a batch says how long it is, which random bytes seldom are
             heads = [at for at in range(8, len(content), 8) if content[at : at + 4] == b"\xff\xff\xff\xff"]
@@ -456,8 +461,14 @@ def spoil(path: Path, kind: str, others: Sequence[Path], rng: Random) -> int:
         content[at_byte] ^= 1 << rng.randrange(8)
     else:
         at_byte, content = 0, bytearray(rng.randbytes(len(content)))
-    path.write_bytes(content)
+    storage.put(key, bytes(content))
     return at_byte
+
+
+def _read(storage: Storage, key: str) -> bytes:
+    read = storage.read(key)
+    assert read is not None, key
+    return read.content
 
 
 def run_campaign(
@@ -466,6 +477,7 @@ def run_campaign(
     n_songs: int = 11_000,
     say: Callable[[str], None] = lambda _: None,
     warm: bool = False,
+    store: Literal["folder", "moto", "weed"] = "folder",
 ) -> CampaignReport:
     """Kill fills in their middle, damage files in between, finish, audit.
 
@@ -475,12 +487,16 @@ def run_campaign(
         n_songs: of the catalogue; rounded to full ranges.
         say: called with each kill and each damage.
         warm: whether processes are forked from one that has loaded the libraries; then they print nothing.
+        store: where the cache is: a folder, or a bucket of one of the tests' S3 servers.
     """
     rng = Random(seed)
     width = max(20, n_songs // (N_RANGES + 1))
     tiling = Tiling(width, width * (N_RANGES + 1))
     songs = make_songs(tiling, rng)
-    with _running_pipeline(tiling, songs) as (pipeline, provider, folder, environment):
+    with (
+        _in_store(store) as (location, lead),
+        _running_pipeline(tiling, songs, location, lead) as (pipeline, provider, folder, environment),
+    ):
         campaign = Campaign(pipeline, provider, folder / "billed.jsonl", folder, songs, rng, warm)
         kinds, waiting, n_early = iter(DAMAGES * n_kills), campaign.start(False, environment), 0
         try:
@@ -519,8 +535,18 @@ def _ended(process: "subprocess.Popen[str] | WarmProcess") -> Iterator[None]:
 
 
 @contextmanager
+def _in_store(store: Literal["folder", "moto", "weed"]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The location of a new store, empty for a folder; and the variables that lead there."""
+    if store == "folder":
+        yield "", {}
+        return
+    with running_s3(store) as s3, patch.dict(os.environ, s3.environment):
+        yield s3.new_url(), s3.environment
+
+
+@contextmanager
 def _running_pipeline(
-    tiling: Tiling, songs: Sequence[Song]
+    tiling: Tiling, songs: Sequence[Song], location: str, lead: dict[str, str]
 ) -> Iterator[tuple[Pipeline, Provider, Path, dict[str, str]]]:
     # a short path: the server's socket lies in its folder, and socket paths end at 107 characters
     with tempfile.TemporaryDirectory(prefix="songvec-chaos-", ignore_cleanup_errors=True) as name:
@@ -539,7 +565,7 @@ def _running_pipeline(
                 "POSTGRES_URL": database.url,
                 "FIREWORKS_API_KEY": provider.api_key,
                 "FIREWORKS_BASE_URL": provider.base_url,
-                "SONGVEC_STORAGE": str(folder / "store"),
+                "SONGVEC_STORAGE": location or str(folder / "store"),
                 "SONGVEC_EMBEDDING_DIMENSIONS": str(DIMENSIONS),
                 "SONGVEC_REQUESTS_PER_MINUTE": "1000000",
                 "SONGVEC_TOKENS_PER_MINUTE": "1000000000",
@@ -552,7 +578,7 @@ def _running_pipeline(
             pipeline = Pipeline(Settings(**settings))
             cache_songs_to_parquet(pipeline.source, pipeline.store.songs, tiling)
             try:
-                yield pipeline, provider, folder, own | settings | {"PYTHONPATH": str(ROOT)}
+                yield pipeline, provider, folder, own | settings | lead | {"PYTHONPATH": str(ROOT)}
             finally:
                 dispose(database.url)
 
@@ -590,6 +616,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--songs", type=int, default=11_000)
+    parser.add_argument("--store", choices=["folder", "moto", "weed"], default="folder", help="where the cache is")
     parser.add_argument("--markdown", action="store_true", help="tables for the documentation")
     parser.add_argument("--fill", metavar="FIRST...LAST", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -597,7 +624,9 @@ def main() -> None:
         fill_on_signal(given.fill)
         return
     began = time.monotonic()
-    report = run_campaign(given.kills, given.seed, given.songs, lambda line: print(line, file=sys.stderr, flush=True))
+    report = run_campaign(
+        given.kills, given.seed, given.songs, lambda line: print(line, file=sys.stderr, flush=True), store=given.store
+    )
     report.figures["minutes"] = round((time.monotonic() - began) / 60, 1)
     print(report.render(given.markdown))
     sys.exit(0 if report.passed else 1)

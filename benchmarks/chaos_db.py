@@ -26,12 +26,13 @@ from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres import engine, short_lock
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
-from songvec_assets.search.nearest import embed_query, search_songs
+from songvec_assets.search.nearest import search_songs
+from songvec_assets.search.queries import embed_query
 from songvec_assets.search.query import Query
 from songvec_assets.settings import Settings
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.snapshots import Snapshots
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.index import recall_searches
 from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.index.neighbors import LoadedRows, sample_queries
@@ -82,7 +83,7 @@ Fault = Callable[[World, Random], None]
 def load(world: World, database: Database | None = None) -> LoadReport:
     """Make what searches find equal the cache, as a pipeline does: under the index, or through a staging table."""
     ensure_schema(database or world.database)
-    source = LoadSource(world.cache, world.tiling, Snapshots(Storage(world.folder / "songs")))
+    source = LoadSource(world.cache, world.tiling, Snapshots(LocalStorage(world.folder / "songs")))
     wanted = WantedTable(world.spec, IndexSettings(world.lists), world.may_swap, world.staged_from_rows)
     return bring_table_up_to_date(database or world.database, source, wanted)
 

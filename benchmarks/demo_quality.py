@@ -1,8 +1,6 @@
 """How well the demo's model finds songs by what they are about, compared with the hashed words of `offline-v1`.
 
-`demo_queries.tsv` has queries in 15 languages with the sample songs that answer them. Grade 2: the song is about it;
-grade 1: in part; songs that are not listed are not about it. Three in four share no word with any of their songs. The
-grades were given from the lyrics alone, before any ranking was seen (November 2026).
+The queries are those of the sample catalogue's slices `themes` and `languages`; see `songvec_assets.samples`.
 
     python -m benchmarks.demo_quality            # the table
     python -m benchmarks.demo_quality --queries  # and each query with its first three songs
@@ -14,19 +12,16 @@ import argparse
 import asyncio
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 from songvec_assets.embedding.demo import DemoEmbedder
 from songvec_assets.embedding.offline import LocalEmbedder, OfflineEmbedder
-from songvec_assets.samples import read_sample_songs
+from songvec_assets.samples import read_sample_queries, read_sample_songs
 from songvec_assets.settings import DEFAULT_DIMENSIONS, DEMO_MODEL, OFFLINE_MODEL
 from songvec_assets.songs.text import TextSpec, render_texts
 
-QUERIES = Path(__file__).parent / "demo_queries.tsv"
 N_FIRST = 10
 N_RESAMPLES = 5000
 
@@ -48,15 +43,16 @@ class Result:
 
 @functools.cache
 def read_queries() -> tuple[list[str], list[str], NDArray[np.int64]]:
-    """Queries, their languages, and the grade of each sample song, (n queries, n songs)."""
-    rows = pl.read_csv(QUERIES, separator="\t", quote_char=None)
-    queries = rows.select("language", "query").unique(maintain_order=True)
+    """Queries, their slices, and the grade of each sample song, (n queries, n songs)."""
+    rows = read_sample_queries()
+    rows = rows.filter(rows["slice"].is_in(["themes", "languages"]))
+    queries = rows.select("slice", "query").unique(maintain_order=True)
     places = {name: place for place, name in enumerate(read_sample_songs()["name"])}
     grades = np.zeros((queries.height, len(places)), dtype=np.int64)
     numbers = {query: number for number, query in enumerate(queries["query"])}
     for query, song, grade in rows.select("query", "song", "grade").iter_rows():
         grades[numbers[query], places[song]] = grade
-    return queries["query"].to_list(), queries["language"].to_list(), grades
+    return queries["query"].to_list(), queries["slice"].to_list(), grades
 
 
 def measure(name: str, embedder: LocalEmbedder) -> Result:
@@ -87,10 +83,9 @@ def resample(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def render(results: list[Result]) -> str:
     """The results as a Markdown table; the ratio is to the first."""
-    languages = np.array(read_queries()[1])
-    english = languages == "en"
+    english = np.array(read_queries()[1]) == "themes"
     lines = [
-        f"| model | nDCG@{N_FIRST}, {len(languages)} queries | {english.sum()} in English | "
+        f"| model | nDCG@{N_FIRST}, {len(english)} queries | {english.sum()} in English | "
         f"{(~english).sum()} in other languages | ratio |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]

@@ -2,6 +2,7 @@
 
     python -m benchmarks.end_to_end                    three rounds in turn; LangChain with a tenth of the songs
     python -m benchmarks.end_to_end --peers PYTHON     an interpreter with `langchain-postgres`; without it no LangChain
+    make bench-e2e                                     installs the peers, and compares with all of them
 
 Every contestant is a process of its own with a fresh copy of the songs' database, after a CHECKPOINT. All send the same
 texts in requests of 256, eight in flight, to the tests' provider: its own process, 100 ms of latency, vectors of 2,000
@@ -56,6 +57,12 @@ print(json.dumps(seconds))
 """
 RUN, CORE, STEPS, SCRIPT = "songvec run", "export, embed, load", "the same and index", "AsyncOpenAI + COPY"
 BASETEN, LANGCHAIN = "Baseten + COPY", "LangChain PGVectorStore"
+_PEERS = {
+    SCRIPT: "openai, psycopg",
+    BASETEN: "baseten_performance_client, psycopg",
+    LANGCHAIN: "langchain_openai, langchain_postgres, psycopg",
+}
+"""The libraries that each needs."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,8 @@ class Measure:
     steps: dict[str, float] = field(default_factory=dict)
 
 
-def find_contestants(peers: str | None) -> dict[str, Contestant]:
-    """All of them, by name."""
+def find_contestants(peers: str | None) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Those that can run, by name; and why the others cannot."""
     python, folder = sys.executable, _HERE / "by_hand"
     core, steps = (
         WITHOUT_INDEX.replace("STEPS", repr(names))
@@ -106,10 +113,17 @@ def find_contestants(peers: str | None) -> dict[str, Contestant]:
         STEPS: Contestant((python, "-c", steps)),
         SCRIPT: Contestant((python, str(folder / "openai_copy.py"))),
         BASETEN: Contestant((python, str(folder / "baseten_copy.py"))),
+        LANGCHAIN: Contestant((peers or python, str(folder / "langchain_store.py")), 0.1),
     }
-    if peers:
-        found[LANGCHAIN] = Contestant((peers, str(folder / "langchain_store.py")), 0.1)
-    return found
+    left_out = {}
+    for name, libraries in _PEERS.items():
+        imported = subprocess.run(
+            [found[name].command[0], "-c", f"import {libraries}"], capture_output=True, text=True, check=False
+        )
+        if imported.returncode:
+            left_out[name] = imported.stderr.strip().splitlines()[-1]
+            del found[name]
+    return found, left_out
 
 
 @dataclass
@@ -130,6 +144,12 @@ class Bench:
 
     def _find_postmaster(self) -> int:
         return int((self.folder / "pg" / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0])
+
+    def run_and_say(self, name: str, contestant: Contestant) -> Measure:
+        """As `run`, with a line as soon as it has ended: all of them take minutes."""
+        measure = self.run(contestant)
+        print(f"{name}: {measure.n_songs:,} songs in {measure.seconds:.1f} s", flush=True)
+        return measure
 
     def run(self, contestant: Contestant) -> Measure:
         """Run one in a new database, and check what it stored.
@@ -261,23 +281,30 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants, by the beginning of their names")
     parser.add_argument("--markdown", action="store_true")
     asked = parser.parse_args()
+    found, left_out = find_contestants(asked.peers)
     contestants = {
-        name: each
-        for name, each in find_contestants(asked.peers).items()
-        if asked.only is None or name.startswith(tuple(asked.only))
+        name: each for name, each in found.items() if asked.only is None or name.startswith(tuple(asked.only))
     }
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}; `make bench-e2e` installs it and compares with it", flush=True)
+    if not contestants:
+        parser.error(f"expected beginnings of {', '.join(found)}, got {' '.join(asked.only)}")
     # a short path: the server's socket lies in its folder, and socket paths end at 107 characters
     folder = tempfile.TemporaryDirectory(prefix=f"e2e-{getpass.getuser()}-", ignore_cleanup_errors=True)
     with folder, running_provider(**_PROVIDER) as provider:
         Path(folder.name).chmod(0o755)  # the embedded server may run as another user
         bench = Bench(Path(folder.name), provider, asked.songs)
-        rounds = [{name: bench.run(each) for name, each in contestants.items()} for _ in range(asked.rounds)]
+        rounds = [
+            {name: bench.run_and_say(name, each) for name, each in contestants.items()} for _ in range(asked.rounds)
+        ]
     measures = {name: [each[name] for each in rounds] for name in contestants}
     columns = "contestant | songs | seconds | min–max | songs/s | CPU s | Postgres CPU s | peak MB | in flight"
     print_table(columns, compare(measures), asked.markdown)
     for name, runs in measures.items():
         steps = [[step, f"{median(each.steps[step] for each in runs):.1f}"] for step in runs[0].steps]
         print_table(f"{name} | seconds", steps, asked.markdown)
+    if SCRIPT not in measures:
+        print(f"no ratios: {SCRIPT}, which all are compared with, did not run")
     rows, all_reached = compare_pairs(measures)
     columns = "ratio | of seconds per song | min–max | of rates | of CPU seconds | to reach | reached"
     print_table(columns, rows, asked.markdown)

@@ -36,12 +36,12 @@ def export_this(job: Job, n_readers: int | None = None) -> None:
     from songvec_assets.songs.ranges import Tiling
     from songvec_assets.songs.snapshots import Snapshots
     from songvec_assets.songs.source import SourceNames, find_source
-    from songvec_assets.storage import Storage
+    from songvec_assets.storage.local import LocalStorage
 
     database, names = Database(job.url), SourceNames(job.table)
     tiling = Tiling(job.width, 999_999_999 // job.width * job.width)
     options = ExportOptions(n_readers=n_readers or N_READERS)
-    cache_songs_to_parquet(find_source(database, names), Snapshots(Storage(job.folder)), tiling, options)
+    cache_songs_to_parquet(find_source(database, names), Snapshots(LocalStorage(job.folder)), tiling, options)
 
 
 def export_pandas(job: Job) -> None:

@@ -39,7 +39,7 @@ from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import hash_text
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.index.build import create_index, swap_names
 from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport, measure_recall
@@ -354,7 +354,7 @@ def main() -> None:
         ensure_schema(database)
         results = []
         for place, n_rows in enumerate(asked.rows):
-            cache = ModelCache(Storage(folder / f"cache_{place}"), "made-up", DIMENSIONS)
+            cache = ModelCache(LocalStorage(folder / f"cache_{place}"), "made-up", DIMENSIONS)
             results.append(measure(database, cache, n_rows, asked.rounds, writers_go_on=place == 0))
             shutil.rmtree(cache.storage.root)
     print(render(results))

@@ -19,7 +19,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.load import N_CONNECTIONS, upload_cached_embeddings_to_database
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.table import SERVING, TableSpec, VectorTable, define_table
@@ -126,7 +126,7 @@ class Bench:
 
     def cache(self, name: str) -> ModelCache:
         """A cache of that name."""
-        return ModelCache(Storage(self.folder / name), MODEL, self.size.dimensions)
+        return ModelCache(LocalStorage(self.folder / name), MODEL, self.size.dimensions)
 
     def reset(self, plain: bool | None) -> None:
         """Drop the table and what is recorded of it; create it again if a storage is given. Then CHECKPOINT."""

@@ -16,7 +16,7 @@ from songvec_assets.cache.elsewhere import OtherRanges
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cache.parts import PIECE_ROWS, CachedRows
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 
 _WIDTH, _DIMENSIONS, _HASH_BYTES = 50_000, 16, 16
 
@@ -27,7 +27,7 @@ def main() -> None:
     n_ranges = parser.parse_args().ranges
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        cache = ModelCache(Storage(Path(folder)), "m", _DIMENSIONS)
+        cache = ModelCache(LocalStorage(Path(folder)), "m", _DIMENSIONS)
         for number in range(n_ranges):
             _fill(cache, number, random)
         lacking = SongIdRange(n_ranges * _WIDTH, (n_ranges + 1) * _WIDTH)

@@ -39,7 +39,7 @@ from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets.songs.text import hash_text
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.recall import RecallReport, choose_candidates, write_recall
@@ -208,7 +208,7 @@ def build_world(folder: Path, n_rows: int, dimensions: int) -> World:
         f"FROM generate_series(0, {n_rows - 1}) n",
     )
     execute(url, "VACUUM ANALYZE songs")
-    cache = ModelCache(Storage(folder / "cache"), "made-up", dimensions)
+    cache = ModelCache(LocalStorage(folder / "cache"), "made-up", dimensions)
     tiling = Tiling(50_000, 50_000 * math.ceil(n_rows / 50_000))
     for song_ids, vectors in make_rows(n_rows, dimensions):
         cached, _ = load_embeddings_from_cache(cache, tiling.range_of(song_ids[0]))

@@ -35,7 +35,7 @@ from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import hash_text
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.index.upkeep import bring_index_up_to_date
 from songvec_assets.vectors.plan import LoadSource
@@ -145,7 +145,7 @@ class World:
     log: Log = field(default_factory=Log)
 
     def __post_init__(self) -> None:
-        self.cache = ModelCache(Storage(self.folder / "embeddings"), MODEL, self.size.dimensions)
+        self.cache = ModelCache(LocalStorage(self.folder / "embeddings"), MODEL, self.size.dimensions)
         self.spec = TableSpec(MODEL, self.size.dimensions)
         draw = np.random.default_rng(0)
         self._clusters = draw.standard_normal((_N_CLUSTERS, _N_FACTORS), dtype=np.float32)
@@ -181,7 +181,7 @@ class World:
 
     def load(self, target: str = SERVING, *, swap: bool = False) -> int:
         """Make the serving table equal the cache, through this table; rows written."""
-        source = LoadSource(self.cache, self.size.tiling, Snapshots(Storage(self.folder / "songs")))
+        source = LoadSource(self.cache, self.size.tiling, Snapshots(LocalStorage(self.folder / "songs")))
         wanted = WantedTable(self.spec, IndexSettings(), swap, self.size.staged_from_rows)
         report = bring_table_up_to_date(self.database, source, wanted, RunContext(self.log.receive))
         assert report.target.table.name == target, report.target

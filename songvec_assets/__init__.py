@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TableMismatchError,
     )
     from songvec_assets.pipeline import Pipeline
+    from songvec_assets.search.labels import LabelledQuery
     from songvec_assets.search.nearest import Hit
     from songvec_assets.settings import Settings
     from songvec_assets.songs.ranges import SongIdRange
@@ -38,6 +39,7 @@ __all__ = [
     "DamagedCacheError",
     "DatabaseError",
     "Hit",
+    "LabelledQuery",
     "ModelChangedError",
     "Pipeline",
     "ProviderError",
@@ -55,7 +57,13 @@ __all__ = [
     "__version__",
 ]
 
-_MODULES = {"Pipeline": "pipeline", "Hit": "search.nearest", "Settings": "settings", "SongIdRange": "songs.ranges"}
+_MODULES = {
+    "Pipeline": "pipeline",
+    "Hit": "search.nearest",
+    "LabelledQuery": "search.labels",
+    "Settings": "settings",
+    "SongIdRange": "songs.ranges",
+}
 
 
 def __getattr__(name: str) -> Any:

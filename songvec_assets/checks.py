@@ -11,6 +11,10 @@ from functools import cached_property
 from typing import Any
 
 from songvec_assets.errors import SongvecError, TableMismatchError, describe
+from songvec_assets.search.evaluate import evaluate, find_songs
+from songvec_assets.search.labels import label_samples
+from songvec_assets.search.queries import embed_queries
+from songvec_assets.settings import DEMO_MODEL
 from songvec_assets.vectors.index.audit import audit_index, audit_recall, audit_vectors
 from songvec_assets.vectors.index.build_plan import plan_build, reason_of_drift
 from songvec_assets.vectors.index.recall import read_recall
@@ -22,6 +26,8 @@ _BILLED_OFF_BY = 0.25
 _FEW_TOKENS = 10_000
 _SANE_USD_PER_MILLION = (0.001, 10.0)
 _SANE_BYTES_PER_TOKEN = (1.0, 12.0)
+_EVERY_SAMPLE_QUERY, _SAMPLE_NDCG = 8, 0.65
+"""A run with nothing to do checks, too: hybrid searches for an eighth of the queries take about half a second."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,8 @@ def one_model(evidence: Evidence) -> Finding:
         [*models] == [expected],
     )
     if not passed:
-        message += ": set SONGVEC_EMBEDDING_MODEL and SONGVEC_EMBEDDING_DIMENSIONS to what is loaded, or `songvec swap`"
+        names = "SONGVEC_EMBEDDING_MODEL or SONGVEC_MODEL_ID, and SONGVEC_EMBEDDING_DIMENSIONS"
+        message += f": set {names} to what is loaded; or `songvec swap`"
     return Finding(passed, message, models)
 
 
@@ -235,6 +242,27 @@ def recall_reaches_target(evidence: Evidence) -> Finding:
     )
 
 
+def samples_are_found(evidence: Evidence) -> Finding:
+    """Do searches of the sample catalogue find the songs that labelled queries ask for?"""
+    wiring = evidence.wiring
+    is_demo = wiring.database.embedded and wiring.settings.model == DEMO_MODEL
+    queries = label_samples(wiring.database, wiring.source) if is_demo else None
+    if not queries:
+        return Finding(
+            True, "the songs are not those of the demo; `songvec evaluate` measures searches with your queries"
+        )
+    asked = queries[::_EVERY_SAMPLE_QUERY]
+    vectors = embed_queries(wiring.embedder(), [query.words for query in asked], wiring.prompts.query)
+    found, _ = find_songs(wiring.source, asked, vectors, wiring.settings.model, ["hybrid"])
+    ndcg = evaluate(asked, found).scores[0].ndcg.mean
+    return Finding(
+        ndcg >= _SAMPLE_NDCG,
+        f"nDCG@10 of {len(asked)} labelled queries is {ndcg:.3f}, expected {_SAMPLE_NDCG} or more"
+        f"{'' if ndcg >= _SAMPLE_NDCG else ': `songvec evaluate` shows where searches became worse'}",
+        {"labelled queries": len(asked), "nDCG@10": round(ndcg, 4)},
+    )
+
+
 @dataclass(frozen=True)
 class Check:
     """A check, and what it means if it does not pass.
@@ -265,4 +293,9 @@ TABLE_CHECKS = (
     Check(billed_as_estimated),
     Check(price_is_sane),
 )
-INDEX_CHECKS = (Check(index_is_used, is_error=True), Check(index_is_fresh), Check(recall_reaches_target, is_error=True))
+INDEX_CHECKS = (
+    Check(index_is_used, is_error=True),
+    Check(index_is_fresh),
+    Check(recall_reaches_target, is_error=True),
+    Check(samples_are_found),
+)

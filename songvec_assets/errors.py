@@ -6,13 +6,15 @@
     ├── SourceError              the songs table is not what the settings name
     │   └── BulkDeletionError    more songs are missing than is plausible
     ├── StoreError               the storage folder is another database's, or cannot be used
+    ├── StorageError             the object store refused, or could not be reached
     ├── ReembeddingError         a changed setting would embed cached texts again
     ├── DamagedCacheError        a file of the cache is damaged or missing
     ├── TableMismatchError       the table holds another model, size or type
     ├── SearchError              a search asks for something that it cannot get
+    ├── ServeError               the HTTP server cannot start, or refuses a request
     ├── ProviderError            the provider's answer ends the run
     │   ├── VectorSizeError      vectors of another size than the settings name
-    │   ├── ModelChangedError    another model answers under the same name
+    │   ├── ModelChangedError    the server's vectors are not those stored
     │   ├── ProviderUnavailableError    no good answer within the patience
     │   │   └── ServerFailingError  more texts fail than songs can be at fault for
     │   └── RequestRefusedError  this one request is refused
@@ -77,6 +79,12 @@ class StoreError(SongvecError):
     code = "store.mismatch"
 
 
+class StorageError(SongvecError):
+    """The object store refused or could not be reached, as it would for every range. The message says what to do."""
+
+    code = "storage.failed"
+
+
 class ReembeddingError(SongvecError):
     """A changed setting would embed cached texts again. Nothing was sent; undo or confirm it."""
 
@@ -101,6 +109,12 @@ class SearchError(SongvecError):
     code = "search.invalid"
 
 
+class ServeError(SongvecError):
+    """The HTTP server cannot start, or refuses a request before it searches."""
+
+    code = "serve.request"
+
+
 class ProviderError(SongvecError):
     """The provider's answer ends the run: key, model, billing, or an unknown protocol."""
 
@@ -114,7 +128,7 @@ class VectorSizeError(ProviderError):
 
 
 class ModelChangedError(ProviderError):
-    """The provider gives other vectors under the same model name. Nothing was paid for; restore or confirm it."""
+    """The provider gives other vectors than those stored of the model. No song was paid for; restore or confirm it."""
 
     code = "provider.model-changed"
 

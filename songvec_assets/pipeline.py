@@ -44,7 +44,7 @@ class EmbedChoices(TypedDict, total=False):
     Attributes:
         retry_rejected: whether songs that the provider rejected before are sent again.
         confirm_reembedding: whether cached texts may be paid for again because settings changed.
-        confirm_model_change: whether the provider may give other vectors under the model's name than in earlier runs.
+        confirm_model_change: whether the provider may give other vectors for the model than those that are cached.
     """
 
     retry_rejected: bool
@@ -126,11 +126,15 @@ class Pipeline(Questions, Searches):
         return reports
 
     def load(self, progress: ReportProgress = ignore_progress) -> LoadReport:
-        """Make what searches find equal to the cache; see `bring_table_up_to_date`. Sends nothing to the provider."""
+        """Make what searches find equal to the cache; see `bring_table_up_to_date`.
+
+        Sends nothing to the provider but the labelled queries of SONGVEC_EVALUATION_QUERIES, before a swap.
+        """
         if self.cache.ranges():  # else nothing is written: an empty cache is refused
             self.bind()
         run = RunContext(progress, self.stop)
-        report = swap.bring_table_up_to_date(self.database, self.load_source, self.wanted_table, run)
+        wanted = replace(self.wanted_table, judge=self.judge_staging if self.settings.evaluation_queries else None)
+        report = swap.bring_table_up_to_date(self.database, self.load_source, wanted, run)
         nearest.record_source(self.database, self.source, self.filter_columns)
         return report
 
@@ -199,14 +203,17 @@ class Pipeline(Questions, Searches):
     ) -> RunReport:
         """Build a staging table of another model, size or type, compare it, and let it replace the serving table.
 
-        Afterwards set SONGVEC_EMBEDDING_MODEL, SONGVEC_EMBEDDING_DIMENSIONS and SONGVEC_VECTOR_TYPE to it.
+        Afterwards set SONGVEC_EMBEDDING_MODEL, SONGVEC_EMBEDDING_DIMENSIONS and SONGVEC_VECTOR_TYPE to it, and
+        SONGVEC_MODEL_ID if it was set.
 
         Args:
-            model, dimensions, vector_type: of the new table; None: those of the settings.
+            model: of the new table: the provider's name, which becomes its model id; None: that of the settings.
+            dimensions, vector_type: the same.
             progress: notified of each step.
         """
-        names = "embedding_model", "embedding_dimensions", "vector_type"
-        given = {name: value for name, value in zip(names, (model, dimensions, vector_type), strict=True) if value}
+        names = "embedding_model", "model_id", "embedding_dimensions", "vector_type"
+        values = model, model, dimensions, vector_type
+        given = {name: value for name, value in zip(names, values, strict=True) if value}
         settings = Settings(**self.settings.model_dump(exclude_none=True) | given | {"swap": True})
         return self.with_settings(settings).run(progress=progress)
 
@@ -239,11 +246,17 @@ class Pipeline(Questions, Searches):
         self.bind()
         estimator, given = self.token_estimator(), self.settings
         confirmed, limits = choices.get("confirm_reembedding") or reembed, (given.max_usd, given.max_usd_a_month)
-        record = ModelRecord(self.database, given.model, given.dimensions, choices.get("confirm_model_change", False))
+        record = ModelRecord(
+            database=self.database,
+            model=given.model,
+            dimensions=given.dimensions,
+            name=given.embedding_model,
+            url=given.fireworks_base_url,
+            # a model that runs in this process is what its name says
+            is_confirmed=given.offline or choices.get("confirm_model_change", False),
+        )
         shared = context.SendContext(
-            embedder_factory=lambda on_trouble: self.embedder(
-                estimator, on_trouble, replace(record, on_trouble=on_trouble).check
-            ),
+            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
             quota=self.quota,
             budget=Budget(self.price, self.database.get_engine("autocommit"), run or uuid4().hex, *limits),
             estimator=estimator,
@@ -257,6 +270,7 @@ class Pipeline(Questions, Searches):
             tiling=self.tiling,
             spec=self.text_spec,
             context=shared,
+            record=record,
             lock_range=self.lock_range,
             before_fill=functools.partial(self._check_texts, bool(confirmed)),
             before_payment=self._payment_check(),
@@ -277,11 +291,17 @@ class Pipeline(Questions, Searches):
                 write_record(storage, record)
 
     def _payment_check(self) -> Callable[[], None]:
-        """What is checked before each range's first request: the table's model; and once, what the server can take."""
+        """What is checked before each range's first request: the table's model; and once, what the server can take.
+
+        So are labelled queries: a file that cannot be read would show at the swap, after all is paid for.
+        """
 
         @functools.cache
         def check_once(target: VectorTable) -> None:
             n_songs = sum(self.store.songs.count().values())
             check_target(target, self.table_spec, self.index_settings, n_songs)
+            self.storage.check_writes()
+            if self.settings.evaluation_queries:
+                self.label_queries()
 
         return lambda: check_once(swap.check_loadable(self.database, self.wanted_table))

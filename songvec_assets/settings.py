@@ -1,20 +1,22 @@
-"""All settings: environment variable, type, default and meaning, in one group per resource.
+"""All settings: environment variable, type, default and meaning, in one group per resource or purpose.
 
-A value passed to `Settings(...)` replaces that of its variable; an empty variable counts as unset. `GraphSettings` are
-read when the graph loads, all others when a run starts. When to add here: a setting, as a field of its group, of a type
-that Dagster's run config supports (text, number, Boolean, one of several words). Keep out: what a setting does.
+A value passed to `Settings(...)` replaces that of its variable; an empty variable counts as unset. A field with
+`repr=False` is a secret. `GraphSettings` are read when the graph loads, all others when a run starts. When to add here:
+a setting, as a field of its group, of a type that Dagster's run config supports (text, number, Boolean, one of several
+words). Keep out: what a setting does, and how it is read (`settings_group`).
 """
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from songvec_assets.base_url import check_base_url
 from songvec_assets.errors import SettingsError
+from songvec_assets.settings_group import Group, file_variable, variable
+from songvec_assets.storage import check_location
 
 FIREWORKS_BASE_URL = "https://api.fireworks.ai/inference/v1"
 FIREWORKS_MODEL = "fireworks/qwen3-embedding-8b"
@@ -28,7 +30,7 @@ LOCAL_MODELS = frozenset({OFFLINE_MODEL, DEMO_MODEL})
 """Models that run in this process and cost nothing."""
 DEFAULT_TEMPLATE = "{name} by {artist}\n{lyrics}"
 STORE_IDENTITY = {
-    "embedding_model", "embedding_dimensions", "vector_type", "song_id_start", "song_id_stop", "range_size",
+    "embedding_model", "model_id", "embedding_dimensions", "vector_type", "song_id_start", "song_id_stop", "range_size",
 }  # fmt: skip
 """Settings that a storage folder and its table are bound to."""
 
@@ -40,54 +42,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Escaped = Annotated[str, AfterValidator(lambda value: value.replace("\\n", "\n"))]
 
 
-def variable(name: str) -> str:
-    """The environment variable of a setting."""
-    return name.upper() if name.startswith(("postgres_", "fireworks_")) else f"SONGVEC_{name.upper()}"
-
-
-class _Group(BaseSettings):
-    """Settings from explicit values, else the environment, else their defaults.
-
-    Args:
-        given: values by the setting's name or its variable's; None or empty: not given.
-
-    Raises:
-        SettingsError: a value does not parse; one line names the variable and, unless it is a secret, the value.
-    """
-
-    model_config = SettingsConfigDict(
-        alias_generator=variable,
-        case_sensitive=True,
-        frozen=True,
-        str_strip_whitespace=True,
-        allow_inf_nan=False,
-        validate_default=False,
-        use_attribute_docstrings=True,
-    )
-
-    def __init__(self, **given: Any) -> None:
-        fields = {variable(name): field for name, field in type(self).model_fields.items()}
-        named = {name if name in fields else variable(name): value for name, value in given.items()}
-        try:
-            super().__init__(**{name: value for name, value in named.items() if value not in (None, "")})
-        except ValidationError as error:
-            first = error.errors()[0]
-            name, value = str(first["loc"][0]), first["input"]
-            if name not in fields:
-                raise TypeError(f"{type(self).__name__} has no setting for {name}") from None
-            expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            expected = re.sub("^(greater|less)", r"a number \1", expected)
-            came = repr(value) if fields[name].repr else type(value).__name__
-            # not chained: pydantic's error shows the values, secrets among them
-            raise SettingsError(f"{name}: expected {expected}, got {came}") from None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_blank(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if str(value).strip()}
-
-
-class PostgresSettings(_Group):
+class PostgresSettings(Group):
     """The database, its songs, and how vectors are stored and indexed there."""
 
     postgres_url: str | None = Field(default=None, repr=False)
@@ -124,7 +79,7 @@ class PostgresSettings(_Group):
     """Memory in MB that an index build may use on the server; unset: half of what is available there."""
 
 
-class ProviderSettings(_Group):
+class ProviderSettings(Group):
     """The embeddings provider, the model, and the provider's quotas."""
 
     fireworks_api_key: str | None = Field(default=None, repr=False)
@@ -132,7 +87,9 @@ class ProviderSettings(_Group):
     fireworks_base_url: str = FIREWORKS_BASE_URL
     """Any OpenAI-compatible server: vLLM, TEI, Ollama, Infinity and others."""
     embedding_model: str = FIREWORKS_MODEL
-    """Model name; `demo-v2`: the demo's model; `offline-v1`: hashed words."""
+    """The provider's name for the model; `demo-v2`: the demo's model; `offline-v1`: hashed words."""
+    model_id: str | None = None
+    """Name of the model in cache and table, kept if a provider calls it otherwise; unset: the provider's name."""
     embedding_dimensions: int = Field(default=DEFAULT_DIMENSIONS, ge=2, le=4000)
     """Dimensions per vector; over 2,000 needs `SONGVEC_VECTOR_TYPE=halfvec`; `demo-v2` always has 512."""
     query_prompt: str | None = None
@@ -165,11 +122,12 @@ class ProviderSettings(_Group):
         return prompt
 
 
-class StorageSettings(_Group):
+class StorageSettings(Group):
     """The folder of snapshots and cached embeddings, and how songs become texts."""
 
     storage: str | None = None
-    """Folder of snapshots and cached embeddings; unset: `.songvec/demo` (embedded server) or `.songvec/main`."""
+    """Folder of snapshots and cached embeddings, or `s3://bucket/prefix`, `gs://…`, `az://account/container/…`; unset:
+    `.songvec/demo` (embedded server) or `.songvec/main`."""
     retention_days: NotNegative = 30.0
     """Minimum days that the cache keeps vectors of deleted songs; 0: none."""
     text_template: Escaped = DEFAULT_TEMPLATE
@@ -177,8 +135,13 @@ class StorageSettings(_Group):
     max_text_chars: int = Field(default=24_000, ge=1, le=1_000_000)
     """Longer texts are truncated; a change re-embeds the songs it affects, after confirmation."""
 
+    @field_validator("storage")
+    @classmethod
+    def _check_location(cls, value: str) -> str:
+        return check_location(value)
 
-class RunSettings(_Group):
+
+class RunSettings(Group):
     """What a run may spend, and how."""
 
     max_usd: float | None = Field(default=None, ge=0)
@@ -189,13 +152,15 @@ class RunSettings(_Group):
     """Maximum requests in flight; the actual number follows from quota and latency."""
     target_recall: Share = 0.95
     """Measured recall that searches must reach: the share found of the true ten nearest songs."""
+    evaluation_queries: str | None = None
+    """File of labelled queries on which each swap compares both tables (docs/search.md); unset: none."""
     swap: bool = False
     """Whether another model, size or type is built as a staging table and swapped in; otherwise it is refused."""
     webhook_url: str | None = Field(default=None, repr=False)
     """Webhook URL that receives a message per failed run, as JSON with a `text` (Slack, Teams, …); unset: none."""
 
 
-class GraphSettings(_Group):
+class GraphSettings(Group):
     """What shapes the graph: its partitions, and how backfills are split."""
 
     song_id_start: int = Field(default=0, ge=0, le=_MAX_INT)
@@ -208,10 +173,23 @@ class GraphSettings(_Group):
     """Splits backfills into runs of up to n ranges; unset: one run."""
 
 
-GROUPS = (PostgresSettings, ProviderSettings, StorageSettings, RunSettings, GraphSettings)
+class ServeSettings(Group):
+    """What searches may spend, and what `songvec serve` allows."""
+
+    max_search_usd_a_month: float | None = Field(default=None, ge=0)
+    """Budget in dollars of a calendar month (UTC) for the queries of searches; unset: none."""
+    serve_token_file: str | None = None
+    """File with the token that `songvec serve` requires; unset: none, and it listens on loopback only."""
+    serve_hosts: str | None = None
+    """Names besides loopback's by which requests may address `songvec serve`, such as `songs.example`."""
+    serve_requests_per_minute: Count = 1200
+    """Searches that `songvec serve` takes from one address; a sixth of them may come at once."""
 
 
-class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings, GraphSettings):
+GROUPS = (PostgresSettings, ProviderSettings, StorageSettings, RunSettings, GraphSettings, ServeSettings)
+
+
+class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings, GraphSettings, ServeSettings):
     """All settings, immutable; secrets stay out of the repr.
 
         Settings()                    # environment and defaults
@@ -247,6 +225,8 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
                 "point FIREWORKS_BASE_URL at a server that needs none, or select the demo's vectors by name with "
                 f"SONGVEC_EMBEDDING_MODEL={DEMO_MODEL}"
             )
+        if self.model_id in LOCAL_MODELS:
+            raise SettingsError(f"SONGVEC_MODEL_ID: expected a name of no local model, got {self.model_id!r}: unset it")
         check_base_url(self.fireworks_base_url)
         return self
 
@@ -257,14 +237,14 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
         return self.embedding_model in LOCAL_MODELS or not real
 
     @property
-    def storage_root(self) -> Path:
-        """The folder of the store; it need not exist."""
-        return Path(self.storage or Path(".songvec") / ("main" if self.postgres_url else "demo"))
+    def storage_location(self) -> str:
+        """The folder of the store, or the URL of its objects; need not exist."""
+        return self.storage or str(Path(".songvec") / ("main" if self.postgres_url else "demo"))
 
     @property
     def filters(self) -> list[str]:
         """The columns that searches may filter by."""
-        return [each for each in map(str.strip, (self.filter_columns or "").split(",")) if each]
+        return split_names(self.filter_columns)
 
     @property
     def price(self) -> float:
@@ -275,13 +255,20 @@ class Settings(PostgresSettings, ProviderSettings, StorageSettings, RunSettings,
 
     @property
     def model(self) -> str:
-        """The model's name in cache, ledger and table."""
-        return DEMO_MODEL if self.offline and self.embedding_model not in LOCAL_MODELS else self.embedding_model
+        """The model id: its name in cache, ledger and table. Requests ask for `embedding_model`."""
+        if self.offline:
+            return self.embedding_model if self.embedding_model in LOCAL_MODELS else DEMO_MODEL
+        return self.model_id or self.embedding_model
 
     @property
     def dimensions(self) -> int:
         """Dimensions per vector: as set, except for the demo's model, which has a fixed number."""
         return DEMO_DIMENSIONS if self.model == DEMO_MODEL else self.embedding_dimensions
+
+
+def split_names(given: str | None) -> list[str]:
+    """The names of a list with commas."""
+    return [each for each in map(str.strip, (given or "").split(",")) if each]
 
 
 def describe(field: FieldInfo) -> str:
@@ -290,5 +277,6 @@ def describe(field: FieldInfo) -> str:
 
 
 def variables() -> list[str]:
-    """The names of all variables, in the order of the groups."""
-    return [variable(name) for group in GROUPS for name in group.model_fields]
+    """The names of all variables, in the order of the groups; a secret's is followed by that of its file."""
+    fields = {variable(name): field for group in GROUPS for name, field in group.model_fields.items()}
+    return [each for name, field in fields.items() for each in ((name,) if field.repr else (name, file_variable(name)))]

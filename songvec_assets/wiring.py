@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Self
 
 from songvec_assets import inventory
@@ -22,8 +21,9 @@ from songvec_assets.embedding.prompts import Prompts
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.inventory import Inventory
 from songvec_assets.postgres import schema
-from songvec_assets.postgres.embedded import DEFAULT_FOLDER, create_songs_table, start_embedded_server
+from songvec_assets.postgres.embedded import create_songs_table, start_embedded_server
 from songvec_assets.postgres.engine import Database
+from songvec_assets.postgres.server import DEFAULT_FOLDER
 from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import StopSignal
 from songvec_assets.settings import DEMO_MODEL, Settings
@@ -33,6 +33,7 @@ from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.spending import SpendingLog
+from songvec_assets.storage import Storage, open_storage
 from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.swap import WantedTable
@@ -58,7 +59,8 @@ class Wiring:
             what = "a small model" if given.model == DEMO_MODEL else "spelling, not meaning"
             embedder = f"DEMO vectors ({given.model}: {what}; FIREWORKS_API_KEY makes real ones)"
         else:
-            embedder = f"{given.model} at {given.fireworks_base_url}"
+            alias = f", as {given.model}" if given.model != given.embedding_model else ""
+            embedder = f"{given.embedding_model} at {given.fireworks_base_url}{alias}"
         return f"{self.database.describe()}, {embedder}, {given.dimensions} dimensions"
 
     @property
@@ -84,10 +86,10 @@ class Wiring:
             schema.ensure_schema(database)
         return database
 
-    @property
-    def storage_root(self) -> Path:
-        """The folder of the store; it need not exist."""
-        return self.settings.storage_root
+    @cached_property
+    def storage(self) -> Storage:
+        """The folder or the objects of the store; need not exist."""
+        return open_storage(self.settings.storage_location)
 
     @cached_property
     def store(self) -> Store:
@@ -98,7 +100,7 @@ class Wiring:
         Raises:
             StoreError: it belongs to another database.
         """
-        return look_up(self.storage_root, self.tiling, self.database)
+        return look_up(self.storage, self.tiling, self.database)
 
     def bind(self) -> None:
         """Prepare storage root and database for writing, and record in each that they belong together.
@@ -113,7 +115,7 @@ class Wiring:
             # before there is a store: else it would be bound to a tiling that does not fit the ids
             check_ids(self.source, self.tiling)
         schema.ensure_schema(self.database)
-        store = open_store(self.storage_root, self.tiling, guard=self._lock_tail)
+        store = open_store(self.storage, self.tiling, guard=self._lock_tail)
         bind_store(store, self.database)
         self.store = store
 
@@ -164,8 +166,9 @@ class Wiring:
     def prompts(self) -> Prompts:
         """What the model is given around queries and texts; see `choose_prompts`. Reads no database."""
         given = self.settings
-        storage = model_storage(self.storage_root, given.model, given.dimensions)
-        return choose_prompts(storage, given.model, given.query_prompt, given.document_prompt)
+        storage = model_storage(self.storage, given.model, given.dimensions)
+        names = given.model, given.embedding_model
+        return choose_prompts(storage, names, given.query_prompt, given.document_prompt)
 
     @property
     def text_spec(self) -> TextSpec:

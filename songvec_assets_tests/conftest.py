@@ -1,10 +1,13 @@
 """Real parts for tests: an embedded Postgres a database a test, cloned from a template; a provider in its process."""
 
+import contextlib
+import functools
 import getpass
 import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,11 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.settings import Settings, variables
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets.storage import objects
 from songvec_assets_tests.administration import borrow_database, dispose, execute, with_parts
 from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.provider import Provider, running_provider
+from songvec_assets_tests.s3 import S3, Kind, running_s3
 
 TEMPLATE = "songvec_template"
 TILING = Tiling(width=100, stop=1_000)
@@ -122,13 +127,50 @@ def provider(provider_process: Provider) -> Provider:
     return provider_process
 
 
+@pytest.fixture(scope="session")
+def start_s3() -> Iterator[Callable[[Kind], S3]]:
+    """Starts an S3 server of a kind, once per test worker."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda kind: stack.enter_context(running_s3(kind)))
+
+
+@pytest.fixture
+def use_s3(start_s3: Callable[[Kind], S3], monkeypatch: pytest.MonkeyPatch) -> Callable[[Kind], S3]:
+    """Leads the environment to a well-behaved S3 server of a kind, with an empty log."""
+
+    def lead(kind: Kind) -> S3:
+        s3 = start_s3(kind)
+        for name, value in s3.environment.items():
+            monkeypatch.setenv(name, value)
+        # as often as always, without the waits
+        backoff = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.05), "base": 2}
+        monkeypatch.setitem(objects.RETRIES, "backoff", backoff)
+        s3.spoil()
+        s3.requests()
+        return s3
+
+    return lead
+
+
+@pytest.fixture(params=["moto", pytest.param("weed", marks=pytest.mark.slow)])
+def s3(request: pytest.FixtureRequest, use_s3: Callable[[Kind], S3]) -> S3:
+    """An S3 server to which the environment leads; `s3.spoil(…)` makes it misbehave."""
+    return use_s3(request.param)
+
+
+@pytest.fixture
+def bucket(s3: S3) -> str:
+    """The URL of an empty prefix in a bucket."""
+    return s3.new_url()
+
+
 @pytest.fixture
 def pipeline(database: Database, provider: Provider, tmp_path: Path) -> Pipeline:
     """Database, provider and a storage folder of the test's own; 64 dimensions, ranges of 100 song_ids."""
     return make_pipeline(database, provider, tmp_path / "store")
 
 
-def make_pipeline(database: Database, provider: Provider, storage: Path, **settings: object) -> Pipeline:
+def make_pipeline(database: Database, provider: Provider, storage: Path | str, **settings: object) -> Pipeline:
     """A pipeline with some settings; a new one is a new run over the same database and store."""
     given: dict[str, object] = {
         "postgres_url": database.url,

@@ -10,9 +10,10 @@ import sqlalchemy as sa
 from songvec_assets.checks import INDEX_CHECKS, TABLE_CHECKS, Evidence, Finding
 from songvec_assets.errors import BudgetExceededError, SourceError
 from songvec_assets.pipeline import Pipeline
+from songvec_assets.postgres.embedded import create_songs_table
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_value, write_value
-from songvec_assets.settings import Settings
+from songvec_assets.settings import DEMO_MODEL, Settings
 from songvec_assets.spending import SPENDING
 from songvec_assets.vectors.index.sizing import Capacity
 from songvec_assets_tests.administration import execute
@@ -46,7 +47,7 @@ def ask(pipeline: Pipeline, name: str) -> Finding:
 
 def test_every_check_passes_for_a_sound_pipeline(begin: Callable[..., Pipeline]) -> None:
     found = begin().verify()
-    assert len(found) == 11
+    assert len(found) == 12
     assert {name: finding.message for name, finding in found.items() if not finding.passed} == {}
     assert all(finding.message for finding in found.values())
 
@@ -104,7 +105,7 @@ def drop_index(url: str) -> None:
             "1 of 40 sampled vectors are bad: somebody else wrote them; delete",
         ),
         ("one_model", another_model, False, "the ledger has other"),
-        ("one_model", another_model, False, ": set SONGVEC_EMBEDDING_MODEL and SONGVEC_EMBEDDING_DIMENSIONS to what"),
+        ("one_model", another_model, False, "SONGVEC_MODEL_ID, and SONGVEC_EMBEDDING_DIMENSIONS to what"),
         ("index_is_used", drop_index, False, "run `songvec index`"),
         ("index_is_fresh", drop_index, False, "run `songvec index`"),
         ("recall_reaches_target", drop_index, False, "run `songvec index`"),
@@ -309,3 +310,22 @@ def test_songs_that_are_not_exported_yet_are_missing(
     execute(database.adbc_uri, "DROP TABLE songs")
     with pytest.raises(SourceError, match="this database has no table songs"):
         look()
+
+
+@pytest.mark.slow
+def test_the_samples_of_the_demo_are_found_unless_the_table_is_another(database: Database, tmp_path: Path) -> None:
+    create_songs_table(database)
+    settings = Settings(postgres_url=database.url, embedding_model=DEMO_MODEL, storage=str(tmp_path))
+    pipeline = Pipeline(settings)
+    pipeline.run()
+    assert "not those of the demo" in ask(pipeline, "samples_are_found").message
+    pipeline.database = Database(database.url, embedded=True)
+    found = ask(pipeline, "samples_are_found")
+    assert (found.passed, found.figures["labelled queries"]) == (True, 35)
+    execute(database.url, "UPDATE song_embeddings SET embedding = (SELECT embedding FROM song_embeddings LIMIT 1)")
+    found = ask(pipeline, "samples_are_found")
+    assert not found.passed
+    assert "`songvec evaluate` shows where" in found.message
+    # with other songs beside them the figures are not those of the samples
+    execute(database.url, "INSERT INTO songs (name, artist) VALUES ('Another', 'Ann')")
+    assert ask(pipeline, "samples_are_found").passed

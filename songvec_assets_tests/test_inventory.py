@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.songs import snapshots
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 
 Songs = Callable[..., None]
 COUNTS = ["key", "n_source", "n_songs", "n_unexported", "n_cached", "n_rejected", "n_loaded", "n_rows"]
@@ -75,11 +75,11 @@ def test_status_and_estimate_of_a_complete_catalogue_open_no_file_with_vectors_a
     def refuse(*_: object) -> None:
         raise AssertionError("opened or rendered")
 
-    def refuse_vectors(storage: Storage, key: str) -> object:
+    def refuse_vectors(storage: LocalStorage, key: str) -> object:
         return refuse() if "embeddings" in str(storage) else open_file(storage, key)
 
-    open_file = Storage.open
-    monkeypatch.setattr(Storage, "open", refuse_vectors)
+    open_file = LocalStorage.open
+    monkeypatch.setattr(LocalStorage, "open", refuse_vectors)
     monkeypatch.setattr(snapshots, "render_texts", refuse)
     assert filled.status().total["n_missing"] == 0
     estimate = filled.estimate()
@@ -91,14 +91,14 @@ def test_a_run_with_nothing_to_do_opens_each_file_with_vectors_at_most_once(
     filled: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    open_file = Storage.open
+    open_file = LocalStorage.open
 
-    def note(storage: Storage, key: str) -> object:
+    def note(storage: LocalStorage, key: str) -> object:
         if "embeddings" in str(storage):
             opened.append(key)
         return open_file(storage, key)
 
-    monkeypatch.setattr(Storage, "open", note)
+    monkeypatch.setattr(LocalStorage, "open", note)
     filled.export()
     filled.filler().fill_ranges(list(filled.tiling), lambda _: None)
     filled.load()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "songvec_assets"
-ELSEWHERE = {"scenarios", "browser", "benchmarks", "docs", "examples", "tools"}
+ELSEWHERE = {"scenarios", "browser", "benchmarks", "deploy", "docs", "examples", "tools"}
 """Folders of tests that are of no single module."""
 WITHOUT_A_TEST: dict[str, str] = {
     "samples/__main__.py": "prints what `test_samples` reads",
@@ -21,6 +21,7 @@ OF_NO_MODULE = {
     "search/test_doors.py": "of a search by Python, command and SQL, over the same songs",
     "search/test_spelling.py": "of misspelt words in a search, through Python",
     "defs/test_surface.py": "of all names that users see, in `defs/` and `cli/`",
+    "storage/test_contract.py": "of what `local` and `objects` have in common",
     "vectors/index/test_capacity.py": "of `sizing`, on servers with little memory or disk",
     "vectors/index/test_shared_memory.py": "of `build`, on a server with a small /dev/shm",
 }

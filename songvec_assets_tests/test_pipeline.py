@@ -124,7 +124,7 @@ def test_what_serves_another_model_uses_the_database_that_is_closed_and_cancelle
 def test_a_range_that_fails_is_raised_after_the_others_are_done(begin: Callable[..., Pipeline]) -> None:
     with begin() as songs:
         songs.export()
-        (songs.storage_root / "songs" / f"{FIRST.key}.parquet").write_bytes(b"PAR1" + b"x" * 100 + b"PAR1")
+        (songs.storage.root / "songs" / f"{FIRST.key}.parquet").write_bytes(b"PAR1" + b"x" * 100 + b"PAR1")
         with pytest.raises(songvec_assets.StoreError, match="is damaged") as raised:
             songs.embed()
         assert raised.value.__notes__ == [f"not complete: {FIRST.key}; the other ranges are embedded"]
@@ -160,7 +160,7 @@ def test_the_public_names_are_there_and_no_others_are_promised() -> None:
         _ = songvec_assets.Deployment
 
 
-HEAVY = ("dagster", "matplotlib", "openai")
+HEAVY = ("dagster", "matplotlib", "aiohttp")
 
 
 def loaded_by(statement: str, folder: Path, **environment: str) -> set[str]:

@@ -64,7 +64,7 @@ def test_a_dry_run_says_each_step_and_does_none(filled: Pipeline, provider: Prov
 
 
 def test_a_snapshot_that_cannot_be_read_makes_no_estimate_cheaper(filled: Pipeline) -> None:
-    path = filled.storage_root / "songs" / f"{SECOND.key}.parquet"
+    path = filled.storage.root / "songs" / f"{SECOND.key}.parquet"
     path.write_bytes(b"no snapshot")
     for ask in (filled.estimate, filled.dry_run, lambda: filled.estimate([SECOND])):
         with pytest.raises(StoreError, match=r"is damaged .* remove it and export again"):

@@ -4,7 +4,7 @@ import unicodedata
 
 import polars as pl
 
-from songvec_assets.samples import parse_sample_songs, read_sample_songs, write_sample_songs
+from songvec_assets.samples import parse_sample_songs, read_sample_queries, read_sample_songs, write_sample_songs
 from songvec_assets.songs.text import TextSpec, render_texts
 
 SCRIPTS = (
@@ -60,6 +60,17 @@ def test_lyrics_are_written_in_several_scripts():
         script: sum(1 for lyrics in songs["lyrics"].drop_nulls() if _is_mostly(lyrics, script)) for script in SCRIPTS
     }
     assert sum(n_songs > 0 for n_songs in scripts.values()) >= 5, scripts
+
+
+def test_the_labelled_queries_name_songs_of_the_catalogue_once_and_each_slice_has_enough():
+    rows = read_sample_queries()
+    assert rows.columns == ["slice", "query", "song", "grade"]
+    assert set(rows["grade"]) == {1, 2}
+    assert not rows.select("slice", "query", "song").is_duplicated().any()
+    assert set(rows["song"]) <= set(read_sample_songs()["name"])
+    sizes = dict(rows.group_by("slice").agg(pl.col("query").n_unique()).iter_rows())
+    assert sizes.keys() == {"themes", "languages", "keywords", "titles", "typos"}
+    assert min(sizes.values()) >= 15
 
 
 def _is_mostly(lyrics, script):

@@ -16,6 +16,7 @@ from songvec_assets.settings import (
     DEMO_MODEL,
     FIREWORKS_BASE_URL,
     FIREWORKS_MODEL,
+    GROUPS,
     OFFLINE_MODEL,
     GraphSettings,
     ProviderSettings,
@@ -23,6 +24,7 @@ from songvec_assets.settings import (
     Settings,
     variables,
 )
+from songvec_assets.settings_group import variable
 from songvec_assets.songs.ranges import Tiling
 
 README = Path(__file__).parents[1] / "README.md"
@@ -43,11 +45,13 @@ GOOD = {
     "SONGVEC_MAX_MISSING_RANGE_SHARE": ("max_missing_range_share", 0.5, {"1": 1.0, "0.2": 0.2}),
     "SONGVEC_FILTER_COLUMNS": ("filter_columns", None, {"artist, year": "artist, year"}),
     "SONGVEC_VECTOR_TYPE": ("vector_type", "vector", {"vector": "vector", "halfvec": "halfvec"}),
+    "SONGVEC_INDEX_KIND": ("index_kind", "ivfflat", {"hnsw_bit": "hnsw_bit"}),
     "SONGVEC_LISTS": ("lists", None, {"1": 1, "32768": 32_768}),
     "SONGVEC_INDEX_MEMORY_MB": ("index_memory_mb", None, {"64": 64}),
     "FIREWORKS_API_KEY": ("fireworks_api_key", None, {" fw_1 ": "fw_1"}),
     "FIREWORKS_BASE_URL": ("fireworks_base_url", FIREWORKS_BASE_URL, {"http://localhost:8000/v1": "http://localhost:8000/v1"}),
     "SONGVEC_EMBEDDING_MODEL": ("embedding_model", FIREWORKS_MODEL, {"nomic": "nomic", OFFLINE_MODEL: OFFLINE_MODEL}),
+    "SONGVEC_MODEL_ID": ("model_id", None, {"fireworks/qwen3-embedding-8b": "fireworks/qwen3-embedding-8b"}),
     "SONGVEC_EMBEDDING_DIMENSIONS": ("embedding_dimensions", 2000, {"2": 2, "2000": 2000}),
     "SONGVEC_QUERY_PROMPT": ("query_prompt", None, {r"to\n{query}": "to\n{query}", "None": "{query}"}),
     "SONGVEC_DOCUMENT_PROMPT": ("document_prompt", None, {"passage: {text}": "passage: {text}", "none": "{text}"}),
@@ -66,12 +70,17 @@ GOOD = {
     "SONGVEC_MAX_USD_A_MONTH": ("max_usd_a_month", None, {"0": 0.0, "480": 480.0}),
     "SONGVEC_CONCURRENCY": ("concurrency", 32, {"1": 1, "1000": 1000}),
     "SONGVEC_TARGET_RECALL": ("target_recall", 0.95, {"1": 1.0, "0.9": 0.9}),
+    "SONGVEC_EVALUATION_QUERIES": ("evaluation_queries", None, {"queries.tsv": "queries.tsv"}),
     "SONGVEC_SWAP": ("swap", False, {"yes": True, "True": True, "no": False, "false": False}),
     "SONGVEC_WEBHOOK_URL": ("webhook_url", None, {"https://x.example/hook": "https://x.example/hook"}),
     "SONGVEC_SONG_ID_START": ("song_id_start", 0, {"0": 0, "1500000000": 1_500_000_000}),
     "SONGVEC_SONG_ID_STOP": ("song_id_stop", 16_000_000, {"50000": 50_000, "2147483648": 2**31}),
     "SONGVEC_RANGE_SIZE": ("range_size", 50_000, {"1": 1, "1000000": 1_000_000}),
     "SONGVEC_RANGES_PER_RUN": ("ranges_per_run", None, {"1": 1}),
+    "SONGVEC_MAX_SEARCH_USD_A_MONTH": ("max_search_usd_a_month", None, {"0": 0.0, "3.5": 3.5}),
+    "SONGVEC_SERVE_TOKEN_FILE": ("serve_token_file", None, {"/run/token": "/run/token"}),
+    "SONGVEC_SERVE_HOSTS": ("serve_hosts", None, {"songs.example": "songs.example"}),
+    "SONGVEC_SERVE_REQUESTS_PER_MINUTE": ("serve_requests_per_minute", 1200, {"1": 1}),
 }  # fmt: skip
 
 NOT_WHOLE = ["0", "-1", "1.5", "many", "1e3", "inf", "nan"]
@@ -89,6 +98,7 @@ TOO_HIGH = {
     "SONGVEC_SONG_ID_STOP": "2147483649",
     "SONGVEC_RANGE_SIZE": "1000001",
     "SONGVEC_RANGES_PER_RUN": "1000001",
+    "SONGVEC_SERVE_REQUESTS_PER_MINUTE": "2147483648",
 }
 BAD = (
     [(variable, value) for variable, highest in TOO_HIGH.items() for value in [*NOT_WHOLE, highest]]
@@ -97,6 +107,7 @@ BAD = (
         for variable in ("SONGVEC_PATIENCE_S", "SONGVEC_MAX_USD", "SONGVEC_USD_PER_MILLION_TOKENS")
         for value in NOT_A_NUMBER
     ]
+    + [("SONGVEC_INDEX_KIND", value) for value in ("hnsw", "IVFFlat")]
     + [("SONGVEC_VECTOR_TYPE", value) for value in ("bit", "Vector", "vector(3)")]
     + [
         (variable, value)
@@ -112,6 +123,7 @@ BAD = (
     + [(variable, value) for variable in ("SONGVEC_SWAP", "SONGVEC_TRUNCATE") for value in ("2", "perhaps")]
     + [("SONGVEC_QUERY_PROMPT", value) for value in ("query:", "{text}", "{query} or {query}")]
     + [("SONGVEC_DOCUMENT_PROMPT", value) for value in ("passage:", "{query}", "{name}")]
+    + [("SONGVEC_MODEL_ID", value) for value in (DEMO_MODEL, OFFLINE_MODEL)]
     + [("SONGVEC_EMBEDDING_DIMENSIONS", value) for value in ("1", "2001")]
     + [("FIREWORKS_BASE_URL", value) for value in ("ftp://x/v1", "localhost:8000", "api.fireworks.ai/inference/v1")]
     + [("FIREWORKS_BASE_URL", value) for value in ("http://:8000/v1", "http://x:99999/v1")]
@@ -125,7 +137,7 @@ def read(**environment):
 
 
 def test_every_variable_is_tested_here():
-    assert list(GOOD) == variables()
+    assert list(GOOD) == [variable(name) for group in GROUPS for name in group.model_fields]
     assert {field for field, _, _ in GOOD.values()} == set(Settings.model_fields)
 
 
@@ -210,6 +222,12 @@ def test_vectors_are_made_here_only_if_nothing_is_configured_or_a_local_model_is
     assert settings.offline is (model != FIREWORKS_MODEL)
 
 
+def test_the_model_id_names_the_vectors_and_the_providers_name_the_requests():
+    given = {"SONGVEC_EMBEDDING_MODEL": "Qwen/Qwen3-Embedding-8B", "SONGVEC_MODEL_ID": FIREWORKS_MODEL}
+    assert read(**BASE, **given).model == FIREWORKS_MODEL
+    assert read(**given).model == DEMO_MODEL, "a local model's vectors never get another's name"
+
+
 def test_a_url_without_a_key_is_refused_with_every_way_out():
     with pytest.raises(SettingsError) as refusal:
         read(POSTGRES_URL=BASE["POSTGRES_URL"])
@@ -291,7 +309,7 @@ def test_the_table_has_a_row_for_every_variable():
     header, rule, *rows = settings_table().splitlines()
     assert header.startswith("| Variable | Default |")
     assert set(rule) <= set("| -")
-    assert [row.split("`")[1] for row in rows] == variables()
+    assert [row.split("`")[1] for row in rows] == list(GOOD)
     # a newline or a bar within a cell would end it
     assert {row.count("|") for row in rows} == {header.count("|")}
     by_variable = {row.split("`")[1]: [cell.strip() for cell in row.split("|")[1:-1]] for row in rows}

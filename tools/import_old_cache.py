@@ -19,7 +19,7 @@ from songvec_assets.cache.manifest import DataFile, Manifest, Rejection
 from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, PartIdentity, join_rows
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 
 MARKER = b"\xff\xff\xff\xff"
 
@@ -78,7 +78,7 @@ def import_file(path: Path) -> tuple[int, int]:
         sound += [rows if len(good) == len(rows) else rows.take(good)] if len(good) else []
         for song_id in rows.song_ids.tolist():
             words.pop(song_id, None)
-    storage, identity = Storage(path.parent), PartIdentity(metadata["model"], width, song_range)
+    storage, identity = LocalStorage(path.parent), PartIdentity(metadata["model"], width, song_range)
     files: tuple[DataFile, ...] = ()
     if sound:
         pieces = (each.embeddings[at : at + PIECE_ROWS] for each in sound for at in range(0, len(each), PIECE_ROWS))

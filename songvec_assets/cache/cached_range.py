@@ -6,9 +6,9 @@ Embeddings are float32, (n, dimensions).
 When to add here: another way to read cached rows. Keep out: file formats, and decisions of a fill or a load.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import InitVar, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import polars as pl
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from songvec_assets.cache import manifest as manifests
 from songvec_assets.cache.manifest import Completion, DataFile, Manifest
-from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, DamagedPartError, PartIdentity, Rows, open_part
+from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, DamagedPartError, PartIdentity, Rows, StoredRows
+from songvec_assets.cache.slices import open_stored, read_ahead
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import StoreError
@@ -95,7 +96,7 @@ class CachedRange:
     manifest: Manifest = field(init=False)
     damaged: dict[str, str] = field(default_factory=dict)
     n_unnamed: int = 0
-    _batches: list[CachedRows] = field(default_factory=list)
+    _batches: list[StoredRows] = field(default_factory=list)
 
     def __post_init__(self, generation: int) -> None:
         sizes, is_read = self.files.sizes, self.files.manifest is not None
@@ -104,8 +105,7 @@ class CachedRange:
         manifest = self.files.manifest or Manifest(generation=lowest)
         if self.replaces is not None:
             manifest, is_read = self.replaces.manifest.begin_generation(generation), True
-        for each in manifest.files:
-            self._open(each)
+        self._open(manifest.files)
         unnamed = manifest.find_unnamed(sizes, is_read)
         self.n_unnamed = len(unnamed)
         self.manifest = self._add(manifest, unnamed)
@@ -186,9 +186,14 @@ class CachedRange:
         wanted = np.asarray(rows, dtype=np.int64)
         embeddings = np.empty((len(wanted), self.identity.dimensions), dtype=np.float32)
         places = np.searchsorted(self._starts, wanted, side="right") - 1
-        for place in np.unique(places):
+
+        def read(place: int) -> None:
             here = places == place
-            embeddings[here] = self._batches[place].embeddings[wanted[here] - self._starts[place]]
+            embeddings[here] = self._batches[place].vectors_at(wanted[here] - self._starts[place])
+
+        # large batches one after the other: each may be read as a whole
+        are_small = self.n_rows < self.n_batches * PIECE_ROWS // 4
+        [*(self.storage.map if are_small else map)(read, np.unique(places).tolist())]
         return embeddings
 
     def iter_vectors(self, rows: pl.Series) -> Iterator[CachedRows]:
@@ -197,13 +202,15 @@ class CachedRange:
         Args:
             rows: row numbers.
         """
-        wanted = np.sort(rows.to_numpy())
+        return read_ahead(self._pick(np.sort(rows.to_numpy())))
+
+    def _pick(self, wanted: NDArray[np.int64]) -> Iterator[Callable[[], CachedRows]]:
         for first, batch in zip(self._starts, self._batches, strict=True):
             begin, end = np.searchsorted(wanted, (first, first + len(batch)))
             if end - begin == len(batch):
-                yield batch
+                yield batch.load
             elif begin < end:  # picking rows copies
-                yield batch.take(wanted[begin:end] - first)
+                yield partial(batch.take, wanted[begin:end] - first)
 
     def save(self, manifest: Manifest) -> None:
         """Replace the manifest.
@@ -216,9 +223,9 @@ class CachedRange:
         version = self.storage.put_if_unchanged(key, content, self.files.version)
         if version is None:
             raise StoreError(
-                f"{self.storage.describe(key)} was changed by another process while this one filled it: its "
-                "lock was lost, as when the database restarts. Start the same command again; what both have stored "
-                "is kept",
+                f"{self.storage.describe(key)} was changed by another process while this one filled it: another run "
+                "writes this range, because this one's lock was lost, as when the database restarts, or because two "
+                "databases share the store. Start the same command again; what both have stored is kept",
                 "store.lock-lost",
             )
         self.files = RangeFiles(manifest, version, self.files.sizes)
@@ -247,8 +254,10 @@ class CachedRange:
 
     def delete_garbage(self) -> None:
         """Delete files that the durable manifest no longer needs."""
-        for name in self.manifest.find_garbage(self.files.sizes) if self.files.manifest else ():
-            self.storage.delete(f"{self.range.key}/{name}")
+        garbage = self.manifest.find_garbage(self.files.sizes) if self.files.manifest else []
+        if garbage:
+            self.storage.delete(*(f"{self.range.key}/{name}" for name in garbage))
+        for name in garbage:
             del self.files.sizes[name]
         self.storage.delete_leftovers(self.range.key)
 
@@ -260,21 +269,25 @@ class CachedRange:
         """Read the rows of newer files, and return the manifest that adopts them."""
         files = [DataFile(name, self.files.sizes[name]) for name in names]
         n_before = len(self._batches)
-        for each in files:
-            self._open(each)
+        self._open(files)
         return manifest.adopt(files, (int(song_id) for rows in self._batches[n_before:] for song_id in rows.song_ids))
 
-    def _open(self, file: DataFile) -> None:
+    def _open(self, files: Sequence[DataFile]) -> None:
+        for each, (batches, problem) in zip(files, self.storage.map(self._read, files), strict=True):
+            self._batches += batches
+            if problem:
+                self.damaged[each.name] = problem
+
+    def _read(self, file: DataFile) -> tuple[Sequence[StoredRows], str]:
+        """The intact rows of a file, and what is wrong with it."""
         key = f"{self.range.key}/{file.name}"
-        name = self.storage.describe(key)
         try:
             content = self.storage.open(key)
-            batches = open_part(content, self.identity, name)
+            batches = open_stored(content, self.identity, self.storage.describe(key))
             if content.size != file.n_bytes:
                 raise DamagedPartError(f"it has {content.size:,} bytes, expected {file.n_bytes:,}", batches)
-            self._batches += batches
         except FileNotFoundError:
-            self.damaged[file.name] = "it is missing"
+            return [], "it is missing"
         except DamagedPartError as error:
-            self.damaged[file.name] = str(error)
-            self._batches += error.sound
+            return error.sound, str(error)
+        return batches, ""

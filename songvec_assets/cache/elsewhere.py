@@ -56,16 +56,25 @@ class OtherRanges:
 
         def take(other: SongIdRange, here: pl.DataFrame) -> pl.DataFrame:
             check()
-            source = self._open(other)
-            if source is None:
-                return here.clear()
-            stored = source.all_rows.join(here, on="text_hash", how="semi")
-            vectors = source.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
-            copied = here.join(vectors, on="text_hash", how="inner", maintain_order="left")
-            copy_vectors(source, copied, cached)
-            return copied
+            try:
+                return self._copy(cached, other, here)
+            except StoreError as error:
+                if error.code != "storage.changed":
+                    raise
+                # its fill merged and deleted its files meanwhile
+                return self._copy(cached, other, here)
 
         return self._take(cached.range, songs, take)
+
+    def _copy(self, cached: CachedRange, other: SongIdRange, here: pl.DataFrame) -> pl.DataFrame:
+        source = self._open(other)
+        if source is None:
+            return here.clear()
+        stored = source.all_rows.join(here, on="text_hash", how="semi")
+        vectors = source.find_sound(stored).unique("text_hash", keep="last").select("text_hash", "row")
+        copied = here.join(vectors, on="text_hash", how="inner", maintain_order="left")
+        copy_vectors(source, copied, cached)
+        return copied
 
     def _take(self, song_range: SongIdRange, songs: pl.DataFrame, take: _Take) -> pl.DataFrame:
         """Offer each other range the songs whose texts it seems to have; the songs that were taken."""

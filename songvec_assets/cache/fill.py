@@ -14,7 +14,7 @@ from functools import cached_property, partial
 
 from msgspec.structs import replace
 
-from songvec_assets.cache import completion, reembedding, texts
+from songvec_assets.cache import comparison, completion, reembedding, texts
 from songvec_assets.cache.cached_range import CachedRange, RangeFiles
 from songvec_assets.cache.context import SendContext
 from songvec_assets.cache.elsewhere import OtherRanges
@@ -23,6 +23,7 @@ from songvec_assets.cache.model_cache import ModelCache, copy_vectors
 from songvec_assets.cache.plan import FillPlan, FillReport, plan_fill
 from songvec_assets.cache.requests import RangeSender
 from songvec_assets.cache.writing import AnswerGatherer
+from songvec_assets.embedding.drift import ModelRecord
 from songvec_assets.errors import ProviderUnavailableError
 from songvec_assets.progress import run_event_loop
 from songvec_assets.songs.content import Footer
@@ -65,6 +66,7 @@ class Filler:
         tiling: how song_ids are divided into ranges.
         spec: how songs become texts.
         context: what all requests share.
+        record: of the server; it is compared with cached songs before it is paid for the first time.
         lock_range: see `LockRange`.
         before_fill: called before the first range begins, with the ranges whose texts were made with other settings;
             raises to refuse.
@@ -81,6 +83,7 @@ class Filler:
     tiling: Tiling
     spec: TextSpec
     context: SendContext
+    record: ModelRecord
     lock_range: LockRange
     before_fill: Callable[[Sequence[SongIdRange]], None]
     before_payment: Callable[[], None]
@@ -109,11 +112,12 @@ class Filler:
         Raises:
             SongvecError: an error that all ranges would meet (budget, key, model, stop); the range is reported first.
         """
-        cached = {*self.cache.ranges()}
-        held = [each for each in ranges if each in cached or each in self.snapshots]
+        cached, exported = {*self.cache.ranges()}, {*self.snapshots.ranges()}
+        held = [each for each in ranges if each in cached or each in exported]
         # looked at once, for all decisions before a range's lock is taken
-        self._found = {each: self.cache.look(each) if each in cached else RangeFiles() for each in held}
-        self._footers = {each: self.snapshots.footer(each) for each in held}
+        found = self.cache.look_all([each for each in held if each in cached])
+        self._found = {each: found.get(each) or RangeFiles() for each in held}
+        self._footers = self.snapshots.footers(held)
         if not held:
             return
         self.before_fill(
@@ -229,6 +233,8 @@ class _RangeFill:
             plan.report.n_tokens_expected = plan.estimate_tokens(context.estimator)
             filler.tiling.check_tail(song_range, plan.report.n_songs)
             await asyncio.to_thread(filler.before_payment)
+            find_songs = partial(comparison.find_songs, filler.cache, filler.snapshots, filler.spec)
+            await comparison.compare_server(filler.record, find_songs, context, plan.report)
         await asyncio.to_thread(self._begin, cached, plan)
         context.reports.append(plan.report)
         n_to_embed = sum(len(each.song_ids) for each in plan.texts)

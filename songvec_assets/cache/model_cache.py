@@ -49,7 +49,8 @@ class ModelCache:
         Raises:
             StoreError: a folder has another name, or there are files of an earlier format.
         """
-        old = [name for name in self.storage.list_objects() if name.endswith(".arrow")]
+        listed = self.storage.scan()
+        old = [name for name in listed.objects if name.endswith(".arrow")]
         if old:
             raise StoreError(
                 f"{self.storage} holds {len(old):,} files of an earlier format ({old[0]}, …): copy what they hold with "
@@ -58,7 +59,7 @@ class ModelCache:
                 "store.other-version",
             )
         try:
-            return sorted(SongIdRange.from_key(name) for name in self.storage.list_prefixes())
+            return sorted(SongIdRange.from_key(name) for name in listed.prefixes)
         except ValueError as error:
             raise StoreError(
                 f"a folder that is not ours lies in {self.storage}: {error}; move it away", "store.foreign-file"
@@ -74,6 +75,10 @@ class ModelCache:
         read = self.storage.read(key)
         name, identity = self.storage.describe(key), self.identity(song_range)
         return manifests.decode(read.content, name, identity) if read else Manifest()
+
+    def look_all(self, ranges: Sequence[SongIdRange]) -> dict[SongIdRange, RangeFiles]:
+        """`look` at each of some ranges."""
+        return dict(zip(ranges, self.storage.map(self.look, ranges), strict=True))
 
     def look(self, song_range: SongIdRange) -> RangeFiles:
         """The manifest and the file sizes of a range: one read and one listing."""
@@ -106,7 +111,7 @@ class ModelCache:
         read = self.storage.read(key)
         found = manifests.decode(read.content, self.storage.describe(key)).identity if read else None
         for name in () if found else self.look(song_range).sizes:
-            found = found or read_identity(self.storage.open(f"{song_range.key}/{name}"))
+            found = found or read_identity(self.storage.open(f"{song_range.key}/{name}").file())
         cache = ModelCache(self.storage, found.model_id, found.dimensions) if found else self
         return cache.open(song_range)
 
@@ -131,8 +136,7 @@ class ModelCache:
     def digest(self) -> str:
         """A digest of all that is cached; opens no file with vectors."""
         state = xxhash.xxh3_128(f"{self.model} {self.dimensions}".encode())
-        for song_range in self.ranges():
-            files = self.look(song_range)
+        for song_range, files in self.look_all(self.ranges()).items():
             names = [] if files.manifest and files.manifest.complete else sorted(files.sizes)
             state.update(f"{song_range.key} {files.version} {names}\n".encode())
         return state.hexdigest()

@@ -43,11 +43,14 @@ class DamagedPartError(Exception):
         sound: its rows that are intact by their checksums.
     """
 
-    def __init__(self, problem: str, batches: "Sequence[CachedRows]" = ()) -> None:
+    def __init__(self, problem: str, batches: "Sequence[StoredRows]" = ()) -> None:
         super().__init__(problem)
-        pairs = [(each, each.find_sound()) for each in batches]
-        # intact batches stay mapped
-        self.sound = [each if good.all() else each.take(np.flatnonzero(good)) for each, good in pairs if good.any()]
+        self.sound: list[StoredRows] = []
+        for each in batches:
+            rows = each.load()
+            good = rows.find_sound()
+            if good.any():  # intact batches stay where they are
+                self.sound.append(each if good.all() else rows.take(np.flatnonzero(good)))
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,25 @@ class Rows:
         return len(self.song_ids)
 
 
+class StoredRows(Rows):
+    """Rows of a part, with vectors that are read when they are used."""
+
+    def vectors_at(self, positions: slice | NDArray[np.int64]) -> Float32Matrix:
+        """The vectors at some positions, in their order."""
+        raise NotImplementedError
+
+    def load(self) -> "CachedRows":
+        """All rows, with their vectors."""
+        return self.take(slice(None))
+
+    def take(self, positions: slice | NDArray[np.int64]) -> "CachedRows":
+        """The rows at some positions; if the vectors are mapped, a slice is a view. Positions are copied."""
+        narrow = self.song_ids[positions], self.text_hashes[positions], self.checksums[positions]
+        return CachedRows(*narrow, self.vectors_at(positions))
+
+
 @dataclass(frozen=True)
-class CachedRows(Rows):
+class CachedRows(StoredRows):
     """Rows that were read, with their vectors.
 
     Attributes:
@@ -143,11 +163,11 @@ class CachedRows(Rows):
         sound[bad] = False
         return sound
 
-    def take(self, positions: slice | NDArray[np.int64]) -> "CachedRows":
-        """The rows at some positions; a slice is a view, positions are copied."""
-        return CachedRows(
-            self.song_ids[positions], self.text_hashes[positions], self.checksums[positions], self.embeddings[positions]
-        )
+    def vectors_at(self, positions: slice | NDArray[np.int64]) -> Float32Matrix:
+        return self.embeddings[positions]
+
+    def load(self) -> "CachedRows":
+        return self
 
 
 def checksum_rows(
@@ -188,10 +208,10 @@ def write_part(file: BinaryIO, identity: PartIdentity, rows: Rows, pieces: Itera
             start = stop
 
 
-def read_identity(content: pa.Buffer) -> PartIdentity | None:
-    """The identity in a part's metadata; None if the part does not open."""
+def read_identity(file: Any) -> PartIdentity | None:
+    """The identity in a part's metadata; None if the part does not open. Of a file, only its end is read."""
     try:
-        return _identity_of(json.loads(pa.ipc.open_file(content).schema.metadata[b"songvec"]))
+        return _identity_of(json.loads(pa.ipc.open_file(file).schema.metadata[b"songvec"]))
     except _UNREADABLE:
         return None
 

@@ -15,8 +15,7 @@ from songvec_assets.cache.rejections import RefusedTexts
 from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.answers import hinted_texts
 from songvec_assets.embedding.batching import bisect, pack_requests
-from songvec_assets.embedding.budget import Reservation
-from songvec_assets.embedding.embedder import RequestHooks
+from songvec_assets.embedding.budget import Reservation, ReservationHooks
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import (
     BudgetExceededError,
@@ -134,7 +133,7 @@ class RangeSender:
             return await self._send_in_turn(texts, n_bad_before, is_part)
         n_tokens = sum(self.context.estimator.estimate(each.n_bytes for each in texts))
         reservation = Reservation(self.context.budget, n_tokens, self.check_going_on)
-        hooks = _Hooks(self, texts, reservation, is_part)
+        hooks = _Hooks(reservation, self, texts, is_part)
         refusal: RequestRefusedError | None = None
         batch: EmbeddingBatch | None = None
         n_songs, bad, asked_at = 0, list(texts), time.monotonic()
@@ -253,16 +252,12 @@ class RangeSender:
 
 
 @dataclass
-class _Hooks(RequestHooks):
-    """Reserves the budget, checks and counts around the tries of one request."""
+class _Hooks(ReservationHooks):
+    """Checks around the tries of one request, too."""
 
     sender: RangeSender
     texts: Sequence[Text]
-    reservation: Reservation
     is_part: bool = False
-
-    async def before_try(self) -> None:
-        await self.reservation.grow()
 
     def check_size(self) -> None:
         if self.sender.is_too_large(self.texts):
@@ -270,6 +265,3 @@ class _Hooks(RequestHooks):
 
     async def before_send(self) -> None:
         await self.sender.check_sendable()
-
-    def count_unusable(self, n_tokens: int) -> None:
-        self.reservation.n_billed += n_tokens

@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import msgspec
 import polars as pl
@@ -30,7 +29,7 @@ from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.storage import Storage
 
-_KEY = "store.json"
+KEY = "store.json"
 _STORE_ID = "store_id"
 
 
@@ -39,21 +38,16 @@ class Store:
     """A storage root.
 
     Attributes:
-        root: its folder.
+        storage: its objects.
         store_id: its identity, which its database records.
         tiling: how song_ids are divided into ranges.
         bound: whether a database has recorded it.
     """
 
-    root: Path
+    storage: Storage
     store_id: str
     tiling: Tiling
     bound: bool = False
-
-    @property
-    def storage(self) -> Storage:
-        """Its objects."""
-        return Storage(self.root)
 
     @property
     def songs(self) -> Snapshots:
@@ -62,7 +56,7 @@ class Store:
 
     def embeddings(self, model: str, dimensions: int) -> ModelCache:
         """The cache of a model."""
-        return ModelCache(model_storage(self.root, model, dimensions), model, dimensions)
+        return ModelCache(model_storage(self.storage, model, dimensions), model, dimensions)
 
     def model_caches(self) -> list[ModelCache]:
         """The caches of all models that have a folder, without model ids and dimensions."""
@@ -80,7 +74,7 @@ class _Record(msgspec.Struct):
     song_id_start: int = 0
 
 
-def find_store(root: Path, tiling: Tiling) -> Store | None:
+def find_store(storage: Storage, tiling: Tiling) -> Store | None:
     """Look at a storage root without writing; None: it does not exist yet.
 
     The tiling is that of its files: if the stop was raised since, the tail is not divided yet.
@@ -89,30 +83,28 @@ def find_store(root: Path, tiling: Tiling) -> Store | None:
         StoreError: its ranges have another width, its stop is higher, it holds ranges below the start, or its
             `store.json` does not parse.
     """
-    storage = Storage(root)
-    read = storage.read(_KEY)
+    read = storage.read(KEY)
     if read is None:
         return None
     try:
         found = msgspec.json.decode(read.content, type=_Record)
-        store = Store(
-            root, found.store_id, Tiling(found.range_size, found.song_id_stop, found.song_id_start), found.bound
-        )
+        divided = Tiling(found.range_size, found.song_id_stop, found.song_id_start)
+        store = Store(storage, found.store_id, divided, found.bound)
     except (msgspec.DecodeError, SettingsError) as error:
         raise StoreError(
-            f"{storage.describe(_KEY)} does not parse ({error}): restore it, or remove it and run `songvec adopt` to "
+            f"{storage.describe(KEY)} does not parse ({error}): restore it, or remove it and run `songvec adopt` to "
             "bind the store again",
             "store.damaged",
         ) from error
     if store.tiling.width != tiling.width:
         raise StoreError(
-            f"{root} is divided into ranges of {store.tiling.width} song_ids, SONGVEC_RANGE_SIZE is {tiling.width}: "
+            f"{storage} is divided into ranges of {store.tiling.width} song_ids, SONGVEC_RANGE_SIZE is {tiling.width}: "
             f"set it back to {store.tiling.width}, or name another folder with SONGVEC_STORAGE",
             "store.other-ranges",
         )
     if store.tiling.stop > tiling.stop:
         raise StoreError(
-            f"the tail of {root} begins at {store.tiling.stop}, SONGVEC_SONG_ID_STOP is {tiling.stop}: it may only "
+            f"the tail of {storage} begins at {store.tiling.stop}, SONGVEC_SONG_ID_STOP is {tiling.stop}: it may only "
             f"grow, so set it to {store.tiling.stop} or more",
             "store.other-ranges",
         )
@@ -120,22 +112,22 @@ def find_store(root: Path, tiling: Tiling) -> Store | None:
         held = store.songs.ranges()
         held += [song_range for cache in store.model_caches() for song_range in cache.ranges()]
         # the songs of the tail are checked when it is divided
-        _check_start(root, (each.start for each in held if each != store.tiling.tail), tiling)
+        _check_start(storage, (each.start for each in held if each != store.tiling.tail), tiling)
     return store
 
 
-def look_up(root: Path, tiling: Tiling, database: Database) -> Store:
+def look_up(storage: Storage, tiling: Tiling, database: Database) -> Store:
     """The store at a root, or a new one, which belongs to the database or to none. Changes nothing.
 
     Raises:
         StoreError: see `find_store` and `check_pair`.
     """
-    store = find_store(root, tiling) or Store(root, "", tiling)
+    store = find_store(storage, tiling) or Store(storage, "", tiling)
     try:
         check_pair(store, database)
     except StoreError:
         # another first run may have bound a new store after this one had looked
-        found = find_store(root, tiling)
+        found = find_store(storage, tiling)
         if found is None or found == store:
             raise
         store = found
@@ -143,41 +135,43 @@ def look_up(root: Path, tiling: Tiling, database: Database) -> Store:
     return store
 
 
-def _check_start(root: Path, song_ids: Iterable[int], tiling: Tiling) -> None:
+def _check_start(storage: Storage, song_ids: Iterable[int], tiling: Tiling) -> None:
     lowest = min(song_ids, default=tiling.start)
     if lowest < tiling.start:
         raise StoreError(
-            f"{root} holds songs from song_id {lowest} on, SONGVEC_SONG_ID_START is {tiling.start}: set it to "
+            f"{storage} holds songs from song_id {lowest} on, SONGVEC_SONG_ID_START is {tiling.start}: set it to "
             f"{lowest // tiling.width * tiling.width} or less",
             "store.other-ranges",
         )
 
 
 def open_store(
-    root: Path, tiling: Tiling, guard: Callable[[Store], AbstractContextManager[object]] = nullcontext
+    storage: Storage, tiling: Tiling, guard: Callable[[Store], AbstractContextManager[object]] = nullcontext
 ) -> Store:
     """Open a storage root to write to it, or create it; divide its tail if the stop was raised.
 
     Args:
-        root: its folder.
+        storage: its objects.
         tiling: how song_ids are to be divided into ranges.
         guard: entered while the tail is divided; keeps others from filling it.
 
     Raises:
         StoreError: see `find_store`; or the folder cannot be created or written to.
     """
-    store = find_store(root, tiling)
+    store = find_store(storage, tiling)
     if store is None:
         try:
             # another process may be first: concurrent first starts create one store
-            Storage(root).put_if_unchanged(_KEY, _encode(Store(root, str(uuid.uuid4()), tiling)), None)
+            storage.check_writes()
+            storage.put_if_unchanged(KEY, _encode(Store(storage, str(uuid.uuid4()), tiling)), None)
         except StoreError as error:
+            reason = getattr(error.__cause__, "strerror", error)
             raise StoreError(
-                f"cannot write to the storage folder {root.absolute()}: {getattr(error.__cause__, 'strerror', error)}. "
+                f"cannot write to the storage folder {storage.location}: {reason}. "
                 "Work in a folder that you may write to, or set SONGVEC_STORAGE to one",
                 "store.not-writable",
             ) from error
-        store = find_store(root, tiling)
+        store = find_store(storage, tiling)
         assert store is not None
     if store.tiling != tiling:
         with guard(store):
@@ -212,7 +206,7 @@ def check_pair(store: Store, database: Database) -> None:
         known = read_value(connection, _STORE_ID)
     if known != store.store_id and (known is not None or store.bound):
         raise StoreError(
-            f"the storage folder {store.root} belongs to another database than {database.describe()}: set "
+            f"the storage folder {store.storage} belongs to another database than {database.describe()}: set "
             "SONGVEC_STORAGE or POSTGRES_URL to the pair that belongs together, or run `songvec adopt` to bind "
             "this folder to this database"
         )
@@ -226,7 +220,7 @@ def adopt_store(store: Store, database: Database) -> None:
 
 
 def _write(store: Store) -> None:
-    store.storage.put(_KEY, _encode(store))
+    store.storage.put(KEY, _encode(store))
 
 
 def _encode(store: Store) -> bytes:
@@ -256,7 +250,7 @@ def _divide_tail(cache: ModelCache, store: Store, tiling: Tiling) -> None:
         )
     kept = pl.concat([tail.rows, tail.deleted_rows(0.0)])
     manifest = tail.manifest
-    _check_start(store.root, [*kept["song_id"], *(each.song_id for each in manifest.rejected)], tiling)
+    _check_start(store.storage, [*kept["song_id"], *(each.song_id for each in manifest.rejected)], tiling)
     for song_range in (each for each in tiling if each.start >= store.tiling.stop):
         rows = kept.filter(pl.col("song_id").is_between(song_range.start, song_range.stop - 1))
         rejected = tuple(each for each in manifest.rejected if each.song_id in song_range)
@@ -268,6 +262,4 @@ def _divide_tail(cache: ModelCache, store: Store, tiling: Tiling) -> None:
     # once this is saved, nothing is left to divide, even if files remain
     names = tuple(tail.files.sizes)
     tail.save(Manifest(generation=manifest.generation, consumed=names))
-    for name in names:
-        tail.storage.delete(f"{tail.range.key}/{name}")
     tail.storage.delete_all(tail.range.key)

@@ -5,7 +5,6 @@ When to add here: another setting that changes every text. Keep out: the confirm
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -67,17 +66,22 @@ def write_record(storage: Storage, record: TextRecord) -> None:
     storage.put(_KEY, msgspec.json.encode(record))
 
 
-def model_storage(root: Path, model: str, dimensions: int) -> Storage:
+def model_storage(root: Storage, model: str, dimensions: int) -> Storage:
     """Where the cache of a model is in a store."""
-    return Storage(root / "embeddings" / f"{model.replace('/', '--')}-{dimensions}")
+    return root.within("embeddings").within(f"{model.replace('/', '--')}-{dimensions}")
 
 
-def choose_prompts(storage: Storage, model: str, query: str | None, document: str | None) -> Prompts:
+def choose_prompts(storage: Storage, names: tuple[str, ...], query: str | None, document: str | None) -> Prompts:
     """The prompts of a model: as set, else as recorded with its cache, else the defaults of its family.
 
     A cache without a record, of an earlier version, has no document prompt.
+
+    Args:
+        storage: of the model.
+        names: the model's: that of its cache, then that of the provider.
+        query, document: as set; None: unset.
     """
-    record, default = read_record(storage), default_prompts(model)
+    record, default = read_record(storage), default_prompts(*names)
     if record is not None:
         default = Prompts(record.query_prompt, record.document_prompt)
     elif storage.list_prefixes():

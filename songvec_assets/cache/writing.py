@@ -20,10 +20,11 @@ from songvec_assets.cache.parts import (
     DamagedPartError,
     PartIdentity,
     Rows,
+    StoredRows,
     join_rows,
-    open_part,
     write_part,
 )
+from songvec_assets.cache.slices import open_stored
 from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.errors import StoreError
 from songvec_assets.storage import Storage
@@ -93,17 +94,16 @@ class PartWriter:
         small, self._small = self._small, []
         keys = [f"{self.identity.range.key}/{each.name}" for each in small]
         batches = [rows for key in keys for rows in self._read(key)]
-        self._write(join_rows(batches), (each.embeddings for each in batches))
+        self._write(join_rows(batches), (each.load().embeddings for each in batches))
         self.files = [each for each in self.files if each not in small]
-        for key in keys:
-            self.storage.delete(key)
+        self.storage.delete(*keys)
 
-    def _read(self, key: str) -> list[CachedRows]:
+    def _read(self, key: str) -> Sequence[StoredRows]:
         try:
-            return open_part(self.storage.open(key), self.identity, key)
+            return open_stored(self.storage.open(key), self.identity, key)
         except (DamagedPartError, FileNotFoundError) as error:
             raise StoreError(
-                f"{self.storage.describe(key)} was changed on disk since this run wrote it ({error}): check the disk, "
+                f"{self.storage.describe(key)} was changed since this run wrote it ({error}): check the disk, "
                 "then run again, which embeds again what is lost",
                 "store.damaged",
             ) from error

@@ -83,12 +83,30 @@ def takes_options(command: Callable[[Options], None]) -> Callable[..., None]:
     return with_options
 
 
-def make_pipeline(**overrides: Any) -> "Pipeline":
-    """A pipeline with the settings of the environment; `overrides` replace them, by name."""
-    from songvec_assets.pipeline import Pipeline
-    from songvec_assets.settings import Settings
+def make_pipeline(embeds_query: bool = False, **overrides: Any) -> "Pipeline":
+    """A pipeline with the settings of the environment.
 
-    return Pipeline(Settings(**overrides))
+    The data libraries take a second to load. What needs no library begins before: the embedded server starts, and if
+    the command `embeds_query`, the demo's model is read.
+
+    Args:
+        embeds_query: whether the command embeds a query.
+        overrides: replace settings, by name.
+    """
+    from songvec_assets.settings import DEMO_MODEL, Settings
+
+    settings = Settings(**overrides)
+    if not settings.postgres_url:
+        from songvec_assets.postgres.server import DEFAULT_FOLDER, start_server_ahead
+
+        start_server_ahead(DEFAULT_FOLDER)
+    if embeds_query and settings.model == DEMO_MODEL:
+        from songvec_assets.embedding.demo import read_ahead
+
+        read_ahead()
+    from songvec_assets.pipeline import Pipeline
+
+    return Pipeline(settings)
 
 
 def choose_span(pipeline: "Pipeline", ranges: str) -> "tuple[SongIdRange, SongIdRange]":

@@ -34,7 +34,7 @@ ConfirmModelChange = Annotated[
     bool,
     typer.Option(
         "--confirm-model-change",
-        help="Continue even if the provider returns other vectors for the model than in earlier runs.",
+        help="Continue even if the provider returns other vectors for the model than those that are cached.",
     ),
 ]
 
@@ -166,7 +166,7 @@ def _run_or_plan(job: str, options: RunOptions, next_step: str) -> None:
 
 @app.command()
 def load() -> None:
-    """Load the cache into the table: writes what changed. Sends nothing to the provider."""
+    """Load the cache into the table: writes what changed. Sends no song to the provider."""
     _run_job("load", base.make_pipeline())
     hint("`songvec index` builds the index.")
 
@@ -213,6 +213,7 @@ class SwapOptions:
 @takes_options
 def swap(options: SwapOptions) -> None:
     """Switch to another model, size or type: build a staging table, compare it, and replace the serving one."""
+    from songvec_assets.settings import ProviderSettings
     from songvec_assets.vectors.swap import LoadReport
 
     if options.rollback or options.drop_old:
@@ -221,7 +222,11 @@ def swap(options: SwapOptions) -> None:
         return
     resources: dict[str, dict[str, Any]] = {
         "postgres": {"vector_type": options.vector_type},
-        "fireworks": {"embedding_model": options.model, "embedding_dimensions": options.dimensions},
+        "fireworks": {
+            "embedding_model": options.model,
+            "model_id": options.model,
+            "embedding_dimensions": options.dimensions,
+        },
         "run": {"swap": True, "max_usd": options.max_usd},
     }
     pipeline = base.make_pipeline(**resources["postgres"], **resources["fireworks"], **resources["run"])
@@ -237,9 +242,11 @@ def swap(options: SwapOptions) -> None:
         )
     swapped = _run_job("swap", pipeline, base.choose_span(pipeline, ""), **resources)
     each = pipeline.settings
+    name = each.model if each.offline else each.embedding_model
+    model_id = f"SONGVEC_MODEL_ID={each.model} " if ProviderSettings().model_id else ""
     say(
-        f"Searches now find {pipeline.table_spec}. Keep these settings: SONGVEC_EMBEDDING_MODEL={each.model} "
-        f"SONGVEC_EMBEDDING_DIMENSIONS={each.dimensions} SONGVEC_VECTOR_TYPE={each.vector_type}"
+        f"Searches now find {pipeline.table_spec}. Keep these settings: SONGVEC_EMBEDDING_MODEL={name} "
+        f"{model_id}SONGVEC_EMBEDDING_DIMENSIONS={each.dimensions} SONGVEC_VECTOR_TYPE={each.vector_type}"
     )
     if any(load.comparison for load in swapped.of(LoadReport)):
         hint("`songvec swap --rollback` makes the previous table serve again, `songvec swap --drop-old` drops it.")
@@ -257,20 +264,6 @@ def _undo_swap(rollback: bool) -> None:
     else:
         dropped = drop_others(pipeline.database, run)
         say(f"Dropped: {', '.join(dropped) or 'nothing, there was no other table'}")
-
-
-@app.command()
-def adopt() -> None:
-    """Bind the storage folder to the database, after one of them was moved, copied or restored."""
-    from songvec_assets.cache.store import adopt_store, open_store
-    from songvec_assets.postgres.schema import ensure_schema
-
-    pipeline = base.make_pipeline()
-    ensure_schema(pipeline.database)
-    store = open_store(pipeline.storage_root, pipeline.tiling)
-    adopt_store(store, pipeline.database)
-    say(f"{store.root} now belongs to {pipeline.database.describe()}")
-    hint("`songvec estimate` shows what a run would cost.")
 
 
 def _run_job(

@@ -1,4 +1,4 @@
-"""The commands that only read: estimate, status, search, settings, and the plan of a dry run.
+"""The commands that only read: estimate, status, search, evaluate, settings, and the plan of a dry run.
 
 Each imports what it needs when it runs: `status` and `search` load neither Dagster nor matplotlib. When to add here:
 another command that changes nothing. Keep out: tables (`render`).
@@ -93,12 +93,40 @@ def search(
     if query and like is not None:
         raise typer.BadParameter("expected a text or --like, got both")
     options = {"where": [*map(parse_condition, where or ())], "mode": mode, "explain": explain}
-    pipeline = base.make_pipeline()
-    if query and mode != "text":
-        pipeline.read_model_ahead()
+    pipeline = base.make_pipeline(embeds_query=bool(query) and mode != "text")
     print_hits(pipeline, query if like is None else like, limit, as_json, **options)
     if not as_json:
         hint("-n shows more or fewer songs, --json prints them with their lyrics.")
+
+
+@app.command()
+def evaluate(
+    queries: Annotated[
+        str | None,
+        typer.Argument(
+            help="File with a query, its song_ids and a slice per line. Default: SONGVEC_EVALUATION_QUERIES, or the "
+            "queries of the sample catalogue.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well searches answer labelled queries: by text, by vector, and by both."""
+    from songvec_assets.cli.render import evaluation_table
+
+    pipeline = base.make_pipeline()
+    with interruptible():
+        found = pipeline.evaluate(queries, on_trouble=_warn)
+    if as_json:
+        print(json.dumps(asdict(found), ensure_ascii=False))
+        return
+    say(pipeline.describe())
+    out.print(evaluation_table(found))
+    for verdict in found.verdicts:
+        say(verdict.describe())
+    for note in found.notes:
+        say(note, style="yellow")
+    hint("--json prints what each query found; docs/search.md explains the figures.")
 
 
 @app.command("settings")
@@ -107,11 +135,13 @@ def print_settings() -> None:
     from songvec_assets.cache.texts import choose_prompts, model_storage
     from songvec_assets.cli.render import settings_table
     from songvec_assets.settings import Settings
+    from songvec_assets.storage import open_storage
 
     print(settings_table())
     given = Settings()
-    storage = model_storage(given.storage_root, given.model, given.dimensions)
-    prompts = choose_prompts(storage, given.model, given.query_prompt, given.document_prompt)
+    storage = model_storage(open_storage(given.storage_location), given.model, given.dimensions)
+    names = given.model, given.embedding_model
+    prompts = choose_prompts(storage, names, given.query_prompt, given.document_prompt)
     print(
         f"\nPrompts of {given.model}: {_show_prompt(prompts.query)} for queries, "
         f"{_show_prompt(prompts.document)} for songs."
@@ -121,6 +151,10 @@ def print_settings() -> None:
 
 def _show_prompt(prompt: str) -> str:
     return "none" if prompt in ("{query}", "{text}") else f"`{prompt}`".replace("\n", "\\n")
+
+
+def _warn(words: str) -> None:
+    err.print(words, style="yellow", markup=False)
 
 
 def print_plan(pipeline: "Pipeline", span: "tuple[SongIdRange, SongIdRange]", reembed: bool) -> None:
@@ -136,10 +170,7 @@ def print_plan(pipeline: "Pipeline", span: "tuple[SongIdRange, SongIdRange]", re
 def print_hits(pipeline: "Pipeline", query: str | int, limit: int, as_json: bool = False, **options: Any) -> None:
     from songvec_assets.cli.render import hits_table
 
-    def warn(words: str) -> None:
-        err.print(words, style="yellow", markup=False)
-
-    hits = pipeline.search(query, limit, on_trouble=warn, **options)
+    hits = pipeline.search(query, limit, on_trouble=_warn, **options)
     if as_json:
         print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
         return

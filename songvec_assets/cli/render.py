@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from songvec_assets.cli.run import RunResult
     from songvec_assets.embedding.pricing import Estimate
     from songvec_assets.reports import Status
+    from songvec_assets.search.evaluate import Evaluation
     from songvec_assets.search.nearest import Hit
 
 _MAX_REASONS, _MAX_KEYS = 2, 3
@@ -133,16 +134,34 @@ def hits_table(hits: Sequence["Hit"]) -> Table:
     return table
 
 
+def evaluation_table(found: "Evaluation") -> Table:
+    """A row per slice and mode: means over queries with their 95 % intervals."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column("Slice", max_width=12, overflow="fold")
+    for name in ("Mode", "Queries", "Recall@10", "MRR@10", "nDCG@10"):
+        table.add_column(name, justify="left" if name == "Mode" else "right", no_wrap=True)
+    before = None
+    for each in found.scores:
+        if each.slice != before:
+            table.add_section()
+        figures = [f"{of.mean:.3f} {of.low:.2f}–{of.high:.2f}" for of in (each.recall, each.mrr, each.ndcg)]
+        table.add_row("" if each.slice == before else each.slice, each.mode, f"{each.n_queries:,}", *figures)
+        before = each.slice
+    return table
+
+
 def settings_table() -> str:
     """All settings, as the Markdown table in the README."""
-    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, describe, variable
+    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, ServeSettings, describe
+    from songvec_assets.settings_group import variable
 
     lines = [
         "| Variable | Default | Meaning | Read | Store identity |",
         "| --- | --- | --- | --- | --- |",
     ]
     for group in GROUPS:
-        read = "when the graph loads" if group is GraphSettings else "when a run starts"
+        reads = {GraphSettings: "when the graph loads", ServeSettings: "when a search or the server starts"}
+        read = reads.get(group, "when a run starts")
         for name, field in group.model_fields.items():
             default = "" if field.default is None else f"`{field.default!s}`".replace("\n", "\\n")
             identity = "yes" if name in STORE_IDENTITY else ""

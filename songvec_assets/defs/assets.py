@@ -16,6 +16,7 @@ from songvec_assets.defs.automation import (
     WHEN_SONGS_CHANGED,
     WHEN_TABLE_CHANGED,
 )
+from songvec_assets.defs.charts import importing_ahead
 from songvec_assets.defs.partitions import one_run, ranges_policy, song_id_ranges
 from songvec_assets.defs.resources import RunResource
 from songvec_assets.defs.steps import (
@@ -131,7 +132,12 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
 def song_embeddings_table(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
     """The table that searches read, `song_embeddings`: equal to the cache, loaded in one transaction per range."""
     with failing_clearly(), run.open() as pipeline, finding_incomplete("load", pipeline):
-        return run_step(context, pipeline, pipeline.load, lambda report: reports.report_load(report, pipeline, context))
+        return run_step(
+            context,
+            pipeline,
+            lambda emit: pipeline.load(importing_ahead(emit)),
+            lambda report: reports.report_load(report, pipeline, context),
+        )
 
 
 @_asset(

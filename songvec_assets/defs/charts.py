@@ -4,8 +4,10 @@ When to add here: a chart that people make decisions by. Keep out: its data (the
 """
 
 import base64
+import importlib
 import io
 import math
+import threading
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ import msgspec
 import numpy as np
 import polars as pl
 
+from songvec_assets.progress import Progress
 from songvec_assets.search.preview import SongMap
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.index.recall import RecallReport
@@ -39,6 +42,19 @@ def show_chart(png: bytes, text: str) -> dg.MarkdownMetadataValue:
         text: the alternative text.
     """
     return dg.MetadataValue.md(f"![{text}](data:image/png;base64,{base64.b64encode(png).decode()})")
+
+
+def importing_ahead(emit: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Pass on what a step emits, and load what draws its chart as soon as there is work: the server works meanwhile."""
+    # 0.5 s to import
+    thread = threading.Thread(target=importlib.import_module, args=("matplotlib.figure",), daemon=True)
+
+    def receive(item: Any) -> None:
+        if isinstance(item, Progress) and item.total and thread.ident is None:
+            thread.start()
+        emit(item)
+
+    return receive
 
 
 def digest_data(data: object) -> str:

@@ -6,9 +6,10 @@ a database given by URL. Runs on such a database are stored as dagster.yaml in t
 """
 
 import os
+import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import dagster as dg
@@ -17,9 +18,11 @@ from dagster._core.remote_origin import (
     RemoteJobOrigin,
     RemoteRepositoryOrigin,
 )
+from dagster._core.storage.event_log import SqliteEventLogStorage
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
 from songvec_assets.errors import SettingsError
+from songvec_assets.settings_group import is_set
 
 WORKSPACE = Path(__file__).parents[1] / "workspace.yaml"
 """What `songvec dev` serves; the one in a clone's root is a copy, for Dagster's commands."""
@@ -38,7 +41,7 @@ def choose_home() -> Path:
     """
     if given := os.environ.get("DAGSTER_HOME"):
         return Path(given)
-    if not os.environ.get("POSTGRES_URL", "").strip():
+    if not is_set("POSTGRES_URL"):
         home = EMBEDDED_HOME
     elif Path("dagster.yaml").exists():
         return Path.cwd()
@@ -65,6 +68,25 @@ def open_instance() -> Iterator[dg.DagsterInstance]:
     os.environ["DAGSTER_HOME"] = str(choose_home())
     with dg.DagsterInstance.get() as instance:
         yield instance
+
+
+@contextmanager
+def holding_files_open(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
+    """Keep the instance's SQLite files, if it has any, open for the events of a run that is to be created.
+
+    Dagster opens a connection for each event. Whenever a file's last connection closes, SQLite moves its log into the
+    file, and syncs both and their folder: five syncs per event. Each event is synced to the log in any case.
+    """
+    storage = instance.event_log_storage
+    with ExitStack() as opened:
+        if isinstance(storage, SqliteEventLogStorage):
+            index, events = (Path(storage.path_for_shard(name)) for name in ("index", run_id))
+            for path in (index, events, index.parents[1] / "runs.db"):
+                connection = opened.enter_context(closing(sqlite3.connect(path)))
+                # the mode that Dagster sets, too, after it has made the tables; then a read, which opens the log
+                connection.execute("PRAGMA journal_mode = WAL").fetchall()
+                connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+        yield
 
 
 def origin_of(job: dg.JobDefinition) -> RemoteJobOrigin:

@@ -42,7 +42,7 @@ class _Swap(_JobWithDefaults):
     # shown as they are, to be typed over
     resources = make_resources(
         run={"swap": True},
-        fireworks=present_values(ProviderSettings, "embedding_model", "embedding_dimensions"),
+        fireworks=present_values(ProviderSettings, "embedding_model", "model_id", "embedding_dimensions"),
         postgres=present_values(PostgresSettings, "vector_type"),
     )
 
@@ -62,7 +62,7 @@ embed_job = dg.define_asset_job(
 load_job = dg.define_asset_job(
     "load",
     selection=dg.AssetSelection.assets("song_embeddings_table"),
-    description="Load the cache into the table: writes what changed, and sends nothing to the provider.",
+    description="Load the cache into the table: writes what changed, and sends no song to the provider.",
 )
 
 rebuild_index_job = _RebuildIndex(
@@ -77,8 +77,8 @@ swap_job = _Swap(
     description=(
         "Switch to another model, size or type: build and index a staging table, compare it with the serving one, and "
         "replace it. Type over the current values in the run config: resources, fireworks (embedding_model, "
-        "embedding_dimensions) and postgres (vector_type). Searches work throughout; the previous table is kept as "
-        "song_embeddings_old."
+        "embedding_dimensions; model_id if it is set) and postgres (vector_type). Searches work throughout; the "
+        "previous table is kept as song_embeddings_old."
     ),
 )
 

@@ -52,7 +52,7 @@ def report_export(report: ExportReport, pipeline: Pipeline, log: Any) -> dg.Mate
         # before anything is paid for
         for line in pipeline.describe_boilerplate():
             log.warning(line)
-    metadata = describe_export(report) | {"folder": dg.MetadataValue.path(str(snapshots.storage.root.resolve()))}
+    metadata = describe_export(report) | {"folder": dg.MetadataValue.path(snapshots.storage.location)}
     metadata |= {"row security": caution} if caution else {}
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(snapshots.digest_all()))
 
@@ -64,6 +64,8 @@ def report_load(
     context.log.info(report.target.reason)
     if report.comparison is not None:
         context.log.info(f"swapped in: {report.comparison.describe()}")
+        if report.comparison.quality and (warning := report.comparison.quality.warning):
+            context.log.warning(warning)
     if report.n_unmanaged:
         context.log.warning(
             f"{report.n_unmanaged:,} rows of song_embeddings are unmanaged: nothing was ever loaded into their ranges. "
@@ -184,6 +186,11 @@ def describe_load(report: LoadReport, pipeline: Pipeline) -> Metadata:
             "rows of the previous table": compared.n_serving,
             "neighbors shared with the previous table (%)": round(100 * compared.overlap, 1),
         }
+        if compared.quality and not compared.quality.trouble:
+            swapped |= {
+                "nDCG@10 of labelled queries": round(compared.quality.staged, 4),
+                "nDCG@10 of labelled queries, previous table": round(compared.quality.serving, 4),
+            }
     written = [load for load in report.loads if load.n_written or load.n_deleted]
     seconds, n_written = sum(load.seconds for load in written), sum(load.n_written for load in written)
     return {

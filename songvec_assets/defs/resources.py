@@ -23,8 +23,8 @@ from songvec_assets.settings import (
     Settings,
     StorageSettings,
     describe,
-    variable,
 )
+from songvec_assets.settings_group import variable
 from songvec_assets.songs.export import ExportMode
 from songvec_assets.songs.ranges import SongIdRange, parse_span
 
@@ -116,7 +116,7 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
     )
     confirm_model_change: bool = Field(
         default=False,
-        description="Continue even if the provider returns other vectors for the model than in earlier runs.",
+        description="Continue even if the provider returns other vectors for the model than those that are cached.",
     )
     rebuild_index: bool = Field(default=False, description="Build the index even if the current one still fits.")
 

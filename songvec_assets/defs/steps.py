@@ -127,7 +127,7 @@ def run_step(
         return describe(report)
 
     kept = (
-        f"What was done is kept in {pipeline.storage_root.resolve()} and in {pipeline.database.describe()}, and is "
+        f"What was done is kept in {pipeline.storage.location} and in {pipeline.database.describe()}, and is "
         "not paid for again: “From failure”, next to “Re-execute all”, or the same command, continues from there."
     )
     try:

@@ -1,4 +1,4 @@
-"""The spending of runs and months in dollars, kept in Postgres, and the hard stop before it exceeds a budget.
+"""The spending of runs, searches and months in dollars, kept in Postgres, and the hard stop before it exceeds a budget.
 
 A request reserves its estimated price before it is sent, and settles it when the bill is known: billed plus reserved
 amounts exceed a limit at most by the estimation errors of the requests in flight. A try that may have been billed, such
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy import Engine
 
+from songvec_assets.embedding.embedder import RequestHooks
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError
 from songvec_assets.postgres.engine import atomic, error_border
@@ -86,7 +87,7 @@ class Budget:
     Args:
         price: of tokens.
         engine: a pooled engine; each call is one or two short statements.
-        run: identifies the run.
+        run: identifies the run; `searches YYYY-MM`: the searches of a month.
         max_usd: the run's limit in dollars; None: none.
         max_usd_a_month: the limit of a calendar month in dollars, over all runs; None: none.
 
@@ -245,9 +246,25 @@ class Reservation:
             self.budget.n_settled += 1
 
 
+@dataclass
+class ReservationHooks(RequestHooks):
+    """Reserves the budget before each try of a request, and counts tries that may be billed without an answer."""
+
+    reservation: Reservation
+
+    async def before_try(self) -> None:
+        await self.reservation.grow()
+
+    def count_unusable(self, n_tokens: int) -> None:
+        self.reservation.n_billed += n_tokens
+
+
 def _describe(name: str, billed: Decimal, reserved: Decimal, max_usd: Decimal, after: Decimal) -> str:
-    month = name.startswith("month ")
-    whose, setting = (f"{name}'s budget", "SONGVEC_MAX_USD_A_MONTH") if month else ("the budget", "SONGVEC_MAX_USD")
+    kind, _, month = name.partition(" ")
+    whose, setting = {
+        "month": (f"{name}'s budget", "SONGVEC_MAX_USD_A_MONTH"),
+        "searches": (f"the budget for searches in {month}", "SONGVEC_MAX_SEARCH_USD_A_MONTH"),
+    }.get(kind, ("the budget", "SONGVEC_MAX_USD"))
     return (
         f"{whose} of ${max_usd:,.4f} would be exceeded by the next request (${billed:,.4f} billed, ${reserved:,.4f} "
         f"reserved for requests in flight, ${after:,.4f} with it). All that was paid for is kept: raise {setting}"

@@ -12,6 +12,8 @@ BAAI/bge-m3, the other GTE models, MiniLM, and OpenAI's text-embedding-3 and -ad
 import re
 from dataclasses import dataclass
 
+from songvec_assets.settings import LOCAL_MODELS
+
 TASK = "Given a description of a theme, a mood or a story, retrieve songs whose lyrics match it"
 
 
@@ -32,6 +34,7 @@ NO_PROMPTS = Prompts()
 
 # the first match in the name counts; servers add an organisation before, and a tag or a format after it
 _FAMILIES = {
+    f"^({'|'.join(LOCAL_MODELS)})$": NO_PROMPTS,
     r"qwen3[-_ ]?embedding": Prompts(f"Instruct: {TASK}\nQuery:{{query}}"),
     r"\be5[-_].*instruct|gte[-_]qwen.*instruct": Prompts(f"Instruct: {TASK}\nQuery: {{query}}"),
     r"\be5[-_](small|base|large)": Prompts("query: {query}", "passage: {text}"),
@@ -41,9 +44,10 @@ _FAMILIES = {
 }
 
 
-def default_prompts(model: str) -> Prompts:
-    """The prompts of the model's family, by its name; no prompts for an unknown family."""
-    return next((prompts for name, prompts in _FAMILIES.items() if re.search(name, model.lower())), NO_PROMPTS)
+def default_prompts(*names: str) -> Prompts:
+    """The prompts of a model's family, by the first of its names that shows one; no prompts for an unknown family."""
+    found = (prompts for name in names for family, prompts in _FAMILIES.items() if re.search(family, name.lower()))
+    return next(found, NO_PROMPTS)
 
 
 def fill_query(prompt: str, query: str) -> str:

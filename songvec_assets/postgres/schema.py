@@ -10,7 +10,7 @@ import json
 import re
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from importlib import resources
 from typing import Any, TypeVar
@@ -263,16 +263,16 @@ def lock_key(name: str) -> int:
 
 @contextlib.contextmanager
 def hold_lock(
-    database: Database, name: str, on_wait: Callable[[], None], check: Callable[[], None]
+    database: Database, names: str | Sequence[str], on_wait: Callable[[], None], check: Callable[[], None]
 ) -> Iterator[Callable[[], None]]:
-    """Hold a transaction-level advisory lock until the end of the block or of the process.
+    """Hold transaction-level advisory locks until the end of the block or of the process.
 
     Behind a pooler in transaction mode, a session-level lock would be lost, or never released. The transaction is idle
     and has no snapshot: neither VACUUM nor an index build waits for it.
 
     Args:
         database: all runs on it share the same locks.
-        name: of the lock.
+        names: of the lock, or of several.
         on_wait: called once if another transaction holds the lock.
         check: called while waiting; raises to give up.
 
@@ -280,7 +280,9 @@ def hold_lock(
         A function that raises DatabaseError if the transaction was lost, and with it the lock.
     """
     with error_border(), database.get_engine().connect() as connection:
-        take = text("SELECT pg_try_advisory_xact_lock(:key)").bindparams(key=lock_key(name))
+        keys = [lock_key(each) for each in ([names] if isinstance(names, str) else names)]
+        take = text("SELECT bool_and(pg_try_advisory_xact_lock(each)) FROM unnest(CAST(:keys AS bigint[])) each")
+        take = take.bindparams(keys=keys)
         if not connection.scalar(take):
             on_wait()
             while not connection.scalar(take):

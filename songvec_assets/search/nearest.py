@@ -1,7 +1,7 @@
 """From a query to songs, by the SQL functions of `postgres/migrations/0002_search.sql`.
 
-When to add here: another question to the serving table. Keep out: how songs are found (the SQL functions), and how an
-index is built or measured (`vectors/`).
+When to add here: another question to the serving table. Keep out: how songs are found (the SQL functions), a query's
+vector (`queries`), and how an index is built or measured (`vectors/`).
 """
 
 import json
@@ -14,22 +14,10 @@ import numpy as np
 import polars as pl
 import psycopg2
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
-from songvec_assets.embedding.embedder import Embedder
-from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
-from songvec_assets.errors import (
-    ProviderError,
-    ProviderUnavailableError,
-    SearchError,
-    SettingsError,
-    SongvecError,
-    TableMismatchError,
-    VectorSizeError,
-)
+from songvec_assets.errors import SearchError, SongvecError, TableMismatchError
 from songvec_assets.postgres.engine import Database, error_border, raw_cursor
 from songvec_assets.postgres.schema import check_search_path
-from songvec_assets.progress import run_event_loop
 from songvec_assets.search.query import Query
 from songvec_assets.songs.source import SongsSource, as_bytes
 from songvec_assets.vectors.ledger import SERVING
@@ -71,50 +59,16 @@ class Hit:
     explanation: str = ""
 
 
-def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) -> NDArray[np.float32]:
-    """A query's vector, (dimensions,).
-
-    Args:
-        embedder: of the model that made the table's vectors.
-        query: what the songs are about.
-        prompt: of that model for queries; see `Prompts`.
-
-    Raises:
-        SettingsError: it holds bytes that are not UTF-8: Python passes them on from a command line.
-        ProviderError: no answer, or none that helps.
-    """
-    words = fill_query(prompt, query)
-    try:
-        words.encode()
-    except UnicodeEncodeError:
-        raise SettingsError(
-            "the query is not valid UTF-8: type it in a terminal whose encoding is UTF-8, or convert it first"
-        ) from None
-
-    async def embed() -> NDArray[np.float32]:
-        try:
-            batch = await embedder.generate_embeddings_batch([words])
-        finally:
-            await embedder.close()
-        if batch.bad:
-            raise ProviderError(
-                "the server gives no vector for this query: its values are zero, null or not finite. Ask in other "
-                "words",
-                "provider.no-vector",
-            )
-        vector: NDArray[np.float32] = batch.embeddings[0]
-        return vector
-
-    return run_event_loop(embed())
-
-
-def search_songs(database: Database, source: SongsSource, query: Query) -> Sequence[Hit]:
-    """Find songs, best first, in one statement.
+def search_songs(
+    database: Database, source: SongsSource, query: Query, timeout_s: float | None = None
+) -> Sequence[Hit]:
+    """Find songs, best first, in one statement that can write nothing.
 
     Args:
         database: where songs and table are.
         source: the songs table.
         query: what is searched for.
+        timeout_s: after which the server ends it; None: that of the role.
 
     Raises:
         SearchError: see `Query.check`; or the song is unknown, a value is none of its column's type, or a search by
@@ -123,7 +77,10 @@ def search_songs(database: Database, source: SongsSource, query: Query) -> Seque
     """
     texts = ", ".join(map(as_bytes, (source.name, source.artist, source.lyrics)))
     song = f"SELECT {texts} FROM {source.relation} WHERE {source.song_id} = songvec_hit.id LIMIT 1"
+    # a few words before it in the same round trip: settings of a session would stay with a pooler's next client
+    limited = "" if timeout_s is None else f"SET LOCAL statement_timeout = {round(timeout_s * 1000)};"
     statement = f"""
+        SET TRANSACTION ISOLATION LEVEL READ COMMITTED READ ONLY; {limited}
         SELECT songvec_hit.*, song.* FROM {_SEARCH if query.song_id is None else _SIMILAR} WITH ORDINALITY
             AS songvec_hit (id, similarity, vector_rank, text_rank, place), LATERAL ({song.replace("%", "%%")}) AS song
         ORDER BY place
@@ -242,33 +199,6 @@ def read_embeddings(database: Database, song_ids: Collection[int]) -> pl.DataFra
     return pl.DataFrame(
         {"song_id": [song_id for song_id, _ in rows], "embedding": values.reshape(-1, n_values)},
         {"song_id": pl.Int32, "embedding": pl.Array(pl.Float32, n_values)},
-    )
-
-
-def check_server(
-    asked: TableSpec, configured: TableSpec, server: str, error: ProviderError
-) -> TableMismatchError | None:
-    """What an error of a query's embedding means if the server is not the one that made the table's vectors.
-
-    Args:
-        asked: what the table holds: the query's vector was requested for it.
-        configured: what the settings name.
-        server: its URL.
-        error: what came.
-
-    Returns:
-        The error to raise instead; None: the given one is right.
-    """
-    is_size = isinstance(error, VectorSizeError)
-    is_other = (asked.model, asked.dimensions) != (configured.model, configured.dimensions)
-    if isinstance(error, ProviderUnavailableError) or not (is_size or is_other):
-        return None
-    what = f"vectors of another size than {asked.dimensions}" if is_size else f"no vector ({error})"
-    named = f", while the settings name {configured.model!r} ({configured.dimensions})" if is_other else ""
-    return TableMismatchError(
-        f"the table holds {asked.column_type} by {asked.model!r}, and for that model {server} gives {what}{named}: "
-        f"point FIREWORKS_BASE_URL at a server of {asked.model!r}; or set SONGVEC_EMBEDDING_MODEL and "
-        "SONGVEC_EMBEDDING_DIMENSIONS to what this one serves, and `songvec swap` builds its table"
     )
 
 

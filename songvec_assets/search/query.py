@@ -39,6 +39,7 @@ class Query:
         columns: of the songs table that `where` may name.
         model: that made the vector; None: not known.
         explain: whether hits say how they were found.
+        mode: what becomes of words: a vector, a comparison with names and artists, or both.
     """
 
     vector: NDArray[np.float32] | None = None
@@ -49,6 +50,7 @@ class Query:
     columns: Sequence[str] = ()
     model: str | None = None
     explain: bool = False
+    mode: Mode = "vector"
 
     @classmethod
     def of(cls, given: str | int | NDArray[np.float32], mode: Mode, **options: Any) -> "Query":
@@ -60,7 +62,7 @@ class Query:
         if mode not in get_args(Mode):
             raise SearchError(f"expected a mode of {', '.join(get_args(Mode))}, got {mode!r}")
         if isinstance(given, str):
-            query = cls(words=given, **options)
+            query = cls(words=given, mode=mode, **options)
         elif mode != "vector":
             raise SearchError(f"mode {mode} compares words, and the query has none: give a text, or leave mode out")
         elif isinstance(given, int | np.integer):
@@ -103,6 +105,11 @@ class Query:
                 f"expected an operator of {', '.join(OPERATORS)}, with one value, or for in up to {MAX_VALUES} in a "
                 f"list; got {operator!r} with {len(value) if is_list else 1}"
             )
+
+    @property
+    def needs_vector(self) -> bool:
+        """Whether its words are still to be embedded."""
+        return self.words is not None and self.mode != "text"
 
     @property
     def parameters(self) -> dict[str, Any]:

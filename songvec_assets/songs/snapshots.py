@@ -20,6 +20,7 @@ from songvec_assets.songs.content import BATCH_ROWS, FILE_SCHEMA, SNAPSHOT_SCHEM
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import TextSpec, render_texts
 from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 
 _SUFFIX = ".parquet"
 
@@ -69,8 +70,6 @@ class Snapshots:
         """
         columns = columns or SNAPSHOT_SCHEMA.names
         empty = FILE_SCHEMA.empty_table().select(columns)
-        if song_range not in self:
-            return pl.DataFrame(empty)
         try:
             file = self._open(song_range)
             if not {*columns} <= {*file.schema_arrow.names}:
@@ -84,12 +83,15 @@ class Snapshots:
             batches = file.iter_batches(BATCH_ROWS, columns=columns) if len(wanted) else ()
             found = [batch.filter(pc.is_in(batch["song_id"], wanted)) for batch in batches]
             return pl.DataFrame(pa.Table.from_batches(found, empty.schema))
+        except FileNotFoundError:
+            return pl.DataFrame(empty)
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(song_range, error) from error
 
     def _open(self, song_range: SongIdRange) -> pq.ParquetFile:
         """Open a snapshot; pages are checked against their checksums when they are read."""
-        return pq.ParquetFile(pa.BufferReader(self.storage.open(_key(song_range))), page_checksum_verification=True)
+        file = self.storage.open(_key(song_range)).file()
+        return pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
 
     def _damaged(self, song_range: SongIdRange, why: Exception | str) -> StoreError:
         return StoreError(
@@ -149,24 +151,28 @@ class Snapshots:
                 raise self._damaged(song_range, "texts do not have the hashes that the file keeps")
         return texts
 
+    def footers(self, ranges: Sequence[SongIdRange]) -> dict[SongIdRange, Footer]:
+        """`footer` of each of some ranges."""
+        return dict(zip(ranges, self.storage.map(self.footer, ranges), strict=True))
+
     def footer(self, song_range: SongIdRange) -> Footer:
         """The footer of a snapshot; an empty one if the file cannot be read: reading the songs then gives the error."""
         try:
-            file = pq.read_metadata(pa.BufferReader(self.storage.open(_key(song_range))))
+            file = pq.read_metadata(self.storage.open(_key(song_range)).file())
         except (FileNotFoundError, pa.ArrowInvalid):
             return Footer()
         return Footer.decode(file.metadata or {}, file.num_rows)
 
     def count(self) -> dict[SongIdRange, int]:
         """Number of songs by range, from the footers; in order, without empty ranges."""
-        counts = {song_range: self.footer(song_range).n_songs for song_range in self.ranges()}
-        return {song_range: n_songs for song_range, n_songs in counts.items() if n_songs}
+        footers = self.footers(self.ranges())
+        return {song_range: footer.n_songs for song_range, footer in footers.items() if footer.n_songs}
 
     def digest_all(self) -> str:
         """An identity of all snapshots, from their footers."""
         state = xxhash.xxh3_128()
-        for song_range in self.ranges():
-            state.update(f"{song_range.key} {self.footer(song_range).digest}\n".encode())
+        for song_range, footer in self.footers(self.ranges()).items():
+            state.update(f"{song_range.key} {footer.digest}\n".encode())
         return state.hexdigest()
 
     def find_max_song_id(self) -> int | None:
@@ -242,9 +248,9 @@ def load_songs_from_parquet(
     path: Path, columns: list[str] | None = None, song_ids: Sequence[int] | pl.Series | None = None
 ) -> pl.DataFrame:
     """Read one range's snapshot by its path; see `Snapshots.read`."""
-    return Snapshots(Storage(path.parent)).read(SongIdRange.from_key(path.stem), columns, song_ids)
+    return Snapshots(LocalStorage(path.parent)).read(SongIdRange.from_key(path.stem), columns, song_ids)
 
 
 def get_max_cached_song_id(folder: Path) -> int | None:
     """The highest song_id of all snapshots of a folder, or None if there are none."""
-    return Snapshots(Storage(folder)).find_max_song_id()
+    return Snapshots(LocalStorage(folder)).find_max_song_id()

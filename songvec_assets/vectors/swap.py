@@ -19,7 +19,7 @@ from songvec_assets.postgres.short_lock import run_with_short_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import load
-from songvec_assets.vectors.index.audit import Comparison, compare_tables
+from songvec_assets.vectors.index.audit import Comparison, QualityChange, compare_tables
 from songvec_assets.vectors.index.build_plan import CHANGED_SHARE, IndexSettings
 from songvec_assets.vectors.index.preflight import check_attachments, check_target, find_attachments
 from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
@@ -29,7 +29,6 @@ from songvec_assets.vectors.table import TableSpec, VectorTable
 
 LOCK = "publish"  # as earlier releases call it, which may run at the same time
 """Held by each run that loads, stages, swaps or drops: one at a time."""
-
 STAGED_FROM_ROWS = 20_000
 """Fewer rows are loaded in seconds, even under the index."""
 
@@ -43,12 +42,14 @@ class WantedTable:
         index: how a staging table is indexed.
         may_swap: whether another model, size or type may replace what serves now.
         staged_from_rows: up to this number of changed rows, an indexed table is changed and not replaced.
+        judge: compares both tables before a swap, on labelled queries; None: there are none.
     """
 
     spec: TableSpec
     index: IndexSettings = field(default_factory=IndexSettings)
     may_swap: bool = False
     staged_from_rows: int = STAGED_FROM_ROWS
+    judge: Callable[[], QualityChange] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ class LoadReport:
         target: where the rows went, and why.
         loads: one per range.
         n_unmanaged: rows of the serving table in ranges that were never loaded: somebody else wrote them.
-        index: of the table that was swapped in; None: none was.
-        comparison: of the two tables; None: none was swapped in.
+        index, comparison: of the table that was swapped in; None: none was.
     """
 
     target: Target
@@ -167,7 +167,7 @@ def bring_table_up_to_date(
         index = bring_index_up_to_date(staging, source.cache, wanted.spec, wanted.index, run, check_held)
         compared = _read_ledgers(database)
         check_missing(serving, source, STAGING, compared[1], lambda each: set(staging.ledger.read_song_ids(each)), run)
-        comparison = compare_tables(database)
+        comparison = compare_tables(database, wanted.judge)
         put_in_place(database, target.keep, compared, check_held, run)
         return LoadReport(target, loads, 0, index, comparison)
 

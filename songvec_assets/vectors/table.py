@@ -31,7 +31,7 @@ class TableSpec:
     """What a table holds.
 
     Attributes:
-        model: the embedding model's name.
+        model: the model id.
         dimensions: values per vector.
         vector_type: `vector` or `halfvec`.
         query_prompt, document_prompt: see `Prompts`; None: not recorded. They do not count when specs are compared.
@@ -250,8 +250,8 @@ class VectorTable(Records):
             held = min(others)
             raise TableMismatchError(
                 f"table {self.name} holds vectors of {held!r}, the configured model is {spec.model!r}: one table holds "
-                f"one model. Set SONGVEC_EMBEDDING_MODEL={held}, or let `songvec swap` build a staging table and "
-                "replace it"
+                f"one model. Set SONGVEC_EMBEDDING_MODEL={held}; or, if the provider calls the same model otherwise, "
+                f"SONGVEC_MODEL_ID={held}; or let `songvec swap` build a staging table and replace it"
             )
         return True
 

@@ -12,8 +12,10 @@ from songvec_assets_tests.provider import Provider
 pytestmark = pytest.mark.slow
 
 
-def test_runs_that_are_killed_and_files_that_are_damaged_cost_no_more_than_promised() -> None:
-    campaign = chaos.run_campaign(4, seed=1, n_songs=880, warm=True)
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("store", ["folder", "moto"])
+def test_runs_that_are_killed_and_files_that_are_damaged_cost_no_more_than_promised(store) -> None:
+    campaign = chaos.run_campaign(4, seed=1, n_songs=880, warm=True, store=store)
     assert campaign.passed, campaign.render()
     assert len(campaign.kills) == 4
     assert campaign.damages

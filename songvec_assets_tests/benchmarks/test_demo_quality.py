@@ -1,14 +1,12 @@
 """The demo understands: graded queries find the songs that are about them, far better than by spelling."""
 
 import numpy as np
-import polars as pl
 import pytest
 
 from benchmarks import demo_quality
 from songvec_assets.cli.commands import DEMO_QUERIES
 from songvec_assets.embedding.demo import DemoEmbedder
 from songvec_assets.embedding.offline import OfflineEmbedder
-from songvec_assets.samples import read_sample_songs
 from songvec_assets.settings import DEFAULT_DIMENSIONS
 
 pytestmark = pytest.mark.slow
@@ -22,16 +20,6 @@ def spelling() -> demo_quality.Result:
 @pytest.fixture(scope="module")
 def meaning() -> demo_quality.Result:
     return demo_quality.measure("demo-v2", DemoEmbedder())
-
-
-def test_the_graded_queries_name_songs_of_the_catalogue_once() -> None:
-    rows = pl.read_csv(demo_quality.QUERIES, separator="\t", quote_char=None)
-    assert rows["query"].n_unique() >= 60
-    assert rows["language"].n_unique() >= 10
-    assert set(rows["grade"]) == {1, 2}
-    assert not rows.select("query", "song").is_duplicated().any()
-    assert set(rows["song"]) <= set(read_sample_songs()["name"])
-    assert demo_quality.QUERIES.stat().st_size < 1_000_000
 
 
 def test_scores_are_those_worked_out_by_hand() -> None:
@@ -49,7 +37,7 @@ def test_the_demo_finds_by_meaning_what_spelling_does_not(
     ratio = demo_quality.resample(meaning.ndcg) / demo_quality.resample(spelling.ndcg)
     assert np.percentile(ratio, 2.5) > 1.4
     assert meaning.ndcg.mean() > 0.5
-    others = np.array(demo_quality.read_queries()[1]) != "en"
+    others = np.array(demo_quality.read_queries()[1]) != "themes"
     assert meaning.ndcg[others].mean() > 0.5
     table = demo_quality.render([spelling, meaning])
     assert "| demo-v2 | 0.5" in table

@@ -7,14 +7,14 @@ import pytest
 from benchmarks import index
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.administration import execute
 
 pytestmark = pytest.mark.slow
 
 
 def test_stock_and_ours_are_built_over_the_same_rows_and_find_the_same(database: Database, tmp_path: Path) -> None:
-    cache = ModelCache(Storage(tmp_path / "cache"), "made-up", 32)
+    cache = ModelCache(LocalStorage(tmp_path / "cache"), "made-up", 32)
     result = index.measure(database, cache, 600, n_rounds=2, writers_go_on=True)
     assert {name: len(builds) for name, builds in result.builds.items()} == {
         "stock": 2,

@@ -18,7 +18,7 @@ from playwright.sync_api import FloatRect, expect
 
 from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets_tests.browser.pages import VIEW, DagsterUI
-from songvec_assets_tests.browser.stage import open_tab, running_project
+from songvec_assets_tests.browser.stage import open_tab, running_project, serving_samples
 
 FOLDER = os.environ.get("SONGVEC_SCREENSHOTS")
 MAX_BYTES = 200_000
@@ -117,3 +117,11 @@ def test_run(ui: DagsterUI) -> None:
 def test_automation(ui: DagsterUI) -> None:
     ui.switch_on("automation", "songs_source")
     keep(ui, "automation", {"x": 0, "y": 0, "width": VIEW["width"], "height": 420})
+
+
+def test_search(server_url: str, tmp_path: Path) -> None:
+    with serving_samples(server_url, tmp_path) as address, open_tab(address) as ui:
+        ui.page.set_viewport_size({"width": 820, "height": 640})
+        ui.page.goto("/?q=leaving+home+to+begin+a+new+life+overseas&mode=hybrid")
+        ui.see(re.compile("^10 songs for"))
+        keep(ui, "search")

@@ -11,7 +11,7 @@ from songvec_assets.cache.model_cache import (
 from songvec_assets.embedding import contact as contact_module
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.cache.filling import Run
 from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider
@@ -40,4 +40,4 @@ def one_range_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cache(tmp_path):
-    return ModelCache(Storage(tmp_path / "m-3"), "m", 3)
+    return ModelCache(LocalStorage(tmp_path / "m-3"), "m", 3)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 
 
 class KilledError(BaseException):
@@ -30,5 +30,5 @@ def killed_after(n_calls: int, methods: tuple[str, ...]) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in methods:
-            patch.setattr(Storage, name, or_die(getattr(Storage, name)))
+            patch.setattr(LocalStorage, name, or_die(getattr(LocalStorage, name)))
         yield

@@ -15,7 +15,7 @@ from songvec_assets.cache.model_cache import (
 )
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import hash_text
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 
 RANGE = SongIdRange(0, 100)
 
@@ -24,7 +24,7 @@ FILLED = Completion("snapshot", "text", 0, 0, 0, "")
 
 
 def new_cache(folder):
-    return ModelCache(Storage(Path(tempfile.mkdtemp(dir=folder))), "m", 3)
+    return ModelCache(LocalStorage(Path(tempfile.mkdtemp(dir=folder))), "m", 3)
 
 
 def vectors_of(song_ids, seed=0):

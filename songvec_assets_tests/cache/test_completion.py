@@ -11,7 +11,7 @@ from songvec_assets.cache.model_cache import (
     write_embeddings_to_file,
 )
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.cache.kills import KilledError, killed_after
 from songvec_assets_tests.cache.rows import (
     FILLED,
@@ -34,7 +34,7 @@ def test_a_death_before_any_write_or_removal_of_a_merge_loses_nothing(cache, sur
     delete(cache, [4])
     reject(cache, [5])
     expected = content_of(cache.open(RANGE))
-    with killed_after(survives, ("write", "put_if_unchanged", "delete")):
+    with killed_after(survives, ("write", "put_if_unchanged", "_remove")):
         try:
             complete(cache, retention_s=60.0)
         except KilledError:
@@ -49,7 +49,7 @@ def test_a_death_before_any_write_or_removal_of_a_merge_loses_nothing(cache, sur
 
 
 def test_many_small_parts_are_merged_and_a_few_beside_a_base_are_not(tmp_path):
-    cache = ModelCache(Storage(tmp_path), "m", 2_000)
+    cache = ModelCache(LocalStorage(tmp_path), "m", 2_000)
 
     def put_each(song_ids):
         for song_id in song_ids:

@@ -14,7 +14,7 @@ from songvec_assets.cache.model_cache import (
 )
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.cache.rows import RANGE, complete, content_of, delete, new_cache, put, reject, vectors_of
 
 PROFILE = settings(deadline=None, max_examples=40)
@@ -81,7 +81,7 @@ def test_a_reader_whose_files_are_merged_meanwhile_keeps_them_and_one_that_opens
     put(cache, [2, 3], 1)
     reader = cache.open(RANGE)
     expected = content_of(reader)
-    read, merged = Storage.read, []
+    read, merged = LocalStorage.read, []
 
     def read_then_merge(self, key):
         found = read(self, key)
@@ -90,7 +90,7 @@ def test_a_reader_whose_files_are_merged_meanwhile_keeps_them_and_one_that_opens
             complete(cache)
         return found
 
-    monkeypatch.setattr(Storage, "read", read_then_merge)
+    monkeypatch.setattr(LocalStorage, "read", read_then_merge)
     assert content_of(cache.open(RANGE)) == expected
     assert content_of(reader) == expected
 
@@ -100,7 +100,7 @@ def test_a_complete_range_says_what_it_holds_without_a_file_being_opened(cache, 
     reject(cache, [3])
     complete(cache)
     rows = cache.open(RANGE).rows
-    monkeypatch.setattr(Storage, "open", None)
+    monkeypatch.setattr(LocalStorage, "open", None)
     done = cache.look(RANGE).done
     assert done is not None
     assert (done.n_vectors, done.digest) == (2, digest_rows(rows))

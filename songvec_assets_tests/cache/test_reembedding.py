@@ -14,7 +14,7 @@ from songvec_assets.errors import BudgetExceededError, SongvecError, StoreError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider
 
@@ -164,7 +164,7 @@ def test_a_death_after_the_last_answer_pays_nothing_more(
 
 def test_of_two_requests_at_once_none_is_lost(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process records its request between the reading and the writing of this one."""
-    cache, put = begin().cache, Storage.put_if_unchanged
+    cache, put = begin().cache, LocalStorage.put_if_unchanged
     other = SongIdRange(100, 200)
 
     def put_after_another(*given: Any) -> str | None:
@@ -172,7 +172,7 @@ def test_of_two_requests_at_once_none_is_lost(begin: Begin, monkeypatch: pytest.
         assert reembedding.begin(cache.storage, [other], "another", [0]) == 1
         return put(*given)
 
-    monkeypatch.setattr(Storage, "put_if_unchanged", put_after_another)
+    monkeypatch.setattr(LocalStorage, "put_if_unchanged", put_after_another)
     assert reembedding.begin(cache.storage, [FIRST], "one", [0]) == 2
     assert reembedding.begin(cache.storage, [other], "another", [0]) == 1
     reembedding.end(cache.storage, 1)

@@ -10,12 +10,13 @@ import pytest
 from songvec_assets.cache import store as stores
 from songvec_assets.cache.manifest import Rejection
 from songvec_assets.cache.model_cache import ModelCache, write_embeddings_to_file
-from songvec_assets.cache.store import adopt_store, bind_store, look_up, open_store
+from songvec_assets.cache.store import adopt_store, bind_store, look_up
 from songvec_assets.errors import StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_value
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.text import hash_text
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.cache.kills import KilledError, killed_after
 
 TILING = Tiling(100, 1_000)
@@ -25,6 +26,11 @@ HIGHER = Tiling(100, 1_300)
 @pytest.fixture
 def root(tmp_path):
     return tmp_path / "deep" / "store"
+
+
+def open_store(root, *given):
+    """The store in a folder."""
+    return stores.open_store(LocalStorage(root), *given)
 
 
 def vector_of(song_id):
@@ -67,7 +73,7 @@ def test_a_new_store_is_the_same_store_when_it_is_opened_again(root):
     before = files_under(root)
     assert open_store(root, TILING) == store
     assert files_under(root) == before
-    assert (store.root, store.tiling) == (root, TILING)
+    assert (store.storage.root, store.tiling) == (root, TILING)
 
 
 def test_two_stores_have_two_identities(tmp_path):
@@ -216,7 +222,7 @@ def test_a_cut_that_is_interrupted_anywhere_is_done_again(root, survives):
     cache = open_store(root, TILING).embeddings("m", 3)
     fill(cache, TILING.tail, [1_000, 1_100])
     fill(cache, TILING.tail, [1_500])
-    methods = ("write", "put_if_unchanged", "delete", "delete_all")
+    methods = ("write", "put_if_unchanged", "_remove", "delete_all")
     with contextlib.suppress(KilledError), killed_after(survives, methods):
         open_store(root, HIGHER)
         assert survives > 8, "every moment was one to die at"
@@ -270,7 +276,7 @@ def test_another_store_is_refused_by_a_database_that_has_one(database, root, tmp
     bind_store(store, database)
     with pytest.raises(StoreError, match="songvec adopt") as refusal:
         bind_store(other, database)
-    assert str(other.root) in str(refusal.value)
+    assert str(other.storage.root) in str(refusal.value)
     assert known_store(database) == store.store_id
 
 
@@ -375,6 +381,6 @@ def test_a_store_that_another_first_run_binds_meanwhile_is_taken(
         return found
 
     monkeypatch.setattr(stores, "find_store", find_and_let_another_bind)
-    assert look_up(root, TILING, database) == find(root, TILING)
+    assert look_up(LocalStorage(root), TILING, database) == find(LocalStorage(root), TILING)
     with pytest.raises(StoreError, match="belongs to another database"):
-        look_up(root / "other", TILING, database)
+        look_up(LocalStorage(root / "other"), TILING, database)

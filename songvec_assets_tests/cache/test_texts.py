@@ -22,7 +22,7 @@ from songvec_assets.embedding.prompts import Prompts, default_prompts
 from songvec_assets.errors import ReembeddingError, StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TextSpec
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.cache.rows import put
 
 E5 = "intfloat/multilingual-e5-small"
@@ -32,11 +32,11 @@ FIRST = SongIdRange(0, 100)
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(tmp_path / "model")
+def storage(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(tmp_path / "model")
 
 
-def test_a_record_is_read_as_it_was_written(storage: Storage) -> None:
+def test_a_record_is_read_as_it_was_written(storage: LocalStorage) -> None:
     assert read_record(storage) is None
     write_record(storage, RECORD)
     found = read_record(storage)
@@ -44,25 +44,25 @@ def test_a_record_is_read_as_it_was_written(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"template":1}', b"[]"])
-def test_a_record_that_does_not_parse_is_named_with_a_way_out(storage: Storage, content: bytes) -> None:
+def test_a_record_that_does_not_parse_is_named_with_a_way_out(storage: LocalStorage, content: bytes) -> None:
     storage.put("texts.json", content)
     with pytest.raises(StoreError, match="restore it, or set SONGVEC_QUERY_PROMPT") as refused:
         read_record(storage)
     assert refused.value.code == "store.damaged"
 
 
-def test_prompts_are_those_that_are_set_else_recorded_else_of_the_models_family(storage: Storage) -> None:
+def test_prompts_are_those_that_are_set_else_recorded_else_of_the_models_family(storage: LocalStorage) -> None:
     cache = ModelCache(storage, E5, 3)
-    assert choose_prompts(storage, E5, None, None) == default_prompts(E5)
+    assert choose_prompts(storage, (E5,), None, None) == default_prompts(E5)
     put(cache, [1])
-    assert choose_prompts(storage, E5, None, None).query == default_prompts(E5).query
-    assert choose_prompts(storage, E5, None, None).document == "{text}", "caches of earlier versions had none"
+    assert choose_prompts(storage, (E5,), None, None).query == default_prompts(E5).query
+    assert choose_prompts(storage, (E5,), None, None).document == "{text}", "caches of earlier versions had none"
     write_record(storage, TextRecord.of(SPEC, "find {query}"))
-    assert choose_prompts(storage, E5, None, None) == Prompts("find {query}", "passage: {text}")
-    assert choose_prompts(storage, E5, "q {query}", "d {text}") == Prompts("q {query}", "d {text}")
+    assert choose_prompts(storage, (E5,), None, None) == Prompts("find {query}", "passage: {text}")
+    assert choose_prompts(storage, (E5,), "q {query}", "d {text}") == Prompts("q {query}", "d {text}")
 
 
-def test_a_range_is_made_otherwise_by_its_completion_else_by_the_record(storage: Storage) -> None:
+def test_a_range_is_made_otherwise_by_its_completion_else_by_the_record(storage: LocalStorage) -> None:
     done = Completion("snapshot", SPEC.identity, 1, 0, 0, "", 1, b"")
     other = TextSpec("{name}", 1000)
     complete, begun = RangeFiles(Manifest(complete=done)), RangeFiles(Manifest(), sizes={"0-a-1.arrow": 1})
@@ -73,7 +73,7 @@ def test_a_range_is_made_otherwise_by_its_completion_else_by_the_record(storage:
     assert not is_made_otherwise(storage, RangeFiles(), other), "nothing is cached"
 
 
-def test_who_would_pay_again_is_told_what_changed_and_what_it_costs(storage: Storage) -> None:
+def test_who_would_pay_again_is_told_what_changed_and_what_it_costs(storage: LocalStorage) -> None:
     write_record(storage, RECORD)
 
     def estimate(ranges: Sequence[SongIdRange]) -> Estimate:
@@ -90,6 +90,6 @@ def test_who_would_pay_again_is_told_what_changed_and_what_it_costs(storage: Sto
     assert "SONGVEC_DOCUMENT_PROMPT" not in words
 
 
-def test_nobody_is_asked_where_nothing_is_paid_again(storage: Storage) -> None:
+def test_nobody_is_asked_where_nothing_is_paid_again(storage: LocalStorage) -> None:
     check_reembedding(storage, [], SPEC, lambda _: pytest.fail("nothing to estimate"))
     check_reembedding(storage, [FIRST], SPEC, lambda _: Estimate(9, 9, 90, 1.0, 0.1))

@@ -13,7 +13,7 @@ from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, PartIdentity, ope
 from songvec_assets.cache.writing import AnswerGatherer, PartWriter
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.cache.rows import RANGE, content_of, hashes_of, names, put, vectors_of
 
 IDENTITY = PartIdentity("m", 2, SongIdRange(0, 100_000))
@@ -21,7 +21,7 @@ IDENTITY = PartIdentity("m", 2, SongIdRange(0, 100_000))
 
 @pytest.fixture
 def writer(tmp_path) -> PartWriter:
-    return PartWriter(Storage(tmp_path), IDENTITY, 0)
+    return PartWriter(LocalStorage(tmp_path), IDENTITY, 0)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_what_waits_is_one_part_whose_batches_have_up_to_a_piece_of_rows(writer,
     assert len(written) == 1, "one sync for all"
     [file] = writer.files
     key = f"{IDENTITY.range.key}/{file.name}"
-    stored = [len(each) for each in open_part(writer.storage.open(key), IDENTITY, key)]
+    stored = [len(each) for each in open_part(writer.storage.open(key).mapped, IDENTITY, key)]
     assert stored == [PIECE_ROWS, PIECE_ROWS, 1, PIECE_ROWS, 5]
 
 
@@ -104,7 +104,7 @@ def test_what_the_disk_refuses_is_raised_for_each_answer_and_the_next_ones_are_w
     async def run() -> list[BaseException | None]:
         gatherer = AnswerGatherer(writer)
         with monkeypatch.context() as broken:
-            broken.setattr(Storage, "write", refuse)
+            broken.setattr(LocalStorage, "write", refuse)
             outcomes = await store_all(gatherer, [3, 4])
         return [*outcomes, *await store_all(gatherer, [5])]
 
@@ -141,7 +141,7 @@ def test_a_small_part_that_the_disk_changed_ends_the_range_with_words(cache, har
     for song_id in range(63):
         writer.write([CachedRows.of([song_id], hashes_of([song_id]), vectors_of([song_id]))])
     harm(cache.storage.root / RANGE.key / writer.files[7].name)
-    with pytest.raises(StoreError, match=r"was changed on disk since this run wrote it \(.+\): check the disk"):
+    with pytest.raises(StoreError, match=r"was changed since this run wrote it \(.+\): check the disk"):
         writer.write([CachedRows.of([63], hashes_of([63]), vectors_of([63]))])
 
 

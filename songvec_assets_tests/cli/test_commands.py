@@ -45,7 +45,7 @@ SET_AT_START = dict.fromkeys(
     ("DAGSTER_CLI_ASSET_MATERIALIZE_MODULE_NAME", "DAGSTER_CLI_JOB_EXECUTE_MODULE_NAME"), "songvec_assets.definitions"
 )
 """By `songvec_assets.pth`, in every process that starts from nothing."""
-MISLEADING = "POSTGRES_URL=postgresql://nobody@localhost:1/none\n"
+MISLEADING = "POSTGRES_URL=postgresql://nobody@localhost:1/none\nSONGVEC_WEBHOOK_URL_FILE=/nowhere\n"
 """A `.env` that the demo must not look at."""
 
 
@@ -249,6 +249,16 @@ def test_errors_are_one_line_that_says_what_to_do(project: Project) -> None:
         assert (code, words in output) == (1, True), output
         assert "Traceback" not in output
         assert "secret" not in output
+
+
+def test_a_swap_to_another_model_replaces_the_model_id_that_is_set(project: Project, provider: Provider) -> None:
+    settings = provider_settings(provider) | {"SONGVEC_EMBEDDING_DIMENSIONS": "64", "SONGVEC_STORAGE": "store"}
+    code, output = project.run("songvec", "run", **settings, SONGVEC_MODEL_ID="ours")
+    assert code == 0, output
+    provider.control(model="theirs")
+    code, output = project.run("songvec", "swap", "--model", "theirs", **settings, SONGVEC_MODEL_ID="ours")
+    assert (code, "Searches now find vector(64) by theirs" in output) == (0, True), output
+    assert "SONGVEC_EMBEDDING_MODEL=theirs SONGVEC_MODEL_ID=theirs" in output
 
 
 def test_swap_puts_another_type_in_place_and_back(demo: tuple[Project, str]) -> None:

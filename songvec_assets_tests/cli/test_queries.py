@@ -13,7 +13,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets_tests.scenarios.test_graph_core import run_all
 
-HEAVY = ("dagster", "matplotlib", "openai", "adbc_driver_manager", "pandas")
+HEAVY = ("dagster", "matplotlib", "aiohttp", "adbc_driver_manager", "pandas")
 CODE = f"""
 import sys
 from songvec_assets.cli import main

@@ -1,5 +1,7 @@
 """What the UI shows of table and index: numbers, tables, and charts that are drawn only if their data changed."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import dagster as dg
@@ -14,6 +16,21 @@ from songvec_assets.search.preview import Neighborhood, Preview, SongMap
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange
 from songvec_assets.vectors.index.recall import RecallReport
 from songvec_assets_tests.defs.figures import POINTS, RECALL, open_picture
+
+
+def test_what_draws_is_loaded_as_soon_as_there_is_work_and_not_without() -> None:
+    code = """
+import sys, threading
+from songvec_assets.defs.charts import importing_ahead
+from songvec_assets.progress import Progress
+for total in (0, 7, 7):
+    importing_ahead(print)(Progress("load rows", 0, total))
+    [thread.join() for thread in threading.enumerate() if thread is not threading.main_thread()]
+    print("matplotlib.figure" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.splitlines() if line in ("True", "False")] == ["False", "True", "True"]
+    assert done.stdout.count("load rows") == 3, "it is passed on"
 
 
 class TestPicture:

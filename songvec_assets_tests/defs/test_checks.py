@@ -21,4 +21,5 @@ def test_wrong_vectors_and_mixed_models_block_what_is_downstream() -> None:
         "ivfflat_index:index_is_used": False,
         "ivfflat_index:index_is_fresh": False,
         "ivfflat_index:recall_reaches_target": False,
+        "ivfflat_index:samples_are_found": False,
     }

@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from songvec_assets.definitions import defs
-from songvec_assets.defs.instance import WORKSPACE, choose_home, open_instance, origin_of
+from songvec_assets.defs.instance import WORKSPACE, choose_home, holding_files_open, open_instance, origin_of
 from songvec_assets.errors import SettingsError
 from songvec_assets_tests.browser.stage import running_dagster
 from songvec_assets_tests.cli.test_commands import FIRST, ROOT, SET_AT_START, Project, project
@@ -35,6 +35,9 @@ def test_the_embedded_database_and_one_given_by_url_have_instances_of_their_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert choose_home() == folder / ".songvec" / "dagster"
+    monkeypatch.setenv("POSTGRES_URL_FILE", "/run/secrets/postgres_url")
+    assert choose_home() == folder / ".dagster"
+    monkeypatch.delenv("POSTGRES_URL_FILE")
     monkeypatch.setenv("POSTGRES_URL", POSTGRES_URL)
     assert choose_home() == folder / ".dagster"
     assert "enabled: false" in (folder / ".dagster" / "dagster.yaml").read_text()
@@ -74,6 +77,21 @@ def test_an_instance_remembers_what_was_run_and_the_demos_does_not_show_in_anoth
     monkeypatch.setenv("POSTGRES_URL", POSTGRES_URL)
     with open_instance() as instance:
         assert instance.get_materialized_partitions(key) == set()
+
+
+def test_while_a_run_holds_the_files_open_an_event_does_not_empty_their_logs(folder: Path) -> None:
+    key = dg.AssetKey("embedding_cache")
+    with open_instance() as instance:
+        log = folder / ".songvec" / "dagster" / "history" / "runs" / "index.db-wal"
+        instance.report_runless_asset_event(dg.AssetMaterialization(key, partition=FIRST))
+        assert not log.exists(), "the last connection empties it"
+        with holding_files_open(instance, dg.DagsterRun("refresh").run_id):
+            instance.report_runless_asset_event(dg.AssetMaterialization(key, partition=FIRST))
+            assert log.stat().st_size > 0
+        assert not log.exists()
+        assert instance.get_materialized_partitions(key) == {FIRST}
+    with dg.DagsterInstance.ephemeral() as instance, holding_files_open(instance, "a"):
+        assert instance.get_materialized_partitions(key) == set(), "it has no files"
 
 
 def test_a_run_is_of_the_code_location_that_the_workspace_names() -> None:

@@ -14,7 +14,7 @@ from songvec_assets.defs.reports import report_export
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, RunResource, StorageResource
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.swap import WantedTable, bring_table_up_to_date
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
@@ -128,7 +128,7 @@ def _refresh() -> dg.JobDefinition:
 def test_the_rollback_job_lets_the_table_before_serve_again(
     database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    cache = ModelCache(Storage(tmp_path / "embeddings"), SPEC.model, SPEC.dimensions)
+    cache = ModelCache(LocalStorage(tmp_path / "embeddings"), SPEC.model, SPEC.dimensions)
     put(cache, range(30))
     for spec in (SPEC, TableSpec(SPEC.model, SPEC.dimensions, "halfvec")):
         bring_table_up_to_date(database, source_of(cache, SMALL_TILING), WantedTable(spec, may_swap=True))

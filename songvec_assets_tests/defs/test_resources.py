@@ -26,6 +26,7 @@ from songvec_assets.settings import (
     PostgresSettings,
     ProviderSettings,
     RunSettings,
+    ServeSettings,
     Settings,
     StorageSettings,
 )
@@ -159,7 +160,7 @@ def test_an_empty_option_reads_its_variable_when_the_run_starts_and_a_given_one_
     assert seen == [24_000, 700, 80]
 
 
-def test_every_setting_is_an_option_of_one_resource_shapes_the_graph_or_is_secret() -> None:
+def test_every_setting_is_an_option_of_one_resource_shapes_the_graph_serves_or_is_secret() -> None:
     secret = {name for name, field in Settings.model_fields.items() if not field.repr}
     assert secret == {"postgres_url", "direct_url", "fireworks_api_key", "webhook_url"}
     options = {
@@ -170,6 +171,7 @@ def test_every_setting_is_an_option_of_one_resource_shapes_the_graph_or_is_secre
     }
     assert {value for values in options.values() for value in values.values()} == {None}
     names = [name for values in options.values() for name in values]
-    assert sorted([*names, *secret, *GraphSettings.model_fields]) == sorted(Settings.model_fields)
+    others = [*GraphSettings.model_fields, *ServeSettings.model_fields]
+    assert sorted([*names, *secret, *others]) == sorted(Settings.model_fields)
     for resource in options:
         assert not {*resource.model_fields} & secret

@@ -47,7 +47,17 @@ def test_each_method_of_the_readme_exists_and_each_step_is_in_it() -> None:
     named = {*re.findall(r"\bsongs\.(\w+)\(", README)}
     assert named <= {*dir(Pipeline)}
     steps = {"export", "embed", "load", "build_index", "run", "swap", "roll_back"}
-    questions = {"status", "estimate", "dry_run", "verify", "search", "similar_to", "embed_query", "embeddings"}
+    questions = {
+        "status",
+        "estimate",
+        "dry_run",
+        "verify",
+        "search",
+        "similar_to",
+        "embed_query",
+        "embeddings",
+        "evaluate",
+    }
     assert named == steps | questions
     assert all(getattr(Pipeline, name).__doc__ for name in named)
     assert {*re.findall(r"from songvec_assets import (\w+)", README)} <= {*songvec_assets.__all__}

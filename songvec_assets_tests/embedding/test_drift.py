@@ -1,5 +1,7 @@
 """A provider that changes the model under its name: found by the probe, before a song is paid for.
 
+Another server, or another name, is in `scenarios/test_moves`.
+
 A scenario across embedding, cache and database: what a run is to stop is the run.
 """
 
@@ -8,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from songvec_assets.embedding.drift import ModelRecord
 from songvec_assets.errors import ModelChangedError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.cache.filling import export, plain_songs
 from songvec_assets_tests.conftest import make_pipeline
-from songvec_assets_tests.provider import Provider, vector_of
+from songvec_assets_tests.provider import Provider
 
 Songs = Callable[..., None]
 Embed = Callable[..., int]
@@ -63,21 +64,17 @@ def test_a_change_that_is_confirmed_is_what_later_runs_compare_with(embed: Embed
 
 
 @pytest.mark.parametrize("recorded", ["7", '"AAAA"', '"?"', '{"a": 1}'])
-def test_a_recorded_probe_that_cannot_be_read_is_replaced_with_a_warning(
+def test_a_recorded_probe_that_cannot_be_read_is_replaced_once_cached_songs_were_compared(
     embed: Embed, database: Database, provider: Provider, recorded: str
 ) -> None:
     embed()
     execute(database.adbc_uri, f"UPDATE songvec.settings SET value = '{recorded}' WHERE key LIKE 'probe of %'")
-    warnings: list[str] = []
-    pipeline = make_pipeline(database, provider, Path())
-    vector, given = vector_of("probe", 64), pipeline.settings
-    record = ModelRecord(database, given.model, given.dimensions, on_trouble=warnings.append)
-    record.check(vector)
-    assert ["cannot be read: it was replaced" in each for each in warnings] == [True]
-    with pytest.raises(ModelChangedError):
-        record.check(-vector)
-    record.check(vector)
-    assert len(warnings) == 1
+    provider.control(turn=1.0)
+    with pytest.raises(ModelChangedError, match="10 cached songs"):
+        embed()
+    provider.control()
+    assert embed() == 30, "10 are compared, 20 are new"
+    assert embed() == 10
 
 
 @pytest.mark.parametrize(("turn", "ends"), [(0.02, False), (0.1, True)])

@@ -3,7 +3,7 @@
 import pytest
 
 from songvec_assets.embedding.prompts import NO_PROMPTS, TASK, Prompts, default_prompts, fill_query
-from songvec_assets.settings import FIREWORKS_MODEL, OFFLINE_MODEL
+from songvec_assets.settings import DEMO_MODEL, FIREWORKS_MODEL, OFFLINE_MODEL
 
 E5 = Prompts("query: {query}", "passage: {text}")
 NOMIC = Prompts("search_query: {query}", "search_document: {text}")
@@ -41,6 +41,12 @@ WITH_TASK = Prompts(f"Instruct: {TASK}\nQuery: {{query}}")
 def test_a_models_name_shows_its_familys_prompts(model: str, prompts: Prompts) -> None:
     assert default_prompts(model) == prompts
     assert default_prompts(model.upper()) == prompts
+
+
+def test_the_first_name_that_shows_a_family_counts() -> None:
+    assert default_prompts("qwen3-embedding", "e5-base") == default_prompts("qwen3-embedding")
+    assert default_prompts("our-own-model", "e5-base") == default_prompts("e5-base")
+    assert default_prompts(DEMO_MODEL, "e5-base") == NO_PROMPTS, "it is made here, whatever the provider's name is"
 
 
 def test_chinese_bge_is_asked_in_chinese() -> None:

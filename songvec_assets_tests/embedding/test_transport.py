@@ -110,9 +110,13 @@ def test_what_never_reached_a_server_costs_nothing(endpoint: Endpoint) -> None:
     assert "nothing listens there" in failure.advice
 
 
-def test_a_proxy_of_the_environment_is_named(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+@pytest.mark.parametrize(("variable", "scheme"), [("http_proxy", "http://"), ("all_proxy", "")])
+def test_a_proxy_of_the_environment_is_named(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, variable: str, scheme: str
+) -> None:
+    monkeypatch.setenv(variable, f"{scheme}127.0.0.1:{(port := free_port())}")
     failure = send(replace(endpoint, url="http://provider.invalid/v1"), first=True)
+    assert f"127.0.0.1:{port}" in failure.words
     assert "HTTP_PROXY" in failure.advice
     assert "add provider.invalid to NO_PROXY" in failure.advice
 

@@ -10,7 +10,8 @@ import sqlalchemy as sa
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
-from songvec_assets.search.nearest import embed_query, search_songs
+from songvec_assets.search.nearest import search_songs
+from songvec_assets.search.queries import embed_query
 from songvec_assets.search.query import Query
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.watch import look_at_source

@@ -24,6 +24,7 @@ from songvec_assets_tests.cache.filling import assert_stored, billed, export, fi
 from songvec_assets_tests.conftest import TILING, make_pipeline
 from songvec_assets_tests.processes import send_signal
 from songvec_assets_tests.provider import Provider
+from songvec_assets_tests.s3 import S3, Kind
 from songvec_assets_tests.warm import WarmProcess
 from songvec_assets_tests.warm import start as start_warm
 
@@ -56,8 +57,12 @@ class Filling:
 
 
 @pytest.fixture
-def pipeline(database: Database, provider: Provider, tmp_path: Path) -> Pipeline:
-    return make_pipeline(database, provider, tmp_path / "store")
+def pipeline(
+    request: pytest.FixtureRequest, database: Database, provider: Provider, tmp_path: Path, use_s3: Callable[[Kind], S3]
+) -> Pipeline:
+    """Over a folder, or a bucket of the kind that a test names."""
+    kind = getattr(request, "param", "folder")
+    return make_pipeline(database, provider, tmp_path / "store" if kind == "folder" else use_s3(kind).new_url())
 
 
 @pytest.fixture
@@ -67,7 +72,7 @@ def start(pipeline: Pipeline, provider: Provider) -> Iterator[Callable[[int], li
         "postgres_url": pipeline.database.url,
         "fireworks_api_key": provider.api_key,
         "fireworks_base_url": provider.base_url,
-        "storage": str(pipeline.storage_root),
+        "storage": pipeline.settings.storage,
         "embedding_dimensions": pipeline.settings.embedding_dimensions,
         "requests_per_minute": pipeline.settings.requests_per_minute,
         "tokens_per_minute": pipeline.settings.tokens_per_minute,
@@ -104,6 +109,8 @@ def n_billed_again(provider: Provider) -> int:
     return sum(count - 1 for count in billed(provider).values())
 
 
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("pipeline", ["folder", "moto", "weed"], indirect=True)
 def test_runs_killed_at_any_moment_lose_no_more_than_what_was_in_flight(
     songs: Callable[..., None],
     pipeline: Pipeline,

@@ -171,6 +171,7 @@ from songvec_assets.cache.store import open_store
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.settings import Settings
 from songvec_assets.songs.ranges import Tiling
+from songvec_assets.storage.local import LocalStorage
 
 folder, url = Path(sys.argv[1]), sys.argv[2]
 print("ready", flush=True)
@@ -179,7 +180,7 @@ stores = []
 for n in range(20):
     while time.time() < start + n / 20:
         pass
-    stores.append(open_store(folder / str(n), Tiling(100, 1_000)).store_id)
+    stores.append(open_store(LocalStorage(folder / str(n)), Tiling(100, 1_000)).store_id)
 while time.time() < start + 1.2:
     pass
 given = {"postgres_url": url, "fireworks_api_key": "k", "storage": str(folder / "bound")}

@@ -20,14 +20,14 @@ from songvec_assets.cli import app
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.conftest import environment_of, make_pipeline
 from songvec_assets_tests.provider import Provider
 
 pytestmark = pytest.mark.slow
 
 FIRST, SECOND = SongIdRange(0, 100), SongIdRange(100, 200)
-CALLS = ("read", "open", "list_objects", "list_prefixes", "write", "put_if_unchanged", "delete", "delete_all")
+CALLS = ("read", "open", "scan", "write", "put_if_unchanged", "delete", "delete_all")
 
 
 @pytest.fixture
@@ -36,14 +36,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     counted: list[tuple[str, str]] = []
 
     def counting(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Storage, key: str = "", *given: Any) -> Any:
+        def call(self: LocalStorage, key: str = "", *given: Any) -> Any:
             counted.append((name, str(self.root / key)))
             return do(self, key, *given)
 
         return call
 
     for name in CALLS:
-        monkeypatch.setattr(Storage, name, counting(name, getattr(Storage, name)))
+        monkeypatch.setattr(LocalStorage, name, counting(name, getattr(LocalStorage, name)))
     return counted
 
 
@@ -88,9 +88,9 @@ def test_a_fill_with_nothing_to_do_reads_and_lists_each_range_once_and_opens_no_
     assert in_ranges == {
         call: 1
         for each in (FIRST, SECOND)
-        for call in [("read", f"{folder}/{each.key}/manifest.json"), ("list_objects", f"{folder}/{each.key}")]
+        for call in [("read", f"{folder}/{each.key}/manifest.json"), ("scan", f"{folder}/{each.key}")]
     }
-    elsewhere = Counter(call for call in calls if call[0] not in ("read", "list_objects", "list_prefixes"))
+    elsewhere = Counter(call for call in calls if call[0] not in ("read", "scan"))
     footers = [("open", f"{again.store.songs.storage.root}/{each.key}.parquet") for each in (FIRST, SECOND)]
     assert elsewhere == dict.fromkeys(footers, 1)
     assert (bytes_under(tmp_path), provider.ledger()["requests"]) == (before, n_requests)
@@ -103,7 +103,7 @@ def test_storing_vectors_again_takes_calls_in_proportion_to_their_pieces(
     monkeypatch.setattr(model_cache, "PIECE_ROWS", 1)
 
     def count_calls(n_pieces: int) -> int:
-        cache = ModelCache(Storage(tmp_path / str(n_pieces)), "m", 3)
+        cache = ModelCache(LocalStorage(tmp_path / str(n_pieces)), "m", 3)
         cached = cache.open(SongIdRange(0, 1_000))
         cached.writer.write(
             [CachedRows.of(range(n_pieces), [bytes(16)] * n_pieces, np.ones((n_pieces, 3), np.float32))]
@@ -136,7 +136,7 @@ def test_a_dry_run_leaves_every_byte_of_the_store_also_of_what_a_run_would_remov
     monkeypatch.chdir(tmp_path)
     pipeline = make_pipeline(database, provider, tmp_path / "store")
     pipeline.run()
-    root = pipeline.store.root
+    root = pipeline.store.storage.root
     [named] = pipeline.cache.read_manifest(FIRST).files
     folder = pipeline.cache.storage.root / FIRST.key
     # of a merge that was not named, of a killed writer, and what the next fill adopts

@@ -1,11 +1,15 @@
 """docs/search.md: each example is run as it stands, by the shell, Python or the role that the page names."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import psycopg2
@@ -15,7 +19,7 @@ import sqlalchemy as sa
 from songvec_assets.errors import DatabaseError, SearchError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
-from songvec_assets_tests.administration import borrow_database, dispose, execute, with_parts
+from songvec_assets_tests.administration import borrow_database, dispose, execute, free_port, with_parts
 from songvec_assets_tests.conftest import TEMPLATE, environment_of, make_pipeline
 from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.provider import Provider
@@ -38,7 +42,7 @@ def read_examples(heading: str, language: str) -> list[str]:
 def environment(pipeline: Pipeline, songs_provider: Provider, tmp_path: Path) -> dict[str, str]:
     """The variables of the examples, with this environment's commands."""
     given = environment_of(pipeline.database, songs_provider, tmp_path) | {
-        "SONGVEC_STORAGE": str(pipeline.storage_root),
+        "SONGVEC_STORAGE": pipeline.settings.storage,
         "SONGVEC_FILTER_COLUMNS": "artist, year",
         "SONGVEC_RANGE_SIZE": "100",
         "SONGVEC_SONG_ID_STOP": "1000",
@@ -68,7 +72,9 @@ def test_from_the_command_line(environment: dict[str, str], tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not (shutil.which("psql") and shutil.which("curl")), reason="psql and curl are not installed")
-def test_with_curl_and_psql(environment: dict[str, str], pipeline: Pipeline, tmp_path: Path) -> None:
+def test_with_curl_and_psql(
+    environment: dict[str, str], pipeline: Pipeline, songs_provider: Provider, tmp_path: Path
+) -> None:
     [example] = read_examples("From SQL", "sh")
     shown = run(["bash", "-ec", example], environment, tmp_path)
     rows = [line.split("|") for line in shown.splitlines()]
@@ -76,12 +82,67 @@ def test_with_curl_and_psql(environment: dict[str, str], pipeline: Pipeline, tmp
     assert [(int(song_id), pytest.approx(float(similarity))) for song_id, similarity in rows] == [
         (hit.song_id, hit.similarity) for hit in hits
     ]
+    moved = {"SONGVEC_MODEL_ID": pipeline.settings.model, "SONGVEC_EMBEDDING_MODEL": "otherwise"}
+    songs_provider.control(model="otherwise")
+    try:
+        assert run(["bash", "-ec", example], environment | moved, tmp_path) == shown
+    finally:
+        songs_provider.control()
+
+
+@contextlib.contextmanager
+def serving(example: str, environment: dict[str, str], folder: Path) -> Iterator[None]:
+    """An example that goes on until it is ended, once it listens."""
+    started = subprocess.Popen(
+        ["bash", "-ec", example], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with started as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline().startswith("Serving searches on http://127.0.0.1:")
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("openssl")), reason="curl or openssl is not installed")
+def test_over_http(environment: dict[str, str], pipeline: Pipeline, tmp_path: Path) -> None:
+    serve, ask, open_to_others = read_examples("HTTP", "sh")
+    port, other_port = str(free_port()), str(free_port())
+    with serving(serve.replace("8765", port), environment, tmp_path):
+        text, song, both, health = ask.replace("\\\n", "").strip().split("\n")
+        found = [json.loads(run(["bash", "-ec", each.replace("8765", port)], environment, tmp_path))
+                 for each in (text, song, both, health)]  # fmt: skip
+    where = [("artist", "=", "Ann"), ("year", "in", ["1990", "1991"])]
+    expected = (
+        pipeline.search("a storm at sea", 5),
+        pipeline.similar_to(7, 20),
+        pipeline.search("Song 7", 10, where, "hybrid", explain=True),
+    )
+    assert [each["hits"] for each in found[:3]] == [[asdict(hit) for hit in hits] for hits in expected]
+    assert found[3]["filters"] == ["id", "artist", "year"]
+    # here on loopback: the tests open no port to others
+    open_to_others = open_to_others.replace("0.0.0.0", "127.0.0.1").replace("8766", other_port)
+    with serving(open_to_others, environment, tmp_path):
+        assert (tmp_path / "token").stat().st_mode & 0o077 == 0
+        asked = f"curl -sS -H 'Host: songs.example' http://127.0.0.1:{other_port}/similar/7"
+        assert "serve.unauthorized" in run(["bash", "-ec", asked], environment, tmp_path)
+        asked += ' -H "Authorization: Bearer $(cat token)"'
+        assert len(json.loads(run(["bash", "-ec", asked], environment, tmp_path))["hits"]) == 10
 
 
 def test_from_sql(pipeline: Pipeline) -> None:
     for example in read_examples("From SQL", "sql"):
         for statement in example.split(";\n")[:-1]:
             assert execute(pipeline.database.adbc_uri, statement), statement
+
+
+def test_how_good_it_is(environment: dict[str, str], tmp_path: Path) -> None:
+    [example], [content] = (read_examples("How good it is", language) for language in ("sh", "tsv"))
+    (tmp_path / "queries.tsv").write_text(content)
+    shown = run(["bash", "-ec", example], environment, tmp_path)
+    assert "1 of 4 labelled song_ids are not in table songs (204)" in shown
+    assert '"query": "whale song"' in shown
 
 
 def test_the_index_of_words_is_used(pipeline: Pipeline) -> None:

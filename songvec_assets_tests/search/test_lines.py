@@ -6,7 +6,8 @@ import pytest
 from songvec_assets.embedding.demo import DemoEmbedder
 from songvec_assets.embedding.embedder import Embedder
 from songvec_assets.search.lines import N_BY_MEANING, add_best_lines
-from songvec_assets.search.nearest import Hit, embed_query
+from songvec_assets.search.nearest import Hit
+from songvec_assets.search.queries import embed_query
 
 SEA = "Haul in, the bell is gone\n\n  A storm is at the door \nSalt in the bread\nStormy, and a storm at sea"
 

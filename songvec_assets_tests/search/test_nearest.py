@@ -1,8 +1,8 @@
 """From a vector to the nearest songs, exactly and through the index."""
 
-import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,44 +12,20 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cli import app, base
-from songvec_assets.embedding.offline import OfflineEmbedder
-from songvec_assets.embedding.wire import EmbeddingBatch
-from songvec_assets.errors import ProviderError, TableMismatchError
-from songvec_assets.pipeline import Pipeline
+from songvec_assets.errors import DatabaseError, TableMismatchError
 from songvec_assets.postgres.engine import Database, Profile
 from songvec_assets.postgres.messages import ReportingCursor
 from songvec_assets.postgres.schema import write_value
-from songvec_assets.search.nearest import Hit, check_searchable, embed_query, record_source, search_songs
+from songvec_assets.search.nearest import Hit, check_searchable, record_source, search_songs
 from songvec_assets.search.query import Query
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.vectors.index.audit import find_neighbors
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import dispose, execute
 from songvec_assets_tests.conftest import make_pipeline
-from songvec_assets_tests.provider import Provider, running_provider
+from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, make_vector, put
 from songvec_assets_tests.vectors.indexes import build_index
-
-
-class RecordingEmbedder:
-    """Keeps the texts that it was given; the only fake here, in the place of a provider."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.texts: list[str] = []
-        self.closed = False
-        self._error = error
-
-    async def generate_embeddings_batch(self, texts: Sequence[str]) -> EmbeddingBatch:
-        """One vector of ones for each text."""
-        await asyncio.sleep(0)
-        self.texts += texts
-        if self._error:
-            raise self._error
-        return EmbeddingBatch(np.ones((len(texts), DIMENSIONS), dtype=np.float32), n_tokens=1)
-
-    async def close(self) -> None:
-        """Note that it was closed."""
-        self.closed = True
 
 
 @pytest.fixture
@@ -189,7 +165,7 @@ def test_a_search_is_one_statement_of_one_connection_after_the_pools_own_test(
         search_songs(database, indexed, Query(make_vector(8)))
         seen.clear()  # a new connection
         assert len(search_songs(database, indexed, Query(make_vector(8), limit=1000))) == 100
-    assert [each.split("(")[0].split()[0] for each in seen] == ["SELECT", "checkout", "SELECT"], seen
+    assert [each.split("(")[0].split()[0] for each in seen] == ["SELECT", "checkout", "SET"], seen
     assert "songvec.search" in seen[-1]
 
 
@@ -206,7 +182,7 @@ def test_the_command_shows_as_many_songs_as_asked_for(
     use_index(database)
     with database.get_connection() as connection:
         write_value(connection, "probes", 1)
-    monkeypatch.setattr(base, "make_pipeline", lambda: pipeline)
+    monkeypatch.setattr(base, "make_pipeline", lambda **_: pipeline)
     with pytest.raises(SystemExit) as ended:
         app(["search", "a storm at sea", "-n", "100"])
     assert ended.value.code == 0
@@ -292,72 +268,35 @@ def test_a_query_of_another_model_or_size_is_refused(database: Database, source:
         search_songs(database, source, Query(make_vector(1, dimensions=spec.dimensions), model=spec.model))
 
 
-def test_a_query_is_asked_within_its_prompt() -> None:
-    embedder = RecordingEmbedder()
-    vector = embed_query(embedder, "{query} at sea", "Q: {query}?")
-    assert embedder.texts == ["Q: {query} at sea?"]
-    assert (vector.shape, vector.dtype, embedder.closed) == ((DIMENSIONS,), np.float32, True)
+SPIED = """
+    CREATE SCHEMA spied;
+    CREATE TABLE spied.seen (name text);
+    CREATE FUNCTION spied.note(name text) RETURNS text LANGUAGE plpgsql AS $$
+        BEGIN INSERT INTO spied.seen VALUES (name); RETURN name; END $$;
+    CREATE FUNCTION spied.wait(name text) RETURNS text LANGUAGE plpgsql AS $$
+        BEGIN PERFORM pg_sleep(5); RETURN name; END $$;
+    CREATE VIEW spied.noting AS SELECT id, spied.note(name) AS name, artist, lyrics FROM songs;
+    CREATE VIEW spied.waiting AS SELECT id, spied.wait(name) AS name, artist, lyrics FROM songs;
+"""
 
 
-def test_without_a_prompt_a_query_is_its_words_alone() -> None:
-    offline = OfflineEmbedder(64)
-    expected = asyncio.run(offline.generate_embeddings_batch(["a storm at sea"])).embeddings[0]
-    np.testing.assert_array_equal(embed_query(offline, "a storm at sea"), expected)
-
-
-def test_an_embedder_that_fails_is_closed_too() -> None:
-    embedder = RecordingEmbedder(ProviderError("the key is wrong"))
-    with pytest.raises(ProviderError, match="the key is wrong"):
-        embed_query(embedder, "a storm at sea")
-    assert embedder.closed
-
-
-@pytest.fixture
-def begin(
-    database: Database, provider: Provider, songs: Callable[..., None], tmp_path: Path
-) -> Callable[..., Pipeline]:
-    """Begins a search, with some settings, of a table of three songs by the provider's model."""
-    songs(*((song_id, f"Tune {song_id}", "Ann", "la") for song_id in range(1, 4)))
-    pipeline = make_pipeline(database, provider, tmp_path / "store")
-    pipeline.export()
-    pipeline.filler().fill_ranges(pipeline.held_ranges(), lambda _: None)
-    pipeline.load()
-    return lambda server=provider, **settings: make_pipeline(database, server, tmp_path / "store", **settings)
-
-
-TABLE_MODEL = "fireworks/qwen3-embedding-8b"
-MINILM = "all-minilm"
-
-
-def test_another_server_for_which_the_settings_are_right_is_named_with_the_tables_model(
-    begin: Callable[..., Pipeline],
+@pytest.mark.parametrize(
+    ("view", "timeout_s", "code", "words"),
+    [
+        ("noting", None, "database.read-only", "cannot execute INSERT in a read-only transaction"),
+        ("waiting", 0.2, "database.unavailable", "due to statement timeout"),
+    ],
+)
+def test_a_search_writes_nothing_and_may_be_given_a_time(
+    database: Database, source: SongsSource, view: str, timeout_s: float | None, code: str, words: str
 ) -> None:
-    with running_provider(model=MINILM, native_dimensions=384) as other:
-        searching = begin(other, embedding_model=MINILM, embedding_dimensions=384)
-        with pytest.raises(TableMismatchError) as refusal:
-            searching.embed_query("waves")
-    for words in (
-        f"vector(64) by '{TABLE_MODEL}'",
-        other.base_url,
-        f"'{MINILM}' (384)",
-        "songvec swap",
-        "answered 404",
-    ):
-        assert words in str(refusal.value)
-
-
-def test_another_server_that_answers_for_any_model_in_its_own_size_is_not_a_reason_to_change_the_dimensions(
-    begin: Callable[..., Pipeline], provider: Provider
-) -> None:
-    provider.control(ignore_dimensions=True, native_dimensions=32)
-    with pytest.raises(TableMismatchError) as refusal:
-        begin().embed_query("waves")
-    for words in (f"vector(64) by '{TABLE_MODEL}'", provider.base_url, "vectors of another size than 64"):
-        assert words in str(refusal.value)
-    assert "SONGVEC_EMBEDDING_DIMENSIONS=32" not in str(refusal.value)
-
-
-def test_a_wrong_key_is_a_wrong_key(begin: Callable[..., Pipeline]) -> None:
-    for settings in ({}, {"vector_type": "halfvec"}):
-        with pytest.raises(ProviderError, match="FIREWORKS_API_KEY"):
-            begin(fireworks_api_key="wrong", **settings).embed_query("waves")
+    execute(database.adbc_uri, SPIED)
+    spied = replace(source, table=view, relation=f"spied.{view}")
+    with pytest.raises(DatabaseError, match=words) as refused:
+        search_songs(database, spied, Query(make_vector(8), limit=1, model=SPEC.model), timeout_s)
+    assert refused.value.code == code
+    # nothing of it stays with the connection
+    assert len(search_songs(database, source, Query(make_vector(8), limit=1, model=SPEC.model))) == 1
+    with database.get_connection("web") as connection:
+        assert connection.scalar(sa.text("SHOW statement_timeout")) == "0"
+        connection.execute(sa.text("INSERT INTO spied.seen VALUES ('')"))

@@ -56,9 +56,7 @@ def url() -> Iterator[str]:
         server.start()
         try:
             sql = (resources.files("songvec_assets.postgres") / "migrations" / "0002_search.sql").read_text()
-            words = sql[
-                sql.index("CREATE OR REPLACE FUNCTION songvec.title") : sql.index("-- The songs nearest to a vec")
-            ]
+            words = sql[sql.index("-- A text without accents") : sql.index("-- The songs nearest to a vec")]
             execute(server.url(), f"CREATE SCHEMA songvec; {words}")
             execute(server.url(), SONGS)
             yield server.url()
@@ -79,6 +77,12 @@ def match(url: str) -> Match:
 
 
 @pytest.mark.slow
+def test_accents_do_not_count(match: Match) -> None:
+    assert match("joga bjork") == match("JÓGA") == match("Jóga Björk") == [3]
+    assert match("hïll") == [4]
+
+
+@pytest.mark.slow
 def test_a_typo_finds_what_the_words_would_and_the_exact_name_comes_first(url: str, match: Match) -> None:
     assert match("whale song") == [1, 5, 6]
     assert match("wale song") is None
@@ -86,7 +90,10 @@ def test_a_typo_finds_what_the_words_would_and_the_exact_name_comes_first(url: s
     assert match("whale song") == [1, 5, 6]
     assert match("wale song") == match("Whale Sonk") == [1, 5]
     assert match("wale song", [["artist", "=", "Di"]]) == [5]
+    # one word is compared with whole words
     assert match("Hil") == [4]
+    assert match("whales") == [2, 1, 6, 5]
+    assert match("wha") is None
     assert match("songs about the sea at night and storms") is None
     # of many songs, words alone are compared until an index of spellings is there
     execute(url, "INSERT INTO songs SELECT n, md5(n::text), 'x' FROM generate_series(10, 60000) n; ANALYZE songs")

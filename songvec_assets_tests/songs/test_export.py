@@ -28,7 +28,7 @@ from songvec_assets.songs.reports import ExportReport, IncompleteExportError
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets.songs.text import TextSpec, render_texts
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.provider import Provider
 
@@ -69,7 +69,7 @@ def run(
 
 def stored(folder: Path) -> Snapshots:
     """The snapshots of a folder."""
-    return Snapshots(Storage(folder))
+    return Snapshots(LocalStorage(folder))
 
 
 def path_of(folder: Path, song_range: SongIdRange) -> Path:

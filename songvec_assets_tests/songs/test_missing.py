@@ -14,7 +14,7 @@ from songvec_assets.songs.missing import MissingSongs
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SourceNames, find_source
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.songs.test_source import TILING, run
 
 FIRST, SECOND, THIRD = (SongIdRange(start, start + 100) for start in (0, 100, 200))
@@ -57,7 +57,7 @@ def test_ids_are_read_of_ranges_that_differ_from_their_snapshot_only(database: D
         "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)",
         "INSERT INTO songs SELECT n, 'Sea', 'Ann', NULL FROM generate_series(0, 299) n",
     )
-    source, snapshots, read = find_source(database, SourceNames()), Snapshots(Storage(tmp_path)), []
+    source, snapshots, read = find_source(database, SourceNames()), Snapshots(LocalStorage(tmp_path)), []
     cache_songs_to_parquet(source, snapshots, TILING)
     run(database, "DELETE FROM songs WHERE id IN (7, 8); UPDATE songs SET id = 300 WHERE id = 250")
 

@@ -17,7 +17,7 @@ from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.reports import IncompleteExportError
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SourceNames, find_source
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.administration import execute, wait_until
 from songvec_assets_tests.pooler import running_pgbouncer
 
@@ -65,7 +65,9 @@ def run(
     reported: list[Progress] = []
     options = ExportOptions(mode, n_readers=n_readers)
     source = find_source(database, FRAGILE)
-    cache_songs_to_parquet(source, Snapshots(Storage(folder)), TILING, options, context or RunContext(reported.append))
+    cache_songs_to_parquet(
+        source, Snapshots(LocalStorage(folder)), TILING, options, context or RunContext(reported.append)
+    )
     return reported
 
 
@@ -73,8 +75,8 @@ def exported(folder: Path) -> list[int]:
     """The song_ids of all snapshots."""
     return [
         song_id
-        for each in Snapshots(Storage(folder)).ranges()
-        for song_id in Snapshots(Storage(folder)).read(each)["song_id"]
+        for each in Snapshots(LocalStorage(folder)).ranges()
+        for song_id in Snapshots(LocalStorage(folder)).read(each)["song_id"]
     ]
 
 
@@ -288,7 +290,7 @@ class TestStop:
         stop = StopSignal()
 
         def stop_at_first(progress: Progress) -> None:
-            wait_until(lambda: len(Snapshots(Storage(tmp_path)).ranges()) == 4)
+            wait_until(lambda: len(Snapshots(LocalStorage(tmp_path)).ranges()) == 4)
             time.sleep(0.2)  # long enough to read another
             stop.set()
 
@@ -319,7 +321,7 @@ class TestSideBySide:
         source = find_source(database, FRAGILE)
         options = ExportOptions(n_readers=n_readers)
         report = cache_songs_to_parquet(
-            source, Snapshots(Storage(tmp_path)), TILING, options, RunContext(reported.append)
+            source, Snapshots(LocalStorage(tmp_path)), TILING, options, RunContext(reported.append)
         )
         assert [each.range.start for each in report.ranges] == list(range(0, 1000, 100))
         assert [(each.done, each.total) for each in reported] == [(2 * n, 20) for n in range(1, 11)]
@@ -343,8 +345,8 @@ class TestSideBySide:
             "pg_backend_pid()::text AS lyrics FROM faults.rows",
         )
         source = find_source(database, SourceNames("faults.named", song_id_column="id"))
-        cache_songs_to_parquet(source, Snapshots(Storage(tmp_path)), TILING, ExportOptions(n_readers=2))
-        songs = [Snapshots(Storage(tmp_path)).read(each) for each in Snapshots(Storage(tmp_path)).ranges()]
+        cache_songs_to_parquet(source, Snapshots(LocalStorage(tmp_path)), TILING, ExportOptions(n_readers=2))
+        songs = [Snapshots(LocalStorage(tmp_path)).read(each) for each in Snapshots(LocalStorage(tmp_path)).ranges()]
         assert {name for each in songs for name in each["artist"]} == {"songvec"}
         assert len({pid for each in songs for pid in each["lyrics"]}) <= 2
         wait_until(

@@ -13,7 +13,7 @@ from songvec_assets.songs.content import FILE_SCHEMA, Footer, digest_songs
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import Snapshots, get_max_cached_song_id, load_songs_from_parquet
 from songvec_assets.songs.text import TextSpec, render_texts
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.songs.test_content import ROWS, Row, rows, rows_of, table
 
 ALL = SongIdRange(0, 2**31)
@@ -22,7 +22,7 @@ ALL = SongIdRange(0, 2**31)
 @pytest.fixture
 def stored(tmp_path: Path) -> Snapshots:
     """No snapshots yet."""
-    return Snapshots(Storage(tmp_path))
+    return Snapshots(LocalStorage(tmp_path))
 
 
 def write(stored: Snapshots, songs: list[Row]) -> Snapshots:
@@ -61,7 +61,7 @@ class TestMerge:
     def test_newer_rows_take_the_place_of_those_of_their_song_id(
         self, tmp_path_factory: pytest.TempPathFactory, before: list[Row], newer: list[Row]
     ) -> None:
-        stored = write(Snapshots(Storage(tmp_path_factory.mktemp("merged"))), before)
+        stored = write(Snapshots(LocalStorage(tmp_path_factory.mktemp("merged"))), before)
         newer = sorted(
             {row[0]: row for row in [*newer, *((row[0], "N", "N", None, None) for row in before[::2])]}.values()
         )
@@ -77,7 +77,7 @@ class TestMerge:
         self, tmp_path_factory: pytest.TempPathFactory, songs: list[Row]
     ) -> None:
         """Rows that went leave no bytes behind."""
-        stored = write(Snapshots(Storage(tmp_path_factory.mktemp("merged"))), songs)
+        stored = write(Snapshots(LocalStorage(tmp_path_factory.mktemp("merged"))), songs)
         kept = songs[::2]
         merged = stored.merge(ALL, table([]), pl.Series([row[0] for row in kept], dtype=pl.Int32))
         assert digest_songs(merged) == digest_songs(table(kept))

@@ -17,7 +17,7 @@ from songvec_assets.songs.export import ExportOptions, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import HASHES, SONGS, SourceNames, find_source
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.provider import Provider
 
@@ -32,8 +32,8 @@ def run(database: Database, *statements: str) -> None:
 
 def export(database: Database, names: SourceNames, folder: Path) -> list[tuple]:
     """Find the source, export it, and read all that was written."""
-    cache_songs_to_parquet(find_source(database, names), Snapshots(Storage(folder)), TILING)
-    tables = [Snapshots(Storage(folder)).read(each) for each in Snapshots(Storage(folder)).ranges()]
+    cache_songs_to_parquet(find_source(database, names), Snapshots(LocalStorage(folder)), TILING)
+    tables = [Snapshots(LocalStorage(folder)).read(each) for each in Snapshots(LocalStorage(folder)).ranges()]
     return [row for table in tables for row in table.drop("rejected").rows()]
 
 
@@ -90,9 +90,9 @@ class TestNames:
         assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves"), (8, "Hill", "Ben", None)]
         run(database, f"INSERT INTO {schema}.{schema} VALUES (9, 'Moon', 'Cy', NULL, '2026-01-03')")
         cache_songs_to_parquet(
-            find_source(database, names), Snapshots(Storage(tmp_path)), TILING, ExportOptions("append")
+            find_source(database, names), Snapshots(LocalStorage(tmp_path)), TILING, ExportOptions("append")
         )
-        assert Snapshots(Storage(tmp_path)).read(SongIdRange(0, 100))["song_id"].to_list() == [7, 8, 9]
+        assert Snapshots(LocalStorage(tmp_path)).read(SongIdRange(0, 100))["song_id"].to_list() == [7, 8, 9]
         assert count_unreachable_ids(find_source(database, names)) == Counter()
 
     @pytest.mark.parametrize("schema", ["catalogue", "My Catalogue"])

@@ -16,7 +16,7 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import hash_text
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ FIRST, TAIL = SongIdRange(0, 100), SongIdRange(1_000, 2**31)
 @pytest.fixture
 def cache(tmp_path):
     shutil.copytree(Path(__file__).parent / "old_store", tmp_path / "embeddings")
-    return ModelCache(Storage(tmp_path / "embeddings" / "a--model-3"), "a/model", 3)
+    return ModelCache(LocalStorage(tmp_path / "embeddings" / "a--model-3"), "a/model", 3)
 
 
 def take_over(cache):

@@ -16,7 +16,7 @@ from songvec_assets.progress import ReportProgress, RunContext, StopSignal, igno
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import hash_text
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.load import RangeLoad, upload_cached_embeddings_to_database
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.table import TableSpec, VectorTable
@@ -31,7 +31,7 @@ FIRST, SECOND, TAIL = SongIdRange(0, 100), SongIdRange(100, 200), TILING.tail
 @pytest.fixture
 def cache(tmp_path: Path) -> ModelCache:
     """An empty cache of SPEC's model."""
-    return ModelCache(Storage(tmp_path / "embeddings"), SPEC.model, SPEC.dimensions)
+    return ModelCache(LocalStorage(tmp_path / "embeddings"), SPEC.model, SPEC.dimensions)
 
 
 def make_vector(song_id: int, version: int = 0, dimensions: int = DIMENSIONS) -> NDArray[np.float32]:
@@ -95,7 +95,7 @@ def damage(cache: ModelCache, song_id: int, version: int = 0) -> None:
 
 def source_of(cache: ModelCache, tiling: Tiling = TILING) -> LoadSource:
     """A cache with the snapshots beside it: none, unless a test writes some."""
-    return LoadSource(cache, tiling, Snapshots(Storage(cache.storage.root.parent / "songs")))
+    return LoadSource(cache, tiling, Snapshots(LocalStorage(cache.storage.root.parent / "songs")))
 
 
 def load(database: Database, cache: ModelCache, spec: TableSpec = SPEC) -> dict[str, tuple[int, int, int]]:

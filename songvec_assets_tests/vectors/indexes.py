@@ -161,13 +161,13 @@ class Builder(threading.Thread):
 _PROCESS = """
 import sys
 from pathlib import Path
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.vectors.index.upkeep import bring_index_up_to_date
 from songvec_assets.vectors.table import TableSpec, VectorTable
 url, folder = sys.argv[1:]
-cache = ModelCache(Storage(Path(folder)), "model-a", 8)
+cache = ModelCache(LocalStorage(Path(folder)), "model-a", 8)
 bring_index_up_to_date(VectorTable(Database(url)), cache, TableSpec("model-a", 8))
 """
 

@@ -22,7 +22,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import Progress, StopSignal
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.load import store_embeddings_batch, store_embeddings_copy_bulk
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, execute
@@ -242,7 +242,7 @@ class TestLoad:
         put(cache, [1, 1050, 2050])
         load(database, cache)
         wider = Tiling(width=100, stop=2_000)
-        cut = ModelCache(Storage(tmp_path / "cut"), SPEC.model, SPEC.dimensions)
+        cut = ModelCache(LocalStorage(tmp_path / "cut"), SPEC.model, SPEC.dimensions)
         put(cut, [1, 1050, 2050, 1051], tiling=wider)
         upload(database, cut, SPEC, wider)
         assert read_vectors(database) == vectors_of([1, 1050, 1051, 2050])

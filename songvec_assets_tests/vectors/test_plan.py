@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import DamagedCacheError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.plan import plan_load
 from songvec_assets.vectors.swap import WantedTable, bring_table_up_to_date
 from songvec_assets.vectors.table import VectorTable
@@ -54,13 +54,13 @@ class TestNothingToDo:
         bring_table_up_to_date(database, source, wanted)
         build_index(database, cache)
         opened: list[str] = []
-        open_object = Storage.open
+        open_object = LocalStorage.open
 
-        def note(storage: Storage, key: str) -> pa.Buffer:
+        def note(storage: LocalStorage, key: str) -> pa.Buffer:
             opened.append(key)
             return open_object(storage, key)
 
-        monkeypatch.setattr(Storage, "open", note)
+        monkeypatch.setattr(LocalStorage, "open", note)
         before = read_writers(database)
         with sent_statements() as statements:
             report = bring_table_up_to_date(database, source, wanted)

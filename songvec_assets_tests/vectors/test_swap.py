@@ -29,7 +29,7 @@ from songvec_assets.progress import Progress, ReportProgress, RunContext, StopSi
 from songvec_assets.songs.content import SNAPSHOT_SCHEMA
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors import swap
 from songvec_assets.vectors.index.audit import Comparison
 from songvec_assets.vectors.index.build_plan import IndexSettings
@@ -84,7 +84,7 @@ def songs_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def other_cache(tmp_path: Path) -> ModelCache:
     """An empty cache of OTHER's model."""
-    return ModelCache(Storage(tmp_path / "other"), OTHER.model, OTHER.dimensions)
+    return ModelCache(LocalStorage(tmp_path / "other"), OTHER.model, OTHER.dimensions)
 
 
 def load_table(
@@ -102,7 +102,9 @@ def load_table(
     """Load and index as the graph does; tables are staged from 20 changed rows on."""
     wanted = WantedTable(spec, IndexSettings(), swap, staged_from_rows)
     run = RunContext(progress, stop or StopSignal())
-    report = bring_table_up_to_date(database, LoadSource(cache, tiling, Snapshots(Storage(songs_folder))), wanted, run)
+    report = bring_table_up_to_date(
+        database, LoadSource(cache, tiling, Snapshots(LocalStorage(songs_folder))), wanted, run
+    )
     build_index(database, cache, spec)
     return report
 
@@ -545,7 +547,7 @@ class TestLock:
         load_table(database, cache, songs_folder)
         load_table(database, cache, songs_folder, HALF, swap=True)
         pipeline = make_pipeline(database, provider, tmp_path / "store")
-        monkeypatch.setattr(base, "make_pipeline", lambda: pipeline)
+        monkeypatch.setattr(base, "make_pipeline", lambda **_: pipeline)
         ended = once(lambda: self.end_holder(database))
         pipeline.stop = CallingStop(ended)
         with pytest.raises(DatabaseError):
@@ -578,7 +580,7 @@ class TestMissing:
         put(cache, [*range(50), *range(1_000, 1_050)])
         load_table(database, cache, songs_folder)
         # as the store leaves it once the tail was divided
-        divided = ModelCache(Storage(tmp_path / "divided"), SPEC.model, SPEC.dimensions)
+        divided = ModelCache(LocalStorage(tmp_path / "divided"), SPEC.model, SPEC.dimensions)
         song_ids = [*range(50), *range(1_000, 1_050), *range(1_100, 1_200)]
         put(divided, song_ids, tiling=self.RAISED)
         report = load_table(database, divided, songs_folder, tiling=self.RAISED)
@@ -617,8 +619,8 @@ class TestMissing:
         load_table(database, cache, songs_folder)
         compare = swap.compare_tables
 
-        def compare_and_lose(database: Database) -> Comparison:
-            compared = compare(database)
+        def compare_and_lose(database: Database, *judge: object) -> Comparison:
+            compared = compare(database, *judge)
             execute(
                 database.adbc_uri,
                 "DELETE FROM songvec.loaded_ranges WHERE table_name = %s",
@@ -721,7 +723,7 @@ class TestSwap:
         self, database: Database, tmp_path: Path, songs_folder: Path
     ) -> None:
         wide = TableSpec("wide", 4_000, "halfvec")
-        cache = ModelCache(Storage(tmp_path / "wide"), wide.model, wide.dimensions)
+        cache = ModelCache(LocalStorage(tmp_path / "wide"), wide.model, wide.dimensions)
         put(cache, range(40))
         load_table(database, cache, songs_folder, wide)
         assert VectorTable(database).index is not None
@@ -797,7 +799,7 @@ class TestSwap:
 _LOADER = """
 import os, signal, sys
 from pathlib import Path
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import RunContext
@@ -810,8 +812,8 @@ url, cache, songs, step = sys.argv[1:]
 def listen(progress):
     if progress.step == step and progress.done:
         os.kill(os.getpid(), signal.SIGKILL)
-snapshots = Snapshots(Storage(Path(songs)))
-source = LoadSource(ModelCache(Storage(Path(cache)), "model-b", 16), Tiling(100, 1_000), snapshots)
+snapshots = Snapshots(LocalStorage(Path(songs)))
+source = LoadSource(ModelCache(LocalStorage(Path(cache)), "model-b", 16), Tiling(100, 1_000), snapshots)
 bring_table_up_to_date(
     Database(url), source, WantedTable(TableSpec("model-b", 16), may_swap=True), RunContext(listen)
 )

@@ -12,7 +12,7 @@ from songvec_assets.errors import (
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import write_value
 from songvec_assets.settings import DEMO_MODEL, OFFLINE_MODEL
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.index.audit import audit_recall
 from songvec_assets.vectors.index.recall import read_recall
 from songvec_assets.vectors.table import TableSpec, VectorTable, describe_tables
@@ -47,7 +47,7 @@ class TestMismatch:
     ) -> None:
         put(cache, [1, 2])
         load(database, cache)
-        other = ModelCache(Storage(tmp_path / "other"), spec.model, spec.dimensions)
+        other = ModelCache(LocalStorage(tmp_path / "other"), spec.model, spec.dimensions)
         put(other, [1, 2, 3])
         for refuse in (lambda: VectorTable(database).check(spec), lambda: load(database, other, spec)):
             with pytest.raises(TableMismatchError, match=words):
@@ -90,7 +90,7 @@ class TestMismatch:
     ) -> None:
         VectorTable(database).ensure(SPEC)
         other = TableSpec("model-b", DIMENSIONS)
-        cache = ModelCache(Storage(tmp_path), other.model, other.dimensions)
+        cache = ModelCache(LocalStorage(tmp_path), other.model, other.dimensions)
         put(cache, [1, 2])
         load(database, cache, other)
         assert VectorTable(database).spec == other
@@ -103,11 +103,11 @@ class TestMismatch:
         self, database: Database, tmp_path: Path, local: str, other: str
     ) -> None:
         embedded, offline = Database(database.url, embedded=True), TableSpec(local, DIMENSIONS)
-        cache = ModelCache(Storage(tmp_path / "offline"), offline.model, offline.dimensions)
+        cache = ModelCache(LocalStorage(tmp_path / "offline"), offline.model, offline.dimensions)
         put(cache, [1, 2])
         load(embedded, cache, offline)
         spec = TableSpec(other, 16, "halfvec")
-        better = ModelCache(Storage(tmp_path / "better"), spec.model, spec.dimensions)
+        better = ModelCache(LocalStorage(tmp_path / "better"), spec.model, spec.dimensions)
         put(better, [1, 101])
         VectorTable(embedded).check(spec)
         with pytest.raises(TableMismatchError):
@@ -120,7 +120,7 @@ class TestMismatch:
         self, database: Database, tmp_path: Path
     ) -> None:
         embedded, offline = Database(database.url, embedded=True), TableSpec(OFFLINE_MODEL, DIMENSIONS)
-        cache = ModelCache(Storage(tmp_path / "offline"), offline.model, offline.dimensions)
+        cache = ModelCache(LocalStorage(tmp_path / "offline"), offline.model, offline.dimensions)
         put(cache, [1, 101])
         load(embedded, cache, TableSpec(OFFLINE_MODEL, DIMENSIONS, "halfvec"))
         assert load(embedded, cache, offline) == {FIRST.key: (1, 1, 0), SECOND.key: (1, 1, 0)}

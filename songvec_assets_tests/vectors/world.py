@@ -25,7 +25,7 @@ from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_ca
 from songvec_assets.errors import SongvecError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.songs.ranges import Tiling
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.copy import HEADER, TRAILER, row_dtype
 from songvec_assets.vectors.swap import drop_others
 from songvec_assets.vectors.table import TableSpec
@@ -182,7 +182,7 @@ class World:
     _urls: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.cache = ModelCache(Storage(self.folder / "embeddings"), self.spec.model, self.spec.dimensions)
+        self.cache = ModelCache(LocalStorage(self.folder / "embeddings"), self.spec.model, self.spec.dimensions)
         self.database = self.reach(self.server.port)
 
     @property
@@ -235,7 +235,7 @@ class World:
     def use_model(self, spec: TableSpec) -> None:
         """Fill another model's cache, which is to be loaded from now on."""
         self.spec = spec
-        self.cache = ModelCache(Storage(self.folder / spec.model), spec.model, spec.dimensions)
+        self.cache = ModelCache(LocalStorage(self.folder / spec.model), spec.model, spec.dimensions)
         put(self.cache, self.song_ids, 0, self.tiling)
 
     def wait_for(self, attempt: Attempt, statement: str, parameters: tuple[object, ...] = ()) -> tuple:

@@ -5,9 +5,25 @@
 SELECT set_config('search_path', concat_ws(', ', nullif(current_setting('search_path'), ''), quote_ident(nspname)), true)
 FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace WHERE extname = 'vector';
 
--- What a search by words reads of a song. Indexes of the songs table are made of it: it must never change.
-CREATE OR REPLACE FUNCTION songvec.title(name text, artist text) RETURNS text
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT coalesce(name, '') || ' ' || coalesce(artist, '') $$;
+-- A text without accents, as few type them: letters are decomposed, and their marks dropped. Postgres can do so in UTF-8
+-- only; elsewhere accents count. Indexes are made of this function and of the next one: both must never change.
+DO $do$ BEGIN
+    IF getdatabaseencoding() = 'UTF8' THEN
+        CREATE OR REPLACE FUNCTION songvec.plain(words text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+            SELECT CASE WHEN octet_length(words) = length(words) THEN words
+                ELSE normalize(regexp_replace(normalize(words, NFD), '[\u0300-\u036f]', '', 'g')) END
+        $$;
+    ELSE
+        CREATE OR REPLACE FUNCTION songvec.plain(words text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+            SELECT words
+        $$;
+    END IF;
+END $do$;
+
+-- What a search by words reads of a song.
+CREATE OR REPLACE FUNCTION songvec.title(name text, artist text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT songvec.plain(coalesce(name, '') || ' ' || coalesce(artist, ''))
+$$;
 
 -- SQLSTATE SONGV: the search was refused; the detail is the error's code in docs/operations.md.
 CREATE OR REPLACE FUNCTION songvec.refuse(code text, message text) RETURNS void
@@ -72,6 +88,10 @@ DECLARE
     artist CONSTANT text := CASE WHEN source ->> 'artist' IS NULL THEN 'NULL'
         ELSE format('s.%I::text', source ->> 'artist') END;
     title CONSTANT text := format('songvec.title(%s, %s)', name, artist);
+    -- One word is compared with whole words: else "tea" would be spelled like "Teapot". Several are compared with any part
+    -- of a title: one of them can be half of it.
+    is_word CONSTANT boolean := trim(words) !~ '\s';
+    similarity CONSTANT text := CASE WHEN is_word THEN 'strict_word_similarity' ELSE 'word_similarity' END;
     is_small boolean; has_words boolean; has_spelling boolean; trgm text; matching integer[];
 BEGIN
     SELECT c.reltuples < 50000 OR c.relkind = 'v', coalesce(bool_or(o.opcname = 'tsvector_ops'), false),
@@ -93,14 +113,15 @@ BEGIN
     EXECUTE format(
         'SELECT array_agg(id ORDER BY place) FROM (
             SELECT s.%1$I::integer AS id, row_number() OVER (
-                ORDER BY lower(%2$s) = lower($1) DESC NULLS LAST, %3$s strpos(lower(%4$s), lower($1)) = 0, length(%4$s), s.%1$I
+                ORDER BY lower(%2$s) = lower($1) DESC NULLS LAST, %3$s strpos(lower(%4$s), lower($3)) = 0, length(%4$s), s.%1$I
             ) AS place
-            FROM %5$s s WHERE (to_tsvector(''simple'', %4$s) @@ plainto_tsquery(''simple'', $1) %6$s) AND %7$s
+            FROM %5$s s WHERE (to_tsvector(''simple'', %4$s) @@ plainto_tsquery(''simple'', $3) %6$s) AND %7$s
             ORDER BY place LIMIT $2
         ) AS found', source ->> 'song_id', name,
-        CASE WHEN trgm IS NULL THEN '' ELSE format('%I.word_similarity($1, %s) DESC,', trgm, title) END, title, songs,
-        CASE WHEN trgm IS NULL THEN '' ELSE format('OR %s OPERATOR(%I.%%>) $1', title, trgm) END,
-        songvec.condition(filter, source)) INTO matching USING trim(words), n;
+        CASE WHEN trgm IS NULL THEN '' ELSE format('%I.%s($3, %s) DESC,', trgm, similarity, title) END, title, songs,
+        CASE WHEN trgm IS NULL THEN '' ELSE
+            format('OR %s OPERATOR(%I.%s) $3', title, trgm, CASE WHEN is_word THEN '%>>' ELSE '%>' END) END,
+        songvec.condition(filter, source)) INTO matching USING trim(words), n, songvec.plain(trim(words));
     RETURN matching;
 END $$;
 

@@ -5,12 +5,14 @@ follows from an answer.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 from sqlalchemy import text
 
 from songvec_assets.cache.model_cache import ModelCache
+from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.vectors.catalog import uses_index
 from songvec_assets.vectors.index.neighbors import NEIGHBORS
@@ -133,6 +135,40 @@ def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> Recall
 
 
 @dataclass(frozen=True)
+class QualityChange:
+    """How well the nearest songs of the two tables answer labelled queries.
+
+    Attributes:
+        n_queries: labelled.
+        serving, staged: mean nDCG@10.
+        low, high: 95 % interval of staged - serving, by the paired bootstrap.
+        trouble: why it could not be measured; empty if it was.
+    """
+
+    n_queries: int = 0
+    serving: float = 0.0
+    staged: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    trouble: str = ""
+
+    @property
+    def warning(self) -> str:
+        """What to do if the staging table is significantly worse, or nothing is known; empty otherwise."""
+        if self.trouble:
+            return f"the labelled queries could not be compared: {self.trouble}"
+        back = "`songvec swap --rollback` makes the previous table serve again, if it was kept"
+        return f"searches became worse: {self.describe()}: {back}" if self.high < 0 else ""
+
+    def describe(self) -> str:
+        """The figures."""
+        return (
+            f"nDCG@10 of {self.n_queries:,} labelled queries {self.staged:.3f}, before: {self.serving:.3f} "
+            f"(95 % interval of the difference {self.low:+.3f} to {self.high:+.3f})"
+        )
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The serving table and the staging table.
 
@@ -141,6 +177,7 @@ class Comparison:
         n_sampled: songs whose neighbors were compared.
         overlap: mean share of a song's ten nearest that both tables have in common; for two models it may be small.
         recall_serving, recall_staged: as measured last, in words.
+        quality: on labelled queries; None: there are none.
     """
 
     n_serving: int
@@ -149,17 +186,23 @@ class Comparison:
     overlap: float
     recall_serving: str
     recall_staged: str
+    quality: QualityChange | None = None
 
     def describe(self) -> str:
         """One line."""
+        quality = f"; {self.quality.describe()}" if self.quality and not self.quality.trouble else ""
         return (
             f"{self.n_staged:,} rows, {self.n_serving:,} before; {self.recall_staged}, before: {self.recall_serving}; "
-            f"{self.n_sampled:,} songs share {self.overlap:.0%} of their ten nearest with the previous table"
+            f"{self.n_sampled:,} songs share {self.overlap:.0%} of their ten nearest with the previous table{quality}"
         )
 
 
-def compare_tables(database: Database) -> Comparison:
-    """Compare the staging table with the serving one. Both are indexed."""
+def compare_tables(database: Database, judge: Callable[[], QualityChange] | None = None) -> Comparison:
+    """Compare the staging table with the serving one. Both are indexed.
+
+    Args:
+        judge: compares them on labelled queries; None: there are none.
+    """
     tables = VectorTable(database, SERVING), VectorTable(database, STAGING)
     n_serving, n_staged = (table.ledger.count_songs() for table in tables)
     shared = text(f"{_every_nth(f'{SERVING} JOIN {STAGING} USING (song_id)')} LIMIT :n_songs")
@@ -168,8 +211,9 @@ def compare_tables(database: Database) -> Comparison:
         before, after = (find_neighbors(connection, table, sample) for table in tables)
         recalls = [read_recall(connection, table) for table in tables]
     shares = [len(before[song_id] & after[song_id]) / max(1, len(before[song_id])) for song_id in sample]
-    words = [recall.describe() if recall else "recall not measured" for recall in recalls]
-    return Comparison(n_serving, n_staged, len(sample), sum(shares) / max(1, len(shares)), *words)
+    recall_serving, recall_staged = (recall.describe() if recall else "recall not measured" for recall in recalls)
+    overlap, quality = sum(shares) / max(1, len(shares)), judge() if judge else None
+    return Comparison(n_serving, n_staged, len(sample), overlap, recall_serving, recall_staged, quality)
 
 
 def find_neighbors(connection: sa.Connection, table: VectorTable, song_ids: list[int]) -> dict[int, set[int]]:
@@ -180,3 +224,9 @@ def find_neighbors(connection: sa.Connection, table: VectorTable, song_ids: list
         found = find_nearest(table, connection, vector, NEIGHBORS + 1)
         neighbors[song_id] = set([each for each in found if each != song_id][:NEIGHBORS])
     return neighbors
+
+
+def find_nearest_songs(table: VectorTable, vectors: Float32Matrix) -> list[list[int]]:
+    """The ten nearest songs of some vectors, (n, dimensions), as a table's searches find them."""
+    with table.database.get_connection() as connection:
+        return [[*find_nearest(table, connection, json.dumps(each.tolist()), NEIGHBORS)] for each in vectors]

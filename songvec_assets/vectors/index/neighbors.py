@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from songvec_assets.cache.parts import PIECE_ROWS, CachedRows
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.vectors.ledger import LedgerEntry
 from songvec_assets.vectors.table import VectorTable
 
 NEIGHBORS = 10
@@ -229,3 +231,30 @@ def _keep_best(best: ExactNeighbors, song_ids: NDArray[np.int32], similarities: 
 def _normalise(vectors: Float32Matrix) -> Float32Matrix:
     unit: Float32Matrix = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return unit
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Queries and their exact neighbors, which do not depend on the index.
+
+    Attributes:
+        ledger: of the table when they were sought: if it has changed, they are sought again.
+        exact: what was found.
+    """
+
+    ledger: dict[SongIdRange, LedgerEntry]
+    exact: ExactNeighbors
+
+
+def prepare(table: VectorTable, cache: ModelCache, run: RunContext) -> "Future[Prepared]":
+    """Begin to find the exact neighbors in another thread: for a table of seconds, while its index is built."""
+
+    def find() -> Prepared:
+        ledger, rows = table.ledger.read(), LoadedRows.of(table, cache)
+        # silent: the build's progress is shown
+        return Prepared(ledger, find_exact_neighbors(rows, sample_queries(rows), RunContext(stop=run.stop)))
+
+    thread = ThreadPoolExecutor(1, "songvec-neighbors")
+    prepared = thread.submit(find)
+    thread.shutdown(wait=False)
+    return prepared

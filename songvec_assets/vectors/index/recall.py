@@ -4,6 +4,7 @@ When to add here: another figure of the report. Keep out: the searches (`searche
 their statistics (`interval`).
 """
 
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -13,6 +14,7 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import StoreError
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.catalog import SMALL_TABLE_ROWS, BuiltIndex, choose_probes, describe_knobs
+from songvec_assets.vectors.index.neighbors import Prepared
 from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.recall_searches import FIRST_QUERIES, STEP, RecallPoint, Searches
 from songvec_assets.vectors.table import VectorTable
@@ -126,6 +128,7 @@ def measure_recall(
     target: float = DEFAULT_TARGET,
     kept: int | None = None,
     run: RunContext = SILENT,
+    ahead: "Future[Prepared] | None" = None,
 ) -> RecallReport:
     """Measure over the powers of two until recall is beyond doubt, then narrow down the smallest probes that reach it.
 
@@ -135,12 +138,13 @@ def measure_recall(
         target: recall to reach, for both kinds of queries.
         kept: probes that searches use now; they are chosen again if they reach the target.
         run: notified of the rows, then of the searches; a stop ends it between two batches or searches.
+        ahead: see `prepare`.
 
     Raises:
         StoreError: the cache does not hold what is loaded, so that exact neighbors are not known.
         DatabaseError: the planner does not use the index, even if sequential scans are off.
     """
-    searches = Searches.over(table, cache, run)
+    searches = Searches.over(table, cache, run, ahead)
     lists, reaches, probes, enough = searches.lists, partial(searches.reaches, target=target), 1, max(target, _ENOUGH)
     if searches.candidates is not None:
         choose_candidates(searches, target)
@@ -189,11 +193,16 @@ def choose_candidates(searches: Searches, target: float) -> None:
 
 
 def measure_and_record(
-    table: VectorTable, cache: ModelCache, target: float, run: RunContext, kept: int | None = None
+    table: VectorTable,
+    cache: ModelCache,
+    target: float,
+    run: RunContext,
+    kept: int | None = None,
+    ahead: "Future[Prepared] | None" = None,
 ) -> tuple[RecallReport | None, str]:
     """Measure and record; returns the report and a sentence. If the cache lacks rows, nothing is measured: no error."""
     try:
-        report = measure_recall(table, cache, target, kept, run)
+        report = measure_recall(table, cache, target, kept, run, ahead)
     except StoreError as error:
         return None, f"recall was not measured: {error}"
     with table.database.get_connection() as connection:

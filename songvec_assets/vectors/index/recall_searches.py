@@ -9,6 +9,7 @@ follows from it (`recall`).
 
 import math
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,6 +30,7 @@ from songvec_assets.vectors.index.neighbors import (
     ExactNeighbors,
     Found,
     LoadedRows,
+    Prepared,
     find_exact_neighbors,
     sample_queries,
 )
@@ -113,8 +115,20 @@ class Searches:
     _times: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
     @classmethod
-    def over(cls, table: VectorTable, cache: ModelCache, run: RunContext = SILENT) -> "Searches":
+    def over(
+        cls,
+        table: VectorTable,
+        cache: ModelCache,
+        run: RunContext = SILENT,
+        ahead: "Future[Prepared] | None" = None,
+    ) -> "Searches":
         """Draw queries and find their exact neighbors, in half of the time.
+
+        Args:
+            table: with its index.
+            cache: that it was loaded from.
+            run: notified of the rows; a stop ends it.
+            ahead: see `prepare`; None: nothing was prepared.
 
         Raises:
             StoreError: the cache does not hold what is loaded.
@@ -130,8 +144,12 @@ class Searches:
         else:
             candidates = None
         limit_s = max(_LIMIT_S, _LIMIT_OF_BUILD * built.seconds)
-        rows = LoadedRows.of(table, cache)
-        exact = find_exact_neighbors(rows, sample_queries(rows), run, began_at + limit_s / 2)
+        prepared = ahead.result() if ahead else None
+        if prepared and prepared.ledger == table.ledger.read():
+            exact = prepared.exact
+        else:
+            rows = LoadedRows.of(table, cache)
+            exact = find_exact_neighbors(rows, sample_queries(rows), run, began_at + limit_s / 2)
         if not exact.n_read or exact.n_missing > _MOST_MISSING * exact.n_rows:
             raise StoreError(
                 f"the cache in {cache.storage} holds {exact.n_rows - exact.n_missing:,} of the {exact.n_rows:,} rows "

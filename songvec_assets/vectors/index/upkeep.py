@@ -25,12 +25,15 @@ from songvec_assets.vectors.index.build_plan import (
     plan_build,
     reason_of_drift,
 )
+from songvec_assets.vectors.index.neighbors import prepare
 from songvec_assets.vectors.index.recall import RecallReport, measure_and_record, read_recall
 from songvec_assets.vectors.index.sizing import BuildEstimate
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
 _PROBES_GROWN = 1.5
 """Searches take as much longer as they visit more lists; one probe more or less is what a measurement cannot tell."""
+_PREPARED_ROWS = 100_000
+"""Up to here exact neighbors are found while the index is built: in a long build rows change meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,10 @@ def bring_index_up_to_date(
                 plan = plan_build(table, spec, replace(wanted, rebuild=True), n_rows, n_changed)
         if is_built:
             started = time.monotonic()
+            ahead = prepare(table, cache, run) if n_rows <= _PREPARED_ROWS else None
             how = _build(table, spec, plan, run, check_held)
             seconds = time.monotonic() - started
-            recall, measured = measure_and_record(table, cache, wanted.target_recall, run)
+            recall, measured = measure_and_record(table, cache, wanted.target_recall, run, ahead=ahead)
             words = [words[0], plan.limit, how, measured]
         index = table.index
         assert index is not None

@@ -6,7 +6,15 @@ import sqlalchemy as sa
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_value, write_value
-from songvec_assets.vectors.index.audit import IndexAudit, VectorAudit, audit_index, audit_recall, audit_vectors
+from songvec_assets.vectors.index.audit import (
+    Comparison,
+    IndexAudit,
+    QualityChange,
+    VectorAudit,
+    audit_index,
+    audit_recall,
+    audit_vectors,
+)
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, put
@@ -145,3 +153,19 @@ class TestRecall:
         assert report is not None
         assert found.chosen != report.chosen
         assert (found.reached, found.n_changed, len(found.points)) == (True, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("quality", "warning", "words"),
+    [
+        (QualityChange(40, 0.61, 0.52, -0.15, -0.02), "searches became worse: nDCG@10 of 40", "0.520, before: 0.610"),
+        (QualityChange(40, 0.61, 0.58, -0.09, 0.02), "", "interval of the difference -0.090 to +0.020"),
+        (QualityChange(trouble="no answer"), "the labelled queries could not be compared: no answer", "previous table"),
+    ],
+)
+def test_only_a_significant_fall_is_a_warning(quality: QualityChange, warning: str, words: str) -> None:
+    assert quality.warning.startswith(warning)
+    assert bool(quality.warning) == bool(warning)
+    described = Comparison(10, 10, 10, 1.0, "good", "good", quality).describe()
+    assert words in described
+    assert ("nDCG" in described) == (not quality.trouble)

@@ -14,7 +14,7 @@ from songvec_assets.errors import DatabaseError, StoppedError, StoreError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext, StopSignal
 from songvec_assets.vectors.index.build_plan import IndexSettings
-from songvec_assets.vectors.index.neighbors import LoadedRows, find_exact_neighbors, sample_queries
+from songvec_assets.vectors.index.neighbors import LoadedRows, find_exact_neighbors, prepare, sample_queries
 from songvec_assets.vectors.index.recall import measure_recall
 from songvec_assets.vectors.index.recall_searches import Searches, to_literal
 from songvec_assets.vectors.index.upkeep import IndexReport
@@ -117,6 +117,20 @@ class TestMeasurement:
         execute(indexed.adbc_uri, "DROP INDEX embeddings_ivfflat_idx")
         with pytest.raises(DatabaseError, match="run `songvec index`"):
             Searches.over(VectorTable(indexed), cache).measure(1)
+
+    def test_neighbors_that_were_prepared_are_used_unless_other_rows_were_loaded_since(
+        self, indexed: Database, cache: ModelCache
+    ) -> None:
+        table, reported = VectorTable(indexed), list[Progress]()
+        ahead = prepare(table, cache, RunContext())
+        used = Searches.over(table, cache, RunContext(reported.append), ahead)
+        assert (used.exact, reported) == (ahead.result().exact, []), "nothing is sought again"
+        assert used.measure(20).recall == 1
+        put_clusters(cache, 0, 100, n_clusters=20, seed=1)
+        load(indexed, cache)
+        again = Searches.over(table, cache, ahead=ahead)
+        assert again.exact is not ahead.result().exact
+        assert again.measure(20).recall == 1
 
     def test_rows_that_the_cache_does_not_hold_are_no_ground_for_figures(
         self, indexed: Database, cache: ModelCache

@@ -9,7 +9,7 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.progress import Progress
-from songvec_assets.storage import Storage
+from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.administration import dispose, execute
 from songvec_assets_tests.servers import NotPermittedError, Server, running_server
 from songvec_assets_tests.vectors.conftest import SPEC, TILING, assert_ledger_fits_table, put, upload
@@ -32,7 +32,7 @@ def server() -> Iterator[Server]:
 
 
 def test_a_build_goes_on_without_workers_and_a_load_stays_done(server: Server, tmp_path: Path) -> None:
-    database, cache = Database(server.url()), ModelCache(Storage(tmp_path), SPEC.model, SPEC.dimensions)
+    database, cache = Database(server.url()), ModelCache(LocalStorage(tmp_path), SPEC.model, SPEC.dimensions)
     ensure_schema(database)
     put(cache, range(600))
     upload(database, cache, SPEC, TILING)

@@ -1,22 +1,21 @@
-"""Storage of objects under keys such as `embeddings/m-2000/000000000-000050000/manifest.json`, in a local folder.
+"""Objects as files of a local folder: written under a temporary name, synced, renamed; mapped into memory to be read.
 
-Callers use keys, not paths, and only operations that object stores have too: put (whole, durable), put if unchanged,
-list, read, ranged reads, delete; nothing is appended to or truncated. Sizes are in bytes.
-When to add here: another kind of storage. Keep out: what objects contain, and which keys exist.
+When to add here: another way to use a file system. Keep out: object stores (`objects`).
 """
 
 import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO
 
 import xxhash
 
-from songvec_assets.errors import StoreError
+from songvec_assets.storage import Listing, Opened, Span, Storage, Versioned
+from songvec_assets.storage.messages import clear_disk_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,16 +24,32 @@ LEFTOVER_S = 3600.0
 """A temporary file that was not written for this time was left by a killed process."""
 
 
-class Versioned(NamedTuple):
-    """An object's content, and the token that `put_if_unchanged` compares."""
+@dataclass(frozen=True)
+class MappedFile(Opened):
+    """A file that is mapped into memory."""
 
-    content: bytes
-    version: str
+    content: "pa.Buffer"
+
+    @property
+    def size(self) -> int:
+        return int(self.content.size)
+
+    @property
+    def mapped(self) -> "pa.Buffer":
+        return self.content
+
+    def read(self, spans: Sequence[Span]) -> "list[pa.Buffer]":
+        return [self.content.slice(start, stop - start) for start, stop in spans]
+
+    def file(self) -> "pa.BufferReader":
+        import pyarrow as pa
+
+        return pa.BufferReader(self.content)
 
 
 @dataclass(frozen=True)
-class Storage:
-    """A local folder of objects. Need not exist yet.
+class LocalStorage(Storage):
+    """A local folder of objects.
 
     Attributes:
         root: the folder.
@@ -42,69 +57,59 @@ class Storage:
 
     root: Path
 
+    @classmethod
+    def at(cls, location: str) -> "LocalStorage":
+        """The storage in a folder."""
+        return cls(Path(location))
+
     def __str__(self) -> str:
         return str(self.root)
 
     def __contains__(self, key: str) -> bool:
         return (self.root / key).is_file()
 
-    def within(self, prefix: str) -> "Storage":
-        """The storage of all keys that begin with `prefix/`."""
-        return Storage(self.root / prefix)
+    @property
+    def location(self) -> str:
+        return str(self.root.resolve())
+
+    def within(self, prefix: str) -> "LocalStorage":
+        return LocalStorage(self.root / prefix)
 
     def describe(self, key: str) -> str:
-        """An object's name in messages."""
         return str(self.root / key)
 
-    def list_objects(self, prefix: str = "") -> dict[str, int]:
-        """Names and sizes of the objects directly under a prefix, without those that are being written."""
-        return {
-            entry.name: entry.stat().st_size
-            for entry in self._scan(prefix)
-            if entry.is_file() and not entry.name.startswith(".")
-        }
-
-    def list_prefixes(self, prefix: str = "") -> list[str]:
-        """The names of the prefixes directly below a prefix, in order."""
-        return sorted(entry.name for entry in self._scan(prefix) if entry.is_dir())
-
-    def _scan(self, prefix: str) -> Iterator[os.DirEntry[str]]:
+    def scan(self, prefix: str = "") -> Listing:
+        found = Listing({}, [])
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root / prefix) as entries:
             for entry in entries:
                 # an entry may be deleted meanwhile
                 with contextlib.suppress(FileNotFoundError):
-                    yield entry
+                    if entry.is_dir():
+                        found.prefixes.append(entry.name)
+                    elif entry.is_file() and not entry.name.startswith("."):
+                        found.objects[entry.name] = entry.stat().st_size
+        found.prefixes.sort()
+        return found
 
     def read(self, key: str) -> Versioned | None:
-        """An object's content and version; None if there is no such object."""
         try:
             content = (self.root / key).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         return Versioned(content, _version_of(content))
 
-    def open(self, key: str) -> "pa.Buffer":
-        """An object as a memory-mapped buffer: bytes are read when they are used.
-
-        Raises:
-            FileNotFoundError: there is no such object.
-        """
+    def open(self, key: str) -> MappedFile:
         import pyarrow as pa
 
         path = self.root / key
-        return pa.memory_map(str(path)).read_buffer() if path.stat().st_size else pa.py_buffer(b"")
+        return MappedFile(pa.memory_map(str(path)).read_buffer() if path.stat().st_size else pa.py_buffer(b""))
 
     @contextlib.contextmanager
     def write(self, key: str) -> Iterator[BinaryIO]:
-        """Write an object piece by piece; it appears, whole and durable, when the block ends without an error.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
         path = self.root / key
         # one name per thread, so that two writers never share a file
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-        with _write_errors(path):
+        with clear_disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with temporary.open("wb") as file:
@@ -117,60 +122,40 @@ class Storage:
             _sync_folder(path.parent)
 
     def put(self, key: str, content: bytes) -> str:
-        """Write or replace an object, whole and durable; returns its version."""
         with self.write(key) as file:
             file.write(content)
         return _version_of(content)
 
     def put_if_unchanged(self, key: str, content: bytes, version: str | None) -> str | None:
-        """Replace an object that has not changed since it was read; of two concurrent writers only one succeeds.
-
-        Args:
-            key: of the object.
-            content: the whole content.
-            version: as `read` returned it; None: the object must not exist yet.
-
-        Returns:
-            The new version; None if the object has changed since: then nothing is written.
-        """
         folder = (self.root / key).parent
-        with _write_errors(folder):
+        with clear_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder):
             found = self.read(key)
             return self.put(key, content) if (found.version if found else None) == version else None
 
-    def delete(self, key: str) -> None:
-        """Delete an object, if it exists."""
-        (self.root / key).unlink(missing_ok=True)
+    def check_writes(self) -> None:
+        """Nothing: rename and flock are what they are, and a full disk is found by the write."""
+
+    def delete(self, *keys: str) -> None:
+        for key in keys:
+            self._remove(self.root / key)
 
     def delete_all(self, prefix: str) -> None:
-        """Delete everything directly under a prefix, including unfinished files."""
         folder = self.root / prefix
         for path in folder.iterdir() if folder.exists() else ():
-            path.unlink(missing_ok=True)
+            self._remove(path)
         with contextlib.suppress(FileNotFoundError):
             folder.rmdir()
 
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
     def delete_leftovers(self, prefix: str) -> None:
-        """Delete files that killed processes never finished."""
         for path in (self.root / prefix).glob(".*.tmp"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > LEFTOVER_S:
                     path.unlink()
-
-
-@contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the file system into StoreError with the path."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"could not write {path}: {error}. What was stored before is kept: make room, or give access, and start "
-            "the same command again",
-            "store.not-writable",
-        ) from error
 
 
 def _version_of(content: bytes) -> str:

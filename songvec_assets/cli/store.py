@@ -1,0 +1,49 @@
+"""The commands about where the store is: move-store, adopt.
+
+When to add here: another command that changes the place or the owner of a store. Keep out: how (`cache.move`,
+`cache.store`).
+"""
+
+from typing import Annotated
+
+import typer
+
+from songvec_assets.cli import base
+from songvec_assets.cli.base import app
+from songvec_assets.cli.terminal import err, hint, interruptible, say, showing_progress
+
+
+@app.command("move-store")
+def move_store(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="Folder or URL of the store.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="Where it goes: a folder, s3://…, gs://…, az://….")],
+) -> None:
+    """Move the store to another folder or bucket, checked by its checksums; pays nothing, resumes if interrupted."""
+    from songvec_assets.cache import move
+    from songvec_assets.progress import RunContext
+    from songvec_assets.storage import open_storage
+
+    pipeline, storages = base.make_pipeline(), (open_storage(source), open_storage(target))
+    with interruptible(), showing_progress() as show:
+        moved = move.move_store(*storages, pipeline.tiling, pipeline.database, RunContext(show, pipeline.stop))
+    for line in moved.damaged:
+        err.print(f"{line}: it was damaged before, and the next run embeds what it lacks", style="yellow", markup=False)
+    say(
+        f"{moved.n_objects:,} objects, {moved.n_bytes / 1e6:,.1f} MB, are in {storages[1].location}; "
+        f"{moved.n_copied:,} were copied now. Set SONGVEC_STORAGE={target}"
+    )
+    hint(f"what is left in {source} is no store any more: remove it once the next run has passed.")
+
+
+@app.command()
+def adopt() -> None:
+    """Bind the storage folder to the database, after one of them was moved, copied or restored."""
+    from songvec_assets.cache.store import adopt_store, open_store
+    from songvec_assets.postgres.schema import ensure_schema
+
+    pipeline = base.make_pipeline()
+    ensure_schema(pipeline.database)
+    store = open_store(pipeline.storage, pipeline.tiling)
+    adopt_store(store, pipeline.database)
+    say(f"{store.storage} now belongs to {pipeline.database.describe()}")
+    hint("`songvec estimate` shows what a run would cost.")

@@ -1,0 +1,1 @@
+"""The HTTP door: searches as JSON, and one page that shows them."""

@@ -1,0 +1,106 @@
+"""The application: which path answers with what. It can be mounted into another one.
+
+When to add here: another path; describe it in `static/openapi.json`. Keep out: what a search does (`searching`).
+"""
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
+from importlib import resources
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from songvec_assets.errors import ServeError, SongvecError, describe
+from songvec_assets.searches import Searches
+from songvec_assets.serve.answers import Notice, answer, answer_error, find_status, read_search, read_similar
+from songvec_assets.serve.guard import Guard, Limits, is_authorized
+from songvec_assets.serve.searching import Searcher
+from songvec_assets.serve.workers import Workers
+
+log = logging.getLogger(__name__)
+
+_FILES = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/openapi.json": ("openapi.json", "application/json"),
+}
+
+
+def create_app(songs: Searches, limits: Limits | None = None) -> Guard:
+    """The application; closes `songs` at its end.
+
+    Args:
+        songs: searched; opened when that is first needed.
+        limits: what is allowed; None: loopback, without a token.
+    """
+    allowed = limits or Limits()
+    searcher = Searcher(songs, Workers())
+
+    async def search(request: Request) -> Response:
+        return answer(await searcher.find(read_search(request.scope["query_string"])))
+
+    async def similar(request: Request) -> Response:
+        wanted = read_similar(request.path_params["song_id"], request.scope["query_string"])
+        return answer(await searcher.find(wanted))
+
+    async def health(request: Request) -> Response:
+        may_know = is_authorized(request.headers, allowed.token)
+        try:
+            serving = await searcher.check()
+        except SongvecError as error:
+            message = str(error) if may_know else "searches fail; with the token this says why"
+            return answer({"error": Notice(error.code, message)}, 503)
+        return answer({"status": "ok"} | (asdict(serving) if may_know else {}))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await searcher.close()
+        songs.close()
+
+    routes = [
+        Route("/search", search),
+        Route("/similar/{song_id}", similar),
+        Route("/healthz", health),
+        *(Route(path, _serve_file(*file)) for path, file in _FILES.items()),
+    ]
+    app = Starlette(
+        routes=routes,
+        exception_handlers={SongvecError: _answer_ours, HTTPException: _answer_http, Exception: _answer_any},
+        lifespan=lifespan,
+    )
+    # a redirect would be made of the Host header
+    app.router.redirect_slashes = False
+    return Guard(app, allowed)
+
+
+def _serve_file(name: str, media_type: str) -> Callable[[Request], Response]:
+    content = (resources.files("songvec_assets.serve") / "static" / name).read_bytes()
+    # no-cache: after an update the next visit has the new page
+    return lambda _: Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+
+async def _answer_ours(request: Request, error: Exception) -> Response:
+    assert isinstance(error, SongvecError)
+    if find_status(error.code) >= 500:
+        # without the query: what people search for is nobody's business
+        log.warning("%s: %s", request.url.path, describe(error))
+    return answer_error(error)
+
+
+async def _answer_http(request: Request, _: Exception) -> Response:
+    path = request.url.path[:100]
+    return answer_error(
+        ServeError(f"expected /search, /similar/{{song_id}} or /healthz, got {path!r}", "serve.not-found")
+    )
+
+
+async def _answer_any(_: Request, __: Exception) -> Response:
+    return answer_error(ServeError("something unexpected failed: see the server's log", "serve.failed"))
