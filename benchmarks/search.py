@@ -139,8 +139,8 @@ class World:
         with limited_memory(self.database.adbc_uri, self.folder, limit) as read_bytes:
             if read_bytes is not None:
                 before = read_bytes()
-                result.limited = Latency.of(self.search(literals, 1))
-                result.limited_mb = (read_bytes() - before) / len(literals) / 1e6
+                result.limited = Latency.of(self.search(literals[:_EXPLAINED], 1))
+                result.limited_mb = (read_bytes() - before) / _EXPLAINED / 1e6
         print(f"{result.n_rows:,} rows, {kind}: {built.reason}", file=sys.stderr, flush=True)
         return result
 

@@ -16,7 +16,7 @@ from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.catalog import SMALL_TABLE_ROWS, BuiltIndex, choose_probes, describe_knobs
 from songvec_assets.vectors.index.neighbors import Prepared
 from songvec_assets.vectors.index.probes import find_smallest
-from songvec_assets.vectors.index.recall_searches import STEP, RecallPoint, Searches
+from songvec_assets.vectors.index.recall_searches import FIRST_QUERIES, STEP, RecallPoint, Searches
 from songvec_assets.vectors.table import VectorTable
 
 DEFAULT_TARGET = 0.95
@@ -145,12 +145,13 @@ def measure_recall(
         DatabaseError: the planner does not use the index, even if sequential scans are off.
     """
     searches = Searches.over(table, cache, run, ahead)
-    lists, reaches, probes = searches.lists, partial(searches.reaches, target=target), 1
+    lists, reaches, probes, enough = searches.lists, partial(searches.reaches, target=target), 1, max(target, _ENOUGH)
     if searches.candidates is not None:
         choose_candidates(searches, target)
+        enough = target  # more lists give little more, as the candidates are chosen for it
     elif not searches.kind.has_lists:
         probes = _FEWEST_EF_SEARCH
-    while searches.measure(probes).recall < max(target, _ENOUGH) and probes < lists and not searches.is_late:
+    while searches.measure(probes).recall < enough and probes < lists and not searches.is_late:
         probes = min(2 * probes, lists)
     if searches.exact.n_rows <= SMALL_TABLE_ROWS and searches.kind.has_lists:
         chosen = lists
@@ -158,7 +159,11 @@ def measure_recall(
         chosen = min(kept, lists)
     else:
         chosen = find_smallest(reaches, searches.tried, lists)
-    if searches.is_late and chosen not in searches.tried:
+    # the choice of candidates may have left no time for more than two queries, of which one number of probes finds all
+    is_sure = chosen in searches.tried and not (
+        searches.kind.is_bits and searches.judge(chosen).n_queries < FIRST_QUERIES
+    )
+    if searches.is_late and not is_sure:
         # nothing reached the target in time: then searches go on with as many probes as before, if that is more
         with table.database.get_connection() as connection:
             chosen = max(*searches.tried, min(table.read_probes(connection) or 1, lists))
@@ -172,10 +177,11 @@ def measure_recall(
 def choose_candidates(searches: Searches, target: float) -> None:
     """Take the fewest candidates, of powers of two, that lose no more than half of what recall may lack.
 
-    The other half is left to the lists that are not visited. What no candidates would find is another matter: the most
-    are taken, and the report says that the target is not reached.
+    The other half is left to the lists that are not visited, as is half of the time. What no candidates would find is
+    another matter: the most are taken, and the report says that the target is not reached.
     """
     n_rows, wide, before = searches.exact.n_rows, searches.lists, searches.candidates or 0
+    limit_s, searches.limit_s = searches.limit_s, (searches.seconds + searches.limit_s) / 2
     if n_rows > SMALL_TABLE_ROWS:
         wide = min(wide, _WIDER * choose_probes(searches.lists, n_rows))
     searches.candidates = _FEWEST_CANDIDATES
@@ -183,6 +189,7 @@ def choose_candidates(searches: Searches, target: float) -> None:
         searches.candidates = max(before, searches.candidates) if searches.is_late else 2 * searches.candidates
         if searches.is_late:
             break
+    searches.limit_s = limit_s
 
 
 def measure_and_record(

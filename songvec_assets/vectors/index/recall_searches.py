@@ -40,7 +40,7 @@ from songvec_assets.vectors.table import VectorTable
 
 STEP = "measure recall"
 _MOST_MISSING = 0.01
-_FIRST_QUERIES, _NARROW, _FAR = 20, 0.015, 1.5
+FIRST_QUERIES, _NARROW, _FAR = 20, 0.015, 1.5
 _LIMIT_S, _LIMIT_OF_BUILD = 14.0, 0.19
 """Measuring takes up to 15 s, or a fifth of the build's time if that is more: the search under way is waited for."""
 
@@ -191,7 +191,7 @@ class Searches:
             point = self.measure(probes, 2 * point.n_queries)
         return point.recall >= target
 
-    def measure(self, probes: int, n_queries: int = _FIRST_QUERIES) -> RecallPoint:
+    def measure(self, probes: int, n_queries: int = FIRST_QUERIES) -> RecallPoint:
         """Run the first n queries, unless they were run.
 
         Raises:
@@ -199,7 +199,7 @@ class Searches:
         """
         n_queries, key = min(n_queries, len(self.exact.queries)), self._key(probes)
         found = self._found.setdefault(key, [])
-        if self.exact.share < 1 and n_queries > _FIRST_QUERIES and key < max(self._found):
+        if self.exact.share < 1 and n_queries > FIRST_QUERIES and key < max(self._found):
             # of a sample, the widest search says which rows are among the true ten
             candidates, self.candidates = self.candidates, max(self._found)[0] or None
             self.measure(max(self._found)[1], n_queries)
@@ -223,7 +223,7 @@ class Searches:
         Not for the first queries, whose times count, nor of a sample, where it is not known what is all; nor by bits:
         further lists have nearer bits, which take the place of candidates.
         """
-        if query < _FIRST_QUERIES or self.exact.share < 1 or self.kind.is_bits:
+        if query < FIRST_QUERIES or self.exact.share < 1 or self.kind.is_bits:
             return None
         by_fewer = (found[query] for (_, fewer), found in self._found.items() if fewer < probes and query < len(found))
         return next((found for found in by_fewer if len(set(self.exact.judge(query, found, {}))) == 1), None)
@@ -234,7 +234,7 @@ class Searches:
         started = time.perf_counter()
         cursor.execute(nearest.statement, parameters)
         found = dict(cursor.fetchall())
-        if query < _FIRST_QUERIES:
+        if query < FIRST_QUERIES:
             self._times.setdefault(self._key(probes), []).append(1000 * (time.perf_counter() - started))
         self.n_done += 1
         self.run.report(Progress(STEP, self.n_done, 0, unit="searches", note=f"{probes:,} probes"))
