@@ -1,8 +1,7 @@
 """The data-quality checks: a function each, with the name of the check and its question as the docstring.
 
 A finding has figures, and one sentence that says what to do if something is wrong. When to add here: another check,
-with a row in docs/operations.md. Keep out: how a sample is taken or measured (the rooms below), and what a failed
-check stops (`Check.blocks` says it, the face does it).
+with a row in docs/operations.md. Keep out: how a sample is taken or measured (the rooms below).
 """
 
 from collections.abc import Callable

@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 from uuid import uuid4
 
 from dotenv import dotenv_values
@@ -20,7 +20,7 @@ from songvec_assets.errors import SongvecError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
 from songvec_assets.questions import Questions
-from songvec_assets.reports import RunReport, continues_without
+from songvec_assets.reports import EmbedChoices, RunReport, continues_without
 from songvec_assets.search import nearest
 from songvec_assets.searches import Searches
 from songvec_assets.settings import Settings, variables
@@ -36,20 +36,6 @@ if TYPE_CHECKING:  # the HTTP client of providers and the driver of exports, whi
     from songvec_assets.cache.plan import FillReport
     from songvec_assets.songs.export import ExportMode
     from songvec_assets.songs.reports import ExportReport
-
-
-class EmbedChoices(TypedDict, total=False):
-    """What a caller may choose for one run; all are False unless given.
-
-    Attributes:
-        retry_rejected: whether songs that the provider rejected before are sent again.
-        confirm_reembedding: whether cached texts may be paid for again because settings changed.
-        confirm_model_change: whether the provider may give other vectors for the model than those that are cached.
-    """
-
-    retry_rejected: bool
-    confirm_reembedding: bool
-    confirm_model_change: bool
 
 
 class Pipeline(Questions, Searches):

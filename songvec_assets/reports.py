@@ -1,11 +1,11 @@
-"""What methods of `Pipeline` return if no room below has a report: frozen, with polars frames for ranges.
+"""What methods of `Pipeline` take and return if no room below has a record of it: frozen; ranges as polars frames.
 
 When to add here: the report of another method over the whole graph. Keep out: how its figures are found.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import polars as pl
 
@@ -24,6 +24,20 @@ Step = Literal["export", "embed", "load"]
 if TYPE_CHECKING:
     from songvec_assets.cache.plan import FillReport
     from songvec_assets.songs.reports import ExportReport
+
+
+class EmbedChoices(TypedDict, total=False):
+    """What a caller may choose for one run; all are False unless given.
+
+    Attributes:
+        retry_rejected: whether songs that the provider rejected before are sent again.
+        confirm_reembedding: whether cached texts may be paid for again because settings changed.
+        confirm_model_change: whether the provider may give other vectors for the model than those that are cached.
+    """
+
+    retry_rejected: bool
+    confirm_reembedding: bool
+    confirm_model_change: bool
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.search.preview import Preview
 from songvec_assets.songs.reports import ExportReport
+from songvec_assets.vectors.index.audit import Comparison
 from songvec_assets.vectors.index.recall import RecallReport
 from songvec_assets.vectors.index.recall_searches import RecallPoint
 from songvec_assets.vectors.index.upkeep import IndexReport
@@ -45,8 +46,7 @@ def table_schema(column_type: str = "vector", model: str = "the configured model
 
 def report_export(report: ExportReport, pipeline: Pipeline, log: Any) -> dg.MaterializeResult[None]:
     """An export's totals; the version is the digest of all snapshots."""
-    snapshots, caution = pipeline.store.songs, pipeline.source.caution
-    if caution:
+    if caution := pipeline.source.caution:
         log.warning(caution)
     if any(each.written for each in report.ranges):
         # before anything is paid for
@@ -88,8 +88,8 @@ def report_index(
     context.log.info(report.reason)
     if caution := read_pgvector_caution(pipeline.database):
         context.log.warning(caution)
-    metadata, recall = describe_index(report), report.recall
-    if recall is not None:
+    metadata = describe_index(report)
+    if recall := report.recall:
 
         def draw() -> Metadata:
             return {RECALL: show_chart(draw_recall(recall), "recall@10 against milliseconds, by probes")}
@@ -159,7 +159,7 @@ def describe_fill(report: FillReport, cache: ModelCache) -> Metadata:
 
 
 def count_vectors(report: FillReport) -> int:
-    """Songs of a range that have a vector, whether the range is complete or not."""
+    """Songs of a range that have a vector, complete or not."""
     return report.n_unchanged + report.n_reused + report.n_embedded
 
 
@@ -179,18 +179,6 @@ def describe_fills(reports: Sequence[FillReport]) -> str:
 def describe_load(report: LoadReport, pipeline: Pipeline) -> Metadata:
     """Totals of a load, what was swapped in, a row per range that was written."""
     compared, spec = report.comparison, pipeline.table_spec
-    swapped = {}
-    if compared is not None:
-        swapped = {
-            "comparison": compared.describe(),
-            "rows of the previous table": compared.n_serving,
-            "neighbors shared with the previous table (%)": round(100 * compared.overlap, 1),
-        }
-        if compared.quality and not compared.quality.trouble:
-            swapped |= {
-                "nDCG@10 of labelled queries": round(compared.quality.staged, 4),
-                "nDCG@10 of labelled queries, previous table": round(compared.quality.serving, 4),
-            }
     written = [load for load in report.loads if load.n_written or load.n_deleted]
     seconds, n_written = sum(load.seconds for load in written), sum(load.n_written for load in written)
     return {
@@ -204,7 +192,7 @@ def describe_load(report: LoadReport, pipeline: Pipeline) -> Metadata:
         "reason": report.target.reason,
         "swapped": compared is not None,
         "rows unmanaged": report.n_unmanaged,
-        **swapped,
+        **(describe_comparison(compared) if compared else {}),
         "ranges": len(report.loads),
         "ranges written": len(written),
         "rows written": n_written,
@@ -219,6 +207,18 @@ def describe_load(report: LoadReport, pipeline: Pipeline) -> Metadata:
                 for load in written[:_MAX_TABLE_ROWS]
             ],
         ),
+    }
+
+
+def describe_comparison(compared: Comparison) -> Metadata:
+    """The staging table beside the one that it replaced."""
+    measured = compared.quality if compared.quality and not compared.quality.trouble else None
+    return {
+        "comparison": compared.describe(),
+        "rows of the previous table": compared.n_serving,
+        "neighbors shared with the previous table (%)": round(100 * compared.overlap, 1),
+        **({"nDCG@10 of labelled queries": round(measured.staged, 4)} if measured else {}),
+        **({"nDCG@10 of labelled queries, previous table": round(measured.serving, 4)} if measured else {}),
     }
 
 
@@ -271,7 +271,6 @@ def describe_recall(recall: RecallReport) -> Metadata:
 
 
 def describe_interval(point: RecallPoint) -> str:
-    """`94.1 to 97.2`."""
     return f"{100 * point.low:.1f} to {100 * point.high:.1f}"
 
 
@@ -297,7 +296,5 @@ def _table(name: str, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
     if not rows:
         return {}
     kinds = {bool: "bool", int: "int", float: "float"}
-    schema = dg.TableSchema(
-        [dg.TableColumn(column, kinds.get(type(value), "string")) for column, value in rows[0].items()]
-    )
-    return {name: dg.MetadataValue.table([dg.TableRecord(row) for row in rows], schema)}
+    columns = [dg.TableColumn(column, kinds.get(type(value), "string")) for column, value in rows[0].items()]
+    return {name: dg.MetadataValue.table([dg.TableRecord(row) for row in rows], dg.TableSchema(columns))}

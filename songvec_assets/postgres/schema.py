@@ -1,8 +1,7 @@
 """Schema `songvec`: its migrations, the values in `songvec.settings` (JSON, one row per value), and advisory locks.
 
 When to add here: access to these tables. To change the tables, add a file to `migrations/`, such as `0003_….sql`, which
-runs once. Keep out: the meaning of the values, which `cache.store`, `spending`, `embedding.drift`, `search.nearest` and
-the tables' records in `vectors.ledger` own.
+runs once. Keep out: the meaning of the values, which other modules own.
 """
 
 import contextlib

@@ -156,7 +156,9 @@ def test_while_the_mean_changes_each_search_finds_the_song_of_its_vector(
     means = [str((0.15 * draw.standard_normal(DIMENSIONS)).round(4).tolist()) for _ in range(6)]
     made = iter(means)
     monkeypatch.setattr(bits, "read_mean", lambda *_: next(made))
-    monkeypatch.setattr("songvec_assets.vectors.index.upkeep.measure_and_record", lambda *_: (None, "not measured"))
+    monkeypatch.setattr(
+        "songvec_assets.vectors.index.upkeep.measure_and_record", lambda *_, **__: (None, "not measured")
+    )
     build(database, cache_of_64, kind)
     functions = set()
     with searching(database, source) as found:

@@ -160,11 +160,11 @@ class TestTheBill:
         async def give_up() -> None:
             embedder = searching.embedder()
             try:
-                await queries.embed(embedder, "first", searching.search_budget())
+                await queries.embed(embedder, ["first"], "{query}", searching.search_budget())
                 billed.append(provider.ledger()["tokens_billed"])
                 provider.control(latency_s=30.0)
                 async with asyncio.timeout(0.5):
-                    await queries.embed(embedder, "waves at sea", searching.search_budget())
+                    await queries.embed(embedder, ["waves at sea"], "{query}", searching.search_budget())
             finally:
                 await embedder.close()
 
