@@ -52,9 +52,9 @@ def report_export(report: ExportReport, pipeline: Pipeline, log: Any) -> dg.Mate
         # before anything is paid for
         for line in pipeline.describe_boilerplate():
             log.warning(line)
-    metadata = describe_export(report) | {"folder": dg.MetadataValue.path(snapshots.storage.location)}
+    metadata = describe_export(report) | {"folder": dg.MetadataValue.path(pipeline.store.songs.storage.location)}
     metadata |= {"row security": caution} if caution else {}
-    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(snapshots.digest_all()))
+    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(pipeline.store.songs.digest_all()))
 
 
 def report_load(
