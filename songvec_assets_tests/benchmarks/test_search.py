@@ -13,7 +13,8 @@ pytestmark = pytest.mark.slow
 def test_made_up_rows_are_unit_vectors_about_a_common_mean_and_bits_tell_some_of_them_apart() -> None:
     rows = np.concatenate([vectors for _, vectors in make_rows(3_000, 256)])
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
-    assert np.linalg.norm(rows.mean(axis=0)) ** 2 == pytest.approx(0.4, abs=0.1)
+    # the common mean has 0.4; the few large clusters of so few rows add their own
+    assert 0.35 < np.linalg.norm(rows.mean(axis=0)) ** 2 < 0.65
     assert 0.2 < share_by_bits(rows) < 0.8
 
 

@@ -79,7 +79,6 @@ def open_page(browser: Browser, address: str, view: str = "laptop", **options: A
         ),
     )
     page.set_default_timeout(20_000)
-    expect.set_options(timeout=20_000)
     try:
         yield page
         assert not troubles

@@ -83,7 +83,7 @@ def test_materialize_all_fills_range_by_range_and_all_checks_pass(scene: Scene) 
     scene.provider.control()
     scene.ui.page.goto("/runs")
     scene.ui.see("Success")
-    for asset, n_checks in {"song_embeddings_table": 8, "ivfflat_index": 3}.items():
+    for asset, n_checks in {"song_embeddings_table": 8, "ivfflat_index": 4}.items():
         scene.ui.open_asset(asset, "checks")
         scene.ui.see(f"Checks ({n_checks})")
         expect(scene.ui.page.get_by_text("Succeeded", exact=True)).to_have_count(n_checks)

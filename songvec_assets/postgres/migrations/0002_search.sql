@@ -133,7 +133,7 @@ END $$;
 CREATE OR REPLACE FUNCTION songvec.nearest_sql(
     serving regclass, index text, filter jsonb DEFAULT '[]', source jsonb DEFAULT NULL,
     OUT method text, OUT is_bits boolean, OUT statement text
-) LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+) LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET quote_all_identifiers = off AS $$
 DECLARE home text; kind text; made_of text; condition text := 'true';
 BEGIN
     SELECT n.nspname INTO home FROM pg_extension x JOIN pg_namespace n ON n.oid = x.extnamespace WHERE x.extname = 'vector';

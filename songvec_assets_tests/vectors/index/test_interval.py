@@ -83,7 +83,7 @@ def test_the_interval_covers_the_recall_of_all_queries_as_often_as_it_says(wide:
     for probes in (3, 6, 8):
         truth, n_covered = wide.measure(probes, 1000).recall_of_rows, 0
         sampled = sample_of(everything, share, draw)
-        found, widest = wide._found[probes], wide._found[32]
+        found, widest = (wide._found[wide._key(each)] for each in (probes, 32))
         judged = np.array([sampled.judge(query, found[query], widest[query]) for query in range(0, 1000, 2)])
         for _ in range(400):
             drawn = judged[draw.choice(len(judged), 100, replace=True)]
