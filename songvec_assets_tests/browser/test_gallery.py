@@ -65,6 +65,15 @@ def wide(ui: DagsterUI) -> Iterator[None]:
     ui.page.set_viewport_size(VIEW)
 
 
+def test_search(server_url: str, tmp_path: Path) -> None:
+    # before `ui` is open: Playwright runs once per process
+    with serving_samples(server_url, tmp_path) as address, open_tab(address) as ui:
+        ui.page.set_viewport_size({"width": 820, "height": 640})
+        ui.page.goto("/?q=leaving+home+to+begin+a+new+life+overseas&mode=hybrid")
+        ui.see(re.compile("^10 songs for"))
+        keep(ui, "search")
+
+
 @pytest.mark.usefixtures("wide")
 def test_asset_graph(ui: DagsterUI) -> None:
     graph = ui.open_graph()
@@ -117,11 +126,3 @@ def test_run(ui: DagsterUI) -> None:
 def test_automation(ui: DagsterUI) -> None:
     ui.switch_on("automation", "songs_source")
     keep(ui, "automation", {"x": 0, "y": 0, "width": VIEW["width"], "height": 420})
-
-
-def test_search(server_url: str, tmp_path: Path) -> None:
-    with serving_samples(server_url, tmp_path) as address, open_tab(address) as ui:
-        ui.page.set_viewport_size({"width": 820, "height": 640})
-        ui.page.goto("/?q=leaving+home+to+begin+a+new+life+overseas&mode=hybrid")
-        ui.see(re.compile("^10 songs for"))
-        keep(ui, "search")
