@@ -138,12 +138,18 @@ class Searches(Wiring):
         self, words: Sequence[str], serving: tuple[Self, TableSpec], on_trouble: Callable[[str], None]
     ) -> Float32Matrix:
         loaded, spec = serving
-        embedder, prompt = loaded.embedder(on_trouble=on_trouble), spec.query_prompt or loaded.prompts.query
+        embedder = loaded.embedder(on_trouble=on_trouble)
         try:
-            return queries.embed_queries(embedder, words, prompt, self.search_budget())
+            return queries.embed_queries(embedder, words, self.get_query_prompt(serving), self.search_budget())
         except ProviderError as error:
             mismatch = queries.check_server(spec, self.table_spec, self.server, error)
             raise mismatch or error from None
+
+    @staticmethod
+    def get_query_prompt(serving: "tuple[Searches, TableSpec]") -> str:
+        """The prompt for queries of what serves: as recorded with the table, else as the settings have it."""
+        loaded, spec = serving
+        return spec.query_prompt or loaded.prompts.query
 
     def search_budget(self) -> Budget:
         """What searches may spend this month; all doors and processes share it."""

@@ -183,7 +183,7 @@ def _grade(query: LabelledQuery, song_ids: Sequence[int]) -> list[int]:
 def _measure(query: LabelledQuery, mode: str, song_ids: Sequence[int]) -> Answer:
     grades, wanted = _grade(query, song_ids), [*query.grades.values()]
     recall, rank = measures.measure_recall(grades, wanted), measures.measure_reciprocal_rank(grades)
-    ndcg = measure_ndcg(query, song_ids)
+    ndcg = measures.measure_ndcg(grades, wanted)
     return Answer(query.words, query.slice, mode, tuple(song_ids), recall, rank, ndcg)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from songvec_assets.embedding.batching import pack_requests
-from songvec_assets.embedding.budget import Budget, Reservation
-from songvec_assets.embedding.embedder import Embedder, RequestHooks
+from songvec_assets.embedding.budget import Budget, Reservation, ReservationHooks
+from songvec_assets.embedding.embedder import Embedder
 from songvec_assets.embedding.pricing import TokenEstimator
 from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
 from songvec_assets.embedding.wire import EmbeddingBatch, Float32Matrix
@@ -32,27 +32,21 @@ _MOST_TEXTS, _MOST_BYTES = 10, 32_000
 
 
 @dataclass
-class _Hooks(RequestHooks):
-    """Pays for a query's request.
+class _Hooks(ReservationHooks):
+    """Knows, too, whether a try was sent that is not counted yet: if it is given up, it may be billed."""
 
-    Attributes:
-        reservation: grows by each try.
-        is_in_flight: whether a try was sent that is not counted yet.
-    """
-
-    reservation: Reservation
     is_in_flight: bool = False
 
     async def before_try(self) -> None:
         self.is_in_flight = False
-        await self.reservation.grow()
+        await super().before_try()
 
     async def before_send(self) -> None:
         self.is_in_flight = True
 
     def count_unusable(self, n_tokens: int) -> None:
         self.is_in_flight = False
-        self.reservation.n_billed += n_tokens
+        super().count_unusable(n_tokens)
 
 
 async def embed(embedder: Embedder, queries: Sequence[str], prompt: str, budget: Budget | None = None) -> Float32Matrix:

@@ -135,11 +135,10 @@ class Searcher:
             return self._clients[spec]
 
     def _prepare(self, serving: Serving) -> tuple[str, Budget]:
-        loaded, spec = serving
         month = f"{datetime.now(UTC):%Y-%m}"
         if self._budget is None or self._budget[0] != month:
             self._budget = month, self._songs.search_budget()
-        return spec.query_prompt or loaded.prompts.query, self._budget[1]
+        return self._songs.get_query_prompt(serving), self._budget[1]
 
     async def check(self) -> Serves:
         """What serves, read again at most once per CHECK_EVERY_S.
