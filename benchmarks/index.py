@@ -41,6 +41,7 @@ from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.index.build import create_index, swap_names
+from songvec_assets.vectors.index.kinds import IVFFLAT
 from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport, measure_recall
 from songvec_assets.vectors.index.recall_searches import RecallPoint, Searches
@@ -51,7 +52,6 @@ from songvec_assets.vectors.index.sizing import (
     kmeans_bytes,
     read_capacity,
 )
-from songvec_assets.vectors.kinds import IVFFLAT
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.table import SERVING, STAGING, TableSpec, VectorTable

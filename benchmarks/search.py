@@ -41,12 +41,12 @@ from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.index.build_plan import IndexSettings
+from songvec_assets.vectors.index.kinds import KINDS
 from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.recall import RecallReport, choose_candidates, write_recall
 from songvec_assets.vectors.index.recall_searches import Searches, to_literal
 from songvec_assets.vectors.index.sizing import choose_lists, format_bytes
 from songvec_assets.vectors.index.upkeep import bring_index_up_to_date
-from songvec_assets.vectors.kinds import KINDS
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
 from songvec_assets.vectors.plan import LoadSource
 from songvec_assets.vectors.table import TableSpec, VectorTable

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import text
 
-from songvec_assets.vectors.kinds import FIRST_CANDIDATES, KINDS, IndexKind
+from songvec_assets.vectors.index.kinds import FIRST_CANDIDATES, KINDS, IndexKind
 
 SMALL_TABLE_ROWS = 10_000
 """A search of a table up to this size visits all lists: it is quick anyway, and finds everything."""

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import search
 from benchmarks.lifelike import make_rows, share_by_bits
-from songvec_assets.vectors.kinds import KINDS
+from songvec_assets.vectors.index.kinds import KINDS
 
 pytestmark = pytest.mark.slow
 

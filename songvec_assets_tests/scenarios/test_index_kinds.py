@@ -16,7 +16,7 @@ from songvec_assets.search.query import Query
 from songvec_assets.songs.source import SongsSource, SourceNames, find_source
 from songvec_assets.vectors.index import bits
 from songvec_assets.vectors.index.build_plan import IndexSettings
-from songvec_assets.vectors.kinds import KINDS
+from songvec_assets.vectors.index.kinds import KINDS
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import as_role, dispose, execute, wait_until
 from songvec_assets_tests.pooler import running_pgbouncer

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from songvec_assets.errors import SettingsError
 from songvec_assets.vectors.catalog import find_index
 from songvec_assets.vectors.index import sizing
+from songvec_assets.vectors.index.kinds import IndexKind, choose_kind
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport
 from songvec_assets.vectors.index.sizing import BuildEstimate, Capacity, choose_lists, read_capacity
-from songvec_assets.vectors.kinds import IndexKind, choose_kind
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
 CHANGED_SHARE = 0.2

@@ -17,7 +17,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.vectors.index import bits, sizing
 from songvec_assets.vectors.index.build_plan import IndexSettings, plan_build
-from songvec_assets.vectors.kinds import IndexKind
+from songvec_assets.vectors.index.kinds import IndexKind
 from songvec_assets.vectors.ledger import SERVING
 from songvec_assets.vectors.table import TableSpec, VectorTable, define_table, search_schema_of_serving_table
 

@@ -25,6 +25,7 @@ from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.catalog import BuiltIndex, choose_knobs, find_index, uses_index
 from songvec_assets.vectors.index.bits import read_drift
 from songvec_assets.vectors.index.interval import estimate_share
+from songvec_assets.vectors.index.kinds import IVFFLAT, KINDS, MOST_EF_SEARCH, IndexKind
 from songvec_assets.vectors.index.neighbors import (
     NEIGHBORS,
     ExactNeighbors,
@@ -35,7 +36,6 @@ from songvec_assets.vectors.index.neighbors import (
     sample_queries,
 )
 from songvec_assets.vectors.index.probes import NearestSearch
-from songvec_assets.vectors.kinds import IVFFLAT, KINDS, MOST_EF_SEARCH, IndexKind
 from songvec_assets.vectors.table import VectorTable
 
 STEP = "measure recall"

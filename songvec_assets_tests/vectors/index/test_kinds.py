@@ -3,7 +3,7 @@
 import pytest
 
 from songvec_assets.settings import PostgresSettings
-from songvec_assets.vectors.kinds import KINDS, choose_kind
+from songvec_assets.vectors.index.kinds import KINDS, choose_kind
 
 
 @pytest.mark.parametrize(
