@@ -6,7 +6,7 @@ whole graph. Keep out: what a step works with (`wiring`), and how it is done (th
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
 from uuid import uuid4
@@ -211,6 +211,13 @@ class Pipeline(Questions, Searches):
     def roll_back(self, progress: ReportProgress = ignore_progress) -> TableSpec | None:
         """Make the previous table serve again; see `vectors.swap.roll_back`."""
         return swap.roll_back(self.database, RunContext(progress, self.stop))
+
+    def forget(self, song_ids: Iterable[int]) -> int:
+        """Erase deleted songs from the cache before their retention time ends; see `erase_songs`."""
+        from songvec_assets.cache.erasure import erase_songs
+
+        self.bind()
+        return erase_songs(self.store, song_ids, lambda each: self.lock_range(each, self.stop.check, self.stop.check))
 
     def filler(
         self,

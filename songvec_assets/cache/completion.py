@@ -16,6 +16,7 @@ from songvec_assets.cache.manifest import Completion, DataFile, Manifest, Reject
 from songvec_assets.cache.model_cache import copy_vectors
 from songvec_assets.cache.parts import PIECE_ROWS, Rows
 from songvec_assets.cache.writing import PartWriter
+from songvec_assets.errors import StoreError
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange
 
@@ -60,6 +61,35 @@ def complete(
     if manifest != cached.files.manifest:
         cached.save(manifest)
     cached.delete_garbage()
+
+
+def erase(cached: CachedRange, song_ids: Collection[int]) -> int:
+    """Erase songs: the files are written once more without their vectors, and the manifest without a word of them.
+
+    Returns:
+        The number of rows erased, valid or not.
+
+    Raises:
+        StoreError: songs are being embedded again into files that cannot replace the present ones yet.
+    """
+    if cached.files.last_generation > cached.manifest.generation:
+        raise StoreError(
+            f"{cached.describe} is being embedded again, and that has not ended: end it with `songvec run --reembed` "
+            "over the same ranges, and then forget songs",
+            "cache.unfinished",
+        )
+    rows, left = cached.rows, ~pl.col("song_id").is_in([*song_ids])
+    older = cached.all_rows.join(rows, on="row", how="anti").filter(
+        ~pl.col("song_id").is_in([*cached.manifest.damaged])
+    )
+    n_erased, manifest = cached.all_rows.filter(~left).height, cached.manifest.without(song_ids)
+    if not n_erased and manifest == cached.manifest:
+        return 0
+    if not rows.select(left.all()).item():
+        manifest = replace(manifest, complete=None)  # the next fill counts what is left
+    cached.save(_merge(cached, manifest, older.filter(left), rows.filter(left)))
+    cached.delete_garbage()
+    return n_erased
 
 
 def write_rows(source: CachedRange, rows: pl.DataFrame, song_range: SongIdRange, manifest: Manifest) -> None:

@@ -1,7 +1,7 @@
-"""The commands about where the store is: move-store, adopt.
+"""The commands about a whole store: move-store, adopt, forget.
 
-When to add here: another command that changes the place or the owner of a store. Keep out: how (`cache.move`,
-`cache.store`).
+When to add here: another command that changes the place, the owner or the content of a store without a run. Keep out:
+how (`cache.move`, `cache.store`, `cache.erasure`).
 """
 
 from typing import Annotated
@@ -47,3 +47,15 @@ def adopt() -> None:
     adopt_store(store, pipeline.database)
     say(f"{store.storage} now belongs to {pipeline.database.describe()}")
     hint("`songvec estimate` shows what a run would cost.")
+
+
+@app.command()
+def forget(
+    song_ids: Annotated[
+        list[int], typer.Argument(metavar="SONG_ID…", min=0, help="Of songs that are deleted already.")
+    ],
+) -> None:
+    """Erase deleted songs from the cache now, and not after SONGVEC_RETENTION_DAYS."""
+    n_erased = base.make_pipeline().forget(song_ids)
+    say(f"vectors erased from the cache: {n_erased:,}")
+    hint("`songvec swap --drop-old` drops a table that a swap kept; backups and Dagster's charts may name them, too.")
