@@ -72,7 +72,7 @@ bench-export: bench-installed  ## This export compared with its peers, a million
 bench-index: $(INSTALLED)  ## Index builds compared with pgvector's defaults, recall, halfvec: 20 min
 	$(BIN)/python -m benchmarks.index
 
-bench-search: $(INSTALLED)  ## The kinds of index compared: size, build, recall, latency, pages read, extrapolated to 12 million: 20 min
+bench-search: $(INSTALLED)  ## The kinds of index compared: size, build, recall, latency, pages read, extrapolated to 12 million: 15 min
 	$(BIN)/python -m benchmarks.search
 
 bench-serving: $(INSTALLED)  ## Searches while a table is loaded, rebuilt and swapped: 5 min

@@ -1,9 +1,10 @@
-"""Made-up vectors that lie as published models' vectors do, for benchmarks of searches.
+"""Made-up vectors that lie as published models' vectors do, and a few real ones, for benchmarks of searches.
 
-They have a common mean, which has 40 % of their squared length. Of the rest, a part is shared by the rows of one of √n
-clusters, and another by those of one of n/50 smaller ones; the sizes of both follow Pareto distributions. The variance
-of the k-th of 512 directions falls as a power of k; the directions are turned at random into all values, to which noise
-is added. `share_by_bits` shows how near that is: for 1 M × 1536 real vectors, 0.67 to 0.69 are published.
+Made-up ones have a common mean, with 40 % of their squared length. Of the rest, a part is shared by the rows of one of
+√n clusters, and another by those of one of n/50 smaller ones; the sizes of both follow Pareto distributions. The
+variance of the k-th of 512 directions falls as a power of k; the directions are turned at random into all values, to
+which noise is added. `share_by_bits` shows how near that is: for 1 M × 1536 real vectors, 0.67 to 0.69 are published.
+Real ones are those of the demo's model, as many as the sample songs give.
 """
 
 import math
@@ -13,10 +14,13 @@ from statistics import mean
 import numpy as np
 from numpy.typing import NDArray
 
+from songvec_assets.embedding.demo import DemoEmbedder
+from songvec_assets.samples import read_sample_songs
+
 _LATENT, _MEAN, _FALL, _NOISE = 512, 0.4, 0.5, 0.1
 _SHARES = 0.35, 0.25
 """Of the variance about the mean: of the large clusters, and of the small ones."""
-_BATCH = 2_000
+_BATCH, _MOST_LINES = 2_000, 6
 
 Vectors = NDArray[np.float32]
 
@@ -44,6 +48,21 @@ def make_rows(n_rows: int, dimensions: int, seed: int = 1) -> Iterator[tuple[lis
         noise = draw.standard_normal(vectors.shape, dtype=np.float32)
         vectors += np.float32(_NOISE / math.sqrt(dimensions)) * noise
         yield list(range(start, start + n_here)), vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def make_real_rows() -> Iterator[tuple[list[int], Vectors]]:
+    """Unit vectors by the demo's model of each line of the sample songs, and of two to six lines that follow it."""
+    songs = [lyrics.splitlines() for lyrics in read_sample_songs()["lyrics"].drop_nulls()]
+    texts = {
+        "\n".join(lines[start : start + n])
+        for lines in songs
+        for start in range(len(lines))
+        for n in range(1, _MOST_LINES + 1)
+    }
+    embedder, ordered = DemoEmbedder(), sorted(texts)
+    for start in range(0, len(ordered), _BATCH):
+        here = ordered[start : start + _BATCH]
+        yield list(range(start, start + len(here))), embedder.embed(here)
 
 
 def share_by_bits(vectors: Vectors, n_queries: int = 100, n_nearest: int = 10) -> float:
