@@ -46,7 +46,7 @@ def test_the_client_embeds_batches_under_its_kept_name() -> None:
 def test_each_method_of_the_readme_exists_and_each_step_is_in_it() -> None:
     named = {*re.findall(r"\bsongs\.(\w+)\(", README)}
     assert named <= {*dir(Pipeline)}
-    steps = {"export", "embed", "load", "build_index", "run", "swap", "roll_back"}
+    steps = {"export", "embed", "load", "build_index", "run", "swap", "roll_back", "forget"}
     questions = {
         "status",
         "estimate",
