@@ -15,6 +15,7 @@ equal recall.
 """
 
 import argparse
+import json
 import math
 import sys
 import tempfile
@@ -46,7 +47,7 @@ from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.index.kinds import KINDS
 from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.recall import RecallReport, choose_candidates, write_recall
-from songvec_assets.vectors.index.recall_searches import Searches, to_literal
+from songvec_assets.vectors.index.recall_searches import Searches
 from songvec_assets.vectors.index.sizing import choose_lists, format_bytes
 from songvec_assets.vectors.index.upkeep import bring_index_up_to_date
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
@@ -135,7 +136,7 @@ class World:
         with self.database.get_connection() as connection:
             write_recall(connection, self.table, report)
         result = Result(kind, index.n_rows, index.lists, index.n_bytes, built.seconds, report)
-        literals = [to_literal(query) for query in searches.exact.queries]
+        literals = [json.dumps(query.tolist()) for query in searches.exact.queries]
         result.by_callers = {n: Latency.of(self.search(literals, n)) for n in (1, _CALLERS)}
         result.pages = self.count_pages(literals[:_EXPLAINED])
         [(n_bytes,)] = execute(self.database.adbc_uri, "SELECT pg_table_size('song_embeddings')")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from songvec_assets.cache import completion
-from songvec_assets.cache.manifest import Completion
+from songvec_assets.cache.manifest import Completion, is_base
 from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, write_embeddings_to_file
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.songs.ranges import SongIdRange, Tiling
@@ -49,7 +49,7 @@ def put_songs(cache: ModelCache, song_range: SongIdRange, song_ids: NDArray[np.i
     n_written = sum(each.n_bytes for each in cached.writer.files)
     cached.add_written()
     completion.complete(cached, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
-    merged = [each.n_bytes for each in cached.manifest.files if each.is_base and each.name not in before]
+    merged = [each.n_bytes for each in cached.manifest.files if is_base(each.name) and each.name not in before]
     return n_written + sum(merged)
 
 

@@ -140,7 +140,7 @@ class ProviderUnavailableError(ProviderError):
 
 
 class ServerFailingError(ProviderUnavailableError):
-    """So many texts fail, each alone, that the server is at fault. None is rejected; a later rerun may help."""
+    """More texts fail, each sent alone, than texts can be at fault for. None is rejected; a later rerun may help."""
 
     code = "provider.failing"
 

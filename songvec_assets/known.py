@@ -24,7 +24,6 @@ class CachedOrLoaded:
     """Songs of a model's cache and of the serving table: after a change of the model the cache alone is empty.
 
     Attributes:
-        database, cache: where they are.
         tiling: how song_ids are divided; the ledger may still have the tail of another stop.
     """
 

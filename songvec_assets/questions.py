@@ -185,8 +185,8 @@ class Questions(Wiring):
         found = self.find_boilerplate(n_songs)
         if not found.is_common:
             return []
-        words = found.describe(self.token_estimator().bytes_per_token)
-        return [f"lyrics: {words}", f"To embed them without it: {found.view(self.source)}"]
+        described = found.describe(self.token_estimator().bytes_per_token)
+        return [f"lyrics: {described}", f"To embed them without it: {found.view(self.source)}"]
 
     def verify(self) -> dict[str, checks.Finding]:
         """The finding of every check of the table and the index, by the check's name.

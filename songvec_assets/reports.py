@@ -14,7 +14,7 @@ from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import BudgetExceededError, DamagedCacheError, ProviderError, SongvecError, StoreError
 from songvec_assets.progress import describe_seconds
 from songvec_assets.songs.missing import MissingSongs
-from songvec_assets.vectors.catalog import IndexInfo
+from songvec_assets.vectors.catalog import IndexInfo, describe_knobs
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.plan import LoadPlan
 from songvec_assets.vectors.swap import LoadReport
@@ -124,7 +124,7 @@ class Status:
         if self.index is not None:
             index = (
                 f"{self.index.describe()}, {self.index.n_bytes / 1e6:,.1f} MB, "
-                f"{self.index.describe_search()}, {self.recall or 'recall not measured'}; "
+                f"{describe_knobs(self.index.probes, self.index.candidates)}, {self.recall or 'recall not measured'}; "
                 f"{self.index.n_changed:,} rows changed since"
             )
         lines = [f"Table {name}: {held}" for name, held in self.tables.items()]
@@ -147,7 +147,7 @@ class RunPlan:
     Attributes:
         n_songs: songs of the source that ranges can hold.
         missing: songs that are cached or loaded and no longer in that table.
-        estimate: of what would be sent for the ranges asked for.
+        estimate: of what would be sent for the requested ranges.
         load: what the table lacks compared with the cache as it is; None if nothing is cached yet.
         index: the serving table's, or None.
         month: what this month has cost.

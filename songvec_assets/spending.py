@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from songvec_assets.postgres import schema
 from songvec_assets.postgres.engine import Database
 
-if TYPE_CHECKING:  # imports the HTTP client of providers
+if TYPE_CHECKING:  # a search needs nothing of what fills a cache
     from songvec_assets.cache.fill import Spending
 
 SPENDING = "spending of the last run"
@@ -20,7 +20,6 @@ class SpendingLog:
     """What is recorded of runs that sent anything.
 
     Attributes:
-        database: where it is recorded.
         model: of the tokens.
     """
 

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from songvec_assets.cache import manifest as manifests
 from songvec_assets.cache.manifest import Completion, DataFile, Manifest
-from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, DamagedPartError, PartIdentity, Rows, StoredRows
+from songvec_assets.cache.parts import (
+    PIECE_ROWS,
+    CachedRows,
+    DamagedPartError,
+    PartIdentity,
+    Rows,
+    StoredRows,
+    join_rows,
+)
 from songvec_assets.cache.slices import open_stored, read_ahead
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.embedding.wire import Float32Matrix
@@ -116,8 +124,8 @@ class CachedRange:
         return self.identity.range
 
     @property
-    def describe(self) -> str:
-        """The range's folder, for messages."""
+    def folder(self) -> str:
+        """Where its files are, for messages."""
         return self.storage.describe(self.range.key)
 
     @property
@@ -144,16 +152,14 @@ class CachedRange:
         Returns:
             Columns song_id (Int32), text_hash (Binary), checksum (UInt64), and row (Int64, the row's number).
         """
-        batches = [Rows.of((), (), np.empty((0, 0), np.float32)), *self._batches]
-        hashes = np.concatenate([each.text_hashes for each in batches])
-        binary = pa.Array.from_buffers(pa.binary(TEXT_HASH_BYTES), len(hashes), [None, pa.py_buffer(hashes)])
-        return pl.DataFrame(
-            {
-                "song_id": np.concatenate([each.song_ids for each in batches]),
-                "text_hash": pl.Series(binary, dtype=pl.Binary),
-                "checksum": np.concatenate([each.checksums for each in batches]),
-            }
-        ).with_columns(row=pl.int_range(pl.len()))
+        rows = join_rows(self._batches)
+        hashes = pa.Array.from_buffers(pa.binary(TEXT_HASH_BYTES), len(rows), [None, pa.py_buffer(rows.text_hashes)])
+        columns = {
+            "song_id": rows.song_ids,
+            "text_hash": pl.Series(hashes, dtype=pl.Binary),
+            "checksum": rows.checksums,
+        }
+        return pl.DataFrame(columns).with_columns(row=pl.int_range(pl.len()))
 
     @cached_property
     def rows(self) -> pl.DataFrame:
@@ -176,9 +182,9 @@ class CachedRange:
         """Those of the rows whose vector is usable and matches its checksum. Reads the vectors."""
         sound = [pl.Series([], dtype=pl.Boolean)]
         for piece in rows.iter_slices(PIECE_ROWS):
-            embeddings, song_ids = self.embeddings_at(piece["row"]), piece["song_id"].to_numpy()
-            hashes = np.array(piece["text_hash"].to_list(), dtype=f"V{TEXT_HASH_BYTES}")
-            sound.append(pl.Series(CachedRows(song_ids, hashes, piece["checksum"].to_numpy(), embeddings).find_sound()))
+            narrow, embeddings = Rows.of_frame(piece), self.embeddings_at(piece["row"])
+            read = CachedRows(narrow.song_ids, narrow.text_hashes, narrow.checksums, embeddings)
+            sound.append(pl.Series(read.find_sound()))
         return rows.filter(pl.concat(sound))
 
     def embeddings_at(self, rows: pl.Series | Sequence[int]) -> Float32Matrix:

@@ -48,7 +48,6 @@ async def compare_server(
     """Compare a server with cached songs, if nothing is recorded of it.
 
     Args:
-        record: of the server.
         find_songs: finds the songs to compare with; called in a thread.
         context: what all requests of the run share.
         report: of the range whose fill is to begin; counts what is billed.
@@ -91,7 +90,6 @@ def find_songs(cache: ModelCache, snapshots: Snapshots, spec: TextSpec) -> list[
 
     Args:
         cache: of the model.
-        snapshots: of the store.
         spec: how songs become texts.
     """
     ranges = sorted({*cache.ranges()} & {*snapshots.ranges()})

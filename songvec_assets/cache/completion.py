@@ -64,7 +64,7 @@ def complete(
 
 
 def erase(cached: CachedRange, song_ids: Collection[int]) -> int:
-    """Erase songs: the files are written once more without their vectors, and the manifest without a word of them.
+    """Erase songs: the files are written again without their vectors, and the manifest without their song_ids.
 
     Returns:
         The number of rows erased, valid or not.
@@ -74,7 +74,7 @@ def erase(cached: CachedRange, song_ids: Collection[int]) -> int:
     """
     if cached.files.last_generation > cached.manifest.generation:
         raise StoreError(
-            f"{cached.describe} is being embedded again, and that has not ended: end it with `songvec run --reembed` "
+            f"{cached.folder} is being embedded again, and that has not ended: end it with `songvec run --reembed` "
             "over the same ranges, and then forget songs",
             "cache.unfinished",
         )
@@ -126,8 +126,8 @@ def _older_rows(cached: CachedRange, kept: pl.DataFrame) -> pl.DataFrame:
 
 def _is_merge_due(cached: CachedRange) -> bool:
     files = cached.manifest.files
-    n_based = sum(each.n_bytes for each in files if each.is_base)
-    n_in_parts = sum(each.n_bytes for each in files if not each.is_base)
+    n_based = sum(each.n_bytes for each in files if manifests.is_base(each.name))
+    n_in_parts = sum(each.n_bytes for each in files if not manifests.is_base(each.name))
     has_small_batches = cached.n_batches > 1 and cached.n_rows < cached.n_batches * PIECE_ROWS // 4
     return (
         bool(cached.damaged or cached.manifest.damaged)

@@ -36,7 +36,6 @@ class SendContext:
         concurrency: maximum requests in flight; the actual number follows from quota and latency.
         server: its name; the reason of a rejection begins with it, so that another server gets the text again.
         run: receives progress; once it is stopped, no further request starts.
-        health: of the server.
         limits: of a request, as learned from the server's refusals.
         slow_bytes: limit of a request's bytes, lowered after a request timed out, and raised by each answer since.
         n_refused_in_a_row: texts refused since the last accepted one, in any range.

@@ -37,7 +37,6 @@ class OtherRanges:
         """The songs whose text a range other than theirs has. Reads no vector, so that damaged ones count, too.
 
         Args:
-            song_range: of the songs.
             songs: columns song_id (Int32) and text_hash (Binary).
         """
         return self._take(song_range, songs, lambda _, here: here)
@@ -109,8 +108,7 @@ class OtherRanges:
 
 
 def _keys_of(rows: pl.DataFrame) -> _Keys:
-    hashes = np.frombuffer(b"".join(rows["text_hash"].to_list()), dtype=f"V{TEXT_HASH_BYTES}")
-    return hashes.view("<u8")[:: TEXT_HASH_BYTES // 8]
+    return np.frombuffer(b"".join(rows["text_hash"].to_list()), dtype="<u8")[:: TEXT_HASH_BYTES // 8]
 
 
 def _are_in(wanted: _Keys, stored: _Keys) -> NDArray[np.bool_]:

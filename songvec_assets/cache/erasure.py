@@ -1,4 +1,4 @@
-"""Erasing songs from the cache on demand: what was paid for them is gone at once, not after the retention time.
+"""Erasing songs from the cache on demand, before the retention time of deleted songs ends.
 
 When to add here: another place of the store where a song leaves something. Keep out: how files are merged
 (`completion`), and songs that the source still has.
@@ -6,21 +6,20 @@ When to add here: another place of the store where a song leaves something. Keep
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from itertools import groupby
+from itertools import chain, groupby
 
 from songvec_assets.cache import completion
 from songvec_assets.cache.store import Store
 from songvec_assets.errors import SettingsError
 from songvec_assets.songs.ranges import SongIdRange
 
-LockRange = Callable[[SongIdRange], AbstractContextManager[object]]
 
-
-def erase_songs(store: Store, song_ids: Iterable[int], lock_range: LockRange) -> int:
+def erase_songs(
+    store: Store, song_ids: Iterable[int], lock_range: Callable[[SongIdRange], AbstractContextManager[object]]
+) -> int:
     """Erase all that the cache has of songs, of every model. Snapshots lost them when they left the source.
 
     Args:
-        store: whose.
         song_ids: of songs that the source no longer has.
         lock_range: keeps others from filling a range.
 
@@ -33,7 +32,8 @@ def erase_songs(store: Store, song_ids: Iterable[int], lock_range: LockRange) ->
     """
     tiling = store.tiling
     ranges = {each: {*ids} for each, ids in groupby(sorted({*song_ids}), tiling.range_of)}
-    exported = [each for song_range in ranges for each in _find_exported(store, song_range, ranges[song_range])]
+    in_snapshots = ({*store.songs.read(each, ["song_id"])["song_id"]} & ids for each, ids in ranges.items())
+    exported = sorted(chain.from_iterable(in_snapshots))
     if exported:
         raise SettingsError(
             f"the songs table still had {', '.join(map(str, exported[:5]))} at the last export, and the next run would "
@@ -45,9 +45,3 @@ def erase_songs(store: Store, song_ids: Iterable[int], lock_range: LockRange) ->
             with lock_range(song_range):
                 n_erased += completion.erase(cache.open_as_found(song_range), ranges[song_range])
     return n_erased
-
-
-def _find_exported(store: Store, song_range: SongIdRange, song_ids: set[int]) -> list[int]:
-    if song_range not in store.songs:
-        return []
-    return sorted(song_ids & {*store.songs.read(song_range, ["song_id"])["song_id"]})

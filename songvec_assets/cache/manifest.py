@@ -34,11 +34,6 @@ class DataFile(msgspec.Struct, frozen=True):
     name: str
     n_bytes: int
 
-    @property
-    def is_base(self) -> bool:
-        """Whether a merge made it."""
-        return is_base(self.name)
-
 
 class Rejection(msgspec.Struct, frozen=True):
     """A song that the provider gives no vector for.

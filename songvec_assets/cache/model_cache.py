@@ -88,7 +88,6 @@ class ModelCache:
         """Open a range in its current state.
 
         Args:
-            song_range: to open.
             generation: a later one than the range has: only its files are read, and when it is saved, it replaces the
                 earlier one. None: the current generation.
 
@@ -119,7 +118,6 @@ class ModelCache:
         """Summarize what is cached of a range.
 
         Args:
-            song_range: to summarize.
             opens_files: whether to open the files, which finds damage to all but vectors, even if the last fill was
                 complete and their sizes are unchanged.
         """

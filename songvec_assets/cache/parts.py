@@ -30,7 +30,6 @@ _UNREADABLE = (pa.ArrowException, OSError, EOFError, KeyError, TypeError, ValueE
 """The errors that damaged files raise."""
 _HEAD_BYTES = 8
 """Bytes of an Arrow IPC file before its stream of messages."""
-_NONE = np.empty((0, 0), np.float32)
 _TEXT_HASH = np.dtype(f"V{TEXT_HASH_BYTES}")
 
 TextHashes = Sequence[bytes] | NDArray[np.void]
@@ -107,12 +106,6 @@ class Rows:
     checksums: NDArray[np.uint64]
 
     @classmethod
-    def of(cls, song_ids: Sequence[int], text_hashes: TextHashes, embeddings: Float32Matrix) -> "Rows":
-        """The narrow columns of new rows, with computed checksums."""
-        ids, hashes = np.asarray(song_ids, dtype=np.int32), np.asarray(text_hashes, dtype=_TEXT_HASH)
-        return cls(ids, hashes, checksum_rows(ids, hashes, embeddings))
-
-    @classmethod
     def of_frame(cls, rows: pl.DataFrame) -> "Rows":
         """The narrow columns of stored rows, from columns song_id, text_hash and checksum."""
         hashes = np.frombuffer(b"".join(rows["text_hash"].to_list()), dtype=_TEXT_HASH)
@@ -152,8 +145,8 @@ class CachedRows(StoredRows):
     @classmethod
     def of(cls, song_ids: Sequence[int], text_hashes: TextHashes, embeddings: Float32Matrix) -> "CachedRows":
         """New rows, with computed checksums."""
-        narrow = Rows.of(song_ids, text_hashes, embeddings)
-        return cls(narrow.song_ids, narrow.text_hashes, narrow.checksums, embeddings)
+        ids, hashes = np.asarray(song_ids, dtype=np.int32), np.asarray(text_hashes, dtype=_TEXT_HASH)
+        return cls(ids, hashes, checksum_rows(ids, hashes, embeddings), embeddings)
 
     def find_sound(self) -> NDArray[np.bool_]:
         """Which rows have a usable vector and a matching checksum; (n,)."""
@@ -186,8 +179,6 @@ def write_part(file: BinaryIO, identity: PartIdentity, rows: Rows, pieces: Itera
     """Write a part; memory is bounded by one piece.
 
     Args:
-        file: to write to.
-        identity: of the part.
         rows: the narrow columns of all rows.
         pieces: their vectors, in order; each (up to PIECE_ROWS, dimensions).
     """
@@ -224,7 +215,6 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
     """The record batches of a part, mapped; reads the narrow columns, but no vector.
 
     Args:
-        content: of the part.
         identity: that it must have.
         name: of the part, for messages.
 
@@ -273,8 +263,9 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
 
 def join_rows(batches: Sequence[Rows]) -> Rows:
     """The narrow columns of several batches, concatenated."""
-    narrow = [(each.song_ids, each.text_hashes, each.checksums) for each in batches]
-    return Rows(*map(np.concatenate, zip(*narrow, strict=True))) if narrow else Rows.of((), (), _NONE)
+    nothing = np.empty(0, np.int32), np.empty(0, _TEXT_HASH), np.empty(0, np.uint64)
+    narrow = [nothing, *((each.song_ids, each.text_hashes, each.checksums) for each in batches)]
+    return Rows(*map(np.concatenate, zip(*narrow, strict=True)))
 
 
 def _read_batch(batch: pa.RecordBatch, identity: PartIdentity) -> CachedRows:

@@ -128,8 +128,6 @@ def plan_fill(
     """Compare a range's snapshot with what is cached of it.
 
     Args:
-        snapshots: of the store.
-        cached: the range.
         spec: how songs become texts.
         rejected_by: the server whose earlier rejections count; songs rejected by another server are sent again. None:
             no earlier rejection counts.

@@ -4,7 +4,7 @@ Who decides what a failure means, from the request to the run:
 
 - `embedding.client`: a try may be repeated, until `contact` says that the server has not answered for too long;
 - `requests`: a request that is refused, or fails each time, is divided until the failing text is alone;
-- here: a text that fails alone is rejected once others succeeded after it; so many that fail are the server's fault;
+- here: a text that fails alone is rejected once others succeeded after it; if too many fail, the server is at fault;
 - `embedding.health`: how many of the last texts of the run failed, over all ranges;
 - `fill`: a range that fails is reported, the others go on; two in a row without an answer end the run;
 - `context.note_error`: an error that every range would meet ends the run.
@@ -33,7 +33,6 @@ class RefusedTexts:
 
     Attributes:
         context: what all requests of the run share.
-        report: of the range.
         rejected: the rejected songs, once it is clear that the server is not at fault.
     """
 
@@ -83,8 +82,8 @@ class RefusedTexts:
         if health.is_failing() and health.n_texts() >= _ENOUGH_TEXTS:
             self._is_server_fault = True
             raise ProviderError(
-                f"{health.n_bad:,} of the last {health.n_texts():,} texts fail while others succeed: so many point to "
-                f"the server, not to the songs. {reason}. None of this range's is rejected, and nothing more is sent. "
+                f"{health.n_bad:,} of the last {health.n_texts():,} texts fail while others succeed: too many "
+                f"for the songs to be at fault. {reason}. None of this range's is rejected, and nothing more is sent. "
                 "See the server's log, then start the same command again",
                 "provider.failing",
             )
@@ -101,8 +100,8 @@ class RefusedTexts:
         health = self.context.health
         if health.is_failing() and not all(text.rejected_before for text, _ in self._texts):
             raise ServerFailingError(
-                f"{health.n_bad:,} of {health.n_texts():,} texts fail while others succeed: so many point to the "
-                f"server, not to the songs. {self._texts[-1][1]}. None of this range's is rejected. See the server's "
+                f"{health.n_bad:,} of {health.n_texts():,} texts fail while others succeed: too many for the "
+                f"songs to be at fault. {self._texts[-1][1]}. None of this range's is rejected. See the server's "
                 "log, then start the same command again"
             )
         if not await self.answers_well(self._last_at):

@@ -122,7 +122,6 @@ class RangeSender:
         """Send one request; if it fails, it is divided until the failing text is alone.
 
         Args:
-            texts: of the request.
             n_bad_before: answers in a row without a vector for any of them.
             is_part: whether they are part of a request that failed repeatedly.
 
@@ -150,7 +149,7 @@ class RangeSender:
         except RequestRefusedError as error:
             refusal = error
         except _TooLargeNowError:
-            batch = None
+            pass  # it was not sent: there is no batch
         finally:
             # after the answer is stored: an error here must not lose it
             self.report.n_tokens += reservation.n_billed

@@ -34,7 +34,6 @@ class RemoteRows(StoredRows):
     """Rows of a batch whose vectors are in an object store.
 
     Attributes:
-        content: of the part.
         start: where the vectors begin.
         dimensions: values per vector.
     """

@@ -175,7 +175,9 @@ def open_store(
         assert store is not None
     if store.tiling != tiling:
         with guard(store):
-            _divide_tails(store, tiling)
+            for cache in store.model_caches() if tiling.stop != store.tiling.stop else ():
+                if store.tiling.tail in cache.ranges():
+                    _divide_tail(cache, store, tiling)
             store = replace(store, tiling=tiling)
             _write(store)
     return store
@@ -229,21 +231,13 @@ def _encode(store: Store) -> bytes:
     return msgspec.json.format(msgspec.json.encode(record)) + b"\n"
 
 
-def _divide_tails(store: Store, tiling: Tiling) -> None:
-    """Divide the tail of every model's cache among the new ranges. A crash keeps the tail: it is divided again."""
-    if tiling.stop == store.tiling.stop:
-        return
-    for cache in store.model_caches():
-        if store.tiling.tail in cache.ranges():
-            _divide_tail(cache, store, tiling)
-
-
 def _divide_tail(cache: ModelCache, store: Store, tiling: Tiling) -> None:
+    """Divide the tail of a model's cache among the new ranges. A crash keeps the tail: it is divided again."""
     tail = cache.open_as_found(store.tiling.tail)
     if tail.damaged:
         named = ", ".join(f"{name}: {why}" for name, why in tail.damaged.items())
         raise StoreError(
-            f"{tail.describe} is damaged, so that it cannot be divided ({named}): restore it from a backup; or set "
+            f"{tail.folder} is damaged, so that it cannot be divided ({named}): restore it from a backup; or set "
             f"SONGVEC_SONG_ID_STOP back to {store.tiling.stop}, run all ranges, which embeds what is lost, and raise "
             "it again",
             "store.damaged",

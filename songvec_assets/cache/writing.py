@@ -41,8 +41,6 @@ class PartWriter:
 
     Attributes:
         storage: of the model.
-        identity: of the parts.
-        generation: of the parts.
         files: the written parts, in order.
     """
 

@@ -103,21 +103,21 @@ def describe_answer(status: int, body: str, came_with: int, base_url: str) -> st
     return f"answered {status}: {' '.join(body.split())[:300]}{inside}" + (f" ({advice})" if advice else "")
 
 
-def find_refusal(status: int, body: bytes, words: str, is_first: bool) -> ProviderError | None:
+def find_refusal(status: int, body: bytes, message: str, is_first: bool) -> ProviderError | None:
     """The error to raise for an answer; None: the request is retried.
 
     Args:
         status: as `status_of` gives it; not a redirect.
         body: of the answer.
-        words: the error's message.
+        message: the error's message.
         is_first: whether there was no good answer yet.
     """
     if status in ENDS:
-        return ProviderError(words, ENDS[status][0])
+        return ProviderError(message, ENDS[status][0])
     # LiteLLM answers 500 to a parameter that the server behind it does not know (its #42426)
     names_parameter = b"encoding_format" in body or b"dimensions" in body
     refusal = RequestRefusedError if status == 500 and is_first and names_parameter else REFUSALS.get(status)
-    return refusal(words) if refusal else None
+    return refusal(message) if refusal else None
 
 
 def refuse_redirect(base_url: str, status: int, location: str) -> ProviderError:
@@ -150,17 +150,17 @@ def compatible_base_of(base_url: str) -> str | None:
     return base if n_found else None
 
 
-def hinted_texts(words: str, n_texts: int) -> int | None:
+def hinted_texts(message: str, n_texts: int) -> int | None:
     """The maximum texts per request that a refusal seems to name; a hint, since the number may mean something else.
 
     Args:
-        words: of the refusal.
+        message: of the refusal.
         n_texts: of the refused request.
 
     Returns:
         The smallest number after a word such as "maximum" that is below `n_texts`; None if there is none.
     """
-    named = [int(number) for number in _LIMIT.findall(words)]
+    named = [int(number) for number in _LIMIT.findall(message)]
     return min((number for number in named if 0 < number < n_texts), default=None)
 
 

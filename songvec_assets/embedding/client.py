@@ -169,7 +169,7 @@ class EmbeddingClient(Embedder):
             return replace(found, n_values=batch.n_values)
         raise ProviderError(
             f"{self.endpoint.url} refuses even one short text for model {self.endpoint.model!r}, with and without "
-            f"base64 and `dimensions`. Its words: {refusals[-1]}",
+            f"base64 and `dimensions`. The last answer: {refusals[-1]}",
             "provider.refuses-all",
         )
 
@@ -222,7 +222,7 @@ class EmbeddingClient(Embedder):
             n_retries, n_alike, n_limited = n_retries + 1, n_alike + 1, n_limited + is_limited
             n_timeouts += outcome.kind == TIMEOUT
             if outcome.alone and n_timeouts > 1 and len(texts) > 1:
-                raise RequestTooSlowError(f"{self.endpoint.url}: {outcome.words}")
+                raise RequestTooSlowError(f"{self.endpoint.url}: {outcome.message}")
             most = MAX_ALIKE_OF_PART if hooks.is_part and len(texts) > 1 else MAX_ALIKE
             # whether the texts are at fault shows in whether other requests succeed
             may_be_the_texts = outcome.sent and texts is not _PROBE
@@ -233,7 +233,7 @@ class EmbeddingClient(Embedder):
                 n_proofs += 1
                 if n_proofs >= _N_PROOFS:
                     fails = RequestTooLargeError if is_limited else RequestFailsError
-                    raise fails(f"{self.endpoint.url} {outcome.words}")
+                    raise fails(f"{self.endpoint.url} {outcome.message}")
                 continue  # if the server had been down, it is back now: try the request once more
             await self._contact.wait_to_try_again(outcome, n_retries)
 
@@ -285,16 +285,16 @@ class EmbeddingClient(Embedder):
         if len(outcome.bad) < request.n_texts:
             self._contact.count_good()
         elif until_good:
-            words = f"a vector that is zero, null or not finite for {_PROBE[0]!r}"
-            return Failure("bad vector", words, may_be_billed=True)
+            message = f"a vector that is zero, null or not finite for {_PROBE[0]!r}"
+            return Failure("bad vector", message, may_be_billed=True)
         # if the server does not say what it bills, the estimate counts: otherwise budgets would have no effect
         return replace(outcome, n_tokens=outcome.n_tokens or request.n_tokens)
 
     def _narrow(self, failure: Failure, sent_at: float, now: float) -> Failure:
         """Allow fewer requests in flight after a time-out, and report it in the failure."""
         alone = self._window.count_timeout(sent_at, now)
-        words = (
-            f"{failure.words}; requests in flight from now on: up to {self._window.n_allowed}. If this goes on, lower "
-            "SONGVEC_CONCURRENCY and SONGVEC_MAX_REQUEST_TOKENS"
+        message = (
+            f"{failure.message}; requests in flight from now on: up to {self._window.n_allowed}. If this goes on, "
+            "lower SONGVEC_CONCURRENCY and SONGVEC_MAX_REQUEST_TOKENS"
         )
-        return replace(failure, words=words, alone=alone)
+        return replace(failure, message=message, alone=alone)

@@ -75,19 +75,19 @@ class ServerContact:
         if wait_s > left_s:
             raise ProviderUnavailableError(
                 f"{self._url} gave no good answer for {self._patience.seconds:g} s (SONGVEC_PATIENCE_S), last: "
-                f"{failure.words}. All that was paid for is kept: start the same command again later"
+                f"{failure.message}. All that was paid for is kept: start the same command again later"
             )
-        self._patience.on_trouble(f"{failure.words}; next try in {wait_s:.0f} s, for {left_s:.0f} s at most")
+        self._patience.on_trouble(f"{failure.message}; next try in {wait_s:.0f} s, for {left_s:.0f} s at most")
         await self._patience.sleep(wait_s)
 
     def _describe_first_contact(self, failure: Failure) -> ProviderError:
         """The error of a server without any good answer yet that fails as if the URL were wrong."""
-        url, words = f"{self._url.rstrip('/')}/embeddings", f"{failure.words} ({failure.advice})"
+        url, message = f"{self._url.rstrip('/')}/embeddings", f"{failure.message} ({failure.advice})"
         if failure.kind == "connection":
             return ProviderUnavailableError(
-                f"{url} cannot be reached: {words}. All that was paid for is kept", "provider.unreachable"
+                f"{url} cannot be reached: {message}. All that was paid for is kept", "provider.unreachable"
             )
-        return ProviderError(f"{url} gives no embeddings: {words}", "provider.wrong-url")
+        return ProviderError(f"{url} gives no embeddings: {message}", "provider.wrong-url")
 
     @contextlib.contextmanager
     def reporting_the_wait(self) -> Iterator[None]:

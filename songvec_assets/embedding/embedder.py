@@ -43,9 +43,9 @@ class Endpoint:
     dimensions: int
     truncate: bool | None = None
 
-    def redact(self, words: str) -> str:
+    def redact(self, message: str) -> str:
         """A server's message without the key, which some servers repeat."""
-        return words.replace(self.key, "[key]") if self.key else words
+        return message.replace(self.key, "[key]") if self.key else message
 
     def check_size(self, n_values: int) -> None:
         """Raise VectorSizeError if vectors of `n_values` have the wrong size and may not be truncated."""
@@ -70,10 +70,6 @@ class Endpoint:
         )
 
 
-def _ignore(_note: str) -> None:
-    """Ignore a note."""
-
-
 @dataclass(frozen=True)
 class Patience:
     """How long and how hard a client tries:
@@ -90,7 +86,7 @@ class Patience:
     seconds: float = 600.0
     concurrency: int = 32
     stop: StopSignal = field(default_factory=StopSignal)
-    on_trouble: Callable[[str], None] = _ignore
+    on_trouble: Callable[[str], None] = lambda _: None
 
     async def sleep(self, seconds: float) -> None:
         """Sleep; raises StoppedError once the stop signal is set."""

@@ -75,7 +75,7 @@ class Failure:
 
     Attributes:
         kind: of the failure; equal for equal causes.
-        words: the message for logs and errors.
+        message: for logs and errors.
         status: of the answer; None if there was none.
         retry_after_s: from its Retry-After header.
         sent: whether the request was sent: if not, no server received it.
@@ -86,7 +86,7 @@ class Failure:
     """
 
     kind: str
-    words: str
+    message: str
     status: int | None = None
     retry_after_s: float | None = None
     sent: bool = True
@@ -162,13 +162,13 @@ class Transport:
             if answers.status_of(200, answer.body) != 200:
                 return self._read_status(200, answer.body, {}, is_first)
             # an answered request was billed, even if the answer is malformed
-            words, first_patience_s, advice = redact(str(error)), FIRST_PATIENCE_S, "correct FIREWORKS_BASE_URL"
+            message, first_patience_s, advice = redact(str(error)), FIRST_PATIENCE_S, "correct FIREWORKS_BASE_URL"
             if answers.is_native_answer(answer.body):
-                words = f"the server's own API answers there, not the one that is OpenAI's ({answer.body[:80]!r})"
+                message = f"the server's own API answers there, not the one that is OpenAI's ({answer.body[:80]!r})"
                 first_patience_s = 0.0
                 if meant_base := answers.compatible_base_of(url):
                     advice = f"set FIREWORKS_BASE_URL={meant_base}"
-            return Failure("malformed", words, may_be_billed=True, first_patience_s=first_patience_s, advice=advice)
+            return Failure("malformed", message, may_be_billed=True, first_patience_s=first_patience_s, advice=advice)
         except aiohttp.ClientError as error:  # before TimeoutError, which a time-out of connecting is, too
             return _describe_unreached(error, redact(str(error) or type(error).__name__), url)
         except TimeoutError:
@@ -208,8 +208,8 @@ class Transport:
         meant = answers.status_of(status, body)
         if meant in answers.REDIRECTS:
             raise answers.refuse_redirect(url, meant, redact(headers.get("location", ""))) from None
-        words = answers.describe_answer(meant, redact(body.decode(errors="replace")), status, url)
-        if refusal := answers.find_refusal(meant, body, f"{url} {words}", is_first):
+        message = answers.describe_answer(meant, redact(body.decode(errors="replace")), status, url)
+        if refusal := answers.find_refusal(meant, body, f"{url} {message}", is_first):
             raise refusal from None
         retry_after_s = answers.parse_retry_after(
             headers.get("retry-after", ""), headers.get("date") or formatdate(usegmt=True)
@@ -218,7 +218,7 @@ class Transport:
         is_strange = meant != status < 400 and meant == 500
         first_patience_s = FIRST_PATIENCE_S if is_strange else FIRST_PATIENCE_CLOSED_S if meant < 500 else None
         return Failure(
-            f"status {meant}", words, meant, retry_after_s, may_be_billed=meant in answers.MAY_BE_BILLED,
+            f"status {meant}", message, meant, retry_after_s, may_be_billed=meant in answers.MAY_BE_BILLED,
             first_patience_s=None if meant in answers.RETRIED and not is_strange else first_patience_s,
             advice="see what answers at FIREWORKS_BASE_URL",
         )  # fmt: skip
@@ -240,7 +240,7 @@ def check_redirect(url: str) -> None:
         raise answers.refuse_redirect(url, answer.status_code, answer.headers["location"])
 
 
-def _describe_unreached(cause: BaseException, words: str, url: str) -> Failure:
+def _describe_unreached(cause: BaseException, message: str, url: str) -> Failure:
     """The failure of a connection that could not be made, or that broke."""
     reason = cause.os_error if isinstance(cause, aiohttp.ClientConnectorError) else cause.__cause__
 
@@ -271,7 +271,7 @@ def _describe_unreached(cause: BaseException, words: str, url: str) -> Failure:
         advice = "something listens there and hangs up: start the server, or correct FIREWORKS_BASE_URL"
     return Failure(
         "connection",
-        words,
+        message,
         sent=sent,
         may_be_billed=sent,  # if the connection broke after sending, the server may have computed the request
         first_patience_s=first_patience_s,

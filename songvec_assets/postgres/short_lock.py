@@ -27,7 +27,6 @@ def run_with_short_lock(
     While a session waits for a strong lock, all later searches wait behind it, so the wait must be short.
 
     Args:
-        database: of the table.
         work: statements; may run more than once.
         check: called before each try; raises to give up.
         patience_s: seconds after which a lock that is still held is an error.

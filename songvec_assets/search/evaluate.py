@@ -1,4 +1,4 @@
-"""How well searches answer labelled queries: by words, by vectors and by both, beside other rankings.
+"""How well searches answer labelled queries: by words, by vectors and by both, compared with other rankings.
 
 When to add here: another figure or sentence of the result. Keep out: single measures (`measures`), and where labelled
 queries come from (`labels`).
@@ -112,11 +112,8 @@ def find_songs(
     """The song_ids that each mode finds for each query, and what could not be searched for.
 
     Args:
-        source: the songs table.
-        queries: to search for.
         vectors: of the queries, (n queries, dimensions).
         model: that made them.
-        modes: to search by.
     """
     found: dict[str, list[list[int]]] = {}
     refused: dict[str, str] = {}

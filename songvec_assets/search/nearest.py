@@ -47,7 +47,7 @@ class Hit:
         song_id, name, artist, lyrics: the song as the source has it now.
         similarity: cosine similarity to the query, -1 to 1; None: one of the two has no vector.
         best_line: of the lyrics, which shows best why the song was found (see `lines`); None: there are no lyrics.
-        explanation: the song's ranks in the lists that were fused, if asked for.
+        explanation: the song's ranks in the lists that were fused, if requested.
     """
 
     song_id: int
@@ -65,8 +65,6 @@ def search_songs(
     """Find songs, best first, in one statement that can write nothing.
 
     Args:
-        database: where songs and table are.
-        source: the songs table.
         query: what is searched for.
         timeout_s: after which the server ends it; None: that of the role.
 
@@ -87,9 +85,8 @@ def search_songs(
     """
     hits = []
     for song_id, similarity, *ranks, _, name, artist, lyrics in _ask(database, source, query, statement):
-        title = _decode(name, source) or "", _decode(artist, source) or ""
         explanation = _explain(*ranks) if query.explain else ""
-        hits.append(Hit(song_id, *title, _decode(lyrics, source), similarity, explanation=explanation))
+        hits.append(Hit(song_id, *_decode(source, name, artist, lyrics), similarity, explanation=explanation))
     return hits
 
 
@@ -212,11 +209,10 @@ def read_songs(
             f"SELECT {source.song_id}, {columns} FROM {source.relation} "
             f"WHERE {source.song_id} IN ({', '.join(map(str, song_ids))})"
         )
-        return {
-            song_id: (_decode(name, source) or "", _decode(artist, source) or "", _decode(lyrics, source))
-            for song_id, name, artist, lyrics in cursor
-        }
+        return {song_id: _decode(source, *texts) for song_id, *texts in cursor}
 
 
-def _decode(value: memoryview | None, source: SongsSource) -> str | None:
-    return None if value is None else bytes(value).decode(source.codec, "replace")
+def _decode(source: SongsSource, *texts: memoryview | None) -> tuple[str, str, str | None]:
+    """Name, artist and lyrics of a song, from their stored bytes."""
+    name, artist, lyrics = (None if each is None else bytes(each).decode(source.codec, "replace") for each in texts)
+    return name or "", artist or "", lyrics

@@ -64,7 +64,6 @@ def preview_table(rows: LoadedRows, source: SongsSource, spec: TableSpec) -> Pre
 
     Args:
         rows: that the table holds, with their vectors in the cache.
-        source: the songs table.
         spec: what the table holds.
 
     Raises:

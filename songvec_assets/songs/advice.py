@@ -62,7 +62,6 @@ def describe_types(
     """Which columns are not text, and a view that has text instead.
 
     Args:
-        connection: to the table's database.
         table: with columns of other types.
         song_id: its id column.
         kept: columns that the view must have.

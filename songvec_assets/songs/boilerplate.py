@@ -129,7 +129,6 @@ def sample_lyrics(source: SongsSource, ranges: Sequence[SongIdRange]) -> list[st
     """The lyrics of a few songs per range, without empty ones; if there are many ranges, only of some.
 
     Args:
-        source: which table and columns.
         ranges: that hold songs.
     """
     some = ranges[:: -(-len(ranges) // _MOST_RANGES) or 1]

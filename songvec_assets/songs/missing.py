@@ -63,7 +63,6 @@ class MissingSongs:
         Reads ids only of ranges that gained or lost songs since their snapshot, or that hold fewer than are known.
 
         Args:
-            source: which table and columns.
             snapshots: as the previous export left them.
             counts: of the source, by range.
             run: may stop the comparison.

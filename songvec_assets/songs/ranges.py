@@ -59,10 +59,10 @@ class SongIdRange:
         return song_range
 
 
-def name_some(ranges: Sequence[str], separator: str = ", ", most: int = 5) -> str:
-    """The first few ranges, and how many more there are."""
-    rest = len(ranges) - most
-    return separator.join(ranges[:most]) + (f" and {rest:,} more" if rest > 0 else "")
+def name_some(names: Sequence[str], separator: str = ", ", most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    rest = len(names) - most
+    return separator.join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,6 @@ def read_columns(
     """Read a range's songs, ordered by song_id.
 
     Args:
-        connection: of ADBC.
-        source: which table and columns.
         columns: song_id first; see `SongsSource.select`.
         song_range: song_ids to read.
         condition: limits the rows; made by a method of SongsSource.

@@ -19,7 +19,6 @@ class RangeExport:
     """What happened to one range's snapshot.
 
     Attributes:
-        range: of the snapshot.
         footer: of the current snapshot; empty if there is none, or the range was not exported.
         changes: compared with the previous snapshot.
         written: whether the file was written or deleted.

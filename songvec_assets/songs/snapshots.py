@@ -61,7 +61,6 @@ class Snapshots:
         """The songs of a range; see the module for the columns.
 
         Args:
-            song_range: which.
             columns: to read, including song_id; None: those of the content.
             song_ids: only these songs, in the order of the file; None: all.
 
@@ -120,7 +119,6 @@ class Snapshots:
         """The hash of the text of each song that is not rejected.
 
         Args:
-            song_range: which.
             spec: how songs become texts; if it differs from that of the snapshot, all texts are rendered.
 
         Returns:
@@ -137,7 +135,6 @@ class Snapshots:
         """The texts of some songs, rendered, see `render_texts`.
 
         Args:
-            song_range: which.
             spec: how songs become texts.
             song_ids: of songs that are not rejected.
 
@@ -187,9 +184,7 @@ class Snapshots:
         """Write a range's songs durably, or nothing.
 
         Args:
-            song_range: which.
             songs: of FILE_SCHEMA.
-            footer: of these songs.
         """
         with self.storage.write(_key(song_range)) as file:
             pq.write_table(
@@ -217,7 +212,6 @@ class Snapshots:
         """The stored songs, with newer rows replacing those of the same song_id.
 
         Args:
-            song_range: which.
             newer: of FILE_SCHEMA.
             song_ids: that the range has now; other rows are dropped.
 

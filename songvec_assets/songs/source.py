@@ -73,7 +73,6 @@ class SongsSource:
     """A songs table that was found and checked.
 
     Attributes:
-        database: of the table.
         table: its name, for messages.
         song_id_column: the id column's name, for messages.
         relation: the table, quoted for SQL.
@@ -108,7 +107,8 @@ class SongsSource:
     @property
     def caution(self) -> str:
         """A warning if policies may hide songs; else empty."""
-        return f"row security is active on {self.table} for this user: policies may hide songs" * self.row_security
+        hidden = f"row security is active on {self.table} for this user: policies may hide songs"
+        return hidden if self.row_security else ""
 
     @property
     def identity(self) -> str:
@@ -164,8 +164,6 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
     """Find the songs table and its columns.
 
     Args:
-        database: of the table.
-        names: of the table and its columns.
         spec: how songs become texts: only columns that it names are required. Others are read if possible, else they
             are NULL. None: the default, which names all.
 
@@ -214,8 +212,6 @@ def _check_columns(
     """Refuse a table that lacks columns, or has them in other types, or that this user may not read.
 
     Args:
-        connection: to the table's database.
-        table: to check.
         wanted: columns to read, by their part of the setting's name.
         texts: those to embed, likewise.
     """

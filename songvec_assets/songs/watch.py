@@ -94,7 +94,7 @@ class SourceLook:
     """The state after a look at the source; the next look compares with it.
 
     Attributes:
-        source: which table and columns.
+        source: its identity.
         state: as last reported.
         digest: the last one taken.
         is_current: whether the digest was taken of the songs as `state` describes them.
@@ -171,7 +171,6 @@ def look_at_source(source: SongsSource, cursor: str | None) -> Found:
     """Look whether a song's text or id changed since the last look.
 
     Args:
-        source: which table and columns.
         cursor: the last look's `dump`; None or anything else: this is the first look.
 
     Returns:

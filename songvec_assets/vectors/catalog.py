@@ -59,7 +59,7 @@ class IndexInfo:
         n_changed: rows changed since it was built.
         version: differs for each build.
         kind: see `kinds`.
-        candidates: that a search by bits puts into exact order; None: it is none by bits.
+        candidates: that a search by bits puts into exact order; None: its kind has no bits.
     """
 
     n_rows: int
@@ -85,10 +85,6 @@ class IndexInfo:
         lists = f", {self.lists:,} lists" if self.lists else ""
         return f"{self.kind}{lists} over {self.n_rows:,} rows"
 
-    def describe_search(self) -> str:
-        """How it is searched."""
-        return describe_knobs(self.probes, self.candidates)
-
 
 def describe_knobs(probes: int, candidates: int | None) -> str:
     """How an index is searched: `12 probes`, or `12 probes and 200 candidates`."""
@@ -96,9 +92,9 @@ def describe_knobs(probes: int, candidates: int | None) -> str:
 
 
 def find_index(connection: sa.Connection, table: str, index: str) -> "sa.Row[Any] | None":
-    """The kind, lists, n_bytes, file and function of a table's index; None: it is missing, invalid or of no kind.
+    """The kind, lists, n_bytes, file and function of a table's index; None: it is missing, invalid or none of `KINDS`.
 
-    The file differs for each build. The function makes the bits that are indexed; None: they are none.
+    The file differs for each build. The function makes the bits that are indexed; None: no bits are indexed.
     """
     return connection.execute(
         text("""

@@ -53,12 +53,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The ledger of one table. Each method reads in the connection's transaction, or in a new one.
-
-    Attributes:
-        database: where it is.
-        table: whose.
-    """
+    """The ledger of one table. Each method reads in the connection's transaction, or in a new one."""
 
     database: Database
     table: str
@@ -161,7 +156,6 @@ class Records:
     """What is recorded about one table: its ledger, and values of `songvec.settings`.
 
     Attributes:
-        database: where it is.
         name: `SERVING`, `STAGING` or `PREVIOUS`; a plain identifier, which SQL may hold as it is.
     """
 
@@ -210,7 +204,7 @@ class Records:
         return self.read(connection, "probes", int)
 
     def read_candidates(self, connection: sa.Connection) -> int | None:
-        """The rows that searches by bits put into exact order; None: the index is none by bits."""
+        """The rows that searches by bits put into exact order; None: the index has no bits."""
         return self.read(connection, "candidates", int)
 
     def rename_records(self, connection: sa.Connection, name: str) -> None:

@@ -200,7 +200,7 @@ class _Load:
                 if wrong.any():
                     named = ", ".join(map(str, rows.song_ids[wrong][:5].tolist()))
                     raise DamagedCacheError(
-                        f"{cached.describe} was changed on disk: the vectors of {int(wrong.sum())} or more songs do "
+                        f"{cached.folder} was changed on disk: the vectors of {int(wrong.sum())} or more songs do "
                         f"not fit their checksums (song_id {named}, …). They are discarded and the range was not "
                         f"loaded: run `songvec run --ranges {cached.range.key}`, which embeds those songs again, "
                         "and loads them"

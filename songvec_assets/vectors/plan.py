@@ -190,7 +190,7 @@ def check_whole(cached: CachedRange, loaded: pl.DataFrame | None = None) -> None
     if cached.damaged or n_lost:
         named = "; ".join(f"{name}: {why}" for name, why in cached.damaged.items()) or "none"
         raise DamagedCacheError(
-            f"{cached.describe} was changed on disk: {len(cached.damaged):,} files cannot be read ({named}), and "
+            f"{cached.folder} was changed on disk: {len(cached.damaged):,} files cannot be read ({named}), and "
             f"the vectors of {n_lost:,} loaded songs are lost. The range was not loaded: run `songvec "
             f"run --ranges {cached.range.key}`, which embeds again what is lost, and loads it"
         )

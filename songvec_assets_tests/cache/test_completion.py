@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from songvec_assets.cache import completion
+from songvec_assets.cache.manifest import is_base
 from songvec_assets.cache.model_cache import (
     ModelCache,
     write_embeddings_to_file,
@@ -55,7 +56,7 @@ def test_many_small_parts_are_merged_and_a_few_beside_a_base_are_not(tmp_path):
         for song_id in song_ids:
             write_embeddings_to_file(cache.open(RANGE), [song_id], [bytes(16)], np.ones((1, 2_000), np.float32))
         complete(cache)
-        return [each.is_base for each in cache.read_manifest(RANGE).files]
+        return [is_base(each.name) for each in cache.read_manifest(RANGE).files]
 
     assert put_each(range(60)) == [True]
     assert put_each([60]) == [True, False]
@@ -69,7 +70,7 @@ def test_a_few_large_parts_are_not_written_twice(cache):
         song_ids = list(range(start, start + 2_000))
         write_embeddings_to_file(cache.open(wide), song_ids, hashes_of(song_ids), np.ones((2_000, 3), np.float32))
     completion.complete(cache.open(wide), FILLED, 0.0)
-    assert [each.is_base for each in cache.read_manifest(wide).files] == [False, False]
+    assert [is_base(each.name) for each in cache.read_manifest(wide).files] == [False, False]
 
 
 def test_older_texts_serve_again_until_over_a_fifth_of_the_rows_is_dead(cache):
@@ -109,7 +110,7 @@ def test_a_merge_does_not_bless_what_a_disk_changed(cache):
     path.write_bytes(content)
     complete(cache)
     cached = cache.open(RANGE)
-    assert (cached.manifest.files[0].is_base, cached.damaged) == (True, {})
+    assert (is_base(cached.manifest.files[0].name), cached.damaged) == (True, {})
     assert cached.find_sound(cached.rows)["song_id"].to_list() == [1, 3]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from songvec_assets.cache.parts import PIECE_ROWS, DamagedPartError, PartIdentity, Rows, open_part, write_part
+from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, DamagedPartError, PartIdentity, open_part, write_part
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import hash_text
@@ -19,7 +19,7 @@ IDENTITY = PartIdentity("a/model", 3, SongIdRange(0, 10_000))
 def make(n_rows, identity=IDENTITY, seed=0):
     """A part's bytes, and its vectors."""
     vectors = np.random.default_rng(seed).normal(size=(n_rows, identity.dimensions)).astype(np.float32)
-    rows = Rows.of(range(n_rows), [hash_text(str(song_id)) for song_id in range(n_rows)], vectors)
+    rows = CachedRows.of(range(n_rows), [hash_text(str(song_id)) for song_id in range(n_rows)], vectors)
     file = io.BytesIO()
     write_part(file, identity, rows, (vectors[at : at + PIECE_ROWS] for at in range(0, n_rows, PIECE_ROWS)))
     return file.getvalue(), vectors

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.manifest import DataFile
 from songvec_assets.cache.model_cache import ModelCache, load_embeddings_from_cache, read_embeddings_from_file
-from songvec_assets.cache.parts import CachedRows, Rows
+from songvec_assets.cache.parts import CachedRows
 from songvec_assets.errors import (
     DamagedCacheError,
     DatabaseError,
@@ -526,7 +526,7 @@ class TestDamage:
     ) -> None:
         put(cache, range(20))
         writer, bad = cache.open(FIRST).writer, np.full((1, DIMENSIONS), value, dtype=np.float32)
-        writer.write_base(Rows.of([7], [bytes(16)], bad), iter([bad]))
+        writer.write_base(CachedRows.of([7], [bytes(16)], bad), iter([bad]))
         cached = cache.open(FIRST)
         file = next(DataFile(name, size) for name, size in cached.files.sizes.items() if name.endswith("-base.arrow"))
         cached.save(cached.manifest.adopt([file], [7]))

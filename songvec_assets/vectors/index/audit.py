@@ -115,7 +115,6 @@ def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> Recall
     """The recall as measured last, or measured again if rows changed since; None: there is no valid index.
 
     Args:
-        table: whose index.
         cache: the cache that it was loaded from.
         target: recall to reach.
 

@@ -15,7 +15,7 @@ from songvec_assets.vectors.catalog import find_index
 from songvec_assets.vectors.table import VectorTable
 
 SAMPLE_ROWS = 5_000
-"""About as many; their mean is off by 1.4 % of the vectors' spread about it."""
+"""About: the mean of this number of rows is off by 1.4 % of the vectors' spread about it."""
 
 _READ_MEAN = """
     SELECT avg(l2_normalize(embedding::vector))::text FROM {table} TABLESAMPLE SYSTEM (:percent) REPEATABLE (0)

@@ -1,8 +1,8 @@
 """Building an index while another one serves: the statement, its progress, the swap of names, and leftovers.
 
 Searches never wait. Writers wait only for a build inside a transaction: of a table that nobody uses yet, or behind a
-pooler that gives no session. When to add here: what happens between CREATE INDEX and the name
-that searches use. Keep out: whether to build (`upkeep`), and with what memory (`sizing`).
+pooler that gives no session. When to add here: what happens between CREATE INDEX and the name that searches use. Keep
+out: whether to build (`build_plan`), and with what memory (`sizing`).
 """
 
 import contextlib
@@ -45,7 +45,6 @@ def create_index(
     """Build the index under its building name.
 
     Args:
-        table: to index.
         definition: of the index, from USING on.
         estimate: of the build; says how much memory it is given.
         workers: parallel processes it may take.
@@ -152,7 +151,6 @@ def swap_names(table: VectorTable, record: Callable[[sa.Connection], None], run:
     Searches wait neither for the renaming of an index nor for DROP INDEX CONCURRENTLY.
 
     Args:
-        table: whose.
         record: called in the transaction that renames.
         run: a stop ends the wait while another session holds a lock.
 
@@ -209,7 +207,6 @@ def remove_leftovers(table: VectorTable, run: RunContext, keep_whole: bool = Fal
     """Drop what interrupted builds left; a build that the server still runs for a killed client is cancelled first.
 
     Args:
-        table: whose.
         run: notified of the waiting; a stop ends it.
         keep_whole: whether a valid index under the building name is kept, to be used.
     """

@@ -18,7 +18,7 @@ CHANGED_SHARE = 0.2
 _LISTS_OFF_BY = 0.25
 """Lists grow as the square root of the rows: a quarter more are due once the rows have grown by half."""
 MAX_DRIFT = 0.1
-"""Of the mean that bits are taken about, relative to the spread of the vectors: seven times what chance makes of it."""
+"""How far the mean of an index by bits may move, relative to the vectors' spread: seven times what chance does."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,6 @@ class IndexSettings:
     memory_bytes: int | None = None
     rebuild: bool = False
     kind: str = "ivfflat"
-
-    def choose_kind(self, spec: TableSpec) -> IndexKind:
-        """The kind for a table."""
-        return choose_kind(self.kind, spec.vector_type)
 
 
 DEFAULT_SETTINGS = IndexSettings()
@@ -75,7 +71,7 @@ def plan_lists(
         SettingsError: more lists were set than fit into memory.
         DatabaseError: not even one fits.
     """
-    kind = wanted.choose_kind(spec)
+    kind = choose_kind(wanted.kind, spec.vector_type)
     if not kind.has_lists:
         return 0, ""
     lists = wanted.lists or choose_lists(n_rows)
@@ -105,7 +101,6 @@ class BuildPlan:
         lists_now: of its valid index of this kind; None: there is none.
         reason: why it is to be built; None: it is not.
         limit: why it does not get the number of lists that suits the rows; empty: it does.
-        capacity: of the server.
         estimate: what a build needs, and its number of lists.
     """
 
@@ -124,14 +119,13 @@ def plan_build(table: VectorTable, spec: TableSpec, wanted: IndexSettings, n_row
     Args:
         table: whose; it need not exist.
         spec: what it holds.
-        wanted: the settings.
         n_rows: that it has, or is to have.
         n_changed: of them, since the index was built.
 
     Raises:
         SettingsError, DatabaseError: see `plan_lists`.
     """
-    kind = wanted.choose_kind(spec)
+    kind = choose_kind(wanted.kind, spec.vector_type)
     with table.database.get_connection() as connection:
         found = find_index(connection, table.name, table.index_name)
         is_searched = VectorTable(table.database).read_lists(connection) is not None
@@ -147,20 +141,17 @@ def plan_build(table: VectorTable, spec: TableSpec, wanted: IndexSettings, n_row
     if reason is not None:
         # what it has now may have fitted into memory once
         lists, limit = plan_lists(max(1, n_rows), wanted, None, capacity, spec)
-    estimate = _estimate(kind, n_rows, lists, spec, capacity)
-    if not kind.has_lists and estimate.memory_bytes < sizing.graph_memory_bytes(n_rows, spec.dimensions):
-        limit = (
-            f"the graph does not fit into {sizing.format_bytes(estimate.memory_bytes)} of memory "
-            f"({capacity.memory_source}), so that the build takes much longer"
-        )
+    if kind.has_lists:
+        indexed = kind.indexed_type(spec.vector_type)
+        estimate = sizing.estimate_build(n_rows, lists, spec.dimensions, indexed, capacity.workers)
+    else:
+        estimate = sizing.estimate_graph(n_rows, spec.dimensions, capacity.memory_bytes, capacity.workers)
+        if estimate.memory_bytes < sizing.graph_memory_bytes(n_rows, spec.dimensions):
+            limit = (
+                f"the graph does not fit into {sizing.format_bytes(estimate.memory_bytes)} of memory "
+                f"({capacity.memory_source}), so that the build takes much longer"
+            )
     return BuildPlan(kind, n_changed, lists_now, reason, limit, capacity, estimate)
-
-
-def _estimate(kind: IndexKind, n_rows: int, lists: int, spec: TableSpec, capacity: Capacity) -> BuildEstimate:
-    if not kind.has_lists:
-        return sizing.estimate_graph(n_rows, spec.dimensions, capacity.memory_bytes, capacity.workers)
-    indexed = kind.indexed_type(spec.vector_type)
-    return sizing.estimate_build(n_rows, lists, spec.dimensions, indexed, capacity.workers)
 
 
 def reason_of_drift(report: RecallReport | None) -> str | None:

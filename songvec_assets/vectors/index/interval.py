@@ -11,7 +11,7 @@ When to add here: another statistic of hits. Keep out: searches, and what follow
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 _NORMAL = 1.96
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A share, and its interval of 95 %."""
 
     share: float

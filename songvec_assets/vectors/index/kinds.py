@@ -1,4 +1,4 @@
-"""The kinds of index that a table may have: what each indexes, by which method, and with which knob. Pure.
+"""The kinds of index that a table may have: what each indexes, and by which method. Pure.
 
     ivfflat          the vectors, in lists
     ivfflat_halfvec  the vectors rounded to half floats, in lists: half the size
@@ -6,7 +6,7 @@
     hnsw_bit         the same bits, in a graph
 
 A search by bits finds candidates, and then puts these into exact order by their vectors. All kinds are built and
-searched by the same code: when to add here: another kind. Keep out: the bits' function (`index/bits`), what a build
+searched by the same code. When to add here: another kind. Keep out: the bits' function (`index/bits`), what a build
 takes (`index/sizing`), and the SQL of a search, which the function `songvec.nearest_sql` makes of the index itself.
 """
 
@@ -41,13 +41,8 @@ class IndexKind:
 
     @property
     def has_lists(self) -> bool:
-        """Whether its knob is the number of lists visited; else it is the number of candidates, too."""
+        """Whether its rows are in lists, of which a search visits some; else they are in a graph."""
         return self.method == "ivfflat"
-
-    @property
-    def knob(self) -> str:
-        """The server's setting that trades speed for recall."""
-        return "ivfflat.probes" if self.has_lists else "hnsw.ef_search"
 
     def indexed_type(self, vector_type: str) -> str:
         """The type of what is indexed of a column of this type."""

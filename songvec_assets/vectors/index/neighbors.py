@@ -3,7 +3,7 @@
 The ledger says which rows of the cache are loaded. One pass of matrix products over the mapped files answers all
 queries at once; the server would read the whole table for each. Vectors are float32, so the precision that a `halfvec`
 table loses is visible. Memory is bounded by a stored batch. Of a large table a sample of the rows is read, see
-`ExactNeighbors`. When to add here: another kind of query. Keep out: what searches find (`searches`).
+`ExactNeighbors`. When to add here: another kind of query. Keep out: what searches find (`recall_searches`).
 """
 
 import math
@@ -50,7 +50,6 @@ class LoadedRows:
     """The rows of the cache that a table holds.
 
     Attributes:
-        table, cache: where they are.
         ranges: number of rows of each loaded range.
     """
 
@@ -126,8 +125,8 @@ class ExactNeighbors:
     If only a sample of the rows was read, the true ten nearest of the table are known in part. Each of them is in the
     sample with the same probability, whether the index finds it or not: those that are in it are unbiased trials. A row
     of the sample is one of the ten if fewer than ten are nearer, and these are counted among all that searches found,
-    and the sample's other rows, each of which represents 1/share rows. A sample searched by itself would
-    tell less: its ten nearest are far from the query, and in other lists than the table's ten nearest.
+    and the sample's other rows, each of which represents 1/share rows. To search the sample alone would measure
+    something else: its ten nearest are far from the query, and in other lists than the table's ten nearest.
 
     Attributes:
         queries: unit vectors, (n, dimensions).
@@ -238,7 +237,7 @@ class Prepared:
     """Queries and their exact neighbors, which do not depend on the index.
 
     Attributes:
-        ledger: of the table when they were sought: if it has changed, they are sought again.
+        ledger: of the table at that time: if it has changed since, they are computed again.
         exact: what was found.
     """
 
@@ -247,7 +246,7 @@ class Prepared:
 
 
 def prepare(table: VectorTable, cache: ModelCache, run: RunContext) -> "Future[Prepared]":
-    """Begin to find the exact neighbors in another thread: for a table of seconds, while its index is built."""
+    """Begin to find the exact neighbors in another thread, while the index of a small table is built."""
 
     def find() -> Prepared:
         ledger, rows = table.ledger.read(), LoadedRows.of(table, cache)

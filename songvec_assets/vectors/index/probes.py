@@ -24,7 +24,7 @@ def find_smallest(reaches: Callable[[int], bool], tried: set[int], lists: int) -
         tried: numbers of probes that were measured.
         lists: of the index; taken if none reaches the target.
     """
-    # ascending: those above the first are never asked for
+    # ascending: those above the first one that does are not measured again
     high = next(filter(reaches, sorted(tried)), None)
     if high is None and lists in tried:
         return lists
@@ -56,7 +56,6 @@ class NearestSearch:
 
         Args:
             connection: in whose transaction it is to be used.
-            table: to search.
             of_songs: whether deleted songs are left out, as `songvec.search` does.
         """
         source = "(SELECT value FROM songvec.settings WHERE key = 'search')" if of_songs else "NULL"

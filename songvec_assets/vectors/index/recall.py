@@ -1,7 +1,7 @@
 """The recall of an index, measured: which number of probes reaches the target, and how sure that is.
 
-When to add here: another figure of the report. Keep out: the searches (`searches`), the exact answers (`neighbors`) and
-their statistics (`interval`).
+When to add here: another figure of the report. Keep out: the searches (`recall_searches`), the exact answers
+(`neighbors`) and their statistics (`interval`).
 """
 
 from concurrent.futures import Future
@@ -21,11 +21,11 @@ from songvec_assets.vectors.table import VectorTable
 
 DEFAULT_TARGET = 0.95
 _ENOUGH = 0.99
-"""Up to here recall is measured in any case, so that the report shows what more probes than the target's would give."""
+"""Recall is measured up to here, even if the target is lower: the report shows what more probes would give."""
 _UNMEASURED_SHARE = 0.01
 _FEWEST_CANDIDATES, _MOST_CANDIDATES = 25, 1600
 _WIDER = 8
-"""Candidates are chosen with so many times the lists of a first guess, so that few neighbors are in none of these."""
+"""Candidates are chosen over n times the lists of a first guess, so that few neighbors are outside of these lists."""
 _FEWEST_EF_SEARCH = 16
 
 
@@ -43,7 +43,7 @@ class RecallReport:
         n_changed: rows changed since the index was built, when this was measured.
         seconds: that it took.
         is_cut_short: whether the time was up: then fewer probes might do, or the interval is wide.
-        candidates: that a search by bits puts into exact order; None: it is none by bits.
+        candidates: that a search by bits puts into exact order; None: the index has no bits.
         drift: of the mean that the bits are taken about, see `bits`; None: there are none.
     """
 
@@ -93,19 +93,19 @@ class RecallReport:
 
     def describe(self) -> str:
         """One line: recall, interval and number of queries, and what is in doubt."""
-        point, words = self.chosen, [f"recall {self.recall:.1%} at {describe_knobs(self.probes, self.candidates)}"]
+        point, parts = self.chosen, [f"recall {self.recall:.1%} at {describe_knobs(self.probes, self.candidates)}"]
         if point.low == point.high:
-            words[0] += " (exact: all lists are visited)"
+            parts[0] += " (exact: all lists are visited)"
         else:
             sample = f" against a sample of {self.n_read:,} rows" if self.n_read < self.n_rows else ""
-            words[0] += f" (95% interval {point.low:.1%} to {point.high:.1%}, {point.n_queries:,} queries{sample})"
+            parts[0] += f" (95% interval {point.low:.1%} to {point.high:.1%}, {point.n_queries:,} queries{sample})"
         if not self.reached:
-            words.append(f"under the target of {self.target:.0%}")
+            parts.append(f"under the target of {self.target:.0%}")
         elif point.low < self.target:
-            words.append(f"it may be as low as {point.low:.1%}, under the target of {self.target:.0%}")
+            parts.append(f"it may be as low as {point.low:.1%}, under the target of {self.target:.0%}")
         if self.is_cut_short:
-            words.append(f"measuring ended at its time limit, after {self.seconds:.0f} s")
-        return ", ".join(words)
+            parts.append(f"measuring ended at its time limit, after {self.seconds:.0f} s")
+        return ", ".join(parts)
 
 
 def read_recall(connection: sa.Connection, table: VectorTable) -> RecallReport | None:
@@ -133,7 +133,6 @@ def measure_recall(
     """Measure over the powers of two until recall is beyond doubt, then narrow down the smallest probes that reach it.
 
     Args:
-        table: with its index.
         cache: the cache that it was loaded from.
         target: recall to reach, for both kinds of queries.
         kept: probes that searches use now; they are chosen again if they reach the target.

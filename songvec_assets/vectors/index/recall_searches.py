@@ -7,6 +7,7 @@ time is up. Times are milliseconds per round trip. When to add here: another fig
 follows from it (`recall`).
 """
 
+import json
 import math
 import time
 from concurrent.futures import Future
@@ -18,7 +19,6 @@ import numpy as np
 import sqlalchemy as sa
 
 from songvec_assets.cache.model_cache import ModelCache
-from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.progress import SILENT, Progress, RunContext
@@ -85,15 +85,14 @@ class Searches:
     """The same searches at several numbers of probes: `Searches.over(…).measure(8)`.
 
     Attributes:
-        table: with its index.
         exact: what is searched for, see `sample_queries`, and the true neighbors.
         kind: of the index.
         lists: of the index; of a graph, its greatest `ef_search`.
         exact_from: probes that miss nothing: all lists, if vectors are not rounded to half floats or bits.
-        candidates: rows that are put into exact order, by bits in lists; None: as many as probes in a graph, else none.
-        drift: of the mean of an index by bits, see `bits`; None: it is none.
+        candidates: rows that a search by bits in lists puts into exact order; None for all other kinds.
+        drift: of the mean of an index by bits, see `bits`; None for all other kinds.
         n_changed: rows changed since it was built.
-        limit_s: for all of it, from `began_at` on; then no further search starts, but for two at new probes.
+        limit_s: for all of it, from `began_at` on; afterwards no further search starts, except two at new probes.
         run: notified of each search; a stop ends them.
         began_at: `time.monotonic()`.
         n_done: searches so far.
@@ -125,7 +124,6 @@ class Searches:
         """Draw queries and find their exact neighbors, in half of the time.
 
         Args:
-            table: with its index.
             cache: that it was loaded from.
             run: notified of the rows; a stop ends it.
             ahead: see `prepare`; None: nothing was prepared.
@@ -180,7 +178,7 @@ class Searches:
         return self.candidates or 0, probes
 
     def reaches(self, probes: int, target: float) -> bool:
-        """Whether so many probes reach the target; the number of queries doubles until that is clear.
+        """Whether n probes reach the target; the number of queries doubles until that is clear.
 
         False if they were not measured before the time was up.
         """
@@ -245,7 +243,7 @@ class Searches:
         found = self._found[self._key(probes)]
         judged = np.array([self.exact.judge(*each, self._others(each[0])) for each in enumerate(found)])
         kinds = of_rows, of_synthetic = [estimate_share(*judged[first::2].T) for first in (0, 1)]
-        recall, low, high = (min(getattr(kind, name) for kind in kinds) for name in ("share", "low", "high"))
+        recall, low, high = map(min, zip(*kinds, strict=True))
         if recall == 1 and probes >= self.exact_from:
             low = high = 1.0
         median, p99 = np.percentile(self._times[self._key(probes)], [50, 99]).tolist()
@@ -263,7 +261,7 @@ class Searches:
 
     @cached_property
     def _literals(self) -> list[str]:
-        return [to_literal(vector) for vector in self.exact.queries]
+        return [json.dumps(vector.tolist()) for vector in self.exact.queries]
 
     def _parameters(self, query: int, probes: int) -> dict[str, Any]:
         candidates = self.candidates or (NEIGHBORS if self.kind.has_lists else probes)
@@ -276,8 +274,3 @@ class Searches:
                 "run `songvec index`, which builds a valid one",
                 "index.failed",
             )
-
-
-def to_literal(vector: Float32Matrix) -> str:
-    """A vector as the server reads it; every float32 comes back unchanged."""
-    return "[" + ",".join(map(repr, vector.tolist())) + "]"

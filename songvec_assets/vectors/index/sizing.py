@@ -117,18 +117,18 @@ def index_bytes(n_rows: int, lists: int, dimensions: int, vector_type: str = "ve
     return _PAGE_BYTES * (1 + centres + max(lists, rows))
 
 
-def graph_bytes(n_rows: int, dimensions: int, vector_type: str = "bit") -> int:
-    """The size of an HNSW index: of each row an element with its value, and its neighbors."""
-    element = math.ceil((_ELEMENT_BYTES + _vector_bytes(dimensions, vector_type)) / 8) * 8
+def graph_bytes(n_rows: int, dimensions: int) -> int:
+    """The size of an HNSW index on bits: of each row an element with its bits, and its neighbors."""
+    element = math.ceil((_ELEMENT_BYTES + _vector_bytes(dimensions, "bit")) / 8) * 8
     neighbors = math.ceil((_NEIGHBOR_HEADER_BYTES + _NEIGHBORS * _NEIGHBOR_BYTES) / 8) * 8
     rows_per_page = (_PAGE_BYTES - _PAGE_OVERHEAD_BYTES) // (element + neighbors + 2 * _POINTER_BYTES)
     return _PAGE_BYTES * (1 + math.ceil(n_rows / max(1, rows_per_page)))
 
 
-def graph_memory_bytes(n_rows: int, dimensions: int, vector_type: str = "bit") -> int:
-    """Memory in which an HNSW index is built at once; with less, the rest is added row by row on disk."""
+def graph_memory_bytes(n_rows: int, dimensions: int) -> int:
+    """Memory in which an HNSW index on bits is built at once; with less, the rest is added row by row on disk."""
     neighbors = 1.07 * _NEIGHBORS * _BUILD_NEIGHBOR_BYTES
-    return math.ceil(n_rows * (_BUILD_ELEMENT_BYTES + _vector_bytes(dimensions, vector_type) + neighbors))
+    return math.ceil(n_rows * (_BUILD_ELEMENT_BYTES + _vector_bytes(dimensions, "bit") + neighbors))
 
 
 def table_bytes(n_rows: int, dimensions: int, vector_type: str = "vector") -> int:
@@ -220,7 +220,6 @@ class Capacity:
         """Raise DatabaseError if the build would exceed the limit of temporary files, or fill the disk.
 
         Args:
-            estimate: of the build.
             table_bytes: of rows that are to be loaded before it.
         """
         needed = estimate.temporary_bytes
@@ -247,7 +246,6 @@ def read_capacity(database: Database, memory_bytes: int | None = None, searched:
     """Ask the server what it has.
 
     Args:
-        database: of the table.
         memory_bytes: of the setting; None: half of what is available, if that can be read.
         searched: whether searches go on meanwhile: a core is left to them.
     """

@@ -31,9 +31,9 @@ from songvec_assets.vectors.index.sizing import BuildEstimate
 from songvec_assets.vectors.table import TableSpec, VectorTable
 
 _PROBES_GROWN = 1.5
-"""Searches take as much longer as they visit more lists; one probe more or less is what a measurement cannot tell."""
+"""If recall takes n times the probes of the last build, and one more, which may be chance, the index is built again."""
 _PREPARED_ROWS = 100_000
-"""Up to here exact neighbors are found while the index is built: in a long build rows change meanwhile."""
+"""Up to this size, exact neighbors are found while the index is built; during a longer build rows would change."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,8 @@ def bring_index_up_to_date(
     Searches use the old index until the new one replaces it, and as many probes as reach the target.
 
     Args:
-        table: to index.
         cache: that it was loaded from.
         spec: what it holds.
-        wanted: the settings.
         run: notified of the build's phases, then of rows and searches of the measurement; a stop ends it, the server's
             work included.
         check_held: raises if the caller lost the lock under which it works on this table alone; None: a lock is taken
@@ -96,13 +94,13 @@ def bring_index_up_to_date(
         )
         n_rows, n_changed = _count(table)
         plan = plan_build(table, spec, wanted, n_rows, n_changed)
-        recall, words, seconds, is_built = None, [plan.reason], 0.0, plan.reason is not None
+        recall, remarks, seconds, is_built = None, [plan.reason], 0.0, plan.reason is not None
         if not is_built:
             build.remove_leftovers(table, run)
             recall, measured, reason = _review_recall(table, cache, wanted.target_recall, run)
             of_lists = f"{plan.lists_now:,} lists fit " if plan.kind.has_lists else ""
             fits = f"{of_lists}{n_rows:,} rows, {n_changed:,} rows changed since it was built"
-            words, is_built = [reason or fits, measured], reason is not None
+            remarks, is_built = [reason or fits, measured], reason is not None
             if is_built:
                 plan = plan_build(table, spec, replace(wanted, rebuild=True), n_rows, n_changed)
         if is_built:
@@ -111,10 +109,10 @@ def bring_index_up_to_date(
             how = _build(table, spec, plan, run, check_held)
             seconds = time.monotonic() - started
             recall, measured = measure_and_record(table, cache, wanted.target_recall, run, ahead=ahead)
-            words = [words[0], plan.limit, how, measured]
+            remarks = [remarks[0], plan.limit, how, measured]
         index = table.index
         assert index is not None
-        return IndexReport("; ".join(filter(None, words)), is_built, index, seconds, recall, plan.estimate)
+        return IndexReport("; ".join(filter(None, remarks)), is_built, index, seconds, recall, plan.estimate)
 
 
 def _count(table: VectorTable) -> tuple[int, int]:
@@ -196,9 +194,9 @@ def _review_recall(
     same = last if last and last.target == target else None
     if same and same.holds(n_changed):
         return same, same.describe(), None
-    report, words = measure_and_record(table, cache, target, run, same.probes if same else None)
+    report, message = measure_and_record(table, cache, target, run, same.probes if same else None)
     reason, first = None, built.probes if built.target == target and n_changed else None
     if report and first and report.probes > _PROBES_GROWN * first + 1 and not report.is_cut_short:
         then = f"{first:,} when it was built; {n_changed:,} rows changed since"
         reason = f"a recall of {target:.0%} takes {report.probes:,} probes, {then}"
-    return report, words, reason or reason_of_drift(report)
+    return report, message, reason or reason_of_drift(report)

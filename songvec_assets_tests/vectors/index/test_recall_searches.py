@@ -16,7 +16,7 @@ from songvec_assets.progress import Progress, RunContext, StopSignal
 from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.index.neighbors import LoadedRows, find_exact_neighbors, prepare, sample_queries
 from songvec_assets.vectors.index.recall import measure_recall
-from songvec_assets.vectors.index.recall_searches import Searches, to_literal
+from songvec_assets.vectors.index.recall_searches import Searches
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
@@ -239,7 +239,8 @@ class TestSample:
         assert (report.n_read, report.n_rows) == (exact.n_read, 400)
 
 
-def test_vectors_reach_the_server_as_they_are(database: Database) -> None:
-    vector = make_vector(3)
-    [(text,)] = execute(database.adbc_uri, f"SELECT '{to_literal(vector)}'::vector::text")
-    np.testing.assert_array_equal(np.array(text[1:-1].split(","), dtype=np.float32), vector)
+def test_vectors_reach_the_server_as_they_are(indexed: Database, cache: ModelCache) -> None:
+    searches = Searches.over(VectorTable(indexed), cache)
+    sent = searches._parameters(0, 1)["vector"]
+    [(text,)] = execute(indexed.adbc_uri, f"SELECT '{sent}'::vector::text")
+    np.testing.assert_array_equal(np.array(text[1:-1].split(","), dtype=np.float32), searches.exact.queries[0])
