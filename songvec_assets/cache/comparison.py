@@ -49,7 +49,6 @@ async def compare_server(
 
     Args:
         find_songs: finds the songs to compare with; called in a thread.
-        context: what all requests of the run share.
         report: of the range whose fill is to begin; counts what is billed.
 
     Raises:
@@ -90,7 +89,6 @@ def find_songs(cache: ModelCache, snapshots: Snapshots, spec: TextSpec) -> list[
 
     Args:
         cache: of the model.
-        spec: how songs become texts.
     """
     ranges = sorted({*cache.ranges()} & {*snapshots.ranges()})
     step = max(1, math.ceil(len(ranges) / N_SONGS))

@@ -188,7 +188,6 @@ def decode(content: bytes, name: str, identity: PartIdentity | None = None) -> M
     """Parse a stored manifest.
 
     Args:
-        content: of the file.
         name: of the file, for messages.
         identity: that it must have; None: any.
 

@@ -128,10 +128,10 @@ def plan_fill(
     """Compare a range's snapshot with what is cached of it.
 
     Args:
-        spec: how songs become texts.
         rejected_by: the server whose earlier rejections count; songs rejected by another server are sent again. None:
             no earlier rejection counts.
-        find_elsewhere: see `OtherRanges`; the songs whose text need not be sent. None if all are embedded again.
+        find_elsewhere: returns those songs whose text another range has, see `OtherRanges`; of no song if all are
+            embedded again.
 
     Raises:
         StoreError: there is no snapshot; its absence does not mean that the cached songs were deleted.

@@ -32,7 +32,6 @@ class RefusedTexts:
     """The texts of one range that got no vector.
 
     Attributes:
-        context: what all requests of the run share.
         rejected: the rejected songs, once it is clear that the server is not at fault.
     """
 

@@ -42,7 +42,6 @@ class RangeSender:
     """Sends one range's texts and stores what comes back.
 
     Attributes:
-        context: what all requests of the run share.
         report: of the range; counts what is sent and what comes back.
         gatherer: stores the vectors.
         check_held: raises if the range's lock was lost.

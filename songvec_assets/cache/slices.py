@@ -25,7 +25,7 @@ _TAIL_BYTES = 1 << 16
 _END = struct.Struct("<i6s")
 """Length of the footer, and the magic bytes."""
 _BLOCK = struct.Struct("<qi4xq")
-"""Of a batch: where its metadata begins, the length of these, and the length of its columns."""
+"""Of a batch: where its metadata begins, the length of the metadata, and that of the columns."""
 _NARROW_BYTES = 4 + TEXT_HASH_BYTES + 8
 
 

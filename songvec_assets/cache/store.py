@@ -40,7 +40,6 @@ class Store:
     Attributes:
         storage: its objects.
         store_id: its identity, which its database records.
-        tiling: how song_ids are divided into ranges.
         bound: whether a database has recorded it.
     """
 

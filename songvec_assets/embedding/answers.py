@@ -76,10 +76,6 @@ def status_of(status: int, body: bytes) -> int:
 
     Some servers answer 200 and put the error into the body (OpenRouter does; read 2026-11).
 
-    Args:
-        status: of the response.
-        body: its content.
-
     Returns:
         An HTTP status; 500 for a 200 whose error names no status.
     """
@@ -108,8 +104,6 @@ def find_refusal(status: int, body: bytes, message: str, is_first: bool) -> Prov
 
     Args:
         status: as `status_of` gives it; not a redirect.
-        body: of the answer.
-        message: the error's message.
         is_first: whether there was no good answer yet.
     """
     if status in ENDS:
@@ -154,7 +148,6 @@ def hinted_texts(message: str, n_texts: int) -> int | None:
     """The maximum texts per request that a refusal seems to name; a hint, since the number may mean something else.
 
     Args:
-        message: of the refusal.
         n_texts: of the refused request.
 
     Returns:
@@ -168,7 +161,6 @@ def parse_retry_after(value: str, sent_at: str) -> float | None:
     """Seconds of a Retry-After header, a number or an HTTP date; None if it is absent or neither.
 
     Args:
-        value: of the header.
         sent_at: the HTTP date of the response, by the server's clock if the response has one.
     """
     try:

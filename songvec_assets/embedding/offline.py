@@ -1,7 +1,7 @@
 """Embedders that run in this process and cost nothing: their base class, and one that hashes words, for tests.
 
-The latter hashes words, their prefixes and (in scripts without spaces) pairs of characters to a few signed dimensions
-each, as in feature hashing (Weinberger et al. 2009). It knows spelling, not meaning: its vectors are always labelled
+The second one maps words, their prefixes and (in scripts without spaces) pairs of characters to a few signed dimensions
+each, as feature hashing does (Weinberger et al. 2009). It knows spelling, not meaning: its vectors are always labelled
 `offline-v1`.
 When to add here: what all local models have in common. Keep out: the demo's model (`demo`).
 """

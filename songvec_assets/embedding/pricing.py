@@ -99,10 +99,8 @@ class Price:
 
     def estimate(self, n_songs: int, n_texts: int, n_tokens: int, quota: "Quota") -> Estimate:
         """Price and time of sending n texts with n tokens at the full quota."""
-        minutes = max(
-            n_tokens / quota.tokens_per_minute,
-            quota.n_requests(n_texts, n_tokens) / quota.requests_per_minute,
-        )
+        n_requests = max(n_texts / quota.max_request_texts, n_tokens / quota.max_request_tokens)
+        minutes = max(n_tokens / quota.tokens_per_minute, n_requests / quota.requests_per_minute)
         return Estimate(n_songs, n_texts, n_tokens, self.usd(n_tokens), minutes / 60)
 
 
@@ -126,7 +124,3 @@ class Quota:
         share = self.tokens_per_minute // min(50, self.requests_per_minute)
         lesser = max(1, min(self.max_request_tokens, share))
         object.__setattr__(self, "max_request_tokens", lesser)
-
-    def n_requests(self, n_texts: int, n_tokens: int) -> float:
-        """About how many requests these texts and tokens take."""
-        return max(n_texts / self.max_request_texts, n_tokens / self.max_request_tokens)

@@ -72,9 +72,10 @@ def read_labels(path: str | Path) -> list[LabelledQuery]:
 
 
 def _parse(line: str) -> LabelledQuery:
-    words, songs, kind, *rest = [*map(str.strip, line.split("\t")), "", ""][: max(3, line.count("\t") + 1)]
-    if rest:
-        raise SearchError(f"expected up to 3 columns, separated by tabs, got {3 + len(rest)}")
+    columns = line.split("\t")
+    if len(columns) > 3:
+        raise SearchError(f"expected up to 3 columns, separated by tabs, got {len(columns)}")
+    words, songs, kind = map(str.strip, [*columns, "", ""][:3])
     Query(words=words).check()
     if not songs:
         raise SearchError("expected song_ids after a tab, got none")

@@ -75,7 +75,7 @@ def search_songs(
     """
     texts = ", ".join(map(as_bytes, (source.name, source.artist, source.lyrics)))
     song = f"SELECT {texts} FROM {source.relation} WHERE {source.song_id} = songvec_hit.id LIMIT 1"
-    # a few words before it in the same round trip: settings of a session would stay with a pooler's next client
+    # SET for this transaction, in the same round trip: a session's settings would stay with a pooler's next client
     limited = "" if timeout_s is None else f"SET LOCAL statement_timeout = {round(timeout_s * 1000)};"
     statement = f"""
         SET TRANSACTION ISOLATION LEVEL READ COMMITTED READ ONLY; {limited}

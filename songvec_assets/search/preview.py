@@ -64,7 +64,6 @@ def preview_table(rows: LoadedRows, source: SongsSource, spec: TableSpec) -> Pre
 
     Args:
         rows: that the table holds, with their vectors in the cache.
-        spec: what the table holds.
 
     Raises:
         StoreError: the cache does not hold what is loaded.

@@ -81,7 +81,6 @@ def make_content(songs: pa.Table, spec: TextSpec) -> pa.Table:
 
     Args:
         songs: as `read_songs_from_postgres` returns them.
-        spec: how songs become texts.
 
     Returns:
         Of FILE_SCHEMA.

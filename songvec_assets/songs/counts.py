@@ -46,7 +46,6 @@ class RangeCount:
     """What the source holds in a range.
 
     Attributes:
-        ids: of its rows.
         newest: the latest updated_at that is not in the future by the server's clock, as text; None if there is no such
             column or row.
     """

@@ -110,7 +110,6 @@ def cache_songs_to_parquet(
     """Bring the snapshots to the state of the source table.
 
     Args:
-        tiling: how song_ids are divided into ranges.
         options: how to export.
         run: receives the number of songs exported so far, and may stop the export; finished ranges are kept.
 
@@ -179,7 +178,6 @@ class _Exporter:
     """Exports ranges of one source; its methods may be called from any thread.
 
     Attributes:
-        counts: of the source, by range.
         newest: see `Looks`; empty: every song is compared.
         above: if the export appends, the highest song_id of all snapshots.
     """

@@ -64,7 +64,6 @@ class MissingSongs:
 
         Args:
             snapshots: as the previous export left them.
-            counts: of the source, by range.
             run: may stop the comparison.
         """
         self.is_empty = not counts

@@ -135,7 +135,6 @@ class Snapshots:
         """The texts of some songs, rendered, see `render_texts`.
 
         Args:
-            spec: how songs become texts.
             song_ids: of songs that are not rejected.
 
         Raises:

@@ -82,7 +82,6 @@ class SongsSource:
         updated_at: quoted column, or None.
         updated_at_type: its type.
         row_security: whether policies may hide songs from this user.
-        encoding: of the database.
     """
 
     database: Database

@@ -70,7 +70,6 @@ def upload_cached_embeddings_to_database(
     Args:
         table: to load; created if it is missing.
         source: the cache.
-        spec: what the table holds.
         run: notified of the rows loaded; a stop ends the load between two ranges, or in the middle of one, which is
             rolled back.
         plan: what `plan_load` found; None: it is called here.
@@ -228,7 +227,6 @@ def store_rows(connection: sa.Connection, batches: Iterator[CachedRows], spec: T
     Args:
         connection: in a transaction.
         batches: rows whose song_ids are not in the table.
-        spec: what the table holds.
         table: its name.
     """
     with raw_cursor(connection) as cursor:
@@ -276,7 +274,6 @@ def store_embeddings_batch(
         connection: in a transaction.
         song_ids: (n,).
         embeddings: (n, dimensions).
-        spec: what the table holds.
         table: its name.
     """
     rows = ((song_id, Vector(vector).to_text()) for song_id, vector in zip(song_ids.tolist(), embeddings, strict=True))

@@ -28,7 +28,6 @@ class LoadSource:
 
     Attributes:
         cache: of the table's model.
-        tiling: how song_ids are divided into ranges.
         snapshots: say what songs there are; a load reads them only before a swap.
     """
 
@@ -112,7 +111,6 @@ def compare(
     Args:
         table: whose rows and ledger are looked at.
         cache: of its model.
-        tiling: how song_ids are divided into ranges.
         opens_files: see `ModelCache.summarize`.
 
     Returns:

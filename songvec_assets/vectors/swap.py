@@ -72,7 +72,6 @@ class LoadReport:
     """What was decided and done.
 
     Attributes:
-        target: where the rows went, and why.
         loads: one per range.
         n_unmanaged: rows of the serving table in ranges that were never loaded: somebody else wrote them.
         index, comparison: of the table that was swapped in; None: none was.

@@ -177,7 +177,6 @@ class VectorTable(Records):
         """Create it if it is missing, else check it. The demo's table in the embedded database is replaced.
 
         Args:
-            spec: what it is to hold.
             models: of the loaded ranges; None: they are read from the ledger.
 
         Returns:

@@ -107,6 +107,6 @@ def test_where_few_requests_are_allowed_each_is_its_share_of_the_token_quota(req
 
 
 def test_requests_are_counted_by_the_limit_that_binds():
-    quota = Quota(6_000, 10**9, max_request_texts=100, max_request_tokens=1_000)
-    assert quota.n_requests(n_texts=1_000, n_tokens=1_000) == 10
-    assert quota.n_requests(n_texts=1_000, n_tokens=50_000) == 50
+    quota = Quota(60, 10**9, max_request_texts=100, max_request_tokens=1_000)
+    for n_tokens, n_requests in ((1_000, 10), (50_000, 50)):
+        assert Price(0.10).estimate(1_000, 1_000, n_tokens, quota).hours == pytest.approx(n_requests / 60 / 60)

@@ -47,7 +47,6 @@ def reason_to_build(n_rows: int, lists: int, lists_now: int | None, n_changed: i
     """Why the index should be built now, or None.
 
     Args:
-        n_rows: in the table.
         lists: that suit them.
         lists_now: of the valid index that is there, or None.
         n_changed: rows written or deleted since it was built.
@@ -96,7 +95,6 @@ class BuildPlan:
     """Whether an index is to be built, and what that needs.
 
     Attributes:
-        kind: of the index to build.
         n_changed: rows changed since the table's index was built.
         lists_now: of its valid index of this kind; None: there is none.
         reason: why it is to be built; None: it is not.
@@ -118,7 +116,6 @@ def plan_build(table: VectorTable, spec: TableSpec, wanted: IndexSettings, n_row
 
     Args:
         table: whose; it need not exist.
-        spec: what it holds.
         n_rows: that it has, or is to have.
         n_changed: of them, since the index was built.
 

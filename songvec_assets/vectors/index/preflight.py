@@ -51,7 +51,6 @@ def check_target(target: VectorTable, spec: TableSpec, wanted: IndexSettings, n_
 
     Args:
         target: the serving table, or the staging table if that is built.
-        spec: what it is to hold.
         wanted: how it is to be indexed.
         n_songs: rows that it is to have.
 

@@ -175,6 +175,7 @@ class Searches:
         return {probes for candidates, probes in self._found if candidates == (self.candidates or 0)}
 
     def _key(self, probes: int) -> tuple[int, int]:
+        """What the searches are stored by: candidates, 0 if there are none to choose, and probes."""
         return self.candidates or 0, probes
 
     def reaches(self, probes: int, target: float) -> bool:
@@ -195,25 +196,27 @@ class Searches:
         Raises:
             DatabaseError: the planner does not use the index, even if sequential scans are off.
         """
-        n_queries, key = min(n_queries, len(self.exact.queries)), self._key(probes)
+        self._run_queries(self._key(probes), min(n_queries, len(self.exact.queries)))
+        return self.judge(probes)
+
+    def _run_queries(self, key: tuple[int, int], n_queries: int) -> None:
+        """Run the first n queries with these candidates and probes, unless they were run."""
         found = self._found.setdefault(key, [])
         if self.exact.share < 1 and n_queries > FIRST_QUERIES and key < max(self._found):
             # of a sample, the widest search says which rows are among the true ten
-            candidates, self.candidates = self.candidates, max(self._found)[0] or None
-            self.measure(max(self._found)[1], n_queries)
-            self.candidates = candidates
-        if len(found) < n_queries:
-            with self.table.database.get_connection() as connection:
-                nearest = NearestSearch.read(connection, self.table)
-                nearest.set_knobs(connection, probes)
-                connection.execute(sa.text("SET LOCAL enable_seqscan = off; SET LOCAL enable_indexscan = on"))
-                with raw_cursor(connection) as cursor:
-                    self._check_plan(cursor, nearest, probes)
-                    for query in range(len(found), n_queries):
-                        if found and query % 2 == 0 and self.is_late:
-                            break  # with as many queries of one kind as of the other
-                        found.append(self._find_complete(query, probes) or self._search(cursor, nearest, query, probes))
-        return self.judge(probes)
+            self._run_queries(max(self._found), n_queries)
+        if len(found) >= n_queries:
+            return
+        with self.table.database.get_connection() as connection:
+            nearest = NearestSearch.read(connection, self.table)
+            nearest.set_knobs(connection, key[1])
+            connection.execute(sa.text("SET LOCAL enable_seqscan = off; SET LOCAL enable_indexscan = on"))
+            with raw_cursor(connection) as cursor:
+                self._check_plan(cursor, nearest, key)
+                for query in range(len(found), n_queries):
+                    if found and query % 2 == 0 and self.is_late:
+                        break  # with as many queries of one kind as of the other
+                    found.append(self._find_complete(query, key[1]) or self._search(cursor, nearest, query, key))
 
     def _find_complete(self, query: int, probes: int) -> Found | None:
         """What fewer probes found, if that is all: more probes visit the same lists and others, and find it again.
@@ -226,16 +229,16 @@ class Searches:
         by_fewer = (found[query] for (_, fewer), found in self._found.items() if fewer < probes and query < len(found))
         return next((found for found in by_fewer if len(set(self.exact.judge(query, found, {}))) == 1), None)
 
-    def _search(self, cursor: Any, nearest: NearestSearch, query: int, probes: int) -> Found:
+    def _search(self, cursor: Any, nearest: NearestSearch, query: int, key: tuple[int, int]) -> Found:
         self.run.check_stop()
-        parameters = self._parameters(query, probes)
+        parameters = self._parameters(query, key)
         started = time.perf_counter()
         cursor.execute(nearest.statement, parameters)
         found = dict(cursor.fetchall())
         if query < FIRST_QUERIES:
-            self._times.setdefault(self._key(probes), []).append(1000 * (time.perf_counter() - started))
+            self._times.setdefault(key, []).append(1000 * (time.perf_counter() - started))
         self.n_done += 1
-        self.run.report(Progress(STEP, self.n_done, 0, unit="searches", note=f"{probes:,} probes"))
+        self.run.report(Progress(STEP, self.n_done, 0, unit="searches", note=f"{key[1]:,} probes"))
         return found
 
     def judge(self, probes: int) -> RecallPoint:
@@ -263,12 +266,12 @@ class Searches:
     def _literals(self) -> list[str]:
         return [json.dumps(vector.tolist()) for vector in self.exact.queries]
 
-    def _parameters(self, query: int, probes: int) -> dict[str, Any]:
-        candidates = self.candidates or (NEIGHBORS if self.kind.has_lists else probes)
+    def _parameters(self, query: int, key: tuple[int, int]) -> dict[str, Any]:
+        candidates = key[0] or (NEIGHBORS if self.kind.has_lists else key[1])
         return {"vector": self._literals[query], "limit": NEIGHBORS, "candidates": max(NEIGHBORS, candidates)}
 
-    def _check_plan(self, cursor: Any, nearest: NearestSearch, probes: int) -> None:
-        if not uses_index(cursor, self.table.index_name, nearest.statement, self._parameters(0, probes)):
+    def _check_plan(self, cursor: Any, nearest: NearestSearch, key: tuple[int, int]) -> None:
+        if not uses_index(cursor, self.table.index_name, nearest.statement, self._parameters(0, key)):
             raise DatabaseError(
                 f"expected the planner to take {self.table.index_name} with enable_seqscan off, it does not: "
                 "run `songvec index`, which builds a valid one",

@@ -56,7 +56,6 @@ class BuildEstimate:
     """What a build is expected to need.
 
     Attributes:
-        n_rows: to be indexed.
         lists: of the index; 0: it is a graph.
         memory_bytes: of the server, during k-means, or for the graph.
         index_bytes: of disk, for the finished index.
@@ -152,8 +151,6 @@ def estimate_build(
     """Estimate what a build needs.
 
     Args:
-        n_rows: in the table.
-        lists: of the index.
         dimensions: values per vector.
         vector_type: the column's type.
         workers: parallel processes in addition to the one that builds.

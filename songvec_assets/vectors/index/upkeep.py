@@ -71,7 +71,6 @@ def bring_index_up_to_date(
 
     Args:
         cache: that it was loaded from.
-        spec: what it holds.
         run: notified of the build's phases, then of rows and searches of the measurement; a stop ends it, the server's
             work included.
         check_held: raises if the caller lost the lock under which it works on this table alone; None: a lock is taken

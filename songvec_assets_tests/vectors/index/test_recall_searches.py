@@ -241,6 +241,6 @@ class TestSample:
 
 def test_vectors_reach_the_server_as_they_are(indexed: Database, cache: ModelCache) -> None:
     searches = Searches.over(VectorTable(indexed), cache)
-    sent = searches._parameters(0, 1)["vector"]
+    sent = searches._parameters(0, (0, 1))["vector"]
     [(text,)] = execute(indexed.adbc_uri, f"SELECT '{sent}'::vector::text")
     np.testing.assert_array_equal(np.array(text[1:-1].split(","), dtype=np.float32), searches.exact.queries[0])
