@@ -116,7 +116,7 @@ def test_a_proxy_of_the_environment_is_named(
 ) -> None:
     monkeypatch.setenv(variable, f"{scheme}127.0.0.1:{(port := free_port())}")
     failure = send(replace(endpoint, url="http://provider.invalid/v1"), first=True)
-    assert f"127.0.0.1:{port}" in failure.words
+    assert f"127.0.0.1:{port}" in failure.message
     assert "HTTP_PROXY" in failure.advice
     assert "add provider.invalid to NO_PROXY" in failure.advice
 
