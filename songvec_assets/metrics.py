@@ -27,18 +27,6 @@ _EASE = 20
 """Reading takes one part in so many of the time, at most."""
 _EXPIRY = 6
 """Intervals after which values that could not be read again are no longer shown."""
-_TOTALS = {
-    "songs_embedded": ("embedded_songs", "Songs that got a vector from the provider."),
-    "tokens": ("embedded_tokens", "Tokens billed for songs."),
-    "retries": ("provider_retries", "Bad answers to requests with songs, before good ones."),
-    "retries_after_429": ("provider_rate_limited", "Those of the retries that came after a 429."),
-    "rows_written": ("rows_written", "Rows written into the table of embeddings."),
-    "rows_deleted": ("rows_deleted", "Rows deleted from the table of embeddings."),
-}
-
-
-def _counter(name: str, meaning: str, value: float) -> Metric:
-    return CounterMetricFamily(f"songvec_{name}", meaning, value)
 
 
 def _gauge(name: str, meaning: str, values: Mapping[str, float] | float, label: str = "") -> Metric:
@@ -59,7 +47,7 @@ def read_database(songs: Searches) -> Iterator[Metric]:
         counts, succeeded = totals.read(connection)
         recall = read_recall(connection, songs.table)
     limits = {"month": given.max_usd_a_month, "searches": given.max_search_usd_a_month}
-    yield _counter("spent_dollars", "Dollars billed for songs and queries.", spent["month"][0])
+    yield CounterMetricFamily("songvec_spent_dollars", "Dollars billed for songs and queries.", spent["month"][0])
     yield _gauge(
         "month_spent_dollars",
         "Dollars of this month (UTC), billed or reserved, by budget: all of them, and those of searches.",
@@ -74,8 +62,8 @@ def read_database(songs: Searches) -> Iterator[Metric]:
     )
     yield _gauge("quota_used_ratio", "Share of the provider's quota that was used in the last minute.", quota.used)
     yield _gauge("quota_speed_ratio", "Share of the quota that may be used; below 1 after a 429.", quota.speed)
-    for key, (name, meaning) in _TOTALS.items():
-        yield _counter(name, meaning, counts[key])
+    for name, meaning in totals.COUNTS.items():
+        yield CounterMetricFamily(f"songvec_{name}", meaning, counts[name])
     yield _gauge("step_success_timestamp_seconds", "When a step of a run last succeeded.", succeeded, "step")
     if recall is not None:
         yield _gauge("recall_ratio", "Recall@10 of searches, as measured last.", recall.recall)
@@ -105,7 +93,6 @@ class Part:
         self._metrics: Sequence[Metric] = ()
         self._is_good = True
         self._due_at = self._expires_at = float("-inf")
-        self.read_at = 0.0
 
     @property
     def metrics(self) -> Sequence[Metric]:
@@ -119,7 +106,6 @@ class Part:
             return
         try:
             self._metrics, failure = [*self._read()], ""
-            self.read_at = time.time()
         except SongvecError as error:
             self._metrics, failure = (), describe(error)
         if failure and self._is_good:
@@ -139,7 +125,7 @@ class StateCollector:
         )
 
     def collect(self) -> Iterator[Metric]:
-        """All that is known, and how well each part could be read."""
+        """All that is known, and whether each part could be read."""
         read = {part.name: part.metrics for part in self.parts}
         for metrics in read.values():
             yield from metrics
@@ -147,12 +133,6 @@ class StateCollector:
             "state_read_success",
             "Whether a part of the state could be read; if not, its metrics are missing.",
             {name: float(bool(metrics)) for name, metrics in read.items()},
-            "part",
-        )
-        yield _gauge(
-            "state_read_timestamp_seconds",
-            "When a part of the state was last read.",
-            {part.name: part.read_at for part in self.parts},
             "part",
         )
 

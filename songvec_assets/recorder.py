@@ -33,10 +33,10 @@ class Recorder:
         """Count what fills of ranges sent, complete or not."""
         for each in fills:
             counts = {
-                "songs_embedded": each.n_embedded,
-                "tokens": each.n_tokens,
-                "retries": each.n_retries,
-                "retries_after_429": each.n_limited,
+                "embedded_songs": each.n_embedded,
+                "embedded_tokens": each.n_tokens,
+                "provider_retries": each.n_retries,
+                "provider_rate_limited": each.n_limited,
             }
             if any(counts.values()):
                 totals.add(self._songs.database, counts)

@@ -166,7 +166,7 @@ class RunSettings(Group):
     @classmethod
     def _check_suffix(cls, value: str) -> str:
         if not value.endswith(".prom"):
-            raise ValueError("a file whose name ends in .prom: the collector reads no others")
+            raise ValueError("a file whose name ends in .prom: others are not read")
         return value
 
 

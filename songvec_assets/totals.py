@@ -12,7 +12,15 @@ import sqlalchemy as sa
 from songvec_assets.postgres.engine import Database, atomic, error_border
 from songvec_assets.postgres.schema import has_tables
 
-COUNTS = "songs_embedded", "tokens", "retries", "retries_after_429", "rows_written", "rows_deleted"
+COUNTS = {
+    "embedded_songs": "Songs that got a vector from the provider.",
+    "embedded_tokens": "Tokens billed for songs.",
+    "provider_retries": "Bad answers to requests with songs, before good ones.",
+    "provider_rate_limited": "Bad answers that were 429.",
+    "rows_written": "Rows written into the table of embeddings.",
+    "rows_deleted": "Rows deleted from the table of embeddings.",
+}
+"""What is counted: its name, which is that of its metric, and its meaning."""
 
 # in one order: two processes never wait for each other's rows
 _ADD = atomic("""
@@ -31,7 +39,7 @@ _READ = sa.text("SELECT key, value FROM songvec.settings WHERE key ~ '^(total|la
 
 def add(database: Database, counts: Mapping[str, int]) -> None:
     """Add to some of `COUNTS`; zeros write nothing."""
-    assert counts.keys() <= {*COUNTS}, counts
+    assert counts.keys() <= COUNTS.keys(), counts
     if given := {name: n for name, n in counts.items() if n}:
         with error_border(), database.get_engine("autocommit").connect() as connection:
             connection.execute(_ADD, {"names": [*given], "numbers": [*given.values()]})

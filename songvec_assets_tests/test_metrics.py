@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+import sqlalchemy as sa
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 
@@ -10,6 +11,7 @@ from songvec_assets import metrics
 from songvec_assets.errors import DatabaseError
 from songvec_assets.metrics import Part, StateCollector
 from songvec_assets.pipeline import Pipeline
+from songvec_assets_tests.administration import as_role, execute
 
 
 class Clock:
@@ -19,9 +21,6 @@ class Clock:
         self.now = 1_000.0
 
     def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
         return self.now
 
 
@@ -49,18 +48,18 @@ class TestPart:
         assert (len(values), part.metrics[0].samples[0].value) == (3, 1_010.0)
 
     def test_that_takes_long_is_read_more_seldom(self, clock: Clock) -> None:
+        read_at: list[float] = []
+
         def read() -> Iterator[Metric]:
             clock.now += 4.0
-            yield GaugeMetricFamily("value", "A value.", clock.now)
+            read_at.append(clock.now)
+            yield GaugeMetricFamily("value", "A value.", 1)
 
         part = Part("value", read, 10.0)
-        part.refresh()
-        clock.now += 79.0
-        part.refresh()
-        assert part.read_at == 1_004.0
-        clock.now += 2.0
-        part.refresh()
-        assert part.read_at > 1_004.0
+        for wait_s in (0.0, 79.0, 2.0):
+            clock.now += wait_s
+            part.refresh()
+        assert read_at == [1_004.0, 1_089.0]
 
     def test_that_fails_is_missing_and_logged_once(self, caplog: pytest.LogCaptureFixture) -> None:
         fails = True
@@ -124,6 +123,19 @@ def test_a_part_that_cannot_be_read_leaves_the_other_one(
     assert (found["state_read_success database"], found["state_read_success ranges"]) == (1, 0)
     assert found["embedded_songs_total"] == 1
     assert not [name for name in found if name.startswith("ranges ")]
+
+
+def test_a_role_that_only_reads_sees_all_of_it(pipeline: Pipeline, songs: Callable[..., None]) -> None:
+    songs((1, "Sea", "Ann", "waves"))
+    pipeline.run()
+    tables = "songs, song_embeddings, songvec.settings, songvec.loaded_ranges, songvec.budgets"
+    with as_role(pipeline.database) as seen:
+        role = sa.make_url(seen.url).username
+        execute(pipeline.database.adbc_uri, f"GRANT USAGE ON SCHEMA songvec TO {role}; GRANT SELECT ON {tables}, "
+                f"songvec.rate_limits, songvec.rate_seconds TO {role}")  # fmt: skip
+        reader = Pipeline(pipeline.settings.model_copy(update={"postgres_url": seen.url}))
+        assert collect(StateCollector(reader)) == collect(StateCollector(pipeline))
+        reader.close()
 
 
 def test_limits_are_shown_where_there_are_some(pipeline: Pipeline) -> None:

@@ -18,15 +18,15 @@ def test_counts_add_up_whoever_adds(database: Database) -> None:
     assert read(database) == (dict.fromkeys(totals.COUNTS, 0), {})
     with ThreadPoolExecutor(8) as pool:
         # in either order of the names: nobody waits for ever
-        given = [{"tokens": 3, "rows_written": 1}, {"rows_written": 1, "tokens": 3}] * 20
+        given = [{"embedded_tokens": 3, "rows_written": 1}, {"rows_written": 1, "embedded_tokens": 3}] * 20
         [*pool.map(lambda counts: totals.add(database, counts), given)]
     counts, _ = read(database)
-    assert (counts["tokens"], counts["rows_written"], counts["retries"]) == (120, 40, 0)
+    assert (counts["embedded_tokens"], counts["rows_written"], counts["provider_retries"]) == (120, 40, 0)
     assert read(Database(database.url))[0] == counts
 
 
 def test_zeros_write_nothing_and_a_count_that_nobody_reads_is_refused(database: Database) -> None:
-    totals.add(database, {"tokens": 0, "retries": 0})
+    totals.add(database, {"embedded_tokens": 0, "provider_retries": 0})
     assert execute(database.adbc_uri, "SELECT key FROM songvec.settings WHERE key LIKE 'total%'") == []
     with pytest.raises(AssertionError):
         totals.add(database, {"dollars": 1})

@@ -18,6 +18,7 @@ from songvec_assets_tests.administration import execute, free_port, wait_until
 from songvec_assets_tests.conftest import environment_of
 from songvec_assets_tests.deploy.containers import COMPOSE
 from songvec_assets_tests.provider import Provider
+from songvec_assets_tests.warm import start as start_warm
 
 FOLDER = COMPOSE.parent / "prometheus"
 SONGVEC = str(Path(sys.executable).with_name("songvec"))
@@ -52,22 +53,18 @@ def test_each_alert_is_tested() -> None:
 
 
 @contextlib.contextmanager
-def running(*command: str, url: str, environment: dict[str, str] | None = None) -> Iterator[None]:
-    """A process that answers at a URL; it is ended at the end of the block."""
-    with subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
+def running(*command: str, environment: dict[str, str] | None = None) -> Iterator[None]:
+    """A process, which is ended at the end of the block."""
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
         try:
-            wait_until(lambda: process.poll() is not None or _answers(url))
-            assert process.poll() is None, process.communicate()[0]
             yield
         finally:
             process.terminate()
 
 
-def _answers(url: str) -> bool:
+def answers(url: str, **headers: str) -> bool:
     try:
-        return httpx2.get(url, timeout=5).is_success
+        return httpx2.get(url, headers=headers, timeout=5).is_success
     except httpx2.TransportError:
         return False
 
@@ -93,15 +90,11 @@ def test_a_real_prometheus_sees_what_a_run_did_and_a_server_serves_and_its_alert
     songs((1, "Sea", "Ann", "waves and salt"), (2, "Hill", "Ben", "stones"), (3, "Moon", "Cy", "a silver light"))
     (tmp_path / "textfiles").mkdir()
     (tmp_path / "token").write_text(TOKEN)
-    environment = os.environ | environment_of(database, provider, tmp_path) | {
+    environment = dict(os.environ) | environment_of(database, provider, tmp_path) | {
         "DAGSTER_HOME": str(tmp_path),
         "SONGVEC_METRICS_TEXTFILE": str(tmp_path / "textfiles" / "songvec.prom"),
         "SONGVEC_USD_PER_MILLION_TOKENS": "1000",
     }  # fmt: skip
-    ran = subprocess.run([SONGVEC, "run"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    [(spent,)] = execute(database.adbc_uri, "SELECT usd FROM songvec.budgets WHERE name LIKE 'month %'")
-    limited = environment | {"SONGVEC_MAX_USD_A_MONTH": str(float(spent) * 1.2)}
     server, node, prometheus = (f"127.0.0.1:{free_port()}" for _ in range(3))
     serve = SONGVEC, "serve", "--port", server.partition(":")[2], "--token-file", str(tmp_path / "token")
     exporter = (
@@ -119,18 +112,23 @@ def test_a_real_prometheus_sees_what_a_run_did_and_a_server_serves_and_its_alert
         "--log.level=warn",
     )
     with (
-        running(*serve, url=f"http://{server}/", environment=limited),
-        running(*exporter, url=f"http://{node}/metrics"),
-        running(*scraper, url=f"http://{prometheus}/-/ready"),
+        running(*exporter),
+        running(*scraper),
         httpx2.Client(base_url=f"http://{prometheus}/api/v1", timeout=30) as client,
+        contextlib.ExitStack() as stack,
     ):
+        ran = start_warm([SONGVEC, "run"], tmp_path, environment)
+        output, _ = ran.communicate()
+        assert ran.returncode == 0, output
+        [(spent,)] = execute(database.adbc_uri, "SELECT usd FROM songvec.budgets WHERE name LIKE 'month %'")
+        limited = environment | {"SONGVEC_MAX_USD_A_MONTH": str(float(spent) * 1.2)}
+        stack.enter_context(running(*serve, environment=limited))
 
         def query(expression: str) -> dict[str, float]:
             result: list[Any] = client.get("/query", params={"query": expression}).json()["data"]["result"]
             return {each["metric"].get("job", ""): float(each["value"][1]) for each in result}
 
-        bearer = {"Authorization": f"Bearer {TOKEN}"}
-        assert httpx2.get(f"http://{server}/search?q=sea&mode=text", headers=bearer, timeout=30).status_code == 200
+        wait_until(lambda: answers(f"http://{server}/search?q=sea&mode=text", Authorization=f"Bearer {TOKEN}"))
         expected = {
             "up": {"songvec": 1, "node": 1},
             "node_textfile_scrape_error": {"node": 0},
@@ -142,4 +140,4 @@ def test_a_real_prometheus_sees_what_a_run_did_and_a_server_serves_and_its_alert
             'songvec_search_duration_seconds_count{mode="text"}': {"songvec": 1},
             'ALERTS{alertname="SongvecBudgetNearLimit", alertstate="firing"}': {"": 1},
         }
-        wait_until(lambda: {each: query(each) for each in expected} == expected or None, seconds=30)
+        wait_until(lambda: {each: query(each) for each in expected} == expected)
