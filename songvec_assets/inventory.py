@@ -5,6 +5,7 @@ source, the footers of snapshots, manifests, the ledger without its song_ids, th
 range are read only if its digests differ. When to add here: another column. Keep out: what follows from a figure.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ _COLUMNS: dict[str, type[pl.DataType]] = {
     **dict.fromkeys(["n_source", "n_songs", "n_unexported", "n_cached", "n_loaded", "n_rows"], pl.Int64),
     **dict.fromkeys(["n_rejected", "n_missing", "n_orphans"], pl.Int64),
 }
+STATES = "unreadable", "behind", "cached", "loaded"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,22 @@ class Inventory:
         ranges = {*self.source.tiling}
         # a range from before the stop was raised is replaced by the next export
         return [each for each in map(SongIdRange.from_key, keys) if each in ranges]
+
+    @property
+    def states(self) -> Counter[str]:
+        """Number of ranges by state, each counted once.
+
+        `unreadable`: in the cache; `behind`: songs lack a vector or a reason, or an export; `cached`: complete, and the
+        table differs; `loaded`.
+        """
+        is_behind = ~pl.col("is_answered") | (pl.col("n_unexported") > 0)
+        state = (
+            pl.when(pl.col("error") != "").then(pl.lit("unreadable"))
+            .when(is_behind).then(pl.lit("behind"))
+            .when(pl.col("is_loaded")).then(pl.lit("loaded"))
+            .otherwise(pl.lit("cached"))
+        )  # fmt: skip
+        return Counter(self.frame.select(state=state)["state"])
 
     @property
     def total(self) -> dict[str, int]:

@@ -20,6 +20,7 @@ from songvec_assets.errors import SongvecError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
 from songvec_assets.questions import Questions
+from songvec_assets.recorder import Recorder
 from songvec_assets.reports import EmbedChoices, RunReport, continues_without
 from songvec_assets.search import nearest
 from songvec_assets.searches import Searches
@@ -79,7 +80,8 @@ class Pipeline(Questions, Searches):
             full_compare_hours=self.settings.full_compare_hours,
         )
         run = RunContext(progress, self.stop)
-        return export.cache_songs_to_parquet(self.source, self.store.songs, self.tiling, options, run)
+        report = export.cache_songs_to_parquet(self.source, self.store.songs, self.tiling, options, run)
+        return Recorder(self).succeed("export", report)
 
     def embed(
         self,
@@ -104,12 +106,15 @@ class Pipeline(Questions, Searches):
         """
         filler = self.filler(progress, reembed=uuid4().hex if reembed else None, **choices)
         reports: list[FillReport] = []
-        filler.fill_ranges(self.held_ranges() if ranges is None else ranges, reports.append)
+        try:
+            filler.fill_ranges(self.held_ranges() if ranges is None else ranges, reports.append)
+        finally:
+            Recorder(self).count(reports)
         if failed := {each.range.key: each.error for each in reports if each.error}:
             error = next(iter(failed.values()))
             error.add_note(f"not complete: {', '.join(failed)}; the other ranges are embedded")
             raise error
-        return reports
+        return Recorder(self).succeed("embed", reports)
 
     def load(self, progress: ReportProgress = ignore_progress) -> LoadReport:
         """Make what searches find equal to the cache; see `bring_table_up_to_date`.
@@ -122,12 +127,13 @@ class Pipeline(Questions, Searches):
         wanted = replace(self.wanted_table, judge=self.judge_staging if self.settings.evaluation_queries else None)
         report = swap.bring_table_up_to_date(self.database, self.load_source, wanted, run)
         nearest.record_source(self.database, self.source, self.filter_columns)
-        return report
+        return Recorder(self).succeed("load", report)
 
     def build_index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
         """Build the index if it is missing or out of date, or if `rebuild`; see `bring_index_up_to_date`."""
         wanted, run = replace(self.index_settings, rebuild=rebuild), RunContext(progress, self.stop)
-        return bring_index_up_to_date(self.table, self.cache, self.table_spec, wanted, run)
+        report = bring_index_up_to_date(self.table, self.cache, self.table_spec, wanted, run)
+        return Recorder(self).succeed("index", report)
 
     def run(
         self,

@@ -154,10 +154,20 @@ class RunSettings(Group):
     """Measured recall that searches must reach: the share found of the true ten nearest songs."""
     evaluation_queries: str | None = None
     """File of labelled queries on which each swap compares both tables (docs/search.md); unset: none."""
+    metrics_textfile: str | None = None
+    """File that each step writes for node_exporter's textfile collector, such as `/var/lib/…/songvec.prom`; unset:
+    none."""
     swap: bool = False
     """Whether another model, size or type is built as a staging table and swapped in; otherwise it is refused."""
     webhook_url: str | None = Field(default=None, repr=False)
     """Webhook URL that receives a message per failed run, as JSON with a `text` (Slack, Teams, …); unset: none."""
+
+    @field_validator("metrics_textfile")
+    @classmethod
+    def _check_suffix(cls, value: str) -> str:
+        if not value.endswith(".prom"):
+            raise ValueError("a file whose name ends in .prom: others are not read")
+        return value
 
 
 class GraphSettings(Group):

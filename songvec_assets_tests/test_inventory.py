@@ -69,6 +69,15 @@ def test_rows_that_somebody_else_removed_leave_a_range_not_loaded(filled: Pipeli
     assert [row[-1] for row in read(filled, DIFFERENCES)] == [False, True]
 
 
+def test_each_range_is_in_one_state(filled: Pipeline, songs: Songs) -> None:
+    assert filled.read_inventory().states == {"loaded": 2}
+    songs((5, "Song 5", "Ann", "la"), (201, "Song 201", "Ann", "la"))
+    change(filled, "DELETE FROM song_embeddings WHERE song_id = 101")
+    assert filled.read_inventory().states == {"behind": 2, "cached": 1}
+    (filled.cache.storage.root / "000000100-000000200" / "manifest.json").write_text("{")
+    assert filled.read_inventory().states == {"behind": 2, "unreadable": 1}
+
+
 def test_status_and_estimate_of_a_complete_catalogue_open_no_file_with_vectors_and_render_no_text(
     filled: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

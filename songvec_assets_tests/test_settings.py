@@ -71,6 +71,7 @@ GOOD = {
     "SONGVEC_CONCURRENCY": ("concurrency", 32, {"1": 1, "1000": 1000}),
     "SONGVEC_TARGET_RECALL": ("target_recall", 0.95, {"1": 1.0, "0.9": 0.9}),
     "SONGVEC_EVALUATION_QUERIES": ("evaluation_queries", None, {"queries.tsv": "queries.tsv"}),
+    "SONGVEC_METRICS_TEXTFILE": ("metrics_textfile", None, {"/x/songvec.prom": "/x/songvec.prom"}),
     "SONGVEC_SWAP": ("swap", False, {"yes": True, "True": True, "no": False, "false": False}),
     "SONGVEC_WEBHOOK_URL": ("webhook_url", None, {"https://x.example/hook": "https://x.example/hook"}),
     "SONGVEC_SONG_ID_START": ("song_id_start", 0, {"0": 0, "1500000000": 1_500_000_000}),
@@ -179,6 +180,7 @@ def test_a_bad_value_is_refused_by_the_name_of_its_variable(variable, value):
         ("SONGVEC_MAX_USD", "inf", "expected a finite number, got 'inf'"),
         ("SONGVEC_VECTOR_TYPE", "bit", "expected 'vector' or 'halfvec', got 'bit'"),
         ("SONGVEC_SWAP", "perhaps", "expected a valid boolean, unable to interpret input, got 'perhaps'"),
+        ("SONGVEC_METRICS_TEXTFILE", "/x", "expected a file whose name ends in .prom: others are not read, got '/x'"),
         ("SONGVEC_QUERY_PROMPT", "a\nb", r"expected a text that contains {query} once, or none, got 'a\nb'"),
     ],
 )  # fmt: skip

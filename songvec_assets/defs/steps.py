@@ -18,6 +18,7 @@ from songvec_assets.defs import reports
 from songvec_assets.errors import SongvecError, StoppedError, describe
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.progress import Progress, ProgressLines, run_in_worker
+from songvec_assets.recorder import Recorder
 from songvec_assets.reports import Step, continues_without
 from songvec_assets.songs.reports import IncompleteExportError
 
@@ -164,11 +165,13 @@ class FillRecorder:
     def __init__(self, context: dg.AssetExecutionContext, pipeline: Pipeline) -> None:
         self._context = context
         self._pipeline = pipeline
+        self._recorder = Recorder(pipeline)
         self._reports: list[FillReport] = []
 
     def record(self, report: FillReport) -> None:
         """Materialize a range that is complete; remember one that is not."""
         self._reports.append(report)
+        self._recorder.count([report])
         key, context = report.range.key, self._context
         if report.error is not None:
             context.log.error(f"{key} is not complete: {describe(report.error)}")
@@ -194,6 +197,7 @@ class FillRecorder:
             named = "; ".join(f"{key}: {describe(error)}" for key, error in [*failed.items()][:5])
             incomplete = self._find_incomplete(next(iter(failed.values())), {})
             raise fail(f"{len(failed)} of {len(self._reports)} ranges are not complete: {named}", incomplete)
+        self._recorder.succeed("embed", None)
 
     def find_incomplete(self, error: SongvecError) -> Incomplete | None:
         """What is incomplete if an error ended the step: what was embedded before can be loaded."""

@@ -53,6 +53,11 @@ _EXCEEDED = atomic(f"{_EXCEEDED_ROWS} ORDER BY name DESC")
 _POLL_S = 0.05
 
 _SPENT = sa.text(f"SELECT usd, reserved_usd FROM songvec.budgets WHERE name = {_MONTH}")
+_ALL_SPENT = sa.text(f"""
+    SELECT split_part(name, ' ', 1) AS kind, sum(usd) AS usd,
+           coalesce(sum(usd + reserved_usd) FILTER (WHERE {_MONTH} LIKE '% ' || split_part(name, ' ', 2)), 0) AS now
+    FROM songvec.budgets WHERE name ~ '^(month|searches) ' GROUP BY kind
+""")
 
 
 class MonthSpending(NamedTuple):
@@ -77,6 +82,12 @@ def read_month_spending(connection: sa.Connection) -> MonthSpending:
         return MonthSpending()
     row = connection.execute(_SPENT).one_or_none()
     return MonthSpending() if row is None else MonthSpending(*map(float, row))
+
+
+def read_spending(connection: sa.Connection) -> dict[str, tuple[float, float]]:
+    """Dollars billed so far, and dollars billed or reserved this month: of all requests, as `month`, and `searches`."""
+    rows = connection.execute(_ALL_SPENT) if has_tables(connection) else ()
+    return {"month": (0.0, 0.0), "searches": (0.0, 0.0)} | {kind: (float(usd), float(now)) for kind, usd, now in rows}
 
 
 class Budget:

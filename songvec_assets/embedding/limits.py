@@ -17,9 +17,11 @@ When to add here: another rule of the shared quota. Keep out: waiting (`gate`), 
 import threading
 from dataclasses import dataclass
 
+import sqlalchemy as sa
 from sqlalchemy import Engine, TextClause
 
 from songvec_assets.postgres.engine import atomic, error_border
+from songvec_assets.postgres.schema import has_tables
 
 DEPTH_SHARE = 1 / 50
 """Depth of a bucket as a share of the quota. The largest request is as large, unless the quota is below 50 requests per
@@ -35,8 +37,9 @@ _CREATE = atomic("""
     INSERT INTO songvec.rate_limits (name) VALUES (:name) ON CONFLICT (name) DO NOTHING
 """)
 
-_STATE = """
-    SELECT *, least(1, share + :probing * (extract(epoch FROM now - slowed_at) / 60) ^ 2) AS speed
+_SPEED = "least(1, share + :probing * (extract(epoch FROM now - slowed_at) / 60) ^ 2) AS speed"
+_STATE = f"""
+    SELECT *, {_SPEED}
     FROM (
         SELECT *, greatest(clock_timestamp() + make_interval(secs => ahead_s), seen_at) AS now
         FROM songvec.rate_limits WHERE name = :name FOR UPDATE
@@ -106,6 +109,39 @@ _SLOW_DOWN = atomic(f"""
         slowed_at = CASE WHEN known THEN seen.slowed_at ELSE now END
     FROM seen WHERE kept.name = seen.name
 """)
+
+_READ_USE = sa.text(f"""
+    SELECT {_SPEED}, (
+        SELECT greatest(sum(n_requests) / :requests_per_minute, sum(n_tokens) / :tokens_per_minute)
+        FROM songvec.rate_seconds AS logged
+        WHERE logged.name = :name AND second > extract(epoch FROM now) - 60 AND second <= extract(epoch FROM now)
+    ) AS used
+    FROM (SELECT *, greatest(clock_timestamp(), seen_at) AS now FROM songvec.rate_limits WHERE name = :name) AS kept
+""")
+
+
+@dataclass(frozen=True)
+class QuotaUse:
+    """What all processes use of a quota.
+
+    Attributes:
+        used: share of it that was used in the last minute.
+        speed: share of it that may be used: 1, and less after the provider answered 429.
+    """
+
+    used: float = 0.0
+    speed: float = 1.0
+
+
+def read_quota_use(
+    connection: sa.Connection, name: str, requests_per_minute: float, tokens_per_minute: float
+) -> QuotaUse:
+    """What all processes use of a quota now; its row is neither written nor locked."""
+    given = {"name": name, "requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+    found = (
+        connection.execute(_READ_USE, given | {"probing": PROBING}).one_or_none() if has_tables(connection) else None
+    )
+    return QuotaUse() if found is None else QuotaUse(float(found.used or 0), float(found.speed))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from songvec_assets.errors import ServeError, SongvecError, describe
 from songvec_assets.searches import Searches
 from songvec_assets.serve.answers import Notice, answer, answer_error, find_status, read_search, read_similar
 from songvec_assets.serve.guard import Guard, Limits, is_authorized
+from songvec_assets.serve.metrics import Metrics
 from songvec_assets.serve.searching import Searcher
 from songvec_assets.serve.workers import Workers
 
@@ -41,14 +42,18 @@ def create_app(songs: Searches, limits: Limits | None = None) -> Guard:
         limits: what is allowed; None: loopback, without a token.
     """
     allowed = limits or Limits()
-    searcher = Searcher(songs, Workers())
+    searcher, metrics = Searcher(songs, Workers()), Metrics(songs)
 
     async def search(request: Request) -> Response:
-        return answer(await searcher.find(read_search(request.scope["query_string"])))
+        wanted = read_search(request.scope["query_string"])
+        return answer(await metrics.measure(wanted, searcher.find(wanted)))
 
     async def similar(request: Request) -> Response:
         wanted = read_similar(request.path_params["song_id"], request.scope["query_string"])
-        return answer(await searcher.find(wanted))
+        return answer(await metrics.measure(wanted, searcher.find(wanted)))
+
+    async def show_metrics(_: Request) -> Response:
+        return await metrics.answer()
 
     async def health(request: Request) -> Response:
         may_know = is_authorized(request.headers, allowed.token)
@@ -69,6 +74,7 @@ def create_app(songs: Searches, limits: Limits | None = None) -> Guard:
         Route("/search", search),
         Route("/similar/{song_id}", similar),
         Route("/healthz", health),
+        Route("/metrics", show_metrics),
         *(Route(path, _serve_file(*file)) for path, file in _FILES.items()),
     ]
     app = Starlette(
@@ -76,9 +82,10 @@ def create_app(songs: Searches, limits: Limits | None = None) -> Guard:
         exception_handlers={SongvecError: _answer_ours, HTTPException: _answer_http, Exception: _answer_any},
         lifespan=lifespan,
     )
+    app.state.count_error = metrics.count_error
     # a redirect would be made of the Host header
     app.router.redirect_slashes = False
-    return Guard(app, allowed)
+    return Guard(app, allowed, metrics.count_error)
 
 
 def _serve_file(name: str, media_type: str) -> Callable[[Request], Response]:
@@ -92,15 +99,19 @@ async def _answer_ours(request: Request, error: Exception) -> Response:
     if find_status(error.code) >= 500:
         # without the query: what people search for is nobody's business
         log.warning("%s: %s", request.url.path, describe(error))
-    return answer_error(error)
+    return _answer_counted(request, error)
 
 
 async def _answer_http(request: Request, _: Exception) -> Response:
     path = request.url.path[:100]
-    return answer_error(
-        ServeError(f"expected /search, /similar/{{song_id}} or /healthz, got {path!r}", "serve.not-found")
-    )
+    words = f"expected /search, /similar/{{song_id}}, /healthz or /metrics, got {path!r}"
+    return _answer_counted(request, ServeError(words, "serve.not-found"))
 
 
-async def _answer_any(_: Request, __: Exception) -> Response:
-    return answer_error(ServeError("something unexpected failed: see the server's log", "serve.failed"))
+async def _answer_any(request: Request, _: Exception) -> Response:
+    return _answer_counted(request, ServeError("something unexpected failed: see the server's log", "serve.failed"))
+
+
+def _answer_counted(request: Request, error: SongvecError) -> Response:
+    request.app.state.count_error(error.code)
+    return answer_error(error)

@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 OPEN = frozenset({"/", "/page.css", "/page.js", "/icon.svg", "/openapi.json", "/healthz"})
 """Paths that show no song and cost nothing. All others need the token, and count in the rate."""
+UNCOUNTED = frozenset({"/metrics"})
+"""They need the token, and are answered however many searches there are: that is when somebody looks."""
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
@@ -55,10 +58,17 @@ class Limits:
 
 
 class Guard:
-    """Refuses what is not allowed before it reaches the application."""
+    """Refuses what is not allowed before it reaches the application.
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    Args:
+        app: the application.
+        limits: what is allowed.
+        count_error: called with the code of each refusal.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, count_error: Callable[[str], None]) -> None:
         self.app = app
+        self._count_error = count_error
         self._limits = limits
         self._hosts = LOOPBACK_NAMES | {name.lower() for name in limits.hosts}
         self._rates = Rates(limits.requests_per_minute)
@@ -77,14 +87,17 @@ class Guard:
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        guarded = scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        guarded = path not in OPEN
+        counted = guarded and path not in UNCOUNTED
         try:
-            self._check(scope, guarded)
+            self._check(scope, guarded, counted)
         except ServeError as error:
+            self._count_error(error.code)
             wait_s = {"Retry-After": str(self._rates.wait_s)} if error.code == "serve.rate" else {}
             await answer_error(error, **wait_s)(scope, receive, send_with_headers)
             return
-        self._n_now += guarded
+        self._n_now += counted
         try:
             await self.app(scope, receive, send_with_headers)
         except asyncio.CancelledError:
@@ -95,9 +108,9 @@ class Guard:
             # answered already; without the URL: what people search for is nobody's business
             log.exception("a request failed unexpectedly")
         finally:
-            self._n_now -= guarded
+            self._n_now -= counted
 
-    def _check(self, scope: Scope, guarded: bool) -> None:
+    def _check(self, scope: Scope, guarded: bool, counted: bool) -> None:
         headers = Headers(scope=scope)
         name = _read_host(headers.get("host", ""))
         if name not in self._hosts:
@@ -119,6 +132,8 @@ class Guard:
             )
         if not is_authorized(headers, self._limits.token):
             raise ServeError("expected the server's token: `Authorization: Bearer …`", "serve.unauthorized")
+        if not counted:
+            return
         if not self._rates.take(_read_client(scope)):
             raise ServeError(
                 f"expected up to {self._limits.requests_per_minute} searches per minute from one address: wait, or "

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.pool import NullPool
 
-from songvec_assets.embedding.budget import Budget, Reservation, read_month_spending
+from songvec_assets.embedding.budget import Budget, Reservation, read_month_spending, read_spending
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError, DatabaseError
 from songvec_assets.postgres.engine import Database, get_engine
@@ -311,6 +311,22 @@ def test_a_database_that_is_gone_is_an_error_of_ours(database: Database, run: st
         budget.reserve(1)
     with pytest.raises(DatabaseError, match="budgets"):
         budget.settle(2, 1)
+
+
+def test_spending_is_that_of_all_months_and_of_this_one(engine: sa.Engine, database: Database, run: str) -> None:
+    def read() -> dict[str, tuple[float, float]]:
+        with database.get_connection() as connection:
+            return read_spending(connection)
+
+    assert read() == {"month": (0, 0), "searches": (0, 0)}
+    searches = execute(database.adbc_uri, "SELECT 'searches ' || to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM')")[0][0]
+    for name in (run, searches):
+        budget = Budget(DOLLAR_A_TOKEN, engine, name)
+        budget.reserve(5)
+        budget.settle(3, 2)
+    old = "INSERT INTO songvec.budgets (name, usd) VALUES ('month 2020-02', 10), ('searches 2020-02', 1)"
+    execute(database.adbc_uri, old)
+    assert read() == {"month": (14, 8), "searches": (3, 4)}
 
 
 def test_answers_that_come_at_once_are_settled_together(engine: sa.Engine, run: str) -> None:
