@@ -44,7 +44,7 @@ def read_database(songs: Searches) -> Iterator[Metric]:
     with database.get_connection("web") as connection:
         spent = read_spending(connection)
         quota = read_quota_use(connection, given.fireworks_base_url, given.requests_per_minute, given.tokens_per_minute)
-        counts, succeeded = totals.read(connection)
+        counts = totals.read(connection)
         recall = read_recall(connection, songs.table)
     limits = {"month": given.max_usd_a_month, "searches": given.max_search_usd_a_month}
     yield CounterMetricFamily("songvec_spent_dollars", "Dollars billed for songs and queries.", spent["month"][0])
@@ -64,7 +64,6 @@ def read_database(songs: Searches) -> Iterator[Metric]:
     yield _gauge("quota_speed_ratio", "Share of the quota that may be used; below 1 after a 429.", quota.speed)
     for name, meaning in totals.COUNTS.items():
         yield CounterMetricFamily(f"songvec_{name}", meaning, counts[name])
-    yield _gauge("step_success_timestamp_seconds", "When a step of a run last succeeded.", succeeded, "step")
     if recall is not None:
         yield _gauge("recall_ratio", "Recall@10 of searches, as measured last.", recall.recall)
         yield _gauge("recall_target_ratio", "Recall to reach.", recall.target)

@@ -81,7 +81,7 @@ class Pipeline(Questions, Searches):
         )
         run = RunContext(progress, self.stop)
         report = export.cache_songs_to_parquet(self.source, self.store.songs, self.tiling, options, run)
-        return Recorder(self).succeed("export", report)
+        return Recorder(self).succeed(report)
 
     def embed(
         self,
@@ -114,7 +114,7 @@ class Pipeline(Questions, Searches):
             error = next(iter(failed.values()))
             error.add_note(f"not complete: {', '.join(failed)}; the other ranges are embedded")
             raise error
-        return Recorder(self).succeed("embed", reports)
+        return Recorder(self).succeed(reports)
 
     def load(self, progress: ReportProgress = ignore_progress) -> LoadReport:
         """Make what searches find equal to the cache; see `bring_table_up_to_date`.
@@ -127,13 +127,13 @@ class Pipeline(Questions, Searches):
         wanted = replace(self.wanted_table, judge=self.judge_staging if self.settings.evaluation_queries else None)
         report = swap.bring_table_up_to_date(self.database, self.load_source, wanted, run)
         nearest.record_source(self.database, self.source, self.filter_columns)
-        return Recorder(self).succeed("load", report)
+        return Recorder(self).succeed(report)
 
     def build_index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
         """Build the index if it is missing or out of date, or if `rebuild`; see `bring_index_up_to_date`."""
         wanted, run = replace(self.index_settings, rebuild=rebuild), RunContext(progress, self.stop)
         report = bring_index_up_to_date(self.table, self.cache, self.table_spec, wanted, run)
-        return Recorder(self).succeed("index", report)
+        return Recorder(self).succeed(report)
 
     def run(
         self,

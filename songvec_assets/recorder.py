@@ -42,12 +42,11 @@ class Recorder:
                 totals.add(self._songs.database, counts)
                 self._write(at_once=False)
 
-    def succeed(self, step: str, report: Report) -> Report:
-        """Record that a step succeeded, and what it did; returns its report."""
+    def succeed(self, report: Report) -> Report:
+        """Record what a step did; returns its report. If it did nothing, nothing is written but the file."""
         if isinstance(report, LoadReport):
             n_written, n_deleted = (sum(getattr(each, n) for each in report.loads) for n in ("n_written", "n_deleted"))
             totals.add(self._songs.database, {"rows_written": n_written, "rows_deleted": n_deleted})
-        totals.record_success(self._songs.database, step)
         self._write(at_once=True)
         return report
 

@@ -1,10 +1,9 @@
-"""What all runs on a database have done so far: counts that only grow, and when each step last succeeded.
+"""What all runs on a database have done so far: counts that only grow.
 
 They are in the database, so that steps of any process and machine add to the same ones. When to add here: another count
 of what runs do. Keep out: dollars (`embedding/budget`), and the metrics that are made of it (`metrics`).
 """
 
-import time
 from collections.abc import Mapping
 
 import sqlalchemy as sa
@@ -29,12 +28,7 @@ _ADD = atomic("""
     FROM unnest(CAST(:names AS text[]), CAST(:numbers AS bigint[])) AS given (name, n) ORDER BY name
     ON CONFLICT (key) DO UPDATE SET value = to_jsonb(settings.value::bigint + excluded.value::bigint)
 """)
-_SUCCEED = atomic("""
-    INSERT INTO songvec.settings (key, value)
-    VALUES ('last success of ' || CAST(:step AS text), to_jsonb(CAST(:now AS numeric)))
-    ON CONFLICT (key) DO UPDATE SET value = excluded.value
-""")
-_READ = sa.text("SELECT key, value FROM songvec.settings WHERE key ~ '^(total|last success of) '")
+_READ = sa.text("SELECT key, value FROM songvec.settings WHERE key ~ '^total '")
 
 
 def add(database: Database, counts: Mapping[str, int]) -> None:
@@ -45,15 +39,8 @@ def add(database: Database, counts: Mapping[str, int]) -> None:
             connection.execute(_ADD, {"names": [*given], "numbers": [*given.values()]})
 
 
-def record_success(database: Database, step: str) -> None:
-    """Record that a step succeeded now."""
-    with error_border(), database.get_engine("autocommit").connect() as connection:
-        connection.execute(_SUCCEED, {"step": step, "now": round(time.time(), 3)})
-
-
-def read(connection: sa.Connection) -> tuple[dict[str, int], dict[str, float]]:
-    """The counts; and when each step last succeeded, in seconds since the epoch."""
+def read(connection: sa.Connection) -> dict[str, int]:
+    """All counts."""
     rows = connection.execute(_READ).all() if has_tables(connection) else []
     found = {key: value for key, value in rows}  # noqa: C416 - dict() of rows has no type
-    succeeded = {key.rpartition(" ")[2]: at for key, at in found.items() if key.startswith("last")}
-    return {name: int(found.get(f"total {name}", 0)) for name in COUNTS}, succeeded
+    return {name: int(found.get(f"total {name}", 0)) for name in COUNTS}

@@ -9,20 +9,20 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets_tests.administration import execute
 
 
-def read(database: Database) -> tuple[dict[str, int], dict[str, float]]:
+def read(database: Database) -> dict[str, int]:
     with database.get_connection() as connection:
         return totals.read(connection)
 
 
 def test_counts_add_up_whoever_adds(database: Database) -> None:
-    assert read(database) == (dict.fromkeys(totals.COUNTS, 0), {})
+    assert read(database) == dict.fromkeys(totals.COUNTS, 0)
     with ThreadPoolExecutor(8) as pool:
         # in either order of the names: nobody waits for ever
         given = [{"embedded_tokens": 3, "rows_written": 1}, {"rows_written": 1, "embedded_tokens": 3}] * 20
         [*pool.map(lambda counts: totals.add(database, counts), given)]
-    counts, _ = read(database)
+    counts = read(database)
     assert (counts["embedded_tokens"], counts["rows_written"], counts["provider_retries"]) == (120, 40, 0)
-    assert read(Database(database.url))[0] == counts
+    assert read(Database(database.url)) == counts
 
 
 def test_zeros_write_nothing_and_a_count_that_nobody_reads_is_refused(database: Database) -> None:
@@ -32,12 +32,5 @@ def test_zeros_write_nothing_and_a_count_that_nobody_reads_is_refused(database: 
         totals.add(database, {"dollars": 1})
 
 
-def test_the_last_success_of_a_step_is_kept(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    for now, step in ((1_000.5, "load"), (2_000.25, "load"), (3_000.0, "index")):
-        monkeypatch.setattr(totals.time, "time", lambda now=now: now)
-        totals.record_success(database, step)
-    assert read(database)[1] == {"load": 2_000.25, "index": 3_000.0}
-
-
 def test_a_database_without_our_schema_has_none(bare_url: str) -> None:
-    assert read(Database(bare_url)) == (dict.fromkeys(totals.COUNTS, 0), {})
+    assert read(Database(bare_url)) == dict.fromkeys(totals.COUNTS, 0)

@@ -197,7 +197,7 @@ class FillRecorder:
             named = "; ".join(f"{key}: {describe(error)}" for key, error in [*failed.items()][:5])
             incomplete = self._find_incomplete(next(iter(failed.values())), {})
             raise fail(f"{len(failed)} of {len(self._reports)} ranges are not complete: {named}", incomplete)
-        self._recorder.succeed("embed", None)
+        self._recorder.succeed(None)
 
     def find_incomplete(self, error: SongvecError) -> Incomplete | None:
         """What is incomplete if an error ended the step: what was embedded before can be loaded."""
