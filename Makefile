@@ -8,6 +8,9 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
+# conftest.py orders the files; what is compiled once is kept, also where the environment says otherwise
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
 BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-search bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-quality bench-store bench-e2e
 
 .DEFAULT_GOAL := help
@@ -38,10 +41,10 @@ dev: $(RUNS)  ## The Dagster UI on http://127.0.0.1:3000, with the runs of the d
 	$(BIN)/songvec dev
 
 test: $(INSTALLED)  ## The quick tests of all rooms
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-slow: $(INSTALLED)  ## The other tests: dagster in subprocesses, a browser, kills, other people's servers and databases
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m slow
+	$(PYTEST) -m slow
 
 check: $(INSTALLED)  ## Format, lint, types, imports between rooms, files of deploy/
 	$(BIN)/ruff format --check .

@@ -120,9 +120,11 @@ def borrow_database(server_url: str, template: str) -> Iterator[Database]:
         yield Database(url)
     finally:
         dispose(url)
-        with contextlib.suppress(psycopg2.Error):
-            execute(url, _CLEAN)
-        if execute(url, _CATALOGUE)[0][0] == catalogue:
+        try:
+            as_made = execute(url, _CLEAN + _CATALOGUE) == [(catalogue,)]
+        except psycopg2.Error:
+            as_made = False
+        if as_made:
             idle.append((url, catalogue))
         else:
             execute(server_url, f"DROP DATABASE {sa.make_url(url).database} WITH (FORCE)")

@@ -6,6 +6,7 @@ import getpass
 import os
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -28,8 +29,33 @@ from songvec_assets_tests.s3 import S3, Kind, running_s3
 TEMPLATE = "songvec_template"
 TILING = Tiling(width=100, stop=1_000)
 
+BEGUN_FIRST = [
+    "deploy/test_compose.py",
+    "browser/test_story.py",
+    "benchmarks/test_chaos_db.py",
+    "cli/test_commands.py",
+    "benchmarks/test_campaigns.py",
+    "scenarios/test_kills.py",
+    "scenarios/test_wheel.py",
+    "scenarios/test_hangup.py",
+    "browser/test_search_page.py",
+    "benchmarks/test_search.py",
+]
+"""Files of few tests that take long, or wait: begun last, one worker would be at them alone."""
+
 # else each process that a test starts compiles our modules anew: a third of a second
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+@pytest.hookimpl(trylast=True)  # of the tests that run, after `-m` chose them
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where workers take files, one after the other: BEGUN_FIRST, then files of many tests before those of few."""
+    if not hasattr(config, "workerinput"):
+        return
+    folder = Path(__file__).parent
+    places = {folder / name: place for place, name in enumerate(BEGUN_FIRST)}
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (places.get(item.path, len(places)), -sizes[item.path], str(item.path)))
 
 
 @pytest.fixture(autouse=True)

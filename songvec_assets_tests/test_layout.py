@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from songvec_assets_tests.conftest import BEGUN_FIRST
+
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "songvec_assets"
 ELSEWHERE = {"scenarios", "browser", "benchmarks", "deploy", "docs", "examples", "tools"}
@@ -44,3 +46,7 @@ def test_each_file_of_tests_is_of_a_module_or_says_what_of() -> None:
     assert {str(path) for path in tests - modules} == OF_NO_MODULE.keys(), (
         "move it to `scenarios/`, or say here why not"
     )
+
+
+def test_the_files_that_begin_first_are_there() -> None:
+    assert [name for name in BEGUN_FIRST if not (TESTS / name).is_file()] == []

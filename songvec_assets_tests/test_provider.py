@@ -16,7 +16,6 @@ import numpy as np
 import psutil
 import pybase64
 import pytest
-from openai import OpenAI
 
 from songvec_assets_tests.administration import wait_until
 from songvec_assets_tests.provider import count_tokens, digest_of, faults, running_provider, vector_of
@@ -122,6 +121,8 @@ def test_answers_vectors(provider, client, encoding, model):
 
 
 def test_serves_the_openai_client(provider):
+    from openai import OpenAI  # half a second, in every worker that collects the tests
+
     with OpenAI(base_url=provider.base_url, api_key=provider.api_key, max_retries=0) as openai:
         answer = openai.embeddings.create(model=MODEL, input=TEXTS[0])
     np.testing.assert_array_equal(np.float32(answer.data[0].embedding), vector_of(TEXTS[0], 4096))
