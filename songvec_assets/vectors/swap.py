@@ -23,9 +23,10 @@ from songvec_assets.vectors.index.audit import Comparison, QualityChange, compar
 from songvec_assets.vectors.index.build_plan import CHANGED_SHARE, IndexSettings
 from songvec_assets.vectors.index.preflight import check_attachments, check_target, find_attachments
 from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
-from songvec_assets.vectors.ledger import PREVIOUS, SERVING, STAGING, LedgerEntry
+from songvec_assets.vectors.ledger import LedgerEntry
 from songvec_assets.vectors.plan import LoadPlan, LoadSource, check_missing, plan_load, read_loadable
-from songvec_assets.vectors.table import TableSpec, VectorTable
+from songvec_assets.vectors.spec import PREVIOUS, SERVING, STAGING, TableSpec
+from songvec_assets.vectors.table import VectorTable
 
 LOCK = "publish"  # as earlier releases call it, which may run at the same time
 """Held by each run that loads, stages, swaps or drops: one at a time."""
