@@ -5,6 +5,7 @@ a database given by URL. Runs on such a database are stored as dagster.yaml in t
 `.dagster`. When to add here: another fact about where runs are stored. Keep out: running them (`cli/run`).
 """
 
+import functools
 import os
 import sqlite3
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
+from alembic.script import ScriptDirectory
 from dagster._core.remote_origin import (
     ManagedGrpcPythonEnvCodeLocationOrigin,
     RemoteJobOrigin,
@@ -80,8 +82,11 @@ def _sharing_engines() -> Iterator[None]:
     """Let Dagster's SQLite storage use one engine for each file, and keep its connections open until the end.
 
     Dagster makes an engine and a connection for each event. A new engine compiles each statement again; and whenever a
-    file's last connection closes, SQLite moves its log into the file, and syncs both and their folder.
+    file's last connection closes, SQLite moves its log into the file, and syncs both and their folder. It also imports
+    its ninety migrations, several times for each file.
     """
+    read_migrations = ScriptDirectory.from_config
+    ScriptDirectory.from_config = functools.cache(read_migrations)  # type: ignore[method-assign]
     engines: dict[str, sa.Engine] = {}
     users: tuple[Any, ...] = (sqlite_event_log, sqlite_run_storage, sqlite_schedule_storage)
 
@@ -103,6 +108,7 @@ def _sharing_engines() -> Iterator[None]:
     try:
         yield
     finally:
+        ScriptDirectory.from_config = read_migrations  # type: ignore[method-assign]
         for each in users:
             each.create_engine = sa.create_engine
         for engine in engines.values():
