@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from songvec_assets.errors import TableMismatchError
-from songvec_assets.postgres import relations
+from songvec_assets.postgres import relations, schema
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.postgres.short_lock import run_with_short_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
@@ -175,7 +174,7 @@ def bring_table_up_to_date(
 
 def _hold_lock(database: Database, run: RunContext) -> AbstractContextManager[Callable[[], None]]:
     waiting = Progress("load rows", 0, 0, unit="rows", note="waiting for another load or swap to end")
-    return hold_lock(database, LOCK, on_wait=lambda: run.report(waiting), check=run.check_stop)
+    return schema.hold_lock(database, LOCK, on_wait=lambda: run.report(waiting), check=run.check_stop)
 
 
 def _choose_target(serving: VectorTable, wanted: WantedTable, plan: LoadPlan) -> Target:
