@@ -15,9 +15,7 @@ from songvec_assets import totals
 from songvec_assets.embedding.budget import read_spending
 from songvec_assets.embedding.limits import read_quota_use
 from songvec_assets.errors import SongvecError, describe
-from songvec_assets.inventory import STATES
 from songvec_assets.searches import Searches
-from songvec_assets.vectors.index.recall import read_recall
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +38,16 @@ def _gauge(name: str, meaning: str, values: Mapping[str, float] | float, label: 
 
 def read_database(songs: Searches) -> Iterator[Metric]:
     """What a few rows of schema `songvec` hold: spending, quota, totals of all runs, recall."""
+    # a server starts without the libraries that these bring along
+    from songvec_assets.vectors.index.recall import read_recall
+    from songvec_assets.vectors.table import VectorTable
+
     given, database = songs.settings, songs.database
     with database.get_connection("web") as connection:
         spent = read_spending(connection)
         quota = read_quota_use(connection, given.fireworks_base_url, given.requests_per_minute, given.tokens_per_minute)
         counts = totals.read(connection)
-        recall = read_recall(connection, songs.table)
+        recall = read_recall(connection, VectorTable(database))
     limits = {"month": given.max_usd_a_month, "searches": given.max_search_usd_a_month}
     yield CounterMetricFamily("songvec_spent_dollars", "Dollars billed for songs and queries.", spent["month"][0])
     yield _gauge(
@@ -71,7 +73,12 @@ def read_database(songs: Searches) -> Iterator[Metric]:
 
 def read_ranges(songs: Searches) -> Iterator[Metric]:
     """The ranges and their songs, of the table that serves: counts all songs of the source, and reads all manifests."""
-    inventory = songs.as_loaded().read_inventory()
+    from songvec_assets.inventory import STATES
+    from songvec_assets.wiring import Wiring
+
+    wiring = Wiring(songs.as_loaded().settings, songs.stop)
+    wiring.database = songs.database
+    inventory = wiring.read_inventory()
     counted = inventory.coverage.drop("key").sum().row(0, named=True) if len(inventory.frame) else {}
     counted["unexported"] = inventory.total["n_unexported"]
     yield _gauge("ranges", "Ranges of song_ids, by state.", {**dict.fromkeys(STATES, 0), **inventory.states}, "state")

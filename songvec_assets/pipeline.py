@@ -17,20 +17,21 @@ from songvec_assets.cache.texts import TextRecord, check_reembedding, read_recor
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.drift import ModelRecord
 from songvec_assets.errors import SongvecError
+from songvec_assets.evaluations import Evaluations
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
 from songvec_assets.questions import Questions
 from songvec_assets.recorder import Recorder
 from songvec_assets.reports import EmbedChoices, RunReport, continues_without
 from songvec_assets.search import nearest
-from songvec_assets.searches import Searches
 from songvec_assets.settings import Settings, variables
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import swap
 from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
+from songvec_assets.vectors.spec import TableSpec
 from songvec_assets.vectors.swap import LoadReport
-from songvec_assets.vectors.table import TableSpec, VectorTable
+from songvec_assets.vectors.table import VectorTable
 
 if TYPE_CHECKING:  # the HTTP client of providers and the driver of exports, which a search does not need
     from songvec_assets.cache.fill import Filler
@@ -39,7 +40,7 @@ if TYPE_CHECKING:  # the HTTP client of providers and the driver of exports, whi
     from songvec_assets.songs.reports import ExportReport
 
 
-class Pipeline(Questions, Searches):
+class Pipeline(Questions, Evaluations):
     """Songs in Postgres to an indexed pgvector table of embeddings, and searches of it.
 
     with Pipeline.from_env() as songs:

@@ -19,7 +19,6 @@ from songvec_assets.known import CachedOrLoaded
 from songvec_assets.postgres.schema import read_pgvector_caution
 from songvec_assets.progress import RunContext
 from songvec_assets.reports import RunPlan, Status
-from songvec_assets.search.nearest import read_embeddings
 from songvec_assets.search.preview import Preview, preview_table
 from songvec_assets.songs.counts import (
     RangeCount,
@@ -34,7 +33,7 @@ from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.index.neighbors import LoadedRows
 from songvec_assets.vectors.index.recall import read_recall
 from songvec_assets.vectors.plan import plan_load
-from songvec_assets.vectors.table import describe_tables
+from songvec_assets.vectors.table import describe_tables, read_embeddings
 from songvec_assets.wiring import Wiring
 
 _COUNTS = "n_songs n_unexported n_cached n_rejected n_loaded n_indexed n_missing n_orphans".split()

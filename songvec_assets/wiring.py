@@ -1,90 +1,43 @@
-"""From settings to core objects: which database, store, source, model and embedder belong together.
+"""From settings to what a run works with: which store, cache, table and index belong together.
 
-Everything is opened when it is first used. When to add here: another object that a run works with. Keep out: what a run
-does with them (`pipeline`).
+Everything is opened when it is first used. When to add here: another object that a run works with. Keep out: what a
+search works with, too (`access`), and what a run does (`pipeline`).
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Self
 
 from songvec_assets import inventory
+from songvec_assets.access import Access
 from songvec_assets.cache.model_cache import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, look_up, open_store
 from songvec_assets.cache.texts import choose_prompts, model_storage, read_record
-from songvec_assets.embedding.embedder import Embedder, Endpoint, Patience
-from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Price, Quota, TokenEstimator
+from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import Prompts
-from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.inventory import Inventory
 from songvec_assets.postgres import schema
-from songvec_assets.postgres.embedded import create_songs_table, start_embedded_server
-from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.server import DEFAULT_FOLDER
-from songvec_assets.postgres.urls import parse_url
-from songvec_assets.progress import StopSignal
-from songvec_assets.settings import DEMO_MODEL, Settings
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
 from songvec_assets.songs.counts import check_ids, count_ranges, get_numbers
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.songs.source import SongsSource, SourceNames, find_source
-from songvec_assets.songs.text import TextSpec
 from songvec_assets.spending import SpendingLog
 from songvec_assets.storage import Storage, open_storage
 from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.plan import LoadSource
+from songvec_assets.vectors.spec import TableSpec
 from songvec_assets.vectors.swap import WantedTable
-from songvec_assets.vectors.table import TableSpec, VectorTable
+from songvec_assets.vectors.table import VectorTable
 
 
-@dataclass
-class Wiring:
-    """What a run works with.
-
-    Attributes:
-        settings: parsed.
-        stop: once set, ends the step that is running.
-    """
-
-    settings: Settings
-    stop: StopSignal = field(default_factory=StopSignal)
-
-    def describe(self) -> str:
-        """One line: where songs come from, and where vectors are made."""
-        given = self.settings
-        if given.offline:
-            what = "a small model" if given.model == DEMO_MODEL else "spelling, not meaning"
-            embedder = f"DEMO vectors ({given.model}: {what}; FIREWORKS_API_KEY makes real ones)"
-        else:
-            alias = f", as {given.model}" if given.model != given.embedding_model else ""
-            embedder = f"{given.embedding_model} at {given.fireworks_base_url}{alias}"
-        return f"{self.database.describe()}, {embedder}, {given.dimensions} dimensions"
+class Wiring(Access):
+    """What a run works with."""
 
     @property
     def tiling(self) -> Tiling:
         """How song_ids are divided into ranges."""
         given = self.settings
         return Tiling(width=given.range_size, stop=given.song_id_stop, start=given.song_id_start)
-
-    @cached_property
-    def database(self) -> Database:
-        """The database given by URL, or the embedded one with the sample songs."""
-        if self.settings.postgres_url:
-            if self.settings.direct_url:
-                parse_url(self.settings.direct_url, "SONGVEC_DIRECT_URL")
-            database = Database(self.settings.postgres_url, direct_url=self.settings.direct_url)
-        else:
-            database = start_embedded_server(DEFAULT_FOLDER)
-            create_songs_table(database, self.settings.range_size)
-        with database.get_connection() as connection:
-            is_ours = schema.has_tables(connection)
-        # a database without our tables is not written to until `bind`: its URL may be mistyped
-        if is_ours:
-            schema.ensure_schema(database)
-        return database
 
     @cached_property
     def storage(self) -> Storage:
@@ -131,36 +84,7 @@ class Wiring:
         """Keep every other run on this database from filling a range; see `hold_lock`."""
         return schema.hold_lock(self.database, lock_name(song_range), on_wait=on_wait, check=check)
 
-    def cancel(self) -> None:
-        """Ask the running step to end early, keeping what it has. Callable from any thread."""
-        self.stop.set()
-        if "database" in self.__dict__:
-            self.database.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the pooled connections to the database, if it was used."""
-        if "database" in self.__dict__:
-            self.database.close()
-
     # the songs and their texts
-
-    @cached_property
-    def source(self) -> SongsSource:
-        """The songs table, found and checked."""
-        columns = ("song_id_column", "name_column", "artist_column", "lyrics_column", "updated_at_column")
-        names = SourceNames(self.settings.songs_table, **{name: getattr(self.settings, name) for name in columns})
-        return find_source(self.database, names, self.text_spec)
-
-    @property
-    def filter_columns(self) -> tuple[str, ...]:
-        """The columns of the songs table that searches may filter by."""
-        return (self.source.song_id_column, *self.settings.filters)
 
     @property
     def prompts(self) -> Prompts:
@@ -169,11 +93,6 @@ class Wiring:
         storage = model_storage(self.storage, given.model, given.dimensions)
         names = given.model, given.embedding_model
         return choose_prompts(storage, names, given.query_prompt, given.document_prompt)
-
-    @property
-    def text_spec(self) -> TextSpec:
-        """How a song becomes a text."""
-        return TextSpec(self.settings.text_template, self.settings.max_text_chars, self.prompts.document)
 
     def find_boilerplate(self, n_songs: Mapping[SongIdRange, int] | None = None) -> Boilerplate:
         """What a sample of the source's lyrics holds that is no lyric; nothing if lyrics are not embedded.
@@ -194,22 +113,12 @@ class Wiring:
         return self.store.embeddings(self.settings.model, self.settings.dimensions)
 
     @property
-    def server(self) -> str:
-        """What makes the vectors, as the reasons of rejections name it."""
-        return self.settings.model if self.settings.offline else self.settings.fireworks_base_url
-
-    @property
     def quota(self) -> Quota:
         """What the provider allows."""
         given = self.settings
         return Quota(
             given.requests_per_minute, given.tokens_per_minute, given.max_request_texts, given.max_request_tokens
         )
-
-    @property
-    def price(self) -> Price:
-        """What tokens cost; offline vectors cost nothing."""
-        return Price(0.0 if self.settings.offline else self.settings.price)
 
     @property
     def spending(self) -> SpendingLog:
@@ -219,38 +128,6 @@ class Wiring:
     def token_estimator(self) -> TokenEstimator:
         """An estimator that starts from what earlier runs learned about the model."""
         return TokenEstimator(self.spending.read_bytes_per_token() or UTF8_BYTES_PER_TOKEN)
-
-    def check_model(self) -> None:
-        """Refuse a local model that is not installed, before anything is done; the SettingsError says how to."""
-        if self.settings.model == DEMO_MODEL:
-            from songvec_assets.embedding.demo import find_files
-
-            find_files()
-
-    def embedder(
-        self,
-        estimator: TokenEstimator | None = None,
-        on_trouble: Callable[[str], None] = lambda _: None,
-        check_probe: Callable[[Float32Matrix], None] = lambda _: None,
-    ) -> Embedder:
-        """A new embedder, for one event loop; see `EmbeddingClient` and `Patience`."""
-        given = self.settings
-        if given.offline:
-            from songvec_assets.embedding.demo import DemoEmbedder
-            from songvec_assets.embedding.offline import OfflineEmbedder
-
-            return DemoEmbedder() if given.model == DEMO_MODEL else OfflineEmbedder(given.dimensions)
-        from songvec_assets.embedding.client import EmbeddingClient
-        from songvec_assets.embedding.limits import RateLimiter
-
-        url, engine = given.fireworks_base_url, self.database.get_engine("autocommit")
-        return EmbeddingClient(
-            Endpoint(url, given.fireworks_api_key, given.embedding_model, given.dimensions, given.truncate),
-            RateLimiter(engine, url, given.requests_per_minute, given.tokens_per_minute),
-            Patience(given.patience_s, given.concurrency, self.stop, on_trouble),
-            estimator,
-            check_probe,
-        )
 
     # the table
 

@@ -12,6 +12,8 @@ WITHOUT_A_TEST: dict[str, str] = {
     "samples/__main__.py": "prints what `test_samples` reads",
     "search/query.py": "`search/test_doors` asks with it by Python, command and SQL alike",
     "searches.py": "the same",
+    "evaluations.py": "`search/test_evaluate` evaluates and swaps with it",
+    "vectors/spec.py": "`vectors/test_table` reads and writes it",
 }
 """Modules without a file of tests, and why."""
 OF_NO_MODULE = {

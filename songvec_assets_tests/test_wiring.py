@@ -6,37 +6,17 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from songvec_assets.embedding.client import EmbeddingClient
-from songvec_assets.embedding.demo import DemoEmbedder
-from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN
 from songvec_assets.errors import SettingsError, SourceError, StoppedError, StoreError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
-from songvec_assets.settings import OFFLINE_MODEL, Settings
+from songvec_assets.settings import Settings
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets.wiring import Wiring
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider
-
-AWAY = "postgresql://ann:hunter2@127.0.0.1:1/music"
-
-
-def wiring(**settings: object) -> Wiring:
-    return Wiring(Settings(**{"postgres_url": AWAY, "fireworks_api_key": "fw_secret"} | settings))
-
-
-def test_it_says_where_songs_come_from_and_vectors_are_made_and_no_secret(database: Database) -> None:
-    assert "hunter2" not in repr(wiring())
-    made = wiring(postgres_url=database.url)
-    words = made.describe()
-    assert words.startswith(f"{database.describe()}, fireworks/qwen3-embedding-8b at https://api.fireworks.ai/")
-    assert words.endswith("2000 dimensions")
-    assert "fw_secret" not in words + repr(made)
-    demo = wiring(postgres_url=database.url, embedding_model="demo-v2", embedding_dimensions=512).describe()
-    assert "DEMO vectors (demo-v2: a small model; FIREWORKS_API_KEY makes real ones)" in demo
 
 
 @pytest.mark.parametrize(
@@ -46,22 +26,8 @@ def test_it_says_where_songs_come_from_and_vectors_are_made_and_no_secret(databa
 def test_the_store_is_in_the_folder_that_is_set_else_in_that_of_the_database(
     settings: dict[str, object], folder: str
 ) -> None:
-    assert wiring(**settings).storage == LocalStorage(Path(folder))
-
-
-@pytest.mark.parametrize(
-    ("settings", "kind", "price", "server"),
-    [
-        ({"usd_per_million_tokens": 2.0}, EmbeddingClient, 2.0, "https://api.fireworks.ai/inference/v1"),
-        ({"embedding_model": OFFLINE_MODEL, "embedding_dimensions": 64}, OfflineEmbedder, 0.0, OFFLINE_MODEL),
-        ({"embedding_model": "demo-v2", "embedding_dimensions": 512}, DemoEmbedder, 0.0, "demo-v2"),
-    ],
-)
-def test_the_model_decides_who_makes_vectors_and_what_they_cost(
-    database: Database, settings: dict[str, object], kind: type, price: float, server: str
-) -> None:
-    made = wiring(postgres_url=database.url, **settings)
-    assert (type(made.embedder()), made.price.usd(10**6), made.server) == (kind, price, server)
+    given = {"postgres_url": "postgresql://127.0.0.1:1/music", "fireworks_api_key": "fw_secret"} | settings
+    assert Wiring(Settings(**given)).storage == LocalStorage(Path(folder))
 
 
 def test_both_sides_know_each_other_from_the_first_write_on(
@@ -110,13 +76,3 @@ def test_the_estimator_begins_with_what_was_learned_of_the_model(pipeline: Pipel
             {"key": f"bytes per token of {pipeline.settings.model}"},
         )
     assert pipeline.token_estimator().bytes_per_token == 2.5
-
-
-def test_it_closes_what_it_opened_and_no_more(database: Database) -> None:
-    with wiring() as unused:
-        pass
-    assert "database" not in vars(unused)
-    with wiring(postgres_url=database.url) as used, used.database.get_connection("web") as connection:
-        connection.execute(sa.text("SELECT 1"))
-    statement = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'songvec'"
-    assert execute(database.adbc_uri, statement) == []

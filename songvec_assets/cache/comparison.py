@@ -17,7 +17,7 @@ import numpy as np
 from songvec_assets.cache.context import SendContext
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cache.plan import FillReport
-from songvec_assets.embedding.budget import Reservation, ReservationHooks
+from songvec_assets.embedding.budget import Reservation, send_alone
 from songvec_assets.embedding.drift import ModelRecord, get_cosine
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import RequestRefusedError, StoreError
@@ -73,15 +73,12 @@ async def _embed(text: str, context: SendContext, report: FillReport) -> Float32
     report.n_tokens_expected += n_tokens
     reservation = Reservation(context.budget, n_tokens, context.check_halted)
     try:
-        await reservation.grow()  # before the probe, which no hook precedes
-        batch = await context.embedder.generate_embeddings_batch([text], ReservationHooks(reservation))
-        reservation.n_billed += batch.n_tokens
+        batch = await send_alone(context.embedder, [text], reservation)
         return None if batch.bad else batch.embeddings[0]
     except RequestRefusedError:
         return None
     finally:
         report.n_tokens += reservation.n_billed
-        await reservation.settle()
 
 
 def find_songs(cache: ModelCache, snapshots: Snapshots, spec: TextSpec) -> list[CachedSong]:

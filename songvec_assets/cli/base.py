@@ -9,7 +9,7 @@ import gc
 import inspect
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -22,6 +22,8 @@ from songvec_assets.signals import discard_unwritable_output, interrupted_by_han
 
 if TYPE_CHECKING:
     from songvec_assets.pipeline import Pipeline
+    from songvec_assets.searches import Searches
+    from songvec_assets.settings import Settings
     from songvec_assets.songs.ranges import SongIdRange
 
 Options = TypeVar("Options")
@@ -83,30 +85,47 @@ def takes_options(command: Callable[[Options], None]) -> Callable[..., None]:
     return with_options
 
 
-def make_pipeline(embeds_query: bool = False, **overrides: Any) -> "Pipeline":
+def make_pipeline(**overrides: Any) -> "Pipeline":
     """A pipeline with the settings of the environment.
 
-    The data libraries take a second to load. What needs no library begins before: the embedded server starts, and if
-    the command `embeds_query`, the demo's model is read.
-
     Args:
-        embeds_query: whether the command embeds a query.
         overrides: replace settings, by name.
     """
-    from songvec_assets.settings import DEMO_MODEL, Settings
+    settings = _begin(overrides)
+    from songvec_assets.pipeline import Pipeline
+
+    return Pipeline(settings)
+
+
+def make_searches(embeds_query: bool = False, **overrides: Any) -> "Searches":
+    """What only searches: it loads less than `make_pipeline`, and needs no store.
+
+    Args:
+        embeds_query: whether the command embeds a query: the demo's model is then read ahead.
+        overrides: replace settings, by name.
+    """
+    from songvec_assets.settings import DEMO_MODEL
+
+    settings = _begin(overrides)
+    if embeds_query and settings.model == DEMO_MODEL:
+        from songvec_assets.embedding.demo import read_ahead
+
+        read_ahead()
+    from songvec_assets.searches import Searches
+
+    return Searches(settings)
+
+
+def _begin(overrides: Mapping[str, Any]) -> "Settings":
+    """The settings. The embedded server starts while the libraries are loaded, which takes as long."""
+    from songvec_assets.settings import Settings
 
     settings = Settings(**overrides)
     if not settings.postgres_url:
         from songvec_assets.postgres.server import DEFAULT_FOLDER, start_server_ahead
 
         start_server_ahead(DEFAULT_FOLDER)
-    if embeds_query and settings.model == DEMO_MODEL:
-        from songvec_assets.embedding.demo import read_ahead
-
-        read_ahead()
-    from songvec_assets.pipeline import Pipeline
-
-    return Pipeline(settings)
+    return settings
 
 
 def choose_span(pipeline: "Pipeline", ranges: str) -> "tuple[SongIdRange, SongIdRange]":

@@ -20,6 +20,7 @@ from songvec_assets.progress import Progress, run_in_worker
 if TYPE_CHECKING:
     from songvec_assets.embedding.pricing import Estimate
     from songvec_assets.pipeline import Pipeline
+    from songvec_assets.searches import Searches
     from songvec_assets.songs.ranges import SongIdRange
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -93,8 +94,8 @@ def search(
     if query and like is not None:
         raise typer.BadParameter("expected a text or --like, got both")
     options = {"where": [*map(parse_condition, where or ())], "mode": mode, "explain": explain}
-    pipeline = base.make_pipeline(embeds_query=bool(query) and mode != "text")
-    print_hits(pipeline, query if like is None else like, limit, as_json, **options)
+    searches = base.make_searches(embeds_query=bool(query) and mode != "text")
+    print_hits(searches, query if like is None else like, limit, as_json, **options)
     if not as_json:
         hint("-n shows more or fewer songs, --json prints them with their lyrics.")
 
@@ -167,10 +168,10 @@ def print_plan(pipeline: "Pipeline", span: "tuple[SongIdRange, SongIdRange]", re
     hint("the same command without --dry-run does it.")
 
 
-def print_hits(pipeline: "Pipeline", query: str | int, limit: int, as_json: bool = False, **options: Any) -> None:
+def print_hits(searches: "Searches", query: str | int, limit: int, as_json: bool = False, **options: Any) -> None:
     from songvec_assets.cli.render import hits_table
 
-    hits = pipeline.search(query, limit, on_trouble=_warn, **options)
+    hits = searches.search(query, limit, on_trouble=_warn, **options)
     if as_json:
         print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
         return

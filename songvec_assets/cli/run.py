@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import dagster as dg
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.execution.api import execute_run
-from dagster._core.utils import make_new_run_id
 
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.cli.render import describe_incomplete_run, run_table
@@ -18,7 +17,7 @@ from songvec_assets.cli.terminal import fail, interruptible, out, say, showing_p
 from songvec_assets.definitions import defs
 from songvec_assets.defs.automation import describe_failure
 from songvec_assets.defs.checks import Answer
-from songvec_assets.defs.instance import holding_files_open, open_instance, origin_of
+from songvec_assets.defs.instance import open_instance, origin_of
 from songvec_assets.defs.steps import Incomplete, listener
 from songvec_assets.errors import SongvecError
 from songvec_assets.pipeline import Pipeline
@@ -121,18 +120,15 @@ def _execute(
 
     Unlike a run of `execute_in_process`, this run has an origin, so the UI lists it under its job.
     """
-    run_id = make_new_run_id()
     try:
-        with holding_files_open(instance, run_id):
-            run = instance.create_run_for_job(
-                job.get_subset(asset_selection=frozenset(selected)) if selected else job,
-                run_id=run_id,
-                run_config=config,
-                tags={**job.run_tags, **tags},
-                asset_selection=frozenset(selected) if selected else None,
-                remote_job_origin=origin_of(job),
-            )
-            events = execute_run(InMemoryJob(job), run, instance).all_events
+        run = instance.create_run_for_job(
+            job.get_subset(asset_selection=frozenset(selected)) if selected else job,
+            run_config=config,
+            tags={**job.run_tags, **tags},
+            asset_selection=frozenset(selected) if selected else None,
+            remote_job_origin=origin_of(job),
+        )
+        events = execute_run(InMemoryJob(job), run, instance).all_events
     except dg.DagsterExecutionInterruptedError as error:
         raise KeyboardInterrupt from error
     for event in events:

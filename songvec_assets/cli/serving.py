@@ -23,7 +23,7 @@ def serve(
     """Serve searches over HTTP: a page, and JSON for programs."""
     from songvec_assets.serve import server
 
-    songs = base.make_pipeline(serve_token_file=token_file)
+    songs = base.make_searches(serve_token_file=token_file)
     limits = server.make_limits(songs.settings, host)
     with server.listen(host, port) as listener:
         name = f"[{host}]" if ":" in host else host

@@ -7,7 +7,6 @@ month's budget. When to add here: another way to start runs. Keep out: what a ru
 from datetime import timedelta
 
 import dagster as dg
-import httpx2
 
 from songvec_assets.defs.jobs import refresh_job
 from songvec_assets.defs.resources import FireworksResource, PostgresResource, RunResource, StorageResource
@@ -144,6 +143,8 @@ def post_alert(url: str, message: str) -> None:
     Raises:
         AlertError: the webhook refused it. Its URL is a secret, and not named.
     """
+    import httpx2  # only a failed run needs it
+
     try:
         response = httpx2.post(url, json={"text": message}, timeout=_ALERT_TIMEOUT_S)
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:

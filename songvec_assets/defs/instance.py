@@ -5,20 +5,27 @@ a database given by URL. Runs on such a database are stored as dagster.yaml in t
 `.dagster`. When to add here: another fact about where runs are stored. Keep out: running them (`cli/run`).
 """
 
+import functools
 import os
 import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
+import sqlalchemy as sa
+from alembic.script import ScriptDirectory
 from dagster._core.remote_origin import (
     ManagedGrpcPythonEnvCodeLocationOrigin,
     RemoteJobOrigin,
     RemoteRepositoryOrigin,
 )
-from dagster._core.storage.event_log import SqliteEventLogStorage
+from dagster._core.storage.event_log.sqlite import sqlite_event_log
+from dagster._core.storage.runs.sqlite import sqlite_run_storage
+from dagster._core.storage.schedules.sqlite import sqlite_schedule_storage
+from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
 from songvec_assets.errors import SettingsError
@@ -66,27 +73,46 @@ def choose_home() -> Path:
 def open_instance() -> Iterator[dg.DagsterInstance]:
     """The instance in `choose_home`."""
     os.environ["DAGSTER_HOME"] = str(choose_home())
-    with dg.DagsterInstance.get() as instance:
+    with _sharing_engines(), dg.DagsterInstance.get() as instance:
         yield instance
 
 
 @contextmanager
-def holding_files_open(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
-    """Keep the instance's SQLite files, if it has any, open for the events of a run that is to be created.
+def _sharing_engines() -> Iterator[None]:
+    """Let Dagster's SQLite storage use one engine for each file, and keep its connections open until the end.
 
-    Dagster opens a connection for each event. Whenever a file's last connection closes, SQLite moves its log into the
-    file, and syncs both and their folder: five syncs per event. Each event is synced to the log in any case.
+    Dagster makes an engine and a connection for each event. A new engine compiles each statement again; and whenever a
+    file's last connection closes, SQLite moves its log into the file, and syncs both and their folder. It also imports
+    its ninety migrations, several times for each file.
     """
-    storage = instance.event_log_storage
-    with ExitStack() as opened:
-        if isinstance(storage, SqliteEventLogStorage):
-            index, events = (Path(storage.path_for_shard(name)) for name in ("index", run_id))
-            for path in (index, events, index.parents[1] / "runs.db"):
-                connection = opened.enter_context(closing(sqlite3.connect(path)))
-                # the mode that Dagster sets, too, after it has made the tables; then a read, which opens the log
-                connection.execute("PRAGMA journal_mode = WAL").fetchall()
-                connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+    read_migrations = ScriptDirectory.from_config
+    ScriptDirectory.from_config = functools.cache(read_migrations)  # type: ignore[method-assign]
+    engines: dict[str, sa.Engine] = {}
+    users: tuple[Any, ...] = (sqlite_event_log, sqlite_run_storage, sqlite_schedule_storage)
+
+    def configure(connection: sqlite3.Connection, _: object) -> None:
+        # the mode that Dagster sets, too, after it has made the tables. A crash of the machine, not of a process, may
+        # cost a run's last events
+        connection.execute("PRAGMA journal_mode = WAL").fetchall()
+        connection.execute("PRAGMA synchronous = NORMAL")
+
+    def share(url: str, **_: object) -> sa.Engine:
+        if url not in engines:
+            engine = engines[url] = sa.create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_SECONDS})
+            engine.dispose = lambda *_: None  # type: ignore[method-assign]
+            sa.event.listen(engine, "connect", configure)
+        return engines[url]
+
+    for each in users:
+        each.create_engine = share
+    try:
         yield
+    finally:
+        ScriptDirectory.from_config = read_migrations  # type: ignore[method-assign]
+        for each in users:
+            each.create_engine = sa.create_engine
+        for engine in engines.values():
+            sa.Engine.dispose(engine)
 
 
 def origin_of(job: dg.JobDefinition) -> RemoteJobOrigin:

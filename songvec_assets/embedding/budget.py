@@ -9,16 +9,17 @@ When to add here: another limit of spending. Keep out: prices and estimates (`pr
 
 import asyncio
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import Engine
 
-from songvec_assets.embedding.embedder import RequestHooks
+from songvec_assets.embedding.embedder import Embedder, RequestHooks
 from songvec_assets.embedding.pricing import Price
+from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import BudgetExceededError
 from songvec_assets.postgres.engine import atomic, error_border
 from songvec_assets.postgres.schema import has_tables
@@ -103,6 +104,7 @@ class Budget:
         max_usd_a_month: the limit of a calendar month in dollars, over all runs; None: none.
 
     Attributes:
+        price, run: as given.
         n_tokens: billed so far.
         n_held: reservations of this process that hold an amount and do not wait for more.
         n_asking: reservations that wait for the database's answer; it may have granted them already.
@@ -117,7 +119,7 @@ class Budget:
         max_usd: float | None = None,
         max_usd_a_month: float | None = None,
     ) -> None:
-        self.price = price
+        self.price, self.run = price, run
         self.n_tokens = 0
         self.n_held = self.n_asking = self.n_settled = 0
         self._lock = threading.Lock()
@@ -262,12 +264,37 @@ class ReservationHooks(RequestHooks):
     """Reserves the budget before each try of a request, and counts tries that may be billed without an answer."""
 
     reservation: Reservation
+    _is_in_flight: bool = field(default=False, init=False)
 
     async def before_try(self) -> None:
+        self._is_in_flight = False
         await self.reservation.grow()
 
+    async def before_send(self) -> None:
+        self._is_in_flight = True
+
     def count_unusable(self, n_tokens: int) -> None:
+        self._is_in_flight = False
         self.reservation.n_billed += n_tokens
+
+
+async def send_alone(embedder: Embedder, texts: Sequence[str], reservation: Reservation) -> EmbeddingBatch:
+    """Send one request and settle its reservation, which then has what was billed, probes included.
+
+    If it is cancelled, the try in flight may have been billed, and counts.
+    """
+    hooks = ReservationHooks(reservation)
+    try:
+        await hooks.before_try()  # before the probe, which no hook precedes
+        batch = await embedder.generate_embeddings_batch(texts, hooks)
+        reservation.n_billed += batch.n_tokens
+        return batch
+    except asyncio.CancelledError:
+        reservation.n_billed += reservation.n_tokens * hooks._is_in_flight
+        raise
+    finally:
+        reservation.n_billed += embedder.take_probe_tokens()
+        await reservation.settle()
 
 
 def _describe(name: str, billed: Decimal, reserved: Decimal, max_usd: Decimal, after: Decimal) -> str:

@@ -6,8 +6,8 @@ For demos and tests. When to add here: another kind of made-up songs. Keep out: 
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import polars as pl
 import sqlalchemy as sa
 from psycopg2.extras import execute_values
 from sqlalchemy import text
@@ -15,6 +15,9 @@ from sqlalchemy import text
 from songvec_assets.postgres.engine import Database, raw_cursor
 from songvec_assets.postgres.server import start_server
 from songvec_assets.samples import read_sample_songs
+
+if TYPE_CHECKING:  # a search needs no frames
+    import polars as pl
 
 
 def start_embedded_server(folder: Path) -> Database:
@@ -53,7 +56,7 @@ def add_generated_songs(database: Database, n_generated: int) -> None:
             _insert(connection, generate_songs(samples, highest + 1, missing))
 
 
-def generate_songs(samples: pl.DataFrame, first: int, n_songs: int) -> Iterator[tuple[str, str, str]]:
+def generate_songs(samples: "pl.DataFrame", first: int, n_songs: int) -> Iterator[tuple[str, str, str]]:
     """Songs for tests of size: random lines of the samples, about 1.2 KB per song; numbers keep them distinct.
 
     Each line joins two of the samples': a line that many songs share would be reported as boilerplate.

@@ -13,26 +13,34 @@ the songs that answer them. Grade 2: the song is about it; grade 1: in part; son
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import polars as pl
+if TYPE_CHECKING:  # imported where songs are read: a search of a filled database reads none
+    import polars as pl
 
 _FOLDER: Traversable = resources.files("songvec_assets.samples")
 
 
-def read_sample_songs() -> pl.DataFrame:
+def read_sample_songs() -> "pl.DataFrame":
     """The sample catalogue: columns name, artist, lyrics (null for instrumentals)."""
+    import polars as pl
+
     with resources.as_file(_FOLDER / "songs.parquet") as path:
         return pl.read_parquet(path)
 
 
-def read_sample_queries() -> pl.DataFrame:
+def read_sample_queries() -> "pl.DataFrame":
     """Labelled queries, a row per query and song: columns slice, query, song (its name), grade."""
+    import polars as pl
+
     content = (_FOLDER / "queries.tsv").read_bytes()
     return pl.read_csv(content, separator="\t", quote_char=None)
 
 
-def parse_sample_songs() -> pl.DataFrame:
+def parse_sample_songs() -> "pl.DataFrame":
     """The same songs, from their readable source: `Title — Artist`, lyrics below, a blank line between songs."""
+    import polars as pl
+
     songs = []
     for song in (_FOLDER / "songs.txt").read_text(encoding="utf-8").strip().split("\n\n"):
         head, _, lyrics = song.partition("\n")

@@ -6,12 +6,10 @@ vector (`queries`), and how an index is built or measured (`vectors/`).
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import polars as pl
 import psycopg2
 import sqlalchemy as sa
 
@@ -20,8 +18,7 @@ from songvec_assets.postgres.engine import Database, error_border, raw_cursor
 from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.search.query import Query
 from songvec_assets.songs.source import SongsSource, as_bytes
-from songvec_assets.vectors.ledger import SERVING
-from songvec_assets.vectors.table import TableSpec, VectorTable
+from songvec_assets.vectors.spec import SERVING, TableSpec, read_serving
 
 _REFUSED = "SONGV"
 """The SQLSTATE of the functions' own errors, whose detail is a code."""
@@ -149,54 +146,14 @@ def check_searchable(database: Database, spec: TableSpec) -> None:
         DatabaseError: this user's search_path does not lead to the extension.
     """
     with database.get_connection("web") as connection:
-        _check_searchable(connection, VectorTable(database), spec)
-
-
-def _check_searchable(connection: sa.Connection, table: VectorTable, spec: TableSpec) -> None:
-    loaded = _read_loaded(connection, table)
-    if loaded != spec:
-        raise TableMismatchError(
-            f"the table holds {loaded.column_type} by {loaded.model!r}, the configured embedder makes "
-            f"{spec.column_type} by {spec.model!r}: `songvec swap` builds its table, or set back the model or key that "
-            "filled this one"
-        )
-    check_search_path(connection)
-
-
-def _read_loaded(connection: sa.Connection, table: VectorTable) -> TableSpec:
-    loaded = table.read_spec(connection)
-    if loaded is None:
-        raise TableMismatchError(
-            "nothing is loaded yet, so nothing can be found: `songvec run` first", "table.not-loaded"
-        )
-    return loaded
-
-
-def read_embeddings(database: Database, song_ids: Collection[int]) -> pl.DataFrame:
-    """The vectors that the table holds of some songs, by song_id; songs without one are left out.
-
-    Returns:
-        Columns song_id (Int32) and embedding (Array of Float32, dimensions).
-
-    Raises:
-        TableMismatchError: nothing is loaded yet.
-    """
-    with database.get_connection("web") as connection:
-        n_values = _read_loaded(connection, VectorTable(database)).dimensions
+        loaded = read_serving(connection)
+        if loaded != spec:
+            raise TableMismatchError(
+                f"the table holds {loaded.column_type} by {loaded.model!r}, the configured embedder makes "
+                f"{spec.column_type} by {spec.model!r}: `songvec swap` builds its table, or set back the model or key "
+                "that filled this one"
+            )
         check_search_path(connection)
-        rows = connection.execute(
-            sa.text(f"""
-                SELECT song_id, vector_send(embedding::vector) FROM {SERVING}
-                WHERE song_id = ANY (:song_ids) ORDER BY song_id
-            """),
-            {"song_ids": [int(song_id) for song_id in song_ids]},
-        ).all()
-    # pgvector sends two 16-bit integers, then the values, all big-endian
-    values = np.frombuffer(b"".join(content[4:] for _, content in rows), dtype=">f4").astype(np.float32)
-    return pl.DataFrame(
-        {"song_id": [song_id for song_id, _ in rows], "embedding": values.reshape(-1, n_values)},
-        {"song_id": pl.Int32, "embedding": pl.Array(pl.Float32, n_values)},
-    )
 
 
 def read_songs(

@@ -15,7 +15,7 @@ from songvec_assets.search.nearest import Hit, read_songs, search_songs
 from songvec_assets.search.query import Query
 from songvec_assets.songs.source import SongsSource
 from songvec_assets.vectors.index.neighbors import LoadedRows, sample_rows
-from songvec_assets.vectors.table import TableSpec
+from songvec_assets.vectors.spec import TableSpec
 
 _MAP_SONGS = 600
 _PREVIEW_SONGS, _PREVIEW_NEIGHBORS = 8, 3

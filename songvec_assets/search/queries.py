@@ -4,15 +4,13 @@ When to add here: another reason to refuse a query's text, or what its vector co
 (`nearest`), and how a provider is asked (`embedding/`).
 """
 
-import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from songvec_assets.embedding.batching import pack_requests
-from songvec_assets.embedding.budget import Budget, Reservation, ReservationHooks
+from songvec_assets.embedding.budget import Budget, Reservation, send_alone
 from songvec_assets.embedding.embedder import Embedder
 from songvec_assets.embedding.pricing import TokenEstimator
 from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
@@ -25,31 +23,16 @@ from songvec_assets.errors import (
     VectorSizeError,
 )
 from songvec_assets.progress import run_event_loop
-from songvec_assets.vectors.table import TableSpec
+from songvec_assets.settings import Settings
+from songvec_assets.vectors.spec import TableSpec
 
 _MOST_TEXTS, _MOST_BYTES = 10, 32_000
 """Of a request: DashScope takes ten texts, the fewest of the servers in docs/providers.md; about 8,000 tokens."""
 
 
-@dataclass
-class _Hooks(ReservationHooks):
-    """Knows, too, whether a try was sent that is not counted yet: if it is given up, it may be billed."""
-
-    is_in_flight: bool = False
-
-    async def before_try(self) -> None:
-        self.is_in_flight = False
-        await super().before_try()
-
-    async def before_send(self) -> None:
-        self.is_in_flight = True
-
-    def count_unusable(self, n_tokens: int) -> None:
-        self.is_in_flight = False
-        super().count_unusable(n_tokens)
-
-
-async def embed(embedder: Embedder, queries: Sequence[str], prompt: str, budget: Budget | None = None) -> Float32Matrix:
+async def embed(
+    embedder: Embedder, queries: Sequence[str], prompt: str | None, budget: Budget | None = None
+) -> Float32Matrix:
     """The vectors of queries, (n queries, dimensions), with few requests.
 
     If it is cancelled, the request in flight may have been billed, and counts.
@@ -57,7 +40,7 @@ async def embed(embedder: Embedder, queries: Sequence[str], prompt: str, budget:
     Args:
         embedder: of the model that made the table's vectors; stays open.
         queries: what the songs are about.
-        prompt: of that model for queries; see `Prompts`.
+        prompt: of that model for queries; see `Prompts`. None: there is none.
         budget: of searches; None: they are not counted.
 
     Raises:
@@ -65,7 +48,7 @@ async def embed(embedder: Embedder, queries: Sequence[str], prompt: str, budget:
         BudgetExceededError: nothing more was sent.
         ProviderError: no answer, or none that helps.
     """
-    texts, found = [fill_query(prompt, query) for query in queries], []
+    texts, found = [fill_query(prompt or NO_PROMPTS.query, query) for query in queries], []
     try:
         sizes = [len(text.encode()) for text in texts]
     except UnicodeEncodeError:
@@ -91,23 +74,11 @@ async def _send(
     if budget is None or budget.price.is_free:
         return await embedder.generate_embeddings_batch(texts)
     n_tokens = sum(TokenEstimator().estimate(sizes))
-    reservation = Reservation(budget, n_tokens, check=lambda: None)
-    hooks = _Hooks(reservation)
-    try:
-        await hooks.before_try()  # before the probe, which no hook precedes
-        batch = await embedder.generate_embeddings_batch(texts, hooks)
-        reservation.n_billed += batch.n_tokens
-        return batch
-    except asyncio.CancelledError:
-        reservation.n_billed += n_tokens * hooks.is_in_flight
-        raise
-    finally:
-        reservation.n_billed += embedder.take_probe_tokens()
-        await reservation.settle()
+    return await send_alone(embedder, texts, Reservation(budget, n_tokens, check=lambda: None))
 
 
 def embed_queries(
-    embedder: Embedder, queries: Sequence[str], prompt: str = NO_PROMPTS.query, budget: Budget | None = None
+    embedder: Embedder, queries: Sequence[str], prompt: str | None, budget: Budget | None = None
 ) -> Float32Matrix:
     """See `embed`; closes the embedder."""
 
@@ -120,20 +91,20 @@ def embed_queries(
     return run_event_loop(embed_and_close())
 
 
-def embed_query(embedder: Embedder, query: str, prompt: str = NO_PROMPTS.query) -> NDArray[np.float32]:
+def embed_query(embedder: Embedder, query: str, prompt: str | None = None) -> NDArray[np.float32]:
     """The vector of one query, (dimensions,); see `embed_queries`."""
     vector: NDArray[np.float32] = embed_queries(embedder, [query], prompt)[0]
     return vector
 
 
 def check_server(
-    asked: TableSpec, configured: TableSpec, server: str, error: ProviderError
+    asked: TableSpec, configured: Settings, server: str, error: ProviderError
 ) -> TableMismatchError | None:
     """What an error of a query's embedding means if the server is not the one that made the table's vectors.
 
     Args:
         asked: what the table holds: the query's vector was requested for it.
-        configured: what the settings name.
+        configured: the settings, which may name another model or size.
         server: its URL.
         error: what came.
 

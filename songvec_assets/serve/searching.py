@@ -7,7 +7,6 @@ When to add here: another way to answer while something fails. Keep out: how son
 import asyncio
 import time
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ from songvec_assets.search.query import Query
 from songvec_assets.searches import Searches
 from songvec_assets.serve.answers import Found, Notice, Wanted
 from songvec_assets.serve.workers import Workers
-from songvec_assets.vectors.table import TableSpec
+from songvec_assets.vectors.spec import TableSpec
 
 EMBED_S, REST_S, STATEMENT_S, CHECK_EVERY_S = 6.0, 15.0, 10.0, 1.0
 """How long a query's vector is waited for; for how long nothing is sent after a provider failed; how long the database
@@ -59,7 +58,7 @@ class Searcher:
         self._workers = workers
         self._clients: dict[TableSpec, Embedder] = {}
         self._opening = asyncio.Lock()
-        self._budget: tuple[str, Budget] | None = None
+        self._budget: Budget | None = None
         self._rests_until = 0.0
         self._failure: ProviderError | None = None
         self._checking = asyncio.Lock()
@@ -106,17 +105,17 @@ class Searcher:
         if self._failure and time.monotonic() < self._rests_until:
             raise self._failure.with_traceback(None)
         client = await self._open_client(serving)
-        prompt, budget = await self._workers.run(self._prepare, serving)
+        self._budget = await self._workers.run(self._songs.search_budget, self._budget)
         try:
             async with asyncio.timeout(EMBED_S):
-                vectors = await queries.embed(client, [words], prompt, budget)
+                vectors = await queries.embed(client, [words], spec.query_prompt, self._budget)
             self._failure = None
             vector: NDArray[np.float32] = vectors[0]
             return vector
         except TimeoutError:
             error: ProviderError = ProviderUnavailableError(f"{loaded.server} gave no vector within {EMBED_S:g} s")
         except ProviderError as caught:
-            mismatch = queries.check_server(spec, self._songs.table_spec, self._songs.server, caught)
+            mismatch = queries.check_server(spec, self._songs.settings, self._songs.server, caught)
             if mismatch:
                 raise mismatch from None
             error = caught
@@ -133,12 +132,6 @@ class Searcher:
                 hasty = loaded.with_settings(loaded.settings.model_copy(update={"patience_s": patience_s}))
                 self._clients[spec] = await self._workers.run(hasty.embedder)
             return self._clients[spec]
-
-    def _prepare(self, serving: Serving) -> tuple[str, Budget]:
-        month = f"{datetime.now(UTC):%Y-%m}"
-        if self._budget is None or self._budget[0] != month:
-            self._budget = month, self._songs.search_budget()
-        return self._songs.get_query_prompt(serving), self._budget[1]
 
     async def check(self) -> Serves:
         """What serves, read again at most once per CHECK_EVERY_S.

@@ -9,11 +9,13 @@ import string
 import unicodedata
 from dataclasses import dataclass
 from hashlib import blake2b
-
-import polars as pl
+from typing import TYPE_CHECKING
 
 from songvec_assets.errors import SettingsError
 from songvec_assets.settings import DEFAULT_TEMPLATE
+
+if TYPE_CHECKING:  # a search knows the fields of a text, and needs no frames
+    import polars as pl
 
 TEXT_HASH_BYTES = 16
 
@@ -65,7 +67,7 @@ class TextSpec:
             )
 
 
-def render_texts(songs: pl.DataFrame, spec: TextSpec) -> pl.DataFrame:
+def render_texts(songs: "pl.DataFrame", spec: TextSpec) -> "pl.DataFrame":
     """Render each song's embedding text.
 
     Args:
@@ -76,6 +78,8 @@ def render_texts(songs: pl.DataFrame, spec: TextSpec) -> pl.DataFrame:
         Columns song_id (Int32), text (String, as sent: NFC, without surrounding white space, with the prompt),
         text_hash (Binary, 16 bytes) and truncated (Boolean), in the order of `songs`.
     """
+    import polars as pl
+
     rendered = songs.select(pl.concat_str(_pieces(spec.template))).to_series().to_list()
     # Python's NFC copies only what changes: 50,000 songs take 10 ms; that of polars takes a second
     whole = [unicodedata.normalize("NFC", text).strip() for text in rendered]
@@ -93,8 +97,10 @@ def hash_text(text: str) -> bytes:
     return blake2b(text.encode(), digest_size=TEXT_HASH_BYTES).digest()
 
 
-def _pieces(template: str) -> list[pl.Expr]:
+def _pieces(template: str) -> "list[pl.Expr]":
     """The template as literals and columns, in their order."""
+    import polars as pl
+
     pieces = []
     for literal, field, _, _ in string.Formatter().parse(template):
         pieces.append(pl.lit(literal))

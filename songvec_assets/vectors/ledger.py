@@ -9,7 +9,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -22,12 +22,7 @@ from songvec_assets.postgres import schema
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import has_tables
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-
-if TYPE_CHECKING:
-    from songvec_assets.vectors.table import TableSpec
-
-
-SERVING, STAGING, PREVIOUS = "song_embeddings", "song_embeddings_new", "song_embeddings_old"
+from songvec_assets.vectors.spec import SERVING, TableSpec, metadata_key
 
 _METADATA = ("table", "rows_changed_since_index", "index", "building", "probes", "candidates", "recall")
 _CHANGES = "rows_changed_since_index"
@@ -113,16 +108,14 @@ class Ledger:
                 ranges.update(map(tiling.range_of, starts))
         return ranges
 
-    def digest(self, spec: "TableSpec") -> str:
+    def digest(self, spec: TableSpec) -> str:
         """An identity of all that is loaded."""
         state = xxhash.xxh3_128(str(spec).encode())
         for song_range, entry in sorted(self.read().items()):
             state.update(f"{song_range.key} {entry.digest.hex()}\n".encode())
         return state.hexdigest()
 
-    def write(
-        self, connection: sa.Connection, song_range: SongIdRange, vectors: pl.DataFrame, spec: "TableSpec"
-    ) -> None:
+    def write(self, connection: sa.Connection, song_range: SongIdRange, vectors: pl.DataFrame, spec: TableSpec) -> None:
         """Record a range as loaded with these rows (song_id, checksum), within the transaction that loads them."""
         bounds = {"table": self.table, "start": song_range.start, "stop": song_range.stop}
         # a raised stop leaves the row of the tail before it, which overlaps the new ranges
@@ -173,8 +166,8 @@ class Records:
         return Ledger(self.database, self.name)
 
     def metadata_key(self, name: str) -> str:
-        """The key of a value in `songvec.settings`: the serving table's values have the plain names."""
-        return name if self.is_serving else f"{self.name}.{name}"
+        """The key of a value in `songvec.settings`."""
+        return metadata_key(self.name, name)
 
     def read(self, connection: sa.Connection, name: str, kind: type[_Value]) -> _Value | None:
         """A recorded value; None if there is none, or none of this type: another version may have written it."""

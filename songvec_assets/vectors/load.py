@@ -31,9 +31,9 @@ from songvec_assets.postgres.sessions import widen_send_buffer
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import copy
-from songvec_assets.vectors.ledger import SERVING
 from songvec_assets.vectors.plan import LoadPlan, LoadSource, check_whole, find_differing, plan_load
-from songvec_assets.vectors.table import TableSpec, VectorTable
+from songvec_assets.vectors.spec import SERVING, TableSpec
+from songvec_assets.vectors.table import VectorTable
 
 N_CONNECTIONS = 2
 """Ranges loaded at a time: one is encoded, committed and synced while the server takes in another. While searches use

@@ -16,7 +16,8 @@ from songvec_assets.progress import SILENT, RunContext
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import Snapshots
-from songvec_assets.vectors.ledger import SERVING, LedgerEntry
+from songvec_assets.vectors.ledger import LedgerEntry
+from songvec_assets.vectors.spec import SERVING
 from songvec_assets.vectors.table import VectorTable
 
 _WHOLE_RANGE_SHARE = 0.5

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from songvec_assets.errors import TableMismatchError
-from songvec_assets.postgres import relations
+from songvec_assets.postgres import relations, schema
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.postgres.short_lock import run_with_short_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
@@ -23,9 +22,10 @@ from songvec_assets.vectors.index.audit import Comparison, QualityChange, compar
 from songvec_assets.vectors.index.build_plan import CHANGED_SHARE, IndexSettings
 from songvec_assets.vectors.index.preflight import check_attachments, check_target, find_attachments
 from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
-from songvec_assets.vectors.ledger import PREVIOUS, SERVING, STAGING, LedgerEntry
+from songvec_assets.vectors.ledger import LedgerEntry
 from songvec_assets.vectors.plan import LoadPlan, LoadSource, check_missing, plan_load, read_loadable
-from songvec_assets.vectors.table import TableSpec, VectorTable
+from songvec_assets.vectors.spec import PREVIOUS, SERVING, STAGING, TableSpec
+from songvec_assets.vectors.table import VectorTable
 
 LOCK = "publish"  # as earlier releases call it, which may run at the same time
 """Held by each run that loads, stages, swaps or drops: one at a time."""
@@ -173,7 +173,7 @@ def bring_table_up_to_date(
 
 def _hold_lock(database: Database, run: RunContext) -> AbstractContextManager[Callable[[], None]]:
     waiting = Progress("load rows", 0, 0, unit="rows", note="waiting for another load or swap to end")
-    return hold_lock(database, LOCK, on_wait=lambda: run.report(waiting), check=run.check_stop)
+    return schema.hold_lock(database, LOCK, on_wait=lambda: run.report(waiting), check=run.check_stop)
 
 
 def _choose_target(serving: VectorTable, wanted: WantedTable, plan: LoadPlan) -> Target:

@@ -6,10 +6,11 @@ read or recorded about one table. Keep out: what is loaded by range (`ledger`), 
 measures an index (`index/`).
 """
 
-import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
+import polars as pl
 import sqlalchemy as sa
 from pgvector.sqlalchemy import HALFVEC, VECTOR
 from sqlalchemy import text
@@ -21,43 +22,10 @@ from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.vectors.catalog import BuiltIndex, IndexInfo, find_index
-from songvec_assets.vectors.ledger import PREVIOUS, SERVING, STAGING, Records
+from songvec_assets.vectors.ledger import Records
+from songvec_assets.vectors.spec import PREVIOUS, SERVING, STAGING, TableSpec, read_serving, read_spec, write_spec
 
 _ID_SUMS = IdSums.columns("song_id")
-
-
-@dataclass(frozen=True)
-class TableSpec:
-    """What a table holds.
-
-    Attributes:
-        model: the model id.
-        dimensions: values per vector.
-        vector_type: `vector` or `halfvec`.
-        query_prompt, document_prompt: see `Prompts`; None: not recorded. They do not count when specs are compared.
-    """
-
-    model: str
-    dimensions: int
-    vector_type: str = "vector"
-    query_prompt: str | None = field(default=None, compare=False)
-    document_prompt: str | None = field(default=None, compare=False)
-
-    @property
-    def column_type(self) -> str:
-        """The column's type as Postgres writes it."""
-        return f"{self.vector_type}({self.dimensions})"
-
-    def __str__(self) -> str:
-        return f"{self.column_type} by {self.model}"
-
-
-@dataclass(frozen=True)
-class _SpecRecord:
-    model: str
-    column_type: str
-    query_prompt: str | None = None
-    document_prompt: str | None = None
 
 
 def define_table(spec: TableSpec, name: str = SERVING) -> sa.Table:
@@ -116,16 +84,7 @@ class VectorTable(Records):
 
     def read_spec(self, connection: sa.Connection) -> TableSpec | None:
         """See `spec`; within the connection's transaction."""
-        record = self.read(connection, "table", _SpecRecord)
-        column = re.fullmatch(r"(vector|halfvec)\((\d+)\)", record.column_type) if record else None
-        if record is None or column is None:
-            return None
-        return TableSpec(record.model, int(column[2]), column[1], record.query_prompt, record.document_prompt)
-
-    def _write_spec(self, connection: sa.Connection, spec: TableSpec) -> None:
-        record = _SpecRecord(spec.model, spec.column_type, spec.query_prompt, spec.document_prompt)
-        if self.read(connection, "table", _SpecRecord) != record:
-            self.write(connection, "table", vars(record))
+        return read_spec(connection, self.name)
 
     # the index, as the catalog has it
 
@@ -190,14 +149,14 @@ class VectorTable(Records):
             if self.is_replaceable(connection, spec):
                 self.drop(connection)
             elif self._check(connection, spec, models):
-                self._write_spec(connection, spec)
+                write_spec(connection, self.name, spec)
                 return False
             self.forget(connection)
             search_schema_of_serving_table(connection)
             define_table(spec, self.name).create(connection)
             # keeps a vector of 2,000 values in its row's page: no TOAST look-ups, and parallel index builds
             connection.execute(text(f"ALTER TABLE {self.name} ALTER COLUMN embedding SET STORAGE PLAIN"))
-            self._write_spec(connection, spec)
+            write_spec(connection, self.name, spec)
             return True
 
     def check(self, spec: TableSpec, models: Collection[str] | None = None) -> None:
@@ -278,6 +237,33 @@ def describe_tables(database: Database) -> dict[str, str]:
             for table in tables
             if table.exists(connection)
         }
+
+
+def read_embeddings(database: Database, song_ids: Collection[int]) -> pl.DataFrame:
+    """The vectors that the table holds of some songs, by song_id; songs without one are left out.
+
+    Returns:
+        Columns song_id (Int32) and embedding (Array of Float32, dimensions).
+
+    Raises:
+        TableMismatchError: nothing is loaded yet.
+    """
+    with database.get_connection("web") as connection:
+        n_values = read_serving(connection).dimensions
+        schema.check_search_path(connection)
+        rows = connection.execute(
+            text(f"""
+                SELECT song_id, vector_send(embedding::vector) FROM {SERVING}
+                WHERE song_id = ANY (:song_ids) ORDER BY song_id
+            """),
+            {"song_ids": [int(song_id) for song_id in song_ids]},
+        ).all()
+    # pgvector sends two 16-bit integers, then the values, all big-endian
+    values = np.frombuffer(b"".join(content[4:] for _, content in rows), dtype=">f4").astype(np.float32)
+    return pl.DataFrame(
+        {"song_id": [song_id for song_id, _ in rows], "embedding": values.reshape(-1, n_values)},
+        {"song_id": pl.Int32, "embedding": pl.Array(pl.Float32, n_values)},
+    )
 
 
 def search_schema_of_serving_table(connection: sa.Connection) -> None:

@@ -13,7 +13,8 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import OFFLINE_MODEL
 from songvec_assets_tests.scenarios.test_graph_core import run_all
 
-HEAVY = ("dagster", "matplotlib", "aiohttp", "adbc_driver_manager", "pandas")
+HEAVY = ("dagster", "matplotlib", "aiohttp", "adbc_driver_manager", "pandas", "openai", "songvec_assets.defs")
+FRAMES = ("polars", "pyarrow", "songvec_assets.wiring", "songvec_assets.cache")
 CODE = f"""
 import sys
 from songvec_assets.cli import main
@@ -53,15 +54,18 @@ def type_in(*command: str, code: str = CODE) -> tuple[str, str]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("environment")
 def test_search_and_status_load_only_what_they_need_and_fit_80_columns() -> None:
-    found, said = type_in("search", "waves and salt")
+    Path("s").rename("away")  # a search needs no store
+    searching = CODE.replace(str(HEAVY), str(HEAVY + FRAMES))
+    found, said = type_in("search", "waves and salt", code=searching)
     assert said.splitlines()[-1] == "[]"
     assert said.startswith("Next: ")
     assert max(map(len, found.splitlines())) <= 80
     assert re.search(r"Sea — Ann\s+and salt\s", found), "below the song is the line that shares most with the query"
     assert len(re.findall("far", found)) == 20, "no name is cut"
-    found, said = type_in("search", "salt", "-n", "1", "--json")
+    found, said = type_in("search", "salt", "-n", "1", "--json", code=searching)
     (hit,) = json.loads(found)
     assert (said.strip(), hit["name"], hit["best_line"]) == ("[]", "Sea", "and salt"), "no hint where a script reads"
+    Path("away").rename("s")
     shown, said = type_in("status")
     assert (said.splitlines()[-1], max(map(len, shown.splitlines())) <= 80) == ("[]", True)
 

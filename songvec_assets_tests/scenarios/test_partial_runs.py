@@ -107,7 +107,8 @@ def test_a_range_that_cannot_be_filled_keeps_no_other_from_being_loaded_and_inde
     code, lines = run("status")
     assert (code, any(line.startswith("Cannot be read:") for line in lines)) == (3, True), lines
     shutil.rmtree(folder_of(tmp_path, SECOND))
-    assert run("run")[0] == 0
+    code, lines = run("run")
+    assert code == 0, lines
     assert len(read_table(database)) == 3 * N_SONGS
 
 

@@ -72,7 +72,7 @@ def sent(provider: Provider) -> set[str]:
 
 
 def search(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(base, "make_pipeline", lambda **_: pipeline)
+    monkeypatch.setattr(base, "make_searches", lambda **_: pipeline)
     result = CliRunner().invoke(app, ["search", "waves"])
     assert result.exit_code == 0, result.output
     return result.output

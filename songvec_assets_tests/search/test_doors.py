@@ -40,7 +40,7 @@ def in_sql(pipeline: Pipeline) -> Ask:
 @pytest.fixture
 def by_command(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What the command prints as JSON; or, if it fails, its error."""
-    monkeypatch.setattr(base, "make_pipeline", lambda **_: pipeline)
+    monkeypatch.setattr(base, "make_searches", lambda **_: pipeline)
 
     def run(*arguments: str) -> Any:
         result = CliRunner().invoke(app, ["search", *arguments, "--json"])

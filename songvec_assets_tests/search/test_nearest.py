@@ -182,7 +182,7 @@ def test_the_command_shows_as_many_songs_as_asked_for(
     use_index(database)
     with database.get_connection() as connection:
         write_value(connection, "probes", 1)
-    monkeypatch.setattr(base, "make_pipeline", lambda **_: pipeline)
+    monkeypatch.setattr(base, "make_searches", lambda **_: pipeline)
     with pytest.raises(SystemExit) as ended:
         app(["search", "a storm at sea", "-n", "100"])
     assert ended.value.code == 0

@@ -29,7 +29,7 @@ WHERE = [("artist", "=", "Ann"), ("year", "in", ["1983", "1984", "1985", "1986"]
 @pytest.fixture
 def by_command(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What the command prints as JSON."""
-    monkeypatch.setattr(base, "make_pipeline", lambda **_: pipeline)
+    monkeypatch.setattr(base, "make_searches", lambda **_: pipeline)
     return lambda *given: json.loads(CliRunner().invoke(commands, ["search", *given, "--json"]).stdout)
 
 

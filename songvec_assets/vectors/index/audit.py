@@ -19,8 +19,8 @@ from songvec_assets.vectors.index.neighbors import NEIGHBORS
 from songvec_assets.vectors.index.probes import NearestSearch, find_nearest
 from songvec_assets.vectors.index.recall import RecallReport, read_recall
 from songvec_assets.vectors.index.recall_searches import Searches
-from songvec_assets.vectors.ledger import SERVING, STAGING
-from songvec_assets.vectors.table import TableSpec, VectorTable
+from songvec_assets.vectors.spec import SERVING, STAGING, TableSpec
+from songvec_assets.vectors.table import VectorTable
 
 SAMPLE_ROWS = 1000
 

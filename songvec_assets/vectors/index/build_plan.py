@@ -11,7 +11,8 @@ from songvec_assets.vectors.index import sizing
 from songvec_assets.vectors.index.kinds import IndexKind, choose_kind
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport
 from songvec_assets.vectors.index.sizing import BuildEstimate, Capacity, choose_lists, read_capacity
-from songvec_assets.vectors.table import TableSpec, VectorTable
+from songvec_assets.vectors.spec import TableSpec
+from songvec_assets.vectors.table import VectorTable
 
 CHANGED_SHARE = 0.2
 """If more rows changed, the lists' centers no longer fit them: the index is built again."""

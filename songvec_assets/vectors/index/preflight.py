@@ -18,8 +18,8 @@ from songvec_assets.postgres.schema import check_search_path
 from songvec_assets.vectors.index import bits, sizing
 from songvec_assets.vectors.index.build_plan import IndexSettings, plan_build
 from songvec_assets.vectors.index.kinds import IndexKind
-from songvec_assets.vectors.ledger import SERVING
-from songvec_assets.vectors.table import TableSpec, VectorTable, define_table, search_schema_of_serving_table
+from songvec_assets.vectors.spec import SERVING, TableSpec
+from songvec_assets.vectors.table import VectorTable, define_table, search_schema_of_serving_table
 
 _LOCK_TIMEOUT = "250ms"
 _NEEDED = "SELECT, INSERT, UPDATE, DELETE"

@@ -28,7 +28,8 @@ from songvec_assets.vectors.index.build_plan import (
 from songvec_assets.vectors.index.neighbors import prepare
 from songvec_assets.vectors.index.recall import RecallReport, measure_and_record, read_recall
 from songvec_assets.vectors.index.sizing import BuildEstimate
-from songvec_assets.vectors.table import TableSpec, VectorTable
+from songvec_assets.vectors.spec import TableSpec
+from songvec_assets.vectors.table import VectorTable
 
 _PROBES_GROWN = 1.5
 """If recall takes n times the probes of the last build, and one more, which may be chance, the index is built again."""
