@@ -6,14 +6,12 @@ a setting, as a field of its group, of a type that Dagster's run config supports
 words). Keep out: what a setting does, and how it is read (`settings_group`).
 """
 
-import ast
-import inspect
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from songvec_assets.base_url import check_base_url
 from songvec_assets.errors import SettingsError
@@ -283,17 +281,9 @@ def split_names(given: str | None) -> list[str]:
     return [each for each in map(str.strip, (given or "").split(",")) if each]
 
 
-def describe(group: type[Group]) -> dict[str, str]:
-    """The meaning of each setting of a group on one line, from its docstring.
-
-    Pydantic can read them, too, but does so in each process that defines the settings: 35 ms of every command.
-    """
-    found = {}
-    for statements in pairwise(ast.walk(ast.parse(inspect.getsource(group)))):
-        match statements:
-            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(meaning))):
-                found[name] = " ".join(meaning.split())
-    return found
+def describe(field: FieldInfo) -> str:
+    """A setting's meaning on one line, from its docstring."""
+    return " ".join((field.description or "").split())
 
 
 def variables() -> list[str]:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from songvec_assets.errors import SettingsError
 
@@ -30,7 +31,7 @@ def is_set(name: str) -> bool:
     return any(os.environ.get(each, "").strip() for each in (name, file_variable(name)))
 
 
-class Group(BaseModel):
+class Group(BaseSettings):
     """Settings from explicit values, else the environment, else their defaults.
 
     Args:
@@ -40,12 +41,14 @@ class Group(BaseModel):
         SettingsError: a value does not parse; one line names the variable and, unless it is a secret, the value.
     """
 
-    model_config = ConfigDict(
+    model_config = SettingsConfigDict(
         alias_generator=variable,
-        extra="forbid",
+        case_sensitive=True,
         frozen=True,
         str_strip_whitespace=True,
         allow_inf_nan=False,
+        validate_default=False,
+        use_attribute_docstrings=True,
     )
 
     def __init__(self, **given: Any) -> None:
@@ -57,9 +60,8 @@ class Group(BaseModel):
             if value is not None and str(value).strip()
         }
         named |= _read_secrets(secrets.values(), named)
-        present = {name: value for name in fields if (value := os.environ.get(name, "").strip())}
         try:
-            super().__init__(**present | {name: value for name, value in named.items() if name not in secrets})
+            super().__init__(**{name: value for name, value in named.items() if name not in secrets})
         except ValidationError as error:
             first = error.errors()[0]
             name, value = str(first["loc"][0]), first["input"]
@@ -70,6 +72,11 @@ class Group(BaseModel):
             came = repr(value) if fields[name].repr else type(value).__name__
             # not chained: pydantic's error shows the values, secrets among them
             raise SettingsError(f"{name}: expected {expected}, got {came}") from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_blank(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if str(value).strip()}
 
 
 def _read_secrets(names: Iterable[str], given: Mapping[str, Any]) -> dict[str, str]:

@@ -162,11 +162,10 @@ def settings_table() -> str:
     for group in GROUPS:
         reads = {GraphSettings: "when the graph loads", ServeSettings: "when a search or the server starts"}
         read = reads.get(group, "when a run starts")
-        meanings = describe(group)
         for name, field in group.model_fields.items():
             default = "" if field.default is None else f"`{field.default!s}`".replace("\n", "\\n")
             identity = "yes" if name in STORE_IDENTITY else ""
-            meaning = meanings[name].removesuffix(".")
+            meaning = describe(field).removesuffix(".")
             lines.append(f"| `{variable(name)}` | {default} | {meaning} | {read} | {identity} |")
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Optional, get_origin
 
 import dagster as dg
 import sqlalchemy as sa
-from pydantic import Field, create_model
+from pydantic import BaseModel, Field, create_model
 
 from songvec_assets.defs.partitions import TILING
 from songvec_assets.errors import SettingsError
@@ -24,34 +24,33 @@ from songvec_assets.settings import (
     StorageSettings,
     describe,
 )
-from songvec_assets.settings_group import Group, variable
+from songvec_assets.settings_group import variable
 from songvec_assets.songs.export import ExportMode
 from songvec_assets.songs.ranges import SongIdRange, parse_span
 
 
-def options_of(group: type[Group]) -> dict[str, str]:
+def options_of(group: type[BaseModel]) -> dict[str, str]:
     """The options of a resource: the name of each setting of a group, and of its option."""
     return {name: name.removeprefix("fireworks_") for name, field in group.model_fields.items() if field.repr}
 
 
-def with_options(group: type[Group]) -> Any:
+def with_options(group: type[BaseModel]) -> Any:
     """A base class for a resource that has a group's settings as options, all empty.
 
     A resource does not inherit from the group: Dagster passes a field's default as if it had been typed, so it would
     replace the environment's value, and a nested resource would read the environment when the graph loads.
     """
     options: dict[str, Any] = {}
-    meanings = describe(group)
     for name, option in options_of(group).items():
         field = group.model_fields[name]
         kind = str if get_origin(field.annotation) is Literal else field.annotation
         default = "unset" if field.default is None else str(field.default).replace("\n", "\\n")
         read = f"Empty: {variable(name)}, read when the run starts (default: {default})."
-        options[option] = Optional[kind], Field(default=None, description=f"{meanings[name]} {read}")  # noqa: UP045
+        options[option] = Optional[kind], Field(default=None, description=f"{describe(field)} {read}")  # noqa: UP045
     return create_model(group.__name__, __base__=dg.ConfigurableResource, **options)
 
 
-def given(group: type[Group], resource: "dg.ConfigurableResource[Any]") -> dict[str, Any]:
+def given(group: type[BaseModel], resource: "dg.ConfigurableResource[Any]") -> dict[str, Any]:
     """The values of a resource's options, by the names of the settings; None: empty."""
     return {name: getattr(resource, option) for name, option in options_of(group).items()}
 
@@ -180,7 +179,7 @@ def make_resources(**prefilled: Mapping[str, Any]) -> dict[str, Any]:
 RESOURCES = make_resources()
 
 
-def present_values(group: type[Group], *names: str) -> dict[str, Any]:
+def present_values(group: type[BaseModel], *names: str) -> dict[str, Any]:
     """The values of some settings when the code location loads; none if one does not parse: a run then refuses it."""
     try:
         settings = group()
