@@ -3,9 +3,10 @@
 import numpy as np
 import polars as pl
 import pytest
+from msgspec.structs import replace
 
 from songvec_assets.cache.model_cache import ModelCache
-from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, DamagedPartError, PartIdentity
+from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, DamagedPartError, PartIdentity, Rows
 from songvec_assets.cache.slices import RemoteRows, open_stored, read_ahead
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.errors import StoreError
@@ -75,6 +76,23 @@ def test_opening_reads_no_vector_and_a_batch_is_one_request(storage, s3, monkeyp
     assert sum(sent) < content.size / 4
     stored[2].load()
     assert s3.count() == {"GET": 1}
+
+
+def test_the_vectors_of_a_base_are_read_a_batch_at_a_time_and_once(storage, s3):
+    n_batches, dimensions = 5, 512
+    cache = ModelCache(storage, "m", dimensions)
+    vectors = np.random.default_rng(0).normal(size=(n_batches * PIECE_ROWS, dimensions)).astype(np.float32)
+    cached, song_ids = cache.open(RANGE), range(len(vectors))
+    rows = Rows.of(song_ids, [number.to_bytes(16, "little") for number in song_ids], vectors)
+    base = cached.writer.write_base(rows, np.split(vectors, n_batches))
+    cached.save(replace(cached.manifest, files=(base,)))
+    opened = cache.open(RANGE)
+    s3.requests()
+    found = list(opened.iter_vectors(opened.rows["row"]))
+    np.testing.assert_array_equal(np.concatenate([each.embeddings for each in found]), vectors)
+    answered = [each["n_bytes"] for each in s3.requests()]
+    assert max(answered) <= PIECE_ROWS * 4 * dimensions
+    assert sum(answered) == vectors.nbytes
 
 
 def _counting(read, sent):
