@@ -62,13 +62,16 @@ def test_a_move_into_a_bucket_that_is_killed_goes_on_from_what_has_arrived_and_p
     process = warm.start(command, tmp_path, environment)
     wait_until(lambda: has_sent(5))
     process.kill()
-    assert process.wait() == -9
+    process.communicate()
+    assert process.returncode == -9
     s3.spoil()
     process = warm.start(command, tmp_path, environment)
     said, _ = process.communicate()
     assert process.returncode == 0, said
-    # of ten parts four had arrived; snapshots and manifests are copied again
-    assert re.search(rf"{len(before)} objects.*; {len(before) - 4} were copied now", " ".join(said.split())), said
+    # of ten parts four had arrived, and the fifth may; snapshots and manifests are copied again
+    [(n_objects, n_copied)] = re.findall(r"(\d+) objects.*; (\d+) were copied now", " ".join(said.split()))
+    assert int(n_objects) == len(before)
+    assert len(before) - int(n_copied) in (4, 5)
     moved = make_pipeline(database, provider, bucket)
     assert {key: moved.storage.read(key).content for key in before} == {key: it.content for key, it in before.items()}
     assert [each.n_embedded for each in moved.run().embed] == [0] * 10
