@@ -1,17 +1,20 @@
 """Parts read by ranges from a real S3 server: the same rows as from a disk, by few requests, whatever is damaged."""
 
+from functools import partial
+
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from msgspec.structs import replace
 
 from songvec_assets.cache.model_cache import ModelCache
-from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, DamagedPartError, PartIdentity, Rows
+from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, DamagedPartError, PartIdentity, Rows, open_part
 from songvec_assets.cache.slices import RemoteRows, open_stored, read_ahead
 from songvec_assets.cache.writing import PartWriter
-from songvec_assets.errors import StoreError
+from songvec_assets.errors import StorageError, StoreError
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.storage import open_storage
+from songvec_assets.storage import Opened, open_storage
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets.storage.opened import HEAD_BYTES
 
@@ -121,6 +124,51 @@ def test_a_damaged_part_gives_the_same_rows_as_on_a_disk(storage, tmp_path, at):
     assert found[0][1] == found[1][1]
     # nobody needs all of the footer, only the whole file does
     assert found[0][0] == found[1][0] or at == -12
+
+
+class Remote(Opened):
+    """Bytes that are read as those of an object store; what is outside of them is refused, as servers do."""
+
+    mapped = None
+
+    def __init__(self, content):
+        self.content = content
+
+    @property
+    def size(self):
+        return len(self.content)
+
+    def read(self, spans):
+        if not all(0 <= start < stop <= self.size for start, stop in spans):
+            raise StorageError("416 Range Not Satisfiable")
+        return [pa.py_buffer(self.content[start:stop]) for start, stop in spans]
+
+    def file(self):
+        raise NotImplementedError
+
+
+def find_sound(do):
+    """The song_ids of sound rows, or the code of the refusal."""
+    try:
+        batches = do()
+    except DamagedPartError as error:
+        batches = error.sound
+    except StoreError as error:
+        return error.code
+    return {int(song_id) for rows in (each.load() for each in batches) for song_id in rows.song_ids[rows.find_sound()]}
+
+
+def test_no_flipped_bit_of_a_part_is_more_than_damage(tmp_path):
+    disk = LocalStorage(tmp_path)
+    whole = disk.open(write(disk, [batch_of(range(1, 10)), batch_of(range(20, 25))])).mapped.to_pybytes()
+    random = np.random.default_rng(5)
+    for at in range(0, len(whole), 11):
+        content = bytearray(whole)
+        content[at] ^= 1 << int(random.integers(8))
+        on_disk = find_sound(partial(open_part, pa.py_buffer(bytes(content)), IDENTITY, "part"))
+        remote = find_sound(partial(open_stored, Remote(bytes(content)), IDENTITY, "part"))
+        # nobody needs all of the footer, only the whole file does
+        assert remote == on_disk or remote >= on_disk, at
 
 
 def test_a_part_of_another_range_is_refused(storage):
