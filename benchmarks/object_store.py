@@ -4,21 +4,27 @@
 
 The real fill and load, each in a fresh process, over SeaweedFS's server on this machine, which shares its cores, and
 over a folder of the same disk; the provider has no latency, and quotas are too high to matter. To reach: a bucket has
-0.8 of the folder's rates. Requests are counted by a proxy, in a round that is not timed.
+0.8 of the folder's rates. Memory is RssAnon, which no file shares. In the last round the range's parts are one base, of
+which a load may read a slice at a time only. Requests are counted by a proxy, in a round that is not timed.
 """
 
 import argparse
 import os
-import resource
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import psutil
 
 from benchmarks.cache_fill import create_catalogue
+from songvec_assets.cache import completion
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.settings import Settings
@@ -27,32 +33,42 @@ from songvec_assets_tests.provider import Provider, running_provider
 from songvec_assets_tests.s3 import S3, running_s3
 
 STEPS = ("fill", "load", "nothing to do")
+MERGED = ("fill into one base", "load of one base")
+_SAMPLE_S = 0.01
 
 
 class Measure(NamedTuple):
-    """A step: seconds, CPU seconds of its process, and the most memory that was no file's, in MB."""
+    """A step: seconds, CPU seconds of its process and of the object store, and the peak of RssAnon, in MB."""
 
     seconds: float
     cpu_s: float
     peak_mb: float
+    server_cpu_s: float = 0.0
 
 
 def take_step(step: str, settings: dict[str, Any], environment: dict[str, str]) -> Measure:
     """Take a step, in its own process."""
     os.environ |= environment
     pipeline = Pipeline(Settings(**settings))
-    before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    if step != "load":
-        pipeline.embed()
-    if step != "fill":
-        pipeline.load()
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return Measure(
-        time.perf_counter() - started,
-        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6,
-    )
+    ended, peaks = threading.Event(), [0.0]
+
+    def sample() -> None:
+        while not ended.wait(_SAMPLE_S):
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
+            peaks[0] = max(peaks[0], int(status.split("RssAnon:")[1].split()[0]) * 1024 / 1e6)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    cpu_s, started = time.process_time(), time.perf_counter()
+    with patch.object(completion, "_MOST_FILES", 0 if step in MERGED else completion._MOST_FILES):
+        if not step.startswith("load"):
+            pipeline.embed()
+        if not step.startswith("fill"):
+            pipeline.load()
+    seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_s
+    ended.set()
+    sampler.join()
+    return Measure(seconds, cpu_s, peaks[0])
 
 
 def settings_of(server_url: str, provider: Provider, n_songs: int, storage: str) -> dict[str, Any]:
@@ -72,16 +88,39 @@ def settings_of(server_url: str, provider: Provider, n_songs: int, storage: str)
     }
 
 
-def run_round(settings: dict[str, Any], environment: dict[str, str]) -> list[Measure]:
-    """Export into a new store, fill, load, and do both again."""
+def run_round(settings: dict[str, Any], environment: dict[str, str], steps: Sequence[str]) -> list[Measure]:
+    """Export into a new store, then take the steps."""
     os.environ |= environment
     with Pipeline(Settings(**settings)) as pipeline:
         pipeline.export()
     measures = []
-    for step in STEPS:
+    for step in steps:
+        before = server_cpu_s()
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
-            measures.append(processes.submit(take_step, step, settings, environment).result())
+            measure = processes.submit(take_step, step, settings, environment).result()
+        measures.append(measure._replace(server_cpu_s=server_cpu_s() - before))
     return measures
+
+
+def server_cpu_s() -> float:
+    """CPU seconds that SeaweedFS has taken."""
+    [server] = [each for each in psutil.Process().children() if each.name() == "weed"]
+    times = server.cpu_times()
+    return float(times.user + times.system)
+
+
+def print_rows(steps: Sequence[str], found: dict[str, list[list[Measure]]]) -> None:
+    """Print a row per step: medians, and the ratio of the rates of each round."""
+    for place, step in enumerate(steps):
+        folders, buckets = ([each[place] for each in found[kind]] for kind in ("folder", "bucket"))
+        ratios = [mine.seconds / its.seconds for mine, its in zip(folders, buckets, strict=True)]
+        ratio = f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+        mine, its = (Measure(*map(median, zip(*each, strict=True))) for each in (folders, buckets))
+        print(
+            f"| {step} | {mine.seconds:.2f} | {its.seconds:.2f} | {ratio} | {mine.cpu_s:.2f} | {its.cpu_s:.2f} "
+            f"| {its.server_cpu_s:.2f} | {mine.peak_mb:.0f} | {its.peak_mb:.0f} |",
+            flush=True,
+        )
 
 
 def count_requests(settings: dict[str, Any], s3: S3) -> None:
@@ -115,22 +154,18 @@ def main() -> None:
         url = start_embedded_server(folder / "pg").url
         create_catalogue(url, asked.songs)
         direct = s3.environment | {"AWS_ENDPOINT_URL": s3.direct_url}
-        found: dict[str, list[list[Measure]]] = {"folder": [], "bucket": []}
-        for number in range(asked.rounds):
-            places = {"folder": (str(folder / f"store-{number}"), {}), "bucket": (s3.new_url(), direct)}
-            for kind, (storage, environment) in places.items():
-                found[kind].append(run_round(settings_of(url, provider, asked.songs, storage), environment))
-        print("| step | folder s | bucket s | rate of both (to reach: >= 0.8) | CPU s | CPU s | peak MB | peak MB |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-        for place, step in enumerate(STEPS):
-            folders, buckets = ([each[place] for each in found[kind]] for kind in ("folder", "bucket"))
-            ratios = [mine.seconds / its.seconds for mine, its in zip(folders, buckets, strict=True)]
-            ratio = f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-            mine, its = (Measure(*map(median, zip(*each, strict=True))) for each in (folders, buckets))
-            print(
-                f"| {step} | {mine.seconds:.2f} | {its.seconds:.2f} | {ratio} | {mine.cpu_s:.2f} | {its.cpu_s:.2f} "
-                f"| {mine.peak_mb:.0f} | {its.peak_mb:.0f} |"
-            )
+        print(
+            "| step | folder s | bucket s | rate of both (to reach: >= 0.8) | CPU s | CPU s | of the server | MB | MB |"
+        )
+        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+        for steps, n_rounds in ((STEPS, asked.rounds), (MERGED, 1)):
+            found: dict[str, list[list[Measure]]] = {"folder": [], "bucket": []}
+            for number in range(n_rounds):
+                places = {"folder": (str(folder / f"{steps[0]} {number}"), {}), "bucket": (s3.new_url(), direct)}
+                for kind, (storage, environment) in places.items():
+                    settings = settings_of(url, provider, asked.songs, storage)
+                    found[kind].append(run_round(settings, environment, steps))
+            print_rows(steps, found)
         count_requests(settings_of(url, provider, asked.songs, s3.new_url()), s3)
 
 

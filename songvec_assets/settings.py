@@ -126,7 +126,7 @@ class StorageSettings(Group):
     """The folder of snapshots and cached embeddings, and how songs become texts."""
 
     storage: str | None = None
-    """Folder of snapshots and cached embeddings, or `s3://bucket/prefix`, `gs://…`, `az://account/container/…`; unset:
+    """Folder of snapshots and cached embeddings, or `s3://bucket/prefix`, `gs://…`, `az://container/…`; unset:
     `.songvec/demo` (embedded server) or `.songvec/main`."""
     retention_days: NotNegative = 30.0
     """Minimum days that the cache keeps vectors of deleted songs; 0: none."""

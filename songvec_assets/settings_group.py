@@ -59,7 +59,7 @@ class Group(BaseSettings):
             for name, value in given.items()
             if value is not None and str(value).strip()
         }
-        named |= _read_secrets(secrets.values(), named)
+        named |= read_secrets(secrets.values(), named)
         try:
             super().__init__(**{name: value for name, value in named.items() if name not in secrets})
         except ValidationError as error:
@@ -79,7 +79,7 @@ class Group(BaseSettings):
         return {name: value for name, value in values.items() if str(value).strip()}
 
 
-def _read_secrets(names: Iterable[str], given: Mapping[str, Any]) -> dict[str, str]:
+def read_secrets(names: Iterable[str], given: Mapping[str, Any]) -> dict[str, str]:
     """The secrets that are in files.
 
     Args:

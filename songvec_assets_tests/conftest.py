@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import cast, get_args
 
 import pytest
 import sqlalchemy as sa
@@ -22,6 +23,7 @@ from songvec_assets.settings import Settings, variables
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.storage import objects
 from songvec_assets_tests.administration import borrow_database, dispose, execute, with_parts
+from songvec_assets_tests.clouds import Cloud, CloudKind, running_cloud
 from songvec_assets_tests.pooler import running_pgbouncer
 from songvec_assets_tests.provider import Provider, running_provider
 from songvec_assets_tests.s3 import S3, Kind, running_s3
@@ -166,14 +168,41 @@ def use_s3(start_s3: Callable[[Kind], S3], monkeypatch: pytest.MonkeyPatch) -> C
 
     def lead(kind: Kind) -> S3:
         s3 = start_s3(kind)
-        for name, value in s3.environment.items():
-            monkeypatch.setenv(name, value)
-        # as often as always, without the waits
-        backoff = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.05), "base": 2}
-        monkeypatch.setitem(objects.RETRIES, "backoff", backoff)
+        _lead(monkeypatch, s3.environment)
         s3.spoil()
         s3.requests()
         return s3
+
+    return lead
+
+
+def _lead(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # as often as always, without the waits
+    backoff = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.05), "base": 2}
+    monkeypatch.setitem(objects.RETRIES, "backoff", backoff)
+
+
+@pytest.fixture(scope="session")
+def start_cloud() -> Iterator[Callable[[CloudKind], Cloud]]:
+    """Starts a server of Google's or Azure's interface, once per test worker."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda kind: stack.enter_context(running_cloud(kind)))
+
+
+@pytest.fixture
+def new_url(
+    start_cloud: Callable[[CloudKind], Cloud], use_s3: Callable[[Kind], S3], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], str]:
+    """Leads the environment to an object store of any kind; the URL of an empty prefix in it."""
+
+    def lead(kind: str) -> str:
+        if kind not in get_args(CloudKind):
+            return use_s3(cast(Kind, kind)).new_url()
+        cloud = start_cloud(cast(CloudKind, kind))
+        _lead(monkeypatch, cloud.environment)
+        return cloud.new_url()
 
     return lead
 

@@ -94,6 +94,7 @@ class CachedRange:
         manifest: the stored manifest, updated by the parts that are newer.
         damaged: damaged or missing files, and what is wrong with each. Their intact rows are read.
         n_unnamed: files that the stored manifest does not name.
+        had_damaged: songs with a damaged row, even if a newer part has another: that part may be lost in its turn.
     """
 
     storage: Storage
@@ -104,6 +105,7 @@ class CachedRange:
     manifest: Manifest = field(init=False)
     damaged: dict[str, str] = field(default_factory=dict)
     n_unnamed: int = 0
+    had_damaged: Collection[int] = ()
     _batches: list[StoredRows] = field(default_factory=list)
 
     def __post_init__(self, generation: int) -> None:
@@ -114,6 +116,7 @@ class CachedRange:
         if self.replaces is not None:
             manifest, is_read = self.replaces.manifest.begin_generation(generation), True
         self._open(manifest.files)
+        self.had_damaged = manifest.damaged
         unnamed = manifest.find_unnamed(sizes, is_read)
         self.n_unnamed = len(unnamed)
         self.manifest = self._add(manifest, unnamed)

@@ -120,7 +120,7 @@ def _older_rows(cached: CachedRange, kept: pl.DataFrame) -> pl.DataFrame:
     """Rows that are no longer valid, of songs that are not deleted; without damaged ones."""
     expired = {*cached.manifest.deleted_at} - {*kept["song_id"]}
     older = cached.all_rows.join(pl.concat([kept, cached.rows]), on="row", how="anti")
-    older = older.filter(~pl.col("song_id").is_in([*expired, *cached.manifest.damaged]))
+    older = older.filter(~pl.col("song_id").is_in([*expired, *cached.had_damaged]))
     return older.unique(["song_id", "checksum"], keep="last", maintain_order=True)
 
 
@@ -130,7 +130,7 @@ def _is_merge_due(cached: CachedRange) -> bool:
     n_in_parts = sum(each.n_bytes for each in files if not manifests.is_base(each.name))
     has_small_batches = cached.n_batches > 1 and cached.n_rows < cached.n_batches * PIECE_ROWS // 4
     return (
-        bool(cached.damaged or cached.manifest.damaged)
+        bool(cached.damaged or cached.had_damaged)
         or len(files) > _MOST_FILES
         or (not n_based and has_small_batches)
         or (n_based > 0 and n_in_parts > _PARTS_SHARE * n_based)

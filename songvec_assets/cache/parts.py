@@ -26,7 +26,7 @@ PIECE_ROWS = 2048
 """Maximum rows of a record batch, and of each step that reads or writes rows: 16 MB of vectors of 2,000 values."""
 
 _FORMAT = "1"
-_UNREADABLE = (pa.ArrowException, OSError, EOFError, KeyError, TypeError, ValueError)
+UNREADABLE = (pa.ArrowException, OSError, EOFError, KeyError, TypeError, ValueError)
 """The errors that damaged files raise."""
 _HEAD_BYTES = 8
 """Bytes of an Arrow IPC file before its stream of messages."""
@@ -203,7 +203,7 @@ def read_identity(file: Any) -> PartIdentity | None:
     """The identity in a part's metadata; None if the part does not open. Of a file, only its end is read."""
     try:
         return _identity_of(json.loads(pa.ipc.open_file(file).schema.metadata[b"songvec"]))
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
 
 
@@ -232,7 +232,7 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
             if not reader.schema.equals(found.schema()):
                 raise ValueError("its columns are not a part's")
             break
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             problem = problem or f"it does not open ({error})"
     else:
         raise DamagedPartError(problem)
@@ -246,7 +246,7 @@ def open_part(content: pa.Buffer, identity: PartIdentity, name: str) -> list[Cac
     try:
         stored = map(reader.get_batch, range(reader.num_record_batches)) if opener is pa.ipc.open_file else reader
         batches.extend(_read_batch(batch, found) for batch in stored)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         problem = problem or f"a batch does not open ({error})"
     if not problem and found.digest(join_rows(batches)) != digest:
         problem = "song_ids, text hashes or checksums do not match their digest"

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from songvec_assets.cache.parts import CachedRows, PartIdentity, StoredRows, join_rows, open_part
+from songvec_assets.cache.parts import UNREADABLE, CachedRows, PartIdentity, StoredRows, join_rows, open_part
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.songs.text import TEXT_HASH_BYTES
 from songvec_assets.storage import Opened
@@ -63,7 +63,7 @@ def open_stored(content: Opened, identity: PartIdentity, name: str) -> Sequence[
     if content.mapped is None:
         try:
             return _open_remote(content, identity)
-        except (ValueError, KeyError, IndexError, struct.error, pa.ArrowException):
+        except (*UNREADABLE, IndexError, struct.error):
             # it is damaged, or of another version: the errors are those of the format
             [whole] = content.read([(0, content.size)])
     else:
@@ -75,13 +75,15 @@ def _open_remote(content: Opened, identity: PartIdentity) -> list[RemoteRows]:
     """The batches of an intact part.
 
     Raises:
-        ValueError, KeyError, IndexError, struct.error, pa.ArrowException: it is not one.
+        UNREADABLE, IndexError, struct.error: it is not one.
     """
     [tail] = content.read([(max(content.size - _TAIL_BYTES, 0), content.size)])
     n_footer, magic = _END.unpack_from(tail, tail.size - _END.size)
     if magic != b"ARROW1":
         raise ValueError("it has no end")
     blocks = _read_blocks(tail.slice(tail.size - _END.size - n_footer, n_footer).to_pybytes())
+    if not all(0 < offset < offset + n_metadata + n_body <= content.size for offset, n_metadata, n_body in blocks):
+        raise ValueError("its footer names places outside of it")
     [head] = content.read([(0, blocks[0][0])])
     schema = pa.ipc.read_schema(pa.BufferReader(head.slice(8)))
     if not schema.equals(identity.schema()):

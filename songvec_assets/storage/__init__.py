@@ -179,7 +179,7 @@ def check_location(location: str) -> str:
     """
     scheme, is_url, rest = location.partition("://")
     if is_url and (scheme not in SCHEMES or not re.match("[^/]", rest)):
-        raise ValueError("a folder, s3://bucket/prefix, gs://bucket/prefix or az://account/container/prefix")
+        raise ValueError("a folder, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix")
     return location
 
 

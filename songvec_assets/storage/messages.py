@@ -26,8 +26,9 @@ _ADVICE = {
         "correct AWS_REGION",
     },
     "storage.denied": {
+        r"Account must be specified": "the account is not named: set AZURE_STORAGE_ACCOUNT_NAME",
         r"169\.254\.|metadata\.google|credential": "no credentials were found: set AWS_ACCESS_KEY_ID and "
-        "AWS_SECRET_ACCESS_KEY, or run where a role gives them",
+        "AWS_SECRET_ACCESS_KEY, GOOGLE_SERVICE_ACCOUNT or AZURE_STORAGE_ACCOUNT_KEY, or run where a role gives them",
         r"AccessDenied|Forbidden|(code:|status) 40[13]|SignatureDoesNotMatch|InvalidAccessKeyId|Unauthorized": "the "
         "credentials do not allow it: correct them, or allow to get, put, list and delete objects of this prefix",
     },

@@ -1,8 +1,9 @@
 """Objects in a bucket of S3, Google or Azure, through obstore; also in any server that speaks S3.
 
-Credentials and endpoint come from the client's own variables, as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL, or from the
-role of the machine; nothing of them is stored. A request is tried up to 11 times within a minute; one try takes up to
-30 s (AWS_TIMEOUT). Of two writers the store itself lets one win: If-None-Match creates, If-Match replaces.
+Credentials and endpoint come from the client's own variables, as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL, from a file
+that `AWS_SECRET_ACCESS_KEY_FILE` names, or from the role of the machine; nothing of them is stored. A request is tried
+up to 11 times within a minute; one try takes up to 30 s (AWS_TIMEOUT). Of two writers the
+store itself lets one win: If-None-Match creates, If-Match replaces.
 When to add here: another property of object stores. Keep out: words for their errors (`messages`).
 """
 
@@ -17,6 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from songvec_assets.errors import StorageError
+from songvec_assets.settings_group import read_secrets
 from songvec_assets.storage import Listing, Storage, Versioned
 from songvec_assets.storage.messages import clear_disk_errors, clear_errors
 from songvec_assets.storage.opened import OpenedObject
@@ -33,6 +35,8 @@ RETRIES: Any = {
     "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2},
 }
 _PARALLEL = 16
+SECRETS = {"s3": "AWS_SECRET_ACCESS_KEY", "az": "AZURE_STORAGE_ACCOUNT_KEY"}
+"""Of the client's variables, the one that may be in a file. Google's, GOOGLE_SERVICE_ACCOUNT, is a path itself."""
 _WRITER = "writer"
 
 _Item = TypeVar("_Item")
@@ -75,11 +79,17 @@ class ObjectStorage(Storage):
 
     @classmethod
     def connect(cls, url: str) -> "ObjectStorage":
-        """The storage at a URL; sends no request."""
+        """The storage at a URL; sends no request.
+
+        Raises:
+            SettingsError: a file with a secret cannot be read.
+        """
         from obstore.store import from_url
 
+        names = [name for scheme, name in SECRETS.items() if url.startswith(f"{scheme}://")]
+        config: Any = {name.lower(): secret for name, secret in read_secrets(names, {}).items()}
         with clear_errors(f"use {url}"):
-            return cls(Bucket(url.rstrip("/"), from_url(url, retry_config=RETRIES)))
+            return cls(Bucket(url.rstrip("/"), from_url(url, config=config, retry_config=RETRIES)))
 
     def __str__(self) -> str:
         return self.location

@@ -49,6 +49,21 @@ def test_a_death_before_any_write_or_removal_of_a_merge_loses_nothing(cache, sur
     assert [name.rpartition("-")[2] for name in names(cache)] == ["base.arrow", "manifest.json"]
 
 
+def test_a_damaged_row_that_was_embedded_again_is_not_kept(cache):
+    put(cache, range(1, 9))
+    complete(cache)
+    [base] = [cache.storage.root / RANGE.key / name for name in names(cache) if name.endswith("arrow")]
+    content, vector = bytearray(base.read_bytes()), vectors_of([5]).tobytes()
+    content[content.index(vector)] ^= 1
+    base.write_bytes(content)
+    cache.open(RANGE).discard([5])
+    put(cache, [5])
+    complete(cache)
+    opened = cache.open(RANGE)
+    assert opened.find_sound(opened.all_rows)["song_id"].to_list() == opened.all_rows["song_id"].to_list()
+    assert sorted(opened.all_rows["song_id"]) == list(range(1, 9))
+
+
 def test_many_small_parts_are_merged_and_a_few_beside_a_base_are_not(tmp_path):
     cache = ModelCache(LocalStorage(tmp_path), "m", 2_000)
 

@@ -125,6 +125,16 @@ def test_what_arrives_otherwise_than_it_was_sent_is_no_move(filled, tmp_path, da
     assert filled.storage.read("store.json") and not target.read("store.json")
 
 
+def test_a_part_that_a_bucket_gives_back_with_a_flipped_bit_is_no_move(filled, s3, bucket, database):
+    s3.spoil({"do": "flip", "method": "GET", "match": "arrow$"})
+    with pytest.raises(StoreError, match="differs from what was sent") as caught:
+        move_store(filled.storage, open_storage(bucket), TILING, database, SILENT)
+    assert caught.value.code == "store.damaged"
+    assert filled.storage.read("store.json") and not open_storage(bucket).read("store.json")
+    s3.spoil()
+    move_store(filled.storage, open_storage(bucket), TILING, database, SILENT)
+
+
 def test_a_target_that_is_another_store_or_the_same_place_is_refused(filled, tmp_path, database):
     other = LocalStorage(tmp_path / "other")
     open_store(other, TILING)

@@ -1,16 +1,20 @@
 """Parts read by ranges from a real S3 server: the same rows as from a disk, by few requests, whatever is damaged."""
 
+from functools import partial
+
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
+from msgspec.structs import replace
 
 from songvec_assets.cache.model_cache import ModelCache
-from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, DamagedPartError, PartIdentity
+from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, DamagedPartError, PartIdentity, Rows, open_part
 from songvec_assets.cache.slices import RemoteRows, open_stored, read_ahead
 from songvec_assets.cache.writing import PartWriter
-from songvec_assets.errors import StoreError
+from songvec_assets.errors import StorageError, StoreError
 from songvec_assets.songs.ranges import SongIdRange
-from songvec_assets.storage import open_storage
+from songvec_assets.storage import Opened, open_storage
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets.storage.opened import HEAD_BYTES
 
@@ -77,6 +81,23 @@ def test_opening_reads_no_vector_and_a_batch_is_one_request(storage, s3, monkeyp
     assert s3.count() == {"GET": 1}
 
 
+def test_the_vectors_of_a_base_are_read_a_batch_at_a_time_and_once(storage, s3):
+    n_batches, dimensions = 5, 512
+    cache = ModelCache(storage, "m", dimensions)
+    vectors = np.random.default_rng(0).normal(size=(n_batches * PIECE_ROWS, dimensions)).astype(np.float32)
+    cached, song_ids = cache.open(RANGE), range(len(vectors))
+    rows = Rows.of(song_ids, [number.to_bytes(16, "little") for number in song_ids], vectors)
+    base = cached.writer.write_base(rows, np.split(vectors, n_batches))
+    cached.save(replace(cached.manifest, files=(base,)))
+    opened = cache.open(RANGE)
+    s3.requests()
+    found = list(opened.iter_vectors(opened.rows["row"]))
+    np.testing.assert_array_equal(np.concatenate([each.embeddings for each in found]), vectors)
+    answered = [each["n_bytes"] for each in s3.requests()]
+    assert max(answered) <= PIECE_ROWS * 4 * dimensions
+    assert sum(answered) == vectors.nbytes
+
+
 def _counting(read, sent):
     def count(opened, spans):
         sent.extend(stop - start for start, stop in spans if stop > HEAD_BYTES)
@@ -103,6 +124,51 @@ def test_a_damaged_part_gives_the_same_rows_as_on_a_disk(storage, tmp_path, at):
     assert found[0][1] == found[1][1]
     # nobody needs all of the footer, only the whole file does
     assert found[0][0] == found[1][0] or at == -12
+
+
+class Remote(Opened):
+    """Bytes that are read as those of an object store; what is outside of them is refused, as servers do."""
+
+    mapped = None
+
+    def __init__(self, content):
+        self.content = content
+
+    @property
+    def size(self):
+        return len(self.content)
+
+    def read(self, spans):
+        if not all(0 <= start < stop <= self.size for start, stop in spans):
+            raise StorageError("416 Range Not Satisfiable")
+        return [pa.py_buffer(self.content[start:stop]) for start, stop in spans]
+
+    def file(self):
+        raise NotImplementedError
+
+
+def find_sound(do):
+    """The song_ids of sound rows, or the code of the refusal."""
+    try:
+        batches = do()
+    except DamagedPartError as error:
+        batches = error.sound
+    except StoreError as error:
+        return error.code
+    return {int(song_id) for rows in (each.load() for each in batches) for song_id in rows.song_ids[rows.find_sound()]}
+
+
+def test_no_flipped_bit_of_a_part_is_more_than_damage(tmp_path):
+    disk = LocalStorage(tmp_path)
+    whole = disk.open(write(disk, [batch_of(range(1, 10)), batch_of(range(20, 25))])).mapped.to_pybytes()
+    random = np.random.default_rng(5)
+    for at in range(0, len(whole), 11):
+        content = bytearray(whole)
+        content[at] ^= 1 << int(random.integers(8))
+        on_disk = find_sound(partial(open_part, pa.py_buffer(bytes(content)), IDENTITY, "part"))
+        remote = find_sound(partial(open_stored, Remote(bytes(content)), IDENTITY, "part"))
+        # nobody needs all of the footer, only the whole file does
+        assert remote == on_disk or remote >= on_disk, at
 
 
 def test_a_part_of_another_range_is_refused(storage):

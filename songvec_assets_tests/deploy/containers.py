@@ -32,7 +32,7 @@ PATIENCE_S = 240.0
 
 CARRIED_OUT = {
     "command", "environment", "env_file", "secrets", "volumes", "tmpfs", "read_only", "init", "depends_on",
-    "healthcheck", "stop_grace_period", "configs",
+    "healthcheck", "stop_grace_period", "configs", "entrypoint", "user", "profiles",
 }  # fmt: skip
 LEFT_TO_DOCKER = {"image", "build", "restart", "ports", "cap_drop", "security_opt", "logging", "shm_size"}
 
@@ -94,6 +94,10 @@ def _read_copy(words: Sequence[str], folder: str, context: Path) -> dict[str, Pa
     return {f"{folder}/{Path(source).name}": context / source for source in sources}
 
 
+SEAWEEDFS = Image({"PATH": f"{sys.prefix}/bin:{BASE_PATH}"}, "/data", "", [], {}, {})
+"""The image of the S3 server; `weed` is the one of the tests."""
+
+
 @dataclass
 class Container:
     """A service, as `docker compose` runs it.
@@ -101,7 +105,7 @@ class Container:
     Attributes:
         name: the service's.
         service: its part of the compose file.
-        image: of all services that have no other.
+        image: the service's.
         project: folder of the compose file, with its secrets; logs and volumes are below it, too.
     """
 
@@ -128,7 +132,7 @@ class Container:
 
     def start(self) -> None:
         """As `docker compose up`."""
-        command = self.service.get("command", self.image.command)
+        command = [*self.service.get("entrypoint", ()), *self.service.get("command", self.image.command)]
         with (self.project / f"{self.name}.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*self._sandbox(), "--as-pid-1", "--", "tini", "--", *command], stdout=log, stderr=subprocess.STDOUT
@@ -164,7 +168,8 @@ class Container:
         assert self.service.keys() <= CARRIED_OUT | LEFT_TO_DOCKER, "say here who carries a new key out"
         assert self.service["read_only"] and self.service["init"]
         arguments = ["bwrap", "--die-with-parent", "--unshare-user", "--unshare-pid", "--unshare-ipc"]
-        arguments += ["--uid", self.image.uid, "--gid", self.image.uid, "--new-session", "--clearenv"]
+        uid = self.service.get("user", self.image.uid).partition(":")[0]
+        arguments += ["--uid", uid, "--gid", uid, "--new-session", "--clearenv"]
         arguments += ["--proc", "/proc", "--dev", "/dev"]
         for link in ("bin", "lib", "lib64", "sbin"):
             arguments += ["--symlink", f"usr/{link}", f"/{link}"]

@@ -18,11 +18,12 @@ import httpx2
 import yaml
 
 from songvec_assets_tests.administration import execute, wait_until
-from songvec_assets_tests.deploy.containers import COMPOSE, ROOT, Container, read_image, read_services
+from songvec_assets_tests.deploy.containers import COMPOSE, ROOT, SEAWEEDFS, Container, read_image, read_services
 from songvec_assets_tests.provider import Provider, running_provider
 from songvec_assets_tests.servers import Server, running_server
 
 PAGE = ROOT / "docs" / "deployment.md"
+BUCKET_BLOCK = 2
 N_SONGS = 60
 WEBSERVER, SERVE = "http://127.0.0.1:3000", "http://127.0.0.1:8765"
 LAUNCH = """
@@ -38,14 +39,17 @@ SELECTOR = {"repositoryLocationName": "songvec_assets", "repositoryName": "__rep
 
 
 def main(folder: Path) -> None:
-    """Start all, run the graph twice, search, stop all in the middle of the second run."""
+    """Start all, run the graph, search, move the store into a bucket, stop all in the middle of a second run."""
     with running_server() as server, running_provider() as provider:
         make_project(folder, server, provider)
         with running_services(folder, server) as containers:
             run = launch()
             wait_until(lambda: status_of(run, containers) == "SUCCESS", seconds=240)
             assert sum(provider.texts().values()) == N_SONGS + 1, "the songs, and the probe"
-            check_status_and_search(containers, (folder / "secrets" / "serve_token").read_text().strip())
+            token = (folder / "secrets" / "serve_token").read_text().strip()
+            check_status_and_search(containers, token)
+            move_into_bucket(folder, containers)
+            check_status_and_search(containers, token)
             add_songs(server, range(N_SONGS + 1, N_SONGS + 11))
             provider.control(hold_after=1)
             run = launch()
@@ -58,9 +62,7 @@ def main(folder: Path) -> None:
 def make_project(folder: Path, server: Server, provider: Provider) -> None:
     """What docs/deployment.md says to do, by its own commands; the server takes the place of the service `postgres`."""
     shutil.copy(COMPOSE, folder)
-    commands = PAGE.read_text().split("```sh\n")[1].split("```")[0].splitlines()
-    script = "\n".join(line for line in commands if not line.startswith(("cd ", "docker ")))
-    subprocess.run(["sh", "-e", "-c", script], cwd=folder, check=True)
+    follow_page(folder, 0)
     secrets = folder / "secrets"
     password = (secrets / "postgres_password").read_text().strip()
     execute(server.url(), f"CREATE ROLE songvec LOGIN SUPERUSER PASSWORD '{password}'")
@@ -77,6 +79,13 @@ def make_project(folder: Path, server: Server, provider: Provider) -> None:
     (folder / "passwd").write_text(f"songvec:x:{uid}:{uid}::/tmp:/bin/sh\n")
 
 
+def follow_page(folder: Path, number: int) -> None:
+    """Type the page's commands in one of its blocks, but those to Docker."""
+    commands = PAGE.read_text().split("```sh\n")[number + 1].split("```")[0].splitlines()
+    script = "\n".join(line for line in commands if not line.startswith(("cd ", "docker ")))
+    subprocess.run(["sh", "-e", "-c", script], cwd=folder, check=True)
+
+
 def add_songs(server: Server, ids: range) -> None:
     """Songs with these ids."""
     url = server.url("music")
@@ -89,15 +98,35 @@ def running_services(folder: Path, server: Server) -> Iterator[dict[str, Contain
     """All services, started in the order in which they wait for one another, until they are healthy."""
     containers = {}
     for name, service in read_services(folder / COMPOSE.name).items():
+        if service.get("profiles"):
+            continue
         if name == "postgres":
             _, command, *options = service["healthcheck"]["test"]
             environment = os.environ | {"PGPORT": str(server.port)}
             subprocess.run([str(server.binaries / command), *options], env=environment, check=True)
             continue
         containers[name] = Container(name, service, read_image(), folder)
-        containers[name].start()
-        report(f"{name} is healthy", containers[name].wait_until_healthy())
+        start(containers[name])
     yield containers
+
+
+def start(container: Container) -> None:
+    """Start a service."""
+    container.start()
+    report(f"{container.name} is healthy", container.wait_until_healthy())
+
+
+def move_into_bucket(folder: Path, containers: dict[str, Container]) -> None:
+    """What the page says: start the S3 server, move the store there, start again what uses it."""
+    follow_page(folder, BUCKET_BLOCK)
+    service = read_services(folder / COMPOSE.name)["s3"]
+    containers["s3"] = Container("s3", service, SEAWEEDFS, folder)
+    start(containers["s3"])
+    moved = containers["code"].run("songvec", "move-store", "/data", "s3://songvec/store")
+    assert moved.returncode == 0, moved.stdout + moved.stderr + containers["s3"].log
+    for name in ("code", "serve"):
+        report(f"{name} ended", containers[name].stop())
+        start(containers[name])
 
 
 def launch() -> str:

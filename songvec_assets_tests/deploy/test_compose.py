@@ -14,6 +14,7 @@ from dagster._core.instance.config import dagster_instance_config
 
 from songvec_assets.settings import GROUPS
 from songvec_assets.settings_group import variable
+from songvec_assets.storage.objects import SECRETS
 from songvec_assets_tests.deploy import story
 from songvec_assets_tests.deploy.containers import COMPOSE, DOCKERFILE, ROOT, read_image, read_services
 
@@ -28,9 +29,9 @@ def folder() -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_all_services_start_run_the_graph_answer_a_search_and_stop_in_time(folder: Path) -> None:
-    for tool in ("bwrap", "tini"):
+    for tool in ("bwrap", "tini", "curl"):
         if shutil.which(tool) is None:
-            pytest.skip(f"there is no {tool} on the PATH: apt-get install bubblewrap tini")
+            pytest.skip(f"there is no {tool} on the PATH: apt-get install bubblewrap tini curl")
     network = ["bwrap", "--dev-bind", "/", "/", "--unshare-net", "--cap-add", "ALL", "--die-with-parent", "--"]
     probe = subprocess.run([*network, "true"], check=False, capture_output=True, text=True)
     if probe.returncode:
@@ -42,6 +43,7 @@ def test_all_services_start_run_the_graph_answer_a_search_and_stop_in_time(folde
 
 def test_the_page_names_the_file_of_each_secret_and_its_values_parse() -> None:
     secrets = {variable(name) for group in GROUPS for name, field in group.model_fields.items() if not field.repr}
+    secrets |= {*SECRETS.values()}
     page = story.PAGE.read_text()
     assert {*re.findall(r"`(\w+)_FILE`", page)} == secrets
     values, launcher = [yaml.safe_load(block.split("```")[0]) for block in page.split("```yaml\n")[1:]]

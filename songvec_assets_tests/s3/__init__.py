@@ -60,7 +60,7 @@ class S3:
         _ask("PUT", f"{self.url}/-/faults", json.dumps(faults).encode())
 
     def requests(self) -> list[dict[str, Any]]:
-        """The requests since the last time: `method`, `path` with its query, `status`, and `held` ones without it."""
+        """The requests since the last time: `method`, `path` with its query; if served, `status` and `n_bytes`."""
         found: list[dict[str, Any]] = json.loads(_ask("DELETE", f"{self.url}/-/log"))
         return found
 
@@ -84,10 +84,10 @@ def running_s3(kind: Kind = "moto") -> Iterator[S3]:
             stack.enter_context(tempfile.TemporaryDirectory(prefix="songvec-s3-", ignore_cleanup_errors=True))
         )
         start = _moto if kind == "moto" else _weed
-        direct_url = stack.enter_context(_running(*start(folder), folder / "server.log"))
+        direct_url = stack.enter_context(running(*start(folder), folder / "server.log"))
         port = free_port()
         command = [sys.executable, "-m", "songvec_assets_tests.s3.proxy", str(port), direct_url]
-        url = stack.enter_context(_running(command, port, folder / "proxy.log", path="/-/log"))
+        url = stack.enter_context(running(command, port, folder / "proxy.log", path="/-/log"))
         _ask("PUT", f"{direct_url}/{_BUCKET}")
         yield S3(direct_url, url)
 
@@ -116,7 +116,8 @@ def _weed(folder: Path) -> tuple[list[str], int]:
 
 
 @contextlib.contextmanager
-def _running(command: list[str], port: int, log: Path, path: str = "/") -> Iterator[str]:
+def running(command: list[str], port: int, log: Path, path: str = "/") -> Iterator[str]:
+    """A server as a process for the block, from its first answer on; its URL."""
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=_ROOT, stdout=file, stderr=file, start_new_session=True)

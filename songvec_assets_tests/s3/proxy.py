@@ -26,7 +26,8 @@ class Fault:
 
     Attributes:
         do: `answer` with status and body; `slow` by seconds; `reset` before it is served; `lose` the answer of a served
-            request; `truncate` the answer's body; `drop` a header; `hold` until the faults are replaced.
+            request; `truncate` the answer's body, or `flip` a bit of it; `drop` a header; `hold` until the faults are
+            replaced.
         method, match: of the requests: the method, and a pattern of path and query; empty: all.
         after: requests that match and pass first.
         times: how many it happens to; None: all.
@@ -101,6 +102,7 @@ class Proxy:
         url = yarl.URL(f"{self.server}{path}", encoded=True)
         async with self.session.request(request.method, url, headers=headers, data=body) as answer:
             content, entry["status"] = await answer.read(), answer.status
+            entry["n_bytes"] = len(content)
             kept = {name: value for name, value in answer.headers.items() if name.lower() not in _HOP_BY_HOP}
             n_bytes = answer.headers.get("Content-Length", str(len(content)))
         if "lose" in does:
@@ -109,6 +111,9 @@ class Proxy:
         if answer.status != 204:
             response.headers["Content-Length"] = n_bytes if request.method == "HEAD" else str(len(content))
         await response.prepare(request)
+        if "flip" in does and content:
+            middle = len(content) // 2
+            content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         if "truncate" in does:
             await response.write(content[: len(content) // 2])
             return self._break(request)

@@ -5,17 +5,19 @@ import threading
 import pytest
 
 from songvec_assets.errors import SettingsError
-from songvec_assets.storage import check_location, open_storage
+from songvec_assets.storage import check_location, objects, open_storage
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets.storage.objects import ObjectStorage
 
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("weed", "google", "azure")]
 
-@pytest.fixture(params=["local", "moto", pytest.param("weed", marks=pytest.mark.slow)])
+
+@pytest.fixture(params=["local", "moto", *SLOW])
 def storage(request, tmp_path):
     """A storage of each kind, with nothing in it."""
     if request.param == "local":
         return open_storage(str(tmp_path / "store"))
-    return open_storage(request.getfixturevalue("use_s3")(request.param).new_url())
+    return open_storage(request.getfixturevalue("new_url")(request.param))
 
 
 def test_what_was_put_is_read_and_listed_by_its_key(storage):
@@ -87,6 +89,18 @@ def test_bytes_are_read_where_they_are_asked_for(storage):
     assert (storage.open("a/empty").size, bytes(storage.open("a/empty").file().read())) == (0, b"")
     with pytest.raises(FileNotFoundError):
         storage.open("a/missing")
+
+
+def test_an_object_of_any_size_appears_as_a_whole(storage, monkeypatch):
+    monkeypatch.setattr(objects, "SINGLE_BYTES", 1 << 20)
+    content = bytes(range(256)) * (20 << 12)
+    with storage.write("a/large") as file:
+        file.write(content)
+        assert storage.list_objects("a") == {}
+    opened = storage.open("a/large")
+    assert opened.size == len(content)
+    [found] = opened.read([(0, len(content))])
+    assert found.to_pybytes() == content
 
 
 def test_all_keys_below_a_prefix_are_listed_with_their_sizes(storage):

@@ -24,6 +24,7 @@ Generic { headers: "x-amz-security-token: IQoJb3JpZ2luX2VjE" }"""
             "Received redirect without LOCATION, this normally indicates an incorrectly configured region",
             "storage.no-bucket",
         ),
+        ("Generic MicrosoftAzure error: Account must be specified", "storage.denied"),
         ("Error performing PUT http://169.254.169.254/latest/api/token in 2s", "storage.denied"),
         ("Server returned non-2xx status code: 503 Service Unavailable: SlowDown", "storage.unreachable"),
         ("Error performing GET http://127.0.0.1:1/b: error sending request", "storage.unreachable"),

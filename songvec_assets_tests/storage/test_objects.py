@@ -2,7 +2,7 @@
 
 import pytest
 
-from songvec_assets.errors import StorageError
+from songvec_assets.errors import SettingsError, StorageError
 from songvec_assets.storage import objects, open_storage
 
 IN_VAIN = {"status": 403, "body": "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"}
@@ -153,6 +153,21 @@ def test_a_large_object_is_sent_in_pieces_and_appears_as_a_whole(storage, s3, mo
         file.write(content)
     s3.spoil()
     assert list(storage.list_objects("a")) == ["large"]
+
+
+def test_a_secret_may_be_in_a_file(bucket, monkeypatch, tmp_path):
+    path = tmp_path / "secret"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY_FILE", str(path))
+    with pytest.raises(SettingsError, match="are both set"):
+        open_storage(bucket)
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        open_storage(bucket)
+    path.write_text("from a file\n")
+    storage = open_storage(bucket)
+    assert storage.bucket.client.config["secret_access_key"] == "from a file"
+    storage.put("a/one", b"1")
+    assert open_storage("gs://bucket").location == "gs://bucket", "another store has other variables"
 
 
 def test_calls_for_many_items_wait_together(storage, s3):

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from songvec_assets.errors import StoreError
+from songvec_assets.errors import StorageError, StoreError
 from songvec_assets.storage import open_storage
 from songvec_assets.storage.opened import HEAD_BYTES
 
@@ -29,6 +29,13 @@ def test_a_small_object_is_one_request_and_is_read_as_if_it_were_mapped(storage,
     opened = storage.open("a/small")
     assert opened.mapped.to_pybytes() == opened.file().read() == CONTENT[:HEAD_BYTES]
     assert s3.count() == {"GET": 1}
+
+
+@pytest.mark.parametrize("method", ["", "GET"])
+def test_a_refusal_that_mentions_416_is_not_taken_for_an_empty_object(opened, storage, s3, method):
+    s3.spoil({"do": "answer", "method": method, "status": 400, "body": "<Error><Code>Denied416</Code></Error>"})
+    with pytest.raises(StorageError, match="Denied416" if method else "400"):
+        storage.open("a/one")
 
 
 def test_of_a_large_object_what_is_read_is_requested_and_near_spans_together(opened, s3):
