@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from songvec_assets.vectors.catalog import choose_probes
+from songvec_assets.vectors.index.catalog import choose_probes
 from songvec_assets.vectors.index.sizing import choose_lists
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"

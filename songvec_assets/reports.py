@@ -14,7 +14,7 @@ from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import BudgetExceededError, DamagedCacheError, ProviderError, SongvecError, StoreError
 from songvec_assets.progress import describe_seconds
 from songvec_assets.songs.missing import MissingSongs
-from songvec_assets.vectors.catalog import IndexInfo, describe_knobs
+from songvec_assets.vectors.index.catalog import IndexInfo, describe_knobs
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.plan import LoadPlan
 from songvec_assets.vectors.swap import LoadReport

@@ -22,7 +22,7 @@ from songvec_assets.errors import (
 from songvec_assets.reports import RunPlan, Status, Step, continues_without
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.reports import ExportReport, IncompleteExportError, RangeExport
-from songvec_assets.vectors.catalog import IndexInfo
+from songvec_assets.vectors.index.catalog import IndexInfo
 from songvec_assets.vectors.plan import LoadPlan
 
 COLUMNS = "key n_songs n_unexported n_cached n_rejected n_loaded n_indexed n_missing n_orphans".split()

@@ -21,7 +21,7 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.vectors.catalog import BuiltIndex, IndexInfo, find_index
+from songvec_assets.vectors.index.catalog import BuiltIndex, IndexInfo, find_index
 from songvec_assets.vectors.ledger import Records
 from songvec_assets.vectors.spec import PREVIOUS, SERVING, STAGING, TableSpec, read_serving, read_spec, write_spec
 

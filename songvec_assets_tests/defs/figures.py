@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from songvec_assets.vectors.catalog import IndexInfo
+from songvec_assets.vectors.index.catalog import IndexInfo
 from songvec_assets.vectors.index.recall import RecallReport
 from songvec_assets.vectors.index.recall_searches import RecallPoint
 from songvec_assets.vectors.index.sizing import estimate_build

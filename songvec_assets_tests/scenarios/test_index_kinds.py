@@ -151,7 +151,7 @@ def test_while_the_mean_changes_each_search_finds_the_song_of_its_vector(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Among few candidates: bits of one mean, compared with bits of another, put many songs too far for these."""
-    monkeypatch.setattr("songvec_assets.vectors.catalog.FIRST_CANDIDATES", n_candidates)
+    monkeypatch.setattr("songvec_assets.vectors.index.catalog.FIRST_CANDIDATES", n_candidates)
     draw = np.random.default_rng(0)
     means = [str((0.15 * draw.standard_normal(DIMENSIONS)).round(4).tolist()) for _ in range(6)]
     made = iter(means)

@@ -14,7 +14,7 @@ from sqlalchemy import text
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.postgres.engine import Database, raw_cursor
-from songvec_assets.vectors.catalog import uses_index
+from songvec_assets.vectors.index.catalog import uses_index
 from songvec_assets.vectors.index.neighbors import NEIGHBORS
 from songvec_assets.vectors.index.probes import NearestSearch, find_nearest
 from songvec_assets.vectors.index.recall import RecallReport, read_recall

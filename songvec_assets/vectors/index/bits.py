@@ -11,7 +11,7 @@ from hashlib import blake2b
 import sqlalchemy as sa
 from sqlalchemy import text
 
-from songvec_assets.vectors.catalog import find_index
+from songvec_assets.vectors.index.catalog import find_index
 from songvec_assets.vectors.table import VectorTable
 
 SAMPLE_ROWS = 5_000

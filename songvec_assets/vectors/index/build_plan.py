@@ -6,8 +6,8 @@ When to add here: another reason to build. Keep out: the build itself, and what 
 from dataclasses import dataclass
 
 from songvec_assets.errors import SettingsError
-from songvec_assets.vectors.catalog import find_index
 from songvec_assets.vectors.index import sizing
+from songvec_assets.vectors.index.catalog import find_index
 from songvec_assets.vectors.index.kinds import IndexKind, choose_kind
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport
 from songvec_assets.vectors.index.sizing import BuildEstimate, Capacity, choose_lists, read_capacity

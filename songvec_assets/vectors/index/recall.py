@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import StoreError
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.vectors.catalog import SMALL_TABLE_ROWS, BuiltIndex, choose_probes, describe_knobs
+from songvec_assets.vectors.index.catalog import SMALL_TABLE_ROWS, BuiltIndex, choose_probes, describe_knobs
 from songvec_assets.vectors.index.neighbors import Prepared
 from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.recall_searches import FIRST_QUERIES, STEP, RecallPoint, Searches

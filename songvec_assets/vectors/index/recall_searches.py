@@ -22,8 +22,8 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.vectors.catalog import BuiltIndex, choose_knobs, find_index, uses_index
 from songvec_assets.vectors.index.bits import read_drift
+from songvec_assets.vectors.index.catalog import BuiltIndex, choose_knobs, find_index, uses_index
 from songvec_assets.vectors.index.interval import estimate_share
 from songvec_assets.vectors.index.kinds import IVFFLAT, KINDS, MOST_EF_SEARCH, IndexKind
 from songvec_assets.vectors.index.neighbors import (

@@ -15,7 +15,6 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import TableMismatchError
 from songvec_assets.postgres.schema import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
-from songvec_assets.vectors.catalog import BuiltIndex, IndexInfo, StartedBuild, choose_knobs, find_index
 from songvec_assets.vectors.index import bits, build
 from songvec_assets.vectors.index.build_plan import (
     CHANGED_SHARE,
@@ -25,6 +24,7 @@ from songvec_assets.vectors.index.build_plan import (
     plan_build,
     reason_of_drift,
 )
+from songvec_assets.vectors.index.catalog import BuiltIndex, IndexInfo, StartedBuild, choose_knobs, find_index
 from songvec_assets.vectors.index.neighbors import prepare
 from songvec_assets.vectors.index.recall import RecallReport, measure_and_record, read_recall
 from songvec_assets.vectors.index.sizing import BuildEstimate

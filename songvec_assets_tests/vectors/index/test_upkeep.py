@@ -138,7 +138,7 @@ class TestBuild:
 def clustered(database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> Database:
     """A database whose table has 600 clustered rows, loaded from the cache, and counts as no small one."""
     monkeypatch.setattr("songvec_assets.vectors.index.recall.SMALL_TABLE_ROWS", 500)
-    monkeypatch.setattr("songvec_assets.vectors.catalog.SMALL_TABLE_ROWS", 500)
+    monkeypatch.setattr("songvec_assets.vectors.index.catalog.SMALL_TABLE_ROWS", 500)
     put_clusters(cache, 0, 600, n_clusters=24)
     load(database, cache)
     return database

@@ -3,7 +3,7 @@
 import pytest
 
 from songvec_assets.postgres.engine import Database
-from songvec_assets.vectors.catalog import choose_probes, find_index
+from songvec_assets.vectors.index.catalog import choose_probes, find_index
 from songvec_assets_tests.administration import execute
 
 IVFFLAT = "CREATE INDEX near ON rows USING ivfflat (v vector_cosine_ops)"
