@@ -7,7 +7,7 @@ does with them (`pipeline`).
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
@@ -47,10 +47,12 @@ class Wiring:
     Attributes:
         settings: parsed.
         stop: once set, ends the step that is running.
+        run_id: of the Dagster run, which `songvec status` shows; empty: none.
     """
 
     settings: Settings
     stop: StopSignal = field(default_factory=StopSignal)
+    run_id: str = ""
 
     def describe(self) -> str:
         """One line: where songs come from, and where vectors are made."""
@@ -75,9 +77,9 @@ class Wiring:
         if self.settings.postgres_url:
             if self.settings.direct_url:
                 parse_url(self.settings.direct_url, "SONGVEC_DIRECT_URL")
-            database = Database(self.settings.postgres_url, direct_url=self.settings.direct_url)
+            database = Database(self.settings.postgres_url, direct_url=self.settings.direct_url, run_id=self.run_id)
         else:
-            database = start_embedded_server(DEFAULT_FOLDER)
+            database = replace(start_embedded_server(DEFAULT_FOLDER), run_id=self.run_id)
             create_songs_table(database, self.settings.range_size)
         with database.get_connection() as connection:
             is_ours = schema.has_tables(connection)
@@ -270,8 +272,7 @@ class Wiring:
     @property
     def index_settings(self) -> IndexSettings:
         """How the table is to be indexed."""
-        given = self.settings
-        memory_bytes = (given.index_memory_mb or 0) * (1 << 20) or None
+        given, memory_bytes = self.settings, (self.settings.index_memory_mb or 0) * (1 << 20) or None
         return IndexSettings(given.lists, given.target_recall, memory_bytes, kind=given.index_kind)
 
     @property

@@ -1,0 +1,81 @@
+"""A backfill that several machines fill, through Dagster's own Celery launcher; one dies in the middle of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from songvec_assets.postgres.engine import Database
+from songvec_assets_tests.administration import execute, wait_until
+from songvec_assets_tests.cache.filling import assert_stored, billed, plain_songs, plain_texts
+from songvec_assets_tests.conftest import TILING, environment_of, make_pipeline
+from songvec_assets_tests.fleet import Fleet, make_configuration
+from songvec_assets_tests.provider import Provider
+from songvec_assets_tests.s3 import S3, Kind
+
+pytestmark = pytest.mark.slow
+
+N_SONGS, RANGES_PER_RUN, REQUEST_TEXTS, CONCURRENCY = 900, 2, 16, 2
+IN_FLIGHT = REQUEST_TEXTS * CONCURRENCY
+MAX_RUNTIME_S = 8
+"""After which the run of a machine that died is retried."""
+USD_PER_MILLION_TOKENS = 1_000.0
+SHORT = {
+    "run_coordinator": {"config": {"dequeue_interval_seconds": 1}},
+    "run_monitoring": {"poll_interval_seconds": 1},
+}
+
+
+@pytest.mark.timeout(300)
+def test_a_machine_dies_and_the_others_pay_for_what_it_had_in_flight_and_for_nothing_else(
+    songs: Callable[..., None],
+    database: Database,
+    provider: Provider,
+    bare_url: str,
+    use_s3: Callable[[Kind], S3],
+    tmp_path: Path,
+) -> None:
+    s3 = use_s3("weed")
+    songs(*plain_songs(range(N_SONGS)))
+    pipeline = make_pipeline(database, provider, s3.new_url())
+    pipeline.export()
+    max_usd = (N_SONGS + 4 * IN_FLIGHT) * 8 / 1e6 * USD_PER_MILLION_TOKENS
+    environment = environment_of(database, provider, tmp_path) | s3.environment
+    environment |= {
+        "SONGVEC_STORAGE": str(pipeline.settings.storage_location),
+        "SONGVEC_RANGE_SIZE": str(TILING.width),
+        "SONGVEC_SONG_ID_STOP": str(TILING.stop),
+        "SONGVEC_RANGES_PER_RUN": str(RANGES_PER_RUN),
+        "SONGVEC_CONCURRENCY": str(CONCURRENCY),
+        "SONGVEC_MAX_REQUEST_TEXTS": str(REQUEST_TEXTS),
+        "SONGVEC_USD_PER_MILLION_TOKENS": str(USD_PER_MILLION_TOKENS),
+    }
+    # two machines have answered a few requests each, and wait for more
+    provider.control(latency_s=0.1, hold_after=12)
+    with Fleet(tmp_path, bare_url, environment, make_configuration(**SHORT)) as fleet:
+        for name in ("worker-1", "worker-2"):
+            fleet.start_worker(name)
+        tags = {"dagster/max_runtime_seconds": str(MAX_RUNTIME_S)}
+        backfill = fleet.submit("embedding_cache", tags=tags, max_usd=max_usd)
+        fleet.start_daemon()
+        wait_until(lambda: provider.count_in_flight() == 2 * CONCURRENCY, seconds=90)
+        holders = pipeline.status().holders
+        assert len({(each.process, each.run_id) for each in holders}) == 2, holders
+        assert len({each.key for each in holders}) == len(holders), "no range is filled twice at once"
+        fleet.kill_worker("worker-1")
+        provider.control(latency_s=0.1)
+        n_runs = -(-len([*TILING]) // RANGES_PER_RUN)
+        wait_until(lambda: fleet.count_runs(backfill)["SUCCESS"] >= n_runs, seconds=90)
+        statuses = fleet.count_runs(backfill)
+    assert statuses["SUCCESS"] == n_runs
+    assert statuses["FAILURE"] >= 1, "the run of the machine that died was retried"
+    assert_stored(pipeline, plain_texts(range(N_SONGS)))
+    texts = billed(provider)
+    assert texts.keys() == {*plain_texts(range(N_SONGS)).values()}
+    assert 0 < sum(texts.values()) - N_SONGS <= IN_FLIGHT
+    assert not pipeline.status().holders
+    [(usd, reserved)] = execute(
+        database.url, "SELECT usd, reserved_usd FROM songvec.budgets WHERE name = %s", (backfill,)
+    )
+    paid = provider.ledger()["tokens_billed"] / 1e6 * USD_PER_MILLION_TOKENS
+    assert float(usd) <= paid <= float(usd + reserved) <= max_usd, "all runs share one budget"
