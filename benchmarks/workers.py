@@ -1,7 +1,7 @@
 """Several machines fill one catalogue through Dagster's Celery launcher, and die: speed, quota, fairness, the bill.
 
     python -m benchmarks.workers                     500,000 songs, about 20 minutes
-    python -m benchmarks.workers --songs 60000       a short form
+    python -m benchmarks.workers --songs 80000       a short form
 
 Postgres has the songs and Dagster's instance, SeaweedFS the store, Redis the queue. Workers are processes with homes
 and temporary folders of their own. The provider answers after one second. One backfill goes through four phases: one
@@ -41,7 +41,8 @@ from songvec_assets_tests.s3 import running_s3
 N_SONGS, N_WORKERS, DIMENSIONS = 500_000, 3, 32
 LATENCY_S, CONCURRENCY, REQUEST_TEXTS = 1.0, 8, 64
 IN_FLIGHT = CONCURRENCY * REQUEST_TEXTS
-N_RANGES, RANGES_PER_RUN = 100, 2
+RANGE_SIZE, RANGES_PER_RUN = 5_000, 2
+WINDOW_S, MIN_WINDOW_S = 60.0, 10.0
 KILL_EVERY_S, DOWN_S, MAX_RUNTIME_S = (10.0, 30.0), (1.0, 5.0), 120
 USD_PER_MILLION_TOKENS, USD = 10.0, 1e6 / 10.0
 EXTRA_SHARE = 0.1
@@ -120,9 +121,9 @@ class Campaign:
         else:
             self.kills["runs"] += self.fleet.workers[name].kill(everything=False)
 
-    def watch(self, seconds: float) -> None:
-        """Write down who holds which range, every second."""
-        until = time.monotonic() + seconds
+    def watch(self, seconds: float) -> set[str]:
+        """Write down who holds which range, every second; returns the workers that hold any at the end."""
+        until, busy = time.monotonic() + seconds, set()
         while (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 1.0))
             workers = {}
@@ -130,9 +131,11 @@ class Campaign:
                 workers |= dict.fromkeys([child.pid for child in psutil.Process(worker.process.pid).children()], name)
             with self.pipeline.database.get_connection() as connection:
                 holders = find_holders(connection, self.tasks)
+            busy = {workers[each.process] for each in holders if each.process in workers}
             for holder in holders:
                 if holder.process in workers:
                     self.held_by.setdefault(holder.key, []).append((time.time(), workers[holder.process]))
+        return busy
 
     def measure(self, name: str, seconds: float) -> Phase:
         """Watch for a time."""
@@ -144,20 +147,15 @@ class Campaign:
         """Kill at random until no run of a backfill is left."""
         began, before, last = time.time(), psutil.cpu_times(), time.time()
         while self.fleet.status_of(backfill) == "REQUESTED":
-            self.watch(self.draw.uniform(*KILL_EVERY_S))
-            if not self.is_filling(backfill):
+            if not (busy := self.watch(self.draw.uniform(*KILL_EVERY_S))):
                 continue
             last = time.time()
-            victim, everything = self.draw.choice([*self.fleet.workers]), self.draw.random() < 0.5
+            victim, everything = self.draw.choice(sorted(busy)), self.draw.random() < 0.5
             self.kill(victim, everything)
             if everything:
                 self.watch(self.draw.uniform(*DOWN_S))
                 self.start_workers(N_WORKERS)
         return Phase(name, began, last, _busy_share(before, psutil.cpu_times()))
-
-    def is_filling(self, backfill: str) -> bool:
-        """Whether a worker has something to do."""
-        return self.fleet.count_runs(backfill)["STARTED"] > 0
 
     def wait_for_answers(self) -> None:
         """Wait until the provider bills songs again."""
@@ -210,8 +208,7 @@ def insert_songs(url: str, song_ids: range) -> None:
     execute(
         url,
         "INSERT INTO songs SELECT n, 'Song no. ' || n, 'Artist ' || n % 5000, 'la ' || md5(n::text) || md5('x' || n) "
-        "FROM generate_series(%s, %s) n",
-        (song_ids.start, song_ids.stop - 1),
+        f"FROM generate_series({song_ids.start}, {song_ids.stop - 1}) n",
     )
 
 
@@ -337,7 +334,7 @@ def main() -> int:
             "FIREWORKS_BASE_URL": provider.base_url,
             "SONGVEC_STORAGE": s3.new_url(),
             "SONGVEC_EMBEDDING_DIMENSIONS": str(DIMENSIONS),
-            "SONGVEC_RANGE_SIZE": str(-(-asked.songs // N_RANGES)),
+            "SONGVEC_RANGE_SIZE": str(max(1_000, RANGE_SIZE * asked.songs // N_SONGS)),
             "SONGVEC_SONG_ID_STOP": str(n_songs),
             "SONGVEC_RANGES_PER_RUN": str(RANGES_PER_RUN),
             "SONGVEC_CONCURRENCY": str(CONCURRENCY),
@@ -348,13 +345,18 @@ def main() -> int:
         }
         pipeline = Pipeline(Settings(**settings))
         pipeline.export()
-        configuration = make_configuration(run_coordinator={"config": {"dequeue_interval_seconds": 2}})
+        configuration = make_configuration(
+            run_coordinator={"config": {"dequeue_interval_seconds": 2}},
+            run_monitoring={"start_timeout_seconds": MAX_RUNTIME_S},
+            # more kills a run than a year of a deployment has
+            run_retries={"max_retries": 100},
+        )
         # half of what three workers would send
         tokens_per_minute = N_WORKERS * IN_FLIGHT * 25 * 60 // 2
         with Fleet(folder, with_parts(server_url, database="dagster"), settings, configuration) as fleet:
             ledger, draw = folder / "ledger", random.Random(asked.seed)
             campaign = Campaign(fleet, provider, pipeline, ledger, settings, n_songs, draw)
-            phases = run(campaign, 60.0 * asked.songs / N_SONGS, tokens_per_minute)
+            phases = run(campaign, max(MIN_WINDOW_S, WINDOW_S * asked.songs / N_SONGS), tokens_per_minute)
         pipeline.close()
     rows = [
         [each.name, f"{each.rate:,.0f}", f"{each.end - each.begin:.0f}", f"{each.busy:.0%}", f"{each.fairness:.0%}"]

@@ -87,5 +87,5 @@ def find_holders(connection: Connection, tasks: Mapping[int, tuple[str, str]]) -
         is_named = prefix == _PREFIX and len(parts) == 3
         run_id, process, host = parts if is_named else (_UNKNOWN, None, "")
         run_id = "" if run_id == _UNKNOWN else run_id
-        holders.append(Holder(*tasks[lock], run_id, process and int(process), host, since, seconds))
+        holders.append(Holder(*tasks[lock], run_id, int(process) if process else None, host, since, seconds))
     return holders

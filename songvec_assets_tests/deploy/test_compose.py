@@ -44,8 +44,9 @@ def test_the_page_names_the_file_of_each_secret_and_its_values_parse() -> None:
     secrets = {variable(name) for group in GROUPS for name, field in group.model_fields.items() if not field.repr}
     page = story.PAGE.read_text()
     assert {*re.findall(r"`(\w+)_FILE`", page)} == secrets
-    values, launcher = [yaml.safe_load(block.split("```")[0]) for block in page.split("```yaml\n")[1:]]
+    values, celery, launcher = [yaml.safe_load(block.split("```")[0]) for block in page.split("```yaml\n")[1:]]
     assert values["runLauncher"]["type"] == "K8sRunLauncher"
+    assert celery["run_launcher"]["class"] == "CeleryRunLauncher"
     assert launcher["run_launcher"]["class"] == "EcsRunLauncher"
 
 
