@@ -7,7 +7,7 @@ Postgres has the songs and Dagster's instance, SeaweedFS the store, Redis the qu
 and temporary folders of their own. The provider answers after one second. One backfill goes through four phases: one
 worker; three of them; three that the quota limits; and the same while machines, or the processes of runs, get SIGKILL
 at random, until all is filled. Then a backfill of more songs, with a budget that is too small; they are killed again.
-Exit code 1 if a promise is broken; the speed of three workers counts only if the machine was less than 60 % busy.
+Exit code 1 if a promise is broken; speeds and shares are judged only if the machine was less than 60 % busy.
 """
 
 import argparse
@@ -222,7 +222,7 @@ def run(campaign: Campaign, window_s: float, tokens_per_minute: int) -> list[Pha
     fleet, pipeline, n_first = campaign.fleet, campaign.pipeline, round(campaign.n_songs / (1 + EXTRA_SHARE))
     tags = {"dagster/max_runtime_seconds": str(MAX_RUNTIME_S)}
     campaign.start_workers(1)
-    backfill = fleet.submit("embedding_cache", tags=tags, max_usd=1e6)
+    backfill = fleet.submit([each.key for each in pipeline.held_ranges()], tags, max_usd=1e6)
     fleet.start_daemon()
     phases = []
     for name, n_workers, settings in (
@@ -255,18 +255,20 @@ def run(campaign: Campaign, window_s: float, tokens_per_minute: int) -> list[Pha
     )
     peak = campaign.find_peak(limited.begin, killed.end) / tokens_per_minute
     used = limited.n_tokens / tokens_per_minute / (limited.end - limited.begin) * 60
+    speedup = three.rate / one.rate / N_WORKERS
     n_limited = campaign.provider.ledger()["requests_by_status"].get("429", 0)
     campaign.expect(
         peak <= 1.01 and n_limited == 0, f"the fullest minute has {peak:.1%} of the quota, {n_limited} times 429"
     )
-    campaign.expect(used >= 0.97, f"{used:.1%} of the quota is used by three workers")
-    campaign.expect(limited.fairness >= 0.8, f"the slowest got {limited.fairness:.1%} of an equal share of the quota")
-    speedup = three.rate / one.rate / N_WORKERS
-    words = f"three workers have {speedup:.2f} of three times the rate of one; the machine was {three.busy:.0%} busy"
-    if three.busy < MAX_BUSY:
-        campaign.expect(speedup >= 0.9, words)
-    else:
-        print(f"----  {words}: not judged", flush=True)
+    for phase, holds, words in (
+        (limited, used >= 0.97, f"three workers use {used:.1%} of the quota"),
+        (limited, limited.fairness >= 0.8, f"the slowest gets {limited.fairness:.1%} of an equal share of the quota"),
+        (three, speedup >= 0.9, f"three workers have {speedup:.2f} of three times the rate of one"),
+    ):
+        if phase.busy < MAX_BUSY:
+            campaign.expect(holds, words)
+        else:
+            print(f"----  {words}: not judged, the machine was {phase.busy:.0%} busy", flush=True)
     check_vectors(campaign, n_first)
     check_budget(campaign, n_first, tags)
     return phases
@@ -275,6 +277,8 @@ def run(campaign: Campaign, window_s: float, tokens_per_minute: int) -> list[Pha
 def check_vectors(campaign: Campaign, n_songs: int) -> None:
     """Load on another machine, and compare a sample."""
     loaded = campaign.fleet.run_command("load")
+    if loaded.returncode:
+        print(loaded.stderr[-2000:])
     sample = sorted(campaign.draw.sample(range(n_songs), min(n_songs, 500)))
     found = campaign.pipeline.embeddings(sample)
     wrong = [
@@ -283,7 +287,7 @@ def check_vectors(campaign: Campaign, n_songs: int) -> None:
         if abs(vector_of(text_of(song_id), DIMENSIONS) - vector).max() > 1e-6
     ]
     holds = loaded.returncode == 0 and found.height == len(sample) and not wrong
-    campaign.expect(holds, f"{len(sample)} loaded songs have their text's vector {loaded.stderr[-500:]}")
+    campaign.expect(holds, f"{len(sample)} loaded songs have their text's vector")
 
 
 def check_budget(campaign: Campaign, n_first: int, tags: dict[str, str]) -> None:
@@ -292,7 +296,8 @@ def check_budget(campaign: Campaign, n_first: int, tags: dict[str, str]) -> None
     campaign.pipeline.export()
     before = campaign.provider.ledger()["tokens_billed"]
     max_usd = (campaign.n_songs - n_first) / 2 * 30 / USD
-    backfill = campaign.fleet.submit("embedding_cache", tags=tags, max_usd=max_usd)
+    new = [each.key for each in campaign.pipeline.held_ranges() if each.stop > n_first]
+    backfill = campaign.fleet.submit(new, tags, max_usd=max_usd)
     n_kills = campaign.kills.total()
     campaign.kill_until_done(backfill, "budget")
     n_kills = campaign.kills.total() - n_kills

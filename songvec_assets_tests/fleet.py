@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,16 +125,17 @@ class Fleet:
         """End a worker and all that it does as if its machine lost power."""
         self.workers.pop(name).kill()
 
-    def submit(self, *assets: str, tags: Mapping[str, str], **options: Any) -> str:
-        """Launch a backfill of all partitions of these assets, as the UI does; its id.
+    def submit(self, keys: Sequence[str], tags: Mapping[str, str], **options: Any) -> str:
+        """Launch a backfill of `embedding_cache` as the UI does; its id.
 
         Args:
+            keys: of the ranges.
             tags: of its runs.
             options: of the resource `run`.
         """
         params = {
-            "assetSelection": [{"path": [each]} for each in assets],
-            "allPartitions": True,
+            "assetSelection": [{"path": ["embedding_cache"]}],
+            "partitionNames": [*keys],
             "tags": [{"key": key, "value": value} for key, value in tags.items()],
             "runConfigData": {"resources": {"run": {"config": options}}} if options else {},
         }

@@ -1,4 +1,7 @@
-"""A backfill that several machines fill, through Dagster's own Celery launcher; one dies in the middle of it."""
+"""A backfill that several machines fill, through Dagster's own Celery launcher; a run is killed in the middle of it.
+
+Machines that die, and many kills in a row, are in `benchmarks/workers.py`.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +18,8 @@ from songvec_assets_tests.s3 import S3, Kind
 
 pytestmark = pytest.mark.slow
 
-N_SONGS, RANGES_PER_RUN, REQUEST_TEXTS, CONCURRENCY = 900, 2, 16, 2
+N_SONGS, RANGES_PER_RUN, REQUEST_TEXTS, CONCURRENCY = 600, 3, 16, 2
 IN_FLIGHT = REQUEST_TEXTS * CONCURRENCY
-MAX_RUNTIME_S = 8
-"""After which the run of a machine that died is retried."""
 USD_PER_MILLION_TOKENS = 1_000.0
 SHORT = {
     "run_coordinator": {"config": {"dequeue_interval_seconds": 1}},
@@ -27,7 +28,7 @@ SHORT = {
 
 
 @pytest.mark.timeout(300)
-def test_a_machine_dies_and_the_others_pay_for_what_it_had_in_flight_and_for_nothing_else(
+def test_of_a_run_that_is_killed_only_what_was_in_flight_is_paid_for_again(
     songs: Callable[..., None],
     database: Database,
     provider: Provider,
@@ -50,30 +51,26 @@ def test_a_machine_dies_and_the_others_pay_for_what_it_had_in_flight_and_for_not
         "SONGVEC_MAX_REQUEST_TEXTS": str(REQUEST_TEXTS),
         "SONGVEC_USD_PER_MILLION_TOKENS": str(USD_PER_MILLION_TOKENS),
     }
-    # two machines have answered a few requests each, and wait for more
+    # of one run at least a few requests are answered, and others in flight
     provider.control(latency_s=0.1, hold_after=12)
     with Fleet(tmp_path, bare_url, environment, make_configuration(**SHORT)) as fleet:
         for name in ("worker-1", "worker-2"):
             fleet.start_worker(name)
-        tags = {"dagster/max_runtime_seconds": str(MAX_RUNTIME_S)}
-        backfill = fleet.submit("embedding_cache", tags=tags, max_usd=max_usd)
+        held = pipeline.held_ranges()
+        backfill = fleet.submit([each.key for each in held], {}, max_usd=max_usd)
         fleet.start_daemon()
-        wait_until(lambda: provider.count_in_flight() == 2 * CONCURRENCY, seconds=90)
-        holders = pipeline.status().holders
-        assert len({(each.process, each.run_id) for each in holders}) == 2, holders
+        wait_until(lambda: provider.count_in_flight() > CONCURRENCY, seconds=120)
+        holders = pipeline.status(0).holders
+        assert len({(each.process, each.run_id) for each in holders}) == 2, "two runs, each in its process"
         assert len({each.key for each in holders}) == len(holders), "no range is filled twice at once"
-        fleet.kill_worker("worker-1")
+        assert fleet.workers["worker-1"].kill(everything=False)
         provider.control(latency_s=0.1)
-        n_runs = -(-len([*TILING]) // RANGES_PER_RUN)
-        wait_until(lambda: fleet.count_runs(backfill)["SUCCESS"] >= n_runs, seconds=90)
-        statuses = fleet.count_runs(backfill)
-    assert statuses["SUCCESS"] == n_runs
-    assert statuses["FAILURE"] >= 1, "the run of the machine that died was retried"
+        wait_until(lambda: pipeline.status(0).total["n_cached"] == N_SONGS, seconds=120)
+        assert fleet.count_runs(backfill)["FAILURE"] == 1, "the run that was killed, and retried"
     assert_stored(pipeline, plain_texts(range(N_SONGS)))
     texts = billed(provider)
     assert texts.keys() == {*plain_texts(range(N_SONGS)).values()}
-    assert 0 < sum(texts.values()) - N_SONGS <= IN_FLIGHT
-    assert not pipeline.status().holders
+    assert sum(texts.values()) - N_SONGS <= IN_FLIGHT
     [(usd, reserved)] = execute(
         database.url, "SELECT usd, reserved_usd FROM songvec.budgets WHERE name = %s", (backfill,)
     )
