@@ -272,7 +272,6 @@ def hold_lock(
 
     Args:
         database: all runs on it share the same locks.
-        names: of the lock, or of several.
         on_wait: called once if another transaction holds the lock.
         check: called while waiting; raises to give up.
 
@@ -284,8 +283,9 @@ def hold_lock(
         take = TAKE_LOCKS.bindparams(keys=keys, holder=name_holder(database.run_id))
         if not connection.scalar(take):
             on_wait()
+            connection.rollback()  # `find_holders` shows since when a transaction is open
             while not connection.scalar(take):
-                connection.rollback()  # `find_holders` shows since when a transaction is open
+                connection.rollback()
                 time.sleep(_LOCK_POLL_S)
                 check()
 
