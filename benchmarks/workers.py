@@ -321,6 +321,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     n_songs = round(asked.songs * (1 + EXTRA_SHARE))
+    range_size = max(1_000, RANGE_SIZE * asked.songs // N_SONGS)
     with (
         tempfile.TemporaryDirectory(prefix="songvec-workers-", ignore_cleanup_errors=True) as name,
         running_s3("weed") as s3,
@@ -342,8 +343,8 @@ def main() -> int:
             "FIREWORKS_BASE_URL": provider.base_url,
             "SONGVEC_STORAGE": s3.new_url(),
             "SONGVEC_EMBEDDING_DIMENSIONS": str(DIMENSIONS),
-            "SONGVEC_RANGE_SIZE": str(max(1_000, RANGE_SIZE * asked.songs // N_SONGS)),
-            "SONGVEC_SONG_ID_STOP": str(n_songs),
+            "SONGVEC_RANGE_SIZE": str(range_size),
+            "SONGVEC_SONG_ID_STOP": str(-(-n_songs // range_size) * range_size),
             "SONGVEC_RANGES_PER_RUN": str(RANGES_PER_RUN),
             "SONGVEC_CONCURRENCY": str(CONCURRENCY),
             "SONGVEC_MAX_REQUEST_TEXTS": str(REQUEST_TEXTS),
