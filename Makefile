@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # conftest.py orders the files; what is compiled once is kept, also where the environment says otherwise
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-search bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-quality bench-store bench-e2e
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-search bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-quality bench-store bench-workers bench-e2e
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dev test test-slow azurite check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
@@ -106,6 +106,9 @@ bench-ranges: $(INSTALLED)  ## How long a fill looks for texts in other ranges, 
 
 bench-store: $(INSTALLED)  ## Fills and loads over a bucket compared with a folder, and their requests: 3 min
 	$(BIN)/python -m benchmarks.object_store
+
+bench-workers: $(INSTALLED)  ## Three machines fill 500,000 songs, and are killed: speed, quota, fairness, the bill: 20 min
+	$(BIN)/python -m benchmarks.workers
 
 bench-demo: $(INSTALLED)  ## How well the demo's model finds songs by their meaning: 10 s
 	$(BIN)/python -m benchmarks.demo_quality --queries

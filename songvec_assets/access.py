@@ -5,7 +5,7 @@ here: another object that a search works with. Keep out: what only a run works w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
@@ -31,10 +31,12 @@ class Access:
     Attributes:
         settings: parsed.
         stop: once set, ends the step that is running.
+        run_id: of the Dagster run, which `songvec status` shows; empty: none.
     """
 
     settings: Settings
     stop: StopSignal = field(default_factory=StopSignal)
+    run_id: str = ""
 
     def describe(self) -> str:
         """One line: where songs come from, and where vectors are made."""
@@ -53,9 +55,9 @@ class Access:
         if self.settings.postgres_url:
             if self.settings.direct_url:
                 parse_url(self.settings.direct_url, "SONGVEC_DIRECT_URL")
-            database = Database(self.settings.postgres_url, direct_url=self.settings.direct_url)
+            database = Database(self.settings.postgres_url, direct_url=self.settings.direct_url, run_id=self.run_id)
         else:
-            database = start_embedded_server(DEFAULT_FOLDER)
+            database = replace(start_embedded_server(DEFAULT_FOLDER), run_id=self.run_id)
             create_songs_table(database, self.settings.range_size)
         with database.get_connection() as connection:
             is_ours = schema.has_tables(connection)

@@ -12,11 +12,13 @@ import polars as pl
 
 from songvec_assets import checks
 from songvec_assets.cache.elsewhere import OtherRanges
+from songvec_assets.cache.model_cache import lock_name
 from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
 from songvec_assets.embedding.budget import MonthSpending, read_month_spending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.known import CachedOrLoaded
-from songvec_assets.postgres.schema import read_pgvector_caution
+from songvec_assets.postgres.holders import find_holders
+from songvec_assets.postgres.schema import lock_key, read_pgvector_caution
 from songvec_assets.progress import RunContext
 from songvec_assets.reports import RunPlan, Status
 from songvec_assets.search.preview import Preview, preview_table
@@ -33,6 +35,7 @@ from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors.index.neighbors import LoadedRows
 from songvec_assets.vectors.index.recall import read_recall
 from songvec_assets.vectors.plan import plan_load
+from songvec_assets.vectors.swap import LOCK
 from songvec_assets.vectors.table import describe_tables, read_embeddings
 from songvec_assets.wiring import Wiring
 
@@ -72,8 +75,14 @@ class Questions(Wiring):
         ranges = inventory.frame.with_columns(
             pl.col("n_songs").fill_null(0), n_indexed=pl.col("n_loaded") if index else pl.lit(0, pl.Int64)
         )
+        tasks = {lock_key(lock_name(SongIdRange.from_key(key))): ("filling", key) for key in ranges["key"]}
+        tasks |= {
+            lock_key(LOCK): ("loading", ""),
+            lock_key(self.table.metadata_key("index")): ("building the index", ""),
+        }
         with self.database.get_connection() as connection:
             recall = read_recall(connection, self.table)
+            holders = find_holders(connection, tasks)
         return Status(
             ranges=ranges.select("key", *_COUNTS),
             tables=describe_tables(self.database),
@@ -85,6 +94,7 @@ class Questions(Wiring):
             unreadable=inventory.errors,
             caution=self.source.caution,
             pgvector=read_pgvector_caution(self.database),
+            holders=holders,
         )
 
     def month_spending(self) -> MonthSpending:

@@ -12,6 +12,7 @@ import polars as pl
 from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import BudgetExceededError, DamagedCacheError, ProviderError, SongvecError, StoreError
+from songvec_assets.postgres.holders import Holder
 from songvec_assets.progress import describe_seconds
 from songvec_assets.songs.missing import MissingSongs
 from songvec_assets.vectors.index.catalog import IndexInfo, describe_knobs
@@ -88,6 +89,7 @@ class Status:
         unreadable: why some ranges of the cache cannot be read; they count as not cached.
         caution: why the source may hold more songs than this user sees; empty: no reason.
         pgvector: what is wrong with the server's version; empty: nothing.
+        holders: the processes that fill a range, load or build the index at the moment, the longest first.
     """
 
     ranges: pl.DataFrame
@@ -100,6 +102,7 @@ class Status:
     unreadable: list[str]
     caution: str = ""
     pgvector: str = ""
+    holders: Sequence[Holder] = ()
 
     @property
     def total(self) -> dict[str, Any]:
@@ -112,6 +115,7 @@ class Status:
         return found | {
             "ranges": self.ranges.to_dicts(),
             "index": asdict(self.index) if self.index else None,
+            "holders": [each.as_dict() for each in self.holders],
             "month_usd": self.month.billed,
             "month_reserved_usd": self.month.reserved,
             "total": self.total,
@@ -129,6 +133,7 @@ class Status:
             )
         lines = [f"Table {name}: {held}" for name, held in self.tables.items()]
         lines += [f"Index: {index}", f"Spent this month: {self.month.describe()}"]
+        lines += [each.describe() for each in self.holders]
         lines += [f"Cannot be read: {error}" for error in self.unreadable]
         lines += [f"Rejected: song {song_id}: {reason}" for song_id, reason in self.rejected]
         lines += [f"Rejected: {n_songs:,} × {reason}" for reason, n_songs in self.unreachable.items()]

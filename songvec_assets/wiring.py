@@ -147,8 +147,7 @@ class Wiring(Access):
     @property
     def index_settings(self) -> IndexSettings:
         """How the table is to be indexed."""
-        given = self.settings
-        memory_bytes = (given.index_memory_mb or 0) * (1 << 20) or None
+        given, memory_bytes = self.settings, (self.settings.index_memory_mb or 0) * (1 << 20) or None
         return IndexSettings(given.lists, given.target_recall, memory_bytes, kind=given.index_kind)
 
     @property

@@ -36,6 +36,26 @@ def test_the_ranges_that_hold_songs_or_cache_are_asked_for_in_order(filled: Pipe
         Pipeline(filled.settings).held_ranges()
 
 
+def test_a_status_names_who_fills_loads_and_builds_and_nobody_afterwards(
+    database: Database, provider: Provider, songs: Callable[..., None], tmp_path: Path
+) -> None:
+    songs(*SONGS)
+    seen: dict[str, set[str]] = {}
+    other = make_pipeline(database, provider, tmp_path / "store")
+
+    def look(_: object) -> None:
+        for holder in other.status().holders:
+            seen.setdefault(f"{holder.task} {holder.key}".strip(), set()).add(holder.run_id)
+
+    working = Pipeline(other.settings, run_id="1a2b3c4d-5e6f-4711-8899-aabbccddeeff")
+    # a filled range is reported before the next one, which is open by then, is done
+    provider.control(latency_s=0.2)
+    working.run(progress=look)
+    assert {f"filling {FIRST.key}", "loading", "building the index"} <= seen.keys()
+    assert set().union(*seen.values()) == {"1a2b3c4d"}
+    assert not other.status().holders
+
+
 def test_an_estimate_is_of_what_is_exported_and_missing(filled: Pipeline, provider: Provider) -> None:
     before = provider.ledger()["requests"]
     found = filled.estimate()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import FrozenInstanceError, replace
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from songvec_assets.errors import (
     StoppedError,
     StoreError,
 )
+from songvec_assets.postgres.holders import Holder
 from songvec_assets.reports import RunPlan, Status, Step, continues_without
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.reports import ExportReport, IncompleteExportError, RangeExport
@@ -56,6 +58,11 @@ def test_a_status_is_json_with_the_total_and_the_month() -> None:
     assert (told["missing"], told["total"]["n_loaded"], told["ranges"][1]["n_orphans"]) == (4, 47, 1)
     assert (told["month_usd"], told["month_reserved_usd"], told["index"]["lists"]) == (1.25, 0.5, 6)
     assert json.loads(json.dumps(STATUS.as_dict()))["index"] is None
+    since = datetime(2026, 11, 29, 15, 0, tzinfo=UTC)
+    held = replace(STATUS, holders=[Holder("loading", "", "1a2b3c4d", 4711, "worker-2", since, 200.0)])
+    [told] = json.loads(json.dumps(held.as_dict()))["holders"]
+    assert (told["task"], told["run_id"], told["since"]) == ("loading", "1a2b3c4d", "2026-11-29T15:00:00+00:00")
+    assert "Loading for 3 min: process 4711 on worker-2, run 1a2b3c4d" in held.describe()
 
 
 def test_a_status_in_words_names_what_is_wrong() -> None:

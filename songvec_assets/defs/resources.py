@@ -120,8 +120,11 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
     )
     rebuild_index: bool = Field(default=False, description="Build the index even if the current one still fits.")
 
-    def open(self) -> Pipeline:
+    def open(self, run_id: str = "") -> Pipeline:
         """What a run works with, from the environment and the resources' options.
+
+        Args:
+            run_id: of the run, which `songvec status` shows; empty: none.
 
         Raises:
             SettingsError: a setting does not parse, or settings contradict each other.
@@ -130,7 +133,7 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
             parse_span(self.ranges, TILING)
         values = given(RunSettings, self) | given(PostgresSettings, self.postgres)
         values |= given(ProviderSettings, self.fireworks) | given(StorageSettings, self.storage)
-        return Pipeline(Settings(**values))
+        return Pipeline(Settings(**values), run_id=run_id)
 
     def choose_ranges(self, pipeline: Pipeline, launched: Sequence[str] | None) -> list[SongIdRange]:
         """The ranges to embed, in order.

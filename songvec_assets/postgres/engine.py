@@ -150,11 +150,13 @@ class Database:
         url: as libpq reads it.
         embedded: whether it is the embedded server.
         direct_url: bypasses a pooler in transaction mode; None: `url` has no such pooler.
+        run_id: of the Dagster run that uses it, which `songvec status` shows; empty: none.
     """
 
     url: str = field(repr=False)
     embedded: bool = False
     direct_url: str | None = field(default=None, repr=False)
+    run_id: str = field(default="", compare=False)
     _active: set[Backend] = field(default_factory=set, repr=False, compare=False)
     # reentrant: a signal handler may cancel in the thread that holds it
     _lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)

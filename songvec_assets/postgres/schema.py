@@ -20,6 +20,7 @@ from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres.engine import Database, error_border, raw_cursor
+from songvec_assets.postgres.holders import TAKE_LOCKS, name_holder
 
 MIN_PGVECTOR = (0, 7, 0)
 """The first pgvector with the halfvec type (released 2024-04)."""
@@ -271,7 +272,6 @@ def hold_lock(
 
     Args:
         database: all runs on it share the same locks.
-        names: of the lock, or of several.
         on_wait: called once if another transaction holds the lock.
         check: called while waiting; raises to give up.
 
@@ -279,12 +279,13 @@ def hold_lock(
         A function that raises DatabaseError if the transaction was lost, and with it the lock.
     """
     with error_border(), database.get_engine().connect() as connection:
-        keys = [lock_key(each) for each in ([names] if isinstance(names, str) else names)]
-        take = text("SELECT bool_and(pg_try_advisory_xact_lock(each)) FROM unnest(CAST(:keys AS bigint[])) each")
-        take = take.bindparams(keys=keys)
+        keys = [*map(lock_key, [names] if isinstance(names, str) else names)]
+        take = TAKE_LOCKS.bindparams(keys=keys, holder=name_holder(database.run_id))
         if not connection.scalar(take):
             on_wait()
+            connection.rollback()  # `find_holders` shows since when a transaction is open
             while not connection.scalar(take):
+                connection.rollback()
                 time.sleep(_LOCK_POLL_S)
                 check()
 
@@ -295,6 +296,5 @@ def hold_lock(
         try:
             yield check_held
         finally:
-            # if the connection broke, the lock is already released
-            with contextlib.suppress(sa.exc.DBAPIError):
+            with contextlib.suppress(sa.exc.DBAPIError):  # it broke: the lock is already released
                 connection.rollback()

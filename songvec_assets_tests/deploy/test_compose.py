@@ -46,8 +46,9 @@ def test_the_page_names_the_file_of_each_secret_and_its_values_parse() -> None:
     secrets |= {*SECRETS.values()}
     page = story.PAGE.read_text()
     assert {*re.findall(r"`(\w+)_FILE`", page)} == secrets
-    values, launcher = [yaml.safe_load(block.split("```")[0]) for block in page.split("```yaml\n")[1:]]
+    values, celery, launcher = [yaml.safe_load(block.split("```")[0]) for block in page.split("```yaml\n")[1:]]
     assert values["runLauncher"]["type"] == "K8sRunLauncher"
+    assert celery["run_launcher"]["class"] == "CeleryRunLauncher"
     assert launcher["run_launcher"]["class"] == "EcsRunLauncher"
 
 
