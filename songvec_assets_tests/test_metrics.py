@@ -11,6 +11,7 @@ from songvec_assets import metrics
 from songvec_assets.errors import DatabaseError
 from songvec_assets.metrics import Part, StateCollector
 from songvec_assets.pipeline import Pipeline
+from songvec_assets.wiring import Wiring
 from songvec_assets_tests.administration import as_role, execute
 
 
@@ -118,7 +119,7 @@ def test_a_part_that_cannot_be_read_leaves_the_other_one(
     def fail(*_: object, **__: object) -> None:
         raise DatabaseError("no right on songs")
 
-    monkeypatch.setattr(Pipeline, "read_inventory", fail)
+    monkeypatch.setattr(Wiring, "read_inventory", fail)
     found = collect(StateCollector(pipeline))
     assert (found["state_read_success database"], found["state_read_success ranges"]) == (1, 0)
     assert found["embedded_songs_total"] == 1

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from songvec_assets.cache.model_cache import ModelCache
-from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, DamagedPartError, PartIdentity, Rows, open_part
+from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, DamagedPartError, PartIdentity, open_part
 from songvec_assets.cache.slices import RemoteRows, open_stored, read_ahead
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.errors import StorageError, StoreError
@@ -86,7 +86,7 @@ def test_the_vectors_of_a_base_are_read_a_batch_at_a_time_and_once(storage, s3):
     cache = ModelCache(storage, "m", dimensions)
     vectors = np.random.default_rng(0).normal(size=(n_batches * PIECE_ROWS, dimensions)).astype(np.float32)
     cached, song_ids = cache.open(RANGE), range(len(vectors))
-    rows = Rows.of(song_ids, [number.to_bytes(16, "little") for number in song_ids], vectors)
+    rows = CachedRows.of(song_ids, [number.to_bytes(16, "little") for number in song_ids], vectors)
     base = cached.writer.write_base(rows, np.split(vectors, n_batches))
     cached.save(replace(cached.manifest, files=(base,)))
     opened = cache.open(RANGE)

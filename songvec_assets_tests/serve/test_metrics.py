@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.serve import metrics
 from songvec_assets.serve.guard import Limits
+from songvec_assets.wiring import Wiring
 from songvec_assets_tests.administration import wait_until
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.serve.conftest import running_server
@@ -127,9 +128,9 @@ def test_a_state_that_cannot_be_read_says_so_and_the_rest_is_there(
 
 
 def test_a_read_that_hangs_holds_up_no_scrape(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    end, read = threading.Event(), type(pipeline).read_inventory
+    end, read = threading.Event(), Wiring.read_inventory
     monkeypatch.setattr(metrics, "READ_S", 1.0)
-    monkeypatch.setattr(type(pipeline), "read_inventory", lambda *given: end.wait(60) and read(*given))
+    monkeypatch.setattr(Wiring, "read_inventory", lambda *given: end.wait(60) and read(*given))
     with running_server(pipeline) as address, httpx2.Client(base_url=address, timeout=60) as client:
         for _ in range(2):
             found = scrape(client)
