@@ -5,6 +5,7 @@ Songs that get other song_ids may move into other ranges. Of each range the firs
 When to add here: another source of stored vectors. Keep out: what a range lacks (`plan`).
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,6 +19,10 @@ from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TEXT_HASH_BYTES
 
+_LOOK_AGAIN_S = 60.0
+"""Each range looks for its texts in all others, so that a look at every other one each time would grow with the square
+of their number: two requests per pair in a bucket."""
+
 _Keys = NDArray[np.uint64]
 _Take = Callable[[SongIdRange, pl.DataFrame], pl.DataFrame]
 
@@ -28,10 +33,18 @@ class OtherRanges:
 
     Attributes:
         cache: of the model.
+        look_again_s: seconds after which all ranges are looked at again, since other processes may have filled them.
     """
 
     cache: ModelCache
+    look_again_s: float = _LOOK_AGAIN_S
     _keys: dict[SongIdRange, tuple[str | None, _Keys]] = field(default_factory=dict)
+    _seen: set[SongIdRange] = field(default_factory=set)
+    _seen_at: float = float("-inf")
+
+    def forget(self, song_range: SongIdRange) -> None:
+        """Look at a range again when it is needed: this process changed it. Callable from any thread."""
+        self._seen.discard(song_range)
 
     def find(self, song_range: SongIdRange, songs: pl.DataFrame) -> pl.DataFrame:
         """The songs whose text a range other than theirs has. Reads no vector, so that damaged ones count, too.
@@ -81,6 +94,8 @@ class OtherRanges:
         # in the order of their keys, which makes each search several times faster
         left = songs[np.argsort(_keys_of(songs))]
         wanted = _keys_of(left)
+        if time.monotonic() >= self._seen_at + self.look_again_s:
+            self._seen, self._seen_at = set(), time.monotonic()
         for other in self.cache.ranges() if songs.height else ():
             if other == song_range or left.is_empty():
                 continue
@@ -94,6 +109,10 @@ class OtherRanges:
     def _read_keys(self, song_range: SongIdRange) -> _Keys:
         """The sorted keys of a range's rows."""
         version, keys = self._keys.get(song_range, ("", np.empty(0, np.uint64)))
+        if song_range in self._seen:
+            return keys
+        # before the look: what changes after it may be forgotten meanwhile
+        self._seen.add(song_range)
         files = self.cache.look(song_range)
         if version != files.version:
             opened = self._open(song_range)
