@@ -158,7 +158,8 @@ def measure_size(n_songs: int, dimensions: int, url: str, folder: Path) -> dict[
     figures: dict[str, float] = {}
     create_songs(url, n_songs)
     with running_provider(keep_texts=False) as provider:
-        dropped = {*variables(), "DAGSTER_HOME"}
+        # without compiled files each process would compile the package again, which no user's does
+        dropped = {*variables(), "DAGSTER_HOME", "PYTHONDONTWRITEBYTECODE"}
         environment = {name: value for name, value in os.environ.items() if name not in dropped} | {
             "POSTGRES_URL": url,
             "FIREWORKS_API_KEY": provider.api_key,
