@@ -212,6 +212,7 @@ def measure_and_record(
     with table.database.get_connection() as connection:
         write_recall(connection, table, report)
         built = table.read(connection, "index", BuiltIndex) or BuiltIndex()
-        if built.target != target:  # the first since the build: decay is compared with it
+        if built.target != target and report.holds(report.n_changed):
+            # the first since the build: decay is compared with it
             table.write(connection, "index", asdict(replace(built, target=target, probes=report.probes)))
     return report, report.describe()
