@@ -87,8 +87,9 @@ bench-serving: $(INSTALLED)  ## Searches while a table is loaded, rebuilt and sw
 bench-operating: $(INSTALLED)  ## The graph in Dagster compared with the bare core, and the first minutes of its UI: 8 min
 	$(BIN)/python -m benchmarks.operating
 
-bench-size: $(INSTALLED)  ## Commands over a million songs: a run with nothing to do, one with 0.1 % changed, status, estimate: 10 min
-	$(BIN)/python -m benchmarks.at_size
+SIZES ?= 300000 1000000
+bench-size: $(INSTALLED)  ## Commands over large catalogues, and how each figure grows: 10 min; with SIZES="300000 12000000" two hours
+	$(BIN)/python -m benchmarks.at_size --songs $(SIZES) --dimensions 8
 
 $(PEERS):
 	@$(PYTHON) -m venv $(VENV)/peers

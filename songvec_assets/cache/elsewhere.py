@@ -1,10 +1,12 @@
 """Texts that other ranges of a model have vectors of: found by their hashes, and copied instead of paid for again.
 
 Songs that get other song_ids may move into other ranges. Of each range the first 64 bits of its text hashes are held:
-8 bytes per row, 96 MB for 12 million songs. Any row counts, also one of an older text or of a deleted song.
+8 bytes per row, 96 MB for 12 million songs, and a filter of 32 MB. Any row counts, also one of an older text or of a
+deleted song.
 When to add here: another source of stored vectors. Keep out: what a range lacks (`plan`).
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,6 +20,14 @@ from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TEXT_HASH_BYTES
 
+_LOOK_AGAIN_S = 60.0
+"""Each range looks for its texts in all others, so that a look at every other one each time would grow with the square
+of their number: two requests per pair in a bucket."""
+
+_FILTER_BITS = 28
+"""A bit for each value of the first bits of a key, set if some range has it: of 50,000 texts that are nowhere it leaves
+2,200 to search for in each of 240 ranges. 32 MB."""
+
 _Keys = NDArray[np.uint64]
 _Take = Callable[[SongIdRange, pl.DataFrame], pl.DataFrame]
 
@@ -28,10 +38,19 @@ class OtherRanges:
 
     Attributes:
         cache: of the model.
+        look_again_s: seconds after which all ranges are looked at again, since other processes may have filled them.
     """
 
     cache: ModelCache
+    look_again_s: float = _LOOK_AGAIN_S
     _keys: dict[SongIdRange, tuple[str | None, _Keys]] = field(default_factory=dict)
+    _seen: set[SongIdRange] = field(default_factory=set)
+    _seen_at: float = float("-inf")
+    _filter: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(1 << _FILTER_BITS >> 3, np.uint8))
+
+    def forget(self, song_range: SongIdRange) -> None:
+        """Look at a range again when it is needed: this process changed it. Callable from any thread."""
+        self._seen.discard(song_range)
 
     def find(self, song_range: SongIdRange, songs: pl.DataFrame) -> pl.DataFrame:
         """The songs whose text a range other than theirs has. Reads no vector, so that damaged ones count, too.
@@ -77,27 +96,38 @@ class OtherRanges:
 
     def _take(self, song_range: SongIdRange, songs: pl.DataFrame, take: _Take) -> pl.DataFrame:
         """Offer each other range the songs whose texts it seems to have; the songs that were taken."""
+        if songs.is_empty():
+            return songs
+        if time.monotonic() >= self._seen_at + self.look_again_s:
+            self._seen, self._seen_at = set(), time.monotonic()
+        others = {other: self._read_keys(other) for other in self.cache.ranges() if other != song_range}
+        places, bits = _places_of(_keys_of(songs))
+        candidates = songs.filter(self._filter[places] & bits != 0)
         # in the order of their keys, which makes each search several times faster
-        left = songs[np.argsort(_keys_of(songs))]
+        left = candidates[np.argsort(_keys_of(candidates))]
         wanted = _keys_of(left)
-        for other in self.cache.ranges() if songs.height else ():
-            if other == song_range or left.is_empty():
-                continue
-            are_here = _are_in(wanted, self._read_keys(other))
+        for other, keys in others.items():
+            are_here = _are_in(wanted, keys)
             if are_here.any():
                 taken = take(other, left.filter(are_here))
                 left = left.join(taken, on="song_id", how="anti", maintain_order="left")
                 wanted = _keys_of(left)
-        return songs.join(left, on="song_id", how="anti", maintain_order="left")
+        return candidates.join(left, on="song_id", how="anti", maintain_order="left")
 
     def _read_keys(self, song_range: SongIdRange) -> _Keys:
         """The sorted keys of a range's rows."""
         version, keys = self._keys.get(song_range, ("", np.empty(0, np.uint64)))
+        if song_range in self._seen:
+            return keys
+        # before the look: what changes after it may be forgotten meanwhile
+        self._seen.add(song_range)
         files = self.cache.look(song_range)
         if version != files.version:
             opened = self._open(song_range)
             keys = np.sort(_keys_of(opened.all_rows)) if opened else keys
             self._keys[song_range] = files.version, keys
+            places, bits = _places_of(keys)
+            np.bitwise_or.at(self._filter, places, bits)
         return keys
 
     def _open(self, song_range: SongIdRange) -> CachedRange | None:
@@ -109,6 +139,12 @@ class OtherRanges:
 
 def _keys_of(rows: pl.DataFrame) -> _Keys:
     return np.frombuffer(b"".join(rows["text_hash"].to_list()), dtype="<u8")[:: TEXT_HASH_BYTES // 8]
+
+
+def _places_of(keys: _Keys) -> tuple[NDArray[np.intp], NDArray[np.uint8]]:
+    """Where keys are in the filter: bytes, and a bit of each."""
+    bits = keys >> np.uint64(64 - _FILTER_BITS)
+    return (bits >> np.uint64(3)).astype(np.intp), np.uint8(1) << (bits & np.uint64(7)).astype(np.uint8)
 
 
 def _are_in(wanted: _Keys, stored: _Keys) -> NDArray[np.bool_]:

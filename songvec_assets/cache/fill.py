@@ -198,6 +198,7 @@ class Filler:
                 context.fatal = context.fatal or (error if self._was_unavailable else None)
                 self._was_unavailable = True
         finally:
+            self.others.forget(song_range)
             let_next_begin()
             fill.report.seconds = time.monotonic() - started
             fill.report.usd = context.budget.price.usd(fill.report.n_tokens)

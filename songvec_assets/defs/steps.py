@@ -160,7 +160,7 @@ def launched_keys(context: dg.AssetExecutionContext) -> list[str] | None:
 
 
 class FillRecorder:
-    """Records each range of a run as it finishes: its event is durable at once, even if the run fails later."""
+    """Records each range of a run as it finishes: if it changed, its event is durable even if the run fails later."""
 
     def __init__(self, context: dg.AssetExecutionContext, pipeline: Pipeline) -> None:
         self._context = context
@@ -177,9 +177,12 @@ class FillRecorder:
             context.log.error(f"{key} is not complete: {describe(report.error)}")
             return
         metadata = reports.describe_fill(report, self._pipeline.cache)
-        context.log_event(dg.AssetMaterialization(asset_key=context.asset_key, partition=key, metadata=metadata))
+        is_launched = launched_keys(context) is not None
+        # nothing was done in a range that was complete: the event at the end says it, too, and each costs four syncs
+        if report.seconds or not is_launched:
+            context.log_event(dg.AssetMaterialization(asset_key=context.asset_key, partition=key, metadata=metadata))
         # the end of a run writes another event for each partition it was launched for, which would hide this one
-        if launched_keys(context) is not None:
+        if is_launched:
             context.add_asset_metadata(metadata, partition_key=key)
 
     def log_total(self) -> None:

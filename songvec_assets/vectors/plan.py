@@ -135,7 +135,7 @@ def plan_load(table: VectorTable, source: LoadSource, run: RunContext = SILENT) 
     ranges = source.ranges()
     # each file is opened once: damage is found even if there is nothing to load
     states, n_below = compare(table, source.cache, source.tiling, opens_files=True)
-    unmanaged = [each.in_table.n_rows for key, each in states.items() if key not in ranges and each.loaded is None]
+    unmanaged = [each.in_table.n_rows for key, each in states.items() if each.loaded is None and key not in ranges]
     unchanged, changed, damaged, n_changed = {}, {}, {}, 0
     for song_range in ranges:
         run.check_stop()

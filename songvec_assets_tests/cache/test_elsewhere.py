@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from songvec_assets.cache import fill as fill_module
 from songvec_assets.cache.elsewhere import OtherRanges
-from songvec_assets.cache.model_cache import write_embeddings_to_file
+from songvec_assets.cache.model_cache import ModelCache, write_embeddings_to_file
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
@@ -24,7 +24,7 @@ from songvec_assets_tests.cache.filling import (
     try_fill,
     vector_bytes,
 )
-from songvec_assets_tests.cache.rows import complete, hashes_of, put
+from songvec_assets_tests.cache.rows import RANGE, complete, hashes_of, put
 from songvec_assets_tests.provider import Provider
 
 SECOND = SongIdRange(100, 200)
@@ -180,7 +180,7 @@ def test_songs_that_are_embedded_again_on_request_do_not_take_vectors_of_other_r
 
 
 def test_what_other_runs_fill_meanwhile_is_found(cache):
-    others = OtherRanges(cache)
+    others = OtherRanges(cache, look_again_s=0.0)
     songs = songs_of([1, 2])
     assert others.find(SECOND, songs).is_empty()
     put(cache, [1])
@@ -189,6 +189,20 @@ def test_what_other_runs_fill_meanwhile_is_found(cache):
     complete(cache)
     assert others.find(SECOND, songs)["song_id"].to_list() == [1, 2]
     assert others.find(SongIdRange(0, 100), songs).is_empty(), "the range's own texts are not elsewhere"
+
+
+def test_a_range_is_looked_at_once_until_it_changed(cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(cache, [1])
+    others, songs, looked = OtherRanges(cache), songs_of([1, 2]), []
+    look = ModelCache.look
+    monkeypatch.setattr(ModelCache, "look", lambda self, each: looked.append(each) or look(self, each))
+    for _ in range(3):
+        assert others.find(SECOND, songs)["song_id"].to_list() == [1]
+    assert looked == [RANGE, RANGE], "once to see that it changed, once to open it"
+    put(cache, [2])
+    assert others.find(SECOND, songs)["song_id"].to_list() == [1], "of another process: it is found a minute later"
+    others.forget(RANGE)
+    assert others.find(SECOND, songs)["song_id"].to_list() == [1, 2]
 
 
 def test_a_text_whose_first_half_alone_is_stored_is_not_taken(cache):

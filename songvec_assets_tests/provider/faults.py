@@ -168,9 +168,9 @@ class FaultPlan:
         """How long the answer to this request takes."""
         latency = self.faults.latency_s
         seconds = self.random.uniform(*latency) if isinstance(latency, tuple) else latency
-        self._tries[body] += 1
-        if self._tries[body] <= self.faults.late:
-            seconds += self.faults.late_s
+        if self.faults.late:
+            self._tries[body] += 1
+            seconds += self.faults.late_s * (self._tries[body] <= self.faults.late)
         if self.faults.lane_tokens_per_s:
             now = time.monotonic()
             self._lane_free_at = max(now, self._lane_free_at) + n_tokens / self.faults.lane_tokens_per_s

@@ -10,7 +10,7 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
-MIN_DIMENSIONS, MAX_DIMENSIONS = 32, 4096
+MIN_DIMENSIONS, MAX_DIMENSIONS = 8, 4096
 MAX_CLUSTERS = 256
 _N_STARTS = 2**20
 _NOISE = np.random.default_rng(8).standard_normal(_N_STARTS + MAX_DIMENSIONS, dtype=np.float32)

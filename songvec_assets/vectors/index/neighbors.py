@@ -42,6 +42,8 @@ _KEPT = 50
 """Rows kept of each query, more than NEIGHBORS: rows that tie with the tenth count as found, too."""
 _MOST_ROWS, _LEAST_SHARE = 1_000_000, 0.1
 _MOST_QUERIES, _MOST_QUERIES_OF_SAMPLE = 200, 1000
+_SAMPLED_RANGES = 64
+"""A range takes 15 ms to open: of some hundred, that would leave no time to measure recall in."""
 _NOISE = 0.2
 
 
@@ -103,13 +105,16 @@ def sample_queries(rows: LoadedRows) -> Float32Matrix:
 
 
 def sample_rows(rows: LoadedRows, n_rows: int, draw: np.random.Generator) -> tuple[list[int], Float32Matrix]:
-    """Draw n rows, or all if there are fewer: their song_ids, and unit vectors, (n, dimensions)."""
-    counts = np.array(list(rows.ranges.values()), dtype=np.int64)
+    """Draw n rows of up to 64 ranges, or all if there are fewer: their song_ids, and unit vectors, (n, dimensions)."""
+    held = [song_range for song_range, n_held in rows.ranges.items() if n_held]
+    if len(held) > _SAMPLED_RANGES:
+        held = [held[place] for place in np.sort(draw.choice(len(held), _SAMPLED_RANGES, replace=False))]
+    counts = np.array([rows.ranges[each] for each in held], dtype=np.int64)
     song_ids: list[int] = []
     picked = [np.empty((0, rows.cache.dimensions), dtype=np.float32)]
-    n_wanted = min(rows.n_rows, n_rows)
-    shares = draw.multivariate_hypergeometric(counts, n_wanted, method="marginals") if len(counts) else counts
-    for song_range, n_picked in zip(rows.ranges, shares.tolist(), strict=True):
+    n_wanted = min(int(counts.sum()), n_rows)
+    shares = draw.multivariate_hypergeometric(counts, n_wanted, method="marginals") if held else counts
+    for song_range, n_picked in zip(held, shares.tolist(), strict=True):
         if n_picked:
             cached, loaded = rows.read(song_range)
             places = draw.choice(loaded.height, min(n_picked, loaded.height), replace=False)

@@ -86,9 +86,13 @@ class RecallReport:
     def holds(self, n_changed: int) -> bool:
         """Whether the report is still true: up to 1 % changed rows move recall by no more than the sampling error.
 
+        A report that the time left hardly a search for says nothing: the next run measures again.
+
         Args:
             n_changed: rows changed since the index was built.
         """
+        if self.is_cut_short and self.chosen.n_queries < FIRST_QUERIES:
+            return False
         return n_changed - self.n_changed <= _UNMEASURED_SHARE * self.n_rows
 
     def describe(self) -> str:
@@ -207,6 +211,7 @@ def measure_and_record(
     with table.database.get_connection() as connection:
         write_recall(connection, table, report)
         built = table.read(connection, "index", BuiltIndex) or BuiltIndex()
-        if built.target != target:  # the first since the build: decay is compared with it
+        if built.target != target and report.holds(report.n_changed):
+            # the first since the build: decay is compared with it
             table.write(connection, "index", asdict(replace(built, target=target, probes=report.probes)))
     return report, report.describe()

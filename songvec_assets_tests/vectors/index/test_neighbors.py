@@ -7,7 +7,14 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import StoppedError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import RunContext, StopSignal
-from songvec_assets.vectors.index.neighbors import ExactNeighbors, LoadedRows, find_exact_neighbors, sample_queries
+from songvec_assets.vectors.index import neighbors
+from songvec_assets.vectors.index.neighbors import (
+    ExactNeighbors,
+    LoadedRows,
+    find_exact_neighbors,
+    sample_queries,
+    sample_rows,
+)
 from songvec_assets.vectors.table import VectorTable
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, forget, load, make_vector, put, reject
 from songvec_assets_tests.vectors.indexes import put_clusters, put_vectors
@@ -25,6 +32,20 @@ class TestExactNeighbours:
         assert exact.n_read == exact.n_rows == 250
         np.testing.assert_array_equal(exact.song_ids, np.argsort(-similarities, axis=1)[:, :50])
         np.testing.assert_allclose(exact.similarities, -np.sort(-similarities, axis=1)[:, :50], atol=1e-6)
+
+    def test_of_many_ranges_some_are_drawn_from(
+        self, database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(neighbors, "_SAMPLED_RANGES", 2)
+        put(cache, range(350))
+        load(database, cache)
+        rows, drawn = LoadedRows.of(VectorTable(database), cache), set[int]()
+        for seed in range(12):
+            song_ids, vectors = sample_rows(rows, 40, np.random.default_rng(seed))
+            numbers = {song_id // 100 for song_id in song_ids}
+            assert (len({*song_ids}), len(vectors), len(numbers)) == (40, 40, 2)
+            drawn |= numbers
+        assert drawn == {0, 1, 2, 3}
 
     def test_lengths_other_than_one_do_not_count(self, database: Database, cache: ModelCache) -> None:
         put_clusters(cache, 0, 300, n_clusters=5)

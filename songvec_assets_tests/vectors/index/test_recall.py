@@ -47,6 +47,16 @@ class TestReport:
     def test_it_holds_until_over_a_hundredth_of_the_rows_changed(self, n_changed: int, holds: bool) -> None:
         assert self.REPORT.holds(n_changed) is holds
 
+    @pytest.mark.parametrize(
+        ("n_queries", "is_cut_short", "holds"), [(6, True, False), (6, False, True), (20, True, True)]
+    )
+    def test_it_does_not_hold_if_the_time_was_up_before_anything_was_known(
+        self, n_queries: int, is_cut_short: bool, holds: bool
+    ) -> None:
+        points = tuple(replace(point, n_queries=n_queries) for point in self.POINTS)
+        report = replace(self.REPORT, points=points, is_cut_short=is_cut_short)
+        assert report.holds(report.n_changed) is holds
+
 
 def test_rows_put_past_the_cache_are_not_measured(database: Database, cache: ModelCache) -> None:
     put(cache, range(10))

@@ -249,6 +249,25 @@ class TestRecall:
         assert first.probes > 2
         assert bring(clustered, cache).built is not is_cut_short
 
+    def test_a_measurement_that_there_was_no_time_for_is_made_again_and_nothing_is_compared_with_it(
+        self, clustered: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = bring(clustered, cache).recall
+        assert first is not None
+        hasty = replace(first, points=(replace(first.chosen, n_queries=6),), is_cut_short=True)
+        put_aside(clustered, "index", {"n_rows": 600})
+        put_aside(clustered, "recall", None)
+        with monkeypatch.context() as patched:
+            patched.setattr("songvec_assets.vectors.index.recall.measure_recall", lambda *_: hasty)
+            assert bring(clustered, cache).recall == hasty
+        built = read(clustered, "index")
+        assert isinstance(built, dict)
+        assert built.get("target") is None
+        again = bring(clustered, cache)
+        assert not again.built
+        assert again.recall is not None
+        assert again.recall.chosen.n_queries > hasty.chosen.n_queries
+
     def test_rows_that_changed_while_it_was_built_stay_counted(
         self, clustered: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
     ) -> None:
