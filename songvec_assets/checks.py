@@ -145,10 +145,8 @@ def one_model(evidence: Evidence) -> Finding:
     loaded, spec = evidence.wiring.table.ledger.read_models(), evidence.wiring.table_spec
     models = {f"{model} ({dimensions})": n_songs for (model, dimensions), n_songs in loaded.items()}
     expected = f"{spec.model} ({spec.dimensions})"
-    message, passed = (
-        f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}",
-        [*models] == [expected],
-    )
+    passed = [*models] == [expected]
+    message = f"expected only {expected}, the ledger has {', '.join(models) or 'nothing'}"
     if not passed:
         names = "SONGVEC_EMBEDDING_MODEL or SONGVEC_MODEL_ID, and SONGVEC_EMBEDDING_DIMENSIONS"
         message += f": set {names} to what is loaded; or `songvec swap`"
@@ -204,12 +202,12 @@ def index_is_fresh(evidence: Evidence) -> Finding:
     index, n_rows = table.index, table.count_rows()
     if index is None:
         return Finding(False, "there is no valid index: run `songvec index`")
-    reason = plan_build(table, wiring.table_spec, wiring.index_settings, n_rows, index.n_changed).reason
     with table.database.get_connection() as connection:
         recall = read_recall(connection, table)
-    reason = reason or reason_of_drift(recall)
-    message = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
-    message = f"{reason}: run `songvec index`" if reason else message
+    plan = plan_build(table, wiring.table_spec, wiring.index_settings, n_rows, index.n_changed)
+    reason = plan.reason or reason_of_drift(recall)
+    unchanged = f"{index.n_changed:,} of {n_rows:,} rows changed since it was built"
+    message = f"{reason}: run `songvec index`" if reason else unchanged
     figures: dict[str, Any] = {"rows changed": index.n_changed, "kind": index.kind, "lists": index.lists}
     if recall is not None and recall.drift is not None:
         figures["drift of the mean (%)"] = round(100 * recall.drift, 2)

@@ -30,7 +30,7 @@ class Evaluations(Searches, Wiring):
         labelled_queries: str | Path | Sequence[LabelledQuery] | None = None,
         on_trouble: Callable[[str], None] = lambda _: None,
     ) -> Evaluation:
-        """How well searches by text, by vector and by both answer labelled queries, beside BM25.
+        """How well searches by text, by vector and by both answer labelled queries, compared with BM25.
 
         A query costs its tokens once; all are embedded with few requests.
 

@@ -116,7 +116,7 @@ def read(
     Args:
         source: the cache and the snapshots.
         text: identity of how songs become texts; the cache must have been filled with the same.
-        server: that is asked for vectors; a song that another server rejected is not answered.
+        server: whose rejections count; a song that another server rejected is not answered.
         table: whose ledger and rows are read; None: neither is.
         counts: of the source; None: it is not counted.
     """
@@ -130,10 +130,12 @@ def read(
         n_unexported = max(0, (n_source or 0) - (n_songs or 0))
         is_answered = bool(done and done.fits(footer.digest, text, server))
         n_loaded = state.loaded.n_songs if state.loaded else 0
-        differing: tuple[int | None, ...] = None, None, None
-        if table is not None and done and is_answered and state.is_loaded:
+        differing: tuple[int | None, ...]
+        if table is None:
+            differing = None, None, None
+        elif done and is_answered and state.is_loaded:
             differing = done.n_rejected, n_unexported, 0
-        elif table is not None:
+        else:
             n_rejected, n_missing, n_orphans = _count_differing(source, table, each)
             differing = n_rejected, n_missing + n_unexported, n_orphans
         held = n_source, n_songs, n_unexported, state.cached.n_vectors, n_loaded, state.in_table.n_rows

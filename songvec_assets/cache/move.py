@@ -118,7 +118,7 @@ def _copy(source: Storage, target: Storage, key: str, report: MoveReport) -> Non
             sent.update(piece)
             file.write(piece)
     report.n_copied += 1
-    problem = _find_damage(target, key) if key.endswith(_PART) else "it has no checksums of its own"
+    problem = _find_damage(target, key) if key.endswith(_PART) else "it has no checksums"
     if not problem:
         return
     for piece in _read(target, key):

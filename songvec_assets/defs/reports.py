@@ -211,7 +211,7 @@ def describe_load(report: LoadReport, pipeline: Pipeline) -> Metadata:
 
 
 def describe_comparison(compared: Comparison) -> Metadata:
-    """The staging table beside the one that it replaced."""
+    """The staging table, compared with the one that it replaced."""
     measured = compared.quality if compared.quality and not compared.quality.trouble else None
     return {
         "comparison": compared.describe(),

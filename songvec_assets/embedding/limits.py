@@ -191,15 +191,13 @@ class RateLimiter:
         costs = {"request_s": self._request_s, "tokens_s": self._token_s * (n_tokens + owed)}
         depths = {"requests_depth_s": self._requests_depth_s, "tokens_depth_s": self._tokens_depth_s}
         given = {"name": self._name, "n_tokens": n_tokens + owed, "probing": PROBING, **costs, **depths}
-        is_paid = False
         try:
             with error_border(), self._engine.connect() as connection:
                 at, wait_s, used, _ = connection.execute(_RESERVE, given | self._quota).one()
-                is_paid = True
-        finally:
-            if not is_paid:
-                with self._lock:
-                    self._owed_tokens += owed  # the next one pays them
+        except BaseException:
+            with self._lock:
+                self._owed_tokens += owed  # the next one pays them
+            raise
         self.used = float(used or 0)
         return Grant(n_tokens, float(at), float(wait_s))
 

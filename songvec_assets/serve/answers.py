@@ -48,7 +48,7 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Notice:
-    """Why the answer is not quite what was asked for: an error's code and message."""
+    """Why the answer differs from the request: an error's code and message."""
 
     code: str
     message: str

@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """Runs each call in a thread of its own, which does not keep the process from ending.
+    """Runs each call in a new daemon thread.
 
     Args:
         n_at_once: calls at once; fewer than the connections of the `web` pool.

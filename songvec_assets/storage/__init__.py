@@ -10,6 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self, TypeVar
 
 from songvec_assets.errors import SettingsError
@@ -199,4 +200,4 @@ def open_storage(location: str) -> Storage:
         return ObjectStorage.connect(location)
     from songvec_assets.storage.local import LocalStorage
 
-    return LocalStorage.at(location)
+    return LocalStorage(Path(location))

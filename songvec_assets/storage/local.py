@@ -57,11 +57,6 @@ class LocalStorage(Storage):
 
     root: Path
 
-    @classmethod
-    def at(cls, location: str) -> "LocalStorage":
-        """The storage in a folder."""
-        return cls(Path(location))
-
     def __str__(self) -> str:
         return str(self.root)
 

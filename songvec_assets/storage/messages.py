@@ -45,7 +45,7 @@ def read_storage_error(what: str, error: BaseException) -> StorageError:
     """What a failed request means.
 
     Args:
-        what: that was asked for, as `read s3://…`.
+        what: the operation and its object, such as `read s3://…`.
         error: of the client. What it says of the request's signature is left out.
     """
     # its first part: the rest, for programmers, may hold a session token
@@ -66,7 +66,7 @@ def clear_errors(what: str, may_lose: bool = False) -> Iterator[None]:
     """Turn errors of the client into StorageError; a missing object stays FileNotFoundError.
 
     Args:
-        what: is asked for.
+        what: see `read_storage_error`.
         may_lose: whether another writer may be first: that error stays as it is.
     """
     from obstore import exceptions

@@ -233,7 +233,7 @@ def _check_conditions(storage: ObjectStorage) -> None:
     storage.delete(key)
     if not is_heeded:
         raise StorageError(
-            f"{storage.location} cannot keep two runs apart: expected a server that heeds If-None-Match and If-Match, "
-            f"as S3, Google, Azure, MinIO and SeaweedFS do, {came}. Use another server, or a folder",
+            f"{storage.location} cannot keep two runs apart: expected a server that supports If-None-Match and "
+            f"If-Match, as S3, Google, Azure, MinIO and SeaweedFS do, {came}. Use another server, or a folder",
             "storage.unconditional",
         )

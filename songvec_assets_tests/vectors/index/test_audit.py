@@ -62,8 +62,8 @@ class TestVectors:
         load(database, cache)
         zero = "UPDATE song_embeddings SET embedding = '[0,0,0,0,0,0,0,0]'"
         execute(database.adbc_uri, zero)
-        audit = audit_vectors(database, SPEC, n_rows=20)
-        assert 20 <= audit.n_sampled <= 40
+        audit = audit_vectors(database, SPEC, n_rows=100)
+        assert 60 <= audit.n_sampled <= 150
         tenths = {song_id // 100 for song_id in audit.bad_song_ids}
         assert tenths == set(range(10))
 
