@@ -80,7 +80,7 @@ songs = dg.AssetSpec(
 )
 def songs_parquet(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
     """Snapshots of the songs, from which later steps see what changed: one Parquet file per range of song_ids."""
-    with failing_clearly(), run.open(context.run_id) as pipeline, finding_incomplete("export", pipeline):
+    with failing_clearly(), run.open(context.run.run_id) as pipeline, finding_incomplete("export", pipeline):
         return run_step(
             context,
             pipeline,
@@ -100,7 +100,7 @@ def songs_parquet(context: dg.AssetExecutionContext, run: RunResource) -> dg.Mat
 )
 def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None:
     """Every vector that was paid for, so that no text is paid for twice: Arrow files, a folder per model and range."""
-    with failing_clearly(), run.open(context.run_id) as pipeline:
+    with failing_clearly(), run.open(context.run.run_id) as pipeline:
         recorder = FillRecorder(context, pipeline)
 
         def fill(emit: Emit) -> None:
@@ -131,7 +131,7 @@ def embedding_cache(context: dg.AssetExecutionContext, run: RunResource) -> None
 )
 def song_embeddings_table(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
     """The table that searches read, `song_embeddings`: equal to the cache, loaded in one transaction per range."""
-    with failing_clearly(), run.open(context.run_id) as pipeline, finding_incomplete("load", pipeline):
+    with failing_clearly(), run.open(context.run.run_id) as pipeline, finding_incomplete("load", pipeline):
         return run_step(
             context,
             pipeline,
@@ -148,7 +148,7 @@ def song_embeddings_table(context: dg.AssetExecutionContext, run: RunResource) -
 )
 def ivfflat_index(context: dg.AssetExecutionContext, run: RunResource) -> dg.MaterializeResult[None]:
     """The index that makes searches fast, `embeddings_ivfflat_idx`: built if missing or out of date."""
-    with failing_clearly(), run.open(context.run_id) as pipeline:
+    with failing_clearly(), run.open(context.run.run_id) as pipeline:
         return run_step(
             context,
             pipeline,

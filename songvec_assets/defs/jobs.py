@@ -92,7 +92,7 @@ verify_job = dg.define_asset_job(
 @dg.op(description="Make the table that served before the last swap serve again; the current one is kept.")
 def restore_previous_table(context: dg.OpExecutionContext, run: RunResource) -> None:
     """See `roll_back`."""
-    with failing_clearly(), run.open(context.run_id) as pipeline:
+    with failing_clearly(), run.open(context.run.run_id) as pipeline:
         waiting = RunContext(lambda progress: context.log.info(progress.note), pipeline.stop)
         context.log.info(f"searches now find {roll_back(pipeline.database, waiting)}")
 
@@ -106,7 +106,7 @@ def rollback_job() -> None:
 @dg.op(description="Show what a refresh would send, write and build, and what it would cost.")
 def plan(context: dg.OpExecutionContext, run: RunResource) -> None:
     """See `Pipeline.dry_run`."""
-    with failing_clearly(), run.open(context.run_id) as pipeline:
+    with failing_clearly(), run.open(context.run.run_id) as pipeline:
         for line in pipeline.dry_run(run.choose_ranges(pipeline, None), run.reembed).describe():
             context.log.info(line)
 
