@@ -4,43 +4,34 @@ The assets and the command line call the same methods. When to add here: another
 whole graph. Keep out: what a step works with (`wiring`), and how it is done (the rooms below).
 """
 
-import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
 from uuid import uuid4
 
 from dotenv import dotenv_values
 
-from songvec_assets.cache.texts import TextRecord, check_reembedding, read_record, write_record
-from songvec_assets.embedding.budget import Budget
-from songvec_assets.embedding.drift import ModelRecord
 from songvec_assets.errors import SongvecError
-from songvec_assets.evaluations import Evaluations
-from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.filling import Filling
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
-from songvec_assets.questions import Questions
 from songvec_assets.recorder import Recorder
 from songvec_assets.reports import EmbedChoices, RunReport, continues_without
 from songvec_assets.search import nearest
 from songvec_assets.settings import Settings, variables
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import swap
-from songvec_assets.vectors.index.preflight import check_target
 from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
 from songvec_assets.vectors.spec import TableSpec
 from songvec_assets.vectors.swap import LoadReport
-from songvec_assets.vectors.table import VectorTable
 
 if TYPE_CHECKING:  # the HTTP client of providers and the driver of exports, which a search does not need
-    from songvec_assets.cache.fill import Filler
     from songvec_assets.cache.plan import FillReport
     from songvec_assets.songs.export import ExportMode
     from songvec_assets.songs.reports import ExportReport
 
 
-class Pipeline(Questions, Evaluations):
+class Pipeline(Filling):
     """Songs in Postgres to an indexed pgvector table of embeddings, and searches of it.
 
     with Pipeline.from_env() as songs:
@@ -225,83 +216,3 @@ class Pipeline(Questions, Evaluations):
 
         self.bind()
         return erase_songs(self.store, song_ids, lambda each: self.lock_range(each, self.stop.check, self.stop.check))
-
-    def filler(
-        self,
-        progress: ReportProgress = ignore_progress,
-        run: str | None = None,
-        reembed: str | None = None,
-        **choices: Unpack[EmbedChoices],
-    ) -> "Filler":
-        """What fills ranges of the cache.
-
-        Args:
-            progress: notified of songs, rate and dollars.
-            run: names the budget: all processes that name the same run share it; None: this filler has one alone.
-            reembed: names the request to embed songs again; None: there is none. See `Filler`.
-            choices: see `EmbedChoices`; `reembed` confirms re-embedding.
-        """
-        from songvec_assets.cache import context, fill
-
-        self.bind()
-        estimator, given = self.token_estimator(), self.settings
-        confirmed, limits = choices.get("confirm_reembedding") or reembed, (given.max_usd, given.max_usd_a_month)
-        record = ModelRecord(
-            database=self.database,
-            model=given.model,
-            dimensions=given.dimensions,
-            name=given.embedding_model,
-            url=given.fireworks_base_url,
-            # a model that runs in this process is what its name says
-            is_confirmed=given.offline or choices.get("confirm_model_change", False),
-        )
-        shared = context.SendContext(
-            embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
-            quota=self.quota,
-            budget=Budget(self.price, self.database.get_engine("autocommit"), run or uuid4().hex, *limits),
-            estimator=estimator,
-            concurrency=given.concurrency,
-            server=self.server,
-            run=RunContext(progress, self.stop),
-        )
-        return fill.Filler(
-            snapshots=self.store.songs,
-            cache=self.cache,
-            tiling=self.tiling,
-            spec=self.text_spec,
-            context=shared,
-            record=record,
-            lock_range=self.lock_range,
-            before_fill=functools.partial(self._check_texts, bool(confirmed)),
-            before_payment=self._payment_check(),
-            keep_spending=self.spending.write,
-            retention_s=given.retention_days * 86_400.0,
-            reembed=reembed,
-            retry_rejected=choices.get("retry_rejected", False),
-        )
-
-    def _check_texts(self, confirmed: bool, changed: Sequence[SongIdRange]) -> None:
-        """Refuse to embed texts again only because settings changed, unless confirmed; then record these settings."""
-        record, storage = TextRecord.of(self.text_spec, self.prompts.query), self.cache.storage
-        if not confirmed:
-            check_reembedding(storage, changed, self.text_spec, lambda ranges: self.estimate({*ranges}))
-        if read_record(storage) != record:
-            # two first runs at once would write to one file
-            with hold_lock(self.database, "texts", on_wait=lambda: None, check=self.stop.check):
-                write_record(storage, record)
-
-    def _payment_check(self) -> Callable[[], None]:
-        """What is checked before each range's first request: the table's model; and once, what the server can take.
-
-        So are labelled queries: a file that cannot be read would show at the swap, after all is paid for.
-        """
-
-        @functools.cache
-        def check_once(target: VectorTable) -> None:
-            n_songs = sum(self.store.songs.count().values())
-            check_target(target, self.table_spec, self.index_settings, n_songs)
-            self.storage.check_writes()
-            if self.settings.evaluation_queries:
-                self.label_queries()
-
-        return lambda: check_once(swap.check_loadable(self.database, self.wanted_table))

@@ -9,6 +9,7 @@ PACKAGE = TESTS.parent / "songvec_assets"
 ELSEWHERE = {"scenarios", "browser", "benchmarks", "deploy", "docs", "examples", "tools"}
 """Folders of tests that are of no single module."""
 WITHOUT_A_TEST: dict[str, str] = {
+    "filling.py": "what it makes is tested in `cache/test_fill`, what it checks in `test_pipeline` and `scenarios/`",
     "samples/__main__.py": "prints what `test_samples` reads",
     "search/query.py": "`search/test_doors` asks with it by Python, command and SQL alike",
     "searches.py": "the same",

@@ -157,11 +157,8 @@ class CachedRange:
         """
         rows = join_rows(self._batches)
         hashes = pa.Array.from_buffers(pa.binary(TEXT_HASH_BYTES), len(rows), [None, pa.py_buffer(rows.text_hashes)])
-        columns = {
-            "song_id": rows.song_ids,
-            "text_hash": pl.Series(hashes, dtype=pl.Binary),
-            "checksum": rows.checksums,
-        }
+        text_hash = pl.Series(hashes, dtype=pl.Binary)
+        columns = {"song_id": rows.song_ids, "text_hash": text_hash, "checksum": rows.checksums}
         return pl.DataFrame(columns).with_columns(row=pl.int_range(pl.len()))
 
     @cached_property

@@ -17,8 +17,8 @@ import numpy as np
 from songvec_assets.cache.context import SendContext
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cache.plan import FillReport
-from songvec_assets.embedding.budget import Reservation, send_alone
 from songvec_assets.embedding.drift import ModelRecord, get_cosine
+from songvec_assets.embedding.reservation import Reservation, send_alone
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import RequestRefusedError, StoreError
 from songvec_assets.songs.ranges import SongIdRange

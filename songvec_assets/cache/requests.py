@@ -15,7 +15,7 @@ from songvec_assets.cache.rejections import RefusedTexts
 from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.answers import hinted_texts
 from songvec_assets.embedding.batching import bisect, pack_requests
-from songvec_assets.embedding.budget import Reservation, ReservationHooks
+from songvec_assets.embedding.reservation import Reservation, ReservationHooks
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import (
     BudgetExceededError,

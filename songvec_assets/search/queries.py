@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from songvec_assets.embedding.batching import pack_requests
-from songvec_assets.embedding.budget import Budget, Reservation, send_alone
+from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.embedder import Embedder
 from songvec_assets.embedding.pricing import TokenEstimator
 from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
+from songvec_assets.embedding.reservation import Reservation, send_alone
 from songvec_assets.embedding.wire import EmbeddingBatch, Float32Matrix
 from songvec_assets.errors import (
     ProviderError,

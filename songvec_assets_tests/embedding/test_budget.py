@@ -1,6 +1,5 @@
 """What a run may spend: no order of requests, threads or processes exceeds it, and what was reserved is not lost."""
 
-import asyncio
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.pool import NullPool
 
-from songvec_assets.embedding.budget import Budget, Reservation, read_month_spending, read_spending
+from songvec_assets.embedding.budget import Budget, read_month_spending, read_spending
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError, DatabaseError
 from songvec_assets.postgres.engine import Database, get_engine
@@ -327,28 +326,3 @@ def test_spending_is_that_of_all_months_and_of_this_one(engine: sa.Engine, datab
     old = "INSERT INTO songvec.budgets (name, usd) VALUES ('month 2020-02', 10), ('searches 2020-02', 1)"
     execute(database.adbc_uri, old)
     assert read() == {"month": (14, 8), "searches": (3, 4)}
-
-
-def test_answers_that_come_at_once_are_settled_together(engine: sa.Engine, run: str) -> None:
-    """They lock the same row: one after the other each would wait for the commits of all before it."""
-    budget = Budget(DOLLAR_A_TOKEN, engine, run, 100)
-    statements: list[str] = []
-
-    def note(*event: object) -> None:
-        statements.append(str(event[2]))
-
-    async def spend() -> None:
-        reservations = [Reservation(budget, 4, lambda: None) for _ in range(8)]
-        await asyncio.gather(*(each.grow() for each in reservations))
-        for billed, each in enumerate(reservations):
-            each.n_billed = billed
-        sa.event.listen(engine, "before_cursor_execute", note)
-        await asyncio.gather(*(each.settle() for each in reservations))
-        sa.event.remove(engine, "before_cursor_execute", note)
-
-    asyncio.run(spend())
-    assert 1 <= len(statements) <= 2
-    assert (budget.n_tokens, budget.n_held, budget.n_settled) == (28, 0, 8)
-    with pytest.raises(BudgetExceededError, match=r"\$28\.0000 billed, \$0\.0000 reserved"):
-        budget.reserve(73)
-    budget.reserve(72)

@@ -17,9 +17,9 @@ import pytest
 from songvec_assets.cache import fill as fill_module
 from songvec_assets.embedding import client as client_module
 from songvec_assets.embedding import contact as contact_module
-from songvec_assets.embedding.budget import Reservation
 from songvec_assets.embedding.health import MAX_BAD_TEXTS
 from songvec_assets.embedding.limits import RateLimiter
+from songvec_assets.embedding.reservation import Reservation
 from songvec_assets.errors import (
     BudgetExceededError,
     DatabaseError,

@@ -1,0 +1,81 @@
+"""What one request reserves, over its tries, and how it is settled."""
+
+import asyncio
+import uuid
+
+import pytest
+import sqlalchemy as sa
+
+from songvec_assets.embedding.budget import Budget
+from songvec_assets.embedding.embedder import NO_HOOKS, Embedder, RequestHooks
+from songvec_assets.embedding.pricing import Price
+from songvec_assets.embedding.reservation import Reservation, send_alone
+from songvec_assets.embedding.wire import EmbeddingBatch
+from songvec_assets.errors import BudgetExceededError
+from songvec_assets.postgres.engine import Database
+
+DOLLAR_A_TOKEN = Price(1e6)
+
+
+@pytest.fixture
+def engine(database: Database) -> sa.Engine:
+    return database.get_engine("web")
+
+
+@pytest.fixture
+def run() -> str:
+    """A run of this test's own."""
+    return uuid.uuid4().hex
+
+
+class Hanging(Embedder):
+    """Sends one try, to which no answer comes; its probe was billed 1 token."""
+
+    dimensions = 4
+
+    async def generate_embeddings_batch(self, texts: object, hooks: RequestHooks = NO_HOOKS) -> EmbeddingBatch:  # noqa: ARG002
+        await hooks.before_send()
+        await asyncio.sleep(60)
+        raise AssertionError("nobody waits so long")
+
+    def take_probe_tokens(self) -> int:
+        return 1
+
+
+def test_a_request_that_is_given_up_counts_as_billed(engine: sa.Engine, run: str) -> None:
+    budget = Budget(DOLLAR_A_TOKEN, engine, run, 100)
+
+    async def give_up() -> None:
+        async with asyncio.timeout(0.2):
+            await send_alone(Hanging(), ["waves"], Reservation(budget, 7, lambda: None))
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(give_up())
+    assert (budget.n_tokens, budget.n_held) == (8, 0)
+    with pytest.raises(BudgetExceededError, match=r"\$8\.0000 billed, \$0\.0000 reserved"):
+        budget.reserve(93)
+
+
+def test_answers_that_come_at_once_are_settled_together(engine: sa.Engine, run: str) -> None:
+    """They lock the same row: one after the other each would wait for the commits of all before it."""
+    budget = Budget(DOLLAR_A_TOKEN, engine, run, 100)
+    statements: list[str] = []
+
+    def note(*event: object) -> None:
+        statements.append(str(event[2]))
+
+    async def spend() -> None:
+        reservations = [Reservation(budget, 4, lambda: None) for _ in range(8)]
+        await asyncio.gather(*(each.grow() for each in reservations))
+        for billed, each in enumerate(reservations):
+            each.n_billed = billed
+        sa.event.listen(engine, "before_cursor_execute", note)
+        await asyncio.gather(*(each.settle() for each in reservations))
+        sa.event.remove(engine, "before_cursor_execute", note)
+
+    asyncio.run(spend())
+    assert 1 <= len(statements) <= 2
+    assert (budget.n_tokens, budget.n_held, budget.n_settled) == (28, 0, 8)
+    with pytest.raises(BudgetExceededError, match=r"\$28\.0000 billed, \$0\.0000 reserved"):
+        budget.reserve(73)
+    budget.reserve(72)
