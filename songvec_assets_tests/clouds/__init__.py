@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -29,8 +30,7 @@ from songvec_assets_tests.s3 import running
 CloudKind = Literal["google", "azure"]
 _BUCKET = "songvec"
 _ACCOUNT = "devstoreaccount1"
-# published with Azurite, as the account's name: it opens nothing else
-_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+_KEY = base64.b64encode(os.urandom(64)).decode()
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def _azure(folder: Path) -> Iterator[Cloud]:
     if program is None:
         pytest.skip("there is no azurite-blob: `make azurite` installs it")
     port = free_port()
-    command = [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence"]
+    given = f"AZURITE_ACCOUNTS={_ACCOUNT}:{_KEY}"
+    command = ["env", given, program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence"]
     with running([*command, "--disableTelemetry", "--silent"], port, folder / "server.log") as url:
         _create_container(url)
         named = {"AZURE_STORAGE_USE_EMULATOR": "true", "AZURITE_BLOB_STORAGE_URL": url}
