@@ -1,4 +1,4 @@
-"""The commands about where the store is; what a move does is tested in `cache/test_move`."""
+"""The commands about a whole store; what a move and an erasure do is tested in `cache/`."""
 
 import os
 import re
@@ -20,16 +20,18 @@ from songvec_assets_tests.s3 import S3
 RANGES = {"SONGVEC_RANGE_SIZE": "100", "SONGVEC_SONG_ID_STOP": "1000"}
 
 
-def test_a_moved_store_is_named_with_what_to_do_next(
-    songs: Callable[..., None],
-    database: Database,
-    provider: Provider,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def configured(database: Database, provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment and the folder in which a person types."""
     for name, value in (environment_of(database, provider, tmp_path) | RANGES).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_moved_store_is_named_with_what_to_do_next(
+    songs: Callable[..., None], database: Database, provider: Provider, tmp_path: Path
+) -> None:
     songs((1, "Sea", "Ann", "waves"))
     make_pipeline(database, provider, tmp_path / "store").run()
     command = ["move-store", str(tmp_path / "store"), str(tmp_path / "to")]
@@ -41,17 +43,10 @@ def test_a_moved_store_is_named_with_what_to_do_next(
     assert "holds no store" in str(CliRunner().invoke(app, command).exception)
 
 
+@pytest.mark.usefixtures("configured")
 def test_what_was_forgotten_is_counted(
-    songs: Callable[..., None],
-    database: Database,
-    provider: Provider,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    songs: Callable[..., None], database: Database, provider: Provider, tmp_path: Path
 ) -> None:
-    ranges = {"SONGVEC_RANGE_SIZE": "100", "SONGVEC_SONG_ID_STOP": "1000"}
-    for name, value in (environment_of(database, provider, tmp_path) | ranges).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
     songs((1, "Sea", "Ann", "waves"), (2, "Road", "Bob", "dust"))
     with make_pipeline(database, provider, tmp_path / "store") as pipeline:
         pipeline.run()

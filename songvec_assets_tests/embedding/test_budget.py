@@ -37,17 +37,6 @@ print(budget.n_tokens)
 """
 
 
-@pytest.fixture
-def engine(database: Database) -> sa.Engine:
-    return database.get_engine("web")
-
-
-@pytest.fixture
-def run() -> str:
-    """A run of this test's own."""
-    return uuid.uuid4().hex
-
-
 @settings(
     deadline=None,
     max_examples=25,

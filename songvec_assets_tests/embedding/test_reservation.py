@@ -1,7 +1,6 @@
 """What one request reserves, over its tries, and how it is settled."""
 
 import asyncio
-import uuid
 
 import pytest
 import sqlalchemy as sa
@@ -12,20 +11,8 @@ from songvec_assets.embedding.pricing import Price
 from songvec_assets.embedding.reservation import Reservation, send_alone
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import BudgetExceededError
-from songvec_assets.postgres.engine import Database
 
 DOLLAR_A_TOKEN = Price(1e6)
-
-
-@pytest.fixture
-def engine(database: Database) -> sa.Engine:
-    return database.get_engine("web")
-
-
-@pytest.fixture
-def run() -> str:
-    """A run of this test's own."""
-    return uuid.uuid4().hex
 
 
 class Hanging(Embedder):
