@@ -78,10 +78,8 @@ def erase(cached: CachedRange, song_ids: Collection[int]) -> int:
             "over the same ranges, and then forget songs",
             "cache.unfinished",
         )
-    rows, left = cached.rows, ~pl.col("song_id").is_in([*song_ids])
-    older = cached.all_rows.join(rows, on="row", how="anti").filter(
-        ~pl.col("song_id").is_in([*cached.manifest.damaged])
-    )
+    rows, kept, left = cached.rows, cached.deleted_rows(0.0), ~pl.col("song_id").is_in([*song_ids])
+    older = pl.concat([_older_rows(cached, kept), kept])
     n_erased, manifest = cached.all_rows.filter(~left).height, cached.manifest.without(song_ids)
     if not n_erased and manifest == cached.manifest:
         return 0
