@@ -55,6 +55,11 @@ class Evidence:
         """The sums of the inventory."""
         return self.wiring.read_inventory().total
 
+    @cached_property
+    def n_rows(self) -> int:
+        """Rows of the table, counted by the server: 0.7 s for 12 million."""
+        return self.wiring.table.count_rows()
+
     def check_loaded(self) -> None:
         """Refuse to check a table that does not exist.
 
@@ -112,7 +117,7 @@ def texts_are_lyrics(evidence: Evidence) -> Finding:
 
 def no_orphans(evidence: Evidence) -> Finding:
     """Does every row of the table belong to a song, and is it in the ledger?"""
-    n_rows, total = evidence.wiring.table.count_rows(), evidence.total
+    n_rows, total = evidence.n_rows, evidence.total
     n_loaded, n_orphans = total["n_loaded"], total["n_orphans"]
     n_unknown = n_rows - n_loaded
     cure = ""
@@ -127,7 +132,7 @@ def no_orphans(evidence: Evidence) -> Finding:
 
 def vectors_are_sound(evidence: Evidence) -> Finding:
     """Are all vectors of a sample finite, other than zero, and of the right size?"""
-    audit = audit_vectors(evidence.wiring.database, evidence.wiring.table_spec)
+    audit = audit_vectors(evidence.wiring.database, evidence.wiring.table_spec, evidence.n_rows)
     cure = ": somebody else wrote them; delete these rows, then `songvec run` loads them again"
     return Finding(
         not audit.bad_song_ids,
@@ -188,7 +193,7 @@ def price_is_sane(evidence: Evidence) -> Finding:
 
 def index_is_used(evidence: Evidence) -> Finding:
     """Is the index valid, and used if the table is large enough for that?"""
-    audit = audit_index(evidence.wiring.database, evidence.wiring.table_spec)
+    audit = audit_index(evidence.wiring.database, evidence.wiring.table_spec, evidence.n_rows)
     return Finding(
         audit.valid and (audit.used or not audit.should_be_used),
         audit.describe(),
@@ -199,7 +204,7 @@ def index_is_used(evidence: Evidence) -> Finding:
 def index_is_fresh(evidence: Evidence) -> Finding:
     """Does the index still fit the rows, of which at most a fifth changed since it was built?"""
     table, wiring = evidence.wiring.table, evidence.wiring
-    index, n_rows = table.index, table.count_rows()
+    index, n_rows = table.index, evidence.n_rows
     if index is None:
         return Finding(False, "there is no valid index: run `songvec index`")
     with table.database.get_connection() as connection:

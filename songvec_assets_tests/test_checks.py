@@ -52,6 +52,18 @@ def test_every_check_passes_for_a_sound_pipeline(begin: Callable[..., Pipeline])
     assert all(finding.message for finding in found.values())
 
 
+def test_the_rows_of_a_table_are_counted_once_for_all_checks(begin: Callable[..., Pipeline]) -> None:
+    evidence, statements = Evidence(begin()), []
+
+    @sa.event.listens_for(evidence.wiring.database.get_engine(), "before_cursor_execute")
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(" ".join(statement.split()))
+
+    assert all(evidence.answer(check).passed for check in CHECKS.values())
+    counts = [each for each in statements if "SELECT count(*) FROM song_embeddings" in each]
+    assert counts == ["SELECT count(*) FROM song_embeddings"]
+
+
 def delete_row(url: str) -> None:
     execute(url, "DELETE FROM song_embeddings WHERE song_id = 7")
 

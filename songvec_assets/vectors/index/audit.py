@@ -28,10 +28,10 @@ _SHARED_SONGS = 50
 _INDEX_WORTH_FROM_ROWS = 50_000
 
 
-def _sample(tables: str) -> str:
-    """About :n_songs song_ids of a table or a join, spread over all of it; all if there are no more."""
+def _sample(tables: str, n_rows: int, n_songs: int) -> str:
+    """About n_songs song_ids of a table or a join of n_rows, spread over all of it; all if there are no more."""
     # numbering the rows in order would take three times as long as this look at each key
-    every = f"greatest(1, (SELECT count(*) FROM {tables}) / :n_songs)"
+    every = max(1, n_rows // n_songs)
     return f"SELECT song_id FROM {tables} WHERE (hashint4(song_id) & 2147483647) % {every} = 0"
 
 
@@ -50,20 +50,20 @@ class VectorAudit:
     mean_norm: float
 
 
-def audit_vectors(database: Database, spec: TableSpec, n_rows: int = SAMPLE_ROWS) -> VectorAudit:
-    """Check about `n_rows` rows of the serving table, spread over all of it."""
+def audit_vectors(database: Database, spec: TableSpec, n_rows: int, n_sampled: int = SAMPLE_ROWS) -> VectorAudit:
+    """Check about `n_sampled` of the serving table's `n_rows` rows, spread over all of it."""
     statement = text(f"""
         SELECT count(*), coalesce(array_agg(song_id) FILTER (WHERE norm = 0 OR size <> :size), '{{}}'),
             coalesce(avg(norm), 0)
         FROM (
             SELECT song_id, vector_norm(embedding::vector) AS norm, vector_dims(embedding::vector) AS size
-            FROM {SERVING} WHERE song_id IN ({_sample(SERVING)})
+            FROM {SERVING} WHERE song_id IN ({_sample(SERVING, n_rows, n_sampled)})
         ) AS sampled
     """)
     with database.get_connection() as connection:
         if not VectorTable(database).exists(connection):
             return VectorAudit(0, [], 0.0)
-        return VectorAudit(*connection.execute(statement, {"n_songs": n_rows, "size": spec.dimensions}).one())
+        return VectorAudit(*connection.execute(statement, {"size": spec.dimensions}).one())
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class IndexAudit:
         return f"{self.n_rows:,} rows are few: the planner scans them all, which is faster"
 
 
-def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
-    """Ask the catalog and the planner about the serving table's index."""
+def audit_index(database: Database, spec: TableSpec, n_rows: int) -> IndexAudit:
+    """Ask the catalog and the planner about the index of the serving table, which has `n_rows` rows."""
     table, vector = VectorTable(database), [1.0] + [0.0] * (spec.dimensions - 1)
     with database.get_connection() as connection:
         valid = table.read_lists(connection) is not None
@@ -107,7 +107,7 @@ def audit_index(database: Database, spec: TableSpec) -> IndexAudit:
         parameters = {"vector": json.dumps(vector), "limit": NEIGHBORS, "candidates": candidates}
         with raw_cursor(connection) as cursor:
             is_used = uses_index(cursor, table.index_name, search.statement, parameters)
-    return IndexAudit(valid, is_used, table.count_rows())
+    return IndexAudit(valid, is_used, n_rows)
 
 
 def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> RecallReport | None:
@@ -203,9 +203,10 @@ def compare_tables(database: Database, judge: Callable[[], QualityChange] | None
     """
     tables = VectorTable(database, SERVING), VectorTable(database, STAGING)
     n_serving, n_staged = (table.ledger.count_songs() for table in tables)
-    shared = text(f"{_sample(f'{SERVING} JOIN {STAGING} USING (song_id)')} LIMIT :n_songs")
+    both = f"{SERVING} JOIN {STAGING} USING (song_id)"
+    shared = text(f"{_sample(both, min(n_serving, n_staged), _SHARED_SONGS)} LIMIT {_SHARED_SONGS}")
     with database.get_connection() as connection:
-        sample = list(connection.scalars(shared, {"n_songs": _SHARED_SONGS}))
+        sample = list(connection.scalars(shared))
         before, after = (find_neighbors(connection, table, sample) for table in tables)
         recalls = [read_recall(connection, table) for table in tables]
     shares = [len(before[song_id] & after[song_id]) / max(1, len(before[song_id])) for song_id in sample]

@@ -30,7 +30,7 @@ class TestVectors:
     ) -> None:
         put(cache, range(50))
         load(database, cache, spec)
-        audit = audit_vectors(database, spec)
+        audit = audit_vectors(database, spec, 50)
         assert (audit.n_sampled, audit.bad_song_ids) == (50, [])
         assert audit.mean_norm == pytest.approx(1.0, abs=1e-3)
 
@@ -39,7 +39,7 @@ class TestVectors:
         execute(
             database.adbc_uri, "INSERT INTO song_embeddings VALUES (1, '[3,4,0,0,0,0,0,0]'), (2, '[0,0,0,0,0,0,0,1]')"
         )
-        assert audit_vectors(database, SPEC) == VectorAudit(2, [], 3.0)
+        assert audit_vectors(database, SPEC, 2) == VectorAudit(2, [], 3.0)
 
     @pytest.mark.parametrize("spec", [SPEC, HALF])
     def test_zero_vectors_are_named(self, database: Database, cache: ModelCache, spec: TableSpec) -> None:
@@ -47,14 +47,14 @@ class TestVectors:
         load(database, cache, spec)
         zero = "UPDATE song_embeddings SET embedding = '[0,0,0,0,0,0,0,0]' WHERE song_id IN (7, 33)"
         execute(database.adbc_uri, zero)
-        audit = audit_vectors(database, spec)
+        audit = audit_vectors(database, spec, 50)
         assert sorted(audit.bad_song_ids) == [7, 33]
         assert audit.mean_norm == pytest.approx(48 / 50, abs=1e-3)
 
     def test_a_table_of_another_size_is_all_bad(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(5))
         load(database, cache)
-        audit = audit_vectors(database, TableSpec("model-a", 16))
+        audit = audit_vectors(database, TableSpec("model-a", 16), 5)
         assert sorted(audit.bad_song_ids) == [0, 1, 2, 3, 4]
 
     def test_a_sample_is_spread_over_the_whole_table(self, database: Database, cache: ModelCache) -> None:
@@ -62,22 +62,22 @@ class TestVectors:
         load(database, cache)
         zero = "UPDATE song_embeddings SET embedding = '[0,0,0,0,0,0,0,0]'"
         execute(database.adbc_uri, zero)
-        audit = audit_vectors(database, SPEC, n_rows=100)
+        audit = audit_vectors(database, SPEC, 1000, n_sampled=100)
         assert 60 <= audit.n_sampled <= 150
         tenths = {song_id // 100 for song_id in audit.bad_song_ids}
         assert tenths == set(range(10))
 
     def test_without_a_table_or_rows_there_is_nothing_to_look_at(self, database: Database) -> None:
-        assert audit_vectors(database, SPEC) == VectorAudit(0, [], 0.0)
+        assert audit_vectors(database, SPEC, 0) == VectorAudit(0, [], 0.0)
         VectorTable(database).ensure(SPEC)
-        assert audit_vectors(database, SPEC) == VectorAudit(0, [], 0.0)
+        assert audit_vectors(database, SPEC, 0) == VectorAudit(0, [], 0.0)
 
 
 class TestIndex:
     def test_without_an_index_it_says_what_to_run(self, database: Database, cache: ModelCache) -> None:
         put(cache, range(100))
         load(database, cache)
-        audit = audit_index(database, SPEC)
+        audit = audit_index(database, SPEC, 100)
         assert (audit.valid, audit.used, audit.n_rows) == (False, False, 100)
         assert "run `songvec index`" in audit.describe()
 
@@ -86,7 +86,7 @@ class TestIndex:
         load(database, cache)
         build_index(database, cache, SPEC)
         execute(database.adbc_uri, f"ALTER DATABASE {sa.make_url(database.url).database} SET enable_indexscan = off")
-        audit = audit_index(database, SPEC)
+        audit = audit_index(database, SPEC, 50)
         assert (audit.valid, audit.used, audit.should_be_used) == (True, False, False)
         assert audit.describe() == "50 rows are few: the planner scans them all, which is faster"
 
@@ -98,7 +98,7 @@ class TestIndex:
         load(database, cache, spec)
         build_index(database, cache, spec)
         execute(database.adbc_uri, f"ALTER DATABASE {sa.make_url(database.url).database} SET enable_seqscan = off")
-        audit = audit_index(database, spec)
+        audit = audit_index(database, spec, 1000)
         assert (audit.valid, audit.used) == (True, True)
         assert audit.describe() == "the planner uses the index for 1,000 rows"
 
@@ -110,7 +110,7 @@ class TestIndex:
             database.adbc_uri,
             "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'embeddings_ivfflat_idx'::regclass",
         )
-        assert not audit_index(database, SPEC).valid
+        assert not audit_index(database, SPEC, 100).valid
 
     @pytest.mark.parametrize(("n_rows", "words"), [(49_999, "scans them all"), (50_000, "does not use the index")])
     def test_a_large_table_whose_index_is_passed_by_is_a_finding(self, n_rows: int, words: str) -> None:
