@@ -10,10 +10,11 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from songvec_assets.errors import StoppedError
 from songvec_assets.signals import interrupted_by_hangup
@@ -35,7 +36,7 @@ class Progress:
         unit: "songs", "rows", "%".
         note: dollars so far, the phase of an index build, and the like.
         is_trouble: whether the note is a warning.
-        n_free: units of `done` that took no work, such as cached songs; rate and time left do not count them.
+        n_free: units of `done` that took no work, such as cached songs; the rate does not count them.
     """
 
     step: str
@@ -55,51 +56,76 @@ def describe_seconds(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
 
 
+class Speed(NamedTuple):
+    """How fast a step is.
+
+    Attributes:
+        rate: units of work per second since its work began; 0 at the start.
+        seconds_left: until its end, at the pace of the last minute; 0: not known, or nothing is left.
+    """
+
+    rate: float = 0.0
+    seconds_left: float = 0.0
+
+    @property
+    def time_left(self) -> str:
+        """`12 min left`; empty if that is not known, or nothing is left."""
+        return f"{describe_seconds(self.seconds_left)} left" if self.seconds_left else ""
+
+
 @dataclass
 class _Work:
-    """When a step's work began, the units done by then, and the latest report."""
+    """When a step's work began, the units of work done by then, the latest report, and when how much was done."""
 
     began_at: float
     n_before: int
     latest: Progress
+    marks: deque[tuple[float, int]]
 
 
 class RateMeter:
-    """Units per second of each step since its work began.
+    """How fast each step is, since its work began.
 
-    Units that took no work (`Progress.n_free`) do not count, nor does the time before the first unit of work. If a step
-    restarts with fewer units done, or changes its unit, the measurement restarts.
+    The rate counts neither units that took no work (`Progress.n_free`) nor the time before the first unit of work. The
+    time left counts all units: among those to come, as many may take no work. If a step restarts with fewer units done,
+    or changes its unit, the measurement restarts.
     """
+
+    PACE_S = 60.0
 
     def __init__(self) -> None:
         self._steps: dict[str, _Work] = {}
 
-    def measure(self, progress: Progress) -> float:
-        """The rate so far; 0 at the start."""
+    def measure(self, progress: Progress) -> Speed:
+        """The speed so far."""
         now, n_worked = time.monotonic(), progress.done - progress.n_free
-        work = self._steps.setdefault(progress.step, _Work(now, n_worked, progress))
+        work = self._steps.setdefault(progress.step, _Work(now, n_worked, progress, deque()))
         before, work.latest = work.latest, progress
         only_free = n_worked == work.n_before and progress.n_free > before.n_free
         if progress.done < before.done or progress.unit != before.unit or only_free:
             work.began_at, work.n_before = now, n_worked
-        return (n_worked - work.n_before) / (now - work.began_at) if now > work.began_at else 0.0
+            work.marks.clear()
+        marks = work.marks
+        if not marks or now - marks[-1][0] >= 1:
+            marks.append((now, progress.done))
+        while len(marks) > 1 and marks[1][0] <= now - self.PACE_S:
+            marks.popleft()
+        if n_worked == work.n_before or now == work.began_at:
+            return Speed()
+        since, n_since = marks[0]
+        n_done, n_left = progress.done - n_since, progress.total - progress.done
+        seconds_left = n_left * (now - since) / n_done if n_done > 0 and n_left > 0 else 0.0
+        return Speed((n_worked - work.n_before) / (now - work.began_at), seconds_left)
 
 
-def describe_time_left(progress: Progress, rate: float) -> str:
-    """`12 min left`; empty if the rate or the total is not known, or nothing is left."""
-    if not rate or progress.total <= progress.done:
-        return ""
-    return f"{describe_seconds((progress.total - progress.done) / rate)} left"
-
-
-def describe_progress(progress: Progress, rate: float) -> str:
+def describe_progress(progress: Progress, speed: Speed) -> str:
     """One line: done, total, units per second, time left."""
     if progress.unit == "%":
         figures = [f"{progress.done:,}%"]
     else:
         total = f" of {progress.total:,}" if progress.total else ""
-        figures = [f"{progress.done:,}{total} {progress.unit}", f"{rate:,.0f}/s" if rate else ""]
-    line = ", ".join(filter(None, [*figures, describe_time_left(progress, rate)]))
+        figures = [f"{progress.done:,}{total} {progress.unit}", f"{speed.rate:,.0f}/s" if speed.rate else ""]
+    line = ", ".join(filter(None, [*figures, speed.time_left]))
     return f"{progress.step}: {line}" + (f" ({progress.note})" if progress.note else "")
 
 

@@ -4,6 +4,7 @@ import contextlib
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 
@@ -12,7 +13,15 @@ from rich.console import Console
 
 from songvec_assets.cli.terminal import bars
 from songvec_assets.errors import StoppedError
-from songvec_assets.progress import Progress, ProgressLines, RateMeter, StopSignal, describe_progress, run_in_worker
+from songvec_assets.progress import (
+    Progress,
+    ProgressLines,
+    RateMeter,
+    Speed,
+    StopSignal,
+    describe_progress,
+    run_in_worker,
+)
 
 LONG_S = 60.0
 
@@ -368,17 +377,17 @@ def test_a_stop_signal_is_silent_until_it_is_set_and_reaches_other_threads():
 
 
 @pytest.mark.parametrize(
-    ("progress", "rate", "line"),
+    ("progress", "speed", "line"),
     [
-        (Progress("load rows", 0, 0, unit="rows", note="waiting"), 0.0, "load rows: 0 rows (waiting)"),
-        (Progress("load rows", 20, 50, unit="rows"), 0.5, "load rows: 20 of 50 rows, 0/s, 60 s left"),
-        (Progress("load rows", 50_000, 50_000, unit="rows"), 1_000.0, "load rows: 50,000 of 50,000 rows, 1,000/s"),
-        (Progress("build index", 25, 100, unit="%"), 0.1, "build index: 25%, 12 min left"),
-        (Progress("build index", 0, 100, unit="%", note="estimated: 5 min"), 0.0, "build index: 0% (estimated: 5 min)"),
+        (Progress("load rows", 0, 0, unit="rows", note="waiting"), Speed(), "load rows: 0 rows (waiting)"),
+        (Progress("load rows", 20, 50, unit="rows"), Speed(0.5, 60), "load rows: 20 of 50 rows, 0/s, 60 s left"),
+        (Progress("load rows", 50_000, 50_000, unit="rows"), Speed(1e3), "load rows: 50,000 of 50,000 rows, 1,000/s"),
+        (Progress("build index", 25, 100, unit="%"), Speed(0.1, 750), "build index: 25%, 12 min left"),
+        (Progress("build index", 0, 100, unit="%", note="about 5 min"), Speed(), "build index: 0% (about 5 min)"),
     ],
 )  # fmt: skip
-def test_progress_reads_how_far_how_fast_and_how_long_still(progress: Progress, rate: float, line: str) -> None:
-    assert describe_progress(progress, rate) == line
+def test_progress_reads_how_far_how_fast_and_how_long_still(progress: Progress, speed: Speed, line: str) -> None:
+    assert describe_progress(progress, speed) == line
 
 
 def test_a_rate_is_that_of_a_step_since_it_began_and_starts_again_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,9 +395,9 @@ def test_a_rate_is_that_of_a_step_since_it_began_and_starts_again_with_it(monkey
     monkeypatch.setattr(time, "monotonic", lambda: now)
     meter, rates = RateMeter(), []
     for now, done in ((0.0, 100), (10.0, 300), (20.0, 500), (21.0, 0), (23.0, 100)):  # noqa: B007 - the clock reads it
-        rates.append(meter.measure(Progress("load rows", done, 1_000, unit="rows")))
+        rates.append(meter.measure(Progress("load rows", done, 1_000, unit="rows")).rate)
     assert rates == [0.0, 20.0, 20.0, 0.0, 50.0]
-    assert meter.measure(Progress("build index", 50, 100, unit="%")) == 0.0
+    assert meter.measure(Progress("build index", 50, 100, unit="%")) == Speed()
 
 
 def test_a_phase_that_counts_in_another_unit_has_another_rate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +406,7 @@ def test_a_phase_that_counts_in_another_unit_has_another_rate(monkeypatch: pytes
     meter, rates = RateMeter(), []
     phases = ((0.0, 0, "rows"), (50.0, 0, "blocks"), (60.0, 100, "blocks"), (61.0, 100, "rows"), (71.0, 600, "rows"))
     for now, done, unit in phases:  # noqa: B007 - the clock reads it
-        rates.append(meter.measure(Progress("build index", done, 1_000, unit=unit)))
+        rates.append(meter.measure(Progress("build index", done, 1_000, unit=unit)).rate)
     assert rates == [0.0, 0.0, 10.0, 0.0, 50.0]
 
 
@@ -415,13 +424,33 @@ def _resumed(seconds: float, done: int, n_free: int) -> Progress:
     return Progress("embed songs", done, 36_070, n_free=n_free)
 
 
-def test_rate_and_time_left_are_those_of_what_took_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_is_that_of_what_took_work(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     meter, rates = RateMeter(), []
     for now, done, n_free in RESUMED:
-        rates.append(meter.measure(_resumed(now, done, n_free)))
+        rates.append(meter.measure(_resumed(now, done, n_free)).rate)
     assert rates == [0.0, 0.0, 137.0, 137.0]
+
+
+def _measure_left(monkeypatch: pytest.MonkeyPatch, reports: Iterable[tuple[float, int, int]], total: int) -> float:
+    """Seconds left after the last of some reports: (seconds, units done, of which took no work)."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    meter, speed = RateMeter(), Speed()
+    for now, done, n_free in reports:  # noqa: B007 - the clock reads it
+        speed = meter.measure(Progress("embed songs", done, total, n_free=n_free))
+    return speed.seconds_left
+
+
+def test_the_time_left_expects_as_many_cached_songs_as_in_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 50 songs of each range changed, and ten ranges take a second
+    few_changed = ((second, second * 500_000, second * 499_500) for second in range(13))
+    assert _measure_left(monkeypatch, few_changed, 12_000_000) == pytest.approx(12)
+    # ranges with a few songs to embed pass by, and then a range with nothing cached
+    passed = [(second, second * 500_000, second * 499_500) for second in range(7)]
+    slow = [(6.0 + second, 3_000_000 + second * 38, 2_997_000) for second in range(1, 120)]
+    assert _measure_left(monkeypatch, [*passed, *slow], 6_000_000) == pytest.approx(3_000_000 / 38, rel=0.01)
 
 
 def test_a_wait_before_the_first_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +459,7 @@ def test_a_wait_before_the_first_answer_counts(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(time, "monotonic", lambda: now)
     meter, rates = RateMeter(), []
     for now, done in ((0.0, 100), (59.0, 100), (60.0, 160)):  # noqa: B007 - the clock reads it
-        rates.append(meter.measure(Progress("embed songs", done, 1_000, n_free=100, is_trouble=True)))
+        rates.append(meter.measure(Progress("embed songs", done, 1_000, n_free=100, is_trouble=True)).rate)
     assert rates == [0.0, 0.0, 1.0]
 
 
@@ -444,7 +473,7 @@ def test_both_faces_show_the_rate_of_what_is_embedded(monkeypatch: pytest.Monkey
         for now, done, n_free in RESUMED:
             show(_resumed(now, done, n_free))
     last = [line for line in [*console.export_text().splitlines(), *lines] if line.strip()][-1]
-    assert ("22,370" in last, "137/s" in last, "100 s left" in last or "2 min left" in last) == (True, True, True), last
+    assert ("22,370" in last, "137/s" in last, "58 s left" in last) == (True, True, True), last
 
 
 def test_a_line_comes_every_five_seconds_and_when_a_step_reaches_its_total(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from songvec_assets.search.nearest import Hit
 
 _MAX_REASONS, _MAX_KEYS = 2, 3
-_FULL_WIDTH = 78
 
 
 def run_table(result: "RunResult", width: int) -> Table:
@@ -41,9 +40,10 @@ def run_table(result: "RunResult", width: int) -> Table:
     rows: list[list[str]] = []
 
     def add(asset: str, n_rows: int, *figures: int | str) -> None:
-        seconds = f"{result.seconds[asset]:.2f}" if asset in result.seconds else "–"
+        seconds = result.seconds.get(asset)
+        took = "–" if seconds is None else f"{seconds:,.{2 if seconds < 100 else 0}f}"
         shown = [each if isinstance(each, str) else f"{each:,}" for each in figures]
-        rows.append([asset, f"{n_rows:,}", seconds, *(shown or [""] * 5)])
+        rows.append([asset, f"{n_rows:,}", took, *(shown or [""] * 5)])
 
     for export in result.of(ExportReport):
         changes = export.changes
@@ -51,8 +51,7 @@ def run_table(result: "RunResult", width: int) -> Table:
     if fills := result.of(FillReport):
         names = ("n_tokens", "usd", "n_unchanged", "n_new", "n_changed")
         n_tokens, usd, *counts = (sum(getattr(each, name) for each in fills) for name in names)
-        n_vectors, cost = sum(map(count_vectors, fills)), f"${usd:,.4f}"
-        add("embedding_cache", n_vectors, n_tokens, cost, *counts)
+        add("embedding_cache", sum(map(count_vectors, fills)), n_tokens, _describe_usd(usd), *counts)
     for load in result.of(LoadReport):
         add("song_embeddings_table", sum(each.n_rows for each in load.loads))
     for index in result.of(IndexReport):
@@ -95,7 +94,7 @@ def estimate_table(estimate: "Estimate", offline: bool) -> Table:
     from songvec_assets.progress import describe_seconds
 
     table = Table(show_header=False, box=box.SIMPLE_HEAD)
-    usd = f"${estimate.usd:,.{2 if estimate.usd >= 1 else 4}f}"
+    usd = _describe_usd(estimate.usd)
     for name, value in {
         "Songs in the snapshot": f"{estimate.n_songs:,}",
         "Songs whose text has a stored vector": f"{estimate.n_reused:,}",
@@ -170,9 +169,15 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
+def _describe_usd(usd: float) -> str:
+    return f"${usd:,.{2 if usd >= 1 else 4}f}"
+
+
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
-    """A table whose row `all` is bold; on a narrow terminal without the columns that hold nothing but zeros."""
-    shown = [width >= _FULL_WIDTH or any(cell.strip("$0.") for cell in column) for column in zip(*rows, strict=True)]
+    """A table whose row `all` is bold; if it is too wide for the terminal, without columns of nothing but zeros."""
+    cells = [*zip(columns, *rows, strict=True)]
+    is_narrow = 1 + sum(max(map(len, column)) + 1 for column in cells) > width
+    shown = [not is_narrow or any(cell.strip("$0.") for cell in column[1:]) for column in cells]
     shown[:2] = True, True
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in compress(columns, shown):

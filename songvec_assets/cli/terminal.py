@@ -13,7 +13,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from songvec_assets.progress import Progress, ProgressLines, RateMeter, describe_time_left
+from songvec_assets.progress import Progress, ProgressLines, RateMeter
 
 EXIT_FAILED, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
 
@@ -100,14 +100,15 @@ def bars(console: Console) -> Iterator[Callable[[Progress], None]]:
     def show(progress: Progress) -> None:
         if progress.step not in tasks:
             tasks[progress.step] = shown.add_task(progress.step, count="", rate="", left="", note="", style="dim")
-        percent, rate = progress.unit == "%", rates.measure(progress)
+        percent = progress.unit == "%"
+        speed = rates.measure(progress)
         shown.update(
             tasks[progress.step],
             completed=progress.done,
             total=progress.total or None,
             count=f"{progress.done:,}" + ("%" if percent else f"/{progress.total:,}" if progress.total else ""),
-            rate=f"{rate:,.0f}/s" if rate and not percent else "",
-            left=describe_time_left(progress, rate),
+            rate=f"{speed.rate:,.0f}/s" if speed.rate and not percent else "",
+            left=speed.time_left,
             note=escape(progress.note),
             style="yellow" if progress.is_trouble else "dim",
         )

@@ -15,6 +15,8 @@ from songvec_assets.defs.steps import Incomplete
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.search.nearest import Hit
 from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.vectors.load import RangeLoad
+from songvec_assets.vectors.swap import LoadReport
 from songvec_assets_tests.test_reports import STATUS
 
 
@@ -31,8 +33,22 @@ def test_a_run_has_a_row_per_asset_with_totals_over_its_ranges() -> None:
     ]
     result = RunResult(list(fills), {"embedding_cache": 1.234})
     (row,) = [line.split() for line in show(run_table(result, 100)).splitlines() if "embedding_cache" in line]
-    assert row == ["embedding_cache", "2,010", "1.23", "14,000", "$1.0000", "10", "1,980", "0"]
+    assert row == ["embedding_cache", "2,010", "1.23", "14,000", "$1.00", "10", "1,980", "0"]
     assert run_table(RunResult(), 100).row_count == 0
+
+
+@pytest.mark.parametrize("n_changed", [0, 12_345])
+def test_twelve_million_songs_fit_80_columns_with_whole_numbers(n_changed: int) -> None:
+    whole = SongIdRange(0, 16_000_000)
+    fill = FillReport(whole, n_embedded=12_000_000, n_new=12_000_000, n_changed=n_changed, n_tokens=299_935_902, usd=30)
+    load = LoadReport("serving", [RangeLoad(whole, 12_000_000)])
+    shown = show(run_table(RunResult([fill, load], {"embedding_cache": 1512.064}), 80), 80).splitlines()
+    assert max(map(len, shown)) <= 80
+    heads, row, last = [line.split() for line in shown if line.strip(" ─")]
+    changed = [f"{n_changed:,}"] if n_changed else []
+    assert row == ["embedding_cache", "12,000,000", "1,512", "299,935,902", "$30.00", "12,000,000", *changed]
+    assert last == ["song_embeddings_table", "12,000,000", "–"]
+    assert ("Changed" in heads, "Unchanged" in heads) == (n_changed > 0, False)
 
 
 def test_a_status_has_a_row_per_range_and_the_total_last() -> None:
