@@ -6,7 +6,6 @@ When to add here: another path; describe it in `static/openapi.json`. Keep out: 
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict
 from importlib import resources
 
 from starlette.applications import Starlette
@@ -62,7 +61,7 @@ def create_app(songs: Searches, limits: Limits | None = None) -> Guard:
         except SongvecError as error:
             message = str(error) if may_know else "searches fail; with the token this says why"
             return answer({"error": Notice(error.code, message)}, 503)
-        return answer({"status": "ok"} | (asdict(serving) if may_know else {}))
+        return answer({"status": "ok"} | (serving if may_know else {}))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
