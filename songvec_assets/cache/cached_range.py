@@ -61,7 +61,7 @@ class RangeFiles:
             manifest = manifests.decode(read.content, storage.describe(key), identity) if read else None
         except StoreError as caught:
             error = caught
-        objects = storage.list_objects(identity.range.key)
+        objects = storage.scan(identity.range.key).objects
         sizes = {name: size for name, size in objects.items() if manifests.generation_of(name) is not None}
         return cls(manifest, read.version if read else None, sizes, error)
 

@@ -84,7 +84,7 @@ def choose_prompts(storage: Storage, names: tuple[str, ...], query: str | None, 
     record, default = read_record(storage), default_prompts(*names)
     if record is not None:
         default = Prompts(record.query_prompt, record.document_prompt)
-    elif storage.list_prefixes():
+    elif storage.scan().prefixes:
         default = Prompts(default.query, NO_PROMPTS.document)
     return Prompts(query or default.query, document or default.document)
 

@@ -44,7 +44,7 @@ class Snapshots:
         Raises:
             StoreError: a file has another name.
         """
-        names = [Path(name) for name in self.storage.list_objects()]
+        names = [Path(name) for name in self.storage.scan().objects]
         try:
             return sorted(SongIdRange.from_key(name.stem) for name in names if name.suffix == _SUFFIX)
         except ValueError as error:
