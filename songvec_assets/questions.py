@@ -152,7 +152,7 @@ class Questions(Wiring):
 
             check_redirect(self.server)
         source, run = self.load_source, RunContext(stop=self.stop)
-        load = plan_load(self.table, source, run) if source.find_ranges() else None
+        load = plan_load(self.table, source, run) if source.ranges() else None
         check_ids(self.source, self.tiling)
         counts = count_ranges(self.source, self.tiling)
         n_songs = get_numbers(counts)
