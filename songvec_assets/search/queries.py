@@ -7,7 +7,6 @@ When to add here: another reason to refuse a query's text, or what its vector co
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from songvec_assets.embedding.batching import pack_requests
 from songvec_assets.embedding.budget import Budget
@@ -90,12 +89,6 @@ def embed_queries(
             await embedder.close()
 
     return run_event_loop(embed_and_close())
-
-
-def embed_query(embedder: Embedder, query: str, prompt: str | None = None) -> NDArray[np.float32]:
-    """The vector of one query, (dimensions,); see `embed_queries`."""
-    vector: NDArray[np.float32] = embed_queries(embedder, [query], prompt)[0]
-    return vector
 
 
 def check_server(
