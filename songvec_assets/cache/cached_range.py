@@ -1,8 +1,7 @@
 """A range of the cache, as listed and as opened: its valid rows, their vectors, its writer and its manifest.
 
-Of a song's rows the last one is valid, in the order of the files, unless the manifest says that the song was rejected
-or deleted. Many processes may read a range; only the holder of its lock writes.
-Embeddings are float32, (n, dimensions).
+Of a song's rows the last one is valid, in the order of the files, unless the manifest says that it was rejected or
+deleted. Many processes may read a range; only the holder of its lock writes. Embeddings are float32, (n, dimensions).
 When to add here: another way to read cached rows. Keep out: file formats, and decisions of a fill or a load.
 """
 
@@ -107,6 +106,7 @@ class CachedRange:
     n_unnamed: int = 0
     had_damaged: Collection[int] = ()
     _batches: list[StoredRows] = field(default_factory=list)
+    _writer: PartWriter | None = None
 
     def __post_init__(self, generation: int) -> None:
         sizes, is_read = self.files.sizes, self.files.manifest is not None
@@ -238,16 +238,18 @@ class CachedRange:
         self.manifest, self.replaces, self.n_unnamed = manifest, None, 0
         self.__dict__.pop("rows", None)
 
-    @cached_property
-    def writer(self) -> PartWriter:
-        """Writes parts of this range. First it names all existing parts, so that unnamed parts have a single writer."""
-        if self.n_unnamed and self.replaces is None:
-            self.save(self.manifest)
-        return PartWriter(self.storage, self.identity, self.manifest.generation)
+    def open_writer(self) -> PartWriter:
+        """What writes parts. First the manifest names those that exist, so that unnamed ones have a single writer."""
+        if self._writer is None:
+            if self.n_unnamed and self.replaces is None:
+                self.save(self.manifest)
+            self._writer = PartWriter(self.storage, self.identity, self.manifest.generation)
+        return self._writer
 
     def add_written(self) -> None:
         """Read the parts written since, as if the range were opened again."""
-        written = {each.name: each.n_bytes for each in self.writer.files if each.name not in self.files.sizes}
+        files = self._writer.files if self._writer else ()
+        written = {each.name: each.n_bytes for each in files if each.name not in self.files.sizes}
         self.files.sizes.update(written)
         self.manifest = self._add(self.manifest, [*written])
         for name in ("all_rows", "rows", "_starts"):
@@ -260,8 +262,7 @@ class CachedRange:
 
     def delete_garbage(self) -> None:
         """Delete files that the durable manifest no longer needs."""
-        garbage = self.manifest.find_garbage(self.files.sizes) if self.files.manifest else []
-        if garbage:
+        if garbage := self.manifest.find_garbage(self.files.sizes) if self.files.manifest else []:
             self.storage.delete(*(f"{self.range.key}/{name}" for name in garbage))
         for name in garbage:
             del self.files.sizes[name]

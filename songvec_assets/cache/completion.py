@@ -139,7 +139,7 @@ def _merge(cached: CachedRange, manifest: Manifest, kept: pl.DataFrame, rows: pl
     """Write a base of the kept rows followed by the valid rows; returns the manifest that names it."""
     # of a song's rows the last one is valid; valid rows are stored together, since loads read them
     chosen = pl.concat([kept, rows])
-    files = _write_base(cached.writer, cached, chosen)
+    files = _write_base(cached.open_writer(), cached, chosen)
     cached.files.sizes.update({each.name: each.n_bytes for each in files})
     deleted_at = {song_id: at for song_id, at in manifest.deleted_at.items() if song_id in {*kept["song_id"]}}
     consumed = tuple(each.name for each in manifest.files)

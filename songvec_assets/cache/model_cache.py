@@ -178,7 +178,7 @@ def write_embeddings_to_file(
     if len(embeddings) != len(song_ids):
         raise ValueError(f"expected {len(song_ids)} vectors, got {len(embeddings)}")
     if len(song_ids):
-        cached.writer.write([CachedRows.of(song_ids, text_hashes, embeddings)])
+        cached.open_writer().write([CachedRows.of(song_ids, text_hashes, embeddings)])
 
 
 def copy_vectors(source: CachedRange, rows: pl.DataFrame, cached: CachedRange) -> None:
