@@ -181,13 +181,13 @@ def index() -> None:
 @app.command()
 def verify() -> None:
     """Run all checks of the table and the index; changes nothing. Exit code 3 if one does not pass."""
-    from songvec_assets.defs.checks import Answer
+    from songvec_assets.defs.checks import CheckResult
 
-    answers = _run_job("verify", base.make_pipeline()).of(Answer)
-    for each in answers:
+    results = _run_job("verify", base.make_pipeline()).of(CheckResult)
+    for each in results:
         if each.finding.passed:
             say(f"{each.check}: {each.finding.message}")
-    if not all(each.finding.passed for each in answers):
+    if not all(each.finding.passed for each in results):
         hint("docs/operations.md says what to do about each check; `songvec run` often is enough.")
         raise typer.Exit(EXIT_INCOMPLETE)
     hint("`songvec search “…”` finds songs.")
