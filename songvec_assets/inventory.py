@@ -51,9 +51,8 @@ class Inventory:
     def behind(self) -> list[SongIdRange]:
         """The ranges that have songs without a vector or a reason, in order."""
         keys = self.frame.filter(pl.col("n_songs").is_not_null(), ~pl.col("is_answered"))["key"]
-        ranges = {*self.source.tiling}
         # a range from before the stop was raised is replaced by the next export
-        return [each for each in map(SongIdRange.from_key, keys) if each in ranges]
+        return [each for each in map(SongIdRange.from_key, keys) if each in self.source.tiling]
 
     @property
     def states(self) -> Counter[str]:

@@ -62,11 +62,12 @@ class Questions(Wiring):
 
     def _with_cached(self, found: Iterable[SongIdRange]) -> list[SongIdRange]:
         """Some ranges and those that hold cache, in order."""
-        ranges, held = {*self.tiling}, {*found}
+        tiling = self.tiling
+        held = {*found}
         for song_range in self.cache.ranges():
             # a tail from before the stop was raised will be divided, from its start on
-            start = max(song_range.start, self.tiling.start)
-            held |= {song_range} if song_range in ranges else {self.tiling.range_of(start), self.tiling.tail}
+            start = max(song_range.start, tiling.start)
+            held |= {song_range} if song_range in tiling else {tiling.range_of(start), tiling.tail}
         return sorted(held)
 
     def status(self, max_rejected: int = 20) -> Status:
@@ -113,7 +114,9 @@ class Questions(Wiring):
             StoreError: a snapshot cannot be read; without its songs the price would be too low.
         """
         known = self.read_inventory(with_table=False, with_source=False).frame
-        tiling, answered, others = {*self.tiling}, 0, OtherRanges(self.cache)
+        tiling = self.tiling
+        others = OtherRanges(self.cache)
+        answered = 0
 
         def plan() -> Iterator[FillPlan]:
             nonlocal answered

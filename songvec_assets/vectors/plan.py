@@ -38,8 +38,7 @@ class LoadSource:
 
     def ranges(self) -> list[SongIdRange]:
         """The ranges that are cached, as song_ids are divided now."""
-        tiles = set(self.tiling)
-        return [song_range for song_range in self.cache.ranges() if song_range in tiles]
+        return [song_range for song_range in self.cache.ranges() if song_range in self.tiling]
 
 
 @dataclass(frozen=True)
