@@ -195,9 +195,13 @@ class Pipeline(Filling):
             dimensions, vector_type: the same.
             progress: notified of each step.
         """
-        names = "embedding_model", "model_id", "embedding_dimensions", "vector_type"
-        values = model, model, dimensions, vector_type
-        given = {name: value for name, value in zip(names, values, strict=True) if value}
+        wanted = {
+            "embedding_model": model,
+            "model_id": model,
+            "embedding_dimensions": dimensions,
+            "vector_type": vector_type,
+        }
+        given = {name: value for name, value in wanted.items() if value}
         settings = Settings(**self.settings.model_dump(exclude_none=True) | given | {"swap": True})
         return self.with_settings(settings).run(progress=progress)
 
