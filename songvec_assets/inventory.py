@@ -144,7 +144,8 @@ def read(
 
 def _count_differing(source: LoadSource, table: VectorTable, song_range: SongIdRange) -> tuple[int, int, int]:
     """Numbers of rejected, missing and orphaned songs, compared by song_id."""
-    songs, rejected = source.snapshots.read(song_range, ["song_id"])["song_id"], _read_rejected(source, song_range)
+    songs = source.snapshots.read(song_range, ["song_id"])["song_id"]
+    rejected = _read_rejected(source, song_range)
     loaded = table.ledger.read_song_ids(song_range)
     answered = pl.concat([rejected["song_id"], loaded])
     return rejected.height, count_missing(songs, answered), count_missing(loaded, songs)

@@ -123,7 +123,8 @@ class Pipeline(Filling):
 
     def build_index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
         """Build the index if it is missing or out of date, or if `rebuild`; see `bring_index_up_to_date`."""
-        wanted, run = replace(self.index_settings, rebuild=rebuild), RunContext(progress, self.stop)
+        wanted = replace(self.index_settings, rebuild=rebuild)
+        run = RunContext(progress, self.stop)
         report = bring_index_up_to_date(self.table, self.cache, self.table_spec, wanted, run)
         return Recorder(self).succeed(report)
 

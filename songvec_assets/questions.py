@@ -72,7 +72,8 @@ class Questions(Wiring):
 
     def status(self, max_rejected: int = 20) -> Status:
         """What is exported, cached, loaded and indexed; names up to `max_rejected` rejected songs."""
-        inventory, index = self.read_inventory(), self.table.index
+        inventory = self.read_inventory()
+        index = self.table.index
         ranges = inventory.frame.with_columns(
             pl.col("n_songs").fill_null(0), n_indexed=pl.col("n_loaded") if index else pl.lit(0, pl.Int64)
         )
@@ -133,8 +134,8 @@ class Questions(Wiring):
                 self.stop.check()
                 generation = self.cache.look(song_range).last_generation + 1 if reembed else None
                 cached = self.cache.open(song_range, generation)
-                rejected_by, find = None if reembed else self.server, partial(others.find, song_range)
-                yield plan_fill(self.store.songs, cached, self.text_spec, rejected_by, find)
+                rejected_by = None if reembed else self.server
+                yield plan_fill(self.store.songs, cached, self.text_spec, rejected_by, partial(others.find, song_range))
 
         estimate = estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
         return replace(estimate, n_songs=estimate.n_songs + answered)
@@ -154,8 +155,8 @@ class Questions(Wiring):
             from songvec_assets.embedding.transport import check_redirect
 
             check_redirect(self.server)
-        source, run = self.load_source, RunContext(stop=self.stop)
-        load = plan_load(self.table, source, run) if source.ranges() else None
+        source = self.load_source
+        load = plan_load(self.table, source, RunContext(stop=self.stop)) if source.ranges() else None
         check_ids(self.source, self.tiling)
         counts = count_ranges(self.source, self.tiling)
         n_songs = get_numbers(counts)
@@ -173,9 +174,9 @@ class Questions(Wiring):
 
     def missing_songs(self) -> MissingSongs:
         """The songs that are cached or loaded; compared with the source it stops an export if too many are missing."""
+        given = self.settings
         known = CachedOrLoaded(self.database, self.cache, self.tiling)
-        limits = self.settings.max_missing_share, self.settings.max_missing_range_share
-        return MissingSongs(known.counts(), known.song_ids, *limits)
+        return MissingSongs(known.counts(), known.song_ids, given.max_missing_share, given.max_missing_range_share)
 
     def find_missing(self, counts: Mapping[SongIdRange, RangeCount] | None = None) -> MissingSongs:
         """The cached or loaded songs that an export would take for deleted; see `MissingSongs.find`.
@@ -183,9 +184,9 @@ class Questions(Wiring):
         Args:
             counts: of the source; None: it is counted.
         """
-        missing, run = self.missing_songs(), RunContext(stop=self.stop)
+        missing = self.missing_songs()
         counts = count_ranges(self.source, self.tiling) if counts is None else counts
-        missing.find(self.source, self.store.songs, counts, run)
+        missing.find(self.source, self.store.songs, counts, RunContext(stop=self.stop))
         return missing
 
     def describe_boilerplate(self, n_songs: Mapping[SongIdRange, int] | None = None) -> list[str]:

@@ -127,9 +127,9 @@ class Searches(Access):
         return vector
 
     def _embed(self, words: Sequence[str], serving: Self, on_trouble: Callable[[str], None]) -> Float32Matrix:
-        embedder, prompt = serving.embedder(on_trouble=on_trouble), serving.settings.query_prompt
+        embedder = serving.embedder(on_trouble=on_trouble)
         try:
-            return queries.embed_queries(embedder, words, prompt, self.search_budget())
+            return queries.embed_queries(embedder, words, serving.settings.query_prompt, self.search_budget())
         except ProviderError as error:
             mismatch = queries.check_server(serving.query_spec, self.settings, self.server, error)
             raise mismatch or error from None
@@ -140,7 +140,8 @@ class Searches(Access):
         Args:
             known: returned if it is of this month. Not for threads, which would wait in each other's event loops.
         """
-        given, month = self.settings, f"searches {datetime.now(UTC):%Y-%m}"
+        given = self.settings
+        month = f"searches {datetime.now(UTC):%Y-%m}"
         if known is not None and known.run == month:
             return known
         engine = self.database.get_engine("autocommit")

@@ -136,7 +136,9 @@ class Wiring(Access):
     @property
     def table_spec(self) -> TableSpec:
         """What the table is to hold."""
-        given, prompts, record = self.settings, self.prompts, read_record(self.cache.storage)
+        given = self.settings
+        prompts = self.prompts
+        record = read_record(self.cache.storage)
         # the cached vectors' prompt, even if another one is set and nothing was embedded with it yet
         document = record.document_prompt if record else prompts.document
         return TableSpec(given.model, given.dimensions, given.vector_type, prompts.query, document)
@@ -144,7 +146,8 @@ class Wiring(Access):
     @property
     def index_settings(self) -> IndexSettings:
         """How the table is to be indexed."""
-        given, memory_bytes = self.settings, (self.settings.index_memory_mb or 0) * (1 << 20) or None
+        given = self.settings
+        memory_bytes = (given.index_memory_mb or 0) * (1 << 20) or None
         return IndexSettings(given.lists, given.target_recall, memory_bytes, kind=given.index_kind)
 
     @property

@@ -78,9 +78,12 @@ def erase(cached: CachedRange, song_ids: Collection[int]) -> int:
             "over the same ranges, and then forget songs",
             "cache.unfinished",
         )
-    rows, kept, left = cached.rows, cached.deleted_rows(0.0), ~pl.col("song_id").is_in([*song_ids])
+    rows = cached.rows
+    kept = cached.deleted_rows(0.0)
     older = pl.concat([_older_rows(cached, kept), kept])
-    n_erased, manifest = cached.all_rows.filter(~left).height, cached.manifest.without(song_ids)
+    left = ~pl.col("song_id").is_in([*song_ids])
+    n_erased = cached.all_rows.filter(~left).height
+    manifest = cached.manifest.without(song_ids)
     if not n_erased and manifest == cached.manifest:
         return 0
     if not rows.select(left.all()).item():

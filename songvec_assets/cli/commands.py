@@ -65,10 +65,11 @@ def demo(
     _run_job("refresh", pipeline, base.choose_span(pipeline, ""))
     for query in DEMO_QUERIES:
         print_hits(pipeline, query, 3)
-    in_clone, own = Path("Makefile").exists() and Path("songvec_assets").is_dir(), bool(context.obj)
+    has_own = bool(context.obj)
+    in_clone = Path("Makefile").exists() and Path("songvec_assets").is_dir()
     command = "songvec" if shutil.which("songvec") else sys.argv[0]
-    show = f"{command} dev --demo" if own else "make dev" if in_clone else f"{command} dev"
-    find = "" if own else f"; {command} search “…” finds more"
+    show = f"{command} dev --demo" if has_own else "make dev" if in_clone else f"{command} dev"
+    find = "" if has_own else f"; {command} search “…” finds more"
     hint(f"{show} shows this run in the Dagster UI{find}.")
 
 

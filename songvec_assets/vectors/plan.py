@@ -127,7 +127,8 @@ def plan_load(table: VectorTable, source: LoadSource, run: RunContext = SILENT) 
     # each file is opened once: damage is found even if there is nothing to load
     states, n_below = compare(table, cache, source.tiling, opens_files=True)
     unmanaged = [each.in_table.n_rows for key, each in states.items() if each.loaded is None and key not in ranges]
-    unchanged, changed, damaged, n_changed = {}, {}, {}, 0
+    unchanged, changed, damaged = {}, {}, {}
+    n_changed = 0
     for song_range in ranges:
         run.check_stop()
         state = states[song_range]
@@ -212,7 +213,9 @@ def check_missing(
         TableMismatchError: names some of the songs and their ranges.
     """
     missing: list[int] = []
-    ranges, cached, exported = list(ranges), source.cache.ranges(), source.snapshots.ranges()
+    ranges = list(ranges)
+    cached = source.cache.ranges()
+    exported = source.snapshots.ranges()
     for song_range in sorted(serving.ledger.read()):
         run.check_stop()
         songs = set(serving.ledger.read_song_ids(song_range))
