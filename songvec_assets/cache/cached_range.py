@@ -51,19 +51,6 @@ class RangeFiles:
     sizes: dict[str, int] = field(default_factory=dict)
     error: StoreError | None = None
 
-    @classmethod
-    def read(cls, storage: Storage, identity: PartIdentity) -> "RangeFiles":
-        """Look at a range: one read and one listing."""
-        key, manifest, error = manifests.key_of(identity.range), None, None
-        read = storage.read(key)
-        try:
-            manifest = manifests.decode(read.content, storage.describe(key), identity) if read else None
-        except StoreError as caught:
-            error = caught
-        objects = storage.scan(identity.range.key).objects
-        sizes = {name: size for name, size in objects.items() if manifests.generation_of(name) is not None}
-        return cls(manifest, read.version if read else None, sizes, error)
-
     @property
     def done(self) -> Completion | None:
         """The last fill, if it was complete and the folder has exactly its files, with their sizes."""
@@ -239,7 +226,10 @@ class CachedRange:
         self.__dict__.pop("rows", None)
 
     def open_writer(self) -> PartWriter:
-        """What writes parts. First the manifest names those that exist, so that unnamed ones have a single writer."""
+        """What writes parts of this range.
+
+        The first call saves a manifest that names all existing parts, so that unnamed parts have a single writer.
+        """
         if self._writer is None:
             if self.n_unnamed and self.replaces is None:
                 self.save(self.manifest)
@@ -262,7 +252,8 @@ class CachedRange:
 
     def delete_garbage(self) -> None:
         """Delete files that the durable manifest no longer needs."""
-        if garbage := self.manifest.find_garbage(self.files.sizes) if self.files.manifest else []:
+        garbage = self.manifest.find_garbage(self.files.sizes) if self.files.manifest else []
+        if garbage:
             self.storage.delete(*(f"{self.range.key}/{name}" for name in garbage))
         for name in garbage:
             del self.files.sizes[name]
