@@ -23,7 +23,6 @@ from songvec_assets.progress import RunContext
 from songvec_assets.reports import RunPlan, Status
 from songvec_assets.search.preview import Preview, preview_table
 from songvec_assets.songs.counts import (
-    RangeCount,
     check_ids,
     count_ranges,
     count_unreachable_ids,
@@ -155,14 +154,17 @@ class Questions(Wiring):
             from songvec_assets.embedding.transport import check_redirect
 
             check_redirect(self.server)
-        source = self.load_source
-        load = plan_load(self.table, source, RunContext(stop=self.stop)) if source.ranges() else None
+        run = RunContext(stop=self.stop)
+        load_source = self.load_source
+        load = plan_load(self.table, load_source, run) if load_source.ranges() else None
         check_ids(self.source, self.tiling)
         counts = count_ranges(self.source, self.tiling)
+        missing = self.missing_songs()
+        missing.find(self.source, self.store.songs, counts, run)
         n_songs = get_numbers(counts)
         return RunPlan(
             n_songs=sum(n_songs.values()),
-            missing=self.find_missing(counts),
+            missing=missing,
             estimate=self.estimate(self._with_cached(counts) if ranges is None else ranges, reembed),
             load=load,
             index=self.table.index,
@@ -177,17 +179,6 @@ class Questions(Wiring):
         given = self.settings
         known = CachedOrLoaded(self.database, self.cache, self.tiling)
         return MissingSongs(known.counts(), known.song_ids, given.max_missing_share, given.max_missing_range_share)
-
-    def find_missing(self, counts: Mapping[SongIdRange, RangeCount] | None = None) -> MissingSongs:
-        """The cached or loaded songs that an export would take for deleted; see `MissingSongs.find`.
-
-        Args:
-            counts: of the source; None: it is counted.
-        """
-        missing = self.missing_songs()
-        counts = count_ranges(self.source, self.tiling) if counts is None else counts
-        missing.find(self.source, self.store.songs, counts, RunContext(stop=self.stop))
-        return missing
 
     def describe_boilerplate(self, n_songs: Mapping[SongIdRange, int] | None = None) -> list[str]:
         """What the lyrics hold that is no lyric, and a view that removes it; empty if there is little of it.

@@ -122,8 +122,8 @@ def plan_fill(
     snapshots: Snapshots,
     cached: CachedRange,
     spec: TextSpec,
-    rejected_by: str | None = None,
-    find_elsewhere: Callable[[pl.DataFrame], pl.DataFrame] = lambda songs: songs.clear(),
+    rejected_by: str | None,
+    find_elsewhere: Callable[[pl.DataFrame], pl.DataFrame],
 ) -> FillPlan:
     """Compare a range's snapshot with what is cached of it.
 

@@ -130,7 +130,7 @@ def test_only_the_columns_that_the_template_names_are_needed(
     shown = {hit.song_id: (hit.name, hit.artist) for hit in hits}
     assert (shown[1][0] or "Sea", shown[1][1] in ("", "Ann")) == ("Sea", True)
     assert look_at_source(pipeline.source, None).look.state.n_songs == 2
-    assert pipeline.find_missing().n_missing == 0
+    assert pipeline.dry_run().missing.n_missing == 0
     pipeline.preview()
 
 
