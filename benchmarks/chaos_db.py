@@ -27,7 +27,7 @@ from songvec_assets.postgres import engine, short_lock
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.search.nearest import search_songs
-from songvec_assets.search.queries import embed_query
+from songvec_assets.search.queries import embed_queries
 from songvec_assets.search.query import Query
 from songvec_assets.settings import Settings
 from songvec_assets.songs.export import cache_songs_to_parquet
@@ -529,7 +529,7 @@ def names(world: World, _: Random) -> None:
     world.cache, world.spec = pipeline.cache, pipeline.table_spec
     world.moment = f"{relation} ({', '.join(quoted)})"
     world.finish()
-    query = embed_query(pipeline.embedder(), "Song 7 by Ann")
+    [query] = embed_queries(pipeline.embedder(), ["Song 7 by Ann"], None)
     hits = search_songs(world.database, pipeline.source, Query(query, limit=3, model=world.spec.model))
     world.expect(TABLE, len(hits) == 3 and hits[0].artist == "Ann", f"a search finds {hits}")
 

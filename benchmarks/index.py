@@ -44,7 +44,7 @@ from songvec_assets.vectors.index.build import create_index, swap_names
 from songvec_assets.vectors.index.kinds import IVFFLAT
 from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport, measure_recall
-from songvec_assets.vectors.index.recall_searches import RecallPoint, Searches
+from songvec_assets.vectors.index.recall_searches import RecallPoint, RecallSearches
 from songvec_assets.vectors.index.sizing import (
     choose_lists,
     estimate_build,
@@ -214,7 +214,7 @@ class _Run:
 
     def search(self, name: str, table: str) -> None:
         """The sweep of probes, with all queries."""
-        searches = Searches.over(VectorTable(self.database, table), self.cache)
+        searches = RecallSearches.over(VectorTable(self.database, table), self.cache)
         searches.limit_s, n_queries = math.inf, len(searches.exact.queries)
         for power in range(searches.lists.bit_length() + 1):
             searches.measure(min(2**power, searches.lists), n_queries)

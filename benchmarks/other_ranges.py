@@ -51,7 +51,7 @@ def _fill(cache: ModelCache, number: int, random: np.random.Generator) -> None:
         song_ids = np.arange(cached.range.start + start, cached.range.start + start + n_rows)
         hashes = np.frombuffer(random.bytes(_HASH_BYTES * n_rows), dtype=f"V{_HASH_BYTES}")
         embeddings = random.normal(size=(n_rows, _DIMENSIONS)).astype(np.float32)
-        cached.writer.write([CachedRows.of(song_ids.tolist(), hashes, embeddings)])
+        cached.open_writer().write([CachedRows.of(song_ids.tolist(), hashes, embeddings)])
     cached.add_written()
     cached.save(cached.manifest)
 

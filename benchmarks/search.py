@@ -47,7 +47,7 @@ from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.index.kinds import KINDS
 from songvec_assets.vectors.index.probes import find_smallest
 from songvec_assets.vectors.index.recall import RecallReport, choose_candidates, write_recall
-from songvec_assets.vectors.index.recall_searches import Searches
+from songvec_assets.vectors.index.recall_searches import RecallSearches
 from songvec_assets.vectors.index.sizing import choose_lists, format_bytes
 from songvec_assets.vectors.index.upkeep import bring_index_up_to_date
 from songvec_assets.vectors.load import upload_cached_embeddings_to_database
@@ -131,7 +131,7 @@ class World:
         """Build a kind, choose its knobs, and search."""
         wanted = IndexSettings(kind=kind, target_recall=TARGET)
         built = bring_index_up_to_date(self.table, self.cache, self.spec, wanted)
-        searches = Searches.over(self.table, self.cache)
+        searches = RecallSearches.over(self.table, self.cache)
         report, index = choose_knobs(searches), built.index
         with self.database.get_connection() as connection:
             write_recall(connection, self.table, report)
@@ -185,7 +185,7 @@ class World:
         return mean(pages[1:])
 
 
-def choose_knobs(searches: Searches) -> RecallReport:
+def choose_knobs(searches: RecallSearches) -> RecallReport:
     """The fewest candidates and probes that reach the target, by all queries."""
     searches.limit_s, n_queries, probes = math.inf, len(searches.exact.queries), 1
     if searches.candidates is not None:

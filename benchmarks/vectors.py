@@ -46,7 +46,7 @@ def put_songs(cache: ModelCache, song_range: SongIdRange, song_ids: NDArray[np.i
         ids = song_ids[start : start + _BATCH_ROWS]
         hashes = [song_id.tobytes() + (version + 1).to_bytes(TEXT_HASH_BYTES - 4, "little") for song_id in ids]
         write_embeddings_to_file(cached, ids.tolist(), hashes, make_vectors(ids, cache.dimensions, version))
-    n_written = sum(each.n_bytes for each in cached.writer.files)
+    n_written = sum(each.n_bytes for each in cached.open_writer().files)
     cached.add_written()
     completion.complete(cached, Completion(None, "", len(song_ids), 0, 0, "", 0, b""), 0.0)
     merged = [each.n_bytes for each in cached.manifest.files if is_base(each.name) and each.name not in before]

@@ -4,6 +4,7 @@ Everything is opened when it is first used. Needs no store and imports no frames
 here: another object that a search works with. Keep out: what only a run works with (`wiring`).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -129,8 +130,13 @@ class Access:
         estimator: TokenEstimator | None = None,
         on_trouble: Callable[[str], None] = lambda _: None,
         check_probe: Callable[[Float32Matrix], None] = lambda _: None,
+        patience_s: float = math.inf,
     ) -> Embedder:
-        """A new embedder, for one event loop; see `EmbeddingClient` and `Patience`."""
+        """A new embedder, for one event loop; see `EmbeddingClient` and `Patience`.
+
+        Args:
+            patience_s: how long a failing provider is retried, if the setting is longer.
+        """
         given = self.settings
         if given.offline:
             from songvec_assets.embedding.demo import DemoEmbedder
@@ -144,7 +150,7 @@ class Access:
         return EmbeddingClient(
             Endpoint(url, given.fireworks_api_key, given.embedding_model, given.dimensions, given.truncate),
             RateLimiter(engine, url, given.requests_per_minute, given.tokens_per_minute),
-            Patience(given.patience_s, given.concurrency, self.stop, on_trouble),
+            Patience(min(given.patience_s, patience_s), given.concurrency, self.stop, on_trouble),
             estimator,
             check_probe,
         )

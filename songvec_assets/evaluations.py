@@ -45,8 +45,8 @@ class Evaluations(Searches, Wiring):
         """
         labelled, notes = self.label_queries(labelled_queries)
         words = [query.words for query in labelled]
-        vectors, model = self._embed(words, self.serving, on_trouble), self.serving[1].model
-        found, left_out = evaluate.find_songs(self.source, labelled, vectors, model)
+        vectors = self._embed(words, self.serving, on_trouble)
+        found, left_out = evaluate.find_songs(self.source, labelled, vectors, self.serving.settings.model)
         try:
             found[baseline.NAME] = baseline.search_bm25(self.store.songs, self.text_spec, words)
         except SongvecError as error:  # only a comparison is missing
@@ -85,12 +85,10 @@ class Evaluations(Searches, Wiring):
                         f"{table.name} holds {table.spec}, and queries would be embedded for {spec}"
                     )
                 if spec not in vectors:
-                    # a complete table does not wait long for a figure
-                    patience_s = min(wiring.settings.patience_s, _JUDGE_PATIENCE_S)
-                    hasty = wiring.with_settings(wiring.settings.model_copy(update={"patience_s": patience_s}))
                     words = [query.words for query in labelled]
-                    prompt, budget = wiring.prompts.query, self.search_budget()
-                    vectors[spec] = queries.embed_queries(hasty.embedder(), words, prompt, budget)
+                    # a complete table does not wait long for a figure
+                    embedder = wiring.embedder(patience_s=_JUDGE_PATIENCE_S)
+                    vectors[spec] = queries.embed_queries(embedder, words, wiring.prompts.query, self.search_budget())
                 found = find_nearest_songs(table, vectors[spec])
                 scores.append([evaluate.measure_ndcg(*each) for each in zip(labelled, found, strict=True)])
         except StoppedError:

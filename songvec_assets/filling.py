@@ -46,8 +46,10 @@ class Filling(Questions, Evaluations):
         from songvec_assets.cache import context, fill
 
         self.bind()
-        estimator, given = self.token_estimator(), self.settings
-        confirmed, limits = choices.get("confirm_reembedding") or reembed, (given.max_usd, given.max_usd_a_month)
+        given = self.settings
+        estimator = self.token_estimator()
+        engine = self.database.get_engine("autocommit")
+        confirmed = choices.get("confirm_reembedding") or reembed
         record = ModelRecord(
             database=self.database,
             model=given.model,
@@ -60,7 +62,7 @@ class Filling(Questions, Evaluations):
         shared = context.SendContext(
             embedder_factory=lambda on_trouble: self.embedder(estimator, on_trouble, record.check),
             quota=self.quota,
-            budget=Budget(self.price, self.database.get_engine("autocommit"), run or uuid4().hex, *limits),
+            budget=Budget(self.price, engine, run or uuid4().hex, given.max_usd, given.max_usd_a_month),
             estimator=estimator,
             concurrency=given.concurrency,
             server=self.server,
@@ -84,7 +86,8 @@ class Filling(Questions, Evaluations):
 
     def _check_texts(self, confirmed: bool, changed: Sequence[SongIdRange]) -> None:
         """Refuse to embed texts again only because settings changed, unless confirmed; then record these settings."""
-        record, storage = TextRecord.of(self.text_spec, self.prompts.query), self.cache.storage
+        storage = self.cache.storage
+        record = TextRecord.of(self.text_spec, self.prompts.query)
         if not confirmed:
             check_reembedding(storage, changed, self.text_spec, lambda ranges: self.estimate({*ranges}))
         if read_record(storage) != record:

@@ -51,9 +51,8 @@ class Inventory:
     def behind(self) -> list[SongIdRange]:
         """The ranges that have songs without a vector or a reason, in order."""
         keys = self.frame.filter(pl.col("n_songs").is_not_null(), ~pl.col("is_answered"))["key"]
-        ranges = {*self.source.tiling}
         # a range from before the stop was raised is replaced by the next export
-        return [each for each in map(SongIdRange.from_key, keys) if each in ranges]
+        return [each for each in map(SongIdRange.from_key, keys) if each in self.source.tiling]
 
     @property
     def states(self) -> Counter[str]:
@@ -145,7 +144,8 @@ def read(
 
 def _count_differing(source: LoadSource, table: VectorTable, song_range: SongIdRange) -> tuple[int, int, int]:
     """Numbers of rejected, missing and orphaned songs, compared by song_id."""
-    songs, rejected = source.snapshots.read(song_range, ["song_id"])["song_id"], _read_rejected(source, song_range)
+    songs = source.snapshots.read(song_range, ["song_id"])["song_id"]
+    rejected = _read_rejected(source, song_range)
     loaded = table.ledger.read_song_ids(song_range)
     answered = pl.concat([rejected["song_id"], loaded])
     return rejected.height, count_missing(songs, answered), count_missing(loaded, songs)

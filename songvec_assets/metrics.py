@@ -45,7 +45,9 @@ def read_database(songs: Searches) -> Iterator[Metric]:
     given, database = songs.settings, songs.database
     with database.get_connection("web") as connection:
         spent = read_spending(connection)
-        quota = read_quota_use(connection, given.fireworks_base_url, given.requests_per_minute, given.tokens_per_minute)
+        used, speed = read_quota_use(
+            connection, given.fireworks_base_url, given.requests_per_minute, given.tokens_per_minute
+        )
         counts = totals.read(connection)
         recall = read_recall(connection, VectorTable(database))
     limits = {"month": given.max_usd_a_month, "searches": given.max_search_usd_a_month}
@@ -62,8 +64,8 @@ def read_database(songs: Searches) -> Iterator[Metric]:
         {name: limit for name, limit in limits.items() if limit is not None},
         "budget",
     )
-    yield _gauge("quota_used_ratio", "Share of the provider's quota that was used in the last minute.", quota.used)
-    yield _gauge("quota_speed_ratio", "Share of the quota that may be used; below 1 after a 429.", quota.speed)
+    yield _gauge("quota_used_ratio", "Share of the provider's quota that was used in the last minute.", used)
+    yield _gauge("quota_speed_ratio", "Share of the quota that may be used; below 1 after a 429.", speed)
     for name, meaning in totals.COUNTS.items():
         yield CounterMetricFamily(f"songvec_{name}", meaning, counts[name])
     if recall is not None:

@@ -123,7 +123,8 @@ class Pipeline(Filling):
 
     def build_index(self, rebuild: bool = False, progress: ReportProgress = ignore_progress) -> IndexReport:
         """Build the index if it is missing or out of date, or if `rebuild`; see `bring_index_up_to_date`."""
-        wanted, run = replace(self.index_settings, rebuild=rebuild), RunContext(progress, self.stop)
+        wanted = replace(self.index_settings, rebuild=rebuild)
+        run = RunContext(progress, self.stop)
         report = bring_index_up_to_date(self.table, self.cache, self.table_spec, wanted, run)
         return Recorder(self).succeed(report)
 
@@ -195,9 +196,13 @@ class Pipeline(Filling):
             dimensions, vector_type: the same.
             progress: notified of each step.
         """
-        names = "embedding_model", "model_id", "embedding_dimensions", "vector_type"
-        values = model, model, dimensions, vector_type
-        given = {name: value for name, value in zip(names, values, strict=True) if value}
+        wanted = {
+            "embedding_model": model,
+            "model_id": model,
+            "embedding_dimensions": dimensions,
+            "vector_type": vector_type,
+        }
+        given = {name: value for name, value in wanted.items() if value}
         settings = Settings(**self.settings.model_dump(exclude_none=True) | given | {"swap": True})
         return self.with_settings(settings).run(progress=progress)
 

@@ -23,7 +23,6 @@ from songvec_assets.progress import RunContext
 from songvec_assets.reports import RunPlan, Status
 from songvec_assets.search.preview import Preview, preview_table
 from songvec_assets.songs.counts import (
-    RangeCount,
     check_ids,
     count_ranges,
     count_unreachable_ids,
@@ -62,16 +61,18 @@ class Questions(Wiring):
 
     def _with_cached(self, found: Iterable[SongIdRange]) -> list[SongIdRange]:
         """Some ranges and those that hold cache, in order."""
-        ranges, held = {*self.tiling}, {*found}
+        tiling = self.tiling
+        held = {*found}
         for song_range in self.cache.ranges():
             # a tail from before the stop was raised will be divided, from its start on
-            start = max(song_range.start, self.tiling.start)
-            held |= {song_range} if song_range in ranges else {self.tiling.range_of(start), self.tiling.tail}
+            start = max(song_range.start, tiling.start)
+            held |= {song_range} if song_range in tiling else {tiling.range_of(start), tiling.tail}
         return sorted(held)
 
     def status(self, max_rejected: int = 20) -> Status:
         """What is exported, cached, loaded and indexed; names up to `max_rejected` rejected songs."""
-        inventory, index = self.read_inventory(), self.table.index
+        inventory = self.read_inventory()
+        index = self.table.index
         ranges = inventory.frame.with_columns(
             pl.col("n_songs").fill_null(0), n_indexed=pl.col("n_loaded") if index else pl.lit(0, pl.Int64)
         )
@@ -113,7 +114,9 @@ class Questions(Wiring):
             StoreError: a snapshot cannot be read; without its songs the price would be too low.
         """
         known = self.read_inventory(with_table=False, with_source=False).frame
-        tiling, answered, others = {*self.tiling}, 0, OtherRanges(self.cache)
+        tiling = self.tiling
+        others = OtherRanges(self.cache)
+        answered = 0
 
         def plan() -> Iterator[FillPlan]:
             nonlocal answered
@@ -130,8 +133,8 @@ class Questions(Wiring):
                 self.stop.check()
                 generation = self.cache.look(song_range).last_generation + 1 if reembed else None
                 cached = self.cache.open(song_range, generation)
-                rejected_by, find = None if reembed else self.server, partial(others.find, song_range)
-                yield plan_fill(self.store.songs, cached, self.text_spec, rejected_by, find)
+                rejected_by = None if reembed else self.server
+                yield plan_fill(self.store.songs, cached, self.text_spec, rejected_by, partial(others.find, song_range))
 
         estimate = estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
         return replace(estimate, n_songs=estimate.n_songs + answered)
@@ -151,14 +154,17 @@ class Questions(Wiring):
             from songvec_assets.embedding.transport import check_redirect
 
             check_redirect(self.server)
-        source, run = self.load_source, RunContext(stop=self.stop)
-        load = plan_load(self.table, source, run) if source.find_ranges() else None
+        run = RunContext(stop=self.stop)
+        load_source = self.load_source
+        load = plan_load(self.table, load_source, run) if load_source.ranges() else None
         check_ids(self.source, self.tiling)
         counts = count_ranges(self.source, self.tiling)
+        missing = self.missing_songs()
+        missing.find(self.source, self.store.songs, counts, run)
         n_songs = get_numbers(counts)
         return RunPlan(
             n_songs=sum(n_songs.values()),
-            missing=self.find_missing(counts),
+            missing=missing,
             estimate=self.estimate(self._with_cached(counts) if ranges is None else ranges, reembed),
             load=load,
             index=self.table.index,
@@ -170,20 +176,9 @@ class Questions(Wiring):
 
     def missing_songs(self) -> MissingSongs:
         """The songs that are cached or loaded; compared with the source it stops an export if too many are missing."""
+        given = self.settings
         known = CachedOrLoaded(self.database, self.cache, self.tiling)
-        limits = self.settings.max_missing_share, self.settings.max_missing_range_share
-        return MissingSongs(known.counts(), known.song_ids, *limits)
-
-    def find_missing(self, counts: Mapping[SongIdRange, RangeCount] | None = None) -> MissingSongs:
-        """The cached or loaded songs that an export would take for deleted; see `MissingSongs.find`.
-
-        Args:
-            counts: of the source; None: it is counted.
-        """
-        missing, run = self.missing_songs(), RunContext(stop=self.stop)
-        counts = count_ranges(self.source, self.tiling) if counts is None else counts
-        missing.find(self.source, self.store.songs, counts, run)
-        return missing
+        return MissingSongs(known.counts(), known.song_ids, given.max_missing_share, given.max_missing_range_share)
 
     def describe_boilerplate(self, n_songs: Mapping[SongIdRange, int] | None = None) -> list[str]:
         """What the lyrics hold that is no lyric, and a view that removes it; empty if there is little of it.

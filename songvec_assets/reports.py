@@ -124,7 +124,7 @@ class Status:
 
     def describe(self) -> list[str]:
         """Everything but the ranges, one line each."""
-        index, n_unexported = "none yet", self.total["n_unexported"]
+        index = "none yet"
         if self.index is not None:
             index = (
                 f"{self.index.describe()}, {self.index.n_bytes / 1e6:,.1f} MB, "
@@ -137,7 +137,7 @@ class Status:
         lines += [f"Cannot be read: {error}" for error in self.unreadable]
         lines += [f"Rejected: song {song_id}: {reason}" for song_id, reason in self.rejected]
         lines += [f"Rejected: {n_songs:,} × {reason}" for reason, n_songs in self.unreachable.items()]
-        if n_unexported:
+        if n_unexported := self.total["n_unexported"]:
             lines.append(f"Not exported yet: {n_unexported:,} songs: `songvec run` exports them")
         lines += [
             f"{name}: {caution}" for name, caution in (("Source", self.caution), ("Server", self.pgvector)) if caution
@@ -172,13 +172,15 @@ class RunPlan:
 
     def describe(self) -> list[str]:
         """One line per step."""
-        each, load, index = self.estimate, "nothing is cached yet", "there is none yet"
+        each = self.estimate
         budget = "no budget per run" if self.max_usd is None else f"the run's budget is ${self.max_usd:,.2f}"
-        damaged = self.load.damaged.items() if self.load else ()
         of_month = "" if self.max_usd_a_month is None else f" of ${self.max_usd_a_month:,.2f}"
+        load = "nothing is cached yet"
         if self.load is not None:
             load = f"{self.load.n_changed:,} of {self.load.n_rows:,} rows cached so far are to be written"
-            load += "".join(f"; not range {each.key}, which cannot be read: {why}" for each, why in damaged)
+            for song_range, why in self.load.damaged.items():
+                load += f"; not range {song_range.key}, which cannot be read: {why}"
+        index = "there is none yet"
         if self.index is not None:
             index = f"{self.index.describe()}; {self.index.n_changed:,} rows changed since"
         return [

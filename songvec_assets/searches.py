@@ -75,7 +75,7 @@ class Searches(Access):
         self,
         asked: Query,
         vector: NDArray[np.float32] | None = None,
-        serving: "tuple[Self, TableSpec] | None" = None,
+        serving: Self | None = None,
         timeout_s: float | None = None,
     ) -> Sequence[Hit]:
         """The songs of a checked query, with their best lines.
@@ -88,10 +88,9 @@ class Searches(Access):
         """
         words, embedder = asked.words or "", None
         if vector is not None and serving is not None:
-            loaded, spec = serving
             kept = words if asked.mode == "hybrid" else None
-            asked = replace(asked, vector=vector, words=kept, model=spec.model)
-            embedder = loaded.embedder() if loaded.settings.offline else None
+            asked = replace(asked, vector=vector, words=kept, model=serving.settings.model)
+            embedder = serving.embedder() if serving.settings.offline else None
         hits = nearest.search_songs(self.database, self.source, asked, timeout_s)
         return lines.add_best_lines(hits, words, asked.vector, embedder)
 
@@ -100,13 +99,17 @@ class Searches(Access):
         return self.search(song_id, limit, where)
 
     @functools.cached_property
-    def serving(self) -> tuple[Self, TableSpec]:
-        """See `as_loaded`, and what that table holds. Read once: a search names the model, and fails if it changed."""
+    def serving(self) -> Self:
+        """See `as_loaded`; checked, and read once: a search names the model, and fails if it changed."""
         loaded = self.as_loaded()
-        given = loaded.settings
-        spec = TableSpec(given.model, given.dimensions, given.vector_type, given.query_prompt)
-        nearest.check_searchable(loaded.database, spec)
-        return loaded, spec
+        nearest.check_searchable(loaded.database, loaded.query_spec)
+        return loaded
+
+    @property
+    def query_spec(self) -> TableSpec:
+        """What a table holds whose searches need vectors by these settings."""
+        given = self.settings
+        return TableSpec(given.model, given.dimensions, given.vector_type, given.query_prompt)
 
     def forget_serving(self) -> bool:
         """Read again what serves: the table may have been swapped since. Returns whether it was read before."""
@@ -123,15 +126,12 @@ class Searches(Access):
         vector: NDArray[np.float32] = self._embed([query], self.serving, on_trouble)[0]
         return vector
 
-    def _embed(
-        self, words: Sequence[str], serving: tuple[Self, TableSpec], on_trouble: Callable[[str], None]
-    ) -> Float32Matrix:
-        loaded, spec = serving
-        embedder = loaded.embedder(on_trouble=on_trouble)
+    def _embed(self, words: Sequence[str], serving: Self, on_trouble: Callable[[str], None]) -> Float32Matrix:
+        embedder = serving.embedder(on_trouble=on_trouble)
         try:
-            return queries.embed_queries(embedder, words, spec.query_prompt, self.search_budget())
+            return queries.embed_queries(embedder, words, serving.settings.query_prompt, self.search_budget())
         except ProviderError as error:
-            mismatch = queries.check_server(spec, self.settings, self.server, error)
+            mismatch = queries.check_server(serving.query_spec, self.settings, self.server, error)
             raise mismatch or error from None
 
     def search_budget(self, known: Budget | None = None) -> Budget:
@@ -140,7 +140,8 @@ class Searches(Access):
         Args:
             known: returned if it is of this month. Not for threads, which would wait in each other's event loops.
         """
-        given, month = self.settings, f"searches {datetime.now(UTC):%Y-%m}"
+        given = self.settings
+        month = f"searches {datetime.now(UTC):%Y-%m}"
         if known is not None and known.run == month:
             return known
         engine = self.database.get_engine("autocommit")

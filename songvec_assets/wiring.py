@@ -13,7 +13,7 @@ from songvec_assets import inventory
 from songvec_assets.access import Access
 from songvec_assets.cache.model_cache import ModelCache, lock_name
 from songvec_assets.cache.store import Store, bind_store, look_up, open_store
-from songvec_assets.cache.texts import choose_prompts, model_storage, read_record
+from songvec_assets.cache.texts import choose_prompts, read_record
 from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import Prompts
 from songvec_assets.inventory import Inventory
@@ -89,10 +89,7 @@ class Wiring(Access):
     @property
     def prompts(self) -> Prompts:
         """What the model is given around queries and texts; see `choose_prompts`. Reads no database."""
-        given = self.settings
-        storage = model_storage(self.storage, given.model, given.dimensions)
-        names = given.model, given.embedding_model
-        return choose_prompts(storage, names, given.query_prompt, given.document_prompt)
+        return choose_prompts(self.storage, self.settings)
 
     def find_boilerplate(self, n_songs: Mapping[SongIdRange, int] | None = None) -> Boilerplate:
         """What a sample of the source's lyrics holds that is no lyric; nothing if lyrics are not embedded.
@@ -139,7 +136,9 @@ class Wiring(Access):
     @property
     def table_spec(self) -> TableSpec:
         """What the table is to hold."""
-        given, prompts, record = self.settings, self.prompts, read_record(self.cache.storage)
+        given = self.settings
+        prompts = self.prompts
+        record = read_record(self.cache.storage)
         # the cached vectors' prompt, even if another one is set and nothing was embedded with it yet
         document = record.document_prompt if record else prompts.document
         return TableSpec(given.model, given.dimensions, given.vector_type, prompts.query, document)
@@ -147,7 +146,8 @@ class Wiring(Access):
     @property
     def index_settings(self) -> IndexSettings:
         """How the table is to be indexed."""
-        given, memory_bytes = self.settings, (self.settings.index_memory_mb or 0) * (1 << 20) or None
+        given = self.settings
+        memory_bytes = (given.index_memory_mb or 0) * (1 << 20) or None
         return IndexSettings(given.lists, given.target_recall, memory_bytes, kind=given.index_kind)
 
     @property

@@ -1,8 +1,7 @@
 """A range of the cache, as listed and as opened: its valid rows, their vectors, its writer and its manifest.
 
-Of a song's rows the last one is valid, in the order of the files, unless the manifest says that the song was rejected
-or deleted. Many processes may read a range; only the holder of its lock writes.
-Embeddings are float32, (n, dimensions).
+Of a song's rows the last one is valid, in the order of the files, unless the manifest says that it was rejected or
+deleted. Many processes may read a range; only the holder of its lock writes. Embeddings are float32, (n, dimensions).
 When to add here: another way to read cached rows. Keep out: file formats, and decisions of a fill or a load.
 """
 
@@ -52,19 +51,6 @@ class RangeFiles:
     sizes: dict[str, int] = field(default_factory=dict)
     error: StoreError | None = None
 
-    @classmethod
-    def read(cls, storage: Storage, identity: PartIdentity) -> "RangeFiles":
-        """Look at a range: one read and one listing."""
-        key, manifest, error = manifests.key_of(identity.range), None, None
-        read = storage.read(key)
-        try:
-            manifest = manifests.decode(read.content, storage.describe(key), identity) if read else None
-        except StoreError as caught:
-            error = caught
-        objects = storage.list_objects(identity.range.key)
-        sizes = {name: size for name, size in objects.items() if manifests.generation_of(name) is not None}
-        return cls(manifest, read.version if read else None, sizes, error)
-
     @property
     def done(self) -> Completion | None:
         """The last fill, if it was complete and the folder has exactly its files, with their sizes."""
@@ -107,6 +93,7 @@ class CachedRange:
     n_unnamed: int = 0
     had_damaged: Collection[int] = ()
     _batches: list[StoredRows] = field(default_factory=list)
+    _writer: PartWriter | None = None
 
     def __post_init__(self, generation: int) -> None:
         sizes, is_read = self.files.sizes, self.files.manifest is not None
@@ -238,16 +225,21 @@ class CachedRange:
         self.manifest, self.replaces, self.n_unnamed = manifest, None, 0
         self.__dict__.pop("rows", None)
 
-    @cached_property
-    def writer(self) -> PartWriter:
-        """Writes parts of this range. First it names all existing parts, so that unnamed parts have a single writer."""
-        if self.n_unnamed and self.replaces is None:
-            self.save(self.manifest)
-        return PartWriter(self.storage, self.identity, self.manifest.generation)
+    def open_writer(self) -> PartWriter:
+        """What writes parts of this range.
+
+        The first call saves a manifest that names all existing parts, so that unnamed parts have a single writer.
+        """
+        if self._writer is None:
+            if self.n_unnamed and self.replaces is None:
+                self.save(self.manifest)
+            self._writer = PartWriter(self.storage, self.identity, self.manifest.generation)
+        return self._writer
 
     def add_written(self) -> None:
         """Read the parts written since, as if the range were opened again."""
-        written = {each.name: each.n_bytes for each in self.writer.files if each.name not in self.files.sizes}
+        files = self._writer.files if self._writer else ()
+        written = {each.name: each.n_bytes for each in files if each.name not in self.files.sizes}
         self.files.sizes.update(written)
         self.manifest = self._add(self.manifest, [*written])
         for name in ("all_rows", "rows", "_starts"):

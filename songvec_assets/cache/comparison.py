@@ -57,7 +57,8 @@ async def compare_server(
     """
     if not await asyncio.to_thread(lambda: record.needs_comparison):
         return
-    songs, cosines = await asyncio.to_thread(find_songs), {}
+    songs = await asyncio.to_thread(find_songs)
+    cosines = {}
     if songs:
         context.report(f"comparing {context.server} with {len(songs)} cached songs")
     for each in songs:

@@ -78,9 +78,12 @@ def erase(cached: CachedRange, song_ids: Collection[int]) -> int:
             "over the same ranges, and then forget songs",
             "cache.unfinished",
         )
-    rows, kept, left = cached.rows, cached.deleted_rows(0.0), ~pl.col("song_id").is_in([*song_ids])
+    rows = cached.rows
+    kept = cached.deleted_rows(0.0)
     older = pl.concat([_older_rows(cached, kept), kept])
-    n_erased, manifest = cached.all_rows.filter(~left).height, cached.manifest.without(song_ids)
+    left = ~pl.col("song_id").is_in([*song_ids])
+    n_erased = cached.all_rows.filter(~left).height
+    manifest = cached.manifest.without(song_ids)
     if not n_erased and manifest == cached.manifest:
         return 0
     if not rows.select(left.all()).item():
@@ -139,7 +142,7 @@ def _merge(cached: CachedRange, manifest: Manifest, kept: pl.DataFrame, rows: pl
     """Write a base of the kept rows followed by the valid rows; returns the manifest that names it."""
     # of a song's rows the last one is valid; valid rows are stored together, since loads read them
     chosen = pl.concat([kept, rows])
-    files = _write_base(cached.writer, cached, chosen)
+    files = _write_base(cached.open_writer(), cached, chosen)
     cached.files.sizes.update({each.name: each.n_bytes for each in files})
     deleted_at = {song_id: at for song_id, at in manifest.deleted_at.items() if song_id in {*kept["song_id"]}}
     consumed = tuple(each.name for each in manifest.files)

@@ -20,9 +20,10 @@ from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TEXT_HASH_BYTES
 
-_LOOK_AGAIN_S = 60.0
-"""Each range looks for its texts in all others, so that a look at every other one each time would grow with the square
-of their number: two requests per pair in a bucket."""
+LOOK_AGAIN_S = 60.0
+"""When all ranges are looked at again, since other processes may have filled them. Each range looks for its texts in
+all others: a look at every other one each time would grow with the square of their number, two requests per pair in a
+bucket."""
 
 _FILTER_BITS = 28
 """A bit for each value of the first bits of a key, set if some range has it: of 50,000 texts that are nowhere it leaves
@@ -38,11 +39,9 @@ class OtherRanges:
 
     Attributes:
         cache: of the model.
-        look_again_s: seconds after which all ranges are looked at again, since other processes may have filled them.
     """
 
     cache: ModelCache
-    look_again_s: float = _LOOK_AGAIN_S
     _keys: dict[SongIdRange, tuple[str | None, _Keys]] = field(default_factory=dict)
     _seen: set[SongIdRange] = field(default_factory=set)
     _seen_at: float = float("-inf")
@@ -98,7 +97,7 @@ class OtherRanges:
         """Offer each other range the songs whose texts it seems to have; the songs that were taken."""
         if songs.is_empty():
             return songs
-        if time.monotonic() >= self._seen_at + self.look_again_s:
+        if time.monotonic() >= self._seen_at + LOOK_AGAIN_S:
             self._seen, self._seen_at = set(), time.monotonic()
         others = {other: self._read_keys(other) for other in self.cache.ranges() if other != song_range}
         places, bits = _places_of(_keys_of(songs))

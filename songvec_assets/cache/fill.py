@@ -281,7 +281,7 @@ class _RangeFill:
         if not plan.texts:
             return []
         self.filler.context.health.count_known(plan.report.n_unchanged)
-        gatherer = AnswerGatherer(cached.writer)
+        gatherer = AnswerGatherer(cached.open_writer())
         sender = RangeSender(self.filler.context, plan.report, gatherer, check_held, self.let_next_begin)
         try:
             await sender.send(plan.texts)

@@ -82,7 +82,17 @@ class ModelCache:
 
     def look(self, song_range: SongIdRange) -> RangeFiles:
         """The manifest and the file sizes of a range: one read and one listing."""
-        return RangeFiles.read(self.storage, self.identity(song_range))
+        key = manifests.key_of(song_range)
+        read = self.storage.read(key)
+        manifest = error = None
+        try:
+            if read:
+                manifest = manifests.decode(read.content, self.storage.describe(key), self.identity(song_range))
+        except StoreError as caught:
+            error = caught
+        objects = self.storage.scan(song_range.key).objects
+        sizes = {name: size for name, size in objects.items() if manifests.generation_of(name) is not None}
+        return RangeFiles(manifest, read.version if read else None, sizes, error)
 
     def open(self, song_range: SongIdRange, generation: int | None = None) -> CachedRange:
         """Open a range in its current state.
@@ -178,7 +188,7 @@ def write_embeddings_to_file(
     if len(embeddings) != len(song_ids):
         raise ValueError(f"expected {len(song_ids)} vectors, got {len(embeddings)}")
     if len(song_ids):
-        cached.writer.write([CachedRows.of(song_ids, text_hashes, embeddings)])
+        cached.open_writer().write([CachedRows.of(song_ids, text_hashes, embeddings)])
 
 
 def copy_vectors(source: CachedRange, rows: pl.DataFrame, cached: CachedRange) -> None:

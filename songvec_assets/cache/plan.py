@@ -5,7 +5,7 @@ When to add here: another count of a fill, or another reason to send a text. Kee
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import msgspec
 import polars as pl
@@ -122,8 +122,8 @@ def plan_fill(
     snapshots: Snapshots,
     cached: CachedRange,
     spec: TextSpec,
-    rejected_by: str | None = None,
-    find_elsewhere: Callable[[pl.DataFrame], pl.DataFrame] = lambda songs: songs.clear(),
+    rejected_by: str | None,
+    find_elsewhere: Callable[[pl.DataFrame], pl.DataFrame],
 ) -> FillPlan:
     """Compare a range's snapshot with what is cached of it.
 
@@ -214,5 +214,6 @@ def estimate_fills(plans: Iterable[FillPlan], estimator: TokenEstimator, price: 
         n_reused += plan.report.n_reused
         n_again += len(plan.texts_again)
         n_tokens_again += sum(estimator.estimate(each.n_bytes for each in plan.texts_again))
-    estimate = price.estimate(n_songs, n_texts, n_tokens, quota)
-    return replace(estimate, n_again=n_again, usd_again=price.usd(n_tokens_again), n_reused=n_reused)
+    hours = quota.hours(n_texts, n_tokens)
+    usd_again = price.usd(n_tokens_again)
+    return Estimate(n_songs, n_texts, n_tokens, price.usd(n_tokens), hours, n_again, usd_again, n_reused)

@@ -134,7 +134,9 @@ class RangeSender:
         hooks = _Hooks(reservation, self, texts, is_part)
         refusal: RequestRefusedError | None = None
         batch: EmbeddingBatch | None = None
-        n_songs, bad, asked_at = 0, list(texts), time.monotonic()
+        bad = list(texts)
+        n_songs = 0
+        asked_at = time.monotonic()
         try:
             await hooks.before_try()
             if not self.report.n_embedded:  # before the probe, which no hook precedes
@@ -227,10 +229,10 @@ class RangeSender:
         if len(texts) == 1:
             self.refused.add(texts[0], str(refusal), is_refusal=not fails)
             return False
+        limits = self.context.limits
+        n_bytes = sum(each.n_bytes for each in texts)
         if isinstance(refusal, RequestTooSlowError):
-            half_bytes = sum(each.n_bytes for each in texts) / 2
-            self.context.slow_bytes = min(self.context.slow_bytes, half_bytes)
-        limits, n_bytes = self.context.limits, sum(each.n_bytes for each in texts)
+            self.context.slow_bytes = min(self.context.slow_bytes, n_bytes / 2)
         hint = hinted_texts(str(refusal), len(texts)) or 0
         size = max(limits.most_texts if limits.are_known else 0, hint if hint >= _LEAST_HINT else 0)
         parts: Sequence[Sequence[Text]] = bisect(texts)

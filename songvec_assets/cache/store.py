@@ -61,7 +61,7 @@ class Store:
         """The caches of all models that have a folder, without model ids and dimensions."""
         # the model id is in the files; ranges are found without it
         models = self.storage.within("embeddings")
-        return [ModelCache(models.within(name), "", 0) for name in models.list_prefixes()]
+        return [ModelCache(models.within(name), "", 0) for name in models.scan().prefixes]
 
 
 class _Record(msgspec.Struct):

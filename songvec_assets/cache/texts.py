@@ -11,6 +11,7 @@ import msgspec
 
 from songvec_assets.embedding.prompts import NO_PROMPTS, Prompts, default_prompts
 from songvec_assets.errors import ReembeddingError, StoreError
+from songvec_assets.settings import Settings
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import Storage
 
@@ -71,22 +72,22 @@ def model_storage(root: Storage, model: str, dimensions: int) -> Storage:
     return root.within("embeddings").within(f"{model.replace('/', '--')}-{dimensions}")
 
 
-def choose_prompts(storage: Storage, names: tuple[str, ...], query: str | None, document: str | None) -> Prompts:
-    """The prompts of a model: as set, else as recorded with its cache, else the defaults of its family.
+def choose_prompts(root: Storage, given: Settings) -> Prompts:
+    """The prompts of the configured model: as set, else as recorded with its cache, else the defaults of its family.
 
     A cache without a record, of an earlier version, has no document prompt.
 
     Args:
-        storage: of the model.
-        names: the model's: that of its cache, then that of the provider.
-        query, document: as set; None: unset.
+        root: of the store.
     """
-    record, default = read_record(storage), default_prompts(*names)
+    storage = model_storage(root, given.model, given.dimensions)
+    record = read_record(storage)
+    default = default_prompts(given.model, given.embedding_model)
     if record is not None:
         default = Prompts(record.query_prompt, record.document_prompt)
-    elif storage.list_prefixes():
+    elif storage.scan().prefixes:
         default = Prompts(default.query, NO_PROMPTS.document)
-    return Prompts(query or default.query, document or default.document)
+    return Prompts(given.query_prompt or default.query, given.document_prompt or default.document)
 
 
 def is_made_otherwise(storage: Storage, files: "RangeFiles", spec: "TextSpec") -> bool:

@@ -65,10 +65,11 @@ def demo(
     _run_job("refresh", pipeline, base.choose_span(pipeline, ""))
     for query in DEMO_QUERIES:
         print_hits(pipeline, query, 3)
-    in_clone, own = Path("Makefile").exists() and Path("songvec_assets").is_dir(), bool(context.obj)
+    has_own = bool(context.obj)
+    in_clone = Path("Makefile").exists() and Path("songvec_assets").is_dir()
     command = "songvec" if shutil.which("songvec") else sys.argv[0]
-    show = f"{command} dev --demo" if own else "make dev" if in_clone else f"{command} dev"
-    find = "" if own else f"; {command} search “…” finds more"
+    show = f"{command} dev --demo" if has_own else "make dev" if in_clone else f"{command} dev"
+    find = "" if has_own else f"; {command} search “…” finds more"
     hint(f"{show} shows this run in the Dagster UI{find}.")
 
 
@@ -181,13 +182,13 @@ def index() -> None:
 @app.command()
 def verify() -> None:
     """Run all checks of the table and the index; changes nothing. Exit code 3 if one does not pass."""
-    from songvec_assets.defs.checks import Answer
+    from songvec_assets.defs.checks import CheckResult
 
-    answers = _run_job("verify", base.make_pipeline()).of(Answer)
-    for each in answers:
+    results = _run_job("verify", base.make_pipeline()).of(CheckResult)
+    for each in results:
         if each.finding.passed:
             say(f"{each.check}: {each.finding.message}")
-    if not all(each.finding.passed for each in answers):
+    if not all(each.finding.passed for each in results):
         hint("docs/operations.md says what to do about each check; `songvec run` often is enough.")
         raise typer.Exit(EXIT_INCOMPLETE)
     hint("`songvec search “…”` finds songs.")

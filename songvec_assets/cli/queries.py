@@ -133,16 +133,14 @@ def evaluate(
 @app.command("settings")
 def print_settings() -> None:
     """Print all settings as a Markdown table, and the prompts of the configured model."""
-    from songvec_assets.cache.texts import choose_prompts, model_storage
+    from songvec_assets.cache.texts import choose_prompts
     from songvec_assets.cli.render import settings_table
     from songvec_assets.settings import Settings
     from songvec_assets.storage import open_storage
 
     print(settings_table())
     given = Settings()
-    storage = model_storage(open_storage(given.storage_location), given.model, given.dimensions)
-    names = given.model, given.embedding_model
-    prompts = choose_prompts(storage, names, given.query_prompt, given.document_prompt)
+    prompts = choose_prompts(open_storage(given.storage_location), given)
     print(
         f"\nPrompts of {given.model}: {_show_prompt(prompts.query)} for queries, "
         f"{_show_prompt(prompts.document)} for songs."

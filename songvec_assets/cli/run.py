@@ -16,7 +16,7 @@ from songvec_assets.cli.render import describe_incomplete_run, run_table
 from songvec_assets.cli.terminal import fail, interruptible, out, say, showing_progress
 from songvec_assets.definitions import defs
 from songvec_assets.defs.automation import describe_failure
-from songvec_assets.defs.checks import Answer
+from songvec_assets.defs.checks import CheckResult
 from songvec_assets.defs.instance import open_instance, origin_of
 from songvec_assets.defs.steps import Incomplete, listener
 from songvec_assets.errors import SongvecError
@@ -37,7 +37,7 @@ class RunResult:
     """What a run did.
 
     Attributes:
-        reports: what its steps emitted: the core's reports, `Incomplete`, answers of checks.
+        reports: what its steps emitted: the core's reports, `Incomplete`, results of checks.
         seconds: of each step that succeeded, by name.
         failures: messages of what failed. Empty, with nothing incomplete: the run succeeded.
     """
@@ -159,7 +159,7 @@ def run_and_print(
         say(line)
     warnings = [
         f"Check {each.check} did not pass: {each.finding.message}"
-        for each in result.of(Answer)
+        for each in result.of(CheckResult)
         if not each.finding.passed
     ]
     compared = [load.comparison.quality for load in result.of(LoadReport) if load.comparison]

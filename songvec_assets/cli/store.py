@@ -23,13 +23,16 @@ def move_store(
     from songvec_assets.progress import RunContext
     from songvec_assets.storage import open_storage
 
-    pipeline, storages = base.make_pipeline(), (open_storage(source), open_storage(target))
+    pipeline = base.make_pipeline()
+    origin = open_storage(source)
+    destination = open_storage(target)
     with interruptible(), showing_progress() as show:
-        moved = move.move_store(*storages, pipeline.tiling, pipeline.database, RunContext(show, pipeline.stop))
+        run = RunContext(show, pipeline.stop)
+        moved = move.move_store(origin, destination, pipeline.tiling, pipeline.database, run)
     for line in moved.damaged:
         err.print(f"{line}: it was damaged before, and the next run embeds what it lacks", style="yellow", markup=False)
     say(
-        f"{moved.n_objects:,} objects, {moved.n_bytes / 1e6:,.1f} MB, are in {storages[1].location}; "
+        f"{moved.n_objects:,} objects, {moved.n_bytes / 1e6:,.1f} MB, are in {destination.location}; "
         f"{moved.n_copied:,} were copied now. Set SONGVEC_STORAGE={target}"
     )
     hint(f"what is left in {source} is no store any more: remove it once the next run has passed.")

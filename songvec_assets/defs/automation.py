@@ -13,7 +13,7 @@ from songvec_assets.defs.resources import FireworksResource, PostgresResource, R
 from songvec_assets.defs.steps import failing_clearly
 from songvec_assets.errors import AlertError
 from songvec_assets.settings import RunSettings
-from songvec_assets.songs.watch import SourceState, look_at_source
+from songvec_assets.songs.watch import look_at_source
 
 AUTOMATION = "automation"
 FRESHNESS = dg.FreshnessPolicy.time_window(warn_window=timedelta(hours=26), fail_window=timedelta(hours=50))
@@ -81,16 +81,13 @@ def songs_source_sensor(context: dg.SensorEvaluationContext, run: RunResource) -
     """See `look_at_source`."""
     with failing_clearly(), run.open() as pipeline:
         found = look_at_source(pipeline.source, context.cursor)
-    look = found.look
+    state = found.look.state
     if not found.changed:
-        context.update_cursor(look.dump())
-        return dg.SkipReason(f"{found.note}: {look.state.describe()}")
-    return dg.SensorResult(asset_events=[_observe(look.state)], cursor=look.dump())
-
-
-def _observe(state: SourceState) -> dg.AssetMaterialization:
+        context.update_cursor(found.look.dump())
+        return dg.SkipReason(f"{found.note}: {state.describe()}")
     metadata = {"dagster/row_count": state.n_songs, "highest song_id": state.highest_id, "newest": state.newest or ""}
-    return dg.AssetMaterialization("songs", metadata=metadata, description=state.describe())
+    event = dg.AssetMaterialization("songs", metadata=metadata, description=state.describe())
+    return dg.SensorResult(asset_events=[event], cursor=found.look.dump())
 
 
 nightly_schedule = dg.ScheduleDefinition(

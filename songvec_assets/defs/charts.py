@@ -128,6 +128,8 @@ def draw_recall(report: RecallReport) -> bytes:
 
 def draw_coverage(coverage: pl.DataFrame) -> bytes:
     """Songs by range of song_ids, stacked by their state, as PNG; see `Inventory.coverage`. At least one row."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     ranges, counts = [SongIdRange.from_key(key) for key in coverage["key"]], coverage.drop("key").to_numpy().T
     n_songs, n_missing = counts.sum(), coverage["missing"].sum()
     width = min(each.stop - each.start for each in ranges)
@@ -142,7 +144,9 @@ def draw_coverage(coverage: pl.DataFrame) -> bytes:
         )
     axes.set_xlim(starts[0], starts[-1] + width)
     axes.set_ylim(0, 1.25 * max(counts.sum(axis=0).max(), 1))
-    _count_thousands(axes.xaxis, axes.yaxis)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.legend(fontsize=8, loc="upper center", ncols=len(_STATES))
     return _finish(figure)
 
@@ -184,14 +188,6 @@ def _begin(title: str, x_label: str, y_label: str) -> "tuple[Figure, Axes]":
     axes.set_axisbelow(True)
     axes.grid(color=_GRID, linewidth=0.6)
     return figure, axes
-
-
-def _count_thousands(*each_axis: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    for axis in each_axis:
-        axis.set_major_locator(MaxNLocator(6, integer=True))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def _finish(figure: "Figure") -> bytes:

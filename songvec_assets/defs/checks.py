@@ -14,7 +14,7 @@ from songvec_assets.defs.resources import RunResource
 from songvec_assets.defs.steps import failing_clearly, notify
 
 
-class Answer(NamedTuple):
+class CheckResult(NamedTuple):
     """What a check found."""
 
     check: str
@@ -37,7 +37,7 @@ def _define(asset: dg.AssetsDefinition, name: str, checks: Sequence[Check]) -> d
             for spec in (each for each in specs if each.key in context.selected_asset_check_keys):
                 check = by_name[spec.name]
                 finding = evidence.answer(check)
-                notify(Answer(spec.name, finding))
+                notify(CheckResult(spec.name, finding))
                 yield dg.AssetCheckResult(
                     check_name=spec.name,
                     asset_key=spec.asset_key,

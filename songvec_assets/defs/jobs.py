@@ -12,9 +12,7 @@ from dagster._core.execution.build_resources import wrap_resources_for_execution
 
 from songvec_assets.defs.resources import RunResource, make_resources, present_values
 from songvec_assets.defs.steps import failing_clearly
-from songvec_assets.progress import RunContext
 from songvec_assets.settings import PostgresSettings, ProviderSettings
-from songvec_assets.vectors.swap import roll_back
 
 _OPTIONS = "Its options are in the run config under resources, run: budget, ranges, concurrency and others."
 
@@ -91,10 +89,10 @@ verify_job = dg.define_asset_job(
 
 @dg.op(description="Make the table that served before the last swap serve again; the current one is kept.")
 def restore_previous_table(context: dg.OpExecutionContext, run: RunResource) -> None:
-    """See `roll_back`."""
+    """See `Pipeline.roll_back`."""
     with failing_clearly(), run.open(context.run.run_id) as pipeline:
-        waiting = RunContext(lambda progress: context.log.info(progress.note), pipeline.stop)
-        context.log.info(f"searches now find {roll_back(pipeline.database, waiting)}")
+        serving = pipeline.roll_back(lambda progress: context.log.info(progress.note))
+        context.log.info(f"searches now find {serving}")
 
 
 @dg.job(name="rollback", description="Undo the last swap: the previous table serves again.")

@@ -34,7 +34,7 @@ CONTINUE = (
 )
 
 listener: ContextVar[Emit | None] = ContextVar("listener", default=None)
-"""Called with what the steps of this process emit: `Progress`, the core's reports, `Incomplete`, answers of checks.
+"""Called with what the steps of this process emit: `Progress`, the core's reports, `Incomplete`, results of checks.
 
 `songvec` sets it to show progress as bars and to summarize the run; Dagster's log then has no lines of progress.
 """

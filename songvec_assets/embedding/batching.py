@@ -112,12 +112,6 @@ def pack_requests(n_bytes: Sequence[int], limits: Callable[[], tuple[float, floa
 
 
 def bisect(items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
-    """Both halves of two or more items.
-
-    Raises:
-        ValueError: there are fewer than two items.
-    """
-    if len(items) < 2:
-        raise ValueError(f"expected two or more items to divide, got {len(items)}")
+    """Both halves of two or more items."""
     middle = len(items) // 2
     return items[:middle], items[middle:]

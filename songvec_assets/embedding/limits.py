@@ -120,28 +120,19 @@ _READ_USE = sa.text(f"""
 """)
 
 
-@dataclass(frozen=True)
-class QuotaUse:
-    """What all processes use of a quota.
-
-    Attributes:
-        used: share of it that was used in the last minute.
-        speed: share of it that may be used: 1, and less after the provider answered 429.
-    """
-
-    used: float = 0.0
-    speed: float = 1.0
-
-
 def read_quota_use(
     connection: sa.Connection, name: str, requests_per_minute: float, tokens_per_minute: float
-) -> QuotaUse:
-    """What all processes use of a quota now; its row is neither written nor locked."""
+) -> tuple[float, float]:
+    """What all processes use of a quota now; its row is neither written nor locked.
+
+    Returns:
+        The share of it that was used in the last minute; and the share that may be used: 1, and less after a 429.
+    """
     given = {"name": name, "requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
     found = (
         connection.execute(_READ_USE, given | {"probing": PROBING}).one_or_none() if has_tables(connection) else None
     )
-    return QuotaUse() if found is None else QuotaUse(float(found.used or 0), float(found.speed))
+    return (0.0, 1.0) if found is None else (float(found.used or 0), float(found.speed))
 
 
 @dataclass(frozen=True)

@@ -97,12 +97,6 @@ class Price:
         """Whether the price is zero."""
         return not self.usd_per_million_tokens
 
-    def estimate(self, n_songs: int, n_texts: int, n_tokens: int, quota: "Quota") -> Estimate:
-        """Price and time of sending n texts with n tokens at the full quota."""
-        n_requests = max(n_texts / quota.max_request_texts, n_tokens / quota.max_request_tokens)
-        minutes = max(n_tokens / quota.tokens_per_minute, n_requests / quota.requests_per_minute)
-        return Estimate(n_songs, n_texts, n_tokens, self.usd(n_tokens), minutes / 60)
-
 
 @dataclass(frozen=True)
 class Quota:
@@ -124,3 +118,8 @@ class Quota:
         share = self.tokens_per_minute // min(50, self.requests_per_minute)
         lesser = max(1, min(self.max_request_tokens, share))
         object.__setattr__(self, "max_request_tokens", lesser)
+
+    def hours(self, n_texts: int, n_tokens: int) -> float:
+        """The time in which n texts with n tokens are sent, if the quota is used in full."""
+        n_requests = max(n_texts / self.max_request_texts, n_tokens / self.max_request_tokens)
+        return max(n_tokens / self.tokens_per_minute, n_requests / self.requests_per_minute) / 60

@@ -48,8 +48,3 @@ def default_prompts(*names: str) -> Prompts:
     """The prompts of a model's family, by the first of its names that shows one; no prompts for an unknown family."""
     found = (prompts for name in names for family, prompts in _FAMILIES.items() if re.search(family, name.lower()))
     return next(found, NO_PROMPTS)
-
-
-def fill_query(prompt: str, query: str) -> str:
-    """The text that is sent for a query."""
-    return prompt.replace("{query}", query)

@@ -82,14 +82,6 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
         return _engines[url, profile]
 
 
-def close_engines(url: str) -> None:
-    """Close the process's pooled connections to a URL. The next `get_engine` makes a new engine."""
-    with _engines_lock:
-        engines = [_engines.pop(key) for key in list(_engines) if key[0] == url]
-    for engine in engines:
-        engine.dispose()
-
-
 def _begin(connection: sa.Connection, statement: str) -> None:
     raw = connection.connection.driver_connection
     if raw is None or raw.autocommit:
@@ -168,9 +160,11 @@ class Database:
         self.close()
 
     def close(self) -> None:
-        """Close this process's pooled connections. The database can be used again afterwards."""
-        for url in filter(None, {self.url, self.direct_url}):
-            close_engines(url)
+        """Close this process's pooled connections. The database can be used again: `get_engine` makes new engines."""
+        with _engines_lock:
+            engines = [_engines.pop(key) for key in list(_engines) if key[0] in (self.url, self.direct_url)]
+        for engine in engines:
+            engine.dispose()
 
     def get_engine(self, profile: Profile = "batch") -> sa.Engine:
         """See `get_engine` of this module."""

@@ -19,12 +19,12 @@ from songvec_assets.search.nearest import search_songs
 from songvec_assets.search.query import Mode, Query
 from songvec_assets.songs.source import SongsSource
 
-Found = Mapping[str, Sequence[Sequence[int]]]
+Rankings = Mapping[str, Sequence[Sequence[int]]]
 """The song_ids that each mode found for each query, best first."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class QueryScore:
     """How one query was answered.
 
     Attributes:
@@ -98,7 +98,7 @@ class Evaluation:
 
     scores: tuple[Score, ...]
     verdicts: tuple[Verdict, ...]
-    answers: tuple[Answer, ...]
+    answers: tuple[QueryScore, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -136,7 +136,7 @@ def find_songs(
     return found, [f"left out: {', '.join(refused)}: {next(iter(refused.values()))}"] if refused else []
 
 
-def evaluate(queries: Sequence[LabelledQuery], found: Found, notes: Sequence[str] = ()) -> Evaluation:
+def evaluate(queries: Sequence[LabelledQuery], found: Rankings, notes: Sequence[str] = ()) -> Evaluation:
     """Measure what was found. Pure.
 
     Args:
@@ -177,13 +177,13 @@ def _grade(query: LabelledQuery, song_ids: Sequence[int]) -> list[int]:
     return [query.grades.get(song_id, 0) for song_id in song_ids]
 
 
-def _measure(query: LabelledQuery, mode: str, song_ids: Sequence[int]) -> Answer:
+def _measure(query: LabelledQuery, mode: str, song_ids: Sequence[int]) -> QueryScore:
     grades, wanted = _grade(query, song_ids), [*query.grades.values()]
     recall, rank = measures.measure_recall(grades, wanted), measures.measure_reciprocal_rank(grades)
     ndcg = measures.measure_ndcg(grades, wanted)
-    return Answer(query.words, query.slice, mode, tuple(song_ids), recall, rank, ndcg)
+    return QueryScore(query.words, query.slice, mode, tuple(song_ids), recall, rank, ndcg)
 
 
-def _score(name: str, mode: str, answers: Sequence[Answer]) -> Score:
+def _score(name: str, mode: str, answers: Sequence[QueryScore]) -> Score:
     values = np.array([(each.recall, each.reciprocal_rank, each.ndcg) for each in answers])
     return Score(name, mode, len(answers), *measures.estimate_means(values))

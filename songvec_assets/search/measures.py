@@ -56,8 +56,10 @@ def estimate_means(values: NDArray[np.float64]) -> list[Interval]:
         values: (n queries, n columns); a row at least.
     """
     n_queries = len(values)
-    generator, shares = np.random.default_rng(0), np.full(n_queries, 1 / n_queries)
-    n_left, means = N_RESAMPLES, []
+    generator = np.random.default_rng(0)
+    shares = np.full(n_queries, 1 / n_queries)
+    means = []
+    n_left = N_RESAMPLES
     while n_left:
         n_drawn = min(n_left, max(1, _MOST_DRAWN // n_queries))
         # how often each query is drawn

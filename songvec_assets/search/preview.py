@@ -77,7 +77,8 @@ def preview_table(rows: LoadedRows, source: SongsSource, spec: TableSpec) -> Pre
         )
     components, share = project(vectors)
     clusters, middles = find_clusters(components[:, :_CLUSTERED_AXES])
-    shown = {song_ids[place]: vectors[place] for place in _spread(len(song_ids), _PREVIEW_SONGS)}
+    spread = np.linspace(0, len(song_ids) - 1, min(len(song_ids), _PREVIEW_SONGS)).astype(int)
+    shown = {song_ids[place]: vectors[place] for place in spread}
     with database.get_connection("web") as connection:
         inner = [song_ids[place] for places in middles for place in places]
         songs = read_songs(connection, source, [*shown, *inner])
@@ -139,7 +140,3 @@ def _distances(points: Float32Matrix, centres: Float32Matrix) -> NDArray[np.floa
     """Squared distances, (n points, n centres)."""
     squares: NDArray[np.float32] = (points**2).sum(axis=1)[:, None] - 2 * points @ centres.T + (centres**2).sum(axis=1)
     return squares
-
-
-def _spread(n: int, n_wanted: int) -> list[int]:
-    return sorted(set(np.linspace(0, n - 1, min(n, n_wanted)).astype(int).tolist()))

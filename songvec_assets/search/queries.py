@@ -7,13 +7,12 @@ When to add here: another reason to refuse a query's text, or what its vector co
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from songvec_assets.embedding.batching import pack_requests
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.embedder import Embedder
 from songvec_assets.embedding.pricing import TokenEstimator
-from songvec_assets.embedding.prompts import NO_PROMPTS, fill_query
+from songvec_assets.embedding.prompts import NO_PROMPTS
 from songvec_assets.embedding.reservation import Reservation, send_alone
 from songvec_assets.embedding.wire import EmbeddingBatch, Float32Matrix
 from songvec_assets.errors import (
@@ -49,7 +48,9 @@ async def embed(
         BudgetExceededError: nothing more was sent.
         ProviderError: no answer, or none that helps.
     """
-    texts, found = [fill_query(prompt or NO_PROMPTS.query, query) for query in queries], []
+    # not `format`: the query may have braces, too
+    texts = [(prompt or NO_PROMPTS.query).replace("{query}", query) for query in queries]
+    found = []
     try:
         sizes = [len(text.encode()) for text in texts]
     except UnicodeEncodeError:
@@ -90,12 +91,6 @@ def embed_queries(
             await embedder.close()
 
     return run_event_loop(embed_and_close())
-
-
-def embed_query(embedder: Embedder, query: str, prompt: str | None = None) -> NDArray[np.float32]:
-    """The vector of one query, (dimensions,); see `embed_queries`."""
-    vector: NDArray[np.float32] = embed_queries(embedder, [query], prompt)[0]
-    return vector
 
 
 def check_server(

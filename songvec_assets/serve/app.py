@@ -6,7 +6,6 @@ When to add here: another path; describe it in `static/openapi.json`. Keep out: 
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict
 from importlib import resources
 
 from starlette.applications import Starlette
@@ -32,6 +31,8 @@ _FILES = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
     "/openapi.json": ("openapi.json", "application/json"),
 }
+OPEN = frozenset({*_FILES, "/healthz"})
+"""Paths that show no song and cost nothing. All others need the token, and count in the rate."""
 
 
 def create_app(songs: Searches, limits: Limits | None = None) -> Guard:
@@ -62,7 +63,12 @@ def create_app(songs: Searches, limits: Limits | None = None) -> Guard:
         except SongvecError as error:
             message = str(error) if may_know else "searches fail; with the token this says why"
             return answer({"error": Notice(error.code, message)}, 503)
-        return answer({"status": "ok"} | (asdict(serving) if may_know else {}))
+        return answer({"status": "ok"} | (serving if may_know else {}))
+
+    async def answer_failure(request: Request, error: Exception) -> Response:
+        named = _name_failure(request.url.path, error)
+        metrics.count_error(named.code)
+        return answer_error(named)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -79,13 +85,12 @@ def create_app(songs: Searches, limits: Limits | None = None) -> Guard:
     ]
     app = Starlette(
         routes=routes,
-        exception_handlers={SongvecError: _answer_ours, HTTPException: _answer_http, Exception: _answer_any},
+        exception_handlers=dict.fromkeys((SongvecError, HTTPException, Exception), answer_failure),
         lifespan=lifespan,
     )
-    app.state.count_error = metrics.count_error
     # a redirect would be made of the Host header
     app.router.redirect_slashes = False
-    return Guard(app, allowed, metrics.count_error)
+    return Guard(app, allowed, OPEN, metrics.count_error)
 
 
 def _serve_file(name: str, media_type: str) -> Callable[[Request], Response]:
@@ -94,24 +99,14 @@ def _serve_file(name: str, media_type: str) -> Callable[[Request], Response]:
     return lambda _: Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
 
 
-async def _answer_ours(request: Request, error: Exception) -> Response:
-    assert isinstance(error, SongvecError)
+def _name_failure(path: str, error: Exception) -> SongvecError:
+    """What is answered to a request for a path that failed."""
+    if isinstance(error, HTTPException):
+        words = f"expected /search, /similar/{{song_id}}, /healthz or /metrics, got {path[:100]!r}"
+        return ServeError(words, "serve.not-found")
+    if not isinstance(error, SongvecError):
+        return ServeError("something unexpected failed: see the server's log", "serve.failed")
     if find_status(error.code) >= 500:
         # without the query: what people search for is nobody's business
-        log.warning("%s: %s", request.url.path, describe(error))
-    return _answer_counted(request, error)
-
-
-async def _answer_http(request: Request, _: Exception) -> Response:
-    path = request.url.path[:100]
-    words = f"expected /search, /similar/{{song_id}}, /healthz or /metrics, got {path!r}"
-    return _answer_counted(request, ServeError(words, "serve.not-found"))
-
-
-async def _answer_any(request: Request, _: Exception) -> Response:
-    return _answer_counted(request, ServeError("something unexpected failed: see the server's log", "serve.failed"))
-
-
-def _answer_counted(request: Request, error: SongvecError) -> Response:
-    request.app.state.count_error(error.code)
-    return answer_error(error)
+        log.warning("%s: %s", path, describe(error))
+    return error

@@ -9,7 +9,7 @@ import ipaddress
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,8 +21,6 @@ from songvec_assets.serve.answers import answer_error
 log = logging.getLogger(__name__)
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-OPEN = frozenset({"/", "/page.css", "/page.js", "/icon.svg", "/openapi.json", "/healthz"})
-"""Paths that show no song and cost nothing. All others need the token, and count in the rate."""
 UNCOUNTED = frozenset({"/metrics"})
 """They need the token, and are answered however many searches there are: that is when somebody looks."""
 _POLICY = (
@@ -63,13 +61,17 @@ class Guard:
     Args:
         app: the application.
         limits: what is allowed.
+        open_paths: that need no token, and do not count in the rate.
         count_error: called with the code of each refusal.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, count_error: Callable[[str], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, limits: Limits, open_paths: Collection[str], count_error: Callable[[str], None]
+    ) -> None:
         self.app = app
-        self._count_error = count_error
         self._limits = limits
+        self._open_paths = open_paths
+        self._count_error = count_error
         self._hosts = LOOPBACK_NAMES | {name.lower() for name in limits.hosts}
         self._rates = Rates(limits.requests_per_minute)
         self._n_now = 0
@@ -88,7 +90,7 @@ class Guard:
             await send(message)
 
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        guarded = path not in OPEN
+        guarded = path not in self._open_paths
         counted = guarded and path not in UNCOUNTED
         try:
             self._check(scope, guarded, counted)

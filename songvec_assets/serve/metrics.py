@@ -68,7 +68,8 @@ class Metrics:
     async def measure(self, wanted: Wanted, search: Awaitable[Found]) -> Found:
         """Await a search, and count it."""
         known_mode = wanted.mode if wanted.mode in get_args(Mode) else "unknown"
-        mode, outcome = "song" if isinstance(wanted.query, int) else known_mode, "failed"
+        mode = "song" if isinstance(wanted.query, int) else known_mode
+        outcome = "failed"
         started = time.monotonic()
         try:
             with self._running.track_inprogress():

@@ -6,7 +6,8 @@ When to add here: another way to answer while something fails. Keep out: how son
 
 import asyncio
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,16 +34,6 @@ EMBED_S, REST_S, STATEMENT_S, CHECK_EVERY_S = 6.0, 15.0, 10.0, 1.0
 may take for one search; how often it is asked whether it is well."""
 _OF_THE_QUERY = ("provider.no-vector", "provider.request-refused")
 """Failures that say nothing of the next query."""
-Serving = tuple[Searches, TableSpec]
-
-
-@dataclass(frozen=True)
-class Serves:
-    """What is searched: the table's model and size, and the columns that conditions may name."""
-
-    model: str
-    dimensions: int
-    filters: list[str]
 
 
 class Searcher:
@@ -63,7 +54,7 @@ class Searcher:
         self._failure: ProviderError | None = None
         self._checking = asyncio.Lock()
         self._check_again_at = 0.0
-        self._checked: Serves | SongvecError
+        self._checked: dict[str, Any] | SongvecError
 
     async def find(self, wanted: Wanted) -> Found:
         """What a request asks for.
@@ -86,36 +77,35 @@ class Searcher:
     async def _find(self, asked: Query) -> Found:
         run, find = self._workers.run, self._songs.find
         if not asked.needs_vector:
-            return Found(await run(find, asked, None, None, STATEMENT_S), asked.mode, 0.0)
-        serving: Serving = await run(lambda: self._songs.serving)
+            return Found(await run(lambda: find(asked, timeout_s=STATEMENT_S)), asked.mode, 0.0)
+        serving = await run(lambda: self._songs.serving)
         try:
             vector = await self._embed(asked.words or "", serving)
         except (ProviderError, BudgetExceededError) as error:
             if error.code in _OF_THE_QUERY:
                 raise
             try:
-                hits = await run(find, replace(asked, mode="text"), None, None, STATEMENT_S)
+                hits = await run(lambda: find(replace(asked, mode="text"), timeout_s=STATEMENT_S))
             except SearchError:
                 raise error from None
             return Found(hits, "text", 0.0, Notice(error.code, str(error)))
         return Found(await run(find, asked, vector, serving, STATEMENT_S), asked.mode, 0.0)
 
-    async def _embed(self, words: str, serving: Serving) -> NDArray[np.float32]:
-        loaded, spec = serving
+    async def _embed(self, words: str, serving: Searches) -> NDArray[np.float32]:
         if self._failure and time.monotonic() < self._rests_until:
             raise self._failure.with_traceback(None)
         client = await self._open_client(serving)
         self._budget = await self._workers.run(self._songs.search_budget, self._budget)
         try:
             async with asyncio.timeout(EMBED_S):
-                vectors = await queries.embed(client, [words], spec.query_prompt, self._budget)
+                vectors = await queries.embed(client, [words], serving.settings.query_prompt, self._budget)
             self._failure = None
             vector: NDArray[np.float32] = vectors[0]
             return vector
         except TimeoutError:
-            error: ProviderError = ProviderUnavailableError(f"{loaded.server} gave no vector within {EMBED_S:g} s")
+            error: ProviderError = ProviderUnavailableError(f"{serving.server} gave no vector within {EMBED_S:g} s")
         except ProviderError as caught:
-            mismatch = queries.check_server(spec, self._songs.settings, self._songs.server, caught)
+            mismatch = queries.check_server(serving.query_spec, self._songs.settings, self._songs.server, caught)
             if mismatch:
                 raise mismatch from None
             error = caught
@@ -123,18 +113,16 @@ class Searcher:
             self._failure, self._rests_until = error, time.monotonic() + REST_S
         raise error
 
-    async def _open_client(self, serving: Serving) -> Embedder:
+    async def _open_client(self, serving: Searches) -> Embedder:
         """One client per model: it is probed once. After a swap the former one stays for the searches that use it."""
-        loaded, spec = serving
+        spec = serving.query_spec
         async with self._opening:
             if spec not in self._clients:
-                patience_s = min(loaded.settings.patience_s, EMBED_S)
-                hasty = loaded.with_settings(loaded.settings.model_copy(update={"patience_s": patience_s}))
-                self._clients[spec] = await self._workers.run(hasty.embedder)
+                self._clients[spec] = await self._workers.run(lambda: serving.embedder(patience_s=EMBED_S))
             return self._clients[spec]
 
-    async def check(self) -> Serves:
-        """What serves, read again at most once per CHECK_EVERY_S.
+    async def check(self) -> dict[str, Any]:
+        """What serves: the table's model and dimensions, and the columns to filter by; read once per CHECK_EVERY_S.
 
         Raises:
             SongvecError: a search cannot succeed now.
@@ -150,10 +138,10 @@ class Searcher:
             raise self._checked.with_traceback(None)
         return self._checked
 
-    def _look(self) -> Serves:
+    def _look(self) -> dict[str, Any]:
         self._songs.forget_serving()
-        _, spec = self._songs.serving
-        return Serves(spec.model, spec.dimensions, [*self._songs.filter_columns])
+        serving = self._songs.serving.settings
+        return {"model": serving.model, "dimensions": serving.dimensions, "filters": [*self._songs.filter_columns]}
 
     async def close(self) -> None:
         """Close the connections to the provider."""

@@ -71,7 +71,8 @@ def describe_types(
     joins: list[str] = []
     selected = []
     for column in dict.fromkeys(kept):
-        expression, quoted = f"s.{table.columns[column].quoted}", table.columns[column].quoted
+        quoted = table.columns[column].quoted
+        expression = f"s.{quoted}"
         if column in wrong:
             join, text = _make_text(connection, table, column, f"t{len(joins) + 1}")
             joins += join

@@ -72,9 +72,7 @@ class Boilerplate:
         )
 
     def view(self, source: SongsSource) -> str:
-        """SQL of a view without the boilerplate, and the settings to embed it; empty if there is nothing to report."""
-        if not self.is_common:
-            return ""
+        """SQL of a view without the boilerplate, and the settings to embed it."""
         lyrics = f"{source.lyrics}::text"
         for name in self.kinds:
             lyrics = f"regexp_replace({lyrics}, {literal(PATTERNS[name])}, '', 'g')"

@@ -121,7 +121,9 @@ def cache_songs_to_parquet(
         SettingsError: the open tail holds more songs than a range may, or songs have ids below the first range.
         SourceError: most songs have ids that no range can hold.
     """
-    started, is_append, report = time.time(), options.mode == "append", ExportReport()
+    started = time.time()
+    is_append = options.mode == "append"
+    report = ExportReport()
     check_ids(source, tiling)
     counts = count_ranges(source, tiling)
     # an append deletes no song of a snapshot made with these settings
@@ -130,7 +132,8 @@ def cache_songs_to_parquet(
         options.guard.check(source)
     snapshots.storage.delete_leftovers("")
     snapshots.delete_other_ranges(tiling)
-    known, exporter = {*snapshots.ranges()}, _Exporter(source, snapshots, counts, options)
+    known = {*snapshots.ranges()}
+    exporter = _Exporter(source, snapshots, counts, options)
     if is_append:
         above = exporter.above = snapshots.find_max_song_id()
         # before the others: if a later range were written and this one not, the next append would begin above its songs

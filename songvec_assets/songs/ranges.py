@@ -109,6 +109,9 @@ class Tiling:
             yield SongIdRange(start, start + self.width)
         yield self.tail
 
+    def __contains__(self, song_range: SongIdRange) -> bool:
+        return self.start <= song_range.start and self.range_of(song_range.start) == song_range
+
     def __len__(self) -> int:
         return (self.stop - self.start) // self.width + 1
 
@@ -169,7 +172,7 @@ def parse_span(given: str, tiling: Tiling) -> tuple[SongIdRange, SongIdRange]:
         span = SongIdRange.from_key(first.strip()), SongIdRange.from_key((last or first).strip())
     except ValueError as error:
         raise SettingsError(f"ranges: {error} for each end of FIRST...LAST", "settings.ranges") from error
-    if not {*span} <= {*tiling} or span[0] > span[1]:
+    if span[0] not in tiling or span[1] not in tiling or span[0] > span[1]:
         raise SettingsError(
             f"ranges: FIRST...LAST names no ranges of this graph in their order, got {given!r}", "settings.ranges"
         )

@@ -49,10 +49,6 @@ def is_server_lost(error: BaseException | None) -> bool:
     return isinstance(error, adbc.Error) and (error.sqlstate is None or error.sqlstate.startswith(_LOST_SERVER))
 
 
-def _is_transient(error: adbc.Error) -> bool:
-    return error.sqlstate is None or error.sqlstate.startswith(_TRANSIENT)
-
-
 class Reader:
     """One connection, opened at its first use, and reopened after an error."""
 
@@ -85,7 +81,7 @@ class Reader:
                 if not isinstance(error, adbc.Error):
                     raise
                 failure = error
-                if not _is_transient(error):
+                if error.sqlstate is not None and not error.sqlstate.startswith(_TRANSIENT):
                     break
         raise read_database_error(failure) from failure
 

@@ -44,7 +44,7 @@ class Snapshots:
         Raises:
             StoreError: a file has another name.
         """
-        names = [Path(name) for name in self.storage.list_objects()]
+        names = [Path(name) for name in self.storage.scan().objects]
         try:
             return sorted(SongIdRange.from_key(name.stem) for name in names if name.suffix == _SUFFIX)
         except ValueError as error:
@@ -221,7 +221,9 @@ class Snapshots:
             pa.ArrowException, OSError: the snapshot is damaged.
         """
         newer = newer.filter(pc.is_in(newer["song_id"], song_ids.to_arrow()))
-        newer_ids, pieces, start = newer["song_id"].to_numpy(), [], 0
+        newer_ids = newer["song_id"].to_numpy()
+        pieces = []
+        start = 0
         kept = song_ids.filter(~song_ids.is_in(newer_ids)).to_arrow()
         # in batches, so that the range is in memory only once. Threads gain nothing here, and take 30 MB
         for batch in self._open(song_range).iter_batches(BATCH_ROWS, use_threads=False):

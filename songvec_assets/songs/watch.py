@@ -124,7 +124,7 @@ class SourceLook:
             return False
         return not self.is_current or self._may_differ(state) or state.ids != self.state.ids
 
-    def judge(self, state: SourceState, digest: Digest | None) -> "Found":
+    def judge(self, state: SourceState, digest: Digest | None) -> "LookResult":
         """Compare with the last look.
 
         Args:
@@ -133,19 +133,20 @@ class SourceLook:
         """
         if state.ids != self.state.ids:
             look = replace(self, state=state, digest=digest or self.digest, is_current=digest is not None)
-            return Found(look, True, CHANGED)
+            return LookResult(look, True, CHANGED)
         may_differ = self._may_differ(state)
         if digest is None:
             waits = may_differ or not self.is_current
             # the old state is kept, so that the texts written since are still compared
             later = "texts are compared later: comparing takes a twentieth of the time at most"
-            return Found(self, False, later if waits else UNCHANGED)
+            return LookResult(self, False, later if waits else UNCHANGED)
         known = replace(self, state=state, digest=digest, is_current=True)
         # a digest of other songs says nothing about these
         differs = self.digest.value != digest.value if self.is_current else may_differ
         if differs:
-            return Found(known, True, CHANGED)
-        return Found(known, False, "rows were written, but no song's text or id changed" if may_differ else UNCHANGED)
+            return LookResult(known, True, CHANGED)
+        written = "rows were written, but no song's text or id changed"
+        return LookResult(known, False, written if may_differ else UNCHANGED)
 
     def _may_differ(self, state: SourceState) -> bool:
         """Whether the server counted writes, or cannot count them."""
@@ -153,7 +154,7 @@ class SourceLook:
 
 
 @dataclass(frozen=True)
-class Found:
+class LookResult:
     """What a look at the source found.
 
     Attributes:
@@ -167,7 +168,7 @@ class Found:
     note: str
 
 
-def look_at_source(source: SongsSource, cursor: str | None) -> Found:
+def look_at_source(source: SongsSource, cursor: str | None) -> LookResult:
     """Look whether a song's text or id changed since the last look.
 
     Args:
@@ -185,5 +186,5 @@ def look_at_source(source: SongsSource, cursor: str | None) -> Found:
     value = digest_source(source)
     digest = Digest(value, now, time.monotonic() - began)
     if before is None:
-        return Found(SourceLook(source.identity, state, digest), True, CHANGED)
+        return LookResult(SourceLook(source.identity, state, digest), True, CHANGED)
     return before.judge(state, digest)

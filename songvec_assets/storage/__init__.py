@@ -95,14 +95,6 @@ class Storage(ABC):
     def scan(self, prefix: str = "") -> Listing:
         """What is directly under a prefix, without objects that are being written."""
 
-    def list_objects(self, prefix: str = "") -> dict[str, int]:
-        """Names and sizes of the objects directly under a prefix; see `scan`."""
-        return self.scan(prefix).objects
-
-    def list_prefixes(self, prefix: str = "") -> list[str]:
-        """The names of the prefixes directly below a prefix, in order."""
-        return self.scan(prefix).prefixes
-
     @abstractmethod
     def read(self, key: str) -> Versioned | None:
         """An object's content and version; None if there is no such object."""

@@ -204,7 +204,7 @@ class ObjectStorage(Storage):
 
     def delete_all(self, prefix: str) -> None:
         # and the folder that SeaweedFS keeps; elsewhere there is none
-        self.delete(*(f"{prefix}/{name}" for name in self.list_objects(prefix)), prefix)
+        self.delete(*(f"{prefix}/{name}" for name in self.scan(prefix).objects), prefix)
 
     def delete_leftovers(self, prefix: str) -> None:
         """Nothing: what was not sent as a whole does not exist. A rule of the bucket ends unfinished uploads."""

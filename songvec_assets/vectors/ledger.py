@@ -99,9 +99,9 @@ class Ledger:
 
     def find_ranges(self, tiling: Tiling) -> set[SongIdRange]:
         """The ranges of the loaded songs, as song_ids are divided now: the ledger may still have an earlier tail."""
-        ranges, tiles = set(), set(tiling)
+        ranges = set()
         for song_range, entry in self.read().items():
-            if song_range in tiles:
+            if song_range in tiling:
                 ranges.add(song_range)
             elif entry.n_songs:
                 starts = (self.read_song_ids(song_range) // tiling.width).unique() * tiling.width

@@ -36,25 +36,9 @@ class LoadSource:
     tiling: Tiling
     snapshots: Snapshots
 
-    def find_ranges(self) -> list[SongIdRange]:
-        """The ranges that are cached, as song_ids are divided now."""
-        tiles = set(self.tiling)
-        return [song_range for song_range in self.cache.ranges() if song_range in tiles]
-
     def ranges(self) -> list[SongIdRange]:
-        """See `find_ranges`.
-
-        Raises:
-            StoreError: none is cached: nothing was ever filled.
-        """
-        ranges = self.find_ranges()
-        if not ranges:
-            raise StoreError(
-                f"no embeddings are cached for model {self.cache.model!r} in {self.cache.storage}: fill the cache "
-                "first, with `songvec run`",
-                "cache.missing",
-            )
-        return ranges
+        """The ranges that are cached, as song_ids are divided now."""
+        return [song_range for song_range in self.cache.ranges() if song_range in self.tiling]
 
 
 @dataclass(frozen=True)
@@ -132,11 +116,19 @@ def plan_load(table: VectorTable, source: LoadSource, run: RunContext = SILENT) 
     Raises:
         StoreError: the cache is empty: nothing was ever filled.
     """
+    cache = source.cache
     ranges = source.ranges()
+    if not ranges:
+        raise StoreError(
+            f"no embeddings are cached for model {cache.model!r} in {cache.storage}: fill the cache first, with "
+            "`songvec run`",
+            "cache.missing",
+        )
     # each file is opened once: damage is found even if there is nothing to load
-    states, n_below = compare(table, source.cache, source.tiling, opens_files=True)
+    states, n_below = compare(table, cache, source.tiling, opens_files=True)
     unmanaged = [each.in_table.n_rows for key, each in states.items() if each.loaded is None and key not in ranges]
-    unchanged, changed, damaged, n_changed = {}, {}, {}, 0
+    unchanged, changed, damaged = {}, {}, {}
+    n_changed = 0
     for song_range in ranges:
         run.check_stop()
         state = states[song_range]
@@ -149,7 +141,7 @@ def plan_load(table: VectorTable, source: LoadSource, run: RunContext = SILENT) 
             changed[song_range] = n_rows
             differing = None
             if state.loaded is not None and state.in_table.n_rows:
-                vectors, loaded = source.cache.open(song_range).rows, table.ledger.read_rows(song_range)
+                vectors, loaded = cache.open(song_range).rows, table.ledger.read_rows(song_range)
                 differing = find_differing(loaded, vectors, state.in_table)
             n_changed += n_rows if differing is None else len(differing)
     models = frozenset(each.loaded.model for each in states.values() if each.loaded)
@@ -221,7 +213,9 @@ def check_missing(
         TableMismatchError: names some of the songs and their ranges.
     """
     missing: list[int] = []
-    ranges, cached, exported = list(ranges), source.cache.ranges(), source.snapshots.ranges()
+    ranges = list(ranges)
+    cached = source.cache.ranges()
+    exported = source.snapshots.ranges()
     for song_range in sorted(serving.ledger.read()):
         run.check_stop()
         songs = set(serving.ledger.read_song_ids(song_range))

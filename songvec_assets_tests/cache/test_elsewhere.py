@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 import sqlalchemy as sa
 
+from songvec_assets.cache import elsewhere
 from songvec_assets.cache import fill as fill_module
 from songvec_assets.cache.elsewhere import OtherRanges
 from songvec_assets.cache.model_cache import ModelCache, write_embeddings_to_file
@@ -179,8 +180,9 @@ def test_songs_that_are_embedded_again_on_request_do_not_take_vectors_of_other_r
     assert billed(provider) == {"Sea by Ann\nwaves": 2}
 
 
-def test_what_other_runs_fill_meanwhile_is_found(cache):
-    others = OtherRanges(cache, look_again_s=0.0)
+def test_what_other_runs_fill_meanwhile_is_found(cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elsewhere, "LOOK_AGAIN_S", 0.0)
+    others = OtherRanges(cache)
     songs = songs_of([1, 2])
     assert others.find(SECOND, songs).is_empty()
     put(cache, [1])

@@ -87,7 +87,7 @@ def test_the_vectors_of_a_base_are_read_a_batch_at_a_time_and_once(storage, s3):
     vectors = np.random.default_rng(0).normal(size=(n_batches * PIECE_ROWS, dimensions)).astype(np.float32)
     cached, song_ids = cache.open(RANGE), range(len(vectors))
     rows = CachedRows.of(song_ids, [number.to_bytes(16, "little") for number in song_ids], vectors)
-    base = cached.writer.write_base(rows, np.split(vectors, n_batches))
+    base = cached.open_writer().write_base(rows, np.split(vectors, n_batches))
     cached.save(replace(cached.manifest, files=(base,)))
     opened = cache.open(RANGE)
     s3.requests()
@@ -182,7 +182,7 @@ def test_a_range_reads_the_same_from_an_object_store_and_from_a_disk(storage, tm
     for each in (LocalStorage(tmp_path), storage):
         cached = ModelCache(each, "m", DIMENSIONS).open(RANGE)
         for number in range(3):
-            cached.writer.write([batch_of(range(number * 1000, number * 1000 + 1500), seed=number)])
+            cached.open_writer().write([batch_of(range(number * 1000, number * 1000 + 1500), seed=number)])
         cached = ModelCache(each, "m", DIMENSIONS).open(RANGE)
         assert cached.find_sound(cached.rows).equals(cached.rows)
         picked = cached.rows["row"].gather([5, 3499, 3, 2000])

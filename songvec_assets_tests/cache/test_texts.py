@@ -14,12 +14,14 @@ from songvec_assets.cache.texts import (
     check_reembedding,
     choose_prompts,
     is_made_otherwise,
+    model_storage,
     read_record,
     write_record,
 )
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.embedding.prompts import Prompts, default_prompts
 from songvec_assets.errors import ReembeddingError, StoreError
+from songvec_assets.settings import Settings
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.storage.local import LocalStorage
@@ -51,15 +53,17 @@ def test_a_record_that_does_not_parse_is_named_with_a_way_out(storage: LocalStor
     assert refused.value.code == "store.damaged"
 
 
-def test_prompts_are_those_that_are_set_else_recorded_else_of_the_models_family(storage: LocalStorage) -> None:
-    cache = ModelCache(storage, E5, 3)
-    assert choose_prompts(storage, (E5,), None, None) == default_prompts(E5)
-    put(cache, [1])
-    assert choose_prompts(storage, (E5,), None, None).query == default_prompts(E5).query
-    assert choose_prompts(storage, (E5,), None, None).document == "{text}", "caches of earlier versions had none"
+def test_prompts_are_those_that_are_set_else_recorded_else_of_the_models_family(tmp_path: Path) -> None:
+    root, given = LocalStorage(tmp_path), {"fireworks_api_key": "k", "embedding_model": E5, "embedding_dimensions": 3}
+    unset, storage = Settings(**given), model_storage(root, E5, 3)
+    assert choose_prompts(root, unset) == default_prompts(E5)
+    put(ModelCache(storage, E5, 3), [1])
+    assert choose_prompts(root, unset).query == default_prompts(E5).query
+    assert choose_prompts(root, unset).document == "{text}", "caches of earlier versions had none"
     write_record(storage, TextRecord.of(SPEC, "find {query}"))
-    assert choose_prompts(storage, (E5,), None, None) == Prompts("find {query}", "passage: {text}")
-    assert choose_prompts(storage, (E5,), "q {query}", "d {text}") == Prompts("q {query}", "d {text}")
+    assert choose_prompts(root, unset) == Prompts("find {query}", "passage: {text}")
+    both = Settings(**given, query_prompt="q {query}", document_prompt="d {text}")
+    assert choose_prompts(root, both) == Prompts("q {query}", "d {text}")
 
 
 def test_a_range_is_made_otherwise_by_its_completion_else_by_the_record(storage: LocalStorage) -> None:

@@ -128,7 +128,7 @@ def test_a_waiter_that_is_cancelled_costs_nobody_an_answer(writer, written) -> N
 
 
 def test_small_parts_of_one_writer_become_one(cache):
-    writer = cache.open(RANGE).writer
+    writer = cache.open(RANGE).open_writer()
     for song_id in range(64):
         writer.write([CachedRows.of([song_id], hashes_of([song_id]), vectors_of([song_id]))])
     assert len(names(cache)) == len(writer.files) == 1
@@ -137,7 +137,7 @@ def test_small_parts_of_one_writer_become_one(cache):
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"ARROW1")])
 def test_a_small_part_that_the_disk_changed_ends_the_range_with_words(cache, harm):
-    writer = cache.open(RANGE).writer
+    writer = cache.open(RANGE).open_writer()
     for song_id in range(63):
         writer.write([CachedRows.of([song_id], hashes_of([song_id]), vectors_of([song_id]))])
     harm(cache.storage.root / RANGE.key / writer.files[7].name)

@@ -118,12 +118,6 @@ def test_halves_are_all_items_in_order_and_differ_by_one_at_most(items):
     assert first
 
 
-@pytest.mark.parametrize("items", [[], ["alone"]])
-def test_less_than_two_items_cannot_be_divided(items):
-    with pytest.raises(ValueError, match=f"got {len(items)}"):
-        bisect(items)
-
-
 def ask(limits: LearnedLimits, takes, n_texts: int, size: int) -> None:
     """A request, and where it is refused its halves."""
     if takes(n_texts, n_texts * size):

@@ -77,16 +77,13 @@ def test_what_costs_nothing_is_free():
 def test_twelve_million_songs_take_days_at_the_starting_quota():
     """The example of the provider's facts: 4.8 billion tokens, $480, 3.7 days."""
     quota = Quota(6_000, 900_000, 2_048, 100_000)
-    estimate = Price(0.10).estimate(12_000_000, 11_000_000, 4_800_000_000, quota)
-    assert (estimate.n_songs, estimate.n_texts, estimate.n_tokens) == (12_000_000, 11_000_000, 4_800_000_000)
-    assert estimate.usd == pytest.approx(480)
-    assert estimate.hours / 24 == pytest.approx(3.7, abs=0.05)
+    assert Price(0.10).usd(4_800_000_000) == pytest.approx(480)
+    assert quota.hours(11_000_000, 4_800_000_000) / 24 == pytest.approx(3.7, abs=0.05)
 
 
 def test_where_requests_are_few_they_decide_the_time():
     quota = Quota(requests_per_minute=10, tokens_per_minute=10**9, max_request_texts=100, max_request_tokens=10**6)
-    estimate = Price(0.10).estimate(60_000, 60_000, 600_000, quota)
-    assert estimate.hours == pytest.approx(1.0)
+    assert quota.hours(60_000, 600_000) == pytest.approx(1.0)
 
 
 @PROFILE
@@ -109,4 +106,4 @@ def test_where_few_requests_are_allowed_each_is_its_share_of_the_token_quota(req
 def test_requests_are_counted_by_the_limit_that_binds():
     quota = Quota(60, 10**9, max_request_texts=100, max_request_tokens=1_000)
     for n_tokens, n_requests in ((1_000, 10), (50_000, 50)):
-        assert Price(0.10).estimate(1_000, 1_000, n_tokens, quota).hours == pytest.approx(n_requests / 60 / 60)
+        assert quota.hours(1_000, n_tokens) == pytest.approx(n_requests / 60 / 60)

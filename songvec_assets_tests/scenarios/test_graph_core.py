@@ -11,7 +11,7 @@ from songvec_assets.cache.plan import FillReport
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import search_songs
-from songvec_assets.search.queries import embed_query
+from songvec_assets.search.queries import embed_queries
 from songvec_assets.search.query import Query
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.watch import look_at_source
@@ -55,7 +55,7 @@ def test_songs_become_a_table_that_a_search_finds(
     build_index(pipeline.database, pipeline.cache, pipeline.table_spec)
     hits = search_songs(pipeline.database, pipeline.source, Query(table[150], limit=2))
     assert (hits[0].song_id, hits[0].name, round(hits[0].similarity, 3)) == (150, "Moon", 1.0)
-    assert embed_query(pipeline.embedder(), "moonlight").shape == (64,)
+    assert embed_queries(pipeline.embedder(), ["moonlight"], None).shape == (1, 64)
     assert pipeline.status().total["n_missing"] == 0
 
 
@@ -130,7 +130,7 @@ def test_only_the_columns_that_the_template_names_are_needed(
     shown = {hit.song_id: (hit.name, hit.artist) for hit in hits}
     assert (shown[1][0] or "Sea", shown[1][1] in ("", "Ann")) == ("Sea", True)
     assert look_at_source(pipeline.source, None).look.state.n_songs == 2
-    assert pipeline.find_missing().n_missing == 0
+    assert pipeline.dry_run().missing.n_missing == 0
     pipeline.preview()
 
 

@@ -105,7 +105,7 @@ def test_storing_vectors_again_takes_calls_in_proportion_to_their_pieces(
     def count_calls(n_pieces: int) -> int:
         cache = ModelCache(LocalStorage(tmp_path / str(n_pieces)), "m", 3)
         cached = cache.open(SongIdRange(0, 1_000))
-        cached.writer.write(
+        cached.open_writer().write(
             [CachedRows.of(range(n_pieces), [bytes(16)] * n_pieces, np.ones((n_pieces, 3), np.float32))]
         )
         cached.add_written()

@@ -7,14 +7,14 @@ from songvec_assets.embedding.demo import DemoEmbedder
 from songvec_assets.embedding.embedder import Embedder
 from songvec_assets.search.lines import N_BY_MEANING, add_best_lines
 from songvec_assets.search.nearest import Hit
-from songvec_assets.search.queries import embed_query
+from songvec_assets.search.queries import embed_queries
 
 SEA = "Haul in, the bell is gone\n\n  A storm is at the door \nSalt in the bread\nStormy, and a storm at sea"
 
 
 def best_line(query: str, lyrics: str | None, embedder: Embedder | None = None) -> str | None:
     """Of one song, for a query that is embedded by the model if one is given."""
-    vector = np.zeros(0, np.float32) if embedder is None else embed_query(embedder, query)
+    vector = np.zeros(0, np.float32) if embedder is None else embed_queries(embedder, [query], None)[0]
     (hit,) = add_best_lines([Hit(1, "Sea", "Ann", lyrics, 0.5)], query, vector, embedder)
     return hit.best_line
 
@@ -63,7 +63,7 @@ def test_only_the_nearest_songs_lines_are_embedded() -> None:
             return super().embed(texts)
 
     hits = [Hit(n, "Sea", "Ann", f"number {n}\nla la\na job", 0.5) for n in range(N_BY_MEANING + 1)]
-    vector = embed_query(DemoEmbedder(), "job")
+    vector = embed_queries(DemoEmbedder(), ["job"], None)[0]
     found = add_best_lines(
         hits,
         "job",

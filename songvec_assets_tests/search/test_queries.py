@@ -13,7 +13,7 @@ from songvec_assets.errors import BudgetExceededError, ProviderError, SettingsEr
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search import queries
-from songvec_assets.search.queries import embed_queries, embed_query
+from songvec_assets.search.queries import embed_queries
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import make_pipeline
 from songvec_assets_tests.provider import Provider, running_provider
@@ -43,21 +43,21 @@ class RecordingEmbedder:
 
 def test_a_query_is_asked_within_its_prompt() -> None:
     embedder = RecordingEmbedder()
-    vector = embed_query(embedder, "{query} at sea", "Q: {query}?")
+    vectors = embed_queries(embedder, ["{query} at sea"], "Q: {query}?")
     assert embedder.texts == ["Q: {query} at sea?"]
-    assert (vector.shape, vector.dtype, embedder.closed) == ((DIMENSIONS,), np.float32, True)
+    assert (vectors.shape, vectors.dtype, embedder.closed) == ((1, DIMENSIONS), np.float32, True)
 
 
 def test_without_a_prompt_a_query_is_its_words_alone() -> None:
     offline = OfflineEmbedder(64)
-    expected = asyncio.run(offline.generate_embeddings_batch(["a storm at sea"])).embeddings[0]
-    np.testing.assert_array_equal(embed_query(offline, "a storm at sea"), expected)
+    expected = asyncio.run(offline.generate_embeddings_batch(["a storm at sea"])).embeddings
+    np.testing.assert_array_equal(embed_queries(offline, ["a storm at sea"], None), expected)
 
 
 def test_an_embedder_that_fails_is_closed_too() -> None:
     embedder = RecordingEmbedder(ProviderError("the key is wrong"))
     with pytest.raises(ProviderError, match="the key is wrong"):
-        embed_query(embedder, "a storm at sea")
+        embed_queries(embedder, ["a storm at sea"], None)
     assert embedder.closed
 
 
@@ -115,7 +115,7 @@ def test_a_wrong_key_is_a_wrong_key(begin: Callable[..., Pipeline]) -> None:
 def test_bytes_that_are_no_text_are_refused_before_anything_is_sent() -> None:
     embedder = RecordingEmbedder()
     with pytest.raises(SettingsError, match="not valid UTF-8"):
-        embed_query(embedder, "caf\udce9")
+        embed_queries(embedder, ["caf\udce9"], None)
     assert (embedder.texts, embedder.closed) == ([], True)
 
 

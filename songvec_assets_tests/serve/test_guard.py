@@ -8,7 +8,8 @@ import httpx2
 import pytest
 
 from songvec_assets.pipeline import Pipeline
-from songvec_assets.serve.guard import OPEN, Limits, Rates, _read_client
+from songvec_assets.serve.app import OPEN
+from songvec_assets.serve.guard import Limits, Rates, _read_client
 from songvec_assets_tests.provider import Provider
 from songvec_assets_tests.serve.conftest import Get, running_server
 

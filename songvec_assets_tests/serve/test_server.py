@@ -82,7 +82,7 @@ class TestSlowClients:
         self, hasty: str, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         find = type(pipeline).find
-        monkeypatch.setattr(type(pipeline), "find", lambda *given: time.sleep(1.2) or find(*given))
+        monkeypatch.setattr(type(pipeline), "find", lambda *given, **named: time.sleep(1.2) or find(*given, **named))
         assert httpx2.get(f"{hasty}/similar/7", timeout=30).status_code == 200
 
 

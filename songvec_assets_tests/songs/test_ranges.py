@@ -149,6 +149,12 @@ def test_a_tiling_covers_every_song_id_exactly_once(tiling):
     assert tiles[-1].start == tiling.stop
     assert all(tile.stop - tile.start == tiling.width for tile in tiles[:-1])
     assert len(tiling) == len(tiles)
+    assert all(tile in tiling for tile in tiles)
+
+
+@pytest.mark.parametrize("key", ["000000000-000000100", "000000200-000000250", "000000100-000000300", "000000400-max"])
+def test_ranges_below_the_start_of_another_width_or_of_another_stop_are_in_no_tiling(key):
+    assert SongIdRange.from_key(key) not in Tiling(100, 500, 100)
 
 
 @PROFILE

@@ -274,7 +274,7 @@ class TestTypes:
         )
         with pytest.raises(SourceError, match="column 'artist' is integer"):
             pipeline.export()
-        assert not pipeline.store.songs.storage.list_objects()
+        assert not pipeline.store.songs.storage.scan().objects
         assert provider.ledger()["requests"] == 0
 
 

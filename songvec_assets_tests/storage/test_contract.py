@@ -22,26 +22,26 @@ def storage(request, tmp_path):
 
 def test_what_was_put_is_read_and_listed_by_its_key(storage):
     assert storage.read("a/b/one") is None
-    assert storage.list_objects("a/b") == {}
+    assert storage.scan("a/b").objects == {}
     storage.put("a/b/one", b"1")
     storage.put("a/b/two", b"22")
     assert storage.read("a/b/one").content == b"1"
     assert storage.open("a/b/two").mapped.to_pybytes() == b"22"
-    assert storage.list_objects("a/b") == {"one": 1, "two": 2}
-    assert storage.list_prefixes() == ["a"]
-    assert storage.within("a").list_prefixes() == ["b"]
+    assert storage.scan("a/b").objects == {"one": 1, "two": 2}
+    assert storage.scan().prefixes == ["a"]
+    assert storage.within("a").scan().prefixes == ["b"]
     storage.delete("a/b/one")
     storage.delete("a/b/one")
-    assert storage.list_objects("a/b") == {"two": 2}
+    assert storage.scan("a/b").objects == {"two": 2}
     storage.delete_all("a/b")
-    assert storage.list_prefixes("a") == []
+    assert storage.scan("a").prefixes == []
 
 
 def test_an_object_is_there_when_its_block_has_ended_well(storage):
     with storage.write("a/one") as file:
         file.write(b"first ")
         file.flush()
-        assert storage.list_objects("a") == {}
+        assert storage.scan("a").objects == {}
         file.write(b"second")
     assert storage.read("a/one").content == b"first second"
     with pytest.raises(ValueError, match="halfway"), storage.write("a/one") as file:
@@ -96,7 +96,7 @@ def test_an_object_of_any_size_appears_as_a_whole(storage, monkeypatch):
     content = bytes(range(256)) * (20 << 12)
     with storage.write("a/large") as file:
         file.write(content)
-        assert storage.list_objects("a") == {}
+        assert storage.scan("a").objects == {}
     opened = storage.open("a/large")
     assert opened.size == len(content)
     [found] = opened.read([(0, len(content))])

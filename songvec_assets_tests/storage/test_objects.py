@@ -36,10 +36,10 @@ def test_what_fails_for_a_moment_is_tried_again_and_done_once(storage, s3, fault
     s3.spoil(fault | {"times": 2})
     storage.put("a/two", b"3")
     s3.spoil(fault | {"times": 2})
-    assert storage.list_objects("a") == {"one": 1, "two": 1}
+    assert storage.scan("a").objects == {"one": 1, "two": 1}
     s3.spoil(fault | {"times": 2})
     storage.delete("a/two")
-    assert storage.list_objects("a") == {"one": 1}
+    assert storage.scan("a").objects == {"one": 1}
 
 
 def test_an_answer_that_breaks_off_is_read_on_from_there(storage, s3):
@@ -90,7 +90,7 @@ def test_what_keeps_failing_says_what_to_do(storage, s3, fault, code, words):
         ("read", lambda: opened.read([(1 << 17, 1 << 18)])),
         ("write", lambda: storage.put("a/one", b"1")),
         ("write", lambda: storage.put_if_unchanged("a/one", b"1", None)),
-        ("list", lambda: storage.list_objects("a")),
+        ("list", lambda: storage.scan("a")),
         ("delete", lambda: storage.delete("a/one")),
     ]
     for what, call in calls:
@@ -145,14 +145,14 @@ def test_a_large_object_is_sent_in_pieces_and_appears_as_a_whole(storage, s3, mo
     with storage.write("a/large") as file:
         file.write(content[:100])
         file.write(content[100:])
-        assert storage.list_objects("a") == {}
+        assert storage.scan("a").objects == {}
     assert storage.read("a/large").content == content
     assert s3.count()["POST"] == 2, "begun and completed"
     s3.spoil({"do": "answer", "method": "PUT", **IN_VAIN})
     with pytest.raises(StorageError), storage.write("a/other") as file:
         file.write(content)
     s3.spoil()
-    assert list(storage.list_objects("a")) == ["large"]
+    assert list(storage.scan("a").objects) == ["large"]
 
 
 def test_a_secret_may_be_in_a_file(bucket, monkeypatch, tmp_path):

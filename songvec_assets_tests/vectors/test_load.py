@@ -525,7 +525,7 @@ class TestDamage:
         self, database: Database, cache: ModelCache, value: float
     ) -> None:
         put(cache, range(20))
-        writer, bad = cache.open(FIRST).writer, np.full((1, DIMENSIONS), value, dtype=np.float32)
+        writer, bad = cache.open(FIRST).open_writer(), np.full((1, DIMENSIONS), value, dtype=np.float32)
         writer.write_base(CachedRows.of([7], [bytes(16)], bad), iter([bad]))
         cached = cache.open(FIRST)
         file = next(DataFile(name, size) for name, size in cached.files.sizes.items() if name.endswith("-base.arrow"))

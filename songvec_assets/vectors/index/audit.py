@@ -18,7 +18,7 @@ from songvec_assets.vectors.index.catalog import uses_index
 from songvec_assets.vectors.index.neighbors import NEIGHBORS
 from songvec_assets.vectors.index.probes import NearestSearch, find_nearest
 from songvec_assets.vectors.index.recall import RecallReport, read_recall
-from songvec_assets.vectors.index.recall_searches import Searches
+from songvec_assets.vectors.index.recall_searches import RecallSearches
 from songvec_assets.vectors.spec import SERVING, STAGING, TableSpec
 from songvec_assets.vectors.table import VectorTable
 
@@ -126,7 +126,7 @@ def audit_recall(table: VectorTable, cache: ModelCache, target: float) -> Recall
     with table.database.get_connection() as connection:
         report = read_recall(connection, table)
     if report is None or not report.holds(index.n_changed):
-        searches = Searches.over(table, cache)
+        searches = RecallSearches.over(table, cache)
         searches.reaches(index.probes, target)
         report = RecallReport.of(searches, target, index.probes)
     return replace(report, target=target, n_changed=index.n_changed)

@@ -35,7 +35,7 @@ nearest plus this, so that ties and duplicates do not count against an index. an
 songs here, and hide what halfvec loses: a few millionths at 2,000 dimensions. Two float32 sums of 2,000 products in
 different orders differ by about 1e-6."""
 
-Found = Mapping[int, float]
+Distances = Mapping[int, float]
 """What a search returned: song_ids and cosine distances, nearest first."""
 
 _KEPT = 50
@@ -154,7 +154,7 @@ class ExactNeighbors:
         """Of the rows that were read."""
         return self.n_read / max(1, self.n_rows - self.n_missing)
 
-    def judge(self, query: int, found: Found, others: Found) -> tuple[int, int]:
+    def judge(self, query: int, found: Distances, others: Distances) -> tuple[int, int]:
         """How many of a query's true ten nearest a search found, and of how many that were read.
 
         Distances are exact where a row was kept; else they are the server's, which are rounded for a `halfvec` table.

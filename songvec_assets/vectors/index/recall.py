@@ -16,7 +16,7 @@ from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.index.catalog import SMALL_TABLE_ROWS, BuiltIndex, choose_probes, describe_knobs
 from songvec_assets.vectors.index.neighbors import Prepared
 from songvec_assets.vectors.index.probes import find_smallest
-from songvec_assets.vectors.index.recall_searches import FIRST_QUERIES, STEP, RecallPoint, Searches
+from songvec_assets.vectors.index.recall_searches import FIRST_QUERIES, STEP, RecallPoint, RecallSearches
 from songvec_assets.vectors.table import VectorTable
 
 DEFAULT_TARGET = 0.95
@@ -59,7 +59,7 @@ class RecallReport:
     drift: float | None = None
 
     @classmethod
-    def of(cls, searches: Searches, target: float, probes: int) -> "RecallReport":
+    def of(cls, searches: RecallSearches, target: float, probes: int) -> "RecallReport":
         """All that was measured, with the chosen probes."""
         points = tuple(searches.judge(each) for each in sorted(searches.tried))
         exact, is_late, seconds = searches.exact, searches.is_late, searches.seconds
@@ -147,7 +147,7 @@ def measure_recall(
         StoreError: the cache does not hold what is loaded, so that exact neighbors are not known.
         DatabaseError: the planner does not use the index, even if sequential scans are off.
     """
-    searches = Searches.over(table, cache, run, ahead)
+    searches = RecallSearches.over(table, cache, run, ahead)
     lists, reaches, probes, enough = searches.lists, partial(searches.reaches, target=target), 1, max(target, _ENOUGH)
     if searches.candidates is not None:
         choose_candidates(searches, target)
@@ -177,7 +177,7 @@ def measure_recall(
     return report
 
 
-def choose_candidates(searches: Searches, target: float) -> None:
+def choose_candidates(searches: RecallSearches, target: float) -> None:
     """Take the fewest candidates, of powers of two, that lose no more than half of what recall may lack.
 
     The other half is left to the lists that are not visited, as is half of the time. What no candidates would find is

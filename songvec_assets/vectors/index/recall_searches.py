@@ -28,8 +28,8 @@ from songvec_assets.vectors.index.interval import estimate_share
 from songvec_assets.vectors.index.kinds import IVFFLAT, KINDS, MOST_EF_SEARCH, IndexKind
 from songvec_assets.vectors.index.neighbors import (
     NEIGHBORS,
+    Distances,
     ExactNeighbors,
-    Found,
     LoadedRows,
     Prepared,
     find_exact_neighbors,
@@ -81,8 +81,8 @@ class RecallPoint:
 
 
 @dataclass
-class Searches:
-    """The same searches at several numbers of probes: `Searches.over(…).measure(8)`.
+class RecallSearches:
+    """The same searches at several numbers of probes: `RecallSearches.over(…).measure(8)`.
 
     Attributes:
         exact: what is searched for, see `sample_queries`, and the true neighbors.
@@ -110,7 +110,7 @@ class Searches:
     run: RunContext
     began_at: float
     n_done: int = 0
-    _found: dict[tuple[int, int], list[Found]] = field(default_factory=dict)
+    _found: dict[tuple[int, int], list[Distances]] = field(default_factory=dict)
     _times: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
     @classmethod
@@ -120,7 +120,7 @@ class Searches:
         cache: ModelCache,
         run: RunContext = SILENT,
         ahead: "Future[Prepared] | None" = None,
-    ) -> "Searches":
+    ) -> "RecallSearches":
         """Draw queries and find their exact neighbors, in half of the time.
 
         Args:
@@ -218,7 +218,7 @@ class Searches:
                         break  # with as many queries of one kind as of the other
                     found.append(self._find_complete(query, key[1]) or self._search(cursor, nearest, query, key))
 
-    def _find_complete(self, query: int, probes: int) -> Found | None:
+    def _find_complete(self, query: int, probes: int) -> Distances | None:
         """What fewer probes found, if that is all: more probes visit the same lists and others, and find it again.
 
         Not for the first queries, whose times count, nor of a sample, where it is not known what is all; nor by bits:
@@ -229,7 +229,7 @@ class Searches:
         by_fewer = (found[query] for (_, fewer), found in self._found.items() if fewer < probes and query < len(found))
         return next((found for found in by_fewer if len(set(self.exact.judge(query, found, {}))) == 1), None)
 
-    def _search(self, cursor: Any, nearest: NearestSearch, query: int, key: tuple[int, int]) -> Found:
+    def _search(self, cursor: Any, nearest: NearestSearch, query: int, key: tuple[int, int]) -> Distances:
         self.run.check_stop()
         parameters = self._parameters(query, key)
         started = time.perf_counter()
@@ -253,7 +253,7 @@ class Searches:
         n_queries = len(judged)
         return RecallPoint(probes, recall, low, high, n_queries, of_rows.share, of_synthetic.share, median, p99)
 
-    def _others(self, query: int) -> Found:
+    def _others(self, query: int) -> Distances:
         if self.exact.share >= 1:
             return {}  # the exact neighbors are all known
         return {

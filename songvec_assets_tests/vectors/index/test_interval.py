@@ -11,7 +11,7 @@ from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.text import hash_text
 from songvec_assets.vectors.index.interval import estimate_share
 from songvec_assets.vectors.index.neighbors import ExactNeighbors
-from songvec_assets.vectors.index.recall_searches import Searches
+from songvec_assets.vectors.index.recall_searches import RecallSearches
 from songvec_assets.vectors.table import VectorTable
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, upload
 from songvec_assets_tests.vectors.indexes import build_index
@@ -38,7 +38,7 @@ def test_without_a_trial_nothing_is_known() -> None:
 
 
 @pytest.fixture
-def wide(database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> Searches:
+def wide(database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> RecallSearches:
     """Five hundred queries of each kind for a table of 8,000 clustered rows and 90 lists."""
     tiling = Tiling(8_000, 8_000)
     draw = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def wide(database: Database, cache: ModelCache, monkeypatch: pytest.MonkeyPatch)
     build_index(database, cache)
     monkeypatch.setattr("songvec_assets.vectors.index.neighbors._MOST_QUERIES", 1000)
     monkeypatch.setattr("songvec_assets.vectors.index.neighbors._MOST_QUERIES_OF_SAMPLE", 1000)
-    searches = Searches.over(VectorTable(database), cache)
+    searches = RecallSearches.over(VectorTable(database), cache)
     searches.limit_s = float("inf")
     return searches
 
@@ -66,7 +66,7 @@ def sample_of(exact: ExactNeighbors, share: float, draw: np.random.Generator) ->
 
 
 @pytest.mark.slow
-def test_recall_against_a_sample_is_that_against_all_rows(wide: Searches) -> None:
+def test_recall_against_a_sample_is_that_against_all_rows(wide: RecallSearches) -> None:
     whole = {probes: wide.measure(probes, 1000).recall_of_synthetic for probes in (4, 6, 8, 32)}
     everything, draw, of_samples = wide.exact, np.random.default_rng(1), []
     for _ in range(5):
@@ -77,7 +77,7 @@ def test_recall_against_a_sample_is_that_against_all_rows(wide: Searches) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [1.0, 0.2])
-def test_the_interval_covers_the_recall_of_all_queries_as_often_as_it_says(wide: Searches, share: float) -> None:
+def test_the_interval_covers_the_recall_of_all_queries_as_often_as_it_says(wide: RecallSearches, share: float) -> None:
     wide.measure(32, 1000)
     everything, draw = wide.exact, np.random.default_rng(2)
     for probes in (3, 6, 8):

@@ -16,7 +16,7 @@ from songvec_assets.progress import Progress, RunContext, StopSignal
 from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.index.neighbors import LoadedRows, find_exact_neighbors, prepare, sample_queries
 from songvec_assets.vectors.index.recall import measure_recall
-from songvec_assets.vectors.index.recall_searches import Searches
+from songvec_assets.vectors.index.recall_searches import RecallSearches
 from songvec_assets.vectors.index.upkeep import IndexReport
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import execute
@@ -42,7 +42,7 @@ def bring(database: Database, cache: ModelCache, spec: TableSpec = SPEC) -> Inde
 
 class TestMeasurement:
     def test_visiting_all_lists_finds_everything(self, indexed: Database, cache: ModelCache) -> None:
-        point = Searches.over(VectorTable(indexed), cache).measure(20)
+        point = RecallSearches.over(VectorTable(indexed), cache).measure(20)
         assert (point.recall, point.recall_of_rows, point.recall_of_synthetic) == (1, 1, 1)
         assert (point.low, point.high, point.n_queries) == (1, 1, 20), "nothing can be missed"
         assert 0 < point.ms_median <= point.ms_p99
@@ -66,10 +66,10 @@ class TestMeasurement:
         load(database, cache)
         build_index(database, cache, wanted=IndexSettings(lists=2))
         # any ten of the hundred and twenty are as near as any other
-        assert Searches.over(VectorTable(database), cache).measure(2).recall == 1
+        assert RecallSearches.over(VectorTable(database), cache).measure(2).recall == 1
 
     def test_it_is_what_searches_find(self, indexed: Database, cache: ModelCache) -> None:
-        point = Searches.over(VectorTable(indexed), cache).measure(2, 200)
+        point = RecallSearches.over(VectorTable(indexed), cache).measure(2, 200)
         rows = LoadedRows.of(VectorTable(indexed), cache)
         queries = sample_queries(rows)
         exact = find_exact_neighbors(rows, queries)
@@ -111,24 +111,24 @@ class TestMeasurement:
     def test_it_takes_the_index_whatever_the_planner_would_rather(self, indexed: Database, cache: ModelCache) -> None:
         name = sa.make_url(indexed.url).database
         execute(indexed.adbc_uri, f"ALTER DATABASE {name} SET enable_indexscan = off")
-        assert Searches.over(VectorTable(indexed), cache).measure(1).recall < 1
+        assert RecallSearches.over(VectorTable(indexed), cache).measure(1).recall < 1
 
     def test_without_an_index_it_says_what_to_do(self, indexed: Database, cache: ModelCache) -> None:
         execute(indexed.adbc_uri, "DROP INDEX embeddings_ivfflat_idx")
         with pytest.raises(DatabaseError, match="run `songvec index`"):
-            Searches.over(VectorTable(indexed), cache).measure(1)
+            RecallSearches.over(VectorTable(indexed), cache).measure(1)
 
     def test_neighbors_that_were_prepared_are_used_unless_other_rows_were_loaded_since(
         self, indexed: Database, cache: ModelCache
     ) -> None:
         table, reported = VectorTable(indexed), list[Progress]()
         ahead = prepare(table, cache, RunContext())
-        used = Searches.over(table, cache, RunContext(reported.append), ahead)
+        used = RecallSearches.over(table, cache, RunContext(reported.append), ahead)
         assert (used.exact, reported) == (ahead.result().exact, []), "nothing is sought again"
         assert used.measure(20).recall == 1
         put_clusters(cache, 0, 100, n_clusters=20, seed=1)
         load(indexed, cache)
-        again = Searches.over(table, cache, ahead=ahead)
+        again = RecallSearches.over(table, cache, ahead=ahead)
         assert again.exact is not ahead.result().exact
         assert again.measure(20).recall == 1
 
@@ -137,7 +137,7 @@ class TestMeasurement:
     ) -> None:
         shutil.rmtree(cache.storage.root / TILING.range_of(0).key)
         with pytest.raises(StoreError, match=r"holds 300 of the 400 rows .* fill the cache"):
-            Searches.over(VectorTable(indexed), cache).measure(1)
+            RecallSearches.over(VectorTable(indexed), cache).measure(1)
 
     def test_a_few_of_them_are_left_out(self, indexed: Database, cache: ModelCache) -> None:
         execute(
@@ -170,13 +170,13 @@ class TestTimeLimit:
     def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
         """Seconds; each search adds one."""
         seconds = [0.0]
-        searched = Searches._search
+        searched = RecallSearches._search
 
-        def search(self: Searches, *arguments: object) -> object:
+        def search(self: RecallSearches, *arguments: object) -> object:
             seconds[0] += 1.0
             return searched(self, *arguments)
 
-        monkeypatch.setattr(Searches, "_search", search)
+        monkeypatch.setattr(RecallSearches, "_search", search)
         fake = SimpleNamespace(monotonic=lambda: seconds[0], perf_counter=time.perf_counter)
         for module in ("recall_searches", "neighbors"):
             monkeypatch.setattr(f"songvec_assets.vectors.index.{module}.time", fake)
@@ -208,11 +208,11 @@ class TestTimeLimit:
     def test_a_query_whose_neighbors_fewer_probes_all_found_is_not_searched_again(
         self, indexed: Database, cache: ModelCache
     ) -> None:
-        searches = Searches.over(VectorTable(indexed), cache)
+        searches = RecallSearches.over(VectorTable(indexed), cache)
         few, n_done = searches.measure(4, 200), searches.n_done
         more = searches.measure(8, 200)
         assert 200 + 20 <= searches.n_done < n_done + 200
-        anew = Searches.over(VectorTable(indexed), cache).measure(8, 200)
+        anew = RecallSearches.over(VectorTable(indexed), cache).measure(8, 200)
         assert few.recall < more.recall == anew.recall
         assert (more.low, more.high, more.n_queries) == (anew.low, anew.high, 200)
 
@@ -240,7 +240,7 @@ class TestSample:
 
 
 def test_vectors_reach_the_server_as_they_are(indexed: Database, cache: ModelCache) -> None:
-    searches = Searches.over(VectorTable(indexed), cache)
+    searches = RecallSearches.over(VectorTable(indexed), cache)
     sent = searches._parameters(0, (0, 1))["vector"]
     [(text,)] = execute(indexed.adbc_uri, f"SELECT '{sent}'::vector::text")
     np.testing.assert_array_equal(np.array(text[1:-1].split(","), dtype=np.float32), searches.exact.queries[0])
