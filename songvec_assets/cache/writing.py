@@ -9,6 +9,7 @@ import contextlib
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, count
 
@@ -166,8 +167,9 @@ class AnswerGatherer:
             # also what came while earlier parts were written
             taken, self._waiting, self._part = self._waiting, [], None
             # their slots are free soon: what comes in them is worth waiting for, else parts would get ever smaller
-            with self.expecting(len(taken)):
-                await asyncio.to_thread(self._write, taken)
+            with self.expecting(len(taken)), ThreadPoolExecutor(1, "songvec-part") as thread:
+                # of its own: the few that the loop has are for the database, without which no request may be sent
+                await asyncio.get_running_loop().run_in_executor(thread, self._write, taken)
 
     def _write(self, taken: Sequence[Answer]) -> None:
         """Write answers as one part, since each file costs a sync; small answers share a batch."""

@@ -93,6 +93,7 @@ def test_parts_are_written_at_a_time_as_their_storage_is_worth(writer, monkeypat
     monkeypatch.setattr(PartWriter, "write", write_slowly)
 
     async def run() -> int:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
         gatherer = AnswerGatherer(writer)
         storing = []
         for number in range(5):
@@ -100,8 +101,10 @@ def test_parts_are_written_at_a_time_as_their_storage_is_worth(writer, monkeypat
             await asyncio.sleep(0.05)
         n_begun = len(at_once)
         assert not any(each.done() for each in storing), "no answer is stored before its part is"
+        reached, _ = await asyncio.wait([asyncio.create_task(asyncio.to_thread(int))], timeout=5)
         ended.release(5)
         await asyncio.gather(*storing)
+        assert reached, "the loop's own threads are for the database, which is asked before each request"
         return n_begun
 
     assert asyncio.run(run()) == n_writes
