@@ -6,10 +6,12 @@ Keep out: which files are valid (`manifest`).
 
 import asyncio
 import contextlib
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 
 import numpy as np
 
@@ -37,11 +39,11 @@ _MOST_SMALL = 64
 
 @dataclass
 class PartWriter:
-    """Writes parts of a range, each durably or not at all.
+    """Writes parts of a range, each durably or not at all. Several threads may write at a time.
 
     Attributes:
         storage: of the model.
-        files: the written parts, in order.
+        files: the written parts.
     """
 
     storage: Storage
@@ -49,8 +51,9 @@ class PartWriter:
     generation: int
     files: list[DataFile] = field(default_factory=list)
     _writer: str = field(default_factory=lambda: uuid.uuid4().hex)
-    _n_parts: int = 0
+    _numbers: Iterator[int] = field(default_factory=count)
     _small: list[DataFile] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def write(self, batches: Sequence[CachedRows]) -> None:
         """Write songs with their vectors as one part.
@@ -65,35 +68,35 @@ class PartWriter:
                 raise ValueError(f"expected finite vectors other than zero of shape {expected}, got shape {shape}")
         rows = join_rows(batches)
         pieces = (each.embeddings[at : at + PIECE_ROWS] for each in batches for at in range(0, len(each), PIECE_ROWS))
-        part = self._write(rows, pieces)
-        if len(rows) < PIECE_ROWS // 2:
-            self._small.append(part)
+        part, small = self._write(rows, pieces), []
+        with self._lock:
+            self.files.append(part)
+            if len(rows) < PIECE_ROWS // 2:
+                self._small.append(part)
             if len(self._small) >= _MOST_SMALL:
-                self._unite_small_parts()
+                small, self._small = self._small, []
+        if small:
+            self._unite(small)
 
     def write_base(self, rows: Rows, pieces: Iterable[Float32Matrix]) -> DataFile:
         """Write stored rows as a base; they keep their checksums, so that damage is still found later."""
         return self._write(rows, pieces, "base")
 
     def _write(self, rows: Rows, pieces: Iterable[Float32Matrix], number: str = "") -> DataFile:
-        name = f"{self.generation}-{self._writer}-{number or self._n_parts}.arrow"
+        name = f"{self.generation}-{self._writer}-{number or next(self._numbers)}.arrow"
         key = f"{self.identity.range.key}/{name}"
         with self.storage.write(key) as file:
             write_part(file, self.identity, rows, pieces)
             n_bytes = file.tell()
-        written = DataFile(name, n_bytes)
-        if not number:
-            self._n_parts += 1
-            self.files.append(written)
-        return written
+        return DataFile(name, n_bytes)
 
-    def _unite_small_parts(self) -> None:
+    def _unite(self, small: Sequence[DataFile]) -> None:
         """Write small parts again as one. A crash in between leaves duplicate rows, which are harmless."""
-        small, self._small = self._small, []
         keys = [f"{self.identity.range.key}/{each.name}" for each in small]
         batches = [rows for key in keys for rows in self._read(key)]
-        self._write(join_rows(batches), (each.load().embeddings for each in batches))
-        self.files = [each for each in self.files if each not in small]
+        part = self._write(join_rows(batches), (each.load().embeddings for each in batches))
+        with self._lock:
+            self.files = [*(each for each in self.files if each not in small), part]
         self.storage.delete(*keys)
 
     def _read(self, key: str) -> Sequence[StoredRows]:
@@ -116,7 +119,7 @@ class AnswerGatherer:
     """Gathers the answers to a range's requests into parts: of PIECE_ROWS rows or more, or of half a second.
 
     Attributes:
-        writer: writes the parts; in a thread, one at a time.
+        writer: writes the parts; in threads, as many at a time as its storage is worth.
     """
 
     writer: PartWriter
@@ -124,16 +127,18 @@ class AnswerGatherer:
     _waiting: list[Answer] = field(default_factory=list)
     _part: asyncio.Task[None] | None = None
     _is_due: asyncio.Event = field(default_factory=asyncio.Event)
-    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self._places = asyncio.Semaphore(self.writer.storage.n_writes)
 
     @contextlib.contextmanager
-    def expecting(self) -> Iterator[None]:
-        """Within the block an answer may come that is worth waiting for."""
-        self._n_expected += 1
+    def expecting(self, n_answers: int = 1) -> Iterator[None]:
+        """Within the block answers may come that are worth waiting for."""
+        self._n_expected += n_answers
         try:
             yield
         finally:
-            self._n_expected -= 1
+            self._n_expected -= n_answers
             self._check_due()
 
     async def store(self, song_ids: Sequence[int], text_hashes: Sequence[bytes], embeddings: Float32Matrix) -> None:
@@ -158,10 +163,13 @@ class AnswerGatherer:
     async def _write_when_due(self) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._is_due.wait(), GATHER_S)
-        async with self._lock:
-            # also what came while the part before was written
+        async with self._places:
+            # also what came while earlier parts were written
             taken, self._waiting, self._part = self._waiting, [], None
-            await asyncio.to_thread(self._write, taken)
+            # their slots are free soon: what comes in them is worth waiting for, else parts would get ever smaller
+            with self.expecting(len(taken)), ThreadPoolExecutor(1, "songvec-part") as thread:
+                # of its own: the few that the loop has are for the database, without which no request may be sent
+                await asyncio.get_running_loop().run_in_executor(thread, self._write, taken)
 
     def _write(self, taken: Sequence[Answer]) -> None:
         """Write answers as one part, since each file costs a sync; small answers share a batch."""

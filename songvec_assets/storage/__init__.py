@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, Self, TypeVar
 
 from songvec_assets.errors import SettingsError
 
@@ -73,7 +73,13 @@ class Storage(ABC):
     """All objects whose keys begin with one prefix. Need not exist yet.
 
     Every method may raise StorageError: the object store refuses, or cannot be reached.
+
+    Attributes:
+        n_writes: how many objects it pays to write at a time: one to a disk, whose syncs wait for each other; several
+            over a network.
     """
+
+    n_writes: ClassVar[int] = 1
 
     @property
     @abstractmethod
@@ -110,6 +116,8 @@ class Storage(ABC):
     @abstractmethod
     def write(self, key: str) -> AbstractContextManager[BinaryIO]:
         """Write an object piece by piece; it appears, whole and durable, when the block ends without an error.
+
+        Pieces may be read as late as at the end of the block: until then they must not be changed.
 
         Raises:
             StoreError: it cannot be written.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, Self, TypeVar, cast
 
 from songvec_assets.errors import StorageError
 from songvec_assets.settings_group import read_secrets
@@ -65,6 +65,53 @@ class Bucket:
             self._is_checked = True
 
 
+@dataclass
+class _Gathered:
+    """A file that is written from its begin to its end: pieces in memory, as they came; on disk once they are large.
+
+    A part's vectors are sent from where the answers have them: two copies of them would be the largest cost of a write.
+    """
+
+    pieces: list[memoryview] = field(default_factory=list)
+    disk: IO[bytes] | None = None
+    closed: bool = False
+    _n_bytes: int = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pieces.clear()
+        if self.disk is not None:
+            self.disk.close()
+
+    def write(self, piece: Any) -> int:
+        view = memoryview(piece).cast("B")
+        self._n_bytes += len(view)
+        if self.disk is None and self._n_bytes > SINGLE_BYTES:
+            self.disk = tempfile.TemporaryFile()  # noqa: SIM115 - `__exit__` closes it
+            self.disk.writelines(self.pieces)
+            self.pieces.clear()
+        if self.disk is None:
+            self.pieces.append(view)
+        else:
+            self.disk.write(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._n_bytes
+
+    def flush(self) -> None:
+        pass
+
+    def rewind(self) -> Any:
+        """The content, as obstore takes it."""
+        if self.disk is None:
+            return self.pieces or b""
+        self.disk.seek(0)
+        return self.disk
+
+
 @dataclass(frozen=True)
 class ObjectStorage(Storage):
     """The objects of a bucket that begin with a prefix.
@@ -76,6 +123,7 @@ class ObjectStorage(Storage):
 
     bucket: Bucket
     prefix: str = ""
+    n_writes: ClassVar[int] = 4
 
     @classmethod
     def connect(cls, url: str) -> "ObjectStorage":
@@ -143,17 +191,14 @@ class ObjectStorage(Storage):
     def write(self, key: str) -> Iterator[BinaryIO]:
         import obstore
 
-        with clear_disk_errors(self.describe(key)), tempfile.SpooledTemporaryFile(SINGLE_BYTES) as file:
+        with clear_disk_errors(self.describe(key)), _Gathered() as file:
             yield cast(BinaryIO, file)
-            is_small = file.tell() <= SINGLE_BYTES
-            file.seek(0)
-            content: Any = file.read() if is_small else file
             with self._clear_errors("write", key):
                 obstore.put(
                     self.bucket.client,
                     self.prefix + key,
-                    content,
-                    use_multipart=not is_small,
+                    file.rewind(),
+                    use_multipart=file.disk is not None,
                     chunk_size=_PIECE_BYTES,
                     max_concurrency=4,
                 )

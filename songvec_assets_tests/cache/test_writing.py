@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -76,6 +78,81 @@ def test_what_waits_is_one_part_whose_batches_have_up_to_a_piece_of_rows(writer,
     key = f"{IDENTITY.range.key}/{file.name}"
     stored = [len(each) for each in open_part(writer.storage.open(key).mapped, IDENTITY, key)]
     assert stored == [PIECE_ROWS, PIECE_ROWS, 1, PIECE_ROWS, 5]
+
+
+@pytest.mark.parametrize("n_writes", [1, 3])
+def test_parts_are_written_at_a_time_as_their_storage_is_worth(writer, monkeypatch, n_writes) -> None:
+    monkeypatch.setattr(LocalStorage, "n_writes", n_writes)
+    at_once, ended, write = [], threading.Semaphore(0), PartWriter.write
+
+    def write_slowly(self, batches):
+        at_once.append(len(batches))
+        assert ended.acquire(timeout=60)
+        write(self, batches)
+
+    monkeypatch.setattr(PartWriter, "write", write_slowly)
+
+    async def run() -> int:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        gatherer = AnswerGatherer(writer)
+        storing = []
+        for number in range(5):
+            storing.append(asyncio.create_task(gatherer.store(*answer(number * PIECE_ROWS, PIECE_ROWS))))
+            await asyncio.sleep(0.05)
+        n_begun = len(at_once)
+        assert not any(each.done() for each in storing), "no answer is stored before its part is"
+        reached, _ = await asyncio.wait([asyncio.create_task(asyncio.to_thread(int))], timeout=5)
+        ended.release(5)
+        await asyncio.gather(*storing)
+        assert reached, "the loop's own threads are for the database, which is asked before each request"
+        return n_begun
+
+    assert asyncio.run(run()) == n_writes
+    assert sum(at_once) == 5, "what came while all were busy is one more part"
+    assert len(writer.files) == n_writes + 1
+
+
+def test_answers_wait_for_those_that_come_once_a_part_is_written(writer, written, monkeypatch) -> None:
+    """Its answers hold slots, in which others are on their way as soon as it is durable."""
+    monkeypatch.setattr(writing, "GATHER_S", 60.0)
+    monkeypatch.setattr(LocalStorage, "n_writes", 4)
+    ended, count_and_write = threading.Event(), PartWriter.write
+
+    def write_slowly(self, batches):
+        assert ended.wait(60)
+        count_and_write(self, batches)
+
+    monkeypatch.setattr(PartWriter, "write", write_slowly)
+
+    async def run() -> None:
+        gatherer = AnswerGatherer(writer)
+        first = asyncio.create_task(store_all(gatherer, [PIECE_ROWS // 8] * 8, n_expected=0))
+        await asyncio.sleep(0.05)
+        # nothing else is in flight
+        others = []
+        for number in range(3):
+            others.append(asyncio.create_task(gatherer.store(*answer(PIECE_ROWS + number, 1))))
+            await asyncio.sleep(0.05)
+        ended.set()
+        await asyncio.gather(first, *others)
+
+    asyncio.run(run())
+    assert sorted(written) == [3, PIECE_ROWS], "not a part of its own for each"
+
+
+def test_threads_that_write_at_a_time_make_parts_of_their_own(cache):
+    writer, begin = cache.open(RANGE).writer, threading.Barrier(4)
+
+    def write(first: int) -> None:
+        begin.wait()
+        for song_id in range(first, first + 40):
+            writer.write([CachedRows.of([song_id], hashes_of([song_id]), vectors_of([song_id]))])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(0, 160, 40)))
+    assert sorted(content_of(cache.open(RANGE))) == list(range(160))
+    assert names(cache) == sorted(each.name for each in writer.files)
+    assert len(writer.files) == 2 + 160 - 2 * 64, "twice 64 small ones became one"
 
 
 def test_an_answer_that_ends_without_vectors_lets_the_others_be_written(writer, written, monkeypatch) -> None:

@@ -1,10 +1,16 @@
 """Objects of real S3 servers, through a proxy that spoils what it is told to; see `test_contract` for the rest."""
 
+import numpy as np
+import obstore
 import pytest
 
+from songvec_assets.cache.parts import CachedRows, PartIdentity, write_part
+from songvec_assets.cache.slices import open_stored
 from songvec_assets.errors import SettingsError, StorageError
+from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import objects, open_storage
 
+IDENTITY = PartIdentity("m", 3, SongIdRange(0, 100_000))
 IN_VAIN = {"status": 403, "body": "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"}
 
 
@@ -153,6 +159,25 @@ def test_a_large_object_is_sent_in_pieces_and_appears_as_a_whole(storage, s3, mo
         file.write(content)
     s3.spoil()
     assert list(storage.scan("a").objects) == ["large"]
+
+
+def test_vectors_of_a_part_are_sent_from_where_they_are(storage, monkeypatch):
+    put, vectors = obstore.put, np.ones((2048, 3), np.float32)
+    sent = []
+
+    def put_and_look(client, path, content, **given):
+        sent.extend(np.frombuffer(each, np.uint8) for each in content)
+        return put(client, path, content, **given)
+
+    monkeypatch.setattr(obstore, "put", put_and_look)
+    rows = CachedRows.of(range(2048), [bytes(16)] * 2048, vectors)
+    with storage.write("a/one") as file:
+        write_part(file, IDENTITY, rows, [vectors])
+        n_bytes = file.tell()
+    assert sum(np.shares_memory(each, vectors) for each in sent) == 1
+    assert sum(map(len, sent)) == n_bytes == storage.list_objects("a")["one"]
+    [stored] = open_stored(storage.open("a/one"), IDENTITY, "a/one")
+    assert (stored.load().embeddings == vectors).all()
 
 
 def test_a_secret_may_be_in_a_file(bucket, monkeypatch, tmp_path):
