@@ -141,7 +141,7 @@ def test_answers_wait_for_those_that_come_once_a_part_is_written(writer, written
 
 
 def test_threads_that_write_at_a_time_make_parts_of_their_own(cache):
-    writer, begin = cache.open(RANGE).writer, threading.Barrier(4)
+    writer, begin = cache.open(RANGE).open_writer(), threading.Barrier(4)
 
     def write(first: int) -> None:
         begin.wait()

@@ -175,7 +175,7 @@ def test_vectors_of_a_part_are_sent_from_where_they_are(storage, monkeypatch):
         write_part(file, IDENTITY, rows, [vectors])
         n_bytes = file.tell()
     assert sum(np.shares_memory(each, vectors) for each in sent) == 1
-    assert sum(map(len, sent)) == n_bytes == storage.list_objects("a")["one"]
+    assert sum(map(len, sent)) == n_bytes == storage.scan("a").objects["one"]
     [stored] = open_stored(storage.open("a/one"), IDENTITY, "a/one")
     assert (stored.load().embeddings == vectors).all()
 
