@@ -105,7 +105,7 @@ bench-commands: $(INSTALLED)  ## How long a person waits for a command, compared
 bench-ranges: $(INSTALLED)  ## How long a fill looks for texts in other ranges, 12 million songs cached: 1 min
 	$(BIN)/python -m benchmarks.other_ranges
 
-bench-store: $(INSTALLED)  ## Fills and loads over a bucket compared with a folder, and their requests: 3 min
+bench-store: $(INSTALLED)  ## Fills and loads over a bucket compared with a folder, and their requests: 4 min
 	$(BIN)/python -m benchmarks.object_store
 
 bench-workers: $(INSTALLED)  ## Three machines fill 500,000 songs, and are killed: speed, quota, fairness, the bill: 20 min
