@@ -14,14 +14,14 @@ from songvec_assets.cache import manifest as manifests
 from songvec_assets.cache.cached_range import CachedRange
 from songvec_assets.cache.manifest import Completion, DataFile, Manifest, Rejection, digest_rows
 from songvec_assets.cache.model_cache import copy_vectors
-from songvec_assets.cache.parts import PIECE_ROWS, Rows
+from songvec_assets.cache.parts import PIECE_ROWS, SMALL_ROWS, Rows
 from songvec_assets.cache.writing import PartWriter
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.counts import IdSums
 from songvec_assets.songs.ranges import SongIdRange
 
-_MOST_FILES = 64
-"""A range of 50,000 songs that is filled in one run has 25 to 50 parts, which need not be written twice."""
+_MOST_FILES = 128
+"""A range of 50,000 songs that is filled in one run has 25 to 100 parts, which need not be written twice."""
 _DEAD_SHARE = _PARTS_SHARE = 0.2
 
 
@@ -129,7 +129,7 @@ def _is_merge_due(cached: CachedRange) -> bool:
     files = cached.manifest.files
     n_based = sum(each.n_bytes for each in files if manifests.is_base(each.name))
     n_in_parts = sum(each.n_bytes for each in files if not manifests.is_base(each.name))
-    has_small_batches = cached.n_batches > 1 and cached.n_rows < cached.n_batches * PIECE_ROWS // 4
+    has_small_batches = cached.n_batches > 1 and cached.n_rows < cached.n_batches * SMALL_ROWS
     return (
         bool(cached.damaged or cached.had_damaged)
         or len(files) > _MOST_FILES

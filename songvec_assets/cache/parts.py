@@ -24,6 +24,8 @@ from songvec_assets.songs.text import TEXT_HASH_BYTES
 
 PIECE_ROWS = 2048
 """Maximum rows of a record batch, and of each step that reads or writes rows: 16 MB of vectors of 2,000 values."""
+SMALL_ROWS = PIECE_ROWS // 8
+"""A part with fewer rows is small: a range with many of these is written again."""
 
 _FORMAT = "1"
 UNREADABLE = (pa.ArrowException, OSError, EOFError, KeyError, TypeError, ValueError)

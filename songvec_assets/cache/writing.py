@@ -18,6 +18,7 @@ import numpy as np
 from songvec_assets.cache.manifest import DataFile
 from songvec_assets.cache.parts import (
     PIECE_ROWS,
+    SMALL_ROWS,
     CachedRows,
     DamagedPartError,
     PartIdentity,
@@ -34,7 +35,7 @@ from songvec_assets.storage import Storage
 GATHER_S = 0.5
 """Seconds that an answer waits for others to share its part."""
 _MOST_SMALL = 64
-"""At this number, small parts (of less than half a batch) are merged: a range must not have a file per song."""
+"""At this number, small parts are merged: a range must not have a file per song."""
 
 
 @dataclass
@@ -71,7 +72,7 @@ class PartWriter:
         part, small = self._write(rows, pieces), []
         with self._lock:
             self.files.append(part)
-            if len(rows) < PIECE_ROWS // 2:
+            if len(rows) < SMALL_ROWS:
                 self._small.append(part)
             if len(self._small) >= _MOST_SMALL:
                 small, self._small = self._small, []
@@ -156,8 +157,11 @@ class AnswerGatherer:
         await asyncio.shield(self._part)
 
     def _check_due(self) -> None:
-        # an answer that waits holds a slot in flight: more than half of them must not be idle
-        if len(self._waiting) >= self._n_expected or sum(len(each[0]) for each in self._waiting) >= PIECE_ROWS:
+        # an answer that waits holds a slot in flight: more than a quarter of them must not be idle, or, for a small
+        # part, more than half
+        n_waiting, n_rows = len(self._waiting), sum(len(each[0]) for each in self._waiting)
+        n_idle = n_waiting if n_rows < SMALL_ROWS else 3 * n_waiting
+        if n_idle >= self._n_expected or n_rows >= PIECE_ROWS:
             self._is_due.set()
 
     async def _write_when_due(self) -> None:

@@ -214,7 +214,8 @@ def _vacuum_if_worth_it(table: VectorTable, loads: list[RangeLoad]) -> None:
     if n_changed <= _VACUUM_SHARE * max(1, sum(load.n_rows for load in loads)):
         return
     if table.database.has_sessions:
-        with table.database.get_autocommit() as connection:
+        # enough for song_ids, which are unique; the default reads 30,000 rows with their vectors
+        with table.database.get_autocommit(default_statistics_target="10") as connection:
             connection.execute(text(f"VACUUM (ANALYZE) {table.name}"))
     else:  # through a pooler no timeout can be lifted for VACUUM, which autovacuum does later
         with table.database.get_connection() as connection:

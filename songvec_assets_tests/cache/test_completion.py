@@ -11,6 +11,7 @@ from songvec_assets.cache.model_cache import (
     ModelCache,
     write_embeddings_to_file,
 )
+from songvec_assets.cache.parts import SMALL_ROWS, CachedRows
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.cache.kills import KilledError, killed_after
@@ -79,13 +80,15 @@ def test_many_small_parts_are_merged_and_a_few_beside_a_base_are_not(tmp_path):
     assert cache.open(RANGE).rows.height == 64
 
 
-def test_a_few_large_parts_are_not_written_twice(cache):
-    wide = SongIdRange(0, 10_000)
-    for start in (0, 2_000):
-        song_ids = list(range(start, start + 2_000))
-        write_embeddings_to_file(cache.open(wide), song_ids, hashes_of(song_ids), np.ones((2_000, 3), np.float32))
+@pytest.mark.parametrize(("n_parts", "n_rows"), [(2, 2_000), (100, SMALL_ROWS)])
+def test_parts_that_are_not_small_are_not_written_twice(cache, n_parts, n_rows):
+    wide = SongIdRange(0, 100_000)
+    writer = cache.open(wide).open_writer()
+    for start in range(0, n_parts * n_rows, n_rows):
+        song_ids = list(range(start, start + n_rows))
+        writer.write([CachedRows.of(song_ids, hashes_of(song_ids), np.ones((n_rows, 3), np.float32))])
     completion.complete(cache.open(wide), FILLED, 0.0)
-    assert [is_base(each.name) for each in cache.read_manifest(wide).files] == [False, False]
+    assert [is_base(each.name) for each in cache.read_manifest(wide).files] == [False] * n_parts
 
 
 def test_older_texts_serve_again_until_over_a_fifth_of_the_rows_is_dead(cache):
@@ -134,9 +137,9 @@ def test_a_merge_of_many_pieces_keeps_every_vector_with_its_song(cache):
     wide = SongIdRange(0, 10_000)
     song_ids = np.random.default_rng(0).permutation(5_000)
     embeddings = np.stack([song_ids + 1, song_ids * 2, song_ids % 7], axis=1).astype(np.float32)
-    for start in range(0, 5_000, 500):
-        ids = song_ids[start : start + 500].tolist()
-        write_embeddings_to_file(cache.open(wide), ids, hashes_of(ids), embeddings[start : start + 500])
+    for start in range(0, 5_000, 200):
+        ids = song_ids[start : start + 200].tolist()
+        write_embeddings_to_file(cache.open(wide), ids, hashes_of(ids), embeddings[start : start + 200])
     cached = cache.open(wide)
     completion.complete(cached, FILLED, 0.0)
     cached = cache.open(wide)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from songvec_assets.cache import writing
-from songvec_assets.cache.parts import PIECE_ROWS, CachedRows, PartIdentity, open_part
+from songvec_assets.cache.parts import PIECE_ROWS, SMALL_ROWS, CachedRows, PartIdentity, open_part
 from songvec_assets.cache.writing import AnswerGatherer, PartWriter
 from songvec_assets.errors import StoreError
 from songvec_assets.songs.ranges import SongIdRange
@@ -67,6 +67,26 @@ def test_an_answer_waits_half_a_second_for_others_at_most(writer, written, monke
     monkeypatch.setattr(writing, "GATHER_S", 0.02)
     assert asyncio.run(store_all(AnswerGatherer(writer), [3], n_expected=2)) == [None]
     assert written == [3]
+
+
+@pytest.mark.parametrize(("sizes", "are_written"), [([SMALL_ROWS // 2] * 2, True), ([3, 4], False)])
+def test_a_part_that_is_not_small_is_written_once_a_quarter_of_the_answers_waits(
+    writer, written, monkeypatch, sizes, are_written
+) -> None:
+    monkeypatch.setattr(writing, "GATHER_S", 60.0)
+
+    async def run() -> None:
+        gatherer = AnswerGatherer(writer)
+        with ExitStack() as in_flight:
+            for _ in range(6):
+                in_flight.enter_context(gatherer.expecting())
+            storing = [asyncio.create_task(gatherer.store(*answer(at, size))) for at, size in enumerate(sizes)]
+            done, _ = await asyncio.wait(storing, timeout=5 if are_written else 0.05)
+            assert bool(done) == are_written
+        await asyncio.gather(*storing)
+
+    asyncio.run(run())
+    assert written == [sum(sizes)]
 
 
 def test_what_waits_is_one_part_whose_batches_have_up_to_a_piece_of_rows(writer, written) -> None:

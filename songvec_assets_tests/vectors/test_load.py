@@ -201,6 +201,8 @@ class TestLoad:
         load(database, cache)
         visible = "SELECT relallvisible > 0, reltuples FROM pg_class WHERE relname = 'song_embeddings'"
         assert execute(database.adbc_uri, visible) == [(True, 1000)]
+        bounds = "SELECT cardinality(histogram_bounds::text::int[]) FROM pg_stats WHERE attname = 'song_id'"
+        assert execute(database.adbc_uri, f"{bounds} AND tablename = 'song_embeddings'") == [(11,)], "of a small sample"
         put(cache, [1000])
         load(database, cache)
         assert execute(database.adbc_uri, visible) == [(True, 1000)]

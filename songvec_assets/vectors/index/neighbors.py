@@ -6,12 +6,14 @@ table loses is visible. Memory is bounded by a stored batch. Of a large table a 
 `ExactNeighbors`. When to add here: another kind of query. Keep out: what searches find (`recall_searches`).
 """
 
+import json
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import polars as pl
@@ -154,6 +156,11 @@ class ExactNeighbors:
         """Of the rows that were read."""
         return self.n_read / max(1, self.n_rows - self.n_missing)
 
+    @cached_property
+    def literals(self) -> list[str]:
+        """The queries as pgvector reads them."""
+        return [json.dumps(vector.tolist()) for vector in self.queries]
+
     def judge(self, query: int, found: Distances, others: Distances) -> tuple[int, int]:
         """How many of a query's true ten nearest a search found, and of how many that were read.
 
@@ -256,7 +263,9 @@ def prepare(table: VectorTable, cache: ModelCache, run: RunContext) -> "Future[P
     def find() -> Prepared:
         ledger, rows = table.ledger.read(), LoadedRows.of(table, cache)
         # silent: the build's progress is shown
-        return Prepared(ledger, find_exact_neighbors(rows, sample_queries(rows), RunContext(stop=run.stop)))
+        exact = find_exact_neighbors(rows, sample_queries(rows), RunContext(stop=run.stop))
+        exact.literals  # noqa: B018 - computed now, 0.2 s, while the server works
+        return Prepared(ledger, exact)
 
     thread = ThreadPoolExecutor(1, "songvec-neighbors")
     prepared = thread.submit(find)

@@ -7,12 +7,10 @@ time is up. Times are milliseconds per round trip. When to add here: another fig
 follows from it (`recall`).
 """
 
-import json
 import math
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -262,13 +260,9 @@ class RecallSearches:
             for song_id, distance in (found[query] if query < len(found) else {}).items()
         }
 
-    @cached_property
-    def _literals(self) -> list[str]:
-        return [json.dumps(vector.tolist()) for vector in self.exact.queries]
-
     def _parameters(self, query: int, key: tuple[int, int]) -> dict[str, Any]:
         candidates = key[0] or (NEIGHBORS if self.kind.has_lists else key[1])
-        return {"vector": self._literals[query], "limit": NEIGHBORS, "candidates": max(NEIGHBORS, candidates)}
+        return {"vector": self.exact.literals[query], "limit": NEIGHBORS, "candidates": max(NEIGHBORS, candidates)}
 
     def _check_plan(self, cursor: Any, nearest: NearestSearch, key: tuple[int, int]) -> None:
         if not uses_index(cursor, self.table.index_name, nearest.statement, self._parameters(0, key)):

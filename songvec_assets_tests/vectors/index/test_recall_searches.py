@@ -125,6 +125,7 @@ class TestMeasurement:
         ahead = prepare(table, cache, RunContext())
         used = RecallSearches.over(table, cache, RunContext(reported.append), ahead)
         assert (used.exact, reported) == (ahead.result().exact, []), "nothing is sought again"
+        assert "literals" in vars(used.exact)
         assert used.measure(20).recall == 1
         put_clusters(cache, 0, 100, n_clusters=20, seed=1)
         load(indexed, cache)
