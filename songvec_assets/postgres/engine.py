@@ -1,4 +1,4 @@
-"""Connections: engines with four kinds of pools, and the border at which driver errors become DatabaseError.
+"""Connections: engines with five kinds of pools, and the border at which driver errors become DatabaseError.
 
 The server may be behind a pooler in transaction mode, so settings are made per transaction; code that needs a session
 uses `Database.get_autocommit`.
@@ -27,10 +27,11 @@ from songvec_assets.postgres.sessions import (
 )
 from songvec_assets.postgres.urls import describe_url, libpq_uri, parse_url
 
-Profile = Literal["batch", "web", "parallel", "autocommit"]
+Profile = Literal["batch", "web", "parallel", "autocommit", "session"]
 
 _POOLS: dict[Profile, dict[str, Any]] = {
-    "batch": {"poolclass": NullPool},
+    "batch": {"pool_size": 1, "max_overflow": -1},
+    "session": {"poolclass": NullPool},
     "web": {"pool_size": 5, "max_overflow": 10},
     "parallel": {"pool_size": 15, "max_overflow": 0},
     "autocommit": {"pool_size": 15, "max_overflow": 0},
@@ -60,9 +61,10 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
 
     Args:
         url: as libpq reads it, with or without a driver's name.
-        profile: `batch`, no pool, for long jobs; `web`, 5 pooled and up to 10 more; `parallel`, 15 for 8 workers;
-            `autocommit`, 15 without transactions, for `atomic` statements: a connection that changes to AUTOCOMMIT and
-            back costs two round trips more.
+        profile: `batch`, for long jobs, one is kept and there is no limit: steps read in many short transactions, and a
+            new connection costs more than most of them; `web`, 5 pooled and up to 10 more; `parallel`, 15 for 8
+            workers; `autocommit`, 15 without transactions, for `atomic` statements: a connection that changes to
+            AUTOCOMMIT and back costs two round trips more; `session`, none is kept: its settings end with it.
     """
     with _engines_lock:
         if (url, profile) not in _engines:
@@ -73,7 +75,7 @@ def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
                 creator=functools.partial(psycopg2.connect, libpq_uri(url), **CONNECT_ARGS),
                 # part of each BEGIN; at stricter levels a statement that waited for a row fails
                 isolation_level="AUTOCOMMIT" if profile == "autocommit" else "READ COMMITTED",
-                pool_pre_ping=profile != "batch",
+                pool_pre_ping=profile != "session",
                 **_POOLS[profile],
             )
             begin = _BEGIN if profile == "web" else _BEGIN_LONG
@@ -202,7 +204,7 @@ class Database:
                 "URL of the same database that bypasses the pooler",
                 "database.session",
             )
-        engine = get_engine(self.direct_url or self.url).execution_options(isolation_level="AUTOCOMMIT")
+        engine = get_engine(self.direct_url or self.url, "session").execution_options(isolation_level="AUTOCOMMIT")
         with (
             error_border(),
             engine.connect() as connection,

@@ -108,14 +108,18 @@ class TestPools:
                 stack.enter_context(database.get_connection(profile))
         wait_until(lambda: len(read_sessions(database)) == n_kept)
 
-    def test_the_batch_profile_keeps_no_connection_and_has_no_limit_of_its_own(self, database: Database) -> None:
+    def test_the_batch_profile_keeps_one_connection_and_has_no_limit_of_its_own(self, database: Database) -> None:
         with contextlib.ExitStack() as stack:
             for _ in range(20):
                 stack.enter_context(database.get_connection()).execute(sa.text("SELECT 1"))
             assert len(read_sessions(database)) == 20
-        wait_until(lambda: read_sessions(database) == [])
+        wait_until(lambda: len(read_sessions(database)) == 1)
+        kept = read_sessions(database)
+        for _ in range(3):
+            with database.get_connection() as connection:
+                assert connection.scalar(sa.text("SELECT pg_backend_pid()")) in kept
 
-    @pytest.mark.parametrize("profile", ["web", "parallel"])
+    @pytest.mark.parametrize("profile", ["batch", "web", "parallel"])
     def test_a_kept_connection_that_broke_is_replaced_unseen(self, database: Database, profile: Profile) -> None:
         with database.get_connection(profile) as connection:
             kept = connection.scalar(sa.text("SELECT pg_backend_pid()"))

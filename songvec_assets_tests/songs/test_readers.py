@@ -18,7 +18,7 @@ from songvec_assets.songs.reports import IncompleteExportError
 from songvec_assets.songs.snapshots import Snapshots
 from songvec_assets.songs.source import SourceNames, find_source
 from songvec_assets.storage.local import LocalStorage
-from songvec_assets_tests.administration import execute, wait_until
+from songvec_assets_tests.administration import dispose, execute, wait_until
 from songvec_assets_tests.pooler import running_pgbouncer
 
 TILING = Tiling(width=100, stop=4_000)
@@ -349,6 +349,7 @@ class TestSideBySide:
         songs = [Snapshots(LocalStorage(tmp_path)).read(each) for each in Snapshots(LocalStorage(tmp_path)).ranges()]
         assert {name for each in songs for name in each["artist"]} == {"songvec"}
         assert len({pid for each in songs for pid in each["lyrics"]}) <= 2
+        dispose(database.url)  # the readers' connections are in no pool
         wait_until(
             lambda: (
                 execute(

@@ -16,7 +16,7 @@ from songvec_assets.vectors.index.audit import (
     audit_vectors,
 )
 from songvec_assets.vectors.table import TableSpec, VectorTable
-from songvec_assets_tests.administration import execute
+from songvec_assets_tests.administration import dispose, execute
 from songvec_assets_tests.vectors.conftest import DIMENSIONS, SPEC, load, put
 from songvec_assets_tests.vectors.indexes import build_index
 
@@ -86,6 +86,7 @@ class TestIndex:
         load(database, cache)
         build_index(database, cache, SPEC)
         execute(database.adbc_uri, f"ALTER DATABASE {sa.make_url(database.url).database} SET enable_indexscan = off")
+        dispose(database.url)  # sessions begin with what is set
         audit = audit_index(database, SPEC, 50)
         assert (audit.valid, audit.used, audit.should_be_used) == (True, False, False)
         assert audit.describe() == "50 rows are few: the planner scans them all, which is faster"
@@ -98,6 +99,7 @@ class TestIndex:
         load(database, cache, spec)
         build_index(database, cache, spec)
         execute(database.adbc_uri, f"ALTER DATABASE {sa.make_url(database.url).database} SET enable_seqscan = off")
+        dispose(database.url)  # sessions begin with what is set
         audit = audit_index(database, spec, 1000)
         assert (audit.valid, audit.used) == (True, True)
         assert audit.describe() == "the planner uses the index for 1,000 rows"
