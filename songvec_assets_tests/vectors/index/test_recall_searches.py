@@ -204,7 +204,8 @@ class TestTimeLimit:
             VectorTable(indexed).write(connection, "index", {"n_rows": 400, "seconds": 300.0})
         report = measure_recall(VectorTable(indexed), cache)
         assert 15 < clock[0] <= 60
-        assert (report.is_cut_short, report.chosen.n_queries > 2) == (True, True)
+        # which probes were measured last depends on the centers, which k-means draws by chance
+        assert (report.is_cut_short, max(each.n_queries for each in report.points) > 2) == (True, True)
 
     def test_a_query_whose_neighbors_fewer_probes_all_found_is_not_searched_again(
         self, indexed: Database, cache: ModelCache
