@@ -129,7 +129,9 @@ class RangeSender:
         """
         if self.is_too_large(texts):
             return await self._send_in_turn(texts, n_bad_before, is_part)
-        n_tokens = sum(self.context.estimator.estimate(each.n_bytes for each in texts))
+        # a run that is killed before its first answer has paid for a probe, too
+        n_tokens = self.context.embedder.n_probe_tokens
+        n_tokens += sum(self.context.estimator.estimate(each.n_bytes for each in texts))
         reservation = Reservation(self.context.budget, n_tokens, self.check_going_on)
         hooks = _Hooks(reservation, self, texts, is_part)
         refusal: RequestRefusedError | None = None

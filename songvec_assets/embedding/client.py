@@ -34,7 +34,7 @@ BASE_TIMEOUT_S, TOKENS_PER_SECOND, MAX_TIMEOUT_S = 60.0, 200.0, 600.0
 """The time limit of a request is what a slow server needs for it; after a time-out it doubles, up to the maximum."""
 FIRST_TIMEOUT_S = 600.0
 """For a process's first request: a server may load its model, and Ollama aborts that on a hang-up (its issue 8006)."""
-_PROBE = ["probe"]
+_PROBE, _PROBE_TOKENS = ["probe"], 8
 _N_CHECKS, _N_PROOFS = 3, 2
 """Bad probes until a server counts as failing; good ones until texts count as at fault. One of either may be chance."""
 
@@ -56,8 +56,7 @@ class EmbeddingClient(Embedder):
         limiter: the shared quota.
         patience: how long and how hard to try.
         estimator: estimates a request's tokens, and learns from what is billed.
-        check_probe: called in a thread with the probe's vector, (dimensions,), before any other text is sent; raises to
-            end the run.
+        check_probe: called in a thread with the probe's vector, (dimensions,), before other texts; may end the run.
     """
 
     def __init__(
@@ -70,6 +69,7 @@ class EmbeddingClient(Embedder):
     ) -> None:
         self.endpoint = endpoint
         self.dimensions = endpoint.dimensions
+        self.n_probe_tokens = _PROBE_TOKENS
         self._patience = patience or Patience()
         self._estimator = estimator or TokenEstimator()
         self._check_probe = check_probe
@@ -166,6 +166,7 @@ class EmbeddingClient(Embedder):
                 continue
             self.endpoint.check_size(batch.n_values)
             await asyncio.to_thread(self._check_probe, batch.embeddings[0])
+            self.n_probe_tokens = 0
             return replace(found, n_values=batch.n_values)
         raise ProviderError(
             f"{self.endpoint.url} refuses even one short text for model {self.endpoint.model!r}, with and without "
@@ -285,8 +286,7 @@ class EmbeddingClient(Embedder):
         if len(outcome.bad) < request.n_texts:
             self._contact.count_good()
         elif until_good:
-            message = f"a vector that is zero, null or not finite for {_PROBE[0]!r}"
-            return Failure("bad vector", message, may_be_billed=True)
+            return Failure("bad vector", "a vector that is zero, null or not finite for 'probe'", may_be_billed=True)
         # if the server does not say what it bills, the estimate counts: otherwise budgets would have no effect
         return replace(outcome, n_tokens=outcome.n_tokens or request.n_tokens)
 

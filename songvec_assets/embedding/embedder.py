@@ -127,9 +127,11 @@ class Embedder(ABC):
 
     Attributes:
         dimensions: values per vector.
+        n_probe_tokens: to reserve for the probes that go before the next request, about; 0 if none does.
     """
 
     dimensions: int
+    n_probe_tokens: int = 0
 
     @property
     def quota_used(self) -> float | None:

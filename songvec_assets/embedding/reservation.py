@@ -98,6 +98,7 @@ async def send_alone(embedder: Embedder, texts: Sequence[str], reservation: Rese
     If it is cancelled, the try in flight may have been billed, and counts.
     """
     hooks = ReservationHooks(reservation)
+    reservation.n_tokens += embedder.n_probe_tokens
     try:
         await hooks.before_try()  # before the probe, which no hook precedes
         batch = await embedder.generate_embeddings_batch(texts, hooks)

@@ -395,6 +395,7 @@ def test_a_model_that_changes_its_size_in_the_middle_ends_the_run(connect: Conne
 
 def test_the_probe_is_sent_once_a_client(connect: Connect, provider: Provider) -> None:
     client = connect()
+    assert client.n_probe_tokens >= count_tokens("probe"), "to be reserved before it is sent"
 
     async def work() -> None:
         answers = (client.generate_embeddings_batch([text]) for text in TEXTS[:8])
@@ -404,6 +405,7 @@ def test_the_probe_is_sent_once_a_client(connect: Connect, provider: Provider) -
 
     use(client, work)
     assert provider.texts()["probe"] == 1
+    assert client.n_probe_tokens == 0
     assert provider.ledger()["requests"] == 1 + 8 + 1
 
 

@@ -69,7 +69,7 @@ def test_a_sleep_ends_when_the_run_is_stopped() -> None:
 
 def test_a_local_model_has_no_quota_no_probe_and_always_answers() -> None:
     embedder = OfflineEmbedder(64)
-    assert (embedder.quota_used, embedder.take_probe_tokens()) == (None, 0)
+    assert (embedder.quota_used, embedder.n_probe_tokens, embedder.take_probe_tokens()) == (None, 0, 0)
 
     async def ask() -> bool:
         await embedder.close()

@@ -43,6 +43,26 @@ def test_a_request_that_is_given_up_counts_as_billed(engine: sa.Engine, run: str
         budget.reserve(93)
 
 
+def test_what_a_request_reserves_covers_the_probe_before_it(engine: sa.Engine, run: str) -> None:
+    """A process that is killed settles nothing: what it had reserved is all that the budget knows."""
+    budget = Budget(DOLLAR_A_TOKEN, engine, run, 100)
+
+    class Probing(Hanging):
+        n_probe_tokens = 8
+
+    async def begin() -> int:
+        reservation = Reservation(budget, 7, lambda: None)
+        sending = asyncio.create_task(send_alone(Probing(), ["waves"], reservation))
+        while not reservation.n_reserved:
+            await asyncio.sleep(0.01)
+        n_reserved = reservation.n_reserved
+        sending.cancel()
+        await asyncio.wait([sending])
+        return n_reserved
+
+    assert asyncio.run(begin()) == 15
+
+
 def test_answers_that_come_at_once_are_settled_together(engine: sa.Engine, run: str) -> None:
     """They lock the same row: one after the other each would wait for the commits of all before it."""
     budget = Budget(DOLLAR_A_TOKEN, engine, run, 100)
