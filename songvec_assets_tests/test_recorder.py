@@ -70,7 +70,7 @@ def test_what_a_failed_run_was_billed_counts(
 ) -> None:
     begin().export()
     with pytest.raises(BudgetExceededError):
-        begin(max_usd=12.0, max_request_texts=1, concurrency=1).embed()
+        begin(max_usd=16.0, max_request_texts=1, concurrency=1).embed()
     found = read_file(tmp_path)
     assert 0 < found["embedded_songs_total"] < 3
 
