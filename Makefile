@@ -108,7 +108,7 @@ bench-ranges: $(INSTALLED)  ## How long a fill looks for texts in other ranges, 
 bench-store: $(INSTALLED)  ## Fills and loads over a bucket compared with a folder, and their requests: 4 min
 	$(BIN)/python -m benchmarks.object_store
 
-bench-workers: $(INSTALLED)  ## Three machines fill 500,000 songs, and are killed: speed, quota, fairness, the bill: 20 min
+bench-workers: $(INSTALLED)  ## Three machines fill 500,000 songs, and are killed: speed, quota, fairness, the bill: 28 min
 	$(BIN)/python -m benchmarks.workers
 
 bench-demo: $(INSTALLED)  ## How well the demo's model finds songs by their meaning: 10 s

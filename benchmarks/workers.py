@@ -1,6 +1,6 @@
 """Several machines fill one catalogue through Dagster's Celery launcher, and die: speed, quota, fairness, the bill.
 
-    python -m benchmarks.workers                     500,000 songs, about 20 minutes
+    python -m benchmarks.workers                     500,000 songs, about 28 minutes
     python -m benchmarks.workers --songs 80000       a short form
 
 Postgres has the songs and Dagster's instance, SeaweedFS the store, Redis the queue. Workers are processes with homes
