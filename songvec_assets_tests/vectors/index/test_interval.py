@@ -83,13 +83,12 @@ def test_the_interval_covers_the_recall_of_all_queries_as_often_as_it_says(wide:
     for probes in (3, 6, 8):
         truth, n_covered = wide.measure(probes, 1000).recall_of_rows, 0
         found, widest = (wide._found[wide._key(each)] for each in (probes, 32))
-        for _ in range(20):
+        for _ in range(100):
             # which rows are read is drawn, too: one sample may be an odd one
             sampled = sample_of(everything, share, draw)
             judged = np.array([sampled.judge(query, found[query], widest[query]) for query in range(0, 1000, 2)])
-            for _ in range(20):
+            for _ in range(4):
                 drawn = judged[draw.choice(len(judged), 100, replace=True)]
                 estimate = estimate_share(drawn[:, 0], drawn[:, 1])
                 n_covered += estimate.low <= truth <= estimate.high
-        # that only some rows were read widens no interval: of a sample it holds the truth a little less often
-        assert n_covered / 400 > (0.9 if share == 1 else 0.87), f"{probes} probes, recall {truth:.3f}"
+        assert n_covered / 400 > 0.9, f"{probes} probes, recall {truth:.3f}"
