@@ -77,8 +77,7 @@ def run_round(
 def create_catalogue(server_url: str, n_songs: int = N_SONGS) -> None:
     """The database that each round copies."""
     execute(server_url, "CREATE DATABASE catalogue")
-    database = Database(with_parts(server_url, database="catalogue"))
-    with database.get_connection() as connection:
+    with Database(with_parts(server_url, database="catalogue")) as database, database.get_connection() as connection:
         connection.execute(sa.text("CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)"))
         connection.execute(
             sa.text("""
