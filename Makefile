@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # conftest.py orders the files; what is compiled once is kept, also where the environment says otherwise
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-search bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-quality bench-store bench-workers bench-e2e
+BENCHMARKS := bench-client bench-quota bench-load bench-export bench-index bench-lists bench-search bench-serving bench-operating bench-size bench-commands bench-ranges bench-demo bench-quality bench-store bench-workers bench-e2e
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo dev test test-slow azurite check format clean chaos chaos-db bench bench-installed $(BENCHMARKS)
@@ -77,6 +77,9 @@ bench-export: bench-installed  ## This export compared with its peers, a million
 
 bench-index: $(INSTALLED)  ## Index builds compared with pgvector's defaults, recall, halfvec: 20 min
 	$(BIN)/python -m benchmarks.index
+
+bench-lists: $(INSTALLED)  ## Builds and searches of 50,000 rows with more lists and fewer: 5 min
+	$(BIN)/python -m benchmarks.lists
 
 bench-search: $(INSTALLED)  ## The kinds of index compared: size, build, recall, latency, pages read, extrapolated to 12 million: 15 min
 	$(BIN)/python -m benchmarks.search
