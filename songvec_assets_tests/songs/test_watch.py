@@ -23,6 +23,11 @@ def _without_rest(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
         monkeypatch.setattr("songvec_assets.songs.watch._DIGEST_REST", 0)
 
 
+def write(database: Database, statement: str) -> None:
+    """Run a statement whose rows are counted when this returns: else the server counts them after its session ended."""
+    execute(database.adbc_uri, f"{statement}; SELECT pg_stat_force_next_flush()")
+
+
 def create(database: Database, kind: str) -> SourceNames:
     """Two songs in a source of some kind; statements on `songs` change what it shows."""
     statements = {
@@ -33,14 +38,13 @@ def create(database: Database, kind: str) -> SourceNames:
         "inherited": f"CREATE TABLE songs {SONGS}; CREATE TABLE others () INHERITS (songs)",
         "view": f"CREATE TABLE songs {SONGS}; CREATE VIEW seen AS SELECT * FROM songs",
     }
-    execute(database.adbc_uri, statements[kind])
-    execute(database.adbc_uri, f"INSERT INTO {'others' if kind == 'inherited' else 'songs'} VALUES {ROWS}")
+    write(database, statements[kind])
+    write(database, f"INSERT INTO {'others' if kind == 'inherited' else 'songs'} VALUES {ROWS}")
     return SourceNames("seen", song_id_column="id") if kind == "view" else SourceNames()
 
 
 def look(database: Database, names: SourceNames, cursor: str | None) -> tuple[str, str | None]:
-    """A look's cursor, and why it is quiet. The server counts what a session wrote when that ends."""
-    execute(database.adbc_uri, "SELECT pg_stat_force_next_flush()")
+    """A look's cursor, and why it is quiet."""
     found = look_at_source(find_source(database, names), cursor)
     return found.look.dump(), None if found.changed else found.note
 
@@ -64,7 +68,7 @@ def test_any_change_of_a_text_or_an_id_is_seen(database: Database, kind: str) ->
     ):
         cursor, quiet = look(database, names, cursor)
         assert quiet in {"nothing changed", QUIET}, statement
-        execute(database.adbc_uri, statement)
+        write(database, statement)
         cursor, quiet = look(database, names, cursor)
         assert quiet is None, statement
 
@@ -81,23 +85,23 @@ def test_writes_that_change_no_text_start_nothing(database: Database, kind: str,
         ("DELETE FROM songs WHERE id = 2; INSERT INTO songs VALUES (2, 'Hill', 'Ben', 'stones')", QUIET),
         ("ALTER TABLE songs ADD COLUMN more text DEFAULT 'x'", "nothing changed"),
     ):
-        execute(database.adbc_uri, statement)
+        write(database, statement)
         cursor, quiet = look(database, names, cursor)
         assert quiet == expected, statement
         assert look(database, names, cursor) == (cursor, "nothing changed")
-    execute(database.adbc_uri, "UPDATE songs SET lyrics = 'new' WHERE id = 1")
+    write(database, "UPDATE songs SET lyrics = 'new' WHERE id = 1")
     assert look(database, names, cursor)[1] is None
 
 
 def test_a_materialized_view_is_seen_when_it_is_refreshed(database: Database) -> None:
     create(database, "table")
-    execute(database.adbc_uri, "CREATE MATERIALIZED VIEW seen AS SELECT * FROM songs")
+    write(database, "CREATE MATERIALIZED VIEW seen AS SELECT * FROM songs")
     names = SourceNames("seen", song_id_column="id")
     cursor, _ = look(database, names, None)
-    execute(database.adbc_uri, "UPDATE songs SET lyrics = 'new' WHERE id = 1")
+    write(database, "UPDATE songs SET lyrics = 'new' WHERE id = 1")
     cursor, quiet = look(database, names, cursor)
     assert quiet is not None
-    execute(database.adbc_uri, "REFRESH MATERIALIZED VIEW seen")
+    write(database, "REFRESH MATERIALIZED VIEW seen")
     assert look(database, names, cursor)[1] is None
 
 
@@ -107,7 +111,7 @@ def test_counters_that_begin_at_zero_again_are_looked_into(database: Database) -
     execute(database.adbc_uri, "SELECT pg_stat_reset()")
     cursor, quiet = look(database, names, cursor)
     assert quiet == QUIET
-    execute(database.adbc_uri, "UPDATE songs SET lyrics = 'new' WHERE id = 1")
+    write(database, "UPDATE songs SET lyrics = 'new' WHERE id = 1")
     assert look(database, names, cursor)[1] is None
 
 
@@ -121,11 +125,11 @@ def test_a_cursor_of_another_version_is_taken_for_none(database: Database, curso
 
 
 def test_ids_of_the_same_number_sum_and_maximum_are_not_the_same_and_none_is_too_large(database: Database) -> None:
-    execute(database.adbc_uri, SONGS_BIG)
+    write(database, SONGS_BIG)
     source = find_source(database, SourceNames())
     states = []
     for ids in ("1, 4, 9", "2, 3, 9", "-3, 9000000000000000000, 9223372036854775807"):
-        execute(database.adbc_uri, f"TRUNCATE songs; INSERT INTO songs SELECT unnest(ARRAY[{ids}]::bigint[])")
+        write(database, f"TRUNCATE songs; INSERT INTO songs SELECT unnest(ARRAY[{ids}]::bigint[])")
         states.append(measure_source(source))
     assert [each.n_songs for each in states] == [3, 3, 3]
     assert states[0].highest_id == states[1].highest_id
