@@ -101,12 +101,14 @@ class Filling(Questions, Evaluations):
         So are labelled queries: a file that cannot be read would show at the swap, after all is paid for.
         """
 
+        wanted = self.wanted_table
+
         @functools.cache
         def check_once(target: VectorTable) -> None:
             n_songs = sum(self.store.songs.count().values())
-            check_target(target, self.table_spec, self.index_settings, n_songs)
+            check_target(target, wanted.spec, wanted.index, n_songs)
             self.storage.check_writes()
             if self.settings.evaluation_queries:
                 self.label_queries()
 
-        return lambda: check_once(swap.check_loadable(self.database, self.wanted_table))
+        return lambda: check_once(swap.check_loadable(self.database, wanted))

@@ -78,6 +78,7 @@ def read_ranges(songs: Searches) -> Iterator[Metric]:
     from songvec_assets.inventory import STATES
     from songvec_assets.wiring import Wiring
 
+    # a new one each time: since the last read another model may serve, and the store and its texts have changed
     wiring = Wiring(songs.as_loaded().settings, songs.stop)
     wiring.database = songs.database
     inventory = wiring.read_inventory()

@@ -63,7 +63,8 @@ class Wiring(Access):
             SourceError: they are new to each other, and the database has no songs: its URL may be mistyped.
             DatabaseError: our schema or the extension cannot be created.
         """
-        self.__dict__.pop("store", None)  # another process may have bound it meanwhile
+        for name in ("store", "prompts"):  # another process may have bound it, or filled the cache, meanwhile
+            self.__dict__.pop(name, None)
         if not self.store.bound:
             # before there is a store: else it would be bound to a tiling that does not fit the ids
             check_ids(self.source, self.tiling)
@@ -86,7 +87,7 @@ class Wiring(Access):
 
     # the songs and their texts
 
-    @property
+    @cached_property
     def prompts(self) -> Prompts:
         """What the model is given around queries and texts; see `choose_prompts`. Reads no database."""
         return choose_prompts(self.storage, self.settings)

@@ -55,7 +55,7 @@ async def compare_server(
         ModelChangedError: a vector differs; the message has the worst.
         SongvecError: no answer, or the budget is too small.
     """
-    if not await asyncio.to_thread(lambda: record.needs_comparison):
+    if not await asyncio.to_thread(record.needs_comparison):
         return
     songs = await asyncio.to_thread(find_songs)
     cosines = {}

@@ -226,8 +226,6 @@ class _RangeFill:
     async def fill(self, check_held: Callable[[], None], generation: int) -> None:
         """Fill the range; `report` has the counts even if it raises."""
         filler, context, song_range = self.filler, self.filler.context, self.report.range
-        # read before the songs: after an export in between, the manifest does not fit the snapshot, and is filled again
-        snapshot = filler.snapshots.footer(song_range).digest
         cached, plan = await asyncio.to_thread(self._plan, song_range, generation)
         self.report = plan.report
         if plan.texts:
@@ -242,7 +240,7 @@ class _RangeFill:
         context.advance(plan.report.n_songs - n_to_embed, song_range, are_free=True)
         rejected = await self._send(cached, plan, check_held)
         filled = Completion(
-            snapshot=snapshot,
+            snapshot=plan.snapshot,
             text=filler.spec.identity,
             n_songs=plan.report.n_songs,
             n_rejected=plan.report.n_rejected,
