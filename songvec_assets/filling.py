@@ -78,7 +78,7 @@ class Filling(Questions, Evaluations):
             lock_range=self.lock_range,
             before_fill=functools.partial(self._check_texts, bool(confirmed)),
             before_payment=self._payment_check(),
-            keep_spending=self.spending.write,
+            spending=self.spending,
             retention_s=given.retention_days * 86_400.0,
             reembed=reembed,
             retry_rejected=choices.get("retry_rejected", False),

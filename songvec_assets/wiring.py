@@ -16,12 +16,12 @@ from songvec_assets.cache.store import Store, bind_store, look_up, open_store
 from songvec_assets.cache.texts import choose_prompts, read_record
 from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import Prompts
+from songvec_assets.embedding.spending import SpendingLog
 from songvec_assets.inventory import Inventory
 from songvec_assets.postgres import schema
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
 from songvec_assets.songs.counts import check_ids, count_ranges, get_numbers
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.spending import SpendingLog
 from songvec_assets.storage import Storage, open_storage
 from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.plan import LoadSource

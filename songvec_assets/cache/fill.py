@@ -24,6 +24,7 @@ from songvec_assets.cache.plan import FillPlan, FillReport, plan_fill
 from songvec_assets.cache.requests import RangeSender
 from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.drift import ModelRecord
+from songvec_assets.embedding.spending import Spending, SpendingLog
 from songvec_assets.errors import ProviderUnavailableError
 from songvec_assets.progress import run_event_loop
 from songvec_assets.songs.content import Footer
@@ -37,23 +38,6 @@ MAX_OPEN_RANGES = 4
 LockRange = Callable[[SongIdRange, Callable[[], None], Callable[[], None]], AbstractContextManager[Callable[[], None]]]
 """Locks a range against other runs; returns a function that raises if the lock was lost. The first callback is called
 once if it has to wait, the second repeatedly while it waits."""
-
-
-@dataclass(frozen=True)
-class Spending:
-    """What a run sent.
-
-    Attributes:
-        n_tokens_expected: as estimated before the first request of each range.
-        n_tokens: billed.
-        bytes_per_token: as learned from what was billed.
-        is_first: whether no run had measured the model's tokens before this one.
-    """
-
-    n_tokens_expected: int
-    n_tokens: int
-    bytes_per_token: float
-    is_first: bool = False
 
 
 @dataclass
@@ -71,7 +55,7 @@ class Filler:
         before_fill: called before the first range begins, with the ranges whose texts were made with other settings;
             raises to refuse.
         before_payment: called before a range's first request; raises to refuse.
-        keep_spending: called at the end with what was sent.
+        spending: records at the end what was sent.
         retention_s: seconds for which the cache keeps the vectors of deleted songs.
         reembed: identifies a request to embed, and pay for, songs again that have vectors; None: no such request. Each
             request is served once; a stopped one is resumed.
@@ -87,7 +71,7 @@ class Filler:
     lock_range: LockRange
     before_fill: Callable[[Sequence[SongIdRange]], None]
     before_payment: Callable[[], None]
-    keep_spending: Callable[[Spending], None]
+    spending: SpendingLog
     retention_s: float = 0.0
     reembed: str | None = None
     retry_rejected: bool = False
@@ -155,9 +139,8 @@ class Filler:
             await context.close()
         try:
             if n_tokens := context.budget.n_tokens:
-                self.keep_spending(
-                    Spending(context.total("n_tokens_expected"), n_tokens, context.estimator.bytes_per_token)
-                )
+                n_tokens_expected = context.total("n_tokens_expected")
+                self.spending.write(Spending(n_tokens_expected, n_tokens, context.estimator.bytes_per_token))
         finally:
             context.check_halted()
             if context.over_budget:
@@ -167,8 +150,7 @@ class Filler:
         """The earlier fill, if it is still complete for the snapshot: nothing to do, and no lock to take."""
         files, footer = self._found[song_range], self._footers[song_range]
         done = files.done
-        generation = files.manifest.generation if files.manifest else 0
-        if done is None or generation < self._generation or (self.retry_rejected and done.n_rejected):
+        if done is None or files.generation < self._generation or (self.retry_rejected and done.n_rejected):
             return None
         return done if done.fits(footer.digest, self.spec.identity, self.context.server) else None
 

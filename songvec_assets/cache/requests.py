@@ -130,7 +130,7 @@ class RangeSender:
         if self.is_too_large(texts):
             return await self._send_in_turn(texts, n_bad_before, is_part)
         n_tokens = sum(self.context.estimator.estimate(each.n_bytes for each in texts))
-        request = _Request(
+        request = _RangeRequest(
             self.context.embedder, self.context.budget, n_tokens, self.check_going_on, self, texts, is_part
         )
         refusal: RequestRefusedError | None = None
@@ -250,7 +250,7 @@ class RangeSender:
 
 
 @dataclass
-class _Request(Reservation):
+class _RangeRequest(Reservation):
     """One request of a range: it is checked immediately before it is sent, too."""
 
     sender: RangeSender
