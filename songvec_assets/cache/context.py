@@ -75,9 +75,15 @@ class SendContext:
         """Close the embedder, if it was used, and settle the tokens of its probes."""
         if "embedder" in self.__dict__:
             try:
-                await asyncio.to_thread(self.budget.settle, 0, self.embedder.take_probe_tokens())
+                await self.settle_probes()
             finally:
                 await self.embedder.close()
+
+    async def settle_probes(self) -> int:
+        """Count the tokens of probes that no request has settled yet, as billed; returns them."""
+        n_tokens = self.embedder.take_probe_tokens()
+        await asyncio.to_thread(self.budget.settle, 0, n_tokens)
+        return n_tokens
 
     def next_request(self) -> tuple[float, float]:
         """Maximum texts and bytes of the next request, by the quota and by what is known of the server."""

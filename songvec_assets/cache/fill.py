@@ -60,6 +60,7 @@ class Filler:
         reembed: identifies a request to embed, and pay for, songs again that have vectors; None: no such request. Each
             request is served once; a stopped one is resumed.
         retry_rejected: whether to send songs again that this server rejected before.
+        generation: of the request to embed songs again; 0: no such request.
     """
 
     snapshots: Snapshots
@@ -75,9 +76,9 @@ class Filler:
     retention_s: float = 0.0
     reembed: str | None = None
     retry_rejected: bool = False
+    generation: int = field(default=0, init=False)
     _found: dict[SongIdRange, RangeFiles] = field(default_factory=dict)
     _footers: dict[SongIdRange, Footer] = field(default_factory=dict)
-    _generation: int = 0
     _has_failed: bool = False
     _was_unavailable: bool = False
 
@@ -114,7 +115,7 @@ class Filler:
         try:
             if self.reembed:
                 generations = (files.last_generation for files in self._found.values())
-                self._generation = reembedding.begin(self.cache.storage, [*self._found], self.reembed, generations)
+                self.generation = reembedding.begin(self.cache.storage, [*self._found], self.reembed, generations)
             context.n_songs = sum(each.n_songs for each in self._footers.values())
             for files in self._found.values():
                 context.health.count_known(files.done.n_vectors if files.done else 0)
@@ -133,8 +134,8 @@ class Filler:
                 filling[-1].add_done_callback(lambda _: places.release())
                 await turn.wait()
             await asyncio.gather(*filling)
-            if self._generation and not self._has_failed and not context.run.stop.is_set():
-                reembedding.end(self.cache.storage, self._generation)
+            if self.generation and not self._has_failed and not context.run.stop.is_set():
+                reembedding.end(self.cache.storage, self.generation)
         finally:
             await context.close()
         try:
@@ -150,7 +151,7 @@ class Filler:
         """The earlier fill, if it is still complete for the snapshot: nothing to do, and no lock to take."""
         files, footer = self._found[song_range], self._footers[song_range]
         done = files.done
-        if done is None or files.generation < self._generation or (self.retry_rejected and done.n_rejected):
+        if done is None or files.generation < self.generation or (self.retry_rejected and done.n_rejected):
             return None
         return done if done.fits(footer.digest, self.spec.identity, self.context.server) else None
 
@@ -167,7 +168,7 @@ class Filler:
             lock = self.lock_range(song_range, waiting, context.check_halted)
             try:
                 check_held = await asyncio.to_thread(held.enter_context, lock)
-                await fill.fill(check_held, self._generation)
+                await fill.fill(check_held)
             finally:
                 # in a thread: the database may not answer, and the other ranges must not wait for it
                 await asyncio.to_thread(held.close)
@@ -205,10 +206,10 @@ class _RangeFill:
     let_next_begin: Callable[[], None]
     report: FillReport
 
-    async def fill(self, check_held: Callable[[], None], generation: int) -> None:
+    async def fill(self, check_held: Callable[[], None]) -> None:
         """Fill the range; `report` has the counts even if it raises."""
         filler, context, song_range = self.filler, self.filler.context, self.report.range
-        cached, plan = await asyncio.to_thread(self._plan, song_range, generation)
+        cached, plan = await asyncio.to_thread(self._plan)
         self.report = plan.report
         if plan.texts:
             plan.report.n_tokens_expected = plan.estimate_tokens(context.estimator)
@@ -231,11 +232,11 @@ class _RangeFill:
         )
         await asyncio.to_thread(completion.complete, cached, filled, filler.retention_s, rejected, plan.spared)
 
-    def _plan(self, song_range: SongIdRange, generation: int) -> tuple[CachedRange, FillPlan]:
-        filler = self.filler
+    def _plan(self) -> tuple[CachedRange, FillPlan]:
+        filler, song_range = self.filler, self.report.range
         cached = filler.cache.open(song_range)
-        if cached.manifest.generation < generation:
-            cached = filler.cache.open(song_range, generation)
+        if cached.manifest.generation < filler.generation:
+            cached = filler.cache.open(song_range, filler.generation)
         rejected_by = None if filler.retry_rejected or cached.replaces else filler.context.server
         copy = partial(filler.others.copy, cached, check=filler.context.check_halted)
         return cached, plan_fill(filler.snapshots, cached, filler.spec, rejected_by, copy)

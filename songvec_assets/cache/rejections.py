@@ -12,7 +12,6 @@ Who decides what a failure means, from the request to the run:
 When to add here: another sign that the server is at fault. Keep out: how a request is divided down to single texts.
 """
 
-import asyncio
 import time
 from dataclasses import dataclass, field
 
@@ -50,9 +49,7 @@ class RefusedTexts:
     async def answers_well(self, since: float) -> bool:
         """Whether the server gave a good vector after `since`; may send a probe, whose tokens are counted."""
         answers = await self.context.embedder.answers_well(since)
-        n_tokens = self.context.embedder.take_probe_tokens()
-        self.report.n_tokens += n_tokens
-        await asyncio.to_thread(self.context.budget.settle, 0, n_tokens)
+        self.report.n_tokens += await self.context.settle_probes()
         return answers
 
     def add(self, text: Text, reason: str, is_refusal: bool) -> None:
