@@ -195,7 +195,7 @@ class Comparison:
         )
 
 
-def compare_tables(database: Database, judge: Callable[[], QualityChange] | None = None) -> Comparison:
+def compare_tables(database: Database, judge: Callable[[], QualityChange] | None) -> Comparison:
     """Compare the staging table with the serving one. Both are indexed.
 
     Args:
