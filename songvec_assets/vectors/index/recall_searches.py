@@ -140,11 +140,10 @@ class RecallSearches:
         else:
             candidates = None
         limit_s = max(_LIMIT_S, _LIMIT_OF_BUILD * built.seconds)
-        prepared = ahead.result() if ahead else None
-        if prepared and prepared.ledger == table.ledger.read():
+        rows, prepared = LoadedRows.of(table, cache), ahead.result() if ahead else None
+        if prepared and prepared.rows == rows:
             exact = prepared.exact
         else:
-            rows = LoadedRows.of(table, cache)
             exact = find_exact_neighbors(rows, sample_queries(rows), run, began_at + limit_s / 2)
         if not exact.n_read or exact.n_missing > _MOST_MISSING * exact.n_rows:
             raise StoreError(
