@@ -193,7 +193,7 @@ def read_columns(
 
 
 def read_songs_from_postgres(
-    connection: adbc.Connection, source: SongsSource, song_range: SongIdRange, condition: str
+    connection: adbc.Connection, source: SongsSource, song_range: SongIdRange, condition: str = ""
 ) -> pa.Table:
     """Read a range's songs with their texts; see `read_columns`.
 
