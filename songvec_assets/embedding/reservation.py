@@ -57,7 +57,7 @@ class Reservation(RequestHooks):
             self.n_billed += self.n_tokens * self._is_in_flight
         self.n_billed += self.embedder.take_probe_tokens()
         try:
-            await self.budget.settle_together(self)
+            await self.budget.settle_together(self.n_reserved, self.n_billed, self.month)
         finally:
             self.budget.n_held -= self.n_reserved > 0
             self.budget.n_settled += 1
