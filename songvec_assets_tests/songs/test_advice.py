@@ -1,7 +1,6 @@
 """A table that cannot be used is refused with what makes it usable: a setting, a right, a view that serves."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,5 +113,5 @@ def test_a_key_of_another_table_is_refused_with_the_view_that_joins_it(database:
     with pytest.raises(SourceError, match="column 'by' is bigint, column 'lyrics' is jsonb") as caught:
         find_source(database, names)
     run(database, f"CREATE VIEW{str(caught.value).partition(': CREATE VIEW')[2]}")
-    view = replace(names, table="public.songs_as_text", song_id_column="id")
+    view = names.model_copy(update={"songs_table": "public.songs_as_text", "song_id_column": "id"})
     assert export(database, view, tmp_path) == [(7, "Sea", "Ann", "waves"), (8, "Hill", None, None)]

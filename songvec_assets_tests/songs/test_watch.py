@@ -73,7 +73,7 @@ def test_any_change_of_a_text_or_an_id_is_seen(database: Database, kind: str) ->
 @pytest.mark.parametrize("updated_at", [None, "at"])
 @pytest.mark.parametrize("kind", ["table", "partitioned"])
 def test_writes_that_change_no_text_start_nothing(database: Database, kind: str, updated_at: str | None) -> None:
-    names = replace(create(database, kind), updated_at_column=updated_at)
+    names = create(database, kind).model_copy(update={"updated_at_column": updated_at})
     cursor, _ = look(database, names, None)
     for statement, expected in (
         ("UPDATE songs SET plays = plays + 1", QUIET),
@@ -118,7 +118,7 @@ def test_a_cursor_of_another_version_is_taken_for_none(database: Database, curso
     now, quiet = look(database, names, cursor)
     assert quiet is None
     assert look(database, names, now)[1] == "nothing changed"
-    assert look(database, replace(names, lyrics_column="artist"), now)[1] is None, "other columns"
+    assert look(database, names.model_copy(update={"lyrics_column": "artist"}), now)[1] is None, "other columns"
 
 
 def test_ids_of_the_same_number_sum_and_maximum_are_not_the_same_and_none_is_too_large(database: Database) -> None:
