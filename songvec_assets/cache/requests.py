@@ -131,7 +131,13 @@ class RangeSender:
             return await self._send_in_turn(texts, n_bad_before, is_part)
         n_tokens = sum(self.context.estimator.estimate(each.n_bytes for each in texts))
         request = _RangeRequest(
-            self.context.embedder, self.context.budget, n_tokens, self.check_going_on, self, texts, is_part
+            self.context.embedder,
+            self.context.budget,
+            n_tokens,
+            check=self.check_going_on,
+            sender=self,
+            texts=texts,
+            is_part=is_part,
         )
         refusal: RequestRefusedError | None = None
         batch: EmbeddingBatch | None = None
