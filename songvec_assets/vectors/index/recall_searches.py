@@ -140,7 +140,8 @@ class RecallSearches:
         else:
             candidates = None
         limit_s = max(_LIMIT_S, _LIMIT_OF_BUILD * built.seconds)
-        rows, prepared = LoadedRows.of(table, cache), ahead.result() if ahead else None
+        prepared = ahead.result() if ahead else None
+        rows = LoadedRows.of(table, cache)
         if prepared and prepared.rows == rows:
             exact = prepared.exact
         else:
