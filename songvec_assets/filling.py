@@ -78,7 +78,7 @@ class Filling(Questions, Evaluations):
             lock_range=self.lock_range,
             before_fill=functools.partial(self._check_texts, bool(confirmed)),
             before_payment=self._payment_check(),
-            keep_spending=self.spending.write,
+            spending=self.spending,
             retention_s=given.retention_days * 86_400.0,
             reembed=reembed,
             retry_rejected=choices.get("retry_rejected", False),
@@ -101,12 +101,14 @@ class Filling(Questions, Evaluations):
         So are labelled queries: a file that cannot be read would show at the swap, after all is paid for.
         """
 
+        wanted = self.wanted_table
+
         @functools.cache
         def check_once(target: VectorTable) -> None:
             n_songs = sum(self.store.songs.count().values())
-            check_target(target, self.table_spec, self.index_settings, n_songs)
+            check_target(target, wanted.spec, wanted.index, n_songs)
             self.storage.check_writes()
             if self.settings.evaluation_queries:
                 self.label_queries()
 
-        return lambda: check_once(swap.check_loadable(self.database, self.wanted_table))
+        return lambda: check_once(swap.check_loadable(self.database, wanted))

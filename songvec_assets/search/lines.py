@@ -25,7 +25,7 @@ N_BY_MEANING = 3
 
 
 def add_best_lines(
-    hits: Sequence[Hit], query: str, vector: NDArray[np.float32] | None = None, embedder: Embedder | None = None
+    hits: Sequence[Hit], query: str, vector: NDArray[np.float32] | None, embedder: Embedder | None
 ) -> list[Hit]:
     """The hits with their best lines; of lines that score the same, the first one. Songs without lyrics have none.
 

@@ -165,14 +165,14 @@ class Readers:
 
 
 def read_columns(
-    connection: adbc.Connection, source: SongsSource, columns: str, song_range: SongIdRange, condition: str = ""
+    connection: adbc.Connection, source: SongsSource, columns: str, song_range: SongIdRange, condition: str
 ) -> pa.Table:
     """Read a range's songs, ordered by song_id.
 
     Args:
         columns: song_id first; see `SongsSource.select`.
         song_range: song_ids to read.
-        condition: limits the rows; made by a method of SongsSource.
+        condition: limits the rows; made by a method of SongsSource; empty: all.
 
     Raises:
         SourceError: a song_id is there more than once.
