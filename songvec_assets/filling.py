@@ -12,7 +12,7 @@ from songvec_assets.cache.texts import TextRecord, check_reembedding, read_recor
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.drift import ModelRecord
 from songvec_assets.evaluations import Evaluations
-from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.postgres.locks import hold_lock
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
 from songvec_assets.questions import Questions
 from songvec_assets.reports import EmbedChoices

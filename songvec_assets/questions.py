@@ -17,8 +17,8 @@ from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
 from songvec_assets.embedding.budget import MonthSpending, read_month_spending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.known import CachedOrLoaded
-from songvec_assets.postgres.holders import find_holders
-from songvec_assets.postgres.schema import lock_key, read_pgvector_caution
+from songvec_assets.postgres.extension import read_pgvector_caution
+from songvec_assets.postgres.locks import find_holders, lock_key
 from songvec_assets.progress import RunContext
 from songvec_assets.reports import RunPlan, Status
 from songvec_assets.search.preview import Preview, preview_table

@@ -12,7 +12,7 @@ import polars as pl
 from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import BudgetExceededError, DamagedCacheError, ProviderError, SongvecError, StoreError
-from songvec_assets.postgres.holders import Holder
+from songvec_assets.postgres.locks import Holder
 from songvec_assets.progress import describe_seconds
 from songvec_assets.songs.missing import MissingSongs
 from songvec_assets.vectors.index.catalog import IndexInfo, describe_knobs

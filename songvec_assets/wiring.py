@@ -17,7 +17,8 @@ from songvec_assets.cache.texts import choose_prompts, read_record
 from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import Prompts
 from songvec_assets.inventory import Inventory
-from songvec_assets.postgres import schema
+from songvec_assets.postgres.locks import hold_lock
+from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
 from songvec_assets.songs.counts import check_ids, count_ranges, get_numbers
 from songvec_assets.songs.ranges import SongIdRange, Tiling
@@ -67,7 +68,7 @@ class Wiring(Access):
         if not self.store.bound:
             # before there is a store: else it would be bound to a tiling that does not fit the ids
             check_ids(self.source, self.tiling)
-        schema.ensure_schema(self.database)
+        ensure_schema(self.database)
         store = open_store(self.storage, self.tiling, guard=self._lock_tail)
         bind_store(store, self.database)
         self.store = store
@@ -82,7 +83,7 @@ class Wiring(Access):
         self, song_range: SongIdRange, on_wait: Callable[[], None], check: Callable[[], None]
     ) -> AbstractContextManager[Callable[[], None]]:
         """Keep every other run on this database from filling a range; see `hold_lock`."""
-        return schema.hold_lock(self.database, lock_name(song_range), on_wait=on_wait, check=check)
+        return hold_lock(self.database, lock_name(song_range), on_wait=on_wait, check=check)
 
     # the songs and their texts
 

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from songvec_assets.errors import SearchError, SongvecError, TableMismatchError
 from songvec_assets.postgres.engine import Database, error_border, raw_cursor
-from songvec_assets.postgres.schema import check_search_path
+from songvec_assets.postgres.extension import check_search_path
 from songvec_assets.search.query import Query
 from songvec_assets.songs.source import SongsSource, as_bytes
 from songvec_assets.vectors.spec import SERVING, TableSpec, read_serving

@@ -14,7 +14,8 @@ from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError, DatabaseError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import ensure_schema, hold_lock, lock_key, read_value, write_value
+from songvec_assets.postgres.locks import hold_lock, lock_key
+from songvec_assets.postgres.schema import ensure_schema, read_value, write_value
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
