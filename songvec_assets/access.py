@@ -27,7 +27,7 @@ from songvec_assets.songs.text import TextSpec
 
 @dataclass
 class Access:
-    """What searches and runs both work with.
+    """The objects that searches and runs both work with.
 
     Attributes:
         settings: parsed.
@@ -110,7 +110,7 @@ class Access:
 
     @property
     def server(self) -> str:
-        """What makes the vectors, as the reasons of rejections name it."""
+        """What makes the vectors: the provider's URL, or the local model. A rejection is that of one server."""
         return self.settings.model if self.settings.offline else self.settings.fireworks_base_url
 
     @property

@@ -1,6 +1,6 @@
 """How well searches answer labelled queries: those of a table, and of a staging table before it is swapped in.
 
-When to add here: another question to labelled queries. Keep out: how an answer is measured (`search.evaluate`).
+When to add here: another measurement by labelled queries. Keep out: how an answer is measured (`search.evaluate`).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ _JUDGE_PATIENCE_S = 60.0
 
 
 class Evaluations(Searches, Wiring):
-    """How well songs are found."""
+    """The evaluations of `Pipeline`."""
 
     def evaluate(
         self,
@@ -56,7 +56,7 @@ class Evaluations(Searches, Wiring):
     def label_queries(
         self, given: str | Path | Sequence[LabelledQuery] | None = None
     ) -> tuple[list[LabelledQuery], list[str]]:
-        """See `evaluate`: the labelled queries without unknown songs, and a note that names those."""
+        """See `evaluate`: the labelled queries without unknown songs, and a note that names the unknown ones."""
         path = self.settings.evaluation_queries if given is None else given
         if isinstance(path, str | Path):
             labelled: Sequence[LabelledQuery] | None = labels.read_labels(path)
@@ -69,9 +69,9 @@ class Evaluations(Searches, Wiring):
         return labels.drop_unknown(self.database, self.source, labelled)
 
     def judge_staging(self) -> QualityChange:
-        """How well the serving and the staging table answer the labelled queries of the settings; costs both models'.
+        """How well the serving and the staging table answer the labelled queries of the settings.
 
-        What keeps it from being measured is part of the answer: a swap is not refused for it.
+        Pays for the queries' vectors by both models. An error is part of the answer: a swap is not refused for it.
         """
         try:
             labelled, _ = self.label_queries()

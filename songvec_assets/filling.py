@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the HTTP client of providers, which a search does not need
 
 
 class Filling(Questions, Evaluations):
-    """What fills the cache."""
+    """How `Pipeline` makes what fills its cache."""
 
     def filler(
         self,
@@ -35,7 +35,7 @@ class Filling(Questions, Evaluations):
         reembed: str | None = None,
         **choices: Unpack[EmbedChoices],
     ) -> "Filler":
-        """What fills ranges of the cache.
+        """A filler of ranges of the cache.
 
         Args:
             progress: notified of songs, rate and dollars.
@@ -91,14 +91,15 @@ class Filling(Questions, Evaluations):
         if not confirmed:
             check_reembedding(storage, changed, self.text_spec, lambda ranges: self.estimate({*ranges}))
         if read_record(storage) != record:
-            # two first runs at once would write to one file
+            # two first runs at once would write the same file
             with hold_lock(self.database, "texts", on_wait=lambda: None, check=self.stop.check):
                 write_record(storage, record)
 
     def _payment_check(self) -> Callable[[], None]:
-        """What is checked before each range's first request: the table's model; and once, what the server can take.
+        """What is checked before each range's first request: the table's model.
 
-        So are labelled queries: a file that cannot be read would show at the swap, after all is paid for.
+        Once per run also whether the server can take the rows, whether the storage can be written to, and whether
+        the labelled queries can be read, which the swap needs after all is paid for.
         """
 
         @functools.cache

@@ -1,7 +1,8 @@
 """Metrics of what database and store hold, for Prometheus: what runs spent and did, the ranges, the index.
 
-They are true for the whole deployment, whoever asks. `serve/metrics` serves them, and steps of runs write them to a
-file. When to add here: another metric of what is kept. Keep out: those of one server's requests (`serve/metrics`).
+They describe the whole deployment: each server and each run shows the same. `serve/metrics` serves them, and steps of
+runs write them to a file. When to add here: another metric of what is kept. Keep out: those of one server's requests
+(`serve/metrics`).
 """
 
 import logging
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 DATABASE_EVERY_S, RANGES_EVERY_S = 10.0, 300.0
 """How often a few rows of schema `songvec` are read at most; how often all ranges, whose songs are counted."""
 _EASE = 20
-"""Reading takes one part in so many of the time, at most."""
+"""Pause between two reads, as a multiple of the time that a read takes: reading takes a twentieth at most."""
 _EXPIRY = 6
 """Intervals after which values that could not be read again are no longer shown."""
 

@@ -1,7 +1,9 @@
 """The public API: every step of the graph, and every question about all of it, as a method of `Pipeline`. No Dagster.
 
-The assets and the command line call the same methods. When to add here: another step, or another question about the
-whole graph. Keep out: what a step works with (`wiring`), and how it is done (the rooms below).
+The assets and the command line call the same methods. The steps are here; searches (`searches`), evaluations,
+questions and the filler of the cache (`filling`) are inherited, each from its module. They share the objects of
+`wiring`, and of `access` below it. When to add here: another step. Keep out: what a step works with, and how it is done
+(the rooms below).
 """
 
 import os

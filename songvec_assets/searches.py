@@ -26,7 +26,7 @@ from songvec_assets.vectors.spec import TableSpec, read_spec
 
 
 class Searches(Access):
-    """How songs are found."""
+    """The searches of `Pipeline`, without the rest of it: loads neither polars nor pyarrow."""
 
     def search(
         self,
@@ -68,7 +68,7 @@ class Searches(Access):
         return self.find(asked, self._embed([asked.words or ""], serving, on_trouble)[0], serving)
 
     def ask(self, query: str | int | NDArray[np.float32], mode: Mode, **options: Any) -> Query:
-        """A checked query; see `search`. If it `needs_vector`, `find` takes that and the `serving` it is by."""
+        """A checked query for `find`; see `search`. If it `needs_vector`, embed its words by `serving` first."""
         return Query.of(query, mode, columns=self.filter_columns, **options)
 
     def find(
@@ -83,7 +83,7 @@ class Searches(Access):
         Args:
             asked: what is searched for.
             vector: of its words; None: it needs none.
-            serving: by whose model the vector is.
+            serving: whose model made the vector.
             timeout_s: see `search_songs`.
         """
         words, embedder = asked.words or "", None
@@ -100,19 +100,19 @@ class Searches(Access):
 
     @functools.cached_property
     def serving(self) -> Self:
-        """See `as_loaded`; checked, and read once: a search names the model, and fails if it changed."""
+        """See `as_loaded`; checked, and kept: a search names the model, so it fails if another one serves by now."""
         loaded = self.as_loaded()
         nearest.check_searchable(loaded.database, loaded.query_spec)
         return loaded
 
     @property
     def query_spec(self) -> TableSpec:
-        """What a table holds whose searches need vectors by these settings."""
+        """The spec of a table for which these settings embed queries."""
         given = self.settings
         return TableSpec(given.model, given.dimensions, given.vector_type, given.query_prompt)
 
     def forget_serving(self) -> bool:
-        """Read again what serves: the table may have been swapped since. Returns whether it was read before."""
+        """Read `serving` again at its next use: the table may have been swapped. Returns whether it was read before."""
         return self.__dict__.pop("serving", None) is not None
 
     def embed_query(self, query: str, on_trouble: Callable[[str], None] = lambda _: None) -> NDArray[np.float32]:

@@ -32,7 +32,7 @@ from songvec_assets.vectors.table import VectorTable
 
 
 class Wiring(Access):
-    """What a run works with."""
+    """The objects that a run works with; `Access` has those that a search needs, too."""
 
     @property
     def tiling(self) -> Tiling:
@@ -107,12 +107,12 @@ class Wiring(Access):
 
     @property
     def cache(self) -> ModelCache:
-        """What is cached of the configured model."""
+        """The cache of the configured model."""
         return self.store.embeddings(self.settings.model, self.settings.dimensions)
 
     @property
     def quota(self) -> Quota:
-        """What the provider allows."""
+        """What the provider allows per minute and per request, by the settings."""
         given = self.settings
         return Quota(
             given.requests_per_minute, given.tokens_per_minute, given.max_request_texts, given.max_request_tokens
@@ -120,7 +120,7 @@ class Wiring(Access):
 
     @property
     def spending(self) -> SpendingLog:
-        """What is recorded of the last run that sent anything, and of the model's tokens."""
+        """The record of the last run that sent anything, and of the bytes that the model's tokens have."""
         return SpendingLog(self.database, self.settings.model)
 
     def token_estimator(self) -> TokenEstimator:
@@ -131,12 +131,12 @@ class Wiring(Access):
 
     @property
     def table(self) -> VectorTable:
-        """What searches read."""
+        """The serving table."""
         return VectorTable(self.database)
 
     @property
     def table_spec(self) -> TableSpec:
-        """What the table is to hold."""
+        """Model, size, type and prompts that the table should have."""
         given = self.settings
         prompts = self.prompts
         record = read_record(self.cache.storage)
@@ -146,19 +146,19 @@ class Wiring(Access):
 
     @property
     def index_settings(self) -> IndexSettings:
-        """How the table is to be indexed."""
+        """How the index should be made."""
         given = self.settings
         memory_bytes = (given.index_memory_mb or 0) * (1 << 20) or None
         return IndexSettings(given.lists, given.target_recall, memory_bytes, kind=given.index_kind)
 
     @property
     def wanted_table(self) -> WantedTable:
-        """What searches are to find."""
+        """What a load works towards: the table's spec and index, and whether it may replace the serving table."""
         return WantedTable(self.table_spec, self.index_settings, self.settings.swap)
 
     @property
     def load_source(self) -> LoadSource:
-        """What the table is loaded from."""
+        """What the table is loaded from: the cache, and the snapshots that say which songs there are."""
         return LoadSource(self.cache, self.tiling, self.store.songs)
 
     # the ranges

@@ -45,8 +45,8 @@ class MissingSongs:
 
     known: dict[SongIdRange, int]
     read_known: Callable[[SongIdRange], pl.Series]
-    share: float = 0.1
-    range_share: float = 0.5
+    share: float
+    range_share: float
     missing: dict[SongIdRange, int] = field(default_factory=dict)
     is_empty: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)

@@ -165,7 +165,7 @@ class Readers:
 
 
 def read_columns(
-    connection: adbc.Connection, source: SongsSource, columns: str, song_range: SongIdRange, condition: str = ""
+    connection: adbc.Connection, source: SongsSource, columns: str, song_range: SongIdRange, condition: str
 ) -> pa.Table:
     """Read a range's songs, ordered by song_id.
 

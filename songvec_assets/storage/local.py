@@ -4,6 +4,7 @@ When to add here: another way to use a file system. Keep out: object stores (`ob
 """
 
 import contextlib
+import fcntl
 import os
 import threading
 import time
@@ -130,21 +131,18 @@ class LocalStorage(Storage):
             return self.put(key, content) if (found.version if found else None) == version else None
 
     def check_writes(self) -> None:
-        """Nothing: rename and flock are what they are, and a full disk is found by the write."""
+        """Nothing is tried: rename and flock always work, and the write itself finds a full disk."""
 
     def delete(self, *keys: str) -> None:
         for key in keys:
-            self._remove(self.root / key)
+            (self.root / key).unlink(missing_ok=True)
 
     def delete_all(self, prefix: str) -> None:
         folder = self.root / prefix
         for path in folder.iterdir() if folder.exists() else ():
-            self._remove(path)
+            path.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             folder.rmdir()
-
-    def _remove(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
 
     def delete_leftovers(self, prefix: str) -> None:
         for path in (self.root / prefix).glob(".*.tmp"):
@@ -159,8 +157,6 @@ def _version_of(content: bytes) -> str:
 
 def _sync_folder(folder: Path) -> None:
     """Make created, renamed or deleted entries of a folder durable."""
-    if os.name == "nt":  # Windows cannot open folders; its renames are journalled
-        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -171,11 +167,6 @@ def _sync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
     """Lock a folder against all other processes and threads; the kernel releases the lock of a killed process."""
-    if os.name == "nt":  # Windows cannot open folders; the database's lock of the range protects its files
-        yield
-        return
-    import fcntl
-
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
