@@ -42,7 +42,7 @@ _COUNTS = "n_songs n_unexported n_cached n_rejected n_loaded n_indexed n_missing
 
 
 class Questions(Wiring):
-    """The questions of `Pipeline` about songs, cache and table."""
+    """The questions of `Pipeline`."""
 
     def held_ranges(self) -> list[SongIdRange]:
         """The ranges that hold songs or cache, in order.

@@ -151,7 +151,7 @@ class RunPlan:
 
     Attributes:
         n_songs: songs of the source that ranges can hold.
-        missing: songs that are cached or loaded and no longer in that table.
+        missing: songs that are cached or loaded and no longer in the source.
         estimate: of what would be sent for the requested ranges.
         load: what the table lacks compared with the cache as it is; None if nothing is cached yet.
         index: the serving table's, or None.

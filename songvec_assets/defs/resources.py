@@ -1,6 +1,6 @@
 """Resources: from the options of a run config to a `Pipeline`. An empty option reads its variable when the run starts.
 
-Secrets (POSTGRES_URL, FIREWORKS_API_KEY, SONGVEC_WEBHOOK_URL) are never options, whose values Dagster stores and shows.
+Secrets, such as POSTGRES_URL and FIREWORKS_API_KEY, are never options, whose values Dagster stores and shows.
 When to add here: an option of a run that is not a setting. Settings and their descriptions come from `settings`.
 """
 
