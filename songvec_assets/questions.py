@@ -4,7 +4,7 @@ When to add here: another question. Keep out: what an answer looks like (`report
 (`pipeline`).
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -115,29 +115,29 @@ class Questions(Wiring):
         """
         known = self.read_inventory(with_table=False, with_source=False).frame
         tiling = self.tiling
+        to_plan, n_answered = [], 0
+        for key, n_songs, is_answered in known.select("key", "n_songs", "is_answered").iter_rows():
+            song_range = SongIdRange.from_key(key)
+            # a range from before the stop was raised may hold songs of any range
+            if ranges is not None and song_range in tiling and song_range not in ranges:
+                continue
+            if n_songs is None and song_range not in self.store.songs:
+                continue  # not exported: the plan is of the snapshots as they are
+            if is_answered and not reembed:
+                n_answered += n_songs
+            else:
+                to_plan.append(song_range)
         others = OtherRanges(self.cache)
-        answered = 0
 
-        def plan() -> Iterator[FillPlan]:
-            nonlocal answered
-            for key, n_songs, is_answered in known.select("key", "n_songs", "is_answered").iter_rows():
-                song_range = SongIdRange.from_key(key)
-                # a range from before the stop was raised may hold songs of any range
-                if ranges is not None and song_range in tiling and song_range not in ranges:
-                    continue
-                if n_songs is None and song_range not in self.store.songs:
-                    continue  # not exported: the plan is of the snapshots as they are
-                if is_answered and not reembed:
-                    answered += n_songs
-                    continue
-                self.stop.check()
-                generation = self.cache.look(song_range).last_generation + 1 if reembed else None
-                cached = self.cache.open(song_range, generation)
-                rejected_by = None if reembed else self.server
-                yield plan_fill(self.store.songs, cached, self.text_spec, rejected_by, partial(others.find, song_range))
+        def plan(song_range: SongIdRange) -> FillPlan:
+            self.stop.check()
+            generation = self.cache.look(song_range).last_generation + 1 if reembed else None
+            cached = self.cache.open(song_range, generation)
+            rejected_by = None if reembed else self.server
+            return plan_fill(self.store.songs, cached, self.text_spec, rejected_by, partial(others.find, song_range))
 
-        estimate = estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
-        return replace(estimate, n_songs=estimate.n_songs + answered)
+        estimate = estimate_fills(map(plan, to_plan), self.token_estimator(), self.price, self.quota)
+        return replace(estimate, n_songs=estimate.n_songs + n_answered)
 
     def dry_run(self, ranges: Sequence[SongIdRange] | None = None, reembed: bool = False) -> RunPlan:
         """What a run would do and cost, from the snapshots as they are. Sends no text and no key.

@@ -151,7 +151,7 @@ def evaluation_table(found: "Evaluation") -> Table:
 
 def settings_table() -> str:
     """All settings, as the Markdown table in the README."""
-    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, ServeSettings, describe
+    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, ServeSettings, describe_setting
     from songvec_assets.settings_group import variable
 
     lines = [
@@ -164,7 +164,7 @@ def settings_table() -> str:
         for name, field in group.model_fields.items():
             default = "" if field.default is None else f"`{field.default!s}`".replace("\n", "\\n")
             identity = "yes" if name in STORE_IDENTITY else ""
-            meaning = describe(field).removesuffix(".")
+            meaning = describe_setting(field).removesuffix(".")
             lines.append(f"| `{variable(name)}` | {default} | {meaning} | {read} | {identity} |")
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from songvec_assets.settings import (
     RunSettings,
     Settings,
     StorageSettings,
-    describe,
+    describe_setting,
 )
 from songvec_assets.settings_group import variable
 from songvec_assets.songs.export import ExportMode
@@ -46,7 +46,7 @@ def with_options(group: type[BaseModel]) -> Any:
         kind = str if get_origin(field.annotation) is Literal else field.annotation
         default = "unset" if field.default is None else str(field.default).replace("\n", "\\n")
         read = f"Empty: {variable(name)}, read when the run starts (default: {default})."
-        options[option] = Optional[kind], Field(default=None, description=f"{describe(field)} {read}")  # noqa: UP045
+        options[option] = Optional[kind], Field(default=None, description=f"{describe_setting(field)} {read}")  # noqa: UP045
     return create_model(group.__name__, __base__=dg.ConfigurableResource, **options)
 
 
