@@ -43,8 +43,6 @@ def evaluate_searches(
     """How well searches by text, by vector and by both answer labelled queries, compared with BM25.
 
     Args:
-        songs: what is searched.
-        labelled: the queries.
         vectors: of the queries, (n queries, dimensions).
         model: that made them.
         notes: what was left out before.

@@ -181,11 +181,7 @@ class Questions(Wiring):
         return MissingSongs(known.counts(), known.song_ids, given.max_missing_share, given.max_missing_range_share)
 
     def describe_boilerplate(self, n_songs: Mapping[SongIdRange, int] | None = None) -> list[str]:
-        """What the lyrics hold that is no lyric, and a view that removes it; empty if there is little of it.
-
-        Args:
-            n_songs: see `find_boilerplate`.
-        """
+        """What the lyrics hold that is no lyric, and a view that removes it; empty if there is little of it."""
         found = self.find_boilerplate(n_songs)
         if not found.is_common:
             return []

@@ -62,8 +62,6 @@ def continues_without(step: Step, error: Exception, is_swap: bool) -> bool:
     """Whether the steps after a failed one run without the ranges that it left undone; if not, the run ends.
 
     Args:
-        step: that failed.
-        error: why.
         is_swap: whether a staging table is built of another model, size or type: incomplete it would not be swapped in.
     """
     if step == "export":

@@ -77,7 +77,6 @@ class Searches(Access):
         """The songs of a checked query, with their best lines.
 
         Args:
-            asked: what is searched for.
             vector: of its words; None: it needs none.
             serving: whose model made the vector.
             timeout_s: see `search_songs`.

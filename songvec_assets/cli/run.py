@@ -71,10 +71,8 @@ def run_job(
     Dagster would skip them: a step of several partitions either succeeds for all of them or fails.
 
     Args:
-        job: to run.
         span: first and last range, if it embeds.
         resources: fields that override the settings, by resource.
-        show: called with the progress of the steps.
 
     Raises:
         KeyboardInterrupt: Ctrl+C, SIGTERM or SIGHUP; what was done is kept.

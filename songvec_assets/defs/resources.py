@@ -139,7 +139,6 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
         """The ranges to embed, in order.
 
         Args:
-            pipeline: of this run.
             launched: keys of the partitions that the run was launched for; None: it was launched without.
         """
         if launched is not None:

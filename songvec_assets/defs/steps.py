@@ -102,7 +102,6 @@ def run_step(
     """Run `work` in a worker thread, and pass on in the main thread what it emits and returns.
 
     Args:
-        context: of the asset.
         pipeline: what the work uses; it is cancelled on an interrupt.
         work: a core function's call; it gets the callback for progress and reports.
         make_result: from the work's report; called in the worker thread, too.

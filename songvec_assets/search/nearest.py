@@ -62,7 +62,6 @@ def search_songs(
     """Find songs, best first, in one statement that can write nothing.
 
     Args:
-        query: what is searched for.
         timeout_s: after which the server ends it; None: that of the role.
 
     Raises:

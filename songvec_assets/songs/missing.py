@@ -64,7 +64,6 @@ class MissingSongs:
 
         Args:
             snapshots: as the previous export left them.
-            run: may stop the comparison.
         """
         self.is_empty = not counts
         for song_range, n_known in self.known.items():
@@ -135,7 +134,6 @@ class MissingSongs:
         Rows may have been deleted since they were counted, or may no longer have the texts to embed.
 
         Args:
-            song_range: that was read.
             embeddable: song_ids of the rows that can be embedded.
 
         Raises:

@@ -135,14 +135,18 @@ class LocalStorage(Storage):
 
     def delete(self, *keys: str) -> None:
         for key in keys:
-            (self.root / key).unlink(missing_ok=True)
+            self._remove(self.root / key)
 
     def delete_all(self, prefix: str) -> None:
         folder = self.root / prefix
         for path in folder.iterdir() if folder.exists() else ():
-            path.unlink(missing_ok=True)
+            self._remove(path)
         with contextlib.suppress(FileNotFoundError):
             folder.rmdir()
+
+    def _remove(self, path: Path) -> None:
+        """Delete one file: a step at which a process may be killed, as tests do."""
+        path.unlink(missing_ok=True)
 
     def delete_leftovers(self, prefix: str) -> None:
         for path in (self.root / prefix).glob(".*.tmp"):

@@ -24,7 +24,7 @@ from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.administration import as_role, dispose, execute, wait_until
 from songvec_assets_tests.embedding.test_limits import SPENDER
 from songvec_assets_tests.pooler import running_pgbouncer
-from songvec_assets_tests.postgres.test_schema import HOLDER, nothing
+from songvec_assets_tests.postgres.test_locks import HOLDER, nothing
 
 SESSION_SETTINGS = """
     SELECT name, setting FROM pg_settings
