@@ -37,10 +37,10 @@ from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.search.nearest import record_source
-from songvec_assets.settings import DEMO_DIMENSIONS
+from songvec_assets.settings import DEMO_DIMENSIONS, PostgresSettings
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
-from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.songs.source import find_source
 from songvec_assets.songs.text import hash_text
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets.vectors.index.build_plan import IndexSettings
@@ -219,7 +219,7 @@ def build_world(folder: Path, n_rows: int, dimensions: int, batches: Batches) ->
     world = World(database, folder / "pg", cache)
     source = LoadSource(cache, tiling, Snapshots(cache.storage.within("songs")))
     upload_cached_embeddings_to_database(world.table, source, world.spec)
-    record_source(database, find_source(database, SourceNames()), ())
+    record_source(database, find_source(database, PostgresSettings()), ())
     return world
 
 

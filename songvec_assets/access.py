@@ -23,7 +23,7 @@ from songvec_assets.postgres.server import DEFAULT_FOLDER
 from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import StopSignal
 from songvec_assets.settings import DEMO_MODEL, LOCAL_MODELS, Settings
-from songvec_assets.songs.source import SongsSource, SourceNames, find_source
+from songvec_assets.songs.source import SongsSource, find_source
 from songvec_assets.songs.text import TextSpec
 from songvec_assets.vectors.spec import read_spec
 
@@ -90,9 +90,7 @@ class Access:
     @cached_property
     def source(self) -> SongsSource:
         """The songs table, found and checked."""
-        columns = ("song_id_column", "name_column", "artist_column", "lyrics_column", "updated_at_column")
-        names = SourceNames(self.settings.songs_table, **{name: getattr(self.settings, name) for name in columns})
-        return find_source(self.database, names, self.text_spec)
+        return find_source(self.database, self.settings, self.text_spec)
 
     @property
     def filter_columns(self) -> tuple[str, ...]:

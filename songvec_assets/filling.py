@@ -63,7 +63,7 @@ def make_filler(
         lock_range=songs.lock_range,
         before_fill=functools.partial(_check_texts, songs, bool(confirmed)),
         before_payment=_make_payment_check(songs),
-        keep_spending=songs.spending.write,
+        spending=songs.spending,
         retention_s=given.retention_days * 86_400.0,
         reembed=reembed,
         retry_rejected=choices.get("retry_rejected", False),
@@ -89,12 +89,14 @@ def _make_payment_check(songs: Questions) -> Callable[[], None]:
     labelled queries can be read, which the swap needs after all is paid for.
     """
 
+    wanted = songs.wanted_table
+
     @functools.cache
     def check_once(target: VectorTable) -> None:
         n_songs = sum(songs.store.songs.count().values())
-        check_target(target, songs.table_spec, songs.index_settings, n_songs)
+        check_target(target, wanted.spec, wanted.index, n_songs)
         songs.storage.check_writes()
         if songs.settings.evaluation_queries:
             label_queries(songs)
 
-    return lambda: check_once(swap.check_loadable(songs.database, songs.wanted_table))
+    return lambda: check_once(swap.check_loadable(songs.database, wanted))

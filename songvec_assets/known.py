@@ -58,8 +58,7 @@ class CachedOrLoaded:
         with contextlib.suppress(StoreError):
             cached = self.cache.open(song_range)
             known, deleted = [cached.rows["song_id"]], [*cached.manifest.deleted_at]
-        overlapping = (each for each in self._loaded if each.start < song_range.stop and song_range.start < each.stop)
-        for loaded in map(self._ledger.read_song_ids, overlapping):
+        for loaded in map(self._ledger.read_song_ids, filter(song_range.overlaps, self._loaded)):
             known.append(loaded.filter(loaded.is_between(song_range.start, song_range.stop - 1)))
         song_ids = pl.concat(known).unique()
         return song_ids.filter(~song_ids.is_in(deleted))

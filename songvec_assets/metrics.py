@@ -1,8 +1,7 @@
 """Metrics of what database and store hold, for Prometheus: what runs spent and did, the ranges, the index.
 
-They describe the whole deployment: each server and each run shows the same. `serve/metrics` serves them, and steps of
-runs write them to a file. When to add here: another metric of what is kept. Keep out: those of one server's requests
-(`serve/metrics`).
+They describe the whole deployment. `serve/metrics` serves them, and steps of runs write them to a file.
+When to add here: another metric of what is kept. Keep out: those of one server's requests (`serve/metrics`).
 """
 
 import logging
@@ -23,7 +22,7 @@ log = logging.getLogger(__name__)
 DATABASE_EVERY_S, RANGES_EVERY_S = 10.0, 300.0
 """How often a few rows of schema `songvec` are read at most; how often all ranges, whose songs are counted."""
 _EASE = 20
-"""Pause between two reads, as a multiple of the time that a read takes: reading takes a twentieth at most."""
+"""Reading takes at most a twentieth of the time."""
 _EXPIRY = 6
 """Intervals after which values that could not be read again are no longer shown."""
 
@@ -79,6 +78,7 @@ def read_ranges(songs: Searches) -> Iterator[Metric]:
     from songvec_assets.inventory import STATES
     from songvec_assets.wiring import Wiring
 
+    # a new one each time: since the last read another model may serve, and the store and its texts have changed
     wiring = Wiring(songs.as_loaded().settings, songs.stop)
     wiring.database = songs.database
     inventory = wiring.read_inventory()

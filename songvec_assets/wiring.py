@@ -16,13 +16,13 @@ from songvec_assets.cache.store import Store, bind_store, look_up, open_store
 from songvec_assets.cache.texts import choose_prompts, read_record
 from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Quota, TokenEstimator
 from songvec_assets.embedding.prompts import Prompts
+from songvec_assets.embedding.spending import SpendingLog
 from songvec_assets.inventory import Inventory
 from songvec_assets.postgres.locks import hold_lock
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
 from songvec_assets.songs.counts import check_ids, count_ranges, get_numbers
 from songvec_assets.songs.ranges import SongIdRange, Tiling
-from songvec_assets.spending import SpendingLog
 from songvec_assets.storage import Storage, open_storage
 from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.plan import LoadSource
@@ -64,7 +64,8 @@ class Wiring(Access):
             SourceError: they are new to each other, and the database has no songs: its URL may be mistyped.
             DatabaseError: our schema or the extension cannot be created.
         """
-        self.__dict__.pop("store", None)  # another process may have bound it meanwhile
+        for name in ("store", "prompts"):  # another process may have bound it, or filled the cache, meanwhile
+            self.__dict__.pop(name, None)
         if not self.store.bound:
             # before there is a store: else it would be bound to a tiling that does not fit the ids
             check_ids(self.source, self.tiling)
@@ -87,7 +88,7 @@ class Wiring(Access):
 
     # the songs and their texts
 
-    @property
+    @cached_property
     def prompts(self) -> Prompts:
         """What the model is given around queries and texts; see `choose_prompts`. Reads no database."""
         return choose_prompts(self.storage, self.settings)

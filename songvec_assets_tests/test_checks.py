@@ -8,13 +8,13 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.checks import INDEX_CHECKS, TABLE_CHECKS, Evidence, Finding
+from songvec_assets.embedding.spending import SPENDING
 from songvec_assets.errors import BudgetExceededError, SourceError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.embedded import create_songs_table
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import read_value, write_value
 from songvec_assets.settings import DEMO_MODEL, Settings
-from songvec_assets.spending import SPENDING
 from songvec_assets.vectors.index.sizing import Capacity
 from songvec_assets_tests.administration import execute
 from songvec_assets_tests.conftest import make_pipeline

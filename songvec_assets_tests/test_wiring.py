@@ -1,12 +1,15 @@
 """From settings to what a run works with: opened when it is first used, and nothing before."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
+from songvec_assets.cache.texts import TextRecord, write_record
 from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN
+from songvec_assets.embedding.prompts import Prompts
 from songvec_assets.errors import SettingsError, SourceError, StoppedError, StoreError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
@@ -51,6 +54,19 @@ def test_a_database_without_songs_and_songs_that_no_range_reaches_bind_nothing(
     with pytest.raises((SettingsError, SourceError)):
         Pipeline(pipeline.settings).bind()
     assert not pipeline.storage.root.exists()
+
+
+def test_what_another_process_recorded_of_the_prompts_counts_from_the_next_write_on(
+    pipeline: Pipeline, songs: Callable[..., None]
+) -> None:
+    songs((1, "Sea", "Ann", "waves"))
+    pipeline.bind()
+    before = pipeline.prompts
+    recorded = TextRecord.of(replace(pipeline.text_spec, document_prompt="song: {text}"), "find: {query}")
+    write_record(pipeline.cache.storage, recorded)
+    assert pipeline.prompts == before, "they are read once for all ranges of a run"
+    pipeline.bind()
+    assert pipeline.prompts == Prompts("find: {query}", "song: {text}")
 
 
 def test_a_range_is_filled_by_one_run_at_a_time(pipeline: Pipeline) -> None:

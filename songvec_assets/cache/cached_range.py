@@ -61,10 +61,14 @@ class RangeFiles:
         return manifest.complete if is_whole else None
 
     @property
+    def generation(self) -> int:
+        """The generation of the manifest; 0 if there is none."""
+        return self.manifest.generation if self.manifest else 0
+
+    @property
     def last_generation(self) -> int:
         """The highest generation of the files, complete or not."""
-        begun = [manifests.generation_of(name) or 0 for name in self.sizes]
-        return max([self.manifest.generation if self.manifest else 0, *begun])
+        return max(self.generation, *(manifests.generation_of(name) or 0 for name in self.sizes), 0)
 
 
 @dataclass

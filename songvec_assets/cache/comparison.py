@@ -18,7 +18,7 @@ from songvec_assets.cache.context import SendContext
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.embedding.drift import ModelRecord, get_cosine
-from songvec_assets.embedding.reservation import Reservation, send_alone
+from songvec_assets.embedding.reservation import Reservation
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import RequestRefusedError, StoreError
 from songvec_assets.songs.ranges import SongIdRange
@@ -55,7 +55,7 @@ async def compare_server(
         ModelChangedError: a vector differs; the message has the worst.
         SongvecError: no answer, or the budget is too small.
     """
-    if not await asyncio.to_thread(lambda: record.needs_comparison):
+    if not await asyncio.to_thread(record.needs_comparison):
         return
     songs = await asyncio.to_thread(find_songs)
     cosines = {}
@@ -72,9 +72,10 @@ async def _embed(text: str, context: SendContext, report: FillReport) -> Float32
     """A text's vector, (dimensions,); None: the server refuses the text, or gives it no vector."""
     [n_tokens] = context.estimator.estimate([len(text.encode())])
     report.n_tokens_expected += n_tokens
-    reservation = Reservation(context.budget, n_tokens, context.check_halted)
+    reservation = Reservation(context.embedder, context.budget, n_tokens, context.check_halted)
     try:
-        batch = await send_alone(context.embedder, [text], reservation)
+        async with reservation:
+            batch = await reservation.send([text])
         return None if batch.bad else batch.embeddings[0]
     except RequestRefusedError:
         return None

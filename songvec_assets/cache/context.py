@@ -38,7 +38,6 @@ class SendContext:
         run: receives progress; once it is stopped, no further request starts.
         limits: of a request, as learned from the server's refusals.
         slow_bytes: limit of a request's bytes, lowered after a request timed out, and raised by each answer since.
-        n_refused_in_a_row: texts refused since the last accepted one, in any range.
         n_songs, n_done, n_free: songs of all ranges; those done so far; those of them done without a request.
         reports: of the ranges begun so far.
         fatal: why no further request may start.
@@ -55,7 +54,6 @@ class SendContext:
     health: ServerHealth = field(default_factory=ServerHealth)
     limits: LearnedLimits = field(default_factory=LearnedLimits)
     slow_bytes: float = math.inf
-    n_refused_in_a_row: int = 0
     n_songs: int = 0
     n_done: int = 0
     n_free: int = 0
@@ -77,9 +75,15 @@ class SendContext:
         """Close the embedder, if it was used, and settle the tokens of its probes."""
         if "embedder" in self.__dict__:
             try:
-                await asyncio.to_thread(self.budget.settle, 0, self.embedder.take_probe_tokens())
+                await self.settle_probes()
             finally:
                 await self.embedder.close()
+
+    async def settle_probes(self) -> int:
+        """Count the tokens of probes that no request has settled yet, as billed; returns them."""
+        n_tokens = self.embedder.take_probe_tokens()
+        await asyncio.to_thread(self.budget.settle, 0, n_tokens)
+        return n_tokens
 
     def next_request(self) -> tuple[float, float]:
         """Maximum texts and bytes of the next request, by the quota and by what is known of the server."""
@@ -90,7 +94,6 @@ class SendContext:
     def count_accepted(self, n_texts: int) -> None:
         """Record that n texts got their vectors in one answer."""
         self.health.count_good(n_texts)
-        self.n_refused_in_a_row = 0
         self.slow_bytes *= _GROWTH
         if self.slow_bytes > self.estimator.n_bytes(self.quota.max_request_tokens):
             self.slow_bytes = math.inf

@@ -24,6 +24,7 @@ from songvec_assets.cache.plan import FillPlan, FillReport, plan_fill
 from songvec_assets.cache.requests import RangeSender
 from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.drift import ModelRecord
+from songvec_assets.embedding.spending import Spending, SpendingLog
 from songvec_assets.errors import ProviderUnavailableError
 from songvec_assets.progress import run_event_loop
 from songvec_assets.songs.content import Footer
@@ -37,23 +38,6 @@ MAX_OPEN_RANGES = 4
 LockRange = Callable[[SongIdRange, Callable[[], None], Callable[[], None]], AbstractContextManager[Callable[[], None]]]
 """Locks a range against other runs; returns a function that raises if the lock was lost. The first callback is called
 once if it has to wait, the second repeatedly while it waits."""
-
-
-@dataclass(frozen=True)
-class Spending:
-    """What a run sent.
-
-    Attributes:
-        n_tokens_expected: as estimated before the first request of each range.
-        n_tokens: billed.
-        bytes_per_token: as learned from what was billed.
-        is_first: whether no run had measured the model's tokens before this one.
-    """
-
-    n_tokens_expected: int
-    n_tokens: int
-    bytes_per_token: float
-    is_first: bool = False
 
 
 @dataclass
@@ -71,11 +55,12 @@ class Filler:
         before_fill: called before the first range begins, with the ranges whose texts were made with other settings;
             raises to refuse.
         before_payment: called before a range's first request; raises to refuse.
-        keep_spending: called at the end with what was sent.
+        spending: records at the end what was sent.
         retention_s: seconds for which the cache keeps the vectors of deleted songs.
         reembed: identifies a request to embed, and pay for, songs again that have vectors; None: no such request. Each
             request is served once; a stopped one is resumed.
         retry_rejected: whether to send songs again that this server rejected before.
+        generation: of the request to embed songs again; 0: no such request.
     """
 
     snapshots: Snapshots
@@ -87,13 +72,13 @@ class Filler:
     lock_range: LockRange
     before_fill: Callable[[Sequence[SongIdRange]], None]
     before_payment: Callable[[], None]
-    keep_spending: Callable[[Spending], None]
+    spending: SpendingLog
     retention_s: float = 0.0
     reembed: str | None = None
     retry_rejected: bool = False
+    generation: int = field(default=0, init=False)
     _found: dict[SongIdRange, RangeFiles] = field(default_factory=dict)
     _footers: dict[SongIdRange, Footer] = field(default_factory=dict)
-    _generation: int = 0
     _has_failed: bool = False
     _was_unavailable: bool = False
 
@@ -130,7 +115,7 @@ class Filler:
         try:
             if self.reembed:
                 generations = (files.last_generation for files in self._found.values())
-                self._generation = reembedding.begin(self.cache.storage, [*self._found], self.reembed, generations)
+                self.generation = reembedding.begin(self.cache.storage, [*self._found], self.reembed, generations)
             context.n_songs = sum(each.n_songs for each in self._footers.values())
             for files in self._found.values():
                 context.health.count_known(files.done.n_vectors if files.done else 0)
@@ -149,15 +134,14 @@ class Filler:
                 filling[-1].add_done_callback(lambda _: places.release())
                 await turn.wait()
             await asyncio.gather(*filling)
-            if self._generation and not self._has_failed and not context.run.stop.is_set():
-                reembedding.end(self.cache.storage, self._generation)
+            if self.generation and not self._has_failed and not context.run.stop.is_set():
+                reembedding.end(self.cache.storage, self.generation)
         finally:
             await context.close()
         try:
             if n_tokens := context.budget.n_tokens:
-                self.keep_spending(
-                    Spending(context.total("n_tokens_expected"), n_tokens, context.estimator.bytes_per_token)
-                )
+                n_tokens_expected = context.total("n_tokens_expected")
+                self.spending.write(Spending(n_tokens_expected, n_tokens, context.estimator.bytes_per_token))
         finally:
             context.check_halted()
             if context.over_budget:
@@ -167,8 +151,7 @@ class Filler:
         """The earlier fill, if it is still complete for the snapshot: nothing to do, and no lock to take."""
         files, footer = self._found[song_range], self._footers[song_range]
         done = files.done
-        generation = files.manifest.generation if files.manifest else 0
-        if done is None or generation < self._generation or (self.retry_rejected and done.n_rejected):
+        if done is None or files.generation < self.generation or (self.retry_rejected and done.n_rejected):
             return None
         return done if done.fits(footer.digest, self.spec.identity, self.context.server) else None
 
@@ -185,7 +168,7 @@ class Filler:
             lock = self.lock_range(song_range, waiting, context.check_halted)
             try:
                 check_held = await asyncio.to_thread(held.enter_context, lock)
-                await fill.fill(check_held, self._generation)
+                await fill.fill(check_held)
             finally:
                 # in a thread: the database may not answer, and the other ranges must not wait for it
                 await asyncio.to_thread(held.close)
@@ -223,12 +206,10 @@ class _RangeFill:
     let_next_begin: Callable[[], None]
     report: FillReport
 
-    async def fill(self, check_held: Callable[[], None], generation: int) -> None:
+    async def fill(self, check_held: Callable[[], None]) -> None:
         """Fill the range; `report` has the counts even if it raises."""
         filler, context, song_range = self.filler, self.filler.context, self.report.range
-        # read before the songs: after an export in between, the manifest does not fit the snapshot, and is filled again
-        snapshot = filler.snapshots.footer(song_range).digest
-        cached, plan = await asyncio.to_thread(self._plan, song_range, generation)
+        cached, plan = await asyncio.to_thread(self._plan)
         self.report = plan.report
         if plan.texts:
             plan.report.n_tokens_expected = plan.estimate_tokens(context.estimator)
@@ -242,7 +223,7 @@ class _RangeFill:
         context.advance(plan.report.n_songs - n_to_embed, song_range, are_free=True)
         rejected = await self._send(cached, plan, check_held)
         filled = Completion(
-            snapshot=snapshot,
+            snapshot=plan.snapshot,
             text=filler.spec.identity,
             n_songs=plan.report.n_songs,
             n_rejected=plan.report.n_rejected,
@@ -251,11 +232,11 @@ class _RangeFill:
         )
         await asyncio.to_thread(completion.complete, cached, filled, filler.retention_s, rejected, plan.spared)
 
-    def _plan(self, song_range: SongIdRange, generation: int) -> tuple[CachedRange, FillPlan]:
-        filler = self.filler
+    def _plan(self) -> tuple[CachedRange, FillPlan]:
+        filler, song_range = self.filler, self.report.range
         cached = filler.cache.open(song_range)
-        if cached.manifest.generation < generation:
-            cached = filler.cache.open(song_range, generation)
+        if cached.manifest.generation < filler.generation:
+            cached = filler.cache.open(song_range, filler.generation)
         rejected_by = None if filler.retry_rejected or cached.replaces else filler.context.server
         copy = partial(filler.others.copy, cached, check=filler.context.check_halted)
         return cached, plan_fill(filler.snapshots, cached, filler.spec, rejected_by, copy)

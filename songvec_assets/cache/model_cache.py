@@ -152,7 +152,7 @@ class ModelCache:
 
 @dataclass(frozen=True)
 class RangeSummary:
-    """A summary of what is cached of a range.
+    """A summary of what is cached of a range: by its last fill if that was complete, else by the rows of its files.
 
     Attributes:
         n_vectors: songs with a vector.

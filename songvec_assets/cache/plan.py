@@ -94,6 +94,7 @@ class FillPlan:
         reused: songs (song_id, text_hash, row) whose text has a vector in this range, of another song or in an older
             row.
         texts: to send.
+        snapshot: digest of the snapshot that was compared.
         has_rejected: whether an earlier rejection by the provider still counts.
         made_otherwise: whether the cached texts were made with other settings.
         spared: numbers of the rows that this fill does not drop, even if their songs now have other texts: if songs
@@ -104,6 +105,7 @@ class FillPlan:
     deleted: list[int]
     reused: pl.DataFrame
     texts: list[Text]
+    snapshot: str = ""
     has_rejected: bool = False
     made_otherwise: bool = False
     spared: Sequence[int] | pl.Series = ()
@@ -141,8 +143,9 @@ def plan_fill(
             f"range {cached.range.key} has cached embeddings but no snapshot: export first, with `songvec run`",
             "cache.missing",
         )
-    hashes, n_songs = snapshots.read_text_hashes(cached.range, spec), snapshots.footer(cached.range).n_songs
-    rejected = cached.rejected
+    # before the songs: after an export in between, the digest is that of the old ones, and the range is filled again
+    footer = snapshots.footer(cached.range)
+    hashes, rejected = snapshots.read_text_hashes(cached.range, spec), cached.rejected
     holds = pl.lit(False) if rejected_by is None else pl.col("reason").str.starts_with(f"{rejected_by} ")
     unchanged, missing = _compare(hashes, cached.rows, rejected.filter(holds))
     # any stored vector of the text is reused: of another song, or of an older row (lyrics changed back)
@@ -162,20 +165,20 @@ def plan_fill(
     n_refused = int(unchanged["refused"].sum())
     report = FillReport(
         cached.range,
-        n_songs,
+        footer.n_songs,
         n_new=n_new,
         n_changed=missing.height - n_new,
         n_deleted=len(deleted),
         n_reused=reused.height + elsewhere.height,
         n_unchanged=unchanged.height - n_refused,
-        n_rejected=n_songs - hashes.height + n_refused,
+        n_rejected=footer.n_songs - hashes.height + n_refused,
         n_truncated=int(hashes["truncated"].sum()),
         n_bytes_damaged=sum(each.n_bytes for each in cached.manifest.files if each.name in cached.damaged),
     )
     made_otherwise = is_made_otherwise(cached.storage, cached.files, spec)
     # of an interrupted fill, also the rows that it replaced
     spared = () if made_otherwise else (cached.rows if cached.files.done else cached.all_rows)["row"]
-    return FillPlan(report, deleted, reused, sent, n_refused > 0, made_otherwise, spared)
+    return FillPlan(report, deleted, reused, sent, footer.digest, n_refused > 0, made_otherwise, spared)
 
 
 def _render(snapshots: Snapshots, song_range: SongIdRange, spec: TextSpec, songs: pl.DataFrame) -> list[Text]:

@@ -12,7 +12,6 @@ Who decides what a failure means, from the request to the run:
 When to add here: another sign that the server is at fault. Keep out: how a request is divided down to single texts.
 """
 
-import asyncio
 import time
 from dataclasses import dataclass, field
 
@@ -50,9 +49,7 @@ class RefusedTexts:
     async def answers_well(self, since: float) -> bool:
         """Whether the server gave a good vector after `since`; may send a probe, whose tokens are counted."""
         answers = await self.context.embedder.answers_well(since)
-        n_tokens = self.context.embedder.take_probe_tokens()
-        self.report.n_tokens += n_tokens
-        await asyncio.to_thread(self.context.budget.settle, 0, n_tokens)
+        self.report.n_tokens += await self.context.settle_probes()
         return answers
 
     def add(self, text: Text, reason: str, is_refusal: bool) -> None:
@@ -65,9 +62,10 @@ class RefusedTexts:
         self._last_at = time.monotonic()
         if text.rejected_before:  # its failure says nothing new about the server
             return
+        health = self.context.health
         if is_refusal:
-            self.context.n_refused_in_a_row += 1
-            if self.context.n_refused_in_a_row > MAX_REFUSALS_IN_A_ROW:
+            health.n_refused_in_a_row += 1
+            if health.n_refused_in_a_row > MAX_REFUSALS_IN_A_ROW:
                 self._is_server_fault = True
                 raise ProviderError(
                     f"{MAX_REFUSALS_IN_A_ROW} texts in a row were refused, so the fault is not the songs'. {reason}. "
@@ -76,12 +74,11 @@ class RefusedTexts:
                     "provider.refuses-all",
                 )
             return
-        health = self.context.health
         health.count_bad(text.text_hash)
-        if health.is_failing() and health.n_texts() >= _ENOUGH_TEXTS:
+        if health.is_failing() and health.n_texts >= _ENOUGH_TEXTS:
             self._is_server_fault = True
             raise ProviderError(
-                f"{health.n_bad:,} of the last {health.n_texts():,} texts fail while others succeed: too many "
+                f"{health.n_bad:,} of the last {health.n_texts:,} texts fail while others succeed: too many "
                 f"for the songs to be at fault. {reason}. None of this range's is rejected, and nothing more is sent. "
                 "See the server's log, then start the same command again",
                 "provider.failing",
@@ -99,7 +96,7 @@ class RefusedTexts:
         health = self.context.health
         if health.is_failing() and not all(text.rejected_before for text, _ in self._texts):
             raise ServerFailingError(
-                f"{health.n_bad:,} of {health.n_texts():,} texts fail while others succeed: too many for the "
+                f"{health.n_bad:,} of {health.n_texts:,} texts fail while others succeed: too many for the "
                 f"songs to be at fault. {self._texts[-1][1]}. None of this range's is rejected. See the server's "
                 "log, then start the same command again"
             )

@@ -15,7 +15,7 @@ from songvec_assets.cache.rejections import RefusedTexts
 from songvec_assets.cache.writing import AnswerGatherer
 from songvec_assets.embedding.answers import hinted_texts
 from songvec_assets.embedding.batching import bisect, pack_requests
-from songvec_assets.embedding.reservation import Reservation, ReservationHooks
+from songvec_assets.embedding.reservation import Reservation
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import (
     BudgetExceededError,
@@ -129,34 +129,36 @@ class RangeSender:
         """
         if self.is_too_large(texts):
             return await self._send_in_turn(texts, n_bad_before, is_part)
-        # a run that is killed before its first answer has paid for a probe, too
-        n_tokens = self.context.embedder.n_probe_tokens
-        n_tokens += sum(self.context.estimator.estimate(each.n_bytes for each in texts))
-        reservation = Reservation(self.context.budget, n_tokens, self.check_going_on)
-        hooks = _Hooks(reservation, self, texts, is_part)
+        n_tokens = sum(self.context.estimator.estimate(each.n_bytes for each in texts))
+        request = _RangeRequest(
+            self.context.embedder,
+            self.context.budget,
+            n_tokens,
+            check=self.check_going_on,
+            sender=self,
+            texts=texts,
+            is_part=is_part,
+        )
         refusal: RequestRefusedError | None = None
         batch: EmbeddingBatch | None = None
         bad = list(texts)
         n_songs = 0
         asked_at = time.monotonic()
         try:
-            await hooks.before_try()
-            if not self.report.n_embedded:  # before the probe, which no hook precedes
-                await self.check_sendable()
-            with self.gatherer.expecting():
-                batch = await self.context.embedder.generate_embeddings_batch([each.text for each in texts], hooks)
-            reservation.n_billed += batch.n_tokens
-            bad = [texts[row] for row in batch.bad]
-            n_songs = await self._store(texts, batch)
+            async with request:
+                if not self.report.n_embedded:  # before the probe, which no hook precedes
+                    await self.check_sendable()
+                with self.gatherer.expecting():
+                    batch = await request.send([each.text for each in texts])
+                bad = [texts[row] for row in batch.bad]
+                n_songs = await self._store(texts, batch)
             self.context.limits.count_accepted(len(texts), sum(each.n_bytes for each in texts))
         except RequestRefusedError as error:
             refusal = error
         except _TooLargeNowError:
             pass  # it was not sent: there is no batch
         finally:
-            # after the answer is stored: an error here must not lose it
-            self.report.n_tokens += reservation.n_billed
-            await reservation.settle()
+            self.report.n_tokens += request.n_billed
         if refusal:
             return await self._divide(texts, refusal)
         if batch is None:
@@ -254,8 +256,8 @@ class RangeSender:
 
 
 @dataclass
-class _Hooks(ReservationHooks):
-    """Checks around the tries of one request, too."""
+class _RangeRequest(Reservation):
+    """One request of a range: it is checked immediately before it is sent, too."""
 
     sender: RangeSender
     texts: Sequence[Text]
@@ -267,3 +269,4 @@ class _Hooks(ReservationHooks):
 
     async def before_send(self) -> None:
         await self.sender.check_sendable()
+        await super().before_send()

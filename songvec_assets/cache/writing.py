@@ -172,7 +172,7 @@ class AnswerGatherer:
             taken, self._waiting, self._part = self._waiting, [], None
             # their slots are free soon: what comes in them is worth waiting for, else parts would get ever smaller
             with self.expecting(len(taken)), ThreadPoolExecutor(1, "songvec-part") as thread:
-                # of its own: the few that the loop has are for the database, without which no request may be sent
+                # not a thread of the loop's: these few serve the database, without which no request may be sent
                 await asyncio.get_running_loop().run_in_executor(thread, self._write, taken)
 
     def _write(self, taken: Sequence[Answer]) -> None:

@@ -11,7 +11,7 @@ When to add here: another limit of spending. Keep out: what one request has of i
 import asyncio
 import threading
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import Engine
@@ -20,9 +20,6 @@ from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError
 from songvec_assets.postgres.engine import atomic, error_border
 from songvec_assets.postgres.schema import has_tables
-
-if TYPE_CHECKING:
-    from songvec_assets.embedding.reservation import Reservation
 
 _MONTH = "'month ' || to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM')"
 
@@ -121,7 +118,7 @@ class Budget:
         self.n_tokens = 0
         self.n_held = self.n_asking = self.n_settled = 0
         self._lock = threading.Lock()
-        self._unsettled: list[Reservation] = []
+        self._unsettled: list[tuple[int, int, str | None]] = []
         self._settling: asyncio.Task[None] | None = None
         self._settling_alone = asyncio.Lock()
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -183,9 +180,9 @@ class Budget:
             with error_border(), self._engine.connect() as connection:
                 connection.execute(_SETTLE, given)
 
-    async def settle_together(self, reservation: "Reservation") -> None:
-        """Settle a reservation together with all that wait: answers of one part come at once, and lock the same row."""
-        self._unsettled.append(reservation)
+    async def settle_together(self, reserved_tokens: int, billed_tokens: int, month: str | None) -> None:
+        """`settle`, together with all that wait: answers of one part come at once, and lock the same row."""
+        self._unsettled.append((reserved_tokens, billed_tokens, month))
         if self._settling is None:
             self._settling = asyncio.create_task(self._settle_waiting())
         await asyncio.shield(self._settling)
@@ -193,9 +190,9 @@ class Budget:
     async def _settle_waiting(self) -> None:
         async with self._settling_alone:
             taken, self._unsettled, self._settling = self._unsettled, [], None
-            for month in {each.month for each in taken}:
-                group = [each for each in taken if each.month == month]
-                n_reserved, n_billed = sum(each.n_reserved for each in group), sum(each.n_billed for each in group)
+            for month in {month for _, _, month in taken}:
+                n_reserved = sum(reserved for reserved, _, each in taken if each == month)
+                n_billed = sum(billed for _, billed, each in taken if each == month)
                 await asyncio.to_thread(self.settle, n_reserved, n_billed, month)
 
 

@@ -99,8 +99,8 @@ class EmbeddingClient(Embedder):
             hooks: called before each try, and after a try that was billed without a usable answer.
 
         Returns:
-            Float32 vectors, (n texts, dimensions), the billed tokens, including those of probes since the last call,
-            and the number of retries; `bad` lists texts without a vector.
+            Float32 vectors, (n texts, dimensions), the billed tokens, without those of probes, and the number of
+            retries; `bad` lists texts without a vector.
 
         Raises:
             RequestRefusedError: the server refuses this request; others may succeed.
@@ -111,7 +111,6 @@ class EmbeddingClient(Embedder):
         """
         dialect = await self._learn_dialect()
         batch = await self._request_patiently(texts, dialect, hooks)
-        batch = replace(batch, n_tokens=batch.n_tokens + self.take_probe_tokens())
         if len(batch.bad) < len(texts) and batch.n_values != dialect.n_values:
             raise ProviderError(
                 f"expected vectors of {dialect.n_values} values as before, got {batch.n_values}: another server "

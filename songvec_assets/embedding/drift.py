@@ -49,7 +49,6 @@ class ModelRecord:
     is_confirmed: bool = False
     _probe: Float32Matrix | None = field(default=None, init=False)
 
-    @property
     def needs_comparison(self) -> bool:
         """Whether nothing is recorded: songs are to be compared, then `confirm` is to be called."""
         return not self.is_confirmed and self._recorded is None

@@ -22,6 +22,7 @@ class ServerHealth:
 
     Attributes:
         last_good_at: when a text last got a vector.
+        n_refused_in_a_row: texts that the server refused since.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,6 +31,7 @@ class ServerHealth:
         self._bad: dict[bytes, float] = {}
         self._n_known = 0
         self.last_good_at = float("-inf")
+        self.n_refused_in_a_row = 0
 
     def count_known(self, n_texts: int) -> None:
         """Count texts that have vectors from earlier runs: a rerun sends only the rest, which failed before."""
@@ -37,7 +39,7 @@ class ServerHealth:
 
     def count_good(self, n_texts: int) -> None:
         """Count texts that got a vector now."""
-        self.last_good_at = self._clock()
+        self.last_good_at, self.n_refused_in_a_row = self._clock(), 0
         self._good.append((self.last_good_at, n_texts))
 
     def count_bad(self, text_hash: bytes) -> None:
@@ -51,6 +53,7 @@ class ServerHealth:
         self._bad = {text_hash: at for text_hash, at in self._bad.items() if at >= since}
         return len(self._bad)
 
+    @property
     def n_texts(self) -> int:
         """All texts of the last minute, and those with vectors from earlier runs."""
         since = self._clock() - WINDOW_S
@@ -61,4 +64,4 @@ class ServerHealth:
     def is_failing(self) -> bool:
         """Whether more texts are bad than can be the fault of texts."""
         n_bad = self.n_bad
-        return n_bad > MAX_BAD_TEXTS and n_bad > MAX_BAD_SHARE * self.n_texts()
+        return n_bad > MAX_BAD_TEXTS and n_bad > MAX_BAD_SHARE * self.n_texts

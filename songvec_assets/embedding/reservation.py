@@ -1,4 +1,4 @@
-"""What one request has reserved of a budget: it grows with each try, and is settled once.
+"""What one request has reserved of a budget, the probes before it included: it grows with each try, is settled once.
 
 When to add here: another way in which a request pays. Keep out: the limits, and where they are kept (`budget`).
 """
@@ -6,6 +6,7 @@ When to add here: another way in which a request pays. Keep out: the limits, and
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.embedder import Embedder, RequestHooks
@@ -16,30 +17,65 @@ _POLL_S = 0.05
 
 
 @dataclass
-class Reservation:
-    """What one request has reserved of a budget, and was billed, over all its tries. Settle it exactly once.
+class Reservation(RequestHooks):
+    """What one request reserves of a budget and was billed, over all its tries and the probes before it:
+
+        async with Reservation(embedder, budget, n_tokens=900, check=run.check_stop) as reservation:
+            batch = await reservation.send(texts)
+
+    It is settled at the end of the block, where answers are stored. If the block is cancelled, the try in flight may
+    have been billed, and counts.
 
     Attributes:
-        budget: of the run.
-        n_tokens: of one try, as estimated.
+        embedder: sends the request.
+        budget: of the run, or of searches.
+        n_tokens: of one try, as estimated; probes are added.
         check: raises if the request must not wait any longer.
         n_reserved, n_billed: tokens.
         month: in which it counts.
     """
 
+    embedder: Embedder
     budget: Budget
     n_tokens: int
     check: Callable[[], None]
-    n_reserved: int = 0
-    n_billed: int = 0
-    month: str | None = None
+    n_reserved: int = field(default=0, init=False)
+    n_billed: int = field(default=0, init=False)
+    month: str | None = field(default=None, init=False)
+    _is_in_flight: bool = field(default=False, init=False)
 
-    async def grow(self) -> None:
+    def __post_init__(self) -> None:
+        # a process that is killed before its first answer has paid for a probe, too
+        self.n_tokens += self.embedder.n_probe_tokens
+
+    async def __aenter__(self) -> Self:
+        await self.before_try()  # before the probe, which no hook precedes
+        return self
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            self.n_billed += self.n_tokens * self._is_in_flight
+        self.n_billed += self.embedder.take_probe_tokens()
+        try:
+            await self.budget.settle_together(self.n_reserved, self.n_billed, self.month)
+        finally:
+            self.budget.n_held -= self.n_reserved > 0
+            self.budget.n_settled += 1
+
+    async def send(self, texts: Sequence[str]) -> EmbeddingBatch:
+        """Send the request; see `Embedder.generate_embeddings_batch`."""
+        batch = await self.embedder.generate_embeddings_batch(texts, self)
+        self._is_in_flight = False
+        self.n_billed += batch.n_tokens
+        return batch
+
+    async def before_try(self) -> None:
         """Reserve what the next try needs, in addition to earlier tries that may be billed.
 
         Raises:
             BudgetExceededError: the budget is too small, and no request is in flight that could release a part of it.
         """
+        self._is_in_flight = False
         if (missing := self.n_billed + self.n_tokens - self.n_reserved) <= 0:
             return
         budget = self.budget
@@ -64,49 +100,9 @@ class Reservation:
         finally:
             budget.n_held += self.n_reserved > 0
 
-    async def settle(self) -> None:
-        """Replace what is reserved by what was billed."""
-        try:
-            await self.budget.settle_together(self)
-        finally:
-            self.budget.n_held -= self.n_reserved > 0
-            self.budget.n_settled += 1
-
-
-@dataclass
-class ReservationHooks(RequestHooks):
-    """Reserves the budget before each try of a request, and counts tries that may be billed without an answer."""
-
-    reservation: Reservation
-    _is_in_flight: bool = field(default=False, init=False)
-
-    async def before_try(self) -> None:
-        self._is_in_flight = False
-        await self.reservation.grow()
-
     async def before_send(self) -> None:
         self._is_in_flight = True
 
     def count_unusable(self, n_tokens: int) -> None:
         self._is_in_flight = False
-        self.reservation.n_billed += n_tokens
-
-
-async def send_alone(embedder: Embedder, texts: Sequence[str], reservation: Reservation) -> EmbeddingBatch:
-    """Send one request and settle its reservation, which then has what was billed, probes included.
-
-    If it is cancelled, the try in flight may have been billed, and counts.
-    """
-    hooks = ReservationHooks(reservation)
-    reservation.n_tokens += embedder.n_probe_tokens
-    try:
-        await hooks.before_try()  # before the probe, which no hook precedes
-        batch = await embedder.generate_embeddings_batch(texts, hooks)
-        reservation.n_billed += batch.n_tokens
-        return batch
-    except asyncio.CancelledError:
-        reservation.n_billed += reservation.n_tokens * hooks._is_in_flight
-        raise
-    finally:
-        reservation.n_billed += embedder.take_probe_tokens()
-        await reservation.settle()
+        self.n_billed += n_tokens

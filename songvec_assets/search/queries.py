@@ -13,7 +13,7 @@ from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.embedder import Embedder
 from songvec_assets.embedding.pricing import TokenEstimator
 from songvec_assets.embedding.prompts import NO_PROMPTS
-from songvec_assets.embedding.reservation import Reservation, send_alone
+from songvec_assets.embedding.reservation import Reservation
 from songvec_assets.embedding.wire import EmbeddingBatch, Float32Matrix
 from songvec_assets.errors import (
     ProviderError,
@@ -75,7 +75,8 @@ async def _send(
     if budget is None or budget.price.is_free:
         return await embedder.generate_embeddings_batch(texts)
     n_tokens = sum(TokenEstimator().estimate(sizes))
-    return await send_alone(embedder, texts, Reservation(budget, n_tokens, check=lambda: None))
+    async with Reservation(embedder, budget, n_tokens, check=lambda: None) as reservation:
+        return await reservation.send(texts)
 
 
 def embed_queries(

@@ -32,6 +32,10 @@ class SongIdRange:
     def __contains__(self, song_id: int) -> bool:
         return self.start <= song_id < self.stop
 
+    def overlaps(self, other: "SongIdRange") -> bool:
+        """Whether a song_id is in both."""
+        return self.start < other.stop and other.start < self.stop
+
     @property
     def key(self) -> str:
         """The key, zero-padded to nine digits, equal to its Dagster partition key."""

@@ -170,7 +170,7 @@ def read_columns(
 
     Args:
         columns: song_id first; see `SongsSource.select`.
-        condition: limits the rows; made by a method of SongsSource.
+        condition: limits the rows; made by a method of SongsSource; empty: all.
 
     Raises:
         SourceError: a song_id is there more than once.

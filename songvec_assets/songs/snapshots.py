@@ -140,11 +140,11 @@ class Snapshots:
         Raises:
             StoreError: the file is damaged, or a text does not have the hash that the snapshot keeps.
         """
-        texts = render_texts(self.read(song_range, song_ids=song_ids), spec)
-        if texts.height and self.footer(song_range).text == spec.identity:
-            hashes = self.read(song_range, ["song_id", "text_hash"], song_ids)
-            if texts.join(hashes, on=["song_id", "text_hash"], how="anti").height:
-                raise self._damaged(song_range, "texts do not have the hashes that the file keeps")
+        songs = self.read(song_range, [*SNAPSHOT_SCHEMA.names, "text_hash"], song_ids)
+        texts = render_texts(songs, spec)
+        differing = texts.join(songs, on=["song_id", "text_hash"], how="anti")
+        if differing.height and self.footer(song_range).text == spec.identity:
+            raise self._damaged(song_range, "texts do not have the hashes that the file keeps")
         return texts
 
     def footers(self, ranges: Sequence[SongIdRange]) -> dict[SongIdRange, Footer]:

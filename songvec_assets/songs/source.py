@@ -13,6 +13,7 @@ from psycopg2.extensions import encodings
 
 from songvec_assets.errors import SourceError
 from songvec_assets.postgres.engine import Database, raw_cursor
+from songvec_assets.settings import PostgresSettings
 from songvec_assets.songs import songs_table
 from songvec_assets.songs.advice import describe_missing, describe_numbering, describe_types, list_grants
 from songvec_assets.songs.ranges import SongIdRange
@@ -54,18 +55,6 @@ def as_bytes(column: str) -> str:
 
 
 SONGS_AS_BYTES = ", ".join(["song_id", *(f"{as_bytes(name)} AS {name}" for name in FIELDS), _SOURCE_HASH])
-
-
-@dataclass(frozen=True)
-class SourceNames:
-    """The names in the settings; None stands for the primary key, or for no updated_at column."""
-
-    table: str = "songs"
-    song_id_column: str | None = None
-    name_column: str = "name"
-    artist_column: str = "artist"
-    lyrics_column: str = "lyrics"
-    updated_at_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,10 +149,11 @@ class SongsSource:
             return list(cursor)
 
 
-def find_source(database: Database, names: SourceNames, spec: TextSpec | None = None) -> SongsSource:
+def find_source(database: Database, names: PostgresSettings, spec: TextSpec | None = None) -> SongsSource:
     """Find the songs table and its columns.
 
     Args:
+        names: of the table and its columns.
         spec: how songs become texts: only columns that it names are required. Others are read if possible, else they
             are NULL. None: the default, which names all.
 
@@ -173,9 +163,9 @@ def find_source(database: Database, names: SourceNames, spec: TextSpec | None = 
     """
     spec = spec or TextSpec()
     with database.get_connection() as connection:
-        table = songs_table.find_table(connection, names.table)
+        table = songs_table.find_table(connection, names.songs_table)
         if table is None:
-            raise SourceError(describe_missing(connection, names.table))
+            raise SourceError(describe_missing(connection, names.songs_table))
         columns = table.columns
         song_id = names.song_id_column or _choose_song_id(connection, table)
         by_field = {"name": names.name_column, "artist": names.artist_column, "lyrics": names.lyrics_column}

@@ -8,6 +8,7 @@ When to add here: another property of object stores. Keep out: words for their e
 """
 
 import contextlib
+import io
 import tempfile
 import threading
 import uuid
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, Self, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, TypeVar, cast
 
 from songvec_assets.errors import StorageError
 from songvec_assets.settings_group import read_secrets
@@ -65,35 +66,35 @@ class Bucket:
             self._is_checked = True
 
 
-@dataclass
-class _Gathered:
+class _Gathered(io.RawIOBase):
     """A file that is written from its begin to its end: pieces in memory, as they came; on disk once they are large.
 
     A part's vectors are sent from where the answers have them: two copies of them would be the largest cost of a write.
     """
 
-    pieces: list[memoryview] = field(default_factory=list)
-    disk: IO[bytes] | None = None
-    closed: bool = False
-    _n_bytes: int = 0
+    def __init__(self) -> None:
+        self.disk: IO[bytes] | None = None
+        self._pieces: list[memoryview] = []
+        self._n_bytes = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pieces.clear()
+    def close(self) -> None:
+        super().close()
+        self._pieces.clear()
         if self.disk is not None:
             self.disk.close()
+
+    def writable(self) -> bool:
+        return True
 
     def write(self, piece: Any) -> int:
         view = memoryview(piece).cast("B")
         self._n_bytes += len(view)
         if self.disk is None and self._n_bytes > SINGLE_BYTES:
             self.disk = tempfile.TemporaryFile()  # noqa: SIM115 - `__exit__` closes it
-            self.disk.writelines(self.pieces)
-            self.pieces.clear()
+            self.disk.writelines(self._pieces)
+            self._pieces.clear()
         if self.disk is None:
-            self.pieces.append(view)
+            self._pieces.append(view)
         else:
             self.disk.write(view)
         return len(view)
@@ -101,13 +102,10 @@ class _Gathered:
     def tell(self) -> int:
         return self._n_bytes
 
-    def flush(self) -> None:
-        pass
-
     def rewind(self) -> Any:
         """The content, as obstore takes it."""
         if self.disk is None:
-            return self.pieces or b""
+            return self._pieces or b""
         self.disk.seek(0)
         return self.disk
 

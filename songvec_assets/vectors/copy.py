@@ -38,7 +38,7 @@ def row_dtype(dimensions: int, vector_type: str = "vector") -> "np.dtype[np.void
 
 
 def encode_rows(
-    batches: Iterable[tuple[NDArray[np.int32], Float32Matrix]], dimensions: int, vector_type: str = "vector"
+    batches: Iterable[tuple[NDArray[np.int32], Float32Matrix]], dimensions: int, vector_type: str
 ) -> Iterator[bytes]:
     """Encode rows, without header and trailer, in chunks of up to 128 KiB; a larger row is a chunk.
 

@@ -222,7 +222,7 @@ def _vacuum_if_worth_it(table: VectorTable, loads: list[RangeLoad]) -> None:
             connection.execute(text(f"ANALYZE {table.name}"))
 
 
-def store_rows(connection: sa.Connection, batches: Iterator[CachedRows], spec: TableSpec, table: str = SERVING) -> None:
+def store_rows(connection: sa.Connection, batches: Iterator[CachedRows], spec: TableSpec, table: str) -> None:
     """Insert rows by COPY, or by multi-row statements if a pooler refuses an empty COPY, which is tried first.
 
     Args:

@@ -4,7 +4,7 @@ Reads the ledger, the table's primary key, manifests and narrow columns, but no 
 here: another reason to load a range, or to refuse it. Keep out: the load itself (`load`), and the swap (`swap`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import polars as pl
@@ -191,7 +191,7 @@ def check_missing(
     serving: VectorTable,
     source: LoadSource,
     name: str,
-    ranges: Iterable[SongIdRange],
+    ranges: Collection[SongIdRange],
     read_song_ids: Callable[[SongIdRange], set[int] | None],
     run: RunContext,
 ) -> None:
@@ -213,20 +213,19 @@ def check_missing(
         TableMismatchError: names some of the songs and their ranges.
     """
     missing: list[int] = []
-    ranges = list(ranges)
     cached = source.cache.ranges()
     exported = source.snapshots.ranges()
     for song_range in sorted(serving.ledger.read()):
         run.check_stop()
         songs = set(serving.ledger.read_song_ids(song_range))
-        for each in _overlapping(song_range, ranges):
+        for each in filter(song_range.overlaps, ranges):
             found = read_song_ids(each)
             songs = {song_id for song_id in songs if song_id not in each} if found is None else songs - found
         if not songs:
             continue
-        for each in _overlapping(song_range, cached):
+        for each in filter(song_range.overlaps, cached):
             songs -= {rejection.song_id for rejection in source.cache.read_manifest(each).rejected}
-        known = _overlapping(song_range, exported)
+        known = [*filter(song_range.overlaps, exported)]
         kept = set[int]().union(*map(source.snapshots.read_embeddable, known))
         missing += [song_id for song_id in songs if song_id in kept or not any(song_id in each for each in known)]
     if missing:
@@ -239,10 +238,6 @@ def check_missing(
             "`songvec swap` does all of it, and names the ranges that fail",
             "table.swap-blocked",
         )
-
-
-def _overlapping(song_range: SongIdRange, ranges: Iterable[SongIdRange]) -> list[SongIdRange]:
-    return [each for each in ranges if each.start < song_range.stop and song_range.start < each.stop]
 
 
 def read_loadable(source: LoadSource, song_range: SongIdRange) -> set[int] | None:

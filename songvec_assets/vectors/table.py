@@ -8,6 +8,7 @@ measures an index (`index/`).
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -69,13 +70,13 @@ class VectorTable(Records):
     def is_indexed(self) -> bool:
         """Whether it has a valid index."""
         with self.database.get_connection() as connection:
-            return self.read_lists(connection) is not None
+            return self.find_index(connection) is not None
 
     @property
     def index(self) -> IndexInfo | None:
         """Its valid index, or None."""
         with self.database.get_connection() as connection:
-            found = find_index(connection, self.name, self.index_name)
+            found = self.find_index(connection)
             if found is None:
                 return None
             n_rows = (self.read(connection, "index", BuiltIndex) or BuiltIndex()).n_rows
@@ -86,12 +87,9 @@ class VectorTable(Records):
         """See `spec`; within the connection's transaction."""
         return read_spec(connection, self.name)
 
-    # the index, as the catalog has it
-
-    def read_lists(self, connection: sa.Connection) -> int | None:
-        """The lists of its index, 0 if its kind has none; None: the index is missing, invalid or of no kind."""
-        found = find_index(connection, self.name, self.index_name)
-        return found.lists if found else None
+    def find_index(self, connection: sa.Connection) -> "sa.Row[Any] | None":
+        """Its index as the catalog has it; see `catalog.find_index`."""
+        return find_index(connection, self.name, self.index_name)
 
     # rows
 

@@ -1,8 +1,12 @@
 """The texts of a range in requests: divided if refused, stored as answers arrive."""
 
+import asyncio
+from collections.abc import Coroutine
+
 import numpy as np
 import pytest
 
+from songvec_assets.cache import fill as fill_module
 from songvec_assets.errors import (
     ProviderError,
 )
@@ -11,6 +15,7 @@ from songvec_assets_tests.cache.filling import (
     Songs,
     assert_stored,
     billed,
+    export,
     fill,
     plain_songs,
     plain_texts,
@@ -60,6 +65,32 @@ def test_a_single_text_that_is_too_large_is_rejected(songs: Songs, run: Run, pro
     ((song_id, reason),) = report.rejected
     assert song_id == 4
     assert "413" in reason
+
+
+def test_requests_that_are_abandoned_in_flight_count_as_billed(
+    songs: Songs, run: Run, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event loop that ends early cancels its tasks, and the provider bills what it has received."""
+    songs(*plain_songs(range(1, 21)))
+    provider.control(hold_after=1)
+    pipeline = run(max_request_texts=5)
+    export(pipeline)
+
+    def run_until_in_flight(work: Coroutine[object, object, None]) -> None:
+        async def interrupt() -> None:
+            filling = asyncio.create_task(work)
+            while await asyncio.to_thread(provider.count_in_flight) < 4:
+                await asyncio.sleep(0.01)
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+            await filling
+
+        asyncio.run(interrupt())
+
+    monkeypatch.setattr(fill_module, "run_event_loop", run_until_in_flight)
+    with pytest.raises(asyncio.CancelledError):
+        pipeline.embed()
+    assert pipeline.month_spending().billed > pipeline.price.usd(20 * 6), "20 texts of 7 tokens"
 
 
 @pytest.mark.parametrize("status", [401, 503])

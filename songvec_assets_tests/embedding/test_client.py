@@ -301,9 +301,10 @@ def test_a_server_of_a_public_report_gives_each_text_its_vector(
     connect: Connect, provider: Provider, mode: str, faults: dict[str, object]
 ) -> None:
     provider.control(mode=mode, model=MODEL, **faults)
-    (batch,) = embed(connect(), TEXTS)
+    client = connect()
+    (batch,) = embed(client, TEXTS)
     assert_vectors(batch)
-    assert batch.n_tokens == provider.ledger()["tokens_billed"]
+    assert batch.n_tokens + client.take_probe_tokens() == provider.ledger()["tokens_billed"]
     assert {count for text, count in provider.texts().items() if text != "probe"} == {1}
 
 
@@ -410,8 +411,11 @@ def test_the_probe_is_sent_once_a_client(connect: Connect, provider: Provider) -
 
 
 def test_the_tokens_told_are_those_billed_the_probe_included(connect: Connect, provider: Provider) -> None:
-    batches = embed(connect(), TEXTS, TEXTS[:3], ["la " * 1000])
-    assert sum(batch.n_tokens for batch in batches) == provider.ledger()["tokens_billed"]
+    client = connect()
+    batches = embed(client, TEXTS, TEXTS[:3], ["la " * 1000])
+    n_tokens = [batch.n_tokens for batch in batches]
+    assert sum(n_tokens) + client.take_probe_tokens() == provider.ledger()["tokens_billed"]
+    assert client.take_probe_tokens() == 0, "they are counted once"
     assert batches[1].n_tokens == sum(map(count_tokens, TEXTS[:3]))
 
 
@@ -422,7 +426,7 @@ def test_the_probes_tokens_are_told_though_the_first_request_is_refused(connect:
     async def work() -> int:
         with pytest.raises(RequestRefusedError):
             await client.generate_embeddings_batch(["POISON"])
-        return (await client.generate_embeddings_batch(TEXTS)).n_tokens
+        return client.take_probe_tokens()
 
     assert use(client, work) == provider.ledger()["tokens_billed"]
 

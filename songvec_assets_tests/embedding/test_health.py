@@ -32,7 +32,7 @@ def test_it_is_at_fault_for_more_bad_texts_than_a_few_and_than_one_in_a_hundred(
     health = ServerHealth(clock)
     health.count_good(n_good)
     fail(health, n_bad)
-    assert (health.n_bad, health.n_texts(), health.is_failing()) == (n_bad, n_good + n_bad, is_failing)
+    assert (health.n_bad, health.n_texts, health.is_failing()) == (n_bad, n_good + n_bad, is_failing)
 
 
 def test_a_text_that_fails_again_is_one_text(clock: Clock) -> None:
@@ -49,7 +49,7 @@ def test_what_is_a_minute_old_does_not_count(clock: Clock) -> None:
     clock.now = WINDOW_S / 2
     health.count_good(7)
     clock.now = WINDOW_S + 1
-    assert (health.n_bad, health.n_texts(), health.is_failing()) == (0, 7, False)
+    assert (health.n_bad, health.n_texts, health.is_failing()) == (0, 7, False)
     assert health.last_good_at == WINDOW_S / 2
 
 
@@ -59,6 +59,6 @@ def test_texts_of_earlier_runs_count_as_good_up_to_a_number(clock: Clock) -> Non
     for _ in range(3):
         health.count_known(MAX_KNOWN_TEXTS)
     fail(health, 100)
-    assert (health.n_texts(), health.is_failing()) == (MAX_KNOWN_TEXTS + 100, False)
+    assert (health.n_texts, health.is_failing()) == (MAX_KNOWN_TEXTS + 100, False)
     fail(health, 102)
     assert health.is_failing()

@@ -7,8 +7,9 @@ import sqlalchemy as sa
 
 from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.embedder import NO_HOOKS, Embedder, RequestHooks
+from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.pricing import Price
-from songvec_assets.embedding.reservation import Reservation, send_alone
+from songvec_assets.embedding.reservation import Reservation
 from songvec_assets.embedding.wire import EmbeddingBatch
 from songvec_assets.errors import BudgetExceededError
 
@@ -34,7 +35,8 @@ def test_a_request_that_is_given_up_counts_as_billed(engine: sa.Engine, run: str
 
     async def give_up() -> None:
         async with asyncio.timeout(0.2):
-            await send_alone(Hanging(), ["waves"], Reservation(budget, 7, lambda: None))
+            async with Reservation(Hanging(), budget, 7, lambda: None) as reservation:
+                await reservation.send(["waves"])
 
     with pytest.raises(TimeoutError):
         asyncio.run(give_up())
@@ -51,14 +53,8 @@ def test_what_a_request_reserves_covers_the_probe_before_it(engine: sa.Engine, r
         n_probe_tokens = 8
 
     async def begin() -> int:
-        reservation = Reservation(budget, 7, lambda: None)
-        sending = asyncio.create_task(send_alone(Probing(), ["waves"], reservation))
-        while not reservation.n_reserved:
-            await asyncio.sleep(0.01)
-        n_reserved = reservation.n_reserved
-        sending.cancel()
-        await asyncio.wait([sending])
-        return n_reserved
+        async with Reservation(Probing(), budget, 7, lambda: None) as reservation:
+            return reservation.n_reserved
 
     assert asyncio.run(begin()) == 15
 
@@ -72,12 +68,12 @@ def test_answers_that_come_at_once_are_settled_together(engine: sa.Engine, run: 
         statements.append(str(event[2]))
 
     async def spend() -> None:
-        reservations = [Reservation(budget, 4, lambda: None) for _ in range(8)]
-        await asyncio.gather(*(each.grow() for each in reservations))
+        reservations = [Reservation(OfflineEmbedder(4), budget, 4, lambda: None) for _ in range(8)]
+        await asyncio.gather(*(each.__aenter__() for each in reservations))
         for billed, each in enumerate(reservations):
             each.n_billed = billed
         sa.event.listen(engine, "before_cursor_execute", note)
-        await asyncio.gather(*(each.settle() for each in reservations))
+        await asyncio.gather(*(each.__aexit__(None, None, None) for each in reservations))
         sa.event.remove(engine, "before_cursor_execute", note)
 
     asyncio.run(spend())

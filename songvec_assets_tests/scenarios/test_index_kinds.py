@@ -13,7 +13,8 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import record_source, search_songs
 from songvec_assets.search.query import Query
-from songvec_assets.songs.source import SongsSource, SourceNames, find_source
+from songvec_assets.settings import PostgresSettings
+from songvec_assets.songs.source import SongsSource, find_source
 from songvec_assets.vectors.index import bits
 from songvec_assets.vectors.index.build_plan import IndexSettings
 from songvec_assets.vectors.index.kinds import KINDS
@@ -43,7 +44,7 @@ def source(database: Database, songs: Callable[..., None], cache_of_64: ModelCac
     """The songs, loaded; the planner takes an index though the table is small."""
     songs(*((song_id, f"Song {song_id}", "Ann" if song_id % 4 else "Ben", "la") for song_id in range(N_SONGS)))
     load(database, cache_of_64, WIDE)
-    found = find_source(database, SourceNames())
+    found = find_source(database, PostgresSettings())
     record_source(database, found, ["artist"])
     name = sa.make_url(database.url).database
     for setting in ("enable_seqscan", "enable_sort"):

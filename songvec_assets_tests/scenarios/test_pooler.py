@@ -16,10 +16,11 @@ from songvec_assets.errors import BudgetExceededError, DatabaseError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.locks import hold_lock, lock_key
 from songvec_assets.postgres.schema import ensure_schema, read_value, write_value
+from songvec_assets.settings import PostgresSettings
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.snapshots import Snapshots
-from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.songs.source import find_source
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.administration import as_role, dispose, execute, wait_until
 from songvec_assets_tests.embedding.test_limits import SPENDER
@@ -110,7 +111,9 @@ class TestTransactions:
         )
         for n_written in (6, 0):
             report = cache_songs_to_parquet(
-                find_source(pooled, SourceNames()), Snapshots(LocalStorage(tmp_path)), Tiling(width=300, stop=1_500)
+                find_source(pooled, PostgresSettings()),
+                Snapshots(LocalStorage(tmp_path)),
+                Tiling(width=300, stop=1_500),
             )
             assert report.n_songs == 1_500
             assert sum(each.written for each in report.ranges) == n_written

@@ -96,6 +96,21 @@ def test_a_fill_with_nothing_to_do_reads_and_lists_each_range_once_and_opens_no_
     assert (bytes_under(tmp_path), provider.ledger()["requests"]) == (before, n_requests)
 
 
+def test_a_fill_reads_how_texts_are_made_and_its_snapshot_a_few_times(
+    songs: Callable[..., None], database: Database, provider: Provider, tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    """Each is a request where the store is a bucket."""
+    songs((1, "Sea", "Ann", "waves"))
+    pipeline = make_pipeline(database, provider, tmp_path / "store")
+    pipeline.export()
+    calls.clear()
+    pipeline.embed()
+    counted = Counter(calls)
+    assert counted["read", str(pipeline.cache.storage.root / "texts.json")] <= 3
+    assert counted["scan", str(pipeline.cache.storage.root)] <= 5
+    assert counted["open", str(pipeline.store.songs.storage.root / f"{FIRST.key}.parquet")] <= 6
+
+
 def test_storing_vectors_again_takes_calls_in_proportion_to_their_pieces(
     tmp_path: Path, calls: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

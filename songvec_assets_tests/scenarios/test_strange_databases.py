@@ -14,8 +14,8 @@ import sqlalchemy as sa
 
 from songvec_assets import cli
 from songvec_assets.postgres.engine import Database
-from songvec_assets.settings import variables
-from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.settings import PostgresSettings, variables
+from songvec_assets.songs.source import find_source
 from songvec_assets.songs.watch import digest_source
 from songvec_assets_tests.administration import dispose, execute, own_engine, wait_until, with_parts
 from songvec_assets_tests.conftest import environment_of
@@ -267,7 +267,7 @@ class TestEncodings:
         assert shown in output, output
         with database.get_connection() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM song_embeddings WHERE song_id IN (7, 32)")) == 0
-        assert digest_source(find_source(database, SourceNames()))
+        assert digest_source(find_source(database, PostgresSettings()))
 
 
 class TestRoles:

@@ -19,6 +19,7 @@ from songvec_assets.embedding import client as client_module
 from songvec_assets.embedding import contact as contact_module
 from songvec_assets.embedding.health import MAX_BAD_TEXTS
 from songvec_assets.embedding.limits import RateLimiter
+from songvec_assets.embedding.offline import OfflineEmbedder
 from songvec_assets.embedding.reservation import Reservation
 from songvec_assets.errors import (
     BudgetExceededError,
@@ -607,7 +608,8 @@ def test_a_try_that_is_called_off_leaves_the_count_of_reservations_as_it_was() -
         raise StoppedError("another request of the range failed")
 
     budget: Any = SimpleNamespace(n_held=1, n_settled=0)
-    reservation = Reservation(budget, 10, call_off, n_reserved=10, n_billed=10)
+    reservation = Reservation(OfflineEmbedder(4), budget, 10, call_off)
+    reservation.n_reserved = reservation.n_billed = 10
     with pytest.raises(StoppedError):
-        asyncio.run(reservation.grow())
+        asyncio.run(reservation.before_try())
     assert budget.n_held == 1

@@ -10,7 +10,8 @@ from songvec_assets.postgres.embedded import create_songs_table
 from songvec_assets.postgres.engine import Database
 from songvec_assets.samples import read_sample_queries
 from songvec_assets.search.labels import ALL, LabelledQuery, drop_unknown, label_samples, read_labels
-from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.settings import PostgresSettings
+from songvec_assets.songs.source import find_source
 from songvec_assets_tests.administration import execute
 
 Write = Callable[[str], Path]
@@ -89,7 +90,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_unknown_songs_are_named_and_left_out(database: Database, songs: Callable[..., None]) -> None:
     songs((1, "Sea", "Ann", None), (2, "Hill", "Ben", None))
-    source = find_source(database, SourceNames())
+    source = find_source(database, PostgresSettings())
     queries = [LabelledQuery("sea", {1: 2, 70: 1}), LabelledQuery("sun", {71: 1})]
     kept, [note] = drop_unknown(database, source, queries)
     assert kept == [LabelledQuery("sea", {1: 2})]
@@ -103,7 +104,7 @@ def test_unknown_songs_are_named_and_left_out(database: Database, songs: Callabl
 
 def test_the_sample_catalogue_has_labelled_queries_whatever_its_song_ids(database: Database) -> None:
     create_songs_table(database, 50_000)
-    source = find_source(database, SourceNames())
+    source = find_source(database, PostgresSettings())
     labelled = label_samples(database, source)
     assert labelled is not None
     assert len(labelled) == read_sample_queries().select("slice", "query").n_unique()

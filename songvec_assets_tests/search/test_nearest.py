@@ -18,7 +18,8 @@ from songvec_assets.postgres.messages import ReportingCursor
 from songvec_assets.postgres.schema import write_value
 from songvec_assets.search.nearest import Hit, check_searchable, record_source, search_songs
 from songvec_assets.search.query import Query
-from songvec_assets.songs.source import SongsSource, SourceNames, find_source
+from songvec_assets.settings import PostgresSettings
+from songvec_assets.songs.source import SongsSource, find_source
 from songvec_assets.vectors.index.audit import find_neighbors
 from songvec_assets.vectors.table import TableSpec, VectorTable
 from songvec_assets_tests.administration import dispose, execute
@@ -34,7 +35,7 @@ def source(database: Database, songs: Callable[..., None], cache: ModelCache) ->
     songs(*((song_id, f"Song {song_id}", "Ann", "la" if song_id % 2 else None) for song_id in range(1, 101)))
     put(cache, range(1, 101))
     load(database, cache)
-    return find_source(database, SourceNames())
+    return find_source(database, PostgresSettings())
 
 
 def nearest(query: np.ndarray, n_songs: int = 100) -> list[tuple[int, float]]:
@@ -234,7 +235,7 @@ def test_halfvec_tables_are_searched_alike(database: Database, songs: Callable[.
     put(cache, range(1, 101))
     load(database, cache, spec)
     hits = search_songs(
-        database, find_source(database, SourceNames()), Query(make_vector(8), limit=3, model=spec.model)
+        database, find_source(database, PostgresSettings()), Query(make_vector(8), limit=3, model=spec.model)
     )
     expected = nearest(make_vector(8))[:3]
     assert [hit.song_id for hit in hits] == [song_id for song_id, _ in expected]
@@ -251,7 +252,7 @@ def test_a_source_with_odd_names_is_searched(database: Database, cache: ModelCac
     )
     put(cache, [7])
     load(database, cache)
-    source = find_source(database, SourceNames("Songs", name_column=column))
+    source = find_source(database, PostgresSettings(songs_table="Songs", name_column=column))
     hits = search_songs(database, source, Query(make_vector(7), model=SPEC.model))
     assert [(hit.song_id, hit.name, hit.lyrics) for hit in hits] == [(7, "Sea", "waves")]
 
@@ -259,7 +260,7 @@ def test_a_source_with_odd_names_is_searched(database: Database, cache: ModelCac
 def test_before_the_first_load_it_says_what_to_run(database: Database, songs: Callable[..., None]) -> None:
     songs((1, "Sea", "Ann", None))
     with pytest.raises(TableMismatchError, match=r"nothing is loaded yet.*`songvec run` first"):
-        search_songs(database, find_source(database, SourceNames()), Query(make_vector(1), model=SPEC.model))
+        search_songs(database, find_source(database, PostgresSettings()), Query(make_vector(1), model=SPEC.model))
 
 
 @pytest.mark.parametrize("spec", [TableSpec("model-b", DIMENSIONS), TableSpec("model-a", 16)])

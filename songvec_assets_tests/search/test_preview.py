@@ -8,7 +8,8 @@ import pytest
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.preview import find_clusters, preview_table, project
-from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.settings import PostgresSettings
+from songvec_assets.songs.source import find_source
 from songvec_assets.vectors.index.neighbors import LoadedRows, sample_rows
 from songvec_assets.vectors.table import VectorTable
 from songvec_assets_tests.administration import execute
@@ -81,7 +82,9 @@ def test_neighbours_are_the_nearest_songs_without_the_song_itself(
         "CREATE TABLE songs AS SELECT n AS id, 'song ' || n AS name, 'a' AS artist, 'la' AS lyrics "
         "FROM generate_series(0, 59) AS n; ALTER TABLE songs ADD PRIMARY KEY (id)",
     )
-    preview = preview_table(LoadedRows.of(VectorTable(database), cache), find_source(database, SourceNames()), SPEC)
+    preview = preview_table(
+        LoadedRows.of(VectorTable(database), cache), find_source(database, PostgresSettings()), SPEC
+    )
     assert (preview.map.n_rows, preview.map.points.shape, len(preview.neighborhoods)) == (60, (60, 2), 8)
     assert {title for titles in preview.map.titles for title in titles} <= {f"song {n}" for n in range(60)}
     for each in preview.neighborhoods:
@@ -89,5 +92,5 @@ def test_neighbours_are_the_nearest_songs_without_the_song_itself(
         others = sorted(set(range(60)) - {song_id}, key=lambda n: -make_vector(n) @ make_vector(song_id))
         assert [hit.song_id for hit in each.nearest] == others[:3]
     execute(database.adbc_uri, "DELETE FROM songs WHERE id < 50")
-    gone = preview_table(LoadedRows.of(VectorTable(database), cache), find_source(database, SourceNames()), SPEC)
+    gone = preview_table(LoadedRows.of(VectorTable(database), cache), find_source(database, PostgresSettings()), SPEC)
     assert len(gone.neighborhoods) < 8, "songs that are gone from the source are left out"

@@ -1,7 +1,6 @@
 """A table that cannot be used is refused with what makes it usable: a setting, a right, a view that serves."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,23 +8,24 @@ import sqlalchemy as sa
 
 from songvec_assets.errors import SourceError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.settings import PostgresSettings
+from songvec_assets.songs.source import find_source
 from songvec_assets_tests.administration import as_role
 from songvec_assets_tests.songs.test_source import export, run
 
 
 def test_a_missing_table_is_named_with_the_variable(database: Database) -> None:
     with pytest.raises(SourceError, match=r"no table tunes .* SONGVEC_SONGS_TABLE, also as schema\.table"):
-        find_source(database, SourceNames("tunes"))
+        find_source(database, PostgresSettings(songs_table="tunes"))
 
 
 def test_a_table_in_schemas_that_are_not_searched_is_named_with_each(database: Database) -> None:
     for schema in ("catalogue", "archive"):
         run(database, f"CREATE SCHEMA {schema}", f"CREATE TABLE {schema}.songs (id integer PRIMARY KEY)")
     with pytest.raises(SourceError, match=r"set SONGVEC_SONGS_TABLE=archive\.songs or catalogue\.songs$"):
-        find_source(database, SourceNames())
+        find_source(database, PostgresSettings())
     with pytest.raises(SourceError, match=r"set SONGVEC_SONGS_TABLE=archive\.songs or catalogue\.songs$"):
-        find_source(database, SourceNames("public.songs"))
+        find_source(database, PostgresSettings(songs_table="public.songs"))
 
 
 def test_each_right_that_lacks_is_named_with_the_statement_that_gives_it(database: Database, tmp_path: Path) -> None:
@@ -36,15 +36,15 @@ def test_each_right_that_lacks_is_named_with_the_statement_that_gives_it(databas
            (id integer PRIMARY KEY, name text, artist text, "Lyrics" text, secret text)""",
         """INSERT INTO "Their".songs VALUES (7, 'Sea', 'Ann', 'waves')""",
     )
-    names = SourceNames("Their.songs", lyrics_column="Lyrics")
+    names = PostgresSettings(songs_table="Their.songs", lyrics_column="Lyrics")
 
-    def refusal(seen: Database, names: SourceNames = names) -> str:
+    def refusal(seen: Database, names: PostgresSettings = names) -> str:
         with pytest.raises(SourceError, match="this user lacks a right") as caught:
             find_source(seen, names)
         return str(caught.value)
 
     with as_role(database) as seen:
-        assert 'run GRANT USAGE ON SCHEMA "Their" TO "role_' in refusal(seen, SourceNames())
+        assert 'run GRANT USAGE ON SCHEMA "Their" TO "role_' in refusal(seen, PostgresSettings())
         statements = refusal(seen).partition("let its owner run ")[2]
         assert re.fullmatch(
             r"""GRANT USAGE ON SCHEMA "Their" TO "\w+"; GRANT SELECT ON "Their"."songs" TO "\w+";""", statements
@@ -86,11 +86,15 @@ def test_what_is_no_text_is_refused_with_the_view_that_serves(
         f"INSERT INTO songs VALUES (7, {', '.join(values.values())}, now())",
     )
     with pytest.raises(SourceError, match=re.escape(f"column {column!r} is {kind}")) as caught:
-        find_source(database, SourceNames(updated_at_column="at"))
+        find_source(database, PostgresSettings(updated_at_column="at"))
     settings, _, statement = str(caught.value).partition(": CREATE VIEW")
     assert settings.endswith("SONGVEC_SONGS_TABLE=public.songs_as_text SONGVEC_SONG_ID_COLUMN=id")
     run(database, f"CREATE VIEW{statement}")
-    (row,) = export(database, SourceNames("public.songs_as_text", "id", updated_at_column="at"), tmp_path)
+    (row,) = export(
+        database,
+        PostgresSettings(songs_table="public.songs_as_text", song_id_column="id", updated_at_column="at"),
+        tmp_path,
+    )
     expected = {"name": "Sea", "artist": "Ann", "lyrics": "waves"} | {column: text}
     assert row == (7, *expected.values())
 
@@ -105,9 +109,9 @@ def test_a_key_of_another_table_is_refused_with_the_view_that_joins_it(database:
         """INSERT INTO "Their"."Artists" VALUES ('x', 303, now(), 'Ann')""",
         """INSERT INTO songs VALUES (7, 'Sea', '{"text": "waves"}', 303), (8, 'Hill', NULL, NULL)""",
     )
-    names = SourceNames(artist_column="by")
+    names = PostgresSettings(artist_column="by")
     with pytest.raises(SourceError, match="column 'by' is bigint, column 'lyrics' is jsonb") as caught:
         find_source(database, names)
     run(database, f"CREATE VIEW{str(caught.value).partition(': CREATE VIEW')[2]}")
-    view = replace(names, table="public.songs_as_text", song_id_column="id")
+    view = names.model_copy(update={"songs_table": "public.songs_as_text", "song_id_column": "id"})
     assert export(database, view, tmp_path) == [(7, "Sea", "Ann", "waves"), (8, "Hill", None, None)]

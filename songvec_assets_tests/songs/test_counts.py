@@ -10,6 +10,7 @@ import pytest
 from songvec_assets.errors import SettingsError, SourceError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
+from songvec_assets.settings import PostgresSettings
 from songvec_assets.songs.counts import (
     IdSums,
     RangeCount,
@@ -19,7 +20,7 @@ from songvec_assets.songs.counts import (
     find_ends,
 )
 from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
-from songvec_assets.songs.source import SongsSource, SourceNames, find_source
+from songvec_assets.songs.source import SongsSource, find_source
 from songvec_assets_tests.songs.test_source import TILING, run
 
 
@@ -34,7 +35,7 @@ def test_songs_are_counted_by_range_up_to_the_highest_integer(database: Database
         "CREATE TABLE songs (id bigint PRIMARY KEY, name text, artist text, lyrics text)",
         f"INSERT INTO songs SELECT unnest(ARRAY[-1, 0, 99, 100, 999, 1000, 50000, {MAX_SONG_ID}, {2**31}])",
     )
-    assert count_ranges(find_source(database, SourceNames()), TILING) == {
+    assert count_ranges(find_source(database, PostgresSettings()), TILING) == {
         SongIdRange(0, 100): RangeCount(ids(0, 99)),
         SongIdRange(100, 200): RangeCount(ids(100)),
         SongIdRange(900, 1000): RangeCount(ids(999)),
@@ -48,7 +49,7 @@ def test_ids_that_no_range_holds_are_counted_by_reason(database: Database) -> No
         "CREATE TABLE songs (id bigint, name text, artist text, lyrics text)",
         f"INSERT INTO songs SELECT unnest(ARRAY[NULL, NULL, NULL, -1, {-(2**40)}, 0, {MAX_SONG_ID}, {2**31}])",
     )
-    source = find_source(database, SourceNames(song_id_column="id"))
+    source = find_source(database, PostgresSettings(song_id_column="id"))
     assert count_unreachable_ids(source) == Counter(
         {"the id is NULL": 3, "the id is negative": 2, "the id is above 2147483647, the highest INTEGER": 1}
     )
@@ -60,7 +61,7 @@ def test_where_every_id_has_a_range_nothing_is_counted(database: Database) -> No
         "CREATE TABLE songs (id smallint PRIMARY KEY, name text, artist text, lyrics text)",
         "INSERT INTO songs VALUES (1, 'Sea', 'Ann', NULL)",
     )
-    assert count_unreachable_ids(find_source(database, SourceNames())) == Counter()
+    assert count_unreachable_ids(find_source(database, PostgresSettings())) == Counter()
 
 
 def test_the_newest_time_of_a_range_comes_with_its_count(database: Database) -> None:
@@ -72,7 +73,7 @@ def test_the_newest_time_of_a_range_comes_with_its_count(database: Database) -> 
         VALUES (1, '2026-01-02'), (2, '2026-01-03'), (3, NULL), (100, NULL)
         """,
     )
-    counts = count_ranges(find_source(database, SourceNames(updated_at_column="at")), TILING)
+    counts = count_ranges(find_source(database, PostgresSettings(updated_at_column="at")), TILING)
     assert counts == {
         SongIdRange(0, 100): RangeCount(ids(1, 2, 3), "2026-01-03 00:00:00"),
         SongIdRange(100, 200): RangeCount(ids(100), None),
@@ -101,7 +102,7 @@ def make_source(database: Database, *song_ids: int) -> SongsSource:
         "CREATE TABLE songs (id bigint PRIMARY KEY, name text, artist text, lyrics text)",
         f"INSERT INTO songs SELECT unnest(ARRAY[{', '.join(map(str, song_ids))}]::bigint[])",
     )
-    return find_source(database, SourceNames())
+    return find_source(database, PostgresSettings())
 
 
 def test_the_ends_are_the_ranges_of_the_lowest_and_the_highest_id_that_a_range_holds(database: Database) -> None:

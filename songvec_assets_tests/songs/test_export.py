@@ -18,6 +18,7 @@ from songvec_assets.errors import SourceError, StoreError, describe
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext
+from songvec_assets.settings import PostgresSettings
 from songvec_assets.songs import content, readers
 from songvec_assets.songs import export as export_module
 from songvec_assets.songs.content import FILE_SCHEMA, SNAPSHOT_SCHEMA
@@ -26,7 +27,7 @@ from songvec_assets.songs.ranges import MAX_SONG_ID, SongIdRange, Tiling
 from songvec_assets.songs.readers import read_songs_from_postgres
 from songvec_assets.songs.reports import ExportReport, IncompleteExportError
 from songvec_assets.songs.snapshots import Snapshots
-from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.songs.source import find_source
 from songvec_assets.songs.text import TextSpec, render_texts
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.administration import execute
@@ -34,7 +35,7 @@ from songvec_assets_tests.provider import Provider
 
 TILING = Tiling(width=100, stop=1_000)
 FIRST, SECOND = SongIdRange(0, 100), SongIdRange(100, 200)
-DATED = SourceNames(updated_at_column="at")
+DATED = PostgresSettings(updated_at_column="at")
 
 SCRIPTS = [
     "Füße über Äcker: ſtraße",
@@ -57,13 +58,13 @@ SCRIPTS = [
 def run(
     database: Database,
     folder: Path,
-    names: SourceNames | None = None,
+    names: PostgresSettings | None = None,
     mode: export_module.ExportMode = "all",
     spec: TextSpec | None = None,
     **options: Any,
 ) -> ExportReport:
     """One export of the table."""
-    source = find_source(database, names or SourceNames(), spec)
+    source = find_source(database, names or PostgresSettings(), spec)
     return cache_songs_to_parquet(source, stored(folder), TILING, ExportOptions(mode, **options))
 
 
@@ -184,7 +185,7 @@ class TestContent:
     ) -> None:
         songs(*((song_id, "Sea", "Ann", None) for song_id in (1, 2, 150, 5000)))
         reported: list[Progress] = []
-        source = find_source(database, SourceNames())
+        source = find_source(database, PostgresSettings())
         cache_songs_to_parquet(source, stored(tmp_path), TILING, run=RunContext(reported.append))
         assert [(each.done, each.total) for each in reported] == [(2, 4), (3, 4), (4, 4)]
 
@@ -262,7 +263,7 @@ class TestUnchanged:
     ) -> None:
         songs((1, "Sea", "Ann", None), (1001, "Hill", "Ben", None), (5000, "Moon", "Cy", None))
         run(database, tmp_path)
-        source = find_source(database, SourceNames())
+        source = find_source(database, PostgresSettings())
         cache_songs_to_parquet(source, stored(tmp_path), Tiling(width=100, stop=2_000), ExportOptions(mode))
         assert [each.key for each in stored(tmp_path).ranges()] == [
             "000000000-000000100", "000001000-000001100", "000002000-max"
@@ -303,7 +304,7 @@ class TestBadInput:
         with pytest.raises(
             IncompleteExportError, match="column 'id' of songs must be unique, 151 is there more than once"
         ) as caught:
-            run(database, tmp_path, SourceNames(song_id_column="id"))
+            run(database, tmp_path, PostgresSettings(song_id_column="id"))
         assert "SONGVEC_SONG_ID_COLUMN" in str(caught.value)
         assert isinstance(caught.value.__cause__, SourceError)
         assert [song_id for song_id, *_ in read(tmp_path)] == [1, 2, 250]
@@ -315,7 +316,7 @@ class TestBadInput:
     ) -> None:
         songs((1, "Sea", "Ann", None), (150, "Hill", "Ben", None), (250, "Moon", "Cy", None))
         change(database, "CREATE VIEW fragile AS SELECT id, name, artist, (1 / (id - 151))::text AS lyrics FROM songs")
-        names = SourceNames("fragile", song_id_column="id")
+        names = PostgresSettings(songs_table="fragile", song_id_column="id")
         run(database, tmp_path, names)
         before = files_of(tmp_path)
         songs((1, "New", "Ann", None), (151, "Moon", "Cy", None), (250, "New", "Cy", None))
@@ -593,7 +594,7 @@ class TestUpdatedAt:
         change(
             dated, "ALTER TABLE songs DROP CONSTRAINT songs_pkey; INSERT INTO songs SELECT * FROM songs WHERE id = 101"
         )
-        names = SourceNames(song_id_column="id", updated_at_column="at")
+        names = PostgresSettings(song_id_column="id", updated_at_column="at")
         with pytest.raises(IncompleteExportError):
             run(dated, tmp_path, names)
         change(dated, "DELETE FROM songs WHERE id = 101; UPDATE songs SET name = 'hidden' WHERE id = 2")
@@ -602,9 +603,9 @@ class TestUpdatedAt:
 
 
 class TestHashes:
-    @pytest.mark.parametrize("names", [SourceNames(), DATED])
+    @pytest.mark.parametrize("names", [PostgresSettings(), DATED])
     def test_only_songs_whose_content_changed_are_rendered(
-        self, dated: Database, tmp_path: Path, rendered: list[int], names: SourceNames
+        self, dated: Database, tmp_path: Path, rendered: list[int], names: PostgresSettings
     ) -> None:
         run(dated, tmp_path, names)
         assert sorted(rendered) == [1, 2, 3, 4, 5, 101]
@@ -616,9 +617,9 @@ class TestHashes:
         assert rendered == [3]
         assert_hashed(tmp_path, TextSpec())
 
-    @pytest.mark.parametrize("names", [SourceNames(), DATED])
+    @pytest.mark.parametrize("names", [PostgresSettings(), DATED])
     def test_the_server_sends_the_texts_of_changed_songs_only(
-        self, dated: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: SourceNames
+        self, dated: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: PostgresSettings
     ) -> None:
         run(dated, tmp_path, names)
         sent: list[int] = []

@@ -8,12 +8,13 @@ import pytest
 from songvec_assets.errors import BulkDeletionError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import SILENT
+from songvec_assets.settings import PostgresSettings
 from songvec_assets.songs.counts import count_ranges
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.missing import MissingSongs
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.snapshots import Snapshots
-from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.songs.source import find_source
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.songs.test_source import TILING, run
 
@@ -57,7 +58,7 @@ def test_ids_are_read_of_ranges_that_differ_from_their_snapshot_only(database: D
         "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)",
         "INSERT INTO songs SELECT n, 'Sea', 'Ann', NULL FROM generate_series(0, 299) n",
     )
-    source, snapshots, read = find_source(database, SourceNames()), Snapshots(LocalStorage(tmp_path)), []
+    source, snapshots, read = find_source(database, PostgresSettings()), Snapshots(LocalStorage(tmp_path)), []
     cache_songs_to_parquet(source, snapshots, TILING)
     run(database, "DELETE FROM songs WHERE id IN (7, 8); UPDATE songs SET id = 300 WHERE id = 250")
 

@@ -11,18 +11,19 @@ import sqlalchemy as sa
 from songvec_assets.errors import DatabaseError, SourceError, StoppedError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.progress import Progress, RunContext, StopSignal
+from songvec_assets.settings import PostgresSettings
 from songvec_assets.songs import readers
 from songvec_assets.songs.export import ExportMode, ExportOptions, cache_songs_to_parquet
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.songs.reports import IncompleteExportError
 from songvec_assets.songs.snapshots import Snapshots
-from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.songs.source import find_source
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.administration import dispose, execute, wait_until
 from songvec_assets_tests.pooler import running_pgbouncer
 
 TILING = Tiling(width=100, stop=4_000)
-FRAGILE = SourceNames("faults.songs", song_id_column="id")
+FRAGILE = PostgresSettings(songs_table="faults.songs", song_id_column="id")
 END_CONNECTION, SLEEP = "pg_terminate_backend(pg_backend_pid())", "pg_sleep(600)"
 
 
@@ -344,7 +345,7 @@ class TestSideBySide:
             "CREATE VIEW faults.named AS SELECT id, name, current_setting('application_name') AS artist, "
             "pg_backend_pid()::text AS lyrics FROM faults.rows",
         )
-        source = find_source(database, SourceNames("faults.named", song_id_column="id"))
+        source = find_source(database, PostgresSettings(songs_table="faults.named", song_id_column="id"))
         cache_songs_to_parquet(source, Snapshots(LocalStorage(tmp_path)), TILING, ExportOptions(n_readers=2))
         songs = [Snapshots(LocalStorage(tmp_path)).read(each) for each in Snapshots(LocalStorage(tmp_path)).ranges()]
         assert {name for each in songs for name in each["artist"]} == {"songvec"}

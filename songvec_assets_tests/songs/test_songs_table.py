@@ -3,16 +3,17 @@
 import sqlalchemy as sa
 
 from songvec_assets.postgres.engine import Database
-from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.settings import PostgresSettings
+from songvec_assets.songs.source import find_source
 from songvec_assets_tests.administration import as_role
 from songvec_assets_tests.songs.test_source import run
 
 
 def test_a_table_is_looked_for_as_written_then_in_lower_case(database: Database) -> None:
     run(database, "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)")
-    assert find_source(database, SourceNames("Songs")).relation == '"public"."songs"'
+    assert find_source(database, PostgresSettings(songs_table="Songs")).relation == '"public"."songs"'
     run(database, 'CREATE TABLE "Songs" (id integer PRIMARY KEY, name text, artist text, lyrics text)')
-    assert find_source(database, SourceNames("Songs")).relation == '"public"."Songs"'
+    assert find_source(database, PostgresSettings(songs_table="Songs")).relation == '"public"."Songs"'
 
 
 def test_tables_of_one_name_in_two_schemas_are_not_mixed_up(database: Database) -> None:
@@ -22,7 +23,7 @@ def test_tables_of_one_name_in_two_schemas_are_not_mixed_up(database: Database) 
         "CREATE TABLE other.songs (code text PRIMARY KEY, name text)",
         "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)",
     )
-    assert find_source(database, SourceNames()).relation == '"public"."songs"'
+    assert find_source(database, PostgresSettings()).relation == '"public"."songs"'
 
 
 def test_columns_that_a_key_only_carries_along_are_no_part_of_it(database: Database) -> None:
@@ -30,7 +31,7 @@ def test_columns_that_a_key_only_carries_along_are_no_part_of_it(database: Datab
         database,
         "CREATE TABLE songs (id integer, name text, artist text, lyrics text, PRIMARY KEY (id) INCLUDE (name))",
     )
-    assert find_source(database, SourceNames()).song_id_column == "id"
+    assert find_source(database, PostgresSettings()).song_id_column == "id"
 
 
 def test_row_security_is_said_where_it_is_active(database: Database) -> None:
@@ -42,8 +43,8 @@ def test_row_security_is_said_where_it_is_active(database: Database) -> None:
     )
 
     def cautions(seen: Database) -> list[bool]:
-        names = SourceNames(), SourceNames("all_songs", "id"), SourceNames("my_songs", "id")
-        sources = [find_source(seen, each) for each in names]
+        views = (PostgresSettings(songs_table=view, song_id_column="id") for view in ("all_songs", "my_songs"))
+        sources = [find_source(seen, each) for each in (PostgresSettings(), *views)]
         assert all((f"on {each.table} for this user" in each.caution) == each.row_security for each in sources)
         return [each.row_security for each in sources]
 

@@ -12,11 +12,12 @@ from songvec_assets.errors import DatabaseError, SourceError, describe
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
 from songvec_assets.search.nearest import read_songs
+from songvec_assets.settings import PostgresSettings
 from songvec_assets.songs.counts import count_ranges, count_unreachable_ids
 from songvec_assets.songs.export import ExportOptions, cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.songs.snapshots import Snapshots
-from songvec_assets.songs.source import HASHES, SONGS, SourceNames, find_source
+from songvec_assets.songs.source import HASHES, SONGS, find_source
 from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.administration import as_role, execute
 from songvec_assets_tests.provider import Provider
@@ -30,7 +31,7 @@ def run(database: Database, *statements: str) -> None:
         execute(database.adbc_uri, statement)
 
 
-def export(database: Database, names: SourceNames, folder: Path) -> list[tuple]:
+def export(database: Database, names: PostgresSettings, folder: Path) -> list[tuple]:
     """Find the source, export it, and read all that was written."""
     cache_songs_to_parquet(find_source(database, names), Snapshots(LocalStorage(folder)), TILING)
     tables = [Snapshots(LocalStorage(folder)).read(each) for each in Snapshots(LocalStorage(folder)).ranges()]
@@ -47,8 +48,8 @@ class TestNames:
             """,
             """INSERT INTO "My ""Songs"";--" VALUES (7, 'Sea', 'Ann', 'waves')""",
         )
-        names = SourceNames(
-            'My "Songs";--',
+        names = PostgresSettings(
+            songs_table='My "Songs";--',
             name_column="na\"me'",
             artist_column="Künstler",
             lyrics_column="LYRICS",
@@ -63,7 +64,7 @@ class TestNames:
             'CREATE TABLE "100% songs" ("%id" integer PRIMARY KEY, "%(name)s" text, artist text, lyrics text)',
             """INSERT INTO "100% songs" VALUES (7, 'Sea', 'Ann', 'waves')""",
         )
-        names = SourceNames("100% songs", name_column="%(name)s")
+        names = PostgresSettings(songs_table="100% songs", name_column="%(name)s")
         assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves")]
         assert count_unreachable_ids(find_source(database, names)) == Counter()
 
@@ -84,7 +85,7 @@ class TestNames:
             f"{column}_column": f"{odd}{place}"
             for place, column in enumerate(("song_id", "name", "artist", "lyrics", "updated_at"), start=1)
         }
-        names = SourceNames(f"{odd}.{odd}", **columns)
+        names = PostgresSettings(songs_table=f"{odd}.{odd}", **columns)
         assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves")]
         run(database, f"INSERT INTO {schema}.{schema} VALUES (8, 'Hill', 'Ben', NULL, '2026-01-02')")
         assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves"), (8, "Hill", "Ben", None)]
@@ -103,9 +104,11 @@ class TestNames:
             f'CREATE TABLE "{schema}".songs (id integer PRIMARY KEY, name text, artist text, lyrics text)',
             f"""INSERT INTO "{schema}".songs VALUES (7, 'Sea', 'Ann', 'waves')""",
         )
-        assert export(database, SourceNames(f"{schema}.songs"), tmp_path) == [(7, "Sea", "Ann", "waves")]
+        assert export(database, PostgresSettings(songs_table=f"{schema}.songs"), tmp_path) == [
+            (7, "Sea", "Ann", "waves")
+        ]
         with pytest.raises(SourceError, match="SONGVEC_SONGS_TABLE"):
-            find_source(database, SourceNames("songs"))
+            find_source(database, PostgresSettings(songs_table="songs"))
 
 
 class TestMissing:
@@ -128,7 +131,7 @@ class TestMissing:
             "ALTER TABLE songs DROP COLUMN old",
         )
         with pytest.raises(SourceError) as caught:
-            find_source(database, SourceNames(**{field: "titel"}))
+            find_source(database, PostgresSettings(**{field: "titel"}))
         assert str(caught.value) == (
             f"table songs has no column 'titel'; it has id, name, artist, lyrics: set {variable}"
         )
@@ -137,12 +140,12 @@ class TestMissing:
     def test_an_updated_at_column_that_is_no_time_is_refused(self, database: Database, kind: str) -> None:
         run(database, f"CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text, at {kind})")
         with pytest.raises(SourceError, match=r"SONGVEC_UPDATED_AT_COLUMN 'at' is .* expected a date or timestamp"):
-            find_source(database, SourceNames(updated_at_column="at"))
+            find_source(database, PostgresSettings(updated_at_column="at"))
 
     def test_a_table_that_this_user_may_not_read_says_which_right_is_lacking(self, database: Database) -> None:
         run(database, "CREATE TABLE songs (id integer PRIMARY KEY, name text, artist text, lyrics text)")
         with as_role(database) as seen, pytest.raises((SourceError, DatabaseError)) as caught:
-            count_ranges(find_source(seen, SourceNames()), TILING)
+            count_ranges(find_source(seen, PostgresSettings()), TILING)
         assert "this user lacks a right" in str(caught.value)
 
 
@@ -160,20 +163,20 @@ class TestIds:
     ) -> None:
         run(database, f"CREATE TABLE songs {definition}", "INSERT INTO songs VALUES (7, 'Sea', 'Ann', NULL)")
         with pytest.raises(SourceError, match="name its id with SONGVEC_SONG_ID_COLUMN") as caught:
-            find_source(database, SourceNames())
+            find_source(database, PostgresSettings())
         assert ("primary key is (id, name)" if "PRIMARY" in definition else "it has no primary key") in str(
             caught.value
         )
-        assert export(database, SourceNames(song_id_column="id"), tmp_path) == [(7, "Sea", "Ann", None)]
+        assert export(database, PostgresSettings(song_id_column="id"), tmp_path) == [(7, "Sea", "Ann", None)]
 
     @pytest.mark.parametrize("kind", ["text", "uuid", "numeric", "timestamp"])
     def test_an_id_that_is_no_integer_is_refused_and_another_can_be_named(self, database: Database, kind: str) -> None:
         run(database, f"CREATE TABLE songs (id {kind} PRIMARY KEY, name text, artist text, lyrics text, number bigint)")
         with pytest.raises(SourceError, match="SONGVEC_SONG_ID_COLUMN"):
-            find_source(database, SourceNames())
+            find_source(database, PostgresSettings())
         with pytest.raises(SourceError, match=rf"'id' of songs is {kind}.*SONGVEC_SONG_ID_COLUMN"):
-            find_source(database, SourceNames(song_id_column="id"))
-        assert find_source(database, SourceNames(song_id_column="number")).song_id == '"number"'
+            find_source(database, PostgresSettings(song_id_column="id"))
+        assert find_source(database, PostgresSettings(song_id_column="number")).song_id == '"number"'
 
     @pytest.mark.parametrize("kind", ["smallint", "integer", "bigint", "smallserial", "serial", "bigserial"])
     def test_every_integer_type_is_an_id(self, database: Database, tmp_path: Path, kind: str) -> None:
@@ -182,7 +185,7 @@ class TestIds:
             f"CREATE TABLE songs (id {kind} PRIMARY KEY, name text, artist text, lyrics text)",
             "INSERT INTO songs SELECT n, 'Sea', 'Ann', NULL FROM unnest(ARRAY[0, 99, 100, 999, 1000, 32767]) n",
         )
-        rows = export(database, SourceNames(), tmp_path)
+        rows = export(database, PostgresSettings(), tmp_path)
         assert [song_id for song_id, *_ in rows] == [0, 99, 100, 999, 1000, 32767]
 
     @pytest.mark.parametrize("column", ["id", "song_id", "name"])
@@ -196,7 +199,7 @@ class TestIds:
             "INSERT INTO songs SELECT n, 'Sea', 'Ann', repeat('la ', 100) FROM generate_series(0, 9999) n",
             "VACUUM ANALYZE songs",
         )
-        source = find_source(database, SourceNames(name_column="title"))
+        source = find_source(database, PostgresSettings(name_column="title"))
         for statement in (source.select(columns, SongIdRange(5_000, 5_100)) for columns in (SONGS, HASHES)):
             plan = [line for (line,) in execute(database.adbc_uri, f"EXPLAIN {statement}")]
             assert any("Index Scan using songs_pkey" in line for line in plan)
@@ -216,8 +219,8 @@ class TestOtherRelations:
             "SELECT number, title, artist, NULL::text AS lyrics FROM tracks JOIN artists USING (by_id)",
         )
         with pytest.raises(SourceError, match="SONGVEC_SONG_ID_COLUMN"):
-            find_source(database, SourceNames(name_column="title"))
-        names = SourceNames(song_id_column="number", name_column="title")
+            find_source(database, PostgresSettings(name_column="title"))
+        names = PostgresSettings(song_id_column="number", name_column="title")
         assert export(database, names, tmp_path) == [(7, "Sea", "Ann", None)]
 
     def test_a_partitioned_table_is_a_source(self, database: Database, tmp_path: Path) -> None:
@@ -228,7 +231,7 @@ class TestOtherRelations:
             "CREATE TABLE songs_b PARTITION OF songs FOR VALUES FROM (50) TO (500)",
             "INSERT INTO songs VALUES (7, 'Sea', 'Ann', NULL), (70, 'Hill', 'Ben', NULL)",
         )
-        assert export(database, SourceNames(), tmp_path) == [(7, "Sea", "Ann", None), (70, "Hill", "Ben", None)]
+        assert export(database, PostgresSettings(), tmp_path) == [(7, "Sea", "Ann", None), (70, "Hill", "Ben", None)]
 
 
 class TestTypes:
@@ -262,9 +265,9 @@ class TestTypes:
             f"CREATE TABLE songs (id integer PRIMARY KEY, {kinds})",
             f"INSERT INTO songs VALUES (7, {values})",
         )
-        assert export(database, SourceNames(), tmp_path) == [(7, *expected)]
+        assert export(database, PostgresSettings(), tmp_path) == [(7, *expected)]
         with database.get_connection() as connection:
-            assert read_songs(connection, find_source(database, SourceNames()), [7]) == {7: expected}
+            assert read_songs(connection, find_source(database, PostgresSettings()), [7]) == {7: expected}
 
     def test_types_are_asked_before_anything_is_paid_for(self, pipeline: Pipeline, provider: Provider) -> None:
         run(

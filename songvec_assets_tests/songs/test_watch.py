@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from songvec_assets.postgres.engine import Database
+from songvec_assets.settings import PostgresSettings
 from songvec_assets.songs.counts import IdSums
-from songvec_assets.songs.source import SourceNames, find_source
+from songvec_assets.songs.source import find_source
 from songvec_assets.songs.watch import Digest, SourceLook, SourceState, look_at_source, measure_source
 from songvec_assets_tests.administration import execute
 
@@ -23,7 +24,7 @@ def _without_rest(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
         monkeypatch.setattr("songvec_assets.songs.watch._DIGEST_REST", 0)
 
 
-def create(database: Database, kind: str) -> SourceNames:
+def create(database: Database, kind: str) -> PostgresSettings:
     """Two songs in a source of some kind; statements on `songs` change what it shows."""
     statements = {
         "table": f"CREATE TABLE songs {SONGS}",
@@ -35,10 +36,10 @@ def create(database: Database, kind: str) -> SourceNames:
     }
     execute(database.adbc_uri, statements[kind])
     execute(database.adbc_uri, f"INSERT INTO {'others' if kind == 'inherited' else 'songs'} VALUES {ROWS}")
-    return SourceNames("seen", song_id_column="id") if kind == "view" else SourceNames()
+    return PostgresSettings(songs_table="seen", song_id_column="id") if kind == "view" else PostgresSettings()
 
 
-def look(database: Database, names: SourceNames, cursor: str | None) -> tuple[str, str | None]:
+def look(database: Database, names: PostgresSettings, cursor: str | None) -> tuple[str, str | None]:
     """A look's cursor, and why it is quiet. The server counts what a session wrote when that ends."""
     execute(database.adbc_uri, "SELECT pg_stat_force_next_flush()")
     found = look_at_source(find_source(database, names), cursor)
@@ -72,7 +73,7 @@ def test_any_change_of_a_text_or_an_id_is_seen(database: Database, kind: str) ->
 @pytest.mark.parametrize("updated_at", [None, "at"])
 @pytest.mark.parametrize("kind", ["table", "partitioned"])
 def test_writes_that_change_no_text_start_nothing(database: Database, kind: str, updated_at: str | None) -> None:
-    names = replace(create(database, kind), updated_at_column=updated_at)
+    names = create(database, kind).model_copy(update={"updated_at_column": updated_at})
     cursor, _ = look(database, names, None)
     for statement, expected in (
         ("UPDATE songs SET plays = plays + 1", QUIET),
@@ -92,7 +93,7 @@ def test_writes_that_change_no_text_start_nothing(database: Database, kind: str,
 def test_a_materialized_view_is_seen_when_it_is_refreshed(database: Database) -> None:
     create(database, "table")
     execute(database.adbc_uri, "CREATE MATERIALIZED VIEW seen AS SELECT * FROM songs")
-    names = SourceNames("seen", song_id_column="id")
+    names = PostgresSettings(songs_table="seen", song_id_column="id")
     cursor, _ = look(database, names, None)
     execute(database.adbc_uri, "UPDATE songs SET lyrics = 'new' WHERE id = 1")
     cursor, quiet = look(database, names, cursor)
@@ -117,12 +118,12 @@ def test_a_cursor_of_another_version_is_taken_for_none(database: Database, curso
     now, quiet = look(database, names, cursor)
     assert quiet is None
     assert look(database, names, now)[1] == "nothing changed"
-    assert look(database, replace(names, lyrics_column="artist"), now)[1] is None, "other columns"
+    assert look(database, names.model_copy(update={"lyrics_column": "artist"}), now)[1] is None, "other columns"
 
 
 def test_ids_of_the_same_number_sum_and_maximum_are_not_the_same_and_none_is_too_large(database: Database) -> None:
     execute(database.adbc_uri, SONGS_BIG)
-    source = find_source(database, SourceNames())
+    source = find_source(database, PostgresSettings())
     states = []
     for ids in ("1, 4, 9", "2, 3, 9", "-3, 9000000000000000000, 9223372036854775807"):
         execute(database.adbc_uri, f"TRUNCATE songs; INSERT INTO songs SELECT unnest(ARRAY[{ids}]::bigint[])")
@@ -158,9 +159,9 @@ def test_a_view_and_a_column_of_times_are_looked_at_as_they_can_be(database: Dat
         INSERT INTO "T%" VALUES (1, 'n', 'a', 'l', '2026-01-02 03:04:05+00');
         CREATE VIEW seen AS SELECT * FROM "T%" """,
     )
-    table = find_source(database, SourceNames("T%", updated_at_column="at"))
+    table = find_source(database, PostgresSettings(songs_table="T%", updated_at_column="at"))
     state = measure_source(table)
     assert (state.n_songs, state.highest_id, state.newest is not None) == (1, 1, True)
-    assert look(database, SourceNames("T%"), None)[1] is None
-    view = find_source(database, SourceNames("seen", song_id_column="id"))
+    assert look(database, PostgresSettings(songs_table="T%"), None)[1] is None
+    view = find_source(database, PostgresSettings(songs_table="seen", song_id_column="id"))
     assert measure_source(view).n_writes is None

@@ -100,7 +100,7 @@ def audit_index(database: Database, spec: TableSpec, n_rows: int) -> IndexAudit:
     """Ask the catalog and the planner about the index of the serving table, which has `n_rows` rows."""
     table, vector = VectorTable(database), [1.0] + [0.0] * (spec.dimensions - 1)
     with database.get_connection() as connection:
-        valid = table.read_lists(connection) is not None
+        valid = table.find_index(connection) is not None
         search = NearestSearch.read(connection, table, of_songs=True)
         search.set_knobs(connection, table.read_probes(connection) or 1)
         candidates = table.read_candidates(connection) or NEIGHBORS
@@ -195,7 +195,7 @@ class Comparison:
         )
 
 
-def compare_tables(database: Database, judge: Callable[[], QualityChange] | None = None) -> Comparison:
+def compare_tables(database: Database, judge: Callable[[], QualityChange] | None) -> Comparison:
     """Compare the staging table with the serving one. Both are indexed.
 
     Args:

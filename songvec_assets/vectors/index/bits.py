@@ -11,7 +11,6 @@ from hashlib import blake2b
 import sqlalchemy as sa
 from sqlalchemy import text
 
-from songvec_assets.vectors.index.catalog import find_index
 from songvec_assets.vectors.table import VectorTable
 
 SAMPLE_ROWS = 5_000
@@ -70,7 +69,7 @@ def read_drift(connection: sa.Connection, table: VectorTable) -> float | None:
 
     The spread is the root mean square of their distances from it. None: the table has no valid index by bits.
     """
-    index = find_index(connection, table.name, table.index_name)
+    index = table.find_index(connection)
     if index is None or index.function is None:
         return None
     mean = read_mean(connection, table.name)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from songvec_assets.errors import SettingsError
 from songvec_assets.vectors.index import sizing
-from songvec_assets.vectors.index.catalog import find_index
 from songvec_assets.vectors.index.kinds import IndexKind, choose_kind
 from songvec_assets.vectors.index.recall import DEFAULT_TARGET, RecallReport
 from songvec_assets.vectors.index.sizing import BuildEstimate, Capacity, choose_lists, read_capacity
@@ -125,8 +124,8 @@ def plan_build(table: VectorTable, spec: TableSpec, wanted: IndexSettings, n_row
     """
     kind = choose_kind(wanted.kind, spec.vector_type)
     with table.database.get_connection() as connection:
-        found = find_index(connection, table.name, table.index_name)
-        is_searched = VectorTable(table.database).read_lists(connection) is not None
+        found = table.find_index(connection)
+        is_searched = VectorTable(table.database).find_index(connection) is not None
     lists_now = found.lists if found is not None and found.kind == kind.name else None
     capacity = read_capacity(table.database, wanted.memory_bytes, is_searched)
     lists, limit = plan_lists(max(1, n_rows), wanted, lists_now, capacity, spec)

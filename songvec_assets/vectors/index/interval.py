@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 _NORMAL = 1.96
 
 
-class Estimate(NamedTuple):
+class ShareInterval(NamedTuple):
     """A share, and its interval of 95 %."""
 
     share: float
@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
     high: float
 
 
-def estimate_share(hits: NDArray[np.int64], trials: NDArray[np.int64]) -> Estimate:
+def estimate_share(hits: NDArray[np.int64], trials: NDArray[np.int64]) -> ShareInterval:
     """The share of trials that are hits, and its interval; both are given per query, (n,).
 
     Trials of different queries are independent, those of one query need not be. If all or none are hits, the variance
@@ -35,7 +35,7 @@ def estimate_share(hits: NDArray[np.int64], trials: NDArray[np.int64]) -> Estima
     """
     n, n_trials = len(trials), int(trials.sum())
     if not n_trials:
-        return Estimate(0.0, 0.0, 1.0)
+        return ShareInterval(0.0, 0.0, 1.0)
     share = float(hits.sum() / n_trials)
     between = float(((hits - share * trials) ** 2).sum()) / n_trials**2 * n / max(1, n - 1)
     independent = share * (1 - share) / n_trials
@@ -45,4 +45,4 @@ def estimate_share(hits: NDArray[np.int64], trials: NDArray[np.int64]) -> Estima
     square = (_NORMAL + (_NORMAL**3 + _NORMAL) / (4 * max(1, n - 1))) ** 2 / effective
     half = math.sqrt(square * share * (1 - share) + square**2 / 4)
     low, high = ((share + square / 2 + side * half) / (1 + square) for side in (-1, 1))
-    return Estimate(share, min(share, low), max(share, high))  # at 0 and 1 they differ by rounding
+    return ShareInterval(share, min(share, low), max(share, high))  # at 0 and 1 they differ by rounding

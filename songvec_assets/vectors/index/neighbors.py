@@ -54,22 +54,22 @@ class LoadedRows:
     """The rows of the cache that a table holds.
 
     Attributes:
-        ranges: number of rows of each loaded range.
+        ranges: what is loaded, by range, in order.
     """
 
     table: VectorTable
     cache: ModelCache
-    ranges: dict[SongIdRange, int]
+    ranges: dict[SongIdRange, LedgerEntry]
 
     @classmethod
     def of(cls, table: VectorTable, cache: ModelCache) -> "LoadedRows":
         """By the ledger."""
-        return cls(table, cache, {each: entry.n_songs for each, entry in sorted(table.ledger.read().items())})
+        return cls(table, cache, dict(sorted(table.ledger.read().items())))
 
     @property
     def n_rows(self) -> int:
         """Of all ranges, as the ledger counts them."""
-        return sum(self.ranges.values())
+        return sum(entry.n_songs for entry in self.ranges.values())
 
     @property
     def share(self) -> float:
@@ -108,10 +108,10 @@ def sample_queries(rows: LoadedRows) -> Float32Matrix:
 
 def sample_rows(rows: LoadedRows, n_rows: int, draw: np.random.Generator) -> tuple[list[int], Float32Matrix]:
     """Draw n rows of up to 64 ranges, or all if there are fewer: their song_ids, and unit vectors, (n, dimensions)."""
-    held = [song_range for song_range, n_held in rows.ranges.items() if n_held]
+    held = [song_range for song_range, entry in rows.ranges.items() if entry.n_songs]
     if len(held) > _SAMPLED_RANGES:
         held = [held[place] for place in np.sort(draw.choice(len(held), _SAMPLED_RANGES, replace=False))]
-    counts = np.array([rows.ranges[each] for each in held], dtype=np.int64)
+    counts = np.array([rows.ranges[each].n_songs for each in held], dtype=np.int64)
     song_ids: list[int] = []
     picked = [np.empty((0, rows.cache.dimensions), dtype=np.float32)]
     n_wanted = min(int(counts.sum()), n_rows)
@@ -220,10 +220,11 @@ def find_exact_neighbors(
 
 def _read_pieces(rows: LoadedRows, best: ExactNeighbors) -> Iterator[CachedRows]:
     """The loaded rows, or a sample of them, piece by piece in random order; counts the missing ones."""
-    draw, ranges = np.random.default_rng(0), list(rows.ranges)
+    draw, ranges = np.random.default_rng(0), list(rows.ranges.items())
     for place in draw.permutation(len(ranges)).tolist():
-        cached, loaded = rows.read(ranges[place])
-        best.n_missing += rows.ranges[ranges[place]] - loaded.height
+        song_range, entry = ranges[place]
+        cached, loaded = rows.read(song_range)
+        best.n_missing += entry.n_songs - loaded.height
         pieces = loaded["row"].to_numpy() // PIECE_ROWS
         numbers = draw.permutation(np.unique(pieces))
         for number in numbers[: int(rows.share * len(numbers) + draw.random())]:
@@ -249,11 +250,11 @@ class Prepared:
     """Queries and their exact neighbors, which do not depend on the index.
 
     Attributes:
-        ledger: of the table at that time: if it has changed since, they are computed again.
+        rows: that were compared: if others are loaded by now, the neighbors are found again.
         exact: what was found.
     """
 
-    ledger: dict[SongIdRange, LedgerEntry]
+    rows: LoadedRows
     exact: ExactNeighbors
 
 
@@ -261,11 +262,11 @@ def prepare(table: VectorTable, cache: ModelCache, run: RunContext) -> "Future[P
     """Begin to find the exact neighbors in another thread, while the index of a small table is built."""
 
     def find() -> Prepared:
-        ledger, rows = table.ledger.read(), LoadedRows.of(table, cache)
+        rows = LoadedRows.of(table, cache)
         # silent: the build's progress is shown
         exact = find_exact_neighbors(rows, sample_queries(rows), RunContext(stop=run.stop))
         exact.literals  # noqa: B018 - computed now, 0.2 s, while the server works
-        return Prepared(ledger, exact)
+        return Prepared(rows, exact)
 
     thread = ThreadPoolExecutor(1, "songvec-neighbors")
     prepared = thread.submit(find)

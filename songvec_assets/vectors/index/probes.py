@@ -95,7 +95,8 @@ def find_nearest(table: VectorTable, connection: sa.Connection, vector: str, lim
     Returns:
         song_ids and cosine distances, nearest first.
     """
-    search, lists = NearestSearch.read(connection, table), table.read_lists(connection) or 0
+    search, index = NearestSearch.read(connection, table), table.find_index(connection)
+    lists = index.lists if index else 0
     probes, candidates = table.read_probes(connection) or 1, table.read_candidates(connection)
     parameters: dict[str, Any] = {"vector": vector, "limit": limit, "candidates": max(limit, candidates or 0)}
     with raw_cursor(connection) as cursor:

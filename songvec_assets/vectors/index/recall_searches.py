@@ -21,7 +21,7 @@ from songvec_assets.errors import DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.index.bits import read_drift
-from songvec_assets.vectors.index.catalog import BuiltIndex, choose_knobs, find_index, uses_index
+from songvec_assets.vectors.index.catalog import BuiltIndex, choose_knobs, uses_index
 from songvec_assets.vectors.index.interval import estimate_share
 from songvec_assets.vectors.index.kinds import IVFFLAT, KINDS, MOST_EF_SEARCH, IndexKind
 from songvec_assets.vectors.index.neighbors import (
@@ -131,7 +131,7 @@ class RecallSearches:
         """
         began_at = time.monotonic()
         with table.database.get_connection() as connection:
-            found, n_changed = find_index(connection, table.name, table.index_name), table.read_changes(connection)
+            found, n_changed = table.find_index(connection), table.read_changes(connection)
             built, spec = table.read(connection, "index", BuiltIndex) or BuiltIndex(), table.read_spec(connection)
             candidates, drift = table.read_candidates(connection), read_drift(connection, table)
         kind, lists = (KINDS[found.kind], found.lists or MOST_EF_SEARCH) if found else (IVFFLAT, 1)
@@ -141,10 +141,10 @@ class RecallSearches:
             candidates = None
         limit_s = max(_LIMIT_S, _LIMIT_OF_BUILD * built.seconds)
         prepared = ahead.result() if ahead else None
-        if prepared and prepared.ledger == table.ledger.read():
+        rows = LoadedRows.of(table, cache)
+        if prepared and prepared.rows == rows:
             exact = prepared.exact
         else:
-            rows = LoadedRows.of(table, cache)
             exact = find_exact_neighbors(rows, sample_queries(rows), run, began_at + limit_s / 2)
         if not exact.n_read or exact.n_missing > _MOST_MISSING * exact.n_rows:
             raise StoreError(

@@ -107,7 +107,7 @@ def most_lists(memory_bytes: int, dimensions: int, vector_type: str = "vector") 
     return bisect.bisect_right(lists, memory_bytes, key=lambda each: build_bytes(each, dimensions, vector_type))
 
 
-def index_bytes(n_rows: int, lists: int, dimensions: int, vector_type: str = "vector") -> int:
+def index_bytes(n_rows: int, lists: int, dimensions: int, vector_type: str) -> int:
     """The size of an index: pages of centres, and pages of each list, of which the last is half full on average."""
     vector = _vector_bytes(dimensions, vector_type)
     centres = math.ceil(lists / _per_page(vector + _LIST_BYTES))
@@ -130,7 +130,7 @@ def graph_memory_bytes(n_rows: int, dimensions: int) -> int:
     return math.ceil(n_rows * (_BUILD_ELEMENT_BYTES + _vector_bytes(dimensions, "bit") + neighbors))
 
 
-def table_bytes(n_rows: int, dimensions: int, vector_type: str = "vector") -> int:
+def table_bytes(n_rows: int, dimensions: int, vector_type: str) -> int:
     """The size of a table and its primary key; a vector that fits into a page is stored in its row's page."""
     row = _ROW_BYTES + _vector_bytes(dimensions, vector_type)
     pages = math.ceil(row / _PAGE_BYTES) if row > _PAGE_BYTES - _PAGE_OVERHEAD_BYTES else 1 / _per_page(row)

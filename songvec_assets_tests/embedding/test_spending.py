@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 
-from songvec_assets.cache.fill import Spending
+from songvec_assets.embedding.spending import SPENDING, Spending, SpendingLog
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.schema import write_value
-from songvec_assets.spending import SPENDING, SpendingLog
 from songvec_assets_tests.test_checks import ask
 
 

@@ -1,18 +1,31 @@
 """What the last run sent, and how many bytes a model's tokens have: kept in the database for estimates and checks.
 
-When to add here: another figure of what was sent that outlives a run. Keep out: budgets (`embedding/budget`).
+When to add here: another figure of what was sent that outlives a run. Keep out: budgets (`budget`).
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
 from songvec_assets.postgres import schema
 from songvec_assets.postgres.engine import Database
 
-if TYPE_CHECKING:  # a search needs nothing of what fills a cache
-    from songvec_assets.cache.fill import Spending
-
 SPENDING = "spending of the last run"
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a run sent.
+
+    Attributes:
+        n_tokens_expected: as estimated before the first request of each range.
+        n_tokens: billed.
+        bytes_per_token: as learned from what was billed.
+        is_first: whether no run had measured the model's tokens before this one.
+    """
+
+    n_tokens_expected: int
+    n_tokens: int
+    bytes_per_token: float
+    is_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,14 +48,12 @@ class SpendingLog:
         with self.database.get_connection() as connection:
             return schema.read_record(connection, self._key, float)
 
-    def read(self) -> "Spending | None":
+    def read(self) -> Spending | None:
         """What was sent by the last run that sent anything; None: nothing is recorded that this version can read."""
-        from songvec_assets.cache.fill import Spending
-
         with self.database.get_connection() as connection:
             return schema.read_record(connection, SPENDING, Spending)
 
-    def write(self, spending: "Spending") -> None:
+    def write(self, spending: Spending) -> None:
         """Record what a run sent, at its end."""
         with self.database.get_connection() as connection:
             is_first = schema.read_value(connection, self._key) is None
