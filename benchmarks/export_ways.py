@@ -33,7 +33,7 @@ def export_this(job: Job, n_readers: int | None = None) -> None:
     """This package."""
     from songvec_assets.postgres.engine import Database
     from songvec_assets.settings import PostgresSettings
-    from songvec_assets.songs.export import N_READERS, ExportOptions, cache_songs_to_parquet
+    from songvec_assets.songs.export import ExportOptions, cache_songs_to_parquet
     from songvec_assets.songs.ranges import Tiling
     from songvec_assets.songs.snapshots import Snapshots
     from songvec_assets.songs.source import find_source
@@ -41,7 +41,7 @@ def export_this(job: Job, n_readers: int | None = None) -> None:
 
     database, names = Database(job.url), PostgresSettings(songs_table=job.table)
     tiling = Tiling(job.width, 999_999_999 // job.width * job.width)
-    options = ExportOptions(n_readers=n_readers or N_READERS)
+    options = ExportOptions(n_readers=n_readers) if n_readers else ExportOptions()
     cache_songs_to_parquet(find_source(database, names), Snapshots(LocalStorage(job.folder)), tiling, options)
 
 

@@ -43,13 +43,13 @@ class Input:
 _CLIENT, _LOAD, _INDEX = "`make bench-client`", "`make bench-load`", "`make bench-index`"
 INPUTS = (
     Input("tokens", "tokens per song", 400, "assumed: 1,600 characters", "`songvec estimate` shows yours"),
-    Input("price", "dollars a million tokens", 0.10, "given", "`SONGVEC_USD_PER_MILLION_TOKENS`"),
-    Input("quota", "tokens a minute", 900_000, "given", "`SONGVEC_TOKENS_PER_MINUTE`"),
+    Input("price", "dollars per million tokens", 0.10, "given", "`SONGVEC_USD_PER_MILLION_TOKENS`"),
+    Input("quota", "tokens per minute", 900_000, "given", "`SONGVEC_TOKENS_PER_MINUTE`"),
     Input("cores", "of the server, for index builds", 2, "given", ""),
     Input("used", "share of the quota that is used", 0.984, "three minutes", "`make bench-quota`"),
     Input("fill", "songs per second into the cache, without quota and latency", 10_770, "50,000 songs", _CLIENT),
-    Input("cached", "bytes a song in the cache", 8_033, "20,000 songs", _CLIENT),
-    Input("parquet", "bytes a song in the snapshots", 212, "1,000,000 songs of 1.2 KB, zstd", ""),
+    Input("cached", "bytes per song in the cache", 8_033, "20,000 songs", _CLIENT),
+    Input("parquet", "bytes per song in the snapshots", 212, "1,000,000 songs of 1.2 KB, zstd", ""),
     Input(
         "export",
         "songs per second from Postgres to snapshots",
@@ -57,15 +57,15 @@ INPUTS = (
         "1,000,000 songs of 1.3 KB",
         "`make bench-export`",
     ),
-    Input("load", "rows per second into a table without an index", 20_900, "1,000,000 rows, two connections", _LOAD),
+    Input("load", "rows per second into a table without an index", 31_900, "1,000,000 rows, two connections", _LOAD),
     Input("change", "changed rows per second, without an index", 4_500, "10,000 of 1,000,000 rows", _LOAD),
     Input("compare", "songs per second compared, nothing changed", 1_250_000, "100,000 rows", _LOAD),
-    Input("wal", "bytes of WAL, a row loaded and vacuumed", 16_200, "1,000,000 rows", _LOAD),
-    Input("kmeans", "CPU seconds of k-means, a squared list", 72e-6, "100,000 rows, 100 to 632 lists", _INDEX),
-    Input("row", "CPU seconds of assigning, a row", 25e-6, "100,000 rows, 100 to 632 lists", _INDEX),
-    Input("assign", "CPU seconds of assigning, a row and list", 0.39e-6, "100,000 rows, 100 to 632 lists", _INDEX),
-    Input("write", "seconds of writing an index, a GB", 5.6, "100,000 rows", _INDEX),
-    Input("validate", "seconds of validating, a GB of index or table", 1.9, "100,000 rows", _INDEX),
+    Input("wal", "bytes of WAL per row loaded and vacuumed", 16_500, "1,000,000 rows", _LOAD),
+    Input("kmeans", "CPU seconds of k-means per squared list", 72e-6, "100,000 rows, 100 to 632 lists", _INDEX),
+    Input("row", "CPU seconds of assigning per row", 25e-6, "100,000 rows, 100 to 632 lists", _INDEX),
+    Input("assign", "CPU seconds of assigning per row and list", 0.39e-6, "100,000 rows, 100 to 632 lists", _INDEX),
+    Input("write", "seconds of writing an index, per GB", 5.6, "100,000 rows", _INDEX),
+    Input("validate", "seconds of validating, per GB of index or table", 1.9, "100,000 rows", _INDEX),
 )
 
 
@@ -133,7 +133,7 @@ FIGURES = {
     "disk": (
         Figure("snapshots", "", "n * parquet", _disk),
         Figure("cache", "", "n * cached", _disk),
-        Figure("rows a page of 8 KiB", "k", "(8192 - 24) // (b * d + 52)", _count),
+        Figure("rows per page of 8 KiB", "k", "(8192 - 24) // (b * d + 52)", _count),
         Figure("table", "table", "n / k * 8192", _disk),
         Figure("its primary key", "key", "n * 31.5", _disk),
         Figure("index", "index", "n / k * 8192", _disk),
@@ -146,7 +146,7 @@ FIGURES = {
     "memory": (
         Figure("lists", "", "L", _count),
         Figure("rows that k-means samples", "S", "max(10000, 50 * L)", _count),
-        Figure("bytes a vector", "v", "b * d + 8", _count),
+        Figure("bytes per vector", "v", "b * d + 8", _count),
         Figure(
             "memory of a build, on the server",
             "memory",

@@ -32,8 +32,7 @@ from benchmarks.embedding_client import print_table
 from songvec_assets.cache.model_cache import lock_name
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.embedded import start_embedded_server
-from songvec_assets.postgres.holders import find_holders
-from songvec_assets.postgres.schema import lock_key
+from songvec_assets.postgres.locks import find_holders, lock_key
 from songvec_assets.settings import Settings
 from songvec_assets_tests.administration import execute, with_parts
 from songvec_assets_tests.fleet import Fleet, make_configuration

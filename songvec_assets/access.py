@@ -7,9 +7,11 @@ here: another object that a search works with. Keep out: what only a run works w
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Self
 
+from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.embedder import Embedder, Endpoint, Patience
 from songvec_assets.embedding.pricing import Price, TokenEstimator
 from songvec_assets.embedding.prompts import Prompts, default_prompts
@@ -20,14 +22,15 @@ from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.server import DEFAULT_FOLDER
 from songvec_assets.postgres.urls import parse_url
 from songvec_assets.progress import StopSignal
-from songvec_assets.settings import DEMO_MODEL, Settings
+from songvec_assets.settings import DEMO_MODEL, LOCAL_MODELS, Settings
 from songvec_assets.songs.source import SongsSource, find_source
 from songvec_assets.songs.text import TextSpec
+from songvec_assets.vectors.spec import read_spec
 
 
 @dataclass
 class Access:
-    """What searches and runs both work with.
+    """The objects that searches and runs both work with.
 
     Attributes:
         settings: parsed.
@@ -108,7 +111,7 @@ class Access:
 
     @property
     def server(self) -> str:
-        """What makes the vectors, as the reasons of rejections name it."""
+        """What makes the vectors: the provider's URL, or the local model. A rejection is that of one server."""
         return self.settings.model if self.settings.offline else self.settings.fireworks_base_url
 
     @property
@@ -152,3 +155,42 @@ class Access:
             estimator,
             check_probe,
         )
+
+    def search_budget(self, known: Budget | None = None) -> Budget:
+        """What searches may spend this month; all doors and processes share it.
+
+        Args:
+            known: returned if it is of this month. Not for threads, which would wait in each other's event loops.
+        """
+        given = self.settings
+        month = f"searches {datetime.now(UTC):%Y-%m}"
+        if known is not None and known.run == month:
+            return known
+        engine = self.database.get_engine("autocommit")
+        return Budget(self.price, engine, month, given.max_search_usd_a_month, given.max_usd_a_month)
+
+    def with_settings(self, settings: Settings) -> Self:
+        """The same with other settings and the same opened database, which is closed and cancelled with this one."""
+        other = replace(self, settings=settings)
+        other.database = self.database
+        return other
+
+    def as_loaded(self) -> Self:
+        """The same for the model, size and type of the serving table: after a swap, searches need no new settings."""
+        given = self.settings
+        with self.database.get_connection("web") as connection:
+            loaded = read_spec(connection)
+        if loaded is None or (loaded.model in LOCAL_MODELS) != given.offline:
+            return self
+        # a prompt, and a provider's name, that are set belong to the model that is set
+        is_same = loaded.model == given.model
+        changed = {
+            "query_prompt": (given.query_prompt if is_same else None)
+            or loaded.query_prompt
+            or default_prompts(loaded.model, given.embedding_model).query,
+            "embedding_model": given.embedding_model if is_same else loaded.model,
+            "model_id": loaded.model,
+            "embedding_dimensions": loaded.dimensions,
+            "vector_type": loaded.vector_type,
+        }
+        return self.with_settings(given.model_copy(update=changed))

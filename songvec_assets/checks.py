@@ -23,8 +23,7 @@ MAX_REJECTED_SHARE = 0.01
 _BILLED_OFF_BY = 0.25
 """Bytes per token vary with the language of the songs, which an estimate knows from earlier runs only."""
 _FEW_TOKENS = 10_000
-_SANE_USD_PER_MILLION = (0.001, 10.0)
-_SANE_BYTES_PER_TOKEN = (1.0, 12.0)
+_SANE_USD_PER_MILLION, _SANE_BYTES_PER_TOKEN = (0.001, 10.0), (1.0, 12.0)
 _EVERY_SAMPLE_QUERY, _SAMPLE_NDCG = 8, 0.65
 """A run with nothing to do checks, too: hybrid searches for an eighth of the queries take about half a second."""
 
@@ -133,15 +132,12 @@ def no_orphans(evidence: Evidence) -> Finding:
 def vectors_are_sound(evidence: Evidence) -> Finding:
     """Are all vectors of a sample finite, other than zero, and of the right size?"""
     audit = audit_vectors(evidence.wiring.database, evidence.wiring.table_spec, evidence.n_rows)
-    cure = ": somebody else wrote them; delete these rows, then `songvec run` loads them again"
+    bad = audit.bad_song_ids
+    cure = ": somebody else wrote them; delete these rows, then `songvec run` loads them again" if bad else ""
     return Finding(
-        not audit.bad_song_ids,
-        f"{len(audit.bad_song_ids)} of {audit.n_sampled:,} sampled vectors are bad{cure if audit.bad_song_ids else ''}",
-        {
-            "sampled": audit.n_sampled,
-            "bad song_ids": str(audit.bad_song_ids[:20]),
-            "mean norm": round(audit.mean_norm, 6),
-        },
+        not bad,
+        f"{len(bad)} of {audit.n_sampled:,} sampled vectors are bad{cure}",
+        {"sampled": audit.n_sampled, "bad song_ids": str(bad[:20]), "mean norm": round(audit.mean_norm, 6)},
     )
 
 
@@ -178,7 +174,8 @@ def billed_as_estimated(evidence: Evidence) -> Finding:
 def price_is_sane(evidence: Evidence) -> Finding:
     """Are price and bytes per token of an order of magnitude that providers have?"""
     spending, price = evidence.wiring.spending.read(), evidence.wiring.price
-    usd, figures = price.usd_per_million_tokens, {"usd per million tokens": price.usd_per_million_tokens}
+    usd = price.usd_per_million_tokens
+    figures = {"usd per million tokens": usd}
     if price.is_free or spending is None:
         return Finding(True, "nothing is paid for, or nothing was sent yet", figures)
     (low, high), (few, many) = _SANE_USD_PER_MILLION, _SANE_BYTES_PER_TOKEN

@@ -35,7 +35,7 @@ class Inventory:
     """All ranges that hold anything, as they were when they were read.
 
     Attributes:
-        source: the cache and the snapshots.
+        files: the cache and the snapshots.
         frame: a row per range, in order. key; error (why the cache cannot be read; then nothing counts as cached);
             is_answered (whether each song of the snapshot has a vector or a reason); is_loaded. Counts of songs:
             n_source (in the source; null: not counted), n_songs (in the snapshot; null: it is missing or unreadable),
@@ -44,7 +44,7 @@ class Inventory:
             (without a row and without a reason, those not exported included), n_orphans (loaded, not in the snapshot).
     """
 
-    source: LoadSource
+    files: LoadSource
     frame: pl.DataFrame
 
     @property
@@ -52,7 +52,7 @@ class Inventory:
         """The ranges that have songs without a vector or a reason, in order."""
         keys = self.frame.filter(pl.col("n_songs").is_not_null(), ~pl.col("is_answered"))["key"]
         # a range from before the stop was raised is replaced by the next export
-        return [each for each in map(SongIdRange.from_key, keys) if each in self.source.tiling]
+        return [each for each in map(SongIdRange.from_key, keys) if each in self.files.tiling]
 
     @property
     def states(self) -> Counter[str]:
@@ -98,13 +98,13 @@ class Inventory:
         named: list[tuple[int, str]] = []
         for key in self.frame.filter(pl.col("n_rejected") > 0)["key"]:
             if len(named) < n_songs:
-                found = _read_rejected(self.source, SongIdRange.from_key(key))
+                found = _read_rejected(self.files, SongIdRange.from_key(key))
                 named += found.head(n_songs - len(named)).rows()
         return named
 
 
 def read(
-    source: LoadSource,
+    files: LoadSource,
     text: str,
     server: str,
     table: VectorTable | None = None,
@@ -113,17 +113,17 @@ def read(
     """Read the state of every range that holds anything. Changes nothing.
 
     Args:
-        source: the cache and the snapshots.
+        files: the cache and the snapshots.
         text: identity of how songs become texts; the cache must have been filled with the same.
         server: whose rejections count; a song that another server rejected is not answered.
         table: whose ledger and rows are read; None: neither is.
         counts: of the source; None: it is not counted.
     """
-    states = {} if table is None else compare(table, source.cache, source.tiling)[0]
+    states = {} if table is None else compare(table, files.cache, files.tiling)[0]
     rows = []
-    for each in sorted({*source.snapshots.ranges(), *source.cache.ranges(), *states, *(counts or {})}):
-        state = states.get(each) or RangeState(source.cache.summarize(each), None, IdSums())
-        footer, done = source.snapshots.footer(each), state.cached.complete
+    for each in sorted({*files.snapshots.ranges(), *files.cache.ranges(), *states, *(counts or {})}):
+        state = states.get(each) or RangeState(files.cache.summarize(each), None, IdSums())
+        footer, done = files.snapshots.footer(each), state.cached.complete
         n_songs = footer.n_songs if footer.digest else None
         n_source = None if counts is None else counts.get(each, RangeCount()).n_songs
         n_unexported = max(0, (n_source or 0) - (n_songs or 0))
@@ -135,28 +135,28 @@ def read(
         elif done and is_answered and state.is_loaded:
             differing = done.n_rejected, n_unexported, 0
         else:
-            n_rejected, n_missing, n_orphans = _count_differing(source, table, each)
+            n_rejected, n_missing, n_orphans = _count_differing(files, table, each)
             differing = n_rejected, n_missing + n_unexported, n_orphans
         held = n_source, n_songs, n_unexported, state.cached.n_vectors, n_loaded, state.in_table.n_rows
         rows.append((each.key, state.cached.error, is_answered, state.is_loaded, *held, *differing))
-    return Inventory(source, pl.DataFrame(rows, _COLUMNS, orient="row"))
+    return Inventory(files, pl.DataFrame(rows, _COLUMNS, orient="row"))
 
 
-def _count_differing(source: LoadSource, table: VectorTable, song_range: SongIdRange) -> tuple[int, int, int]:
+def _count_differing(files: LoadSource, table: VectorTable, song_range: SongIdRange) -> tuple[int, int, int]:
     """Numbers of rejected, missing and orphaned songs, compared by song_id."""
-    songs = source.snapshots.read(song_range, ["song_id"])["song_id"]
-    rejected = _read_rejected(source, song_range)
+    songs = files.snapshots.read(song_range, ["song_id"])["song_id"]
+    rejected = _read_rejected(files, song_range)
     loaded = table.ledger.read_song_ids(song_range)
     answered = pl.concat([rejected["song_id"], loaded])
     return rejected.height, count_missing(songs, answered), count_missing(loaded, songs)
 
 
-def _read_rejected(source: LoadSource, song_range: SongIdRange) -> pl.DataFrame:
+def _read_rejected(files: LoadSource, song_range: SongIdRange) -> pl.DataFrame:
     """Songs of a range that the export or the provider rejected: columns song_id and reason."""
     try:
-        manifest = source.cache.read_manifest(song_range)
+        manifest = files.cache.read_manifest(song_range)
     except StoreError:  # the range counts as not cached, see `errors`
         manifest = Manifest()
     refused = [(each.song_id, each.reason) for each in manifest.rejected]
     provider = pl.DataFrame(refused, {"song_id": pl.Int32, "reason": pl.String}, orient="row")
-    return pl.concat([source.snapshots.read_rejected(song_range), provider])
+    return pl.concat([files.snapshots.read_rejected(song_range), provider])

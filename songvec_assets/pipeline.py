@@ -1,23 +1,31 @@
 """The public API: every step of the graph, and every question about all of it, as a method of `Pipeline`. No Dagster.
 
-The assets and the command line call the same methods. When to add here: another step, or another question about the
-whole graph. Keep out: what a step works with (`wiring`), and how it is done (the rooms below).
+The assets and the command line call the same methods. Here are the steps; searches come from `searches`, and what
+changes and costs nothing from `questions`. When to add here: another step. Keep out: what a step works with (`wiring`,
+and `access`, which needs no store), and how it is done (the rooms below).
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 from uuid import uuid4
 
 from dotenv import dotenv_values
 
 from songvec_assets.errors import SongvecError
-from songvec_assets.filling import Filling
+from songvec_assets.evaluations import evaluate_searches, judge_staging, label_queries
+from songvec_assets.filling import make_filler
 from songvec_assets.progress import ReportProgress, RunContext, ignore_progress
+from songvec_assets.questions import Questions
 from songvec_assets.recorder import Recorder
 from songvec_assets.reports import EmbedChoices, RunReport, continues_without
 from songvec_assets.search import nearest
+from songvec_assets.search.evaluate import Evaluation
+from songvec_assets.search.labels import LabelledQuery
+from songvec_assets.searches import Searches
 from songvec_assets.settings import Settings, variables
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import swap
@@ -26,12 +34,13 @@ from songvec_assets.vectors.spec import TableSpec
 from songvec_assets.vectors.swap import LoadReport
 
 if TYPE_CHECKING:  # the HTTP client of providers and the driver of exports, which a search does not need
+    from songvec_assets.cache.fill import Filler
     from songvec_assets.cache.plan import FillReport
     from songvec_assets.songs.export import ExportMode
     from songvec_assets.songs.reports import ExportReport
 
 
-class Pipeline(Filling):
+class Pipeline(Searches, Questions):
     """Songs in Postgres to an indexed pgvector table of embeddings, and searches of it.
 
     with Pipeline.from_env() as songs:
@@ -108,6 +117,23 @@ class Pipeline(Filling):
             raise error
         return Recorder(self).succeed(reports)
 
+    def filler(
+        self,
+        progress: ReportProgress = ignore_progress,
+        run: str | None = None,
+        reembed: str | None = None,
+        **choices: Unpack[EmbedChoices],
+    ) -> "Filler":
+        """A filler of ranges of the cache: `embed` for callers that choose and report ranges themselves.
+
+        Args:
+            progress: notified of songs, rate and dollars.
+            run: names the budget: all processes that name the same run share it; None: this filler has one alone.
+            reembed: names the request to embed songs again; None: there is none. See `Filler`.
+            choices: see `EmbedChoices`; `reembed` confirms re-embedding.
+        """
+        return make_filler(self, progress, run or uuid4().hex, reembed, choices)
+
     def load(self, progress: ReportProgress = ignore_progress) -> LoadReport:
         """Make what searches find equal to the cache; see `bring_table_up_to_date`.
 
@@ -116,7 +142,9 @@ class Pipeline(Filling):
         if self.cache.ranges():  # else nothing is written: an empty cache is refused
             self.bind()
         run = RunContext(progress, self.stop)
-        wanted = replace(self.wanted_table, judge=self.judge_staging if self.settings.evaluation_queries else None)
+        wanted = replace(
+            self.wanted_table, judge=partial(judge_staging, self) if self.settings.evaluation_queries else None
+        )
         report = swap.bring_table_up_to_date(self.database, self.load_source, wanted, run)
         nearest.record_source(self.database, self.source, self.filter_columns)
         return Recorder(self).succeed(report)
@@ -210,6 +238,28 @@ class Pipeline(Filling):
     def is_swap(self) -> bool:
         """Whether a run builds a staging table to replace one of another model, size or type."""
         return self.settings.swap and self.table.spec not in (None, self.table_spec)
+
+    def evaluate(
+        self,
+        labelled_queries: str | Path | Sequence[LabelledQuery] | None = None,
+        on_trouble: Callable[[str], None] = lambda _: None,
+    ) -> Evaluation:
+        """How well searches by text, by vector and by both answer labelled queries, compared with BM25.
+
+        A query costs its tokens once; all are embedded with few requests.
+
+        Args:
+            labelled_queries: their file, or themselves; None: SONGVEC_EVALUATION_QUERIES, or those of the samples.
+            on_trouble: notified if the provider fails and is tried again.
+
+        Raises:
+            SearchError: there are no labelled queries, a line of the file cannot be read, or no song in it is known;
+                nothing was paid.
+            TableMismatchError, ProviderError: see `embed_query`.
+        """
+        labelled, notes = label_queries(self, labelled_queries)
+        vectors = self._embed([query.words for query in labelled], self.serving, on_trouble)
+        return evaluate_searches(self, labelled, vectors, self.serving.settings.model, notes)
 
     def roll_back(self, progress: ReportProgress = ignore_progress) -> TableSpec | None:
         """Make the previous table serve again; see `vectors.swap.roll_back`."""

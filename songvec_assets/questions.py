@@ -4,7 +4,7 @@ When to add here: another question. Keep out: what an answer looks like (`report
 (`pipeline`).
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,8 +17,8 @@ from songvec_assets.cache.plan import FillPlan, estimate_fills, plan_fill
 from songvec_assets.embedding.budget import MonthSpending, read_month_spending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.known import CachedOrLoaded
-from songvec_assets.postgres.holders import find_holders
-from songvec_assets.postgres.schema import lock_key, read_pgvector_caution
+from songvec_assets.postgres.extension import read_pgvector_caution
+from songvec_assets.postgres.locks import find_holders, lock_key
 from songvec_assets.progress import RunContext
 from songvec_assets.reports import RunPlan, Status
 from songvec_assets.search.preview import Preview, preview_table
@@ -42,7 +42,7 @@ _COUNTS = "n_songs n_unexported n_cached n_rejected n_loaded n_indexed n_missing
 
 
 class Questions(Wiring):
-    """What can be asked about songs, cache and table."""
+    """The questions of `Pipeline`."""
 
     def held_ranges(self) -> list[SongIdRange]:
         """The ranges that hold songs or cache, in order.
@@ -115,29 +115,29 @@ class Questions(Wiring):
         """
         known = self.read_inventory(with_table=False, with_source=False).frame
         tiling = self.tiling
+        to_plan, n_answered = [], 0
+        for key, n_songs, is_answered in known.select("key", "n_songs", "is_answered").iter_rows():
+            song_range = SongIdRange.from_key(key)
+            # a range from before the stop was raised may hold songs of any range
+            if ranges is not None and song_range in tiling and song_range not in ranges:
+                continue
+            if n_songs is None and song_range not in self.store.songs:
+                continue  # not exported: the plan is of the snapshots as they are
+            if is_answered and not reembed:
+                n_answered += n_songs
+            else:
+                to_plan.append(song_range)
         others = OtherRanges(self.cache)
-        answered = 0
 
-        def plan() -> Iterator[FillPlan]:
-            nonlocal answered
-            for key, n_songs, is_answered in known.select("key", "n_songs", "is_answered").iter_rows():
-                song_range = SongIdRange.from_key(key)
-                # a range from before the stop was raised may hold songs of any range
-                if ranges is not None and song_range in tiling and song_range not in ranges:
-                    continue
-                if n_songs is None and song_range not in self.store.songs:
-                    continue  # not exported: the plan is of the snapshots as they are
-                if is_answered and not reembed:
-                    answered += n_songs
-                    continue
-                self.stop.check()
-                generation = self.cache.look(song_range).last_generation + 1 if reembed else None
-                cached = self.cache.open(song_range, generation)
-                rejected_by = None if reembed else self.server
-                yield plan_fill(self.store.songs, cached, self.text_spec, rejected_by, partial(others.find, song_range))
+        def plan(song_range: SongIdRange) -> FillPlan:
+            self.stop.check()
+            generation = self.cache.look(song_range).last_generation + 1 if reembed else None
+            cached = self.cache.open(song_range, generation)
+            rejected_by = None if reembed else self.server
+            return plan_fill(self.store.songs, cached, self.text_spec, rejected_by, partial(others.find, song_range))
 
-        estimate = estimate_fills(plan(), self.token_estimator(), self.price, self.quota)
-        return replace(estimate, n_songs=estimate.n_songs + answered)
+        estimate = estimate_fills(map(plan, to_plan), self.token_estimator(), self.price, self.quota)
+        return replace(estimate, n_songs=estimate.n_songs + n_answered)
 
     def dry_run(self, ranges: Sequence[SongIdRange] | None = None, reembed: bool = False) -> RunPlan:
         """What a run would do and cost, from the snapshots as they are. Sends no text and no key.
@@ -181,11 +181,7 @@ class Questions(Wiring):
         return MissingSongs(known.counts(), known.song_ids, given.max_missing_share, given.max_missing_range_share)
 
     def describe_boilerplate(self, n_songs: Mapping[SongIdRange, int] | None = None) -> list[str]:
-        """What the lyrics hold that is no lyric, and a view that removes it; empty if there is little of it.
-
-        Args:
-            n_songs: see `find_boilerplate`.
-        """
+        """What the lyrics hold that is no lyric, and a view that removes it; empty if there is little of it."""
         found = self.find_boilerplate(n_songs)
         if not found.is_common:
             return []

@@ -19,11 +19,7 @@ Report = TypeVar("Report")
 
 
 class Recorder:
-    """Records what the steps of a run do.
-
-    Args:
-        songs: what they work with.
-    """
+    """Records what the steps of a run do."""
 
     def __init__(self, songs: Searches) -> None:
         self._songs = songs

@@ -12,7 +12,7 @@ import polars as pl
 from songvec_assets.embedding.budget import MonthSpending
 from songvec_assets.embedding.pricing import Estimate
 from songvec_assets.errors import BudgetExceededError, DamagedCacheError, ProviderError, SongvecError, StoreError
-from songvec_assets.postgres.holders import Holder
+from songvec_assets.postgres.locks import Holder
 from songvec_assets.progress import describe_seconds
 from songvec_assets.songs.missing import MissingSongs
 from songvec_assets.vectors.index.catalog import IndexInfo, describe_knobs
@@ -62,8 +62,6 @@ def continues_without(step: Step, error: Exception, is_swap: bool) -> bool:
     """Whether the steps after a failed one run without the ranges that it left undone; if not, the run ends.
 
     Args:
-        step: that failed.
-        error: why.
         is_swap: whether a staging table is built of another model, size or type: incomplete it would not be swapped in.
     """
     if step == "export":
@@ -151,7 +149,7 @@ class RunPlan:
 
     Attributes:
         n_songs: songs of the source that ranges can hold.
-        missing: songs that are cached or loaded and no longer in that table.
+        missing: songs that are cached or loaded and no longer in the source.
         estimate: of what would be sent for the requested ranges.
         load: what the table lacks compared with the cache as it is; None if nothing is cached yet.
         index: the serving table's, or None.

@@ -7,26 +7,22 @@ When to add here: another way to search, as a method. Keep out: how songs are fo
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from songvec_assets.access import Access
-from songvec_assets.embedding.budget import Budget
-from songvec_assets.embedding.prompts import default_prompts
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.errors import ProviderError, TableMismatchError
 from songvec_assets.search import lines, nearest, queries
 from songvec_assets.search.nearest import Hit
 from songvec_assets.search.query import Condition, Mode, Query
-from songvec_assets.settings import LOCAL_MODELS, Settings
-from songvec_assets.vectors.spec import TableSpec, read_spec
+from songvec_assets.vectors.spec import TableSpec
 
 
 class Searches(Access):
-    """How songs are found."""
+    """The searches of `Pipeline`, without the rest of it: loads neither polars nor pyarrow."""
 
     def search(
         self,
@@ -68,7 +64,7 @@ class Searches(Access):
         return self.find(asked, self._embed([asked.words or ""], serving, on_trouble)[0], serving)
 
     def ask(self, query: str | int | NDArray[np.float32], mode: Mode, **options: Any) -> Query:
-        """A checked query; see `search`. If it `needs_vector`, `find` takes that and the `serving` it is by."""
+        """A checked query for `find`; see `search`. If it `needs_vector`, embed its words by `serving` first."""
         return Query.of(query, mode, columns=self.filter_columns, **options)
 
     def find(
@@ -81,9 +77,8 @@ class Searches(Access):
         """The songs of a checked query, with their best lines.
 
         Args:
-            asked: what is searched for.
             vector: of its words; None: it needs none.
-            serving: by whose model the vector is.
+            serving: whose model made the vector.
             timeout_s: see `search_songs`.
         """
         words, embedder = asked.words or "", None
@@ -100,19 +95,19 @@ class Searches(Access):
 
     @functools.cached_property
     def serving(self) -> Self:
-        """See `as_loaded`; checked, and read once: a search names the model, and fails if it changed."""
+        """See `as_loaded`; checked, and kept: a search names the model, so it fails if another one serves by now."""
         loaded = self.as_loaded()
         nearest.check_searchable(loaded.database, loaded.query_spec)
         return loaded
 
     @property
     def query_spec(self) -> TableSpec:
-        """What a table holds whose searches need vectors by these settings."""
+        """The spec of a table for which these settings embed queries."""
         given = self.settings
         return TableSpec(given.model, given.dimensions, given.vector_type, given.query_prompt)
 
     def forget_serving(self) -> bool:
-        """Read again what serves: the table may have been swapped since. Returns whether it was read before."""
+        """Read `serving` again at its next use: the table may have been swapped. Returns whether it was read before."""
         return self.__dict__.pop("serving", None) is not None
 
     def embed_query(self, query: str, on_trouble: Callable[[str], None] = lambda _: None) -> NDArray[np.float32]:
@@ -133,42 +128,3 @@ class Searches(Access):
         except ProviderError as error:
             mismatch = queries.check_server(serving.query_spec, self.settings, self.server, error)
             raise mismatch or error from None
-
-    def search_budget(self, known: Budget | None = None) -> Budget:
-        """What searches may spend this month; all doors and processes share it.
-
-        Args:
-            known: returned if it is of this month. Not for threads, which would wait in each other's event loops.
-        """
-        given = self.settings
-        month = f"searches {datetime.now(UTC):%Y-%m}"
-        if known is not None and known.run == month:
-            return known
-        engine = self.database.get_engine("autocommit")
-        return Budget(self.price, engine, month, given.max_search_usd_a_month, given.max_usd_a_month)
-
-    def with_settings(self, settings: Settings) -> Self:
-        """The same with other settings and the same opened database, which is closed and cancelled with this one."""
-        other = replace(self, settings=settings)
-        other.database = self.database
-        return other
-
-    def as_loaded(self) -> Self:
-        """The same for the model, size and type of the serving table: after a swap, searches need no new settings."""
-        given = self.settings
-        with self.database.get_connection("web") as connection:
-            loaded = read_spec(connection)
-        if loaded is None or (loaded.model in LOCAL_MODELS) != given.offline:
-            return self
-        # a prompt, and a provider's name, that are set belong to the model that is set
-        is_same = loaded.model == given.model
-        changed = {
-            "query_prompt": (given.query_prompt if is_same else None)
-            or loaded.query_prompt
-            or default_prompts(loaded.model, given.embedding_model).query,
-            "embedding_model": given.embedding_model if is_same else loaded.model,
-            "model_id": loaded.model,
-            "embedding_dimensions": loaded.dimensions,
-            "vector_type": loaded.vector_type,
-        }
-        return self.with_settings(given.model_copy(update=changed))

@@ -281,7 +281,7 @@ def split_names(given: str | None) -> list[str]:
     return [each for each in map(str.strip, (given or "").split(",")) if each]
 
 
-def describe(field: FieldInfo) -> str:
+def describe_setting(field: FieldInfo) -> str:
     """A setting's meaning on one line, from its docstring."""
     return " ".join((field.description or "").split())
 

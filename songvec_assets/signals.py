@@ -47,9 +47,9 @@ def interrupted_by_hangup() -> Iterator[Hangup]:
     Yields:
         The handler in force: that of an enclosing block, if there is one.
     """
-    # not on Windows, and only the main thread may set handlers
-    is_possible = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGHUP) if is_possible else None
+    # only the main thread may set handlers
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGHUP) if is_main else None
     if isinstance(before, Hangup):
         before.is_ending = False  # a process that begins something was not ended by an earlier interrupt
         yield before

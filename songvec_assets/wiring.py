@@ -18,7 +18,8 @@ from songvec_assets.embedding.pricing import UTF8_BYTES_PER_TOKEN, Quota, TokenE
 from songvec_assets.embedding.prompts import Prompts
 from songvec_assets.embedding.spending import SpendingLog
 from songvec_assets.inventory import Inventory
-from songvec_assets.postgres import schema
+from songvec_assets.postgres.locks import hold_lock
+from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.songs.boilerplate import Boilerplate, find_boilerplate, sample_lyrics
 from songvec_assets.songs.counts import check_ids, count_ranges, get_numbers
 from songvec_assets.songs.ranges import SongIdRange, Tiling
@@ -31,7 +32,7 @@ from songvec_assets.vectors.table import VectorTable
 
 
 class Wiring(Access):
-    """What a run works with."""
+    """The objects that a run works with; `Access` has those that a search needs, too."""
 
     @property
     def tiling(self) -> Tiling:
@@ -68,7 +69,7 @@ class Wiring(Access):
         if not self.store.bound:
             # before there is a store: else it would be bound to a tiling that does not fit the ids
             check_ids(self.source, self.tiling)
-        schema.ensure_schema(self.database)
+        ensure_schema(self.database)
         store = open_store(self.storage, self.tiling, guard=self._lock_tail)
         bind_store(store, self.database)
         self.store = store
@@ -83,7 +84,7 @@ class Wiring(Access):
         self, song_range: SongIdRange, on_wait: Callable[[], None], check: Callable[[], None]
     ) -> AbstractContextManager[Callable[[], None]]:
         """Keep every other run on this database from filling a range; see `hold_lock`."""
-        return schema.hold_lock(self.database, lock_name(song_range), on_wait=on_wait, check=check)
+        return hold_lock(self.database, lock_name(song_range), on_wait=on_wait, check=check)
 
     # the songs and their texts
 
@@ -107,12 +108,12 @@ class Wiring(Access):
 
     @property
     def cache(self) -> ModelCache:
-        """What is cached of the configured model."""
+        """The cache of the configured model."""
         return self.store.embeddings(self.settings.model, self.settings.dimensions)
 
     @property
     def quota(self) -> Quota:
-        """What the provider allows."""
+        """What the provider allows per minute and per request, by the settings."""
         given = self.settings
         return Quota(
             given.requests_per_minute, given.tokens_per_minute, given.max_request_texts, given.max_request_tokens
@@ -120,7 +121,7 @@ class Wiring(Access):
 
     @property
     def spending(self) -> SpendingLog:
-        """What is recorded of the last run that sent anything, and of the model's tokens."""
+        """The record of the last run that sent anything, and of the bytes that the model's tokens have."""
         return SpendingLog(self.database, self.settings.model)
 
     def token_estimator(self) -> TokenEstimator:
@@ -131,12 +132,12 @@ class Wiring(Access):
 
     @property
     def table(self) -> VectorTable:
-        """What searches read."""
+        """The serving table."""
         return VectorTable(self.database)
 
     @property
     def table_spec(self) -> TableSpec:
-        """What the table is to hold."""
+        """Model, size, type and prompts that the table should have."""
         given = self.settings
         prompts = self.prompts
         record = read_record(self.cache.storage)
@@ -146,19 +147,19 @@ class Wiring(Access):
 
     @property
     def index_settings(self) -> IndexSettings:
-        """How the table is to be indexed."""
+        """How the index should be made."""
         given = self.settings
         memory_bytes = (given.index_memory_mb or 0) * (1 << 20) or None
         return IndexSettings(given.lists, given.target_recall, memory_bytes, kind=given.index_kind)
 
     @property
     def wanted_table(self) -> WantedTable:
-        """What searches are to find."""
+        """What a load works towards: the table's spec and index, and whether it may replace the serving table."""
         return WantedTable(self.table_spec, self.index_settings, self.settings.swap)
 
     @property
     def load_source(self) -> LoadSource:
-        """What the table is loaded from."""
+        """What the table is loaded from: the cache, and the snapshots that say which songs there are."""
         return LoadSource(self.cache, self.tiling, self.store.songs)
 
     # the ranges

@@ -20,7 +20,7 @@ from songvec_assets.errors import (
     StoppedError,
     StoreError,
 )
-from songvec_assets.postgres.holders import Holder
+from songvec_assets.postgres.locks import Holder
 from songvec_assets.reports import RunPlan, Status, Step, continues_without
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.reports import ExportReport, IncompleteExportError, RangeExport

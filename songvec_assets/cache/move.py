@@ -17,7 +17,7 @@ from songvec_assets.cache.slices import open_stored
 from songvec_assets.cache.store import KEY, check_pair, find_store
 from songvec_assets.errors import SettingsError, StoreError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.postgres.locks import hold_lock
 from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.ranges import Tiling
 from songvec_assets.storage import Storage

@@ -16,7 +16,7 @@ import typer
 
 from songvec_assets.cli import base
 from songvec_assets.cli.base import ConfirmDeletions, app, takes_options
-from songvec_assets.cli.terminal import EXIT_INCOMPLETE, err, hint, interruptible, say
+from songvec_assets.cli.terminal import EXIT_INCOMPLETE, hint, interruptible, say, warn
 from songvec_assets.errors import SettingsError, TableMismatchError
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def _undo_swap(rollback: bool) -> None:
     from songvec_assets.vectors.swap import drop_others, roll_back
 
     pipeline = base.make_pipeline()
-    run = RunContext(lambda _: err.print("Waiting for a load or swap to end.", style="yellow"), pipeline.stop)
+    run = RunContext(lambda _: warn("Waiting for a load or swap to end."), pipeline.stop)
     if rollback:
         say(f"Searches now find {roll_back(pipeline.database, run)}; set the settings back to it.")
         hint("`songvec swap --rollback` again undoes this.")

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from songvec_assets.cli import base
 from songvec_assets.cli.base import ConfirmDeletions, app
-from songvec_assets.cli.terminal import EXIT_INCOMPLETE, err, hint, interruptible, out, say, showing_progress
+from songvec_assets.cli.terminal import EXIT_INCOMPLETE, hint, interruptible, out, say, showing_progress, warn
 from songvec_assets.progress import Progress, run_in_worker
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def evaluate(
 
     pipeline = base.make_pipeline()
     with interruptible():
-        found = pipeline.evaluate(queries, on_trouble=_warn)
+        found = pipeline.evaluate(queries, on_trouble=warn)
     if as_json:
         print(json.dumps(asdict(found), ensure_ascii=False))
         return
@@ -152,10 +152,6 @@ def _show_prompt(prompt: str) -> str:
     return "none" if prompt in ("{query}", "{text}") else f"`{prompt}`".replace("\n", "\\n")
 
 
-def _warn(words: str) -> None:
-    err.print(words, style="yellow", markup=False)
-
-
 def print_plan(pipeline: "Pipeline", span: "tuple[SongIdRange, SongIdRange]", reembed: bool) -> None:
     first, last = span
     say(pipeline.describe())
@@ -169,7 +165,7 @@ def print_plan(pipeline: "Pipeline", span: "tuple[SongIdRange, SongIdRange]", re
 def print_hits(searches: "Searches", query: str | int, limit: int, as_json: bool = False, **options: Any) -> None:
     from songvec_assets.cli.render import hits_table
 
-    hits = searches.search(query, limit, on_trouble=_warn, **options)
+    hits = searches.search(query, limit, on_trouble=warn, **options)
     if as_json:
         print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
         return

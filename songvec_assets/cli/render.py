@@ -25,12 +25,7 @@ _MAX_REASONS, _MAX_KEYS = 2, 3
 
 
 def run_table(result: "RunResult", width: int) -> Table:
-    """A row per asset.
-
-    Args:
-        result: of the run.
-        width: of the terminal.
-    """
+    """A row per asset."""
     from songvec_assets.cache.plan import FillReport
     from songvec_assets.defs.reports import count_vectors
     from songvec_assets.songs.reports import ExportReport
@@ -64,7 +59,6 @@ def describe_incomplete_run(result: "RunResult", status: "Status | None", loads:
     """What is missing after a run that continued without some ranges, and why: one line.
 
     Args:
-        result: the run's.
         status: as it is now; None if it could not be measured.
         loads: whether the run was to load what it embedded.
     """
@@ -108,12 +102,7 @@ def estimate_table(estimate: "Estimate", offline: bool) -> Table:
 
 
 def status_table(status: "Status", width: int) -> Table:
-    """A row per range, and their total.
-
-    Args:
-        status: to show.
-        width: of the terminal.
-    """
+    """A row per range, and their total."""
     columns = ("Range", "Songs", "New", "Cached", "Rejected", "Loaded", "Indexed", "Missing", "Orphans")
     ranges = [*status.ranges.iter_rows(), [*status.total.values()]]
     return _table(columns, [[key, *(f"{count:,}" for count in counts)] for key, *counts in ranges], width)
@@ -151,7 +140,7 @@ def evaluation_table(found: "Evaluation") -> Table:
 
 def settings_table() -> str:
     """All settings, as the Markdown table in the README."""
-    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, ServeSettings, describe
+    from songvec_assets.settings import GROUPS, STORE_IDENTITY, GraphSettings, ServeSettings, describe_setting
     from songvec_assets.settings_group import variable
 
     lines = [
@@ -164,7 +153,7 @@ def settings_table() -> str:
         for name, field in group.model_fields.items():
             default = "" if field.default is None else f"`{field.default!s}`".replace("\n", "\\n")
             identity = "yes" if name in STORE_IDENTITY else ""
-            meaning = describe(field).removesuffix(".")
+            meaning = describe_setting(field).removesuffix(".")
             lines.append(f"| `{variable(name)}` | {default} | {meaning} | {read} | {identity} |")
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ from songvec_assets.defs.instance import open_instance, origin_of
 from songvec_assets.defs.steps import Incomplete, listener
 from songvec_assets.errors import SongvecError
 from songvec_assets.pipeline import Pipeline
-from songvec_assets.postgres.schema import read_pgvector_caution
+from songvec_assets.postgres.extension import read_pgvector_caution
 from songvec_assets.progress import Progress
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.songs.reports import ExportReport
@@ -71,10 +71,8 @@ def run_job(
     Dagster would skip them: a step of several partitions either succeeds for all of them or fails.
 
     Args:
-        job: to run.
         span: first and last range, if it embeds.
         resources: fields that override the settings, by resource.
-        show: called with the progress of the steps.
 
     Raises:
         KeyboardInterrupt: Ctrl+C, SIGTERM or SIGHUP; what was done is kept.

@@ -10,7 +10,7 @@ import typer
 
 from songvec_assets.cli import base
 from songvec_assets.cli.base import app
-from songvec_assets.cli.terminal import err, hint, interruptible, say, showing_progress
+from songvec_assets.cli.terminal import hint, interruptible, say, showing_progress, warn
 
 
 @app.command("move-store")
@@ -30,7 +30,7 @@ def move_store(
         run = RunContext(show, pipeline.stop)
         moved = move.move_store(origin, destination, pipeline.tiling, pipeline.database, run)
     for line in moved.damaged:
-        err.print(f"{line}: it was damaged before, and the next run embeds what it lacks", style="yellow", markup=False)
+        warn(f"{line}: it was damaged before, and the next run embeds what it lacks")
     say(
         f"{moved.n_objects:,} objects, {moved.n_bytes / 1e6:,.1f} MB, are in {destination.location}; "
         f"{moved.n_copied:,} were copied now. Set SONGVEC_STORAGE={target}"

@@ -29,6 +29,11 @@ def say(words: str, style: str | None = None) -> None:
     out.print(words, style=style, markup=False, highlight=False)
 
 
+def warn(words: str) -> None:
+    """Print on standard error what a person should see while a command goes on."""
+    err.print(words, style="yellow", markup=False)
+
+
 def fail(message: str) -> NoReturn:
     """End the command with an error, whose code is at the end of the message: see `errors.describe`."""
     # one line stays one line if another program reads it
@@ -48,7 +53,7 @@ def interruptible() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         with contextlib.suppress(OSError, SystemExit):  # the terminal, or the reader of the pipe, may have ended it
-            err.print("Interrupted. What was done is kept: the same command continues from there.", style="yellow")
+            warn("Interrupted. What was done is kept: the same command continues from there.")
         sys.exit(EXIT_INTERRUPTED)
 
 

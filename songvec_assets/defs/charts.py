@@ -35,12 +35,7 @@ _CLUSTERS = ("#1f3a5f", "#d1495b", "#2a9d8f", "#e9a03b", "#7b5ea7", "#6a994e", "
 
 
 def show_chart(png: bytes, text: str) -> dg.MarkdownMetadataValue:
-    """A PNG as metadata: the image itself, not a link to one.
-
-    Args:
-        png: the file's bytes.
-        text: the alternative text.
-    """
+    """A PNG as metadata: the image itself, not a link to one."""
     return dg.MetadataValue.md(f"![{text}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
@@ -70,10 +65,8 @@ def draw_if_changed(
     A chart that fails is a warning: the step itself succeeded.
 
     Args:
-        context: of the asset.
         names: of the metadata that `draw` returns.
         digest: of the data shown.
-        draw: draws the charts.
     """
     key = f"{names[0]}, digest of its data"
     event = context.instance.get_latest_materialization_event(context.asset_key)

@@ -12,7 +12,7 @@ from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.cache.plan import FillReport
 from songvec_assets.defs.charts import digest_data, draw_coverage, draw_if_changed, draw_map, draw_recall, show_chart
 from songvec_assets.pipeline import Pipeline
-from songvec_assets.postgres.schema import read_pgvector_caution
+from songvec_assets.postgres.extension import read_pgvector_caution
 from songvec_assets.search.preview import Preview
 from songvec_assets.songs.reports import ExportReport
 from songvec_assets.vectors.index.audit import Comparison

@@ -1,6 +1,6 @@
 """Resources: from the options of a run config to a `Pipeline`. An empty option reads its variable when the run starts.
 
-Secrets (POSTGRES_URL, FIREWORKS_API_KEY, SONGVEC_WEBHOOK_URL) are never options, whose values Dagster stores and shows.
+Secrets, such as POSTGRES_URL and FIREWORKS_API_KEY, are never options, whose values Dagster stores and shows.
 When to add here: an option of a run that is not a setting. Settings and their descriptions come from `settings`.
 """
 
@@ -22,7 +22,7 @@ from songvec_assets.settings import (
     RunSettings,
     Settings,
     StorageSettings,
-    describe,
+    describe_setting,
 )
 from songvec_assets.settings_group import variable
 from songvec_assets.songs.export import ExportMode
@@ -46,7 +46,7 @@ def with_options(group: type[BaseModel]) -> Any:
         kind = str if get_origin(field.annotation) is Literal else field.annotation
         default = "unset" if field.default is None else str(field.default).replace("\n", "\\n")
         read = f"Empty: {variable(name)}, read when the run starts (default: {default})."
-        options[option] = Optional[kind], Field(default=None, description=f"{describe(field)} {read}")  # noqa: UP045
+        options[option] = Optional[kind], Field(default=None, description=f"{describe_setting(field)} {read}")  # noqa: UP045
     return create_model(group.__name__, __base__=dg.ConfigurableResource, **options)
 
 
@@ -139,7 +139,6 @@ class RunResource(with_options(RunSettings)):  # type: ignore[misc]
         """The ranges to embed, in order.
 
         Args:
-            pipeline: of this run.
             launched: keys of the partitions that the run was launched for; None: it was launched without.
         """
         if launched is not None:

@@ -96,16 +96,15 @@ def run_step(
     context: dg.AssetExecutionContext,
     pipeline: Pipeline,
     work: Callable[[Emit], Report],
-    describe: Callable[[Report], Result],
+    make_result: Callable[[Report], Result],
     on_report: Emit = lambda _: None,
 ) -> Result:
     """Run `work` in a worker thread, and pass on in the main thread what it emits and returns.
 
     Args:
-        context: of the asset.
         pipeline: what the work uses; it is cancelled on an interrupt.
         work: a core function's call; it gets the callback for progress and reports.
-        describe: turns the work's report into the result, in the worker thread too.
+        make_result: from the work's report; called in the worker thread, too.
         on_report: called with every emitted object that is not `Progress`.
 
     Raises:
@@ -125,7 +124,7 @@ def run_step(
         report = work(emit)
         if report is not None:
             emit(report)
-        return describe(report)
+        return make_result(report)
 
     kept = (
         f"What was done is kept in {pipeline.storage.location} and in {pipeline.database.describe()}, and is "

@@ -141,7 +141,7 @@ class Database:
     As a context manager it closes them at the end: `with Database(url) as database: …`.
 
     Attributes:
-        url: as libpq reads it.
+        url: as given; a driver's name in it is left out.
         embedded: whether it is the embedded server.
         direct_url: bypasses a pooler in transaction mode; None: `url` has no such pooler.
         run_id: of the Dagster run that uses it, which `songvec status` shows; empty: none.
@@ -238,7 +238,7 @@ class Database:
 
     @property
     def adbc_uri(self) -> str:
-        """The URL as libpq reads it."""
+        """The URL without a driver's name, as libpq and ADBC read it."""
         return libpq_uri(self.url)
 
     def describe(self) -> str:

@@ -130,8 +130,6 @@ def find_attachments(connection: sa.Connection, table: str, indexes: Collection[
     """What users have added to a table and would be left behind if another table replaced it.
 
     Args:
-        connection: in a transaction.
-        table: its name.
         indexes: names of indexes to ignore, which this package created.
     """
     return list(connection.scalars(text(_ATTACHMENTS), {"table": table, "indexes": list(indexes)}))
@@ -143,11 +141,6 @@ def copying_properties(connection: sa.Connection, table: str, new: str) -> Itera
 
     Rights that only the new table has, for example by default privileges, are revoked. Extended statistics have unique
     names, so they are dropped, and created again after the block has renamed the tables.
-
-    Args:
-        connection: in a transaction.
-        table: to be replaced.
-        new: the table that replaces it.
     """
     statistics = connection.execute(text(_STATISTICS), {"table": table}).all()
     with raw_cursor(connection) as cursor:  # names and comments may hold colons and percent signs

@@ -134,9 +134,9 @@ def _remove_stale_pid_file(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_configuration(server: object, folder: Path) -> None:
+def _write_configuration(server: Any, folder: Path) -> None:
     if (folder / "PG_VERSION").exists():
         return
-    server.ensure_pgdata_inited()  # type: ignore[attr-defined]
+    server.ensure_pgdata_inited()
     with (folder / "postgresql.conf").open("a", encoding="utf-8") as configuration:
         configuration.writelines(f"{name} = {value}\n" for name, value in SERVER_SETTINGS.items())

@@ -99,7 +99,7 @@ class Evaluation:
     scores: tuple[Score, ...]
     verdicts: tuple[Verdict, ...]
     answers: tuple[QueryScore, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
 def find_songs(

@@ -15,6 +15,7 @@ from songvec_assets.errors import SearchError
 from songvec_assets.postgres.engine import Database
 from songvec_assets.samples import read_sample_queries, read_sample_songs
 from songvec_assets.search.query import Query
+from songvec_assets.songs.ranges import name_some
 from songvec_assets.songs.source import SongsSource
 
 ALL = "all"
@@ -79,7 +80,7 @@ def _parse(line: str) -> LabelledQuery:
     Query(words=words).check()
     if not songs:
         raise SearchError("expected song_ids after a tab, got none")
-    grades: dict[int, int] = {}
+    query = LabelledQuery(words, {}, kind or ALL)
     for song in filter(None, re.split(r"[\s,;]+", songs)):
         match = _SONG.fullmatch(song)
         song_id, grade = (int(match[1]), int(match[2] or 1)) if match else (0, 0)
@@ -87,17 +88,20 @@ def _parse(line: str) -> LabelledQuery:
             raise SearchError(
                 f"expected a song_id such as 17, or 17:2 with a grade from 1 to {MAX_GRADE}, got {song!r}"
             )
-        if grades.setdefault(song_id, grade) != grade:
-            raise SearchError(f"expected one grade per song, got two for song {song_id}")
-    return LabelledQuery(words, grades, kind or ALL)
+        _grade(query, song_id, grade)
+    return query
 
 
 def _add(found: dict[tuple[str, str], LabelledQuery], query: LabelledQuery) -> None:
     """Songs of one query may be on several lines."""
     known = found.setdefault((query.slice, query.words), query)
     for song_id, grade in query.grades.items():
-        if known.grades.setdefault(song_id, grade) != grade:
-            raise SearchError(f"expected one grade per song, got two for song {song_id}")
+        _grade(known, song_id, grade)
+
+
+def _grade(query: LabelledQuery, song_id: int, grade: int) -> None:
+    if query.grades.setdefault(song_id, grade) != grade:
+        raise SearchError(f"expected one grade per song, got two for song {song_id}")
 
 
 def drop_unknown(
@@ -123,7 +127,7 @@ def drop_unknown(
             kept.append(LabelledQuery(query.words, grades, query.slice))
     if not unknown:
         return kept, []
-    listed = ", ".join(map(str, unknown[:_NAMED])) + (", …" if len(unknown) > _NAMED else "")
+    listed = name_some([*map(str, unknown)], most=_NAMED)
     which = f"{len(unknown):,} of {len(named):,} labelled song_ids are not in table {source.table} ({listed})"
     if not kept:
         raise SearchError(f"{which}: expected song_ids of its column {source.song_id_column}", _CODE)

@@ -1,9 +1,9 @@
 """Which line of its lyrics shows best why a song was found.
 
 A line is chosen in this process and nothing is sent for it: a provider would be paid for each line. By words, the best
-line is the one that shares most with the query; if none shares any, the first one. By meaning, it is the one whose
-vector is nearest to the query's, which only a local model can tell. When to add here: another way to score lines. Keep
-out: which songs are found (`nearest`).
+line is the one that shares most with the query; if none shares any, the first one. By meaning, which needs a local
+model, it is the one whose vector is nearest to the query's. When to add here: another way to score lines. Keep out:
+which songs are found (`nearest`).
 """
 
 import re
@@ -44,7 +44,7 @@ def add_best_lines(
 def by_words(query: str) -> Score:
     """Lines score for the query's words and beginnings of words, except those that nearly every line has."""
     wanted = {feature for feature in find_features(query) if feature not in STOP_WORDS}
-    # most lines share nothing, which a search for the beginnings finds out quickly
+    # most lines share nothing with the query: one search for all beginnings is a quick way to see it
     beginnings = re.compile("|".join(re.escape(each.removesuffix("~")) for each in wanted) or "(?!)")
 
     def score(line: str) -> float:

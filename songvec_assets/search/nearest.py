@@ -6,7 +6,7 @@ vector (`queries`), and how an index is built or measured (`vectors/`).
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from songvec_assets.errors import SearchError, SongvecError, TableMismatchError
 from songvec_assets.postgres.engine import Database, error_border, raw_cursor
-from songvec_assets.postgres.schema import check_search_path
+from songvec_assets.postgres.extension import check_search_path
 from songvec_assets.search.query import Query
 from songvec_assets.songs.source import SongsSource, as_bytes
 from songvec_assets.vectors.spec import SERVING, TableSpec, read_serving
@@ -62,7 +62,6 @@ def search_songs(
     """Find songs, best first, in one statement that can write nothing.
 
     Args:
-        query: what is searched for.
         timeout_s: after which the server ends it; None: that of the role.
 
     Raises:
@@ -81,7 +80,8 @@ def search_songs(
         ORDER BY place
     """
     hits = []
-    for song_id, similarity, *ranks, _, name, artist, lyrics in _ask(database, source, query, statement):
+    rows = _execute(database, statement, query.parameters | _describe_source(source, query.columns))
+    for song_id, similarity, *ranks, _, name, artist, lyrics in rows:
         explanation = _explain(*ranks) if query.explain else ""
         hits.append(Hit(song_id, *_decode(source, name, artist, lyrics), similarity, explanation=explanation))
     return hits
@@ -95,22 +95,27 @@ def record_source(database: Database, source: SongsSource, columns: Sequence[str
         WHERE NOT EXISTS (SELECT FROM songvec.settings WHERE key = 'search' AND value = described)
         ON CONFLICT (key) DO UPDATE SET value = excluded.value RETURNING key
     """
-    _ask(database, source, Query(columns=columns), statement)
+    _execute(database, statement, _describe_source(source, columns))
 
 
-def _ask(database: Database, source: SongsSource, query: Query, statement: str) -> list[Any]:
-    """Run a statement with a query's parameters. In AUTOCOMMIT it is one round trip, after the pool's own test."""
+def _describe_source(source: SongsSource, columns: Sequence[str]) -> dict[str, str]:
+    """The parameter of `_SOURCE`."""
     described = {
         "songs": source.relation,
         "song_id": source.song_id_column,
         "name": _read_column(source.name),
         "artist": _read_column(source.artist),
-        "columns": [*query.columns],
+        "columns": [*columns],
     }
+    return {"source": json.dumps(described)}
+
+
+def _execute(database: Database, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
+    """The rows of a statement. In AUTOCOMMIT it is one round trip, after the pool's own test."""
     autocommit = database.get_engine("web").execution_options(isolation_level="AUTOCOMMIT")
     with error_border(), autocommit.connect() as connection, raw_cursor(connection) as cursor:
         try:
-            cursor.execute(statement, query.parameters | {"source": json.dumps(described)})
+            cursor.execute(statement, parameters)
         except psycopg2.Error as error:
             raise _read_refusal(error) from error
         return list(cursor)

@@ -113,7 +113,6 @@ def find_clusters(points: Float32Matrix, n_clusters: int = _CLUSTERS) -> tuple[N
 
     Args:
         points: (n, axes); at least one.
-        n_clusters: at most.
 
     Returns:
         The cluster of each point; and per cluster the places of the points nearest to its centre, nearest first.

@@ -39,7 +39,6 @@ async def embed(
 
     Args:
         embedder: of the model that made the table's vectors; stays open.
-        queries: what the songs are about.
         prompt: of that model for queries; see `Prompts`. None: there is none.
         budget: of searches; None: they are not counted.
 
@@ -102,8 +101,6 @@ def check_server(
     Args:
         asked: what the table holds: the query's vector was requested for it.
         configured: the settings, which may name another model or size.
-        server: its URL.
-        error: what came.
 
     Returns:
         The error to raise instead; None: the given one is right.

@@ -32,9 +32,6 @@ from songvec_assets.storage import Storage
 
 ExportMode = Literal["all", "append"]
 
-N_READERS = 2
-"""Connections that read in parallel: with one, the server is idle while files are written; three take over 450 MB."""
-
 _LOOKS = "looks.json"
 _MOST_NAMED_SHARE = 0.25
 """If a larger share of a range's songs changed, the range is read as a whole."""
@@ -49,7 +46,8 @@ class ExportOptions:
             without a snapshot.
         kept: ranges that get a snapshot even if they hold no song: an empty snapshot records that all were deleted.
         guard: refuses the export if songs are missing in bulk; None: missing songs count as deleted.
-        n_readers: ranges read in parallel.
+        n_readers: connections that read in parallel: with one, the server is idle while files are written; three take
+            over 450 MB.
         full_compare_hours: hours after which an export of `all` compares every song, whatever the updated_at column
             says; 0: always.
     """
@@ -57,7 +55,7 @@ class ExportOptions:
     mode: ExportMode = "all"
     kept: Collection[SongIdRange] = ()
     guard: MissingSongs | None = None
-    n_readers: int = N_READERS
+    n_readers: int = 2
     full_compare_hours: float = 24.0
 
 
@@ -110,7 +108,6 @@ def cache_songs_to_parquet(
     """Bring the snapshots to the state of the source table.
 
     Args:
-        options: how to export.
         run: receives the number of songs exported so far, and may stop the export; finished ranges are kept.
 
     Raises:

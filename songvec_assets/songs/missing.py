@@ -45,8 +45,8 @@ class MissingSongs:
 
     known: dict[SongIdRange, int]
     read_known: Callable[[SongIdRange], pl.Series]
-    share: float = 0.1
-    range_share: float = 0.5
+    share: float
+    range_share: float
     missing: dict[SongIdRange, int] = field(default_factory=dict)
     is_empty: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -64,7 +64,6 @@ class MissingSongs:
 
         Args:
             snapshots: as the previous export left them.
-            run: may stop the comparison.
         """
         self.is_empty = not counts
         for song_range, n_known in self.known.items():
@@ -135,7 +134,6 @@ class MissingSongs:
         Rows may have been deleted since they were counted, or may no longer have the texts to embed.
 
         Args:
-            song_range: that was read.
             embeddable: song_ids of the rows that can be embedded.
 
         Raises:

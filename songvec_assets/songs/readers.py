@@ -126,7 +126,6 @@ class Readers:
         Args:
             work: called in a thread of the pool.
             items: up to two per reader are in progress at a time.
-            run: may stop the work.
         """
         begun: deque[AsyncResult[Result]] = deque()
         remaining = iter(items)
@@ -171,7 +170,6 @@ def read_columns(
 
     Args:
         columns: song_id first; see `SongsSource.select`.
-        song_range: song_ids to read.
         condition: limits the rows; made by a method of SongsSource; empty: all.
 
     Raises:

@@ -5,7 +5,7 @@ When to add here: another check of the table, or another statement that reads te
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -71,6 +71,7 @@ class SongsSource:
         updated_at: quoted column, or None.
         updated_at_type: its type.
         row_security: whether policies may hide songs from this user.
+        encoding: of the database, by PostgreSQL's name.
     """
 
     database: Database
@@ -81,11 +82,11 @@ class SongsSource:
     name: str
     artist: str
     lyrics: str
-    spec: TextSpec = field(default_factory=TextSpec)
-    updated_at: str | None = None
-    updated_at_type: str | None = None
-    row_security: bool = False
-    encoding: str = "UTF8"
+    spec: TextSpec
+    updated_at: str | None
+    updated_at_type: str | None
+    row_security: bool
+    encoding: str
 
     @property
     def codec(self) -> str:

@@ -72,7 +72,6 @@ def render_texts(songs: "pl.DataFrame", spec: TextSpec) -> "pl.DataFrame":
 
     Args:
         songs: columns song_id, name, artist, lyrics; nulls are rendered as empty strings.
-        spec: template, length limit and prompt.
 
     Returns:
         Columns song_id (Int32), text (String, as sent: NFC, without surrounding white space, with the prompt),

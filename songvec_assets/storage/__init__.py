@@ -132,8 +132,6 @@ class Storage(ABC):
         """Replace an object that has not changed since it was read; of two concurrent writers only one succeeds.
 
         Args:
-            key: of the object.
-            content: the whole content.
             version: as `read` returned it; None: the object must not exist yet.
 
         Returns:

@@ -4,6 +4,7 @@ When to add here: another way to use a file system. Keep out: object stores (`ob
 """
 
 import contextlib
+import fcntl
 import os
 import threading
 import time
@@ -130,7 +131,7 @@ class LocalStorage(Storage):
             return self.put(key, content) if (found.version if found else None) == version else None
 
     def check_writes(self) -> None:
-        """Nothing: rename and flock are what they are, and a full disk is found by the write."""
+        """Nothing is tried: rename and flock always work, and the write itself finds a full disk."""
 
     def delete(self, *keys: str) -> None:
         for key in keys:
@@ -144,6 +145,7 @@ class LocalStorage(Storage):
             folder.rmdir()
 
     def _remove(self, path: Path) -> None:
+        """Delete one file: a step at which a process may be killed, as tests do."""
         path.unlink(missing_ok=True)
 
     def delete_leftovers(self, prefix: str) -> None:
@@ -159,8 +161,6 @@ def _version_of(content: bytes) -> str:
 
 def _sync_folder(folder: Path) -> None:
     """Make created, renamed or deleted entries of a folder durable."""
-    if os.name == "nt":  # Windows cannot open folders; its renames are journalled
-        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -171,11 +171,6 @@ def _sync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
     """Lock a folder against all other processes and threads; the kernel releases the lock of a killed process."""
-    if os.name == "nt":  # Windows cannot open folders; the database's lock of the range protects its files
-        yield
-        return
-    import fcntl
-
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -26,7 +26,7 @@ from songvec_assets.cache.model_cache import lock_name
 from songvec_assets.cache.parts import CachedRows
 from songvec_assets.errors import DamagedCacheError, DatabaseError, StoreError
 from songvec_assets.postgres.engine import raw_cursor
-from songvec_assets.postgres.schema import hold_lock, lock_key
+from songvec_assets.postgres.locks import hold_lock, wait_for_lock
 from songvec_assets.postgres.sessions import widen_send_buffer
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
@@ -165,7 +165,7 @@ class _Load:
     def _load_range(self, song_range: SongIdRange) -> RangeLoad:
         started, table = time.monotonic(), self._table
         with table.database.get_connection("parallel") as connection:
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key(f"load {song_range.key}")})
+            wait_for_lock(connection, f"load {song_range.key}")
             # read under the lock: since the comparison another load may have written newer rows
             cached = self._source.cache.open(song_range)
             vectors, loaded = cached.rows, table.ledger.read_rows(song_range, connection)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from songvec_assets.errors import TableMismatchError
-from songvec_assets.postgres import relations, schema
+from songvec_assets.postgres import locks, relations
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.short_lock import run_with_short_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
@@ -173,7 +173,7 @@ def bring_table_up_to_date(
 
 def _hold_lock(database: Database, run: RunContext) -> AbstractContextManager[Callable[[], None]]:
     waiting = Progress("load rows", 0, 0, unit="rows", note="waiting for another load or swap to end")
-    return schema.hold_lock(database, LOCK, on_wait=lambda: run.report(waiting), check=run.check_stop)
+    return locks.hold_lock(database, LOCK, on_wait=lambda: run.report(waiting), check=run.check_stop)
 
 
 def _choose_target(serving: VectorTable, wanted: WantedTable, plan: LoadPlan) -> Target:

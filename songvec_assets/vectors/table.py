@@ -17,7 +17,7 @@ from pgvector.sqlalchemy import HALFVEC, VECTOR
 from sqlalchemy import text
 
 from songvec_assets.errors import DatabaseError, TableMismatchError
-from songvec_assets.postgres import schema
+from songvec_assets.postgres import extension, locks
 from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import LOCAL_MODELS
 from songvec_assets.songs.counts import IdSums
@@ -143,7 +143,7 @@ class VectorTable(Records):
             TableMismatchError: see `check`.
         """
         with self.database.get_connection() as connection:
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": schema.lock_key("table")})
+            locks.wait_for_lock(connection, "table")
             if self.is_replaceable(connection, spec):
                 self.drop(connection)
             elif self._check(connection, spec, models):
@@ -175,7 +175,7 @@ class VectorTable(Records):
 
     def _check(self, connection: sa.Connection, spec: TableSpec, models: Collection[str] | None) -> bool:
         """Whether the table exists; raises if it does not fit."""
-        schema.check_search_path(connection)
+        extension.check_search_path(connection)
         rows = connection.execute(
             text("""
                 SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute
@@ -248,7 +248,7 @@ def read_embeddings(database: Database, song_ids: Collection[int]) -> pl.DataFra
     """
     with database.get_connection("web") as connection:
         n_values = read_serving(connection).dimensions
-        schema.check_search_path(connection)
+        extension.check_search_path(connection)
         rows = connection.execute(
             text(f"""
                 SELECT song_id, vector_send(embedding::vector) FROM {SERVING}

@@ -22,7 +22,7 @@ from songvec_assets.errors import (
 )
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.postgres.locks import hold_lock
 from songvec_assets.progress import Progress
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import SongIdRange, Tiling

@@ -9,7 +9,7 @@ from songvec_assets.cache import move
 from songvec_assets.cache.move import move_store
 from songvec_assets.cache.store import bind_store, open_store
 from songvec_assets.errors import SettingsError, StoppedError, StoreError
-from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.postgres.locks import hold_lock
 from songvec_assets.progress import SILENT, RunContext, StopSignal
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.storage import open_storage

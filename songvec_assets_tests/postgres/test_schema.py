@@ -1,9 +1,6 @@
-"""What is made in a database on first use, facts, and locks that end with their process."""
+"""What is made in a database on first use, and values."""
 
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,22 +8,11 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.embedding.limits import RateLimiter
-from songvec_assets.errors import DatabaseError, StoppedError
+from songvec_assets.errors import DatabaseError
 from songvec_assets.postgres import schema
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import (
-    check_pgvector_version,
-    describe_pgvector,
-    ensure_schema,
-    hold_lock,
-    lock_key,
-    read_migrations,
-    read_record,
-    read_value,
-    write_value,
-)
-from songvec_assets.progress import StopSignal
-from songvec_assets_tests.administration import as_role, execute, wait_until, with_parts
+from songvec_assets.postgres.schema import ensure_schema, read_migrations, read_record, read_value, write_value
+from songvec_assets_tests.administration import as_role, execute, with_parts
 from songvec_assets_tests.conftest import TEMPLATE
 
 TABLES = {("songvec", name) for name in ("settings", "rate_limits", "rate_seconds", "loaded_ranges", "budgets")}
@@ -101,30 +87,12 @@ READ_KEYS = """
     WHERE connamespace = 'songvec'::regnamespace AND contype = 'p' ORDER BY 1
 """
 
-END_HOLDERS = """
-    SELECT pg_terminate_backend(pid, 5000) FROM pg_locks JOIN pg_stat_activity USING (pid)
-    WHERE locktype = 'advisory' AND datname = current_database()
-"""
-
-HOLDER = """
-import sys, time
-from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import hold_lock
-with hold_lock(Database(sys.argv[1]), "range", on_wait=lambda: None, check=lambda: None):
-    print("held", flush=True)
-    time.sleep(120)
-"""
-
 
 @dataclass(frozen=True)
 class Mine:
     """A record."""
 
     n: int
-
-
-def nothing() -> None:
-    """Neither waits nor checks."""
 
 
 def read_tables(url: str) -> set[tuple[str, str]]:
@@ -298,53 +266,6 @@ class TestEnsureSchema:
         with pytest.raises(DatabaseError, match="search_path of this user names no schema that is there"):
             ensure_schema(Database(bare_url))
 
-    def test_an_extension_that_is_too_old_is_refused(self, bare_url: str) -> None:
-        database = Database(bare_url)
-        ensure_schema(database)
-        execute(bare_url, "UPDATE pg_extension SET extversion = '0.5.1' WHERE extname = 'vector'")
-        with pytest.raises(DatabaseError, match=r"expected pgvector 0\.7\.0 or newer, this database has 0\.5\.1"):
-            ensure_schema(database)
-
-    @pytest.mark.parametrize("installed", ["0.1", "0.4.4", "0.6.2"])
-    def test_versions_without_halfvec_are_refused_with_what_to_run(self, installed: str) -> None:
-        with pytest.raises(DatabaseError, match="ALTER EXTENSION vector UPDATE") as caught:
-            check_pgvector_version(installed)
-        assert installed in str(caught.value)
-
-    @pytest.mark.parametrize(
-        "installed",
-        [
-            "0.7.0",
-            "0.7.4",
-            "0.8.5",
-            "0.10.0",
-            "1.0",
-            "1.0.0",
-            "0.7",
-            "0.8.0.google-4",
-            "0.8.1-rc1",
-            "v0.8.0",
-            "main",
-            "",
-        ],
-    )
-    def test_versions_with_halfvec_are_taken_whatever_a_host_adds(self, installed: str) -> None:
-        check_pgvector_version(installed)
-
-    @pytest.mark.parametrize(
-        ("installed", "n_mended"),
-        [("0.8.0.google-4", 3), ("0.8.2", 2), ("0.8.3-rc", 1), ("0.8.4", 0), ("0.8.5", 0), ("0.10", 0), ("0.7.4", 3)],
-    )
-    def test_what_was_mended_since_is_named(self, installed: str, n_mended: int) -> None:
-        words = describe_pgvector(installed)
-        assert words.count("(0.8.") == n_mended
-        assert (installed in words) == (n_mended > 0)
-
-    def test_a_version_that_is_none_is_named_and_refuses_nothing(self) -> None:
-        assert "'main'" in describe_pgvector("main")
-        with pytest.raises(DatabaseError, match="0\\.6\\.2\\.google-1"):
-            check_pgvector_version("0.6.2.google-1")
-
 
 class TestFacts:
     @pytest.mark.parametrize("value", [1, "zwölf", {"n_rows": 3, "lists": None}, [1, 2], 2**40, None])
@@ -363,109 +284,3 @@ class TestFacts:
             raise KeyError
         with database.get_connection() as connection:
             assert read_value(connection, "a") is None
-
-
-class TestHoldLock:
-    def test_another_session_waits_is_told_once_and_goes_on_after_the_end(self, database: Database) -> None:
-        told, entered = [], threading.Event()
-
-        def wait() -> None:
-            with hold_lock(database, "range", on_wait=lambda: told.append(1), check=nothing):
-                entered.set()
-
-        thread = threading.Thread(target=wait, daemon=True)
-        with hold_lock(database, "range", on_wait=lambda: pytest.fail("nobody has it"), check=nothing):
-            thread.start()
-            wait_until(lambda: told)
-            assert not entered.wait(0.8)
-        assert entered.wait(3)
-        thread.join()
-        assert told == [1]
-
-    def test_another_name_is_another_lock(self, database: Database) -> None:
-        with (
-            hold_lock(database, "range a", on_wait=nothing, check=nothing),
-            hold_lock(database, "range b", on_wait=lambda: pytest.fail("it is free"), check=nothing),
-        ):
-            pass
-        assert lock_key("range a") != lock_key("range b")
-
-    def test_an_error_in_the_block_releases_it_and_passes_unchanged(self, database: Database) -> None:
-        with pytest.raises(KeyError, match="mine"), hold_lock(database, "range", on_wait=nothing, check=nothing):
-            raise KeyError("mine")
-        with hold_lock(database, "range", on_wait=lambda: pytest.fail("still held"), check=nothing):
-            pass
-
-    def test_a_check_that_raises_gives_up_waiting(self, database: Database) -> None:
-        stop = StopSignal()
-        started = time.monotonic()
-        with (
-            hold_lock(database, "range", on_wait=nothing, check=nothing),
-            pytest.raises(StoppedError),
-            hold_lock(database, "range", on_wait=stop.set, check=stop.check),
-        ):
-            pytest.fail("it was not free")
-        assert time.monotonic() - started < 5
-
-    def test_the_error_of_a_block_whose_connection_broke_is_the_blocks_own(self, database: Database) -> None:
-        with pytest.raises(KeyError, match="mine"), hold_lock(database, "range", on_wait=nothing, check=nothing):
-            execute(database.adbc_uri, END_HOLDERS)
-            raise KeyError("mine")
-
-    def test_a_lock_that_was_lost_is_told_to_those_who_ask(self, database: Database) -> None:
-        with hold_lock(database, "range", on_wait=nothing, check=nothing) as check_held:
-            check_held()
-            execute(database.adbc_uri, END_HOLDERS)
-            for _ in range(2):
-                with pytest.raises(DatabaseError, match="start the same command again"):
-                    check_held()
-
-    def test_the_roles_timeouts_do_not_end_it(self, database: Database) -> None:
-        with as_role(database) as seen:
-            role = sa.make_url(seen.url).username
-            for timeout in ("idle_session_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"):
-                execute(database.adbc_uri, f"ALTER ROLE {role} SET {timeout} = '300ms'")
-            with hold_lock(seen, "range", on_wait=nothing, check=nothing):
-                time.sleep(0.8)
-                free = execute(database.adbc_uri, "SELECT pg_try_advisory_lock(%s)", (lock_key("range"),))
-                assert free == [(False,)]
-
-    def test_neither_vacuum_nor_an_index_build_waits_for_it(self, database: Database) -> None:
-        execute(database.adbc_uri, "CREATE TABLE rows (n integer); INSERT INTO rows VALUES (1)")
-        held_back = """
-            SELECT count(*) FROM pg_stat_activity
-            WHERE datname = current_database() AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)
-                AND pid <> pg_backend_pid() AND backend_type = 'client backend'
-        """
-        with hold_lock(database, "range", on_wait=nothing, check=nothing) as check_held:
-            check_held()
-            assert execute(database.adbc_uri, held_back) == [(0,)]
-            with database.get_autocommit(statement_timeout="20s") as connection:
-                connection.execute(sa.text("DELETE FROM rows"))
-                connection.execute(sa.text("VACUUM rows"))
-                connection.execute(sa.text("CREATE INDEX CONCURRENTLY ON rows (n)"))
-            assert execute(database.adbc_uri, "SELECT pg_relation_size('rows')") == [(0,)]
-            check_held()
-
-    def test_a_lock_ends_with_its_process_even_one_that_was_killed(self, database: Database) -> None:
-        waiting = threading.Event()
-        holder = subprocess.Popen([sys.executable, "-c", HOLDER, database.url], stdout=subprocess.PIPE, text=True)
-        try:
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == "held\n"
-            entered = threading.Event()
-
-            def wait() -> None:
-                with hold_lock(database, "range", on_wait=waiting.set, check=nothing):
-                    entered.set()
-
-            thread = threading.Thread(target=wait, daemon=True)
-            thread.start()
-            assert waiting.wait(10)
-            assert not entered.is_set()
-            holder.kill()
-            assert entered.wait(5)
-            thread.join()
-        finally:
-            holder.kill()
-            holder.communicate()

@@ -14,7 +14,8 @@ from songvec_assets.embedding.limits import RateLimiter
 from songvec_assets.embedding.pricing import Price
 from songvec_assets.errors import BudgetExceededError, DatabaseError
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import ensure_schema, hold_lock, lock_key, read_value, write_value
+from songvec_assets.postgres.locks import hold_lock, lock_key
+from songvec_assets.postgres.schema import ensure_schema, read_value, write_value
 from songvec_assets.settings import PostgresSettings
 from songvec_assets.songs.export import cache_songs_to_parquet
 from songvec_assets.songs.ranges import Tiling
@@ -24,7 +25,7 @@ from songvec_assets.storage.local import LocalStorage
 from songvec_assets_tests.administration import as_role, dispose, execute, wait_until
 from songvec_assets_tests.embedding.test_limits import SPENDER
 from songvec_assets_tests.pooler import running_pgbouncer
-from songvec_assets_tests.postgres.test_schema import HOLDER, nothing
+from songvec_assets_tests.postgres.test_locks import HOLDER, nothing
 
 SESSION_SETTINGS = """
     SELECT name, setting FROM pg_settings

@@ -46,7 +46,7 @@ def test_a_share_of_all_songs_or_of_a_range_stops_an_export_and_a_few_songs_do_n
 ) -> None:
     ranges = (FIRST, SECOND)
     missing = MissingSongs(
-        dict(zip(ranges, known, strict=True)), read_all, missing=dict(zip(ranges, missing, strict=True))
+        dict(zip(ranges, known, strict=True)), read_all, 0.1, 0.5, missing=dict(zip(ranges, missing, strict=True))
     )
     missing.is_empty = is_empty
     assert missing.is_bulk == is_bulk
@@ -66,7 +66,7 @@ def test_ids_are_read_of_ranges_that_differ_from_their_snapshot_only(database: D
         read.append(song_range)
         return read_all(song_range)
 
-    missing = MissingSongs(dict.fromkeys((FIRST, SECOND, THIRD), 100), read_and_note)
+    missing = MissingSongs(dict.fromkeys((FIRST, SECOND, THIRD), 100), read_and_note, 0.1, 0.5)
     missing.find(source, snapshots, count_ranges(source, TILING), SILENT)
     assert (read, missing.missing) == ([FIRST, THIRD], {FIRST: 2, THIRD: 1})
     assert missing.describe() == (

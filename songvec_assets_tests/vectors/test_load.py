@@ -19,7 +19,7 @@ from songvec_assets.errors import (
     StoreError,
 )
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.postgres.locks import hold_lock
 from songvec_assets.progress import Progress, StopSignal
 from songvec_assets.songs.ranges import SongIdRange, Tiling
 from songvec_assets.storage.local import LocalStorage

@@ -23,7 +23,7 @@ from songvec_assets.errors import DamagedCacheError, DatabaseError, StoppedError
 from songvec_assets.pipeline import Pipeline
 from songvec_assets.postgres import short_lock
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import lock_key
+from songvec_assets.postgres.locks import lock_key
 from songvec_assets.postgres.short_lock import run_with_short_lock
 from songvec_assets.progress import Progress, ReportProgress, RunContext, StopSignal, ignore_progress
 from songvec_assets.songs.content import SNAPSHOT_SCHEMA

@@ -14,7 +14,7 @@ from sqlalchemy import text
 from songvec_assets.errors import DatabaseError, TableMismatchError
 from songvec_assets.postgres import relations
 from songvec_assets.postgres.engine import Database
-from songvec_assets.postgres.schema import check_search_path
+from songvec_assets.postgres.extension import check_search_path
 from songvec_assets.vectors.index import bits, sizing
 from songvec_assets.vectors.index.build_plan import IndexSettings, plan_build
 from songvec_assets.vectors.index.kinds import IndexKind

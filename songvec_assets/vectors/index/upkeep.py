@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from songvec_assets.cache.model_cache import ModelCache
 from songvec_assets.errors import TableMismatchError
-from songvec_assets.postgres.schema import hold_lock
+from songvec_assets.postgres.locks import hold_lock
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.vectors.index import bits, build
 from songvec_assets.vectors.index.build_plan import (

@@ -1,21 +1,30 @@
-"""Who holds an advisory lock: the holder names itself in its session, and `pg_locks` shows which locks it holds.
+"""Named advisory locks: taken until the end of a transaction, and who holds them.
 
-When to add here: another fact about a holder. Keep out: which locks there are (their owners), taking them (`schema`).
+A holder names itself in its session, and `pg_locks` shows which locks it holds. When to add here: another way to take a
+lock, or another fact about a holder. Keep out: which locks there are (their owners), and locks on tables
+(`short_lock`).
 """
 
+import contextlib
 import os
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import blake2b
 from typing import Any
 
-from sqlalchemy import Connection, text
+import sqlalchemy as sa
+from sqlalchemy import text
 
+from songvec_assets.postgres.engine import Database, error_border, raw_cursor
 from songvec_assets.progress import describe_seconds
 
+_POLL_S = 0.5
+
 # the name lasts as long as the lock does: a pooler gives the session to others afterwards
-TAKE_LOCKS = text("""
+_TAKE = text("""
     SELECT bool_and(pg_try_advisory_xact_lock(each)), set_config('application_name', :holder, true)
     FROM unnest(CAST(:keys AS bigint[])) each
 """)
@@ -32,6 +41,55 @@ _HELD = text("""
         AND (classid::bigint << 32) | objid::bigint = ANY (CAST(:keys AS bigint[]))
     ORDER BY xact_start
 """)
+
+
+def lock_key(name: str) -> int:
+    """The 64-bit key of a named advisory lock."""
+    return int.from_bytes(blake2b(f"songvec:{name}".encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def wait_for_lock(connection: sa.Connection, name: str) -> None:
+    """Hold a lock until the end of the connection's transaction."""
+    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": lock_key(name)})
+
+
+@contextlib.contextmanager
+def hold_lock(
+    database: Database, names: str | Sequence[str], on_wait: Callable[[], None], check: Callable[[], None]
+) -> Iterator[Callable[[], None]]:
+    """Hold transaction-level advisory locks until the end of the block or of the process.
+
+    Behind a pooler in transaction mode, a session-level lock would be lost, or never released. The transaction is idle
+    and has no snapshot: neither VACUUM nor an index build waits for it.
+
+    Args:
+        database: all runs on it share the same locks.
+        on_wait: called once if another transaction holds the lock.
+        check: called while waiting; raises to give up.
+
+    Yields:
+        A function that raises DatabaseError if the transaction was lost, and with it the lock.
+    """
+    with error_border(), database.get_engine().connect() as connection:
+        keys = [*map(lock_key, [names] if isinstance(names, str) else names)]
+        take = _TAKE.bindparams(keys=keys, holder=name_holder(database.run_id))
+        if not connection.scalar(take):
+            on_wait()
+            connection.rollback()  # `find_holders` shows since when a transaction is open
+            while not connection.scalar(take):
+                connection.rollback()
+                time.sleep(_POLL_S)
+                check()
+
+        def check_held() -> None:
+            with error_border(), raw_cursor(connection) as cursor:
+                cursor.execute("SELECT 1")
+
+        try:
+            yield check_held
+        finally:
+            with contextlib.suppress(sa.exc.DBAPIError):  # it broke: the lock is already released
+                connection.rollback()
 
 
 @dataclass(frozen=True)
@@ -59,10 +117,10 @@ class Holder:
     def describe(self) -> str:
         """One line: `Filling 000000000-000050000 for 3 min: process 4711 on worker-2, run 1a2b3c4d`."""
         task = " ".join(filter(None, [self.task.capitalize(), self.key]))
-        time = "" if self.seconds is None else f" for {describe_seconds(max(0.0, self.seconds))}"
+        lasted = "" if self.seconds is None else f" for {describe_seconds(max(0.0, self.seconds))}"
         run = f", run {self.run_id}" if self.run_id else ""
         by = "another program" if self.process is None else f"process {self.process} on {self.host}"
-        return f"{task}{time}: {by}{run}"
+        return f"{task}{lasted}: {by}{run}"
 
     def as_dict(self) -> dict[str, Any]:
         """The same for JSON."""
@@ -74,7 +132,7 @@ def name_holder(run_id: str) -> str:
     return f"{_PREFIX} {run_id[:8] or _UNKNOWN} {os.getpid()} {socket.gethostname()[:30]}"
 
 
-def find_holders(connection: Connection, tasks: Mapping[int, tuple[str, str]]) -> list[Holder]:
+def find_holders(connection: sa.Connection, tasks: Mapping[int, tuple[str, str]]) -> list[Holder]:
     """Who holds these locks now, the longest first.
 
     Args:
