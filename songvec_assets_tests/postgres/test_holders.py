@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime
 
 import psycopg2
@@ -41,7 +42,8 @@ def test_a_holder_is_named_while_it_holds_the_lock(database: Database, find: Cal
     assert (holder.process, holder.host) == (os.getpid(), host)
     assert holder.seconds is not None
     assert holder.seconds < 60
-    assert holder.describe() == f"Filling {holder.key} for 0 s: process {os.getpid()} on {host}, run 1a2b3c4d"
+    words = f"Filling {holder.key} for 3 min: process {os.getpid()} on {host}, run 1a2b3c4d"
+    assert replace(holder, seconds=180.0).describe() == words
     assert holder.as_dict()["since"].startswith("20")
     assert not find()
     with database.get_connection() as connection:
@@ -81,7 +83,7 @@ def test_several_are_listed_the_longest_first_and_a_stranger_has_no_process(
     finally:
         stranger.close()
     assert (older.task, older.process) == ("building the index", None)
-    assert older.describe() == "Building the index for 0 s: another program"
+    assert replace(older, seconds=9.4).describe() == "Building the index for 9 s: another program"
     assert newer.task == "filling"
     wait_until(lambda: not find())
 

@@ -378,7 +378,7 @@ class TestHoldLock:
             thread.start()
             wait_until(lambda: told)
             assert not entered.wait(0.8)
-        assert entered.wait(3)
+        assert entered.wait(60)
         thread.join()
         assert told == [1]
 
@@ -461,10 +461,10 @@ class TestHoldLock:
 
             thread = threading.Thread(target=wait, daemon=True)
             thread.start()
-            assert waiting.wait(10)
+            assert waiting.wait(60)
             assert not entered.is_set()
             holder.kill()
-            assert entered.wait(5)
+            assert entered.wait(60), "it sleeps for 120 s"
             thread.join()
         finally:
             holder.kill()
