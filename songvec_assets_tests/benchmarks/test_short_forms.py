@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
     [
         (("end_to_end", "--rounds", "1", "--songs", "300", "--only", "songvec run"), "no ratios: AsyncOpenAI + COPY"),
         (("cache_fill", "--rounds", "1", "--songs", "1000"), "| median | "),
-        (("object_store", "--rounds", "1", "1", "0", "--songs", "1000"), "| load, nothing to do | "),
+        (("object_store", "--rounds", "1", "0", "0", "--songs", "500"), "| load, nothing to do | "),
+        (("other_ranges", "--ranges", "2"), "copying a range: "),
     ],
     ids=lambda each: each[0] if isinstance(each, tuple) else "",
 )
