@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
         (("end_to_end", "--rounds", "1", "--songs", "300", "--only", "songvec run"), "no ratios: AsyncOpenAI + COPY"),
         (("cache_fill", "--rounds", "1", "--songs", "1000"), "| median | "),
         (("object_store", "--rounds", "1", "0", "0", "--songs", "500"), "| load, nothing to do | "),
+        (("serving", "--short"), "all the while: "),
         (("other_ranges", "--ranges", "2"), "copying a range: "),
     ],
     ids=lambda each: each[0] if isinstance(each, tuple) else "",
