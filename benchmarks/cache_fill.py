@@ -1,6 +1,7 @@
 """Songs per second from request to durable cache file: one range of 50,000 songs, a provider without latency.
 
     python -m benchmarks.cache_fill [--texts 2048] [--fsync-ms 10]
+    python -m benchmarks.cache_fill --rounds 1 --songs 1000    a short form
 
 The real fill with its locks, limiter and fsyncs, in a fresh process, database and storage per round; quotas are too
 high to matter. The songs (1,600 characters, about 400 tokens) are exported beforehand. A step is the whole call:
@@ -24,12 +25,10 @@ from songvec_assets.postgres.embedded import start_embedded_server
 from songvec_assets.postgres.engine import Database
 from songvec_assets.settings import Settings
 from songvec_assets.songs.export import cache_songs_to_parquet
-from songvec_assets.songs.ranges import Tiling
 from songvec_assets_tests.administration import execute, with_parts
 from songvec_assets_tests.provider import Provider, running_provider
 
 N_SONGS = 50_000
-TILING = Tiling(width=N_SONGS, stop=N_SONGS)
 
 
 def fill(settings: dict[str, Any], fsync_ms: float) -> tuple[float, float, int]:
@@ -43,7 +42,7 @@ def fill(settings: dict[str, Any], fsync_ms: float) -> tuple[float, float, int]:
     if fsync_ms:
         os.fsync = fsync_slowly
     pipeline = Pipeline(Settings(**settings))
-    [song_range] = [each for each in TILING if each.start == 0]
+    song_range = pipeline.tiling.range_of(0)
     started = time.perf_counter()
     pipeline.filler().fill_ranges([song_range], lambda report: None)
     seconds = time.perf_counter() - started
@@ -53,7 +52,7 @@ def fill(settings: dict[str, Any], fsync_ms: float) -> tuple[float, float, int]:
 
 
 def run_round(
-    server_url: str, provider: Provider, folder: Path, number: int, n_texts: int, fsync_ms: float
+    server_url: str, provider: Provider, folder: Path, number: int, asked: argparse.Namespace
 ) -> tuple[float, float, int]:
     """Export into a new store, then fill it."""
     execute(server_url, f"CREATE DATABASE round_{number} TEMPLATE catalogue")
@@ -64,14 +63,14 @@ def run_round(
         "storage": str(folder / f"store-{number}"),
         "tokens_per_minute": 2_000_000_000,
         "requests_per_minute": 1_000_000,
-        "max_request_texts": n_texts,
-        "range_size": TILING.width,
-        "song_id_stop": TILING.stop,
+        "max_request_texts": asked.texts,
+        "range_size": asked.songs,
+        "song_id_stop": asked.songs,
     }
     pipeline = Pipeline(Settings(**settings))
-    cache_songs_to_parquet(pipeline.source, pipeline.store.songs, TILING)
+    cache_songs_to_parquet(pipeline.source, pipeline.store.songs, pipeline.tiling)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
-        return processes.submit(fill, settings, fsync_ms).result()
+        return processes.submit(fill, settings, asked.fsync_ms).result()
 
 
 def create_catalogue(server_url: str, n_songs: int = N_SONGS) -> None:
@@ -93,6 +92,7 @@ def main() -> None:
     """Print a table with a row per round, and the median."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cache_fill")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--songs", type=int, default=N_SONGS, help="of the range")
     parser.add_argument("--texts", type=int, default=256, help="per request, at most")
     parser.add_argument("--fsync-ms", type=float, default=0.0, help="by which each fsync is slower than the disk's")
     asked = parser.parse_args()
@@ -100,14 +100,14 @@ def main() -> None:
         # the embedded server may run as another user
         Path(folder).chmod(0o755)
         url = start_embedded_server(Path(folder) / "pg").url
-        create_catalogue(url)
+        create_catalogue(url, asked.songs)
         rates = []
         print("| round | songs/s (to reach: >= 6,000) | seconds | peak MB | files MB |")
         print("| ---: | ---: | ---: | ---: | ---: |")
         with running_provider(keep_texts=False) as provider:
             for number in range(1, asked.rounds + 1):
-                seconds, peak_mb, n_bytes = run_round(url, provider, Path(folder), number, asked.texts, asked.fsync_ms)
-                rates.append(N_SONGS / seconds)
+                seconds, peak_mb, n_bytes = run_round(url, provider, Path(folder), number, asked)
+                rates.append(asked.songs / seconds)
                 print(f"| {number} | {rates[-1]:,.0f} | {seconds:.1f} | {peak_mb:,.0f} | {n_bytes / 1e6:,.0f} |")
         print(f"| median | {median(rates):,.0f} ({min(rates):,.0f}–{max(rates):,.0f}) | | | |")
 

@@ -39,7 +39,8 @@ def limited_memory(url: str, folder: Path, n_bytes: int) -> Iterator[bool]:
         return
     execute(url, "CHECKPOINT")
     for path in folder.glob("base/*/*"):
-        with path.open("rb") as file:  # what is in memory now counts in nobody's group
+        # what is in memory now counts in nobody's group; the server may delete a file meanwhile
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     postmaster = psutil.Process(int((folder / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0]))
     _move([str(process.pid) for process in (postmaster, *postmaster.children())], group)

@@ -138,9 +138,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.url = start_embedded_server(self.folder / "pg").url
-        create_catalogue(self.url)
-        catalogue = with_parts(self.url, database="catalogue")
-        execute(catalogue, f"DELETE FROM songs WHERE id >= {self.n_songs}")
+        create_catalogue(self.url, self.n_songs)
         self.postmaster = psutil.Process(self._find_postmaster())
 
     def _find_postmaster(self) -> int:
@@ -272,7 +270,7 @@ def main() -> None:
     """Measure what the command line asks for, print it, and say whether the goals are reached."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--songs", type=int, default=N_SONGS, help=f"at most {N_SONGS}")
+    parser.add_argument("--songs", type=int, default=N_SONGS)
     parser.add_argument("--peers", metavar="PYTHON", help="an interpreter with langchain-postgres and langchain-openai")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants, by the beginning of their names")
     parser.add_argument("--markdown", action="store_true")

@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving              all phases, five minutes
     python -m benchmarks.serving --steps      also the searches of each step of a phase
+    python -m benchmarks.serving --short      500 songs: whether it works, no figures
 
 A searcher in its own process, on one connection, sends searches at fixed times, whether or not the previous one has
 been answered; its latency counts from then, so that a stall counts for every search that it delayed. Statements and
@@ -243,13 +244,16 @@ def main() -> None:
     """Print the table, and what went wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving")
     parser.add_argument("--songs", type=int, default=Size.n_songs)
+    parser.add_argument("--short", action="store_true", help=f"{SHORT.n_songs} songs, and no pauses")
     parser.add_argument("--steps", action="store_true", help="also by step")
     asked = parser.parse_args()
+    # all songs changed must be many enough to be staged
+    given = Size(n_songs=asked.songs, staged_from_rows=min(STAGED_FROM_ROWS, asked.songs // 2))
     with tempfile.TemporaryDirectory(prefix="serving-", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o755)  # the embedded server may run as another user
         database = start_embedded_server(Path(folder) / "pg")
         ensure_schema(database)
-        log, samples = run(database, Path(folder), Size(n_songs=asked.songs))
+        log, samples = run(database, Path(folder), SHORT if asked.short else given)
     figures = collect(log.phases, samples)
     quiet = figures[0]
     print(render(figures, quiet, "phase (to reach: no error, none missing, p99 / quiet p99 < 3)"))

@@ -37,6 +37,7 @@ BEGUN_FIRST = [
     "benchmarks/test_chaos_db.py",
     "cli/test_commands.py",
     "benchmarks/test_campaigns.py",
+    "benchmarks/test_short_forms.py",
     "scenarios/test_kills.py",
     "scenarios/test_wheel.py",
     "scenarios/test_hangup.py",

@@ -394,9 +394,12 @@ def test_texts_need_not_be_kept(provider, client):
 
 
 def test_ledger_counts_what_is_in_flight(provider, client):
-    provider.control(latency_s=0.2)
+    provider.control(hold_after=0)
     with ThreadPoolExecutor(5) as threads:
-        list(threads.map(lambda _: embed(client), range(5)))
+        answers = [threads.submit(embed, client) for _ in range(5)]
+        wait_until(lambda: provider.count_in_flight() == 5)
+        provider.control()
+        assert {answer.result().status_code for answer in answers} == {200}
     assert provider.ledger()["max_in_flight"] == 5
 
 

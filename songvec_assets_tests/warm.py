@@ -168,6 +168,8 @@ def _become(orders: socket.socket, request: int, status: int, stdin: int, stdout
             told.send(str(os.waitstatus_to_exitcode(ended)).encode())
         os._exit(0)
     told.close()
+    # who runs the tests by `nohup` has it ignored, in all processes
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     asked: dict[str, Any] = json.loads(os.fdopen(request, "rb").read())
     for number, name in ((stdin, 0), (stdout, 1), (stdout, 2)):
         os.dup2(number, name)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,6 +46,13 @@ def answer(start: int, n_rows: int):
     return range(start, start + n_rows), [bytes(16)] * n_rows, np.ones((n_rows, 2), np.float32)
 
 
+async def until(condition: Callable[[], object]) -> None:
+    """Let the loop and its threads work until it holds."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 async def store_all(
     gatherer: AnswerGatherer, sizes: list[int], n_expected: int | None = None
 ) -> list[BaseException | None]:
@@ -81,7 +89,7 @@ def test_a_part_that_is_not_small_is_written_once_a_quarter_of_the_answers_waits
             for _ in range(6):
                 in_flight.enter_context(gatherer.expecting())
             storing = [asyncio.create_task(gatherer.store(*answer(at, size))) for at, size in enumerate(sizes)]
-            done, _ = await asyncio.wait(storing, timeout=5 if are_written else 0.05)
+            done, _ = await asyncio.wait(storing, timeout=30 if are_written else 0.05)
             assert bool(done) == are_written
         await asyncio.gather(*storing)
 
@@ -119,9 +127,10 @@ def test_parts_are_written_at_a_time_as_their_storage_is_worth(writer, monkeypat
         for number in range(5):
             storing.append(asyncio.create_task(gatherer.store(*answer(number * PIECE_ROWS, PIECE_ROWS))))
             await asyncio.sleep(0.05)
+            await until(lambda number=number: len(at_once) >= min(number + 1, n_writes))
         n_begun = len(at_once)
         assert not any(each.done() for each in storing), "no answer is stored before its part is"
-        reached, _ = await asyncio.wait([asyncio.create_task(asyncio.to_thread(int))], timeout=5)
+        reached, _ = await asyncio.wait([asyncio.create_task(asyncio.to_thread(int))], timeout=50)
         ended.release(5)
         await asyncio.gather(*storing)
         assert reached, "the loop's own threads are for the database, which is asked before each request"
@@ -136,9 +145,10 @@ def test_answers_wait_for_those_that_come_once_a_part_is_written(writer, written
     """Its answers hold slots, in which others are on their way as soon as it is durable."""
     monkeypatch.setattr(writing, "GATHER_S", 60.0)
     monkeypatch.setattr(LocalStorage, "n_writes", 4)
-    ended, count_and_write = threading.Event(), PartWriter.write
+    begun, ended, count_and_write = threading.Event(), threading.Event(), PartWriter.write
 
     def write_slowly(self, batches):
+        begun.set()
         assert ended.wait(60)
         count_and_write(self, batches)
 
@@ -147,7 +157,7 @@ def test_answers_wait_for_those_that_come_once_a_part_is_written(writer, written
     async def run() -> None:
         gatherer = AnswerGatherer(writer)
         first = asyncio.create_task(store_all(gatherer, [PIECE_ROWS // 8] * 8, n_expected=0))
-        await asyncio.sleep(0.05)
+        await until(begun.is_set)
         # nothing else is in flight
         others = []
         for number in range(3):

@@ -73,7 +73,11 @@ class Project:
     def run(self, *command: str, cold: bool | None = None, **settings: str) -> tuple[int, str]:
         """Type a command and wait: exit code and output."""
         process = self.start(*command, cold=cold, **settings)
-        output, _ = process.communicate(timeout=150)
+        try:
+            output, _ = process.communicate(timeout=150)
+        finally:
+            process.kill()  # left running, it would be the failure of a later test
+            process.wait()
         assert process.returncode is not None
         return process.returncode, output
 
@@ -136,6 +140,7 @@ def wait_until_held(provider: Provider) -> None:
     wait_until(lambda: provider.count_in_flight() == N_AT_ONCE)
 
 
+@pytest.mark.timeout(600)
 def test_materialize_and_dg_commands_work_with_no_flag_beyond_the_readme(project: Project) -> None:
     code, output = project.run("dagster", "asset", "materialize", "--select", "song_embeddings_table")
     assert code != 0

@@ -39,6 +39,7 @@ from songvec_assets.errors import (
 from songvec_assets.postgres.engine import Database
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.progress import StopSignal
+from songvec_assets_tests.administration import wait_until
 from songvec_assets_tests.provider import Provider, count_tokens, running_provider, vector_of
 
 MODEL = "fireworks/qwen3-embedding-8b"
@@ -787,11 +788,13 @@ def test_requests_in_flight_do_not_keep_others_from_the_quota(
 
     async def work() -> None:
         await client.generate_embeddings_batch(["first"])
-        provider.control(latency_s=0.3)
-        await asyncio.gather(*(client.generate_embeddings_batch([text]) for text in TEXTS[:8]))
+        provider.control(hold_after=0)
+        answers = [asyncio.ensure_future(client.generate_embeddings_batch([text])) for text in TEXTS[:4]]
+        await asyncio.to_thread(wait_until, lambda: provider.count_in_flight() == 4)
+        provider.control()
+        await asyncio.gather(*answers)
 
     use(client, work)
-    assert provider.ledger()["max_in_flight"] >= 4
 
 
 def test_what_is_billed_corrects_the_grant(connect: Connect, provider: Provider, engine: sa.Engine) -> None:
@@ -995,10 +998,13 @@ def test_a_request_in_flight_is_left_to_end_and_no_further_one_goes(connect: Con
 
     async def work() -> None:
         await client.generate_embeddings_batch(["first"])
-        provider.control(latency_s=0.5)
-        threading.Timer(0.2, stop.set).start()
-        assert_vectors(await client.generate_embeddings_batch(TEXTS))
-        assert stop.is_set()
+        provider.control(hold_after=0)
+        answer = asyncio.ensure_future(client.generate_embeddings_batch(TEXTS))
+        await asyncio.to_thread(wait_until, lambda: provider.count_in_flight() == 1)
+        stop.set()
+        await asyncio.sleep(0.1)  # long enough to give it up
+        provider.control()
+        assert_vectors(await answer)
         with pytest.raises(StoppedError):
             await client.generate_embeddings_batch(["last"])
 

@@ -86,7 +86,8 @@ class TestClose:
                     connection.execute(sa.text("SELECT 1"))
             with opened.get_autocommit():
                 assert len(read_sessions(database)) == 3
-            assert len(read_sessions(database)) == 2
+            # the server's process ends a moment after its client
+            wait_until(lambda: len(read_sessions(database)) == 2)
         wait_until(lambda: read_sessions(database) == [])
         with opened.get_connection("web") as connection:
             assert connection.scalar(sa.text("SELECT 1")) == 1
@@ -396,8 +397,8 @@ class TestCancel:
         wait_until(lambda: sleeping(database))
         started = time.monotonic()
         database.cancel()
-        thread.join(timeout=10)
-        assert ends[0][0] - started < 2
+        thread.join(timeout=50)
+        assert ends[0][0] - started < 20, "the statement takes 60 s"
         assert "the statement was cancelled" in str(ends[0][1])
 
     def test_all_connections_handed_out_are_reached(self, database: Database) -> None:
@@ -415,7 +416,7 @@ class TestCancel:
         wait_until(lambda: execute(database.adbc_uri, count) == [(3,)])
         database.cancel()
         for thread in threads:
-            thread.join(timeout=5)
+            thread.join(timeout=50)
         assert sorted(ended) == ["batch", "parallel", "web"]
 
     @pytest.mark.parametrize(
@@ -453,7 +454,7 @@ class TestCancel:
             """
             wait_until(lambda: execute(database.adbc_uri, waiting, (waits,)) == [(1,)])
             database.cancel()
-            thread.join(timeout=10)
+            thread.join(timeout=50)
         [error] = errors
         assert "canceling statement due to user request" in str(error)
 
@@ -510,7 +511,7 @@ class TestCancel:
         cancel_statements(database.url, [(pid, start - timedelta(microseconds=1))])
         assert not ended.wait(0.3)
         cancel_statements(database.url, [(pid, start)])
-        assert ended.wait(10)
+        assert ended.wait(50)
 
     def test_where_nothing_runs_nothing_is_harmed(self, database: Database) -> None:
         def cancel() -> None:

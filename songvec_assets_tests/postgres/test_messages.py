@@ -95,6 +95,13 @@ def test_a_transaction_that_may_not_write_says_so(database: Database) -> None:
         connection.execute(sa.text("CREATE TABLE kept (n integer)"))
 
 
+def end_once_it_sleeps(database: Database, pid: int) -> None:
+    """End a process of the server in the middle of a statement."""
+    sleeping = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND wait_event = 'PgSleep'"
+    wait_until(lambda: execute(database.adbc_uri, sleeping, (pid,)))
+    execute(database.adbc_uri, "SELECT pg_terminate_backend(%s, 5000)", (pid,))
+
+
 class TestPgBouncer:
     def test_no_session_that_became_free_in_time(self, database: Database, caplog: pytest.LogCaptureFixture) -> None:
         with (
@@ -144,9 +151,9 @@ class TestPgBouncer:
         with running_pgbouncer(database.url) as url:
             with pytest.raises(DatabaseError) as caught, get_connection(url) as connection:
                 pid = connection.scalar(sa.text("SELECT pg_backend_pid()"))
-                ending = threading.Timer(0.1, execute, (database.adbc_uri, f"SELECT pg_terminate_backend({pid}, 5000)"))
+                ending = threading.Thread(target=end_once_it_sleeps, args=(database, pid))
                 ending.start()
-                connection.execute(sa.text("SELECT pg_sleep(20)"))
+                connection.execute(sa.text("SELECT pg_sleep(60)"))
             ending.join()
         assert "terminating connection due to administrator command" in str(caught.value)
         assert "the server was shut down" in str(caught.value)

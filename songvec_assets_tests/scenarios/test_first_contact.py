@@ -205,8 +205,8 @@ def test_after_a_good_answer_patience_is_as_configured(
 class TestAModelThatLoads:
     @pytest.fixture(autouse=True)
     def _hasty(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where a client would hang up after half a second, and says after 0.2 that it waits."""
-        monkeypatch.setattr(client_module, "BASE_TIMEOUT_S", 0.5)
+        """Where a client would hang up before the model is loaded, and says after 0.2 s that it waits."""
+        monkeypatch.setattr(client_module, "BASE_TIMEOUT_S", 1.5)
         monkeypatch.setattr(contact_module, "FIRST_NOTE_S", 0.2)
 
     def test_is_waited_for_in_a_run_that_says_so(

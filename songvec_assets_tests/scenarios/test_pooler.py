@@ -134,10 +134,10 @@ class TestLocks:
 
             thread = threading.Thread(target=wait, daemon=True)
             thread.start()
-            assert waiting.wait(10)
+            assert waiting.wait(60)
             assert not entered.is_set()
             holder.kill()
-            assert entered.wait(10)
+            assert entered.wait(60)
             thread.join()
         finally:
             holder.kill()
@@ -195,6 +195,6 @@ class TestCancel:
             thread.start()
             wait_until(lambda: execute(database.adbc_uri, SLEEPING) == [(1,)])
             seen.cancel()
-            thread.join(10)
+            thread.join(50)
         [error] = errors
         assert "the statement was cancelled" in str(error)

@@ -331,7 +331,7 @@ class TestRoles:
         held = threading.Event()
         holder = threading.Thread(target=hold)
         holder.start()
-        assert held.wait(10)
+        assert held.wait(60)
         code, output = command("run")
         holder.join()
         assert code == 0, output

@@ -562,7 +562,7 @@ class TestDamage:
             loader.join(timeout=1.5)
             assert cache.read_manifest(FIRST) == before
             assert loader.is_alive()
-        loader.join(timeout=10)
+        loader.join(timeout=60)
         assert [type(error) for error in errors] == [DamagedCacheError]
         assert cache.read_manifest(FIRST).damaged == (7,)
 

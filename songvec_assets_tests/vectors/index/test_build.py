@@ -308,7 +308,7 @@ class TestInterrupted:
             # first the server must notice that the killed run's lock has no client any more
             ending = "ending a build whose run was killed"
             wait_until(lambda: ending in [each.note for each in builder.reported])
-            wait_until(lambda: orphans[0] not in execute(indexed.adbc_uri, BUILDS), seconds=5)
+            wait_until(lambda: orphans[0] not in execute(indexed.adbc_uri, BUILDS))
         builder.finish()
         assert builder.error is None
         assert read_indexes(indexed) == {INDEX: (True, definition(30))}
