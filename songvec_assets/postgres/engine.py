@@ -7,6 +7,7 @@ When to add here: another way to connect. Keep out: statements, and anything tha
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -54,6 +55,18 @@ _BEGIN_LONG = f"""
 _BEGIN_ATOMIC = (
     "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '60s'"
 )
+
+
+def _forget_connections() -> None:
+    """Leave the connections of a process to it, in a child that it forked: answers for one would reach the other."""
+    global _engines_lock  # noqa: PLW0603 - a thread that is not in the child may hold it
+    _engines_lock = threading.Lock()
+    for engine in _engines.values():
+        engine.dispose(close=False)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_connections)
 
 
 def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
