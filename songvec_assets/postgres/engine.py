@@ -25,6 +25,7 @@ from songvec_assets.postgres.sessions import (
     cancel_statements,
     configure_session,
     keeps_sessions,
+    refuses_transactions,
 )
 from songvec_assets.postgres.urls import describe_url, libpq_uri, parse_url
 
@@ -126,10 +127,24 @@ def get_connection(url: str, profile: Profile = "batch") -> Iterator[sa.Connecti
     Raises:
         DatabaseError: unreachable, refused, or a statement failed; the message says what to do.
     """
-    with error_border(), get_engine(url, profile).connect() as connection, _ended(connection):
+    with error_border(), _connect(url, profile) as connection, _ended(connection):
         connection.begin()
         yield connection
         connection.commit()
+
+
+def _connect(url: str, profile: Profile) -> sa.Connection:
+    try:
+        return get_engine(url, profile).connect()
+    except sa.exc.OperationalError as error:
+        # its first statement, in a transaction, did
+        if "server closed the connection" in str(error) and refuses_transactions(url):
+            raise DatabaseError(
+                "expected transactions, got a pooler in statement mode: set its pool_mode to transaction or session, or "
+                "put a URL that bypasses it into POSTGRES_URL",
+                "database.session",
+            ) from error
+        raise
 
 
 @contextlib.contextmanager

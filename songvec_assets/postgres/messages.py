@@ -23,6 +23,8 @@ _ADVICE = {
         "SET max_parallel_maintenance_workers = 0, and max_parallel_workers_per_gather = 0",
         r"^53100": f"the server's disk is full: free space, then {_GO_ON}; nothing is half-loaded",
         r"^53200": "the server ran out of memory: lower SONGVEC_INDEX_MEMORY_MB or SONGVEC_LISTS",
+        r"too many connections for (role|database)": "the role or the database has a limit of its own: let an "
+        "administrator raise it, with ALTER ROLE or ALTER DATABASE … CONNECTION LIMIT; a run may take twenty",
         r"^53300|too many clients|too many connections|remaining connection slots": "the server has no "
         "connection left: raise max_connections or stop other clients",
         r"query_wait_timeout": f"no session of the pooler became free: raise its default_pool_size, then {_GO_ON}",

@@ -325,8 +325,8 @@ class TestRefusals:
             url = with_parts(server_url, username=role)
             with get_connection(url):
                 error = str(error_of(url))
-        assert "too many connections" in error
-        assert "the server has no connection left" in error
+        assert "too many connections for role" in error
+        assert "ALTER ROLE or ALTER DATABASE … CONNECTION LIMIT" in error
 
     def test_a_connection_that_the_server_ends_says_how_to_go_on(self, database: Database) -> None:
         with pytest.raises(DatabaseError) as caught, database.get_connection() as connection:
