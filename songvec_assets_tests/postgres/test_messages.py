@@ -111,9 +111,11 @@ class TestPgBouncer:
     def test_a_mode_without_transactions(self, database: Database) -> None:
         with running_pgbouncer(database.url, pool_mode="statement") as url:
             for _ in range(2):
-                with pytest.raises(DatabaseError, match="got a pooler in statement mode: set its pool_mode") as caught:
-                    with get_connection(url):
-                        pass
+                with (
+                    pytest.raises(DatabaseError, match="got a pooler in statement mode: set its pool_mode") as caught,
+                    get_connection(url),
+                ):
+                    pass
                 assert caught.value.code == "database.session"
 
     def test_a_client_too_many(self, database: Database) -> None:
