@@ -140,8 +140,8 @@ def _connect(url: str, profile: Profile) -> sa.Connection:
         # its first statement, in a transaction, did
         if "server closed the connection" in str(error) and refuses_transactions(url):
             raise DatabaseError(
-                "expected transactions, got a pooler in statement mode: set its pool_mode to transaction or session, or "
-                "put a URL that bypasses it into POSTGRES_URL",
+                "expected transactions, got a pooler in statement mode: set its pool_mode to transaction or session, "
+                "or put a URL that bypasses it into POSTGRES_URL",
                 "database.session",
             ) from error
         raise

@@ -52,12 +52,16 @@ _ADVICE = {
         r"unsupported startup parameter": "the pooler refuses a parameter at the end of POSTGRES_URL: leave it out",
     },
     "database.extension": {
-        r"^3F000": "the search_path of this user names no schema that is there: ALTER ROLE … SET search_path = public",
+        r'^3F000 (?!.*schema "songvec")': "the search_path of this user names no schema that is there: ALTER "
+        "ROLE … SET search_path = public",
         r'type "(vector|halfvec)" does not exist|operator does not exist: \S+ <=> ': "the extension `vector` is not "
         "in this database, or in a schema that this user's search_path lacks: ALTER ROLE … SET search_path = …, "
         "its schema",
     },
     "database.unavailable": {
+        r'schema "songvec" does not exist|relation "songvec\.\w+" does not exist': "the tables of this package were "
+        "dropped, or another database took the place of this one, while this process ran: restore them or run `songvec "
+        "run`, then start it again",
         r"^57014": f"the statement was cancelled, by a person or the role's statement_timeout; {_GO_ON}",
         r"^57P01|administrator command|unexpected postmaster exit": "the server was shut down; "
         f"{_GO_ON} when it is back",

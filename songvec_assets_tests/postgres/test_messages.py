@@ -74,6 +74,9 @@ def test_words_that_nothing_is_known_of_stand_alone() -> None:
             "the statement was cancelled",
             "database.unavailable",
         ),
+        ("3F000", 'schema "songvec" does not exist', "took the place of this one", "database.unavailable"),
+        ("3F000", 'schema "theirs" does not exist', "ALTER ROLE … SET search_path", "database.extension"),
+        ("42P01", 'relation "songvec.settings" does not exist', "took the place of this one", "database.unavailable"),
         ("42501", "permission denied for table songs", "this user lacks a right", "database.no-right"),
     ],
 )
