@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
 _Given = ParamSpec("_Given")
@@ -15,15 +16,18 @@ _Result = TypeVar("_Result")
 
 
 class DaemonThreads(ThreadPoolExecutor):
-    """An executor that runs each call in a new daemon thread, a few at a time; shut down, it waits for all calls.
+    """An executor whose threads are daemons; shut down, it waits for all calls.
 
     It may be the default executor of an event loop, which must be of this base class.
     """
 
     def __init__(self, n_at_once: int | None = None, name: str = "songvec-call") -> None:
         super().__init__(n_at_once, name)
-        self._name, self._places = name, threading.Semaphore(self._max_workers)
+        self._name, self._n_threads = name, 0
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._idle = threading.Semaphore(0)
         self._pending: set[Future[Any]] = set()
+        self._lock = threading.Lock()
 
     def submit(
         self, call: Callable[_Given, _Result], /, *args: _Given.args, **kwargs: _Given.kwargs
@@ -32,18 +36,27 @@ class DaemonThreads(ThreadPoolExecutor):
         future: Future[_Result] = Future()
 
         def run() -> None:
-            with self._places:
-                if not future.set_running_or_notify_cancel():
-                    return
-                try:
-                    future.set_result(call(*args, **kwargs))
-                except BaseException as error:  # noqa: BLE001 - raised where the result is read
-                    future.set_exception(error)
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(call(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - raised where the result is read
+                future.set_exception(error)
 
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
-        threading.Thread(target=run, daemon=True, name=self._name).start()
+        self._calls.put(run)
+        with self._lock:
+            if not self._idle.acquire(blocking=False) and self._n_threads < self._max_workers:
+                self._n_threads += 1
+                threading.Thread(target=self._serve, daemon=True, name=self._name).start()
         return future
+
+    def _serve(self) -> None:
+        while (run := self._calls.get()) is not None:
+            run()
+            del run  # and what it returned
+            self._idle.release()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """See `Executor.shutdown`."""
@@ -51,6 +64,9 @@ class DaemonThreads(ThreadPoolExecutor):
         if cancel_futures:
             for future in pending:
                 future.cancel()
-        super().shutdown(wait)
+        with self._lock:
+            for _ in range(self._n_threads):
+                self._calls.put(None)
+            self._n_threads = 0
         if wait:
             futures.wait(pending)
