@@ -6,6 +6,7 @@
     ├── SourceError              the songs table is not what the settings name
     │   └── BulkDeletionError    more songs are missing than is plausible
     ├── StoreError               the storage folder is another database's, or cannot be used
+    │   └── UnwritableError      its disk is full, or refuses a file
     ├── StorageError             the object store refused, or could not be reached
     ├── ReembeddingError         a changed setting would embed cached texts again
     ├── DamagedCacheError        a file of the cache is damaged or missing
@@ -77,6 +78,12 @@ class StoreError(SongvecError):
     """The storage folder belongs to another database, or cannot be used. A rerun alone does not help."""
 
     code = "store.mismatch"
+
+
+class UnwritableError(StoreError):
+    """The disk of the storage folder is full, or refuses a file, as it would for every range."""
+
+    code = "store.not-writable"
 
 
 class StorageError(SongvecError):

@@ -12,12 +12,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from songvec_assets.errors import StoppedError
 from songvec_assets.signals import interrupted_by_hangup
+from songvec_assets.threads import DaemonThreads
 
 _POLL_S = 0.2
 
@@ -283,6 +284,11 @@ def run_event_loop(work: Coroutine[Any, Any, Result]) -> Result:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1, "songvec-loop") as thread:
-        return thread.submit(asyncio.run, work).result()
+        return asyncio.run(_run_with_daemons(work))
+    with DaemonThreads(1, "songvec-loop") as thread:
+        return thread.submit(asyncio.run, _run_with_daemons(work)).result()
+
+
+async def _run_with_daemons(work: Coroutine[Any, Any, Result]) -> Result:
+    asyncio.get_running_loop().set_default_executor(DaemonThreads())
+    return await work

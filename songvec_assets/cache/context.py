@@ -15,7 +15,7 @@ from songvec_assets.embedding.budget import Budget
 from songvec_assets.embedding.embedder import Embedder
 from songvec_assets.embedding.health import ServerHealth
 from songvec_assets.embedding.pricing import Quota, TokenEstimator
-from songvec_assets.errors import BudgetExceededError, ProviderUnavailableError, StoreError
+from songvec_assets.errors import BudgetExceededError, ProviderUnavailableError, StoreError, UnwritableError
 from songvec_assets.progress import Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
 
@@ -103,7 +103,7 @@ class SendContext:
         if isinstance(error, BudgetExceededError):
             # no further range begins, but requests with a reservation are still sent
             self.over_budget = self.over_budget or error
-        elif not isinstance(error, (StoreError, ProviderUnavailableError)):
+        elif isinstance(error, UnwritableError) or not isinstance(error, (StoreError, ProviderUnavailableError)):
             self.fatal = self.fatal or error
 
     def check_halted(self) -> None:

@@ -211,15 +211,16 @@ class _RangeFill:
         filler, context, song_range = self.filler, self.filler.context, self.report.range
         cached, plan = await asyncio.to_thread(self._plan)
         self.report = plan.report
+        n_to_embed = sum(len(each.song_ids) for each in plan.texts)
         if plan.texts:
             plan.report.n_tokens_expected = plan.estimate_tokens(context.estimator)
             filler.tiling.check_tail(song_range, plan.report.n_songs)
             await asyncio.to_thread(filler.before_payment)
+            await asyncio.to_thread(cached.storage.check_room, n_to_embed * cached.identity.row_bytes)
             find_songs = partial(comparison.find_songs, filler.cache, filler.snapshots, filler.spec)
             await comparison.compare_server(filler.record, find_songs, context, plan.report)
         await asyncio.to_thread(self._begin, cached, plan)
         context.reports.append(plan.report)
-        n_to_embed = sum(len(each.song_ids) for each in plan.texts)
         context.advance(plan.report.n_songs - n_to_embed, song_range, are_free=True)
         rejected = await self._send(cached, plan, check_held)
         filled = Completion(

@@ -71,6 +71,11 @@ class PartIdentity:
     def __str__(self) -> str:
         return f"{self.model_id}, {self.dimensions} dimensions, range {self.range.key}"
 
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row in a part: its values, song_id, text_hash and checksum."""
+        return 4 * self.dimensions + 4 + TEXT_HASH_BYTES + 8
+
     def schema(self, digest: str = "") -> pa.Schema:
         """The Arrow schema of a part with this digest in its metadata."""
         fields = [

@@ -8,7 +8,7 @@ When to add here: another way to read less of a part. Keep out: the format (`par
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from songvec_assets.cache.parts import UNREADABLE, CachedRows, PartIdentity, Sto
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.songs.text import TEXT_HASH_BYTES
 from songvec_assets.storage import Opened
+from songvec_assets.threads import DaemonThreads
 
 _TAIL_BYTES = 1 << 16
 """More than the footer of a part of 2,000 batches."""
@@ -135,7 +136,7 @@ def _read_narrow(content: Opened, narrow: pa.Buffer, start: int, identity: PartI
 
 def read_ahead(reads: Iterable[Callable[[], CachedRows]]) -> Iterator[CachedRows]:
     """Rows, one after the other; the next ones are read while a caller uses the last ones."""
-    with ThreadPoolExecutor(1) as pool:
+    with DaemonThreads(1) as pool:
         ahead: Future[CachedRows] | None = None
         for read in reads:
             following = pool.submit(read)

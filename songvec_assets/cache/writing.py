@@ -9,7 +9,6 @@ import contextlib
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, count
 
@@ -31,6 +30,7 @@ from songvec_assets.cache.slices import open_stored
 from songvec_assets.embedding.wire import Float32Matrix, find_bad_vectors
 from songvec_assets.errors import StoreError
 from songvec_assets.storage import Storage
+from songvec_assets.threads import DaemonThreads
 
 GATHER_S = 0.5
 """Seconds that an answer waits for others to share its part."""
@@ -171,7 +171,7 @@ class AnswerGatherer:
             # also what came while earlier parts were written
             taken, self._waiting, self._part = self._waiting, [], None
             # their slots are free soon: what comes in them is worth waiting for, else parts would get ever smaller
-            with self.expecting(len(taken)), ThreadPoolExecutor(1, "songvec-part") as thread:
+            with self.expecting(len(taken)), DaemonThreads(1, "songvec-part") as thread:
                 # not a thread of the loop's: these few serve the database, without which no request may be sent
                 await asyncio.get_running_loop().run_in_executor(thread, self._write, taken)
 

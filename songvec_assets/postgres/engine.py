@@ -7,6 +7,7 @@ When to add here: another way to connect. Keep out: statements, and anything tha
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from songvec_assets.postgres.sessions import (
     cancel_statements,
     configure_session,
     keeps_sessions,
+    refuses_transactions,
 )
 from songvec_assets.postgres.urls import describe_url, libpq_uri, parse_url
 
@@ -54,6 +56,17 @@ _BEGIN_LONG = f"""
 _BEGIN_ATOMIC = (
     "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '60s'"
 )
+
+
+def _forget_connections() -> None:
+    """Leave the connections of a process to it, in a child that it forked: answers for one would reach the other."""
+    global _engines_lock  # noqa: PLW0603 - a thread that is not in the child may hold it
+    _engines_lock = threading.Lock()
+    for engine in _engines.values():
+        engine.dispose(close=False)
+
+
+os.register_at_fork(after_in_child=_forget_connections)
 
 
 def get_engine(url: str, profile: Profile = "batch") -> sa.Engine:
@@ -113,10 +126,24 @@ def get_connection(url: str, profile: Profile = "batch") -> Iterator[sa.Connecti
     Raises:
         DatabaseError: unreachable, refused, or a statement failed; the message says what to do.
     """
-    with error_border(), get_engine(url, profile).connect() as connection, _ended(connection):
+    with error_border(), _connect(url, profile) as connection, _ended(connection):
         connection.begin()
         yield connection
         connection.commit()
+
+
+def _connect(url: str, profile: Profile) -> sa.Connection:
+    try:
+        return get_engine(url, profile).connect()
+    except sa.exc.OperationalError as error:
+        # its first statement, in a transaction, did
+        if "server closed the connection" in str(error) and refuses_transactions(url):
+            raise DatabaseError(
+                "expected transactions, got a pooler in statement mode: set its pool_mode to transaction or session, "
+                "or put a URL that bypasses it into POSTGRES_URL",
+                "database.session",
+            ) from error
+        raise
 
 
 @contextlib.contextmanager

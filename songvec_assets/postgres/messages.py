@@ -23,6 +23,8 @@ _ADVICE = {
         "SET max_parallel_maintenance_workers = 0, and max_parallel_workers_per_gather = 0",
         r"^53100": f"the server's disk is full: free space, then {_GO_ON}; nothing is half-loaded",
         r"^53200": "the server ran out of memory: lower SONGVEC_INDEX_MEMORY_MB or SONGVEC_LISTS",
+        r"too many connections for (role|database)": "the role or the database has a limit of its own: let an "
+        "administrator raise it, with ALTER ROLE or ALTER DATABASE … CONNECTION LIMIT; a run may take twenty",
         r"^53300|too many clients|too many connections|remaining connection slots": "the server has no "
         "connection left: raise max_connections or stop other clients",
         r"query_wait_timeout": f"no session of the pooler became free: raise its default_pool_size, then {_GO_ON}",
@@ -50,12 +52,16 @@ _ADVICE = {
         r"unsupported startup parameter": "the pooler refuses a parameter at the end of POSTGRES_URL: leave it out",
     },
     "database.extension": {
-        r"^3F000": "the search_path of this user names no schema that is there: ALTER ROLE … SET search_path = public",
+        r'^3F000 (?!.*schema "songvec")': "the search_path of this user names no schema that is there: ALTER "
+        "ROLE … SET search_path = public",
         r'type "(vector|halfvec)" does not exist|operator does not exist: \S+ <=> ': "the extension `vector` is not "
         "in this database, or in a schema that this user's search_path lacks: ALTER ROLE … SET search_path = …, "
         "its schema",
     },
     "database.unavailable": {
+        r'schema "songvec" does not exist|relation "songvec\.\w+" does not exist': "the tables of this package were "
+        "dropped, or another database took the place of this one, while this process ran: restore them or run `songvec "
+        "run`, then start it again",
         r"^57014": f"the statement was cancelled, by a person or the role's statement_timeout; {_GO_ON}",
         r"^57P01|administrator command|unexpected postmaster exit": "the server was shut down; "
         f"{_GO_ON} when it is back",

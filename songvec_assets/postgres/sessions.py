@@ -69,6 +69,17 @@ def keeps_sessions(url: str) -> bool:
     return len(ones) == len(others) == 1 and ones != others
 
 
+def refuses_transactions(url: str) -> bool:
+    """Whether there is a pooler in statement mode, which ends a client that begins a transaction without a word."""
+    with contextlib.suppress(psycopg2.Error), _connect(url) as cursor:
+        cursor.execute("SELECT 1")
+        try:
+            cursor.execute("BEGIN")
+        except psycopg2.OperationalError:
+            return True
+    return False
+
+
 @contextlib.contextmanager
 def configure_session(cursor: Any, settings: dict[str, str]) -> Iterator[Backend]:
     """Set server settings for the session within the block, without the role's timeouts."""

@@ -42,7 +42,8 @@ _COLUMNS = """
         UNION ALL SELECT attname, attnum, kind, typbasetype
         FROM base JOIN pg_type t ON t.oid = base.type WHERE t.typtype = 'd'
     )
-    SELECT attname, attnum, kind, coalesce(element.typcategory, t.typcategory) AS category,
+    SELECT attname, attnum, kind, format_type(t.oid, NULL) AS base_kind,
+           coalesce(element.typcategory, t.typcategory) AS category,
            t.typcategory = 'A' AS is_array, has_column_privilege(:oid, attnum, 'SELECT') AS is_readable
     FROM base JOIN pg_type t ON t.oid = base.type AND t.typtype <> 'd'
     LEFT JOIN pg_type element ON t.typcategory = 'A' AND element.oid = t.typelem
@@ -58,6 +59,7 @@ class Column:
         quoted: its name for SQL.
         number: its attnum.
         kind: its type's name.
+        base_kind: the same; of a domain, that of its base type.
         category: the type's category in pg_type; for an array, that of its elements.
         is_array: whether the type is an array.
         is_readable: whether this user may read it.
@@ -66,6 +68,7 @@ class Column:
     quoted: str
     number: int
     kind: str
+    base_kind: str
     category: str
     is_array: bool
     is_readable: bool

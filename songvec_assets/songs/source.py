@@ -190,7 +190,7 @@ def find_source(database: Database, names: PostgresSettings, spec: TextSpec | No
             lyrics=express("lyrics", r"E'\n'"),
             spec=spec,
             updated_at=updated_at.quoted if updated_at else None,
-            updated_at_type=updated_at.kind if updated_at else None,
+            updated_at_type=updated_at.base_kind if updated_at else None,
             row_security=table.row_security,
             encoding=str(connection.scalar(sa.text("SELECT getdatabaseencoding()"))),
         )
@@ -217,14 +217,15 @@ def _check_columns(
             "source.no-right",
         )
     kinds = {name: table.columns[column].kind for name, column in wanted.items()}
-    if kinds["song_id"] not in _ID_TYPES:
+    base_kinds = {name: table.columns[column].base_kind for name, column in wanted.items()}
+    if base_kinds["song_id"] not in _ID_TYPES:
         raise SourceError(
             f"the id column {wanted['song_id']!r} of {table.name} is {kinds['song_id']}; song_embeddings.song_id is "
             "INTEGER: name an integer column with SONGVEC_SONG_ID_COLUMN, or "
             f"{describe_numbering(connection, table, wanted['song_id'])}",
             "source.id-column",
         )
-    if kinds.get("updated_at", "date") not in PRESENT:
+    if base_kinds.get("updated_at", "date") not in PRESENT:
         raise SourceError(
             f"SONGVEC_UPDATED_AT_COLUMN {wanted['updated_at']!r} is {kinds['updated_at']}; expected a date or "
             "timestamp column"

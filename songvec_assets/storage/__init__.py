@@ -146,6 +146,13 @@ class Storage(ABC):
             StorageError: says which.
         """
 
+    def check_room(self, n_bytes: int) -> None:  # noqa: B027 - an object store does not say
+        """Refuse to pay for what would not fit.
+
+        Raises:
+            UnwritableError: it has no room for so many more bytes.
+        """
+
     @abstractmethod
     def delete(self, *keys: str) -> None:
         """Delete objects, if they exist."""

@@ -6,6 +6,7 @@ When to add here: another way to use a file system. Keep out: object stores (`ob
 import contextlib
 import fcntl
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import xxhash
 
+from songvec_assets.errors import UnwritableError
 from songvec_assets.storage import Listing, Opened, Span, Storage, Versioned
 from songvec_assets.storage.messages import clear_disk_errors
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 LEFTOVER_S = 3600.0
 """A temporary file that was not written for this time was left by a killed process."""
+SPARE_BYTES = 1 << 20
+"""Room for what is written beside the vectors: metadata of parts, and manifests."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,16 @@ class LocalStorage(Storage):
 
     def check_writes(self) -> None:
         """Nothing is tried: rename and flock always work, and the write itself finds a full disk."""
+
+    def check_room(self, n_bytes: int) -> None:
+        root = self.root.resolve()
+        free = shutil.disk_usage(next(each for each in (root, *root.parents) if each.exists())).free
+        needed = n_bytes + SPARE_BYTES
+        if free < needed:
+            raise UnwritableError(
+                f"{root} has {free / 1e6:,.1f} MB free, expected {needed / 1e6:,.1f} MB for the vectors that would be "
+                "paid for next: make room, then start the same command again"
+            )
 
     def delete(self, *keys: str) -> None:
         for key in keys:

@@ -7,7 +7,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from songvec_assets.errors import StorageError, StoreError
+from songvec_assets.errors import StorageError, UnwritableError
 
 _GO_ON = "then start the same command again: what was stored is kept"
 
@@ -88,12 +88,11 @@ def clear_errors(what: str, may_lose: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def clear_disk_errors(name: object) -> Iterator[None]:
-    """Turn errors of the file system into StoreError with the name of what is written."""
+    """Turn errors of the file system into UnwritableError with the name of what is written."""
     try:
         yield
     except OSError as error:
-        raise StoreError(
+        raise UnwritableError(
             f"could not write {name}: {error}. What was stored before is kept: make room, or give access, and start "
-            "the same command again",
-            "store.not-writable",
+            "the same command again"
         ) from error

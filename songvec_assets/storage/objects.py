@@ -13,7 +13,6 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, TypeVar, cast
@@ -23,6 +22,7 @@ from songvec_assets.settings_group import read_secrets
 from songvec_assets.storage import Listing, Storage, Versioned
 from songvec_assets.storage.messages import clear_disk_errors, clear_errors
 from songvec_assets.storage.opened import OpenedObject
+from songvec_assets.threads import DaemonThreads
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -233,7 +233,7 @@ class ObjectStorage(Storage):
             return None
 
     def map(self, do: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-        with ThreadPoolExecutor(_PARALLEL) as pool:
+        with DaemonThreads(_PARALLEL) as pool:
             return list(pool.map(do, items))
 
     def check_writes(self) -> None:

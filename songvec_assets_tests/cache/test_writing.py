@@ -114,6 +114,7 @@ def test_parts_are_written_at_a_time_as_their_storage_is_worth(writer, monkeypat
     at_once, ended, write = [], threading.Semaphore(0), PartWriter.write
 
     def write_slowly(self, batches):
+        assert threading.current_thread().daemon, "a process that was abandoned must not wait for an upload"
         at_once.append(len(batches))
         assert ended.acquire(timeout=60)
         write(self, batches)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import socket
 import sys
 import threading
@@ -127,6 +128,25 @@ class TestPools:
         execute(database.adbc_uri, "SELECT pg_terminate_backend(%s, 5000)", (kept,))
         with database.get_connection(profile) as connection:
             assert connection.scalar(sa.text("SELECT pg_backend_pid()")) != kept
+
+    @pytest.mark.parametrize("profile", ["batch", "web", "autocommit"])
+    def test_a_forked_process_makes_connections_of_its_own(self, database: Database, profile: Profile) -> None:
+        def read_pid() -> int:
+            with engine.connect() as connection:
+                return int(connection.scalar(sa.text("SELECT pg_backend_pid()")))
+
+        engine = database.get_engine(profile).execution_options(isolation_level="AUTOCOMMIT")
+        kept = read_pid()
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            with contextlib.suppress(Exception):
+                os.write(writer, str(read_pid()).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(writer)
+        with os.fdopen(reader) as answers:
+            assert int(answers.read()) != kept
+        assert read_pid() == kept
 
     def test_a_process_has_one_engine_a_url_and_profile(self, database: Database) -> None:
         assert database.get_engine("web") is get_engine(database.url, "web")
@@ -306,8 +326,8 @@ class TestRefusals:
             url = with_parts(server_url, username=role)
             with get_connection(url):
                 error = str(error_of(url))
-        assert "too many connections" in error
-        assert "the server has no connection left" in error
+        assert "too many connections for role" in error
+        assert "ALTER ROLE or ALTER DATABASE … CONNECTION LIMIT" in error
 
     def test_a_connection_that_the_server_ends_says_how_to_go_on(self, database: Database) -> None:
         with pytest.raises(DatabaseError) as caught, database.get_connection() as connection:

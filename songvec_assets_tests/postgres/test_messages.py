@@ -34,6 +34,8 @@ from songvec_assets_tests.pooler import running_pgbouncer
         ("FATAL:  server login has been failing, try again later (server_login_retry)", "does not get into the server"),
         ("FATAL:  pgbouncer cannot connect to server", "does not get into the server"),
         ("FATAL:  client_login_timeout (server down)", "does not get into the server"),
+        ('FATAL:  too many connections for role "ann"', "ALTER ROLE or ALTER DATABASE … CONNECTION LIMIT"),
+        ('FATAL:  too many connections for database "songs"', "ALTER ROLE or ALTER DATABASE … CONNECTION LIMIT"),
         ("FATAL:  server conn crashed?\nserver closed the connection unexpectedly", "the connection broke"),
     ],
 )
@@ -72,6 +74,9 @@ def test_words_that_nothing_is_known_of_stand_alone() -> None:
             "the statement was cancelled",
             "database.unavailable",
         ),
+        ("3F000", 'schema "songvec" does not exist', "took the place of this one", "database.unavailable"),
+        ("3F000", 'schema "theirs" does not exist', "ALTER ROLE … SET search_path", "database.extension"),
+        ("42P01", 'relation "songvec.settings" does not exist', "took the place of this one", "database.unavailable"),
         ("42501", "permission denied for table songs", "this user lacks a right", "database.no-right"),
     ],
 )
@@ -112,6 +117,16 @@ class TestPgBouncer:
         ):
             pass
         assert caplog.records == []
+
+    def test_a_mode_without_transactions(self, database: Database) -> None:
+        with running_pgbouncer(database.url, pool_mode="statement") as url:
+            for _ in range(2):
+                with (
+                    pytest.raises(DatabaseError, match="got a pooler in statement mode: set its pool_mode") as caught,
+                    get_connection(url),
+                ):
+                    pass
+                assert caught.value.code == "database.session"
 
     def test_a_client_too_many(self, database: Database) -> None:
         with (

@@ -269,6 +269,19 @@ class TestTypes:
         with database.get_connection() as connection:
             assert read_songs(connection, find_source(database, PostgresSettings()), [7]) == {7: expected}
 
+    def test_a_domain_is_read_as_its_base_type(self, database: Database, tmp_path: Path) -> None:
+        run(
+            database,
+            "CREATE DOMAIN number AS integer CHECK (VALUE > 0)",
+            "CREATE DOMAIN song_number AS number",
+            "CREATE DOMAIN moment AS timestamptz",
+            "CREATE TABLE songs (id song_number PRIMARY KEY, name text, artist text, lyrics text, at moment)",
+            "INSERT INTO songs VALUES (7, 'Sea', 'Ann', 'waves', now())",
+        )
+        names = PostgresSettings(updated_at_column="at")
+        for _ in range(2):
+            assert export(database, names, tmp_path) == [(7, "Sea", "Ann", "waves")]
+
     def test_types_are_asked_before_anything_is_paid_for(self, pipeline: Pipeline, provider: Provider) -> None:
         run(
             pipeline.database,

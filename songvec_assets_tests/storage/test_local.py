@@ -1,13 +1,14 @@
 """Files of a folder: synced, renamed, and nothing left over; see `test_contract` for what all kinds have in common."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from songvec_assets.errors import StoreError
+from songvec_assets.errors import StoreError, UnwritableError
 from songvec_assets.storage import local
 from songvec_assets.storage.local import LocalStorage
 
@@ -24,6 +25,14 @@ def test_a_write_that_the_disk_refuses_names_the_object(storage, write):
     storage.put("file", b"in the way")
     with pytest.raises(StoreError, match=r"could not write .*file.*make room, or give access"):
         write(storage)
+
+
+def test_room_is_what_the_disk_has_free_before_the_folder_exists_too(storage, monkeypatch):
+    free = shutil.disk_usage(storage.root.parent).free
+    within = storage.within("deep").within("deeper")
+    within.check_room(free // 2)
+    with pytest.raises(UnwritableError, match=r"has [\d,.]+ MB free, expected [\d,.]+ MB .* make room"):
+        within.check_room(free * 2)
 
 
 @pytest.fixture

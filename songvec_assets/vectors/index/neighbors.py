@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +26,7 @@ from songvec_assets.cache.parts import PIECE_ROWS, CachedRows
 from songvec_assets.embedding.wire import Float32Matrix
 from songvec_assets.progress import SILENT, Progress, RunContext
 from songvec_assets.songs.ranges import SongIdRange
+from songvec_assets.threads import DaemonThreads
 from songvec_assets.vectors.ledger import LedgerEntry
 from songvec_assets.vectors.table import VectorTable
 
@@ -268,7 +269,7 @@ def prepare(table: VectorTable, cache: ModelCache, run: RunContext) -> "Future[P
         exact.literals  # noqa: B018 - computed now, 0.2 s, while the server works
         return Prepared(rows, exact)
 
-    thread = ThreadPoolExecutor(1, "songvec-neighbors")
+    thread = DaemonThreads(1, "songvec-neighbors")
     prepared = thread.submit(find)
     thread.shutdown(wait=False)
     return prepared
