@@ -1,6 +1,6 @@
 """How many lists: builds and searches with √n, half as many, and rows/1000, as pgvector's page advises.
 
-    python -m benchmarks.lists                     50,000 rows of 2,000 values, three rounds: 4 minutes
+    python -m benchmarks.lists                     50,000 rows of 2,000 values, three rounds: 5 minutes
     python -m benchmarks.lists --rows 300000       another size; --rounds says how often each is built
 
 Rows are made up, see `lifelike`. Each index is built as `songvec index` builds it, while the one before serves; numbers

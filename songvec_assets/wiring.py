@@ -90,7 +90,7 @@ class Wiring(Access):
 
     @cached_property
     def prompts(self) -> Prompts:
-        """What the model is given around queries and texts; see `choose_prompts`. Reads no database."""
+        """What the model is given around queries and texts; see `choose_prompts`. Read once, without a database."""
         return choose_prompts(self.storage, self.settings)
 
     def find_boilerplate(self, n_songs: Mapping[SongIdRange, int] | None = None) -> Boilerplate:

@@ -1,13 +1,16 @@
 """Calls in daemon threads: results, limits, and a process that ends although one of them never does."""
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
 from songvec_assets.threads import DaemonThreads
+from songvec_assets_tests.administration import wait_until
 
 LONG_S = 60.0
 
@@ -72,6 +75,44 @@ def test_a_call_that_has_not_begun_can_be_cancelled():
         threads.shutdown(wait=False, cancel_futures=True)
         assert waiting[1].cancelled()
         release.set()
+
+
+def test_a_thread_is_kept_for_the_next_call():
+    with DaemonThreads(4) as threads:
+        idents = set()
+        for _ in range(10):
+            idents.add(threads.submit(threading.get_ident).result())
+            time.sleep(0.02)  # until it has said that it is free
+    assert len(idents) == 1
+
+
+def test_a_call_after_the_shutdown_is_refused():
+    threads = DaemonThreads(1)
+    threads.submit(time.time).result()
+    threads.shutdown()
+    with pytest.raises(RuntimeError, match="before its shutdown"):
+        threads.submit(time.time)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_call_was_given_is_not_kept(fails):
+    class Vectors:
+        """Something large."""
+
+    def use(_: Vectors) -> None:
+        if fails:
+            raise ZeroDivisionError
+
+    given = Vectors()
+    alive = weakref.ref(given)
+    gc.disable()
+    try:
+        with DaemonThreads(1) as threads:
+            assert isinstance(threads.submit(use, given).exception(), ZeroDivisionError if fails else type(None))
+            del given
+            wait_until(lambda: alive() is None)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,8 @@ class _RangeFill:
             plan.report.n_tokens_expected = plan.estimate_tokens(context.estimator)
             filler.tiling.check_tail(song_range, plan.report.n_songs)
             await asyncio.to_thread(filler.before_payment)
-            await asyncio.to_thread(cached.storage.check_room, n_to_embed * cached.identity.row_bytes)
+            n_rows = n_to_embed + plan.reused.height
+            await asyncio.to_thread(cached.storage.check_room, n_rows * cached.identity.row_bytes)
             find_songs = partial(comparison.find_songs, filler.cache, filler.snapshots, filler.spec)
             await comparison.compare_server(filler.record, find_songs, context, plan.report)
         await asyncio.to_thread(self._begin, cached, plan)

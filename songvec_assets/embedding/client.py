@@ -214,8 +214,7 @@ class EmbeddingClient(Embedder):
                 if texts is not _PROBE:
                     self._last_served_at = time.monotonic()
                 return replace(outcome, n_retries=n_retries, n_limited=n_limited)
-            if outcome.may_be_billed:
-                hooks.count_unusable(request.n_tokens)
+            hooks.count_unusable(request.n_tokens if outcome.may_be_billed else 0)
             if outcome.kind != kind:
                 kind, n_alike, n_proofs, first_at = outcome.kind, 0, 0, started
             is_limited = outcome.status == 429

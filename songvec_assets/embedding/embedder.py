@@ -116,7 +116,7 @@ class RequestHooks:
         """Called when a try may be in flight, before it waits for the quota; raises to cancel it."""
 
     def count_unusable(self, n_tokens: int) -> None:
-        """Called after a try without a usable answer that may have been billed about n tokens."""
+        """Called after each try without a usable answer, which may have been billed about n tokens."""
 
 
 NO_HOOKS = RequestHooks()

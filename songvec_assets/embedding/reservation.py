@@ -23,8 +23,8 @@ class Reservation(RequestHooks):
         async with Reservation(embedder, budget, n_tokens=900, check=run.check_stop) as reservation:
             batch = await reservation.send(texts)
 
-    It is settled at the end of the block, where answers are stored. If the block is cancelled, the try in flight may
-    have been billed, and counts.
+    It is settled at the end of the block, where answers are stored. If it is cancelled, the try in flight may have been
+    billed, and counts.
 
     Attributes:
         embedder: sends the request.
@@ -49,7 +49,11 @@ class Reservation(RequestHooks):
         self.n_tokens += self.embedder.n_probe_tokens
 
     async def __aenter__(self) -> Self:
-        await self.before_try()  # before the probe, which no hook precedes
+        try:
+            await self.before_try()  # before the probe, which no hook precedes
+        except asyncio.CancelledError as error:
+            await self.__aexit__(type(error), error, None)
+            raise
         return self
 
     async def __aexit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
@@ -87,8 +91,7 @@ class Reservation(RequestHooks):
                 n_settled = budget.n_settled
                 budget.n_asking += 1
                 try:
-                    self.month = await asyncio.to_thread(budget.reserve, missing)
-                    self.n_reserved += missing
+                    await self._reserve(missing)
                     return
                 except BudgetExceededError:
                     # if the estimates were too high, requests in flight release the difference
@@ -99,6 +102,17 @@ class Reservation(RequestHooks):
                 await asyncio.sleep(_POLL_S)
         finally:
             budget.n_held += self.n_reserved > 0
+
+    async def _reserve(self, n_tokens: int) -> None:
+        # no task, which the end of an event loop would cancel: the database grants it all the same
+        reserving = asyncio.get_running_loop().run_in_executor(None, self.budget.reserve, n_tokens)
+        try:
+            await asyncio.shield(reserving)
+        finally:
+            await asyncio.wait([reserving])
+            if reserving.exception() is None:
+                self.month = reserving.result()
+                self.n_reserved += n_tokens
 
     async def before_send(self) -> None:
         self._is_in_flight = True

@@ -41,6 +41,10 @@ _POOLS: dict[Profile, dict[str, Any]] = {
 
 _engines: dict[tuple[str, Profile], sa.Engine] = {}
 _engines_lock = threading.Lock()
+_active: set[tuple[int, Backend]] = set()
+"""Open transactions and sessions, with the `id` of their Database."""
+# reentrant: a signal handler may cancel in the thread that holds it
+_active_lock = threading.RLock()
 
 # names of types are compared: the server must not quote them unnecessarily
 _UNQUOTED = "set_config('quote_all_identifiers', 'off', true)"
@@ -59,9 +63,11 @@ _BEGIN_ATOMIC = (
 
 
 def _forget_connections() -> None:
-    """Leave the connections of a process to it, in a child that it forked: answers for one would reach the other."""
-    global _engines_lock  # noqa: PLW0603 - a thread that is not in the child may hold it
-    _engines_lock = threading.Lock()
+    """In a forked child, drop the parent's connections without closing them: answers for one would reach the other."""
+    global _engines_lock, _active_lock
+    # a thread that is not in the child may hold them
+    _engines_lock, _active_lock = threading.Lock(), threading.RLock()
+    _active.clear()
     for engine in _engines.values():
         engine.dispose(close=False)
 
@@ -178,9 +184,6 @@ class Database:
     embedded: bool = False
     direct_url: str | None = field(default=None, repr=False)
     run_id: str = field(default="", compare=False)
-    _active: set[Backend] = field(default_factory=set, repr=False, compare=False)
-    # reentrant: a signal handler may cancel in the thread that holds it
-    _lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def __enter__(self) -> "Database":
         return self
@@ -244,21 +247,21 @@ class Database:
 
     @contextlib.contextmanager
     def _cancellable(self, backend: Backend) -> Iterator[None]:
-        with self._lock:
-            self._active.add(backend)
+        with _active_lock:
+            _active.add((id(self), backend))
         try:
             yield
         finally:
-            with self._lock:
-                self._active.discard(backend)
+            with _active_lock:
+                _active.discard((id(self), backend))
 
     def cancel(self) -> None:
         """Cancel the running statements of all open connections. Callable from any thread; does not wait.
 
         A new connection does it: psycopg2's `cancel` blocks the whole process while a host does not answer.
         """
-        with self._lock:
-            backends = list(self._active)
+        with _active_lock:
+            backends = [backend for owner, backend in _active if owner == id(self)]
         if backends:
             arguments = (self.direct_url or self.url, backends)
             threading.Thread(target=cancel_statements, args=arguments, daemon=True, name="songvec-cancel").start()

@@ -70,7 +70,7 @@ def keeps_sessions(url: str) -> bool:
 
 
 def refuses_transactions(url: str) -> bool:
-    """Whether there is a pooler in statement mode, which ends a client that begins a transaction without a word."""
+    """Whether there is a pooler in statement mode: it closes connections without a message at BEGIN."""
     with contextlib.suppress(psycopg2.Error), _connect(url) as cursor:
         cursor.execute("SELECT 1")
         try:

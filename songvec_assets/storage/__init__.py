@@ -150,7 +150,7 @@ class Storage(ABC):
         """Refuse to pay for what would not fit.
 
         Raises:
-            UnwritableError: it has no room for so many more bytes.
+            UnwritableError: it has no room for n more bytes.
         """
 
     @abstractmethod

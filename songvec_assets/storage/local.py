@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LEFTOVER_S = 3600.0
 """A temporary file that was not written for this time was left by a killed process."""
 SPARE_BYTES = 1 << 20
-"""Room for what is written beside the vectors: metadata of parts, and manifests."""
+"""Room for what is written in addition to the vectors: metadata of parts, and manifests."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class LocalStorage(Storage):
 
     def check_room(self, n_bytes: int) -> None:
         root = self.root.resolve()
-        free = shutil.disk_usage(next(each for each in (root, *root.parents) if each.exists())).free
+        with clear_disk_errors(root):
+            free = shutil.disk_usage(next(each for each in (root, *root.parents) if each.exists())).free
         needed = n_bytes + SPARE_BYTES
         if free < needed:
             raise UnwritableError(

@@ -90,7 +90,7 @@ class _Gathered(io.RawIOBase):
         view = memoryview(piece).cast("B")
         self._n_bytes += len(view)
         if self.disk is None and self._n_bytes > SINGLE_BYTES:
-            self.disk = tempfile.TemporaryFile()  # noqa: SIM115 - `__exit__` closes it
+            self.disk = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
             self.disk.writelines(self._pieces)
             self._pieces.clear()
         if self.disk is None:

@@ -24,7 +24,7 @@ from songvec_assets.embedding import client as client_module
 from songvec_assets.embedding import contact as contact_module
 from songvec_assets.embedding.answers import ENDS, REDIRECTS, REFUSALS, RETRIED, parse_retry_after
 from songvec_assets.embedding.client import EmbeddingClient
-from songvec_assets.embedding.embedder import Endpoint, Patience
+from songvec_assets.embedding.embedder import Endpoint, Patience, RequestHooks
 from songvec_assets.embedding.limits import Grant, RateLimiter
 from songvec_assets.embedding.pricing import TokenEstimator
 from songvec_assets.embedding.transport import Transport
@@ -470,6 +470,21 @@ def test_each_status_does_what_the_facts_say_of_it(connect: Connect, provider: P
     assert "told words" in str(caught.value)
     assert ADVICE.get(status, "") in str(caught.value)
     assert provider.ledger()["requests_by_status"] == {"200": 1, str(status): 1}
+
+
+@pytest.mark.parametrize(("status", "is_billed"), [(429, False), (504, True)])
+def test_each_try_without_an_answer_is_told_with_what_it_may_have_cost(
+    connect: Connect, provider: Provider, status: int, is_billed: bool
+) -> None:
+    provider.control(statuses=[{"status": status, "count": 2, "after": 2, "retry_after_s": 0}])
+    client, told = connect(), []
+
+    class Noting(RequestHooks):
+        def count_unusable(self, n_tokens: int) -> None:
+            told.append(n_tokens > 0)
+
+    use(client, lambda: client.generate_embeddings_batch(TEXTS, Noting()))
+    assert told == [is_billed] * 2
 
 
 @pytest.mark.parametrize("status", ADVICE)
@@ -1002,7 +1017,7 @@ def test_a_request_in_flight_is_left_to_end_and_no_further_one_goes(connect: Con
         answer = asyncio.ensure_future(client.generate_embeddings_batch(TEXTS))
         await asyncio.to_thread(wait_until, lambda: provider.count_in_flight() == 1)
         stop.set()
-        await asyncio.sleep(0.1)  # long enough to give it up
+        await asyncio.sleep(0.5)  # long enough to give it up, were the stop looked at
         provider.control()
         assert_vectors(await answer)
         with pytest.raises(StoppedError):

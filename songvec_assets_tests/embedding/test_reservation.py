@@ -1,6 +1,7 @@
 """What one request reserves, over its tries, and how it is settled."""
 
 import asyncio
+import time
 
 import pytest
 import sqlalchemy as sa
@@ -43,6 +44,52 @@ def test_a_request_that_is_given_up_counts_as_billed(engine: sa.Engine, run: str
     assert (budget.n_tokens, budget.n_held) == (8, 0)
     with pytest.raises(BudgetExceededError, match=r"\$8\.0000 billed, \$0\.0000 reserved"):
         budget.reserve(93)
+
+
+@pytest.mark.parametrize("n_earlier", [0, 1])
+def test_what_is_granted_to_a_request_that_was_given_up_meanwhile_is_given_back(
+    engine: sa.Engine, run: str, monkeypatch: pytest.MonkeyPatch, n_earlier: int
+) -> None:
+    """The thread that asks the database cannot be cancelled."""
+    budget = Budget(DOLLAR_A_TOKEN, engine, run, 100)
+    reserve, n_asked = budget.reserve, 0
+
+    def reserve_slowly(n_tokens: int) -> str | None:
+        nonlocal n_asked
+        n_asked += 1
+        if n_asked > n_earlier:
+            time.sleep(0.6)
+        return reserve(n_tokens)
+
+    monkeypatch.setattr(budget, "reserve", reserve_slowly)
+
+    async def give_up() -> None:
+        async with asyncio.timeout(0.2):
+            async with Reservation(OfflineEmbedder(4), budget, 7, lambda: None) as reservation:
+                reservation.count_unusable(7)
+                await reservation.before_try()
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(give_up())
+    assert (n_asked, budget.n_tokens, budget.n_held) == (n_earlier + 1, 7 * n_earlier, 0)
+    with pytest.raises(BudgetExceededError, match=r"\$0\.0000 reserved"):
+        reserve(101)
+
+
+def test_a_request_that_is_given_up_before_its_next_try_counts_what_was_billed(engine: sa.Engine, run: str) -> None:
+    budget = Budget(DOLLAR_A_TOKEN, engine, run, 100)
+
+    async def give_up(n_billed: int) -> None:
+        async with asyncio.timeout(0.2):
+            async with Reservation(OfflineEmbedder(4), budget, 7, lambda: None) as reservation:
+                await reservation.before_send()
+                reservation.count_unusable(n_billed)
+                await asyncio.sleep(60)
+
+    for n_billed, n_tokens in ((0, 0), (7, 7)):
+        with pytest.raises(TimeoutError):
+            asyncio.run(give_up(n_billed))
+        assert budget.n_tokens == n_tokens
 
 
 def test_what_a_request_reserves_covers_the_probe_before_it(engine: sa.Engine, run: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import socket
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 import sqlalchemy as sa
 
 from songvec_assets.errors import DatabaseError
+from songvec_assets.postgres import engine as engine_module
 from songvec_assets.postgres.engine import Database, Profile, atomic, get_connection, get_engine, raw_cursor
 from songvec_assets.postgres.schema import ensure_schema
 from songvec_assets.postgres.sessions import Backend, cancel_statements
@@ -147,6 +149,32 @@ class TestPools:
         with os.fdopen(reader) as answers:
             assert int(answers.read()) != kept
         assert read_pid() == kept
+
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12: of a process with threads
+    def test_a_forked_process_neither_cancels_nor_waits_for_what_its_parent_does(self, database: Database) -> None:
+        began, may_end = threading.Event(), threading.Event()
+
+        def hold_lock() -> None:
+            with engine_module._active_lock:
+                began.set()
+                may_end.wait(60)
+
+        with database.get_connection() as connection:
+            holder = threading.Thread(target=hold_lock)
+            holder.start()
+            began.wait(60)
+            if (child := os.fork()) == 0:
+                signal.alarm(60)
+                time.sleep(0.5)  # until its parent's statement has begun
+                database.cancel()
+                with contextlib.suppress(Exception), database.get_connection():
+                    time.sleep(1)  # until that would be cancelled
+                    os._exit(0)
+                os._exit(1)
+            may_end.set()
+            connection.execute(sa.text("SELECT pg_sleep(2)"))
+            assert os.waitpid(child, 0)[1] == 0
+        holder.join()
 
     def test_a_process_has_one_engine_a_url_and_profile(self, database: Database) -> None:
         assert database.get_engine("web") is get_engine(database.url, "web")

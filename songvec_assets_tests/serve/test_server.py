@@ -59,7 +59,7 @@ class TestSlowClients:
                 while time.monotonic() < started + 20:
                     connection.sendall(b"X-Slow: 1\r\n")
                     time.sleep(0.1)
-        assert time.monotonic() - started < 19, "it is cut off while it drips"
+        assert time.monotonic() - started < 9, "it is cut off earlier than by default, after 10 s"
 
     def test_that_say_nothing_are_cut_off(self, hasty: str) -> None:
         with connected(hasty) as connection:
@@ -179,7 +179,7 @@ def test_it_ends_in_time_whatever_runs(number: signal.Signals, is_searching: boo
                 started = time.monotonic()
                 process.send_signal(number)
                 _, failed = process.communicate(timeout=30)
-                assert time.monotonic() - started < 10, "Docker kills what takes longer, and the search takes 30 s"
+                assert time.monotonic() - started < 8, "Docker kills what takes 10 s, and the search takes 30 s"
                 assert process.returncode in (0, -number), failed
                 assert "Traceback" not in failed
                 assert read_all(connection).startswith(b"HTTP/1.1 503 " if is_searching else b"")
