@@ -27,6 +27,7 @@ from songvec_assets.search.evaluate import Evaluation
 from songvec_assets.search.labels import LabelledQuery
 from songvec_assets.searches import Searches
 from songvec_assets.settings import Settings, variables
+from songvec_assets.settings_group import check_names
 from songvec_assets.songs.ranges import SongIdRange
 from songvec_assets.vectors import swap
 from songvec_assets.vectors.index.upkeep import IndexReport, bring_index_up_to_date
@@ -59,10 +60,15 @@ class Pipeline(Searches, Questions):
 
         Args:
             settings: replace the values of both, by their names in `Settings`: `from_env(max_usd=5.0)`.
+
+        Raises:
+            SettingsError: a value cannot be used, or a variable is nearly named as a setting.
         """
+        dotenv = dotenv_values(".env")
+        check_names([*os.environ, *dotenv], variables())
         names = {*variables()} - os.environ.keys()
-        dotenv = {name: value for name, value in dotenv_values(".env").items() if name in names}
-        return cls(Settings(**dotenv | settings))
+        given = {name: value for name, value in dotenv.items() if name in names}
+        return cls(Settings(**given | settings))
 
     # the steps
 

@@ -6,7 +6,8 @@ When to add here: another place that settings come from. Keep out: the settings 
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from pydantic import ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from songvec_assets.errors import SettingsError
+
+_OF_KUBERNETES = re.compile(r"_SERVICE_HOST$|_PORT(_\w+)?$")
+"""What it names in every container, for each service."""
 
 
 def variable(name: str) -> str:
@@ -29,6 +33,22 @@ def file_variable(name: str) -> str:
 def is_set(name: str) -> bool:
     """Whether the environment has a setting, or names the file that holds it."""
     return any(os.environ.get(each, "").strip() for each in (name, file_variable(name)))
+
+
+def check_names(names: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse a name that is nearly a setting's: with a misspelled budget a run would have none.
+
+    Args:
+        names: of variables; those that are like no setting may be anyone's.
+        known: the variables of all settings.
+
+    Raises:
+        SettingsError: has both names.
+    """
+    for name in {*names}.difference(known):
+        if name.startswith("SONGVEC_") and not _OF_KUBERNETES.search(name):
+            for meant in get_close_matches(name, known, n=1, cutoff=0.9):
+                raise SettingsError(f"expected {meant}, got {name}, which is no setting: correct it, or unset it")
 
 
 class Group(BaseSettings):

@@ -1,6 +1,8 @@
 """Secrets from files: which are read, which are refused, without showing them. `test_settings` has the rest."""
 
 import os
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 from unittest import mock
@@ -10,7 +12,7 @@ import pytest
 from songvec_assets import Pipeline
 from songvec_assets.errors import SettingsError
 from songvec_assets.settings import GROUPS, RunSettings, Settings, variables
-from songvec_assets.settings_group import file_variable, is_set
+from songvec_assets.settings_group import check_names, file_variable, is_set
 
 URL = "postgresql://ann:geheim@db/songs"
 
@@ -106,3 +108,42 @@ def test_the_environment_has_a_secret_if_it_names_its_file(monkeypatch: pytest.M
     assert not is_set("POSTGRES_URL")
     monkeypatch.setenv(file_variable("POSTGRES_URL"), "/run/secrets/postgres_url")
     assert is_set("POSTGRES_URL")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("SONGVEC_MAX_UDS", "SONGVEC_MAX_USD"),
+        ("SONGVEC_TARGET_RECAL", "SONGVEC_TARGET_RECALL"),
+        ("SONGVEC_EMBEDDINGS_MODEL", "SONGVEC_EMBEDDING_MODEL"),
+        ("SONGVEC_Max_USD_A_MONTH", "SONGVEC_MAX_USD_A_MONTH"),
+    ],
+)
+def test_a_misspelled_setting_is_refused_by_the_commands_python_and_dagster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, meant: str
+) -> None:
+    monkeypatch.setenv(name, "5")
+    refused = f"expected {meant}, got {name}, which is no setting: correct it, or unset it"
+    with pytest.raises(SettingsError, match=refused):
+        Pipeline.from_env()
+    for code in ("from songvec_assets.cli import main; main()", "import songvec_assets.definitions"):
+        ended = subprocess.run(
+            [sys.executable, "-c", code, "estimate"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 1
+        assert refused in " ".join(ended.stderr.split()), ended.stderr
+
+
+def test_a_misspelled_setting_in_dotenv_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("SONGVEC_MAX_UDS=5\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match="expected SONGVEC_MAX_USD, got SONGVEC_MAX_UDS"):
+        Pipeline.from_env()
+
+
+def test_names_that_are_like_no_setting_are_anyones() -> None:
+    kubernetes = [
+        f"SONGVEC_{name}" for name in ("PORT", "SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_80_TCP")
+    ]
+    served = [name.replace("SONGVEC_", "SONGVEC_SERVE_") for name in kubernetes]
+    check_names([*variables(), *kubernetes, *served, "SONGVEC_TEAM", "MAX_UDS", "POSTGRES_USER"], variables())

@@ -45,15 +45,17 @@ ConfirmDeletions = Annotated[
 @app.callback()
 def read_dotenv(context: typer.Context) -> None:
     """Read `.env`, as Dagster does; the demo ignores both `.env` and the environment."""
+    from songvec_assets.settings import variables
+    from songvec_assets.settings_group import check_names
+
     dotenv = Path.cwd() / ".env"
     if context.invoked_subcommand == "demo":
-        from songvec_assets.settings import variables
-
         context.obj = any((os.environ | dotenv_values(dotenv)).get(variable) for variable in variables())
-        for variable in variables():
+        for variable in [*variables(), *(name for name in os.environ if name.startswith("SONGVEC_"))]:
             os.environ.pop(variable, None)
     else:
         load_dotenv(dotenv)
+        check_names(os.environ, variables())
 
 
 def main() -> None:

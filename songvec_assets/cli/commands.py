@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 failed or incomplete, 2 wrong usage, 3 songs are missing (
 
 import os
 import shutil
+import signal
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,7 +94,18 @@ def dev(
     # dagster looks for its commands on the PATH, which has them only if the environment is activated
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = [sys.executable, "-m", "dagster", "dev", "--workspace", str(WORKSPACE), "--port", str(port)]
-    hint(f"open http://127.0.0.1:{port}; Ctrl+C ends it.")
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            free.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise SettingsError(
+                f"expected a free port, got {port} ({error.strerror}): end what listens there, or name another with "
+                "--port"
+            ) from error
+    # a script's background job ignores Ctrl+C, and dagster would ignore SIGTERM with it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    hint(f"open http://127.0.0.1:{port} in about 20 s; Ctrl+C ends it.")
     sys.stdout.flush()
     os.execv(sys.executable, command)
 

@@ -49,7 +49,10 @@ def estimate(
         say(result.describe_again(), style="yellow")
     for line in boilerplate:
         out.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    hint("`songvec run --max-usd N` embeds them and stops before it costs more than N dollars.")
+    if result.n_texts:
+        hint("`songvec run --max-usd N` embeds them and stops before it costs more than N dollars.")
+    else:
+        hint("`songvec run` has nothing to pay for.")
 
 
 @app.command()
@@ -170,4 +173,4 @@ def print_hits(searches: "Searches", query: str | int, limit: int, as_json: bool
         print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
         return
     out.print(Text(f"“{query}”" if isinstance(query, str) else f"songs like {query}", style="bold"))
-    out.print(hits_table(hits))
+    out.print(hits_table(hits) if hits else "No song was found.")

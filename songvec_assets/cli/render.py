@@ -91,7 +91,7 @@ def estimate_table(estimate: "Estimate", offline: bool) -> Table:
     usd = _describe_usd(estimate.usd)
     for name, value in {
         "Songs in the snapshot": f"{estimate.n_songs:,}",
-        "Songs whose text has a stored vector": f"{estimate.n_reused:,}",
+        "Songs that take the stored vector of their text": f"{estimate.n_reused:,}",
         "Texts to embed": f"{estimate.n_texts:,}",
         "Tokens, about": f"{estimate.n_tokens:,}",
         "Cost, about": f"{usd} (a local model costs nothing)" if offline else usd,

@@ -4,11 +4,15 @@ When to add here: another setting that shapes the graph; it is read once, when t
 run (`resources`).
 """
 
+import os
+
 import dagster as dg
 
-from songvec_assets.settings import GraphSettings
+from songvec_assets.settings import GraphSettings, variables
+from songvec_assets.settings_group import check_names
 from songvec_assets.songs.ranges import Tiling
 
+check_names(os.environ, variables())
 _GRAPH = GraphSettings()
 
 TILING = Tiling(width=_GRAPH.range_size, stop=_GRAPH.song_id_stop, start=_GRAPH.song_id_start)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -284,3 +285,16 @@ def test_swap_puts_another_type_in_place_and_back(demo: tuple[Project, str]) -> 
     assert "Table song_embeddings_new: halfvec(512) by demo-v2" in output
     code, output = project.run("songvec", "swap", "--drop-old")
     assert (code, "Dropped: song_embeddings_new" in output) == (0, True), output
+
+
+def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code = "from songvec_assets.cli import main; main()"
+        ended = subprocess.run(
+            [sys.executable, "-c", code, "dev", "--port", str(port)],
+            cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert ended.returncode == 1
+    assert f"expected a free port, got {port}" in " ".join(ended.stderr.split())
+    assert "--port" in ended.stderr
