@@ -69,7 +69,7 @@ def sample_of(exact: ExactNeighbors, share: float, draw: np.random.Generator) ->
 def test_recall_against_a_sample_is_that_against_all_rows(wide: RecallSearches) -> None:
     whole = {probes: wide.measure(probes, 1000).recall_of_synthetic for probes in (4, 6, 8, 32)}
     everything, draw, of_samples = wide.exact, np.random.default_rng(1), []
-    for _ in range(5):
+    for _ in range(60):  # one is off by 0.013, as its standard deviation: the mean is what must not be
         wide.exact = sample_of(everything, 0.1, draw)
         of_samples.append([wide.judge(probes).recall_of_synthetic for probes in whole])
     np.testing.assert_allclose(np.mean(of_samples, axis=0), list(whole.values()), atol=0.01)
