@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from songvec_assets.errors import SettingsError
 
 _OF_KUBERNETES = re.compile(r"_SERVICE_HOST$|_PORT(_\w+)?$")
-"""What it names in every container, for each service."""
+"""Variables that Kubernetes sets in every container, for each service."""
 
 
 def variable(name: str) -> str:

@@ -104,7 +104,7 @@ class Reservation(RequestHooks):
             budget.n_held += self.n_reserved > 0
 
     async def _reserve(self, n_tokens: int) -> None:
-        # no task, which the end of an event loop would cancel: the database grants it all the same
+        # in no task: the end of the event loop would cancel it, and the database would still grant the amount
         reserving = asyncio.get_running_loop().run_in_executor(None, self.budget.reserve, n_tokens)
         try:
             await asyncio.shield(reserving)

@@ -65,7 +65,7 @@ _BEGIN_ATOMIC = (
 def _forget_connections() -> None:
     """In a forked child, drop the parent's connections without closing them: answers for one would reach the other."""
     global _engines_lock, _active_lock
-    # a thread that is not in the child may hold them
+    # threads of the parent may have held the former ones, and are not in the child to release them
     _engines_lock, _active_lock = threading.Lock(), threading.RLock()
     _active.clear()
     for engine in _engines.values():
@@ -142,7 +142,7 @@ def _connect(url: str, profile: Profile) -> sa.Connection:
     try:
         return get_engine(url, profile).connect()
     except sa.exc.OperationalError as error:
-        # its first statement, in a transaction, did
+        # a pooler in statement mode does so at the first BEGIN, and gives no reason
         if "server closed the connection" in str(error) and refuses_transactions(url):
             raise DatabaseError(
                 "expected transactions, got a pooler in statement mode: set its pool_mode to transaction or session, "
